@@ -1,0 +1,69 @@
+"""A list of tensors as one flat vector: where each of them lies, there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (DTensor); any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+class Layout:
+    """Where each tensor of a list lies in the flat vector of them all.
+
+    Half-precision tensors lie in a float32 vector, so whatever is computed on the vector
+    (rule state, tangents, averages) is accumulated in float32.
+
+    Attributes:
+        sizes: Number of elements of each tensor.
+        numel: Length N of the vector.
+        dtype: The vector's dtype.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Take the order, shapes, dtype and device of ``tensors``."""
+        tensors = [local(t) for t in tensors]
+        self.shapes = [t.shape for t in tensors]
+        self.sizes = [t.numel() for t in tensors]
+        self.numel = sum(self.sizes)
+        self.device = tensors[0].device
+        dtype = torch.promote_types(tensors[0].dtype, tensors[-1].dtype)
+        for tensor in tensors:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        self.dtype = torch.float32 if dtype in _HALF else dtype
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A new vector of shape (N,) holding the tensors' values."""
+        flat = torch.cat([local(t).reshape(-1) for t in tensors])
+        return flat.to(self.dtype)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The tensors as views of ``flat``; leading dimensions of ``flat`` are kept."""
+        lead = flat.shape[:-1]
+        parts = flat.split(self.sizes, dim=-1)
+        return [p.view(*lead, *s) for p, s in zip(parts, self.shapes, strict=True)]
+
+    def write(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Copy the vector's values into ``tensors``, in place."""
+        torch._foreach_copy_([local(t.detach()) for t in tensors], self.views(flat))
+
+    def expand(self, values: Sequence[float]) -> float | Tensor:
+        """One value a tensor as one a weight: a number if all agree, else shape (N,)."""
+        if all(v == values[0] for v in values):
+            return values[0]
+        repeats = torch.tensor(self.sizes, device=self.device)
+        return torch.tensor(values, dtype=self.dtype, device=self.device).repeat_interleave(
+            repeats, output_size=self.numel
+        )
+
+    def sums(self, flat: Tensor) -> Tensor:
+        """Sum over each tensor's elements: shape (…, N) to (…, number of tensors)."""
+        return torch.stack([p.sum(-1) for p in flat.split(self.sizes, dim=-1)], dim=-1)

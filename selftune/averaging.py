@@ -1,0 +1,39 @@
+"""The outer point: where the validation loss is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Average:
+    """A running average of the iterates, ``w̄₊ = ρ w̄ + (1 − ρ) w``.
+
+    A greedy hypergradient wants a small learning rate at once, because that removes gradient
+    noise now. At the average the noise is gone already, so what it sees there is progress.
+    The first iterates are averaged evenly: ρ is capped by 1 − 1/(t + 2) at step t.
+
+    Args:
+        rho: ρ; the average reaches back about 1/(1 − ρ) steps. 0 is the last iterate.
+
+    Raises:
+        ValueError: ρ outside [0, 1).
+
+    Source: Polyak & Juditsky 1992; as an outer point, this library.
+    """
+
+    rho: float = 0.98
+
+    def __post_init__(self) -> None:
+        """Check ρ."""
+        if not 0 <= self.rho < 1:
+            raise ValueError(f"rho={self.rho} must be at least 0 and below 1; 0.98 is usual")
+
+    def weight(self, step: int) -> float:
+        """The weight 1 − ρ of the newest iterate at a step counted from 0.
+
+        Example:
+            >>> Average().weight(0), round(Average().weight(1000), 2)
+            (0.5, 0.02)
+        """
+        return 1 - min(self.rho, 1 - 1 / (step + 2))

@@ -1,0 +1,27 @@
+"""The response to the last step only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from selftune.estimators._base import AbstractEstimator
+from selftune.update import Tangents, Transition
+
+
+@dataclass(frozen=True)
+class OneStep(AbstractEstimator):
+    """``J₊ = ∂U/∂z``: what this step's hyperparameters did to the weights, nothing older.
+
+    Greedy: it sees no consequence beyond one step, so on its own it shrinks the learning rate
+    too early (short-horizon bias, Wu et al. 2018).
+
+    Source: Baydin et al. 2018, eq. 5; Chandra et al. 2022.
+    """
+
+    def observe(
+        self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
+    ) -> Tangents:
+        """Forget, then add what this step contributes."""
+        return transition.push(tangents, slopes, 0.0)

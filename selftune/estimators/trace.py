@@ -1,0 +1,41 @@
+"""The eligibility trace: forward mode without curvature, discounted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from selftune.estimators._base import AbstractEstimator
+from selftune.update import Tangents, Transition
+
+
+@dataclass(frozen=True)
+class Trace(AbstractEstimator):
+    """``J₊ = γ (∂U/∂(w,s)) J + ∂U/∂z``: forward mode with the Hessian dropped.
+
+    The discount γ stands in for the contraction that the dropped Hessian brings, so J reaches
+    back about 1/(1 − γ) steps. Cost: a few elementwise operations and one vector of the size
+    of the weights for each hyperparameter; no second derivatives, so any model works.
+
+    Args:
+        discount: γ, from 0 (one step back) to 1 (exact where the loss has no curvature).
+
+    Raises:
+        ValueError: A discount outside 0…1.
+
+    Source: Sutton 1992 (IDBD); Donini et al. 2020 (MARTHE), eq. 8.
+    """
+
+    discount: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Check the discount."""
+        if not 0 <= self.discount <= 1:
+            raise ValueError(f"discount={self.discount} must be between 0 and 1; 0.9 is usual")
+
+    def observe(
+        self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
+    ) -> Tangents:
+        """Discount, push through the update, add what this step contributes."""
+        return transition.push(tangents, slopes, self.discount)

@@ -1,0 +1,162 @@
+"""Named, bounded hyperparameters and the raw values that gradient steps move.
+
+A tuned hyperparameter has a *base* for every parameter tensor, taken from its parameter
+group, and a shared *shift* in raw space that is what is tuned::
+
+    value[segment] = bijection(raw(base[segment]) + shift[slot(segment)])
+
+With the default scope, ``"run"``, there is one slot, so groups keep the ratio of their
+learning rates (``Log``) while one factor moves them all. ``"group"`` and ``"tensor"`` give
+every parameter group, or every tensor, a shift of its own. A segment is one parameter tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.bijections import AbstractBijection, Log, Logit
+
+SCOPES = ("run", "group", "tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hparam:
+    """What is known of a hyperparameter before a run.
+
+    Args:
+        name: Its name in ``tune``, in logs and in saved states.
+        bijection: Its scale.
+        lower: Smallest value tuning may reach.
+        upper: Largest value tuning may reach.
+        from_zero: Where tuning starts if every group holds exactly 0, where its scale has no
+            gradient.
+        option: The parameter group's key, where that is not ``name``.
+        index: The position within that option, where it is a tuple (``betas``).
+    """
+
+    name: str
+    bijection: AbstractBijection
+    lower: float
+    upper: float
+    from_zero: float
+    option: str = ""
+    index: int | None = None
+
+    def read(self, group: dict[str, Any]) -> float:
+        """The value in a parameter group."""
+        value = group[self.option or self.name]
+        return float(value if self.index is None else value[self.index])
+
+    def write(self, group: dict[str, Any], value: float) -> None:
+        """Set the value in a parameter group, keeping a tensor a tensor."""
+        key = self.option or self.name
+        if self.index is not None:
+            value = tuple(value if i == self.index else v for i, v in enumerate(group[key]))
+        elif isinstance(group[key], Tensor):
+            group[key].fill_(value)
+            return
+        group[key] = value
+
+    def bounded(self, lower: float, upper: float) -> Hparam:
+        """The same hyperparameter within other bounds."""
+        if not lower < upper:
+            raise ValueError(f"bounds[{self.name!r}]=({lower}, {upper}): lower must be below upper")
+        return replace(self, lower=lower, upper=upper)
+
+
+LR = Hparam(name="lr", bijection=Log(), lower=1e-8, upper=1e2, from_zero=1e-3)
+DECAY = Hparam(name="decay", bijection=Log(), lower=1e-8, upper=1.0, from_zero=1e-5)
+WEIGHT_DECAY = Hparam(
+    name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5
+)
+MOMENTUM = Hparam(
+    name="momentum", bijection=Logit(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1
+)
+
+
+def penalty_hparam(name: str) -> Hparam:
+    """The strength λ of the penalty of that name."""
+    return Hparam(name=name, bijection=Log(), lower=1e-10, upper=1e2, from_zero=1e-6)
+
+
+class Tuned:
+    """One tuned hyperparameter across all parameter tensors.
+
+    Attributes:
+        hparam: Name, scale and bounds.
+        base: Raw values shifted from, one a segment; NaN where the hyperparameter is off.
+        slots: Which shift belongs to each segment.
+        shift: The tuned raw shifts, shape (number of slots,), float64.
+    """
+
+    def __init__(self, hparam: Hparam, scope: str) -> None:
+        """Start with no segments; ``layout`` sets them."""
+        self.hparam = hparam
+        self.scope = scope
+        self.base = torch.empty(0, dtype=torch.float64)
+        self.slots = torch.empty(0, dtype=torch.long)
+        self.shift = torch.zeros(0, dtype=torch.float64)
+
+    def lay_out(self, values: Sequence[float], groups: Sequence[int]) -> None:
+        """Take each segment's start value and group; shifts already tuned are kept.
+
+        A value of exactly 0 stays 0 beside others that are not; if all are 0, tuning starts
+        from ``hparam.from_zero``.
+        """
+        start = torch.tensor(values, dtype=torch.float64)
+        if not start.any():
+            start = torch.full_like(start, self.hparam.from_zero)
+        self.base = self._raw(start)
+        slots = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
+        self.slots = torch.tensor(list(slots[self.scope]), dtype=torch.long)
+        count = int(self.slots.max()) + 1
+        if count > len(self.shift):
+            grown = torch.zeros(count, dtype=torch.float64)
+            grown[: len(self.shift)] = self.shift
+            self.shift = grown
+        self.clamp()
+
+    def _raw(self, values: Tensor) -> Tensor:
+        off = torch.full_like(values, math.nan)
+        return torch.where(values == 0, off, self.hparam.bijection.inverse(values))
+
+    def rebase(self, segments: Sequence[int], value: float) -> None:
+        """Make these segments hold ``value`` at the present shift (it was set from outside)."""
+        index = torch.tensor(segments)
+        raw = self._raw(torch.tensor(value, dtype=torch.float64))
+        self.base[index] = raw - self.shift[self.slots[index]]
+
+    def values(self) -> Tensor:
+        """Constrained values, one a segment; 0 where it is off."""
+        return self.hparam.bijection.forward(self.base + self.shift[self.slots]).nan_to_num(0.0)
+
+    def slopes(self) -> Tensor:
+        """The derivative of each value in its raw shift; 0 where it is off."""
+        values = self.values()
+        return torch.where(self.base.isnan(), 0.0, self.hparam.bijection.slope(values))
+
+    def gather(self, signal: Tensor) -> Tensor:
+        """Sum per-segment derivatives into the shifts they share."""
+        return torch.zeros_like(self.shift).index_add_(0, self.slots, signal)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """How far each shift may go before one of its segments leaves the bounds."""
+        ends = torch.tensor([self.hparam.lower, self.hparam.upper], dtype=torch.float64)
+        lower, upper = self.hparam.bijection.inverse(ends)
+        low = torch.full_like(self.shift, -math.inf)
+        high = torch.full_like(self.shift, math.inf)
+        on = ~self.base.isnan()
+        low.scatter_reduce_(0, self.slots[on], lower - self.base[on], "amax")
+        high.scatter_reduce_(0, self.slots[on], upper - self.base[on], "amin")
+        return low, high
+
+    def clamp(self) -> None:
+        """Bring the shifts back within the bounds."""
+        low, high = self.bounds()
+        self.shift = self.shift.maximum(low).minimum(high.maximum(low))

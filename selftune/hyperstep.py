@@ -1,0 +1,109 @@
+"""The step of the hyperparameters: an optimizer on raw values, held to what is significant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HyperOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+def adam(raw: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """The default: Adam whose steps are at most about a tenth in raw (log or odds) space."""
+    return torch.optim.Adam(raw, lr=0.1, betas=(0.8, 0.98))
+
+
+class HyperStep:
+    """Moves the vector of raw shifts along hypergradients.
+
+    A step is what the optimizer proposes, scaled down where the hypergradients of the recent
+    past disagree, bounded in length, and stopped at the bounds. Nothing saturates there: a
+    hyperparameter at its bound leaves it at the first step that points inward.
+
+    Args:
+        size: Number of shifts.
+        make: Builds a torch optimizer over the one raw parameter.
+        longest: Largest change of a raw value in one step.
+
+    Attributes:
+        raw: The shifts, shape (size,), float64.
+        mean: Running mean of the hypergradient.
+        square: Running mean of its square.
+    """
+
+    memory = 0.9  # of the signal-to-noise ratio: about ten estimates
+
+    def __init__(self, size: int, make: HyperOptimizer = adam, longest: float = 0.3) -> None:
+        """Start from shifts of zero."""
+        self.raw = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+        self.optimizer = make([self.raw])
+        self.longest = longest
+        self.mean = torch.zeros(size, dtype=torch.float64)
+        self.square = torch.zeros(size, dtype=torch.float64)
+        self.count = 0
+        self.pace = torch.ones(size, dtype=torch.float64)
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio |mean| / root mean square, 0 (noise) … 1 (all alike)."""
+        return self.mean.abs() / self.square.sqrt().clamp_min(1e-300)
+
+    def step(self, grads: Tensor, low: Tensor, high: Tensor) -> None:
+        """Move the shifts against ``grads``, within ``low`` and ``high``.
+
+        Raises:
+            ValueError: Hypergradients that are not finite; nothing is moved.
+        """
+        if not bool(torch.isfinite(grads).all()):
+            raise ValueError("hypergradients are not finite")
+        self.count += 1
+        weight = 1 - min(self.memory, 1 - 1 / self.count)
+        self.mean.lerp_(grads, weight)
+        self.square.lerp_(grads.square(), weight)
+        before = self.raw.detach().clone()
+        self.raw.grad = grads
+        self.optimizer.step()
+        self.raw.grad = None
+        with torch.no_grad():
+            proposed = (self.raw - before).nan_to_num(0.0) * self.trust() * self.pace
+            after = before + proposed.clamp(-self.longest, self.longest)
+            self.raw.copy_(after.maximum(low).minimum(high))
+
+    def trust(self) -> Tensor:
+        """How much of a proposed step is taken: all where estimates agree, little for noise.
+
+        The ratio of a running mean over n estimates of pure noise is about 1/√n, so below that
+        the step shrinks with the square of the ratio.
+        """
+        noise = math.sqrt((1 - self.memory) / (1 + self.memory))
+        return (self.snr / (2 * noise)).square().clamp_max(1.0)
+
+    def reset(self) -> None:
+        """Forget the past hypergradients; the shifts stay."""
+        self.mean.zero_()
+        self.square.zero_()
+        self.count = 0
+        self.optimizer.state.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to continue bit for bit."""
+        return {
+            "raw": self.raw.detach().clone(),
+            "mean": self.mean.clone(),
+            "square": self.square.clone(),
+            "count": self.count,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        with torch.no_grad():
+            self.raw.copy_(state["raw"])
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])
+        self.count = state["count"]
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,146 @@
+"""Penalties on the weights: J(w) = J_base(w) + λ Ω(w), with λ a hyperparameter.
+
+A penalty enters training through its gradient ``λ ∂Ω(w)``; a proximal one through the
+proximal map after the step instead, which makes weights exactly zero. All functions take
+one tensor in the shape of its parameter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AbstractPenalty(ABC):
+    """λ Ω(w).
+
+    Args:
+        strength: λ at the start; 0 means off, or, if it is tuned, started from a small value.
+    """
+
+    strength: float = 0.0
+
+    elementwise = True
+    """Whether Ω is a sum over single weights, so that tensors may be joined."""
+    proximal = False
+    """Whether it acts through ``prox`` in place of its gradient."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The hyperparameter's name."""
+
+    @abstractmethod
+    def value(self, params: Tensor) -> Tensor:
+        """Ω(w), a scalar."""
+
+    @abstractmethod
+    def gradient(self, params: Tensor) -> Tensor:
+        """A (sub)gradient of Ω, in the shape of ``params``."""
+
+
+@dataclass(frozen=True)
+class L1(AbstractPenalty):
+    """Ω(w) = Σ|w|, through its subgradient sign(w).
+
+    Example:
+        >>> L1().gradient(torch.tensor([-2.0, 0.0, 3.0]))
+        tensor([-1.,  0.,  1.])
+    """
+
+    name = "l1"
+
+    def value(self, params: Tensor) -> Tensor:
+        """Σ|w|."""
+        return params.abs().sum()
+
+    def gradient(self, params: Tensor) -> Tensor:
+        """sign(w), 0 at 0."""
+        return params.sign()
+
+
+@dataclass(frozen=True)
+class ProximalL1(AbstractPenalty):
+    """Ω(w) = Σ|w|, through soft-thresholding by η_t λ after each step (ISTA).
+
+    Source: Daubechies, Defrise & De Mol 2004; Beck & Teboulle 2009, eq. 1.4.
+    """
+
+    name = "l1"
+    proximal = True
+
+    def value(self, params: Tensor) -> Tensor:
+        """Σ|w|."""
+        return params.abs().sum()
+
+    def gradient(self, params: Tensor) -> Tensor:
+        """sign(w), 0 at 0."""
+        return params.sign()
+
+    @staticmethod
+    def prox(params: Tensor, threshold: Tensor | float) -> Tensor:
+        """sign(w) · max(|w| − threshold, 0)."""
+        return params.sign() * torch.relu(params.abs() - threshold)
+
+
+@dataclass(frozen=True)
+class L2(AbstractPenalty):
+    """Ω(w) = ½ Σw², whose gradient is w: torch's ``weight_decay`` when it is not decoupled."""
+
+    name = "l2"
+
+    def value(self, params: Tensor) -> Tensor:
+        """½ Σw²."""
+        return params.square().sum() / 2
+
+    def gradient(self, params: Tensor) -> Tensor:
+        """The weights themselves."""
+        return params
+
+
+@dataclass(frozen=True)
+class Elastic(AbstractPenalty):
+    """Ω(w) = Σ|w| + ½ Σw²: L1 and L2 under one shared λ (Zou & Hastie 2005)."""
+
+    name = "elastic"
+
+    def value(self, params: Tensor) -> Tensor:
+        """Σ|w| + ½ Σw²."""
+        return params.abs().sum() + params.square().sum() / 2
+
+    def gradient(self, params: Tensor) -> Tensor:
+        """sign(w) + w."""
+        return params.sign() + params
+
+
+@dataclass(frozen=True)
+class Group(AbstractPenalty):
+    """Ω(w) = Σ_r √d_r ‖w_r‖₂ over the rows r of each tensor: whole units fall away together.
+
+    Rows are the first dimension (output units, filters, embedded symbols), of d_r weights each.
+    Tensors of fewer than two dimensions count as rows of one weight.
+    Source: Yuan & Lin 2006, eq. 2.2.
+    """
+
+    name = "group"
+    elementwise = False
+
+    def value(self, params: Tensor) -> Tensor:
+        """The weighted sum of row norms."""
+        rows = _rows(params)
+        return rows.norm(dim=1).sum() * rows.shape[1] ** 0.5
+
+    def gradient(self, params: Tensor) -> Tensor:
+        """√d_r w_r / ‖w_r‖, 0 for a row of zeros."""
+        rows = _rows(params)
+        norm = rows.norm(dim=1, keepdim=True)
+        safe = torch.where(norm > 0, norm, torch.ones_like(norm))
+        return (rows.shape[1] ** 0.5 * rows / safe).view_as(params)
+
+
+def _rows(params: Tensor) -> Tensor:
+    return params.flatten(1) if params.dim() > 1 else params.reshape(-1, 1)

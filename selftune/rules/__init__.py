@@ -1,0 +1,9 @@
+"""Update rules: pure, elementwise, differentiable in every hyperparameter."""
+
+from selftune.rules._base import AbstractRule, direction_jvp
+from selftune.rules.adam import Adam, AdamW
+from selftune.rules.lion import Lion
+from selftune.rules.rmsprop import RMSprop
+from selftune.rules.sgd import SGD
+
+__all__ = ["SGD", "AbstractRule", "Adam", "AdamW", "Lion", "RMSprop", "direction_jvp"]

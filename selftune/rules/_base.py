@@ -1,0 +1,108 @@
+"""What an update rule is: a direction, and the one step every rule shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.hparams import Hparam
+
+State = dict[str, Tensor]
+"""Named tensors in the shape of the parameters (momentum, second moments)."""
+Values = Mapping[str, Any]
+"""Hyperparameters and options by name: numbers, or tensors that broadcast to the weights."""
+
+
+class AbstractRule(ABC):
+    """A pure update rule ``w₊ = w − η (d + λ w)``, λ only where weight decay is decoupled.
+
+    A rule gives the direction ``d`` from the gradient and its state. All operations are
+    elementwise, so a rule works on one tensor or on all of them joined, and it is
+    differentiable in the gradient, the state and every hyperparameter.
+
+    Attributes:
+        hparams: The hyperparameters that enter the direction.
+        decoupled: Whether ``weight_decay`` acts on the weights directly instead of through
+            the gradient.
+        tuned: Names tuned unless the user says otherwise.
+    """
+
+    hparams: tuple[Hparam, ...]
+    decoupled: bool
+    tuned: tuple[str, ...]
+
+    @abstractmethod
+    def init(self, params: Tensor, values: Values) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def direction(
+        self, grads: Tensor, state: State, values: Values, age: int | Tensor
+    ) -> tuple[Tensor, State]:
+        """The direction and the next state.
+
+        Args:
+            grads: Gradients of the penalised loss.
+            state: The state, not modified.
+            values: Hyperparameters and options.
+            age: Updates these weights have had before, 0 at the first.
+        """
+
+    @abstractmethod
+    def tangent(
+        self,
+        grads: Tensor,
+        state: State,
+        values: Values,
+        age: int | Tensor,
+        moved: tuple[Tensor, State],
+        dots: tuple[Tensor | None, State, Mapping[str, Any]],
+    ) -> tuple[Tensor, State]:
+        """The derivative of ``direction`` along one tangent.
+
+        Rules derive it by hand where speed matters; ``direction_jvp`` is always right.
+
+        Args:
+            grads: As in ``direction``.
+            state: As in ``direction``.
+            values: As in ``direction``.
+            age: As in ``direction``.
+            moved: What ``direction`` returned for them.
+            dots: Tangents of gradients (None: zero), state (missing: zero; its tensors may be
+                overwritten) and hyperparameters (missing: zero).
+
+        Returns:
+            Tangents of the direction and of the next state (missing: zero).
+        """
+
+
+def direction_jvp(
+    rule: AbstractRule,
+    grads: Tensor,
+    state: State,
+    values: Values,
+    age: int | Tensor,
+    dots: tuple[Tensor | None, State, Mapping[str, Any]],
+) -> tuple[Tensor, State]:
+    """``rule.tangent`` by forward-mode differentiation of ``rule.direction``."""
+    grads_dot, state_dot, values_dot = dots
+    names = list(values_dot)
+
+    def run(grads: Tensor, state: State, moving: list[Tensor]) -> tuple[Tensor, State]:
+        return rule.direction(grads, state, {**values, **dict(zip(names, moving, strict=True))}, age)
+
+    def like(value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=grads.dtype, device=grads.device)
+
+    primals = (grads, dict(state), [like(values[n]) for n in names])
+    tangents = (
+        torch.zeros_like(grads) if grads_dot is None else grads_dot,
+        {k: state_dot.get(k, torch.zeros_like(v)) for k, v in state.items()},
+        [like(values_dot[n]).expand_as(p) for n, p in zip(names, primals[2], strict=True)],
+    )
+    _, (direction, state) = torch.func.jvp(run, primals, tangents)
+    return direction, state

@@ -1,0 +1,103 @@
+"""Adam and AdamW, as in ``torch.optim``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.bijections import Logit
+from selftune.hparams import Hparam
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp
+
+BETA1 = Hparam(
+    name="beta1", option="betas", index=0, bijection=Logit(), lower=1e-3, upper=1 - 1e-4,
+    from_zero=0.1,
+)  # fmt: skip
+BETA2 = Hparam(
+    name="beta2", option="betas", index=1, bijection=Logit(), lower=0.1, upper=1 - 1e-6,
+    from_zero=0.9,
+)  # fmt: skip
+
+
+class Adam(AbstractRule):
+    """Adaptive moments, with the L2 gradient added to the loss's.
+
+    ``m₊ = β₁ m + (1 − β₁) g``; ``v₊ = β₂ v + (1 − β₂) g²``; with bias corrections
+    ``cᵢ = 1 − βᵢᵗ``, ``d = (m₊/c₁) / (√(v₊/c₂) + ε)``; with ``amsgrad``, v₊ is replaced by its
+    maximum so far. Options read from the values: ``eps``, ``amsgrad``.
+
+    Source: Kingma & Ba 2015, algorithm 1; Reddi et al. 2018, algorithm 2.
+    """
+
+    hparams = (BETA1, BETA2)
+    decoupled = False
+    tuned = ("lr", "decay", "beta1", "weight_decay", "l1")
+
+    def init(self, params: Tensor, values: Values) -> State:
+        """Both moments at zero."""
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(values["amsgrad"])
+        return {name: torch.zeros_like(params) for name in names}
+
+    def direction(
+        self, grads: Tensor, state: State, values: Values, age: int | Tensor
+    ) -> tuple[Tensor, State]:
+        """The bias-corrected ratio of the moments."""
+        beta1, beta2 = values["beta1"], values["beta2"]
+        mean = beta1 * state["exp_avg"] + (1 - beta1) * grads
+        square = beta2 * state["exp_avg_sq"] + (1 - beta2) * (grads * grads)
+        after: State = {"exp_avg": mean, "exp_avg_sq": square}
+        if values["amsgrad"]:
+            square = after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
+        return mean / _scale(square, values, age), after
+
+    def tangent(
+        self,
+        grads: Tensor,
+        state: State,
+        values: Values,
+        age: int | Tensor,
+        moved: tuple[Tensor, State],
+        dots: tuple[Tensor | None, State, Mapping[str, Any]],
+    ) -> tuple[Tensor, State]:
+        """By hand where only the first moment moves, which is the case of β₁; else by autodiff.
+
+        ``ṁ₊ = β₁ ṁ + β̇₁ (m − g)`` and ``ḋ = ṁ₊/(c₁ (√v̂ + ε)) − d ċ₁/c₁``, ``ċ₁ = −t β₁ᵗ⁻¹ β̇₁``.
+        """
+        grads_dot, state_dot, values_dot = dots
+        if grads_dot is not None or set(values_dot) != {"beta1"} or set(state_dot) - {"exp_avg"}:
+            return direction_jvp(self, grads, state, values, age, dots)
+        beta1, beta1_dot, step = values["beta1"], values_dot["beta1"], age + 1
+        source = (state["exp_avg"] - grads).mul_(beta1_dot)
+        mean_dot = state_dot["exp_avg"].mul_(beta1).add_(source) if state_dot else source
+        direction, after = moved
+        scale = _scale(after.get("max_exp_avg_sq", after["exp_avg_sq"]), values, age)
+        correction = 1 - beta1**step
+        correction_dot = -step * beta1 ** (step - 1) * beta1_dot
+        direction_dot = mean_dot / scale
+        direction_dot -= direction * (correction_dot / correction)
+        return direction_dot, {"exp_avg": mean_dot}
+
+
+def _scale(square: Tensor, values: Values, age: int | Tensor) -> Tensor:
+    """``c₁ (√(v/c₂) + ε)``, so that the direction is ``m`` over it."""
+    step = age + 1
+    correction1, correction2 = 1 - values["beta1"] ** step, 1 - values["beta2"] ** step
+    root = (square / correction2).sqrt()
+    return (root + values["eps"]) * correction1
+
+
+class AdamW(AbstractRule):
+    """Adam with decoupled weight decay: ``w₊ = w − η (d + λ w)``.
+
+    Source: Loshchilov & Hutter 2019, algorithm 2.
+    """
+
+    hparams = Adam.hparams
+    decoupled = True
+    tuned = Adam.tuned
+    init = Adam.init
+    direction = Adam.direction
+    tangent = Adam.tangent

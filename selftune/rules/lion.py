@@ -1,0 +1,49 @@
+"""Lion: the sign of an interpolated momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.rules._base import AbstractRule, State, Values
+from selftune.rules.adam import BETA1, BETA2
+
+
+class Lion(AbstractRule):
+    """``d = sign(β₁ m + (1 − β₁) g)``; ``m₊ = β₂ m + (1 − β₂) g``; weight decay decoupled.
+
+    The sign has no slope, so β₁ and β₂ have no hypergradient and are not tuned unless named.
+
+    Source: Chen et al. 2023, algorithm 2.
+    """
+
+    hparams = (BETA1, BETA2)
+    decoupled = True
+    tuned = ("lr", "decay", "weight_decay", "l1")
+
+    def init(self, params: Tensor, values: Values) -> State:
+        """A momentum of zeros."""
+        return {"exp_avg": torch.zeros_like(params)}
+
+    def direction(
+        self, grads: Tensor, state: State, values: Values, age: int | Tensor
+    ) -> tuple[Tensor, State]:
+        """The sign of the interpolation, and the momentum."""
+        beta1, beta2, mean = values["beta1"], values["beta2"], state["exp_avg"]
+        direction = (beta1 * mean + (1 - beta1) * grads).sign()
+        return direction, {"exp_avg": beta2 * mean + (1 - beta2) * grads}
+
+    def tangent(
+        self,
+        grads: Tensor,
+        state: State,
+        values: Values,
+        age: int | Tensor,
+        moved: tuple[Tensor, State],
+        dots: tuple[Tensor | None, State, Mapping[str, Any]],
+    ) -> tuple[Tensor, State]:
+        """Zero: the sign is constant almost everywhere."""
+        return torch.zeros_like(grads), {}

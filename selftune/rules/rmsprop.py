@@ -1,0 +1,73 @@
+"""RMSprop, as in ``torch.optim.RMSprop``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.bijections import Logit
+from selftune.hparams import MOMENTUM, Hparam
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp
+
+ALPHA = Hparam(
+    name="alpha", bijection=Logit(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1
+)
+
+
+class RMSprop(AbstractRule):
+    """Gradients over the root of their running mean square, then momentum μ.
+
+    ``v₊ = a v + (1 − a) g²``; ``r = g / (√v₊ + ε)``, or ``g / (√(v₊ − ḡ₊²) + ε)`` if
+    ``centered``; ``b₊ = μ b + r``; ``d = b₊``. Options read from the values: ``eps``,
+    ``centered``. The smoothing constant a is torch's ``alpha``; the decay of the learning rate
+    is ``decay``.
+
+    Source: Hinton's lecture 6e, 2012; Graves 2013, eq. 38–45 (centered).
+    """
+
+    hparams = (MOMENTUM, ALPHA)
+    decoupled = False
+    tuned = ("lr", "decay", "momentum", "weight_decay", "l1")
+
+    def init(self, params: Tensor, values: Values) -> State:
+        """Running means of zero."""
+        names = ["square_avg", "momentum_buffer"] + ["grad_avg"] * bool(values["centered"])
+        return {name: torch.zeros_like(params) for name in names}
+
+    def direction(
+        self, grads: Tensor, state: State, values: Values, age: int | Tensor
+    ) -> tuple[Tensor, State]:
+        """The momentum of the scaled gradients."""
+        alpha = values["alpha"]
+        square = alpha * state["square_avg"] + (1 - alpha) * (grads * grads)
+        after: State = {"square_avg": square}
+        if values["centered"]:
+            mean = after["grad_avg"] = torch.lerp(state["grad_avg"], grads, 1 - alpha)
+            root = (square - mean * mean).sqrt()
+        else:
+            root = square.sqrt()
+        scaled = grads / (root + values["eps"])
+        after["momentum_buffer"] = values["momentum"] * state["momentum_buffer"] + scaled
+        return after["momentum_buffer"], after
+
+    def tangent(
+        self,
+        grads: Tensor,
+        state: State,
+        values: Values,
+        age: int | Tensor,
+        moved: tuple[Tensor, State],
+        dots: tuple[Tensor | None, State, Mapping[str, Any]],
+    ) -> tuple[Tensor, State]:
+        """``ḃ₊ = μ ḃ + μ̇ b`` where only the momentum moves; else by autodiff."""
+        grads_dot, state_dot, values_dot = dots
+        moving = set(values_dot) | (set(state_dot) - {"momentum_buffer"})
+        if grads_dot is not None or moving != {"momentum"}:
+            return direction_jvp(self, grads, state, values, age, dots)
+        dot = values_dot["momentum"] * state["momentum_buffer"]
+        if "momentum_buffer" in state_dot:
+            dot = state_dot["momentum_buffer"].mul_(values["momentum"]).add_(dot)
+        return dot, {"momentum_buffer": dot}

@@ -1,0 +1,74 @@
+"""Stochastic gradient descent with momentum, as in ``torch.optim.SGD``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.hparams import MOMENTUM
+from selftune.rules._base import AbstractRule, State, Values
+
+
+class SGD(AbstractRule):
+    """Heavy-ball momentum μ with dampening τ, optionally Nesterov's.
+
+    ``b₊ = μ b + (1 − τ) g`` (``b₊ = g`` at the first step); ``d = b₊``, or ``g + μ b₊`` with
+    Nesterov's. Options read from the values: ``dampening``, ``nesterov``.
+
+    Source: Sutskever et al. 2013, in the form of ``torch.optim.SGD``.
+    """
+
+    hparams = (MOMENTUM,)
+    decoupled = False
+    tuned = ("lr", "decay", "momentum", "weight_decay", "l1")
+
+    def init(self, params: Tensor, values: Values) -> State:
+        """A momentum buffer of zeros."""
+        return {"momentum_buffer": torch.zeros_like(params)}
+
+    def direction(
+        self, grads: Tensor, state: State, values: Values, age: int | Tensor
+    ) -> tuple[Tensor, State]:
+        """The momentum buffer, or Nesterov's look-ahead of it."""
+        momentum = values["momentum"]
+        buffer = momentum * state["momentum_buffer"] + grads * _fresh(values, age)
+        direction = grads + momentum * buffer if values["nesterov"] else buffer
+        return direction, {"momentum_buffer": buffer}
+
+    def tangent(
+        self,
+        grads: Tensor,
+        state: State,
+        values: Values,
+        age: int | Tensor,
+        moved: tuple[Tensor, State],
+        dots: tuple[Tensor | None, State, Mapping[str, Any]],
+    ) -> tuple[Tensor, State]:
+        """``ḃ₊ = μ ḃ + μ̇ b + (1 − τ) ġ``; ``ḋ = ḃ₊`` or ``ġ + μ ḃ₊ + μ̇ b₊``."""
+        grads_dot, state_dot, values_dot = dots
+        momentum, momentum_dot = values["momentum"], values_dot.get("momentum")
+        buffer_dot = state_dot.get("momentum_buffer")
+        dot = torch.zeros_like(grads) if buffer_dot is None else buffer_dot.mul_(momentum)
+        if momentum_dot is not None:
+            dot.add_(momentum_dot * state["momentum_buffer"])
+        if grads_dot is not None:
+            dot.add_(grads_dot * _fresh(values, age))
+        if not values["nesterov"]:
+            return dot, {"momentum_buffer": dot}
+        direction_dot = momentum * dot
+        if momentum_dot is not None:
+            direction_dot += momentum_dot * moved[1]["momentum_buffer"]
+        if grads_dot is not None:
+            direction_dot += grads_dot
+        return direction_dot, {"momentum_buffer": dot}
+
+
+def _fresh(values: Values, age: int | Tensor) -> Any:
+    """The weight of the new gradient: torch does not dampen the first."""
+    dampening = values["dampening"]
+    if isinstance(age, Tensor):
+        return torch.where(age == 0, 1.0, 1 - dampening)
+    return 1.0 if age == 0 else 1 - dampening

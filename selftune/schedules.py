@@ -1,0 +1,98 @@
+"""Factors of the learning rate over time: η_t = lr · shape(t) · warmup(t) / (1 + αt).
+
+The learning rate ``lr`` is the *peak*. The shapes are plain functions of the step, since what
+is tuned is the peak they scale; ``inverse_time`` is differentiable in its coefficient α, which
+is a hyperparameter of its own (``decay``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+Scalar = TypeVar("Scalar", float, Tensor)
+
+
+def inverse_time(decay: Scalar, step: int) -> Scalar:
+    """The factor 1/(1 + αt), differentiable in α.
+
+    Example:
+        >>> inverse_time(0.5, 2)
+        0.5
+    """
+    return 1 / (1 + decay * step)
+
+
+def constant(progress: float) -> float:
+    """No decay: 1 throughout."""
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """From 1 to 0 in a straight line over the run."""
+    return 1 - progress
+
+
+def cosine(progress: float) -> float:
+    """From 1 to 0 along half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def exponential(progress: float) -> float:
+    """From 1 to 0.001, by equal ratios in equal times."""
+    return 0.001**progress
+
+
+SHAPES = {f.__name__: f for f in (constant, linear, cosine, exponential)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A shape over a known horizon, after a linear warm-up.
+
+    Args:
+        shape: One of ``"constant"``, ``"linear"``, ``"cosine"``, ``"exponential"``; None means
+            linear where the horizon is known and constant where it is not.
+        total_steps: The horizon: number of steps in the whole run, or None.
+        warmup_steps: Steps over which the rate climbs to its peak.
+
+    Raises:
+        ValueError: An unknown shape, a decaying shape without a horizon, or a warm-up that is
+            negative or not shorter than the horizon.
+
+    Example:
+        >>> schedule = Schedule(total_steps=100, warmup_steps=10)
+        >>> schedule(0), schedule(10), schedule(55), schedule(100)
+        (0.1, 1.0, 0.5, 0.0)
+    """
+
+    shape: str | None = None
+    total_steps: int | None = None
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the arguments against one another."""
+        if self.shape is None:
+            object.__setattr__(self, "shape", "linear" if self.total_steps else "constant")
+        if self.shape not in SHAPES:
+            raise ValueError(f"schedule={self.shape!r} is unknown: use one of {sorted(SHAPES)}")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise ValueError(f"total_steps={self.total_steps} must be at least 1, or None")
+        if self.shape != "constant" and self.total_steps is None:
+            raise ValueError(f"schedule={self.shape!r} needs a horizon: pass total_steps=")
+        if not 0 <= self.warmup_steps < (self.total_steps or math.inf):
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be 0 or more and below total_steps"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The factor at a step counted from 0; past the horizon, its last value."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.total_steps is None:
+            return 1.0
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return SHAPES[str(self.shape)](min(progress, 1.0))

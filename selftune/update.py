@@ -1,0 +1,225 @@
+"""One weight step and its derivatives: rule, penalties, rate and decoupled decay together.
+
+The step, with η = lr · rate / (1 + αt), is
+
+    g  = ∇L + Σ λ_p ∂Ω_p(w)
+    d, s₊ = direction(g, s)
+    w₊ = prox(w − η (d + λ w))
+
+where λ w appears only if the rule decouples weight decay. ``rate`` is the schedule's factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
+from selftune.penalties import L2, AbstractPenalty, ProximalL1
+from selftune.rules._base import AbstractRule, State, Values
+from selftune.schedules import inverse_time
+
+
+class Clock(NamedTuple):
+    """When a step happens.
+
+    Attributes:
+        step: Steps taken before in the run: t of the learning rate's decay.
+        rate: The schedule's factor of the learning rate, a number or one a weight.
+        age: Updates these weights have had before: t of the bias corrections.
+    """
+
+    step: int
+    rate: Any = 1.0
+    age: Any = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """A rule with its penalties: what turns weights into the next weights.
+
+    Args:
+        rule: Gives the direction.
+        penalties: Added to the loss. Their hyperparameters carry their names.
+    """
+
+    rule: AbstractRule
+    penalties: tuple[AbstractPenalty, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse two penalties of one name, whose strengths could not be told apart."""
+        names = [p.name for p in self.penalties]
+        if len(set(names)) < len(names):
+            raise ValueError(f"penalty={names}: two penalties share a name; pass each once")
+
+    @property
+    def hparams(self) -> dict[str, Hparam]:
+        """Every hyperparameter of the step by name."""
+        penalties = [penalty_hparam(p.name) for p in self.penalties]
+        return {h.name: h for h in (LR, DECAY, *self.rule.hparams, WEIGHT_DECAY, *penalties)}
+
+    @property
+    def _smooth(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Gradients ∂Ω of what is added to the loss, by name of the strength."""
+        terms = {p.name: p.gradient for p in self.penalties if not p.proximal}
+        return terms if self.rule.decoupled else {"weight_decay": L2().gradient, **terms}
+
+    @property
+    def _prox(self) -> list[ProximalL1]:
+        return [p for p in self.penalties if isinstance(p, ProximalL1)]
+
+    def penalised(self, params: Tensor, grads: Tensor, values: Values) -> Tensor:
+        """The gradient of the loss with its penalties."""
+        for name, gradient in self._smooth.items():
+            if _on(values[name]):
+                grads = grads + values[name] * gradient(params)
+        return grads
+
+    def __call__(
+        self, params: Tensor, grads: Tensor, state: State, values: Values, clock: Clock
+    ) -> tuple[Tensor, State]:
+        """The next weights and rule state: pure, and differentiable in everything.
+
+        Args:
+            params: The weights w.
+            grads: The gradient ∇L of the loss without penalties.
+            state: The rule's state.
+            values: Constrained hyperparameters and the rule's options, by name.
+            clock: When the step happens.
+        """
+        return self.observed(params, grads, state, values, clock)[:2]
+
+    def observed(
+        self, params: Tensor, grads: Tensor, state: State, values: Values, clock: Clock
+    ) -> tuple[Tensor, State, Transition]:
+        """The step together with the record of it that estimators observe."""
+        grads = self.penalised(params, grads, values)
+        direction, after = self.rule.direction(grads, state, values, clock.age)
+        rate = learning_rate(values, clock)
+        total = direction
+        if self.rule.decoupled and _on(values["weight_decay"]):
+            total = direction + values["weight_decay"] * params
+        moved = params - rate * total
+        for penalty in self._prox:
+            moved = penalty.prox(moved, rate * values[penalty.name])
+        transition = Transition(
+            self, params, grads, state, values, clock, direction, total, after, moved
+        )
+        return moved, after, transition
+
+
+def learning_rate(values: Values, clock: Clock) -> Any:
+    """η_t = lr · rate / (1 + αt)."""
+    return values["lr"] * clock.rate * inverse_time(values["decay"], clock.step)
+
+
+class Tangents(NamedTuple):
+    """∂(w, s)/∂z for each tuned hyperparameter.
+
+    Attributes:
+        params: Shape (hyperparameters, weights).
+        state: For each hyperparameter, tangents of the rule's state that are not zero.
+    """
+
+    params: Tensor
+    state: dict[str, State]
+
+
+class Transition(NamedTuple):
+    """What happened in one step, for estimators to push tangents through."""
+
+    update: Update
+    params: Tensor
+    grads: Tensor  # with penalties
+    state: State
+    values: Values
+    clock: Clock
+    direction: Tensor
+    total: Tensor  # direction, and the decoupled decay
+    after: State
+    moved: Tensor
+
+    def push(self, tangents: Tangents, slopes: Mapping[str, Any], discount: float) -> Tangents:
+        """Tangents after the step: ``γ (∂U/∂(w,s)) J + ∂U/∂z``, curvature dropped.
+
+        The gradient of the penalised loss is held constant in w (that is the curvature), and
+        responds only to the strengths of the penalties.
+
+        Args:
+            tangents: Tangents before the step; their tensors are reused for the result.
+            slopes: dh/dz of each tuned hyperparameter, in the order of the tangents.
+            discount: γ.
+        """
+        update, values, clock = self.update, self.values, self.clock
+        rate = learning_rate(values, clock)
+        keep: Any = 1.0
+        if update.rule.decoupled and _on(values["weight_decay"]):
+            keep = 1 - rate * values["weight_decay"]
+        tangents.params.mul_(discount * keep)
+        state: dict[str, State] = {}
+        for row, (name, slope) in zip(tangents.params, slopes.items(), strict=True):
+            if name == "lr":
+                _add(row, self.total, -rate * (slope / values["lr"]))
+            elif name == "decay":
+                share = slope * clock.step / (1 + values["decay"] * clock.step)
+                _add(row, self.total, rate * share)
+            elif name == "weight_decay" and update.rule.decoupled:
+                _add(row, self.params, -rate * slope)
+            elif name not in (p.name for p in update._prox):
+                before = {k: v.mul_(discount) for k, v in tangents.state.get(name, {}).items()}
+                dot, state[name] = self._direction_tangent(name, slope, before)
+                _add(row, dot, -rate)
+        for penalty in update._prox:
+            self._push_prox(tangents.params, penalty.name, rate, slopes)
+        return Tangents(tangents.params, state)
+
+    def _direction_tangent(self, name: str, slope: Any, before: State) -> tuple[Tensor, State]:
+        smooth = self.update._smooth
+        dots: tuple[Tensor | None, State, Mapping[str, Any]]
+        if name in smooth:
+            dots = (slope * smooth[name](self.params), before, {})
+        else:
+            dots = (None, before, {name: slope})
+        moved = (self.direction, self.after)
+        return self.update.rule.tangent(
+            self.grads, self.state, self.values, self.clock.age, moved, dots
+        )
+
+    def _push_prox(
+        self, rows: Tensor, name: str, rate: Any, slopes: Mapping[str, Any]
+    ) -> None:
+        """Soft-thresholding at η λ: zeroed weights respond to nothing, the others to η and λ."""
+        sign = self.moved.sign()
+        rows.mul_(sign.abs())
+        for row, (other, slope) in zip(rows, slopes.items(), strict=True):
+            if other == name:
+                row.sub_(sign * (rate * slope))
+            elif other == "lr":
+                row.sub_(sign * (rate * (slope / self.values["lr"]) * self.values[name]))
+            elif other == "decay":
+                step = self.clock.step
+                share = slope * step / (1 + self.values["decay"] * step)
+                row.add_(sign * (rate * share * self.values[name]))
+
+
+def zero_tangents(hparams: int, params: Tensor) -> Tangents:
+    """Tangents of a state that responds to nothing yet."""
+    return Tangents(params.new_zeros(hparams, params.numel()), {})
+
+
+def _on(value: Any) -> bool:
+    """Whether a strength can matter: any tensor may, a number unless it is 0."""
+    return isinstance(value, Tensor) or value != 0
+
+
+def _add(row: Tensor, tensor: Tensor, scale: Any) -> None:
+    if isinstance(scale, Tensor) and scale.dim():
+        row.addcmul_(tensor, scale)
+    else:
+        row.add_(tensor, alpha=float(scale))
+
+
+__all__ = ["Clock", "Tangents", "Transition", "Update", "learning_rate", "zero_tangents"]
