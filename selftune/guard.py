@@ -1,78 +1,102 @@
-"""The guard: notices a run that has blown up or died, and says what to do about it."""
+"""The guard: notices a run that has blown up, died or begun to over-fit."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(kw_only=True)
 class Guard:
-    """Watches gradients and losses; plain numbers, saved with the run.
+    """Watches gradients and losses; its state is plain numbers, saved with the run.
+
+    Every judgement is one of ``"ok"``, ``"best"`` (worth keeping), ``"skip"`` (ignore this
+    step) and ``"rollback"`` (return to the last good weights).
 
     Args:
-        patience: Consecutive non-finite gradients, or losses no better than at the start after
-            progress was made, that are tolerated.
-        explosion: A loss this many times the first one has exploded.
-        limit: Roll-backs without progress after which learning rates are only cooled further.
+        patience: Consecutive non-finite gradients, or near-empty ones, that are tolerated.
+        explosion: The smoothed loss has exploded once it exceeds the first by this factor.
+        sigmas: The smoothed outer loss has worsened when it is this many standard errors …
+        tolerance: … and this share of the progress made above its best.
+        limit: Roll-backs in a row after which the cooling grows no more.
     """
 
     patience: int = 3
     explosion: float = 2.0
+    sigmas: float = 3.0
+    tolerance: float = 0.1
     limit: int = 10
-    skipped: int = 0
+
     first: float = math.nan
-    best: float = math.inf
-    lost: int = 0
-    quiet: int = 0
-    loud: float = 0.0
-    rollbacks: int = 0
     mean: float = math.nan
     spread: float = 0.0
     count: int = 0
-    weight: float = 0.1
-    sigmas: float = 3.0
-    tolerance: float = 0.1
+    best: float = math.inf
+    skipped: int = 0
+    quiet: int = 0
+    loudest: float = 0.0
     streak: int = 0
+    rollbacks: int = 0
 
-    def gradient(self, square_norm: float, alive: float | None = None) -> str:
-        """Judge the square norm of a training gradient: "ok", "skip" or "rollback"."""
+    _weight = 0.1  # of the newest loss in the running mean: about ten evaluations
+
+    def gradient(self, square_norm: float) -> str:
+        """Judge a training gradient by its square norm."""
         if math.isfinite(square_norm):
             self.skipped = 0
             return "ok"
         self.skipped += 1
         return "rollback" if self.skipped >= self.patience else "skip"
 
-    def pulse(self, nonzero: float) -> str:
-        """Judge the share of weights with a gradient: a dead network has next to none."""
-        self.loud = max(self.loud, nonzero)
-        self.quiet = self.quiet + 1 if nonzero < 0.1 * self.loud else 0
+    def pulse(self, share: float) -> str:
+        """Judge the share of weights whose gradient is not 0: a dead network has next to none."""
+        self.loudest = max(self.loudest, share)
+        self.quiet = self.quiet + 1 if share < 0.1 * self.loudest else 0
         return "rollback" if self.quiet >= self.patience else "ok"
 
     def loss(self, loss: float) -> str:
-        """Judge an outer loss: "best", "ok" or "rollback"."""
+        """Judge a loss at the outer point by its running mean."""
         if not math.isfinite(loss):
             return "rollback"
         if math.isnan(self.first):
             self.first = self.mean = loss
         self.count += 1
-        weight = max(self.weight, 1 / self.count)
+        weight = max(self._weight, 1 / self.count)
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
         self.mean += weight * (loss - self.mean)
         if self.mean > self.first + (self.explosion - 1) * abs(self.first):
             return "rollback"
-        noise = math.sqrt(self.spread * weight / (2 - weight))
-        if self.mean > self.best + max(self.sigmas * noise, self.tolerance * (self.first - self.best)):
+        error = math.sqrt(self.spread * weight / (2 - weight))
+        slack = max(self.sigmas * error, self.tolerance * (self.first - self.best))
+        if self.mean > self.best + slack:
             return "rollback"
         if self.mean < self.best:
             self.best, self.streak = self.mean, 0
             return "best"
         return "ok"
 
-    def rolled_back(self, why) -> float:
-        """Count a roll-back; returns by how much to cool: more each time in a row."""
+    def training_loss(self, loss: float) -> str:
+        """Judge a training loss: only one that is not finite is wrong beyond doubt."""
+        return self.gradient(loss)
+
+    def rolled_back(self, *, worsened: bool) -> float:
+        """Count a roll-back; returns by how much, in log lr, to cool.
+
+        A loss that merely worsened cools by a factor of 3; blow-ups in a row cool by 3, 9, 27, …
+        so that a run cannot be rolled back for ever.
+        """
         self.rollbacks += 1
         self.streak += 1
         self.mean = min(self.best, self.first)
-        self.skipped = self.lost = self.quiet = 0
-        return math.log(3.0) * (1 if why.startswith('loss') else min(self.streak, self.limit))
+        self.skipped = self.quiet = 0
+        return math.log(3.0) * (1 if worsened else min(self.streak, self.limit))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers to save."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -25,32 +25,43 @@ class HyperStep:
     hyperparameter at its bound leaves it at the first step that points inward.
 
     Args:
-        size: Number of shifts.
+        pace: Relative step size of each shift, shape (shifts,).
         make: Builds a torch optimizer over the one raw parameter.
         longest: Largest change of a raw value in one step.
 
     Attributes:
-        raw: The shifts, shape (size,), float64.
+        raw: The shifts, shape (shifts,), float64.
         mean: Running mean of the hypergradient.
         square: Running mean of its square.
     """
 
     memory = 0.9  # of the signal-to-noise ratio: about ten estimates
 
-    def __init__(self, size: int, make: HyperOptimizer = adam, longest: float = 0.3) -> None:
+    def __init__(
+        self, pace: Tensor, make: HyperOptimizer = adam, longest: float = 0.3
+    ) -> None:
         """Start from shifts of zero."""
-        self.raw = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+        self.pace = pace
+        self.raw = torch.zeros_like(pace, requires_grad=True)
         self.optimizer = make([self.raw])
         self.longest = longest
-        self.mean = torch.zeros(size, dtype=torch.float64)
-        self.square = torch.zeros(size, dtype=torch.float64)
+        self.mean = torch.zeros_like(pace)
+        self.square = torch.zeros_like(pace)
         self.count = 0
-        self.pace = torch.ones(size, dtype=torch.float64)
 
     @property
     def snr(self) -> Tensor:
         """Signal-to-noise ratio |mean| / root mean square, 0 (noise) … 1 (all alike)."""
         return self.mean.abs() / self.square.sqrt().clamp_min(1e-300)
+
+    def trust(self) -> Tensor:
+        """How much of a proposed step is taken: all where estimates agree, little for noise.
+
+        Over estimates of pure noise the ratio is about √((1 − β)/(1 + β)); below twice that the
+        step shrinks with the square of the ratio.
+        """
+        noise = math.sqrt((1 - self.memory) / (1 + self.memory))
+        return (self.snr / (2 * noise)).square().clamp_max(1.0)
 
     def step(self, grads: Tensor, low: Tensor, high: Tensor) -> None:
         """Move the shifts against ``grads``, within ``low`` and ``high``.
@@ -59,7 +70,7 @@ class HyperStep:
             ValueError: Hypergradients that are not finite; nothing is moved.
         """
         if not bool(torch.isfinite(grads).all()):
-            raise ValueError("hypergradients are not finite")
+            raise ValueError(f"hypergradients must be finite, got {grads.tolist()}")
         self.count += 1
         weight = 1 - min(self.memory, 1 - 1 / self.count)
         self.mean.lerp_(grads, weight)
@@ -69,18 +80,9 @@ class HyperStep:
         self.optimizer.step()
         self.raw.grad = None
         with torch.no_grad():
-            proposed = (self.raw - before).nan_to_num(0.0) * self.trust() * self.pace
+            proposed = (self.raw - before) * self.trust() * self.pace
             after = before + proposed.clamp(-self.longest, self.longest)
             self.raw.copy_(after.maximum(low).minimum(high))
-
-    def trust(self) -> Tensor:
-        """How much of a proposed step is taken: all where estimates agree, little for noise.
-
-        The ratio of a running mean over n estimates of pure noise is about 1/√n, so below that
-        the step shrinks with the square of the ratio.
-        """
-        noise = math.sqrt((1 - self.memory) / (1 + self.memory))
-        return (self.snr / (2 * noise)).square().clamp_max(1.0)
 
     def reset(self) -> None:
         """Forget the past hypergradients; the shifts stay."""

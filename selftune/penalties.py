@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from selftune._flat import Layout
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,12 @@ class AbstractPenalty(ABC):
 
     strength: float = 0.0
 
-    elementwise = True
+    name: ClassVar[str]
+    """The name of its strength among the hyperparameters."""
+    elementwise: ClassVar[bool] = True
     """Whether Ω is a sum over single weights, so that tensors may be joined."""
-    proximal = False
+    proximal: ClassVar[bool] = False
     """Whether it acts through ``prox`` in place of its gradient."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The hyperparameter's name."""
 
     @abstractmethod
     def value(self, params: Tensor) -> Tensor:
@@ -140,6 +140,37 @@ class Group(AbstractPenalty):
         norm = rows.norm(dim=1, keepdim=True)
         safe = torch.where(norm > 0, norm, torch.ones_like(norm))
         return (rows.shape[1] ** 0.5 * rows / safe).view_as(params)
+
+
+@dataclass(frozen=True)
+class Joined(AbstractPenalty):
+    """A penalty on the flat vector of many tensors, which it needs one by one.
+
+    Args:
+        strength: λ.
+        penalty: The penalty of one tensor.
+        layout: Where the tensors lie.
+    """
+
+    penalty: AbstractPenalty = L2()
+    layout: Layout | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name of the penalty it applies."""
+        return self.penalty.name
+
+    def value(self, params: Tensor) -> Tensor:
+        """The sum of Ω over the tensors."""
+        return torch.stack([self.penalty.value(p) for p in self._tensors(params)]).sum()
+
+    def gradient(self, params: Tensor) -> Tensor:
+        """The gradients of all tensors, joined."""
+        parts = [self.penalty.gradient(p) for p in self._tensors(params)]
+        return torch.cat([p.reshape(-1) for p in parts])
+
+    def _tensors(self, params: Tensor) -> list[Tensor]:
+        return [params] if self.layout is None else self.layout.views(params)
 
 
 def _rows(params: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ which C is lowest is the largest that still descends. It needs no loss and no ex
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def probe_steps(total_steps: int | None) -> int:
+    """Length of a probe: 5 % of the run, at least 8 steps and at most 100; 25 if unknown."""
+    return 25 if total_steps is None else max(8, min(100, total_steps // 20))
 
 
 @dataclass(kw_only=True)
@@ -19,17 +25,15 @@ class Probe:
     """The sweep's state: plain numbers, saved with the run.
 
     Args:
-        steps: Length of the sweep at most; it ends early once the rate is plainly too high.
+        steps: Length of the sweep at most; it ends once the rate is plainly too high.
         decades: Reach of the sweep on either side of the given rate.
         margin: The chosen rate is the largest descending one divided by this.
-        keep: The given rate is kept if it is at most this factor below the chosen one, and not
-            above the largest descending one.
     """
 
     steps: int
     decades: float = 4.0
-    margin: float = 3.0
-    keep: float = 10.0
+    margin: float = 1.5
+
     taken: int = 0
     change: float = 0.0
     lowest: float = 0.0
@@ -37,31 +41,36 @@ class Probe:
     uphill: int = 0
     ended: bool = False
 
-    @property
-    def factor(self) -> float:
-        """What the given rate is multiplied with at the present step."""
-        progress = self.taken / max(1, self.steps - 1)
-        return 10.0 ** (self.decades * (2 * progress - 1))
+    def __post_init__(self) -> None:
+        """Check the length."""
+        if self.steps < 2:
+            raise ValueError(f"probe={self.steps} must be at least 2 steps, or False for none")
+
+    def factor(self, step: int) -> float:
+        """What the given rate is multiplied with at a step of the sweep."""
+        return 10.0 ** (self.decades * (2 * step / (self.steps - 1) - 1))
 
     def observe(self, slope: float) -> bool:
-        """Take in the slope at the end of the step before; true where C is the lowest so far."""
-        last = 10.0 ** (self.decades * (2 * (self.taken - 1) / max(1, self.steps - 1) - 1))
+        """Take in the slope at the end of the last step; true where C is the lowest so far."""
         self.change += slope
-        if not math.isfinite(self.change):
-            self.ended = True
-            return False
         self.uphill = self.uphill + 1 if self.change > 0 else 0
-        if self.uphill >= 2 or self.taken >= self.steps:
+        if not math.isfinite(self.change) or self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
         if self.change < self.lowest:
-            self.lowest, self.best = self.change, last
+            self.lowest, self.best = self.change, self.factor(self.taken - 1)
             return True
         return False
 
     @property
     def choice(self) -> float:
-        """The factor for the given rate; 1 keeps it."""
-        if math.isnan(self.best):
-            return 1.0
-        chosen = self.best / self.margin
-        return 1.0 if chosen / self.keep <= 1.0 <= self.best else chosen
+        """The factor for the given rate; 1, which keeps it, if nothing descended."""
+        return 1.0 if math.isnan(self.best) else self.best / self.margin
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers to save."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        for name, value in state.items():
+            setattr(self, name, value)

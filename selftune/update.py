@@ -12,13 +12,15 @@ where λ w appears only if the rule decouples weight decay. ``rate`` is the sche
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from selftune._flat import Layout
 from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
-from selftune.penalties import L2, AbstractPenalty, ProximalL1
+from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1
 from selftune.rules._base import AbstractRule, State, Values
 from selftune.schedules import inverse_time
 
@@ -62,6 +64,16 @@ class Update:
         return {h.name: h for h in (LR, DECAY, *self.rule.hparams, WEIGHT_DECAY, *penalties)}
 
     @property
+    def tuned(self) -> tuple[str, ...]:
+        """Names tuned unless the user says otherwise: the rule's choice and all penalties."""
+        return (*self.rule.tuned, *(p.name for p in self.penalties))
+
+    @property
+    def regularizers(self) -> set[str]:
+        """Names of the strengths of decay and penalties, which say where training should end."""
+        return {"weight_decay", *(p.name for p in self.penalties)}
+
+    @property
     def _smooth(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """Gradients ∂Ω of what is added to the loss, by name of the strength."""
         terms = {p.name: p.gradient for p in self.penalties if not p.proximal}
@@ -70,6 +82,15 @@ class Update:
     @property
     def _prox(self) -> list[ProximalL1]:
         return [p for p in self.penalties if isinstance(p, ProximalL1)]
+
+    def joined(self, layout: Layout) -> Update:
+        """The same update for the flat vector of ``layout``, where penalties need whole tensors."""
+        if all(p.elementwise for p in self.penalties):
+            return self
+        penalties = [
+            p if p.elementwise else Joined(p.strength, p, layout) for p in self.penalties
+        ]
+        return replace(self, penalties=tuple(penalties))
 
     def penalised(self, params: Tensor, grads: Tensor, values: Values) -> Tensor:
         """The gradient of the loss with its penalties."""
@@ -142,6 +163,29 @@ class Transition(NamedTuple):
     after: State
     moved: Tensor
 
+    @property
+    def residual(self) -> Tensor:
+        """The gradient of everything training descends, which is 0 where training has ended.
+
+        Decoupled decay has no gradient of its own: λ w acts in units of the direction, so it is
+        brought to those of the gradient by the least-squares scale p of g ≈ p d.
+        """
+        decay = self.values["weight_decay"]
+        if not self.update.rule.decoupled or not _on(decay):
+            return self.grads
+        scale = (self.grads @ self.direction) / (self.direction @ self.direction).clamp_min(1e-30)
+        return self.grads + (scale * decay) * self.params
+
+    def masked(self, mask: Tensor) -> Transition:
+        """The same step, with the weights outside ``mask`` left as they were."""
+        return self._replace(
+            grads=self.grads * mask,
+            direction=self.direction * mask,
+            total=self.total * mask,
+            moved=torch.where(mask, self.moved, self.params),
+            after={k: torch.where(mask, v, self.state[k]) for k, v in self.after.items()},
+        )
+
     def push(self, tangents: Tangents, slopes: Mapping[str, Any], discount: float) -> Tangents:
         """Tangents after the step: ``γ (∂U/∂(w,s)) J + ∂U/∂z``, curvature dropped.
 
@@ -162,7 +206,7 @@ class Transition(NamedTuple):
         state: dict[str, State] = {}
         for row, (name, slope) in zip(tangents.params, slopes.items(), strict=True):
             if name == "lr":
-                _add(row, self.total, -rate * (slope / values["lr"]))
+                _add(row, self.total, -learning_rate({**values, "lr": slope}, clock))
             elif name == "decay":
                 share = slope * clock.step / (1 + values["decay"] * clock.step)
                 _add(row, self.total, rate * share)
@@ -198,7 +242,8 @@ class Transition(NamedTuple):
             if other == name:
                 row.sub_(sign * (rate * slope))
             elif other == "lr":
-                row.sub_(sign * (rate * (slope / self.values["lr"]) * self.values[name]))
+                share = learning_rate({**self.values, "lr": slope}, self.clock)
+                row.sub_(sign * (share * self.values[name]))
             elif other == "decay":
                 step = self.clock.step
                 share = slope * step / (1 + self.values["decay"] * step)

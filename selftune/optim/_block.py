@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from selftune._flat import Layout
 from selftune.estimators import AbstractEstimator
-from selftune.update import Clock, Tangents, Update
+from selftune.rules import AbstractRule
+from selftune.update import Tangents, Transition
+
+Entries = Sequence[dict[str, Any]]
 
 
 class Block:
@@ -19,42 +22,53 @@ class Block:
     ``entries`` are the per-parameter dictionaries of ``optimizer.state``. Whatever must be
     saved lies in them as views of the flat vectors here, and is taken up from them at
     construction, so torch's own saving and loading see ordinary optimizer state.
+
+    Args:
+        params: The parameters that are trained.
+        entries: Their state dictionaries.
+        rule: Makes fresh rule state.
+        estimator: Makes and moves tangents.
+        values: Hyperparameters and options of the group.
+        rows: Names of the tuned hyperparameters.
+        regular: Those of them that only regularize.
+        by_tensor: Whether hypergradients are kept for each tensor, or summed over them.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
-        entries: Sequence[dict[str, Any]],
-        update: Update,
+        entries: Entries,
+        rule: AbstractRule,
         estimator: AbstractEstimator,
         values: Mapping[str, Any],
         rows: Sequence[str],
+        regular: Collection[str],
+        by_tensor: bool,
     ) -> None:
-        """Join ``params`` and take up whatever ``entries`` hold already."""
         self.params = list(params)
         self.layout = Layout(params)
-        self.update = update
-        self.estimator = estimator
         self.rows = list(rows)
+        self._by_tensor = by_tensor
+        self._regular = [i for i, row in enumerate(rows) if row in regular]
+        self._estimator = estimator
         self._entries = list(entries)
-        weights = self.layout.flatten([p.detach() for p in params])
         steps = [e["step"] if "step" in e else torch.zeros(()) for e in entries]
-        self.steps = torch.stack([s.float().cpu() for s in steps])
-        self.ages = [int(s) for s in self.steps]
-        for entry, step in zip(entries, self.steps, strict=True):
+        self._steps = torch.stack([torch.as_tensor(s).float().cpu() for s in steps])
+        self._ages = self._steps.tolist()
+        for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
+        weights = self.weights()
+        self.state = {k: self._keep(k, v) for k, v in rule.init(weights, values).items()}
         self.average = self._keep("average", weights)
         self.good = self._keep("good", weights)
-        self.state = {k: self._keep(k, v) for k, v in update.rule.init(weights, values).items()}
         fresh = estimator.init(len(rows), weights)
         self.tangents = Tangents(self._keep("tangent", fresh.params), {})
-        self.response = self._keep("response", torch.zeros_like(fresh.params))
+        self.response = self._keep("response", fresh.params)
+        self.pull = self._pull(entries)
         for row in rows:
-            marks = [k for k in self.state if any(f"tangent/{row}/{k}" in e for e in entries)]
-            if marks:
-                self.tangents.state[row] = {
-                    k: self._keep(f"tangent/{row}/{k}", torch.zeros_like(weights)) for k in marks
-                }
+            for name in self.state:
+                if any(f"tangent/{row}/{name}" in e for e in entries):
+                    self._tangent_of(row, name)
 
     def _keep(self, key: str, fresh: Tensor) -> Tensor:
         """A flat vector whose views are the entries' ``key``, holding their present values."""
@@ -65,99 +79,101 @@ class Block:
             entry[key] = view
         return flat
 
-    @property
-    def touched(self) -> bool:
-        """Whether someone replaced the tensors that torch sees (load_state_dict does)."""
-        return self._entries[0].get("average") is None or (
-            self._entries[0]["average"].data_ptr() != self.average.data_ptr()
-        )
+    def _pull(self, entries: Entries) -> Tensor:
+        """Hypergradients of the training loss, averaged: shape (regularizers, tensors or 1)."""
+        holders = entries if self._by_tensor else entries[:1]
+        pull = self.average.new_zeros(len(self._regular), len(holders))
+        for entry, column in zip(holders, pull.unbind(1), strict=True):
+            if "pull" in entry:
+                column.copy_(entry["pull"])
+            entry["pull"] = column
+        return pull
 
-    def gradient(self) -> tuple[Tensor | None, Tensor | None]:
-        """The joined gradients, and a mask of the weights that have one (None: all).
-
-        None in place of the gradients means that no parameter has one.
-        """
-        grads = [p.grad for p in self.params]
-        if all(g is not None for g in grads):
-            return self.layout.flatten(grads), None  # type: ignore[arg-type]
-        if all(g is None for g in grads):
-            return None, None
-        filled = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)
-        ]
-        mask = torch.tensor([g is not None for g in grads], device=self.layout.device)
-        sizes = torch.tensor(self.layout.sizes, device=self.layout.device)
-        return self.layout.flatten(filled), mask.repeat_interleave(sizes)
+    def _tangent_of(self, row: str, name: str) -> Tensor:
+        """The kept tangent of a rule's state for one hyperparameter."""
+        kept = self.tangents.state.setdefault(row, {})
+        if name not in kept:
+            kept[name] = self._keep(f"tangent/{row}/{name}", torch.zeros_like(self.average))
+        return kept[name]
 
     def weights(self) -> Tensor:
         """The joined weights as they are now."""
         return self.layout.flatten([p.detach() for p in self.params])
 
-    def age(self) -> int | Tensor:
+    def gradient(self) -> tuple[Tensor | None, Tensor | None]:
+        """The joined gradients, None if no parameter has one, and a mask of who has (None: all)."""
+        grads = [p.grad for p in self.params]
+        present = [g is not None for g in grads]
+        if all(present):
+            return self.layout.flatten([g for g in grads if g is not None]), None
+        if not any(present):
+            return None, None
+        filled = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)
+        ]
+        mask = self.layout.expand([float(x) for x in present])
+        assert isinstance(mask, Tensor)
+        return self.layout.flatten(filled), mask.bool()
+
+    def age(self) -> float | Tensor:
         """Updates had before, for bias corrections."""
-        age = self.layout.expand([float(a) for a in self.ages])
-        return age if isinstance(age, Tensor) else int(age)
+        return self.layout.expand(self._ages)
 
     def advance(
-        self,
-        grads: Tensor,
-        mask: Tensor | None,
-        values: Mapping[str, Any],
-        slopes: Mapping[str, Any],
-        step: int,
-        rate: float,
-    ) -> Tensor:
-        """One weight step with its tangents; returns the new weights without writing them."""
-        before = self.weights()
-        clock = Clock(step, rate, self.age())
-        moved, after, transition = self.update.observed(before, grads, self.state, values, clock)
-        if mask is not None:
-            moved = torch.where(mask, moved, before)
-            after = {k: torch.where(mask, v, self.state[k]) for k, v in after.items()}
-            transition = transition._replace(
-                total=transition.total * mask, direction=transition.direction * mask
-            )
-        if self.rows:
-            tangents = self.estimator.observe(self.tangents, transition, slopes)
-            self._hold(tangents)
-        for name, value in after.items():
-            self.state[name].copy_(value)
-        counted = [p.grad is not None for p in self.params]
-        self.ages = [a + c for a, c in zip(self.ages, counted, strict=True)]
+        self, transition: Transition, slopes: Mapping[str, Any] | None, mask: Tensor | None
+    ) -> None:
+        """Take in a step: rule state, ages and, given slopes, tangents; no parameter is written."""
+        if self.rows and slopes is not None:
+            tangents = self._estimator.observe(self.tangents, transition, slopes)
+            for row, state in tangents.state.items():
+                for name, value in state.items():
+                    kept = self._tangent_of(row, name)
+                    if kept is not value:
+                        kept.copy_(value)
+        for name, value in transition.after.items():
+            self.state[name].copy_(value if mask is None else torch.where(mask, value, self.state[name]))
         if mask is None:
-            self.steps.add_(1)
+            self._steps.add_(1)
         else:
-            self.steps.add_(torch.tensor(counted, dtype=torch.float32))
-        return moved
+            self._steps.add_(torch.tensor([p.grad is not None for p in self.params]))
+        self._ages = [a + (p.grad is not None) for a, p in zip(self._ages, self.params, strict=True)]
 
-    def _hold(self, tangents: Tangents) -> None:
-        """Keep tangents of the rule's state where torch sees them."""
-        for row, state in tangents.state.items():
-            kept = self.tangents.state.setdefault(row, {})
-            for name, value in state.items():
-                if name not in kept:
-                    kept[name] = self._keep(f"tangent/{row}/{name}", torch.zeros_like(value))
-                if kept[name] is not value:
-                    kept[name].copy_(value)
-
-    def blend(self, weights: Tensor, share: float) -> None:
-        """Move the averages of weights and tangents toward the newest by ``share``."""
-        self.average.lerp_(weights, share)
+    def blend(self, transition: Transition, share: float) -> None:
+        """Move the averages of weights, tangents and training hypergradients by ``share``."""
+        self.average.lerp_(transition.moved, share)
         if self.rows:
             self.response.lerp_(self.tangents.params, share)
+        if self._regular:
+            pull = self._contract(self.response[self._regular], transition.residual)
+            self.pull.lerp_(pull, share)
 
-    def forget(self) -> None:
-        """Reset tangents, the rule's state and the average to those of a fresh start."""
-        for flat in (self.tangents.params, self.response, *self.state.values()):
+    def _contract(self, response: Tensor, grads: Tensor) -> Tensor:
+        if self._by_tensor:
+            return self.layout.sums(self._estimator.estimate(response, grads))
+        return (response @ grads).unsqueeze(1)
+
+    def signal(self, grads: Tensor) -> Tensor:
+        """dL/d(raw) for an outer gradient: shape (rows, tensors), or (rows, 1) summed over them."""
+        return self._contract(self.response, grads)
+
+    def gap(self, grads: Tensor) -> Tensor:
+        """``signal``, for regularizers less what training itself will still bring about.
+
+        A regularizer decides where training ends, and far from there the plain hypergradient
+        mostly says that training has not ended: it asks for less of any regularizer. What
+        remains after the training loss's own hypergradient is taken off is the part that more
+        training will not mend. At the end of training nothing is taken off.
+        """
+        signal = self.signal(grads)
+        signal[self._regular] -= self.pull
+        return signal
+
+    def rewind(self) -> None:
+        """Return to the good weights, with everything else as at a fresh start."""
+        self.layout.write(self.good, self.params)
+        self.average.copy_(self.good)
+        tangents = [t for state in self.tangents.state.values() for t in state.values()]
+        for flat in (self.tangents.params, self.response, self.pull, *self.state.values(), *tangents):
             flat.zero_()
-        for state in self.tangents.state.values():
-            for flat in state.values():
-                flat.zero_()
-        self.steps.zero_()
-        self.ages = [0] * len(self.ages)
-
-    def signal(self, grads: Tensor, by_tensor: bool) -> Tensor:
-        """Hypergradients summed over each tensor, shape (rows, tensors), or over all, (rows, 1)."""
-        if not by_tensor:
-            return (self.response @ grads).unsqueeze(1)
-        return self.layout.sums(self.estimator.estimate(self.response, grads))
+        self._steps.zero_()
+        self._ages = [0.0] * len(self._ages)

@@ -34,7 +34,7 @@ class Adam(AbstractRule):
 
     hparams = (BETA1, BETA2)
     decoupled = False
-    tuned = ("lr", "decay", "beta1", "weight_decay", "l1")
+    tuned = ("lr", "decay", "beta1", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:
         """Both moments at zero."""

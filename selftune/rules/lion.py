@@ -22,7 +22,7 @@ class Lion(AbstractRule):
 
     hparams = (BETA1, BETA2)
     decoupled = True
-    tuned = ("lr", "decay", "weight_decay", "l1")
+    tuned = ("lr", "decay", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:
         """A momentum of zeros."""

@@ -30,7 +30,7 @@ class RMSprop(AbstractRule):
 
     hparams = (MOMENTUM, ALPHA)
     decoupled = False
-    tuned = ("lr", "decay", "momentum", "weight_decay", "l1")
+    tuned = ("lr", "decay", "momentum", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:
         """Running means of zero."""

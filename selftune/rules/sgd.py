@@ -23,7 +23,7 @@ class SGD(AbstractRule):
 
     hparams = (MOMENTUM,)
     decoupled = False
-    tuned = ("lr", "decay", "momentum", "weight_decay", "l1")
+    tuned = ("lr", "decay", "momentum", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:
         """A momentum buffer of zeros."""

@@ -1,0 +1,97 @@
+"""What is refused, with the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters that cannot be tuned together."""
+    first: Tensor | None = None
+    for name, param in named:
+        if param.is_complex():
+            raise ValueError(f"params: {name} is complex ({param.dtype}); use torch.view_as_real")
+        if not param.is_floating_point():
+            raise ValueError(
+                f"params: {name} has dtype {param.dtype}; only floating-point tensors have gradients"
+            )
+        if param.layout != torch.strided:
+            raise ValueError(f"params: {name} is {param.layout}; only dense tensors can be tuned")
+        first = param if first is None else first
+        if param.device != first.device:
+            raise ValueError(
+                f"params: {name} is on {param.device}, others are on {first.device}; move the "
+                "model to one device, or use one optimizer for each"
+            )
+        if param.dtype != first.dtype and not {param.dtype, first.dtype} <= set(_LOW):
+            raise ValueError(
+                f"params: {name} is {param.dtype}, others are {first.dtype}; convert the model "
+                "to one dtype (float16, bfloat16 and float32 may be mixed)"
+            )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse option values outside their range."""
+    for key, value in group.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, (str, list, dict)) or value is None or key.startswith("initial_"):
+            continue
+        for number in numbers:
+            if isinstance(number, bool):
+                continue
+            if not math.isfinite(float(number)) or float(number) < 0:
+                raise ValueError(f"{key}={value!r} must be a finite number, 0 or more")
+    lr = float(group["lr"])
+    if lr <= 0:
+        raise ValueError(
+            f"lr={lr} must be above 0: a learning rate is tuned by ratios. To hold parameters "
+            "fixed, leave them out or use requires_grad_(False)"
+        )
+    for key in ("momentum", "betas", "alpha"):
+        values = group.get(key, 0.0)
+        for number in values if isinstance(values, tuple) else (values,):
+            if not float(number) < 1:
+                raise ValueError(f"{key}={values!r} must be below 1")
+
+
+def check_gradient(name: str, grad: Tensor) -> None:
+    """Refuse sparse gradients."""
+    if grad.is_sparse:
+        raise ValueError(
+            f"the gradient of {name} is sparse; build its embedding with sparse=False"
+        )
+
+
+def check_outer_loss(loss: Any) -> None:
+    """Refuse what a validation closure must not return."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"closure returned {type(loss).__name__}; return the validation loss as a tensor, "
+            "without calling .item()"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"closure returned a tensor of shape {tuple(loss.shape)}; return a scalar, "
+            "for example loss.mean()"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "closure returned a loss without a graph (detached, or computed under no_grad); "
+            "return it with its graph: its gradient is what tunes"
+        )
+
+
+def check_dependence(grads: Sequence[Tensor | None]) -> None:
+    """Refuse a loss that no parameter influences."""
+    if all(g is None for g in grads):
+        raise ValueError(
+            "closure returned a loss that does not depend on any of this optimizer's "
+            "parameters; compute it with the model that is being trained"
+        )

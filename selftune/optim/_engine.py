@@ -1,0 +1,202 @@
+"""What happens in a run: weight steps, the probe, hyperparameter steps and roll-backs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.averaging import Average
+from selftune.guard import Guard
+from selftune.monitor import Monitor
+from selftune.optim._block import Block
+from selftune.optim._buffers import Buffers
+from selftune.probe import Probe
+from selftune.tuning import MOMENTA, Tuning
+from selftune.update import Transition
+
+log = logging.getLogger("selftune")
+
+PULSE = 10  # steps between two counts of vanished gradients
+ALONE = 50  # steps without a hyper_step after which training gradients serve instead
+
+Grads = Sequence[tuple[Tensor, Tensor | None]]
+Move = Callable[[Grads, Sequence[float]], list[Transition]]
+"""Takes gradients with masks, and rates, of all blocks; returns what the weight step did."""
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Step counts of a run.
+
+    Attributes:
+        steps: Training steps taken, the probe's and skipped ones included.
+        since: Steps at the last fresh start (after the probe or a roll-back).
+        outer: Steps at the last hyperparameter step.
+        heard: Steps at the last call of ``hyper_step``.
+    """
+
+    steps: int = 0
+    since: int = 0
+    outer: int = 0
+    heard: int = 0
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """The parts of a run and how they act on one another; it knows nothing of torch's interface."""
+
+    tuning: Tuning
+    averaging: Average
+    every: int
+    probe: Probe | None
+    guard: Guard | None
+    buffers: Buffers | None
+    monitor: Monitor
+    move: Move
+    regularizers: set[str]
+    clock: Clock = field(default_factory=Clock)
+    blocks: list[Block] = field(default_factory=list)
+    slopes: list[Mapping[str, Any]] = field(default_factory=list)
+    alone: Tensor | None = None
+    saved_buffers: dict[str, Any] | None = None
+
+    @property
+    def probing(self) -> bool:
+        """Whether the start-up probe is still sweeping."""
+        return self.probe is not None and not self.probe.ended
+
+    def train(self, grads: Grads, rates: Sequence[float]) -> bool:
+        """One training step from gradients; true if hyperparameters changed."""
+        self.clock.steps += 1
+        if self.probe is not None and not self.probe.ended:
+            return self._probe_step(self.probe, grads)
+        verdict = self._verdict(grads)
+        if verdict == "rollback":
+            return self.roll_back("gradients vanished or are not finite", worsened=False)
+        if verdict == "skip":
+            return False
+        changed = self._train_alone(grads)
+        share = self.averaging.weight(self.clock.steps - self.clock.since)
+        transitions = self.move(grads, rates)
+        for block, step, slope, (_, mask) in zip(
+            self.blocks, transitions, self.slopes, grads, strict=True
+        ):
+            block.advance(step, slope, mask)
+            block.blend(step, share)
+            block.layout.write(step.moved, block.params)
+        return changed
+
+    def _verdict(self, grads: Grads) -> str:
+        if self.guard is None or grads[0][0].is_cuda:
+            return "ok"  # a GPU is not made to wait; hyper steps look at the loss there
+        verdict = self.guard.gradient(sum(float(g @ g) for g, _ in grads))
+        if verdict == "ok" and self.clock.steps % PULSE == 0:
+            alive = sum(int(torch.count_nonzero(g)) for g, _ in grads)
+            verdict = self.guard.pulse(alive / sum(g.numel() for g, _ in grads))
+        return verdict
+
+    def _probe_step(self, probe: Probe, grads: Grads) -> bool:
+        if probe.taken:
+            slope = sum(
+                float(g @ (b.weights() - b.average))
+                for b, (g, _) in zip(self.blocks, grads, strict=True)
+            )
+            if probe.observe(slope):
+                self._keep([b.weights() for b in self.blocks])
+        if probe.ended:
+            self._fresh_start()
+            self.tuning.move("lr", math.log(probe.choice))
+            log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
+            self.monitor.scalar("guard/probe", probe.choice, self.clock.steps)
+            return True
+        transitions = self.move(grads, [probe.factor(probe.taken)] * len(self.blocks))
+        for block, step in zip(self.blocks, transitions, strict=True):
+            block.average.copy_(step.params)  # the weights before the step
+            block.advance(step, None, None)
+            block.layout.write(step.moved, block.params)
+        probe.taken += 1
+        return False
+
+    def _train_alone(self, grads: Grads) -> bool:
+        """Let this training gradient, at the averaged tangents, stand in for a validation one.
+
+        It comes from a batch that the tangents have not seen, so within the first epoch it is
+        an unbiased outer gradient; a regularizer it cannot judge.
+        """
+        names = [n for n in self.tuning.names if n not in self.regularizers]
+        if not names or self.clock.steps - self.clock.heard <= ALONE:
+            return False
+        signal = self._signal([g for g, _ in grads])
+        self.alone = signal if self.alone is None else self.alone + signal
+        if self.clock.steps - self.clock.outer < self.every:
+            return False
+        self.clock.outer = self.clock.steps
+        signal, self.alone = self.alone, None
+        return self.tune(signal, names)
+
+    def _signal(self, grads: Sequence[Tensor], gap: bool = False) -> Tensor:
+        parts = [
+            b.gap(g) if gap else b.signal(g) for b, g in zip(self.blocks, grads, strict=True)
+        ]
+        return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
+
+    def outer_step(self, loss: float, grads: Sequence[Tensor]) -> bool:
+        """One hyperparameter step from the outer gradients; true if hyperparameters changed."""
+        self.clock.outer = self.clock.steps
+        if self.buffers is not None:
+            self.buffers.blend(1 - (1 - self.averaging.weight(self.clock.steps)) ** self.every)
+        if self.guard is not None:
+            verdict = self.guard.loss(loss)
+            if verdict == "rollback":
+                worsened = math.isfinite(loss)
+                return self.roll_back(f"the validation loss is {loss:.4g}", worsened=worsened)
+            if verdict == "best":
+                self._keep([b.average for b in self.blocks])
+        if not self.tuning.rows:
+            return False
+        return self.tune(self._signal(grads, gap=True), self.tuning.names)
+
+    def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
+        """Step the named hyperparameters, unless the hypergradient is not finite."""
+        if not bool(torch.isfinite(signal).all()):
+            return self.roll_back("a hypergradient is not finite", worsened=False)
+        self.tuning.step(signal, names)
+        return True
+
+    def roll_back(self, why: str, *, worsened: bool) -> bool:
+        """Return to the last good weights with a lower rate; true, as hyperparameters changed."""
+        if self.guard is None:
+            return False
+        cool = self.guard.rolled_back(worsened=worsened)
+        self._fresh_start()
+        self.tuning.hyper.reset()
+        self.tuning.move("lr", -cool)
+        if not worsened:
+            for name in MOMENTA:
+                self.tuning.move(name, -0.7)  # memory 1/(1 − μ) about halves
+        message = "step %d: %s; back to the last good weights, learning rate divided by %.3g"
+        (log.warning if self.guard.rollbacks == 1 else log.info)(
+            message, self.clock.steps, why, math.exp(cool)
+        )
+        self.monitor.scalar("guard/events", self.guard.rollbacks, self.clock.steps)
+        return True
+
+    def _keep(self, weights: Sequence[Tensor]) -> None:
+        for block, good in zip(self.blocks, weights, strict=True):
+            block.good.copy_(good)
+        if self.buffers is not None:
+            self.buffers.keep()
+
+    def _fresh_start(self) -> None:
+        for block in self.blocks:
+            block.rewind()
+        if self.buffers is not None:
+            self.buffers.restore()
+        self.alone = None
+        self.clock.since = self.clock.steps

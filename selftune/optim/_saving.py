@@ -1,0 +1,82 @@
+"""Saved runs: what is kept, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from selftune.optim._engine import Engine
+
+VERSION = 1
+
+
+def pack(engine: Engine, rule: str) -> dict[str, Any]:
+    """The engine's state as tensors, numbers and strings, which ``weights_only`` loads."""
+    return {
+        "version": VERSION,
+        "rule": rule,
+        "tuned": [f"{n} per {t.scope}" for n, t in engine.tuning.rows.items()],
+        "tuning": engine.tuning.state_dict(),
+        "clock": asdict(engine.clock),
+        "probe": None if engine.probe is None else engine.probe.state_dict(),
+        "guard": None if engine.guard is None else engine.guard.state_dict(),
+        "buffers": None if engine.buffers is None else engine.buffers.state_dict(),
+        "alone": engine.alone,
+    }
+
+
+def unpack(engine: Engine, run: Mapping[str, Any]) -> None:
+    """Put a packed state into an engine whose blocks are laid out already."""
+    engine.tuning.load_state_dict(run["tuning"])
+    for name, value in run["clock"].items():
+        setattr(engine.clock, name, value)
+    if engine.probe is not None:
+        if run["probe"] is None:
+            engine.probe.ended = True
+        else:
+            engine.probe.load_state_dict(run["probe"])
+    if engine.guard is not None and run["guard"] is not None:
+        engine.guard.load_state_dict(run["guard"])
+    engine.alone = None if run["alone"] is None else run["alone"].clone()
+    engine.saved_buffers = run["buffers"]
+    if engine.buffers is not None and run["buffers"] is not None:
+        engine.buffers.load_state_dict(run["buffers"])
+
+
+def check_state(
+    state: Mapping[str, Any], engine: Engine, rule: str, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a state of another kind of run before anything is touched."""
+    saved = state["param_groups"]
+    run = saved[0].get("selftune") if saved else None
+    if run is None:
+        raise ValueError(
+            "state_dict holds no selftune state: it is a plain torch optimizer's. Start the "
+            "self-tuned run from the model's weights alone"
+        )
+    _match("version", run["version"], VERSION)
+    _match("rule", run["rule"], rule)
+    tuned = [f"{n} per {t.scope}" for n, t in engine.tuning.rows.items()]
+    _match("set of tuned hyperparameters", list(run["tuned"]), tuned)
+    sizes = [len(g["params"]) for g in saved]
+    _match("parameter groups (sizes)", sizes, [len(g["params"]) for g in groups])
+    params = [p for g in groups for p in g["params"]]
+    order = [i for g in saved for i in g["params"]]
+    for index, param in zip(order, params, strict=True):
+        average = state["state"].get(index, {}).get("average")
+        if isinstance(average, Tensor):
+            _match(f"shape of parameter {index}", tuple(average.shape), tuple(param.shape))
+    for name, base in run["tuning"]["base"].items():
+        have = len(engine.tuning.rows[name].base)
+        _match(f"number of tensors for {name!r}", len(base), have)
+
+
+def _match(what: str, saved: Any, mine: Any) -> None:
+    if saved != mine:
+        raise ValueError(
+            f"state_dict does not fit: its {what} is {saved!r}, this optimizer's is {mine!r}. "
+            "Build the optimizer as it was when the state was saved"
+        )

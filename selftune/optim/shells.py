@@ -1,0 +1,342 @@
+"""Drop-in replacements of torch's optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from selftune import rules
+from selftune.optim._base import Params, SelfTuned
+from selftune.optim._engine import Grads
+from selftune.penalties import AbstractPenalty, L1
+from selftune.rules import AbstractRule
+from selftune.update import Clock, Transition, Update
+
+Penalties = AbstractPenalty | Sequence[AbstractPenalty] | None
+
+
+class RuleOptimizer(SelfTuned):
+    """A self-tuned optimizer whose weight step is a rule of the library."""
+
+    def __init__(
+        self,
+        params: Params,
+        rule: AbstractRule,
+        options: dict[str, Any],
+        penalty: Penalties,
+        extras: dict[str, Any],
+    ) -> None:
+        l1 = options.pop("l1")
+        listed = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty or [])
+        if l1 or "l1" in (extras.get("tune") or ()):
+            listed.append(L1(l1))
+        options |= {p.name: p.strength for p in listed}
+        super().__init__(params, options, Update(rule, tuple(listed)), **extras)
+
+    def _move(self, grads: Grads, rates: Sequence[float]) -> list[Transition]:
+        step = self._engine.clock.steps - 1
+        transitions = []
+        for block, values, rate, (flat, mask) in zip(
+            self._engine.blocks, self._values(), rates, grads, strict=True
+        ):
+            flat = -flat if values["maximize"] else flat
+            clock = Clock(step, rate, block.age())
+            update = self._update.joined(block.layout)
+            transition = update.observed(block.weights(), flat, block.state, values, clock)[2]
+            transitions.append(transition if mask is None else transition.masked(mask))
+        return transitions
+
+
+class SGD(RuleOptimizer):
+    """``torch.optim.SGD`` with hyperparameters that tune themselves.
+
+    Tuned by default: lr, momentum, weight decay, and decay where the horizon is unknown.
+
+    Args:
+        params: A module, parameters, named parameters or parameter groups.
+        lr: Learning rate at the start.
+        momentum: μ.
+        dampening: τ.
+        weight_decay: L2 penalty, added to the gradient.
+        nesterov: Nesterov's momentum.
+        decay: α of the learning rate's decay 1/(1 + αt).
+        l1: Strength of an L1 penalty.
+        penalty: Further penalties (:mod:`selftune.penalties`).
+        maximize: Ascend instead of descend.
+        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+
+    Raises:
+        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Linear(4, 1)
+        >>> opt = st.SGD(net.parameters(), lr=1e-3)
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     net(torch.ones(8, 4)).square().mean().backward()
+        ...     opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        decay: float = 0.0,
+        l1: float = 0.0,
+        penalty: Penalties = None,
+        maximize: bool = False,
+        **tuning: Any,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "decay": decay,
+            "l1": l1,
+            "maximize": maximize,
+        }
+        super().__init__(params, rules.SGD(), options, penalty, tuning)
+
+
+class Adam(RuleOptimizer):
+    """``torch.optim.Adam`` with hyperparameters that tune themselves.
+
+    Tuned by default: lr, β₁, weight decay, and decay where the horizon is unknown.
+
+    Args:
+        params: A module, parameters, named parameters or parameter groups.
+        lr: Learning rate at the start.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: L2 penalty, added to the gradient.
+        amsgrad: Use the largest second moment so far.
+        decay: α of the learning rate's decay 1/(1 + αt).
+        l1: Strength of an L1 penalty.
+        penalty: Further penalties (:mod:`selftune.penalties`).
+        maximize: Ascend instead of descend.
+        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+
+    Raises:
+        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Linear(4, 1)
+        >>> opt = st.Adam(net.parameters(), lr=1e-3)
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     net(torch.ones(8, 4)).square().mean().backward()
+        ...     opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        decay: float = 0.0,
+        l1: float = 0.0,
+        penalty: Penalties = None,
+        maximize: bool = False,
+        **tuning: Any,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "decay": decay,
+            "l1": l1,
+            "maximize": maximize,
+        }
+        super().__init__(params, rules.Adam(), options, penalty, tuning)
+
+
+class AdamW(RuleOptimizer):
+    """``torch.optim.AdamW`` with hyperparameters that tune themselves.
+
+    Tuned by default: lr, β₁, weight decay, and decay where the horizon is unknown.
+
+    Args:
+        params: A module, parameters, named parameters or parameter groups.
+        lr: Learning rate at the start.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: Decoupled weight decay.
+        amsgrad: Use the largest second moment so far.
+        decay: α of the learning rate's decay 1/(1 + αt).
+        l1: Strength of an L1 penalty.
+        penalty: Further penalties (:mod:`selftune.penalties`).
+        maximize: Ascend instead of descend.
+        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+
+    Raises:
+        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Linear(4, 1)
+        >>> opt = st.AdamW(net.parameters(), lr=1e-3)
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     net(torch.ones(8, 4)).square().mean().backward()
+        ...     opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        decay: float = 0.0,
+        l1: float = 0.0,
+        penalty: Penalties = None,
+        maximize: bool = False,
+        **tuning: Any,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "decay": decay,
+            "l1": l1,
+            "maximize": maximize,
+        }
+        super().__init__(params, rules.AdamW(), options, penalty, tuning)
+
+
+class RMSprop(RuleOptimizer):
+    """``torch.optim.RMSprop`` with hyperparameters that tune themselves.
+
+    Tuned by default: lr, momentum, weight decay, and decay where the horizon is unknown.
+
+    Args:
+        params: A module, parameters, named parameters or parameter groups.
+        lr: Learning rate at the start.
+        alpha: Smoothing constant of the mean square.
+        eps: ε.
+        weight_decay: L2 penalty, added to the gradient.
+        momentum: μ.
+        centered: Subtract the squared mean gradient.
+        decay: α of the learning rate's decay 1/(1 + αt).
+        l1: Strength of an L1 penalty.
+        penalty: Further penalties (:mod:`selftune.penalties`).
+        maximize: Ascend instead of descend.
+        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+
+    Raises:
+        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Linear(4, 1)
+        >>> opt = st.RMSprop(net.parameters(), lr=1e-2)
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     net(torch.ones(8, 4)).square().mean().backward()
+        ...     opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        decay: float = 0.0,
+        l1: float = 0.0,
+        penalty: Penalties = None,
+        maximize: bool = False,
+        **tuning: Any,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "decay": decay,
+            "l1": l1,
+            "maximize": maximize,
+        }
+        super().__init__(params, rules.RMSprop(), options, penalty, tuning)
+
+
+class Lion(RuleOptimizer):
+    """``torch.optim.Lion`` with hyperparameters that tune themselves.
+
+    Tuned by default: lr, weight decay, and decay where the horizon is unknown. torch has no Lion;
+    the signature is the authors' (Chen et al. 2023).
+
+    Args:
+        params: A module, parameters, named parameters or parameter groups.
+        lr: Learning rate at the start.
+        betas: β₁ and β₂.
+        weight_decay: Decoupled weight decay.
+        decay: α of the learning rate's decay 1/(1 + αt).
+        l1: Strength of an L1 penalty.
+        penalty: Further penalties (:mod:`selftune.penalties`).
+        maximize: Ascend instead of descend.
+        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+
+    Raises:
+        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Linear(4, 1)
+        >>> opt = st.Lion(net.parameters(), lr=1e-4)
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     net(torch.ones(8, 4)).square().mean().backward()
+        ...     opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        decay: float = 0.0,
+        l1: float = 0.0,
+        penalty: Penalties = None,
+        maximize: bool = False,
+        **tuning: Any,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "l1": l1,
+            "maximize": maximize,
+        }
+        super().__init__(params, rules.Lion(), options, penalty, tuning)

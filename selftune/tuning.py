@@ -1,0 +1,204 @@
+"""All tuned hyperparameters of a run together: what they are worth, and how they step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.hparams import SCOPES, Hparam, Tuned
+from selftune.hyperstep import HyperOptimizer, HyperStep, adam
+
+log = logging.getLogger("selftune")
+
+MOMENTA = ("momentum", "beta1")
+PACE = {name: 0.2 for name in MOMENTA}
+"""Relative step sizes: momenta repay patience (docs/ablations.md)."""
+NEGLIGIBLE = 0.03
+"""A weight decay whose shrinkage η λ T over the whole run is below this is as good as none."""
+MEMORY = 20
+"""How many times the memory 1/(1 − μ) of a tuned momentum must fit into the run."""
+HORIZON = 1000
+"""Steps a run is taken to last where nobody says."""
+
+
+class Tuning:
+    """The tuned hyperparameters and the optimizer that moves them.
+
+    Args:
+        hparams: Every hyperparameter of the update by name.
+        tune: Names of those tuned.
+        per: ``"run"``, ``"group"`` or ``"tensor"``, for all or by name: what shares one shift.
+        bounds: Narrower or wider bounds by name.
+        horizon: Steps in the run, or None.
+        make: Builds the hyper optimizer.
+
+    Raises:
+        ValueError: An unknown name in ``tune``, ``per`` or ``bounds``, or an unknown scope.
+    """
+
+    def __init__(
+        self,
+        hparams: Mapping[str, Hparam],
+        *,
+        tune: Sequence[str],
+        per: str | Mapping[str, str] = "run",
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        horizon: int | None = None,
+        make: HyperOptimizer = adam,
+    ) -> None:
+        scopes = dict.fromkeys(hparams, per) if isinstance(per, str) else dict(per)
+        limits = dict(bounds or {})
+        for argument, names in (("tune", list(tune)), ("per", scopes), ("bounds", limits)):
+            for name in names:
+                if name not in hparams:
+                    raise ValueError(f"{argument}={name!r} is unknown: use one of {list(hparams)}")
+        for name, scope in scopes.items():
+            if scope not in SCOPES:
+                raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
+        self.horizon = horizon or HORIZON
+        self.rows: dict[str, Tuned] = {}
+        for name, hparam in hparams.items():
+            if name not in tune:
+                continue
+            if name in limits:
+                hparam = hparam.bounded(*limits[name])
+            elif name in MOMENTA:
+                hparam = replace(hparam, upper=max(0.9, 1 - MEMORY / self.horizon))
+            self.rows[name] = Tuned(hparam, scopes.get(name, "run"))
+        self._bounded = set(limits)
+        self._make = make
+        self._step: HyperStep | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tuned hyperparameters, in the order of the tangents."""
+        return list(self.rows)
+
+    @property
+    def shared(self) -> bool:
+        """Whether every hyperparameter has a single shift for the whole run."""
+        return all(t.scope == "run" for t in self.rows.values())
+
+    @property
+    def hyper(self) -> HyperStep:
+        """The optimizer of the shifts."""
+        if self._step is None:
+            raise RuntimeError("no parameters yet: lay_out comes first")
+        return self._step
+
+    def lay_out(self, start: Mapping[str, Sequence[float]], groups: Sequence[int]) -> None:
+        """Take start values and groups of all segments; shifts already tuned are kept."""
+        old = None if self._step is None else self._step.state_dict()
+        sizes = {n: len(t.shift) for n, t in self.rows.items()}
+        for name, tuned in self.rows.items():
+            first = len(tuned.base) == 0
+            tuned.lay_out(start[name], groups)
+            if first and bool((tuned.shift != 0).any()):
+                log.info("%s starts within its bounds, at %.3g", name, float(tuned.values().max()))
+        if old is None or sizes != {n: len(t.shift) for n, t in self.rows.items()}:
+            paces = [torch.full_like(t.shift, PACE.get(n, 1.0)) for n, t in self.rows.items()]
+            self._step = HyperStep(_joined(paces), self._make)
+        self._write(_joined([t.shift for t in self.rows.values()]))
+
+    def slots(self, name: str) -> slice:
+        """Where a hyperparameter's shifts lie in the joined vector."""
+        start = 0
+        for other, tuned in self.rows.items():
+            if other == name:
+                return slice(start, start + len(tuned.shift))
+            start += len(tuned.shift)
+        raise KeyError(name)
+
+    def _write(self, raw: Tensor) -> None:
+        """Set all shifts, within their bounds."""
+        low, high = self.bounds()
+        raw = raw.maximum(low).minimum(high.maximum(low))
+        with torch.no_grad():
+            self.hyper.raw.copy_(raw)
+        for name, tuned in self.rows.items():
+            tuned.shift = raw[self.slots(name)].clone()
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest shifts, joined."""
+        pairs = [t.bounds() for t in self.rows.values()]
+        return _joined([p[0] for p in pairs]), _joined([p[1] for p in pairs])
+
+    def move(self, name: str, raw: float) -> None:
+        """Add to a hyperparameter's raw shifts, if it is tuned."""
+        if name in self.rows:
+            joined = self.hyper.raw.detach().clone()
+            joined[self.slots(name)] += raw
+            self._write(joined)
+
+    def step(self, signal: Tensor, names: Sequence[str]) -> None:
+        """One step along hypergradients.
+
+        Args:
+            signal: dL/d(raw) of each hyperparameter and segment, shape (hyperparameters,
+                segments), or (hyperparameters, 1) where all shifts are shared.
+            names: The hyperparameters that may move; the others stay.
+        """
+        signal = signal.to("cpu", torch.float64)
+        rows = dict(zip(self.rows, signal, strict=True))
+        coupled = "lr" in names and "momentum" in names and self.shared
+        before = self._value("momentum")
+        if coupled:
+            # Momentum moves at a constant lr / (1 − μ); otherwise both would chase the same
+            # effective rate: d log(1 − μ) / d logit μ = −μ.
+            rows["momentum"] = rows["momentum"] - before * rows["lr"]
+        self._raise_floor()
+        grads = _joined(
+            [
+                (rows[n].sum().view(1) if self.shared else t.gather(rows[n])) * (n in names)
+                for n, t in self.rows.items()
+            ]
+        )
+        self.hyper.step(grads, *self.bounds())
+        self._write(self.hyper.raw.detach().clone())
+        if coupled:
+            after = self._value("momentum")
+            self.move("lr", math.log((1 - after) / (1 - before)))
+
+    def _raise_floor(self) -> None:
+        """Keep weight decay from drifting where it does nothing and from where it is far back."""
+        if "weight_decay" not in self.rows or "lr" not in self.rows:
+            return
+        tuned = self.rows["weight_decay"]
+        memory = 1 / (1 - self._value("momentum"))
+        lower = NEGLIGIBLE / (self._value("lr") * memory * self.horizon / 2)
+        if "weight_decay" not in self._bounded:
+            tuned.hparam = replace(tuned.hparam, lower=min(lower, 0.1 * tuned.hparam.upper))
+
+    def _value(self, name: str) -> float:
+        """The largest present value of a tuned hyperparameter, 0 if it is not tuned."""
+        return float(self.rows[name].values().max()) if name in self.rows else 0.0
+
+    def signals(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean hypergradient and signal-to-noise ratio of each hyperparameter's shifts."""
+        mean, snr = self.hyper.mean, self.hyper.snr
+        return {n: (mean[self.slots(n)], snr[self.slots(n)]) for n in self.rows}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to continue bit for bit."""
+        bases = {n: t.base.clone() for n, t in self.rows.items()}
+        lower = {n: t.hparam.lower for n, t in self.rows.items()}
+        return {"hyper": self.hyper.state_dict(), "base": bases, "lower": lower}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        for name, tuned in self.rows.items():
+            tuned.base = state["base"][name].clone()
+            tuned.hparam = replace(tuned.hparam, lower=state["lower"][name])
+        self.hyper.load_state_dict(state["hyper"])
+        for name, tuned in self.rows.items():
+            tuned.shift = self.hyper.raw.detach()[self.slots(name)].clone()
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.float64)

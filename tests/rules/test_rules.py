@@ -1,0 +1,152 @@
+"""Update rules. Truths: torch.optim's own steps, the paper (Lion), and finite differences."""
+
+import pytest
+import torch
+
+from selftune import rules
+from selftune.penalties import L1, L2, Elastic, Group
+from selftune.update import Clock, Update
+
+OPTIONS = {
+    "SGD": dict(momentum=0.0, dampening=0.0, nesterov=False),
+    "Adam": dict(betas=(0.9, 0.999), eps=1e-8, amsgrad=False),
+    "AdamW": dict(betas=(0.9, 0.999), eps=1e-8, amsgrad=False),
+    "RMSprop": dict(alpha=0.99, eps=1e-8, momentum=0.0, centered=False),
+}
+TWINS = [
+    ("SGD", dict()),
+    ("SGD", dict(weight_decay=0.1)),
+    ("SGD", dict(momentum=0.9, weight_decay=0.01)),
+    ("SGD", dict(momentum=0.9, dampening=0.5)),
+    ("SGD", dict(momentum=0.8, nesterov=True, weight_decay=0.1)),
+    ("Adam", dict()),
+    ("Adam", dict(weight_decay=0.1, betas=(0.5, 0.9), eps=1e-3)),
+    ("Adam", dict(amsgrad=True, betas=(0.9, 0.6))),
+    ("AdamW", dict(weight_decay=0.3)),
+    ("AdamW", dict(weight_decay=0.3, amsgrad=True, betas=(0.0, 0.6))),
+    ("RMSprop", dict()),
+    ("RMSprop", dict(momentum=0.7, weight_decay=0.1, alpha=0.8)),
+    ("RMSprop", dict(centered=True, momentum=0.5, eps=1e-4)),
+]
+
+
+def values_of(options: dict) -> dict:
+    values = dict(lr=0.03, decay=0.0, weight_decay=0.0) | options
+    if "betas" in values:
+        values["beta1"], values["beta2"] = values.pop("betas")
+    return values
+
+
+def problem(seed: int = 0):
+    """A random quartic in five dimensions and its gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    start = torch.randn(5, generator=generator, dtype=torch.float64)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return (matrix @ w).square().sum() / 2 + w.pow(4).sum() / 4
+
+    return start, loss
+
+
+@pytest.mark.parametrize(("name", "options"), TWINS)
+def test_equals_torch_step_for_step(name: str, options: dict) -> None:
+    start, loss = problem()
+    param = torch.nn.Parameter(start.clone())
+    twin = getattr(torch.optim, name)([param], lr=0.03, **({"weight_decay": 0.0} | options))
+    update = Update(getattr(rules, name)())
+    values = values_of(OPTIONS[name] | options)
+    ours, state = start.clone(), update.rule.init(start, values)
+    for step in range(50):
+        twin.zero_grad()
+        loss(param).backward()
+        twin.step()
+        grads = torch.func.grad(loss)(ours)
+        ours, state = update(ours, grads, state, values, Clock(step, 1.0, step))
+        assert (ours - param.detach()).abs().max() <= 1e-12
+
+
+def test_lion_equals_its_paper() -> None:
+    """Algorithm 2 of Chen et al. 2023, written out."""
+    start, loss = problem()
+    beta1, beta2, lr, decay = 0.9, 0.99, 0.01, 0.1
+    theta, m = start.clone(), torch.zeros(5, dtype=torch.float64)
+    update = Update(rules.Lion())
+    values = dict(lr=lr, decay=0.0, weight_decay=decay, beta1=beta1, beta2=beta2)
+    ours, state = start.clone(), update.rule.init(start, values)
+    for step in range(50):
+        grads = torch.func.grad(loss)(theta)
+        c = beta1 * m + (1 - beta1) * grads
+        theta = theta - lr * (torch.sign(c) + decay * theta)
+        m = beta2 * m + (1 - beta2) * grads
+        ours, state = update(
+            ours, torch.func.grad(loss)(ours), state, values, Clock(step, 1.0, step)
+        )
+        assert (ours - theta).abs().max() <= 1e-12
+
+
+SMOOTH = [
+    ("SGD", dict(momentum=0.9, dampening=0.1, nesterov=False)),
+    ("SGD", dict(momentum=0.9, dampening=0.0, nesterov=True)),
+    ("Adam", dict(betas=(0.9, 0.99), eps=1e-8, amsgrad=False)),
+    ("AdamW", dict(betas=(0.9, 0.99), eps=1e-8, amsgrad=False)),
+    ("RMSprop", dict(alpha=0.9, eps=1e-8, momentum=0.5, centered=False)),
+    ("RMSprop", dict(alpha=0.9, eps=1e-8, momentum=0.5, centered=True)),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), [*SMOOTH, ("Lion", dict(betas=(0.9, 0.99)))])
+def test_gradcheck_through_every_hyperparameter(name: str, options: dict) -> None:
+    """Finite differences of four steps in lr, α, weight decay, λ₁, λ₂ and the rule's own."""
+    start, loss = problem()
+    update = Update(getattr(rules, name)(), (L1(), L2()))
+    values = values_of(options) | dict(lr=0.02, decay=0.1, weight_decay=0.05, l1=0.02, l2=0.03)
+    names = list(update.hparams)
+
+    def end(*moving: torch.Tensor) -> torch.Tensor:
+        hparams = values | dict(zip(names, moving, strict=True))
+        w, state = start, update.rule.init(start, values)
+        for step in range(4):
+            w, state = update(w, torch.func.grad(loss)(w), state, hparams, Clock(step, 1.0, step))
+        return w
+
+    inputs = [torch.tensor(values[n], dtype=torch.float64, requires_grad=True) for n in names]
+    assert torch.autograd.gradcheck(end, inputs, eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), SMOOTH)
+def test_hand_derived_tangents_equal_forward_mode(name: str, options: dict) -> None:
+    """``rule.tangent`` for each hyperparameter against ``direction_jvp``, from a random state."""
+    rule = getattr(rules, name)()
+    generator = torch.Generator().manual_seed(1)
+    w, g, other = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(3))
+    values = values_of(options)
+    for age in (0, 3, torch.tensor([0.0, 1, 2, 3, 4, 5, 6], dtype=torch.float64)):
+        state = {k: other.square() + 1 + v for k, v in rule.init(w, values).items()}
+        if name == "RMSprop" and "grad_avg" in state:
+            state["grad_avg"] = 0.1 * other
+        moved = rule.direction(g, state, values, age)
+        rows = [(None, {h.name: 0.3}) for h in rule.hparams] + [(other, {})]
+        for grads_dot, hparams_dot in rows:
+            for state_dot in ({}, {k: other * 0.2 for k in state}):
+                dots = (grads_dot, state_dot, hparams_dot)
+                want = rules.direction_jvp(rule, g, state, values, age, dots)
+                copied = (grads_dot, {k: v.clone() for k, v in state_dot.items()}, hparams_dot)
+                got = rule.tangent(g, state, values, age, moved, copied)
+                torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
+                for key, value in want[1].items():
+                    zero = torch.zeros_like(value)
+                    torch.testing.assert_close(
+                        got[1].get(key, zero), value, rtol=1e-12, atol=1e-14
+                    )
+
+
+def test_group_and_elastic_enter_the_gradient() -> None:
+    """The penalised gradient equals autograd's of J + λ₁Ω₁ + λ₂Ω₂."""
+    w = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    update = Update(rules.AdamW(), (Elastic(), Group()))
+    values = dict(weight_decay=0.0, elastic=0.3, group=0.2)
+    total = 0.3 * Elastic().value(w) + 0.2 * Group().value(w)
+    (want,) = torch.autograd.grad(total, w)
+    got = update.penalised(w.detach(), torch.zeros_like(w), values)
+    torch.testing.assert_close(got, want)
