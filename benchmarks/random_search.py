@@ -56,7 +56,9 @@ def draw(optimizer: str, seed: int) -> Start:
         return math.exp(math.log(low) + u * math.log(high / low))
 
     space = SPACES[optimizer]
-    lr, one_minus, decay_rate = (log_uniform(*space[k]) for k in ("lr", "one_minus", "weight_decay"))
+    lr, one_minus, decay_rate = (
+        log_uniform(*space[k]) for k in ("lr", "one_minus", "weight_decay")
+    )
     return Start(lr, 1 - one_minus, decay_rate, log_uniform(*DECAY))
 
 
@@ -118,4 +120,8 @@ if __name__ == "__main__":
         for optimizer in SPACES:
             runs = pool(name, optimizer, args.size, args.folder)
             losses = sorted(run["val"] for run in runs)
-            print(name, optimizer, [round(losses[int(q * (len(losses) - 1))], 4) for q in (0, 0.05, 0.15, 0.5)])
+            print(
+                name,
+                optimizer,
+                [round(losses[int(q * (len(losses) - 1))], 4) for q in (0, 0.05, 0.15, 0.5)],
+            )

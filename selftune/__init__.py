@@ -3,7 +3,7 @@
 from selftune import estimators, monitor, optim, penalties, rules, schedules
 from selftune.averaging import Average
 from selftune.estimators import OneStep, Trace
-from selftune.optim import SGD, Adam, AdamW, Lion, RMSprop
+from selftune.optim import SGD, Adam, AdamW, Lion, RMSprop, SelfTuning
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "Lion",
     "OneStep",
     "RMSprop",
+    "SelfTuning",
     "Trace",
     "estimators",
     "monitor",

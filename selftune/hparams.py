@@ -57,11 +57,11 @@ class Hparam:
         """Set the value in a parameter group, keeping a tensor a tensor."""
         key = self.option or self.name
         if self.index is not None:
-            value = tuple(value if i == self.index else v for i, v in enumerate(group[key]))
+            group[key] = tuple(value if i == self.index else v for i, v in enumerate(group[key]))
         elif isinstance(group[key], Tensor):
             group[key].fill_(value)
-            return
-        group[key] = value
+        else:
+            group[key] = value
 
     def bounded(self, lower: float, upper: float) -> Hparam:
         """The same hyperparameter within other bounds."""
@@ -72,12 +72,8 @@ class Hparam:
 
 LR = Hparam(name="lr", bijection=Log(), lower=1e-8, upper=1e2, from_zero=1e-3)
 DECAY = Hparam(name="decay", bijection=Log(), lower=1e-8, upper=1.0, from_zero=1e-5)
-WEIGHT_DECAY = Hparam(
-    name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5
-)
-MOMENTUM = Hparam(
-    name="momentum", bijection=Logit(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1
-)
+WEIGHT_DECAY = Hparam(name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5)
+MOMENTUM = Hparam(name="momentum", bijection=Logit(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1)
 
 
 def penalty_hparam(name: str) -> Hparam:

@@ -37,9 +37,7 @@ class HyperStep:
 
     memory = 0.9  # of the signal-to-noise ratio: about ten estimates
 
-    def __init__(
-        self, pace: Tensor, make: HyperOptimizer = adam, longest: float = 0.3
-    ) -> None:
+    def __init__(self, pace: Tensor, make: HyperOptimizer = adam, longest: float = 0.3) -> None:
         """Start from shifts of zero."""
         self.pace = pace
         self.raw = torch.zeros_like(pace, requires_grad=True)

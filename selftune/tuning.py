@@ -17,7 +17,7 @@ from selftune.hyperstep import HyperOptimizer, HyperStep, adam
 log = logging.getLogger("selftune")
 
 MOMENTA = ("momentum", "beta1")
-PACE = {name: 0.2 for name in MOMENTA}
+PACE = dict.fromkeys(MOMENTA, 0.2)
 """Relative step sizes: momenta repay patience (docs/ablations.md)."""
 NEGLIGIBLE = 0.03
 """A weight decay whose shrinkage η λ T over the whole run is below this is as good as none."""

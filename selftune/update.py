@@ -76,8 +76,10 @@ class Update:
     @property
     def _smooth(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """Gradients ∂Ω of what is added to the loss, by name of the strength."""
-        terms = {p.name: p.gradient for p in self.penalties if not p.proximal}
-        return terms if self.rule.decoupled else {"weight_decay": L2().gradient, **terms}
+        terms: dict[str, Callable[[Tensor], Tensor]] = {}
+        if not self.rule.decoupled:
+            terms["weight_decay"] = L2().gradient
+        return terms | {p.name: p.gradient for p in self.penalties if not p.proximal}
 
     @property
     def _prox(self) -> list[ProximalL1]:
@@ -87,9 +89,7 @@ class Update:
         """The same update for the flat vector of ``layout``, where penalties need whole tensors."""
         if all(p.elementwise for p in self.penalties):
             return self
-        penalties = [
-            p if p.elementwise else Joined(p.strength, p, layout) for p in self.penalties
-        ]
+        penalties = [p if p.elementwise else Joined(p.strength, p, layout) for p in self.penalties]
         return replace(self, penalties=tuple(penalties))
 
     def penalised(self, params: Tensor, grads: Tensor, values: Values) -> Tensor:
@@ -232,9 +232,7 @@ class Transition(NamedTuple):
             self.grads, self.state, self.values, self.clock.age, moved, dots
         )
 
-    def _push_prox(
-        self, rows: Tensor, name: str, rate: Any, slopes: Mapping[str, Any]
-    ) -> None:
+    def _push_prox(self, rows: Tensor, name: str, rate: Any, slopes: Mapping[str, Any]) -> None:
         """Soft-thresholding at η λ: zeroed weights respond to nothing, the others to η and λ."""
         sign = self.moved.sign()
         rows.mul_(sign.abs())

@@ -81,7 +81,7 @@ class Monitor:
 
             self._target = SummaryWriter(str(self._target))
         assert self._target is not None
-        return self._target  # type: ignore[return-value]
+        return self._target
 
 
 def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:

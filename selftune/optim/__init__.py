@@ -2,5 +2,6 @@
 
 from selftune.optim._base import SelfTuned
 from selftune.optim.shells import SGD, Adam, AdamW, Lion, RMSprop
+from selftune.optim.wrapper import SelfTuning
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "RMSprop", "SelfTuned"]
+__all__ = ["SGD", "Adam", "AdamW", "Lion", "RMSprop", "SelfTuned", "SelfTuning"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +25,13 @@ from selftune.optim._checks import (
     check_outer_loss,
     check_params,
 )
-from selftune.optim._engine import ALONE, Engine, Grads
+from selftune.optim._engine import ALONE, Engine
 from selftune.optim._saving import check_state, pack, unpack
+from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe, probe_steps
 from selftune.schedules import Schedule
 from selftune.tuning import Tuning
-from selftune.update import Transition, Update
+from selftune.update import Update
 
 log = logging.getLogger("selftune")
 
@@ -39,13 +39,14 @@ Params = nn.Module | Iterable[Any]
 Closure = Callable[[], Tensor]
 
 
-class SelfTuned(torch.optim.Optimizer, ABC):
+class SelfTuned(torch.optim.Optimizer):
     """A torch optimizer whose hyperparameters tune themselves by gradient.
 
     Args:
         params: A module, parameters, named parameters or parameter groups, as for torch.
         defaults: torch's options of the optimizer, and ``decay``.
-        update: The pure update whose hyperparameters are tuned.
+        update: The update whose hyperparameters are tuned.
+        stepper: Takes the weight steps.
         tune: Names of the tuned hyperparameters; by default the rule's own choice, less the
             learning rate's decay where the horizon is known.
         per: ``"run"`` (one factor for all), ``"group"`` or ``"tensor"``, for all or by name.
@@ -69,6 +70,7 @@ class SelfTuned(torch.optim.Optimizer, ABC):
         params: Params,
         defaults: dict[str, Any],
         update: Update,
+        stepper: AbstractStepper,
         *,
         tune: Sequence[str] | None = None,
         per: str | Mapping[str, str] = "run",
@@ -110,7 +112,7 @@ class SelfTuned(torch.optim.Optimizer, ABC):
             guard=Guard() if guard else None,
             buffers=None if model is None else Buffers([model]),
             monitor=Monitor(log_dir),
-            move=self._move,
+            stepper=stepper,
             regularizers=update.regularizers,
         )
         self._mirror: dict[tuple[int, str], float] = {}
@@ -118,10 +120,6 @@ class SelfTuned(torch.optim.Optimizer, ABC):
         self._built: list[int] = []
         self._told = False
         super().__init__(params, defaults)
-
-    @abstractmethod
-    def _move(self, grads: Grads, rates: Sequence[float]) -> list[Transition]:
-        """The weight step of every block; the parameters may be left unwritten."""
 
     # torch's interface
 
@@ -164,7 +162,7 @@ class SelfTuned(torch.optim.Optimizer, ABC):
         if all(g is None for g, _ in found) or self._idle(grads):
             return loss
         self._take_up_changes()
-        if self._engine.train(grads, self._rates()):
+        if self._engine.train(grads, self._values(), self._rates()):
             self._publish()
         self._advise()
         if loss is not None:
@@ -270,9 +268,10 @@ class SelfTuned(torch.optim.Optimizer, ABC):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's ``state_dict``; the run's own state lies in its first parameter group."""
+        """As torch's, with the run's own state in its first parameter group."""
         with torch.no_grad():
             self._blocks()
+        self._engine.stepper.expose(self.state)
         state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
         groups[0]["selftune"] = pack(self._engine, type(self._update.rule).__name__)
@@ -285,7 +284,7 @@ class SelfTuned(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: Another rule, set of hyperparameters, number of groups or shapes.
         """
-        blocks = self._blocks()
+        self._blocks()
         rule = type(self._update.rule).__name__
         check_state(state_dict, self._engine, rule, self.param_groups)
         groups = [dict(g) for g in state_dict["param_groups"]]
@@ -297,8 +296,8 @@ class SelfTuned(torch.optim.Optimizer, ABC):
         for index, param in zip(saved_order, params, strict=True):
             if index in state_dict["state"]:
                 self.state[param] = dict(state_dict["state"][index])
+        self._engine.stepper.adopt(self.state)
         self._built = []
-        del blocks
         self._blocks()
         unpack(self._engine, run)
         self._publish(write=False)
@@ -322,9 +321,7 @@ class SelfTuned(torch.optim.Optimizer, ABC):
         if not self._held:
             raise ValueError("params: none of the parameters requires a gradient")
         segments = [(i, self.param_groups[i]) for i in self._held for _ in trained[i]]
-        start = {
-            n: [self._start(n, g) for _, g in segments] for n in engine.tuning.rows
-        }
+        start = {n: [self._start(n, g) for _, g in segments] for n in engine.tuning.rows}
         engine.tuning.lay_out(start, [i for i, _ in segments])
         engine.blocks = [
             Block(
@@ -351,12 +348,12 @@ class SelfTuned(torch.optim.Optimizer, ABC):
     def _values(self) -> list[dict[str, Any]]:
         """Options and present hyperparameters of every block."""
         return [
-            {**self._options(self.param_groups[i]), **tuned}
+            {**self._options(self.param_groups[i]), **tuned, "index": i}
             for i, tuned in zip(self._held, self._tuned, strict=True)
         ]
 
     def _rates(self) -> list[float]:
-        """The schedule's factor for every block, times that of a torch scheduler if there is one."""
+        """The schedule's factor for every block, times that of a torch scheduler."""
         factor = self._schedule(self._engine.clock.steps)
         rates = []
         for i in self._held:

@@ -131,12 +131,16 @@ class Block:
                     if kept is not value:
                         kept.copy_(value)
         for name, value in transition.after.items():
-            self.state[name].copy_(value if mask is None else torch.where(mask, value, self.state[name]))
+            self.state[name].copy_(
+                value if mask is None else torch.where(mask, value, self.state[name])
+            )
         if mask is None:
             self._steps.add_(1)
         else:
             self._steps.add_(torch.tensor([p.grad is not None for p in self.params]))
-        self._ages = [a + (p.grad is not None) for a, p in zip(self._ages, self.params, strict=True)]
+        self._ages = [
+            a + (p.grad is not None) for a, p in zip(self._ages, self.params, strict=True)
+        ]
 
     def blend(self, transition: Transition, share: float) -> None:
         """Move the averages of weights, tangents and training hypergradients by ``share``."""
@@ -173,7 +177,13 @@ class Block:
         self.layout.write(self.good, self.params)
         self.average.copy_(self.good)
         tangents = [t for state in self.tangents.state.values() for t in state.values()]
-        for flat in (self.tangents.params, self.response, self.pull, *self.state.values(), *tangents):
+        for flat in (
+            self.tangents.params,
+            self.response,
+            self.pull,
+            *self.state.values(),
+            *tangents,
+        ):
             flat.zero_()
         self._steps.zero_()
         self._ages = [0.0] * len(self._ages)

@@ -64,9 +64,7 @@ def check_group(group: dict[str, Any]) -> None:
 def check_gradient(name: str, grad: Tensor) -> None:
     """Refuse sparse gradients."""
     if grad.is_sparse:
-        raise ValueError(
-            f"the gradient of {name} is sparse; build its embedding with sparse=False"
-        )
+        raise ValueError(f"the gradient of {name} is sparse; build its embedding with sparse=False")
 
 
 def check_outer_loss(loss: Any) -> None:

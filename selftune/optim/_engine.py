@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,22 +16,20 @@ from selftune.guard import Guard
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
+from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe
+from selftune.rules._base import Values
 from selftune.tuning import MOMENTA, Tuning
-from selftune.update import Transition
+from selftune.update import Clock, Transition
 
 log = logging.getLogger("selftune")
 
 PULSE = 10  # steps between two counts of vanished gradients
 ALONE = 50  # steps without a hyper_step after which training gradients serve instead
 
-Grads = Sequence[tuple[Tensor, Tensor | None]]
-Move = Callable[[Grads, Sequence[float]], list[Transition]]
-"""Takes gradients with masks, and rates, of all blocks; returns what the weight step did."""
-
 
 @dataclass(kw_only=True)
-class Clock:
+class Counts:
     """Step counts of a run.
 
     Attributes:
@@ -58,9 +56,9 @@ class Engine:
     guard: Guard | None
     buffers: Buffers | None
     monitor: Monitor
-    move: Move
+    stepper: AbstractStepper
     regularizers: set[str]
-    clock: Clock = field(default_factory=Clock)
+    clock: Counts = field(default_factory=Counts)
     blocks: list[Block] = field(default_factory=list)
     slopes: list[Mapping[str, Any]] = field(default_factory=list)
     alone: Tensor | None = None
@@ -71,11 +69,11 @@ class Engine:
         """Whether the start-up probe is still sweeping."""
         return self.probe is not None and not self.probe.ended
 
-    def train(self, grads: Grads, rates: Sequence[float]) -> bool:
+    def train(self, grads: Grads, values: Sequence[Values], rates: Sequence[float]) -> bool:
         """One training step from gradients; true if hyperparameters changed."""
         self.clock.steps += 1
         if self.probe is not None and not self.probe.ended:
-            return self._probe_step(self.probe, grads)
+            return self._probe_step(self.probe, grads, values)
         verdict = self._verdict(grads)
         if verdict == "rollback":
             return self.roll_back("gradients vanished or are not finite", worsened=False)
@@ -83,7 +81,7 @@ class Engine:
             return False
         changed = self._train_alone(grads)
         share = self.averaging.weight(self.clock.steps - self.clock.since)
-        transitions = self.move(grads, rates)
+        transitions = self._move(grads, values, rates)
         for block, step, slope, (_, mask) in zip(
             self.blocks, transitions, self.slopes, grads, strict=True
         ):
@@ -91,6 +89,12 @@ class Engine:
             block.blend(step, share)
             block.layout.write(step.moved, block.params)
         return changed
+
+    def _move(
+        self, grads: Grads, values: Sequence[Values], rates: Sequence[float]
+    ) -> list[Transition]:
+        clocks = [Clock(self.clock.steps - 1, rate) for rate in rates]
+        return self.stepper.move(self.blocks, values, grads, clocks)
 
     def _verdict(self, grads: Grads) -> str:
         if self.guard is None or grads[0][0].is_cuda:
@@ -101,7 +105,7 @@ class Engine:
             verdict = self.guard.pulse(alive / sum(g.numel() for g, _ in grads))
         return verdict
 
-    def _probe_step(self, probe: Probe, grads: Grads) -> bool:
+    def _probe_step(self, probe: Probe, grads: Grads, values: Sequence[Values]) -> bool:
         if probe.taken:
             slope = sum(
                 float(g @ (b.weights() - b.average))
@@ -115,7 +119,8 @@ class Engine:
             log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
             self.monitor.scalar("guard/probe", probe.choice, self.clock.steps)
             return True
-        transitions = self.move(grads, [probe.factor(probe.taken)] * len(self.blocks))
+        rates = [probe.factor(probe.taken)] * len(self.blocks)
+        transitions = self._move(grads, values, rates)
         for block, step in zip(self.blocks, transitions, strict=True):
             block.average.copy_(step.params)  # the weights before the step
             block.advance(step, None, None)
@@ -141,9 +146,7 @@ class Engine:
         return self.tune(signal, names)
 
     def _signal(self, grads: Sequence[Tensor], gap: bool = False) -> Tensor:
-        parts = [
-            b.gap(g) if gap else b.signal(g) for b, g in zip(self.blocks, grads, strict=True)
-        ]
+        parts = [b.gap(g) if gap else b.signal(g) for b, g in zip(self.blocks, grads, strict=True)]
         return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
 
     def outer_step(self, loss: float, grads: Sequence[Tensor]) -> bool:
@@ -196,6 +199,7 @@ class Engine:
     def _fresh_start(self) -> None:
         for block in self.blocks:
             block.rewind()
+        self.stepper.forget()
         if self.buffers is not None:
             self.buffers.restore()
         self.alone = None

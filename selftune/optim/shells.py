@@ -9,10 +9,10 @@ from torch import Tensor
 
 from selftune import rules
 from selftune.optim._base import Params, SelfTuned
-from selftune.optim._engine import Grads
-from selftune.penalties import AbstractPenalty, L1
+from selftune.optim._stepper import RuleStepper
+from selftune.penalties import L1, AbstractPenalty
 from selftune.rules import AbstractRule
-from selftune.update import Clock, Transition, Update
+from selftune.update import Update
 
 Penalties = AbstractPenalty | Sequence[AbstractPenalty] | None
 
@@ -33,20 +33,8 @@ class RuleOptimizer(SelfTuned):
         if l1 or "l1" in (extras.get("tune") or ()):
             listed.append(L1(l1))
         options |= {p.name: p.strength for p in listed}
-        super().__init__(params, options, Update(rule, tuple(listed)), **extras)
-
-    def _move(self, grads: Grads, rates: Sequence[float]) -> list[Transition]:
-        step = self._engine.clock.steps - 1
-        transitions = []
-        for block, values, rate, (flat, mask) in zip(
-            self._engine.blocks, self._values(), rates, grads, strict=True
-        ):
-            flat = -flat if values["maximize"] else flat
-            clock = Clock(step, rate, block.age())
-            update = self._update.joined(block.layout)
-            transition = update.observed(block.weights(), flat, block.state, values, clock)[2]
-            transitions.append(transition if mask is None else transition.masked(mask))
-        return transitions
+        update = Update(rule, tuple(listed))
+        super().__init__(params, options, update, RuleStepper(update), **extras)
 
 
 class SGD(RuleOptimizer):

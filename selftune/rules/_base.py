@@ -93,7 +93,9 @@ def direction_jvp(
     names = list(values_dot)
 
     def run(grads: Tensor, state: State, moving: list[Tensor]) -> tuple[Tensor, State]:
-        return rule.direction(grads, state, {**values, **dict(zip(names, moving, strict=True))}, age)
+        return rule.direction(
+            grads, state, {**values, **dict(zip(names, moving, strict=True))}, age
+        )
 
     def like(value: Any) -> Tensor:
         return torch.as_tensor(value, dtype=grads.dtype, device=grads.device)
@@ -104,5 +106,5 @@ def direction_jvp(
         {k: state_dot.get(k, torch.zeros_like(v)) for k, v in state.items()},
         [like(values_dot[n]).expand_as(p) for n, p in zip(names, primals[2], strict=True)],
     )
-    _, (direction, state) = torch.func.jvp(run, primals, tangents)
-    return direction, state
+    direction, after = torch.func.jvp(run, primals, tangents)[1]
+    return direction, after

@@ -12,9 +12,7 @@ from selftune.bijections import Logit
 from selftune.hparams import MOMENTUM, Hparam
 from selftune.rules._base import AbstractRule, State, Values, direction_jvp
 
-ALPHA = Hparam(
-    name="alpha", bijection=Logit(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1
-)
+ALPHA = Hparam(name="alpha", bijection=Logit(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1)
 
 
 class RMSprop(AbstractRule):

@@ -136,9 +136,7 @@ def test_hand_derived_tangents_equal_forward_mode(name: str, options: dict) -> N
                 torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
                 for key, value in want[1].items():
                     zero = torch.zeros_like(value)
-                    torch.testing.assert_close(
-                        got[1].get(key, zero), value, rtol=1e-12, atol=1e-14
-                    )
+                    torch.testing.assert_close(got[1].get(key, zero), value, rtol=1e-12, atol=1e-14)
 
 
 def test_group_and_elastic_enter_the_gradient() -> None:

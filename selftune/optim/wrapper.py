@@ -1,0 +1,60 @@
+"""Self-tuning for optimizers the library has no rule for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from selftune.optim._base import SelfTuned
+from selftune.optim._stepper import InnerStepper, Opaque
+from selftune.update import Update
+
+
+class SelfTuning(SelfTuned):
+    """Tunes the learning rate and weight decay of any torch optimizer from the outside.
+
+    The inner optimizer takes its own steps; what a step did to the weights is the direction,
+    ``d + λ w = (w − w₊)/η``. The step is taken to be proportional to the learning rate, and
+    weight decay to act as decoupled; for an optimizer that adds it to the gradient this gives
+    the sign and not the size, and steps of the hyperparameters do not depend on the size.
+
+    Args:
+        inner: The optimizer, freshly made; it is stepped by this one and not by hand.
+        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+
+    Raises:
+        TypeError: ``inner`` is not a torch optimizer, or is self-tuned already.
+        ValueError: A parameter group of ``inner`` has no ``lr``, or ``per="tensor"``.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Linear(4, 1)
+        >>> opt = st.SelfTuning(torch.optim.NAdam(net.parameters(), lr=0.01))
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     net(torch.ones(8, 4)).square().mean().backward()
+        ...     opt.step()
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, **tuning: Any) -> None:
+        if not isinstance(inner, torch.optim.Optimizer) or isinstance(inner, SelfTuned):
+            raise TypeError(
+                f"inner={type(inner).__name__} must be a plain torch optimizer, for example "
+                "torch.optim.NAdam(model.parameters())"
+            )
+        per = tuning.get("per", "run")
+        if "tensor" in ([per] if isinstance(per, str) else per.values()):
+            raise ValueError(
+                f"per={per!r}: another optimizer takes one lr a parameter group; use per='group'"
+            )
+        for group in inner.param_groups:
+            if "lr" not in group:
+                raise ValueError("inner has a parameter group without lr: nothing can be tuned")
+            group.setdefault("weight_decay", 0.0)
+        if "tune" not in tuning and not any(float(g["weight_decay"]) for g in inner.param_groups):
+            tuning["tune"] = ("lr",)
+        update = Update(Opaque())
+        options = {"weight_decay": 0.0, "decay": 0.0, **inner.defaults}
+        super().__init__(inner.param_groups, options, update, InnerStepper(inner, update), **tuning)
+        inner.param_groups = self.param_groups
