@@ -116,6 +116,7 @@ class Tuned:
             grown = torch.zeros(count, dtype=torch.float64)
             grown[: len(self.shift)] = self.shift
             self.shift = grown
+        self._measure()
         self.clamp()
 
     def _raw(self, values: Tensor) -> Tensor:
@@ -127,6 +128,13 @@ class Tuned:
         index = torch.tensor(segments)
         raw = self._raw(torch.tensor(value, dtype=torch.float64))
         self.base[index] = raw - self.shift[self.slots[index]]
+        self._measure()
+
+    def resume(self, base: Tensor, lower: float, shift: Tensor) -> None:
+        """Continue from saved values."""
+        self.base, self.shift = base.clone(), shift.clone()
+        self.hparam = replace(self.hparam, lower=lower)
+        self._measure()
 
     def values(self) -> Tensor:
         """Constrained values, one a segment; 0 where it is off."""
@@ -145,12 +153,17 @@ class Tuned:
         """How far each shift may go before one of its segments leaves the bounds."""
         ends = torch.tensor([self.hparam.lower, self.hparam.upper], dtype=torch.float64)
         lower, upper = self.hparam.bijection.inverse(ends)
-        low = torch.full_like(self.shift, -math.inf)
-        high = torch.full_like(self.shift, math.inf)
+        return lower - self._lowest, upper - self._highest
+
+    def _measure(self) -> None:
+        """Find the outermost bases of each slot, where those that are off do not count."""
+        lowest, highest = (
+            torch.full_like(self.shift, math.inf),
+            torch.full_like(self.shift, -math.inf),
+        )
         on = ~self.base.isnan()
-        low.scatter_reduce_(0, self.slots[on], lower - self.base[on], "amax")
-        high.scatter_reduce_(0, self.slots[on], upper - self.base[on], "amin")
-        return low, high
+        self._lowest = lowest.scatter_reduce(0, self.slots[on], self.base[on], "amin")
+        self._highest = highest.scatter_reduce(0, self.slots[on], self.base[on], "amax")
 
     def clamp(self) -> None:
         """Bring the shifts back within the bounds."""

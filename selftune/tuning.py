@@ -192,12 +192,10 @@ class Tuning:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        for name, tuned in self.rows.items():
-            tuned.base = state["base"][name].clone()
-            tuned.hparam = replace(tuned.hparam, lower=state["lower"][name])
         self.hyper.load_state_dict(state["hyper"])
         for name, tuned in self.rows.items():
-            tuned.shift = self.hyper.raw.detach()[self.slots(name)].clone()
+            shift = self.hyper.raw.detach()[self.slots(name)]
+            tuned.resume(state["base"][name], state["lower"][name], shift)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,6 @@ from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers, modules_called
 from selftune.optim._checks import (
     check_dependence,
-    check_gradient,
     check_group,
     check_outer_loss,
     check_params,
@@ -130,9 +129,9 @@ class SelfTuned(torch.optim.Optimizer):
         try:
             check_group(groups[-1])
             check_params(
-                (self._name(i, j), p)
+                named
                 for i, g in enumerate(groups)
-                for j, p in enumerate(g["params"])
+                for named in zip(self._names(i, g["params"]), g["params"], strict=True)
             )
         except ValueError:
             groups.pop()
@@ -149,10 +148,6 @@ class SelfTuned(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i, group in enumerate(self.param_groups):
-            for j, param in enumerate(group["params"]):
-                if param.grad is not None and param.grad.is_sparse:
-                    check_gradient(self._name(i, j), param.grad)
         blocks = self._blocks()
         found = [b.gradient() for b in blocks]
         grads = [
@@ -304,18 +299,25 @@ class SelfTuned(torch.optim.Optimizer):
 
     # inside
 
-    def _name(self, group: int, index: int) -> str:
-        names = self.param_groups[group].get("param_names")
-        return str(names[index]) if names else f"param_groups[{group}]['params'][{index}]"
+    def _names(self, index: int, params: Sequence[Tensor]) -> list[str]:
+        """What to call some of a group's parameters in errors."""
+        group = self.param_groups[index]
+        places = {id(p): j for j, p in enumerate(group["params"])}
+        given = group.get("param_names")
+        return [
+            str(given[places[id(p)]]) if given else f"param_groups[{index}][{places[id(p)]}]"
+            for p in params
+        ]
 
     def _blocks(self) -> list[Block]:
         """The blocks, built anew where parameters or their state were added or replaced."""
+        sizes = [len(g["params"]) for g in self.param_groups]
+        if sizes == self._built and not any(p.requires_grad for p in self._frozen):
+            return self._engine.blocks
         trained = [
             [p for p in g["params"] if p.requires_grad or p in self.state]
             for g in self.param_groups
         ]
-        if [len(t) for t in trained] == self._built:
-            return self._engine.blocks
         engine = self._engine
         self._held = [i for i, t in enumerate(trained) if t]
         if not self._held:
@@ -325,13 +327,14 @@ class SelfTuned(torch.optim.Optimizer):
         engine.tuning.lay_out(start, [i for i, _ in segments])
         engine.blocks = [
             Block(
-                trained[i], [self.state[p] for p in trained[i]], self._update.rule,
-                self._estimator, self._options(self.param_groups[i]), engine.tuning.names,
-                self._update.regularizers, not engine.tuning.shared,
+                trained[i], self._names(i, trained[i]), [self.state[p] for p in trained[i]],
+                self._update.rule, self._estimator, self._options(self.param_groups[i]),
+                engine.tuning.names, self._update.regularizers, not engine.tuning.shared,
             )
             for i in self._held
         ]  # fmt: skip
-        self._built = [len(t) for t in trained]
+        self._built = sizes
+        self._frozen = [p for g in self.param_groups for p in g["params"] if p not in self.state]
         self._publish()
         return engine.blocks
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selftune._flat import Layout
 from selftune.estimators import AbstractEstimator
+from selftune.optim._checks import check_gradient
 from selftune.rules import AbstractRule
 from selftune.update import Tangents, Transition
 
@@ -25,6 +26,7 @@ class Block:
 
     Args:
         params: The parameters that are trained.
+        names: What to call them in errors.
         entries: Their state dictionaries.
         rule: Makes fresh rule state.
         estimator: Makes and moves tangents.
@@ -37,6 +39,7 @@ class Block:
     def __init__(
         self,
         params: Sequence[Tensor],
+        names: Sequence[str],
         entries: Entries,
         rule: AbstractRule,
         estimator: AbstractEstimator,
@@ -49,12 +52,14 @@ class Block:
         self.layout = Layout(params)
         self.rows = list(rows)
         self._by_tensor = by_tensor
-        self._regular = [i for i, row in enumerate(rows) if row in regular]
+        # Update orders regularizers last, so their rows are one slice.
+        self._regular = slice(sum(row not in regular for row in rows), len(rows))
         self._estimator = estimator
+        self._names = list(names)
         self._entries = list(entries)
         steps = [e["step"] if "step" in e else torch.zeros(()) for e in entries]
         self._steps = torch.stack([torch.as_tensor(s).float().cpu() for s in steps])
-        self._ages = self._steps.tolist()
+        self._ages, self._lead = self._steps.tolist(), 0
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
         weights = self.weights()
@@ -82,7 +87,9 @@ class Block:
     def _pull(self, entries: Entries) -> Tensor:
         """Hypergradients of the training loss, averaged: shape (regularizers, tensors or 1)."""
         holders = entries if self._by_tensor else entries[:1]
-        pull = self.average.new_zeros(len(self._regular), len(holders))
+        pull = self.response[self._regular].new_zeros(
+            (self._regular.stop - self._regular.start, len(holders))
+        )
         for entry, column in zip(holders, pull.unbind(1), strict=True):
             if "pull" in entry:
                 column.copy_(entry["pull"])
@@ -103,21 +110,24 @@ class Block:
     def gradient(self) -> tuple[Tensor | None, Tensor | None]:
         """The joined gradients, None if no parameter has one, and a mask of who has (None: all)."""
         grads = [p.grad for p in self.params]
-        present = [g is not None for g in grads]
-        if all(present):
-            return self.layout.flatten([g for g in grads if g is not None]), None
-        if not any(present):
+        for name, grad in zip(self._names, grads, strict=True):
+            if grad is not None and grad.is_sparse:
+                check_gradient(name, grad)
+        present = [g for g in grads if g is not None]
+        if len(present) == len(grads):
+            return self.layout.flatten(present), None
+        if not present:
             return None, None
         filled = [
             torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)
         ]
-        mask = self.layout.expand([float(x) for x in present])
+        mask = self.layout.expand([float(g is not None) for g in grads])
         assert isinstance(mask, Tensor)
         return self.layout.flatten(filled), mask.bool()
 
     def age(self) -> float | Tensor:
         """Updates had before, for bias corrections."""
-        return self.layout.expand(self._ages)
+        return self.layout.expand(self._ages) + self._lead
 
     def advance(
         self, transition: Transition, slopes: Mapping[str, Any] | None, mask: Tensor | None
@@ -136,18 +146,18 @@ class Block:
             )
         if mask is None:
             self._steps.add_(1)
+            self._lead += 1
         else:
-            self._steps.add_(torch.tensor([p.grad is not None for p in self.params]))
-        self._ages = [
-            a + (p.grad is not None) for a, p in zip(self._ages, self.params, strict=True)
-        ]
+            counted = [p.grad is not None for p in self.params]
+            self._steps.add_(torch.tensor(counted))
+            self._ages = [a + c for a, c in zip(self._ages, counted, strict=True)]
 
     def blend(self, transition: Transition, share: float) -> None:
         """Move the averages of weights, tangents and training hypergradients by ``share``."""
         self.average.lerp_(transition.moved, share)
         if self.rows:
             self.response.lerp_(self.tangents.params, share)
-        if self._regular:
+        if len(self.pull):
             pull = self._contract(self.response[self._regular], transition.residual)
             self.pull.lerp_(pull, share)
 
@@ -186,4 +196,4 @@ class Block:
         ):
             flat.zero_()
         self._steps.zero_()
-        self._ages = [0.0] * len(self._ages)
+        self._ages, self._lead = [0.0] * len(self._ages), 0

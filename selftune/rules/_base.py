@@ -80,6 +80,13 @@ class AbstractRule(ABC):
         """
 
 
+def mix(old: Tensor, new: Tensor, weight: Any) -> Tensor:
+    """The running mean ``(1 − weight) · old + weight · new``, in one operation."""
+    if isinstance(weight, Tensor):
+        weight = weight.to(old.dtype)
+    return torch.lerp(old, new, weight)
+
+
 def direction_jvp(
     rule: AbstractRule,
     grads: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selftune.bijections import Logit
 from selftune.hparams import Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
 
 BETA1 = Hparam(
     name="beta1", option="betas", index=0, bijection=Logit(), lower=1e-3, upper=1 - 1e-4,
@@ -45,13 +45,13 @@ class Adam(AbstractRule):
         self, grads: Tensor, state: State, values: Values, age: int | Tensor
     ) -> tuple[Tensor, State]:
         """The bias-corrected ratio of the moments."""
-        beta1, beta2 = values["beta1"], values["beta2"]
-        mean = beta1 * state["exp_avg"] + (1 - beta1) * grads
-        square = beta2 * state["exp_avg_sq"] + (1 - beta2) * (grads * grads)
+        mean = mix(state["exp_avg"], grads, 1 - values["beta1"])
+        square = mix(state["exp_avg_sq"], grads * grads, 1 - values["beta2"])
         after: State = {"exp_avg": mean, "exp_avg_sq": square}
         if values["amsgrad"]:
             square = after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
-        return mean / _scale(square, values, age), after
+        root, factor = _scale(square, values, age)
+        return mean / root * factor, after
 
     def tangent(
         self,
@@ -73,20 +73,21 @@ class Adam(AbstractRule):
         source = (state["exp_avg"] - grads).mul_(beta1_dot)
         mean_dot = state_dot["exp_avg"].mul_(beta1).add_(source) if state_dot else source
         direction, after = moved
-        scale = _scale(after.get("max_exp_avg_sq", after["exp_avg_sq"]), values, age)
+        square = after.get("max_exp_avg_sq", after["exp_avg_sq"])
+        root, factor = _scale(square, values, age)
         correction = 1 - beta1**step
         correction_dot = -step * beta1 ** (step - 1) * beta1_dot
-        direction_dot = mean_dot / scale
+        direction_dot = (mean_dot / root).mul_(factor)
         direction_dot -= direction * (correction_dot / correction)
         return direction_dot, {"exp_avg": mean_dot}
 
 
-def _scale(square: Tensor, values: Values, age: int | Tensor) -> Tensor:
-    """``c₁ (√(v/c₂) + ε)``, so that the direction is ``m`` over it."""
+def _scale(square: Tensor, values: Values, age: Any) -> tuple[Tensor, Any]:
+    """Root r and factor f with ``d = m/r · f``: the bias corrections taken out of the tensors."""
     step = age + 1
-    correction1, correction2 = 1 - values["beta1"] ** step, 1 - values["beta2"] ** step
-    root = (square / correction2).sqrt()
-    return (root + values["eps"]) * correction1
+    root_correction = (1 - values["beta2"] ** step) ** 0.5
+    root = square.sqrt() + values["eps"] * root_correction
+    return root, root_correction / (1 - values["beta1"] ** step)
 
 
 class AdamW(AbstractRule):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.rules._base import AbstractRule, State, Values
+from selftune.rules._base import AbstractRule, State, Values, mix
 from selftune.rules.adam import BETA1, BETA2
 
 
@@ -32,9 +32,9 @@ class Lion(AbstractRule):
         self, grads: Tensor, state: State, values: Values, age: int | Tensor
     ) -> tuple[Tensor, State]:
         """The sign of the interpolation, and the momentum."""
-        beta1, beta2, mean = values["beta1"], values["beta2"], state["exp_avg"]
-        direction = (beta1 * mean + (1 - beta1) * grads).sign()
-        return direction, {"exp_avg": beta2 * mean + (1 - beta2) * grads}
+        mean = state["exp_avg"]
+        direction = mix(mean, grads, 1 - values["beta1"]).sign()
+        return direction, {"exp_avg": mix(mean, grads, 1 - values["beta2"])}
 
     def tangent(
         self,

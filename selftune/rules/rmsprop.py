@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selftune.bijections import Logit
 from selftune.hparams import MOMENTUM, Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
 
 ALPHA = Hparam(name="alpha", bijection=Logit(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1)
 
@@ -39,11 +39,11 @@ class RMSprop(AbstractRule):
         self, grads: Tensor, state: State, values: Values, age: int | Tensor
     ) -> tuple[Tensor, State]:
         """The momentum of the scaled gradients."""
-        alpha = values["alpha"]
-        square = alpha * state["square_avg"] + (1 - alpha) * (grads * grads)
+        fresh = 1 - values["alpha"]
+        square = mix(state["square_avg"], grads * grads, fresh)
         after: State = {"square_avg": square}
         if values["centered"]:
-            mean = after["grad_avg"] = torch.lerp(state["grad_avg"], grads, 1 - alpha)
+            mean = after["grad_avg"] = mix(state["grad_avg"], grads, fresh)
             root = (square - mean * mean).sqrt()
         else:
             root = square.sqrt()

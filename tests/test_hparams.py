@@ -1,0 +1,141 @@
+"""Hyperparameters and their shifts. Truths: closed forms (exp, logit), autograd, and laws."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from selftune.bijections import Log, Logit
+from selftune.hparams import DECAY, LR, MOMENTUM, WEIGHT_DECAY, Hparam, Tuned, penalty_hparam
+from selftune.rules.adam import BETA1, BETA2
+
+
+def laid_out(
+    hparam: Hparam, values: list[float], groups: list[int] | None = None, scope: str = "run"
+) -> Tuned:
+    tuned = Tuned(hparam, scope)
+    tuned.lay_out(values, list(range(len(values))) if groups is None else groups)
+    return tuned
+
+
+def test_betas_are_read_and_written_one_at_a_time() -> None:
+    """Law: writing one beta leaves the other, and a tuple stays a tuple."""
+    group: dict[str, Any] = {"betas": (0.9, 0.99)}
+    assert (BETA1.read(group), BETA2.read(group)) == (0.9, 0.99)
+    BETA1.write(group, 0.5)
+    BETA2.write(group, 0.7)
+    assert group["betas"] == (0.5, 0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_lr_stays_the_same_tensor(dtype: torch.dtype) -> None:
+    """Law: torch's capturable optimizers hold on to the tensor, so it is filled in place."""
+    tensor = torch.tensor(0.5, dtype=dtype)
+    group: dict[str, Any] = {"lr": tensor}
+    assert LR.read(group) == 0.5
+    LR.write(group, 0.25)
+    assert group["lr"] is tensor
+    assert tensor.item() == 0.25
+
+
+def test_numbers_and_renamed_options_are_read_and_written() -> None:
+    """Law: what was written is read, under the option's key and no other."""
+    renamed = Hparam(name="a", option="b", bijection=Log(), lower=0, upper=1, from_zero=0.1)
+    group: dict[str, Any] = {"b": 0.3, "lr": 1}
+    assert isinstance(LR.read(group), float)
+    renamed.write(group, 0.4)
+    assert renamed.read(group) == 0.4
+    assert group == {"b": 0.4, "lr": 1}
+
+
+@pytest.mark.parametrize(("lower", "upper"), [(1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)])
+def test_bounds_that_cross_are_refused(lower: float, upper: float) -> None:
+    """Law: lower < upper, or an error that names the hyperparameter."""
+    with pytest.raises(ValueError, match=r"bounds\['lr'\]"):
+        LR.bounded(lower, upper)
+    assert LR.bounded(0.1, 0.2).upper == 0.2
+
+
+@pytest.mark.parametrize("hparam", [LR, DECAY, WEIGHT_DECAY, MOMENTUM, BETA1, penalty_hparam("l1")])
+def test_all_zero_starts_from_zero(hparam: Hparam) -> None:
+    """Truth: ``from_zero``, which lies within the bounds and has a slope."""
+    tuned = laid_out(hparam, [0.0, 0.0])
+    assert hparam.lower <= hparam.from_zero <= hparam.upper
+    assert tuned.values().tolist() == pytest.approx([hparam.from_zero] * 2, rel=1e-12)
+    assert (tuned.slopes() > 0).all()
+
+
+@pytest.mark.parametrize("scope", ["run", "group", "tensor"])
+def test_zero_beside_others_stays_exactly_zero(scope: str) -> None:
+    """Law: no shift wakes a segment that is off, and it has no slope."""
+    tuned = laid_out(WEIGHT_DECAY, [0.0, 0.1, 0.0], [0, 1, 1], scope)
+    tuned.shift = torch.full_like(tuned.shift, 2.0)
+    assert tuned.values().tolist() == pytest.approx([0.0, 0.1 * math.exp(2), 0.0], abs=0)
+    assert tuned.slopes()[[0, 2]].tolist() == [0.0, 0.0]
+
+
+def test_one_shift_keeps_ratios_of_rates_and_of_odds() -> None:
+    """Closed form: Log multiplies all values by e^shift, Logit all odds."""
+    rates = laid_out(LR, [0.1, 0.01, 0.1])
+    rates.shift += 0.7
+    torch.testing.assert_close(
+        rates.values(), math.exp(0.7) * torch.tensor([0.1, 0.01, 0.1], dtype=torch.float64)
+    )
+    momenta = laid_out(MOMENTUM, [0.9, 0.5])
+    momenta.shift += 0.7
+    odds = momenta.values() / (1 - momenta.values())
+    torch.testing.assert_close(odds, math.exp(0.7) * torch.tensor([9.0, 1.0], dtype=torch.float64))
+
+
+SCOPES = [("run", [0, 0, 0, 0], 1), ("group", [0, 1, 1, 2], 3), ("tensor", [0, 1, 2, 3], 4)]
+
+
+@pytest.mark.parametrize(("scope", "slots", "count"), SCOPES)
+def test_scopes_share_shifts_and_gather_is_their_derivative(
+    scope: str, slots: list[int], count: int
+) -> None:
+    """Truth: autograd of Σ signal · value in the shifts equals gather(signal · slopes)."""
+    tuned = laid_out(MOMENTUM, [0.9, 0.5, 0.0, 0.1], [0, 1, 1, 2], scope)
+    assert tuned.slots.tolist() == slots
+    tuned.shift = torch.randn(count, dtype=torch.float64).requires_grad_()
+    signal = torch.randn(4, dtype=torch.float64)
+    (want,) = torch.autograd.grad((signal * Logit().forward(tuned.base + tuned.shift[slots]))[[0, 1, 3]].sum(), tuned.shift)  # fmt: skip
+    tuned.shift = tuned.shift.detach()
+    torch.testing.assert_close(tuned.gather(signal * tuned.slopes()), want)
+
+
+@pytest.mark.parametrize("scope", ["run", "group", "tensor"])
+def test_rebase_sets_some_segments_and_no_others(scope: str) -> None:
+    """Law: the value set from outside is held at the present shift; 0 turns it off."""
+    tuned = laid_out(LR, [0.1, 0.2, 0.0], [0, 0, 1], scope)
+    tuned.shift = torch.full_like(tuned.shift, -0.4)
+    before = tuned.values()
+    tuned.rebase([1, 2], 0.03)
+    assert tuned.values().tolist() == pytest.approx([float(before[0]), 0.03, 0.03], rel=1e-12)
+    tuned.rebase([0], 0.0)
+    assert tuned.values()[0] == 0
+    assert tuned.slopes()[0] == 0
+
+
+def test_lay_out_again_keeps_what_was_tuned() -> None:
+    """Law: old slots keep their shifts, new ones start from 0."""
+    tuned = laid_out(LR, [0.1, 0.2], [0, 1], "group")
+    tuned.shift = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    tuned.lay_out([0.1, 0.2, 0.3], [0, 1, 2])
+    assert tuned.shift.tolist() == [0.5, -0.5, 0.0]
+
+
+@pytest.mark.parametrize(("shift", "edge"), [(9.0, [1.0, 0.1]), (-9.0, [0.1, 0.01])])
+def test_clamp_stops_at_the_first_bound_and_keeps_the_ratio(shift: float, edge: list) -> None:
+    """Closed form: the larger value stops at ``upper``, the smaller at ``lower``; 10 : 1 stays."""
+    tuned = laid_out(LR.bounded(0.01, 1.0), [0.5, 0.05, 0.0])
+    tuned.shift += shift
+    tuned.clamp()
+    assert tuned.values().tolist() == pytest.approx([*edge, 0.0], rel=1e-12)
+
+
+def test_a_start_outside_the_bounds_is_brought_in() -> None:
+    """Closed form: the bound itself."""
+    assert float(laid_out(LR.bounded(0.01, 1.0), [5.0]).values()) == pytest.approx(1.0)
+    assert float(laid_out(LR.bounded(0.01, 1.0), [0.0]).values()) == pytest.approx(0.01)
