@@ -18,14 +18,16 @@ class Guard:
         patience: Consecutive non-finite gradients, or near-empty ones, that are tolerated.
         explosion: The smoothed loss has exploded once it exceeds the first by this factor.
         sigmas: The smoothed outer loss has worsened when it is this many standard errors …
-        tolerance: … and this share of the progress made above its best.
+        tolerance: … and this share of the progress made …
+        least: … and this share of the first loss above its best.
         limit: Roll-backs in a row after which the cooling grows no more.
     """
 
     patience: int = 3
     explosion: float = 2.0
     sigmas: float = 3.0
-    tolerance: float = 0.1
+    tolerance: float = 0.05
+    least: float = 0.02
     limit: int = 10
 
     first: float = math.nan
@@ -33,13 +35,15 @@ class Guard:
     spread: float = 0.0
     count: int = 0
     best: float = math.inf
+    training_first: float = math.nan
+    training_mean: float = math.nan
     skipped: int = 0
     quiet: int = 0
     loudest: float = 0.0
     streak: int = 0
     rollbacks: int = 0
 
-    _weight = 0.1  # of the newest loss in the running mean: about ten evaluations
+    _weight = 0.1  # of the newest loss in the running means: about ten evaluations
 
     def gradient(self, square_norm: float) -> str:
         """Judge a training gradient by its square norm."""
@@ -50,10 +54,26 @@ class Guard:
         return "rollback" if self.skipped >= self.patience else "skip"
 
     def pulse(self, share: float) -> str:
-        """Judge the share of weights whose gradient is not 0: a dead network has next to none."""
+        """Judge the share of weights whose gradient is not 0: a dead network has next to none.
+
+        So has one that has learned all there is (a hinge loss at its margin), so a run whose
+        loss has come down is not judged.
+        """
         self.loudest = max(self.loudest, share)
         self.quiet = self.quiet + 1 if share < 0.1 * self.loudest else 0
-        return "rollback" if self.quiet >= self.patience else "ok"
+        learned = self.first - self.best > 0.1 * abs(self.first) or (
+            self.training_first - self.training_mean > 0.1 * abs(self.training_first)
+        )
+        return "rollback" if self.quiet >= self.patience and not learned else "ok"
+
+    def training_loss(self, loss: float) -> str:
+        """Judge a training loss by its running mean: it may rise, but not explode."""
+        if not math.isfinite(loss):
+            return self.gradient(loss)
+        if math.isnan(self.training_first):
+            self.training_first = self.training_mean = loss
+        self.training_mean += self._weight * (loss - self.training_mean)
+        return "rollback" if self._exploded(self.training_mean, self.training_first) else "ok"
 
     def loss(self, loss: float) -> str:
         """Judge a loss at the outer point by its running mean."""
@@ -65,20 +85,18 @@ class Guard:
         weight = max(self._weight, 1 / self.count)
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
         self.mean += weight * (loss - self.mean)
-        if self.mean > self.first + (self.explosion - 1) * abs(self.first):
-            return "rollback"
         error = math.sqrt(self.spread * weight / (2 - weight))
-        slack = max(self.sigmas * error, self.tolerance * (self.first - self.best))
-        if self.mean > self.best + slack:
+        progress = self.tolerance * (self.first - self.best)
+        slack = max(self.sigmas * error, progress, self.least * abs(self.first))
+        if self._exploded(self.mean, self.first) or self.mean > self.best + slack:
             return "rollback"
         if self.mean < self.best:
             self.best, self.streak = self.mean, 0
             return "best"
         return "ok"
 
-    def training_loss(self, loss: float) -> str:
-        """Judge a training loss: only one that is not finite is wrong beyond doubt."""
-        return self.gradient(loss)
+    def _exploded(self, mean: float, first: float) -> bool:
+        return mean > first + (self.explosion - 1) * abs(first)
 
     def rolled_back(self, *, worsened: bool) -> float:
         """Count a roll-back; returns by how much, in log lr, to cool.
@@ -89,6 +107,7 @@ class Guard:
         self.rollbacks += 1
         self.streak += 1
         self.mean = min(self.best, self.first)
+        self.training_mean = min(self.training_mean, self.training_first)
         self.skipped = self.quiet = 0
         return math.log(3.0) * (1 if worsened else min(self.streak, self.limit))
 

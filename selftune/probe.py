@@ -50,10 +50,19 @@ class Probe:
         """What the given rate is multiplied with at a step of the sweep."""
         return 10.0 ** (self.decades * (2 * step / (self.steps - 1) - 1))
 
-    def observe(self, slope: float) -> bool:
-        """Take in the slope at the end of the last step; true where C is the lowest so far."""
+    def observe(self, slope: float, start: float) -> bool:
+        """Take in the slopes at the end and the start of the last step, both along it.
+
+        Two batches' gradients have little in common, so at small rates their slopes agree in
+        sign at best. A rate is too high where the loss has risen over the whole sweep and the
+        slope at the end is comparable to the one at the start.
+
+        Returns:
+            Whether C is the lowest so far.
+        """
         self.change += slope
-        self.uphill = self.uphill + 1 if self.change > 0 else 0
+        rising = self.change > 0 and slope > 0.5 * abs(start)
+        self.uphill = self.uphill + 1 if rising else 0
         if not math.isfinite(self.change) or self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
         if self.change < self.lowest:

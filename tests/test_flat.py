@@ -8,13 +8,15 @@ from torch import Tensor
 
 from selftune._flat import Layout, local
 
-SHAPES: list[tuple[int, ...]] = [(2, 3), (), (4,), (1, 2, 2)]
+SHAPES: list[tuple[int, ...]] = [(2, 3), (1,), (4,), (1, 2, 2)]
 
 
 def randoms(*dtypes: torch.dtype, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     cycled = [dtypes[i % len(dtypes)] for i in range(len(shapes))]
-    return [torch.randn(s, generator=generator).to(d) for s, d in zip(shapes, cycled, strict=True)]
+    return [
+        torch.randn(size=s, generator=generator).to(d) for s, d in zip(shapes, cycled, strict=True)
+    ]
 
 
 DTYPES = [

@@ -117,6 +117,8 @@ class SelfTuned(torch.optim.Optimizer):
         self._mirror: dict[tuple[int, str], float] = {}
         self._tuned: list[dict[str, Any]] = []
         self._built: list[int] = []
+        self._held: list[int] = []
+        self._frozen: list[Tensor] = []
         self._told = False
         super().__init__(params, defaults)
 
@@ -127,7 +129,8 @@ class SelfTuned(torch.optim.Optimizer):
         super().add_param_group(param_group)
         groups = self.param_groups
         try:
-            check_group(groups[-1])
+            options = {h.option or h.name for h in self._update.hparams.values()}
+            check_group(groups[-1], sorted(options))
             check_params(
                 named
                 for i, g in enumerate(groups)
@@ -243,6 +246,10 @@ class SelfTuned(torch.optim.Optimizer):
             with torch.no_grad():
                 engine.roll_back("the training loss is not finite", worsened=False)
                 self._publish()
+
+    def flush(self) -> None:
+        """Write what is buffered for the log; writing goes on by itself in blocks."""
+        self._engine.monitor.flush()
 
     @property
     def hparams(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
             raise ValueError(f"params: {name} is complex ({param.dtype}); use torch.view_as_real")
         if not param.is_floating_point():
             raise ValueError(
-                f"params: {name} has dtype {param.dtype}; only floating-point tensors have gradients"
+                f"params: {name} has dtype {param.dtype}; only floating-point tensors are trained"
             )
         if param.layout != torch.strided:
             raise ValueError(f"params: {name} is {param.layout}; only dense tensors can be tuned")
@@ -37,28 +37,20 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Refuse option values outside their range."""
-    for key, value in group.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, (str, list, dict)) or value is None or key.startswith("initial_"):
-            continue
-        for number in numbers:
-            if isinstance(number, bool):
-                continue
-            if not math.isfinite(float(number)) or float(number) < 0:
+def check_group(group: Mapping[str, Any], options: Iterable[str]) -> None:
+    """Refuse values of a parameter group's ``options`` that are outside their range."""
+    for key in options:
+        value = group[key]
+        for number in value if isinstance(value, tuple) else (value,):
+            if not 0 <= float(number) < math.inf:
                 raise ValueError(f"{key}={value!r} must be a finite number, 0 or more")
-    lr = float(group["lr"])
-    if lr <= 0:
+            if key in ("momentum", "betas", "alpha") and float(number) >= 1:
+                raise ValueError(f"{key}={value!r} must be below 1")
+    if float(group["lr"]) <= 0:
         raise ValueError(
-            f"lr={lr} must be above 0: a learning rate is tuned by ratios. To hold parameters "
-            "fixed, leave them out or use requires_grad_(False)"
+            f"lr={float(group['lr'])} must be above 0: a learning rate is tuned by ratios. To "
+            "hold parameters fixed, leave them out or use requires_grad_(False)"
         )
-    for key in ("momentum", "betas", "alpha"):
-        values = group.get(key, 0.0)
-        for number in values if isinstance(values, tuple) else (values,):
-            if not float(number) < 1:
-                raise ValueError(f"{key}={values!r} must be below 1")
 
 
 def check_gradient(name: str, grad: Tensor) -> None:

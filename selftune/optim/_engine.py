@@ -82,6 +82,8 @@ class Engine:
         changed = self._train_alone(grads)
         share = self.averaging.weight(self.clock.steps - self.clock.since)
         transitions = self._move(grads, values, rates)
+        if self.guard is not None and not self._finite(transitions):
+            return self.roll_back("a step led to weights that are not finite", worsened=False)
         for block, step, slope, (_, mask) in zip(
             self.blocks, transitions, self.slopes, grads, strict=True
         ):
@@ -96,9 +98,15 @@ class Engine:
         clocks = [Clock(self.clock.steps - 1, rate) for rate in rates]
         return self.stepper.move(self.blocks, values, grads, clocks)
 
+    def _finite(self, transitions: Sequence[Transition]) -> bool:
+        """Whether a step may be written; not asked of a GPU at every step, which would wait."""
+        if transitions[0].moved.is_cuda and self.clock.steps % PULSE:
+            return True
+        return all(math.isfinite(float(t.moved.sum())) for t in transitions)
+
     def _verdict(self, grads: Grads) -> str:
-        if self.guard is None or grads[0][0].is_cuda:
-            return "ok"  # a GPU is not made to wait; hyper steps look at the loss there
+        if self.guard is None or (grads[0][0].is_cuda and self.clock.steps % PULSE):
+            return "ok"
         verdict = self.guard.gradient(sum(float(g @ g) for g, _ in grads))
         if verdict == "ok" and self.clock.steps % PULSE == 0:
             alive = sum(int(torch.count_nonzero(g)) for g, _ in grads)
@@ -107,11 +115,10 @@ class Engine:
 
     def _probe_step(self, probe: Probe, grads: Grads, values: Sequence[Values]) -> bool:
         if probe.taken:
-            slope = sum(
-                float(g @ (b.weights() - b.average))
-                for b, (g, _) in zip(self.blocks, grads, strict=True)
-            )
-            if probe.observe(slope):
+            steps = [b.weights() - b.average for b in self.blocks]
+            slope = sum(float(g @ d) for (g, _), d in zip(grads, steps, strict=True))
+            start = sum(float(b.response[0] @ d) for b, d in zip(self.blocks, steps, strict=True))
+            if probe.observe(slope, start):
                 self._keep([b.weights() for b in self.blocks])
         if probe.ended:
             self._fresh_start()
@@ -121,8 +128,10 @@ class Engine:
             return True
         rates = [probe.factor(probe.taken)] * len(self.blocks)
         transitions = self._move(grads, values, rates)
-        for block, step in zip(self.blocks, transitions, strict=True):
-            block.average.copy_(step.params)  # the weights before the step
+        for block, step, (flat, _) in zip(self.blocks, transitions, grads, strict=True):
+            # Not in use yet, these hold the weights and the gradient before the step.
+            block.average.copy_(step.params)
+            block.response[0].copy_(flat)
             block.advance(step, None, None)
             block.layout.write(step.moved, block.params)
         probe.taken += 1
@@ -143,6 +152,8 @@ class Engine:
             return False
         self.clock.outer = self.clock.steps
         signal, self.alone = self.alone, None
+        if self.clock.steps % (10 * self.every) < self.every:
+            self._keep([b.average for b in self.blocks])  # nothing else says which are good
         return self.tune(signal, names)
 
     def _signal(self, grads: Sequence[Tensor], gap: bool = False) -> Tensor:

@@ -1,0 +1,121 @@
+"""BatchNorm. Truths: the model's own statistics before, and a second pass written out by hand."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selftune as st
+
+KEYS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(16, 3, generator=torch.Generator().manual_seed(step)) + 2
+
+
+def network(momentum: float | None = 0.1) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=momentum), nn.ReLU(), nn.Linear(4, 1)
+    )
+
+
+def statistics(net: nn.Module) -> dict[str, Tensor]:
+    return {k: getattr(net[1], k).clone() for k in KEYS}
+
+
+def weight_step(net: nn.Module, opt: st.SGD, step: int) -> None:
+    net.train()
+    opt.zero_grad()
+    (net(batch(step)) - 1).square().mean().backward()
+    opt.step()
+
+
+def outer(net: nn.Module) -> Callable[[], Tensor]:
+    return lambda: (net(batch(1000)) - 1).square().mean()
+
+
+MAKES = {
+    "parameters": lambda n: st.SGD(n.parameters(), lr=0.05, probe=False),
+    "module": lambda n: st.SGD(n, lr=0.05, probe=False),
+    "list": lambda n: st.SGD(list(n.parameters()), lr=0.05, probe=False),
+    "groups": lambda n: st.SGD([{"params": m.parameters()} for m in n], lr=0.05, probe=False),
+    "model": lambda n: st.SGD(n.parameters(), lr=0.05, probe=False, model=n),
+}
+every_make = pytest.mark.parametrize("kind", MAKES)
+
+
+@every_make
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["", "cumulative"])
+def test_hyper_step_leaves_the_statistics(kind: str, mode: bool, momentum: float | None) -> None:
+    # BUG: num_batches_tracked counts validation passes; without the module, the first call's
+    # pass stays in the running statistics of training.
+    net = network(momentum)
+    opt = MAKES[kind](net)
+    for step in range(20):
+        weight_step(net, opt, step)
+        net.train(mode)
+        before = statistics(net)
+        opt.hyper_step(outer(net))
+        torch.testing.assert_close(statistics(net), before, rtol=0, atol=0)
+
+
+@every_make
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_averaged_shows_fitting_statistics_and_restores(kind: str, mode: bool) -> None:
+    """At the averaged weights, evaluation agrees with fresh statistics of those weights."""
+    net = network()
+    opt = MAKES[kind](net)
+    for step in range(120):
+        weight_step(net, opt, step)
+        net.train(mode)
+        opt.hyper_step(outer(net))
+    before, weights = statistics(net), copy.deepcopy(net.state_dict())
+    with opt.averaged():
+        shown = statistics(net)
+        net.eval()
+        hidden = net[0](torch.cat([batch(s) for s in range(60, 120)]))
+    assert not torch.equal(shown["running_mean"], before["running_mean"])
+    # Loose: statistics are averages over some 30 hyper steps in which the weights moved.
+    scale = hidden.std(0)
+    assert ((shown["running_mean"] - hidden.mean(0)).abs() < 0.5 * scale).all()
+    assert (shown["running_var"].sqrt() / scale).log().abs().max() < 0.5
+    torch.testing.assert_close(net.state_dict(), weights, rtol=0, atol=0)
+
+
+@every_make
+def test_averaged_inside_averaged_shows_the_same(kind: str) -> None:
+    # BUG: the second entry swaps the training statistics back in.
+    net = network()
+    opt = MAKES[kind](net)
+    for step in range(20):
+        weight_step(net, opt, step)
+        opt.hyper_step(outer(net))
+    with opt.averaged():
+        shown = copy.deepcopy(net.state_dict())
+        with opt.averaged():
+            torch.testing.assert_close(net.state_dict(), shown, rtol=0, atol=0)
+        torch.testing.assert_close(net.state_dict(), shown, rtol=0, atol=0)
+
+
+def test_hyper_step_inside_averaged_is_the_one_outside() -> None:
+    # BUG: the closure then sees averaged weights with training statistics.
+    losses, ends = [], []
+    for inside in (False, True):
+        net = network()
+        opt = MAKES["module"](net)
+        for step in range(20):
+            weight_step(net, opt, step)
+        net.eval()
+        if inside:
+            with opt.averaged():
+                losses.append(opt.hyper_step(outer(net)))
+        else:
+            losses.append(opt.hyper_step(outer(net)))
+        ends.append(net.state_dict())
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)

@@ -1,0 +1,66 @@
+"""States of another run are refused whole. Truth: a run that was never offered one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import selftune as st
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def train(net: nn.Module, opt: st.SGD, steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        x, xv = torch.randn(2, 16, 4)
+        opt.zero_grad()
+        cross_entropy(net(x), (x.sum(1) > 0).long()).backward()
+        opt.step()
+        opt.hyper_step(lambda xv=xv: cross_entropy(net(xv), (xv.sum(1) > 0).long()))
+
+
+def snapshot(net: nn.Module, opt: st.SGD) -> dict[str, Tensor]:
+    hparams = {k: torch.tensor(v) for k, v in opt.hparams.items()}
+    with opt.averaged():
+        shown = {f"averaged {k}": v.clone() for k, v in net.state_dict().items()}
+    return shown | hparams | {k: v.clone() for k, v in net.state_dict().items()}
+
+
+def groups_of(net: nn.Module) -> list[dict]:
+    return [{"params": net[0].parameters()}, {"params": net[2].parameters()}]
+
+
+OTHERS = {
+    "rule": lambda n: st.Adam(n.parameters()),
+    "tuned": lambda n: st.SGD(n.parameters(), tune=("lr",)),
+    "per group": lambda n: st.SGD(n.parameters(), per="group"),
+    "shape": lambda n: st.SGD(nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 2))),
+    "groups": lambda n: st.SGD(groups_of(n)),
+    "size": lambda n: st.SGD(n[0].parameters()),
+    "plain torch": lambda n: torch.optim.SGD(n.parameters(), momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_an_unfitting_state_is_refused_whole(kind: str) -> None:
+    net, other = network(), network()
+    foreign = OTHERS[kind](other)
+    for group in foreign.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    foreign.step()
+    ends = []
+    for disturbed in (True, False):
+        net = network()
+        opt = st.SGD(net.parameters(), lr=0.02)
+        train(net, opt, range(60))
+        if disturbed:
+            with pytest.raises(ValueError, match="state_dict"):
+                opt.load_state_dict(foreign.state_dict())
+        train(net, opt, range(60, 80))
+        ends.append(snapshot(net, opt))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)

@@ -1,0 +1,121 @@
+"""The guard. Truths: its definitions on sequences made to be judged, and laws of noise."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from selftune.guard import Guard
+
+
+def falling(start: float = 2.0, end: float = 0.5, steps: int = 60) -> list[float]:
+    return [end + (start - end) * math.exp(-t / 8) for t in range(steps)]
+
+
+def noise(steps: int, seed: int) -> list[float]:
+    return torch.randn(steps, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def trained() -> Guard:
+    guard = Guard()
+    assert {guard.loss(x) for x in falling()} == {"best"}
+    return guard
+
+
+def test_steady_progress_is_best_all_along() -> None:
+    """Law: the running mean of a falling sequence falls; the best is that mean."""
+    guard = trained()
+    assert guard.best == guard.mean
+    assert 0.5 < guard.best < 0.6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_losses_that_are_not_finite_are_rolled_back(bad: float) -> None:
+    """Law: at once, at the first loss or later, and without a trace in the running mean."""
+    guard = trained()
+    mean = guard.mean
+    assert guard.loss(bad) == "rollback"
+    assert guard.mean == mean
+    assert Guard().loss(bad) == "rollback"
+
+
+@pytest.mark.parametrize(("method", "bad"), [("gradient", math.inf), ("training_loss", math.nan)])
+def test_a_few_bad_steps_are_skipped(method: str, bad: float) -> None:
+    """Law: skipped until ``patience`` in a row; a good one between starts the count anew."""
+    guard = Guard(patience=3)
+    judge = getattr(guard, method)
+    verdicts = [judge(x) for x in (1.0, bad, bad, 1.0, bad, bad, bad)]
+    assert verdicts == ["ok", "skip", "skip", "ok", "skip", "skip", "rollback"]
+    guard.rolled_back(worsened=False)
+    assert judge(bad) == "skip"
+
+
+def test_a_dead_network_is_noticed() -> None:
+    """Law: relative to the liveliest so far, so sparse gradients alone are no alarm."""
+    guard = Guard(patience=2)
+    assert [guard.pulse(s) for s in (0.02, 0.03, 0.02, 0.001, 0.03)] == ["ok"] * 5
+    assert [guard.pulse(s) for s in (0.001, 0.0)] == ["ok", "rollback"]
+
+
+@pytest.mark.parametrize("first", [2.0, -2.0])
+def test_explosion_from_the_start(first: float) -> None:
+    """Closed form: alarm once the mean is above first + |first|, not before."""
+    guard = Guard(sigmas=math.inf)
+    assert guard.loss(first) == "best"
+    verdicts = []
+    while not verdicts or verdicts[-1] != "rollback":
+        verdicts.append(guard.loss(first + 1.05 * abs(first)))
+        assert (verdicts[-1] == "rollback") == (guard.mean > first + abs(first))
+    assert len(verdicts) > 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("jump", [0.0, 0.8])
+def test_worsening_is_noticed_and_a_noisy_plateau_is_not(jump: float, seed: int) -> None:
+    """Law: after progress of 1.5, noise of 0.1 is no alarm in 500 evaluations; 0.8 more is."""
+    guard = Guard()
+    for x, e in zip(falling(), noise(60, seed), strict=True):
+        assert guard.loss(x + 0.1 * e) != "rollback"
+    verdicts = [guard.loss(0.5 + jump + 0.1 * e) for e in noise(500, seed + 100)]
+    assert ("rollback" in verdicts) == bool(jump)
+    if jump:
+        assert verdicts.index("rollback") < 20
+
+
+def test_a_single_outlier_is_no_alarm() -> None:
+    """Law: one evaluation far off raises the noise as well as the mean."""
+    guard = trained()
+    assert guard.loss(1.5) == "ok"
+    assert [guard.loss(0.5) for _ in range(20)].count("rollback") == 0
+
+
+def test_cooling_grows_for_blow_ups_in_a_row() -> None:
+    """Closed form: 3, 9, 27, … up to the limit; 3 for a loss that worsened; anew after a best."""
+    guard = Guard(limit=4)
+    guard.loss(1.0)
+    factors = [math.exp(guard.rolled_back(worsened=False)) for _ in range(6)]
+    assert factors == pytest.approx([3, 9, 27, 81, 81, 81])
+    assert math.exp(guard.rolled_back(worsened=True)) == pytest.approx(3)
+    assert guard.loss(0.5) == "best"
+    assert math.exp(guard.rolled_back(worsened=False)) == pytest.approx(3)
+    assert guard.rollbacks == 8
+
+
+def test_after_a_roll_back_the_good_level_is_no_alarm() -> None:
+    """Law: back at the best weights, losses like the best are judged as such."""
+    guard = trained()
+    while guard.loss(1.4) != "rollback":
+        assert guard.count < 100
+    guard.rolled_back(worsened=True)
+    assert "rollback" not in [guard.loss(guard.best + 0.01) for _ in range(30)]
+
+
+def test_state_round_trip_through_json() -> None:
+    """Law: the judgements to come are the same."""
+    guard, other = trained(), Guard()
+    guard.gradient(math.nan)
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert other == guard
+    to_come = [0.5, 0.7, 1.9, 1.9, 1.9]
+    assert [guard.loss(x) for x in to_come] == [other.loss(x) for x in to_come]
