@@ -49,7 +49,7 @@ class Layout:
         """The tensors as views of ``flat``; leading dimensions of ``flat`` are kept."""
         lead = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
-        return [p.view(*lead, *s) for p, s in zip(parts, self.shapes, strict=True)]
+        return [p.view((*lead, *s)) for p, s in zip(parts, self.shapes, strict=True)]
 
     def write(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
         """Copy the vector's values into ``tensors``, in place."""

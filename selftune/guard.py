@@ -25,7 +25,7 @@ class Guard:
 
     patience: int = 3
     explosion: float = 2.0
-    sigmas: float = 3.0
+    sigmas: float = 4.0
     tolerance: float = 0.05
     least: float = 0.02
     limit: int = 10
@@ -35,9 +35,11 @@ class Guard:
     spread: float = 0.0
     count: int = 0
     best: float = math.inf
+    best_error: float = 0.0
     training_first: float = math.nan
     training_mean: float = math.nan
     skipped: int = 0
+    missed: int = 0
     quiet: int = 0
     loudest: float = 0.0
     streak: int = 0
@@ -53,14 +55,14 @@ class Guard:
         self.skipped += 1
         return "rollback" if self.skipped >= self.patience else "skip"
 
-    def pulse(self, share: float) -> str:
-        """Judge the share of weights whose gradient is not 0: a dead network has next to none.
+    def pulse(self, alive: float) -> str:
+        """Judge the number of weights whose gradient is not 0: a dead network has next to none.
 
         So has one that has learned all there is (a hinge loss at its margin), so a run whose
         loss has come down is not judged.
         """
-        self.loudest = max(self.loudest, share)
-        self.quiet = self.quiet + 1 if share < 0.1 * self.loudest else 0
+        self.loudest = max(self.loudest, alive)
+        self.quiet = self.quiet + 1 if alive < 0.1 * self.loudest else 0
         learned = self.first - self.best > 0.1 * abs(self.first) or (
             self.training_first - self.training_mean > 0.1 * abs(self.training_first)
         )
@@ -69,14 +71,20 @@ class Guard:
     def training_loss(self, loss: float) -> str:
         """Judge a training loss by its running mean: it may rise, but not explode."""
         if not math.isfinite(loss):
-            return self.gradient(loss)
+            self.missed += 1
+            return "rollback" if self.missed >= self.patience else "skip"
+        self.missed = 0
         if math.isnan(self.training_first):
             self.training_first = self.training_mean = loss
         self.training_mean += self._weight * (loss - self.training_mean)
         return "rollback" if self._exploded(self.training_mean, self.training_first) else "ok"
 
     def loss(self, loss: float) -> str:
-        """Judge a loss at the outer point by its running mean."""
+        """Judge a loss at the outer point by its running mean.
+
+        The lowest of many noisy means lies below the truth, and the first few have no error to
+        speak of: both means' errors count, and no alarm is given before ten evaluations.
+        """
         if not math.isfinite(loss):
             return "rollback"
         if math.isnan(self.first):
@@ -86,17 +94,22 @@ class Guard:
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
         self.mean += weight * (loss - self.mean)
         error = math.sqrt(self.spread * weight / (2 - weight))
-        progress = self.tolerance * (self.first - self.best)
-        slack = max(self.sigmas * error, progress, self.least * abs(self.first))
-        if self._exploded(self.mean, self.first) or self.mean > self.best + slack:
+        slack = max(
+            self.sigmas * math.hypot(error, self.best_error),
+            self.tolerance * (self.first - self.best),
+            self.least * abs(self.first),
+        )
+        if self._exploded(self.mean, self.first):
             return "rollback"
-        if self.mean < self.best:
-            self.best, self.streak = self.mean, 0
+        if self.count > 10 and self.mean > self.best + slack:
+            return "rollback"
+        if self.mean < self.best or self.count <= 5:
+            self.best, self.best_error, self.streak = self.mean, error, 0
             return "best"
         return "ok"
 
     def _exploded(self, mean: float, first: float) -> bool:
-        return mean > first + (self.explosion - 1) * abs(first)
+        return mean > first + (self.explosion - 1) * max(abs(first), 1e-6)
 
     def rolled_back(self, *, worsened: bool) -> float:
         """Count a roll-back; returns by how much, in log lr, to cool.
@@ -108,7 +121,7 @@ class Guard:
         self.streak += 1
         self.mean = min(self.best, self.first)
         self.training_mean = min(self.training_mean, self.training_first)
-        self.skipped = self.quiet = 0
+        self.skipped = self.missed = self.quiet = 0
         return math.log(3.0) * (1 if worsened else min(self.streak, self.limit))
 
     def state_dict(self) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class Tuned:
         base: Raw values shifted from, one a segment; NaN where the hyperparameter is off.
         slots: Which shift belongs to each segment.
         shift: The tuned raw shifts, shape (number of slots,), float64.
+        from_zero: Whether every segment started at 0.
+        start: The values last taken, one a segment.
     """
 
     def __init__(self, hparam: Hparam, scope: str) -> None:
@@ -98,17 +100,28 @@ class Tuned:
         self.base = torch.empty(0, dtype=torch.float64)
         self.slots = torch.empty(0, dtype=torch.long)
         self.shift = torch.zeros(0, dtype=torch.float64)
+        self.from_zero = False
+        self.start: list[float] = []
 
-    def lay_out(self, values: Sequence[float], groups: Sequence[int]) -> None:
-        """Take each segment's start value and group; shifts already tuned are kept.
+    def lay_out(
+        self,
+        values: Sequence[float],
+        groups: Sequence[int],
+        known: Sequence[int | None] | None = None,
+    ) -> None:
+        """Take each segment's value and group; shifts already tuned are kept.
 
         A value of exactly 0 stays 0 beside others that are not; if all are 0, tuning starts
         from ``hparam.from_zero``.
+
+        Args:
+            values: The present value of each segment.
+            groups: The parameter group of each segment.
+            known: Where each segment stood before, None for a new one; by default all are new.
         """
         start = torch.tensor(values, dtype=torch.float64)
-        if not start.any():
-            start = torch.full_like(start, self.hparam.from_zero)
-        self.base = self._raw(start)
+        if len(self.base) == 0:
+            self.from_zero = not bool(start.any())
         slots = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
         self.slots = torch.tensor(list(slots[self.scope]), dtype=torch.long)
         count = int(self.slots.max()) + 1
@@ -116,6 +129,14 @@ class Tuned:
             grown = torch.zeros(count, dtype=torch.float64)
             grown[: len(self.shift)] = self.shift
             self.shift = grown
+        base = self._raw(start) - self.shift[self.slots]
+        if self.from_zero:
+            small = self._raw(torch.full_like(start, self.hparam.from_zero))
+            base = torch.where(start == 0, small, base)
+        for at, before in enumerate(known or []):
+            if before is not None:
+                base[at] = self.base[before]
+        self.base, self.start = base, start.tolist()
         self._measure()
         self.clamp()
 
@@ -123,11 +144,12 @@ class Tuned:
         off = torch.full_like(values, math.nan)
         return torch.where(values == 0, off, self.hparam.bijection.inverse(values))
 
-    def rebase(self, segments: Sequence[int], value: float) -> None:
-        """Make these segments hold ``value`` at the present shift (it was set from outside)."""
+    def rebase(self, segments: Sequence[int], value: float, shown: float) -> None:
+        """Move segments that showed one value to another, which was set from outside."""
         index = torch.tensor(segments)
-        raw = self._raw(torch.tensor(value, dtype=torch.float64))
-        self.base[index] = raw - self.shift[self.slots[index]]
+        new, old = self._raw(torch.tensor([value, shown], dtype=torch.float64))
+        moved = self.base[index] + (new - old)
+        self.base[index] = torch.where(moved.isnan(), new - self.shift[self.slots[index]], moved)
         self._measure()
 
     def resume(self, base: Tensor, lower: float, shift: Tensor) -> None:

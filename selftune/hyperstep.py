@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -61,26 +62,33 @@ class HyperStep:
         noise = math.sqrt((1 - self.memory) / (1 + self.memory))
         return (self.snr / (2 * noise)).square().clamp_max(1.0)
 
-    def step(self, grads: Tensor, low: Tensor, high: Tensor) -> None:
+    def step(self, grads: Tensor, low: Tensor, high: Tensor, moving: Tensor | None = None) -> None:
         """Move the shifts against ``grads``, within ``low`` and ``high``.
+
+        Args:
+            grads: Hypergradients, shape (shifts,).
+            low: Lowest shifts.
+            high: Highest shifts.
+            moving: Which shifts have a hypergradient at all; the others stay. None: all.
 
         Raises:
             ValueError: Hypergradients that are not finite; nothing is moved.
         """
         if not bool(torch.isfinite(grads).all()):
             raise ValueError(f"hypergradients must be finite, got {grads.tolist()}")
+        moving = torch.ones_like(grads, dtype=torch.bool) if moving is None else moving
         self.count += 1
-        weight = 1 - min(self.memory, 1 - 1 / self.count)
+        weight = (1 - min(self.memory, 1 - 1 / self.count)) * moving.to(grads.dtype)
         self.mean.lerp_(grads, weight)
         self.square.lerp_(grads.square(), weight)
         before = self.raw.detach().clone()
-        self.raw.grad = grads
+        self.raw.grad = grads * moving
         self.optimizer.step()
         self.raw.grad = None
         with torch.no_grad():
             proposed = (self.raw - before) * self.trust() * self.pace
             after = before + proposed.clamp(-self.longest, self.longest)
-            self.raw.copy_(after.maximum(low).minimum(high))
+            self.raw.copy_(torch.where(moving, after, before).maximum(low).minimum(high))
 
     def reset(self) -> None:
         """Forget the past hypergradients; the shifts stay."""
@@ -96,7 +104,7 @@ class HyperStep:
             "mean": self.mean.clone(),
             "square": self.square.clone(),
             "count": self.count,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

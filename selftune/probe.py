@@ -16,8 +16,10 @@ from typing import Any
 
 
 def probe_steps(total_steps: int | None) -> int:
-    """Length of a probe: 5 % of the run, at least 8 steps and at most 100; 25 if unknown."""
-    return 25 if total_steps is None else max(8, min(100, total_steps // 20))
+    """Length of a probe: 5 % of the run, 8 to 100 steps; none in a run under 80; 25 if unknown."""
+    if total_steps is None:
+        return 25
+    return 0 if total_steps < 80 else max(8, min(100, total_steps // 20))
 
 
 @dataclass(kw_only=True)
@@ -38,6 +40,8 @@ class Probe:
     change: float = 0.0
     lowest: float = 0.0
     best: float = math.nan
+    balance: int = 0
+    seen: bool = False
     uphill: int = 0
     ended: bool = False
 
@@ -50,20 +54,20 @@ class Probe:
         """What the given rate is multiplied with at a step of the sweep."""
         return 10.0 ** (self.decades * (2 * step / (self.steps - 1) - 1))
 
-    def observe(self, slope: float, start: float) -> bool:
-        """Take in the slopes at the end and the start of the last step, both along it.
+    def observe(self, slope: float) -> bool:
+        """Take in the slope at the end of the last step; true where C is the lowest so far.
 
-        Two batches' gradients have little in common, so at small rates their slopes agree in
-        sign at best. A rate is too high where the loss has risen over the whole sweep and the
-        slope at the end is comparable to the one at the start.
-
-        Returns:
-            Whether C is the lowest so far.
+        At rates too small to matter two batches' slopes may differ in sign by chance, so the
+        sweep ends only after descent has been seen: three more downhill steps than uphill.
         """
+        if not math.isfinite(slope):
+            self.ended = True
+            return False
         self.change += slope
-        rising = self.change > 0 and slope > 0.5 * abs(start)
-        self.uphill = self.uphill + 1 if rising else 0
-        if not math.isfinite(self.change) or self.uphill >= 2 or self.taken >= self.steps:
+        self.balance += 1 if slope < 0 else -1
+        self.seen = self.seen or self.balance >= 3
+        self.uphill = self.uphill + 1 if self.seen and self.change > 0 else 0
+        if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
         if self.change < self.lowest:
             self.lowest, self.best = self.change, self.factor(self.taken - 1)

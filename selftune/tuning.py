@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from selftune.hparams import SCOPES, Hparam, Tuned
 from selftune.hyperstep import HyperOptimizer, HyperStep, adam
-
-log = logging.getLogger("selftune")
 
 MOMENTA = ("momentum", "beta1")
 PACE = {"momentum": 0.2, "beta1": 0.2, "weight_decay": 2.0, "l1": 2.0, "l2": 2.0, "elastic": 2.0}
@@ -54,6 +51,8 @@ class Tuning:
     ) -> None:
         scopes = dict.fromkeys(hparams, per) if isinstance(per, str) else dict(per)
         limits = dict(bounds or {})
+        if isinstance(tune, str):
+            raise ValueError(f"tune={tune!r} must be a sequence of names: ({tune!r},)")
         for argument, names in (("tune", list(tune)), ("per", scopes), ("bounds", limits)):
             for name in names:
                 if name not in hparams:
@@ -62,6 +61,7 @@ class Tuning:
             if scope not in SCOPES:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
         self.horizon = horizon or HORIZON
+        self.memory = 1.0  # 1/(1 − μ) of heavy-ball momentum, tuned or not
         self.rows: dict[str, Tuned] = {}
         for name, hparam in hparams.items():
             if name not in tune:
@@ -92,19 +92,21 @@ class Tuning:
             raise RuntimeError("no parameters yet: lay_out comes first")
         return self._step
 
-    def lay_out(self, start: Mapping[str, Sequence[float]], groups: Sequence[int]) -> None:
-        """Take start values and groups of all segments; shifts already tuned are kept."""
-        old = None if self._step is None else self._step.state_dict()
-        sizes = {n: len(t.shift) for n, t in self.rows.items()}
+    def lay_out(
+        self,
+        values: Mapping[str, Sequence[float]],
+        groups: Sequence[int],
+        known: Sequence[int | None] | None = None,
+    ) -> None:
+        """Take values and groups of all segments; see :meth:`Tuned.lay_out`."""
+        sizes = [len(t.shift) for t in self.rows.values()]
         for name, tuned in self.rows.items():
-            first = len(tuned.base) == 0
-            tuned.lay_out(start[name], groups)
-            if first and bool((tuned.shift != 0).any()):
-                log.info("%s starts within its bounds, at %.3g", name, float(tuned.values().max()))
-        if old is None or sizes != {n: len(t.shift) for n, t in self.rows.items()}:
+            tuned.lay_out(values[name], groups, known)
+        shifts = [t.shift for t in self.rows.values()]
+        if self._step is None or sizes != [len(s) for s in shifts]:
             paces = [torch.full_like(t.shift, PACE.get(n, 1.0)) for n, t in self.rows.items()]
             self._step = HyperStep(_joined(paces), self._make)
-        self._write(_joined([t.shift for t in self.rows.values()]))
+        self._write(_joined(shifts))
 
     def slots(self, name: str) -> slice:
         """Where a hyperparameter's shifts lie in the joined vector."""
@@ -153,13 +155,12 @@ class Tuning:
             # effective rate: d log(1 − μ) / d logit μ = −μ.
             rows["momentum"] = rows["momentum"] - before * rows["lr"]
         self._raise_floor()
-        grads = _joined(
-            [
-                (rows[n].sum().view(1) if self.shared else t.gather(rows[n])) * (n in names)
-                for n, t in self.rows.items()
-            ]
-        )
-        self.hyper.step(grads, *self.bounds())
+        grads = [
+            rows[n].sum().view(1) if self.shared else t.gather(rows[n])
+            for n, t in self.rows.items()
+        ]
+        moving = [torch.full_like(t.shift, n in names) for n, t in self.rows.items()]
+        self.hyper.step(_joined(grads), *self.bounds(), _joined(moving).bool())
         self._write(self.hyper.raw.detach().clone())
         if coupled:
             after = self._value("momentum")
@@ -170,8 +171,9 @@ class Tuning:
         if "weight_decay" not in self.rows or "lr" not in self.rows:
             return
         tuned = self.rows["weight_decay"]
-        memory = 1 / (1 - self._value("momentum"))
-        lower = NEGLIGIBLE / (self._value("lr") * memory * self.horizon / 2)
+        if self._value("lr") == 0:
+            return
+        lower = NEGLIGIBLE / (self._value("lr") * self.memory * self.horizon / 2)
         if "weight_decay" not in self._bounded:
             tuned.hparam = replace(tuned.hparam, lower=min(lower, 0.1 * tuned.hparam.upper))
 

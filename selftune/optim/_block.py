@@ -134,12 +134,15 @@ class Block:
     ) -> None:
         """Take in a step: rule state, ages and, given slopes, tangents; no parameter is written."""
         if self.rows and slopes is not None:
+            before = None if mask is None else self._copied()
             tangents = self._estimator.observe(self.tangents, transition, slopes)
             for row, state in tangents.state.items():
                 for name, value in state.items():
                     kept = self._tangent_of(row, name)
                     if kept is not value:
                         kept.copy_(value)
+            if before is not None and mask is not None:
+                self._put_back(before, ~mask)
         for name, value in transition.after.items():
             self.state[name].copy_(
                 value if mask is None else torch.where(mask, value, self.state[name])
@@ -151,6 +154,18 @@ class Block:
             counted = [p.grad is not None for p in self.params]
             self._steps.add_(torch.tensor(counted))
             self._ages = [a + c for a, c in zip(self._ages, counted, strict=True)]
+
+    def _copied(self) -> Tangents:
+        state = {r: {k: v.clone() for k, v in s.items()} for r, s in self.tangents.state.items()}
+        return Tangents(self.tangents.params.clone(), state)
+
+    def _put_back(self, before: Tangents, where: Tensor) -> None:
+        """Undo what a step did to the tangents of weights that took no part in it."""
+        self.tangents.params.copy_(torch.where(where, before.params, self.tangents.params))
+        for row, state in self.tangents.state.items():
+            for name, value in state.items():
+                old = before.state.get(row, {}).get(name, torch.zeros_like(value))
+                value.copy_(torch.where(where, old, value))
 
     def blend(self, transition: Transition, share: float) -> None:
         """Move the averages of weights, tangents and training hypergradients by ``share``."""
@@ -170,17 +185,19 @@ class Block:
         """dL/d(raw) for an outer gradient: shape (rows, tensors), or (rows, 1) summed over them."""
         return self._contract(self.response, grads)
 
-    def gap(self, grads: Tensor) -> Tensor:
-        """``signal``, for regularizers less what training itself will still bring about.
+    def training_pull(self) -> Tensor:
+        """What training itself still pulls at each regularizer, which are the last rows.
 
         A regularizer decides where training ends, and far from there the plain hypergradient
         mostly says that training has not ended: it asks for less of any regularizer. What
         remains after the training loss's own hypergradient is taken off is the part that more
         training will not mend. At the end of training nothing is taken off.
         """
-        signal = self.signal(grads)
-        signal[self._regular] -= self.pull
-        return signal
+        return self.pull
+
+    def zeros(self) -> Tensor:
+        """A vector of zeros in the shape of the joined weights."""
+        return torch.zeros_like(self.average)
 
     def rewind(self) -> None:
         """Return to the good weights, with everything else as at a fresh start."""

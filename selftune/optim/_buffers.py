@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
-
-
-@contextmanager
-def modules_called() -> Iterator[list[nn.Module]]:
-    """Collects the modules whose forward runs inside the block.
-
-    An optimizer is given parameters, not the model; the first validation closure shows which
-    model they belong to.
-    """
-    called: list[nn.Module] = []
-    handle = register_module_forward_pre_hook(lambda module, _: called.append(module))
-    try:
-        yield called
-    finally:
-        handle.remove()
 
 
 class Buffers:
@@ -35,21 +18,46 @@ class Buffers:
     training mode, and otherwise a running average of the training weights' statistics.
 
     Args:
-        modules: Modules to search, with their children, for layers with running statistics.
+        module: A module to search, with its children, for layers with running statistics.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        """Take the present statistics as the average and as the last good ones."""
-        found = {id(m): m for top in modules for m in top.modules() if _tracks(m)}
-        self._owners = [weakref.ref(m) for m in found.values()]
-        self.average = [t.clone() for t in self._tensors()]
-        self.good = [t.clone() for t in self._tensors()]
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.layers: list[nn.Module] = []
+        self.average: list[Tensor] = []
+        self.good: list[Tensor] = []
+        self._saved: dict[str, list[Tensor]] | None = None
+        if module is not None:
+            self.add(module)
 
-    def _layers(self) -> list[nn.Module]:
-        return [m for ref in self._owners if (m := ref()) is not None]
+    def add(self, module: nn.Module) -> None:
+        """Take in layers not known yet; their present statistics are averaged and good ones."""
+        known = {id(layer) for layer in self.layers}
+        for layer in module.modules():
+            if _tracks(layer) and id(layer) not in known:
+                self.layers.append(layer)
+                known.add(id(layer))
+                self.average += [t.clone() for t in _statistics(layer)]
+                self.good += [t.clone() for t in _statistics(layer)]
+
+    @contextmanager
+    def discovering(self) -> Iterator[None]:
+        """Takes in the modules whose forward runs inside the block, as they were before it.
+
+        An optimizer is given parameters, not the model; the first validation closure shows which
+        model they belong to.
+        """
+        handle = register_module_forward_pre_hook(lambda module, _: self.add(module))
+        known = len(self.good)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.restore(known)
+            if self._saved is not None:
+                self.load_state_dict(self._saved)
 
     def _tensors(self) -> list[Tensor]:
-        return [t for m in self._layers() for t in (m.running_mean, m.running_var)]  # type: ignore[misc]
+        return [t for layer in self.layers for t in _statistics(layer)]
 
     def exchange(self) -> None:
         """Swap the modules' statistics with the averaged ones."""
@@ -60,29 +68,36 @@ class Buffers:
 
     def blend(self, share: float) -> None:
         """Move the average toward the modules' statistics, unless passes at it update it."""
-        if self.average and not any(m.training for m in self._layers()):
-            torch._foreach_lerp_(self.average, self._tensors(), share)
+        if any(layer.training for layer in self.layers):
+            return
+        for kept, tensor in zip(self.average, self._tensors(), strict=True):
+            if kept.is_floating_point():
+                kept.lerp_(tensor, share)
 
     def keep(self) -> None:
         """Remember the averaged statistics as good."""
         for kept, average in zip(self.good, self.average, strict=True):
             kept.copy_(average)
 
-    def restore(self) -> None:
-        """Put the good statistics back, for the training weights and the average."""
-        for tensor, average, kept in zip(self._tensors(), self.average, self.good, strict=True):
+    def restore(self, first: int = 0) -> None:
+        """Put good statistics back, for the training weights and the average."""
+        groups = (self._tensors(), self.average, self.good)
+        for tensor, average, kept in zip(*(g[first:] for g in groups), strict=True):
             tensor.copy_(kept)
             average.copy_(kept)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """The averaged and the good statistics."""
+        if self._saved is not None:
+            return self._saved
         return {
             "average": [t.clone() for t in self.average],
             "good": [t.clone() for t in self.good],
         }
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
-        """Continue from ``state_dict``, if it is of as many layers."""
+        """Continue from ``state_dict``; before the layers are found, it waits for them."""
+        self._saved = None if self.layers else state
         for mine, saved in ((self.average, state["average"]), (self.good, state["good"])):
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 for tensor, value in zip(mine, saved, strict=True):
@@ -91,3 +106,8 @@ class Buffers:
 
 def _tracks(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.running_mean is not None
+
+
+def _statistics(layer: nn.Module) -> list[Tensor]:
+    found = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    return [t for t in found if isinstance(t, Tensor)]

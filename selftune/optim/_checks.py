@@ -15,7 +15,11 @@ _LOW = (torch.float16, torch.bfloat16, torch.float32)
 def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse parameters that cannot be tuned together."""
     first: Tensor | None = None
+    seen: dict[int, str] = {}
     for name, param in named:
+        if id(param) in seen:
+            raise ValueError(f"params: {name} is {seen[id(param)]} given twice; pass it once")
+        seen[id(param)] = name
         if param.is_complex():
             raise ValueError(f"params: {name} is complex ({param.dtype}); use torch.view_as_real")
         if not param.is_floating_point():
@@ -39,17 +43,23 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_group(group: Mapping[str, Any], options: Iterable[str]) -> None:
     """Refuse values of a parameter group's ``options`` that are outside their range."""
+    lr = float(group["lr"])
+    if not 0 < lr < math.inf:
+        raise ValueError(
+            f"lr={lr} must be finite and above 0: a learning rate is tuned by ratios. To hold "
+            "parameters fixed, leave them out or use requires_grad_(False)"
+        )
     for key in options:
         value = group[key]
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, (tuple, list)) else (value,):
             if not 0 <= float(number) < math.inf:
                 raise ValueError(f"{key}={value!r} must be a finite number, 0 or more")
             if key in ("momentum", "betas", "alpha") and float(number) >= 1:
                 raise ValueError(f"{key}={value!r} must be below 1")
-    if float(group["lr"]) <= 0:
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
-            f"lr={float(group['lr'])} must be above 0: a learning rate is tuned by ratios. To "
-            "hold parameters fixed, leave them out or use requires_grad_(False)"
+            f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: "
+            "Nesterov's momentum needs momentum above 0 and dampening=0"
         )
 
 

@@ -16,6 +16,7 @@ from selftune.guard import Guard
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
+from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe
 from selftune.rules._base import Values
@@ -54,15 +55,16 @@ class Engine:
     every: int
     probe: Probe | None
     guard: Guard | None
-    buffers: Buffers | None
+    buffers: Buffers
     monitor: Monitor
     stepper: AbstractStepper
+    ranks: Ranks
     regularizers: set[str]
     clock: Counts = field(default_factory=Counts)
     blocks: list[Block] = field(default_factory=list)
-    slopes: list[Mapping[str, Any]] = field(default_factory=list)
+    slopes: Sequence[Mapping[str, Any]] = field(default_factory=list)
     alone: Tensor | None = None
-    saved_buffers: dict[str, Any] | None = None
+    heard: bool = False
 
     @property
     def probing(self) -> bool:
@@ -102,23 +104,27 @@ class Engine:
         """Whether a step may be written; not asked of a GPU at every step, which would wait."""
         if transitions[0].moved.is_cuda and self.clock.steps % PULSE:
             return True
-        return all(math.isfinite(float(t.moved.sum())) for t in transitions)
+        return math.isfinite(self._total([t.moved.sum() for t in transitions]))
+
+    def _total(self, parts: Sequence[Tensor]) -> float:
+        """The sum over blocks, and over processes that hold parts of the parameters."""
+        return float(self.ranks.total(torch.stack(list(parts)).sum()))
 
     def _verdict(self, grads: Grads) -> str:
         if self.guard is None or (grads[0][0].is_cuda and self.clock.steps % PULSE):
             return "ok"
-        verdict = self.guard.gradient(sum(float(g @ g) for g, _ in grads))
+        verdict = self.guard.gradient(self._total([g @ g for g, _ in grads]))
         if verdict == "ok" and self.clock.steps % PULSE == 0:
-            alive = sum(int(torch.count_nonzero(g)) for g, _ in grads)
-            verdict = self.guard.pulse(alive / sum(g.numel() for g, _ in grads))
+            alive = self._total([torch.count_nonzero(g).to(g.dtype) for g, _ in grads])
+            verdict = self.guard.pulse(alive)
         return verdict
 
     def _probe_step(self, probe: Probe, grads: Grads, values: Sequence[Values]) -> bool:
         if probe.taken:
-            steps = [b.weights() - b.average for b in self.blocks]
-            slope = sum(float(g @ d) for (g, _), d in zip(grads, steps, strict=True))
-            start = sum(float(b.response[0] @ d) for b, d in zip(self.blocks, steps, strict=True))
-            if probe.observe(slope, start):
+            slopes = [
+                g @ (b.weights() - b.average) for b, (g, _) in zip(self.blocks, grads, strict=True)
+            ]
+            if probe.observe(self._total(slopes)):
                 self._keep([b.weights() for b in self.blocks])
         if probe.ended:
             self._fresh_start()
@@ -128,10 +134,8 @@ class Engine:
             return True
         rates = [probe.factor(probe.taken)] * len(self.blocks)
         transitions = self._move(grads, values, rates)
-        for block, step, (flat, _) in zip(self.blocks, transitions, grads, strict=True):
-            # Not in use yet, these hold the weights and the gradient before the step.
-            block.average.copy_(step.params)
-            block.response[0].copy_(flat)
+        for block, step in zip(self.blocks, transitions, strict=True):
+            block.average.copy_(step.params)  # not in use yet, it holds the weights before
             block.advance(step, None, None)
             block.layout.write(step.moved, block.params)
         probe.taken += 1
@@ -157,14 +161,24 @@ class Engine:
         return self.tune(signal, names)
 
     def _signal(self, grads: Sequence[Tensor], gap: bool = False) -> Tensor:
-        parts = [b.gap(g) if gap else b.signal(g) for b, g in zip(self.blocks, grads, strict=True)]
-        return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
+        parts = [b.signal(g) for b, g in zip(self.blocks, grads, strict=True)]
+        pulls = [b.training_pull() for b in self.blocks]
+        signal, pull = (
+            torch.stack(p).sum(0) if self.tuning.shared else torch.cat(p, dim=1)
+            for p in (parts, pulls)
+        )
+        if not gap:
+            return self.ranks.total(signal)
+        signal = self.ranks.outer(signal)
+        if len(pull):
+            signal[-len(pull) :] -= self.ranks.total(pull)
+        return signal
 
     def outer_step(self, loss: float, grads: Sequence[Tensor]) -> bool:
         """One hyperparameter step from the outer gradients; true if hyperparameters changed."""
         self.clock.outer = self.clock.steps
-        if self.buffers is not None:
-            self.buffers.blend(1 - (1 - self.averaging.weight(self.clock.steps)) ** self.every)
+        share = self.averaging.weight(self.clock.steps - self.clock.since)
+        self.buffers.blend(1 - (1 - share) ** self.every)
         if self.guard is not None:
             verdict = self.guard.loss(loss)
             if verdict == "rollback":
@@ -204,14 +218,12 @@ class Engine:
     def _keep(self, weights: Sequence[Tensor]) -> None:
         for block, good in zip(self.blocks, weights, strict=True):
             block.good.copy_(good)
-        if self.buffers is not None:
-            self.buffers.keep()
+        self.buffers.keep()
 
     def _fresh_start(self) -> None:
         for block in self.blocks:
             block.rewind()
         self.stepper.forget()
-        if self.buffers is not None:
-            self.buffers.restore()
+        self.buffers.restore()
         self.alone = None
         self.clock.since = self.clock.steps

@@ -9,28 +9,32 @@ from typing import Any
 from torch import Tensor
 
 from selftune.optim._engine import Engine
+from selftune.optim._groups import Groups
 
 VERSION = 1
 
 
-def pack(engine: Engine, rule: str) -> dict[str, Any]:
+def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
     """The engine's state as tensors, numbers and strings, which ``weights_only`` loads."""
     return {
         "version": VERSION,
         "rule": rule,
         "tuned": [f"{n} per {t.scope}" for n, t in engine.tuning.rows.items()],
         "tuning": engine.tuning.state_dict(),
+        "groups": groups.state_dict(),
         "clock": asdict(engine.clock),
         "probe": None if engine.probe is None else engine.probe.state_dict(),
         "guard": None if engine.guard is None else engine.guard.state_dict(),
-        "buffers": None if engine.buffers is None else engine.buffers.state_dict(),
-        "alone": engine.alone,
+        "buffers": engine.buffers.state_dict(),
+        "heard": engine.heard,
+        "alone": None if engine.alone is None else engine.alone.clone(),
     }
 
 
-def unpack(engine: Engine, run: Mapping[str, Any]) -> None:
+def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     """Put a packed state into an engine whose blocks are laid out already."""
     engine.tuning.load_state_dict(run["tuning"])
+    groups.load_state_dict(run["groups"])
     for name, value in run["clock"].items():
         setattr(engine.clock, name, value)
     if engine.probe is not None:
@@ -41,9 +45,9 @@ def unpack(engine: Engine, run: Mapping[str, Any]) -> None:
     if engine.guard is not None and run["guard"] is not None:
         engine.guard.load_state_dict(run["guard"])
     engine.alone = None if run["alone"] is None else run["alone"].clone()
-    engine.saved_buffers = run["buffers"]
-    if engine.buffers is not None and run["buffers"] is not None:
-        engine.buffers.load_state_dict(run["buffers"])
+    engine.buffers.load_state_dict(run["buffers"])
+    # Layers not found yet are found at the next hyper_step, by one pass of the closure more.
+    engine.heard = run["heard"] and bool(engine.buffers.layers or not run["buffers"]["average"])
 
 
 def check_state(

@@ -60,7 +60,6 @@ class RuleStepper(AbstractStepper):
         """The pure update of every block."""
         transitions = []
         for block, value, (flat, mask), clock in zip(blocks, values, grads, clocks, strict=True):
-            flat = -flat if value.get("maximize") else flat
             clock = clock._replace(age=block.age())
             update = self._update.joined(block.layout)
             step = update.observed(block.weights(), flat, block.state, value, clock)[2]

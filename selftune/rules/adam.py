@@ -62,24 +62,43 @@ class Adam(AbstractRule):
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
     ) -> tuple[Tensor, State]:
-        """By hand where only the first moment moves, which is the case of β₁; else by autodiff.
+        """By hand, except for β₂, with r = √v₊ + ε' and f of ``_scale``.
 
-        ``ṁ₊ = β₁ ṁ + β̇₁ (m − g)`` and ``ḋ = ṁ₊/(c₁ (√v̂ + ε)) − d ċ₁/c₁``, ``ċ₁ = −t β₁ᵗ⁻¹ β̇₁``.
+        ``ṁ₊ = β₁ ṁ + (1 − β₁) ġ + β̇₁ (m − g)``; ``v̇₊ = β₂ v̇ + 2 (1 − β₂) g ġ``;
+        ``ḋ = f ṁ₊/r − d v̇₊/(2 √v₊ r) + d ḟ/f`` with ``ḟ/f = t β₁ᵗ⁻¹ β̇₁/(1 − β₁ᵗ)``.
         """
         grads_dot, state_dot, values_dot = dots
-        if grads_dot is not None or set(values_dot) != {"beta1"} or set(state_dot) - {"exp_avg"}:
+        if "beta2" in values_dot:
             return direction_jvp(self, grads, state, values, age, dots)
-        beta1, beta1_dot, step = values["beta1"], values_dot["beta1"], age + 1
-        source = (state["exp_avg"] - grads).mul_(beta1_dot)
-        mean_dot = state_dot["exp_avg"].mul_(beta1).add_(source) if state_dot else source
-        direction, after = moved
+        beta1, step, (direction, after) = values["beta1"], age + 1, moved
+        mean_dot = _scaled(state_dot.get("exp_avg"), beta1, grads)
+        if "beta1" in values_dot:
+            mean_dot.add_((state["exp_avg"] - grads).mul_(values_dot["beta1"]))
+        if grads_dot is not None:
+            mean_dot.add_(grads_dot * (1 - beta1))
         square = after.get("max_exp_avg_sq", after["exp_avg_sq"])
         root, factor = _scale(square, values, age)
-        correction = 1 - beta1**step
-        correction_dot = -step * beta1 ** (step - 1) * beta1_dot
         direction_dot = (mean_dot / root).mul_(factor)
-        direction_dot -= direction * (correction_dot / correction)
-        return direction_dot, {"exp_avg": mean_dot}
+        if "beta1" in values_dot:
+            slope = step * beta1 ** (step - 1) * values_dot["beta1"] / (1 - beta1**step)
+            direction_dot += direction * slope
+        after_dot = {"exp_avg": mean_dot}
+        if grads_dot is not None or set(state_dot) - {"exp_avg"}:
+            square_dot = _scaled(state_dot.get("exp_avg_sq"), values["beta2"], grads)
+            if grads_dot is not None:
+                square_dot.add_((grads * grads_dot).mul_(2 * (1 - values["beta2"])))
+            after_dot["exp_avg_sq"] = square_dot
+            if values["amsgrad"]:
+                old = state_dot.get("max_exp_avg_sq", torch.zeros_like(grads))
+                newest = after["exp_avg_sq"] > state["max_exp_avg_sq"]
+                square_dot = after_dot["max_exp_avg_sq"] = torch.where(newest, square_dot, old)
+            twice = 2 * square.sqrt().clamp_min(1e-30)
+            direction_dot -= direction * square_dot / (twice * root)
+        return direction_dot, after_dot
+
+
+def _scaled(dot: Tensor | None, factor: Any, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if dot is None else dot.mul_(factor)
 
 
 def _scale(square: Tensor, values: Values, age: Any) -> tuple[Tensor, Any]:

@@ -60,12 +60,33 @@ class RMSprop(AbstractRule):
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
     ) -> tuple[Tensor, State]:
-        """``ḃ₊ = μ ḃ + μ̇ b`` where only the momentum moves; else by autodiff."""
+        """By hand, except for a: ``ḃ₊ = μ ḃ + μ̇ b + ṡ`` with ``s = g/(r + ε)``, r² = v₊ − ḡ₊².
+
+        ``v̇₊ = a v̇ + 2 (1 − a) g ġ``; ``ṙ = (v̇₊ − 2 ḡ₊ ḡ̇₊)/2r``; ``ṡ = (ġ − s ṙ)/(r + ε)``.
+        """
         grads_dot, state_dot, values_dot = dots
-        moving = set(values_dot) | (set(state_dot) - {"momentum_buffer"})
-        if grads_dot is not None or moving != {"momentum"}:
+        if "alpha" in values_dot:
             return direction_jvp(self, grads, state, values, age, dots)
-        dot = values_dot["momentum"] * state["momentum_buffer"]
-        if "momentum_buffer" in state_dot:
-            dot = state_dot["momentum_buffer"].mul_(values["momentum"]).add_(dot)
-        return dot, {"momentum_buffer": dot}
+        alpha, after = values["alpha"], moved[1]
+        dot = state_dot.get("momentum_buffer")
+        dot = torch.zeros_like(grads) if dot is None else dot.mul_(values["momentum"])
+        if "momentum" in values_dot:
+            dot.add_(values_dot["momentum"] * state["momentum_buffer"])
+        after_dot = {"momentum_buffer": dot}
+        if grads_dot is not None or set(state_dot) - {"momentum_buffer"}:
+            fresh = torch.zeros_like(grads) if grads_dot is None else grads_dot
+            square_dot = alpha * state_dot.get("square_avg", torch.zeros_like(grads))
+            square_dot += (2 * (1 - alpha)) * grads * fresh
+            after_dot["square_avg"] = root_dot = square_dot
+            root = after["square_avg"]
+            if values["centered"]:
+                mean_dot = alpha * state_dot.get("grad_avg", torch.zeros_like(grads))
+                mean_dot += (1 - alpha) * fresh
+                after_dot["grad_avg"] = mean_dot
+                root_dot = square_dot - 2 * after["grad_avg"] * mean_dot
+                root = root - after["grad_avg"] * after["grad_avg"]
+            root = root.sqrt()
+            bottom = root + values["eps"]
+            root_dot = root_dot / (2 * root.clamp_min(1e-30))
+            dot.add_((fresh - grads / bottom * root_dot) / bottom)
+        return dot, after_dot

@@ -70,5 +70,5 @@ def _fresh(values: Values, age: int | Tensor) -> Any:
     """The weight of the new gradient: torch does not dampen the first."""
     dampening = values["dampening"]
     if isinstance(age, Tensor):
-        return torch.where(age == 0, 1.0, 1 - dampening)
+        return 1 - dampening * (age > 0).to(age.dtype)
     return 1.0 if age == 0 else 1 - dampening

@@ -43,9 +43,10 @@ def test_trains_and_tunes(shell: type, dtypes: tuple[torch.dtype, ...]) -> None:
     assert [p.dtype for m in net for p in m.parameters()] == [
         t for t in (dtypes[0], dtypes[-1]) for _ in range(2)
     ]
-    assert float(loss_of(net).detach()) < 0.5 * start
-    # Loose: the probe's choice and rounding of the weights differ.
-    assert float(loss_of(net).detach()) < float(loss_of(twin).detach()) + 0.15
+    with opt.averaged(), reference.averaged():  # single iterates of RMSprop swing
+        end, want = float(loss_of(net).detach()), float(loss_of(twin).detach())
+    assert end < 0.5 * start
+    assert end < want + 0.15  # loose: the probe's choice and the rounding of weights differ
 
 
 @pytest.mark.parametrize("dtype", LOW)
