@@ -98,10 +98,11 @@ def main() -> None:
                 taken.append(1e3 * (time.perf_counter() - start) / args.steps)
         ratios = [b / a for a, b in zip(times[base], times[ours], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
+        torch_ms, our_ms = (statistics.median(taken) for taken in times.values())
+        memory = f"{base_bytes / 1e6:.2f} MB → {our_bytes / 1e6:.2f} MB"
         print(
-            f"| {name} | {statistics.median(times[base]):.2f} | {statistics.median(times[ours]):.2f}"
-            f" | {middle:.2f} ({low:.2f}…{high:.2f}) | {base_bytes / 1e6:.2f} MB → "
-            f"{our_bytes / 1e6:.2f} MB ({our_bytes / base_bytes:.1f}×) |"
+            f"| {name} | {torch_ms:.2f} | {our_ms:.2f} | {middle:.2f} ({low:.2f}…{high:.2f}) "
+            f"| {memory} ({our_bytes / base_bytes:.1f}×) |"
         )
 
 

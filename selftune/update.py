@@ -11,7 +11,7 @@ where λ w appears only if the rule decouples weight decay. ``rate`` is the sche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -91,6 +91,17 @@ class Update:
             return self
         penalties = [p if p.elementwise else Joined(p.strength, p, layout) for p in self.penalties]
         return replace(self, penalties=tuple(penalties))
+
+    def tangent_state(self, rows: Sequence[str], values: Values) -> dict[str, set[str]]:
+        """Which of the rule's state tensors respond to each hyperparameter: tried on one weight."""
+        weight = torch.ones(1, dtype=torch.float64)
+        state = self.rule.init(weight, values)
+        if not state:
+            return {}
+        numbers = {h: float(values[h]) for h in self.hparams}
+        transition = self.observed(weight, weight, state, {**values, **numbers}, Clock(0))[2]
+        tangents = transition.push(zero_tangents(len(rows), weight), dict.fromkeys(rows, 1.0), 0.0)
+        return {row: set(found) for row, found in tangents.state.items()}
 
     def penalised(self, params: Tensor, grads: Tensor, values: Values) -> Tensor:
         """The gradient of the loss with its penalties."""

@@ -97,7 +97,9 @@ def test_what_is_not_finite_ends_it_and_is_not_chosen(slope: float) -> None:
     assert probe.choice == choice == pytest.approx(probe.factor(4) / 1.5)
 
 
-@pytest.mark.parametrize(("total", "length"), [(None, 25), (10, 0), (79, 0), (80, 8), (400, 20), (10**6, 100)])
+@pytest.mark.parametrize(
+    ("total", "length"), [(None, 25), (10, 0), (79, 0), (80, 8), (400, 20), (10**6, 100)]
+)
 def test_length_is_five_percent_within_limits(total: int | None, length: int) -> None:
     """Truth: the arithmetic by hand."""
     assert probe_steps(total) == length

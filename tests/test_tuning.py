@@ -117,6 +117,7 @@ def test_weight_decay_does_not_fall_below_what_matters(horizon: int | None) -> N
     """Closed form: NEGLIGIBLE = λ · lr/(1 − μ) · T/2, unless the user's bounds say otherwise."""
     names = ("lr", "momentum", "weight_decay")
     made = tuning(*names, horizon=horizon)
+    made.memory = 1 / (1 - 0.5)
     floor = NEGLIGIBLE / (0.1 / 0.5 * (horizon or HORIZON) / 2)
     for _ in range(150):
         made.step(signal(made, weight_decay=1.0), made.names)

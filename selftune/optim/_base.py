@@ -161,8 +161,7 @@ class SelfTuned(torch.optim.Optimizer):
             RuntimeError: It is called inside ``averaged()``.
             ValueError: A sparse gradient; nothing is changed.
         """
-        if self._inside:
-            raise RuntimeError("step() inside averaged() would be lost: leave the block first")
+        self._outside("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -205,11 +204,12 @@ class SelfTuned(torch.optim.Optimizer):
             The loss, detached, or None if no step was due.
 
         Raises:
-            RuntimeError: No training step has been taken yet.
+            RuntimeError: No training step has been taken yet, or inside ``averaged()``.
             TypeError: The closure does not return a tensor.
             ValueError: The loss is not a scalar, has no graph, depends on no parameter, or is
                 not finite at the last good weights either; nothing is changed.
         """
+        self._outside("hyper_step()")
         engine, clock = self._engine, self._engine.clock
         if clock.steps == 0:
             raise RuntimeError(
@@ -218,7 +218,10 @@ class SelfTuned(torch.optim.Optimizer):
         with torch.no_grad():
             blocks = self._blocks()
         if not engine.heard:
-            with engine.buffers.discovering():  # also an early look at what the closure returns
+            # Also an early look at what the closure returns; it leaves random streams alone.
+            device = blocks[0].layout.device
+            devices = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(devices), engine.buffers.discovering():
                 self._outer(closure, [b.weights() for b in blocks])
             engine.heard = True
         clock.heard = clock.steps
@@ -325,7 +328,7 @@ class SelfTuned(torch.optim.Optimizer):
         self._engine.stepper.adopt(self.state)
         self._make_blocks()
         unpack(self._engine, self._groups, run)
-        self._engine.slopes = self._groups.cache(self._engine.blocks)
+        self._engine.slopes = self._groups.cache(self.param_groups, self._engine.blocks)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the wrapper by which a scheduler counts steps."""
@@ -334,6 +337,10 @@ class SelfTuned(torch.optim.Optimizer):
         return {k: v for k, v in self.__dict__.items() if k != "step"}
 
     # inside
+
+    def _outside(self, what: str) -> None:
+        if self._inside:
+            raise RuntimeError(f"{what} inside averaged() would be lost: leave the block first")
 
     def _names(self, index: int, params: Sequence[Tensor]) -> list[str]:
         """What to call some of a group's parameters in errors."""
@@ -371,7 +378,7 @@ class SelfTuned(torch.optim.Optimizer):
         engine.blocks = [
             Block(
                 params, self._names(i, params), [self.state[p] for p in params],
-                self._update.rule, self._estimator, self._groups.options(self.param_groups[i]),
+                self._update, self._estimator, self._groups.options(self.param_groups[i]),
                 engine.tuning.names, self._update.regularizers, not engine.tuning.shared,
             )
             for i, params in enumerate(trained)

@@ -11,8 +11,7 @@ from torch import Tensor
 from selftune._flat import Layout
 from selftune.estimators import AbstractEstimator
 from selftune.optim._checks import check_gradient
-from selftune.rules import AbstractRule
-from selftune.update import Tangents, Transition
+from selftune.update import Tangents, Transition, Update
 
 Entries = Sequence[dict[str, Any]]
 
@@ -28,7 +27,7 @@ class Block:
         params: The parameters that are trained.
         names: What to call them in errors.
         entries: Their state dictionaries.
-        rule: Makes fresh rule state.
+        update: Says what state there is.
         estimator: Makes and moves tangents.
         values: Hyperparameters and options of the group.
         rows: Names of the tuned hyperparameters.
@@ -41,7 +40,7 @@ class Block:
         params: Sequence[Tensor],
         names: Sequence[str],
         entries: Entries,
-        rule: AbstractRule,
+        update: Update,
         estimator: AbstractEstimator,
         values: Mapping[str, Any],
         rows: Sequence[str],
@@ -63,17 +62,16 @@ class Block:
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
         weights = self.weights()
-        self.state = {k: self._keep(k, v) for k, v in rule.init(weights, values).items()}
+        self.state = {k: self._keep(k, v) for k, v in update.rule.init(weights, values).items()}
         self.average = self._keep("average", weights)
         self.good = self._keep("good", weights)
         fresh = estimator.init(len(rows), weights)
         self.tangents = Tangents(self._keep("tangent", fresh.params), {})
         self.response = self._keep("response", fresh.params)
         self.pull = self._pull(entries)
-        for row in rows:
-            for name in self.state:
-                if any(f"tangent/{row}/{name}" in e for e in entries):
-                    self._tangent_of(row, name)
+        for row, state in update.tangent_state(rows, values).items():
+            for name in state:
+                self._tangent_of(row, name)
 
     def _keep(self, key: str, fresh: Tensor) -> Tensor:
         """A flat vector whose views are the entries' ``key``, holding their present values."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from selftune.hparams import Tuned
 from selftune.optim._block import Block
 from selftune.tuning import Tuning
 from selftune.update import Update
@@ -46,13 +47,20 @@ class Groups:
                 self._spans[i] = slice(start, start + len(params))
             start += len(params)
         values = {
-            name: [tuned.hparam.read(groups[i]) for i in owner]
+            name: [self._start(name, tuned, groups[i]) for i in owner]
             for name, tuned in self._tuning.rows.items()
         }
         self._tuning.lay_out(values, owner, [known.get(id(p)) for p in self._params])
 
-    def cache(self, blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    def _start(self, name: str, tuned: Tuned, group: Group) -> float:
+        scheduled = name == "lr" and "initial_lr" in group
+        return float(group["initial_lr"]) if scheduled else tuned.hparam.read(group)
+
+    def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[dict[str, Any]]:
         """Make tuned values ready for the steps; returns their slopes by block."""
+        if "momentum" in self._update.hparams:
+            momentum = self._update.hparams["momentum"]
+            self._tuning.memory = 1 / (1 - max(momentum.read(groups[i]) for i in self._spans))
         self._cached = [{} for _ in self._spans]
         slopes: list[dict[str, Any]] = [{} for _ in self._spans]
         for name, tuned in self._tuning.rows.items():
@@ -74,10 +82,7 @@ class Groups:
                 if not self._same(name, i, mean):
                     tuned.hparam.write(group, mean)
                 self._shown[name][i] = tuned.hparam.read(group)
-        if "momentum" in self._update.hparams:
-            momentum = self._update.hparams["momentum"]
-            self._tuning.memory = 1 / (1 - max(momentum.read(groups[i]) for i in self._spans))
-        return self.cache(blocks)
+        return self.cache(groups, blocks)
 
     def _same(self, name: str, index: int, value: float) -> bool:
         """Whether the group shows a value already, up to a rounding of the scale's inverse."""
@@ -106,11 +111,13 @@ class Groups:
         initial = float(group["initial_lr"])
         if self._scheduled.get(index) == initial:
             return False
-        shown = self._shown["lr"].get(index, initial)
-        if initial > 0 and shown != initial:
-            self._tuning.rows["lr"].rebase(range(span.start, span.stop), initial, shown)
+        tuned = self._tuning.rows["lr"]
+        shown = self._shown["lr"].get(index, float(tuned.values()[span.start]))
+        if initial > 0 and abs(shown - initial) > 1e-14 * initial:
+            tuned.rebase(range(span.start, span.stop), initial, shown)
+            shown = initial
         self._scheduled[index] = initial
-        self._shown["lr"][index] = initial if initial > 0 else shown
+        self._shown["lr"][index] = shown
         return True
 
     def rates(self, groups: Sequence[Group], factor: float) -> list[float]:

@@ -65,7 +65,6 @@ CLOSURES: dict[str, tuple[Callable, type, list[str]]] = {
 @pytest.mark.parametrize("case", CLOSURES)
 def test_a_wrong_closure_changes_nothing(case: str, first: bool) -> None:
     """What follows equals, bit for bit, what follows without the wrong call."""
-    # BUG: a loss that is not finite rolls back before it raises; on the first call, the closure's
     # pass leaves its mark on the running statistics.
     closure, kind, words = CLOSURES[case]
     net, opt = start(1 if first else 44)

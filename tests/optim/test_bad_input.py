@@ -67,7 +67,6 @@ def check_message(error: pytest.ExceptionInfo, words: list[str]) -> None:
 
 @pytest.mark.parametrize("case", BUILDS)
 def test_what_cannot_be_built(case: str) -> None:
-    # BUG: "twice" is only torch's warning; "betas list", "lr < 0", "lr nan", "tune str" mislead;
     # "nesterov" with dampening is accepted, torch refuses it.
     build, words = BUILDS[case]
     with warnings.catch_warnings():

@@ -82,7 +82,6 @@ def test_3_survives_tensors_replaced_by_load_state_dict() -> None:
     end = weights(net)
     net.load_state_dict(model)
     opt.load_state_dict(state)
-    # BUG: the loaded lr times the shift of the optimizer in use is shown and saved again.
     assert opt.param_groups[0]["lr"] == shown
     train(net, opt, 20)
     assert torch.equal(weights(net), end)
@@ -113,7 +112,6 @@ def test_5_an_empty_step_of_a_fresh_optimizer_advances_nothing() -> None:
             assert opt.hparams["lr"] == pytest.approx(0.02)
         train(net, opt, 60)
         ends.append((weights(net), opt.hparams))
-    # BUG: laying out the blocks writes an lr above 0 before step looks whether it is idle.
     torch.testing.assert_close(ends[0], ends[1])
 
 
@@ -171,7 +169,6 @@ def test_9_named_parameters_later_groups_and_zero_grad() -> None:
     before = opt.hparams
     opt.add_param_group({"params": later.named_parameters(), "lr": 0.5})
     after = opt.hparams  # what is tuned already stays tuned
-    # BUG: bases are read from the tuned values again, and the shift applies twice.
     assert [before["lr"]] * 4 == pytest.approx(after["lr"][:4])
     assert after["lr"][4] == pytest.approx(0.5)
     both, start = nn.Sequential(net, later), later.weight.detach().clone()

@@ -33,7 +33,6 @@ def train(net: nn.Module, opt: torch.optim.Optimizer, steps: int, hyper: bool = 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_scalar_empty_and_strided_parameters(shell: type) -> None:
     """A learnable temperature is a tensor without dimensions."""
-    # BUG: Layout.views calls view() without sizes for a tensor of shape ().
     scale, empty = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.empty(0, 2))
     strided = nn.Parameter(torch.ones(2, 3).t())
     opt = shell([scale, empty, strided], lr=0.01, probe=False)
@@ -52,7 +51,6 @@ def test_scalar_empty_and_strided_parameters(shell: type) -> None:
 
 
 def test_a_rate_of_0_set_by_hand_holds_the_weights() -> None:
-    # BUG: the floor of weight decay divides by the present lr.
     net = network()
     opt = st.SGD(net.parameters(), lr=0.01, probe=False)
     train(net, opt, 10)
@@ -66,7 +64,6 @@ def test_a_rate_of_0_set_by_hand_holds_the_weights() -> None:
 
 def test_groups_with_one_lr_tensor_are_tuned_apart() -> None:
     """By hand: the validation loss wants more of one group's steps and less of the other's."""
-    # BUG: torch's groups share the default's tensor, and each group's value overwrites the other.
     ends = []
     for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
         good, bad = (nn.Parameter(torch.ones(3)) for _ in range(2))
@@ -86,7 +83,6 @@ def test_groups_with_one_lr_tensor_are_tuned_apart() -> None:
 @pytest.mark.parametrize("shell", [st.SGD, st.RMSprop])
 def test_reporting_the_loss_of_a_sound_run_changes_nothing(shell: type) -> None:
     """The sweep of the probe goes too far on purpose; reporting is no harm."""
-    # BUG: losses reported within the probe make the guard roll back and cool the rate.
     ends = []
     for told in (False, True):
         net = network()
@@ -104,7 +100,6 @@ def test_reporting_the_loss_of_a_sound_run_changes_nothing(shell: type) -> None:
 
 @pytest.mark.parametrize("first", [3, 7, 8, 12])
 def test_a_first_hyper_step_after_a_blow_up_rolls_back(first: int) -> None:
-    # BUG: the first call blames the closure for weights that are not finite by then.
     net = nn.Linear(5, 1)
     opt = st.SGD(net.parameters(), lr=1e30, probe=False)
     for step in range(60):
@@ -118,7 +113,6 @@ def test_a_first_hyper_step_after_a_blow_up_rolls_back(first: int) -> None:
 
 
 def test_a_layer_that_lives_in_the_closure_only() -> None:
-    # BUG: a BatchNorm seen in the first closure and gone since leaves the lists unequal.
     net = network()
     opt = st.SGD(net.parameters(), lr=0.01, probe=False)
     for _ in range(12):
@@ -143,7 +137,6 @@ def test_a_tiny_run_ends_no_worse_than_it_began(total: int, lr: float) -> None:
 
 @pytest.mark.parametrize("steps", range(18, 26))
 def test_averaged_within_the_probe_is_no_worse_than_the_start(steps: int) -> None:
-    # BUG: averaged() shows the sweep's last weights instead of its best.
     net = network()
     start = float(loss_of(net).detach())
     opt = st.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -153,7 +146,6 @@ def test_averaged_within_the_probe_is_no_worse_than_the_start(steps: int) -> Non
 
 
 def test_a_parameter_replaced_in_its_group_is_trained() -> None:
-    # BUG: only the number of parameters is looked at.
     net = network()
     opt = st.SGD(net.parameters(), lr=0.1, probe=False)
     train(net, opt, 10)

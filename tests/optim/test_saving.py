@@ -66,7 +66,6 @@ MAKES: dict[str, tuple[Callable, bool, dict]] = {
     "alone": (lambda n: st.Lion(n.parameters(), probe=False), False, dict(hyper=0)),
     "bfloat16": (lambda n: st.Adam(n.parameters()), False, dict(dtype=torch.bfloat16)),
     "norm, module": (lambda n: st.SGD(n, lr=0.02), True, {}),
-    # BUG: without the module, the saved BatchNorm averages wait in saved_buffers and are dropped.
     "norm, parameters": (lambda n: st.SGD(n.parameters(), lr=0.02), True, {}),
 }
 
@@ -97,7 +96,6 @@ def test_resumes_bit_for_bit(kind: str, stop: int, via: Callable) -> None:
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("kind", ["sgd", "norm, module"])
 def test_resumes_through_distributed_checkpoint(kind: str, flatten: bool) -> None:
-    # BUG: flattening takes the keys from optimizer.param_groups, where "selftune" is missing.
     make, norm, _ = MAKES[kind]
     net = network(norm)
     opt = make(net)
@@ -118,7 +116,6 @@ def test_resumes_through_distributed_checkpoint(kind: str, flatten: bool) -> Non
 )
 def test_a_copied_optimizer_continues_bit_for_bit(kind: str, via: Callable) -> None:
     """Copied together with its model, as torch's own optimizers can be."""
-    # BUG: Optimizer.__getstate__ keeps three attributes only, the engine is lost.
     make, norm, options = MAKES[kind]
     dtype, hyper = options.get("dtype", torch.float32), options.get("hyper", 1)
     net = network(norm, dtype)

@@ -55,7 +55,6 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name: str, tune: tuple[str, ...]) -> None:
     """Tuned, but with no hyper step in 30 steps, the tuned factor is 1: torch's run again."""
-    # BUG: with lr tuned, "cyclic from 0" divides by initial_lr = 0.
 
     def run(ours: bool) -> nn.Module:
         net = network()
@@ -77,7 +76,6 @@ def test_schedulers(name: str, tune: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", ["step", "one cycle", "cosine", "lambda", "plateau"])
 def test_schedulers_multiply_the_tuned_rate(name: str, look: bool) -> None:
     """By hand: a step of SGD moves a weight whose gradient is 1 by tuned lr x schedule."""
-    # BUG: a scheduler that sets its own initial_lr is not heard if hparams were read before it.
     weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     opt = st.SGD([weight], lr=0.01, momentum=0.0, tune=("lr",), probe=False)
     if look:

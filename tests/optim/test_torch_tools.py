@@ -51,7 +51,6 @@ def same(run: Callable[[bool], nn.Module]) -> None:
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_equals_torch(name: str, options: dict, set_to_none: bool) -> None:
     """Groups, a frozen and thawed layer, and parameters without gradient in some steps."""
-    # BUG: SGD's dampening is rounded to float32 where parameters have had unequal numbers of steps.
 
     def run(ours: bool) -> nn.Module:
         net = network()
@@ -114,7 +113,6 @@ def test_grad_scaler_skips_and_unscales() -> None:
 @pytest.mark.parametrize("probe", [False, True])
 def test_maximize_tunes_as_minimizing_the_negative_does(probe: bool) -> None:
     """The same descent written both ways, tuned by its training gradients alone."""
-    # BUG: probe and training-gradient tuning take the gradient of a loss to be minimized.
     ends = []
     for sign in (1, -1):
         net = network()
