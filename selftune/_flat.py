@@ -16,6 +16,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
+def plus(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:
+    """``a + factor · b``, in one operation where the factor is a number."""
+    if isinstance(factor, Tensor):
+        return a + factor * b
+    return torch.add(a, b, alpha=factor)
+
+
 class Layout:
     """Where each tensor of a list lies in the flat vector of them all.
 

@@ -25,7 +25,7 @@ class Guard:
 
     patience: int = 3
     explosion: float = 2.0
-    sigmas: float = 4.0
+    sigmas: float = 2.5
     tolerance: float = 0.05
     least: float = 0.02
     limit: int = 10
@@ -101,7 +101,8 @@ class Guard:
         )
         if self._exploded(self.mean, self.first):
             return "rollback"
-        if self.count > 10 and self.mean > self.best + slack:
+        # After an alarm that led to nothing better the next must be surer.
+        if self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
             return "rollback"
         if self.mean < self.best or self.count <= 5:
             self.best, self.best_error, self.streak = self.mean, error, 0
@@ -114,7 +115,7 @@ class Guard:
     def rolled_back(self, *, worsened: bool) -> float:
         """Count a roll-back; returns by how much, in log lr, to cool.
 
-        A loss that merely worsened cools by a factor of 3; blow-ups in a row cool by 3, 9, 27, …
+        A loss that merely worsened cools by a factor of 2; blow-ups in a row cool by 3, 9, 27, …
         so that a run cannot be rolled back for ever.
         """
         self.rollbacks += 1
@@ -122,7 +123,7 @@ class Guard:
         self.mean = min(self.best, self.first)
         self.training_mean = min(self.training_mean, self.training_first)
         self.skipped = self.missed = self.quiet = 0
-        return math.log(3.0) * (1 if worsened else min(self.streak, self.limit))
+        return math.log(2.0) if worsened else math.log(3.0) * min(self.streak, self.limit)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""

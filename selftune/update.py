@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._flat import Layout
+from selftune._flat import Layout, plus
 from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
 from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1
 from selftune.rules._base import AbstractRule, State, Values
@@ -107,7 +107,7 @@ class Update:
         """The gradient of the loss with its penalties."""
         for name, gradient in self._smooth.items():
             if _on(values[name]):
-                grads = grads + values[name] * gradient(params)
+                grads = plus(grads, gradient(params), values[name])
         return grads
 
     def __call__(
@@ -133,8 +133,8 @@ class Update:
         rate = learning_rate(values, clock)
         total = direction
         if self.rule.decoupled and _on(values["weight_decay"]):
-            total = direction + values["weight_decay"] * params
-        moved = params - rate * total
+            total = plus(direction, params, values["weight_decay"])
+        moved = plus(params, total, -rate)
         for penalty in self._prox:
             moved = penalty.prox(moved, rate * values[penalty.name])
         transition = Transition(
@@ -185,7 +185,7 @@ class Transition(NamedTuple):
         if not self.update.rule.decoupled or not _on(decay):
             return self.grads
         scale = (self.grads @ self.direction) / (self.direction @ self.direction).clamp_min(1e-30)
-        return self.grads + (scale * decay) * self.params
+        return plus(self.grads, self.params, scale * decay)
 
     def masked(self, mask: Tensor) -> Transition:
         """The same step, with the weights outside ``mask`` left as they were."""

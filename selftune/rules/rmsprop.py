@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._flat import plus
 from selftune.bijections import Logit
 from selftune.hparams import MOMENTUM, Hparam
 from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
@@ -48,7 +49,7 @@ class RMSprop(AbstractRule):
         else:
             root = square.sqrt()
         scaled = grads / (root + values["eps"])
-        after["momentum_buffer"] = values["momentum"] * state["momentum_buffer"] + scaled
+        after["momentum_buffer"] = plus(scaled, state["momentum_buffer"], values["momentum"])
         return after["momentum_buffer"], after
 
     def tangent(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._flat import plus
 from selftune.hparams import MOMENTUM
 from selftune.rules._base import AbstractRule, State, Values
 
@@ -34,8 +35,8 @@ class SGD(AbstractRule):
     ) -> tuple[Tensor, State]:
         """The momentum buffer, or Nesterov's look-ahead of it."""
         momentum = values["momentum"]
-        buffer = momentum * state["momentum_buffer"] + grads * _fresh(values, age)
-        direction = grads + momentum * buffer if values["nesterov"] else buffer
+        buffer = plus(_fresh(grads, values, age), state["momentum_buffer"], momentum)
+        direction = plus(grads, buffer, momentum) if values["nesterov"] else buffer
         return direction, {"momentum_buffer": buffer}
 
     def tangent(
@@ -55,7 +56,7 @@ class SGD(AbstractRule):
         if momentum_dot is not None:
             dot.add_(momentum_dot * state["momentum_buffer"])
         if grads_dot is not None:
-            dot.add_(grads_dot * _fresh(values, age))
+            dot.add_(_fresh(grads_dot, values, age))
         if not values["nesterov"]:
             return dot, {"momentum_buffer": dot}
         direction_dot = momentum * dot
@@ -66,9 +67,11 @@ class SGD(AbstractRule):
         return direction_dot, {"momentum_buffer": dot}
 
 
-def _fresh(values: Values, age: int | Tensor) -> Any:
-    """The weight of the new gradient: torch does not dampen the first."""
+def _fresh(grads: Tensor, values: Values, age: Any) -> Tensor:
+    """The new gradient's part: torch does not dampen the first."""
     dampening = values["dampening"]
     if isinstance(age, Tensor):
-        return 1 - dampening * (age > 0).to(age.dtype)
-    return 1.0 if age == 0 else 1 - dampening
+        return grads * (1 - dampening * (age > 0).to(age.dtype))
+    if not isinstance(dampening, Tensor) and (dampening == 0 or age == 0):
+        return grads
+    return grads * (1 - dampening) if age > 0 else grads
