@@ -23,6 +23,13 @@ def plus(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:
     return torch.add(a, b, alpha=factor)
 
 
+def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
+    """``target += factor · tensor``, in place."""
+    if isinstance(factor, Tensor):
+        return target.addcmul_(tensor, factor.to(target.dtype).expand_as(tensor))
+    return target.add_(tensor, alpha=factor)
+
+
 class Layout:
     """Where each tensor of a list lies in the flat vector of them all.
 

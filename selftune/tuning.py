@@ -123,6 +123,9 @@ class Tuning:
         raw = raw.maximum(low).minimum(high.maximum(low))
         with torch.no_grad():
             self.hyper.raw.copy_(raw)
+        self._share(raw)
+
+    def _share(self, raw: Tensor) -> None:
         for name, tuned in self.rows.items():
             tuned.shift = raw[self.slots(name)].clone()
 
@@ -161,7 +164,7 @@ class Tuning:
         ]
         moving = [torch.full_like(t.shift, n in names) for n, t in self.rows.items()]
         self.hyper.step(_joined(grads), *self.bounds(), _joined(moving).bool())
-        self._write(self.hyper.raw.detach().clone())
+        self._share(self.hyper.raw.detach())
         if coupled:
             after = self._value("momentum")
             self.move("lr", math.log((1 - after) / (1 - before)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._flat import Layout, plus
+from selftune._flat import Layout, add_to, plus
 from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
 from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1
 from selftune.rules._base import AbstractRule, State, Values
@@ -217,21 +217,23 @@ class Transition(NamedTuple):
         state: dict[str, State] = {}
         for row, (name, slope) in zip(tangents.params, slopes.items(), strict=True):
             if name == "lr":
-                _add(row, self.total, -learning_rate({**values, "lr": slope}, clock))
+                add_to(row, self.total, -learning_rate({**values, "lr": slope}, clock))
             elif name == "decay":
                 share = slope * clock.step / (1 + values["decay"] * clock.step)
-                _add(row, self.total, rate * share)
+                add_to(row, self.total, rate * share)
             elif name == "weight_decay" and update.rule.decoupled:
-                _add(row, self.params, -rate * slope)
+                add_to(row, self.params, -rate * slope)
             elif name not in (p.name for p in update._prox):
-                before = {k: v.mul_(discount) for k, v in tangents.state.get(name, {}).items()}
-                dot, state[name] = self._direction_tangent(name, slope, before)
-                _add(row, dot, -rate)
+                before = tangents.state.get(name, {})
+                dot, state[name] = self._direction_tangent(name, slope, before, discount)
+                add_to(row, dot, -rate)
         for penalty in update._prox:
             self._push_prox(tangents.params, penalty.name, rate, slopes)
         return Tangents(tangents.params, state)
 
-    def _direction_tangent(self, name: str, slope: Any, before: State) -> tuple[Tensor, State]:
+    def _direction_tangent(
+        self, name: str, slope: Any, before: State, discount: float
+    ) -> tuple[Tensor, State]:
         smooth = self.update._smooth
         dots: tuple[Tensor | None, State, Mapping[str, Any]]
         if name in smooth:
@@ -240,7 +242,7 @@ class Transition(NamedTuple):
             dots = (None, before, {name: slope})
         moved = (self.direction, self.after)
         return self.update.rule.tangent(
-            self.grads, self.state, self.values, self.clock.age, moved, dots
+            self.grads, self.state, self.values, self.clock.age, moved, dots, discount
         )
 
     def _push_prox(self, rows: Tensor, name: str, rate: Any, slopes: Mapping[str, Any]) -> None:
@@ -267,13 +269,6 @@ def zero_tangents(hparams: int, params: Tensor) -> Tangents:
 def _on(value: Any) -> bool:
     """Whether a strength can matter: any tensor may, a number unless it is 0."""
     return isinstance(value, Tensor) or value != 0
-
-
-def _add(row: Tensor, tensor: Tensor, scale: Any) -> None:
-    if isinstance(scale, Tensor) and scale.dim():
-        row.addcmul_(tensor, scale)
-    else:
-        row.add_(tensor, alpha=float(scale))
 
 
 __all__ = ["Clock", "Tangents", "Transition", "Update", "learning_rate", "zero_tangents"]

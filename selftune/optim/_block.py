@@ -15,6 +15,8 @@ from selftune.update import Tangents, Transition, Update
 
 Entries = Sequence[dict[str, Any]]
 
+STRIDE = 4  # steps between two samples of the tangents in their average
+
 
 class Block:
     """One parameter group's tensors as flat vectors, shown to torch as views.
@@ -165,11 +167,16 @@ class Block:
                 old = before.state.get(row, {}).get(name, torch.zeros_like(value))
                 value.copy_(torch.where(where, old, value))
 
-    def blend(self, transition: Transition, share: float) -> None:
-        """Move the averages of weights, tangents and training hypergradients by ``share``."""
+    def blend(self, transition: Transition, share: float, step: int) -> None:
+        """Move the averages of weights, tangents and training hypergradients by ``share``.
+
+        Tangents change little within a few steps, and there are many of them, so theirs is
+        moved every ``STRIDE`` steps, that much further.
+        """
         self.average.lerp_(transition.moved, share)
-        if self.rows:
-            self.response.lerp_(self.tangents.params, share)
+        if self.rows and (step % STRIDE == 0 or share > 1 / STRIDE):
+            further = share if share > 1 / STRIDE else 1 - (1 - share) ** STRIDE
+            self.response.lerp_(self.tangents.params, further)
         if len(self.pull):
             pull = self._contract(self.response[self._regular], transition.residual)
             self.pull.lerp_(pull, share)

@@ -90,7 +90,7 @@ class Engine:
             self.blocks, transitions, self.slopes, grads, strict=True
         ):
             block.advance(step, slope, mask)
-            block.blend(step, share)
+            block.blend(step, share, self.clock.steps)
             block.layout.write(step.moved, block.params)
         return changed
 

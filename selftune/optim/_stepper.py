@@ -101,6 +101,7 @@ class Opaque(AbstractRule):
         age: Any,
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
+        discount: float = 1.0,
     ) -> tuple[Tensor, State]:
         """None of its hyperparameters is ours."""
         return torch.zeros_like(grads), {}

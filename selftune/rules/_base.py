@@ -61,6 +61,7 @@ class AbstractRule(ABC):
         age: int | Tensor,
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
+        discount: float = 1.0,
     ) -> tuple[Tensor, State]:
         """The derivative of ``direction`` along one tangent.
 
@@ -74,6 +75,7 @@ class AbstractRule(ABC):
             moved: What ``direction`` returned for them.
             dots: Tangents of gradients (None: zero), state (missing: zero; its tensors may be
                 overwritten) and hyperparameters (missing: zero).
+            discount: What the tangents of the state are to be taken times.
 
         Returns:
             Tangents of the direction and of the next state (missing: zero).
@@ -94,6 +96,7 @@ def direction_jvp(
     values: Values,
     age: int | Tensor,
     dots: tuple[Tensor | None, State, Mapping[str, Any]],
+    discount: float = 1.0,
 ) -> tuple[Tensor, State]:
     """``rule.tangent`` by forward-mode differentiation of ``rule.direction``."""
     grads_dot, state_dot, values_dot = dots
@@ -110,7 +113,7 @@ def direction_jvp(
     primals = (grads, dict(state), [like(values[n]) for n in names])
     tangents = (
         torch.zeros_like(grads) if grads_dot is None else grads_dot,
-        {k: state_dot.get(k, torch.zeros_like(v)) for k, v in state.items()},
+        {k: discount * state_dot.get(k, torch.zeros_like(v)) for k, v in state.items()},
         [like(values_dot[n]).expand_as(p) for n, p in zip(names, primals[2], strict=True)],
     )
     direction, after = torch.func.jvp(run, primals, tangents)[1]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._flat import add_to
 from selftune.bijections import Logit
 from selftune.hparams import Hparam
 from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
@@ -61,6 +62,7 @@ class Adam(AbstractRule):
         age: int | Tensor,
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
+        discount: float = 1.0,
     ) -> tuple[Tensor, State]:
         """By hand, except for β₂, with r = √v₊ + ε' and f of ``_scale``.
 
@@ -69,11 +71,11 @@ class Adam(AbstractRule):
         """
         grads_dot, state_dot, values_dot = dots
         if "beta2" in values_dot:
-            return direction_jvp(self, grads, state, values, age, dots)
+            return direction_jvp(self, grads, state, values, age, dots, discount)
         beta1, step, (direction, after) = values["beta1"], age + 1, moved
-        mean_dot = _scaled(state_dot.get("exp_avg"), beta1, grads)
+        mean_dot = _scaled(state_dot.get("exp_avg"), beta1 * discount, grads)
         if "beta1" in values_dot:
-            mean_dot.add_((state["exp_avg"] - grads).mul_(values_dot["beta1"]))
+            add_to(mean_dot, state["exp_avg"] - grads, values_dot["beta1"])
         if grads_dot is not None:
             mean_dot.add_(grads_dot * (1 - beta1))
         square = after.get("max_exp_avg_sq", after["exp_avg_sq"])
@@ -81,15 +83,15 @@ class Adam(AbstractRule):
         direction_dot = (mean_dot / root).mul_(factor)
         if "beta1" in values_dot:
             slope = step * beta1 ** (step - 1) * values_dot["beta1"] / (1 - beta1**step)
-            direction_dot += direction * slope
+            add_to(direction_dot, direction, slope)
         after_dot = {"exp_avg": mean_dot}
         if grads_dot is not None or set(state_dot) - {"exp_avg"}:
-            square_dot = _scaled(state_dot.get("exp_avg_sq"), values["beta2"], grads)
+            square_dot = _scaled(state_dot.get("exp_avg_sq"), values["beta2"] * discount, grads)
             if grads_dot is not None:
                 square_dot.add_((grads * grads_dot).mul_(2 * (1 - values["beta2"])))
             after_dot["exp_avg_sq"] = square_dot
             if values["amsgrad"]:
-                old = state_dot.get("max_exp_avg_sq", torch.zeros_like(grads))
+                old = discount * state_dot.get("max_exp_avg_sq", torch.zeros_like(grads))
                 newest = after["exp_avg_sq"] > state["max_exp_avg_sq"]
                 square_dot = after_dot["max_exp_avg_sq"] = torch.where(newest, square_dot, old)
             twice = 2 * square.sqrt().clamp_min(1e-30)

@@ -44,6 +44,7 @@ class Lion(AbstractRule):
         age: int | Tensor,
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
+        discount: float = 1.0,
     ) -> tuple[Tensor, State]:
         """Zero: the sign is constant almost everywhere."""
         return torch.zeros_like(grads), {}

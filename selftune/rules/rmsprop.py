@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._flat import plus
+from selftune._flat import add_to, plus
 from selftune.bijections import Logit
 from selftune.hparams import MOMENTUM, Hparam
 from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
@@ -60,6 +60,7 @@ class RMSprop(AbstractRule):
         age: int | Tensor,
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
+        discount: float = 1.0,
     ) -> tuple[Tensor, State]:
         """By hand, except for a: ``ḃ₊ = μ ḃ + μ̇ b + ṡ`` with ``s = g/(r + ε)``, r² = v₊ − ḡ₊².
 
@@ -67,21 +68,21 @@ class RMSprop(AbstractRule):
         """
         grads_dot, state_dot, values_dot = dots
         if "alpha" in values_dot:
-            return direction_jvp(self, grads, state, values, age, dots)
+            return direction_jvp(self, grads, state, values, age, dots, discount)
         alpha, after = values["alpha"], moved[1]
         dot = state_dot.get("momentum_buffer")
-        dot = torch.zeros_like(grads) if dot is None else dot.mul_(values["momentum"])
+        dot = torch.zeros_like(grads) if dot is None else dot.mul_(values["momentum"] * discount)
         if "momentum" in values_dot:
-            dot.add_(values_dot["momentum"] * state["momentum_buffer"])
+            add_to(dot, state["momentum_buffer"], values_dot["momentum"])
         after_dot = {"momentum_buffer": dot}
         if grads_dot is not None or set(state_dot) - {"momentum_buffer"}:
             fresh = torch.zeros_like(grads) if grads_dot is None else grads_dot
-            square_dot = alpha * state_dot.get("square_avg", torch.zeros_like(grads))
+            square_dot = _scaled(state_dot, "square_avg", alpha * discount, grads)
             square_dot += (2 * (1 - alpha)) * grads * fresh
             after_dot["square_avg"] = root_dot = square_dot
             root = after["square_avg"]
             if values["centered"]:
-                mean_dot = alpha * state_dot.get("grad_avg", torch.zeros_like(grads))
+                mean_dot = _scaled(state_dot, "grad_avg", alpha * discount, grads)
                 mean_dot += (1 - alpha) * fresh
                 after_dot["grad_avg"] = mean_dot
                 root_dot = square_dot - 2 * after["grad_avg"] * mean_dot
@@ -91,3 +92,7 @@ class RMSprop(AbstractRule):
             root_dot = root_dot / (2 * root.clamp_min(1e-30))
             dot.add_((fresh - grads / bottom * root_dot) / bottom)
         return dot, after_dot
+
+
+def _scaled(dots: State, name: str, factor: Any, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if name not in dots else dots[name] * factor

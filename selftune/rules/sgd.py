@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._flat import plus
+from selftune._flat import add_to, plus
 from selftune.hparams import MOMENTUM
 from selftune.rules._base import AbstractRule, State, Values
 
@@ -47,14 +47,17 @@ class SGD(AbstractRule):
         age: int | Tensor,
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
+        discount: float = 1.0,
     ) -> tuple[Tensor, State]:
         """``ḃ₊ = μ ḃ + μ̇ b + (1 − τ) ġ``; ``ḋ = ḃ₊`` or ``ġ + μ ḃ₊ + μ̇ b₊``."""
         grads_dot, state_dot, values_dot = dots
         momentum, momentum_dot = values["momentum"], values_dot.get("momentum")
         buffer_dot = state_dot.get("momentum_buffer")
-        dot = torch.zeros_like(grads) if buffer_dot is None else buffer_dot.mul_(momentum)
+        dot = (
+            torch.zeros_like(grads) if buffer_dot is None else buffer_dot.mul_(momentum * discount)
+        )
         if momentum_dot is not None:
-            dot.add_(momentum_dot * state["momentum_buffer"])
+            add_to(dot, state["momentum_buffer"], momentum_dot)
         if grads_dot is not None:
             dot.add_(_fresh(grads_dot, values, age))
         if not values["nesterov"]:
