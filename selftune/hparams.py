@@ -102,6 +102,7 @@ class Tuned:
         self.shift = torch.zeros(0, dtype=torch.float64)
         self.from_zero = False
         self.start: list[float] = []
+        self._find_ends()
 
     def lay_out(
         self,
@@ -155,7 +156,7 @@ class Tuned:
     def resume(self, base: Tensor, lower: float, shift: Tensor) -> None:
         """Continue from saved values."""
         self.base, self.shift = base.clone(), shift.clone()
-        self.hparam = replace(self.hparam, lower=lower)
+        self.limit(lower)
         self._measure()
 
     def values(self) -> Tensor:
@@ -173,9 +174,17 @@ class Tuned:
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """How far each shift may go before one of its segments leaves the bounds."""
+        return self._raw_ends[0] - self._lowest, self._raw_ends[1] - self._highest
+
+    def limit(self, lower: float) -> None:
+        """Set another lower bound."""
+        self.hparam = replace(self.hparam, lower=lower)
+        self._find_ends()
+
+    def _find_ends(self) -> None:
         ends = torch.tensor([self.hparam.lower, self.hparam.upper], dtype=torch.float64)
-        lower, upper = self.hparam.bijection.inverse(ends)
-        return lower - self._lowest, upper - self._highest
+        low, high = self.hparam.bijection.inverse(ends).tolist()
+        self._raw_ends = (low, high)
 
     def _measure(self) -> None:
         """Find the outermost bases of each slot, where those that are off do not count."""

@@ -178,7 +178,7 @@ class Tuning:
             return
         lower = NEGLIGIBLE / (self._value("lr") * self.memory * self.horizon / 2)
         if "weight_decay" not in self._bounded:
-            tuned.hparam = replace(tuned.hparam, lower=min(lower, 0.1 * tuned.hparam.upper))
+            tuned.limit(min(lower, 0.1 * tuned.hparam.upper))
 
     def _value(self, name: str) -> float:
         """The largest present value of a tuned hyperparameter, 0 if it is not tuned."""

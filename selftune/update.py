@@ -194,7 +194,8 @@ class Transition(NamedTuple):
             direction=self.direction * mask,
             total=self.total * mask,
             moved=torch.where(mask, self.moved, self.params),
-            after={k: torch.where(mask, v, self.state[k]) for k, v in self.after.items()},
+            after=self.after
+            | {k: torch.where(mask, self.after[k], v) for k, v in self.state.items()},
         )
 
     def push(self, tangents: Tangents, slopes: Mapping[str, Any], discount: float) -> Tangents:
@@ -213,9 +214,9 @@ class Transition(NamedTuple):
         keep: Any = 1.0
         if update.rule.decoupled and _on(values["weight_decay"]):
             keep = 1 - rate * values["weight_decay"]
-        tangents.params.mul_(discount * keep)
         state: dict[str, State] = {}
         for row, (name, slope) in zip(tangents.params, slopes.items(), strict=True):
+            row.mul_(discount * keep)  # row by row, while it is in the cache
             if name == "lr":
                 add_to(row, self.total, -learning_rate({**values, "lr": slope}, clock))
             elif name == "decay":

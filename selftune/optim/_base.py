@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,6 +130,17 @@ class SelfTuned(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     # torch's interface
+
+    @property
+    def state(self) -> Any:
+        """Per-parameter state, brought up to date when it is looked at."""
+        for block in self._engine.blocks:
+            block.sync()
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, also in the middle of a run; what is tuned already stays tuned."""
@@ -331,10 +343,13 @@ class SelfTuned(torch.optim.Optimizer):
         self._engine.slopes = self._groups.cache(self.param_groups, self._engine.blocks)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the wrapper by which a scheduler counts steps."""
+        """What a copy needs: blocks are made anew from the state, schedulers wrap ``step`` anew."""
         with torch.no_grad():
             self._blocks()
-        return {k: v for k, v in self.__dict__.items() if k != "step"}
+        engine = copy.copy(self._engine)
+        engine.blocks = []
+        own = {**self.__dict__, "state": self.state, "_engine": engine, "_built": []}
+        return {k: v for k, v in own.items() if k != "step"}
 
     # inside
 

@@ -23,7 +23,8 @@ class Block:
 
     ``entries`` are the per-parameter dictionaries of ``optimizer.state``. Whatever must be
     saved lies in them as views of the flat vectors here, and is taken up from them at
-    construction, so torch's own saving and loading see ordinary optimizer state.
+    construction, so torch's own saving and loading see ordinary optimizer state. The rule's state,
+    new tensors at every step, is copied there by ``sync``.
 
     Args:
         params: The parameters that are trained.
@@ -64,7 +65,10 @@ class Block:
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
         weights = self.weights()
-        self.state = {k: self._keep(k, v) for k, v in update.rule.init(weights, values).items()}
+        fresh_state = update.rule.init(weights, values)
+        self._shown = {k: self._keep(k, v) for k, v in fresh_state.items()}
+        self.state = {k: v.clone() for k, v in self._shown.items()}
+        self._stale = False
         self.average = self._keep("average", weights)
         self.good = self._keep("good", weights)
         fresh = estimator.init(len(rows), weights)
@@ -83,6 +87,13 @@ class Block:
                 view.copy_(entry[key])
             entry[key] = view
         return flat
+
+    def sync(self) -> None:
+        """Copy the rule's state to where torch sees it; done only when someone looks."""
+        if self._stale:
+            for name, shown in self._shown.items():
+                shown.copy_(self.state[name])
+            self._stale = False
 
     def _pull(self, entries: Entries) -> Tensor:
         """Hypergradients of the training loss, averaged: shape (regularizers, tensors or 1)."""
@@ -143,10 +154,8 @@ class Block:
                         kept.copy_(value)
             if before is not None and mask is not None:
                 self._put_back(before, ~mask)
-        for name, value in transition.after.items():
-            self.state[name].copy_(
-                value if mask is None else torch.where(mask, value, self.state[name])
-            )
+        self.state = {name: transition.after[name] for name in self.state}
+        self._stale = True
         if mask is None:
             self._steps.add_(1)
             self._lead += 1
@@ -178,7 +187,7 @@ class Block:
             further = share if share > 1 / STRIDE else 1 - (1 - share) ** STRIDE
             self.response.lerp_(self.tangents.params, further)
         if len(self.pull):
-            pull = self._contract(self.response[self._regular], transition.residual)
+            pull = self._contract(self.tangents.params[self._regular], transition.residual)
             self.pull.lerp_(pull, share)
 
     def _contract(self, response: Tensor, grads: Tensor) -> Tensor:
@@ -213,9 +222,10 @@ class Block:
             self.tangents.params,
             self.response,
             self.pull,
-            *self.state.values(),
             *tangents,
         ):
             flat.zero_()
+        self.state = {k: torch.zeros_like(v) for k, v in self.state.items()}
+        self._stale = True
         self._steps.zero_()
         self._ages, self._lead = [0.0] * len(self._ages), 0

@@ -45,6 +45,8 @@ class AbstractRule(ABC):
     ) -> tuple[Tensor, State]:
         """The direction and the next state.
 
+        Beside the state's own names, the second may hold intermediate values for ``tangent``.
+
         Args:
             grads: Gradients of the penalised loss.
             state: The state, not modified.
@@ -117,4 +119,4 @@ def direction_jvp(
         [like(values_dot[n]).expand_as(p) for n, p in zip(names, primals[2], strict=True)],
     )
     direction, after = torch.func.jvp(run, primals, tangents)[1]
-    return direction, after
+    return direction, {name: after[name] for name in state}

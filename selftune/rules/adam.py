@@ -51,8 +51,9 @@ class Adam(AbstractRule):
         after: State = {"exp_avg": mean, "exp_avg_sq": square}
         if values["amsgrad"]:
             square = after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
-        root, factor = _scale(square, values, age)
-        return mean / root * factor, after
+        small = values["eps"] * (1 - values["beta2"] ** (age + 1)) ** 0.5
+        after["root"] = square.sqrt() + small
+        return mean / after["root"] * _factor(values, age), after
 
     def tangent(
         self,
@@ -64,7 +65,7 @@ class Adam(AbstractRule):
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
         discount: float = 1.0,
     ) -> tuple[Tensor, State]:
-        """By hand, except for β₂, with r = √v₊ + ε' and f of ``_scale``.
+        """By hand, except for β₂, with ``r = √v₊ + ε √c₂`` and f of ``_factor``.
 
         ``ṁ₊ = β₁ ṁ + (1 − β₁) ġ + β̇₁ (m − g)``; ``v̇₊ = β₂ v̇ + 2 (1 − β₂) g ġ``;
         ``ḋ = f ṁ₊/r − d v̇₊/(2 √v₊ r) + d ḟ/f`` with ``ḟ/f = t β₁ᵗ⁻¹ β̇₁/(1 − β₁ᵗ)``.
@@ -78,9 +79,7 @@ class Adam(AbstractRule):
             add_to(mean_dot, state["exp_avg"] - grads, values_dot["beta1"])
         if grads_dot is not None:
             mean_dot.add_(grads_dot * (1 - beta1))
-        square = after.get("max_exp_avg_sq", after["exp_avg_sq"])
-        root, factor = _scale(square, values, age)
-        direction_dot = (mean_dot / root).mul_(factor)
+        direction_dot = (mean_dot / after["root"]).mul_(_factor(values, age))
         if "beta1" in values_dot:
             slope = step * beta1 ** (step - 1) * values_dot["beta1"] / (1 - beta1**step)
             add_to(direction_dot, direction, slope)
@@ -94,8 +93,9 @@ class Adam(AbstractRule):
                 old = discount * state_dot.get("max_exp_avg_sq", torch.zeros_like(grads))
                 newest = after["exp_avg_sq"] > state["max_exp_avg_sq"]
                 square_dot = after_dot["max_exp_avg_sq"] = torch.where(newest, square_dot, old)
+            square = after.get("max_exp_avg_sq", after["exp_avg_sq"])
             twice = 2 * square.sqrt().clamp_min(1e-30)
-            direction_dot -= direction * square_dot / (twice * root)
+            direction_dot -= direction * square_dot / (twice * after["root"])
         return direction_dot, after_dot
 
 
@@ -103,12 +103,10 @@ def _scaled(dot: Tensor | None, factor: Any, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if dot is None else dot.mul_(factor)
 
 
-def _scale(square: Tensor, values: Values, age: Any) -> tuple[Tensor, Any]:
-    """Root r and factor f with ``d = m/r · f``: the bias corrections taken out of the tensors."""
+def _factor(values: Values, age: Any) -> Any:
+    """``f = √c₂/c₁``: the bias corrections, taken out of the tensors."""
     step = age + 1
-    root_correction = (1 - values["beta2"] ** step) ** 0.5
-    root = square.sqrt() + values["eps"] * root_correction
-    return root, root_correction / (1 - values["beta1"] ** step)
+    return (1 - values["beta2"] ** step) ** 0.5 / (1 - values["beta1"] ** step)
 
 
 class AdamW(AbstractRule):
