@@ -54,10 +54,14 @@ class Layout:
             dtype = torch.promote_types(dtype, tensor.dtype)
         self.dtype = torch.float32 if dtype in _HALF else dtype
 
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A new vector of shape (N,) holding the tensors' values."""
-        flat = torch.cat([local(t).reshape(-1) for t in tensors])
-        return flat.to(self.dtype)
+    def flatten(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """A vector of shape (N,) holding the tensors' values: a new one, or ``out``."""
+        parts = [local(t).reshape(-1) for t in tensors]
+        if out is None:
+            return torch.cat(parts).to(self.dtype)
+        if all(p.dtype == self.dtype for p in parts):
+            return torch.cat(parts, out=out)
+        return out.copy_(torch.cat(parts))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The tensors as views of ``flat``; leading dimensions of ``flat`` are kept."""

@@ -88,7 +88,6 @@ class Tuned:
         hparam: Name, scale and bounds.
         base: Raw values shifted from, one a segment; NaN where the hyperparameter is off.
         slots: Which shift belongs to each segment.
-        shift: The tuned raw shifts, shape (number of slots,), float64.
         from_zero: Whether every segment started at 0.
         start: The values last taken, one a segment.
     """
@@ -159,9 +158,22 @@ class Tuned:
         self.limit(lower)
         self._measure()
 
+    @property
+    def shift(self) -> Tensor:
+        """The tuned raw shifts, shape (number of slots,), float64; replaced, never modified."""
+        return self._shift
+
+    @shift.setter
+    def shift(self, value: Tensor) -> None:
+        self._shift = value
+        self._values: Tensor | None = None
+
     def values(self) -> Tensor:
         """Constrained values, one a segment; 0 where it is off."""
-        return self.hparam.bijection.forward(self.base + self.shift[self.slots]).nan_to_num(0.0)
+        if self._values is None:
+            raw = self.base + self.shift[self.slots]
+            self._values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
+        return self._values
 
     def slopes(self) -> Tensor:
         """The derivative of each value in its raw shift; 0 where it is off."""
@@ -188,6 +200,7 @@ class Tuned:
 
     def _measure(self) -> None:
         """Find the outermost bases of each slot, where those that are off do not count."""
+        self._values = None
         lowest, highest = (
             torch.full_like(self.shift, math.inf),
             torch.full_like(self.shift, -math.inf),

@@ -15,8 +15,6 @@ from selftune.update import Tangents, Transition, Update
 
 Entries = Sequence[dict[str, Any]]
 
-STRIDE = 4  # steps between two samples of the tangents in their average
-
 
 class Block:
     """One parameter group's tensors as flat vectors, shown to torch as views.
@@ -65,6 +63,7 @@ class Block:
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
         weights = self.weights()
+        self._before, self._grads = torch.empty_like(weights), torch.empty_like(weights)
         fresh_state = update.rule.init(weights, values)
         self._shown = {k: self._keep(k, v) for k, v in fresh_state.items()}
         self.state = {k: v.clone() for k, v in self._shown.items()}
@@ -115,18 +114,28 @@ class Block:
         return kept[name]
 
     def weights(self) -> Tensor:
-        """The joined weights as they are now."""
+        """The joined weights as they are now, a copy to keep."""
         return self.layout.flatten([p.detach() for p in self.params])
 
+    def before(self) -> Tensor:
+        """The joined weights as they are now, in memory that is used again at the next step.
+
+        Fresh memory for whole copies of a model, at every step, costs more than the arithmetic.
+        """
+        return self.layout.flatten([p.detach() for p in self.params], out=self._before)
+
     def gradient(self) -> tuple[Tensor | None, Tensor | None]:
-        """The joined gradients, None if no parameter has one, and a mask of who has (None: all)."""
+        """The joined gradients, None if no parameter has one, and a mask of who has (None: all).
+
+        They lie in memory that is used again at the next step.
+        """
         grads = [p.grad for p in self.params]
         for name, grad in zip(self._names, grads, strict=True):
             if grad is not None and grad.is_sparse:
                 check_gradient(name, grad)
         present = [g for g in grads if g is not None]
         if len(present) == len(grads):
-            return self.layout.flatten(present), None
+            return self.layout.flatten(present, out=self._grads), None
         if not present:
             return None, None
         filled = [
@@ -179,16 +188,15 @@ class Block:
     def blend(self, transition: Transition, share: float, step: int) -> None:
         """Move the averages of weights, tangents and training hypergradients by ``share``.
 
-        Tangents change little within a few steps, and there are many of them, so theirs is
-        moved every ``STRIDE`` steps, that much further.
+        Tangents change little within a few steps, and there are many of them, so theirs is moved
+        every fourth step, that much further; the hypergradients' every other step.
         """
         self.average.lerp_(transition.moved, share)
-        if self.rows and (step % STRIDE == 0 or share > 1 / STRIDE):
-            further = share if share > 1 / STRIDE else 1 - (1 - share) ** STRIDE
+        if self.rows and (further := _thinned(share, step, 4)):
             self.response.lerp_(self.tangents.params, further)
-        if len(self.pull):
-            pull = self._contract(self.tangents.params[self._regular], transition.residual)
-            self.pull.lerp_(pull, share)
+        if len(self.pull) and (further := _thinned(share, step, 2)):
+            tangents = self.tangents.params[self._regular]
+            self.pull.lerp_(self._contract(tangents, transition.residual), further)
 
     def _contract(self, response: Tensor, grads: Tensor) -> Tensor:
         if self._by_tensor:
@@ -229,3 +237,10 @@ class Block:
         self._stale = True
         self._steps.zero_()
         self._ages, self._lead = [0.0] * len(self._ages), 0
+
+
+def _thinned(share: float, step: int, stride: int) -> float:
+    """The share of a sample taken every ``stride`` steps, 0 between; young averages take all."""
+    if share > 1 / stride:
+        return share
+    return 0.0 if step % stride else 1 - (1 - share) ** stride

@@ -62,7 +62,7 @@ class RuleStepper(AbstractStepper):
         for block, value, (flat, mask), clock in zip(blocks, values, grads, clocks, strict=True):
             clock = clock._replace(age=block.age())
             update = self._update.joined(block.layout)
-            step = update.observed(block.weights(), flat, block.state, value, clock)[2]
+            step = update.observed(block.before(), flat, block.state, value, clock)[2]
             transitions.append(step if mask is None else step.masked(mask))
         return transitions
 
@@ -122,7 +122,7 @@ class InnerStepper(AbstractStepper):
         clocks: Sequence[Clock],
     ) -> list[Transition]:
         """``d + λ w = (w − w₊)/η``, with the tuned η and λ shown to the inner optimizer."""
-        before = [b.weights() for b in blocks]
+        before = [b.before() for b in blocks]
         rates = [float(learning_rate(v, c)) for v, c in zip(values, clocks, strict=True)]
         shown = [(g["lr"], g["weight_decay"]) for g in self._inner.param_groups]
         for value, rate in zip(values, rates, strict=True):
