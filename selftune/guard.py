@@ -20,7 +20,8 @@ class Guard:
         sigmas: The smoothed outer loss has worsened when it is this many standard errors …
         tolerance: … and this share of the progress made …
         least: … and this share of the first loss above its best.
-        limit: Roll-backs in a row after which the cooling grows no more.
+        limit: Roll-backs in a row after which cooling grows no more, and the first loss is
+            measured anew.
     """
 
     patience: int = 3
@@ -38,6 +39,7 @@ class Guard:
     best_error: float = 0.0
     training_first: float = math.nan
     training_mean: float = math.nan
+    training_count: int = 0
     skipped: int = 0
     missed: int = 0
     quiet: int = 0
@@ -74,10 +76,19 @@ class Guard:
             self.missed += 1
             return "rollback" if self.missed >= self.patience else "skip"
         self.missed = 0
-        if math.isnan(self.training_first):
-            self.training_first = self.training_mean = loss
-        self.training_mean += self._weight * (loss - self.training_mean)
+        self.training_count += 1
+        weight = max(self._weight, 1 / self.training_count)
+        if math.isnan(self.training_mean):
+            self.training_mean = loss
+        self.training_mean += weight * (loss - self.training_mean)
+        if self.training_count <= 10:  # a single batch may be lucky
+            self.training_first = self.training_mean
         return "rollback" if self._exploded(self.training_mean, self.training_first) else "ok"
+
+    def begin(self, loss: float) -> None:
+        """Take the outer loss at the good weights of the start, which others are held against."""
+        if math.isnan(self.first) and math.isfinite(loss):
+            self.first = self.mean = loss
 
     def loss(self, loss: float) -> str:
         """Judge a loss at the outer point by its running mean.
@@ -87,8 +98,7 @@ class Guard:
         """
         if not math.isfinite(loss):
             return "rollback"
-        if math.isnan(self.first):
-            self.first = self.mean = loss
+        self.begin(loss)
         self.count += 1
         weight = max(self._weight, 1 / self.count)
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
@@ -121,8 +131,11 @@ class Guard:
         self.rollbacks += 1
         self.streak += 1
         self.mean = min(self.best, self.first)
-        self.training_mean = min(self.training_mean, self.training_first)
+        self.training_mean = self.training_first = math.nan
+        self.training_count = 0
         self.skipped = self.missed = self.quiet = 0
+        if self.streak >= self.limit:  # cooling does not help, so the yardstick must be wrong
+            self.first = self.mean = math.nan
         return math.log(2.0) if worsened else math.log(3.0) * min(self.streak, self.limit)
 
     def state_dict(self) -> dict[str, Any]:

@@ -67,6 +67,13 @@ class Hparam:
         """The same hyperparameter within other bounds."""
         if not lower < upper:
             raise ValueError(f"bounds[{self.name!r}]=({lower}, {upper}): lower must be below upper")
+        ends = self.bijection.inverse(torch.tensor([lower, upper], dtype=torch.float64))
+        if not bool(torch.isfinite(ends).all()):
+            scale = type(self.bijection).__name__
+            raise ValueError(
+                f"bounds[{self.name!r}]=({lower}, {upper}) do not fit its scale, {scale}: "
+                + ("both must be above 0" + " and below 1" * (scale == "Logit"))
+            )
         return replace(self, lower=lower, upper=upper)
 
 
@@ -129,6 +136,12 @@ class Tuned:
             grown = torch.zeros(count, dtype=torch.float64)
             grown[: len(self.shift)] = self.shift
             self.shift = grown
+        if self.scope == "tensor" and known is not None:
+            shift = torch.zeros(count, dtype=torch.float64)
+            for at, before in enumerate(known):
+                if before is not None:
+                    shift[at] = self.shift[before]
+            self.shift = shift
         base = self._raw(start) - self.shift[self.slots]
         if self.from_zero:
             small = self._raw(torch.full_like(start, self.hparam.from_zero))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from selftune.hparams import SCOPES, Hparam, Tuned
 from selftune.hyperstep import HyperOptimizer, HyperStep, adam
+
+log = logging.getLogger("selftune")
 
 MOMENTA = ("momentum", "beta1")
 PACE = {"momentum": 0.2, "beta1": 0.2, "weight_decay": 2.0, "l1": 2.0, "l2": 2.0, "elastic": 2.0}
@@ -33,6 +36,7 @@ class Tuning:
         per: ``"run"``, ``"group"`` or ``"tensor"``, for all or by name: what shares one shift.
         bounds: Narrower or wider bounds by name.
         horizon: Steps in the run, or None.
+        floored: Whether weight decay is kept above what is negligible.
         make: Builds the hyper optimizer.
 
     Raises:
@@ -47,6 +51,7 @@ class Tuning:
         per: str | Mapping[str, str] = "run",
         bounds: Mapping[str, tuple[float, float]] | None = None,
         horizon: int | None = None,
+        floored: bool = True,
         make: HyperOptimizer = adam,
     ) -> None:
         scopes = dict.fromkeys(hparams, per) if isinstance(per, str) else dict(per)
@@ -61,6 +66,7 @@ class Tuning:
             if scope not in SCOPES:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
         self.horizon = horizon or HORIZON
+        self._floored = floored
         self.memory = 1.0  # 1/(1 − μ) of heavy-ball momentum, tuned or not
         self.rows: dict[str, Tuned] = {}
         for name, hparam in hparams.items():
@@ -102,8 +108,15 @@ class Tuning:
         sizes = [len(t.shift) for t in self.rows.values()]
         for name, tuned in self.rows.items():
             tuned.lay_out(values[name], groups, known)
+            given, present = max(values[name]), float(tuned.values().max())
+            if self._step is None and given > 0 and abs(present / given - 1) > 1e-9:
+                log.warning(
+                    "%s starts at %.4g, not %.4g: its bounds are %.4g to %.4g; pass bounds= for "
+                    "others", name, present, given, tuned.hparam.lower, tuned.hparam.upper,
+                )  # fmt: skip
         shifts = [t.shift for t in self.rows.values()]
-        if self._step is None or sizes != [len(s) for s in shifts]:
+        moved = known is not None and known != list(range(len(known)))
+        if self._step is None or sizes != [len(s) for s in shifts] or moved:
             paces = [torch.full_like(t.shift, PACE.get(n, 1.0)) for n, t in self.rows.items()]
             self._step = HyperStep(_joined(paces), self._make)
         self._write(_joined(shifts))
@@ -157,7 +170,8 @@ class Tuning:
             # Momentum moves at a constant lr / (1 − μ); otherwise both would chase the same
             # effective rate: d log(1 − μ) / d logit μ = −μ.
             rows["momentum"] = rows["momentum"] - before * rows["lr"]
-        self._raise_floor()
+        if "weight_decay" in names:
+            self._raise_floor()
         grads = [
             rows[n].sum().view(1) if self.shared else t.gather(rows[n])
             for n, t in self.rows.items()
@@ -171,7 +185,7 @@ class Tuning:
 
     def _raise_floor(self) -> None:
         """Keep weight decay from drifting where it does nothing and from where it is far back."""
-        if "weight_decay" not in self.rows or "lr" not in self.rows:
+        if not self._floored or "weight_decay" not in self.rows or "lr" not in self.rows:
             return
         tuned = self.rows["weight_decay"]
         if self._value("lr") == 0:

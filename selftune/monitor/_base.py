@@ -50,6 +50,8 @@ class Monitor:
         """Note a number; a tensor is read only when the block is written."""
         if self._target is None:
             return
+        if isinstance(value, Tensor):
+            value = value.detach().reshape(()).float()
         self._rows.append((tag, value, step))
         if len(self._rows) >= self.block:
             self.flush()
@@ -68,13 +70,18 @@ class Monitor:
         rows, self._rows = self._rows, []
         if self._target is None or not rows:
             return
-        on_device = [v.float() for _, v, _ in rows if isinstance(v, Tensor)]
-        numbers = iter(torch.stack(on_device).tolist() if on_device else [])
+        waiting: dict[torch.device, list[int]] = {}
+        for at, (_, value, _) in enumerate(rows):
+            if isinstance(value, Tensor):
+                waiting.setdefault(value.device, []).append(at)
+        for places in waiting.values():  # one transfer a device
+            numbers = torch.stack([rows[at][1] for at in places]).tolist()
+            for at, number in zip(places, numbers, strict=True):
+                rows[at] = (rows[at][0], number, rows[at][2])
         try:
             writer = self._writer()
             for tag, value, step in rows:
-                number = next(numbers) if isinstance(value, Tensor) else float(value)
-                writer.add_scalar(tag, number, step)
+                writer.add_scalar(tag, float(value), step)
             writer.flush()
         except OSError as error:
             log.warning("logging stopped, training goes on: %s", error)

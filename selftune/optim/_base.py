@@ -105,9 +105,10 @@ class SelfTuned(torch.optim.Optimizer):
             tune = [n for n in update.tuned if not (known_end and n == "decay")]
         tuning = Tuning(
             update.hparams, tune=tune, per=per, bounds=bounds, horizon=total_steps,
-            make=hyper_optimizer,
+            floored=update.rule.shrinks, make=hyper_optimizer,
         )  # fmt: skip
         self._update = update
+        self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
         self._estimator = Trace() if estimator is None else estimator
         length = probe_steps(total_steps) if probe is True else int(probe)
         self._engine = Engine(
@@ -116,7 +117,7 @@ class SelfTuned(torch.optim.Optimizer):
             every=every,
             probe=Probe(steps=length) if length and "lr" in tune else None,
             guard=Guard() if guard else None,
-            buffers=Buffers(model),
+            buffers=Buffers(model, every),
             monitor=Monitor(log_dir),
             stepper=stepper,
             ranks=Ranks(distributed),
@@ -210,7 +211,8 @@ class SelfTuned(torch.optim.Optimizer):
         in ``.grad`` are left alone.
 
         Args:
-            closure: Returns the validation loss, a scalar with its graph; no backward.
+            closure: Returns the validation loss, a scalar with its graph; no backward. It is
+                minimized, also where training maximizes.
 
         Returns:
             The loss, detached, or None if no step was due.
@@ -222,6 +224,11 @@ class SelfTuned(torch.optim.Optimizer):
                 not finite at the last good weights either; nothing is changed.
         """
         self._outside("hyper_step()")
+        if not callable(closure):
+            raise TypeError(
+                f"hyper_step takes a function, got {type(closure).__name__}: "
+                "opt.hyper_step(lambda: loss_fn(model(x), y))"
+            )
         engine, clock = self._engine, self._engine.clock
         if clock.steps == 0:
             raise RuntimeError(
@@ -234,12 +241,15 @@ class SelfTuned(torch.optim.Optimizer):
             device = blocks[0].layout.device
             devices = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(devices), engine.buffers.discovering():
-                self._outer(closure, [b.weights() for b in blocks])
+                first, _ = self._outer(closure, [b.good for b in blocks])
+            if engine.guard is not None:
+                engine.guard.begin(float(engine.ranks.mean(first)))
             engine.heard = True
         clock.heard = clock.steps
         if engine.probing or clock.steps - max(clock.outer, clock.since) < engine.every:
             return None
         loss, grads = self._outer(closure, [b.average for b in blocks])
+        engine.buffers.passed()
         loss = engine.ranks.mean(loss)
         if not bool(torch.isfinite(loss)):
             self._check_finite(closure)
@@ -315,7 +325,7 @@ class SelfTuned(torch.optim.Optimizer):
         self._engine.stepper.expose(self.state)
         state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
-        groups[0]["selftune"] = pack(self._engine, self._groups, type(self._update.rule).__name__)
+        groups[0]["selftune"] = pack(self._engine, self._groups, self._kind)
         return {**state, "param_groups": groups}
 
     @torch.no_grad()
@@ -326,8 +336,7 @@ class SelfTuned(torch.optim.Optimizer):
             ValueError: Another rule, set of hyperparameters, number of groups or shapes.
         """
         self._blocks()
-        rule = type(self._update.rule).__name__
-        check_state(state_dict, self._engine, rule, self.param_groups)
+        check_state(state_dict, self._engine, self._kind, self.param_groups)
         groups = [dict(g) for g in state_dict["param_groups"]]
         run, groups[0]["selftune"] = groups[0]["selftune"], None
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -337,7 +346,7 @@ class SelfTuned(torch.optim.Optimizer):
         for index, param in zip(saved_order, params, strict=True):
             if index in state_dict["state"]:
                 self.state[param] = dict(state_dict["state"][index])
-        self._engine.stepper.adopt(self.state)
+        self._engine.stepper.adopt(self.state, self.param_groups)
         self._make_blocks()
         unpack(self._engine, self._groups, run)
         self._engine.slopes = self._groups.cache(self.param_groups, self._engine.blocks)
@@ -382,6 +391,7 @@ class SelfTuned(torch.optim.Optimizer):
         self._groups.lay_out(self.param_groups, self._trained())
         self._make_blocks()
         self._publish()
+        self._engine.alone = None  # its shape may have changed
         self._built = ids
         return self._engine.blocks
 
@@ -462,7 +472,7 @@ class SelfTuned(torch.optim.Optimizer):
     def _advise(self) -> None:
         clock, tuning = self._engine.clock, self._engine.tuning
         stay = sorted(self._update.regularizers & set(tuning.names))
-        if not self._told and stay and clock.steps - clock.heard > ALONE:
+        if not self._told and stay and not clock.heard and clock.steps > ALONE:
             self._told = True
             log.warning(
                 "no hyper_step in %d steps: training gradients tune the learning rate; %s stay as "

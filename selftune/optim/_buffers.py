@@ -19,12 +19,17 @@ class Buffers:
 
     Args:
         module: A module to search, with its children, for layers with running statistics.
+        every: Training steps from one validation pass to the next.
     """
 
-    def __init__(self, module: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
         self.layers: list[nn.Module] = []
         self.average: list[Tensor] = []
         self.good: list[Tensor] = []
+        self._every = every
+        self._shown = False
+        self._momenta: list[float | None] = []
+        self._own = False  # whether validation passes gather the averaged weights' statistics
         self._saved: dict[str, list[Tensor]] | None = None
         if module is not None:
             self.add(module)
@@ -36,6 +41,7 @@ class Buffers:
             if _tracks(layer) and id(layer) not in known:
                 self.layers.append(layer)
                 known.add(id(layer))
+                self._momenta.append(layer.momentum)  # type: ignore[arg-type]
                 self.average += [t.clone() for t in _statistics(layer)]
                 self.good += [t.clone() for t in _statistics(layer)]
 
@@ -60,7 +66,15 @@ class Buffers:
         return [t for layer in self.layers for t in _statistics(layer)]
 
     def exchange(self) -> None:
-        """Swap the modules' statistics with the averaged ones."""
+        """Swap the modules' statistics with the averaged ones.
+
+        Passes at the averaged weights are ``every`` times rarer than training's, so a layer's
+        momentum m is 1 − (1 − m)^every while they are shown.
+        """
+        self._shown = not self._shown
+        for layer, usual in zip(self.layers, self._momenta, strict=True):
+            quick = usual and 1 - (1 - usual) ** self._every
+            layer.momentum = quick if self._shown else usual  # type: ignore[assignment]
         for tensor, kept in zip(self._tensors(), self.average, strict=True):
             held = tensor.clone()
             tensor.copy_(kept)
@@ -68,23 +82,27 @@ class Buffers:
 
     def blend(self, share: float) -> None:
         """Move the average toward the modules' statistics, unless passes at it update it."""
-        if any(layer.training for layer in self.layers):
+        if self._own:
             return
         for kept, tensor in zip(self.average, self._tensors(), strict=True):
             if kept.is_floating_point():
                 kept.lerp_(tensor, share)
 
+    def passed(self) -> None:
+        """Note in which mode a validation pass has just been made."""
+        self._own = any(layer.training for layer in self.layers)
+
     def keep(self) -> None:
         """Remember the averaged statistics as good."""
-        for kept, average in zip(self.good, self.average, strict=True):
-            kept.copy_(average)
+        for kept, now in zip(self.good, self.average, strict=True):
+            kept.copy_(now)
 
     def restore(self, first: int = 0) -> None:
         """Put good statistics back, for the training weights and the average."""
         groups = (self._tensors(), self.average, self.good)
-        for tensor, average, kept in zip(*(g[first:] for g in groups), strict=True):
-            tensor.copy_(kept)
-            average.copy_(kept)
+        for *others, kept in zip(*(g[first:] for g in groups), strict=True):
+            for tensor in others:
+                tensor.copy_(kept)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """The averaged and the good statistics."""
@@ -98,7 +116,8 @@ class Buffers:
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Continue from ``state_dict``; before the layers are found, it waits for them."""
         self._saved = None if self.layers else state
-        for mine, saved in ((self.average, state["average"]), (self.good, state["good"])):
+        for name, saved in state.items():
+            mine: list[Tensor] = getattr(self, name)
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 for tensor, value in zip(mine, saved, strict=True):
                     tensor.copy_(value)

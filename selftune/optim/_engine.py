@@ -26,6 +26,7 @@ from selftune.update import Clock, Transition
 log = logging.getLogger("selftune")
 
 PULSE = 10  # steps between two counts of vanished gradients
+THINNED = 5  # steps between two samples of BatchNorm statistics in their average
 ALONE = 50  # steps without a hyper_step after which training gradients serve instead
 
 
@@ -92,6 +93,8 @@ class Engine:
             block.advance(step, slope, mask)
             block.blend(step, share, self.clock.steps)
             block.layout.write(step.moved, block.params)
+        if self.clock.steps % THINNED == 0:
+            self.buffers.blend(1 - (1 - share) ** THINNED)
         return changed
 
     def _move(
@@ -114,7 +117,9 @@ class Engine:
         if self.guard is None or (grads[0][0].is_cuda and self.clock.steps % PULSE):
             return "ok"
         verdict = self.guard.gradient(self._total([g @ g for g, _ in grads]))
-        if verdict == "ok" and self.clock.steps % PULSE == 0:
+        # A network dies at once or not at all; later, no gradient may mean nothing left to learn.
+        young = self.clock.steps - self.clock.since <= 20 * PULSE
+        if verdict == "ok" and young and self.clock.steps % PULSE == 0:
             alive = self._total([torch.count_nonzero(g).to(g.dtype) for g, _ in grads])
             verdict = self.guard.pulse(alive)
         return verdict
@@ -148,7 +153,7 @@ class Engine:
         an unbiased outer gradient; a regularizer it cannot judge.
         """
         names = [n for n in self.tuning.names if n not in self.regularizers]
-        if not names or self.clock.steps - self.clock.heard <= ALONE:
+        if not names or self.clock.heard or self.clock.steps <= ALONE:
             return False
         signal = self._signal([g for g, _ in grads])
         self.alone = signal if self.alone is None else self.alone + signal
@@ -156,8 +161,10 @@ class Engine:
             return False
         self.clock.outer = self.clock.steps
         signal, self.alone = self.alone, None
-        if self.clock.steps % (10 * self.every) < self.every:
-            self._keep([b.average for b in self.blocks])  # nothing else says which are good
+        averages = [b.average for b in self.blocks]
+        due = self.clock.steps % (10 * self.every) < self.every  # nothing else says which are good
+        if due and math.isfinite(self._total([a.sum() for a in averages])):
+            self._keep(averages)
         return self.tune(signal, names)
 
     def _signal(self, grads: Sequence[Tensor], gap: bool = False) -> Tensor:
@@ -177,8 +184,6 @@ class Engine:
     def outer_step(self, loss: float, grads: Sequence[Tensor]) -> bool:
         """One hyperparameter step from the outer gradients; true if hyperparameters changed."""
         self.clock.outer = self.clock.steps
-        share = self.averaging.weight(self.clock.steps - self.clock.since)
-        self.buffers.blend(1 - (1 - share) ** self.every)
         if self.guard is not None:
             verdict = self.guard.loss(loss)
             if verdict == "rollback":

@@ -19,7 +19,13 @@ Grads = Sequence[tuple[Tensor, Tensor | None]]
 
 
 class AbstractStepper(ABC):
-    """Takes weight steps, and owns whatever state they need beyond the blocks'."""
+    """Takes weight steps, and owns whatever state they need beyond the blocks'.
+
+    Attributes:
+        name: What a saved state must have been stepped by.
+    """
+
+    name: str
 
     @abstractmethod
     def move(
@@ -40,8 +46,8 @@ class AbstractStepper(ABC):
         """Put that state where it is saved."""
 
     @abstractmethod
-    def adopt(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Take that state from where it was loaded."""
+    def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        """Take that state, and the parameter groups, from where they were loaded."""
 
 
 class RuleStepper(AbstractStepper):
@@ -49,6 +55,7 @@ class RuleStepper(AbstractStepper):
 
     def __init__(self, update: Update) -> None:
         self._update = update
+        self.name = type(update.rule).__name__
 
     def move(
         self,
@@ -72,7 +79,7 @@ class RuleStepper(AbstractStepper):
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Nothing: the blocks keep it all."""
 
-    def adopt(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         """Nothing: the blocks keep it all."""
 
 
@@ -81,6 +88,7 @@ class Opaque(AbstractRule):
 
     hparams = ()
     decoupled = True
+    shrinks = False
     tuned = ("lr", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:
@@ -113,6 +121,7 @@ class InnerStepper(AbstractStepper):
     def __init__(self, inner: torch.optim.Optimizer, update: Update) -> None:
         self._inner = inner
         self._update = update
+        self.name = f"SelfTuning({type(inner).__name__})"
 
     def move(
         self,
@@ -159,8 +168,9 @@ class InnerStepper(AbstractStepper):
         for param, inner in self._inner.state.items():
             state[param]["inner"] = dict(inner)
 
-    def adopt(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         """Take the inner state of each parameter from ``inner``."""
         for param, entry in state.items():
             if "inner" in entry:
                 self._inner.state[param] = dict(entry["inner"])
+        self._inner.param_groups = groups

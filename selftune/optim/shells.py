@@ -28,6 +28,11 @@ class RuleOptimizer(SelfTuned):
         penalty: Penalties,
         extras: dict[str, Any],
     ) -> None:
+        for name in ("foreach", "fused"):  # torch's choices of kernel; ours are always joined
+            extras.pop(name, None)
+        for name in ("capturable", "differentiable"):
+            if extras.pop(name, False):
+                raise ValueError(f"{name}=True is not supported: leave it out")
         l1 = options.pop("l1")
         listed = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty or [])
         if l1 or "l1" in (extras.get("tune") or ()):

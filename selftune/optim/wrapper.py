@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ class SelfTuning(SelfTuned):
             raise TypeError(
                 f"inner={type(inner).__name__} must be a plain torch optimizer, for example "
                 "torch.optim.NAdam(model.parameters())"
+            )
+        closure = inspect.signature(type(inner).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"inner={type(inner).__name__} evaluates the loss several times a step, so what a "
+                "step did is no direction; use an optimizer whose step() needs no closure"
             )
         per = tuning.get("per", "run")
         if "tensor" in ([per] if isinstance(per, str) else per.values()):

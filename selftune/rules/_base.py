@@ -28,11 +28,14 @@ class AbstractRule(ABC):
         hparams: The hyperparameters that enter the direction.
         decoupled: Whether ``weight_decay`` acts on the weights directly instead of through
             the gradient.
+        shrinks: Whether weight decay λ shrinks weights by the factor 1 − η λ at a step, as it does
+            not where a gradient of λ w is rescaled with the rest.
         tuned: Names tuned unless the user says otherwise.
     """
 
     hparams: tuple[Hparam, ...]
     decoupled: bool
+    shrinks: bool
     tuned: tuple[str, ...]
 
     @abstractmethod

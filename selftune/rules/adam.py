@@ -35,6 +35,7 @@ class Adam(AbstractRule):
 
     hparams = (BETA1, BETA2)
     decoupled = False
+    shrinks = False
     tuned = ("lr", "decay", "beta1", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:
@@ -117,6 +118,7 @@ class AdamW(AbstractRule):
 
     hparams = Adam.hparams
     decoupled = True
+    shrinks = True
     tuned = Adam.tuned
     init = Adam.init
     direction = Adam.direction

@@ -22,6 +22,7 @@ class Lion(AbstractRule):
 
     hparams = (BETA1, BETA2)
     decoupled = True
+    shrinks = True
     tuned = ("lr", "decay", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:

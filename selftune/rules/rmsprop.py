@@ -29,6 +29,7 @@ class RMSprop(AbstractRule):
 
     hparams = (MOMENTUM, ALPHA)
     decoupled = False
+    shrinks = False
     tuned = ("lr", "decay", "momentum", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:

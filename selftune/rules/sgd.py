@@ -24,6 +24,7 @@ class SGD(AbstractRule):
 
     hparams = (MOMENTUM,)
     decoupled = False
+    shrinks = True
     tuned = ("lr", "decay", "momentum", "weight_decay")
 
     def init(self, params: Tensor, values: Values) -> State:
@@ -71,10 +72,12 @@ class SGD(AbstractRule):
 
 
 def _fresh(grads: Tensor, values: Values, age: Any) -> Tensor:
-    """The new gradient's part: torch does not dampen the first."""
-    dampening = values["dampening"]
+    """The new gradient's part: torch dampens neither the first nor any without momentum."""
+    dampening, momentum = values["dampening"], values["momentum"]
+    if not isinstance(momentum, Tensor) and momentum == 0:
+        return grads
     if isinstance(age, Tensor):
         return grads * (1 - dampening * (age > 0).to(age.dtype))
-    if not isinstance(dampening, Tensor) and (dampening == 0 or age == 0):
+    if age == 0 or (not isinstance(dampening, Tensor) and dampening == 0):
         return grads
-    return grads * (1 - dampening) if age > 0 else grads
+    return grads * (1 - dampening)
