@@ -31,6 +31,7 @@ class Guard:
     least: float = 0.02
     limit: int = 10
 
+    start: float = math.nan
     first: float = math.nan
     mean: float = math.nan
     spread: float = 0.0
@@ -87,8 +88,8 @@ class Guard:
 
     def begin(self, loss: float) -> None:
         """Take the outer loss at the good weights of the start, which others are held against."""
-        if math.isnan(self.first) and math.isfinite(loss):
-            self.first = self.mean = loss
+        if math.isnan(self.start) and math.isfinite(loss):
+            self.start = loss
 
     def loss(self, loss: float) -> str:
         """Judge a loss at the outer point by its running mean.
@@ -99,18 +100,22 @@ class Guard:
         if not math.isfinite(loss):
             return "rollback"
         self.begin(loss)
+        if math.isnan(self.mean):
+            self.mean = loss
         self.count += 1
         weight = max(self._weight, 1 / self.count)
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
         self.mean += weight * (loss - self.mean)
+        if self._exploded(self.mean, self.start):
+            return "rollback"
+        if math.isnan(self.first):
+            self.first = loss
         error = math.sqrt(self.spread * weight / (2 - weight))
         slack = max(
             self.sigmas * math.hypot(error, self.best_error),
             self.tolerance * (self.first - self.best),
             self.least * abs(self.first),
         )
-        if self._exploded(self.mean, self.first):
-            return "rollback"
         # After an alarm that led to nothing better the next must be surer.
         if self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
             return "rollback"
@@ -130,12 +135,12 @@ class Guard:
         """
         self.rollbacks += 1
         self.streak += 1
-        self.mean = min(self.best, self.first)
+        self.mean = self.best if math.isfinite(self.best) else math.nan
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
         self.skipped = self.missed = self.quiet = 0
         if self.streak >= self.limit:  # cooling does not help, so the yardstick must be wrong
-            self.first = self.mean = math.nan
+            self.start = self.mean = math.nan
         return math.log(2.0) if worsened else math.log(3.0) * min(self.streak, self.limit)
 
     def state_dict(self) -> dict[str, Any]:

@@ -43,6 +43,11 @@ BUILDS: dict[str, tuple[Callable, list[str]]] = {
     "tune str": (lambda: st.SGD([param()], tune="lr"), ["tune='lr'", r"\('lr',\)|\['lr'\]"]),
     "per": (lambda: st.SGD([param()], per="layer"), ["per='layer'", "tensor"]),
     "bounds": (lambda: st.SGD([param()], bounds={"lr": (1, 0.1)}), [r"bounds\['lr'\]", "below"]),
+    "domain": (
+        lambda: st.SGD([param()], bounds={"lr": (-1.0, 1.0)}),
+        [r"bounds\['lr'\]", "above 0"],
+    ),
+    "capturable": (lambda: st.Adam([param()], capturable=True), ["capturable=True", "leave it"]),
     "every": (lambda: st.SGD([param()], every=0), ["every=0", "at least 1"]),
     "horizon": (lambda: st.SGD([param()], total_steps=0), ["total_steps=0", "at least 1"]),
     "schedule": (lambda: st.SGD([param()], schedule="cosine"), ["'cosine'", "total_steps="]),

@@ -111,3 +111,20 @@ def test_steps_inside_averaged_are_refused(call: str) -> None:
     with opt.averaged(), pytest.raises(RuntimeError, match=r"inside averaged\(\)"):
         opt.step() if call == "step" else opt.hyper_step(outer(net))
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rare", [0, 40])
+def test_statistics_follow_without_validation_or_with_little(rare: int) -> None:
+    """Truth: a pass over the data in evaluation mode, at the averaged weights."""
+    net = network()
+    opt = MAKES["module"](net)
+    for step in range(300):
+        weight_step(net, opt, step)
+        if rare and step % rare == 0:
+            net.eval()
+            opt.hyper_step(outer(net))
+    with opt.averaged():
+        shown = statistics(net)
+        net.eval()
+        hidden = net[0](torch.cat([batch(s) for s in range(240, 300)]))
+    assert ((shown["running_mean"] - hidden.mean(0)).abs() < 0.5 * hidden.std(0)).all()

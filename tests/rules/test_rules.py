@@ -18,6 +18,7 @@ TWINS = [
     ("SGD", dict(weight_decay=0.1)),
     ("SGD", dict(momentum=0.9, weight_decay=0.01)),
     ("SGD", dict(momentum=0.9, dampening=0.5)),
+    ("SGD", dict(momentum=0.0, dampening=0.5)),
     ("SGD", dict(momentum=0.8, nesterov=True, weight_decay=0.1)),
     ("Adam", dict()),
     ("Adam", dict(weight_decay=0.1, betas=(0.5, 0.9), eps=1e-3)),
