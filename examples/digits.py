@@ -20,8 +20,8 @@ from tqdm import tqdm
 import selftune as st
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--optimizer", choices=("SGD", "Adam", "AdamW", "RMSprop"), default="AdamW")
-parser.add_argument("--lr", type=float, default=1e-3, help="learning rate at the start")
+parser.add_argument("--optimizer", choices=("SGD", "Adam", "AdamW", "RMSprop"), default="SGD")
+parser.add_argument("--lr", type=float, help="learning rate at the start [SGD: 0.01, others: 1e-3]")
 parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--seed", type=int, default=0)
@@ -29,6 +29,7 @@ parser.add_argument("--log-dir", default="runs/digits")
 parser.add_argument("--quick", action="store_true", help="finish in seconds, to see it run")
 args = parser.parse_args()
 steps = 200 if args.quick else args.steps
+lr = args.lr or (1e-2 if args.optimizer == "SGD" else 1e-3)
 
 # Data: 1,000 images to train on, 400 to validate, 397 to test.
 digits = load_digits()
@@ -68,7 +69,7 @@ def evaluate(model: nn.Module, part: slice) -> tuple[float, float]:
 
 # 1. Plain PyTorch.
 plain = make_model()
-opt = getattr(torch.optim, args.optimizer)(plain.parameters(), lr=args.lr)
+opt = getattr(torch.optim, args.optimizer)(plain.parameters(), lr=lr)
 train_batches = batches(images[train], noisy, args.seed)
 for _ in tqdm(range(steps), desc=f"torch.optim.{args.optimizer}"):
     x, y = next(train_batches)
@@ -79,7 +80,7 @@ for _ in tqdm(range(steps), desc=f"torch.optim.{args.optimizer}"):
 # 2. The same loop, self-tuned: another optimizer, and a validation batch for it.
 tuned = make_model()
 opt = getattr(st, args.optimizer)(
-    tuned.parameters(), lr=args.lr, total_steps=steps, log_dir=args.log_dir
+    tuned.parameters(), lr=lr, total_steps=steps, log_dir=args.log_dir
 )
 start = opt.hparams
 train_batches = batches(images[train], noisy, args.seed)

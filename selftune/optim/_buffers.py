@@ -68,12 +68,12 @@ class Buffers:
     def exchange(self) -> None:
         """Swap the modules' statistics with the averaged ones.
 
-        Passes at the averaged weights are ``every`` times rarer than training's, so a layer's
-        momentum m is 1 − (1 − m)^every while they are shown.
+        Passes at the averaged weights are ``every`` times rarer than training's, and those weights
+        change more slowly, so a layer's momentum m is 1 − (1 − m)^(every/2) while they are shown.
         """
         self._shown = not self._shown
         for layer, usual in zip(self.layers, self._momenta, strict=True):
-            quick = usual and 1 - (1 - usual) ** self._every
+            quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
             layer.momentum = quick if self._shown else usual  # type: ignore[assignment]
         for tensor, kept in zip(self._tensors(), self.average, strict=True):
             held = tensor.clone()

@@ -188,7 +188,9 @@ class Engine:
             verdict = self.guard.loss(loss)
             if verdict == "rollback":
                 worsened = math.isfinite(loss)
-                return self.roll_back(f"the validation loss is {loss:.4g}", worsened=worsened)
+                return self.roll_back(
+                    f"the validation loss has worsened, to {loss:.4g}", worsened=worsened
+                )
             if verdict == "best":
                 self._keep([b.average for b in self.blocks])
         if not self.tuning.rows:
@@ -213,7 +215,9 @@ class Engine:
         if not worsened:
             for name in MOMENTA:
                 self.tuning.move(name, -0.7)  # memory 1/(1 − μ) about halves
-        message = "step %d: %s; back to the last good weights, learning rate divided by %.3g"
+        message = (
+            "selftune, step %d: %s; back to the last good weights, learning rate divided by %.3g"
+        )
         (log.warning if self.guard.rollbacks == 1 else log.info)(
             message, self.clock.steps, why, math.exp(cool)
         )
