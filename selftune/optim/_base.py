@@ -21,13 +21,13 @@ from selftune.monitor import Monitor, hyper_rows
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._checks import (
-    check_dependence,
     check_group,
     check_outer_loss,
     check_params,
 )
 from selftune.optim._engine import ALONE, Engine
 from selftune.optim._groups import Groups
+from selftune.optim._outer import outer_gradients
 from selftune.optim._ranks import Ranks, is_sharded
 from selftune.optim._saving import check_state, pack, unpack
 from selftune.optim._stepper import AbstractStepper
@@ -450,15 +450,7 @@ class SelfTuned(torch.optim.Optimizer):
         with self._showing(weights), torch.enable_grad():
             loss = closure()
             check_outer_loss(loss)
-            grads = gradients(loss, [p for b in blocks for p in b.params])
-        check_dependence(list(grads.values()))
-        joined = [
-            b.layout.flatten(
-                [torch.zeros_like(p) if (g := grads.get(p)) is None else g for p in b.params]
-            )
-            for b in blocks
-        ]
-        return loss.detach(), joined
+            return loss.detach(), outer_gradients(loss, blocks)
 
     def _check_finite(self, closure: Closure) -> None:
         """Tell a closure that is never finite from weights that have blown up."""
@@ -479,23 +471,3 @@ class SelfTuned(torch.optim.Optimizer):
                 "given. Call opt.hyper_step(lambda: loss on a validation batch) to tune them.",
                 ALONE, ", ".join(stay),
             )  # fmt: skip
-
-
-def gradients(loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
-    """Gradients of a loss that leave ``.grad`` as it was.
-
-    Sharded parameters get theirs only through ``backward``, whose hooks reduce them.
-    """
-    leaves = [p for p in params if p.requires_grad]
-    if not any(is_sharded(p) for p in leaves):
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return dict(zip(leaves, found, strict=True))
-    kept = [p.grad for p in leaves]
-    for param in leaves:
-        param.grad = None
-    try:
-        loss.backward()
-        return {p: p.grad for p in leaves}
-    finally:
-        for param, grad in zip(leaves, kept, strict=True):
-            param.grad = grad
