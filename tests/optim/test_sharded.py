@@ -1,0 +1,57 @@
+"""FSDP2. Truth: the same run in one process that holds all parameters."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import selftune as st
+
+pytestmark = pytest.mark.slow  # two processes that each import torch
+
+
+def batches(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x, xv = torch.randn(2, 16, 4, generator=generator)
+    return x, (x.sum(1) > 0).long(), xv, (xv.sum(1) > 0.3).long()
+
+
+def run(rank: int, world: int, port: int, folder: str) -> None:
+    """Probe and tune for 60 steps on this rank's share of every batch."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    if world > 1:
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), USE_LIBUV="0")
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+        dist.fsdp.fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
+    opt = st.SGD(net.parameters(), lr=0.01, momentum=0.5)
+    for step in range(60):
+        x, y, xv, yv = (t[rank::world] for t in batches(step))
+        opt.zero_grad()
+        cross_entropy(net(x), y).backward()
+        opt.step()
+        opt.hyper_step(lambda xv=xv, yv=yv: cross_entropy(net(xv), yv))
+    torch.save(opt.hparams, Path(folder) / f"{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_sharded_parameters_tune_as_whole_ones_do(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run, (2, port, str(tmp_path)), nprocs=2)
+    run(0, 1, 0, str(tmp_path))
+    alone, one, two = (torch.load(tmp_path / f) for f in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert one == two
+    assert one["lr"] != pytest.approx(0.01)
+    for name, value in alone.items():  # float32 sums in another order
+        assert one[name] == pytest.approx(value, rel=1e-4)
