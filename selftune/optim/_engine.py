@@ -27,6 +27,8 @@ log = logging.getLogger("selftune")
 
 PULSE = 10  # steps between two counts of vanished gradients
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
+BAD_GRADIENTS = "gradients vanished or are not finite"
+BAD_WEIGHTS = "a step led to weights that are not finite"
 ALONE = 50  # steps without a hyper_step after which training gradients serve instead
 
 
@@ -77,16 +79,22 @@ class Engine:
         self.clock.steps += 1
         if self.probe is not None and not self.probe.ended:
             return self._probe_step(self.probe, grads, values)
-        verdict = self._verdict(grads)
-        if verdict == "rollback":
-            return self.roll_back("gradients vanished or are not finite", worsened=False)
-        if verdict == "skip":
-            return False
-        changed = self._train_alone(grads)
-        share = self.averaging.weight(self.clock.steps - self.clock.since)
+        # A step that cannot be taken back is judged before, any other only if it went wrong.
+        if self.stepper.commits or self.clock.steps % PULSE == 0:
+            verdict = self._verdict(grads)
+            if verdict != "ok":
+                return verdict == "rollback" and self.roll_back(BAD_GRADIENTS, worsened=False)
         transitions = self._move(grads, values, rates)
-        if self.guard is not None and not self._finite(transitions):
-            return self.roll_back("a step led to weights that are not finite", worsened=False)
+        if self.guard is not None:
+            if not self._finite(transitions):
+                verdict = self._verdict(grads)
+                why = BAD_WEIGHTS if verdict == "ok" else BAD_GRADIENTS
+                return verdict != "skip" and self.roll_back(why, worsened=False)
+            self.guard.skipped = 0
+        changed = self._train_alone(grads)
+        if self.clock.since == self.clock.steps:  # rolled back
+            return True
+        share = self.averaging.weight(self.clock.steps - self.clock.since)
         for block, step, slope, (_, mask) in zip(
             self.blocks, transitions, self.slopes, grads, strict=True
         ):

@@ -23,9 +23,11 @@ class AbstractStepper(ABC):
 
     Attributes:
         name: What a saved state must have been stepped by.
+        commits: Whether ``move`` writes parameters and state, so that it cannot be taken back.
     """
 
     name: str
+    commits: bool
 
     @abstractmethod
     def move(
@@ -52,6 +54,8 @@ class AbstractStepper(ABC):
 
 class RuleStepper(AbstractStepper):
     """Steps by a rule, whose state the blocks keep."""
+
+    commits = False
 
     def __init__(self, update: Update) -> None:
         self._update = update
@@ -117,6 +121,8 @@ class Opaque(AbstractRule):
 
 class InnerStepper(AbstractStepper):
     """Lets another optimizer step, and reads the direction off what it did to the weights."""
+
+    commits = True
 
     def __init__(self, inner: torch.optim.Optimizer, update: Update) -> None:
         self._inner = inner
