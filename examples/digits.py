@@ -29,6 +29,7 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--log-dir", default="runs/digits")
 parser.add_argument("--quick", action="store_true", help="finish in seconds, to see it run")
 args = parser.parse_args()
+torch.set_num_threads(1)  # the network is too small to be worth sharing
 steps = 200 if args.quick else args.steps
 lr = args.lr or (1e-2 if args.optimizer == "SGD" else 1e-3)
 
