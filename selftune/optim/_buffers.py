@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -30,7 +31,7 @@ class Buffers:
         self._shown = False
         self._momenta: list[float | None] = []
         self._own = False  # whether validation passes gather the averaged weights' statistics
-        self._saved: dict[str, list[Tensor]] | None = None
+        self._saved: dict[str, Any] | None = None
         if module is not None:
             self.add(module)
 
@@ -104,20 +105,21 @@ class Buffers:
             for tensor in others:
                 tensor.copy_(kept)
 
-    def state_dict(self) -> dict[str, list[Tensor]]:
+    def state_dict(self) -> dict[str, Any]:
         """The averaged and the good statistics."""
         if self._saved is not None:
             return self._saved
         return {
             "average": [t.clone() for t in self.average],
             "good": [t.clone() for t in self.good],
+            "own": self._own,
         }
 
-    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``; before the layers are found, it waits for them."""
         self._saved = None if self.layers else state
-        for name, saved in state.items():
-            mine: list[Tensor] = getattr(self, name)
+        self._own = state["own"]
+        for mine, saved in ((self.average, state["average"]), (self.good, state["good"])):
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 for tensor, value in zip(mine, saved, strict=True):
                     tensor.copy_(value)

@@ -66,6 +66,7 @@ MAKES: dict[str, tuple[Callable, bool, dict]] = {
     "alone": (lambda n: st.Lion(n.parameters(), probe=False), False, dict(hyper=0)),
     "bfloat16": (lambda n: st.Adam(n.parameters()), False, dict(dtype=torch.bfloat16)),
     "norm, module": (lambda n: st.SGD(n, lr=0.02), True, {}),
+    "norm, rarely": (lambda n: st.SGD(n, lr=0.02, probe=False), True, dict(hyper=9)),
     "norm, parameters": (lambda n: st.SGD(n.parameters(), lr=0.02), True, {}),
 }
 
