@@ -47,6 +47,7 @@ class Guard:
     loudest: float = 0.0
     streak: int = 0
     rollbacks: int = 0
+    exploded: bool = False  # or the last outer loss only worsened, if it was worth a roll-back
 
     _weight = 0.1  # of the newest loss in the running means: about ten evaluations
 
@@ -97,7 +98,8 @@ class Guard:
         The lowest of many noisy means lies below the truth, and the first few have no error to
         speak of: both means' errors count, and no alarm is given before ten evaluations.
         """
-        if not math.isfinite(loss):
+        self.exploded = not math.isfinite(loss)
+        if self.exploded:
             return "rollback"
         self.begin(loss)
         if math.isnan(self.mean):
@@ -106,7 +108,8 @@ class Guard:
         weight = max(self._weight, 1 / self.count)
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
         self.mean += weight * (loss - self.mean)
-        if self._exploded(self.mean, self.start):
+        self.exploded = self._exploded(self.mean, self.start)
+        if self.exploded:
             return "rollback"
         if math.isnan(self.first):
             self.first = loss
@@ -119,10 +122,13 @@ class Guard:
         # After an alarm that led to nothing better the next must be surer.
         if self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
             return "rollback"
-        if self.mean < self.best or self.count <= 5:
-            self.best, self.best_error, self.streak = self.mean, error, 0
-            return "best"
-        return "ok"
+        # The first means set the yardstick; only what beats the start is worth returning to.
+        better = self.mean < min(self.best, self.start + self.least * abs(self.start))
+        if better or self.count <= 5:
+            self.best, self.best_error = self.mean, error
+        if better:
+            self.streak = 0
+        return "best" if better else "ok"
 
     def _exploded(self, mean: float, first: float) -> bool:
         return mean > first + (self.explosion - 1) * max(abs(first), 1e-6)

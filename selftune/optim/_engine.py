@@ -176,18 +176,18 @@ class Engine:
         return self.tune(signal, names)
 
     def _signal(self, grads: Sequence[Tensor], gap: bool = False) -> Tensor:
-        parts = [b.signal(g) for b, g in zip(self.blocks, grads, strict=True)]
-        pulls = [b.training_pull() for b in self.blocks]
-        signal, pull = (
-            torch.stack(p).sum(0) if self.tuning.shared else torch.cat(p, dim=1)
-            for p in (parts, pulls)
-        )
+        signal = self._merge([b.signal(g) for b, g in zip(self.blocks, grads, strict=True)])
         if not gap:
             return self.ranks.total(signal)
         signal = self.ranks.outer(signal)
+        pull = self._merge([b.training_pull() for b in self.blocks])
         if len(pull):
             signal[-len(pull) :] -= self.ranks.total(pull)
         return signal
+
+    def _merge(self, parts: list[Tensor]) -> Tensor:
+        """Join what blocks tell: summed where shifts are shared, else tensor after tensor."""
+        return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
 
     def outer_step(self, loss: float, grads: Sequence[Tensor]) -> bool:
         """One hyperparameter step from the outer gradients; true if hyperparameters changed."""
@@ -195,10 +195,9 @@ class Engine:
         if self.guard is not None:
             verdict = self.guard.loss(loss)
             if verdict == "rollback":
-                worsened = math.isfinite(loss)
-                return self.roll_back(
-                    f"the validation loss has worsened, to {loss:.4g}", worsened=worsened
-                )
+                what = "exploded" if self.guard.exploded else "worsened"
+                why = f"the validation loss has {what}, to {loss:.4g}"
+                return self.roll_back(why, worsened=not self.guard.exploded)
             if verdict == "best":
                 self._keep([b.average for b in self.blocks])
         if not self.tuning.rows:

@@ -105,6 +105,16 @@ def test_a_blown_up_run_comes_back(caplog: pytest.LogCaptureFixture) -> None:
     assert opt.hparams["lr"] < 1e3
 
 
+def test_an_explosion_cools_the_rate_and_momentum_more_each_time() -> None:
+    """Law: 3, then 9, …, and a shorter memory; a loss that merely worsens halves the rate."""
+    _, opt = run(lambda n: st.SGD(n.parameters(), lr=1e4, momentum=0.9, probe=False), steps=30)
+    assert opt._engine.guard is not None
+    count = opt._engine.guard.rollbacks
+    assert count >= 2
+    assert opt.hparams["lr"] < 1e4 / 3**count
+    assert opt.hparams["momentum"] < 0.8
+
+
 def test_the_quadratic_best_rate_is_found_from_the_hypergradient_alone() -> None:
     """L = w²/2: the rate grows from far below towards 1, where one step is enough."""
     weight = nn.Parameter(torch.full((10,), 3.0))
