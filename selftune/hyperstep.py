@@ -13,9 +13,32 @@ from torch import Tensor
 HyperOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
+RATE, BETAS, EPS = 0.05, (0.8, 0.98), 1e-8
+"""Of Adam: steps of about 5 % in raw (log or odds) space."""
+RECENT = 0.9
+"""Memory of the signal-to-noise ratio: about ten estimates."""
+LONGEST = 0.3
+"""Largest change of a raw value in one step."""
+
+
 def adam(raw: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """The default: Adam with steps of about 5 % in raw (log or odds) space."""
-    return torch.optim.Adam(raw, lr=0.05, betas=(0.8, 0.98))
+    """The default hyper optimizer."""
+    return torch.optim.Adam(raw, lr=RATE, betas=BETAS, eps=EPS)
+
+
+def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
+    """|mean| / root mean square of recent hypergradients: 0 (noise) … 1 (all alike)."""
+    return mean.abs() / square.sqrt().clamp_min(1e-300)
+
+
+def trust(mean: Tensor, square: Tensor) -> Tensor:
+    """How much of a proposed step is taken: all where estimates agree, little for noise.
+
+    Over estimates of pure noise the ratio is about √((1 − β)/(1 + β)); below twice that the
+    step shrinks with the square of the ratio.
+    """
+    noise = math.sqrt((1 - RECENT) / (1 + RECENT))
+    return (signal_to_noise(mean, square) / (2 * noise)).square().clamp_max(1.0)
 
 
 class HyperStep:
@@ -36,9 +59,7 @@ class HyperStep:
         square: Running mean of its square.
     """
 
-    memory = 0.9  # of the signal-to-noise ratio: about ten estimates
-
-    def __init__(self, pace: Tensor, make: HyperOptimizer = adam, longest: float = 0.3) -> None:
+    def __init__(self, pace: Tensor, make: HyperOptimizer = adam, longest: float = LONGEST) -> None:
         """Start from shifts of zero."""
         self.pace = pace
         self.raw = torch.zeros_like(pace, requires_grad=True)
@@ -51,16 +72,7 @@ class HyperStep:
     @property
     def snr(self) -> Tensor:
         """Signal-to-noise ratio |mean| / root mean square, 0 (noise) … 1 (all alike)."""
-        return self.mean.abs() / self.square.sqrt().clamp_min(1e-300)
-
-    def trust(self) -> Tensor:
-        """How much of a proposed step is taken: all where estimates agree, little for noise.
-
-        Over estimates of pure noise the ratio is about √((1 − β)/(1 + β)); below twice that the
-        step shrinks with the square of the ratio.
-        """
-        noise = math.sqrt((1 - self.memory) / (1 + self.memory))
-        return (self.snr / (2 * noise)).square().clamp_max(1.0)
+        return signal_to_noise(self.mean, self.square)
 
     def step(self, grads: Tensor, low: Tensor, high: Tensor, moving: Tensor | None = None) -> None:
         """Move the shifts against ``grads``, within ``low`` and ``high``.
@@ -78,7 +90,7 @@ class HyperStep:
             raise ValueError(f"hypergradients must be finite, got {grads.tolist()}")
         moving = torch.ones_like(grads, dtype=torch.bool) if moving is None else moving
         self.count += 1
-        weight = (1 - min(self.memory, 1 - 1 / self.count)) * moving.to(grads.dtype)
+        weight = (1 - min(RECENT, 1 - 1 / self.count)) * moving.to(grads.dtype)
         self.mean.lerp_(grads, weight)
         self.square.lerp_(grads.square(), weight)
         before = self.raw.detach().clone()
@@ -86,7 +98,7 @@ class HyperStep:
         self.optimizer.step()
         self.raw.grad = None
         with torch.no_grad():
-            proposed = (self.raw - before) * self.trust() * self.pace
+            proposed = (self.raw - before) * trust(self.mean, self.square) * self.pace
             after = before + proposed.clamp(-self.longest, self.longest)
             self.raw.copy_(torch.where(moving, after, before).maximum(low).minimum(high))
 

@@ -27,6 +27,32 @@ HORIZON = 1000
 """Steps a run is taken to last where nobody says."""
 
 
+def choose(
+    hparams: Mapping[str, Hparam],
+    tune: Sequence[str],
+    bounds: Mapping[str, tuple[float, float]],
+    horizon: int,
+) -> dict[str, Hparam]:
+    """The hyperparameters named in ``tune``, within bounds that fit the horizon.
+
+    Raises:
+        ValueError: An unknown name in ``tune`` or ``bounds``, or bounds that do not fit a scale.
+    """
+    if isinstance(tune, str):
+        raise ValueError(f"tune={tune!r} must be a sequence of names: ({tune!r},)")
+    for argument, names in (("tune", tune), ("bounds", bounds)):
+        for name in names:
+            if name not in hparams:
+                raise ValueError(f"{argument}={name!r} is unknown: use one of {list(hparams)}")
+    chosen = {n: h for n, h in hparams.items() if n in tune}
+    for name, hparam in chosen.items():
+        if name in bounds:
+            chosen[name] = hparam.bounded(*bounds[name])
+        elif name in MOMENTA:
+            chosen[name] = replace(hparam, upper=max(0.9, 1 - MEMORY / horizon))
+    return chosen
+
+
 class Tuning:
     """The tuned hyperparameters and the optimizer that moves them.
 
@@ -55,28 +81,17 @@ class Tuning:
         make: HyperOptimizer = adam,
     ) -> None:
         scopes = dict.fromkeys(hparams, per) if isinstance(per, str) else dict(per)
+        self.horizon = horizon or HORIZON
         limits = dict(bounds or {})
-        if isinstance(tune, str):
-            raise ValueError(f"tune={tune!r} must be a sequence of names: ({tune!r},)")
-        for argument, names in (("tune", list(tune)), ("per", scopes), ("bounds", limits)):
-            for name in names:
-                if name not in hparams:
-                    raise ValueError(f"{argument}={name!r} is unknown: use one of {list(hparams)}")
+        chosen = choose(hparams, tune, limits, self.horizon)
         for name, scope in scopes.items():
+            if name not in hparams:
+                raise ValueError(f"per={name!r} is unknown: use one of {list(hparams)}")
             if scope not in SCOPES:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
-        self.horizon = horizon or HORIZON
         self._floored = floored
         self.memory = 1.0  # 1/(1 − μ) of heavy-ball momentum, tuned or not
-        self.rows: dict[str, Tuned] = {}
-        for name, hparam in hparams.items():
-            if name not in tune:
-                continue
-            if name in limits:
-                hparam = hparam.bounded(*limits[name])
-            elif name in MOMENTA:
-                hparam = replace(hparam, upper=max(0.9, 1 - MEMORY / self.horizon))
-            self.rows[name] = Tuned(hparam, scopes.get(name, "run"))
+        self.rows = {n: Tuned(h, scopes.get(n, "run")) for n, h in chosen.items()}
         self._bounded = set(limits)
         self._make = make
         self._step: HyperStep | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from selftune._flat import Layout, add_to, plus
 from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
 from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1
-from selftune.rules._base import AbstractRule, State, Values
+from selftune.rules._base import AbstractRule, State, Values, geometric
 from selftune.schedules import inverse_time
 
 
@@ -152,11 +152,11 @@ class Tangents(NamedTuple):
     """∂(w, s)/∂z for each tuned hyperparameter.
 
     Attributes:
-        params: Shape (hyperparameters, weights).
+        params: Shape (hyperparameters, weights), or a row each.
         state: For each hyperparameter, tangents of the rule's state that are not zero.
     """
 
-    params: Tensor
+    params: Tensor | Sequence[Tensor]
     state: dict[str, State]
 
 
@@ -198,7 +198,9 @@ class Transition(NamedTuple):
             | {k: torch.where(mask, self.after[k], v) for k, v in self.state.items()},
         )
 
-    def push(self, tangents: Tangents, slopes: Mapping[str, Any], discount: float) -> Tangents:
+    def push(
+        self, tangents: Tangents, slopes: Mapping[str, Any], discount: float, steps: int = 1
+    ) -> Tangents:
         """Tangents after the step: ``γ (∂U/∂(w,s)) J + ∂U/∂z``, curvature dropped.
 
         The gradient of the penalised loss is held constant in w (that is the curvature), and
@@ -208,32 +210,35 @@ class Transition(NamedTuple):
             tangents: Tangents before the step; their tensors are reused for the result.
             slopes: dh/dz of each tuned hyperparameter, in the order of the tangents.
             discount: γ.
+            steps: How many steps like this one to push through. Tangents that are observed at
+                every k-th step only take that step for all k.
         """
         update, values, clock = self.update, self.values, self.clock
         rate = learning_rate(values, clock)
         keep: Any = 1.0
         if update.rule.decoupled and _on(values["weight_decay"]):
             keep = 1 - rate * values["weight_decay"]
+        gain = geometric(discount * keep, steps)
         state: dict[str, State] = {}
         for row, (name, slope) in zip(tangents.params, slopes.items(), strict=True):
-            row.mul_(discount * keep)  # row by row, while it is in the cache
+            row.mul_((discount * keep) ** steps)  # row by row, while it is in the cache
             if name == "lr":
-                add_to(row, self.total, -learning_rate({**values, "lr": slope}, clock))
+                add_to(row, self.total, -gain * learning_rate({**values, "lr": slope}, clock))
             elif name == "decay":
                 share = slope * clock.step / (1 + values["decay"] * clock.step)
-                add_to(row, self.total, rate * share)
+                add_to(row, self.total, gain * rate * share)
             elif name == "weight_decay" and update.rule.decoupled:
-                add_to(row, self.params, -rate * slope)
+                add_to(row, self.params, -gain * rate * slope)
             elif name not in (p.name for p in update._prox):
                 before = tangents.state.get(name, {})
-                dot, state[name] = self._direction_tangent(name, slope, before, discount)
-                add_to(row, dot, -rate)
+                dot, state[name] = self._direction_tangent(name, slope, before, discount, steps)
+                add_to(row, dot, -gain * rate)
         for penalty in update._prox:
-            self._push_prox(tangents.params, penalty.name, rate, slopes)
+            self._push_prox(tangents.params, penalty.name, gain, slopes)
         return Tangents(tangents.params, state)
 
     def _direction_tangent(
-        self, name: str, slope: Any, before: State, discount: float
+        self, name: str, slope: Any, before: State, discount: float, steps: int
     ) -> tuple[Tensor, State]:
         smooth = self.update._smooth
         dots: tuple[Tensor | None, State, Mapping[str, Any]]
@@ -243,18 +248,21 @@ class Transition(NamedTuple):
             dots = (None, before, {name: slope})
         moved = (self.direction, self.after)
         return self.update.rule.tangent(
-            self.grads, self.state, self.values, self.clock.age, moved, dots, discount
+            self.grads, self.state, self.values, self.clock.age, moved, dots, discount, steps
         )
 
-    def _push_prox(self, rows: Tensor, name: str, rate: Any, slopes: Mapping[str, Any]) -> None:
+    def _push_prox(
+        self, rows: Sequence[Tensor] | Tensor, name: str, gain: Any, slopes: Mapping[str, Any]
+    ) -> None:
         """Soft-thresholding at η λ: zeroed weights respond to nothing, the others to η and λ."""
         sign = self.moved.sign()
-        rows.mul_(sign.abs())
+        rate = gain * learning_rate(self.values, self.clock)
         for row, (other, slope) in zip(rows, slopes.items(), strict=True):
+            row.mul_(sign.abs())
             if other == name:
                 row.sub_(sign * (rate * slope))
             elif other == "lr":
-                share = learning_rate({**self.values, "lr": slope}, self.clock)
+                share = gain * learning_rate({**self.values, "lr": slope}, self.clock)
                 row.sub_(sign * (share * self.values[name]))
             elif other == "decay":
                 step = self.clock.step

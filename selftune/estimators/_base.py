@@ -18,7 +18,12 @@ class AbstractEstimator(ABC):
     hyperparameter and one column a weight, and drop the curvature of the training loss: each
     weight then responds to its own hyperparameters only, which is why one row serves a
     learning rate shared by all weights as well as one of each layer.
+
+    Attributes:
+        stride: Steps from one that is observed to the next.
     """
+
+    stride: int
 
     def init(self, hparams: int, params: Tensor) -> Tangents:
         """No response yet: zeros of shape (hparams, weights)."""

@@ -17,8 +17,13 @@ class OneStep(AbstractEstimator):
     Greedy: it sees no consequence beyond one step, so on its own it shrinks the learning rate
     too early (short-horizon bias, Wu et al. 2018).
 
+    Args:
+        stride: Steps from one that is observed to the next.
+
     Source: Baydin et al. 2018, eq. 5; Chandra et al. 2022.
     """
+
+    stride: int = 1
 
     def observe(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]

@@ -20,22 +20,26 @@ class Trace(AbstractEstimator):
 
     Args:
         discount: γ, from 0 (one step back) to 1 (exact where the loss has no curvature).
+        stride: Steps from one that is observed to the next, which stands for all between.
 
     Raises:
-        ValueError: A discount outside 0…1.
+        ValueError: A discount outside 0…1, or a stride below 1.
 
     Source: Sutton 1992 (IDBD); Donini et al. 2020 (MARTHE), eq. 8.
     """
 
     discount: float = 0.9
+    stride: int = 1
 
     def __post_init__(self) -> None:
         """Check the discount."""
         if not 0 <= self.discount <= 1:
             raise ValueError(f"discount={self.discount} must be between 0 and 1; 0.9 is usual")
+        if self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1")
 
     def observe(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
     ) -> Tangents:
         """Discount, push through the update, add what this step contributes."""
-        return transition.push(tangents, slopes, self.discount)
+        return transition.push(tangents, slopes, self.discount, self.stride)

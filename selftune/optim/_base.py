@@ -115,6 +115,7 @@ class SelfTuned(torch.optim.Optimizer):
             tuning=tuning,
             averaging=Average() if average is None else average,
             every=every,
+            stride=self._estimator.stride,
             probe=Probe(steps=length) if length and "lr" in tune else None,
             guard=Guard() if guard else None,
             buffers=Buffers(model, every),

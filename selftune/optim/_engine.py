@@ -56,6 +56,7 @@ class Engine:
     tuning: Tuning
     averaging: Average
     every: int
+    stride: int
     probe: Probe | None
     guard: Guard | None
     buffers: Buffers
@@ -95,10 +96,11 @@ class Engine:
         if self.clock.since == self.clock.steps:  # rolled back
             return True
         share = self.averaging.weight(self.clock.steps - self.clock.since)
+        observed = self.clock.steps % self.stride == 0
         for block, step, slope, (_, mask) in zip(
             self.blocks, transitions, self.slopes, grads, strict=True
         ):
-            block.advance(step, slope, mask)
+            block.advance(step, slope if observed else None, mask)
             block.blend(step, share, self.clock.steps)
             block.layout.write(step.moved, block.params)
         if self.clock.steps % THINNED == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class Opaque(AbstractRule):
     decoupled = True
     shrinks = False
     tuned = ("lr", "weight_decay")
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
     def init(self, params: Tensor, values: Values) -> State:
         """No state of ours."""

@@ -31,12 +31,14 @@ class AbstractRule(ABC):
         shrinks: Whether weight decay λ shrinks weights by the factor 1 − η λ at a step, as it does
             not where a gradient of λ w is rescaled with the rest.
         tuned: Names tuned unless the user says otherwise.
+        defaults: Options and hyperparameters where nobody says, as in ``torch.optim``.
     """
 
     hparams: tuple[Hparam, ...]
     decoupled: bool
     shrinks: bool
     tuned: tuple[str, ...]
+    defaults: Mapping[str, Any]
 
     @abstractmethod
     def init(self, params: Tensor, values: Values) -> State:
@@ -67,6 +69,7 @@ class AbstractRule(ABC):
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
         discount: float = 1.0,
+        steps: int = 1,
     ) -> tuple[Tensor, State]:
         """The derivative of ``direction`` along one tangent.
 
@@ -80,7 +83,8 @@ class AbstractRule(ABC):
             moved: What ``direction`` returned for them.
             dots: Tangents of gradients (None: zero), state (missing: zero; its tensors may be
                 overwritten) and hyperparameters (missing: zero).
-            discount: What the tangents of the state are to be taken times.
+            discount: What the tangents of the state are to be taken times, at each step.
+            steps: How many such steps to take in a row, gradients and state held.
 
         Returns:
             Tangents of the direction and of the next state (missing: zero).
@@ -94,6 +98,19 @@ def mix(old: Tensor, new: Tensor, weight: Any) -> Tensor:
     return torch.lerp(old, new, weight)
 
 
+def geometric(factor: Any, steps: int) -> Any:
+    """``1 + a + … + a^(steps − 1)``: what a constant input adds up to under the decay a.
+
+    Example:
+        >>> geometric(0.5, 3)
+        1.75
+    """
+    total: Any = 1.0
+    for _ in range(steps - 1):
+        total = 1 + factor * total
+    return total
+
+
 def direction_jvp(
     rule: AbstractRule,
     grads: Tensor,
@@ -102,8 +119,12 @@ def direction_jvp(
     age: int | Tensor,
     dots: tuple[Tensor | None, State, Mapping[str, Any]],
     discount: float = 1.0,
+    steps: int = 1,
 ) -> tuple[Tensor, State]:
     """``rule.tangent`` by forward-mode differentiation of ``rule.direction``."""
+    for _ in range(steps - 1):
+        after = direction_jvp(rule, grads, state, values, age, dots, discount)[1]
+        dots = (dots[0], after, dots[2])
     grads_dot, state_dot, values_dot = dots
     names = list(values_dot)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from selftune._flat import add_to
 from selftune.bijections import Logit
 from selftune.hparams import Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp, geometric, mix
 
 BETA1 = Hparam(
     name="beta1", option="betas", index=0, bijection=Logit(), lower=1e-3, upper=1 - 1e-4,
@@ -37,6 +38,9 @@ class Adam(AbstractRule):
     decoupled = False
     shrinks = False
     tuned = ("lr", "decay", "beta1", "weight_decay")
+    defaults = MappingProxyType(
+        dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, amsgrad=False, weight_decay=0.0)
+    )
 
     def init(self, params: Tensor, values: Values) -> State:
         """Both moments at zero."""
@@ -65,30 +69,36 @@ class Adam(AbstractRule):
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
         discount: float = 1.0,
+        steps: int = 1,
     ) -> tuple[Tensor, State]:
         """By hand, except for β₂, with ``r = √v₊ + ε √c₂`` and f of ``_factor``.
 
         ``ṁ₊ = β₁ ṁ + (1 − β₁) ġ + β̇₁ (m − g)``; ``v̇₊ = β₂ v̇ + 2 (1 − β₂) g ġ``;
-        ``ḋ = f ṁ₊/r − d v̇₊/(2 √v₊ r) + d ḟ/f`` with ``ḟ/f = t β₁ᵗ⁻¹ β̇₁/(1 − β₁ᵗ)``.
+        ``ḋ = f ṁ₊/r − d v̇₊/(2 √v₊ r) + d ḟ/f`` with ``ḟ/f = t β₁ᵗ⁻¹ β̇₁/(1 − β₁ᵗ)``. Over several
+        steps a factor β becomes βᵏ, and what is added each time adds up geometrically.
         """
         grads_dot, state_dot, values_dot = dots
         if "beta2" in values_dot:
-            return direction_jvp(self, grads, state, values, age, dots, discount)
+            return direction_jvp(self, grads, state, values, age, dots, discount, steps)
         beta1, step, (direction, after) = values["beta1"], age + 1, moved
-        mean_dot = _scaled(state_dot.get("exp_avg"), beta1 * discount, grads)
+        decay = beta1 * discount
+        gain = geometric(decay, steps)
+        mean_dot = _scaled(state_dot.get("exp_avg"), decay**steps, grads)
         if "beta1" in values_dot:
-            add_to(mean_dot, state["exp_avg"] - grads, values_dot["beta1"])
+            add_to(mean_dot, state["exp_avg"] - grads, gain * values_dot["beta1"])
         if grads_dot is not None:
-            mean_dot.add_(grads_dot * (1 - beta1))
+            mean_dot.add_(grads_dot * ((1 - beta1) * gain))
         direction_dot = (mean_dot / after["root"]).mul_(_factor(values, age))
         if "beta1" in values_dot:
             slope = step * beta1 ** (step - 1) * values_dot["beta1"] / (1 - beta1**step)
             add_to(direction_dot, direction, slope)
         after_dot = {"exp_avg": mean_dot}
         if grads_dot is not None or set(state_dot) - {"exp_avg"}:
-            square_dot = _scaled(state_dot.get("exp_avg_sq"), values["beta2"] * discount, grads)
+            decay = values["beta2"] * discount
+            square_dot = _scaled(state_dot.get("exp_avg_sq"), decay**steps, grads)
             if grads_dot is not None:
-                square_dot.add_((grads * grads_dot).mul_(2 * (1 - values["beta2"])))
+                share = 2 * (1 - values["beta2"]) * geometric(decay, steps)
+                square_dot.add_((grads * grads_dot).mul_(share))
             after_dot["exp_avg_sq"] = square_dot
             if values["amsgrad"]:
                 old = discount * state_dot.get("max_exp_avg_sq", torch.zeros_like(grads))
@@ -120,6 +130,7 @@ class AdamW(AbstractRule):
     decoupled = True
     shrinks = True
     tuned = Adam.tuned
+    defaults = MappingProxyType({**Adam.defaults, "weight_decay": 1e-2})
     init = Adam.init
     direction = Adam.direction
     tangent = Adam.tangent

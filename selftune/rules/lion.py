@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Lion(AbstractRule):
     decoupled = True
     shrinks = True
     tuned = ("lr", "decay", "weight_decay")
+    defaults = MappingProxyType(dict(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=1e-2))
 
     def init(self, params: Tensor, values: Values) -> State:
         """A momentum of zeros."""
@@ -46,6 +48,7 @@ class Lion(AbstractRule):
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
         discount: float = 1.0,
+        steps: int = 1,
     ) -> tuple[Tensor, State]:
         """Zero: the sign is constant almost everywhere."""
         return torch.zeros_like(grads), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from selftune._flat import add_to, plus
 from selftune.bijections import Logit
 from selftune.hparams import MOMENTUM, Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp, geometric, mix
 
 ALPHA = Hparam(name="alpha", bijection=Logit(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1)
 
@@ -31,6 +32,9 @@ class RMSprop(AbstractRule):
     decoupled = False
     shrinks = False
     tuned = ("lr", "decay", "momentum", "weight_decay")
+    defaults = MappingProxyType(
+        dict(lr=1e-2, momentum=0.0, alpha=0.99, eps=1e-8, centered=False, weight_decay=0.0)
+    )
 
     def init(self, params: Tensor, values: Values) -> State:
         """Running means of zero."""
@@ -62,6 +66,7 @@ class RMSprop(AbstractRule):
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
         discount: float = 1.0,
+        steps: int = 1,
     ) -> tuple[Tensor, State]:
         """By hand, except for a: ``ḃ₊ = μ ḃ + μ̇ b + ṡ`` with ``s = g/(r + ε)``, r² = v₊ − ḡ₊².
 
@@ -69,29 +74,32 @@ class RMSprop(AbstractRule):
         """
         grads_dot, state_dot, values_dot = dots
         if "alpha" in values_dot:
-            return direction_jvp(self, grads, state, values, age, dots, discount)
+            return direction_jvp(self, grads, state, values, age, dots, discount, steps)
         alpha, after = values["alpha"], moved[1]
-        dot = state_dot.get("momentum_buffer")
-        dot = torch.zeros_like(grads) if dot is None else dot.mul_(values["momentum"] * discount)
+        dot, decay = state_dot.get("momentum_buffer"), values["momentum"] * discount
+        dot = torch.zeros_like(grads) if dot is None else dot.mul_(decay**steps)
+        gain = geometric(decay, steps)
         if "momentum" in values_dot:
-            add_to(dot, state["momentum_buffer"], values_dot["momentum"])
+            add_to(dot, state["momentum_buffer"], gain * values_dot["momentum"])
         after_dot = {"momentum_buffer": dot}
         if grads_dot is not None or set(state_dot) - {"momentum_buffer"}:
             fresh = torch.zeros_like(grads) if grads_dot is None else grads_dot
-            square_dot = _scaled(state_dot, "square_avg", alpha * discount, grads)
-            square_dot += (2 * (1 - alpha)) * grads * fresh
+            decay = alpha * discount
+            share = (1 - alpha) * geometric(decay, steps)
+            square_dot = _scaled(state_dot, "square_avg", decay**steps, grads)
+            square_dot += (2 * share) * grads * fresh
             after_dot["square_avg"] = root_dot = square_dot
             root = after["square_avg"]
             if values["centered"]:
-                mean_dot = _scaled(state_dot, "grad_avg", alpha * discount, grads)
-                mean_dot += (1 - alpha) * fresh
+                mean_dot = _scaled(state_dot, "grad_avg", decay**steps, grads)
+                mean_dot += share * fresh
                 after_dot["grad_avg"] = mean_dot
                 root_dot = square_dot - 2 * after["grad_avg"] * mean_dot
                 root = root - after["grad_avg"] * after["grad_avg"]
             root = root.sqrt()
             bottom = root + values["eps"]
             root_dot = root_dot / (2 * root.clamp_min(1e-30))
-            dot.add_((fresh - grads / bottom * root_dot) / bottom)
+            dot.add_((fresh - grads / bottom * root_dot) / bottom * gain)
         return dot, after_dot
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from selftune._flat import add_to, plus
 from selftune.hparams import MOMENTUM
-from selftune.rules._base import AbstractRule, State, Values
+from selftune.rules._base import AbstractRule, State, Values, geometric
 
 
 class SGD(AbstractRule):
@@ -26,6 +27,9 @@ class SGD(AbstractRule):
     decoupled = False
     shrinks = True
     tuned = ("lr", "decay", "momentum", "weight_decay")
+    defaults = MappingProxyType(
+        dict(lr=1e-3, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0)
+    )
 
     def init(self, params: Tensor, values: Values) -> State:
         """A momentum buffer of zeros."""
@@ -49,18 +53,21 @@ class SGD(AbstractRule):
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
         discount: float = 1.0,
+        steps: int = 1,
     ) -> tuple[Tensor, State]:
-        """``ḃ₊ = μ ḃ + μ̇ b + (1 − τ) ġ``; ``ḋ = ḃ₊`` or ``ġ + μ ḃ₊ + μ̇ b₊``."""
+        """``ḃ₊ = μ ḃ + μ̇ b + (1 − τ) ġ``; ``ḋ = ḃ₊`` or ``ġ + μ ḃ₊ + μ̇ b₊``.
+
+        Over several steps: ``ḃ₊ = μᵏ ḃ + (1 + μ + … + μᵏ⁻¹) (μ̇ b + (1 − τ) ġ)``.
+        """
         grads_dot, state_dot, values_dot = dots
         momentum, momentum_dot = values["momentum"], values_dot.get("momentum")
-        buffer_dot = state_dot.get("momentum_buffer")
-        dot = (
-            torch.zeros_like(grads) if buffer_dot is None else buffer_dot.mul_(momentum * discount)
-        )
+        buffer_dot, decay = state_dot.get("momentum_buffer"), momentum * discount
+        dot = torch.zeros_like(grads) if buffer_dot is None else buffer_dot.mul_(decay**steps)
+        gain = geometric(decay, steps)
         if momentum_dot is not None:
-            add_to(dot, state["momentum_buffer"], momentum_dot)
+            add_to(dot, state["momentum_buffer"], gain * momentum_dot)
         if grads_dot is not None:
-            dot.add_(_fresh(grads_dot, values, age))
+            dot.add_(_fresh(grads_dot, values, age) * gain)
         if not values["nesterov"]:
             return dot, {"momentum_buffer": dot}
         direction_dot = momentum * dot

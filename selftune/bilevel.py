@@ -1,0 +1,288 @@
+"""One step of self-tuned training as a pure function: weights, responses, hyperparameters.
+
+A run is a tree of tensors, and a step maps it to the next::
+
+    run, loss = bilevel.train(run, batch)                 # a weight step
+    run, told = bilevel.tune(run, batch, outer_batch)     # … and a hyperparameter step
+
+The same functions run eagerly, compiled into one graph (:mod:`selftune.fused`) and mapped over a
+population.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from selftune.averaging import Average
+from selftune.estimators import AbstractEstimator
+from selftune.hypervector import HyperState, HyperVector
+from selftune.rules._base import State
+from selftune.update import Clock, Tangents, Transition, Update
+
+Batch = Any
+
+
+class Weight(NamedTuple):
+    """One parameter tensor and all that is kept for it.
+
+    Attributes:
+        value: The parameter.
+        rule: The rule's state.
+        average: The running average, where the outer loss is measured.
+        tangents: The responses of ``value`` and ``rule`` to the tuned hyperparameters.
+        response: The response of ``average``, a row a hyperparameter.
+    """
+
+    value: Tensor
+    rule: State
+    average: Tensor
+    tangents: Tangents
+    response: list[Tensor]
+
+
+class Run(NamedTuple):
+    """Everything a run is, as tensors."""
+
+    weights: list[Weight]
+    buffers: list[Tensor]
+    average_buffers: list[Tensor]
+    hyper: HyperState
+    step: Tensor  # steps taken in the run
+    age: Tensor  # updates since the last fresh start
+
+
+class Bilevel:
+    """The parts of a step.
+
+    Args:
+        inner: The training objective, a module that takes a batch and returns the loss.
+        outer: The validation objective over the same parameters and buffers.
+        update: Turns weights into the next weights.
+        options: The rule's options and the hyperparameters that are not tuned.
+        hyper: The tuned hyperparameters.
+        estimator: Follows how weights respond to them.
+        storage: The dtype of tangents and responses, or None for that of the weights.
+        averaging: The outer point.
+        every: Weight steps a hyperparameter step.
+        rates: The schedule's factor at each step of the run, shape (steps,).
+        autocast: Makes the context of the forward passes.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        outer: nn.Module,
+        update: Update,
+        options: Mapping[str, Any],
+        hyper: HyperVector,
+        estimator: AbstractEstimator,
+        storage: torch.dtype | None,
+        averaging: Average,
+        every: int,
+        rates: Tensor,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.inner, self.outer = inner, outer
+        self.params = [n for n, p in inner.named_parameters() if p.requires_grad]
+        self.buffers = [n for n, _ in inner.named_buffers()]
+        self.update, self.options = update, dict(options)
+        self.hyper, self.averaging = hyper, averaging
+        self.estimator, self.storage = estimator, storage
+        self.every, self.rates, self.autocast = every, rates, autocast
+        # The rate's decay α acts through the rate alone, so it needs no row beside the rate's.
+        self.rows = [n for n in hyper.names if not (n == "decay" and "lr" in hyper.names)]
+
+    def init(self, values: Mapping[str, float]) -> Run:
+        """A run at its start, from the objective's parameters (not copied) and buffers."""
+        named = dict(self.inner.named_parameters())
+        start = {**self.options, **values}
+        device = named[self.params[0]].device
+        responds = self.update.tangent_state(self.rows, start)
+        weights = [self._weight(named[n].detach(), start, responds) for n in self.params]
+        buffers = [b for _, b in self.inner.named_buffers()]
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        hyper = HyperState(*(t.to(device) for t in self.hyper.init(values)))
+        return Run(weights, buffers, [b.clone() for b in buffers], hyper, zero, zero.clone())
+
+    def _weight(self, value: Tensor, start: Mapping[str, Any], responds: Any) -> Weight:
+        like = value.to(torch.promote_types(value.dtype, torch.float32))
+        state = self.update.rule.init(like, start)
+        zeros = torch.zeros_like(like, dtype=self.storage or like.dtype)
+        tangents = Tangents(
+            [zeros.clone() for _ in self.rows],
+            {row: {k: zeros.clone() for k in sorted(names)} for row, names in responds.items()},
+        )
+        return Weight(value, state, like.clone(), tangents, [zeros.clone() for _ in self.rows])
+
+    # the steps
+
+    def train(self, run: Run, batch: Batch) -> tuple[Run, Tensor]:
+        """A weight step; returns the training loss with the next run."""
+        loss, grads, buffers = self.gradient(run, batch)
+        return self.advance(run, loss, grads, buffers), loss
+
+    def tune(self, run: Run, batch: Batch, outer_batch: Batch) -> tuple[Run, Tensor]:
+        """A weight step, then a hyperparameter step; returns the next run and what it tells.
+
+        That is a vector: training loss, outer loss, share of gradients that are not 0, and the
+        hyperparameters after the step.
+        """
+        loss, grads, buffers = self.gradient(run, batch)
+        run = self.advance(run, loss, grads, buffers, observe=True)
+        outer_loss, outer_grads, buffers = self.outer_gradient(run, outer_batch)
+        run = self.step(run, outer_loss, outer_grads, buffers)
+        return run, self.told(run, loss, grads, outer_loss)
+
+    def told(
+        self, run: Run, loss: Tensor, grads: Sequence[Tensor], outer_loss: Tensor
+    ) -> Tensor:
+        """What a hyperparameter step tells, shape (3 + hyperparameters,), float64."""
+        alive = torch.stack([torch.count_nonzero(g) for g in grads]).sum()
+        share = alive / sum(g.numel() for g in grads)
+        values = list(self.hyper.values(run.hyper.raw).values())
+        return torch.stack([t.to(torch.float64) for t in (loss, outer_loss, share, *values)])
+
+    def gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Loss, gradients and next buffers of the training objective."""
+        params = [w.value for w in run.weights]
+        return self._gradient(self.inner, params, run.buffers, batch)
+
+    def outer_gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Loss, gradients and next buffers of the validation objective, at the average."""
+        params = [w.average.to(w.value.dtype) for w in run.weights]
+        return self._gradient(self.outer, params, run.average_buffers, batch)
+
+    def _gradient(
+        self, module: nn.Module, params: list[Tensor], buffers: list[Tensor], batch: Batch
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        def objective(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            held = [b.clone() for b in buffers]  # modules write into them, which must not show
+            tensors = dict(zip(self.params, params, strict=True))
+            tensors |= dict(zip(self.buffers, held, strict=True))
+            with self.autocast():
+                loss = functional_call(module, tensors, (batch,))
+            return loss, held
+
+        grads, (loss, after) = grad_and_value(objective, has_aux=True)(params)
+        return loss, grads, after
+
+    def advance(
+        self,
+        run: Run,
+        loss: Tensor,
+        grads: Sequence[Tensor],
+        buffers: list[Tensor],
+        *,
+        observe: bool = False,
+        rate: float | None = None,
+    ) -> Run:
+        """The run after a weight step, or the same run if the loss is not finite.
+
+        Args:
+            run: Before the step.
+            loss: The training loss.
+            grads: Its gradients.
+            buffers: The module's buffers after the pass.
+            observe: Whether the estimator sees this step, which stands for the last ``every``.
+            rate: What the learning rate is multiplied with instead of the schedule.
+        """
+        fine = torch.isfinite(loss)
+        last = torch.clamp(run.step, max=len(self.rates) - 1)
+        factor = self.rates.gather(0, last.reshape(1)).reshape(()) if rate is None else rate
+        share = 1 - torch.clamp(1 - 1 / (run.age + 2), max=self.averaging.rho)
+        further = 1 - (1 - share) ** self.every
+        weights = []
+        for weight, grad in zip(run.weights, grads, strict=True):
+            dtype = weight.average.dtype
+            values, slopes = self._values(run, dtype)
+            now = factor.to(dtype) if isinstance(factor, Tensor) else factor
+            clock = Clock(run.step.to(dtype), now, run.age.to(dtype))
+            before = weight.value.to(dtype)
+            moved, after, transition = self.update.observed(
+                before, grad.to(dtype), weight.rule, values, clock
+            )
+            rule = {k: torch.where(fine, after[k], v) for k, v in weight.rule.items()}
+            average = torch.lerp(weight.average, moved, share.to(dtype))
+            weight = weight._replace(
+                value=torch.where(fine, moved, before).to(weight.value.dtype),
+                rule=rule,
+                average=torch.where(fine, average, weight.average),
+            )
+            if observe:
+                weight = self._observe(weight, transition, slopes, further.to(dtype), fine)
+            weights.append(weight)
+        taken = fine.to(run.step.dtype)
+        kept = [torch.where(fine, new, old) for new, old in zip(buffers, run.buffers, strict=True)]
+        return run._replace(
+            weights=weights, buffers=kept, step=run.step + 1, age=run.age + taken
+        )
+
+    def _values(self, run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values = self.hyper.values(run.hyper.raw)
+        slopes = self.hyper.slopes(values)
+        tuned = {n: v.to(dtype) for n, v in values.items()}
+        return {**self.options, **tuned}, {n: slopes[n].to(dtype) for n in self.rows}
+
+    def _observe(
+        self,
+        weight: Weight,
+        transition: Transition,
+        slopes: Mapping[str, Tensor],
+        share: Tensor,
+        fine: Tensor,
+    ) -> Weight:
+        dtype = weight.average.dtype
+        rows = [r.to(dtype, copy=True) for r in weight.tangents.params]
+        state = {
+            r: {k: v.to(dtype, copy=True) for k, v in s.items()}
+            for r, s in weight.tangents.state.items()
+        }
+        seen = self.estimator.observe(Tangents(rows, state), transition, slopes)
+
+        def kept(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(fine, new, old.to(dtype)).to(old.dtype)
+
+        tangents = Tangents(
+            [kept(a, b) for a, b in zip(seen.params, weight.tangents.params, strict=True)],
+            {
+                r: {k: kept(seen.state[r][k], v) for k, v in s.items()}
+                for r, s in weight.tangents.state.items()
+            },
+        )
+        response = [
+            kept(torch.lerp(old.to(dtype), new, share), old)
+            for old, new in zip(weight.response, seen.params, strict=True)
+        ]
+        return weight._replace(tangents=tangents, response=response)
+
+    def step(
+        self, run: Run, loss: Tensor, grads: Sequence[Tensor], buffers: list[Tensor]
+    ) -> Run:
+        """The run after a hyperparameter step along the outer gradients."""
+        signal = self.hypergradient(run, grads)
+        values = {**self.options, **self.hyper.values(run.hyper.raw)}
+        memory = 1 / (1 - values["momentum"]) if "momentum" in values else 1.0
+        return run._replace(
+            hyper=self.hyper.step(run.hyper, signal, memory), average_buffers=buffers
+        )
+
+    def hypergradient(self, run: Run, grads: Sequence[Tensor]) -> Tensor:
+        """dL/d(raw), shape (hyperparameters,)."""
+        found: dict[str, Tensor] = {}
+        for i, row in enumerate(self.rows):
+            parts = [
+                (w.response[i].to(w.average.dtype) * g).sum()
+                for w, g in zip(run.weights, grads, strict=True)
+            ]
+            found[row] = torch.stack(parts).sum()
+        values = self.hyper.values(run.hyper.raw)
+        if "decay" in values and "decay" not in found:  # d log η/d log α = −αt/(1 + αt)
+            shrunk = values["decay"] * run.step
+            found["decay"] = -found["lr"] * shrunk / (1 + shrunk)
+        return torch.stack([found[n].to(torch.float64) for n in self.hyper.names])

@@ -1,0 +1,191 @@
+"""The steps of a run, in place on its tensors: eagerly, or compiled into one graph each."""
+
+from __future__ import annotations
+
+import logging
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils._pytree import tree_leaves
+
+from selftune.bilevel import Batch, Bilevel, Run
+
+log = logging.getLogger("selftune")
+
+Step = Callable[..., Any]
+ODD, SHARE = 20, 0.25
+"""Batches of other shapes run eagerly, until there are this many and they are this share."""
+
+
+class Fused:
+    """Takes the steps of a :class:`~selftune.bilevel.Bilevel` and writes the run in place.
+
+    Compiled, a step is one graph: forward, gradient, update, tangents and hyperparameter step,
+    with no Python between. The graph is made for the shapes of the first batch; a batch of
+    another shape (the last of an epoch) takes the same step eagerly, and where those are many a
+    second graph for any shape is made. If the model itself cannot be compiled, its passes run
+    eagerly and the rest stays compiled.
+
+    Args:
+        bilevel: The steps.
+        run: The tensors they work on.
+        population: Members of a population mapped over the leading dimension, or None.
+    """
+
+    def __init__(self, bilevel: Bilevel, run: Run, population: int | None = None) -> None:
+        self._bilevel = bilevel
+        self.run = run
+        self._mapped = _mapper(population)
+        self.compiled = False
+        self._eager = self._whole(lambda step: step)
+        self._exact: dict[str, Step] = {}
+        self._any: dict[str, Step] = {}
+        self._shapes: dict[str, Any] = {}
+        self._odd = self._taken = 0
+
+    def compile(self) -> None:
+        """Compile from the next step on."""
+        if self.compiled:
+            return
+        self.compiled = True
+        device = self.run.step.device
+        if device.type == "cuda":
+            for leaf in tree_leaves(self.run):
+                torch._dynamo.mark_static_address(leaf)
+        log.info("compiling the training step: up to a minute, and quick once it is cached")
+        self._exact = self._whole(lambda step: _compiled(step, device, dynamic=False))
+        self._any = self._whole(lambda step: _compiled(step, device, dynamic=True))
+
+    def train(self, batch: Batch) -> Tensor:
+        """A weight step; returns the training loss."""
+        return self._take("train", batch)
+
+    def tune(self, batch: Batch, outer: Batch) -> Tensor:
+        """A weight and a hyperparameter step; returns what :meth:`Bilevel.told` tells."""
+        return self._take("tune", batch, outer)
+
+    @torch.no_grad()
+    def _take(self, kind: str, *batches: Batch) -> Tensor:
+        if not self.compiled:
+            return self._eager[kind](self.run, *batches)
+        self._taken += 1
+        shapes = signature(batches)
+        first = kind not in self._shapes
+        if first:
+            self._shapes[kind] = shapes
+        if shapes == self._shapes[kind]:
+            return self._guarded(kind, first, *batches)
+        self._odd += 1
+        step = self._any if self._odd > max(ODD, SHARE * self._taken) else self._eager
+        return step[kind](self.run, *batches)
+
+    def _guarded(self, kind: str, first: bool, *batches: Batch) -> Tensor:
+        """A compiled step; the first time, with a way out."""
+        if not first:
+            return self._exact[kind](self.run, *batches)
+        start = time.perf_counter()
+        try:
+            result = self._exact[kind](self.run, *batches)
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            log.warning(
+                "the model's passes stay eager, and the update alone is compiled: %s", reason
+            )
+            device = self.run.step.device
+            self._exact = self._parted(lambda step: _compiled(step, device, dynamic=False))
+            self._any = self._exact
+            return self._exact[kind](self.run, *batches)
+        log.info("compiled the %s step in %.0f s", kind, time.perf_counter() - start)
+        return result
+
+    def _whole(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
+        """Both steps, each wrapped as a whole."""
+        bilevel, mapped = self._bilevel, self._mapped
+        return {
+            "train": wrap(_in_place(mapped(bilevel.train, 1))),
+            "tune": wrap(_in_place(mapped(bilevel.tune, 2))),
+        }
+
+    def _parted(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
+        """Both steps with the model's passes left as they are and the rest wrapped."""
+        bilevel, mapped = self._bilevel, self._mapped
+        inner, outer = mapped(bilevel.gradient, 1), mapped(bilevel.outer_gradient, 1)
+
+        def advance(run: Run, loss: Tensor, *rest: Any) -> tuple[Run, Tensor]:
+            return bilevel.advance(run, loss, *rest), loss
+
+        def observe(run: Run, loss: Tensor, *rest: Any) -> tuple[Run, Tensor]:
+            return bilevel.advance(run, loss, *rest, observe=True), loss
+
+        def step(run: Run, found: Any, outer: Any) -> tuple[Run, Tensor]:
+            after = bilevel.step(run, *outer)
+            return after, bilevel.told(after, *found[:2], outer[0])
+
+        advancing = wrap(_in_place(mapped(advance, 0)))
+        observing = wrap(_in_place(mapped(observe, 0)))
+        stepping = wrap(_in_place(mapped(step, 0)))
+
+        def train(run: Run, batch: Batch) -> Tensor:
+            return advancing(run, *inner(run, batch))
+
+        def tune(run: Run, batch: Batch, outer_batch: Batch) -> Tensor:
+            found = inner(run, batch)
+            observing(run, *found)
+            return stepping(run, found, outer(run, outer_batch))
+
+        return {"train": train, "tune": tune}
+
+
+def _in_place(step: Step) -> Step:
+    """A pure step that writes the next run into the tensors of the run before."""
+
+    def stepped(run: Run, *rest: Any) -> Any:
+        after, told = step(run, *rest)
+        for old, new in zip(tree_leaves(run), tree_leaves(after), strict=True):
+            if new is not old:
+                old.copy_(new)
+        return told
+
+    return stepped
+
+
+def _compiled(step: Step, device: torch.device, *, dynamic: bool) -> Step:
+    """The step as one graph; with CUDA graphs where there is a GPU."""
+    # Dynamo keeps its graphs by code object and makes only a few of each: a new one a run.
+    assert isinstance(step, types.FunctionType)
+    code = step.__code__.replace()
+    own = types.FunctionType(code, step.__globals__, closure=step.__closure__)
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(own, fullgraph=True, dynamic=dynamic, mode=mode)
+
+
+def _mapper(population: int | None) -> Callable[[Step, int], Step]:
+    """Maps steps over a population; their last ``shared`` arguments are the same for all."""
+    if population is None:
+        return lambda step, shared: step
+
+    def mapped(step: Step, shared: int) -> Step:
+        def over_members(*args: Any) -> Any:
+            cut = len(args) - shared
+            dims = (0,) * cut + (None,) * shared
+            return torch.func.vmap(step, in_dims=dims, randomness="different")(*args)
+
+        return over_members
+
+    return mapped
+
+
+def signature(batches: Any) -> Any:
+    """Structure, shapes and dtypes of batches: what a graph is made for."""
+    if isinstance(batches, Tensor):
+        return batches.shape, batches.dtype
+    if isinstance(batches, dict):
+        return tuple((k, signature(v)) for k, v in batches.items())
+    if isinstance(batches, (tuple, list)):
+        return tuple(map(signature, batches))
+    return type(batches)

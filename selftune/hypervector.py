@@ -1,0 +1,159 @@
+"""The tuned hyperparameters of a run as one vector of tensors, stepped by pure functions.
+
+What :class:`selftune.tuning.Tuning` does on the host, with any torch optimizer and a shift for
+every layer, this does on the device with one value for the whole run: it compiles into the
+training step and maps over a population.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune.hparams import Hparam
+from selftune.hyperstep import BETAS, EPS, LONGEST, RATE, RECENT, trust
+from selftune.tuning import NEGLIGIBLE, PACE, choose
+
+
+class HyperState(NamedTuple):
+    """Raw values and what their steps remember, each of shape (hyperparameters,), float64.
+
+    Attributes:
+        raw: The unconstrained values.
+        first: Adam's first moment of the hypergradients.
+        second: Adam's second moment.
+        mean: Running mean of the hypergradients, for the signal-to-noise ratio.
+        square: Running mean of their squares.
+        count: Steps taken, a scalar.
+    """
+
+    raw: Tensor
+    first: Tensor
+    second: Tensor
+    mean: Tensor
+    square: Tensor
+    count: Tensor
+
+
+class HyperVector:
+    """Which hyperparameters are tuned, between which bounds, and how they step.
+
+    Args:
+        known: Every hyperparameter of the update by name.
+        tune: Names of the tuned ones.
+        bounds: Narrower or wider bounds by name.
+        horizon: Steps in the whole run.
+        floored: Whether weight decay is kept above what is negligible.
+        rate: Size of a hyper step in raw (log or odds) space.
+
+    Attributes:
+        hparams: The tuned ones by name, in the order of the vector.
+    """
+
+    def __init__(
+        self,
+        known: Mapping[str, Hparam],
+        tune: Sequence[str],
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        *,
+        horizon: int,
+        floored: bool = True,
+        rate: float = RATE,
+    ) -> None:
+        self.hparams = choose(known, tune, bounds or {}, horizon)
+        self.names = list(self.hparams)
+        self.horizon = horizon
+        self.rate = rate
+        self._low = [self._raw(n, h.lower) for n, h in self.hparams.items()]
+        self._high = [self._raw(n, h.upper) for n, h in self.hparams.items()]
+        self._pace = [PACE.get(n, 1.0) for n in self.names]
+        self._floored = (
+            floored and {"lr", "weight_decay"} <= set(self.names) - set(bounds or {}) | {"lr"}
+        )
+        self._coupled = {"lr", "momentum"} <= set(self.names)
+
+    def _raw(self, name: str, value: float) -> float:
+        raw = self.hparams[name].bijection.inverse(torch.tensor(value, dtype=torch.float64))
+        return float(raw)
+
+    def init(self, values: Mapping[str, float]) -> HyperState:
+        """Start from constrained values; exactly 0 starts from ``from_zero``."""
+        raw = [
+            min(max(self._raw(n, values[n] or h.from_zero), low), high)
+            for (n, h), low, high in zip(self.hparams.items(), self._low, self._high, strict=True)
+        ]
+        zeros = torch.zeros(len(raw), dtype=torch.float64)
+        start = torch.tensor(raw, dtype=torch.float64)
+        return HyperState(start, *(zeros.clone() for _ in range(4)), zeros.new_zeros(()))
+
+    def values(self, raw: Tensor) -> dict[str, Tensor]:
+        """Constrained values by name, scalars."""
+        return {n: h.bijection.forward(raw[i]) for i, (n, h) in enumerate(self.hparams.items())}
+
+    def slopes(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The derivative of each value in its raw value."""
+        return {n: h.bijection.slope(values[n]) for n, h in self.hparams.items()}
+
+    def step(self, state: HyperState, signal: Tensor, memory: Any) -> HyperState:
+        """One step against hypergradients; if any is not finite, none moves anything.
+
+        Args:
+            state: Before the step.
+            signal: dL/d(raw), shape (hyperparameters,).
+            memory: 1/(1 − μ) of heavy-ball momentum, 1 without.
+        """
+        values = self.values(state.raw)
+        signal = signal.to(torch.float64)
+        if self._coupled:  # at constant lr/(1 − μ), as in Tuning.step
+            pull = -values["momentum"] * signal[self.names.index("lr")]
+            signal = self._added(signal, "momentum", pull)
+        fine = torch.isfinite(signal).all()
+        count = state.count + 1
+        weight = 1 - (1 - 1 / count).clamp_max(RECENT)
+        mean = torch.lerp(state.mean, signal, weight)
+        square = torch.lerp(state.square, signal.square(), weight)
+        first = torch.lerp(state.first, signal, 1 - BETAS[0])
+        second = torch.lerp(state.second, signal.square(), 1 - BETAS[1])
+        root = (second / (1 - BETAS[1] ** count)).sqrt() + EPS
+        proposed = -self.rate * first / (1 - BETAS[0] ** count) / root
+        proposed = proposed * trust(mean, square) * self._vector(self._pace, signal)
+        low, high = self._bounds(values, memory, signal)
+        raw = (state.raw + proposed.clamp(-LONGEST, LONGEST)).maximum(low).minimum(high)
+        if self._coupled:
+            after = self.values(raw)["momentum"]
+            drift = torch.log((1 - after) / (1 - values["momentum"]))
+            raw = self._added(raw, "lr", drift).maximum(low).minimum(high)
+        stepped = HyperState(raw, first, second, mean, square, count)
+        return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
+
+    def move(self, state: HyperState, name: str, raw: float | Tensor) -> HyperState:
+        """Add to one raw value, within its bounds, if it is tuned."""
+        if name not in self.hparams:
+            return state
+        moved = self._added(state.raw, name, raw)
+        low, high = (self._vector(end, moved) for end in (self._low, self._high))
+        return state._replace(raw=moved.maximum(low).minimum(high))
+
+    def _bounds(
+        self, values: Mapping[str, Tensor], memory: Any, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Bounds of the raw values, with weight decay's floor ηλT/(1 − μ) ≥ ``NEGLIGIBLE``."""
+        low, high = self._vector(self._low, like), self._vector(self._high, like)
+        if self._floored:
+            floor = torch.log(NEGLIGIBLE / (values["lr"] * memory * self.horizon / 2))
+            floor = floor.clamp_max(math.log(0.1 * self.hparams["weight_decay"].upper))
+            low = self._added(low, "weight_decay", floor - low[self.names.index("weight_decay")])
+        return low, high
+
+    def _added(self, vector: Tensor, name: str, value: Any) -> Tensor:
+        """``vector`` with ``value`` added at a name; nothing in place, so that it maps."""
+        place = [float(other == name) for other in self.names]
+        return vector + self._vector(place, vector) * value
+
+    @staticmethod
+    def _vector(numbers: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(numbers, dtype=like.dtype, device=like.device)

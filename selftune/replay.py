@@ -1,0 +1,155 @@
+"""A tuned trajectory as plain data, and its replay on any torch optimizer.
+
+The file is JSON and needs nothing of this library to be used::
+
+    schedule = json.load(open("schedule.json"))
+    for step in range(schedule["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = value("lr", step)     # the last entry of values["lr"] not after step
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPTIONS = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
+"""Hyperparameters that are one place in a tuple of a parameter group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedSchedule:
+    """What every hyperparameter was at every step of a run.
+
+    Attributes:
+        rule: The rule they belong to (``"AdamW"``).
+        steps: Length of the run.
+        values: For each hyperparameter pairs (first step, value), each holding until the next.
+            The learning rate is the one that acted, with its schedule and decay in it.
+
+    Example:
+        >>> schedule = TunedSchedule(rule="SGD", steps=4, values={"lr": [[0, 0.1], [2, 0.05]]})
+        >>> schedule.at(1), schedule.at(3)
+        ({'lr': 0.1}, {'lr': 0.05})
+    """
+
+    rule: str
+    steps: int
+    values: Mapping[str, Sequence[Sequence[float]]]
+    format: str = field(default="selftune schedule 1", kw_only=True)
+
+    def at(self, step: int) -> dict[str, float]:
+        """All hyperparameters at a step counted from 0; past the end, the last ones."""
+        found = {}
+        for name, entries in self.values.items():
+            place = bisect_right(entries, step, key=lambda entry: entry[0])
+            found[name] = entries[max(place - 1, 0)][1]
+        return found
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write JSON."""
+        Path(path).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> TunedSchedule:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: The file is no schedule.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            return TunedSchedule(**found)
+        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a schedule that was saved by selftune") from error
+
+
+class Replay:
+    """Sets a torch optimizer's hyperparameters step by step; called like an LR scheduler.
+
+    See :func:`replay`.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, schedule: TunedSchedule, ignore: Iterable[str]
+    ) -> None:
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._names = [n for n in schedule.values if n not in set(ignore)]
+        for name in self._names:
+            key = OPTIONS.get(name, (name,))[0]
+            if any(key not in group for group in optimizer.param_groups):
+                raise ValueError(
+                    f"schedule tunes {name!r}, which {type(optimizer).__name__} does not have: "
+                    f"use the optimizer it was tuned for ({schedule.rule}), add the term to the "
+                    f"loss yourself, or pass ignore=({name!r},)"
+                )
+        self.last_step = 0
+        self._write()
+
+    def step(self) -> None:
+        """Go on to the next training step; call it after ``optimizer.step()``."""
+        self.last_step += 1
+        self._write()
+
+    def _write(self) -> None:
+        values = self._schedule.at(self.last_step)
+        for group in self._optimizer.param_groups:
+            for name in self._names:
+                key, *place = OPTIONS.get(name, (name,))
+                if place:
+                    pair = list(group[key])
+                    pair[place[0]] = values[name]
+                    group[key] = tuple(pair)
+                elif isinstance(group[key], torch.Tensor):
+                    group[key].fill_(values[name])
+                else:
+                    group[key] = values[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position."""
+        self.last_step = state["last_step"]
+        self._write()
+
+
+def replay(
+    optimizer: torch.optim.Optimizer,
+    schedule: TunedSchedule | str | PathLike[str],
+    ignore: Iterable[str] = (),
+) -> Replay:
+    """Let a plain torch optimizer follow a tuned trajectory.
+
+    Args:
+        optimizer: Any torch optimizer with the tuned hyperparameters; every group gets the same.
+        schedule: ``TuningResult.schedule``, or the file it was saved to.
+        ignore: Hyperparameters to leave alone.
+
+    Returns:
+        An object whose ``step()`` is called after each ``optimizer.step()``.
+
+    Raises:
+        ValueError: The optimizer lacks a tuned hyperparameter, or the file is no schedule.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> follow = replay(
+        ...     optimizer, TunedSchedule(rule="SGD", steps=2, values={"lr": [[0, 0.1], [1, 0.2]]})
+        ... )
+        >>> follow.step()
+        >>> optimizer.param_groups[0]["lr"]
+        0.2
+    """
+    loaded = schedule if isinstance(schedule, TunedSchedule) else TunedSchedule.load(schedule)
+    return Replay(optimizer, loaded, ignore)

@@ -1,0 +1,89 @@
+"""What is refused before training begins, with the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.bilevel import Bilevel, Run
+from selftune.rules import AbstractRule
+from selftune.tuner._data import Stream
+
+
+def check_hparams(
+    given: Mapping[str, Any], known: Mapping[str, Any], rule: AbstractRule
+) -> None:
+    """Refuse unknown names and values outside their range."""
+    names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
+    for name, value in given.items():
+        if name not in names and name not in known:
+            raise ValueError(f"hparams={name!r} is unknown: use some of {sorted(names)}")
+        if name not in names:
+            raise ValueError(
+                f"hparams={name!r} is not one of {type(rule).__name__}: use some of "
+                f"{sorted(names)}, and penalty= for penalties"
+            )
+        if isinstance(value, bool):
+            continue
+        if not 0 <= float(value) < math.inf or (name == "lr" and value == 0):
+            least = "above 0" if name == "lr" else "0 or more"
+            raise ValueError(f"hparams[{name!r}]={value!r} must be finite and {least}")
+        if name in ("momentum", "beta1", "beta2", "alpha") and value >= 1:
+            raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
+
+
+def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> None:
+    """Try both objectives on their first batches, which changes nothing.
+
+    Raises:
+        TypeError: A loss that is no tensor.
+        ValueError: A loss that is no scalar, not finite, or does not depend on the parameters.
+    """
+    device = run.step.device
+    devices = [device] if device.type == "cuda" else []
+    passes = (("train", bilevel.inner), ("val", bilevel.outer))
+    for stream, (name, module) in zip(streams, passes, strict=True):
+        batch = stream.peek()
+        with torch.random.fork_rng(devices), bilevel.autocast():
+            held = [b.clone() for b in module.buffers()]
+            with torch.enable_grad():
+                loss = module(batch)
+            _check_loss(loss, name)
+            _check_dependence(loss, name, module)
+            with torch.no_grad():
+                for buffer, old in zip(module.buffers(), held, strict=True):
+                    buffer.copy_(old)
+
+
+def _check_loss(loss: Any, name: str) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the loss on the first {name} batch is a {type(loss).__name__}: return a tensor, "
+            "without .item()"
+        )
+    if loss.numel() != 1 or loss.ndim:
+        raise ValueError(
+            f"the loss on the first {name} batch has shape {tuple(loss.shape)}: return a scalar, "
+            "for example its mean"
+        )
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(
+            f"the loss on the first {name} batch is {float(loss)}, before any training: check "
+            "the data for missing values, the loss for log(0), and the model's initial weights"
+        )
+
+
+def _check_dependence(loss: Tensor, name: str, module: torch.nn.Module) -> None:
+    params = [p for p in module.parameters() if p.requires_grad]
+    grads = (
+        torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None]
+    )
+    if all(g is None for g in grads):
+        raise ValueError(
+            f"the loss on the first {name} batch does not depend on the model's parameters: "
+            "compute it from the model's output, with its graph"
+        )

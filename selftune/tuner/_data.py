@@ -1,0 +1,261 @@
+"""Batches: endless streams at a position that can be saved, and splits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, RandomSampler, random_split
+
+from selftune.tuner._randomness import restore, snapshot
+
+log = logging.getLogger("selftune")
+
+
+class Stream:
+    """Batches of a loader, epoch after epoch, on the device.
+
+    A saved position is the state of all random streams at the epoch's start and the number of
+    batches taken since: the same shuffling follows, and the same random transforms.
+
+    Args:
+        loader: A DataLoader or any iterable of batches.
+        name: What to call it in errors.
+        device: Where batches go. To a GPU they travel one ahead, while it computes.
+    """
+
+    def __init__(self, loader: Iterable[Any], name: str, device: torch.device) -> None:
+        try:
+            first = iter(loader)
+        except TypeError:
+            raise TypeError(
+                f"{name}={type(loader).__name__} must be a DataLoader or an iterable of batches"
+            ) from None
+        self.once = first is loader  # a generator: it cannot be started again
+        self._loader = loader
+        self._name = name
+        self._device = device
+        self._batches: Iterator[Any] | None = None
+        self._waiting: list[Any] = []  # a batch that was looked at
+        self._start: dict[str, Any] = {}
+        self._structure: Any = None
+        self.epoch = 0
+        self.taken = 0
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._loader)  # type: ignore[arg-type]
+
+    @property
+    def sized(self) -> bool:
+        """Whether the length of an epoch is known."""
+        try:
+            return len(self) >= 0
+        except TypeError:
+            return False
+
+    def peek(self) -> Any:
+        """The next batch, which stays the next; the random streams stay where they are too."""
+        now = self._randomness()
+        batch = self.next()
+        if self.once or self.taken > 1:
+            self._waiting.insert(0, batch)
+            self.taken -= 1
+        else:  # start again, since a loader's workers draw from the streams as well
+            self._batches, self.taken = None, 0
+            self._restore(now)
+        return batch
+
+    def next(self) -> Any:
+        """The next batch, of the next epoch if this one is over.
+
+        Raises:
+            ValueError: There is none, or its structure differs from the first's.
+        """
+        if self._batches is None:
+            self._begin()
+        while True:
+            try:
+                batch = self._fetch()
+                break
+            except StopIteration:
+                if self.taken == 0:
+                    raise ValueError(
+                        f"{self._name} holds no batch: is it empty, or is drop_last=True with a "
+                        "batch size above its length?"
+                    ) from None
+                if self.once:
+                    raise ValueError(
+                        f"{self._name} ended after {self.taken} batches and cannot be started "
+                        "again: pass a DataLoader or a list, or ask for fewer steps"
+                    ) from None
+                self.epoch += 1
+                self._begin()
+        self.taken += 1
+        self._check(batch)
+        return batch
+
+    def _begin(self) -> None:
+        self._start = self._randomness()
+        self._batches, self.taken = iter(self._loader), 0
+        if self._device.type == "cuda":
+            self._batches = _ahead(self._batches, self._device)
+
+    def _fetch(self) -> Any:
+        assert self._batches is not None
+        if self._waiting:
+            return self._waiting.pop()
+        batch = next(self._batches)
+        return batch if self._device.type == "cuda" else to_device(batch, self._device)
+
+    def _check(self, batch: Any) -> None:
+        found = structure(batch)
+        if self._structure is None:
+            self._structure = found
+        elif found != self._structure:
+            raise ValueError(
+                f"{self._name}: batch {self.taken} of epoch {self.epoch} is {found}, the first was "
+                f"{self._structure}; every batch must have the same structure"
+            )
+
+    def _generators(self) -> list[torch.Generator]:
+        """Generators of the loader's own."""
+        holders = (self._loader, getattr(self._loader, "sampler", None))
+        found = [getattr(h, "generator", None) for h in holders]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def _randomness(self) -> dict[str, Any]:
+        return {"all": snapshot(), "own": [g.get_state() for g in self._generators()]}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        restore(state["all"])
+        for generator, saved in zip(self._generators(), state["own"], strict=True):
+            generator.set_state(saved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return {"epoch": self.epoch, "taken": self.taken, "start": self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; disturbs the random streams, which the caller restores."""
+        self.epoch, taken = state["epoch"], state["taken"]
+        if not state["start"]:
+            return
+        self._restore(state["start"])
+        self._begin()
+        for _ in range(taken):
+            try:
+                self._check(self._fetch())
+            except StopIteration:
+                raise ValueError(
+                    f"{self._name} has fewer batches than when the run was saved ({taken}): "
+                    "resume with the same data"
+                ) from None
+            self.taken += 1
+
+
+def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """Batches on the GPU, the next one copied while this one is worked on."""
+    copying = torch.cuda.Stream(device)
+
+    def send(batch: Any) -> Any:
+        with torch.cuda.stream(copying):
+            return to_device(batch, device)
+
+    def receive(batch: Any) -> Any:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        for tensor in tree_leaves(batch):
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(computing)  # or its memory is reused while it is read
+        return batch
+
+    waiting: list[Any] = []
+    for batch in batches:
+        waiting.append(send(batch))
+        if len(waiting) > 1:
+            yield receive(waiting.pop(0))
+    if waiting:
+        yield receive(waiting.pop(0))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device; arrays become tensors."""
+    if isinstance(batch, Tensor):
+        if device.type == "cuda" and batch.device.type == "cpu":
+            return batch.pin_memory().to(device, non_blocking=True)
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(to_device(b, device) for b in batch)
+    if hasattr(batch, "items"):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if hasattr(batch, "__array__"):
+        return torch.as_tensor(batch).to(device)
+    return batch
+
+
+def structure(batch: Any) -> Any:
+    """What must not change from batch to batch: containers, keys, dtypes."""
+    if isinstance(batch, Tensor):
+        return str(batch.dtype).removeprefix("torch.")
+    if isinstance(batch, dict):
+        return {k: structure(v) for k, v in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(map(structure, batch))
+    return type(batch).__name__
+
+
+def size(batch: Any) -> int:
+    """Examples in a batch: the first dimension of its first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    parts = batch.values() if isinstance(batch, dict) else batch
+    if isinstance(parts, (str, bytes)) or not isinstance(parts, Iterable):
+        return 1
+    return next((size(p) for p in parts if isinstance(p, (Tensor, dict, tuple))), 1)
+
+
+def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """A loader's data set in two at random: for training, and ``share`` of it for validation.
+
+    Raises:
+        ValueError: Not a DataLoader over a data set with a length, or nothing left on a side.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"val={share} must be between 0 and 1, or a loader of validation batches")
+    if not isinstance(train, DataLoader) or train.batch_size is None:
+        raise ValueError(
+            f"val={share} splits the data set of a DataLoader with a batch_size, and train is a "
+            f"{type(train).__name__}: pass validation batches as val= instead"
+        )
+    try:
+        total = len(train.dataset)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(
+            f"val={share} needs a data set with a length: pass validation batches as val= instead"
+        ) from None
+    held = round(share * total)
+    if not 0 < held < total:
+        raise ValueError(
+            f"val={share} of {total} examples leaves {held} to validate and {total - held} to "
+            "train on: pass another share, or validation batches"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    rest, chosen = random_split(train.dataset, [total - held, held], generator)
+
+    def loader(data: Any, shuffle: bool, drop_last: bool) -> DataLoader[Any]:
+        return DataLoader(
+            data, batch_size=train.batch_size, shuffle=shuffle, num_workers=train.num_workers,
+            collate_fn=train.collate_fn, pin_memory=train.pin_memory, drop_last=drop_last,
+            worker_init_fn=train.worker_init_fn, generator=train.generator,
+            persistent_workers=train.persistent_workers,
+        )  # fmt: skip
+
+    shuffled = isinstance(train.sampler, RandomSampler)
+    return loader(rest, shuffled, train.drop_last), loader(chosen, True, False)

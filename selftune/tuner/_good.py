@@ -1,0 +1,63 @@
+"""The last good weights of a run, and the way back to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from selftune.bilevel import Run
+
+
+class Good:
+    """Copies of the averaged weights and buffers that are worth returning to.
+
+    Args:
+        run: The run, whose tensors may have a leading dimension of members.
+        members: Whether they have.
+    """
+
+    def __init__(self, run: Run, members: bool) -> None:
+        self.run = run
+        self._members = members
+        self.weights = [w.average.clone() for w in run.weights]
+        self.buffers = [b.clone() for b in run.average_buffers]
+
+    def part(self, tensor: Tensor, member: int) -> Tensor:
+        """A member's part of a tensor of the run."""
+        return tensor[member] if self._members else tensor
+
+    @torch.no_grad()
+    def keep(self, member: int = 0) -> None:
+        """Remember the present average."""
+        averages = [w.average for w in self.run.weights]
+        for good, now in zip(self.weights, averages, strict=True):
+            self.part(good, member).copy_(self.part(now, member))
+        for good, now in zip(self.buffers, self.run.average_buffers, strict=True):
+            self.part(good, member).copy_(self.part(now, member))
+
+    @torch.no_grad()
+    def rewind(self, member: int = 0) -> None:
+        """Return to it, with tangents, rule state and Adam's moments as at a fresh start."""
+        run = self.run
+        for weight, good in zip(run.weights, self.weights, strict=True):
+            for target in (weight.value, weight.average):
+                self.part(target, member).copy_(self.part(good, member))
+        for target in (run.buffers, run.average_buffers):
+            for tensor, good in zip(target, self.buffers, strict=True):
+                self.part(tensor, member).copy_(self.part(good, member))
+        stale = [(w.rule, w.tangents, w.response) for w in run.weights]
+        for leaf in [*tree_leaves(stale), *run.hyper[1:], run.age]:
+            self.part(leaf, member).zero_()
+
+    @torch.no_grad()
+    def copy(self, source: int, target: int) -> None:
+        """Let one member take over everything from another."""
+        for leaf in [*tree_leaves(self.run), *self.weights, *self.buffers]:
+            leaf[target].copy_(leaf[source])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both lists."""
+        return {"weights": self.weights, "buffers": self.buffers}

@@ -1,0 +1,105 @@
+"""What turns a batch into a loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+LossFn = Callable[..., Tensor]
+TARGETS = ("labels", "label", "targets", "target", "y")
+
+
+class Objective(nn.Module):
+    """A model with its loss as one module, so that both are called with the same parameters.
+
+    A tuple ``(*inputs, target)`` becomes ``loss_fn(model(*inputs), target)``. A dictionary
+    gives its target by one of the usual names and the rest as keyword arguments; without a
+    ``loss_fn`` the model is given all of it and returns the loss itself, as an attribute or
+    item ``loss``.
+
+    Args:
+        model: The model.
+        loss_fn: The loss of outputs and targets.
+        objective: ``objective(model, batch)``, in place of all that.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        objective: Callable[[nn.Module, Any], Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.objective = objective
+
+    def forward(self, batch: Any) -> Tensor:
+        """The loss of a batch."""
+        if self.objective is not None:
+            return self.objective(self.model, batch)
+        return self.outputs(batch)[0]
+
+    def outputs(self, batch: Any) -> tuple[Tensor, Any, Any]:
+        """Loss, output and target of a batch."""
+        if isinstance(batch, Mapping):
+            return self._from_names(dict(batch))
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise ValueError(
+                f"a batch is a {type(batch).__name__}; (*inputs, target) or a dictionary is "
+                "expected. For anything else pass objective=lambda model, batch: loss"
+            )
+        if self.loss_fn is None:
+            raise ValueError("batches are tuples, which need a loss: pass loss_fn=")
+        *inputs, target = batch
+        output = self.model(*inputs)
+        return self.loss_fn(output, target), output, target
+
+    def _from_names(self, batch: dict[str, Any]) -> tuple[Tensor, Any, Any]:
+        found = [name for name in TARGETS if name in batch]
+        if self.loss_fn is None:
+            output = self.model(**batch)
+            loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+            if loss is None:
+                raise ValueError("the model's output holds no loss: pass loss_fn=")
+            return loss, output, batch[found[0]] if found else None
+        if not found:
+            raise ValueError(
+                f"a batch has the keys {list(batch)}, none of which is a target {TARGETS}: "
+                "rename one, or pass objective=lambda model, batch: loss"
+            )
+        target = batch.pop(found[0])
+        output = self.model(**batch)
+        return self.loss_fn(output, target), output, target
+
+
+def twin(objective: Objective) -> Objective:
+    """A copy whose modules are its own and whose parameters and buffers are the same tensors."""
+    tensors = chain(objective.parameters(), objective.buffers())
+    return copy.deepcopy(objective, {id(t): t for t in tensors})
+
+
+def for_tuning(objective: Objective, every: int) -> Objective:
+    """The validation objective: dropout off, but BatchNorm still gathering statistics.
+
+    Those belong to the averaged weights, which change more slowly than the training weights and
+    are passed through ``every`` times more rarely, so a momentum m becomes
+    1 − (1 − m)^(every/2), as in the drop-in optimizers.
+    """
+    copied = twin(objective).eval()
+    for module in copied.modules():
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            module.train()
+            if module.momentum is not None:
+                module.momentum = 1 - (1 - module.momentum) ** max(1.0, every / 2)
+    return copied
+
+
+def for_scoring(objective: Objective) -> Objective:
+    """The objective in evaluation mode."""
+    return twin(objective).eval()

@@ -1,0 +1,52 @@
+"""The start-up probe on a run: one sweep of the learning rate."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from selftune.bilevel import Bilevel, Run
+from selftune.probe import Probe
+from selftune.tuner._good import Good
+
+log = logging.getLogger("selftune")
+
+
+@torch.no_grad()
+def sweep(bilevel: Bilevel, run: Run, good: Good, probe: Probe, batch: Callable[[], Any]) -> None:
+    """Take the probe's steps, return to the best weights it saw, and set the rate it chose.
+
+    Args:
+        bilevel: Takes the steps, without tangents, eagerly.
+        run: Changed in place.
+        good: Gets the weights at the lowest sum of slopes.
+        probe: The sweep.
+        batch: Gives training batches.
+    """
+    while True:
+        before = [w.value.clone() for w in run.weights]
+        loss, grads, buffers = bilevel.gradient(run, batch())
+        if probe.taken:
+            steps = zip(grads, before, earlier, strict=True)  # noqa: F821 - set by the step before
+            slope = sum(float((g * (now - old)).sum()) for g, now, old in steps)
+            if probe.observe(slope):
+                for weight, value in zip(run.weights, before, strict=True):
+                    weight.average.copy_(value)
+                good.keep()
+        if probe.ended:
+            break
+        after = bilevel.advance(run, loss, grads, buffers, rate=probe.factor(probe.taken))
+        for old, new in zip(tree_leaves(run), tree_leaves(after), strict=True):
+            if new is not old:
+                old.copy_(new)
+        earlier = before
+        probe.taken += 1
+    good.rewind()
+    chosen = bilevel.hyper.move(run.hyper, "lr", math.log(probe.choice))
+    run.hyper.raw.copy_(chosen.raw)
+    log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)

@@ -1,0 +1,84 @@
+"""What a run leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from selftune.replay import TunedSchedule
+
+
+@dataclass(kw_only=True)
+class History:
+    """The course of a run, appended to while it trains; plain numbers, saved with it."""
+
+    train_loss: list[float] = field(default_factory=list)
+    hyper_step: list[int] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    hparams: dict[str, list[float]] = field(default_factory=dict)
+    score_step: list[int] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    rollbacks: list[int] = field(default_factory=list)
+
+    def hyper(self, step: int, loss: float, values: dict[str, float]) -> None:
+        """Note a hyperparameter step, or what else set hyperparameters, after ``step`` steps."""
+        self.hyper_step.append(step)
+        self.val_loss.append(loss)
+        for name, value in values.items():
+            self.hparams.setdefault(name, []).append(value)
+
+    def score(self, step: int, scores: dict[str, float]) -> None:
+        """Note an evaluation."""
+        self.score_step.append(step)
+        for name, value in scores.items():
+            self.scores.setdefault(name, []).append(value)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything as arrays by name."""
+        found = {
+            "train_loss": np.asarray(self.train_loss),
+            "hyper_step": np.asarray(self.hyper_step, dtype=np.int64),
+            "val_loss": np.asarray(self.val_loss),
+            "score_step": np.asarray(self.score_step, dtype=np.int64),
+            "rollbacks": np.asarray(self.rollbacks, dtype=np.int64),
+        }
+        found |= {f"score/{n}": np.asarray(v) for n, v in self.scores.items()}
+        return found | {n: np.asarray(v) for n, v in self.hparams.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningResult:
+    """A finished, or interrupted, run.
+
+    Attributes:
+        history: Arrays by name. ``train_loss``, one a training step; ``val_loss`` and every
+            hyperparameter, one a hyperparameter step, which are at ``hyper_step``;
+            ``score/loss`` and other metrics over the whole validation set, at ``score_step``;
+            ``rollbacks``, the steps at which the guard went back.
+        best_weights: The model's state_dict at the averaged weights with the lowest validation
+            loss, which the model holds now.
+        best_loss: That loss, over the whole validation set. It tuned the run: judge on other data.
+        hparams: All hyperparameters at the end; the learning rate is the tuned peak.
+        schedule: The tuned trajectory, for :func:`selftune.replay`.
+        steps: Training steps taken.
+        ended: Why it ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
+    """
+
+    history: dict[str, NDArray[Any]]
+    best_weights: dict[str, Tensor]
+    best_loss: float
+    hparams: dict[str, float]
+    schedule: TunedSchedule
+    steps: int
+    ended: str
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{n}={v:.3g}" for n, v in self.hparams.items())
+        return (
+            f"TuningResult({self.ended} after {self.steps} steps, best validation loss "
+            f"{self.best_loss:.4g}; {values})"
+        )

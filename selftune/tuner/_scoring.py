@@ -1,0 +1,139 @@
+"""Scores over the whole validation set, at the averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from selftune.bilevel import Run
+from selftune.tuner import _checkpoints
+from selftune.tuner._data import Stream, size, to_device
+from selftune.tuner._good import Good
+from selftune.tuner._objective import Objective, for_scoring
+
+Metric = Callable[[Any, Any], Tensor | float]
+FEW = 20  # batches that stand for a validation set without an end
+
+
+class _Scores(nn.Module):
+    """An objective that returns loss and metrics."""
+
+    def __init__(self, objective: Objective, metrics: Mapping[str, Metric]) -> None:
+        super().__init__()
+        self.objective = objective
+        self.metrics = metrics
+
+    def forward(self, batch: Any) -> dict[str, Any]:
+        """All scores of a batch."""
+        if not self.metrics:
+            return {"loss": self.objective(batch)}
+        loss, output, target = self.objective.outputs(batch)
+        return {"loss": loss} | {n: metric(output, target) for n, metric in self.metrics.items()}
+
+
+class Scorer:
+    """Evaluates, and shows averaged weights in the model.
+
+    Args:
+        objective: The training objective, around the user's model.
+        metrics: Functions of output and target by name, averaged over examples.
+        batches: The validation set.
+        params: Names of the trained parameters in the objective.
+        members: Whether the run's tensors have a leading dimension of members.
+        device: Where it is computed.
+        autocast: Makes the context of the forward passes.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        metrics: Mapping[str, Metric],
+        batches: Any,
+        params: list[str],
+        members: bool,
+        device: torch.device,
+        autocast: Callable[[], Any],
+    ) -> None:
+        self.model = objective.model
+        named = dict(objective.named_parameters())
+        self._tensors = [named[n].detach() for n in params] + list(objective.buffers())
+        self._module = _Scores(for_scoring(objective), metrics)
+        self._names = [f"objective.{n}" for n in params]
+        self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
+        self._batches = batches
+        self._members = members
+        self._device = device
+        self._autocast = autocast
+
+    def _part(self, tensor: Tensor, member: int) -> Tensor:
+        return tensor[member] if self._members else tensor
+
+    def score(self, run: Run, stream: Stream, member: int) -> dict[str, float]:
+        """Scores at the average."""
+        return self._score([w.average for w in run.weights], run.average_buffers, stream, member)
+
+    @torch.no_grad()
+    def _score(
+        self, weights: list[Tensor], buffers: list[Tensor], stream: Stream, member: int
+    ) -> dict[str, float]:
+        tensors = dict(
+            zip([*self._names, *self._buffers], [*weights, *buffers], strict=True)
+        )
+        tensors = {n: self._part(t, member) for n, t in tensors.items()}
+        endless = stream.once or not stream.sized
+        batches = (stream.next() for _ in range(FEW)) if endless else self._batches
+        sums: dict[str, Tensor] = {}
+        total = 0
+        for batch in batches:
+            batch = to_device(batch, self._device)
+            with self._autocast():
+                found = functional_call(self._module, tensors, (batch,))
+            count = size(batch)
+            total += count
+            for name, value in found.items():
+                value = torch.as_tensor(value, dtype=torch.float64).detach() * count
+                sums[name] = sums[name] + value if name in sums else value
+        return {name: float(value) / total for name, value in sums.items()}
+
+    @contextmanager
+    def shown(self, run: Run, member: int) -> Iterator[None]:
+        """The averaged weights in the model itself, for a while."""
+        held = [t.clone() for t in self._tensors]
+        self._write([*(w.average for w in run.weights), *run.average_buffers], member)
+        try:
+            yield
+        finally:
+            for tensor, old in zip(self._tensors, held, strict=True):
+                tensor.copy_(old)
+
+    @torch.no_grad()
+    def _write(self, sources: list[Tensor], member: int) -> None:
+        for tensor, source in zip(self._tensors, sources, strict=True):
+            tensor.copy_(self._part(source, member))
+
+    @torch.no_grad()
+    def best(
+        self, run: Run, stream: Stream, member: int, good: Good, folder: Path | None
+    ) -> float:
+        """Write the best of the average, the guard's good weights and the best on disk; its loss."""
+        average = ([w.average for w in run.weights], run.average_buffers)
+        candidates = [average, (good.weights, good.buffers)]
+        losses = [self._score(*c, stream, member)["loss"] for c in candidates]
+        losses = [x if math.isfinite(x) else math.inf for x in losses]
+        found = min(losses)
+        weights, buffers = candidates[losses.index(found)]
+        self._write([*weights, *buffers], member)
+        path = None if folder is None else folder / _checkpoints.BEST
+        if path is not None and path.is_file():
+            state = _checkpoints.read(path)
+            if state["loss"] < found:
+                self.model.load_state_dict(state["model"])
+                found = state["loss"]
+        return found

@@ -1,0 +1,323 @@
+"""The tuner: it owns model, data, logging and checkpoints, and trains in fused steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from selftune.averaging import Average
+from selftune.bilevel import Bilevel
+from selftune.estimators import AbstractEstimator, Trace
+from selftune.fused import Fused
+from selftune.guard import Guard
+from selftune.hyperstep import RATE
+from selftune.hypervector import HyperVector
+from selftune.monitor import Monitor
+from selftune.penalties import L1, AbstractPenalty
+from selftune.probe import Probe, probe_steps
+from selftune.rules import AbstractRule, AdamW
+from selftune.schedules import Schedule
+from selftune.tuner import _checkpoints
+from selftune.tuner._checks import check_first, check_hparams
+from selftune.tuner._data import Stream, split
+from selftune.tuner._good import Good
+from selftune.tuner._objective import LossFn, Objective, for_tuning
+from selftune.tuner._population import SPREAD, Population
+from selftune.tuner._result import TuningResult
+from selftune.tuner._scoring import Metric, Scorer
+from selftune.tuner._training import Plan, Progress, Training
+from selftune.update import Update
+
+log = logging.getLogger("selftune")
+
+
+class Tuner:
+    """Trains a model and its hyperparameters together, in one compiled graph a step.
+
+    Args:
+        model: Any module.
+        loss_fn: ``loss_fn(output, target)``; batches are ``(*inputs, target)`` or dictionaries
+            with a key ``target``, ``targets``, ``label``, ``labels`` or ``y``. None if the model
+            returns its own loss.
+        rule: How weights step; AdamW by default.
+        hparams: Starting values and options by name, for example
+            ``dict(lr=1e-3, momentum=0.9, l1=1e-6)``; the rule's defaults for the others.
+        tune: Names of the tuned hyperparameters; by default the rule's choice and all penalties.
+        penalty: Further penalties (:mod:`selftune.penalties`).
+        bounds: (lowest, highest) values by name.
+        estimator: How the response of the weights is followed; by default ``Trace`` that
+            observes one step of every ``every``.
+        tangents: The dtype responses are kept in; bfloat16 halves their memory.
+        average: Where the outer loss is measured.
+        every: Weight steps from one hyperparameter step to the next.
+        hyper_rate: Size of a hyperparameter step in log space.
+        schedule: ``"linear"``, ``"cosine"``, ``"exponential"`` or ``"constant"``.
+        warmup_steps: Steps over which the learning rate climbs.
+        probe: Whether the learning rate is probed at the start, or over how many steps.
+        guard: Whether a run that blows up or worsens is rolled back.
+        objective: ``objective(model, batch)``, the loss in place of ``loss_fn``.
+        metrics: Functions of (output, target) by name, averaged over the validation set.
+        device: Where to train; by default where the model is.
+        amp: Whether forward passes run in bfloat16 where that is safe.
+        compile: True, False, or ``"auto"``: where the run is long enough to repay it.
+        population: Members trained at once from different hyperparameters.
+        exploit_every: Steps after which the worst members start again from the best.
+        seed: Of the split and of the population's starts.
+
+    Raises:
+        ValueError: An unknown name or an unsuitable value.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> x = torch.randn(64, 4)
+        >>> batches = [(x[i : i + 16], x[i : i + 16].sum(1, keepdim=True)) for i in range(0, 64, 16)]
+        >>> tuner = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss)
+        >>> result = tuner.fit(batches[:3], batches[3:], epochs=2, progress=False)
+        >>> result.steps
+        6
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None = None,
+        *,
+        rule: AbstractRule | None = None,
+        hparams: Mapping[str, Any] | None = None,
+        tune: Sequence[str] | None = None,
+        penalty: AbstractPenalty | Sequence[AbstractPenalty] = (),
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        estimator: AbstractEstimator | None = None,
+        tangents: torch.dtype | None = torch.bfloat16,
+        average: Average | None = None,
+        every: int = 5,
+        hyper_rate: float = RATE,
+        schedule: str = "linear",
+        warmup_steps: int = 0,
+        probe: bool | int = True,
+        guard: bool = True,
+        objective: Callable[[nn.Module, Any], Tensor] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        device: str | torch.device | None = None,
+        amp: bool = False,
+        compile: bool | str = "auto",
+        population: int = 1,
+        exploit_every: int = 200,
+        seed: int = 0,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} must be at least 1")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
+        if metrics and objective is not None:
+            raise ValueError("metrics need outputs and targets, which objective= does not give")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
+        self.model = model
+        self._rule = AdamW() if rule is None else rule
+        given = dict(hparams or {})
+        penalties = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty)
+        if "l1" in given and not any(p.name == "l1" for p in penalties):
+            penalties.append(L1(given["l1"]))
+        self._update = Update(self._rule, tuple(penalties))
+        self._values = {n: 0.0 for n in self._update.hparams} | dict(self._rule.defaults)
+        self._values |= {p.name: p.strength for p in penalties} | given
+        check_hparams(given, self._values, self._rule)
+        self._tune = tune
+        self._bounds = bounds
+        self._estimator = Trace(stride=every) if estimator is None else estimator
+        self._tangents = tangents
+        self._average = Average() if average is None else average
+        self._every, self._hyper_rate = every, hyper_rate
+        self._schedule, self._warmup = schedule, warmup_steps
+        self._probe, self._guard = probe, guard
+        self._objective = Objective(model, loss_fn, objective)
+        self._metrics = dict(metrics or {})
+        self._device = None if device is None else torch.device(device)
+        self._amp, self._compile = amp, compile
+        self._population = Population(population, seed) if population != 1 else None
+        self._exploit, self._seed = exploit_every, seed
+        self._fitted = False
+        Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
+        HyperVector(self._update.hparams, self._names(), bounds, horizon=1)
+
+    def _names(self) -> list[str]:
+        """Names of the tuned hyperparameters; α only where nothing else anneals."""
+        if self._tune is not None:
+            return list(self._tune)
+        return [n for n in self._update.tuned if n != "decay" or self._schedule == "constant"]
+
+    def fit(
+        self,
+        train: Iterable[Any],
+        val: Iterable[Any] | float = 0.1,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        log_dir: str | Path | None = None,
+        callbacks: Sequence[Callable[[Progress], Any]] = (),
+        resume: bool | str | Path = False,
+        patience: int | None = None,
+        evaluate_every: int | None = None,
+        checkpoint_every: int | None = None,
+        log_every: int = 50,
+        progress: bool = True,
+    ) -> TuningResult:
+        """Train to the end and leave the best weights in the model.
+
+        Args:
+            train: A DataLoader, or any iterable of batches.
+            val: Validation batches, or the share of the training data to set aside for it.
+            epochs: Length of the run in passes over ``train``; or
+            steps: in weight steps.
+            log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
+            callbacks: Called with :class:`Progress` after each evaluation, while the model holds
+                the averaged weights; one that returns True ends the run.
+            resume: True to go on from ``log_dir/last.pt`` if it exists; or a checkpoint's path.
+            patience: Evaluations without a better validation loss before the run ends.
+            evaluate_every: Steps between evaluations over the whole validation set; by default
+                an epoch, or several where those are many.
+            checkpoint_every: Steps between checkpoints; by default at each evaluation.
+            log_every: Steps between two entries in the log.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            RuntimeError: ``fit`` was called before.
+            FileNotFoundError: The checkpoint to resume does not exist.
+            ValueError: Unsuitable data, lengths or checkpoints; nothing was changed.
+        """
+        if self._fitted:
+            raise RuntimeError(
+                "fit was called before on this Tuner: make a new Tuner for another run, or go on "
+                "with an interrupted one by resume=True on a new Tuner with the same log_dir"
+            )
+        folder = None if log_dir is None else Path(log_dir)
+        saved = self._find(resume, folder)
+        if isinstance(val, (int, float)):
+            train, val = split(train, float(val), self._seed)
+        elif val is train:
+            log.warning("val is train: regularization cannot be tuned on the training data")
+        device = self._device or next(self.model.parameters()).device
+        self._objective.to(device)
+        self._objective.train()
+        streams = Stream(train, "train", device), Stream(val, "val", device)
+        total = _length(streams[0], epochs, steps)
+        training = self._training(streams, val, total, device, saved is None)
+        every = training.plan.score if evaluate_every is None else evaluate_every
+        training.plan.score, training.plan.log = every, log_every
+        training.plan.save = checkpoint_every or every
+        training.plan.patience = patience
+        training.callbacks = callbacks
+        training.bar = tqdm(total=total, disable=not progress, unit="step")
+        if saved is not None:
+            training.load(saved)
+        training.folder, training.monitor = folder, Monitor(log_dir)
+        self._fitted = True
+        return training.finish(training.go())
+
+    def _find(self, resume: bool | str | Path, folder: Path | None) -> dict[str, Any] | None:
+        """The checkpoint to go on from, if any."""
+        if not isinstance(resume, bool):
+            return _checkpoints.read(Path(resume))
+        last = None if folder is None else folder / _checkpoints.LAST
+        if resume and last is None:
+            raise ValueError("resume=True needs log_dir, where the checkpoint lies; or give its path")
+        if last is None or not last.exists():
+            return None
+        if not resume:
+            raise ValueError(
+                f"log_dir={folder} holds a run already: pass resume=True to go on with it, or "
+                "another folder"
+            )
+        return _checkpoints.read(last)
+
+    def _training(
+        self, streams: tuple[Stream, Stream], val: Any, total: int, device: torch.device, new: bool
+    ) -> Training:
+        autocast: Any = nullcontext
+        if self._amp:
+            autocast = partial(torch.autocast, device.type, torch.bfloat16)
+        shape = Schedule(
+            shape=self._schedule, total_steps=total, warmup_steps=min(self._warmup, total - 1)
+        )
+        names = self._names()
+        hyper = HyperVector(
+            self._update.hparams, names, self._bounds,
+            horizon=total, floored=self._rule.shrinks, rate=self._hyper_rate,
+        )  # fmt: skip
+        outer = for_tuning(self._objective, self._every)
+        bilevel = Bilevel(
+            self._objective, outer, self._update,
+            {k: v for k, v in self._values.items() if k not in names},
+            hyper, self._estimator, self._tangents, self._average, self._every,
+            torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device),
+            autocast,
+        )  # fmt: skip
+        run = bilevel.init(self._values)
+        many = self._population is not None
+        if new:
+            check_first(bilevel, run, streams)
+        if self._population is not None:
+            spread = dict.fromkeys(("lr", "weight_decay", *(p.name for p in self._update.penalties)), SPREAD)
+            run = self._population.stack(run, hyper, spread)
+        fused = Fused(bilevel, run, self._population.size if self._population else None)
+        length = probe_steps(total) if self._probe is True else int(self._probe)
+        probing = length and not many and "lr" in names and new
+        score = len(streams[0]) if streams[0].sized else max(1, total // 10)
+        score *= max(1, -(-total // (50 * score)))
+        return Training(
+            bilevel=bilevel,
+            fused=fused,
+            plan=Plan(
+                total=total, every=self._every, score=score, save=score, log=50, patience=None,
+                compile=self._compile, exploit=self._exploit,
+            ),
+            train=streams[0],
+            val=streams[1],
+            scorer=Scorer(
+                self._objective, self._metrics, val, bilevel.params, many, device, autocast
+            ),
+            good=Good(run, many),
+            guards=[Guard() for _ in range(self._population.size if self._population else 1)],
+            guarded=self._guard,
+            probe=Probe(steps=length) if probing else None,
+            population=self._population,
+            monitor=Monitor(None),
+            folder=None,
+            identity={
+                "parameters": {n: list(p.shape) for n, p in self.model.named_parameters()},
+                "rule": type(self._rule).__name__,
+                "tuned hyperparameters": names,
+                "number of steps": total,
+                "every": self._every,
+                "population": self._population.size if self._population else 1,
+            },
+            callbacks=(),
+            bar=tqdm(disable=True),
+        )  # fmt: skip
+
+
+def _length(train: Stream, epochs: int | None, steps: int | None) -> int:
+    """Steps in the run."""
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1")
+        return steps
+    assert epochs is not None
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs} must be at least 1")
+    if not train.sized:
+        raise ValueError(f"epochs={epochs} needs train to have a length: pass steps= instead")
+    if len(train) == 0:
+        raise ValueError("train holds no batch: is it empty, or is drop_last=True with few examples?")
+    return epochs * len(train)
