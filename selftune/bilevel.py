@@ -139,9 +139,7 @@ class Bilevel:
         run = self.step(run, outer_loss, outer_grads, buffers)
         return run, self.told(run, loss, grads, outer_loss)
 
-    def told(
-        self, run: Run, loss: Tensor, grads: Sequence[Tensor], outer_loss: Tensor
-    ) -> Tensor:
+    def told(self, run: Run, loss: Tensor, grads: Sequence[Tensor], outer_loss: Tensor) -> Tensor:
         """What a hyperparameter step tells, shape (3 + hyperparameters,), float64."""
         alive = torch.stack([torch.count_nonzero(g) for g in grads]).sum()
         share = alive / sum(g.numel() for g in grads)
@@ -219,9 +217,7 @@ class Bilevel:
             weights.append(weight)
         taken = fine.to(run.step.dtype)
         kept = [torch.where(fine, new, old) for new, old in zip(buffers, run.buffers, strict=True)]
-        return run._replace(
-            weights=weights, buffers=kept, step=run.step + 1, age=run.age + taken
-        )
+        return run._replace(weights=weights, buffers=kept, step=run.step + 1, age=run.age + taken)
 
     def _values(self, run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values = self.hyper.values(run.hyper.raw)
@@ -261,9 +257,7 @@ class Bilevel:
         ]
         return weight._replace(tangents=tangents, response=response)
 
-    def step(
-        self, run: Run, loss: Tensor, grads: Sequence[Tensor], buffers: list[Tensor]
-    ) -> Run:
+    def step(self, run: Run, loss: Tensor, grads: Sequence[Tensor], buffers: list[Tensor]) -> Run:
         """The run after a hyperparameter step along the outer gradients."""
         signal = self.hypergradient(run, grads)
         values = {**self.options, **self.hyper.values(run.hyper.raw)}

@@ -124,7 +124,8 @@ class Fused:
 
         def step(run: Run, found: Any, outer: Any) -> tuple[Run, Tensor]:
             after = bilevel.step(run, *outer)
-            return after, bilevel.told(after, *found[:2], outer[0])
+            loss, grads, _ = found
+            return after, bilevel.told(after, loss, grads, outer[0])
 
         advancing = wrap(_in_place(mapped(advance, 0)))
         observing = wrap(_in_place(mapped(observe, 0)))

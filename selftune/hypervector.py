@@ -28,7 +28,7 @@ class HyperState(NamedTuple):
         second: Adam's second moment.
         mean: Running mean of the hypergradients, for the signal-to-noise ratio.
         square: Running mean of their squares.
-        count: Steps taken, a scalar.
+        taken: Steps taken, a scalar.
     """
 
     raw: Tensor
@@ -36,7 +36,7 @@ class HyperState(NamedTuple):
     second: Tensor
     mean: Tensor
     square: Tensor
-    count: Tensor
+    taken: Tensor
 
 
 class HyperVector:
@@ -71,9 +71,9 @@ class HyperVector:
         self._low = [self._raw(n, h.lower) for n, h in self.hparams.items()]
         self._high = [self._raw(n, h.upper) for n, h in self.hparams.items()]
         self._pace = [PACE.get(n, 1.0) for n in self.names]
-        self._floored = (
-            floored and {"lr", "weight_decay"} <= set(self.names) - set(bounds or {}) | {"lr"}
-        )
+        self._floored = floored and {"lr", "weight_decay"} <= set(self.names) - set(
+            bounds or {}
+        ) | {"lr"}
         self._coupled = {"lr", "momentum"} <= set(self.names)
 
     def _raw(self, name: str, value: float) -> float:
@@ -88,7 +88,9 @@ class HyperVector:
         ]
         zeros = torch.zeros(len(raw), dtype=torch.float64)
         start = torch.tensor(raw, dtype=torch.float64)
-        return HyperState(start, *(zeros.clone() for _ in range(4)), zeros.new_zeros(()))
+        return HyperState(
+            start, zeros, zeros.clone(), zeros.clone(), zeros.clone(), zeros.new_zeros(())
+        )
 
     def values(self, raw: Tensor) -> dict[str, Tensor]:
         """Constrained values by name, scalars."""
@@ -112,14 +114,14 @@ class HyperVector:
             pull = -values["momentum"] * signal[self.names.index("lr")]
             signal = self._added(signal, "momentum", pull)
         fine = torch.isfinite(signal).all()
-        count = state.count + 1
-        weight = 1 - (1 - 1 / count).clamp_max(RECENT)
+        taken = state.taken + 1
+        weight = 1 - (1 - 1 / taken).clamp_max(RECENT)
         mean = torch.lerp(state.mean, signal, weight)
         square = torch.lerp(state.square, signal.square(), weight)
         first = torch.lerp(state.first, signal, 1 - BETAS[0])
         second = torch.lerp(state.second, signal.square(), 1 - BETAS[1])
-        root = (second / (1 - BETAS[1] ** count)).sqrt() + EPS
-        proposed = -self.rate * first / (1 - BETAS[0] ** count) / root
+        root = (second / (1 - BETAS[1] ** taken)).sqrt() + EPS
+        proposed = -self.rate * first / (1 - BETAS[0] ** taken) / root
         proposed = proposed * trust(mean, square) * self._vector(self._pace, signal)
         low, high = self._bounds(values, memory, signal)
         raw = (state.raw + proposed.clamp(-LONGEST, LONGEST)).maximum(low).minimum(high)
@@ -127,7 +129,7 @@ class HyperVector:
             after = self.values(raw)["momentum"]
             drift = torch.log((1 - after) / (1 - values["momentum"]))
             raw = self._added(raw, "lr", drift).maximum(low).minimum(high)
-        stepped = HyperState(raw, first, second, mean, square, count)
+        stepped = HyperState(raw, first, second, mean, square, taken)
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
 
     def move(self, state: HyperState, name: str, raw: float | Tensor) -> HyperState:

@@ -49,7 +49,7 @@ class TunedSchedule:
         """All hyperparameters at a step counted from 0; past the end, the last ones."""
         found = {}
         for name, entries in self.values.items():
-            place = bisect_right(entries, step, key=lambda entry: entry[0])
+            place = bisect_right([first for first, _ in entries], step)
             found[name] = entries[max(place - 1, 0)][1]
         return found
 

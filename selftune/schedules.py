@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 Scalar = TypeVar("Scalar", float, Tensor)
 
 
-def inverse_time(decay: Scalar, step: int) -> Scalar:
+def inverse_time(decay: Scalar, step: Any) -> Scalar:
     """The factor 1/(1 + αt), differentiable in α.
 
     Example:

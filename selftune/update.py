@@ -11,7 +11,7 @@ where λ w appears only if the rule decouples weight decay. ``rate`` is the sche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Clock(NamedTuple):
         age: Updates these weights have had before: t of the bias corrections.
     """
 
-    step: int
+    step: Any
     rate: Any = 1.0
     age: Any = 0
 
@@ -156,7 +156,7 @@ class Tangents(NamedTuple):
         state: For each hyperparameter, tangents of the rule's state that are not zero.
     """
 
-    params: Tensor | Sequence[Tensor]
+    params: Any
     state: dict[str, State]
 
 
@@ -252,7 +252,7 @@ class Transition(NamedTuple):
         )
 
     def _push_prox(
-        self, rows: Sequence[Tensor] | Tensor, name: str, gain: Any, slopes: Mapping[str, Any]
+        self, rows: Iterable[Tensor], name: str, gain: Any, slopes: Mapping[str, Any]
     ) -> None:
         """Soft-thresholding at η λ: zeroed weights respond to nothing, the others to η and λ."""
         sign = self.moved.sign()

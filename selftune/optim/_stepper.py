@@ -116,6 +116,7 @@ class Opaque(AbstractRule):
         moved: tuple[Tensor, State],
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
         discount: float = 1.0,
+        steps: int = 1,
     ) -> tuple[Tensor, State]:
         """None of its hyperparameters is ours."""
         return torch.zeros_like(grads), {}

@@ -17,10 +17,9 @@ VERSION = 1
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:
-    """Write a checkpoint in one move; if the disk refuses, the one before stays and training goes on.
+    """Write a checkpoint in one move; true if it was written.
 
-    Returns:
-        Whether it was written.
+    If the disk refuses, the one before stays and training goes on.
     """
     partial = path.with_suffix(".partial")
     try:
@@ -50,8 +49,8 @@ def read(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
         raise ValueError(
-            f"resume: {path} is damaged or no checkpoint of a Tuner ({error}); nothing was changed. "
-            "Resume from another file, or start anew in another log_dir"
+            f"resume: {path} is damaged or no checkpoint of a Tuner ({error}); nothing was "
+            "changed. Resume from another file, or start anew in another log_dir"
         ) from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ValueError(f"resume: {path} is no checkpoint of this version of selftune's Tuner")

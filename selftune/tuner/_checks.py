@@ -14,9 +14,7 @@ from selftune.rules import AbstractRule
 from selftune.tuner._data import Stream
 
 
-def check_hparams(
-    given: Mapping[str, Any], known: Mapping[str, Any], rule: AbstractRule
-) -> None:
+def check_hparams(given: Mapping[str, Any], known: Mapping[str, Any], rule: AbstractRule) -> None:
     """Refuse unknown names and values outside their range."""
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
     for name, value in given.items():
@@ -79,9 +77,7 @@ def _check_loss(loss: Any, name: str) -> None:
 
 def _check_dependence(loss: Tensor, name: str, module: torch.nn.Module) -> None:
     params = [p for p in module.parameters() if p.requires_grad]
-    grads = (
-        torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None]
-    )
+    grads = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None]
     if all(g is None for g in grads):
         raise ValueError(
             f"the loss on the first {name} batch does not depend on the model's parameters: "

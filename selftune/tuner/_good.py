@@ -45,8 +45,8 @@ class Good:
         for weight, good in zip(run.weights, self.weights, strict=True):
             for target in (weight.value, weight.average):
                 self.part(target, member).copy_(self.part(good, member))
-        for target in (run.buffers, run.average_buffers):
-            for tensor, good in zip(target, self.buffers, strict=True):
+        for held in (run.buffers, run.average_buffers):
+            for tensor, good in zip(held, self.buffers, strict=True):
                 self.part(tensor, member).copy_(self.part(good, member))
         stale = [(w.rule, w.tangents, w.response) for w in run.weights]
         for leaf in [*tree_leaves(stale), *run.hyper[1:], run.age]:

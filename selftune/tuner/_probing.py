@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from selftune.bilevel import Bilevel, Run
@@ -28,11 +29,12 @@ def sweep(bilevel: Bilevel, run: Run, good: Good, probe: Probe, batch: Callable[
         probe: The sweep.
         batch: Gives training batches.
     """
+    earlier: list[Tensor] = []
     while True:
         before = [w.value.clone() for w in run.weights]
         loss, grads, buffers = bilevel.gradient(run, batch())
         if probe.taken:
-            steps = zip(grads, before, earlier, strict=True)  # noqa: F821 - set by the step before
+            steps = zip(grads, before, earlier, strict=True)
             slope = sum(float((g * (now - old)).sum()) for g, now, old in steps)
             if probe.observe(slope):
                 for weight, value in zip(run.weights, before, strict=True):

@@ -83,9 +83,7 @@ class Scorer:
     def _score(
         self, weights: list[Tensor], buffers: list[Tensor], stream: Stream, member: int
     ) -> dict[str, float]:
-        tensors = dict(
-            zip([*self._names, *self._buffers], [*weights, *buffers], strict=True)
-        )
+        tensors = dict(zip([*self._names, *self._buffers], [*weights, *buffers], strict=True))
         tensors = {n: self._part(t, member) for n, t in tensors.items()}
         endless = stream.once or not stream.sized
         batches = (stream.next() for _ in range(FEW)) if endless else self._batches
@@ -119,10 +117,8 @@ class Scorer:
             tensor.copy_(self._part(source, member))
 
     @torch.no_grad()
-    def best(
-        self, run: Run, stream: Stream, member: int, good: Good, folder: Path | None
-    ) -> float:
-        """Write the best of the average, the guard's good weights and the best on disk; its loss."""
+    def best(self, run: Run, stream: Stream, member: int, good: Good, folder: Path | None) -> float:
+        """Show the best of the average, the good weights and the best on disk; returns its loss."""
         average = ([w.average for w in run.weights], run.average_buffers)
         candidates = [average, (good.weights, good.buffers)]
         losses = [self._score(*c, stream, member)["loss"] for c in candidates]

@@ -78,7 +78,7 @@ class Tuner:
     Example:
         >>> import torch, selftune as st
         >>> x = torch.randn(64, 4)
-        >>> batches = [(x[i : i + 16], x[i : i + 16].sum(1, keepdim=True)) for i in range(0, 64, 16)]
+        >>> batches = [(part, part.sum(1, keepdim=True)) for part in x.split(16)]
         >>> tuner = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss)
         >>> result = tuner.fit(batches[:3], batches[3:], epochs=2, progress=False)
         >>> result.steps
@@ -229,7 +229,7 @@ class Tuner:
             return _checkpoints.read(Path(resume))
         last = None if folder is None else folder / _checkpoints.LAST
         if resume and last is None:
-            raise ValueError("resume=True needs log_dir, where the checkpoint lies; or give its path")
+            raise ValueError("resume=True needs log_dir, where the checkpoint is; or pass its path")
         if last is None or not last.exists():
             return None
         if not resume:
@@ -266,8 +266,8 @@ class Tuner:
         if new:
             check_first(bilevel, run, streams)
         if self._population is not None:
-            spread = dict.fromkeys(("lr", "weight_decay", *(p.name for p in self._update.penalties)), SPREAD)
-            run = self._population.stack(run, hyper, spread)
+            spread = {"lr", *self._update.regularizers}
+            run = self._population.stack(run, hyper, dict.fromkeys(spread, SPREAD))
         fused = Fused(bilevel, run, self._population.size if self._population else None)
         length = probe_steps(total) if self._probe is True else int(self._probe)
         probing = length and not many and "lr" in names and new
@@ -319,5 +319,5 @@ def _length(train: Stream, epochs: int | None, steps: int | None) -> int:
     if not train.sized:
         raise ValueError(f"epochs={epochs} needs train to have a length: pass steps= instead")
     if len(train) == 0:
-        raise ValueError("train holds no batch: is it empty, or is drop_last=True with few examples?")
+        raise ValueError("train holds no batch: is it empty, or too short for drop_last=True?")
     return epochs * len(train)
