@@ -25,6 +25,8 @@ def plus(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:
 
 def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
     """``target += factor · tensor``, in place."""
+    if isinstance(factor, Tensor) and factor.ndim == 0:
+        return target.add_(tensor * factor)
     if isinstance(factor, Tensor):
         return target.addcmul_(tensor, factor.to(target.dtype).expand_as(tensor))
     return target.add_(tensor, alpha=factor)

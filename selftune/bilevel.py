@@ -47,14 +47,26 @@ class Weight(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Everything a run is, as tensors."""
+    """Everything a run is, as tensors, none of them without a dimension.
+
+    (torch 2.13's CPU compiler passes those to its kernels by value and loses what is written to
+    them, see ``tests/test_fused.py``.)
+
+    Attributes:
+        weights: One for each trained parameter.
+        buffers: The model's, as the training passes leave them.
+        average_buffers: Those of the averaged weights, as the validation passes leave them.
+        hyper: The tuned hyperparameters.
+        step: Steps taken in the run, shape (1,).
+        age: Updates since the last fresh start, shape (1,).
+    """
 
     weights: list[Weight]
     buffers: list[Tensor]
     average_buffers: list[Tensor]
     hyper: HyperState
-    step: Tensor  # steps taken in the run
-    age: Tensor  # updates since the last fresh start
+    step: Tensor
+    age: Tensor
 
 
 class Bilevel:
@@ -106,7 +118,7 @@ class Bilevel:
         responds = self.update.tangent_state(self.rows, start)
         weights = [self._weight(named[n].detach(), start, responds) for n in self.params]
         buffers = [b for _, b in self.inner.named_buffers()]
-        zero = torch.zeros((), dtype=torch.int64, device=device)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
         hyper = HyperState(*(t.to(device) for t in self.hyper.init(values)))
         return Run(weights, buffers, [b.clone() for b in buffers], hyper, zero, zero.clone())
 
@@ -192,15 +204,16 @@ class Bilevel:
         """
         fine = torch.isfinite(loss)
         last = torch.clamp(run.step, max=len(self.rates) - 1)
-        factor = self.rates.gather(0, last.reshape(1)).reshape(()) if rate is None else rate
-        share = 1 - torch.clamp(1 - 1 / (run.age + 2), max=self.averaging.rho)
+        factor = self.rates.gather(0, last).squeeze(0) if rate is None else rate
+        step, age = run.step.squeeze(0), run.age.squeeze(0).to(torch.float64)
+        share = 1 - torch.clamp(1 - 1 / (age + 2), max=self.averaging.rho)
         further = 1 - (1 - share) ** self.every
         weights = []
         for weight, grad in zip(run.weights, grads, strict=True):
             dtype = weight.average.dtype
             values, slopes = self._values(run, dtype)
             now = factor.to(dtype) if isinstance(factor, Tensor) else factor
-            clock = Clock(run.step.to(dtype), now, run.age.to(dtype))
+            clock = Clock(step.to(dtype), now, age.to(dtype))
             before = weight.value.to(dtype)
             moved, after, transition = self.update.observed(
                 before, grad.to(dtype), weight.rule, values, clock
@@ -277,6 +290,8 @@ class Bilevel:
             found[row] = torch.stack(parts).sum()
         values = self.hyper.values(run.hyper.raw)
         if "decay" in values and "decay" not in found:  # d log η/d log α = −αt/(1 + αt)
-            shrunk = values["decay"] * run.step
+            lag = self.averaging.rho / (1 - self.averaging.rho)  # of the averaged response
+            step = run.step.squeeze(0)
+            shrunk = values["decay"] * (step - torch.clamp(step / 2, max=lag))
             found["decay"] = -found["lr"] * shrunk / (1 + shrunk)
         return torch.stack([found[n].to(torch.float64) for n in self.hyper.names])

@@ -28,7 +28,7 @@ class HyperState(NamedTuple):
         second: Adam's second moment.
         mean: Running mean of the hypergradients, for the signal-to-noise ratio.
         square: Running mean of their squares.
-        taken: Steps taken, a scalar.
+        taken: Steps taken, shape (1,).
     """
 
     raw: Tensor
@@ -89,7 +89,7 @@ class HyperVector:
         zeros = torch.zeros(len(raw), dtype=torch.float64)
         start = torch.tensor(raw, dtype=torch.float64)
         return HyperState(
-            start, zeros, zeros.clone(), zeros.clone(), zeros.clone(), zeros.new_zeros(())
+            start, zeros, zeros.clone(), zeros.clone(), zeros.clone(), zeros.new_zeros(1)
         )
 
     def values(self, raw: Tensor) -> dict[str, Tensor]:

@@ -34,8 +34,8 @@ def check_hparams(given: Mapping[str, Any], known: Mapping[str, Any], rule: Abst
             raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
 
 
-def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> None:
-    """Try both objectives on their first batches, which changes nothing.
+def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> float:
+    """Try both objectives on their first batches, which changes nothing; the validation loss.
 
     Raises:
         TypeError: A loss that is no tensor.
@@ -43,6 +43,7 @@ def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> N
     """
     device = run.step.device
     devices = [device] if device.type == "cuda" else []
+    value = math.nan
     passes = (("train", bilevel.inner), ("val", bilevel.outer))
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
@@ -51,10 +52,12 @@ def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> N
             with torch.enable_grad():
                 loss = module(batch)
             _check_loss(loss, name)
+            value = float(loss)
             _check_dependence(loss, name, module)
             with torch.no_grad():
                 for buffer, old in zip(module.buffers(), held, strict=True):
                     buffer.copy_(old)
+    return value
 
 
 def _check_loss(loss: Any, name: str) -> None:

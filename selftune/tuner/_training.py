@@ -367,6 +367,7 @@ class Training:
             "val": self.val.state_dict(),
             "history": dict(vars(self.history)),
             "numbers": [self.step, self.since, self.best, self.waited, self._leader],
+            "population": None if self.population is None else self.population.state_dict(),
             "compile": True if self.fused.compiled else self.plan.compile,
             "random": snapshot(),
         }
@@ -403,6 +404,8 @@ class Training:
         self.history = History(**state["history"])
         self.step, self.since, self.best, self.waited, self._leader = state["numbers"]
         self.plan.compile = state["compile"]
+        if self.population is not None:
+            self.population.load_state_dict(state["population"])
         self.train.load_state_dict(state["train"])
         self.val.load_state_dict(state["val"])
         restore(state["random"])

@@ -207,6 +207,7 @@ class Tuner:
             log.warning("val is train: regularization cannot be tuned on the training data")
         device = self._device or next(self.model.parameters()).device
         self._objective.to(device)
+        mode = self.model.training
         self._objective.train()
         streams = Stream(train, "train", device), Stream(val, "val", device)
         total = _length(streams[0], epochs, steps)
@@ -221,7 +222,10 @@ class Tuner:
             training.load(saved)
         training.folder, training.monitor = folder, Monitor(log_dir)
         self._fitted = True
-        return training.finish(training.go())
+        try:
+            return training.finish(training.go())
+        finally:
+            self.model.train(mode)
 
     def _find(self, resume: bool | str | Path, folder: Path | None) -> dict[str, Any] | None:
         """The checkpoint to go on from, if any."""
@@ -263,8 +267,11 @@ class Tuner:
         )  # fmt: skip
         run = bilevel.init(self._values)
         many = self._population is not None
+        guards = [Guard() for _ in range(self._population.size if self._population else 1)]
         if new:
-            check_first(bilevel, run, streams)
+            start = check_first(bilevel, run, streams)
+            for guard in guards:
+                guard.begin(start)
         if self._population is not None:
             spread = {"lr", *self._update.regularizers}
             run = self._population.stack(run, hyper, dict.fromkeys(spread, SPREAD))
@@ -286,7 +293,7 @@ class Tuner:
                 self._objective, self._metrics, val, bilevel.params, many, device, autocast
             ),
             good=Good(run, many),
-            guards=[Guard() for _ in range(self._population.size if self._population else 1)],
+            guards=guards,
             guarded=self._guard,
             probe=Probe(steps=length) if probing else None,
             population=self._population,

@@ -1,0 +1,74 @@
+"""The vector of tuned hyperparameters: the same steps as Tuning, its twin on the host."""
+
+import math
+
+import pytest
+import torch
+
+from selftune import rules
+from selftune.hypervector import HyperVector
+from selftune.penalties import L1
+from selftune.tuning import Tuning
+from selftune.update import Update
+
+HORIZON = 500
+
+
+def twins(rule: rules.AbstractRule, values: dict[str, float]) -> tuple[Tuning, HyperVector]:
+    update = Update(rule, (L1(1e-4),))
+    tune = tuple(values)
+    tuning = Tuning(update.hparams, tune=tune, horizon=HORIZON, floored=rule.shrinks)
+    tuning.lay_out({n: [v] for n, v in values.items()}, [0])
+    return tuning, HyperVector(update.hparams, tune, horizon=HORIZON, floored=rule.shrinks)
+
+
+@pytest.mark.parametrize(
+    ("rule", "values"),
+    [
+        (rules.SGD(), dict(lr=0.01, decay=1e-4, momentum=0.9, weight_decay=1e-4, l1=1e-5)),
+        (rules.AdamW(), dict(lr=1e-3, decay=1e-5, beta1=0.9, weight_decay=1e-2)),
+        (rules.Adam(), dict(lr=1e-3, weight_decay=0.0)),
+    ],
+)
+def test_steps_equal_those_of_tuning(rule: rules.AbstractRule, values: dict[str, float]) -> None:
+    tuning, vector = twins(rule, values)
+    state = vector.init(values)
+    drift = torch.randn(len(values), generator=torch.Generator().manual_seed(0)).double()
+    for step in range(60):
+        noise = torch.randn(len(values), generator=torch.Generator().manual_seed(step + 1))
+        signal = drift + noise.double()
+        momentum = float(vector.values(state.raw).get("momentum", 0.0))
+        tuning.memory = 1 / (1 - momentum)
+        tuning.step(signal.view(-1, 1), tuning.names)
+        state = vector.step(state, signal, 1 / (1 - momentum))
+        for name, value in vector.values(state.raw).items():
+            assert float(value) == pytest.approx(float(tuning.rows[name].values()), rel=1e-9)
+
+
+def test_a_signal_that_is_not_finite_moves_nothing() -> None:
+    _, vector = twins(rules.AdamW(), dict(lr=1e-3, weight_decay=1e-2))
+    state = vector.init(dict(lr=1e-3, weight_decay=1e-2))
+    after = vector.step(state, torch.tensor([math.nan, 1.0]), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
+
+
+def test_moves_stop_at_the_bounds() -> None:
+    vector = HyperVector(
+        Update(rules.AdamW()).hparams, ("lr",), {"lr": (1e-4, 1e-2)}, horizon=HORIZON
+    )
+    state = vector.move(vector.init(dict(lr=1e-3)), "lr", 100.0)
+    assert float(vector.values(state.raw)["lr"]) == pytest.approx(1e-2)
+    assert vector.move(state, "momentum", 1.0) is state
+
+
+def test_it_maps_over_a_population() -> None:
+    _, vector = twins(rules.SGD(), dict(lr=0.01, momentum=0.9, weight_decay=1e-4))
+    states = [
+        vector.init(dict(lr=lr, momentum=0.9, weight_decay=1e-4)) for lr in (0.01, 0.02, 0.04)
+    ]
+    signals = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double()
+    stacked = type(states[0])(*(torch.stack(parts) for parts in zip(*states, strict=True)))
+    mapped = torch.func.vmap(lambda s, g: vector.step(s, g, 10.0))(stacked, signals)
+    for member, state in enumerate(states):
+        alone = vector.step(state, signals[member], 10.0)
+        torch.testing.assert_close(mapped.raw[member], alone.raw, rtol=1e-12, atol=0)
