@@ -52,10 +52,14 @@ class Fused:
         """Compile from the next step on."""
         if self.compiled:
             return
+        device, leaves = self.run.step.device, tree_leaves(self.run)
+        if device.type == "cpu" and any(t.ndim == 0 and t.dtype == torch.float64 for t in leaves):
+            # torch 2.13 hands these to its kernels by value and loses what is written to them.
+            log.warning("not compiled: the model has a float64 parameter or buffer of shape ()")
+            return
         self.compiled = True
-        device = self.run.step.device
         if device.type == "cuda":
-            for leaf in tree_leaves(self.run):
+            for leaf in leaves:
                 torch._dynamo.mark_static_address(leaf)
         log.info("compiling the training step: up to a minute, and quick once it is cached")
         self._exact = self._whole(lambda step: _compiled(step, device, dynamic=False))
