@@ -54,6 +54,7 @@ class Run(NamedTuple):
 
     Attributes:
         weights: One for each trained parameter.
+        shrinking: A weight of 1, whose response to weight decay stands for all; or nothing.
         buffers: The model's, as the training passes leave them.
         average_buffers: Those of the averaged weights, as the validation passes leave them.
         hyper: The tuned hyperparameters.
@@ -62,11 +63,30 @@ class Run(NamedTuple):
     """
 
     weights: list[Weight]
+    shrinking: list[Weight]
     buffers: list[Tensor]
     average_buffers: list[Tensor]
     hyper: HyperState
     step: Tensor
     age: Tensor
+
+
+class _Moment(NamedTuple):
+    """What is the same for all weights at a step.
+
+    Attributes:
+        values: Hyperparameters and options, in the dtype the step is computed in.
+        slopes: The derivatives of the tuned ones in their raw values.
+        clock: When it is.
+        share: The weight of this step in the running averages.
+        fine: Whether the loss is finite, so that the step is taken.
+    """
+
+    values: dict[str, Any]
+    slopes: dict[str, Tensor]
+    clock: Clock
+    share: Tensor
+    fine: Tensor
 
 
 class Bilevel:
@@ -78,10 +98,10 @@ class Bilevel:
         update: Turns weights into the next weights.
         options: The rule's options and the hyperparameters that are not tuned.
         hyper: The tuned hyperparameters.
-        estimator: Follows how weights respond to them.
+        estimator: Follows how weights respond to them. Its stride is the number of steps from one
+            ``tune`` to the next, or 1: then every step is observed, and costs more.
         storage: The dtype of tangents and responses, or None for that of the weights.
-        averaging: The outer point.
-        every: Weight steps a hyperparameter step.
+        averaging: The outer point, sampled at the steps that are observed.
         rates: The schedule's factor at each step of the run, shape (steps,).
         autocast: Makes the context of the forward passes.
     """
@@ -96,7 +116,6 @@ class Bilevel:
         estimator: AbstractEstimator,
         storage: torch.dtype | None,
         averaging: Average,
-        every: int,
         rates: Tensor,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -106,38 +125,54 @@ class Bilevel:
         self.update, self.options = update, dict(options)
         self.hyper, self.averaging = hyper, averaging
         self.estimator, self.storage = estimator, storage
-        self.every, self.rates, self.autocast = every, rates, autocast
-        # The rate's decay α acts through the rate alone, so it needs no row beside the rate's.
-        self.rows = [n for n in hyper.names if not (n == "decay" and "lr" in hyper.names)]
+        self.rates, self.autocast = rates, autocast
+        # Two responses are known without a row of the size of the weights: the rate's decay α acts
+        # through the rate alone, and what shrinks weights does so in proportion to them.
+        spared = {"decay"} if "lr" in hyper.names else set()
+        spared |= {"weight_decay"} if update.rule.shrinks else set()
+        self.rows = [n for n in hyper.names if n not in spared]
+        self.shrinks = [n for n in hyper.names if n == "weight_decay" and n in spared]
 
     def init(self, values: Mapping[str, float]) -> Run:
         """A run at its start, from the objective's parameters (not copied) and buffers."""
         named = dict(self.inner.named_parameters())
         start = {**self.options, **values}
         device = named[self.params[0]].device
-        responds = self.update.tangent_state(self.rows, start)
-        weights = [self._weight(named[n].detach(), start, responds) for n in self.params]
+        weights = [
+            self._weight(named[n].detach(), start, self.rows, self.storage) for n in self.params
+        ]
+        one = torch.ones(1, dtype=weights[0].average.dtype, device=device)
+        shrinking = [self._weight(one, start, [row], None) for row in self.shrinks]
         buffers = [b for _, b in self.inner.named_buffers()]
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         hyper = HyperState(*(t.to(device) for t in self.hyper.init(values)))
-        return Run(weights, buffers, [b.clone() for b in buffers], hyper, zero, zero.clone())
+        still = [b.clone() for b in buffers]
+        return Run(weights, shrinking, buffers, still, hyper, zero, zero.clone())
 
-    def _weight(self, value: Tensor, start: Mapping[str, Any], responds: Any) -> Weight:
+    def _weight(
+        self,
+        value: Tensor,
+        start: Mapping[str, Any],
+        rows: Sequence[str],
+        storage: torch.dtype | None,
+    ) -> Weight:
         like = value.to(torch.promote_types(value.dtype, torch.float32))
         state = self.update.rule.init(like, start)
-        zeros = torch.zeros_like(like, dtype=self.storage or like.dtype)
+        zeros = torch.zeros_like(like, dtype=storage or like.dtype)
+        responds = self.update.tangent_state(rows, start)
         tangents = Tangents(
-            [zeros.clone() for _ in self.rows],
+            [zeros.clone() for _ in rows],
             {row: {k: zeros.clone() for k in sorted(names)} for row, names in responds.items()},
         )
-        return Weight(value, state, like.clone(), tangents, [zeros.clone() for _ in self.rows])
+        return Weight(value, state, like.clone(), tangents, [zeros.clone() for _ in rows])
 
     # the steps
 
     def train(self, run: Run, batch: Batch) -> tuple[Run, Tensor]:
         """A weight step; returns the training loss with the next run."""
         loss, grads, buffers = self.gradient(run, batch)
-        return self.advance(run, loss, grads, buffers), loss
+        observe = self.estimator.stride == 1
+        return self.advance(run, loss, grads, buffers, observe=observe), loss
 
     def tune(self, run: Run, batch: Batch, outer_batch: Batch) -> tuple[Run, Tensor]:
         """A weight step, then a hyperparameter step; returns the next run and what it tells.
@@ -199,76 +234,90 @@ class Bilevel:
             loss: The training loss.
             grads: Its gradients.
             buffers: The module's buffers after the pass.
-            observe: Whether the estimator sees this step, which stands for the last ``every``.
+            observe: Whether this step is averaged and seen by the estimator.
             rate: What the learning rate is multiplied with instead of the schedule.
         """
         fine = torch.isfinite(loss)
-        last = torch.clamp(run.step, max=len(self.rates) - 1)
-        factor = self.rates.gather(0, last).squeeze(0) if rate is None else rate
-        step, age = run.step.squeeze(0), run.age.squeeze(0).to(torch.float64)
-        share = 1 - torch.clamp(1 - 1 / (age + 2), max=self.averaging.rho)
-        further = 1 - (1 - share) ** self.every
-        weights = []
-        for weight, grad in zip(run.weights, grads, strict=True):
-            dtype = weight.average.dtype
-            values, slopes = self._values(run, dtype)
-            now = factor.to(dtype) if isinstance(factor, Tensor) else factor
-            clock = Clock(step.to(dtype), now, age.to(dtype))
-            before = weight.value.to(dtype)
-            moved, after, transition = self.update.observed(
-                before, grad.to(dtype), weight.rule, values, clock
-            )
-            rule = {k: torch.where(fine, after[k], v) for k, v in weight.rule.items()}
-            average = torch.lerp(weight.average, moved, share.to(dtype))
-            weight = weight._replace(
-                value=torch.where(fine, moved, before).to(weight.value.dtype),
-                rule=rule,
-                average=torch.where(fine, average, weight.average),
-            )
-            if observe:
-                weight = self._observe(weight, transition, slopes, further.to(dtype), fine)
-            weights.append(weight)
-        taken = fine.to(run.step.dtype)
+        dtypes = {w.average.dtype for w in run.weights}
+        moments = {dtype: self._moment(run, dtype, fine, rate) for dtype in dtypes}
+        weights = [
+            self._moved(weight, grad, moments[weight.average.dtype], observe)
+            for weight, grad in zip(run.weights, grads, strict=True)
+        ]
+        shrinking = run.shrinking
+        if observe:
+            shrinking = [self._shrunk(w, moments[w.average.dtype]) for w in shrinking]
         kept = [torch.where(fine, new, old) for new, old in zip(buffers, run.buffers, strict=True)]
-        return run._replace(weights=weights, buffers=kept, step=run.step + 1, age=run.age + taken)
+        return run._replace(
+            weights=weights,
+            shrinking=shrinking,
+            buffers=kept,
+            step=run.step + 1,
+            age=run.age + fine.to(run.age.dtype),
+        )
 
-    def _values(self, run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _moment(self, run: Run, dtype: torch.dtype, fine: Tensor, rate: float | None) -> _Moment:
         values = self.hyper.values(run.hyper.raw)
         slopes = self.hyper.slopes(values)
-        tuned = {n: v.to(dtype) for n, v in values.items()}
-        return {**self.options, **tuned}, {n: slopes[n].to(dtype) for n in self.rows}
+        last = torch.clamp(run.step, max=len(self.rates) - 1)
+        factor = self.rates.gather(0, last).squeeze(0).to(dtype) if rate is None else rate
+        step, age = run.step.squeeze(0).to(dtype), run.age.squeeze(0).to(dtype)
+        kept = torch.clamp(1 - 1 / (age + 2), max=self.averaging.rho)
+        return _Moment(
+            {**self.options, **{n: v.to(dtype) for n, v in values.items()}},
+            {n: v.to(dtype) for n, v in slopes.items()},
+            Clock(step, factor, age),
+            1 - kept**self.estimator.stride,
+            fine,
+        )
 
-    def _observe(
-        self,
-        weight: Weight,
-        transition: Transition,
-        slopes: Mapping[str, Tensor],
-        share: Tensor,
-        fine: Tensor,
+    def _moved(self, weight: Weight, grad: Tensor, moment: _Moment, observe: bool) -> Weight:
+        """A weight after the step."""
+        dtype, fine = weight.average.dtype, moment.fine
+        before = weight.value.to(dtype)
+        moved, after, transition = self.update.observed(
+            before, grad.to(dtype), weight.rule, moment.values, moment.clock
+        )
+        moved = torch.where(fine, moved, before)
+        rule = {k: torch.where(fine, after[k], v) for k, v in weight.rule.items()}
+        weight = weight._replace(value=moved.to(weight.value.dtype), rule=rule)
+        if not observe:
+            return weight
+        average = torch.where(fine, torch.lerp(weight.average, moved, moment.share), weight.average)
+        return self._observed(weight._replace(average=average), transition, self.rows, moment)
+
+    def _shrunk(self, weight: Weight, moment: _Moment) -> Weight:
+        """The weight of 1 with its response after the step; it stays 1."""
+        transition = self.update.observed(
+            weight.value, torch.zeros_like(weight.value), weight.rule, moment.values, moment.clock
+        )[2]
+        return self._observed(weight, transition, self.shrinks, moment)
+
+    def _observed(
+        self, weight: Weight, transition: Transition, rows: Sequence[str], moment: _Moment
     ) -> Weight:
+        """A weight with its responses after the step."""
         dtype = weight.average.dtype
-        rows = [r.to(dtype, copy=True) for r in weight.tangents.params]
-        state = {
-            r: {k: v.to(dtype, copy=True) for k, v in s.items()}
-            for r, s in weight.tangents.state.items()
-        }
-        seen = self.estimator.observe(Tangents(rows, state), transition, slopes)
+        old = weight.tangents
+        copied = Tangents(
+            [r.to(dtype, copy=True) for r in old.params],
+            {r: {k: v.to(dtype, copy=True) for k, v in s.items()} for r, s in old.state.items()},
+        )
+        slopes = {n: moment.slopes[n] for n in rows}
+        seen = self.estimator.observe(copied, transition, slopes)
 
         def kept(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(fine, new, old.to(dtype)).to(old.dtype)
+            return torch.where(moment.fine, new, old.to(dtype)).to(old.dtype)
 
-        tangents = Tangents(
-            [kept(a, b) for a, b in zip(seen.params, weight.tangents.params, strict=True)],
-            {
-                r: {k: kept(seen.state[r][k], v) for k, v in s.items()}
-                for r, s in weight.tangents.state.items()
-            },
-        )
+        params = [kept(a, b) for a, b in zip(seen.params, old.params, strict=True)]
+        state = {
+            r: {k: kept(seen.state[r][k], v) for k, v in s.items()} for r, s in old.state.items()
+        }
         response = [
-            kept(torch.lerp(old.to(dtype), new, share), old)
-            for old, new in zip(weight.response, seen.params, strict=True)
+            kept(torch.lerp(past.to(dtype), now, moment.share), past)
+            for past, now in zip(weight.response, seen.params, strict=True)
         ]
-        return weight._replace(tangents=tangents, response=response)
+        return weight._replace(tangents=Tangents(params, state), response=response)
 
     def step(self, run: Run, loss: Tensor, grads: Sequence[Tensor], buffers: list[Tensor]) -> Run:
         """The run after a hyperparameter step along the outer gradients."""
@@ -288,6 +337,9 @@ class Bilevel:
                 for w, g in zip(run.weights, grads, strict=True)
             ]
             found[row] = torch.stack(parts).sum()
+        for row, weight in zip(self.shrinks, run.shrinking, strict=True):
+            dots = [(w.average * g).sum() for w, g in zip(run.weights, grads, strict=True)]
+            found[row] = weight.response[0].squeeze(0) * torch.stack(dots).sum()
         values = self.hyper.values(run.hyper.raw)
         if "decay" in values and "decay" not in found:  # d log η/d log α = −αt/(1 + αt)
             lag = self.averaging.rho / (1 - self.averaging.rho)  # of the averaged response

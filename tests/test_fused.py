@@ -30,9 +30,7 @@ class Recurrent(nn.Module):
 
 def normed() -> nn.Module:
     # No bias before the norm: its gradient is rounding alone, which AdamW would blow up.
-    return nn.Sequential(
-        nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)
-    )
+    return nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
 
 
 def batches(count: int, size: int = 8) -> list[Batch]:
@@ -50,7 +48,7 @@ def make(model: nn.Module, population: int | None = None) -> Fused:
         objective, for_tuning(objective, 2), update,
         {k: v for k, v in values.items() if k not in tune},
         HyperVector(update.hparams, tune, horizon=100),
-        st.Trace(stride=2), None, st.Average(), 2, torch.ones(1, dtype=torch.float64),
+        st.Trace(stride=2), None, st.Average(), torch.ones(1, dtype=torch.float64),
     )  # fmt: skip
     run = bilevel.init(values)
     if population:

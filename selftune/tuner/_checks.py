@@ -52,7 +52,7 @@ def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> f
             with torch.enable_grad():
                 loss = module(batch)
             _check_loss(loss, name)
-            value = float(loss)
+            value = float(loss.detach())
             _check_dependence(loss, name, module)
             with torch.no_grad():
                 for buffer, old in zip(module.buffers(), held, strict=True):

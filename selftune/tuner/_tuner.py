@@ -148,6 +148,11 @@ class Tuner:
         self._fitted = False
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         HyperVector(self._update.hparams, self._names(), bounds, horizon=1)
+        if self._estimator.stride not in (1, every):
+            raise ValueError(
+                f"estimator={self._estimator} observes one step of {self._estimator.stride}, and "
+                f"every={every}: pass stride={every}, or stride=1 to observe all steps"
+            )
 
     def _names(self) -> list[str]:
         """Names of the tuned hyperparameters; α only where nothing else anneals."""
@@ -261,7 +266,7 @@ class Tuner:
         bilevel = Bilevel(
             self._objective, outer, self._update,
             {k: v for k, v in self._values.items() if k not in names},
-            hyper, self._estimator, self._tangents, self._average, self._every,
+            hyper, self._estimator, self._tangents, self._average,
             torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device),
             autocast,
         )  # fmt: skip

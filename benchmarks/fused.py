@@ -1,0 +1,209 @@
+"""The fused self-tuned step against plain loops: time, memory, and a population.
+
+Ours is ``Tuner.fit`` as users call it, four hyperparameters tuned, from one batch that it takes
+from its loader to the next: weight steps, validation passes and hyperparameter steps, reading
+back, guard and log included. The loader itself times it: between blocks of steps it lets the
+baselines take theirs (:mod:`benchmarks.plain`), so that all are interleaved in one run.
+
+    python -m benchmarks.fused [--part time|memory|population] [--rule SGD|AdamW] [--only MLP]
+
+Typical output is kept in ``docs/benchmarks.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import selftune as st
+from benchmarks import plain
+from benchmarks.nets import NETS, Batch, Net
+
+FOUR = {
+    "SGD": ("lr", "decay", "momentum", "weight_decay"),
+    "AdamW": ("lr", "decay", "beta1", "weight_decay"),
+}
+
+
+class TimedLoader:
+    """Batches for ``fit``, timed in blocks between which something else may run.
+
+    Args:
+        net: Where the batches come from.
+        rounds: Blocks.
+        between: Called after each block.
+    """
+
+    def __init__(self, net: Net, rounds: int, between: Callable[[], Any] = lambda: None) -> None:
+        self.net, self.between = net, between
+        self.warm = 40
+        self.steps = self.warm + rounds * net.block
+        self.taken: list[float] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self.net.batches
+        for step in range(self.warm):
+            yield batches[step % len(batches)]
+        while True:
+            self.between()
+            start = time.perf_counter()
+            for step in range(self.net.block):
+                yield batches[step % len(batches)]
+            synchronize(batches)
+            self.taken.append(1e3 * (time.perf_counter() - start) / self.net.block)
+
+
+def synchronize(batches: list[Batch]) -> None:
+    """Wait for the GPU, if there is one in play."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def fit(
+    net: Net, rule: str, loader: Any, steps: int, device: str, tune: tuple[str, ...], **options: Any
+) -> None:
+    """A self-tuned run."""
+    torch.manual_seed(0)
+    tuner = st.Tuner(
+        net.make(), net.loss, rule=getattr(st.rules, rule)(), tune=tune, probe=False, device=device,
+        hparams=plain.OPTIONS[rule] | {"decay": 1e-5},
+        **{"compile": True, "schedule": "constant"} | options,
+    )  # fmt: skip
+    tuner.fit(loader, net.batches, steps=steps, evaluate_every=steps, progress=False)
+
+
+def spread(ratios: list[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f}…{high:.2f})"
+
+
+def time_steps(name: str, rule: str, every: int, rounds: int, device: str) -> None:
+    """One row of the table of times."""
+    net = NETS[name]()
+    baselines = plain.steps(net, rule, device)
+    batches = [tuple(t.to(device) for t in batch) for batch in net.batches]
+    times: dict[str, list[float]] = {n: [] for n in baselines}
+    for step in baselines.values():
+        for batch in batches:
+            step(batch)
+
+    def between() -> None:
+        for label, step in baselines.items():
+            synchronize(batches)
+            start = time.perf_counter()
+            for i in range(net.block):
+                step(batches[i % len(batches)])
+            synchronize(batches)
+            times[label].append(1e3 * (time.perf_counter() - start) / net.block)
+
+    loader = TimedLoader(net, rounds, between)
+    fit(net, rule, loader, loader.steps, device, FOUR[rule], every=every)
+    ours = loader.taken
+    middle = {n: statistics.median(t) for n, t in times.items()}
+    best = min((n for n in middle if n != "eager"), key=middle.__getitem__)
+    against = [
+        spread([a / b for a, b in zip(ours, times[n], strict=False)]) for n in ("eager", best)
+    ]
+    print(
+        f"| {name} | {rule} | {every} | {middle['eager']:.2f} | {middle[best]:.2f} ({best}) "
+        f"| {statistics.median(ours):.2f} | {against[0]} | {against[1]} |",
+        flush=True,
+    )
+
+
+def alive() -> dict[int, int]:
+    """Bytes of all tensors that exist, by storage."""
+    # By type: asking any object for its class would wake deprecated ones.
+    found = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]
+    storages = [t.untyped_storage() for t in found]
+    return {s.data_ptr(): s.nbytes() for s in storages}
+
+
+def weigh(rule: str, tune: tuple[str, ...]) -> None:
+    """One row of the table of memory: what lives between two steps of a run."""
+    net = NETS["MLP 784-256-256-10, batch 128"]()
+    batch = net.batches[0]
+    sizes: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for step in range(21):
+            if step == 20:
+                gc.collect()
+                sizes.append(sum(v for k, v in alive().items() if k not in before))
+            yield batch
+
+    gc.collect()
+    before = alive()
+    fit(net, rule, batches(), 21, "cpu", tune, compile=False)
+    base = plain.memory(net, rule)
+    print(
+        f"| {rule} | {', '.join(tune)} | {base / 1e6:.2f} MB | {sizes[0] / 1e6:.2f} MB "
+        f"| {sizes[0] / base:.2f} |",
+        flush=True,
+    )
+
+
+def populate(rule: str, members: int, rounds: int, device: str) -> None:
+    """Time of a population's step against a single run's, in alternating runs."""
+    net = NETS["MLP 64-128-128-10, batch 64"]()
+    ratios, single = [], []
+    for _ in range(rounds):
+        found = []
+        for size in (1, members):
+            loader = TimedLoader(net, 5)
+            fit(net, rule, loader, loader.steps, device, FOUR[rule], population=size)
+            found.append(statistics.median(loader.taken))
+        single.append(found[0])
+        ratios.append(found[1] / found[0])
+    print(
+        f"| {rule} | {members} | {statistics.median(single):.3f} | {spread(ratios)} |", flush=True
+    )
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("time", "memory", "population"))
+    parser.add_argument("--rule", choices=tuple(FOUR))
+    parser.add_argument("--only", default="", help="part of a net's name")
+    parser.add_argument("--every", type=int, nargs="+", default=[5, 10])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("selftune").setLevel(logging.ERROR)
+    rules = [args.rule] if args.rule else list(FOUR)
+    if args.part in (None, "time"):
+        print(
+            "| net | rule | every | eager, ms a step | best compiled, ms | ours, ms | ÷ eager "
+            "(quartiles) | ÷ best compiled (quartiles) |\n|---|---|---|---|---|---|---|---|"
+        )
+        for name in NETS:
+            for rule in rules if args.only in name else []:
+                for every in args.every:
+                    time_steps(name, rule, every, args.rounds, args.device)
+    if args.part in (None, "memory"):
+        print("\n| rule | tuned | torch | ours | ratio |\n|---|---|---|---|---|")
+        for rule in rules:
+            for tune in (("lr", "weight_decay"), FOUR[rule]):
+                weigh(rule, tune)
+    if args.part in (None, "population"):
+        print(
+            "\n| rule | members | one run, ms a step | population ÷ one run (quartiles) |\n"
+            "|---|---|---|---|"
+        )
+        for rule in rules:
+            populate(rule, 8, 5, args.device)
+
+
+if __name__ == "__main__":
+    main()
