@@ -29,6 +29,7 @@ def steps(net: Net, rule: str, device: str = "cpu") -> dict[str, Step]:
         "model and optimizer compiled": _loop(net, rule, device, compile_model=True,
                                               compile_step=True),
         "whole step compiled": _whole(net, rule, device),
+        "whole step compiled, launched from C++": _whole(net, rule, device, cpp_wrapper=True),
     }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def _loop(net: Net, rule: str, device: str, *, compile_model: bool, compile_step
     return step
 
 
-def _whole(net: Net, rule: str, device: str) -> Step:
+def _whole(net: Net, rule: str, device: str, *, cpp_wrapper: bool = False) -> Step:
     torch.manual_seed(0)
     model = net.make().to(device)
     names = [n for n, _ in model.named_parameters()]
@@ -88,7 +89,9 @@ def _whole(net: Net, rule: str, device: str) -> Step:
         for each in zip(params, grads, first, second, strict=True):
             descend(*each)
 
-    return torch.compile(step, mode=None if device == "cpu" else "reduce-overhead")
+    if device != "cpu":
+        return torch.compile(step, mode="reduce-overhead")
+    return torch.compile(step, options={"cpp_wrapper": cpp_wrapper})
 
 
 def memory(net: Net, rule: str) -> int:

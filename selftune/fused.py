@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Fused:
     """
 
     def __init__(self, bilevel: Bilevel, run: Run, population: int | None = None) -> None:
+        _keep_freed_memory()
         self._bilevel = bilevel
         self.run = run
         self._mapped = _mapper(population)
@@ -47,6 +48,7 @@ class Fused:
         self._any: dict[str, Step] = {}
         self._shapes: dict[str, Any] = {}
         self._odd = self._taken = 0
+        self._apart = False  # whether the model's passes are left eager
 
     def compile(self) -> None:
         """Compile from the next step on."""
@@ -62,8 +64,8 @@ class Fused:
             for leaf in leaves:
                 torch._dynamo.mark_static_address(leaf)
         log.info("compiling the training step: up to a minute, and quick once it is cached")
-        self._exact = self._whole(lambda step: _compiled(step, device, dynamic=False))
-        self._any = self._whole(lambda step: _compiled(step, device, dynamic=True))
+        self._exact = self._whole(lambda step: _compile(step, device, dynamic=False))
+        self._any = self._whole(lambda step: _compile(step, device, dynamic=True))
 
     def train(self, batch: Batch) -> Tensor:
         """A weight step; returns the training loss."""
@@ -83,29 +85,34 @@ class Fused:
         if first:
             self._shapes[kind] = shapes
         if shapes == self._shapes[kind]:
-            return self._guarded(kind, first, *batches)
+            return self._compiled(kind, first, *batches)
         self._odd += 1
         step = self._any if self._odd > max(ODD, SHARE * self._taken) else self._eager
         return step[kind](self.run, *batches)
 
-    def _guarded(self, kind: str, first: bool, *batches: Batch) -> Tensor:
-        """A compiled step; the first time, with a way out."""
-        if not first:
-            return self._exact[kind](self.run, *batches)
+    def _compiled(self, kind: str, first: bool, *batches: Batch) -> Tensor:
+        """A compiled step, or what stays of it where torch cannot compile it."""
         start = time.perf_counter()
         try:
             result = self._exact[kind](self.run, *batches)
         except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            log.warning(
-                "the model's passes stay eager, and the update alone is compiled: %s", reason
-            )
-            device = self.run.step.device
-            self._exact = self._parted(lambda step: _compiled(step, device, dynamic=False))
-            self._any = self._exact
-            return self._exact[kind](self.run, *batches)
-        log.info("compiled the %s step in %.0f s", kind, time.perf_counter() - start)
+            self._fall_back(str(error).strip().splitlines()[0])
+            return self._take(kind, *batches)
+        if first:
+            log.info("compiled the %s step in %.0f s", kind, time.perf_counter() - start)
         return result
+
+    def _fall_back(self, reason: str) -> None:
+        """Leave the model's passes eager; if that was so already, leave everything."""
+        self.compiled = not self._apart
+        if self._apart:
+            log.warning("the training step stays eager from here: %s", reason)
+            return
+        self._apart = True
+        log.warning("the model's passes stay eager, and the update alone is compiled: %s", reason)
+        device = self.run.step.device
+        self._exact = self._parted(lambda step: _compile(step, device, dynamic=False))
+        self._any = self._exact
 
     def _whole(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Both steps, each wrapped as a whole."""
@@ -146,6 +153,16 @@ class Fused:
         return {"train": train, "tune": tune}
 
 
+def _keep_freed_memory() -> None:
+    """Let the C library keep the memory of a step's temporary tensors for the next step.
+
+    glibc returns freed memory to the system above a threshold, and the next step is then slowed by
+    page faults, by up to a third. The threshold follows the largest block that was ever freed
+    (up to 32 MB), which is far too low in a process that has handled small tensors only.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 def _in_place(step: Step) -> Step:
     """A pure step that writes the next run into the tensors of the run before."""
 
@@ -159,14 +176,27 @@ def _in_place(step: Step) -> Step:
     return stepped
 
 
-def _compiled(step: Step, device: torch.device, *, dynamic: bool) -> Step:
-    """The step as one graph; with CUDA graphs where there is a GPU."""
+def _compile(step: Step, device: torch.device, *, dynamic: bool) -> Step:
+    """The step as one graph, launched from C++ on a CPU and as a CUDA graph on a GPU."""
     # Dynamo keeps its graphs by code object and makes only a few of each: a new one a run.
     assert isinstance(step, types.FunctionType)
     code = step.__code__.replace()
     own = types.FunctionType(code, step.__globals__, closure=step.__closure__)
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    return torch.compile(own, fullgraph=True, dynamic=dynamic, mode=mode)
+    launch = "triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"
+    options: dict[str, Any] = {launch: True}
+    if not dynamic:
+        options["guard_filter_fn"] = _needed
+    return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+
+
+def _needed(guards: Sequence[Any]) -> list[bool]:
+    """Which of a static graph's guards are checked at each step: numbers that users may change.
+
+    The run's tensors, the batches' shapes and our own objects are the same at each call, and to
+    check them all takes as long as a small net's step.
+    """
+    ours = ("G['__import_", "__import__(", "dict(type(")
+    return [g.guard_type == "CONSTANT_MATCH" and not g.name.startswith(ours) for g in guards]
 
 
 def _mapper(population: int | None) -> Callable[[Step, int], Step]:
@@ -186,9 +216,9 @@ def _mapper(population: int | None) -> Callable[[Step, int], Step]:
 
 
 def signature(batches: Any) -> Any:
-    """Structure, shapes and dtypes of batches: what a graph is made for."""
+    """Structure and layout of batches: what a graph is made for."""
     if isinstance(batches, Tensor):
-        return batches.shape, batches.dtype
+        return batches.shape, batches.stride(), batches.dtype, batches.device
     if isinstance(batches, dict):
         return tuple((k, signature(v)) for k, v in batches.items())
     if isinstance(batches, (tuple, list)):
