@@ -88,6 +88,7 @@ def spread(ratios: list[float]) -> str:
 
 def time_steps(name: str, rule: str, every: int, rounds: int, device: str) -> None:
     """One row of the table of times."""
+    torch.compiler.reset()  # torch compiles a function of the baselines' only so many times
     net = NETS[name]()
     baselines = plain.steps(net, rule, device)
     batches = [tuple(t.to(device) for t in batch) for batch in net.batches]

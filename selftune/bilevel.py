@@ -22,7 +22,7 @@ from torch.func import functional_call, grad_and_value
 from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator
 from selftune.hypervector import HyperState, HyperVector
-from selftune.rules._base import State
+from selftune.rules._base import AbstractRule, State
 from selftune.update import Clock, Tangents, Transition, Update
 
 Batch = Any
@@ -89,6 +89,16 @@ class _Moment(NamedTuple):
     fine: Tensor
 
 
+def spared(names: Sequence[str], rule: AbstractRule) -> set[str]:
+    """Hyperparameters whose response is known without a row of the size of the weights.
+
+    The rate's decay α acts through the rate alone, and what shrinks weights does so in proportion
+    to them.
+    """
+    found = {"decay"} if "lr" in names else set()
+    return found | ({"weight_decay"} if rule.shrinks else set())
+
+
 class Bilevel:
     """The parts of a step.
 
@@ -126,12 +136,9 @@ class Bilevel:
         self.hyper, self.averaging = hyper, averaging
         self.estimator, self.storage = estimator, storage
         self.rates, self.autocast = rates, autocast
-        # Two responses are known without a row of the size of the weights: the rate's decay α acts
-        # through the rate alone, and what shrinks weights does so in proportion to them.
-        spared = {"decay"} if "lr" in hyper.names else set()
-        spared |= {"weight_decay"} if update.rule.shrinks else set()
-        self.rows = [n for n in hyper.names if n not in spared]
-        self.shrinks = [n for n in hyper.names if n == "weight_decay" and n in spared]
+        known = spared(hyper.names, update.rule)
+        self.rows = [n for n in hyper.names if n not in known]
+        self.shrinks = [n for n in hyper.names if n == "weight_decay" and n in known]
 
     def init(self, values: Mapping[str, float]) -> Run:
         """A run at its start, from the objective's parameters (not copied) and buffers."""
@@ -346,4 +353,5 @@ class Bilevel:
             step = run.step.squeeze(0)
             shrunk = values["decay"] * (step - torch.clamp(step / 2, max=lag))
             found["decay"] = -found["lr"] * shrunk / (1 + shrunk)
-        return torch.stack([found[n].to(torch.float64) for n in self.hyper.names])
+        signal = [found[n].to(torch.float64) for n in self.hyper.names]
+        return torch.stack(signal) if signal else torch.zeros_like(run.hyper.raw)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 import selftune as st
+from selftune import bilevel as bilevel_module
 from selftune.bilevel import Bilevel, Run
 from selftune.hypervector import HyperVector
 from selftune.penalties import L1
@@ -23,22 +24,6 @@ RULES: dict[str, Any] = {
     "RMSprop": (st.rules.RMSprop(), dict(lr=0.01, momentum=0.5, weight_decay=1e-3)),
 }
 SHRINKING = torch.linspace(1, 0, 51, dtype=torch.float64)[:-1]
-
-
-class RowedSGD(st.rules.SGD):
-    """Follows the response to weight decay weight by weight."""
-
-    shrinks = False
-
-
-class RowedAdamW(st.rules.AdamW):
-    """Likewise."""
-
-    shrinks = False
-
-
-RULES["RowedSGD"] = (RowedSGD(), RULES["SGD"][1])
-RULES["RowedAdamW"] = (RowedAdamW(), RULES["AdamW"][1])
 
 
 def net(norm: bool = False) -> nn.Module:
@@ -135,13 +120,14 @@ def hypergradient_after(
     [
         ("SGD", ("lr", "momentum"), dict(weight_decay=0.0)),
         ("SGD", ("decay",), dict(weight_decay=0.0, decay=0.01)),
-        ("RowedAdamW", ("lr", "beta1", "weight_decay"), {}),
+        ("AdamW", ("lr", "beta1", "weight_decay"), {}),
         ("RMSprop", ("lr", "momentum"), dict(weight_decay=0.0)),
     ],
 )
 def test_hypergradients_are_finite_differences_where_the_loss_has_no_curvature(
-    rule: str, tune: tuple[str, ...], values: dict[str, float]
+    rule: str, tune: tuple[str, ...], values: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bilevel_module, "spared", lambda names, rule: set())
     parts: dict[str, Any] = dict(rule=rule, tune=tune, values=values, every=1)
     parts["estimator"] = st.Trace(discount=1.0)
     _, found, raw = hypergradient_after(30, None, parts)
@@ -165,11 +151,15 @@ def test_the_decay_needs_no_row_beside_the_rate() -> None:
 
 
 @pytest.mark.parametrize("rule", ["SGD", "AdamW"])
-def test_weight_decay_needs_no_row_where_it_shrinks_weights(rule: str) -> None:
+def test_weight_decay_needs_no_row_where_it_shrinks_weights(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Truth: the row itself; equal but for what weights move within the average's reach."""
     found = []
-    for name in (rule, f"Rowed{rule}"):
-        bilevel, run = make(net(), name, tune=("lr", "weight_decay"), values=dict(lr=1e-3), every=1)
+    for exact in (False, True):
+        if exact:
+            monkeypatch.setattr(bilevel_module, "spared", lambda names, rule: set())
+        bilevel, run = make(net(), rule, tune=("lr", "weight_decay"), values=dict(lr=1e-3), every=1)
         for batch in batches(200):
             loss, grads, buffers = bilevel.gradient(run, batch)
             run = bilevel.advance(run, loss, grads, buffers, observe=True)

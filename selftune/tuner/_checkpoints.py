@@ -47,7 +47,8 @@ def read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError,
+            ValueError) as error:  # fmt: skip
         raise ValueError(
             f"resume: {path} is damaged or no checkpoint of a Tuner ({error}); nothing was "
             "changed. Resume from another file, or start anew in another log_dir"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from selftune.rules import AbstractRule
 from selftune.tuner._data import Stream
 
 
-def check_hparams(given: Mapping[str, Any], known: Mapping[str, Any], rule: AbstractRule) -> None:
+def check_hparams(given: Mapping[str, Any], rule: AbstractRule) -> None:
     """Refuse unknown names and values outside their range."""
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
     for name, value in given.items():
-        if name not in names and name not in known:
-            raise ValueError(f"hparams={name!r} is unknown: use some of {sorted(names)}")
         if name not in names:
             raise ValueError(
                 f"hparams={name!r} is not one of {type(rule).__name__}: use some of "
@@ -47,17 +46,25 @@ def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> f
     passes = (("train", bilevel.inner), ("val", bilevel.outer))
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
-        with torch.random.fork_rng(devices), bilevel.autocast():
-            held = [b.clone() for b in module.buffers()]
+        with torch.random.fork_rng(devices), bilevel.autocast(), _held(module):
             with torch.enable_grad():
                 loss = module(batch)
             _check_loss(loss, name)
-            value = float(loss.detach())
             _check_dependence(loss, name, module)
-            with torch.no_grad():
-                for buffer, old in zip(module.buffers(), held, strict=True):
-                    buffer.copy_(old)
+            value = float(loss.detach())
     return value
+
+
+@contextmanager
+def _held(module: torch.nn.Module) -> Iterator[None]:
+    """Keeps the module's buffers as they are."""
+    before = [b.clone() for b in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in zip(module.buffers(), before, strict=True):
+                buffer.copy_(old)
 
 
 def _check_loss(loss: Any, name: str) -> None:
@@ -73,8 +80,8 @@ def _check_loss(loss: Any, name: str) -> None:
         )
     if not bool(torch.isfinite(loss)):
         raise ValueError(
-            f"the loss on the first {name} batch is {float(loss)}, before any training: check "
-            "the data for missing values, the loss for log(0), and the model's initial weights"
+            f"the loss on the first {name} batch is {float(loss.detach())}, before any training: "
+            "check the data for missing values, the loss for log(0), and the model's initial weights"
         )
 
 

@@ -29,13 +29,12 @@ class Stream:
     """
 
     def __init__(self, loader: Iterable[Any], name: str, device: torch.device) -> None:
-        try:
-            first = iter(loader)
-        except TypeError:
+        # Not tried by iter(loader), which would draw from the random streams and start workers.
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             raise TypeError(
                 f"{name}={type(loader).__name__} must be a DataLoader or an iterable of batches"
-            ) from None
-        self.once = first is loader  # a generator: it cannot be started again
+            )
+        self.once = isinstance(loader, Iterator)  # a generator: it cannot be started again
         self._loader = loader
         self._name = name
         self._device = device
@@ -66,7 +65,7 @@ class Stream:
             self._waiting.insert(0, batch)
             self.taken -= 1
         else:  # start again, since a loader's workers draw from the streams as well
-            self._batches, self.taken = None, 0
+            self._batches, self.taken, self._start = None, 0, {}
             self._restore(now)
         return batch
 

@@ -32,11 +32,9 @@ class Good:
     @torch.no_grad()
     def keep(self, member: int = 0) -> None:
         """Remember the present average."""
-        averages = [w.average for w in self.run.weights]
-        for good, now in zip(self.weights, averages, strict=True):
-            self.part(good, member).copy_(self.part(now, member))
-        for good, now in zip(self.buffers, self.run.average_buffers, strict=True):
-            self.part(good, member).copy_(self.part(now, member))
+        now = [*(w.average for w in self.run.weights), *self.run.average_buffers]
+        kept = [self.part(t, member) for t in (*self.weights, *self.buffers)]
+        torch._foreach_copy_(kept, [self.part(t, member) for t in now])
 
     @torch.no_grad()
     def rewind(self, member: int = 0) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune.bilevel import Run
-from selftune.tuner import _checkpoints
 from selftune.tuner._data import Stream, size, to_device
 from selftune.tuner._good import Good
 from selftune.tuner._objective import Objective, for_scoring
@@ -117,8 +115,10 @@ class Scorer:
             tensor.copy_(self._part(source, member))
 
     @torch.no_grad()
-    def best(self, run: Run, stream: Stream, member: int, good: Good, folder: Path | None) -> float:
-        """Show the best of the average, the good weights and the best on disk; returns its loss."""
+    def best(
+        self, run: Run, stream: Stream, member: int, good: Good, saved: dict[str, Any] | None
+    ) -> float:
+        """Show the best of the average, the good weights and saved ones; returns its loss."""
         average = ([w.average for w in run.weights], run.average_buffers)
         candidates = [average, (good.weights, good.buffers)]
         losses = [self._score(*c, stream, member)["loss"] for c in candidates]
@@ -126,10 +126,7 @@ class Scorer:
         found = min(losses)
         weights, buffers = candidates[losses.index(found)]
         self._write([*weights, *buffers], member)
-        path = None if folder is None else folder / _checkpoints.BEST
-        if path is not None and path.is_file():
-            state = _checkpoints.read(path)
-            if state["loss"] < found:
-                self.model.load_state_dict(state["model"])
-                found = state["loss"]
+        if saved is not None and saved["loss"] < found:
+            self.model.load_state_dict(saved["model"])
+            found = saved["loss"]
         return found

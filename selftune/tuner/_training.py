@@ -107,6 +107,7 @@ class Training:
         self._clock: list[float] = []
         self._looked = 0.0
         self._leader = 0
+        self._saved_best: dict[str, Any] | None = None
 
     @property
     def run(self) -> Run:
@@ -320,7 +321,10 @@ class Training:
 
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and sum the run up."""
-        best = self.scorer.best(self.run, self.val, self._leader, self.good, self.folder)
+        saved = self._saved_best
+        if saved is None and self.folder is not None and (self.folder / _checkpoints.BEST).exists():
+            saved = _checkpoints.read(self.folder / _checkpoints.BEST)
+        best = self.scorer.best(self.run, self.val, self._leader, self.good, saved)
         known = self.hparams()
         return TuningResult(
             history=self.history.arrays(),
@@ -374,19 +378,26 @@ class Training:
         _checkpoints.write(self.folder / _checkpoints.LAST, state)
 
     def _save_best(self) -> None:
-        if self.folder is not None:
-            with self.scorer.shown(self.run, self._leader):
-                state = {
-                    "model": self.scorer.model.state_dict(),
-                    "step": self.step,
-                    "loss": self.best,
-                    "hparams": self.hparams(),
-                }
-                _checkpoints.write(self.folder / _checkpoints.BEST, state)
+        """Keep the best weights: on disk, or in memory where there is none or it is full."""
+        with self.scorer.shown(self.run, self._leader):
+            state = {
+                "model": {k: v.cpu().clone() for k, v in self.scorer.model.state_dict().items()},
+                "step": self.step,
+                "loss": self.best,
+                "hparams": self.hparams(),
+            }
+        folder = self.folder
+        written = folder is not None and _checkpoints.write(folder / _checkpoints.BEST, state)
+        self._saved_best = None if written else state
 
     @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue a saved run; a checkpoint of another one is refused before anything changes."""
+    def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
+        """Continue a saved run; a checkpoint of another one is refused before anything changes.
+
+        Args:
+            state: What ``save`` wrote.
+            best: What was saved beside it as the best weights.
+        """
         for key, value in self.identity.items():
             found = state["identity"].get(key)
             if found != value:
@@ -401,6 +412,7 @@ class Training:
                 leaf.copy_(saved)
         for guard, saved in zip(self.guards, state["guards"], strict=True):
             guard.load_state_dict(saved)
+        self._saved_best = best
         self.history = History(**state["history"])
         self.step, self.since, self.best, self.waited, self._leader = state["numbers"]
         self.plan.compile = state["compile"]

@@ -130,7 +130,7 @@ class Tuner:
         self._update = Update(self._rule, tuple(penalties))
         self._values = {n: 0.0 for n in self._update.hparams} | dict(self._rule.defaults)
         self._values |= {p.name: p.strength for p in penalties} | given
-        check_hparams(given, self._values, self._rule)
+        check_hparams(given, self._rule)
         self._tune = tune
         self._bounds = bounds
         self._estimator = Trace(stride=every) if estimator is None else estimator
@@ -210,47 +210,50 @@ class Tuner:
             train, val = split(train, float(val), self._seed)
         elif val is train:
             log.warning("val is train: regularization cannot be tuned on the training data")
-        device = self._device or next(self.model.parameters()).device
-        self._objective.to(device)
         mode = self.model.training
-        self._objective.train()
-        streams = Stream(train, "train", device), Stream(val, "val", device)
-        total = _length(streams[0], epochs, steps)
-        training = self._training(streams, val, total, device, saved is None)
-        every = training.plan.score if evaluate_every is None else evaluate_every
-        training.plan.score, training.plan.log = every, log_every
-        training.plan.save = checkpoint_every or every
-        training.plan.patience = patience
-        training.callbacks = callbacks
-        training.bar = tqdm(total=total, disable=not progress, unit="step")
-        if saved is not None:
-            training.load(saved)
-        training.folder, training.monitor = folder, Monitor(log_dir)
-        self._fitted = True
         try:
+            device = self._device or next(self.model.parameters()).device
+            self._objective.to(device).train()
+            streams = Stream(train, "train", device), Stream(val, "val", device)
+            total = _length(streams[0], epochs, steps)
+            score = evaluate_every or _between_evaluations(streams[0], total)
+            plan = Plan(
+                total=total, every=self._every, score=score, save=checkpoint_every or score,
+                log=log_every, patience=patience, compile=self._compile, exploit=self._exploit,
+            )  # fmt: skip
+            training = self._training(plan, streams, val, device, saved is None)
+            training.callbacks = callbacks
+            training.bar = tqdm(total=total, disable=not progress, unit="step")
+            if saved is not None:
+                training.load(*saved)
+            training.folder, training.monitor = folder, Monitor(log_dir)
+            self._fitted = True
             return training.finish(training.go())
         finally:
             self.model.train(mode)
 
-    def _find(self, resume: bool | str | Path, folder: Path | None) -> dict[str, Any] | None:
-        """The checkpoint to go on from, if any."""
-        if not isinstance(resume, bool):
-            return _checkpoints.read(Path(resume))
+    def _find(self, resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
+        """The checkpoint to go on from, if any, and the best weights beside it."""
         last = None if folder is None else folder / _checkpoints.LAST
-        if resume and last is None:
+        if not isinstance(resume, bool):
+            last = Path(resume)
+        elif resume and last is None:
             raise ValueError("resume=True needs log_dir, where the checkpoint is; or pass its path")
-        if last is None or not last.exists():
+        elif last is None or not last.exists():
             return None
-        if not resume:
+        elif not resume:
             raise ValueError(
                 f"log_dir={folder} holds a run already: pass resume=True to go on with it, or "
                 "another folder"
             )
-        return _checkpoints.read(last)
+        assert last is not None
+        best = last.with_name(_checkpoints.BEST)
+        return [_checkpoints.read(last), _checkpoints.read(best) if best.exists() else None]
 
     def _training(
-        self, streams: tuple[Stream, Stream], val: Any, total: int, device: torch.device, new: bool
+        self, plan: Plan, streams: tuple[Stream, Stream], val: Any, device: torch.device, new: bool
     ) -> Training:
+        total = plan.total
         autocast: Any = nullcontext
         if self._amp:
             autocast = partial(torch.autocast, device.type, torch.bfloat16)
@@ -283,15 +286,10 @@ class Tuner:
         fused = Fused(bilevel, run, self._population.size if self._population else None)
         length = probe_steps(total) if self._probe is True else int(self._probe)
         probing = length and not many and "lr" in names and new
-        score = len(streams[0]) if streams[0].sized else max(1, total // 10)
-        score *= max(1, -(-total // (50 * score)))
         return Training(
             bilevel=bilevel,
             fused=fused,
-            plan=Plan(
-                total=total, every=self._every, score=score, save=score, log=50, patience=None,
-                compile=self._compile, exploit=self._exploit,
-            ),
+            plan=plan,
             train=streams[0],
             val=streams[1],
             scorer=Scorer(
@@ -315,6 +313,12 @@ class Tuner:
             callbacks=(),
             bar=tqdm(disable=True),
         )  # fmt: skip
+
+
+def _between_evaluations(train: Stream, total: int) -> int:
+    """An epoch, or several where those are many; a tenth of the run where there are none."""
+    score = max(1, len(train) if train.sized else total // 10)
+    return score * max(1, -(-total // (50 * score)))
 
 
 def _length(train: Stream, epochs: int | None, steps: int | None) -> int:

@@ -1,0 +1,86 @@
+"""Populations. Truths: a run of its own for each member, and the exchange done by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from jobs import loader, points, same, tuner
+from torch.utils._pytree import tree_leaves
+
+from selftune.guard import Guard
+from selftune.tuner import _training
+from selftune.tuner._population import KICK, Population
+
+VAL = [points(100, seed=1)]
+
+
+class Spied:
+    """Runs a tuner and keeps the parts of its run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.training: _training.Training
+        go = _training.Training.go
+
+        def spy(training: _training.Training) -> str:
+            self.training = training
+            return go(training)
+
+        monkeypatch.setattr(_training.Training, "go", spy)
+
+
+def test_one_member_is_no_population(monkeypatch: pytest.MonkeyPatch) -> None:
+    spied = Spied(monkeypatch)
+    one = tuner(population=1).fit(loader(), VAL, steps=40, progress=False)
+    assert spied.training.population is None
+    assert same(one.history, tuner().fit(loader(), VAL, steps=40, progress=False).history)
+
+
+def test_members_start_apart_and_the_first_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    spied = Spied(monkeypatch)
+    tuner(population=5, probe=False).fit(loader(), VAL, steps=1, progress=False)
+    training = spied.training
+    rates = training.bilevel.hyper.values(training.run.hyper.raw.T)["lr"]
+    assert float(rates[0]) == pytest.approx(0.01)
+    assert len(set(rates.tolist())) >= 4
+    assert float(rates.min()) >= 0.001 * 0.99
+    assert float(rates.max()) <= 0.1 * 1.01
+
+
+def test_the_worst_go_on_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    spied = Spied(monkeypatch)
+    tuner(population=4, probe=False).fit(loader(), VAL, steps=20, progress=False)
+    training = spied.training
+    population, good = Population(4), training.good
+    guards = [Guard() for _ in range(4)]
+    for guard, loss in zip(guards, (0.5, 0.2, math.inf, 0.4), strict=True):
+        guard.mean = loss
+    before = [leaf.clone() for leaf in tree_leaves(training.run)]
+    population.exploit(good, guards, training.bilevel.hyper)
+    for new, old in zip(tree_leaves(training.run), before, strict=True):
+        kept = [0, 1, 3]
+        assert torch.equal(new[kept], old[kept])
+        if new is not training.run.hyper.raw:
+            assert torch.equal(new[2], old[1])
+    place = training.bilevel.hyper.names.index("lr")
+    moved = float(training.run.hyper.raw[2, place] - training.run.hyper.raw[1, place])
+    assert abs(moved) == pytest.approx(KICK)
+    assert guards[2].mean == 0.2
+    assert guards[2] is not guards[1]
+
+
+def test_equals_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    spied = Spied(monkeypatch)
+    tuner(population=2, probe=False).fit(loader(), VAL, steps=5, progress=False)
+    before = copy.deepcopy(spied.training.run.hyper.raw)
+    guards = [Guard(), Guard()]
+    guards[0].mean = guards[1].mean = 0.3
+    Population(2).exploit(spied.training.good, guards, spied.training.bilevel.hyper)
+    assert torch.equal(spied.training.run.hyper.raw, before)
+
+
+def test_a_population_learns_and_survives_a_member_that_blows_up() -> None:
+    wild = tuner(population=4, hparams={"lr": 30.0, "momentum": 0.9}, exploit_every=20)
+    result = wild.fit(loader(shuffle=True), VAL, epochs=30, progress=False)
+    assert result.best_loss < 0.5
+    assert math.isfinite(result.history["train_loss"][-1])

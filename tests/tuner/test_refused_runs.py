@@ -1,0 +1,192 @@
+"""Bad input: an error with argument, value and remedy, and nothing is lost."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import loader, net, points, same, tuner
+from torch import nn
+from torch.nn import functional as F
+
+import selftune as st
+
+VAL = [points(100, seed=1)]
+
+
+def fit(train: Any = None, val: Any = None, run: Any = None, **options: Any) -> Any:
+    train = loader() if train is None else train
+    options = {"steps": 20, "progress": False} | options
+    return (run or tuner()).fit(train, VAL if val is None else val, **options)
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(x), 3) + (self.weight if self.training else 0)
+
+
+def changing() -> list[Any]:
+    x, y = points(20)
+    return [(x, y), {"x": x, "y": y}]
+
+
+def not_finite() -> list[Any]:
+    x, y = points(20)
+    return [(x * math.nan, y)]
+
+
+CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no training batch": (dict(train=[]), ValueError, "train holds no batch"),
+    "no validation batch": (dict(val=[]), ValueError, "val holds no batch"),
+    "a loader that drops all": (
+        dict(train=loader(10, drop_last=True), epochs=1, steps=None), ValueError, "drop_last",
+    ),
+    "no iterable": (dict(train=3), TypeError, "train=int must be a DataLoader"),
+    "structure": (dict(train=changing()), ValueError, "every batch must have the same structure"),
+    "NaN": (dict(train=not_finite()), ValueError, "first train batch is nan, before any training"),
+    "NaN in validation": (dict(val=not_finite()), ValueError, "first val batch is nan"),
+    "validation tells nothing of the parameters": (
+        dict(run=tuner(Constant())), ValueError, "val batch does not depend on the model",
+    ),
+    "no length": (dict(steps=None), ValueError, "epochs=None, steps=None: pass one"),
+    "two lengths": (dict(epochs=2), ValueError, "epochs=2, steps=20: pass one"),
+    "no step": (dict(steps=0), ValueError, "steps=0 must be at least 1"),
+    "epochs of what has no length": (
+        dict(train=iter(list(loader())), epochs=2, steps=None), ValueError, "pass steps= instead",
+    ),
+    "a generator that ends": (
+        dict(train=iter(list(loader()))), ValueError, "ended after 10 batches",
+    ),
+    "split of a list": (dict(train=list(loader()), val=0.1), ValueError, "is a list: pass"),
+    "split of nothing": (dict(val=0.001), ValueError, "leaves 0 to validate"),
+    "split of all": (dict(val=1.5), ValueError, "val=1.5 must be between 0 and 1"),
+    "resume without a place": (dict(resume=True), ValueError, "resume=True needs log_dir"),
+    "resume from nothing": (
+        dict(resume="nowhere/last.pt"), FileNotFoundError, "there is no checkpoint nowhere",
+    ),
+    "a loss that is no scalar": (
+        dict(run=st.Tuner(net(), lambda o, t: F.cross_entropy(o, t, reduction="none"))),
+        ValueError, "return a scalar",
+    ),
+    "a loss that is no tensor": (
+        dict(run=st.Tuner(net(), lambda o, t: 1.0)), TypeError, "is a float: return a tensor",
+    ),
+    "no loss": (dict(run=st.Tuner(net())), ValueError, "pass loss_fn="),
+    "a batch without a target": (
+        dict(train=[points(20)[0]], run=st.Tuner(net(), F.cross_entropy)), ValueError,
+        "objective=lambda model, batch: loss",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_bad_data_is_refused(case: str) -> None:
+    options, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        fit(**options)
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "every": (dict(every=0), "every=0 must be at least 1"),
+    "compile": (dict(compile="always"), "compile='always' must be True, False or 'auto'"),
+    "unknown name": (dict(hparams={"learning_rate": 1.0}), "'learning_rate' is not one of SGD"),
+    "another rule's": (dict(hparams={"beta1": 0.9}), "'beta1' is not one of SGD"),
+    "negative": (dict(hparams={"lr": -1.0}), "must be finite and above 0"),
+    "momentum": (dict(hparams={"momentum": 1.0}), "must be below 1"),
+    "tuned name": (dict(tune=("lr", "beta7")), "beta7"),
+    "bounds": (dict(bounds={"lr": (1.0, 0.1)}), "bounds"),
+    "schedule": (dict(schedule="zigzag"), "zigzag"),
+    "population": (dict(population=0), "population=0 must be at least 1"),
+    "stride": (dict(estimator=st.Trace(stride=2)), "stride=5, or stride=1"),
+    "metrics": (
+        dict(metrics={"a": F.mse_loss}, objective=lambda m, b: m(b)), "metrics need outputs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(ARGUMENTS))
+def test_bad_arguments_are_refused(case: str) -> None:
+    options, message = ARGUMENTS[case]
+    with pytest.raises(ValueError, match=message):
+        tuner(**options)
+
+
+def test_what_is_refused_leaves_the_model_as_it_was() -> None:
+    model = net().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="is nan"):
+        fit(val=not_finite(), run=tuner(model))
+    assert same(model.state_dict(), before)
+    assert not model.training
+
+
+def test_one_tuner_is_one_run() -> None:
+    run = tuner()
+    fit(run=run)
+    with pytest.raises(RuntimeError, match="make a new Tuner"):
+        fit(run=run)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scribble(path: Path) -> None:
+    path.write_bytes(b"not a checkpoint")
+
+
+def foreign(path: Path) -> None:
+    torch.save({"model": {}}, path)
+
+
+@pytest.mark.parametrize("damage", [truncate, scribble, foreign])
+def test_a_damaged_checkpoint_is_refused_and_the_folder_untouched(
+    damage: Any, tmp_path: Path
+) -> None:
+    fit(log_dir=tmp_path)
+    damage(tmp_path / "last.pt")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"damaged|no checkpoint"):
+        fit(log_dir=tmp_path, resume=True)
+    assert contents(tmp_path) == before
+
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "model": (dict(model=nn.Sequential(nn.Linear(2, 3))), {}, "parameters"),
+    "rule": (dict(rule=st.rules.AdamW(), hparams={}), {}, "rule"),
+    "hyperparameters": (dict(tune=("lr",)), {}, "tuned hyperparameters"),
+    "length": ({}, dict(steps=30), "number of steps"),
+    "population": (dict(population=2), {}, "population"),
+}
+
+
+@pytest.mark.parametrize("case", list(OTHERS))
+def test_a_checkpoint_of_another_run_is_refused_and_the_folder_untouched(
+    case: str, tmp_path: Path
+) -> None:
+    fit(log_dir=tmp_path)
+    before = contents(tmp_path)
+    options, lengths, message = OTHERS[case]
+    other = tuner(**options)
+    weights = {k: v.clone() for k, v in other.model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"checkpoint's {message}"):
+        fit(log_dir=tmp_path, resume=True, run=other, **lengths)
+    assert contents(tmp_path) == before
+    assert same(other.model.state_dict(), weights)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
+    fit(log_dir=tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds a run already: pass resume=True"):
+        fit(log_dir=tmp_path)
+    assert contents(tmp_path) == before

@@ -1,0 +1,168 @@
+"""Runs that end early. Truth: the same run, uninterrupted."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import Dying, Outage, loader, net, points, same, tuner
+
+VAL = [points(100, seed=1)]
+
+
+def train_loader(**options: Any) -> Any:
+    return loader(205, shuffle=True, **options)
+
+
+def run(folder: Path | None, train: Any = None, resume: Any = False, **options: Any) -> Any:
+    """A run with everything random in it: shuffling, dropout, shuffled validation."""
+    torch.manual_seed(3)
+    model = net(dropout=0.3)
+    fit = dict(epochs=6, evaluate_every=11, checkpoint_every=4, progress=False, resume=resume)
+    batches = train_loader() if train is None else train
+    val = loader(60, seed=1, shuffle=True, batch_size=16)
+    return tuner(model, **options).fit(batches, val, log_dir=folder, **fit)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert same(one.history, other.history)
+    assert same(one.best_weights, other.best_weights)
+    assert one.schedule == other.schedule
+    assert one.best_loss == other.best_loss
+
+
+@pytest.mark.parametrize("died", [5, 11, 12, 13, 37, 65])
+def test_a_killed_run_resumes_bit_for_bit(died: int, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Outage):
+        run(tmp_path / "cut", Dying(train_loader(), died))
+    torch.rand(7)  # where the random streams are now must not matter
+    assert_same(run(tmp_path / "cut", resume=True), whole)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "probe": dict(probe=20),
+    "float32 tangents at every step": dict(tangents=None, estimator=None, every=3),
+    "population": dict(population=3, exploit_every=20),
+}
+
+
+@pytest.mark.parametrize("case", list(OPTIONS))
+def test_so_does_any_other_kind_of_run(case: str, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", **OPTIONS[case])
+    with pytest.raises(Outage):
+        run(tmp_path / "cut", Dying(train_loader(), 50), **OPTIONS[case])
+    assert_same(run(tmp_path / "cut", resume=True, **OPTIONS[case]), whole)
+
+
+def test_workers_shuffle_alike_after_a_resume(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", train_loader(num_workers=1))
+    with pytest.raises(Outage):
+        run(tmp_path / "cut", Dying(train_loader(num_workers=1), 30))
+    assert_same(run(tmp_path / "cut", train_loader(num_workers=1), resume=True), whole)
+
+
+SCRIPT = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_resume import run
+    run(Path(sys.argv[1]), resume=True)
+"""
+
+
+def test_a_process_that_is_killed_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """A real SIGKILL, which may fall into the writing of a checkpoint."""
+    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent)))
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "cut")])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "cut" / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "cut" / "last.pt").exists()
+    assert_same(run(tmp_path / "cut", resume=True), run(tmp_path / "whole"))
+
+
+class Pressed:
+    """Batches, and Ctrl-C while one of them is being trained on."""
+
+    def __init__(self, at: int) -> None:
+        self.batches, self.at = train_loader(), at
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.at -= 1
+            if self.at == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_the_result_so_far(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    result = run(tmp_path, Pressed(30))
+    assert result.ended == "interrupted"
+    assert 25 <= result.steps < 35
+    assert len(result.history["train_loss"]) == result.steps
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same(run(tmp_path, resume=True), run(None))
+
+
+def test_an_interrupt_inside_a_step_is_one_as_well(tmp_path: Path) -> None:
+    def pressed(progress: Any) -> None:
+        raise KeyboardInterrupt
+
+    result = tuner().fit(
+        loader(), VAL, steps=50, evaluate_every=10, log_dir=tmp_path, callbacks=[pressed],
+        progress=False,
+    )  # fmt: skip
+    assert (result.ended, result.steps) == ("interrupted", 10)
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit on the size of files makes the system refuse a write in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    held: list[bytes] = []
+
+    def fill_up(progress: Any) -> None:
+        if progress.step == 22:
+            held.append((tmp_path / "last.pt").read_bytes())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    torch.manual_seed(0)
+    try:
+        result = tuner().fit(
+            loader(), VAL, steps=44, evaluate_every=11, checkpoint_every=5, log_dir=tmp_path,
+            callbacks=[fill_up], progress=False,
+        )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.steps == 44
+    assert (tmp_path / "last.pt").read_bytes() == held[0]
+    assert not list(tmp_path.glob("*.partial"))
+    assert any("was not written" in r.message for r in caplog.records)
+    again = tuner().fit(loader(), VAL, steps=44, log_dir=tmp_path, resume=True, progress=False)
+    assert again.steps == 44
+
+
+def test_a_finished_run_resumes_to_the_same_result(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    assert_same(run(tmp_path, resume=True), whole)
+
+
+def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
+    assert_same(run(tmp_path / "new", resume=True), run(None))
