@@ -81,7 +81,7 @@ def _check_loss(loss: Any, name: str) -> None:
     if not bool(torch.isfinite(loss)):
         raise ValueError(
             f"the loss on the first {name} batch is {float(loss.detach())}, before any training: "
-            "check the data for missing values, the loss for log(0), and the model's initial weights"
+            "check the data for missing values, the loss for log(0), and the initial weights"
         )
 
 

@@ -62,12 +62,16 @@ class Stream:
         now = self._randomness()
         batch = self.next()
         if self.once or self.taken > 1:
-            self._waiting.insert(0, batch)
-            self.taken -= 1
+            self.put_back(batch)
         else:  # start again, since a loader's workers draw from the streams as well
             self._batches, self.taken, self._start = None, 0, {}
             self._restore(now)
         return batch
+
+    def put_back(self, batch: Any) -> None:
+        """Let a batch that was taken be the next one again."""
+        self._waiting.insert(0, batch)
+        self.taken -= 1
 
     def next(self) -> Any:
         """The next batch, of the next epoch if this one is over.

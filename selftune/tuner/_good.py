@@ -56,6 +56,13 @@ class Good:
         for leaf in [*tree_leaves(self.run), *self.weights, *self.buffers]:
             leaf[target].copy_(leaf[source])
 
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        """Continue from ``state_dict``."""
+        for held, saved in ((self.weights, state["weights"]), (self.buffers, state["buffers"])):
+            for tensor, value in zip(held, saved, strict=True):
+                tensor.copy_(value)
+
     def state_dict(self) -> dict[str, Any]:
         """Both lists."""
         return {"weights": self.weights, "buffers": self.buffers}

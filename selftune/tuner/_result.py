@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from selftune.bilevel import Bilevel
 from selftune.replay import TunedSchedule
 
 
@@ -48,6 +50,34 @@ class History:
         }
         found |= {f"score/{n}": np.asarray(v) for n, v in self.scores.items()}
         return found | {n: np.asarray(v) for n, v in self.hparams.items()}
+
+
+def schedule_of(
+    history: History, bilevel: Bilevel, known: Mapping[str, float], steps: int
+) -> TunedSchedule:
+    """What every hyperparameter was after the probe, the rate with its schedule and decay.
+
+    Args:
+        history: Of the run.
+        bilevel: Its steps.
+        known: All hyperparameters at the end.
+        steps: How many were taken.
+    """
+    start = history.hyper_step[0] if history.hyper_step else 0
+    changes = {n: dict(zip(history.hyper_step, v, strict=True)) for n, v in history.hparams.items()}
+    rates = bilevel.rates.tolist()
+    values: dict[str, list[list[float]]] = {n: [] for n in known}
+    present = dict(known) | {n: v[0] for n, v in history.hparams.items()}
+    for step in range(start, steps):
+        present |= {n: c[step] for n, c in changes.items() if step in c}
+        acted = present["lr"] * rates[min(step, len(rates) - 1)]
+        for name, value in {**present, "lr": acted / (1 + present["decay"] * step)}.items():
+            if not values[name] or values[name][-1][1] != value:
+                values[name].append([step - start, value])
+    for name in [n for n, v in values.items() if n == "decay" or v == [[0, 0.0]]]:
+        del values[name]
+    rule = type(bilevel.update.rule).__name__
+    return TunedSchedule(rule=rule, steps=steps - start, values=values)
 
 
 @dataclass(frozen=True, kw_only=True)

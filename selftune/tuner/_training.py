@@ -5,22 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
-from selftune.bilevel import Bilevel, Run
+from selftune.bilevel import Bilevel
 from selftune.fused import Fused
-from selftune.guard import Guard
-from selftune.monitor import Monitor, hyper_rows
 from selftune.probe import Probe
-from selftune.replay import TunedSchedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._data import Stream
 from selftune.tuner._good import Good
@@ -28,14 +24,18 @@ from selftune.tuner._interrupt import Interruption
 from selftune.tuner._population import Population
 from selftune.tuner._probing import sweep
 from selftune.tuner._randomness import restore, snapshot
-from selftune.tuner._result import History, TuningResult
+from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._scoring import Scorer
-from selftune.tuning import MOMENTA
+from selftune.tuner._watch import Watch
 
 log = logging.getLogger("selftune")
 
-YOUNG = 200  # steps in which a network may be found dead
-LOOK = 0.2  # seconds between two looks at the progress bar's text
+WATCHED = 20
+"""Eager steps that are timed before it is decided whether to compile."""
+GAIN = 0.7
+"""A compiled step's usual time as a share of the eager step's."""
+REPAID = 40.0
+"""Seconds that compiling takes, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,14 @@ class Plan:
     compile: bool | str
     exploit: int
 
+    def due(self, step: int) -> bool:
+        """Whether something is to be logged at a hyperparameter step."""
+        return step % self.log < self.every
+
+    def falls(self, every: int, step: int) -> bool:
+        """Whether something that happens every so often, and at the end, happens after a step."""
+        return step % every == 0 or step == self.total
+
 
 @dataclass(kw_only=True)
 class Training:
@@ -84,35 +92,22 @@ class Training:
     val: Stream
     scorer: Scorer
     good: Good
-    guards: list[Guard]
-    guarded: bool
+    watch: Watch
     probe: Probe | None
     population: Population | None
-    monitor: Monitor
-    folder: Path | None
     identity: dict[str, Any]
-    callbacks: Sequence[Any]
-    bar: tqdm[Any]
-    history: History = field(default_factory=History)
+    folder: Path | None = None
+    callbacks: Sequence[Any] = ()
     step: int = 0
-    since: int = 0
     best: float = math.inf
     waited: int = 0
+    saved_best: dict[str, Any] | None = None
     interruption: Interruption = field(default_factory=Interruption)
 
     def __post_init__(self) -> None:
-        """Nothing is waiting yet."""
-        self._losses: list[Tensor] = []
-        self._told: list[tuple[int, Tensor]] = []
+        """Nothing is under way yet."""
         self._clock: list[float] = []
-        self._looked = 0.0
-        self._leader = 0
-        self._saved_best: dict[str, Any] | None = None
-
-    @property
-    def run(self) -> Run:
-        """The run's tensors."""
-        return self.fused.run
+        self._within = False  # a step, so that its tensors may be half written
 
     # the loop
 
@@ -125,50 +120,65 @@ class Training:
                     self._begin()
                 while self.step < self.plan.total and ended == "finished":
                     self._step()
-                    if self.step % self.plan.score == 0 or self.step == self.plan.total:
+                    if self.plan.falls(self.plan.score, self.step):
                         ended = self._stop(self._evaluate())
-                    if self.step % self.plan.save == 0 or self.step == self.plan.total:
+                    if self.plan.falls(self.plan.save, self.step):
                         self.save()
                     if self.interruption.asked:
                         raise KeyboardInterrupt
-            except KeyboardInterrupt:
-                log.warning("interrupted at step %d: saving and ending", self.step)
-                self.digest()
-                self.save()
+            except (KeyboardInterrupt, RuntimeError) as error:
+                # The same Ctrl-C ends a loader's workers, which then ends the loader.
+                if isinstance(error, RuntimeError) and not self.interruption.asked:
+                    raise
                 ended = "interrupted"
-        self.digest()
-        self.monitor.flush()
-        self.bar.close()
+                self._break_off()
+        self.watch.digest(self.step)
+        self.watch.monitor.flush()
+        self.watch.bar.close()
         return ended
 
+    def _break_off(self) -> None:
+        if self._within:
+            log.warning("interrupted inside step %d: the checkpoint before it stays", self.step + 1)
+            return
+        log.warning("interrupted after step %d: saving and ending", self.step)
+        self.save()
+
     def _begin(self) -> None:
-        """The probe, and the first look at the validation loss."""
+        """The probe, and the first note of the hyperparameters."""
         if self.probe is not None:
-            sweep(self.bilevel, self.run, self.good, self.probe, self.train.next)
-            self.step = self.since = self.probe.taken
-            self.history.train_loss += [math.nan] * self.step
-            self.bar.update(self.step)
-        self._note(math.nan)
+            sweep(self.bilevel, self.fused.run, self.good, self.probe, self.train.next)
+            self.step = self.watch.since = self.probe.taken
+            self.watch.history.train_loss += [math.nan] * self.step
+        self.watch.note(self.step)
 
     def _step(self) -> None:
         self._decide()
+        step = self.step + 1
+        tune = (step - self.watch.since) % self.plan.every == 0
         batch = self.train.next()
-        self.step += 1
-        if (self.step - self.since) % self.plan.every:
-            self._losses.append(self._kept(self.fused.train(batch)))
+        if not tune:
+            with self._stepping():
+                self.watch.trained(self.fused.train(batch))
             return
-        told = self.fused.tune(batch, self.val.next())
-        self._told.append((self.step, self._kept(told)))
-        # A GPU is not waited for at every hyperparameter step, only when something is to be told.
-        if not told.is_cuda or self.step % self.plan.log < self.plan.every:
-            self.digest()
-        if self.population is not None and self.step % self.plan.exploit < self.plan.every:
-            self.population.exploit(self.good, self.guards, self.bilevel.hyper)
+        try:
+            outer = self.val.next()
+        except BaseException:
+            self.train.put_back(batch)
+            raise
+        with self._stepping():
+            told = self.fused.tune(batch, outer)
+        self.watch.tuned(step, told)
+        if self.population is not None and step % self.plan.exploit < self.plan.every:
+            self.population.exploit(self.good, self.watch.guards, self.bilevel.hyper)
 
-    @staticmethod
-    def _kept(told: Tensor) -> Tensor:
-        """What a step returned; a CUDA graph writes over it at the next."""
-        return told.clone() if told.is_cuda else told
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """A step is taken whole, or it is known that it was not."""
+        self._within = True
+        yield
+        self.step += 1
+        self._within = False
 
     def _decide(self) -> None:
         """Compile if asked to, or if the first eager steps say that it will pay."""
@@ -187,173 +197,55 @@ class Training:
                 self.plan.compile = False
                 log.info("not compiled: it would save about %.0f s", saved)
 
-    # between steps
-
-    def digest(self) -> None:
-        """Read what steps told since last time, and act on it."""
-        losses, self._losses = self._losses, []
-        told, self._told = self._told, []
-        rows = torch.stack([t for _, t in told]).tolist() if told else []
-        if self.population is None:
-            rows = [[row] for row in rows]
-        plain = torch.stack(losses).tolist() if losses else []
-        self._take_in(plain, [(step, row) for (step, _), row in zip(told, rows, strict=True)])
-
-    def _take_in(self, losses: list[Any], told: list[tuple[int, list[list[float]]]]) -> None:
-        first = self.history.train_loss
-        start = len(first)
-        first += losses if self.population is None else [min(row) for row in losses]
-        for step, rows in told:
-            lead = min(range(len(rows)), key=lambda m: self._standing(m))
-            self._leader = lead
-            loss, outer, _, *values = rows[lead]
-            first.insert(step - 1, loss)
-            named = dict(zip(self.bilevel.hyper.names, values, strict=True))
-            self.history.hyper(step, outer, named)
-            self._show(step, loss, outer, named)
-        self.bar.update(self.step - self.bar.n)
-        if not self.guarded:
-            return
-        for loss in first[start:] if self.population is None else []:
-            if self.guards[0].training_loss(loss) == "rollback":
-                self._roll_back(0, "the training loss exploded or is not finite", worsened=False)
-                return
-        for step, rows in told:
-            for member, row in enumerate(rows):
-                self._judge(member, step, row[1], row[2])
-
-    def _standing(self, member: int) -> float:
-        """A member's recent validation loss, for ranking."""
-        mean = self.guards[member].mean
-        return mean if math.isfinite(mean) else math.inf
-
-    def _judge(self, member: int, step: int, outer: float, alive: float) -> None:
-        guard = self.guards[member]
-        if step - self.since <= YOUNG and guard.pulse(alive) == "rollback":
-            self._roll_back(member, "gradients vanished", worsened=False)
-            return
-        verdict = guard.loss(outer)
-        if verdict == "best":
-            self.good.keep(member)
-        elif verdict == "rollback":
-            what = "exploded" if guard.exploded else "worsened"
-            why = f"the validation loss has {what}, to {outer:.4g}"
-            self._roll_back(member, why, worsened=not guard.exploded)
-
-    @torch.no_grad()
-    def _roll_back(self, member: int, why: str, *, worsened: bool) -> None:
-        """Return to the last good weights with a lower rate, as the optimizers' engine does."""
-        guard, hyper = self.guards[member], self.bilevel.hyper
-        cool = guard.rolled_back(worsened=worsened)
-        self.good.rewind(member)
-        raw = self.good.part(self.run.hyper.raw, member)
-        state = hyper.move(self.run.hyper._replace(raw=raw), "lr", -cool)
-        for name in () if worsened else MOMENTA:
-            state = hyper.move(state, name, -0.7)  # memory 1/(1 − μ) about halves
-        raw.copy_(state.raw)
-        if self.population is None:
-            self.since = self.step
-        (log.warning if guard.rollbacks == 1 else log.info)(
-            "selftune, step %d: %s; back to the last good weights, learning rate divided by %.3g",
-            self.step, why, math.exp(cool),
-        )  # fmt: skip
-        self.history.rollbacks.append(self.step)
-        self._note(math.nan)
-
-    def _note(self, loss: float) -> None:
-        """Note hyperparameters that something else than a hyperparameter step has set."""
-        raw = self.good.part(self.run.hyper.raw, self._leader)
-        values = {n: float(v) for n, v in self.bilevel.hyper.values(raw).items()}
-        self.history.hyper(self.step, loss, values)
-
-    def hparams(self) -> dict[str, float]:
-        """All hyperparameters as they are now; the learning rate is the tuned peak."""
-        raw = self.good.part(self.run.hyper.raw, self._leader)
-        tuned = {n: float(v) for n, v in self.bilevel.hyper.values(raw).items()}
-        known = self.bilevel.update.hparams
-        return {n: tuned.get(n, self.bilevel.options.get(n, 0.0)) for n in known}
-
-    def _show(self, step: int, loss: float, outer: float, values: dict[str, float]) -> None:
-        """The log and the progress bar, no more often than they are looked at."""
-        if self.monitor.on and step % self.plan.log < self.plan.every:
-            state = self.run.hyper
-            part = [self.good.part(t, self._leader).cpu() for t in (state.mean, state.square)]
-            signals = {
-                n: (part[0][i : i + 1], (part[0][i : i + 1].abs() / part[1][i : i + 1].sqrt()))
-                for i, n in enumerate(values)
-            }
-            self.monitor.scalar("train/loss", loss, step)
-            self.monitor.scalars(hyper_rows(outer, values, signals), step)
-        now = time.monotonic()
-        if now - self._looked > LOOK:
-            self._looked = now
-            shown = {n: f"{v:.2g}" for n, v in values.items()}
-            self.bar.set_postfix(loss=f"{loss:.3f}", val=f"{outer:.3f}", **shown, refresh=False)
-
     # evaluation
 
     def _evaluate(self) -> Progress:
-        self.digest()
-        scores = self.scorer.score(self.run, self.val, self._leader)
-        self.history.score(self.step, scores)
-        self.monitor.scalars([(f"score/{n}", v) for n, v in scores.items()], self.step)
-        recent = [x for x in self.history.train_loss[-self.plan.score :] if math.isfinite(x)]
-        progress = Progress(
-            step=self.step, total=self.plan.total, epoch=self.train.epoch,
-            train_loss=sum(recent) / len(recent) if recent else math.nan,
-            scores=scores, hparams=self.hparams(),
-        )  # fmt: skip
+        self.watch.digest(self.step)
+        scores = self.scorer.score(self.fused.run, self.val, self.watch.leader)
+        history = self.watch.history
+        history.score(self.step, scores)
+        self.watch.monitor.scalars([(f"score/{n}", v) for n, v in scores.items()], self.step)
+        recent = [x for x in history.train_loss[-self.plan.score :] if math.isfinite(x)]
         if scores["loss"] < self.best:
             self.best, self.waited = scores["loss"], 0
-            self.good.keep(self._leader)
+            self.good.keep(self.watch.leader)
             self._save_best()
         else:
             self.waited += 1
-        return progress
+        return Progress(
+            step=self.step,
+            total=self.plan.total,
+            epoch=self.train.epoch,
+            train_loss=sum(recent) / len(recent) if recent else math.nan,
+            scores=scores,
+            hparams=self.watch.hparams(),
+        )
 
     def _stop(self, progress: Progress) -> str:
         """``"stopped"`` if patience is over or a callback asks for it."""
-        stop = self.plan.patience is not None and self.waited > self.plan.patience
+        stop = self.plan.patience is not None and self.waited >= self.plan.patience
         if self.callbacks:
-            with self.scorer.shown(self.run, self._leader):
+            with self.scorer.shown(self.fused.run, self.watch.leader):
                 stop |= any([bool(call(progress)) for call in self.callbacks])
         return "stopped" if stop else "finished"
 
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and sum the run up."""
-        saved = self._saved_best
-        if saved is None and self.folder is not None and (self.folder / _checkpoints.BEST).exists():
-            saved = _checkpoints.read(self.folder / _checkpoints.BEST)
-        best = self.scorer.best(self.run, self.val, self._leader, self.good, saved)
-        known = self.hparams()
+        saved = self.saved_best
+        if saved is None and self.folder is not None:
+            path = self.folder / _checkpoints.BEST
+            saved = _checkpoints.read(path) if path.exists() else None
+        best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.good, saved)
+        history, known = self.watch.history, self.watch.hparams()
         return TuningResult(
-            history=self.history.arrays(),
+            history=history.arrays(),
             best_weights={k: v.clone() for k, v in self.scorer.model.state_dict().items()},
             best_loss=best,
             hparams=known,
-            schedule=self.schedule(known),
+            schedule=schedule_of(history, self.bilevel, known, self.step),
             steps=self.step,
             ended=ended,
         )
-
-    def schedule(self, known: dict[str, float]) -> TunedSchedule:
-        """What every hyperparameter was after the probe, the rate with its schedule and decay."""
-        start = self.history.hyper_step[0] if self.history.hyper_step else 0
-        changes = {n: dict(zip(self.history.hyper_step, v, strict=True))
-                   for n, v in self.history.hparams.items()}  # fmt: skip
-        rates = self.bilevel.rates.tolist()
-        values: dict[str, list[list[float]]] = {n: [] for n in known}
-        present = dict(known) | {n: v[0] for n, v in self.history.hparams.items()}
-        for step in range(start, self.step):
-            present |= {n: c[step] for n, c in changes.items() if step in c}
-            acted = present["lr"] * rates[min(step, len(rates) - 1)]
-            for name, value in {**present, "lr": acted / (1 + present["decay"] * step)}.items():
-                if not values[name] or values[name][-1][1] != value:
-                    values[name].append([step - start, value])
-        for name in [n for n, v in values.items() if n == "decay" or v == [[0, 0.0]]]:
-            del values[name]
-        rule = type(self.bilevel.update.rule).__name__
-        return TunedSchedule(rule=rule, steps=self.step - start, values=values)
 
     # saving
 
@@ -361,16 +253,15 @@ class Training:
         """Write the whole run."""
         if self.folder is None:
             return
-        self.digest()
+        self.watch.digest(self.step)
         state = {
             "identity": self.identity,
-            "leaves": [t.detach().clone() for t in tree_leaves(self.run)],
+            "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
             "good": self.good.state_dict(),
-            "guards": [g.state_dict() for g in self.guards],
+            "watch": self.watch.state_dict(),
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
-            "history": dict(vars(self.history)),
-            "numbers": [self.step, self.since, self.best, self.waited, self._leader],
+            "numbers": [self.step, self.best, self.waited],
             "population": None if self.population is None else self.population.state_dict(),
             "compile": True if self.fused.compiled else self.plan.compile,
             "random": snapshot(),
@@ -379,16 +270,16 @@ class Training:
 
     def _save_best(self) -> None:
         """Keep the best weights: on disk, or in memory where there is none or it is full."""
-        with self.scorer.shown(self.run, self._leader):
+        with self.scorer.shown(self.fused.run, self.watch.leader):
             state = {
                 "model": {k: v.cpu().clone() for k, v in self.scorer.model.state_dict().items()},
                 "step": self.step,
                 "loss": self.best,
-                "hparams": self.hparams(),
+                "hparams": self.watch.hparams(),
             }
         folder = self.folder
         written = folder is not None and _checkpoints.write(folder / _checkpoints.BEST, state)
-        self._saved_best = None if written else state
+        self.saved_best = None if written else state
 
     @torch.no_grad()
     def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
@@ -405,28 +296,16 @@ class Training:
                     f"resume: the checkpoint's {key} is {found}, this run's is {value}: resume "
                     "with the same model and settings, or start anew in another log_dir"
                 )
-        for leaf, saved in zip(tree_leaves(self.run), state["leaves"], strict=True):
+        for leaf, saved in zip(tree_leaves(self.fused.run), state["leaves"], strict=True):
             leaf.copy_(saved)
-        for name in ("weights", "buffers"):
-            for leaf, saved in zip(getattr(self.good, name), state["good"][name], strict=True):
-                leaf.copy_(saved)
-        for guard, saved in zip(self.guards, state["guards"], strict=True):
-            guard.load_state_dict(saved)
-        self._saved_best = best
-        self.history = History(**state["history"])
-        self.step, self.since, self.best, self.waited, self._leader = state["numbers"]
+        self.good.load_state_dict(state["good"])
+        self.watch.load_state_dict(state["watch"])
+        self.saved_best = best
+        self.step, self.best, self.waited = state["numbers"]
         self.plan.compile = state["compile"]
         if self.population is not None:
             self.population.load_state_dict(state["population"])
         self.train.load_state_dict(state["train"])
         self.val.load_state_dict(state["val"])
         restore(state["random"])
-        self.bar.update(self.step)
-
-
-WATCHED = 20
-"""Eager steps that are timed before it is decided whether to compile."""
-GAIN = 0.7
-"""A compiled step's usual time as a share of the eager step's."""
-REPAID = 40.0
-"""Seconds that compiling takes, about."""
+        self.watch.bar.update(self.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,7 +18,6 @@ from selftune.averaging import Average
 from selftune.bilevel import Bilevel
 from selftune.estimators import AbstractEstimator, Trace
 from selftune.fused import Fused
-from selftune.guard import Guard
 from selftune.hyperstep import RATE
 from selftune.hypervector import HyperVector
 from selftune.monitor import Monitor
@@ -34,6 +34,7 @@ from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._training import Plan, Progress, Training
+from selftune.tuner._watch import Watch
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
@@ -223,10 +224,10 @@ class Tuner:
             )  # fmt: skip
             training = self._training(plan, streams, val, device, saved is None)
             training.callbacks = callbacks
-            training.bar = tqdm(total=total, disable=not progress, unit="step")
+            training.watch.bar = tqdm(total=total, disable=not progress, unit="step")
             if saved is not None:
                 training.load(*saved)
-            training.folder, training.monitor = folder, Monitor(log_dir)
+            training.folder, training.watch.monitor = folder, Monitor(log_dir)
             self._fitted = True
             return training.finish(training.go())
         finally:
@@ -274,44 +275,39 @@ class Tuner:
             autocast,
         )  # fmt: skip
         run = bilevel.init(self._values)
-        many = self._population is not None
-        guards = [Guard() for _ in range(self._population.size if self._population else 1)]
-        if new:
-            start = check_first(bilevel, run, streams)
-            for guard in guards:
-                guard.begin(start)
+        members = self._population.size if self._population is not None else None
+        start = check_first(bilevel, run, streams) if new else math.nan
         if self._population is not None:
             spread = {"lr", *self._update.regularizers}
             run = self._population.stack(run, hyper, dict.fromkeys(spread, SPREAD))
-        fused = Fused(bilevel, run, self._population.size if self._population else None)
+        good = Good(run, members is not None)
+        watch = Watch(bilevel, run, good, members, self._guard, plan.due)
+        for guard in watch.guards:
+            guard.begin(start)
         length = probe_steps(total) if self._probe is True else int(self._probe)
-        probing = length and not many and "lr" in names and new
+        probing = length and members is None and "lr" in names and new
         return Training(
             bilevel=bilevel,
-            fused=fused,
+            fused=Fused(bilevel, run, members),
             plan=plan,
             train=streams[0],
             val=streams[1],
             scorer=Scorer(
-                self._objective, self._metrics, val, bilevel.params, many, device, autocast
+                self._objective, self._metrics, val, bilevel.params, members is not None,
+                device, autocast,
             ),
-            good=Good(run, many),
-            guards=guards,
-            guarded=self._guard,
+            good=good,
+            watch=watch,
             probe=Probe(steps=length) if probing else None,
             population=self._population,
-            monitor=Monitor(None),
-            folder=None,
             identity={
                 "parameters": {n: list(p.shape) for n, p in self.model.named_parameters()},
                 "rule": type(self._rule).__name__,
                 "tuned hyperparameters": names,
                 "number of steps": total,
                 "every": self._every,
-                "population": self._population.size if self._population else 1,
+                "population": members or 1,
             },
-            callbacks=(),
-            bar=tqdm(disable=True),
         )  # fmt: skip
 
 

@@ -115,8 +115,11 @@ def test_gradcheck_through_every_hyperparameter(name: str, options: dict) -> Non
     assert torch.autograd.gradcheck(end, inputs, eps=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("discount", "steps"), [(1.0, 1), (0.9, 1), (0.9, 3)])
 @pytest.mark.parametrize(("name", "options"), SMOOTH)
-def test_hand_derived_tangents_equal_forward_mode(name: str, options: dict) -> None:
+def test_hand_derived_tangents_equal_forward_mode(
+    name: str, options: dict, discount: float, steps: int
+) -> None:
     """``rule.tangent`` for each hyperparameter against ``direction_jvp``, from a random state."""
     rule = getattr(rules, name)()
     generator = torch.Generator().manual_seed(1)
@@ -131,9 +134,9 @@ def test_hand_derived_tangents_equal_forward_mode(name: str, options: dict) -> N
         for grads_dot, hparams_dot in rows:
             for state_dot in ({}, {k: other * 0.2 for k in state}):
                 dots = (grads_dot, state_dot, hparams_dot)
-                want = rules.direction_jvp(rule, g, state, values, age, dots)
+                want = rules.direction_jvp(rule, g, state, values, age, dots, discount, steps)
                 copied = (grads_dot, {k: v.clone() for k, v in state_dot.items()}, hparams_dot)
-                got = rule.tangent(g, state, values, age, moved, copied)
+                got = rule.tangent(g, state, values, age, moved, copied, discount, steps)
                 torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
                 for key, value in want[1].items():
                     zero = torch.zeros_like(value)

@@ -186,7 +186,7 @@ def test_patience_ends_a_run_that_gets_no_better() -> None:
         loader(), [(x, shuffled)], epochs=40, patience=2, progress=False
     )
     assert result.ended == "stopped"
-    assert len(result.history["score/loss"]) == np.argmin(result.history["score/loss"]) + 4
+    assert len(result.history["score/loss"]) == np.argmin(result.history["score/loss"]) + 3
 
 
 def test_a_folder_holds_the_log_and_both_checkpoints(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_members_start_apart_and_the_first_as_given(monkeypatch: pytest.MonkeyPa
     spied = Spied(monkeypatch)
     tuner(population=5, probe=False).fit(loader(), VAL, steps=1, progress=False)
     training = spied.training
-    rates = training.bilevel.hyper.values(training.run.hyper.raw.T)["lr"]
+    rates = training.bilevel.hyper.values(training.fused.run.hyper.raw.T)["lr"]
     assert float(rates[0]) == pytest.approx(0.01)
     assert len(set(rates.tolist())) >= 4
     assert float(rates.min()) >= 0.001 * 0.99
@@ -55,15 +55,15 @@ def test_the_worst_go_on_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     guards = [Guard() for _ in range(4)]
     for guard, loss in zip(guards, (0.5, 0.2, math.inf, 0.4), strict=True):
         guard.mean = loss
-    before = [leaf.clone() for leaf in tree_leaves(training.run)]
+    before = [leaf.clone() for leaf in tree_leaves(training.fused.run)]
     population.exploit(good, guards, training.bilevel.hyper)
-    for new, old in zip(tree_leaves(training.run), before, strict=True):
+    for new, old in zip(tree_leaves(training.fused.run), before, strict=True):
         kept = [0, 1, 3]
         assert torch.equal(new[kept], old[kept])
-        if new is not training.run.hyper.raw:
+        if new is not training.fused.run.hyper.raw:
             assert torch.equal(new[2], old[1])
     place = training.bilevel.hyper.names.index("lr")
-    moved = float(training.run.hyper.raw[2, place] - training.run.hyper.raw[1, place])
+    moved = float(training.fused.run.hyper.raw[2, place] - training.fused.run.hyper.raw[1, place])
     assert abs(moved) == pytest.approx(KICK)
     assert guards[2].mean == 0.2
     assert guards[2] is not guards[1]
@@ -72,11 +72,11 @@ def test_the_worst_go_on_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equals_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     spied = Spied(monkeypatch)
     tuner(population=2, probe=False).fit(loader(), VAL, steps=5, progress=False)
-    before = copy.deepcopy(spied.training.run.hyper.raw)
+    before = copy.deepcopy(spied.training.fused.run.hyper.raw)
     guards = [Guard(), Guard()]
     guards[0].mean = guards[1].mean = 0.3
     Population(2).exploit(spied.training.good, guards, spied.training.bilevel.hyper)
-    assert torch.equal(spied.training.run.hyper.raw, before)
+    assert torch.equal(spied.training.fused.run.hyper.raw, before)
 
 
 def test_a_population_learns_and_survives_a_member_that_blows_up() -> None:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from jobs import Dying, Outage, loader, net, points, same, tuner
 
+from selftune.fused import Fused
+
 VAL = [points(100, seed=1)]
 
 
@@ -26,7 +28,8 @@ def run(folder: Path | None, train: Any = None, resume: Any = False, **options: 
     """A run with everything random in it: shuffling, dropout, shuffled validation."""
     torch.manual_seed(3)
     model = net(dropout=0.3)
-    fit = dict(epochs=6, evaluate_every=11, checkpoint_every=4, progress=False, resume=resume)
+    fit: dict[str, Any] = dict(epochs=options.pop("epochs", 6), resume=resume)
+    fit |= dict(evaluate_every=11, checkpoint_every=4, progress=False)
     batches = train_loader() if train is None else train
     val = loader(60, seed=1, shuffle=True, batch_size=16)
     return tuner(model, **options).fit(batches, val, log_dir=folder, **fit)
@@ -119,7 +122,52 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_result_so_far(tmp_path: Path) -> 
     assert_same(run(tmp_path, resume=True), run(None))
 
 
-def test_an_interrupt_inside_a_step_is_one_as_well(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_inside_a_step_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step may be half written, so what is saved must be the run before it."""
+    whole, train = run(None), Fused.train
+
+    def pressed(fused: Fused, batch: Any) -> torch.Tensor:
+        if int(fused.run.step) == 30:
+            fused.run.weights[0].value.zero_()
+            raise KeyboardInterrupt
+        return train(fused, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Fused, "train", pressed)
+        result = run(tmp_path)
+    assert (result.ended, result.steps) == ("interrupted", 30)
+    assert_same(run(tmp_path, resume=True), whole)
+
+
+WORKERS = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_resume import run, train_loader
+    result = run(Path(sys.argv[1]), train_loader(num_workers=2), epochs=10**6)
+    print(result.ended, len(result.history["train_loss"]) == result.steps)
+"""
+
+
+def test_ctrl_c_that_reaches_the_workers_too_ends_cleanly(tmp_path: Path) -> None:
+    """A terminal sends it to the whole group of processes."""
+    script = textwrap.dedent(WORKERS.format(tests=str(Path(__file__).parent)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert told.split() == ["interrupted", "True"]
+
+
+def test_an_interrupt_by_a_callback_is_one_as_well(tmp_path: Path) -> None:
     def pressed(progress: Any) -> None:
         raise KeyboardInterrupt
 
