@@ -12,7 +12,7 @@ from torch import Tensor
 from selftune._flat import add_to, plus
 from selftune.bijections import Logit
 from selftune.hparams import MOMENTUM, Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp, geometric, mix
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
 
 ALPHA = Hparam(name="alpha", bijection=Logit(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1)
 
@@ -72,34 +72,46 @@ class RMSprop(AbstractRule):
 
         ``v̇₊ = a v̇ + 2 (1 − a) g ġ``; ``ṙ = (v̇₊ − 2 ḡ₊ ḡ̇₊)/2r``; ``ṡ = (ġ − s ṙ)/(r + ε)``.
         """
-        grads_dot, state_dot, values_dot = dots
-        if "alpha" in values_dot:
+        if "alpha" in dots[2]:
             return direction_jvp(self, grads, state, values, age, dots, discount, steps)
-        alpha, after = values["alpha"], moved[1]
-        dot, decay = state_dot.get("momentum_buffer"), values["momentum"] * discount
-        dot = torch.zeros_like(grads) if dot is None else dot.mul_(decay**steps)
-        gain = geometric(decay, steps)
+        dot, state_dot = grads, dots[1]
+        for _ in range(steps):
+            following = (dots[0], state_dot, dots[2])
+            dot, state_dot = self._tangent(grads, state, values, moved[1], following, discount)
+        return dot, state_dot
+
+    @staticmethod
+    def _tangent(
+        grads: Tensor,
+        state: State,
+        values: Values,
+        after: State,
+        dots: tuple[Tensor | None, State, Mapping[str, Any]],
+        discount: float,
+    ) -> tuple[Tensor, State]:
+        """Over one step."""
+        grads_dot, state_dot, values_dot = dots
+        alpha, momentum = values["alpha"], values["momentum"] * discount
+        dot = _scaled(state_dot, "momentum_buffer", momentum, grads)
         if "momentum" in values_dot:
-            add_to(dot, state["momentum_buffer"], gain * values_dot["momentum"])
+            add_to(dot, state["momentum_buffer"], values_dot["momentum"])
         after_dot = {"momentum_buffer": dot}
         if grads_dot is not None or set(state_dot) - {"momentum_buffer"}:
             fresh = torch.zeros_like(grads) if grads_dot is None else grads_dot
-            decay = alpha * discount
-            share = (1 - alpha) * geometric(decay, steps)
-            square_dot = _scaled(state_dot, "square_avg", decay**steps, grads)
-            square_dot += (2 * share) * grads * fresh
+            square_dot = _scaled(state_dot, "square_avg", alpha * discount, grads)
+            square_dot += (2 * (1 - alpha)) * grads * fresh
             after_dot["square_avg"] = root_dot = square_dot
             root = after["square_avg"]
             if values["centered"]:
-                mean_dot = _scaled(state_dot, "grad_avg", decay**steps, grads)
-                mean_dot += share * fresh
+                mean_dot = _scaled(state_dot, "grad_avg", alpha * discount, grads)
+                mean_dot += (1 - alpha) * fresh
                 after_dot["grad_avg"] = mean_dot
                 root_dot = square_dot - 2 * after["grad_avg"] * mean_dot
                 root = root - after["grad_avg"] * after["grad_avg"]
             root = root.sqrt()
             bottom = root + values["eps"]
             root_dot = root_dot / (2 * root.clamp_min(1e-30))
-            dot.add_((fresh - grads / bottom * root_dot) / bottom * gain)
+            dot.add_((fresh - grads / bottom * root_dot) / bottom)
         return dot, after_dot
 
 
