@@ -39,16 +39,28 @@ def batches(count: int, size: int = 8) -> list[Batch]:
     return [(draw(4), draw(2)) for _ in range(count)]
 
 
-def make(model: nn.Module, population: int | None = None) -> Fused:
+class Scaled(nn.Module):
+    """A model with a number that its user turns while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = nn.Linear(4, 2), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.scale
+
+
+def make(model: nn.Module, population: int | None = None, device: str = "cpu") -> Fused:
     rule = st.rules.AdamW()
     update, values = Update(rule), {"decay": 0.0, **rule.defaults}
     tune = ("lr", "beta1", "weight_decay")
-    objective = Objective(model.double(), F.mse_loss, None)
+    objective = Objective(model.double().to(device), F.mse_loss, None)
     bilevel = Bilevel(
         objective, for_tuning(objective, 2), update,
         {k: v for k, v in values.items() if k not in tune},
         HyperVector(update.hparams, tune, horizon=100),
-        st.Trace(stride=2), None, st.Average(), torch.ones(1, dtype=torch.float64),
+        st.Trace(stride=2), None, st.Average(),
+        torch.ones(1, dtype=torch.float64, device=device),
     )  # fmt: skip
     run = bilevel.init(values)
     if population:
@@ -94,6 +106,27 @@ def test_a_model_torch_cannot_compile_stays_eager_and_says_so_once(
     told = [r for r in caplog.records if "stay eager" in r.message]
     assert len(told) == 1
     assert "LSTM" in told[0].message
+
+
+def test_numbers_changed_on_the_model_are_noticed() -> None:
+    eager, compiled = make(Scaled()), make(Scaled())
+    for a, b in zip(tree_leaves(compiled.run), tree_leaves(eager.run), strict=True):
+        a.copy_(b)
+    compiled.compile()
+    for scale in [1.0 + 0.1 * step for step in range(12)]:
+        for fused in (eager, compiled):
+            fused._bilevel.inner.model.scale = scale
+        assert_same_runs(eager, compiled, batches(1))
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_agree_with_eager_steps() -> None:
+    eager, compiled = make(normed(), device="cuda"), make(normed(), device="cuda")
+    for a, b in zip(tree_leaves(compiled.run), tree_leaves(eager.run), strict=True):
+        a.copy_(b)
+    compiled.compile()
+    data = [tuple(t.cuda() for t in batch) for batch in batches(20)]
+    assert_same_runs(eager, compiled, data)
 
 
 @pytest.mark.slow
