@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
 from selftune.bilevel import Batch, Bilevel, Run
@@ -95,6 +95,9 @@ class Fused:
         start = time.perf_counter()
         try:
             result = self._exact[kind](self.run, *batches)
+        except FailOnRecompileLimitHit:
+            self._fall_back("a number in the model or the loss keeps changing")
+            return self._take(kind, *batches)
         except TorchDynamoException as error:
             self._fall_back(str(error).strip().splitlines()[0])
             return self._take(kind, *batches)

@@ -108,15 +108,23 @@ def test_a_model_torch_cannot_compile_stays_eager_and_says_so_once(
     assert "LSTM" in told[0].message
 
 
-def test_numbers_changed_on_the_model_are_noticed() -> None:
+def test_numbers_changed_on_the_model_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
     eager, compiled = make(Scaled()), make(Scaled())
     for a, b in zip(tree_leaves(compiled.run), tree_leaves(eager.run), strict=True):
         a.copy_(b)
     compiled.compile()
-    for scale in [1.0 + 0.1 * step for step in range(12)]:
-        for fused in (eager, compiled):
-            fused._bilevel.inner.model.scale = scale
-        assert_same_runs(eager, compiled, batches(1))
+
+    def assert_noticed(scales: list[float]) -> None:
+        for scale in scales:
+            for fused in (eager, compiled):
+                fused._bilevel.inner.model.scale = scale
+            assert_same_runs(eager, compiled, batches(1))
+
+    with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level("WARNING", "selftune"):
+        assert_noticed([1.0, 1.1])
+        assert "stay eager" not in caplog.text
+        assert_noticed([1.2, 1.3, 1.4])  # more graphs than torch makes of one function
+    assert "keeps changing" in caplog.text
 
 
 @pytest.mark.gpu
