@@ -22,28 +22,10 @@ from torch.func import functional_call, grad_and_value
 from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator
 from selftune.hypervector import HyperState, HyperVector
-from selftune.rules._base import AbstractRule, State
-from selftune.update import Clock, Tangents, Transition, Update
+from selftune.response import Moment, Responses, Weight
+from selftune.update import Clock, Update
 
 Batch = Any
-
-
-class Weight(NamedTuple):
-    """One parameter tensor and all that is kept for it.
-
-    Attributes:
-        value: The parameter.
-        rule: The rule's state.
-        average: The running average, where the outer loss is measured.
-        tangents: The responses of ``value`` and ``rule`` to the tuned hyperparameters.
-        response: The response of ``average``, a row a hyperparameter.
-    """
-
-    value: Tensor
-    rule: State
-    average: Tensor
-    tangents: Tangents
-    response: list[Tensor]
 
 
 class Run(NamedTuple):
@@ -69,34 +51,6 @@ class Run(NamedTuple):
     hyper: HyperState
     step: Tensor
     age: Tensor
-
-
-class _Moment(NamedTuple):
-    """What is the same for all weights at a step.
-
-    Attributes:
-        values: Hyperparameters and options, in the dtype the step is computed in.
-        slopes: The derivatives of the tuned ones in their raw values.
-        clock: When it is.
-        share: The weight of this step in the running averages.
-        fine: Whether the loss is finite, so that the step is taken.
-    """
-
-    values: dict[str, Any]
-    slopes: dict[str, Tensor]
-    clock: Clock
-    share: Tensor
-    fine: Tensor
-
-
-def spared(names: Sequence[str], rule: AbstractRule) -> set[str]:
-    """Hyperparameters whose response is known without a row of the size of the weights.
-
-    The rate's decay α acts through the rate alone, and what shrinks weights does so in proportion
-    to them.
-    """
-    found = {"decay"} if "lr" in names else set()
-    return found | ({"weight_decay"} if rule.shrinks else set())
 
 
 class Bilevel:
@@ -136,42 +90,20 @@ class Bilevel:
         self.hyper, self.averaging = hyper, averaging
         self.estimator, self.storage = estimator, storage
         self.rates, self.autocast = rates, autocast
-        known = spared(hyper.names, update.rule)
-        self.rows = [n for n in hyper.names if n not in known]
-        self.shrinks = [n for n in hyper.names if n == "weight_decay" and n in known]
+        self.responses = Responses(hyper.names, update, estimator, averaging, storage)
 
     def init(self, values: Mapping[str, float]) -> Run:
         """A run at its start, from the objective's parameters (not copied) and buffers."""
         named = dict(self.inner.named_parameters())
         start = {**self.options, **values}
         device = named[self.params[0]].device
-        weights = [
-            self._weight(named[n].detach(), start, self.rows, self.storage) for n in self.params
-        ]
-        one = torch.ones(1, dtype=weights[0].average.dtype, device=device)
-        shrinking = [self._weight(one, start, [row], None) for row in self.shrinks]
+        weights = [self.responses.start(named[n].detach(), start) for n in self.params]
+        shrinking = self.responses.shrinking(weights[0].average, start)
         buffers = [b for _, b in self.inner.named_buffers()]
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         hyper = HyperState(*(t.to(device) for t in self.hyper.init(values)))
         still = [b.clone() for b in buffers]
         return Run(weights, shrinking, buffers, still, hyper, zero, zero.clone())
-
-    def _weight(
-        self,
-        value: Tensor,
-        start: Mapping[str, Any],
-        rows: Sequence[str],
-        storage: torch.dtype | None,
-    ) -> Weight:
-        like = value.to(torch.promote_types(value.dtype, torch.float32))
-        state = self.update.rule.init(like, start)
-        zeros = torch.zeros_like(like, dtype=storage or like.dtype)
-        responds = self.update.tangent_state(rows, start)
-        tangents = Tangents(
-            [zeros.clone() for _ in rows],
-            {row: {k: zeros.clone() for k in sorted(names)} for row, names in responds.items()},
-        )
-        return Weight(value, state, like.clone(), tangents, [zeros.clone() for _ in rows])
 
     # the steps
 
@@ -253,7 +185,7 @@ class Bilevel:
         ]
         shrinking = run.shrinking
         if observe:
-            shrinking = [self._shrunk(w, moments[w.average.dtype]) for w in shrinking]
+            shrinking = [self.responses.shrunk(w, moments[w.average.dtype]) for w in shrinking]
         kept = [torch.where(fine, new, old) for new, old in zip(buffers, run.buffers, strict=True)]
         return run._replace(
             weights=weights,
@@ -263,22 +195,21 @@ class Bilevel:
             age=run.age + fine.to(run.age.dtype),
         )
 
-    def _moment(self, run: Run, dtype: torch.dtype, fine: Tensor, rate: float | None) -> _Moment:
+    def _moment(self, run: Run, dtype: torch.dtype, fine: Tensor, rate: float | None) -> Moment:
         values = self.hyper.values(run.hyper.raw)
         slopes = self.hyper.slopes(values)
         last = torch.clamp(run.step, max=len(self.rates) - 1)
         factor = self.rates.gather(0, last).squeeze(0).to(dtype) if rate is None else rate
         step, age = run.step.squeeze(0).to(dtype), run.age.squeeze(0).to(dtype)
-        kept = torch.clamp(1 - 1 / (age + 2), max=self.averaging.rho)
-        return _Moment(
+        return Moment(
             {**self.options, **{n: v.to(dtype) for n, v in values.items()}},
             {n: v.to(dtype) for n, v in slopes.items()},
             Clock(step, factor, age),
-            1 - kept**self.estimator.stride,
+            self.responses.kept(age),
             fine,
         )
 
-    def _moved(self, weight: Weight, grad: Tensor, moment: _Moment, observe: bool) -> Weight:
+    def _moved(self, weight: Weight, grad: Tensor, moment: Moment, observe: bool) -> Weight:
         """A weight after the step."""
         dtype, fine = weight.average.dtype, moment.fine
         before = weight.value.to(dtype)
@@ -288,43 +219,7 @@ class Bilevel:
         moved = torch.where(fine, moved, before)
         rule = {k: torch.where(fine, after[k], v) for k, v in weight.rule.items()}
         weight = weight._replace(value=moved.to(weight.value.dtype), rule=rule)
-        if not observe:
-            return weight
-        average = torch.where(fine, torch.lerp(weight.average, moved, moment.share), weight.average)
-        return self._observed(weight._replace(average=average), transition, self.rows, moment)
-
-    def _shrunk(self, weight: Weight, moment: _Moment) -> Weight:
-        """The weight of 1 with its response after the step; it stays 1."""
-        transition = self.update.observed(
-            weight.value, torch.zeros_like(weight.value), weight.rule, moment.values, moment.clock
-        )[2]
-        return self._observed(weight, transition, self.shrinks, moment)
-
-    def _observed(
-        self, weight: Weight, transition: Transition, rows: Sequence[str], moment: _Moment
-    ) -> Weight:
-        """A weight with its responses after the step."""
-        dtype = weight.average.dtype
-        old = weight.tangents
-        copied = Tangents(
-            [r.to(dtype, copy=True) for r in old.params],
-            {r: {k: v.to(dtype, copy=True) for k, v in s.items()} for r, s in old.state.items()},
-        )
-        slopes = {n: moment.slopes[n] for n in rows}
-        seen = self.estimator.observe(copied, transition, slopes)
-
-        def kept(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(moment.fine, new, old.to(dtype)).to(old.dtype)
-
-        params = [kept(a, b) for a, b in zip(seen.params, old.params, strict=True)]
-        state = {
-            r: {k: kept(seen.state[r][k], v) for k, v in s.items()} for r, s in old.state.items()
-        }
-        response = [
-            kept(torch.lerp(past.to(dtype), now, moment.share), past)
-            for past, now in zip(weight.response, seen.params, strict=True)
-        ]
-        return weight._replace(tangents=Tangents(params, state), response=response)
+        return self.responses.observed(weight, moved, transition, moment) if observe else weight
 
     def step(self, run: Run, loss: Tensor, grads: Sequence[Tensor], buffers: list[Tensor]) -> Run:
         """The run after a hyperparameter step along the outer gradients."""
@@ -337,21 +232,9 @@ class Bilevel:
 
     def hypergradient(self, run: Run, grads: Sequence[Tensor]) -> Tensor:
         """dL/d(raw), shape (hyperparameters,)."""
-        found: dict[str, Tensor] = {}
-        for i, row in enumerate(self.rows):
-            parts = [
-                (w.response[i].to(w.average.dtype) * g).sum()
-                for w, g in zip(run.weights, grads, strict=True)
-            ]
-            found[row] = torch.stack(parts).sum()
-        for row, weight in zip(self.shrinks, run.shrinking, strict=True):
-            dots = [(w.average * g).sum() for w, g in zip(run.weights, grads, strict=True)]
-            found[row] = weight.response[0].squeeze(0) * torch.stack(dots).sum()
         values = self.hyper.values(run.hyper.raw)
-        if "decay" in values and "decay" not in found:  # d log η/d log α = −αt/(1 + αt)
-            lag = self.averaging.rho / (1 - self.averaging.rho)  # of the averaged response
-            step = run.step.squeeze(0)
-            shrunk = values["decay"] * (step - torch.clamp(step / 2, max=lag))
-            found["decay"] = -found["lr"] * shrunk / (1 + shrunk)
-        signal = [found[n].to(torch.float64) for n in self.hyper.names]
+        found = self.responses.hypergradients(
+            run.weights, run.shrinking, grads, values, run.step.squeeze(0)
+        )
+        signal = [f.to(torch.float64) for f in found]
         return torch.stack(signal) if signal else torch.zeros_like(run.hyper.raw)

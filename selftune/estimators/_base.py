@@ -21,9 +21,13 @@ class AbstractEstimator(ABC):
 
     Attributes:
         stride: Steps from one that is observed to the next.
+        discount: γ, what a step keeps of the response before it.
+        closed_forms: Whether the tuner takes responses from a closed form where they have one.
     """
 
     stride: int
+    discount: float
+    closed_forms: bool
 
     def init(self, hparams: int, params: Tensor) -> Tangents:
         """No response yet: zeros of shape (hparams, weights)."""

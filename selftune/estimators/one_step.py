@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from selftune.estimators._base import AbstractEstimator
@@ -19,11 +19,14 @@ class OneStep(AbstractEstimator):
 
     Args:
         stride: Steps from one that is observed to the next.
+        closed_forms: As in :class:`~selftune.estimators.Trace`.
 
     Source: Baydin et al. 2018, eq. 5; Chandra et al. 2022.
     """
 
     stride: int = 1
+    closed_forms: bool = True
+    discount: float = field(default=0.0, init=False, repr=False)
 
     def observe(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]

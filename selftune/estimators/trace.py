@@ -21,6 +21,9 @@ class Trace(AbstractEstimator):
     Args:
         discount: γ, from 0 (one step back) to 1 (exact where the loss has no curvature).
         stride: Steps from one that is observed to the next, which stands for all between.
+        closed_forms: In :class:`~selftune.Tuner`, take the responses to the learning rate, its
+            decay and a weight decay that shrinks weights from a closed form, with less noise and
+            in less memory, instead of pushing them through each step.
 
     Raises:
         ValueError: A discount outside 0…1, or a stride below 1.
@@ -30,6 +33,7 @@ class Trace(AbstractEstimator):
 
     discount: float = 0.9
     stride: int = 1
+    closed_forms: bool = True
 
     def __post_init__(self) -> None:
         """Check the discount."""

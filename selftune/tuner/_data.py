@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, RandomSampler, random_split
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, random_split
 
 from selftune.tuner._randomness import restore, snapshot
 
@@ -228,7 +228,8 @@ def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoa
     """A loader's data set in two at random: for training, and ``share`` of it for validation.
 
     Raises:
-        ValueError: Not a DataLoader over a data set with a length, or nothing left on a side.
+        ValueError: Not a DataLoader over a data set with a length, a sampler of its own, or
+            nothing left on a side.
     """
     if not 0 < share < 1:
         raise ValueError(f"val={share} must be between 0 and 1, or a loader of validation batches")
@@ -243,6 +244,11 @@ def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoa
         raise ValueError(
             f"val={share} needs a data set with a length: pass validation batches as val= instead"
         ) from None
+    if type(train.sampler) not in (RandomSampler, SequentialSampler):
+        raise ValueError(
+            f"val={share} cannot keep the order of sampler={type(train.sampler).__name__}: split "
+            "the data set yourself and pass validation batches as val="
+        )
     held = round(share * total)
     if not 0 < held < total:
         raise ValueError(

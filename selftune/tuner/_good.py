@@ -46,7 +46,7 @@ class Good:
         for held in (run.buffers, run.average_buffers):
             for tensor, good in zip(held, self.buffers, strict=True):
                 self.part(tensor, member).copy_(self.part(good, member))
-        stale = [(w.rule, w.tangents, w.response) for w in [*run.weights, *run.shrinking]]
+        stale = [(w.rule, w.tangents, w.response, w.ahead) for w in [*run.weights, *run.shrinking]]
         for leaf in [*tree_leaves(stale), *run.hyper[1:], run.age]:
             self.part(leaf, member).zero_()
 

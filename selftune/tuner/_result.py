@@ -25,6 +25,7 @@ class History:
     score_step: list[int] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
     rollbacks: list[int] = field(default_factory=list)
+    undone: list[list[int]] = field(default_factory=list)
 
     def hyper(self, step: int, loss: float, values: dict[str, float]) -> None:
         """Note a hyperparameter step, or what else set hyperparameters, after ``step`` steps."""
@@ -57,6 +58,8 @@ def schedule_of(
 ) -> TunedSchedule:
     """What every hyperparameter was after the probe, the rate with its schedule and decay.
 
+    Steps that a roll-back undid are left out, from the good weights to the return.
+
     Args:
         history: Of the run.
         bilevel: Its steps.
@@ -66,18 +69,23 @@ def schedule_of(
     start = history.hyper_step[0] if history.hyper_step else 0
     changes = {n: dict(zip(history.hyper_step, v, strict=True)) for n, v in history.hparams.items()}
     rates = bilevel.rates.tolist()
+    lost = {step for first, last in history.undone for step in range(first, last)}
+    taken = 0
     values: dict[str, list[list[float]]] = {n: [] for n in known}
     present = dict(known) | {n: v[0] for n, v in history.hparams.items()}
     for step in range(start, steps):
         present |= {n: c[step] for n, c in changes.items() if step in c}
+        if step in lost:
+            continue
         acted = present["lr"] * rates[min(step, len(rates) - 1)]
         for name, value in {**present, "lr": acted / (1 + present["decay"] * step)}.items():
             if not values[name] or values[name][-1][1] != value:
-                values[name].append([step - start, value])
+                values[name].append([taken, value])
+        taken += 1
     for name in [n for n, v in values.items() if n == "decay" or v == [[0, 0.0]]]:
         del values[name]
     rule = type(bilevel.update.rule).__name__
-    return TunedSchedule(rule=rule, steps=steps - start, values=values)
+    return TunedSchedule(rule=rule, steps=taken, values=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,8 @@ class TuningResult:
             loss, which the model holds now.
         best_loss: That loss, over the whole validation set. It tuned the run: judge on other data.
         hparams: All hyperparameters at the end; the learning rate is the tuned peak.
-        schedule: The tuned trajectory, for :func:`selftune.replay`.
+        schedule: The tuned trajectory, for :func:`selftune.replay`, without probe and without steps
+            that a roll-back undid.
         steps: Training steps taken.
         ended: Why it ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
     """

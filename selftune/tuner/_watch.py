@@ -61,6 +61,7 @@ class Watch:
         self.bar: tqdm[Any] = tqdm(disable=True)
         self._bilevel, self._run, self._good = bilevel, run, good
         self._many, self._guarded, self._due = members is not None, guarded, due
+        self._kept_at = [0] * len(self.guards)  # steps after which weights were good
         self._losses: list[Tensor] = []
         self._told: list[tuple[int, Tensor]] = []
         self._looked = 0.0
@@ -142,6 +143,7 @@ class Watch:
         verdict = guard.loss(outer)
         if verdict == "best":
             self._good.keep(member)
+            self._kept_at[member] = step
         elif verdict == "rollback":
             what = "exploded" if guard.exploded else "worsened"
             why = f"the validation loss has {what}, to {outer:.4g}"
@@ -165,6 +167,9 @@ class Watch:
             step, why, math.exp(cool),
         )  # fmt: skip
         self.history.rollbacks.append(step)
+        if not self._many:
+            self.history.undone.append([self._kept_at[member], step])
+            self._kept_at[member] = step
         self.note(step)
 
     # the present hyperparameters
@@ -189,6 +194,7 @@ class Watch:
             "guards": [g.state_dict() for g in self.guards],
             "since": self.since,
             "leader": self.leader,
+            "kept_at": self._kept_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -197,6 +203,7 @@ class Watch:
         for guard, saved in zip(self.guards, state["guards"], strict=True):
             guard.load_state_dict(saved)
         self.since, self.leader = state["since"], state["leader"]
+        self._kept_at = state["kept_at"]
 
 
 def _kept(told: Tensor) -> Tensor:
