@@ -9,6 +9,7 @@ import torch
 from jobs import loader, net, points, same, tuner
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import WeightedRandomSampler
 
 import selftune as st
 
@@ -65,6 +66,10 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "split of a list": (dict(train=list(loader()), val=0.1), ValueError, "is a list: pass"),
     "split of nothing": (dict(val=0.001), ValueError, "leaves 0 to validate"),
     "split of all": (dict(val=1.5), ValueError, "val=1.5 must be between 0 and 1"),
+    "split of a sampler's order": (
+        dict(train=loader(sampler=WeightedRandomSampler(torch.ones(200), 200)), val=0.1),
+        ValueError, "sampler=WeightedRandomSampler",
+    ),
     "resume without a place": (dict(resume=True), ValueError, "resume=True needs log_dir"),
     "resume from nothing": (
         dict(resume="nowhere/last.pt"), FileNotFoundError, "there is no checkpoint nowhere",

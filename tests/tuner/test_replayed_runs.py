@@ -2,14 +2,16 @@
 
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from jobs import Batch, loss_of
+from jobs import Batch, loader, loss_of, points, tuner
 from torch import nn
 from torch.nn import functional as F
 
 import selftune as st
+from selftune.tuner._result import History, schedule_of
 
 
 def digits() -> tuple[Batch, Batch, Batch]:
@@ -59,3 +61,26 @@ def test_a_replayed_run_ends_where_the_tuned_run_ends(
     spread = max(tuned) - min(tuned)
     difference = abs(statistics.mean(tuned) - statistics.mean(replayed))
     assert difference <= max(spread, 0.15 * statistics.mean(tuned)), (tuned, replayed)
+
+
+def test_steps_that_a_roll_back_undid_are_not_replayed() -> None:
+    """Ten steps at a rate of 1, ten at 5 that were undone from step 8 on, ten at 2."""
+    history = History()
+    for step, rate in ((0, 1.0), (10, 5.0), (20, 2.0)):
+        history.hyper(step, 0.0, {"lr": rate})
+    history.undone.append([8, 20])
+    steps = SimpleNamespace(rates=torch.ones(1), update=SimpleNamespace(rule=st.rules.SGD()))
+    schedule = schedule_of(history, steps, {"lr": 2.0, "decay": 0.0}, 30)
+    assert schedule.steps == 18
+    assert [schedule.at(step)["lr"] for step in (0, 7, 8, 17)] == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_a_run_that_goes_back_says_which_steps_it_undid() -> None:
+    """Validation turns bad for good at once, which no hyperparameter can have caused."""
+    x, y = points(100, seed=1)
+    bad = (x, (y + 1) % 3)
+    val = [(x, y)] * 20 + [bad] * 60
+    result = tuner().fit(loader(), val, steps=300, evaluate_every=300, progress=False)
+    back = result.history["rollbacks"]
+    assert len(back) >= 1
+    assert result.schedule.steps < 300 - result.history["hyper_step"][0]
