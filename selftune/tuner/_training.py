@@ -32,10 +32,10 @@ log = logging.getLogger("selftune")
 
 WATCHED = 20
 """Eager steps that are timed before it is decided whether to compile."""
-GAIN = 0.7
-"""A compiled step's usual time as a share of the eager step's."""
-REPAID = 40.0
-"""Seconds that compiling takes, about."""
+FUSED, LAUNCHED = 0.4, 4e-4
+"""What compiling saves of an eager step: a share, or seconds a parameter tensor if more."""
+COMPILED = 20.0, 4.0
+"""Seconds that compiling takes: at least, and for each parameter tensor (measured on a CPU)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +190,10 @@ class Training:
         self._clock.append(time.perf_counter())
         if len(self._clock) == WATCHED + 1:
             taken = (self._clock[-1] - self._clock[0]) / WATCHED
-            saved = taken * (1 - GAIN) * (self.plan.total - self.step)
-            if saved > REPAID:
+            tensors = len(self.fused.run.weights)
+            gain = min(max(FUSED * taken, LAUNCHED * tensors), 0.9 * taken)
+            saved = gain * (self.plan.total - self.step)
+            if saved > COMPILED[0] + COMPILED[1] * tensors:
                 self.fused.compile()
             else:
                 self.plan.compile = False
