@@ -151,7 +151,7 @@ class Bilevel:
             tensors |= dict(zip(self.buffers, held, strict=True))
             with self.autocast():
                 loss = functional_call(module, tensors, (batch,))
-            return loss, held
+            return loss, [tensors[n] for n in self.buffers]  # the same, or what was bound anew
 
         grads, (loss, after) = grad_and_value(objective, has_aux=True)(params)
         return loss, grads, after

@@ -71,9 +71,8 @@ class HyperVector:
         self._low = [self._raw(n, h.lower) for n, h in self.hparams.items()]
         self._high = [self._raw(n, h.upper) for n, h in self.hparams.items()]
         self._pace = [PACE.get(n, 1.0) for n in self.names]
-        self._floored = floored and {"lr", "weight_decay"} <= set(self.names) - set(
-            bounds or {}
-        ) | {"lr"}
+        free = "weight_decay" not in (bounds or {})
+        self._floored = floored and free and {"lr", "weight_decay"} <= set(self.names)
         self._coupled = {"lr", "momentum"} <= set(self.names)
 
     def _raw(self, name: str, value: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def write(path: Path, state: dict[str, Any]) -> bool:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         log.warning("%s was not written, training goes on: %s", path, error)
         return False
     return True

@@ -52,7 +52,24 @@ def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> f
             _check_loss(loss, name)
             _check_dependence(loss, name, module)
             value = float(loss.detach())
+            passed = bilevel.gradient if name == "train" else bilevel.outer_gradient
+            if not any(bool(g.any()) for g in passed(run, batch)[1]):
+                raise ValueError(
+                    f"the gradient of the loss on the first {name} batch is 0: does objective= use "
+                    "the model that it is given, and not another? Are all units dead?"
+                )
     return value
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Refuse models with nothing to train, or what torch.func cannot follow."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model has no parameter that requires a gradient: unfreeze some by requires_grad_()"
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False):
+            raise ValueError(f"model: {name} gives sparse gradients: make it with sparse=False")
 
 
 @contextmanager

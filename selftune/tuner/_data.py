@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,17 +27,22 @@ class Stream:
         loader: A DataLoader or any iterable of batches.
         name: What to call it in errors.
         device: Where batches go. To a GPU they travel one ahead, while it computes.
+        skips: Whether to leave out a last batch of one example, which BatchNorm cannot take.
     """
 
-    def __init__(self, loader: Iterable[Any], name: str, device: torch.device) -> None:
+    def __init__(
+        self, loader: Iterable[Any], name: str, device: torch.device, *, skips: bool = False
+    ) -> None:
+        self.skips = skips
         # Not tried by iter(loader), which would draw from the random streams and start workers.
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             raise TypeError(
                 f"{name}={type(loader).__name__} must be a DataLoader or an iterable of batches"
             )
         self.once = isinstance(loader, Iterator)  # a generator: it cannot be started again
-        self._loader = loader
+        self._loader = alone(loader)
         self._name = name
+        self._usual = 0  # examples in the first batch
         self._device = device
         self._batches: Iterator[Any] | None = None
         self._waiting: list[Any] = []  # a batch that was looked at
@@ -47,7 +53,7 @@ class Stream:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._loader)  # type: ignore[arg-type]
+        return len(self._loader)
 
     @property
     def sized(self) -> bool:
@@ -100,6 +106,9 @@ class Stream:
                 self._begin()
         self.taken += 1
         self._check(batch)
+        if self.skips and size(batch) == 1 < self._usual:
+            return self.next()
+        self._usual = self._usual or size(batch)
         return batch
 
     def _begin(self) -> None:
@@ -127,7 +136,9 @@ class Stream:
 
     def _generators(self) -> list[torch.Generator]:
         """Generators of the loader's own."""
-        holders = (self._loader, getattr(self._loader, "sampler", None))
+        groups = getattr(self._loader, "batch_sampler", None)
+        holders = (self._loader, getattr(self._loader, "sampler", None), groups,
+                   getattr(groups, "sampler", None))  # fmt: skip
         found = [getattr(h, "generator", None) for h in holders]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
@@ -136,16 +147,28 @@ class Stream:
 
     def _restore(self, state: dict[str, Any]) -> None:
         restore(state["all"])
-        for generator, saved in zip(self._generators(), state["own"], strict=True):
-            generator.set_state(saved)
+        self.settle(state)
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""
-        return {"epoch": self.epoch, "taken": self.taken, "start": self._start}
+        own = [g.get_state() for g in self._generators()]
+        return {"epoch": self.epoch, "taken": self.taken, "start": self._start, "own": own,
+                "usual": self._usual}  # fmt: skip
+
+    def settle(self, state: dict[str, Any]) -> None:
+        """Put the loader's own generators where they were when the state was taken."""
+        found = self._generators()
+        if len(found) != len(state["own"]):
+            raise ValueError(
+                f"resume: {self._name} has {len(found)} generators of its own, and had "
+                f"{len(state['own'])} when the run was saved: resume with the same loader"
+            )
+        for generator, saved in zip(found, state["own"], strict=True):
+            generator.set_state(saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; disturbs the random streams, which the caller restores."""
-        self.epoch, taken = state["epoch"], state["taken"]
+        self.epoch, taken, self._usual = state["epoch"], state["taken"], state["usual"]
         if not state["start"]:
             return
         self._restore(state["start"])
@@ -194,6 +217,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device)
     if isinstance(batch, dict):
         return {k: to_device(v, device) for k, v in batch.items()}
+    if hasattr(batch, "to"):  # packed sequences, graphs
+        return batch.to(device)
+    if hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(b, device) for b in batch))
     if isinstance(batch, (tuple, list)):
         return tuple(to_device(b, device) for b in batch)
     if hasattr(batch, "items"):
@@ -203,15 +230,30 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def structure(batch: Any) -> Any:
-    """What must not change from batch to batch: containers, keys, dtypes."""
+def structure(batch: Any, top: bool = True) -> Any:
+    """What must not change from batch to batch: containers, keys, dtypes.
+
+    Sequences within a batch may have any length: captions, boxes of an image.
+    """
     if isinstance(batch, Tensor):
         return str(batch.dtype).removeprefix("torch.")
     if isinstance(batch, dict):
-        return {k: structure(v) for k, v in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(map(structure, batch))
+        return {k: structure(v, False) for k, v in batch.items()}
+    if isinstance(batch, tuple) and top:
+        return tuple(structure(b, False) for b in batch)
     return type(batch).__name__
+
+
+def alone(loader: Any) -> Any:
+    """The same loader with an iterator of its own.
+
+    Persistent workers share one, which would start again for one reader as another begins.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    own = copy.copy(loader)
+    vars(own)["_iterator"] = None
+    return own
 
 
 def size(batch: Any) -> int:
@@ -244,7 +286,10 @@ def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoa
         raise ValueError(
             f"val={share} needs a data set with a length: pass validation batches as val= instead"
         ) from None
-    if type(train.sampler) not in (RandomSampler, SequentialSampler):
+    drawn = type(train.sampler) is RandomSampler and (
+        train.sampler.replacement or train.sampler.num_samples != total
+    )
+    if drawn or type(train.sampler) not in (RandomSampler, SequentialSampler):
         raise ValueError(
             f"val={share} cannot keep the order of sampler={type(train.sampler).__name__}: split "
             "the data set yourself and pass validation batches as val="
@@ -263,7 +308,9 @@ def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoa
             data, batch_size=train.batch_size, shuffle=shuffle, num_workers=train.num_workers,
             collate_fn=train.collate_fn, pin_memory=train.pin_memory, drop_last=drop_last,
             worker_init_fn=train.worker_init_fn, generator=train.generator,
-            persistent_workers=train.persistent_workers,
+            persistent_workers=train.persistent_workers, timeout=train.timeout,
+            prefetch_factor=train.prefetch_factor,
+            multiprocessing_context=train.multiprocessing_context,
         )  # fmt: skip
 
     shuffled = isinstance(train.sampler, RandomSampler)

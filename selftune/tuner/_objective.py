@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves
 
 LossFn = Callable[..., Tensor]
 TARGETS = ("labels", "label", "targets", "target", "y")
@@ -80,8 +82,11 @@ class Objective(nn.Module):
 
 def twin(objective: Objective) -> Objective:
     """A copy whose modules are its own and whose parameters and buffers are the same tensors."""
-    tensors = chain(objective.parameters(), objective.buffers())
-    return copy.deepcopy(objective, {id(t): t for t in tensors})
+    memo = {id(t): t for t in chain(objective.parameters(), objective.buffers())}
+    for module in objective.modules():  # activations that a module keeps cannot be copied
+        kept = [t for t in tree_leaves(dict(vars(module))) if isinstance(t, Tensor)]
+        memo |= {id(t): t.detach() for t in kept if t.grad_fn is not None}
+    return copy.deepcopy(objective, memo)
 
 
 def for_tuning(objective: Objective, every: int) -> Objective:
@@ -92,12 +97,24 @@ def for_tuning(objective: Objective, every: int) -> Objective:
     1 − (1 − m)^(every/2), as in the drop-in optimizers.
     """
     copied = twin(objective).eval()
-    for module in copied.modules():
-        if isinstance(module, _NormBase) and module.running_mean is not None:
+    for module, original in zip(copied.modules(), objective.modules(), strict=True):
+        frozen = not original.training  # by the model's own train()
+        if isinstance(module, _NormBase) and module.running_mean is not None and not frozen:
             module.train()
             if module.momentum is not None:
                 module.momentum = 1 - (1 - module.momentum) ** max(1.0, every / 2)
     return copied
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Leaves every module in the mode, training or evaluation, that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def for_scoring(objective: Objective) -> Objective:

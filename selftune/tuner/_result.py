@@ -70,6 +70,8 @@ def schedule_of(
     changes = {n: dict(zip(history.hyper_step, v, strict=True)) for n, v in history.hparams.items()}
     rates = bilevel.rates.tolist()
     lost = {step for first, last in history.undone for step in range(first, last)}
+    if lost.issuperset(range(start, steps)):
+        lost = set()  # nothing would be left
     taken = 0
     values: dict[str, list[list[float]]] = {n: [] for n in known}
     present = dict(known) | {n: v[0] for n, v in history.hparams.items()}

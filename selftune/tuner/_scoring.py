@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,12 +14,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune.bilevel import Run
-from selftune.tuner._data import Stream, size, to_device
+from selftune.tuner._data import Stream, alone, size, to_device
 from selftune.tuner._good import Good
 from selftune.tuner._objective import Objective, for_scoring
 
 Metric = Callable[[Any, Any], Tensor | float]
 FEW = 20  # batches that stand for a validation set without an end
+
+
+def held(module: nn.Module) -> dict[str, Any]:
+    """A copy of a module's state on the CPU, extra state included."""
+    return {
+        k: v.detach().cpu().clone() if isinstance(v, Tensor) else copy.deepcopy(v)
+        for k, v in module.state_dict().items()
+    }
 
 
 class _Scores(nn.Module):
@@ -59,13 +69,14 @@ class Scorer:
         device: torch.device,
         autocast: Callable[[], Any],
     ) -> None:
-        self.model = objective.model
+        self.model, self._objective = objective.model, objective
         named = dict(objective.named_parameters())
         self._tensors = [named[n].detach() for n in params] + list(objective.buffers())
         self._module = _Scores(for_scoring(objective), metrics)
         self._names = [f"objective.{n}" for n in params]
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
-        self._batches = batches
+        self._batches: Iterable[Any] = alone(batches)
+        self._few: list[Any] = []  # of batches that come only once
         self._members = members
         self._device = device
         self._autocast = autocast
@@ -81,19 +92,22 @@ class Scorer:
     def _score(
         self, weights: list[Tensor], buffers: list[Tensor], stream: Stream, member: int
     ) -> dict[str, float]:
-        tensors = dict(zip([*self._names, *self._buffers], [*weights, *buffers], strict=True))
-        tensors = {n: self._part(t, member) for n, t in tensors.items()}
-        endless = stream.once or not stream.sized
-        batches = (stream.next() for _ in range(FEW)) if endless else self._batches
+        found = zip(self._tensors, [*weights, *buffers], strict=True)
+        parts = [self._part(t, member).to(held.dtype) for held, t in found]
+        tensors = dict(zip([*self._names, *self._buffers], parts, strict=True))
+        batches = self._batches if stream.sized else islice(self._batches, FEW)
+        if stream.once:
+            self._few = self._few or [stream.next() for _ in range(FEW)]
+            batches = self._few
         sums: dict[str, Tensor] = {}
         total = 0
         for batch in batches:
             batch = to_device(batch, self._device)
             with self._autocast():
-                found = functional_call(self._module, tensors, (batch,))
+                scores = functional_call(self._module, tensors, (batch,))
             count = size(batch)
             total += count
-            for name, value in found.items():
+            for name, value in scores.items():
                 value = torch.as_tensor(value, dtype=torch.float64).detach() * count
                 sums[name] = sums[name] + value if name in sums else value
         return {name: float(value) / total for name, value in sums.items()}
@@ -114,6 +128,13 @@ class Scorer:
         for tensor, source in zip(self._tensors, sources, strict=True):
             tensor.copy_(self._part(source, member))
 
+    def state(self) -> dict[str, Any]:
+        """Copies of what the model, and a loss with parameters of its own, hold now."""
+        found = {"model": held(self.model)}
+        if isinstance(self._objective.loss_fn, nn.Module):
+            found["loss_fn"] = held(self._objective.loss_fn)
+        return found
+
     @torch.no_grad()
     def best(
         self, run: Run, stream: Stream, member: int, good: Good, saved: dict[str, Any] | None
@@ -128,5 +149,7 @@ class Scorer:
         self._write([*weights, *buffers], member)
         if saved is not None and saved["loss"] < found:
             self.model.load_state_dict(saved["model"])
+            if "loss_fn" in saved and isinstance(self._objective.loss_fn, nn.Module):
+                self._objective.loss_fn.load_state_dict(saved["loss_fn"])
             found = saved["loss"]
         return found

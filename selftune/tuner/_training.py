@@ -21,6 +21,7 @@ from selftune.tuner import _checkpoints
 from selftune.tuner._data import Stream
 from selftune.tuner._good import Good
 from selftune.tuner._interrupt import Interruption
+from selftune.tuner._objective import modes_kept
 from selftune.tuner._population import Population
 from selftune.tuner._probing import sweep
 from selftune.tuner._randomness import restore, snapshot
@@ -101,6 +102,7 @@ class Training:
     step: int = 0
     best: float = math.inf
     waited: int = 0
+    ended: str = "finished"
     saved_best: dict[str, Any] | None = None
     interruption: Interruption = field(default_factory=Interruption)
 
@@ -113,7 +115,7 @@ class Training:
 
     def go(self) -> str:
         """Train to the end; returns why it ended."""
-        ended = "finished"
+        ended = self.ended  # a run that was stopped is over
         with self.interruption.listening():
             try:
                 if self.step == 0:
@@ -121,8 +123,8 @@ class Training:
                 while self.step < self.plan.total and ended == "finished":
                     self._step()
                     if self.plan.falls(self.plan.score, self.step):
-                        ended = self._stop(self._evaluate())
-                    if self.plan.falls(self.plan.save, self.step):
+                        ended = self.ended = self._stop(self._evaluate())
+                    if ended == "stopped" or self.plan.falls(self.plan.save, self.step):
                         self.save()
                     if self.interruption.asked:
                         raise KeyboardInterrupt
@@ -210,10 +212,12 @@ class Training:
         recent = [x for x in history.train_loss[-self.plan.score :] if math.isfinite(x)]
         if scores["loss"] < self.best:
             self.best, self.waited = scores["loss"], 0
-            self.good.keep(self.watch.leader)
+            self.watch.keep(self.step, self.watch.leader)
             self._save_best()
         else:
             self.waited += 1
+            if not math.isfinite(scores["loss"]):
+                log.warning("step %d: the validation loss is %s", self.step, scores["loss"])
         return Progress(
             step=self.step,
             total=self.plan.total,
@@ -227,21 +231,25 @@ class Training:
         """``"stopped"`` if patience is over or a callback asks for it."""
         stop = self.plan.patience is not None and self.waited >= self.plan.patience
         if self.callbacks:
-            with self.scorer.shown(self.fused.run, self.watch.leader):
+            shown = self.scorer.shown(self.fused.run, self.watch.leader)
+            with shown, modes_kept(self.scorer.model):
                 stop |= any([bool(call(progress)) for call in self.callbacks])
         return "stopped" if stop else "finished"
 
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and sum the run up."""
         saved = self.saved_best
-        if saved is None and self.folder is not None:
+        if saved is None and self.folder is not None and self.best < math.inf:
             path = self.folder / _checkpoints.BEST
             saved = _checkpoints.read(path) if path.exists() else None
         best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.good, saved)
         history, known = self.watch.history, self.watch.hparams()
         return TuningResult(
             history=history.arrays(),
-            best_weights={k: v.clone() for k, v in self.scorer.model.state_dict().items()},
+            best_weights={
+                k: v.clone() if isinstance(v, torch.Tensor) else v
+                for k, v in self.scorer.model.state_dict().items()
+            },
             best_loss=best,
             hparams=known,
             schedule=schedule_of(history, self.bilevel, known, self.step),
@@ -259,6 +267,8 @@ class Training:
         state = {
             "identity": self.identity,
             "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
+            "frozen": self._frozen(),
+            "ended": self.ended,
             "good": self.good.state_dict(),
             "watch": self.watch.state_dict(),
             "train": self.train.state_dict(),
@@ -270,11 +280,16 @@ class Training:
         }
         _checkpoints.write(self.folder / _checkpoints.LAST, state)
 
+    def _frozen(self) -> dict[str, torch.Tensor]:
+        """Parameters that are not trained, which a resumed run needs all the same."""
+        named = self.bilevel.inner.named_parameters()
+        return {n: p.detach() for n, p in named if not p.requires_grad}
+
     def _save_best(self) -> None:
         """Keep the best weights: on disk, or in memory where there is none or it is full."""
         with self.scorer.shown(self.fused.run, self.watch.leader):
             state = {
-                "model": {k: v.cpu().clone() for k, v in self.scorer.model.state_dict().items()},
+                **self.scorer.state(),
                 "step": self.step,
                 "loss": self.best,
                 "hparams": self.watch.hparams(),
@@ -298,8 +313,18 @@ class Training:
                     f"resume: the checkpoint's {key} is {found}, this run's is {value}: resume "
                     "with the same model and settings, or start anew in another log_dir"
                 )
-        for leaf, saved in zip(tree_leaves(self.fused.run), state["leaves"], strict=True):
+        leaves = tree_leaves(self.fused.run)
+        shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "resume: the checkpoint's state has other tensors than this run's: resume with the "
+                "same options of rule, penalties and estimator, or start anew in another log_dir"
+            )
+        for leaf, saved in zip(leaves, state["leaves"], strict=True):
             leaf.copy_(saved)
+        for name, tensor in self._frozen().items():
+            tensor.copy_(state["frozen"][name])
+        self.ended = state["ended"]
         self.good.load_state_dict(state["good"])
         self.watch.load_state_dict(state["watch"])
         self.saved_best = best
@@ -310,4 +335,6 @@ class Training:
         self.train.load_state_dict(state["train"])
         self.val.load_state_dict(state["val"])
         restore(state["random"])
+        self.train.settle(state["train"])
+        self.val.settle(state["val"])
         self.watch.bar.update(self.step)

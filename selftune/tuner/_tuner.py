@@ -26,10 +26,10 @@ from selftune.probe import Probe, probe_steps
 from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
-from selftune.tuner._checks import check_first, check_hparams
+from selftune.tuner._checks import check_first, check_hparams, check_model
 from selftune.tuner._data import Stream, split
 from selftune.tuner._good import Good
-from selftune.tuner._objective import LossFn, Objective, for_tuning
+from selftune.tuner._objective import LossFn, Objective, for_tuning, modes_kept
 from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric, Scorer
@@ -116,6 +116,8 @@ class Tuner:
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every} must be at least 1")
+        if exploit_every < 1:
+            raise ValueError(f"exploit_every={exploit_every} must be at least 1")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
         if metrics and objective is not None:
@@ -124,14 +126,15 @@ class Tuner:
             raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
         self.model = model
         self._rule = AdamW() if rule is None else rule
-        given = dict(hparams or {})
+        check_model(model)
+        check_hparams(hparams or {}, self._rule)
+        given = {n: v if isinstance(v, bool) else float(v) for n, v in (hparams or {}).items()}
         penalties = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty)
         if "l1" in given and not any(p.name == "l1" for p in penalties):
             penalties.append(L1(given["l1"]))
         self._update = Update(self._rule, tuple(penalties))
         self._values = {n: 0.0 for n in self._update.hparams} | dict(self._rule.defaults)
         self._values |= {p.name: p.strength for p in penalties} | given
-        check_hparams(given, self._rule)
         self._tune = tune
         self._bounds = bounds
         self._estimator = Trace(stride=every) if estimator is None else estimator
@@ -158,6 +161,8 @@ class Tuner:
     def _names(self) -> list[str]:
         """Names of the tuned hyperparameters; α only where nothing else anneals."""
         if self._tune is not None:
+            if isinstance(self._tune, str):
+                raise ValueError(f"tune={self._tune!r} must be a sequence: ({self._tune!r},)")
             return list(self._tune)
         return [n for n in self._update.tuned if n != "decay" or self._schedule == "constant"]
 
@@ -205,17 +210,18 @@ class Tuner:
                 "fit was called before on this Tuner: make a new Tuner for another run, or go on "
                 "with an interrupted one by resume=True on a new Tuner with the same log_dir"
             )
+        if callable(callbacks):
+            raise TypeError(f"callbacks={callbacks!r} must be a sequence: [{callbacks!r}]")
         folder = None if log_dir is None else Path(log_dir)
         saved = self._find(resume, folder)
         if isinstance(val, (int, float)):
             train, val = split(train, float(val), self._seed)
         elif val is train:
             log.warning("val is train: regularization cannot be tuned on the training data")
-        mode = self.model.training
-        try:
+        with modes_kept(self._objective):
             device = self._device or next(self.model.parameters()).device
             self._objective.to(device).train()
-            streams = Stream(train, "train", device), Stream(val, "val", device)
+            streams = Stream(train, "train", device), Stream(val, "val", device, skips=True)
             total = _length(streams[0], epochs, steps)
             score = evaluate_every or _between_evaluations(streams[0], total)
             plan = Plan(
@@ -230,8 +236,6 @@ class Tuner:
             training.folder, training.watch.monitor = folder, Monitor(log_dir)
             self._fitted = True
             return training.finish(training.go())
-        finally:
-            self.model.train(mode)
 
     def _find(self, resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
         """The checkpoint to go on from, if any, and the best weights beside it."""
@@ -275,16 +279,24 @@ class Tuner:
             autocast,
         )  # fmt: skip
         run = bilevel.init(self._values)
+        for name, value in hyper.values(run.hyper.raw).items():
+            if self._values[name] and not math.isclose(value, self._values[name], rel_tol=1e-6):
+                log.warning(
+                    "%s starts at %.3g, since the given %.3g is outside its bounds",
+                    name, value, self._values[name],
+                )  # fmt: skip
         members = self._population.size if self._population is not None else None
         start = check_first(bilevel, run, streams) if new else math.nan
         if self._population is not None:
             spread = {"lr", *self._update.regularizers}
             run = self._population.stack(run, hyper, dict.fromkeys(spread, SPREAD))
         good = Good(run, members is not None)
-        watch = Watch(bilevel, run, good, members, self._guard, plan.due)
+        watch = Watch(bilevel, run, good, members, self._guard and bool(names), plan.due)
         for guard in watch.guards:
             guard.begin(start)
         length = probe_steps(total) if self._probe is True else int(self._probe)
+        if length > total:
+            raise ValueError(f"probe={length} is longer than the run of {total} steps")
         probing = length and members is None and "lr" in names and new
         return Training(
             bilevel=bilevel,
@@ -303,6 +315,8 @@ class Tuner:
             identity={
                 "parameters": {n: list(p.shape) for n, p in self.model.named_parameters()},
                 "rule": type(self._rule).__name__,
+                "trained parameters": bilevel.params,
+                "estimator": repr(self._estimator),
                 "tuned hyperparameters": names,
                 "number of steps": total,
                 "every": self._every,

@@ -125,6 +125,11 @@ class Watch:
 
     # going wrong, and back
 
+    def keep(self, step: int, member: int) -> None:
+        """Remember the present averaged weights as good."""
+        self._good.keep(member)
+        self._kept_at[member] = step
+
     def _judge(self, step: int, losses: list[float], told: list[tuple[int, Any]]) -> None:
         for loss in losses if not self._many else []:
             if self.guards[0].training_loss(loss) == "rollback":
@@ -142,8 +147,7 @@ class Watch:
             return
         verdict = guard.loss(outer)
         if verdict == "best":
-            self._good.keep(member)
-            self._kept_at[member] = step
+            self.keep(step, member)
         elif verdict == "rollback":
             what = "exploded" if guard.exploded else "worsened"
             why = f"the validation loss has {what}, to {outer:.4g}"
@@ -163,8 +167,9 @@ class Watch:
         if not self._many:
             self.since = step
         (log.warning if guard.rollbacks == 1 else log.info)(
-            "selftune, step %d: %s; back to the last good weights, learning rate divided by %.3g",
-            step, why, math.exp(cool),
+            "selftune, step %d: %s; back to the last good weights, learning rate %s",
+            step, why, f"divided by {math.exp(cool):.3g}" if "lr" in hyper.names
+            else "unchanged, since it is not tuned",
         )  # fmt: skip
         self.history.rollbacks.append(step)
         if not self._many:

@@ -1,0 +1,204 @@
+"""Models and data that people have, where a loop of one's own is the truth."""
+
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jobs import Outage, loader, net, points, same, tuner
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+import selftune as st
+
+VAL = [points(100, seed=1)]
+Pair = namedtuple("Pair", "points labels")
+
+
+class FrozenNorm(nn.Module):
+    """Keeps its BatchNorm in evaluation, as detection backbones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(2), nn.Linear(2, 3)
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+class Remembering(nn.Module):
+    """Keeps its last activation, and binds a buffer anew at each pass."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.net(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * self.seen.detach().mean(0)
+        return self.seen
+
+
+@pytest.mark.parametrize("rule", [st.rules.SGD(), st.rules.AdamW()], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_each_hyperparameter_can_be_tuned_alone(rule: st.rules.AbstractRule, name: str) -> None:
+    run = tuner(rule=rule, tune=(name,), hparams={"lr": 0.01})
+    result = run.fit(loader(), VAL, steps=60, progress=False)
+    assert len(set(result.history[name])) > 3
+
+
+def test_half_precision_models_train() -> None:
+    x, y = points(100)
+    model = nn.Linear(2, 3).bfloat16()
+    result = tuner(model).fit([(x.bfloat16(), y)], [(x.bfloat16(), y)], steps=60, progress=False)
+    assert result.best_loss < 0.6
+    assert result.best_weights["weight"].dtype == torch.bfloat16
+
+
+def test_activations_that_a_model_keeps_and_buffers_it_binds_anew() -> None:
+    model = Remembering()
+    model(points(10)[0])
+    tuner(model).fit(loader(), VAL, steps=40, progress=False)
+    assert bool(model.mean.any())
+
+
+def test_a_frozen_norm_stays_frozen() -> None:
+    model = FrozenNorm()
+    tuner(model).fit(loader(), VAL, steps=40, progress=False)
+    assert int(model.norm.num_batches_tracked) == 0
+    assert not bool(model.norm.running_mean.any())
+
+
+def test_a_last_validation_batch_of_one_example_is_left_out_of_tuning() -> None:
+    result = tuner().fit(loader(), loader(41, seed=1), steps=60, progress=False)
+    assert result.steps == 60
+
+
+def test_callbacks_may_put_the_model_into_evaluation() -> None:
+    model, modes = net(), []
+    model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    tuner(model).fit(
+        loader(), VAL, steps=40, evaluate_every=20, callbacks=[lambda p: model.eval() and None],
+        progress=False,
+    )  # fmt: skip
+    assert modes.count(True) >= 40
+
+
+def test_named_tuples_and_lists_of_any_length_reach_the_objective() -> None:
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        assert isinstance(batch["pair"], Pair)
+        return F.cross_entropy(model(batch["pair"].points), batch["pair"].labels)
+
+    batches = [
+        {"pair": Pair(x, y), "names": ["a"] * len(y)}
+        for x, y in loader(30)  # 20, then 10
+    ]
+    run = st.Tuner(net(), objective=objective, compile=False)
+    assert run.fit(batches, batches, steps=40, progress=False).steps == 40
+
+
+def test_numbers_may_be_numpys(tmp_path: Path) -> None:
+    run = tuner(hparams={"lr": np.float64(0.01), "momentum": np.float32(0.9)})
+    assert run.fit(loader(), VAL, epochs=4, log_dir=tmp_path, progress=False).steps == 40
+
+
+def test_every_evaluation_of_a_generator_sees_the_same_batches() -> None:
+    run = tuner(probe=False, tune=())
+    val = iter([points(20, seed=s) for s in range(45)])
+    result = run.fit(loader(), val, steps=100, evaluate_every=10, progress=False)
+    assert len(result.history["score/loss"]) == 10
+
+
+def test_persistent_workers_show_all_validation_batches() -> None:
+    seen: set[int] = set()
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        if not model.training:
+            seen.update(batch[2].tolist())
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    x, y = points(100, seed=1)
+    val = DataLoader(TensorDataset(x, y, torch.arange(100)), 10, num_workers=1,
+                     persistent_workers=True)  # fmt: skip
+    batches = [(*b, b[1]) for b in loader()]
+    st.Tuner(net(), objective=objective, compile=False, probe=False).fit(
+        batches, val, steps=49, evaluate_every=10, progress=False
+    )
+    assert seen == set(range(100))
+
+
+def own_generator() -> DataLoader[Any]:
+    data = TensorDataset(*points(200))
+    generator = torch.Generator().manual_seed(3)
+    return DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data, generator=generator),
+                                                       20, drop_last=False))  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_resumed_run_is_the_same_with_generators_of_the_loaders_and_frozen_weights(
+    frozen: bool, tmp_path: Path
+) -> None:
+    def start(seed: int = 0) -> st.Tuner:
+        model = net()
+        if frozen:
+            torch.manual_seed(seed)
+            nn.init.normal_(model[0].weight)
+            model[0].requires_grad_(False)
+        return tuner(model)
+
+    options: dict[str, Any] = dict(steps=100, evaluate_every=10, progress=False)
+    val = dict(seed=1, shuffle=True, generator=torch.Generator().manual_seed(5))
+    whole = start().fit(own_generator(), loader(**val), log_dir=tmp_path / "a", **options)
+    val["generator"] = torch.Generator().manual_seed(5)
+
+    def fail(progress: st.tuner.Progress) -> None:
+        if progress.step == 50:
+            raise Outage
+
+    with pytest.raises(Outage):
+        start().fit(
+            own_generator(), loader(**val), log_dir=tmp_path / "b", callbacks=[fail], **options
+        )
+    val["generator"] = torch.Generator().manual_seed(5)
+    again = start(seed=9).fit(
+        own_generator(), loader(**val), log_dir=tmp_path / "b", resume=True, **options
+    )
+    if frozen:
+        assert same(whole.best_weights, again.best_weights)
+    else:
+        assert same(whole.history, again.history)
+
+
+def test_other_options_are_refused_on_resume_and_change_nothing(tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(steps=40, evaluate_every=10, progress=False, log_dir=tmp_path)
+    adam = dict(rule=st.rules.Adam(), hparams={"lr": 0.01})
+    tuner(**adam).fit(loader(), VAL, **options)
+    model = net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    other = tuner(model, rule=st.rules.Adam(), hparams={"lr": 0.01, "amsgrad": True})
+    with pytest.raises(ValueError, match="has other tensors than this run's"):
+        other.fit(loader(), VAL, resume=True, **options)
+    assert same(before, model.state_dict())
+
+
+def test_a_run_that_was_stopped_stays_stopped(tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(
+        steps=100, evaluate_every=10, checkpoint_every=1000, progress=False, log_dir=tmp_path
+    )
+    first = tuner().fit(loader(), VAL, callbacks=[lambda p: p.step == 30], **options)
+    again = tuner().fit(loader(), VAL, resume=True, **options)
+    assert first.ended == again.ended == "stopped"
+    assert again.steps == 30
+    assert same(first.best_weights, again.best_weights)
