@@ -1,0 +1,205 @@
+"""Linear systems that are known only by their products: ``A v = b``, A mostly a Hessian.
+
+A solver takes a fixed number of products, keeps the best iterate it has seen and says how good it
+is, as tensors: nothing waits for the device, so that a solve compiles and maps over a population.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Solution(NamedTuple):
+    """What a solver found.
+
+    Attributes:
+        value: The v with the smallest residual seen, shape (N,).
+        residual: ‖b − A v‖ / ‖b‖, shape (); with damping, of the damped system.
+        iterations: Products taken.
+        converged: Whether the residual is within the solver's tolerance, shape ().
+        diverged: Whether iterates got worse than nothing, or A is indefinite where it must not
+            be, shape (). ``value`` is usable all the same: it is never worse than 0.
+    """
+
+    value: Tensor
+    residual: Tensor
+    iterations: int
+    converged: Tensor
+    diverged: Tensor
+
+
+class AbstractSolver(ABC):
+    """Solves ``A v = b`` by products with A.
+
+    Attributes:
+        tolerance: The relative residual that counts as converged.
+    """
+
+    tolerance: float
+
+    @abstractmethod
+    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
+        """Solve.
+
+        Args:
+            product: v ↦ A v.
+            rhs: b, shape (N,).
+            start: Where to begin, which costs one product more; zero if None.
+        """
+
+    def _begin(
+        self, product: Product, rhs: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """First iterate, its residual, and the products this took."""
+        if start is None:
+            return torch.zeros_like(rhs), rhs, 0
+        residual = rhs - product(start)
+        better = residual.norm() < rhs.norm()  # a stale start is dropped
+        return torch.where(better, start, 0.0), torch.where(better, residual, rhs), 1
+
+    def _solution(
+        self, best: Tensor, residual: Tensor, rhs: Tensor, taken: int, diverged: Tensor
+    ) -> Solution:
+        tiny = torch.finfo(rhs.dtype).tiny
+        share = residual / rhs.norm().clamp_min(tiny)
+        return Solution(best, share, taken, share <= self.tolerance, diverged)
+
+
+@dataclass(frozen=True)
+class Neumann(AbstractSolver):
+    """The Neumann series ``v = η Σ_k (I − η A)ᵏ b``, cut after some terms.
+
+    It converges if all eigenvalues of η A lie between 0 and 2. Whatever η was at each term, the
+    last term is the residual, so that a series that diverges is noticed and its best partial sum
+    returned.
+
+    Args:
+        terms: How many.
+        scale: η; None for the inverse of the largest ‖A r‖/‖r‖ seen so far.
+        tolerance: The relative residual that counts as converged.
+
+    Source: Lorraine, Vicol & Duvenaud 2020, section 4.
+    """
+
+    terms: int = 10
+    scale: float | None = None
+    tolerance: float = 1e-3
+
+    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
+        """Sum the series."""
+        value, residual, taken = self._begin(product, rhs, start)
+        best, smallest = value, residual.norm()
+        largest = torch.zeros_like(smallest)
+        diverged = torch.zeros_like(smallest, dtype=torch.bool)
+        tiny = torch.finfo(rhs.dtype).tiny
+        for _ in range(self.terms):
+            moved = product(residual)
+            largest = torch.maximum(largest, moved.norm() / residual.norm().clamp_min(tiny))
+            scale = 1 / largest.clamp_min(tiny) if self.scale is None else self.scale
+            value, residual = value + scale * residual, residual - scale * moved
+            size = residual.norm()
+            diverged |= ~(size <= 2 * rhs.norm())  # beyond what rounding and transients explain
+            better = size < smallest
+            best, smallest = torch.where(better, value, best), torch.where(better, size, smallest)
+        return self._solution(best, smallest, rhs, taken + self.terms, diverged)
+
+
+@dataclass(frozen=True)
+class CG(AbstractSolver):
+    """Conjugate gradients on ``(A + δ I) v = b``, A symmetric and positive.
+
+    Where a direction of negative curvature turns up, the iterate before it is kept and the
+    solution says ``diverged``: raise the damping δ.
+
+    Args:
+        iterations: How many.
+        damping: δ.
+        tolerance: The relative residual that counts as converged.
+
+    Source: Hestenes & Stiefel 1952; for hypergradients Pedregosa 2016.
+    """
+
+    iterations: int = 10
+    damping: float = 0.0
+    tolerance: float = 1e-3
+
+    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
+        """Iterate."""
+        damped = lambda v: product(v) + self.damping * v  # noqa: E731
+        value, residual, taken = self._begin(damped, rhs, start)
+        best, smallest = value, residual.norm()
+        direction, square = residual, residual @ residual
+        running = torch.ones_like(square, dtype=torch.bool)
+        diverged = torch.zeros_like(running)
+        tiny = torch.finfo(rhs.dtype).tiny
+        for _ in range(self.iterations):
+            moved = damped(direction)
+            curvature = direction @ moved
+            running &= square > tiny  # solved exactly: nothing is left to do
+            diverged |= running & ~(curvature > 0)
+            running &= ~diverged
+            step = torch.where(running, square / torch.where(running, curvature, 1.0), 0.0)
+            value, residual = value + step * direction, residual - step * moved
+            after = residual @ residual
+            better = running & (after.sqrt() < smallest)
+            best = torch.where(better, value, best)
+            smallest = torch.where(better, after.sqrt(), smallest)
+            direction = residual + after / square.clamp_min(tiny) * direction
+            square = after
+        return self._solution(best, smallest, rhs, taken + self.iterations, diverged)
+
+
+@dataclass(frozen=True)
+class Nystrom(AbstractSolver):
+    """``(A + δ I)⁻¹ b`` with A replaced by its Nyström approximation from some of its columns.
+
+    ``A ≈ C W⁺ Cᵀ``, C the columns of A at r random places and W their rows at these places, so
+    that by Woodbury's identity ``v = b/δ − C (δ W + Cᵀ C)⁺ Cᵀ b / δ``. It takes r products and
+    one more for the residual, of the damped system, and needs no scale.
+
+    Args:
+        rank: r.
+        damping: δ > 0.
+        seed: Of the places.
+        tolerance: The relative residual that counts as converged.
+
+    Raises:
+        ValueError: No damping.
+
+    Source: Hataya & Yamada 2023, eq. 6.
+    """
+
+    rank: int = 10
+    damping: float = 0.01
+    seed: int = 0
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the damping."""
+        if not self.damping > 0:
+            raise ValueError(f"damping={self.damping} must be above 0; 0.01 is usual")
+
+    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
+        """Take the columns and solve; a start is of no use here."""
+        rank = min(self.rank, rhs.numel())
+        generator = torch.Generator().manual_seed(self.seed)
+        places = torch.randperm(rhs.numel(), generator=generator)[:rank].to(rhs.device)
+        one = torch.zeros_like(rhs)
+        columns = torch.stack([product(one.index_fill(0, p, 1.0)) for p in places], dim=1)
+        core = columns[places]
+        gram = self.damping * (core + core.T) / 2 + columns.T @ columns
+        inner = torch.linalg.pinv(gram, hermitian=True) @ (columns.T @ rhs)
+        value = (rhs - columns @ inner) / self.damping
+        moved = product(value) + self.damping * value
+        # The best multiple: 1 where the rank suffices; elsewhere what it leaves out is too long.
+        factor = (rhs @ moved) / (moved @ moved).clamp_min(torch.finfo(rhs.dtype).tiny)
+        residual = (rhs - factor * moved).norm()
+        return self._solution(factor * value, residual, rhs, rank + 1, ~(factor > 0))

@@ -1,0 +1,168 @@
+"""Second derivatives of a training loss, only ever as products with a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Values = Mapping[str, Tensor]
+Loss = Callable[..., Tensor]
+"""A loss of the weights, one vector of shape (N,), of hyperparameters by name, and of a batch."""
+Pull = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+Push = Callable[[Tensor, Values], Tensor]
+
+BACKENDS = ("double backward", "forward over reverse", "differences")
+
+
+class Products:
+    """Products with the curvature ``H = ∂²L/∂w²`` and the mixed derivative ``M = ∂²L/∂w∂h``.
+
+    Three backends give the same to rounding, or to that of finite differences:
+
+    - ``"double backward"``: reverse over reverse, for what torch can differentiate twice
+      (attention by its MATH kernel, since the fused ones have no second derivative);
+    - ``"forward over reverse"``: where all operations have forward derivatives;
+    - ``"differences"``: ``(∇L(w + εv) − ∇L(w − εv)) / 2ε``, first derivatives alone, so that it
+      works with every module, under autocast too.
+
+    ``"auto"`` takes the first that works, tried once at the first product.
+
+    Args:
+        loss: The training loss ``loss(params, hparams, *batch)``.
+        backend: One of the three, or ``"auto"``.
+        relative_step: ε ‖v‖ over max(‖w‖, 1), for differences; by default the cube root of the
+            precision of the weights.
+
+    Attributes:
+        backend: The one in use; ``"auto"`` until the first product.
+        refused: Why others do not work, by name.
+
+    Raises:
+        ValueError: An unknown backend.
+        RuntimeError: The backend asked for does not work with this loss; the error names it.
+
+    Example:
+        >>> import torch
+        >>> products = Products(lambda w, h: (h["scale"] * w**3).sum())
+        >>> w, scale = torch.tensor([1.0, 2.0]), {"scale": torch.tensor(2.0)}
+        >>> products.pull(w, scale)(torch.tensor([1.0, 1.0]))
+        (tensor([12., 24.]), {'scale': tensor(15.)})
+        >>> products.backend
+        'double backward'
+
+    Source: Pearlmutter 1994.
+    """
+
+    def __init__(
+        self, loss: Loss, backend: str = "auto", relative_step: float | None = None
+    ) -> None:
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend={backend!r} must be 'auto' or one of {BACKENDS}")
+        self.loss = loss
+        self.backend = backend
+        self.refused: dict[str, str] = {}
+        self._tried = False
+        self._relative = relative_step
+
+    def gradient(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
+        """∇L, shape (N,)."""
+        return grad(self._loss)(params, dict(hparams), *batch)
+
+    def _loss(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
+        if self.backend == "differences":
+            return self.loss(params, hparams, *batch)
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.loss(params, hparams, *batch)
+
+    def pull(self, params: Tensor, hparams: Values, *batch: Any) -> Pull:
+        """The function ``v ↦ (H v, vᵀ M)``; what it needs of the loss is computed once."""
+        backend, values = self._chosen(params, hparams, *batch), dict(hparams)
+        gradient = lambda w, h: self.gradient(w, h, *batch)  # noqa: E731
+        if backend == "double backward":
+            return vjp(gradient, params, values)[1]
+        both = lambda w, h: grad(self._loss, argnums=(0, 1))(w, h, *batch)  # noqa: E731
+        if backend == "forward over reverse":
+            return lambda v: jvp(lambda w: both(w, values), (params,), (v,))[1]
+
+        def differences(vector: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            step = self._step(params, vector)
+            (up, up_mixed), (down, down_mixed) = (
+                both(params + sign * step * vector, values) for sign in (1, -1)
+            )
+            mixed = {n: (up_mixed[n] - down_mixed[n]) / (2 * step) for n in values}
+            return (up - down) / (2 * step), mixed
+
+        return differences
+
+    def push(self, params: Tensor, hparams: Values, *batch: Any) -> Push:
+        """The function ``(v, ḣ) ↦ H v + M ḣ``."""
+        backend, values = self._chosen(params, hparams, *batch), dict(hparams)
+        gradient = lambda w, h: self.gradient(w, h, *batch)  # noqa: E731
+        if backend == "double backward":  # the transpose of its transpose
+            zero = torch.zeros_like(params)
+            back = vjp(vjp(gradient, params, values)[1], zero)[1]
+            return lambda v, moving: back((v, dict(moving)))[0]
+        if backend == "forward over reverse":
+            return lambda v, moving: jvp(gradient, (params, values), (v, dict(moving)))[1]
+
+        def differences(vector: Tensor, moving: Values) -> Tensor:
+            step = self._step(params, vector)
+            for name, speed in moving.items():
+                step = torch.minimum(step, self._step(values[name], speed))
+            up, down = (
+                gradient(
+                    params + sign * step * vector,
+                    {n: h + sign * step * moving[n] for n, h in values.items()},
+                )
+                for sign in (1, -1)
+            )
+            return (up - down) / (2 * step)
+
+        return differences
+
+    def _step(self, at: Tensor, vector: Tensor) -> Tensor:
+        """ε, by which a vector is short beside the place."""
+        info = torch.finfo(at.dtype)
+        reach = (self._relative or info.eps ** (1 / 3)) * at.norm().clamp_min(1.0)
+        return reach / vector.norm().clamp_min(info.tiny**0.5)
+
+    def _chosen(self, params: Tensor, hparams: Values, *batch: Any) -> str:
+        """The backend, tried at the first product."""
+        if not self._tried:
+            self._tried = True
+            asked = self.backend
+            for self.backend in BACKENDS if asked == "auto" else (asked,):
+                if self._works(params, hparams, *batch):
+                    break
+            else:
+                raise RuntimeError(
+                    f"backend={asked!r} cannot differentiate this loss twice: "
+                    f"{self.refused[self.backend]}. Use backend='differences', which needs first "
+                    "derivatives only"
+                )
+        return self.backend
+
+    def _works(self, params: Tensor, hparams: Values, *batch: Any) -> bool:
+        """Whether the backend in use differentiates this loss; notes why not."""
+        ones = torch.ones_like(params)
+        still = {n: torch.zeros_like(h) for n, h in hparams.items()}
+        try:
+            curved, _ = self.pull(params, hparams, *batch)(ones)
+            self.push(params, hparams, *batch)(ones, still)
+        except (RuntimeError, NotImplementedError) as error:
+            self.refused[self.backend] = str(error).strip().splitlines()[0]
+            return False
+        if self.backend == "differences" or bool(curved.any()):
+            return True
+        # torch.func gives zeros for what autograd would refuse, a once-differentiable function.
+        seen, _ = Products(self.loss, "differences").pull(params, hparams, *batch)(ones)
+        noise = torch.finfo(params.dtype).eps ** 0.5 * self.gradient(params, hparams, *batch).norm()
+        if bool(seen.norm() > noise):
+            self.refused[self.backend] = "the second derivative is silently 0"
+            return False
+        return True

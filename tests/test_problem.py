@@ -1,0 +1,52 @@
+"""Derivatives of a whole step. Truth: autograd through the step itself."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import selftune as st
+from selftune.penalties import L2
+from selftune.problem import Point, Problem
+from selftune.update import Clock, Update
+
+RULES = {
+    "SGD": (st.rules.SGD(), dict(momentum=0.8)),
+    "AdamW": (st.rules.AdamW(), dict(eps=1e-6)),
+    "RMSprop": (st.rules.RMSprop(), dict(momentum=0.5, eps=1e-6)),
+}
+
+
+def inner(params: Tensor, hparams: dict[str, Tensor], batch: Tensor) -> Tensor:
+    return (torch.tanh(params) * batch).sum() ** 2 * hparams["scale"] + (params**4).sum()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_push_and_pull_are_the_derivative_of_a_step(name: str) -> None:
+    rule, options = RULES[name]
+    problem = Problem(
+        update=Update(rule, (L2(),)), inner_loss=inner, outer_loss=lambda w, b: w.sum(),
+        options=options,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(5, generator=generator, dtype=torch.float64)  # noqa: E731
+    number = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    hparams = {"lr": number(0.03), "weight_decay": draw().abs() * 0.1, "l2": number(0.02),
+               "scale": number(1.3)}  # fmt: skip
+    point = problem.start(draw(), hparams, draw())
+    state = {k: draw().abs() for k in point.state}
+    point = Point(point.params, state, point.batch, Clock(3, 0.7, 3))
+
+    def step(params: Tensor, state: dict[str, Tensor], h: dict[str, Tensor]) -> tuple:
+        after = problem.step(point._replace(params=params, state=state), h)
+        return after.params, after.state
+
+    inputs = (point.params, dict(state), hparams)
+    tangent = (draw(), {k: draw() for k in state})
+    moving = {"lr": number(0.4), "weight_decay": draw(), "l2": number(-1.0), "scale": number(2.0)}
+    expected = torch.func.jvp(step, inputs, (*tangent, moving))[1]
+    torch.testing.assert_close(problem.push(point, hparams, tangent, moving), expected,
+                               rtol=1e-10, atol=1e-12)  # fmt: skip
+    params, states, hyper = torch.func.vjp(step, *inputs)[1](tangent)
+    before, found = problem.pull(point, hparams, tangent)
+    torch.testing.assert_close(before, (params, states), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, hyper, rtol=1e-10, atol=1e-12)
