@@ -187,6 +187,7 @@ class Training:
         if self.plan.compile is False or self.fused.compiled:
             return
         if self.plan.compile is True:
+            self.plan.compile = False  # decided: what cannot be compiled is not tried again
             self.fused.compile()
             return
         self._clock.append(time.perf_counter())

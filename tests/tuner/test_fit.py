@@ -225,6 +225,24 @@ def test_a_short_run_is_not_compiled_and_says_so(caplog: pytest.LogCaptureFixtur
     assert any("not compiled" in r.message for r in caplog.records)
 
 
+class Temperature(nn.Module):
+    """A float64 parameter without a dimension, which keeps a run from being compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net().double()
+        self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.double()) * self.log_scale.exp()
+
+
+def test_what_cannot_be_compiled_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "selftune"):
+        tuner(Temperature(), compile=True).fit(loader(), VAL, steps=60, progress=False)
+    assert sum("not compiled" in r.message for r in caplog.records) == 1
+
+
 @pytest.mark.slow
 def test_a_compiled_run_agrees_with_an_eager_one_to_rounding() -> None:
     found = []
