@@ -133,7 +133,10 @@ class CG(AbstractSolver):
 
     def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         """Iterate."""
-        damped = lambda v: product(v) + self.damping * v  # noqa: E731
+
+        def damped(vector: Tensor) -> Tensor:
+            return product(vector) + self.damping * vector
+
         value, residual, taken = self._begin(damped, rhs, start)
         best, smallest = value, residual.norm()
         direction, square = residual, residual @ residual

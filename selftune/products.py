@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,11 @@ class Products:
 
     def gradient(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
         """∇L, shape (N,)."""
-        return grad(self._loss)(params, dict(hparams), *batch)
+        return self._at(batch)(params, dict(hparams))
+
+    def _at(self, batch: Sequence[Any], argnums: Any = 0) -> Callable[..., Any]:
+        """Gradients on a batch as a function of weights and hyperparameters."""
+        return grad(lambda w, h: self._loss(w, h, *batch), argnums=argnums)
 
     def _loss(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
         if self.backend == "differences":
@@ -82,10 +86,10 @@ class Products:
     def pull(self, params: Tensor, hparams: Values, *batch: Any) -> Pull:
         """The function ``v ↦ (H v, vᵀ M)``; what it needs of the loss is computed once."""
         backend, values = self._chosen(params, hparams, *batch), dict(hparams)
-        gradient = lambda w, h: self.gradient(w, h, *batch)  # noqa: E731
+        gradient = self._at(batch)
         if backend == "double backward":
             return vjp(gradient, params, values)[1]
-        both = lambda w, h: grad(self._loss, argnums=(0, 1))(w, h, *batch)  # noqa: E731
+        both = self._at(batch, (0, 1))
         if backend == "forward over reverse":
             return lambda v: jvp(lambda w: both(w, values), (params,), (v,))[1]
 
@@ -102,7 +106,7 @@ class Products:
     def push(self, params: Tensor, hparams: Values, *batch: Any) -> Push:
         """The function ``(v, ḣ) ↦ H v + M ḣ``."""
         backend, values = self._chosen(params, hparams, *batch), dict(hparams)
-        gradient = lambda w, h: self.gradient(w, h, *batch)  # noqa: E731
+        gradient = self._at(batch)
         if backend == "double backward":  # the transpose of its transpose
             zero = torch.zeros_like(params)
             back = vjp(vjp(gradient, params, values)[1], zero)[1]
