@@ -164,3 +164,13 @@ def test_signatures_tell_structures_and_shapes_apart() -> None:
     assert signature(one) == signature((torch.ones(2, 3), {"y": torch.ones(2)}))
     assert signature(one) != signature((torch.ones(1, 3), {"y": torch.ones(2)}))
     assert signature(one) != signature((torch.ones(2, 3).double(), {"y": torch.ones(2)}))
+
+
+def test_a_batch_whose_tensors_cannot_be_seen_is_like_no_other() -> None:
+    class Graph:
+        def to(self, device: torch.device) -> "Graph":
+            return self
+
+    graph = Graph()
+    assert signature((graph, 1)) != signature((graph, 1))
+    assert signature((torch.ones(2), 1)) == signature((torch.zeros(2), 1))

@@ -217,14 +217,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device)
     if isinstance(batch, dict):
         return {k: to_device(v, device) for k, v in batch.items()}
+    if hasattr(batch, "items"):
+        return {k: to_device(v, device) for k, v in batch.items()}
     if hasattr(batch, "to"):  # packed sequences, graphs
         return batch.to(device)
     if hasattr(batch, "_fields"):
         return type(batch)(*(to_device(b, device) for b in batch))
     if isinstance(batch, (tuple, list)):
         return tuple(to_device(b, device) for b in batch)
-    if hasattr(batch, "items"):
-        return {k: to_device(v, device) for k, v in batch.items()}
     if hasattr(batch, "__array__"):
         return torch.as_tensor(batch).to(device)
     return batch
