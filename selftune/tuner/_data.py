@@ -212,11 +212,13 @@ def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device; arrays become tensors."""
     if isinstance(batch, Tensor):
+        if batch.device == device:
+            return batch
         if device.type == "cuda" and batch.device.type == "cpu":
             return batch.pin_memory().to(device, non_blocking=True)
         return batch.to(device)
-    if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
+    if type(batch) in (tuple, list):  # of most loaders, so before all that is looked up
+        return tuple([to_device(b, device) for b in batch])
     if hasattr(batch, "items"):
         return {k: to_device(v, device) for k, v in batch.items()}
     if hasattr(batch, "to"):  # packed sequences, graphs
@@ -224,7 +226,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if hasattr(batch, "_fields"):
         return type(batch)(*(to_device(b, device) for b in batch))
     if isinstance(batch, (tuple, list)):
-        return tuple(to_device(b, device) for b in batch)
+        return tuple([to_device(b, device) for b in batch])
     if hasattr(batch, "__array__"):
         return torch.as_tensor(batch).to(device)
     return batch
@@ -236,11 +238,11 @@ def structure(batch: Any, top: bool = True) -> Any:
     Sequences within a batch may have any length: captions, boxes of an image.
     """
     if isinstance(batch, Tensor):
-        return str(batch.dtype).removeprefix("torch.")
+        return batch.dtype
     if isinstance(batch, dict):
         return {k: structure(v, False) for k, v in batch.items()}
     if isinstance(batch, tuple) and top:
-        return tuple(structure(b, False) for b in batch)
+        return tuple([structure(b, False) for b in batch])
     return type(batch).__name__
 
 

@@ -80,8 +80,7 @@ class Watch:
         """Read what steps told since last time, and act on it."""
         losses, self._losses = self._losses, []
         told, self._told = self._told, []
-        plain = torch.stack(losses).tolist() if losses else []
-        rows = torch.stack([t for _, t in told]).tolist() if told else []
+        plain, rows = _read(losses), _read([t for _, t in told])
         if not self._many:
             rows = [[row] for row in rows]
         start = len(self.history.train_loss)
@@ -209,6 +208,13 @@ class Watch:
             guard.load_state_dict(saved)
         self.since, self.leader = state["since"], state["leader"]
         self._kept_at = state["kept_at"]
+
+
+def _read(tensors: list[Tensor]) -> list[Any]:
+    """Their values; from a GPU in one piece, which is waited for once."""
+    if tensors and tensors[0].is_cuda:
+        return torch.stack(tensors).tolist()
+    return [t.tolist() for t in tensors]
 
 
 def _kept(told: Tensor) -> Tensor:
