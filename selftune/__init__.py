@@ -1,33 +1,47 @@
 """Self-tuning training: hyperparameters tuned by gradient during one training run."""
 
-from selftune import estimators, monitor, optim, penalties, rules, schedules, tuner
+from selftune import estimators, monitor, optim, penalties, rules, schedules, testing, tuner
 from selftune.averaging import Average
-from selftune.estimators import OneStep, Trace
+from selftune.estimators import Forward, Implicit, OneStep, Trace, Unrolled, hypergradient
+from selftune.linear_solve import CG, Neumann, Nystrom
 from selftune.optim import SGD, Adam, AdamW, Lion, RMSprop, SelfTuning
+from selftune.problem import Problem, as_problem
 from selftune.replay import TunedSchedule, replay
 from selftune.tuner import Tuner, TuningResult
+from selftune.update import Update
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CG",
     "SGD",
     "Adam",
     "AdamW",
     "Average",
+    "Forward",
+    "Implicit",
     "Lion",
+    "Neumann",
+    "Nystrom",
     "OneStep",
+    "Problem",
     "RMSprop",
     "SelfTuning",
     "Trace",
     "TunedSchedule",
     "Tuner",
     "TuningResult",
+    "Unrolled",
+    "Update",
+    "as_problem",
     "estimators",
+    "hypergradient",
     "monitor",
     "optim",
     "penalties",
     "replay",
     "rules",
     "schedules",
+    "testing",
     "tuner",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from selftune.averaging import Average
-from selftune.estimators import AbstractEstimator
+from selftune.estimators import AbstractRows
 from selftune.hypervector import HyperState, HyperVector
 from selftune.response import Moment, Responses, Weight
 from selftune.update import Clock, Update
@@ -77,7 +77,7 @@ class Bilevel:
         update: Update,
         options: Mapping[str, Any],
         hyper: HyperVector,
-        estimator: AbstractEstimator,
+        estimator: AbstractRows,
         storage: torch.dtype | None,
         averaging: Average,
         rates: Tensor,

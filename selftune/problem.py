@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, grad, jvp, vjp
 
 from selftune._flat import Layout
 from selftune.products import Products
@@ -49,6 +49,10 @@ class Problem:
         outer_loss: ``outer_loss(params, batch)``.
         options: The rule's options, and hyperparameters that are not asked for, by name.
         rate: The schedule's factor by step.
+        segments: Which segment each weight lies in, shape (N,): hyperparameters of the update may
+            then hold one value a segment (a layer, a parameter group).
+        split: ``inner_loss`` in two, ``outputs(params, hparams, batch)`` and
+            ``criterion(outputs, hparams, batch)``, where the Gauss-Newton matrix is asked for.
         backend: How second derivatives are taken (:class:`~selftune.products.Products`).
 
     Example:
@@ -70,18 +74,38 @@ class Problem:
     outer_loss: OuterLoss
     options: Mapping[str, Any] = field(default_factory=dict)
     rate: Callable[[int], float] = lambda step: 1.0
+    segments: Tensor | None = None
+    split: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
     backend: str = "auto"
+    products: Products = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Make the products, whose choice of a backend is remembered."""
         object.__setattr__(self, "products", Products(self.inner_loss, self.backend))
 
-    products: Products = field(init=False, repr=False)
-
     def values(self, hparams: Hparams) -> dict[str, Any]:
         """Everything the update reads."""
         fixed = dict.fromkeys(self.update.hparams, 0.0) | dict(self.update.rule.defaults)
-        return {**fixed, **self.options, **hparams}
+        spread = {n: self._spread(h) if n in self.update.hparams else h for n, h in hparams.items()}
+        return {**fixed, **self.options, **spread}
+
+    def _spread(self, hparam: Tensor) -> Tensor:
+        """One value a weight, of one a segment."""
+        return hparam if self.segments is None or not hparam.ndim else hparam[self.segments]
+
+    def gather(self, name: str, single: Tensor, hparam: Tensor) -> Tensor:
+        """Derivatives in a hyperparameter, from those in the value it has at each weight.
+
+        Args:
+            name: Of the hyperparameter.
+            single: Shape (N,).
+            hparam: Its value: one for all, one a segment or one a weight.
+        """
+        if not hparam.ndim:
+            return single.sum()
+        if self.segments is None:
+            return single
+        return torch.zeros_like(hparam).index_add(0, self.segments, single)
 
     def start(self, params: Tensor, hparams: Hparams, batch: Any = None) -> Point:
         """The point before the first step."""
@@ -118,6 +142,56 @@ class Problem:
         """The point after all batches."""
         *_, end = self.points(params, hparams, batches)
         return end
+
+    # what hyperparameters do
+
+    def check_influence(self, point: Point, hparams: Hparams) -> None:
+        """Refuse hyperparameters that neither the update nor the training loss reads.
+
+        Raises:
+            ValueError: They are named.
+        """
+        outside = [n for n in hparams if n not in self.update.hparams]
+        if not outside:
+            return
+        leaves = {n: h.detach().clone().requires_grad_() for n, h in hparams.items()}
+        with torch.enable_grad():
+            loss = self.inner_loss(point.params, leaves, point.batch)
+            tracked = loss.requires_grad
+            found = torch.autograd.grad(loss, [leaves[n] for n in outside], allow_unused=True) \
+                if tracked else [None] * len(outside)
+        idle = [n for n, g in zip(outside, found, strict=True) if g is None]
+        if idle:
+            raise ValueError(
+                f"hparams {idle} influence neither the training loss nor the update, which reads "
+                f"{sorted(self.update.hparams)}: is a name misspelt, or a penalty not passed to "
+                "Update?"
+            )
+
+    def mixed(self, point: Point, hparams: Hparams) -> Callable[[Hparams], Tensor]:
+        """The function ``ḣ ↦ M ḣ``, how the training gradient follows hyperparameters."""
+        if all(n in self.update.hparams for n in hparams):
+            return lambda moving: torch.zeros_like(point.params)
+        push = self.products.push(point.params, hparams, point.batch)
+        return lambda moving: push(torch.zeros_like(point.params), moving)
+
+    def gauss_newton(self, point: Point, hparams: Hparams) -> Callable[[Tensor], Tensor]:
+        """The function ``v ↦ Jᵀ (∂²criterion/∂outputs²) J v``, never indefinite.
+
+        Source: Schraudolph 2002.
+        """
+        if self.split is None:
+            raise ValueError("curvature='gauss-newton' needs Problem(split=(outputs, criterion))")
+        outputs, criterion = self.split
+        predict = lambda w: outputs(w, hparams, point.batch)  # noqa: E731
+        slope = grad(lambda out: criterion(out, hparams, point.batch))
+
+        def product(vector: Tensor) -> Tensor:
+            out, moved = jvp(predict, (point.params,), (vector,))
+            curved = vjp(slope, out)[1](moved)[0]
+            return vjp(predict, point.params)[1](curved)[0]
+
+        return product
 
     # derivatives of a step
 
@@ -156,14 +230,48 @@ class Problem:
         self, point: Point, hparams: Hparams, cotangent: tuple[Tensor, State]
     ) -> tuple[tuple[Tensor, State], dict[str, Tensor]]:
         """The transpose of ``push``: cotangents before the step, and those of hyperparameters."""
+        return self.pulling(point, hparams)(cotangent)
+
+    def pulling(
+        self, point: Point, hparams: Hparams
+    ) -> Callable[[tuple[Tensor, State]], tuple[tuple[Tensor, State], dict[str, Tensor]]]:
+        """``pull`` as a function of cotangents: what it needs of the loss is computed once."""
 
         def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
             return self.moved(point._replace(params=params, state=state), grads, h)
 
         primals = (point.params, dict(point.state), self.gradient(point, hparams), dict(hparams))
-        params, state, grads, direct = vjp(moved, *primals)[1](cotangent)
-        curved, mixed = self.products.pull(point.params, hparams, point.batch)(grads)
-        return (params + curved, state), {n: direct[n] + mixed[n] for n in hparams}
+        update = vjp(moved, *primals)[1]
+        product = self.products.pull(point.params, hparams, point.batch)
+
+        def pull(cotangent: tuple[Tensor, State]) -> Any:
+            params, state, grads, direct = update(cotangent)
+            curved, mixed = product(grads)
+            return (params + curved, state), {n: direct[n] + mixed[n] for n in hparams}
+
+        return pull
+
+    def curving(
+        self, point: Point, hparams: Hparams
+    ) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
+        """``v ↦ (A v, vᵀ B)``: the derivatives of the penalised training gradient.
+
+        A is its Hessian in the weights, B its derivative in the hyperparameters.
+        """
+
+        def penalised(params: Tensor, grads: Tensor, h: Hparams) -> Tensor:
+            return self.update.penalised(params, grads, self.values(h))
+
+        primals = (point.params, self.gradient(point, hparams), dict(hparams))
+        penalties = vjp(penalised, *primals)[1]
+        product = self.products.pull(point.params, hparams, point.batch)
+
+        def pull(vector: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            params, grads, direct = penalties(vector)
+            curved, mixed = product(grads)
+            return params + curved, {n: direct[n] + mixed[n] for n in hparams}
+
+        return pull
 
 
 def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tensor, Any], Any]]:
@@ -193,3 +301,57 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
 
     with torch.no_grad():
         return layout.flatten(list(named.values())).clone(), call
+
+
+def as_problem(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    update: Update,
+    *,
+    outer_loss_fn: Callable[..., Tensor] | None = None,
+    by_tensor: bool = False,
+    **options: Any,
+) -> tuple[Problem, Tensor]:
+    """A model's training as a bilevel problem, and its weights as a vector.
+
+    Batches are pairs ``(inputs, target)``. Hyperparameters that the update does not read reach
+    ``loss_fn(output, target, name=…)`` by name.
+
+    Args:
+        model: In the mode, training or evaluation, in which it is to be run.
+        loss_fn: Of output and target.
+        update: The weight step.
+        outer_loss_fn: Of output and target, if it is another.
+        by_tensor: Hyperparameters of the update may hold a value for each parameter tensor.
+        options: Of :class:`Problem`.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> problem, weights = as_problem(
+        ...     torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, Update(st.rules.SGD())
+        ... )
+        >>> weights.shape
+        torch.Size([4])
+    """
+    weights, call = flat(model)
+    outer = outer_loss_fn or loss_fn
+
+    def outputs(params: Tensor, hparams: Hparams, batch: Any) -> Any:
+        return call(params, batch[0])
+
+    def criterion(output: Any, hparams: Hparams, batch: Any) -> Tensor:
+        others = {n: h for n, h in hparams.items() if n not in update.hparams}
+        return loss_fn(output, batch[1], **others)
+
+    if by_tensor:
+        sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+        index = torch.arange(len(sizes), device=weights.device)
+        options["segments"] = index.repeat_interleave(torch.tensor(sizes, device=weights.device))
+    problem = Problem(
+        update=update,
+        inner_loss=lambda w, h, batch: criterion(outputs(w, h, batch), h, batch),
+        outer_loss=lambda w, batch: outer(call(w, batch[0]), batch[1]),
+        split=(outputs, criterion),
+        **options,
+    )
+    return problem, weights

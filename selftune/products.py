@@ -41,6 +41,8 @@ class Products:
     Attributes:
         backend: The one in use; ``"auto"`` until the first product.
         refused: Why others do not work, by name.
+        mapped: Whether products are mapped over several directions at once; False once torch
+            could not.
 
     Raises:
         ValueError: An unknown backend.
@@ -66,8 +68,13 @@ class Products:
         self.loss = loss
         self.backend = backend
         self.refused: dict[str, str] = {}
+        self.mapped = True
         self._tried = False
         self._relative = relative_step
+
+    def prepare(self, params: Tensor, hparams: Values, *batch: Any) -> None:
+        """Choose the backend now: it is tried on real tensors, not while being mapped."""
+        self._chosen(params, hparams, *batch)
 
     def gradient(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
         """∇L, shape (N,)."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selftune.averaging import Average
-from selftune.estimators import AbstractEstimator
+from selftune.estimators import AbstractRows
 from selftune.rules._base import AbstractRule, State, geometric
 from selftune.update import Clock, Tangents, Transition, Update
 
@@ -58,7 +58,7 @@ class Moment(NamedTuple):
     fine: Tensor
 
 
-def spared(names: Sequence[str], rule: AbstractRule, estimator: AbstractEstimator) -> set[str]:
+def spared(names: Sequence[str], rule: AbstractRule, estimator: AbstractRows) -> set[str]:
     """Hyperparameters whose response has a closed form.
 
     - What the log of the rate does to weights is what they move, whatever moves them.
@@ -87,7 +87,7 @@ class Responses:
         self,
         names: Sequence[str],
         update: Update,
-        estimator: AbstractEstimator,
+        estimator: AbstractRows,
         averaging: Average,
         storage: torch.dtype | None,
     ) -> None:
@@ -191,7 +191,7 @@ class Responses:
             {r: {k: v.to(dtype, copy=True) for k, v in s.items()} for r, s in old.state.items()},
         )
         slopes = {n: moment.slopes[n] for n in rows}
-        seen = self.estimator.observe(copied, transition, slopes)
+        seen = self.estimator.push(copied, transition, slopes)
 
         params = [self._kept(a, b, moment) for a, b in zip(seen.params, old.params, strict=True)]
         state = {

@@ -74,12 +74,17 @@ class Update:
         return {"weight_decay", *(p.name for p in self.penalties)}
 
     @property
-    def _smooth(self) -> dict[str, Callable[[Tensor], Tensor]]:
+    def _smooth_terms(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """Gradients ∂Ω of what is added to the loss, by name of the strength."""
         terms: dict[str, Callable[[Tensor], Tensor]] = {}
         if not self.rule.decoupled:
             terms["weight_decay"] = L2().gradient
         return terms | {p.name: p.gradient for p in self.penalties if not p.proximal}
+
+    @property
+    def smooth(self) -> set[str]:
+        """Names of the strengths of what is added to the training loss."""
+        return set(self._smooth_terms)
 
     @property
     def _prox(self) -> list[ProximalL1]:
@@ -105,7 +110,7 @@ class Update:
 
     def penalised(self, params: Tensor, grads: Tensor, values: Values) -> Tensor:
         """The gradient of the loss with its penalties."""
-        for name, gradient in self._smooth.items():
+        for name, gradient in self._smooth_terms.items():
             if _on(values[name]):
                 grads = plus(grads, gradient(params), values[name])
         return grads
@@ -240,7 +245,7 @@ class Transition(NamedTuple):
     def _direction_tangent(
         self, name: str, slope: Any, before: State, discount: float, steps: int
     ) -> tuple[Tensor, State]:
-        smooth = self.update._smooth
+        smooth = self.update._smooth_terms
         dots: tuple[Tensor | None, State, Mapping[str, Any]]
         if name in smooth:
             dots = (slope * smooth[name](self.params), before, {})

@@ -2,43 +2,113 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from selftune.update import Tangents, Transition, zero_tangents
+from selftune.linear_solve import Solution
+from selftune.problem import Hparams, Point, Problem
+
+log = logging.getLogger("selftune")
+
+
+class Estimate(NamedTuple):
+    """Hypergradients, and how much they are to be trusted.
+
+    Attributes:
+        grads: dL_val/dh by name, in the shapes of the hyperparameters.
+        variance: Of the whole vector, summed over its entries, where the estimate is random.
+        solution: What the linear solver found, where there is one.
+        windows: For each name, the hypergradients of a window of steps each, shape
+            (windows, …), where one is shared by a window (:class:`~selftune.Unrolled`).
+    """
+
+    grads: dict[str, Tensor]
+    variance: Tensor | None = None
+    solution: Solution | None = None
+    windows: Mapping[str, Tensor] | None = None
 
 
 class AbstractEstimator(ABC):
-    """Watches weight steps and tells how the weights respond to each hyperparameter.
+    """Watches weight steps and tells how an outer loss at their end responds to hyperparameters.
 
-    The estimators of this interface keep the response Jacobian J itself, one row a
-    hyperparameter and one column a weight, and drop the curvature of the training loss: each
-    weight then responds to its own hyperparameters only, which is why one row serves a
-    learning rate shared by all weights as well as one of each layer.
-
-    Attributes:
-        stride: Steps from one that is observed to the next.
-        discount: γ, what a step keeps of the response before it.
-        closed_forms: Whether the tuner takes responses from a closed form where they have one.
+    All three verbs are pure functions of tensors, and ``estimate`` is linear in the outer
+    gradients.
     """
 
-    stride: int
-    discount: float
-    closed_forms: bool
-
-    def init(self, hparams: int, params: Tensor) -> Tangents:
-        """No response yet: zeros of shape (hparams, weights)."""
-        return zero_tangents(hparams, params)
+    @abstractmethod
+    def init(self, problem: Problem, start: Point, hparams: Hparams) -> Any:
+        """What is remembered before the first step."""
 
     @abstractmethod
-    def observe(
-        self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
-    ) -> Tangents:
-        """The response after a step. The tensors of ``tangents`` are reused: drop the old."""
+    def observe(self, problem: Problem, memory: Any, point: Point, hparams: Hparams) -> Any:
+        """What is remembered after the step from ``point``, which is about to be taken."""
 
-    def estimate(self, response: Tensor, outer_grads: Tensor) -> Tensor:
-        """Hypergradients of single weights, ``J ∘ ∇w L_val``; sum them over what shares a z."""
-        return response * outer_grads
+    @abstractmethod
+    def estimate(
+        self, problem: Problem, memory: Any, end: Point, hparams: Hparams, outer_grads: Tensor
+    ) -> Estimate:
+        """Hypergradients.
+
+        Args:
+            problem: The bilevel problem.
+            memory: What was remembered of the steps.
+            end: Where they led.
+            hparams: The hyperparameters.
+            outer_grads: ∇L_val there, shape (N,).
+        """
+
+
+def hypergradient(
+    problem: Problem,
+    estimator: AbstractEstimator,
+    params: Tensor,
+    hparams: Hparams,
+    batches: Iterable[Any],
+    outer_batch: Any,
+) -> Estimate:
+    """``dL_val(w_T(h))/dh`` after a step on each batch, by any estimator.
+
+    Args:
+        problem: The bilevel problem.
+        estimator: How it is estimated.
+        params: The weights at the start, shape (N,).
+        hparams: The hyperparameters asked for, by name.
+        batches: Of training, one a step.
+        outer_batch: Of validation.
+
+    Raises:
+        ValueError: A hyperparameter that influences nothing, named.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> problem = st.Problem(
+        ...     update=st.Update(st.rules.SGD()),
+        ...     inner_loss=lambda w, h, batch: (w**2).sum() / 2,
+        ...     outer_loss=lambda w, batch: (w**2).sum() / 2,
+        ... )
+        >>> start, lr = torch.ones(1), {"lr": torch.tensor(0.1)}
+        >>> found = hypergradient(problem, st.Forward(), start, lr, [None], None)  # w = 1 - lr
+        >>> found.grads
+        {'lr': tensor(-0.9000)}
+    """
+    point = problem.start(params, hparams)
+    memory = estimator.init(problem, point, hparams)
+    for step, batch in enumerate(batches):
+        point = point._replace(batch=batch)
+        if step == 0:
+            problem.check_influence(point, hparams)
+        memory = estimator.observe(problem, memory, point, hparams)
+        point = problem.step(point, hparams)
+    outer_grads = torch.func.grad(problem.outer_loss)(point.params, outer_batch)
+    found = estimator.estimate(problem, memory, point, hparams, outer_grads)
+    if found.solution is not None and bool(found.solution.diverged):
+        log.warning(
+            "%s: the linear solve diverged and its best iterate is used, with a relative residual "
+            "of %.2g: add damping, or take fewer terms", estimator, float(found.solution.residual),
+        )  # fmt: skip
+    return found

@@ -1,53 +1,69 @@
-"""The whole truth about a short run: reverse mode through every step."""
+"""The whole truth about a short run: reverse mode through every step, and differences."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from selftune.estimators.rollout import Loss, Rollout
+from selftune.estimators._base import AbstractEstimator, Estimate
+from selftune.problem import Hparams, Point, Problem
+
+Run = tuple[Point, ...]
+
+
+class AbstractReference(AbstractEstimator):
+    """Keeps the start and all batches, and runs again."""
+
+    def init(self, problem: Problem, start: Point, hparams: Hparams) -> Run:
+        """No steps yet."""
+        return ()
+
+    def observe(self, problem: Problem, memory: Run, point: Point, hparams: Hparams) -> Run:
+        """Record one more step."""
+        return (*memory, point)
+
+    @staticmethod
+    def end(problem: Problem, memory: Run, hparams: Hparams) -> Tensor:
+        """The weights after all recorded steps, as a function of the hyperparameters."""
+        point = memory[0]._replace(state=problem.start(memory[0].params, hparams).state)
+        for step, at in enumerate(memory):
+            after = memory[step + 1].batch if step + 1 < len(memory) else None
+            point = problem.step(point._replace(batch=at.batch), hparams, after)
+        return point.params
+
+    @abstractmethod
+    def estimate(
+        self, problem: Problem, memory: Run, end: Point, hparams: Hparams, outer_grads: Tensor
+    ) -> Estimate:
+        """Hypergradients of the whole run."""
 
 
 @dataclass(frozen=True)
-class Exact:
-    """``dL_val(w_T(h))/dh`` by reverse mode through all T steps: the reference of the others.
+class Exact(AbstractReference):
+    """``dL_val(w_T(h))/dh`` by autograd through all T steps: the reference of the others.
 
-    Memory grows with T times the weights; meant for short runs and tests.
-
-    Example:
-        >>> from selftune import rules
-        >>> from selftune.update import Update
-        >>> values = dict(momentum=0.0, dampening=0.0, nesterov=False, decay=0.0, weight_decay=0.0)
-        >>> exact, loss = Exact(), lambda w: (w**2).sum() / 2
-        >>> run = exact.init(Rollout(Update(rules.SGD()), torch.ones(1), values))
-        >>> run = exact.observe(run, loss)  # w becomes 1 - lr
-        >>> exact.estimate(run, loss, {"lr": torch.tensor(0.1)})
-        {'lr': tensor(-0.9000)}
+    Memory grows with T times what a step computes; meant for short runs and tests.
 
     Source: Maclaurin et al. 2015; Franceschi et al. 2017, section 3.1.
     """
 
-    def init(self, run: Rollout) -> Rollout:
-        """The run before its first step."""
-        return run
-
-    def observe(self, run: Rollout, loss: Loss) -> Rollout:
-        """Record the training loss of one more step."""
-        return Rollout(run.update, run.params, run.values, run.rate, [*run.losses, loss])
-
     def estimate(
-        self, run: Rollout, outer_loss: Loss, hparams: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Derivatives of the outer loss at the end, in each of ``hparams``."""
-        return torch.func.grad(lambda h: outer_loss(run.end(h)))(dict(hparams))
+        self, problem: Problem, memory: Run, end: Point, hparams: Hparams, outer_grads: Tensor
+    ) -> Estimate:
+        """Reverse mode."""
+
+        def reached(hparams: Hparams) -> Tensor:
+            return self.end(problem, memory, hparams) @ outer_grads
+
+        return Estimate(torch.func.grad(reached)(dict(hparams)))
 
 
 @dataclass(frozen=True)
-class FiniteDifference:
-    """``(L(h + ε) − L(h − ε)) / 2ε`` of the whole run: independent of any differentiation.
+class FiniteDifference(AbstractReference):
+    """``∇L_val · (w_T(h + ε) − w_T(h − ε)) / 2ε``: independent of any differentiation.
 
     Args:
         relative_step: ε over |h|; the error is of order ε², the rounding of order 1e-16/ε.
@@ -55,23 +71,27 @@ class FiniteDifference:
 
     relative_step: float = 1e-5
 
-    def init(self, run: Rollout) -> Rollout:
-        """The run before its first step."""
-        return run
-
-    def observe(self, run: Rollout, loss: Loss) -> Rollout:
-        """Record the training loss of one more step."""
-        return Exact().observe(run, loss)
-
     def estimate(
-        self, run: Rollout, outer_loss: Loss, hparams: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Central differences of the outer loss at the end, in each of ``hparams``."""
+        self, problem: Problem, memory: Run, end: Point, hparams: Hparams, outer_grads: Tensor
+    ) -> Estimate:
+        """Central differences in each entry of each hyperparameter."""
         found = {}
         for name, value in hparams.items():
-            step = self.relative_step * value.abs().clamp_min(1e-3)
-            up, down = (
-                outer_loss(run.end({**hparams, name: value + sign * step})) for sign in (1, -1)
-            )
-            found[name] = (up - down) / (2 * step)
-        return found
+            slopes = [
+                self._slope(problem, memory, hparams, name, i, outer_grads)
+                for i in range(value.numel())
+            ]
+            found[name] = torch.stack(slopes).reshape(value.shape)
+        return Estimate(found)
+
+    def _slope(
+        self, problem: Problem, memory: Run, hparams: Hparams, name: str, entry: int, grads: Tensor
+    ) -> Tensor:
+        value = hparams[name]
+        step = self.relative_step * value.flatten()[entry].abs().clamp_min(1e-3)
+        one = torch.zeros_like(value).view(-1).index_fill(0, torch.tensor(entry), 1.0)
+        offset = step * one.view(value.shape)
+        up, down = (
+            self.end(problem, memory, {**hparams, name: value + sign * offset}) for sign in (1, -1)
+        )
+        return (up - down) @ grads / (2 * step)

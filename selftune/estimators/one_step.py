@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from selftune.estimators._base import AbstractEstimator
+from selftune.estimators._rows import AbstractRows
 from selftune.update import Tangents, Transition
 
 
 @dataclass(frozen=True)
-class OneStep(AbstractEstimator):
+class OneStep(AbstractRows):
     """``J₊ = ∂U/∂z``: what this step's hyperparameters did to the weights, nothing older.
 
     Greedy: it sees no consequence beyond one step, so on its own it shrinks the learning rate
@@ -28,7 +28,7 @@ class OneStep(AbstractEstimator):
     closed_forms: bool = True
     discount: float = field(default=0.0, init=False, repr=False)
 
-    def observe(
+    def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
     ) -> Tangents:
         """Forget, then add what this step contributes."""

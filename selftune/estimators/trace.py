@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from selftune.estimators._base import AbstractEstimator
+from selftune.estimators._rows import AbstractRows
 from selftune.update import Tangents, Transition
 
 
 @dataclass(frozen=True)
-class Trace(AbstractEstimator):
+class Trace(AbstractRows):
     """``J₊ = γ (∂U/∂(w,s)) J + ∂U/∂z``: forward mode with the Hessian dropped.
 
     The discount γ stands in for the contraction that the dropped Hessian brings, so J reaches
@@ -42,7 +42,7 @@ class Trace(AbstractEstimator):
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
 
-    def observe(
+    def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
     ) -> Tangents:
         """Discount, push through the update, add what this step contributes."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune.averaging import Average
-from selftune.estimators import AbstractEstimator, Trace
+from selftune.estimators import AbstractRows, Trace
 from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam
 from selftune.monitor import Monitor, hyper_rows
@@ -83,7 +83,7 @@ class SelfTuned(torch.optim.Optimizer):
         schedule: str | None = None,
         total_steps: int | None = None,
         warmup_steps: int = 0,
-        estimator: AbstractEstimator | None = None,
+        estimator: AbstractRows | None = None,
         average: Average | None = None,
         hyper_optimizer: HyperOptimizer = adam,
         every: int = 5,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selftune._flat import Layout
-from selftune.estimators import AbstractEstimator
+from selftune.estimators import AbstractRows
 from selftune.optim._checks import check_gradient
 from selftune.update import Tangents, Transition, Update
 
@@ -42,7 +42,7 @@ class Block:
         names: Sequence[str],
         entries: Entries,
         update: Update,
-        estimator: AbstractEstimator,
+        estimator: AbstractRows,
         values: Mapping[str, Any],
         rows: Sequence[str],
         regular: Collection[str],
@@ -70,7 +70,7 @@ class Block:
         self._stale = False
         self.average = self._keep("average", weights)
         self.good = self._keep("good", weights)
-        fresh = estimator.init(len(rows), weights)
+        fresh = estimator.rows(len(rows), weights)
         self.tangents = Tangents(self._keep("tangent", fresh.params), {})
         self.response = self._keep("response", fresh.params)
         self.pull = self._pull(entries)
@@ -155,7 +155,7 @@ class Block:
         """Take in a step: rule state, ages and, given slopes, tangents; no parameter is written."""
         if self.rows and slopes is not None:
             before = None if mask is None else self._copied()
-            tangents = self._estimator.observe(self.tangents, transition, slopes)
+            tangents = self._estimator.push(self.tangents, transition, slopes)
             for row, state in tangents.state.items():
                 for name, value in state.items():
                     kept = self._tangent_of(row, name)
@@ -200,7 +200,7 @@ class Block:
 
     def _contract(self, response: Tensor, grads: Tensor) -> Tensor:
         if self._by_tensor:
-            return self.layout.sums(self._estimator.estimate(response, grads))
+            return self.layout.sums(self._estimator.weigh(response, grads))
         return (response @ grads).unsqueeze(1)
 
     def signal(self, grads: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from selftune.averaging import Average
 from selftune.bilevel import Bilevel
-from selftune.estimators import AbstractEstimator, Trace
+from selftune.estimators import AbstractRows, Trace
 from selftune.fused import Fused
 from selftune.hyperstep import RATE
 from selftune.hypervector import HyperVector
@@ -96,7 +96,7 @@ class Tuner:
         tune: Sequence[str] | None = None,
         penalty: AbstractPenalty | Sequence[AbstractPenalty] = (),
         bounds: Mapping[str, tuple[float, float]] | None = None,
-        estimator: AbstractEstimator | None = None,
+        estimator: AbstractRows | None = None,
         tangents: torch.dtype | None = torch.bfloat16,
         average: Average | None = None,
         every: int = 5,

@@ -1,146 +1,429 @@
-"""Estimators. Truths: closed forms, reverse mode through the run, finite differences."""
+"""Each estimator for itself. Truths: closed forms, hand-derived formulas, the exact one, laws."""
+
+import logging
+import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from selftune import rules
-from selftune.estimators import Exact, FiniteDifference, OneStep, Rollout, Trace
+import selftune as st
+from selftune.estimators import Exact, hypergradient
 from selftune.penalties import L1, L2
+from selftune.problem import Problem
 from selftune.update import Clock, Update
+from tests.estimators.problems import data, model, number, random, regression, smoothed, square
 
 RULES = {
-    "SGD": (rules.SGD(), dict(momentum=0.8, dampening=0.1, nesterov=False)),
-    "Adam": (rules.Adam(), dict(beta1=0.8, beta2=0.95, eps=1e-6, amsgrad=False)),
-    "AdamW": (rules.AdamW(), dict(beta1=0.8, beta2=0.95, eps=1e-6, amsgrad=False)),
-    "RMSprop": (rules.RMSprop(), dict(momentum=0.5, alpha=0.9, eps=1e-6, centered=True)),
+    "SGD": (st.rules.SGD(), dict(momentum=0.8, dampening=0.1)),
+    "Adam": (st.rules.Adam(), dict(beta1=0.8, beta2=0.95, eps=1e-6)),
+    "AdamW": (st.rules.AdamW(), dict(beta1=0.8, beta2=0.95, eps=1e-6)),
+    "RMSprop": (st.rules.RMSprop(), dict(momentum=0.5, alpha=0.9, eps=1e-6, centered=True)),
+    "Lion": (st.rules.Lion(), dict(beta1=0.8, beta2=0.95)),
 }
 COMMON = dict(lr=0.03, decay=0.1, weight_decay=0.05, l1=0.02, l2=0.03)
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def problem_of(name: str, **options: object) -> tuple[Problem, dict[str, Tensor]]:
+    """Least squares under a rule with penalties, and all of its hyperparameters."""
+    rule, given = RULES[name]
+    values = COMMON | {h.name: given[h.name] for h in rule.hparams}
+    problem = Problem(
+        update=Update(rule, (L1(), L2())), inner_loss=square,
+        outer_loss=lambda w, b: square(w, {}, b), options={**given, **options},
+    )  # fmt: skip
+    return problem, {k: number(float(v)) for k, v in values.items()}
 
 
-def regression(seed: int):
-    """A ridge-free least-squares loss of six weights, another batch for each seed."""
-    x, y = random(12, 6, seed=seed), random(12, seed=seed + 100)
-    return lambda w: (x @ w - y).square().mean()
-
-
-def rollout(name: str, losses: list, penalties: tuple = (L1(), L2())) -> Rollout:
-    rule, options = RULES[name]
-    run = Exact().init(Rollout(Update(rule, penalties), random(6, seed=7), options))
-    for loss in losses:
-        run = Exact().observe(run, loss)
-    return run
-
-
-def hparams(name: str) -> dict[str, Tensor]:
-    rule, options = RULES[name]
-    values = COMMON | {h.name: options[h.name] for h in rule.hparams}
-    return {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
-
-
-@every_rule
-@pytest.mark.parametrize("horizon", [1, 5, 50])
-def test_exact_equals_finite_differences(name: str, horizon: int) -> None:
-    run = rollout(name, [regression(s) for s in range(horizon)])
-    exact = Exact().estimate(run, regression(99), hparams(name))
-    differences = FiniteDifference().estimate(run, regression(99), hparams(name))
-    scale = max(float(v.abs()) for v in exact.values())
-    for key, value in exact.items():
-        assert float(differences[key]) == pytest.approx(float(value), rel=1e-5, abs=1e-7 * scale)
+# exact ones
 
 
 def test_exact_equals_the_closed_form_of_gradient_descent() -> None:
     """L = a w²/2: w_T = (1 − ηa)ᵀ w₀, so dL_val/dη of L_val = w_T is −T a (1 − ηa)ᵀ⁻¹ w₀."""
     a, rate, steps = 1.7, 0.2, 30
-    options = dict(momentum=0.0, dampening=0.0, nesterov=False, decay=0.0, weight_decay=0.0)
+    problem = Problem(
+        update=Update(st.rules.SGD()), inner_loss=lambda w, h, b: a * (w**2).sum() / 2,
+        outer_loss=lambda w, b: w.sum(),
+    )  # fmt: skip
     start = torch.tensor([2.5], dtype=torch.float64)
-    run = Rollout(
-        Update(rules.SGD()), start, options, losses=[lambda w: a * (w**2).sum() / 2] * steps
-    )
-    got = Exact().estimate(run, lambda w: w.sum(), {"lr": torch.tensor(rate, dtype=torch.float64)})
     want = -steps * a * (1 - rate * a) ** (steps - 1) * 2.5
-    assert float(got["lr"]) == pytest.approx(want, rel=1e-12)
+    for estimator in (Exact(), st.Forward(), st.Unrolled()):
+        args = (start, {"lr": number(rate)}, [None] * steps, None)
+        got = hypergradient(problem, estimator, *args).grads
+        assert float(got["lr"]) == pytest.approx(want, rel=1e-12)
 
 
-def tracked(estimator: Trace | OneStep, name: str, losses: list) -> dict[str, Tensor]:
-    """dw_T/dh of every hyperparameter as an estimator tracks it."""
-    rule, options = RULES[name]
-    values = {**options, **{k: float(v) for k, v in hparams(name).items()}}
-    update, params = Update(rule, (L1(), L2())), random(6, seed=7)
-    state, rows = rule.init(params, values), list(hparams(name))
-    tangents = estimator.init(len(rows), params)
-    for step, loss in enumerate(losses):
-        grads = torch.func.grad(loss)(params)
-        params, after, transition = update.observed(
-            params, grads, state, values, Clock(step, 1.0, step)
-        )
-        tangents = estimator.observe(tangents, transition, dict.fromkeys(rows, 1.0))
-        state = {k: after[k] for k in state}
-    return dict(zip(rows, tangents.params, strict=True))
+# those that drop the curvature
 
 
 @every_rule
-def test_trace_without_discount_is_exact_where_the_loss_has_no_curvature(name: str) -> None:
-    """A linear loss, without penalties of its own curvature: Trace(1) equals reverse mode."""
-    slopes = [random(6, seed=s) for s in range(12)]
-    losses = [lambda w, s=s: (s * w).sum() for s in slopes]
-    flat = {"l2": 0.0} | ({} if name == "AdamW" else {"weight_decay": 0.0})
-    run = rollout(name, losses)
-    at = {k: v * flat.get(k, 1.0) for k, v in hparams(name).items()}
-    rule, options = RULES[name]
-    values = {**options, **{k: float(v) for k, v in at.items()}}
-    update, params = Update(rule, (L1(), L2())), random(6, seed=7)
-    state, rows, trace = rule.init(params, values), list(at), Trace(1.0)
-    tangents = trace.init(len(rows), params)
-    for step, loss in enumerate(losses):
-        params, after, transition = update.observed(
-            params, torch.func.grad(loss)(params), state, values, Clock(step, 1.0, step)
-        )
-        tangents = trace.observe(tangents, transition, dict.fromkeys(rows, 1.0))
-        state = {k: after[k] for k in state}
-    outer = random(6, seed=50)
-    exact = Exact().estimate(run, lambda w: (outer * w).sum(), at)
-    for row, key in zip(tangents.params, rows, strict=True):
-        if key not in flat:  # strengths of curved penalties respond through the curvature
-            assert float(row @ outer) == pytest.approx(float(exact[key]), rel=1e-10, abs=1e-13)
+@pytest.mark.parametrize("estimator", [st.Trace(0.9), st.Trace(1.0), st.OneStep()], ids=str)
+def test_rows_by_hand_equal_the_differentiated_update(name: str, estimator: st.Trace) -> None:
+    """The rules' hand-derived tangents, and autograd through the update with H left out."""
+    problem, hparams = problem_of(name)
+    # By hand the curvature of penalties is dropped with the loss's: with none there is none.
+    hparams["l2"] = number(0.0)
+    if not problem.update.rule.decoupled:
+        hparams["weight_decay"] = number(0.0)
+    rows = list(hparams)
+    point = problem.start(random(6, seed=7), hparams)
+    memory = estimator.init(problem, point, hparams)
+    tangents = estimator.rows(len(rows), point.params)
+    for s in range(8):
+        point = point._replace(batch=data(s))
+        memory = estimator.observe(problem, memory, point, hparams)
+        transition = problem.update.observed(
+            point.params, problem.gradient(point, hparams), point.state, problem.values(hparams),
+            point.clock,
+        )[2]  # fmt: skip
+        tangents = estimator.push(tangents, transition, dict.fromkeys(rows, 1.0))
+        point = problem.step(point, hparams)
+    torch.testing.assert_close(tangents.params, memory.params, rtol=1e-9, atol=1e-14)
+    assert bool(memory.params[0].any())
+
+
+@every_rule
+def test_trace_without_discount_is_exact_where_nothing_is_curved(name: str) -> None:
+    """A linear loss with L1 alone: Trace(1), by both ways, equals autograd through the run."""
+    rule, given = RULES[name]
+    problem = Problem(
+        update=Update(rule, (L1(),)), inner_loss=lambda w, h, b: b @ w,
+        outer_loss=lambda w, b: b @ w, options=given,
+    )  # fmt: skip
+    hparams = problem_of(name)[1]
+    del hparams["l2"]
+    if not rule.decoupled:
+        del hparams["weight_decay"]
+    batches, outer = [random(6, seed=s) for s in range(12)], random(6, seed=50)
+    args = (random(6, seed=7), hparams, batches, outer)
+    truth = hypergradient(problem, Exact(), *args).grads
+    found = hypergradient(problem, st.Trace(1.0), *args).grads
+    rows, trace = list(hparams), st.Trace(1.0)
+    tangents = trace.rows(len(rows), random(6))
+    point = problem.start(random(6, seed=7), hparams)
+    for batch in batches:
+        point = point._replace(batch=batch)
+        transition = problem.update.observed(
+            point.params, batch, point.state, problem.values(hparams), point.clock
+        )[2]
+        tangents = trace.push(tangents, transition, dict.fromkeys(rows, 1.0))
+        point = problem.step(point, hparams)
+    for i, row in enumerate(rows):
+        want = float(truth[row])
+        assert float(found[row]) == pytest.approx(want, rel=1e-10, abs=1e-13)
+        assert float(tangents.params[i] @ outer) == pytest.approx(want, rel=1e-10, abs=1e-13)
 
 
 def test_trace_equals_its_formula_for_plain_gradient_descent() -> None:
     """By hand: J_lr ← γ J_lr − u and J_λ ← γ J_λ − η w, u the whole gradient."""
-    options = dict(momentum=0.0, dampening=0.0, nesterov=False, decay=0.0)
-    values = dict(options, lr=0.1, weight_decay=0.3)
-    update, w = Update(rules.SGD()), random(6, seed=7)
-    trace = Trace(0.9)
-    tangents = trace.init(2, w)
+    values = dict(momentum=0.0, dampening=0.0, nesterov=False, decay=0.0, lr=0.1, weight_decay=0.3)
+    update, w = Update(st.rules.SGD()), random(6, seed=7)
+    trace = st.Trace(0.9)
+    tangents = trace.rows(2, w)
     by_hand = torch.zeros(2, 6, dtype=torch.float64)
     for step in range(10):
-        grads = torch.func.grad(regression(step))(w)
+        grads = torch.func.grad(square)(w, {}, data(step))
         by_hand = 0.9 * by_hand - torch.stack([grads + 0.3 * w, 0.1 * w])
         state = {"momentum_buffer": torch.zeros_like(w)}
         moved, _, transition = update.observed(w, grads, state, values, Clock(step))
-        tangents = trace.observe(tangents, transition, {"lr": 1.0, "weight_decay": 1.0})
+        tangents = trace.push(tangents, transition, {"lr": 1.0, "weight_decay": 1.0})
         tangents = tangents._replace(state={})
         w = moved
         torch.testing.assert_close(tangents.params, by_hand, rtol=1e-12, atol=1e-14)
 
 
 @every_rule
-def test_one_step_is_a_trace_that_forgets(name: str) -> None:
-    """Law: what a single step from fresh tangents gives, whatever went before."""
-    losses = [regression(s) for s in range(6)]
-    one = tracked(OneStep(), name, losses)
-    none = tracked(Trace(0.0), name, losses)
-    for key, value in one.items():
-        torch.testing.assert_close(value, none[key], rtol=0, atol=0)
-    assert any(not torch.equal(v, tracked(Trace(0.9), name, losses)[k]) for k, v in one.items())
+def test_one_step_is_the_exact_answer_for_the_last_step(name: str) -> None:
+    """Law: a run of one step from where the others led, its state held fixed."""
+    problem, hparams = problem_of(name)
+    point = problem.run(random(6, seed=7), hparams, [data(s) for s in range(5)])
+    point = point._replace(batch=data(5))
+    one = st.OneStep()
+    memory = one.init(problem, point, hparams)
+    memory = one.observe(problem, memory, point, hparams)
+    grads = random(6, seed=30)
+    found = one.estimate(problem, memory, problem.step(point, hparams), hparams, grads).grads
+    truth = torch.func.grad(lambda h: problem.step(point, h).params @ grads)(hparams)
+    for key, value in truth.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("discount", [-0.1, 1.5])
-def test_discounts_outside_zero_and_one_are_refused(discount: float) -> None:
-    with pytest.raises(ValueError, match=f"discount={discount}"):
-        Trace(discount)
+# forward mode
+
+
+def test_gauss_newton_is_exact_for_least_squares() -> None:
+    """Law: with a linear model and a square loss the Hessian is the Gauss-Newton matrix."""
+    net, shape = nn.Linear(4, 3).double(), nn.functional.mse_loss
+    problem, weights = st.as_problem(net, shape, Update(st.rules.SGD()), options={"momentum": 0.5})
+    batches = [(random(8, 4, seed=s), random(8, 3, seed=s + 50)) for s in range(5)]
+    args = (weights, {"lr": number(0.1), "weight_decay": number(0.1)}, batches, batches[0])
+    truth = hypergradient(problem, st.Forward(), *args).grads
+    found = hypergradient(problem, st.Forward(curvature="gauss-newton"), *args).grads
+    for n, t in truth.items():
+        assert float(found[n]) == pytest.approx(float(t), rel=1e-12)
+
+
+def test_a_diagonal_is_exact_where_the_hessian_is_one() -> None:
+    problem = Problem(
+        update=Update(st.rules.SGD()), inner_loss=lambda w, h, b: (b * w**2).sum() / 2,
+        outer_loss=lambda w, b: (b * w).sum(),
+    )  # fmt: skip
+    scales = random(6, seed=3).abs() + 0.1
+    args = (random(6), {"lr": number(0.1)}, [scales] * 8, random(6, seed=4))
+    truth = hypergradient(problem, st.Forward(), *args).grads
+    found = hypergradient(problem, st.Forward(curvature="diagonal"), *args).grads
+    assert float(found["lr"]) == pytest.approx(float(truth["lr"]), rel=1e-12)
+
+
+def test_without_curvature_forward_is_a_trace() -> None:
+    problem, hparams = problem_of("SGD")
+    args = (random(6, seed=7), hparams, [data(s) for s in range(6)], data(9))
+    first = hypergradient(problem, st.Forward(0.9, curvature="none"), *args).grads
+    second = hypergradient(problem, st.Trace(0.9), *args).grads
+    for n, value in first.items():
+        assert float(second[n]) == pytest.approx(float(value), rel=1e-12)
+
+
+def test_projections_are_unbiased_and_know_their_variance() -> None:
+    """Monte Carlo: the mean over many draws, and the variance that each draw reports."""
+    problem, _ = problem_of("SGD")
+    hparams = {n: number(v) for n, v in dict(lr=0.05, weight_decay=0.2, l2=0.1, l1=0.05).items()}
+    args = (random(6, seed=7), hparams, [data(s) for s in range(4)], data(9))
+    truth = hypergradient(problem, st.Forward(), *args).grads
+    draws = [
+        hypergradient(problem, st.Forward(projections=2, seed=s), *args) for s in range(400)
+    ]
+    found = torch.stack([torch.stack(list(d.grads.values())) for d in draws])
+    want = torch.stack(list(truth.values()))
+    spread = (found - want).square().sum(1)
+    error = math.sqrt(float(spread.mean()) / len(draws))
+    assert float((found.mean(0) - want).norm()) < 3 * error
+    reported = torch.stack([d.variance for d in draws if d.variance is not None])
+    assert float(reported.mean()) == pytest.approx(float(spread.mean()), rel=0.25)
+
+
+# truncated reverse mode
+
+
+@pytest.mark.parametrize("checkpoint", [1, 2, 3, 5])
+def test_a_horizon_is_a_run_from_where_it_begins(checkpoint: int) -> None:
+    """Law: K steps back, whatever the checkpoints, equal all steps of a run that starts there."""
+    problem, hparams = problem_of("AdamW")
+    batches = [data(s) for s in range(11)]
+    *_, end = points = list(problem.points(random(6, seed=7), hparams, batches))
+    grads = random(6, seed=40)
+
+    def tracked(estimator: st.Unrolled, some: list) -> dict[str, Tensor]:
+        memory = estimator.init(problem, some[0], hparams)
+        for point in some[:-1]:
+            memory = estimator.observe(problem, memory, point, hparams)
+            assert len(memory) <= 4 + checkpoint
+        return estimator.estimate(problem, memory, end, hparams, grads).grads
+
+    found = tracked(st.Unrolled(horizon=4, checkpoint=checkpoint), points)
+    want = tracked(st.Unrolled(horizon=4), points[-5:])
+    for n, value in want.items():
+        torch.testing.assert_close(found[n], value, rtol=1e-13, atol=1e-15)
+
+
+def test_windows_are_the_derivatives_of_a_schedule() -> None:
+    """A schedule constant on windows of 3 steps: autograd in its values."""
+    problem = regression("ridge", momentum=0.5)
+    batches, start, grads = [data(s) for s in range(9)], random(6, seed=7), random(6, seed=40)
+
+    def end(schedule: Tensor) -> Tensor:
+        point = problem.start(start, {"lr": schedule[0]})
+        for step, batch in enumerate(batches):
+            point = problem.step(point._replace(batch=batch), {"lr": schedule[step // 3]})
+        return point.params @ grads
+
+    lr = torch.full((3,), 0.05, dtype=torch.float64)
+    want = torch.func.grad(end)(lr)
+    unrolled, hparams = st.Unrolled(share=3), {"lr": number(0.05)}
+    memory = unrolled.init(problem, problem.start(start, hparams), hparams)
+    for point in list(problem.points(start, hparams, batches))[:-1]:
+        memory = unrolled.observe(problem, memory, point, hparams)
+    found = unrolled.estimate(problem, memory, problem.run(start, hparams, batches), hparams, grads)
+    assert found.windows is not None
+    torch.testing.assert_close(found.windows["lr"] * 3, want, rtol=1e-12, atol=1e-14)
+
+
+# implicit differentiation
+
+SOLVERS = {
+    "Neumann": st.Neumann(terms=600),
+    "CG": st.CG(iterations=12),
+    "Nyström": st.Nystrom(rank=6, damping=1e-3),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_implicit_reaches_the_closed_form_of_ridge(solver: str) -> None:
+    """w* = (A + λ)⁻¹ b, so dL_val/dλ = −∇L_valᵀ (A + λ)⁻¹ w*; the error falls as w does."""
+    problem, lam = regression("ridge"), 0.3
+    hparams, (x, y), outer = {"weight_decay": number(lam)}, data(0), data(1)
+    matrix = x.T @ x / len(x) + lam * torch.eye(6, dtype=torch.float64)
+    best = torch.linalg.solve(matrix, x.T @ y / len(x))
+    slope = torch.func.grad(problem.outer_loss)(best, outer)
+    damped = matrix + getattr(SOLVERS[solver], "damping", 0.0) * torch.eye(6, dtype=torch.float64)
+    want = -float(slope @ torch.linalg.solve(damped, best))
+    errors = []
+    for steps in (1, 10, 100, 800):
+        at = {**hparams, "lr": number(0.2)}
+        params = problem.run(random(6, seed=7), at, [(x, y)] * steps).params
+        implicit = st.Implicit(SOLVERS[solver])
+        found = hypergradient(problem, implicit, params, hparams, [(x, y)], outer)
+        assert found.solution is not None and bool(found.solution.converged)
+        errors.append(abs(float(found.grads["weight_decay"]) - want) / abs(want))
+    assert errors[-1] < 1e-8 and errors[0] > errors[1] > errors[2]
+
+
+def test_through_the_update_terms_look_back_one_step_each() -> None:
+    """Law: at a fixed point k terms are the last k + 1 steps unrolled, rates and momentum too."""
+    problem = regression("ridge")
+    hparams = {"lr": number(0.1), "momentum": number(0.6), "weight_decay": number(0.2)}
+    point = problem.run(random(6, seed=7), hparams, [data(0)] * 400)._replace(batch=data(0))
+    grads, implicit = random(6, seed=40), st.Implicit(st.Neumann(terms=5), through="update")
+    memory = implicit.observe(problem, implicit.init(problem, point, hparams), point, hparams)
+    found = implicit.estimate(problem, memory, point, hparams, grads).grads
+    unrolled = st.Unrolled()
+    passed = unrolled.init(problem, point, hparams)
+    for _ in range(5):
+        passed = unrolled.observe(problem, passed, point, hparams)
+        point = problem.step(point, hparams, data(0))
+    want = unrolled.estimate(problem, passed, point, hparams, grads).grads
+    assert float(found["weight_decay"]) == pytest.approx(float(want["weight_decay"]), rel=1e-8)
+    for n in ("lr", "momentum"):  # at the very end they have no influence
+        assert float(found[n]) == pytest.approx(float(want[n]), abs=1e-8)
+
+
+def test_one_pass_starts_from_the_last_solution() -> None:
+    """Two products a solve: from zero they stay far off, warm they get there over the solves."""
+    problem, hparams = regression("ridge"), {"weight_decay": number(0.3)}
+    point = problem.start(random(6, seed=7), hparams)._replace(batch=data(0))
+    grads = random(6, seed=40)
+    residuals = {}
+    for warm in (False, True):
+        implicit = st.Implicit(st.Neumann(terms=2), warm=warm)
+        memory = implicit.observe(problem, implicit.init(problem, point, hparams), point, hparams)
+        for _ in range(60):
+            found, memory = implicit.solve(problem, memory, point, hparams, grads)
+            assert found.solution is not None
+            residuals[warm] = float(found.solution.residual)
+    assert residuals[True] < 1e-3 < 0.05 < residuals[False]
+
+
+def test_a_strength_for_each_weight() -> None:
+    """Law: a λ shared by all weights has the sum of the derivatives of one each."""
+    problem, outer = regression("ridge"), data(1)
+    single = {"weight_decay": torch.full((6,), 0.3, dtype=torch.float64)}
+    implicit = st.Implicit(st.CG(iterations=12))
+    each = hypergradient(problem, implicit, random(6), single, [data(0)], outer).grads
+    shared = {"weight_decay": number(0.3)}
+    one = hypergradient(problem, implicit, random(6), shared, [data(0)], outer).grads
+    assert float(each["weight_decay"].sum()) == pytest.approx(float(one["weight_decay"]), rel=1e-10)
+
+
+def test_a_solve_that_diverges_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    problem = Problem(
+        update=Update(st.rules.SGD()), inner_loss=lambda w, h, b: (b * w**2).sum() / 2,
+        outer_loss=lambda w, b: w.sum(),
+    )  # fmt: skip
+    indefinite = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+    args = (random(3), {"weight_decay": number(0.1)}, [indefinite], None)
+    with caplog.at_level(logging.WARNING, "selftune"):
+        found = hypergradient(problem, st.Implicit(st.CG()), *args)
+    assert "diverged" in caplog.text
+    assert found.solution is not None and bool(found.solution.diverged)
+    assert float(found.solution.residual) <= 1 and math.isfinite(float(found.grads["weight_decay"]))
+
+
+# what is refused
+
+
+class Once(torch.autograd.Function):
+    """A square that can be differentiated once."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * slope
+
+
+def test_operations_without_second_derivative_are_named() -> None:
+    problem = Problem(
+        update=Update(st.rules.SGD()), inner_loss=lambda w, h, b: Once.apply(w).sum(),
+        outer_loss=lambda w, b: w.sum(), backend="double backward",
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="backend='differences'"):
+        hypergradient(problem, st.Forward(), random(3), {"lr": number(0.1)}, [None], None)
+
+
+def test_a_horizon_beyond_memory_is_refused_before_it_runs() -> None:
+    problem, start = regression("ridge"), torch.ones(6, dtype=torch.float64)
+    with pytest.raises(MemoryError, match=r"horizon=1000000000000 keeps .* GB"):
+        hypergradient(problem, st.Unrolled(10**12), start, {"lr": number(0.1)}, [data(0)], data(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: st.Trace(-0.1), "discount=-0.1"),
+        (lambda: st.Trace(1.5), "discount=1.5"),
+        (lambda: st.Forward(discount=2.0), "discount=2.0"),
+        (lambda: st.Forward(curvature="block"), "curvature='block'"),
+        (lambda: st.Forward(projections=0), "projections=0"),
+        (lambda: st.Unrolled(horizon=0), "horizon=0"),
+        (lambda: st.Unrolled(checkpoint=0), "checkpoint=0"),
+        (lambda: st.Unrolled(share=0), "share=0"),
+        (lambda: st.Implicit(through="rule"), "through='rule'"),
+        (lambda: st.Implicit(st.CG(), through="update"), "solver=CG"),
+    ],
+)
+def test_bad_arguments_are_named(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_rates_are_refused_where_the_loss_does_not_know_them() -> None:
+    args = (random(6), {"lr": number(0.1)}, [data(0)], data(1))
+    with pytest.raises(ValueError, match=r"\['lr'\] do not enter the training loss"):
+        hypergradient(regression("ridge"), st.Implicit(), *args)
+
+
+def test_gauss_newton_needs_the_loss_in_two() -> None:
+    args = (random(6), {"lr": number(0.1)}, [data(0)], data(1))
+    with pytest.raises(ValueError, match="split"):
+        hypergradient(regression("ridge"), st.Forward(curvature="gauss-newton"), *args)
+
+
+# the check for users
+
+
+def test_the_check_tells_exact_from_biased() -> None:
+    net, batches = model("MLP")
+    problem, weights = st.as_problem(net, smoothed, Update(st.rules.AdamW()))
+    hparams = {"lr": number(0.1), "label_smoothing": number(0.1)}
+    args = (weights, hparams, batches[:5], batches[5])
+    exact = st.testing.check_hypergradient(problem, st.Forward(), *args)
+    assert exact.agrees and "equals finite differences" in str(exact)
+    biased = st.testing.check_hypergradient(problem, st.OneStep(), *args)
+    assert not biased.agrees and biased.cosine < 0.9999 and "biased" in biased.sentence
+
+
+def test_the_check_says_when_differences_are_no_yardstick() -> None:
+    """float32 over many steps at a high rate: the reference itself is noise."""
+    problem = regression("ridge")
+    batches = [tuple(t.float() for t in data(s)) for s in range(60)]
+    args = (random(6).float(), {"lr": torch.tensor(0.9)}, batches, batches[0])
+    verdict = st.testing.check_hypergradient(problem, st.OneStep(), *args)
+    assert "not reliable" in verdict.sentence

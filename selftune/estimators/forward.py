@@ -1,0 +1,133 @@
+"""Exact forward mode: the response of all weights, pushed through each step with curvature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune.estimators._base import AbstractEstimator, Estimate
+from selftune.estimators._directions import Bend, Tangent, basis, entries, pushed, still
+from selftune.problem import Hparams, Point, Problem
+
+CURVATURES = ("exact", "gauss-newton", "diagonal", "none")
+RECENT = 0.9
+"""Memory of the diagonal's running mean: about ten steps."""
+
+
+class ForwardMemory(NamedTuple):
+    """Tangents, and the running diagonal of the curvature where it stands for all of it.
+
+    Attributes:
+        tangent: Of weights and state along each direction.
+        diagonal: Shape (N,), or None.
+    """
+
+    tangent: Tangent
+    diagonal: Tensor | None
+
+
+@dataclass(frozen=True)
+class Forward(AbstractEstimator):
+    """``J₊ = γ (∂U/∂(w,s)) J + ∂U/∂h``, the Hessian included: exact if γ = 1 and all is exact.
+
+    It needs one product with the Hessian for each entry of the hyperparameters at each step, and
+    memory for as many copies of weights and state. With ``projections`` p it follows p random
+    directions ν ∈ {−1, 1}^d instead, whatever the number of entries d: ``(1/p) Σ (∇L_val · Jν) ν``
+    is unbiased, with a total variance of (d − 1) ‖∇h‖² / p.
+
+    Args:
+        discount: γ; below 1 it is damped where the exact recursion would blow up.
+        curvature: ``"exact"``; ``"gauss-newton"`` (positive, needs ``Problem.split``);
+            ``"diagonal"`` (a running mean of ξ ∘ Hξ, one product a step); ``"none"``.
+        projections: How many random directions, or None for all.
+        seed: Of the directions.
+
+    Raises:
+        ValueError: A discount outside 0…1, an unknown curvature, fewer than one projection.
+
+    Source: Franceschi et al. 2017, section 3.2 (RTHO); the projections: Silver et al. 2022;
+    the diagonal: Bekas et al. 2007.
+    """
+
+    discount: float = 1.0
+    curvature: str = "exact"
+    projections: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not 0 <= self.discount <= 1:
+            raise ValueError(f"discount={self.discount} must be between 0 and 1; 1 is exact")
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
+        if self.projections is not None and self.projections < 1:
+            raise ValueError(f"projections={self.projections} must be at least 1, or None for all")
+
+    def init(self, problem: Problem, start: Point, hparams: Hparams) -> ForwardMemory:
+        """No response yet."""
+        moving = basis(hparams) if self.projections is None else self._signs(hparams)
+        diagonal = torch.zeros_like(start.params) if self.curvature == "diagonal" else None
+        return ForwardMemory(still(start, moving), diagonal)
+
+    def _signs(self, hparams: Hparams) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        assert self.projections is not None
+
+        def signs(h: Tensor) -> Tensor:
+            shape = (self.projections, *h.shape)
+            return (2 * torch.randint(2, shape, generator=generator) - 1).to(h)
+
+        return {n: signs(h) for n, h in hparams.items()}
+
+    def observe(
+        self, problem: Problem, memory: ForwardMemory, point: Point, hparams: Hparams
+    ) -> ForwardMemory:
+        """Push through the step, curvature included."""
+        problem.products.prepare(point.params, hparams, point.batch)
+        diagonal = memory.diagonal
+        if diagonal is not None:
+            diagonal = self._diagonal(problem, diagonal, point, hparams)
+        bend = self._bend(problem, point, hparams, diagonal)
+        tangent = pushed(problem, memory.tangent, point, hparams, bend, self.discount)
+        return ForwardMemory(tangent, diagonal)
+
+    def _bend(
+        self, problem: Problem, point: Point, hparams: Hparams, diagonal: Tensor | None
+    ) -> Bend:
+        if self.curvature == "exact":
+            return problem.products.push(point.params, hparams, point.batch)
+        mixed = problem.mixed(point, hparams)
+        if self.curvature == "none":
+            return lambda v, moving: mixed(moving)
+        if diagonal is not None:
+            return lambda v, moving: diagonal * v + mixed(moving)
+        product = problem.gauss_newton(point, hparams)
+        return lambda v, moving: product(v) + mixed(moving)
+
+    @staticmethod
+    def _diagonal(problem: Problem, mean: Tensor, point: Point, hparams: Hparams) -> Tensor:
+        signs = torch.randint_like(mean, 2) * 2 - 1
+        zero = {n: torch.zeros_like(h) for n, h in hparams.items()}
+        product = problem.products.push(point.params, hparams, point.batch)(signs, zero)
+        weight = max(1 - RECENT, 1 / (1 + point.clock.step))
+        return torch.lerp(mean, signs * product, weight)
+
+    def estimate(
+        self,
+        problem: Problem,
+        memory: ForwardMemory,
+        end: Point,
+        hparams: Hparams,
+        outer_grads: Tensor,
+    ) -> Estimate:
+        """``J ∇L_val``."""
+        along = memory.tangent.params @ outer_grads
+        if self.projections is None:
+            return Estimate(entries(along, hparams))
+        moving = memory.tangent.moving
+        grads = {n: torch.tensordot(along, signs, 1) / len(along) for n, signs in moving.items()}
+        d = sum(h.numel() for h in hparams.values())
+        return Estimate(grads, (d - 1) * along.square().mean() / len(along))

@@ -1,0 +1,163 @@
+"""Truncated reverse mode: back through the last steps of training."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune.estimators._base import AbstractEstimator, Estimate
+from selftune.problem import Hparams, Point, Problem
+
+log = logging.getLogger("selftune")
+
+
+class Passed(NamedTuple):
+    """A step that was taken.
+
+    Attributes:
+        point: Before it; where it is no checkpoint, only its batch and clock.
+        hparams: Its hyperparameters.
+    """
+
+    point: Point
+    hparams: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unrolled(AbstractEstimator):
+    """``dL_val/dh`` through the last K steps, backwards: exact if these are all.
+
+    One product with the Hessian a step, whatever the number of hyperparameters; memory for the
+    weights and rule state of K steps, or with ``checkpoint`` c of K/c steps and c more while they
+    are gone through, at the price of taking each step once more.
+
+    With ``share`` W, steps are also seen as windows of W that share a value each, and the
+    hypergradient of each window, the mean over its steps, is in ``Estimate.windows``: for
+    schedules that are tuned as a whole, not greedily.
+
+    Args:
+        horizon: K, or None for all steps.
+        checkpoint: The weights of each c-th step are kept, the others computed again.
+        share: W, or None.
+
+    Raises:
+        ValueError: A number below 1.
+        MemoryError: More memory than there is, found before the first step.
+
+    Source: Franceschi et al. 2017, section 3.1; truncation: Shaban et al. 2019; checkpoints:
+    Chen et al. 2016; sharing: Micaelli & Storkey 2021, eq. 6.
+    """
+
+    horizon: int | None = None
+    checkpoint: int = 1
+    share: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        for name in ("horizon", "checkpoint", "share"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+    def memory(self, start: Point) -> int:
+        """Bytes for the weights and rule state of the horizon (0 if there is none)."""
+        tensors = [start.params, *start.state.values()]
+        kept = 0 if self.horizon is None else -(-self.horizon // self.checkpoint)
+        again = self.checkpoint if self.checkpoint > 1 else 0
+        return (kept + again) * sum(t.numel() * t.element_size() for t in tensors)
+
+    def init(self, problem: Problem, start: Point, hparams: Hparams) -> tuple[Passed, ...]:
+        """No steps yet; says what they will need."""
+        needed, there = self.memory(start), _free(start.params.device)
+        if self.horizon is not None:
+            log.info(
+                "Unrolled(%d) keeps %.3g GB of weights and rule state",
+                self.horizon, needed / 1e9,
+            )  # fmt: skip
+        if needed > there:
+            raise MemoryError(
+                f"horizon={self.horizon} keeps {needed / 1e9:.3g} GB of weights and rule state, "
+                f"and {there / 1e9:.3g} GB are free: take a shorter one, checkpoint="
+                f"{max(2, round((self.horizon or 1) ** 0.5))}, or Forward or Implicit"
+            )
+        return ()
+
+    def observe(
+        self, problem: Problem, memory: tuple[Passed, ...], point: Point, hparams: Hparams
+    ) -> tuple[Passed, ...]:
+        """Keep the step; forget what lies before the horizon."""
+        if memory and int(point.clock.step) % self.checkpoint:
+            point = point._replace(params=point.params[:0], state={})
+        memory = (*memory, Passed(point, dict(hparams)))
+        if self.horizon is None:
+            return memory
+        starts = [i for i, passed in enumerate(memory) if passed.point.params.numel()]
+        return memory[max(i for i in starts if i == 0 or len(memory) - i >= self.horizon) :]
+
+    def estimate(
+        self,
+        problem: Problem,
+        memory: tuple[Passed, ...],
+        end: Point,
+        hparams: Hparams,
+        outer_grads: Tensor,
+    ) -> Estimate:
+        """Back through the steps."""
+        cotangent = (outer_grads, {k: torch.zeros_like(v) for k, v in end.state.items()})
+        steps: list[dict[str, Tensor]] = []
+        left = len(memory) if self.horizon is None else min(self.horizon, len(memory))
+        for passed in reversed(self._stretches(memory)):
+            for point, values in reversed(self._points(problem, passed)):
+                if left == len(steps):
+                    break
+                cotangent, found = problem.pull(point, values, cotangent)
+                steps.append(found)
+        if not steps:
+            raise ValueError("no step was observed: there is nothing to differentiate")
+        stacked = {n: torch.stack([s[n] for s in reversed(steps)]) for n in hparams}
+        windows = None
+        if self.share is not None:
+            parts = {n: s.split(self.share) for n, s in stacked.items()}
+            windows = {n: torch.stack([p.mean(0) for p in ps]) for n, ps in parts.items()}
+        return Estimate({n: s.sum(0) for n, s in stacked.items()}, windows=windows)
+
+    @staticmethod
+    def _stretches(memory: tuple[Passed, ...]) -> list[list[Passed]]:
+        """The steps from one checkpoint to the next."""
+        found: list[list[Passed]] = []
+        for passed in memory:
+            if passed.point.params.numel():
+                found.append([])
+            found[-1].append(passed)
+        return found
+
+    @staticmethod
+    def _points(problem: Problem, stretch: list[Passed]) -> list[tuple[Point, Hparams]]:
+        """Points of a stretch, those between checkpoints computed again."""
+        point = stretch[0].point
+        points = [(point, stretch[0].hparams)]
+        for before, passed in zip(stretch, stretch[1:], strict=False):
+            point = problem.step(point, before.hparams, passed.point.batch)
+            points.append((point, passed.hparams))
+        return points
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are free there."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = Path("/proc/meminfo")
+    if not known.exists():
+        return sys.maxsize  # unknown: nothing is refused
+    found = re.search(r"MemAvailable:\s+(\d+) kB", known.read_text())
+    return int(found[1]) * 1024 if found else sys.maxsize
+
+
+__all__ = ["Passed", "Unrolled"]
