@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from selftune.averaging import Average
-from selftune.estimators import AbstractRows
+from selftune.estimators import AbstractEstimator, AbstractRows
 from selftune.hypervector import HyperState, HyperVector
 from selftune.response import Moment, Responses, Weight
 from selftune.update import Clock, Update
@@ -68,6 +68,8 @@ class Bilevel:
         averaging: The outer point, sampled at the steps that are observed.
         rates: The schedule's factor at each step of the run, shape (steps,).
         autocast: Makes the context of the forward passes.
+        follow: An estimator that sees whole steps (:class:`~selftune.followed.Followed`) and
+            takes the place of ``estimator``, whose stride alone then counts.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Bilevel:
         averaging: Average,
         rates: Tensor,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        follow: AbstractEstimator | None = None,
     ) -> None:
         self.inner, self.outer = inner, outer
         self.params = [n for n, p in inner.named_parameters() if p.requires_grad]
@@ -90,7 +93,9 @@ class Bilevel:
         self.hyper, self.averaging = hyper, averaging
         self.estimator, self.storage = estimator, storage
         self.rates, self.autocast = rates, autocast
-        self.responses = Responses(hyper.names, update, estimator, averaging, storage)
+        self.follow = follow
+        names = hyper.names if follow is None else []
+        self.responses = Responses(names, update, estimator, averaging, storage)
 
     def init(self, values: Mapping[str, float]) -> Run:
         """A run at its start, from the objective's parameters (not copied) and buffers."""
@@ -123,12 +128,10 @@ class Bilevel:
         run = self.advance(run, loss, grads, buffers, observe=True)
         outer_loss, outer_grads, buffers = self.outer_gradient(run, outer_batch)
         run = self.step(run, outer_loss, outer_grads, buffers)
-        return run, self.told(run, loss, grads, outer_loss)
+        return run, self.told(run, loss, alive(grads), outer_loss)
 
-    def told(self, run: Run, loss: Tensor, grads: Sequence[Tensor], outer_loss: Tensor) -> Tensor:
+    def told(self, run: Run, loss: Tensor, share: Tensor, outer_loss: Tensor) -> Tensor:
         """What a hyperparameter step tells, shape (3 + hyperparameters,), float64."""
-        alive = torch.stack([torch.count_nonzero(g) for g in grads]).sum()
-        share = alive / sum(g.numel() for g in grads)
         values = list(self.hyper.values(run.hyper.raw).values())
         return torch.stack([t.to(torch.float64) for t in (loss, outer_loss, share, *values)])
 
@@ -223,7 +226,10 @@ class Bilevel:
 
     def step(self, run: Run, loss: Tensor, grads: Sequence[Tensor], buffers: list[Tensor]) -> Run:
         """The run after a hyperparameter step along the outer gradients."""
-        signal = self.hypergradient(run, grads)
+        return self.stepped(run, self.hypergradient(run, grads), buffers)
+
+    def stepped(self, run: Run, signal: Tensor, buffers: list[Tensor]) -> Run:
+        """The run after a hyperparameter step along hypergradients, shape (hyperparameters,)."""
         values = {**self.options, **self.hyper.values(run.hyper.raw)}
         memory = 1 / (1 - values["momentum"]) if "momentum" in values else 1.0
         return run._replace(
@@ -238,3 +244,9 @@ class Bilevel:
         )
         signal = [f.to(torch.float64) for f in found]
         return torch.stack(signal) if signal else torch.zeros_like(run.hyper.raw)
+
+
+def alive(grads: Sequence[Tensor]) -> Tensor:
+    """The share of gradients that are not 0, shape ()."""
+    count = torch.stack([torch.count_nonzero(g) for g in grads]).sum()
+    return count / sum(g.numel() for g in grads)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._pytree import tree_leaves
 
-from selftune.bilevel import Batch, Bilevel, Run
+from selftune.bilevel import Batch, Bilevel, Run, alive
+from selftune.followed import Followed
 
 log = logging.getLogger("selftune")
 
@@ -42,6 +43,8 @@ class Fused:
         self._bilevel = bilevel
         self.run = run
         self._mapped = _mapper(population)
+        follow = bilevel.follow
+        self.followed = None if follow is None else Followed(bilevel, follow, run)
         self.compiled = False
         self._eager = self._whole(lambda step: step)
         self._exact: dict[str, Step] = {}
@@ -66,6 +69,8 @@ class Fused:
         log.info("compiling the training step: up to a minute, and quick once it is cached")
         self._exact = self._whole(lambda step: _compile(step, device, dynamic=False))
         self._any = self._whole(lambda step: _compile(step, device, dynamic=True))
+        if self.followed is not None:
+            self.followed.wrap(lambda part: _or_eager(part, device))
 
     def train(self, batch: Batch) -> Tensor:
         """A weight step; returns the training loss."""
@@ -107,8 +112,8 @@ class Fused:
 
     def _fall_back(self, reason: str) -> None:
         """Leave the model's passes eager; if that was so already, leave everything."""
-        self.compiled = not self._apart
-        if self._apart:
+        self.compiled = not self._apart and self.followed is None
+        if not self.compiled:
             log.warning("the training step stays eager from here: %s", reason)
             return
         self._apart = True
@@ -120,10 +125,40 @@ class Fused:
     def _whole(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Both steps, each wrapped as a whole."""
         bilevel, mapped = self._bilevel, self._mapped
-        return {
-            "train": wrap(_in_place(mapped(bilevel.train, 1))),
-            "tune": wrap(_in_place(mapped(bilevel.tune, 2))),
-        }
+        train = wrap(_in_place(mapped(bilevel.train, 1)))
+        if self.followed is not None:
+            return self._following(wrap, train)
+        return {"train": train, "tune": wrap(_in_place(mapped(bilevel.tune, 2)))}
+
+    def _following(self, wrap: Callable[[Step], Step], train: Step) -> dict[str, Step]:
+        """Both steps, of which an estimator takes note; it works between the graphs."""
+        bilevel, followed = self._bilevel, self.followed
+        assert followed is not None
+
+        def validate(run: Run, batch: Batch, outer: Batch) -> tuple[Run, Any]:
+            loss, grads, buffers = bilevel.gradient(run, batch)
+            run = bilevel.advance(run, loss, grads, buffers, observe=True)
+            outer_loss, outer_grads, buffers = bilevel.outer_gradient(run, outer)
+            return run._replace(average_buffers=buffers), (
+                loss, alive(grads), outer_loss, outer_grads,
+            )  # fmt: skip
+
+        def step(run: Run, signal: Tensor, *seen: Tensor) -> tuple[Run, Tensor]:
+            after = bilevel.stepped(run, signal, run.average_buffers)
+            return after, bilevel.told(after, *seen)
+
+        validating, stepping = wrap(_in_place(validate)), wrap(_in_place(step))
+
+        def observed_train(run: Run, batch: Batch) -> Tensor:
+            followed.observe(run, batch)
+            return train(run, batch)
+
+        def tune(run: Run, batch: Batch, outer: Batch) -> Tensor:
+            followed.observe(run, batch)
+            *seen, grads = validating(run, batch, outer)
+            return stepping(run, followed.signal(run, grads), *seen)
+
+        return {"train": observed_train, "tune": tune}
 
     def _parted(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Both steps with the model's passes left as they are and the rest wrapped."""
@@ -139,7 +174,7 @@ class Fused:
         def step(run: Run, found: Any, outer: Any) -> tuple[Run, Tensor]:
             after = bilevel.step(run, *outer)
             loss, grads, _ = found
-            return after, bilevel.told(after, loss, grads, outer[0])
+            return after, bilevel.told(after, loss, alive(grads), outer[0])
 
         advancing = wrap(_in_place(mapped(advance, 0)))
         observing = wrap(_in_place(mapped(observe, 0)))
@@ -190,6 +225,25 @@ def _compile(step: Step, device: torch.device, *, dynamic: bool) -> Step:
     if not dynamic:
         options["guard_filter_fn"] = _needed
     return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+
+
+def _or_eager(part: Step, device: torch.device) -> Step:
+    """A part of what an estimator does as one graph, for shapes as they come; or eagerly."""
+    launch = "triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"
+    compiled = torch.compile(part, fullgraph=True, options={launch: device.type == "cpu"})
+    use = [compiled]
+
+    def run(*args: Any) -> Any:
+        if use[0] is compiled:
+            try:
+                return compiled(*args)
+            except TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                log.warning("a part of the estimator stays eager: %s", reason)
+                use[0] = part
+        return part(*args)
+
+    return run
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:

@@ -47,7 +47,8 @@ class Problem:
         update: The weight step.
         inner_loss: ``inner_loss(params, hparams, batch)``, without the update's penalties.
         outer_loss: ``outer_loss(params, batch)``.
-        options: The rule's options, and hyperparameters that are not asked for, by name.
+        options: The rule's options, and hyperparameters that are not asked for, by name; where
+            nobody says, the rule's defaults.
         rate: The schedule's factor by step.
         segments: Which segment each weight lies in, shape (N,): hyperparameters of the update may
             then hold one value a segment (a layer, a parameter group).
@@ -82,12 +83,14 @@ class Problem:
     def __post_init__(self) -> None:
         """Make the products, whose choice of a backend is remembered."""
         object.__setattr__(self, "products", Products(self.inner_loss, self.backend))
+        fixed = dict.fromkeys(self.update.hparams, 0.0) | dict(self.update.rule.defaults)
+        object.__setattr__(self, "options", {**fixed, **self.options})
 
     def values(self, hparams: Hparams) -> dict[str, Any]:
         """Everything the update reads."""
-        fixed = dict.fromkeys(self.update.hparams, 0.0) | dict(self.update.rule.defaults)
-        spread = {n: self._spread(h) if n in self.update.hparams else h for n, h in hparams.items()}
-        return {**fixed, **self.options, **spread}
+        known = self.update.hparams
+        spread = {n: self._spread(h) if n in known else h for n, h in hparams.items()}
+        return {**self.options, **spread}
 
     def _spread(self, hparam: Tensor) -> Tensor:
         """One value a weight, of one a segment."""
@@ -240,9 +243,8 @@ class Problem:
         def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
             return self.moved(point._replace(params=params, state=state), grads, h)
 
-        primals = (point.params, dict(point.state), self.gradient(point, hparams), dict(hparams))
-        update = vjp(moved, *primals)[1]
-        product = self.products.pull(point.params, hparams, point.batch)
+        gradient, product = self.products.linear(point.params, hparams, point.batch)
+        update = vjp(moved, point.params, dict(point.state), gradient, dict(hparams))[1]
 
         def pull(cotangent: tuple[Tensor, State]) -> Any:
             params, state, grads, direct = update(cotangent)
@@ -262,9 +264,8 @@ class Problem:
         def penalised(params: Tensor, grads: Tensor, h: Hparams) -> Tensor:
             return self.update.penalised(params, grads, self.values(h))
 
-        primals = (point.params, self.gradient(point, hparams), dict(hparams))
-        penalties = vjp(penalised, *primals)[1]
-        product = self.products.pull(point.params, hparams, point.batch)
+        gradient, product = self.products.linear(point.params, hparams, point.batch)
+        penalties = vjp(penalised, point.params, gradient, dict(hparams))[1]
 
         def pull(vector: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             params, grads, direct = penalties(vector)

@@ -92,13 +92,20 @@ class Products:
 
     def pull(self, params: Tensor, hparams: Values, *batch: Any) -> Pull:
         """The function ``v ↦ (H v, vᵀ M)``; what it needs of the loss is computed once."""
+        return self.linear(params, hparams, *batch)[1]
+
+    def linear(self, params: Tensor, hparams: Values, *batch: Any) -> tuple[Tensor, Pull]:
+        """∇L, and ``pull``, which share what can be shared."""
         backend, values = self._chosen(params, hparams, *batch), dict(hparams)
         gradient = self._at(batch)
         if backend == "double backward":
-            return vjp(gradient, params, values)[1]
+            found: tuple[Tensor, Pull] = vjp(gradient, params, values)
+            return found
         both = self._at(batch, (0, 1))
         if backend == "forward over reverse":
-            return lambda v: jvp(lambda w: both(w, values), (params,), (v,))[1]
+            return gradient(params, values), lambda v: jvp(
+                lambda w: both(w, values), (params,), (v,)
+            )[1]
 
         def differences(vector: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             step = self._step(params, vector)
@@ -108,7 +115,7 @@ class Products:
             mixed = {n: (up_mixed[n] - down_mixed[n]) / (2 * step) for n in values}
             return (up - down) / (2 * step), mixed
 
-        return differences
+        return gradient(params, values), differences
 
     def push(self, params: Tensor, hparams: Values, *batch: Any) -> Push:
         """The function ``(v, ḣ) ↦ H v + M ḣ``."""

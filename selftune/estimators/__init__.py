@@ -1,15 +1,22 @@
 """Hypergradient estimators: how the weights respond to each hyperparameter."""
 
 from selftune.estimators._base import AbstractEstimator, Estimate, hypergradient
+from selftune.estimators._directions import Tangent
 from selftune.estimators._rows import AbstractRows
 from selftune.estimators.exact import Exact, FiniteDifference
-from selftune.estimators.forward import Forward
-from selftune.estimators.implicit import Implicit
+from selftune.estimators.forward import Forward, ForwardMemory
+from selftune.estimators.implicit import Implicit, ImplicitMemory
 from selftune.estimators.one_step import OneStep
 from selftune.estimators.trace import Trace
-from selftune.estimators.unrolled import Unrolled
+from selftune.estimators.unrolled import Passed, Unrolled
+from selftune.problem import Point
+from selftune.update import Clock
+
+MEMORIES = [Clock, ForwardMemory, ImplicitMemory, Passed, Point, Tangent]
+"""What estimators remember is made of these and of tensors: what a saved run may hold."""
 
 __all__ = [
+    "MEMORIES",
     "AbstractEstimator",
     "AbstractRows",
     "Estimate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,12 @@ class AbstractEstimator(ABC):
 
     All three verbs are pure functions of tensors, and ``estimate`` is linear in the outer
     gradients.
+
+    Attributes:
+        compiles: Whether ``observe`` computes something that is worth a graph of its own.
     """
+
+    compiles: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Any:
@@ -61,6 +66,12 @@ class AbstractEstimator(ABC):
             hparams: The hyperparameters.
             outer_grads: ∇L_val there, shape (N,).
         """
+
+    def solve(
+        self, problem: Problem, memory: Any, end: Point, hparams: Hparams, outer_grads: Tensor
+    ) -> tuple[Estimate, Any]:
+        """``estimate``, and what is remembered of it."""
+        return self.estimate(problem, memory, end, hparams, outer_grads), memory
 
 
 def hypergradient(

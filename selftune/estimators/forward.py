@@ -52,6 +52,8 @@ class Forward(AbstractEstimator):
     the diagonal: Bekas et al. 2007.
     """
 
+    compiles = True
+
     discount: float = 1.0
     curvature: str = "exact"
     projections: int | None = None

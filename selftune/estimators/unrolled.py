@@ -93,12 +93,14 @@ class Unrolled(AbstractEstimator):
         self, problem: Problem, memory: tuple[Passed, ...], point: Point, hparams: Hparams
     ) -> tuple[Passed, ...]:
         """Keep the step; forget what lies before the horizon."""
-        if memory and int(point.clock.step) % self.checkpoint:
+        starts = [i for i, passed in enumerate(memory) if passed.point.params.numel()]
+        if memory and len(memory) - starts[-1] < self.checkpoint:
             point = point._replace(params=point.params[:0], state={})
+        else:
+            starts.append(len(memory))
         memory = (*memory, Passed(point, dict(hparams)))
         if self.horizon is None:
             return memory
-        starts = [i for i, passed in enumerate(memory) if passed.point.params.numel()]
         return memory[max(i for i in starts if i == 0 or len(memory) - i >= self.horizon) :]
 
     def estimate(

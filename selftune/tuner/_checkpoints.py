@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from selftune.estimators import MEMORIES
+
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
@@ -48,7 +50,8 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(MEMORIES):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError,
             ValueError) as error:  # fmt: skip
         raise ValueError(

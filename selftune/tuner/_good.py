@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ class Good:
     Args:
         run: The run, whose tensors may have a leading dimension of members.
         members: Whether they have.
+
+    Attributes:
+        rewound: Called after a return to the good weights.
     """
 
     def __init__(self, run: Run, members: bool) -> None:
         self.run = run
         self._members = members
+        self.rewound: list[Callable[[], None]] = []
         self.weights = [w.average.clone() for w in run.weights]
         self.buffers = [b.clone() for b in run.average_buffers]
 
@@ -49,6 +54,8 @@ class Good:
         stale = [(w.rule, w.tangents, w.response, w.ahead) for w in [*run.weights, *run.shrinking]]
         for leaf in [*tree_leaves(stale), *run.hyper[1:], run.age]:
             self.part(leaf, member).zero_()
+        for call in self.rewound:
+            call()
 
     @torch.no_grad()
     def copy(self, source: int, target: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selftune.bilevel import Bilevel
 from selftune.fused import Fused
@@ -270,6 +270,7 @@ class Training:
             "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
             "frozen": self._frozen(),
             "ended": self.ended,
+            "followed": None if self.fused.followed is None else self.fused.followed.memory,
             "good": self.good.state_dict(),
             "watch": self.watch.state_dict(),
             "train": self.train.state_dict(),
@@ -326,6 +327,11 @@ class Training:
         for name, tensor in self._frozen().items():
             tensor.copy_(state["frozen"][name])
         self.ended = state["ended"]
+        if self.fused.followed is not None:
+            device = self.fused.run.step.device
+            self.fused.followed.memory = tree_map_only(
+                torch.Tensor, lambda t: t.to(device), state["followed"]
+            )
         self.good.load_state_dict(state["good"])
         self.watch.load_state_dict(state["watch"])
         self.saved_best = best

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from selftune.averaging import Average
 from selftune.bilevel import Bilevel
-from selftune.estimators import AbstractRows, Trace
+from selftune.estimators import AbstractEstimator, AbstractRows, OneStep, Trace
 from selftune.fused import Fused
 from selftune.hyperstep import RATE
 from selftune.hypervector import HyperVector
@@ -96,7 +96,7 @@ class Tuner:
         tune: Sequence[str] | None = None,
         penalty: AbstractPenalty | Sequence[AbstractPenalty] = (),
         bounds: Mapping[str, tuple[float, float]] | None = None,
-        estimator: AbstractRows | None = None,
+        estimator: AbstractEstimator | None = None,
         tangents: torch.dtype | None = torch.bfloat16,
         average: Average | None = None,
         every: int = 5,
@@ -152,7 +152,14 @@ class Tuner:
         self._fitted = False
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         HyperVector(self._update.hparams, self._names(), bounds, horizon=1)
-        if self._estimator.stride not in (1, every):
+        rows = isinstance(self._estimator, AbstractRows)
+        if not rows and self._population is not None:
+            raise ValueError(
+                f"population={population} needs an estimator of rows, Trace or OneStep, and "
+                f"estimator={self._estimator}"
+            )
+        self._rows = self._estimator if rows else OneStep(stride=every)
+        if self._rows.stride not in (1, every):
             raise ValueError(
                 f"estimator={self._estimator} observes one step of {self._estimator.stride}, and "
                 f"every={every}: pass stride={every}, or stride=1 to observe all steps"
@@ -274,9 +281,9 @@ class Tuner:
         bilevel = Bilevel(
             self._objective, outer, self._update,
             {k: v for k, v in self._values.items() if k not in names},
-            hyper, self._estimator, self._tangents, self._average,
+            hyper, self._rows, self._tangents, self._average,
             torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device),
-            autocast,
+            autocast, None if self._rows is self._estimator else self._estimator,
         )  # fmt: skip
         run = bilevel.init(self._values)
         for name, value in hyper.values(run.hyper.raw).items():
@@ -291,6 +298,9 @@ class Tuner:
             spread = {"lr", *self._update.regularizers}
             run = self._population.stack(run, hyper, dict.fromkeys(spread, SPREAD))
         good = Good(run, members is not None)
+        fused = Fused(bilevel, run, members)
+        if fused.followed is not None:
+            good.rewound.append(fused.followed.forget)
         watch = Watch(bilevel, run, good, members, self._guard and bool(names), plan.due)
         for guard in watch.guards:
             guard.begin(start)
@@ -300,7 +310,7 @@ class Tuner:
         probing = length and members is None and "lr" in names and new
         return Training(
             bilevel=bilevel,
-            fused=Fused(bilevel, run, members),
+            fused=fused,
             plan=plan,
             train=streams[0],
             val=streams[1],
