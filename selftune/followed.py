@@ -29,6 +29,7 @@ class _Wrapped(Problem):
         """The same problem."""
         parts = {
             "step": wrap(lambda point, h: Problem.step(self, point, h)),
+            "known": wrap(lambda point, h: Problem.gradient(self, point, h)),
             "pull": wrap(lambda point, h, cotangent: Problem.pulling(self, point, h)(cotangent)),
             "curve": wrap(lambda point, h, v: Problem.curving(self, point, h)(v)),
         }
@@ -38,6 +39,11 @@ class _Wrapped(Problem):
     def step(self, point: Point, hparams: Hparams, batch: Any = None) -> Point:
         after: Point = self._parts["step"](point, hparams)  # type: ignore[attr-defined]
         return after._replace(batch=batch)
+
+    def known(self, point: Point, hparams: Hparams) -> Point:
+        if point.grads is not None:
+            return point
+        return point._replace(grads=self._parts["known"](point, hparams))  # type: ignore[attr-defined]
 
     def pulling(self, point: Point, hparams: Hparams) -> Callable[..., Any]:
         return lambda cotangent: self.pull(point, hparams, cotangent)
@@ -93,7 +99,7 @@ class Followed:
             loss: Tensor = functional_call(bilevel.inner, {**named, **held}, (batch,))
         return loss
 
-    def _point(self, run: Run, batch: Any) -> Point:
+    def point(self, run: Run, batch: Any) -> Point:
         """A copy of where the run is, before the step on a batch."""
         state = {
             k: self._layout.flatten([w.rule[k] for w in run.weights]) for k in run.weights[0].rule
@@ -113,9 +119,9 @@ class Followed:
         values = self._bilevel.hyper.values(run.hyper.raw)
         return {n: v.to(self._layout.dtype) for n, v in values.items()}
 
-    def observe(self, run: Run, batch: Any) -> None:
-        """Take note of the step on a batch, which is about to be taken."""
-        point, hparams = self._point(run, batch), self._hparams(run)
+    def observe(self, run: Run, point: Point, grads: Sequence[Tensor]) -> None:
+        """Take note of the step from a point, along its gradients."""
+        point, hparams = point._replace(grads=self._layout.flatten(grads)), self._hparams(run)
         if self.memory is None:
             self.problem.products.prepare(point.params, hparams, point.batch)
             self.memory = self._estimator.init(self.problem, point, hparams)
@@ -123,11 +129,9 @@ class Followed:
 
     def signal(self, run: Run, grads: Sequence[Tensor]) -> Tensor:
         """dL/d(raw) of every tuned hyperparameter for outer gradients."""
-        point, hparams = self._point(run, None), self._hparams(run)
+        point, hparams = self.point(run, None), self._hparams(run)
         flat = self._layout.flatten(grads)
-        found, self.memory = self._estimator.solve(
-            self.problem, self.memory, point, hparams, flat
-        )
+        found, self.memory = self._estimator.solve(self.problem, self.memory, point, hparams, flat)
         if found.solution is not None and not self._warned and bool(found.solution.diverged):
             self._warned = True
             log.warning(

@@ -125,40 +125,49 @@ class Fused:
     def _whole(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Both steps, each wrapped as a whole."""
         bilevel, mapped = self._bilevel, self._mapped
-        train = wrap(_in_place(mapped(bilevel.train, 1)))
         if self.followed is not None:
-            return self._following(wrap, train)
-        return {"train": train, "tune": wrap(_in_place(mapped(bilevel.tune, 2)))}
+            return self._following(wrap)
+        return {
+            "train": wrap(_in_place(mapped(bilevel.train, 1))),
+            "tune": wrap(_in_place(mapped(bilevel.tune, 2))),
+        }
 
-    def _following(self, wrap: Callable[[Step], Step], train: Step) -> dict[str, Step]:
+    def _following(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Both steps, of which an estimator takes note; it works between the graphs."""
         bilevel, followed = self._bilevel, self.followed
         assert followed is not None
+
+        def advance(run: Run, batch: Batch) -> tuple[Run, Any]:
+            loss, grads, buffers = bilevel.gradient(run, batch)
+            return bilevel.advance(run, loss, grads, buffers), (loss, grads)
 
         def validate(run: Run, batch: Batch, outer: Batch) -> tuple[Run, Any]:
             loss, grads, buffers = bilevel.gradient(run, batch)
             run = bilevel.advance(run, loss, grads, buffers, observe=True)
             outer_loss, outer_grads, buffers = bilevel.outer_gradient(run, outer)
-            return run._replace(average_buffers=buffers), (
-                loss, alive(grads), outer_loss, outer_grads,
-            )  # fmt: skip
+            seen = loss, alive(grads), outer_loss
+            return run._replace(average_buffers=buffers), (seen, grads, outer_grads)
 
         def step(run: Run, signal: Tensor, *seen: Tensor) -> tuple[Run, Tensor]:
             after = bilevel.stepped(run, signal, run.average_buffers)
             return after, bilevel.told(after, *seen)
 
-        validating, stepping = wrap(_in_place(validate)), wrap(_in_place(step))
+        advancing, validating = wrap(_in_place(advance)), wrap(_in_place(validate))
+        stepping = wrap(_in_place(step))
 
-        def observed_train(run: Run, batch: Batch) -> Tensor:
-            followed.observe(run, batch)
-            return train(run, batch)
+        def train(run: Run, batch: Batch) -> Tensor:
+            point = followed.point(run, batch)
+            loss, grads = advancing(run, batch)
+            followed.observe(run, point, grads)
+            return loss
 
         def tune(run: Run, batch: Batch, outer: Batch) -> Tensor:
-            followed.observe(run, batch)
-            *seen, grads = validating(run, batch, outer)
-            return stepping(run, followed.signal(run, grads), *seen)
+            point = followed.point(run, batch)
+            seen, grads, outer_grads = validating(run, batch, outer)
+            followed.observe(run, point, grads)
+            return stepping(run, followed.signal(run, outer_grads), *seen)
 
-        return {"train": observed_train, "tune": tune}
+        return {"train": train, "tune": tune}
 
     def _parted(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Both steps with the model's passes left as they are and the rest wrapped."""

@@ -28,12 +28,15 @@ class Point(NamedTuple):
         state: The rule's state.
         batch: The training batch of the step.
         clock: When it is.
+        grads: ∇L_train there, shape (N,), without the update's penalties; None where nobody has
+            computed it yet.
     """
 
     params: Tensor
     state: State
     batch: Any
     clock: Clock
+    grads: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,13 @@ class Problem:
 
     def gradient(self, point: Point, hparams: Hparams) -> Tensor:
         """∇L_train, without the update's penalties."""
+        if point.grads is not None:
+            return point.grads
         return self.products.gradient(point.params, hparams, point.batch)
+
+    def known(self, point: Point, hparams: Hparams) -> Point:
+        """The point with its gradient, so that it is computed once."""
+        return point._replace(grads=self.gradient(point, hparams))
 
     def step(self, point: Point, hparams: Hparams, batch: Any = None) -> Point:
         """The next point, which takes ``batch``."""
@@ -136,7 +145,7 @@ class Problem:
         """The points of a run, one before each step and the last after all."""
         point = self.start(params, hparams)
         for batch in batches:
-            point = point._replace(batch=batch)
+            point = self.known(point._replace(batch=batch), hparams)
             yield point
             point = self.step(point, hparams)
         yield point
@@ -161,8 +170,11 @@ class Problem:
         with torch.enable_grad():
             loss = self.inner_loss(point.params, leaves, point.batch)
             tracked = loss.requires_grad
-            found = torch.autograd.grad(loss, [leaves[n] for n in outside], allow_unused=True) \
-                if tracked else [None] * len(outside)
+            found = (
+                torch.autograd.grad(loss, [leaves[n] for n in outside], allow_unused=True)
+                if tracked
+                else [None] * len(outside)
+            )
         idle = [n for n, g in zip(outside, found, strict=True) if g is None]
         if idle:
             raise ValueError(
@@ -190,7 +202,7 @@ class Problem:
         slope = grad(lambda out: criterion(out, hparams, point.batch))
 
         def product(vector: Tensor) -> Tensor:
-            out, moved = jvp(predict, (point.params,), (vector,))
+            out, moved = jvp(predict, (point.params,), (vector,))  # type: ignore[misc]
             curved = vjp(slope, out)[1](moved)[0]
             return vjp(predict, point.params)[1](curved)[0]
 
@@ -244,6 +256,7 @@ class Problem:
             return self.moved(point._replace(params=params, state=state), grads, h)
 
         gradient, product = self.products.linear(point.params, hparams, point.batch)
+        gradient = gradient if point.grads is None else point.grads
         update = vjp(moved, point.params, dict(point.state), gradient, dict(hparams))[1]
 
         def pull(cotangent: tuple[Tensor, State]) -> Any:

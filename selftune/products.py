@@ -99,8 +99,8 @@ class Products:
         backend, values = self._chosen(params, hparams, *batch), dict(hparams)
         gradient = self._at(batch)
         if backend == "double backward":
-            found: tuple[Tensor, Pull] = vjp(gradient, params, values)
-            return found
+            found: Any = vjp(gradient, params, values)
+            return found[0], found[1]
         both = self._at(batch, (0, 1))
         if backend == "forward over reverse":
             return gradient(params, values), lambda v: jvp(

@@ -1,5 +1,7 @@
 """Hypergradient estimators: how the weights respond to each hyperparameter."""
 
+from typing import Any
+
 from selftune.estimators._base import AbstractEstimator, Estimate, hypergradient
 from selftune.estimators._directions import Tangent
 from selftune.estimators._rows import AbstractRows
@@ -12,7 +14,7 @@ from selftune.estimators.unrolled import Passed, Unrolled
 from selftune.problem import Point
 from selftune.update import Clock
 
-MEMORIES = [Clock, ForwardMemory, ImplicitMemory, Passed, Point, Tangent]
+MEMORIES: list[Any] = [Clock, ForwardMemory, ImplicitMemory, Passed, Point, Tangent]
 """What estimators remember is made of these and of tensors: what a saved run may hold."""
 
 __all__ = [

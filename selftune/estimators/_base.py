@@ -113,6 +113,7 @@ def hypergradient(
         point = point._replace(batch=batch)
         if step == 0:
             problem.check_influence(point, hparams)
+        point = problem.known(point, hparams)
         memory = estimator.observe(problem, memory, point, hparams)
         point = problem.step(point, hparams)
     outer_grads = torch.func.grad(problem.outer_loss)(point.params, outer_batch)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils._pytree import tree_map
 
 from selftune.problem import Hparams, Point, Problem
 from selftune.rules._base import State
@@ -83,5 +85,10 @@ def over_rows(problem: Problem, push: Callable[..., Any], rows: tuple[Any, ...])
             products.mapped = False
             products.refused["vmap"] = str(error).strip().splitlines()[0]
     count = len(rows[0])
-    found = [push(*torch.utils._pytree.tree_map(lambda t: t[i], rows)) for i in range(count)]
-    return torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *found)
+    parts = tree_map(lambda t: list(t.unbind()), rows)
+    found = [push(*tree_map(itemgetter(i), parts, is_leaf=_listed)) for i in range(count)]
+    return tree_map(lambda *t: torch.stack(t), *found)
+
+
+def _listed(part: Any) -> bool:
+    return isinstance(part, list)

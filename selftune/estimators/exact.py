@@ -28,7 +28,8 @@ class AbstractReference(AbstractEstimator):
     @staticmethod
     def end(problem: Problem, memory: Run, hparams: Hparams) -> Tensor:
         """The weights after all recorded steps, as a function of the hyperparameters."""
-        point = memory[0]._replace(state=problem.start(memory[0].params, hparams).state)
+        state = problem.start(memory[0].params, hparams).state
+        point = memory[0]._replace(state=state, grads=None)
         for step, at in enumerate(memory):
             after = memory[step + 1].batch if step + 1 < len(memory) else None
             point = problem.step(point._replace(batch=at.batch), hparams, after)

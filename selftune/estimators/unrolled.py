@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import sys
@@ -34,9 +35,9 @@ class Passed(NamedTuple):
 class Unrolled(AbstractEstimator):
     """``dL_val/dh`` through the last K steps, backwards: exact if these are all.
 
-    One product with the Hessian a step, whatever the number of hyperparameters; memory for the
-    weights and rule state of K steps, or with ``checkpoint`` c of K/c steps and c more while they
-    are gone through, at the price of taking each step once more.
+    One product with the Hessian a step, whatever the number of hyperparameters; memory for
+    weights, gradients and rule state of K steps, or with ``checkpoint`` c of K/c steps and c more
+    while they are gone through, at the price of taking each step once more.
 
     With ``share`` W, steps are also seen as windows of W that share a value each, and the
     hypergradient of each window, the mean over its steps, is in ``Estimate.windows``: for
@@ -67,8 +68,8 @@ class Unrolled(AbstractEstimator):
                 raise ValueError(f"{name}={value} must be at least 1")
 
     def memory(self, start: Point) -> int:
-        """Bytes for the weights and rule state of the horizon (0 if there is none)."""
-        tensors = [start.params, *start.state.values()]
+        """Bytes for weights, gradients and rule state of the horizon (0 if there is none)."""
+        tensors = [start.params, start.params, *start.state.values()]
         kept = 0 if self.horizon is None else -(-self.horizon // self.checkpoint)
         again = self.checkpoint if self.checkpoint > 1 else 0
         return (kept + again) * sum(t.numel() * t.element_size() for t in tensors)
@@ -78,13 +79,13 @@ class Unrolled(AbstractEstimator):
         needed, there = self.memory(start), _free(start.params.device)
         if self.horizon is not None:
             log.info(
-                "Unrolled(%d) keeps %.3g GB of weights and rule state",
+                "Unrolled(%d) keeps %.3g GB of weights, gradients and rule state",
                 self.horizon, needed / 1e9,
             )  # fmt: skip
         if needed > there:
             raise MemoryError(
-                f"horizon={self.horizon} keeps {needed / 1e9:.3g} GB of weights and rule state, "
-                f"and {there / 1e9:.3g} GB are free: take a shorter one, checkpoint="
+                f"horizon={self.horizon} keeps {needed / 1e9:.3g} GB of weights, gradients and "
+                f"rule state, and {there / 1e9:.3g} GB are free: take a shorter one, checkpoint="
                 f"{max(2, round((self.horizon or 1) ** 0.5))}, or Forward or Implicit"
             )
         return ()
@@ -95,7 +96,7 @@ class Unrolled(AbstractEstimator):
         """Keep the step; forget what lies before the horizon."""
         starts = [i for i, passed in enumerate(memory) if passed.point.params.numel()]
         if memory and len(memory) - starts[-1] < self.checkpoint:
-            point = point._replace(params=point.params[:0], state={})
+            point = point._replace(params=point.params[:0], state={}, grads=None)
         else:
             starts.append(len(memory))
         memory = (*memory, Passed(point, dict(hparams)))
@@ -144,9 +145,10 @@ class Unrolled(AbstractEstimator):
     def _points(problem: Problem, stretch: list[Passed]) -> list[tuple[Point, Hparams]]:
         """Points of a stretch, those between checkpoints computed again."""
         point = stretch[0].point
-        points = [(point, stretch[0].hparams)]
-        for before, passed in zip(stretch, stretch[1:], strict=False):
+        points: list[tuple[Point, Hparams]] = [(point, stretch[0].hparams)]
+        for before, passed in itertools.pairwise(stretch):
             point = problem.step(point, before.hparams, passed.point.batch)
+            point = problem.known(point, passed.hparams)
             points.append((point, passed.hparams))
         return points
 

@@ -152,16 +152,16 @@ class Tuner:
         self._fitted = False
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         HyperVector(self._update.hparams, self._names(), bounds, horizon=1)
-        rows = isinstance(self._estimator, AbstractRows)
-        if not rows and self._population is not None:
+        rows = self._estimator if isinstance(self._estimator, AbstractRows) else None
+        if rows is None and self._population is not None:
             raise ValueError(
                 f"population={population} needs an estimator of rows, Trace or OneStep, and "
                 f"estimator={self._estimator}"
             )
-        self._rows = self._estimator if rows else OneStep(stride=every)
+        self._rows = OneStep(stride=every) if rows is None else rows
         if self._rows.stride not in (1, every):
             raise ValueError(
-                f"estimator={self._estimator} observes one step of {self._estimator.stride}, and "
+                f"estimator={self._estimator} observes one step of {self._rows.stride}, and "
                 f"every={every}: pass stride={every}, or stride=1 to observe all steps"
             )
 

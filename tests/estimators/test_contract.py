@@ -134,7 +134,8 @@ def split_ridge(**options: Any) -> st.Problem:
     predict = lambda w, h, b: b[0] @ w  # noqa: E731
     criterion = lambda out, h, b: (out - b[1]).square().mean() / 2  # noqa: E731
     return st.Problem(
-        update=st.Update(st.rules.SGD()), inner_loss=lambda w, h, b: criterion(predict(w, h, b), h, b),
+        update=st.Update(st.rules.SGD()),
+        inner_loss=lambda w, h, b: criterion(predict(w, h, b), h, b),
         outer_loss=lambda w, b: criterion(predict(w, {}, b), {}, b), split=(predict, criterion),
         **options,
     )  # fmt: skip

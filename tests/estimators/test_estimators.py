@@ -191,9 +191,7 @@ def test_projections_are_unbiased_and_know_their_variance() -> None:
     hparams = {n: number(v) for n, v in dict(lr=0.05, weight_decay=0.2, l2=0.1, l1=0.05).items()}
     args = (random(6, seed=7), hparams, [data(s) for s in range(4)], data(9))
     truth = hypergradient(problem, st.Forward(), *args).grads
-    draws = [
-        hypergradient(problem, st.Forward(projections=2, seed=s), *args) for s in range(400)
-    ]
+    draws = [hypergradient(problem, st.Forward(projections=2, seed=s), *args) for s in range(400)]
     found = torch.stack([torch.stack(list(d.grads.values())) for d in draws])
     want = torch.stack(list(truth.values()))
     spread = (found - want).square().sum(1)
@@ -274,9 +272,11 @@ def test_implicit_reaches_the_closed_form_of_ridge(solver: str) -> None:
         params = problem.run(random(6, seed=7), at, [(x, y)] * steps).params
         implicit = st.Implicit(SOLVERS[solver])
         found = hypergradient(problem, implicit, params, hparams, [(x, y)], outer)
-        assert found.solution is not None and bool(found.solution.converged)
+        assert found.solution is not None
+        assert bool(found.solution.converged)
         errors.append(abs(float(found.grads["weight_decay"]) - want) / abs(want))
-    assert errors[-1] < 1e-8 and errors[0] > errors[1] > errors[2]
+    assert errors[-1] < 1e-8
+    assert errors[0] > errors[1] > errors[2]
 
 
 def test_through_the_update_terms_look_back_one_step_each() -> None:
@@ -335,8 +335,10 @@ def test_a_solve_that_diverges_is_reported(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING, "selftune"):
         found = hypergradient(problem, st.Implicit(st.CG()), *args)
     assert "diverged" in caplog.text
-    assert found.solution is not None and bool(found.solution.diverged)
-    assert float(found.solution.residual) <= 1 and math.isfinite(float(found.grads["weight_decay"]))
+    assert found.solution is not None
+    assert bool(found.solution.diverged)
+    assert float(found.solution.residual) <= 1
+    assert math.isfinite(float(found.grads["weight_decay"]))
 
 
 # what is refused
@@ -415,9 +417,12 @@ def test_the_check_tells_exact_from_biased() -> None:
     hparams = {"lr": number(0.1), "label_smoothing": number(0.1)}
     args = (weights, hparams, batches[:5], batches[5])
     exact = st.testing.check_hypergradient(problem, st.Forward(), *args)
-    assert exact.agrees and "equals finite differences" in str(exact)
+    assert exact.agrees
+    assert "equals finite differences" in str(exact)
     biased = st.testing.check_hypergradient(problem, st.OneStep(), *args)
-    assert not biased.agrees and biased.cosine < 0.9999 and "biased" in biased.sentence
+    assert not biased.agrees
+    assert biased.cosine < 0.9999
+    assert "biased" in biased.sentence
 
 
 def test_the_check_says_when_differences_are_no_yardstick() -> None:
