@@ -6,12 +6,13 @@ import logging
 import time
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from selftune.bilevel import Batch, Bilevel, Run, alive
 from selftune.followed import Followed
@@ -70,7 +71,7 @@ class Fused:
         self._exact = self._whole(lambda step: _compile(step, device, dynamic=False))
         self._any = self._whole(lambda step: _compile(step, device, dynamic=True))
         if self.followed is not None:
-            self.followed.wrap(lambda part: _or_eager(part, device))
+            self.followed.wrap(lambda function: _for_shapes(function, device))
 
     def train(self, batch: Batch) -> Tensor:
         """A weight step; returns the training loss."""
@@ -138,34 +139,42 @@ class Fused:
         assert followed is not None
 
         def advance(run: Run, batch: Batch) -> tuple[Run, Any]:
+            point, hparams = followed.seen(run)
             loss, grads, buffers = bilevel.gradient(run, batch)
-            return bilevel.advance(run, loss, grads, buffers), (loss, grads)
+            point = point._replace(grads=followed.joined(grads))
+            return bilevel.advance(run, loss, grads, buffers), (loss, point, hparams)
 
         def validate(run: Run, batch: Batch, outer: Batch) -> tuple[Run, Any]:
+            point, hparams = followed.seen(run)
             loss, grads, buffers = bilevel.gradient(run, batch)
+            point = point._replace(grads=followed.joined(grads))
             run = bilevel.advance(run, loss, grads, buffers, observe=True)
             outer_loss, outer_grads, buffers = bilevel.outer_gradient(run, outer)
-            seen = loss, alive(grads), outer_loss
-            return run._replace(average_buffers=buffers), (seen, grads, outer_grads)
+            told = loss, alive(grads), outer_loss
+            run = run._replace(average_buffers=buffers)
+            return run, (told, point, hparams, followed.seen(run)[0], followed.joined(outer_grads))
 
-        def step(run: Run, signal: Tensor, *seen: Tensor) -> tuple[Run, Tensor]:
-            after = bilevel.stepped(run, signal, run.average_buffers)
-            return after, bilevel.told(after, *seen)
+        def step(run: Run, grads: dict[str, Tensor], *told: Tensor) -> tuple[Run, Tensor]:
+            after = bilevel.stepped(run, followed.raw(run, grads), run.average_buffers)
+            return after, bilevel.told(after, *told)
 
         advancing, validating = wrap(_in_place(advance)), wrap(_in_place(validate))
-        stepping = wrap(_in_place(step))
+        plain, stepping = wrap(_in_place(bilevel.train)), wrap(_in_place(step))
+        # A CUDA graph writes over what it returned.
+        kept = partial(tree_map, torch.clone) if self.run.step.is_cuda else lambda found: found
 
         def train(run: Run, batch: Batch) -> Tensor:
-            point = followed.point(run, batch)
-            loss, grads = advancing(run, batch)
-            followed.observe(run, point, grads)
+            if not followed.sees_all:
+                return plain(run, batch)
+            loss, point, hparams = advancing(run, batch)
+            followed.observe(*kept((point, hparams)), batch)
             return loss
 
         def tune(run: Run, batch: Batch, outer: Batch) -> Tensor:
-            point = followed.point(run, batch)
-            seen, grads, outer_grads = validating(run, batch, outer)
-            followed.observe(run, point, grads)
-            return stepping(run, followed.signal(run, outer_grads), *seen)
+            told, point, hparams, end, grads = validating(run, batch, outer)
+            followed.observe(*kept((point, hparams)), batch)
+            end = end._replace(batch=(batch, end.batch))
+            return stepping(run, followed.estimate(end, hparams, grads), *told)
 
         return {"train": train, "tune": tune}
 
@@ -223,36 +232,46 @@ def _in_place(step: Step) -> Step:
     return stepped
 
 
-def _compile(step: Step, device: torch.device, *, dynamic: bool) -> Step:
-    """The step as one graph, launched from C++ on a CPU and as a CUDA graph on a GPU."""
+def _compile(step: Step, device: torch.device, *, dynamic: bool, keep: bool = False) -> Step:
+    """The step as one graph, launched from C++ on a CPU and as a CUDA graph on a GPU.
+
+    What a CUDA graph returns is written over at its next launch: ``keep`` does without.
+    """
     # Dynamo keeps its graphs by code object and makes only a few of each: a new one a run.
     assert isinstance(step, types.FunctionType)
     code = step.__code__.replace()
     own = types.FunctionType(code, step.__globals__, closure=step.__closure__)
     launch = "triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"
-    options: dict[str, Any] = {launch: True}
+    options: dict[str, Any] = {launch: device.type == "cpu" or not keep}
     if not dynamic:
         options["guard_filter_fn"] = _needed
     return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
 
 
-def _or_eager(part: Step, device: torch.device) -> Step:
-    """A part of what an estimator does as one graph, for shapes as they come; or eagerly."""
-    launch = "triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"
-    compiled = torch.compile(part, fullgraph=True, options={launch: device.type == "cpu"})
-    use = [compiled]
+def _for_shapes(function: Step, device: torch.device) -> Step:
+    """A function as one graph for arguments like the first ones; for others as it is."""
+    graph = _compile(_plain(function), device, dynamic=False, keep=True)
+    shapes: list[Any] = []
 
     def run(*args: Any) -> Any:
-        if use[0] is compiled:
-            try:
-                return compiled(*args)
-            except TorchDynamoException as error:
-                reason = str(error).strip().splitlines()[0]
-                log.warning("a part of the estimator stays eager: %s", reason)
-                use[0] = part
-        return part(*args)
+        found = signature(args)
+        if not shapes:
+            shapes.append(found)
+        if found != shapes[0]:
+            return function(*args)
+        try:
+            return graph(*args)
+        except TorchDynamoException as error:
+            log.warning("a part of the estimator stays eager: %s", str(error).strip().split("\n")[0])
+            shapes[0] = None
+            return function(*args)
 
     return run
+
+
+def _plain(function: Step) -> Step:
+    """Any callable as a function."""
+    return lambda *args: function(*args)
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,13 +46,20 @@ class AbstractSolver(ABC):
     tolerance: float
 
     @abstractmethod
-    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
+    def solve(
+        self,
+        product: Product,
+        rhs: Tensor,
+        start: Tensor | None = None,
+        one: Callable[[Any], Any] | None = None,
+    ) -> Solution:
         """Solve.
 
         Args:
             product: v ↦ A v.
             rhs: b, shape (N,).
             start: Where to begin, which costs one product more; zero if None.
+            one: A round of an :class:`AbstractIteration`, where it is compiled.
         """
 
     def _begin(
@@ -73,8 +80,57 @@ class AbstractSolver(ABC):
         return Solution(best, share, taken, share <= self.tolerance, diverged)
 
 
+class AbstractIteration(AbstractSolver):
+    """A solver of equal rounds, each a pure function of what the one before leaves."""
+
+    @property
+    @abstractmethod
+    def rounds(self) -> int:
+        """How many."""
+
+    @abstractmethod
+    def begin(self, value: Tensor, residual: Tensor, rhs: Tensor) -> Any:
+        """What the first round starts from, for an iterate and its residual."""
+
+    @abstractmethod
+    def step(self, product: Product, carry: Any) -> Any:
+        """One round, with one product."""
+
+    def solve(
+        self,
+        product: Product,
+        rhs: Tensor,
+        start: Tensor | None = None,
+        one: Callable[[Any], Any] | None = None,
+    ) -> Solution:
+        """Take all rounds."""
+        value, residual, taken = self._begin(self.damped(product), rhs, start)
+        carry = self.begin(value, residual, rhs)
+        for _ in range(self.rounds):
+            carry = self.step(product, carry) if one is None else one(carry)
+        return self._solution(
+            carry.best, carry.smallest, rhs, taken + self.rounds, carry.diverged
+        )
+
+    def damped(self, product: Product) -> Product:
+        """The product with the matrix that is solved for."""
+        return product
+
+
+class Series(NamedTuple):
+    """What a Neumann series has come to."""
+
+    value: Tensor
+    residual: Tensor
+    best: Tensor
+    smallest: Tensor  # residual norm, of the best
+    largest: Tensor  # ‖A r‖/‖r‖ seen
+    bound: Tensor  # of a residual norm that rounding and transients explain
+    diverged: Tensor
+
+
 @dataclass(frozen=True)
-class Neumann(AbstractSolver):
+class Neumann(AbstractIteration):
     """The Neumann series ``v = η Σ_k (I − η A)ᵏ b``, cut after some terms.
 
     It converges if all eigenvalues of η A lie between 0 and 2. Whatever η was at each term, the
@@ -93,27 +149,47 @@ class Neumann(AbstractSolver):
     scale: float | None = None
     tolerance: float = 1e-3
 
-    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
-        """Sum the series."""
-        value, residual, taken = self._begin(product, rhs, start)
-        best, smallest = value, residual.norm()
-        largest = torch.zeros_like(smallest)
-        diverged = torch.zeros_like(smallest, dtype=torch.bool)
-        tiny = torch.finfo(rhs.dtype).tiny
-        for _ in range(self.terms):
-            moved = product(residual)
-            largest = torch.maximum(largest, moved.norm() / residual.norm().clamp_min(tiny))
-            scale = 1 / largest.clamp_min(tiny) if self.scale is None else self.scale
-            value, residual = value + scale * residual, residual - scale * moved
-            size = residual.norm()
-            diverged |= ~(size <= 2 * rhs.norm())  # beyond what rounding and transients explain
-            better = size < smallest
-            best, smallest = torch.where(better, value, best), torch.where(better, size, smallest)
-        return self._solution(best, smallest, rhs, taken + self.terms, diverged)
+    @property
+    def rounds(self) -> int:
+        """A term each."""
+        return self.terms
+
+    def begin(self, value: Tensor, residual: Tensor, rhs: Tensor) -> Series:
+        """Nothing summed yet."""
+        zero = torch.zeros_like(residual.norm())
+        no = torch.zeros_like(zero, dtype=torch.bool)
+        return Series(value, residual, value, residual.norm(), zero, 2 * rhs.norm(), no)
+
+    def step(self, product: Product, carry: Series) -> Series:
+        """One term more."""
+        value, residual, best, smallest, largest, bound, diverged = carry
+        tiny = torch.finfo(residual.dtype).tiny
+        moved = product(residual)
+        largest = torch.maximum(largest, moved.norm() / residual.norm().clamp_min(tiny))
+        scale = 1 / largest.clamp_min(tiny) if self.scale is None else self.scale
+        value, residual = value + scale * residual, residual - scale * moved
+        size = residual.norm()
+        diverged = diverged | ~(size <= bound)
+        better = size < smallest
+        best, smallest = torch.where(better, value, best), torch.where(better, size, smallest)
+        return Series(value, residual, best, smallest, largest, bound, diverged)
+
+
+class Descent(NamedTuple):
+    """What conjugate gradients have come to."""
+
+    value: Tensor
+    residual: Tensor
+    direction: Tensor
+    square: Tensor  # of the residual
+    best: Tensor
+    smallest: Tensor  # residual norm, of the best
+    running: Tensor
+    diverged: Tensor
 
 
 @dataclass(frozen=True)
-class CG(AbstractSolver):
+class CG(AbstractIteration):
     """Conjugate gradients on ``(A + δ I) v = b``, A symmetric and positive.
 
     Where a direction of negative curvature turns up, the iterate before it is kept and the
@@ -131,33 +207,38 @@ class CG(AbstractSolver):
     damping: float = 0.0
     tolerance: float = 1e-3
 
-    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
-        """Iterate."""
+    @property
+    def rounds(self) -> int:
+        """A direction each."""
+        return self.iterations
 
-        def damped(vector: Tensor) -> Tensor:
-            return product(vector) + self.damping * vector
+    def damped(self, product: Product) -> Product:
+        """``v ↦ (A + δ I) v``."""
+        return lambda v: product(v) + self.damping * v
 
-        value, residual, taken = self._begin(damped, rhs, start)
-        best, smallest = value, residual.norm()
-        direction, square = residual, residual @ residual
-        running = torch.ones_like(square, dtype=torch.bool)
-        diverged = torch.zeros_like(running)
-        tiny = torch.finfo(rhs.dtype).tiny
-        for _ in range(self.iterations):
-            moved = damped(direction)
-            curvature = direction @ moved
-            running &= square > tiny  # solved exactly: nothing is left to do
-            diverged |= running & ~(curvature > 0)
-            running &= ~diverged
-            step = torch.where(running, square / torch.where(running, curvature, 1.0), 0.0)
-            value, residual = value + step * direction, residual - step * moved
-            after = residual @ residual
-            better = running & (after.sqrt() < smallest)
-            best = torch.where(better, value, best)
-            smallest = torch.where(better, after.sqrt(), smallest)
-            direction = residual + after / square.clamp_min(tiny) * direction
-            square = after
-        return self._solution(best, smallest, rhs, taken + self.iterations, diverged)
+    def begin(self, value: Tensor, residual: Tensor, rhs: Tensor) -> Descent:
+        """Along the residual first."""
+        square = residual @ residual
+        yes = torch.ones_like(square, dtype=torch.bool)
+        return Descent(value, residual, residual, square, value, square.sqrt(), yes, ~yes)
+
+    def step(self, product: Product, carry: Descent) -> Descent:
+        """Along the next conjugate direction."""
+        value, residual, direction, square, best, smallest, running, diverged = carry
+        tiny = torch.finfo(residual.dtype).tiny
+        moved = self.damped(product)(direction)
+        curvature = direction @ moved
+        running = running & (square > tiny)  # solved exactly: nothing is left to do
+        diverged = diverged | (running & ~(curvature > 0))
+        running = running & ~diverged
+        step = torch.where(running, square / torch.where(running, curvature, 1.0), 0.0)
+        value, residual = value + step * direction, residual - step * moved
+        after = residual @ residual
+        better = running & (after.sqrt() < smallest)
+        best = torch.where(better, value, best)
+        smallest = torch.where(better, after.sqrt(), smallest)
+        direction = residual + after / square.clamp_min(tiny) * direction
+        return Descent(value, residual, direction, after, best, smallest, running, diverged)
 
 
 @dataclass(frozen=True)
@@ -190,7 +271,13 @@ class Nystrom(AbstractSolver):
         if not self.damping > 0:
             raise ValueError(f"damping={self.damping} must be above 0; 0.01 is usual")
 
-    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
+    def solve(
+        self,
+        product: Product,
+        rhs: Tensor,
+        start: Tensor | None = None,
+        one: Callable[[Any], Any] | None = None,
+    ) -> Solution:
         """Take the columns and solve; a start is of no use here."""
         rank = min(self.rank, rhs.numel())
         generator = torch.Generator().manual_seed(self.seed)

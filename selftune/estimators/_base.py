@@ -40,10 +40,10 @@ class AbstractEstimator(ABC):
     gradients.
 
     Attributes:
-        compiles: Whether ``observe`` computes something that is worth a graph of its own.
+        sees_all: Whether it must observe every step, or the last before an estimate is enough.
     """
 
-    compiles: ClassVar[bool] = False
+    sees_all: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Any:

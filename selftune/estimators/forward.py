@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,8 +53,6 @@ class Forward(AbstractEstimator):
     the diagonal: Bekas et al. 2007.
     """
 
-    compiles = True
-
     discount: float = 1.0
     curvature: str = "exact"
     projections: int | None = None
@@ -89,6 +88,13 @@ class Forward(AbstractEstimator):
     ) -> ForwardMemory:
         """Push through the step, curvature included."""
         problem.products.prepare(point.params, hparams, point.batch)
+        observe = problem.graph("observe", partial(self._observe, problem))
+        found: ForwardMemory = observe(memory, point, hparams)
+        return found
+
+    def _observe(
+        self, problem: Problem, memory: ForwardMemory, point: Point, hparams: Hparams
+    ) -> ForwardMemory:
         diagonal = memory.diagonal
         if diagonal is not None:
             diagonal = self._diagonal(problem, diagonal, point, hparams)

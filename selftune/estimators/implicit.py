@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from selftune.estimators._base import AbstractEstimator, Estimate
-from selftune.linear_solve import AbstractSolver, Neumann
+from selftune.linear_solve import AbstractIteration, AbstractSolver, Neumann, Solution
 from selftune.problem import Hparams, Point, Problem
-
-log = logging.getLogger("selftune")
 
 
 class ImplicitMemory(NamedTuple):
@@ -53,6 +51,8 @@ class Implicit(AbstractEstimator):
 
     Source: Lorraine et al. 2020; Clarke et al. 2022 (update, one-pass); Hataya & Yamada 2023.
     """
+
+    sees_all = False
 
     solver: AbstractSolver = field(default_factory=Neumann)
     through: str = "loss"
@@ -121,10 +121,15 @@ class Implicit(AbstractEstimator):
         outer_grads: Tensor,
         start: Tensor | None,
     ) -> Estimate:
-        curving = problem.curving(point, hparams)
-        solution = self.solver.solve(lambda v: curving(v)[0], outer_grads, start)
-        found = curving(solution.value)[1]
-        return Estimate({n: -g for n, g in found.items()}, solution=solution)
+        def curve(point: Point, hparams: Hparams, vector: Tensor) -> Tensor:
+            return problem.curving(point, hparams)(vector)[0]
+
+        def mix(point: Point, hparams: Hparams, vector: Tensor) -> dict[str, Tensor]:
+            return {n: -g for n, g in problem.curving(point, hparams)(vector)[1].items()}
+
+        solution = self._solved(problem, self.solver, curve, (point, hparams), outer_grads, start)
+        found = problem.graph("mix", mix)(point, hparams, solution.value)
+        return Estimate(found, solution=solution)
 
     def _update(
         self,
@@ -134,7 +139,7 @@ class Implicit(AbstractEstimator):
         outer_grads: Tensor,
         start: Tensor | None,
     ) -> Estimate:
-        pulling, names = problem.pulling(point, hparams), list(point.state)
+        names = list(point.state)
 
         def parts(joined: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             params, *state = joined.view(1 + len(names), -1)
@@ -143,13 +148,39 @@ class Implicit(AbstractEstimator):
         def joined(params: Tensor, state: dict[str, Tensor]) -> Tensor:
             return torch.cat([params, *(state[n] for n in names)])
 
-        def product(vector: Tensor) -> Tensor:
-            return vector - joined(*pulling(parts(vector))[0])
+        def turn(point: Point, hparams: Hparams, vector: Tensor) -> Tensor:
+            return vector - joined(*problem.pull(point, hparams, parts(vector))[0])
+
+        def reach(point: Point, hparams: Hparams, vector: Tensor) -> dict[str, Tensor]:
+            return problem.pull(point, hparams, parts(vector))[1]
 
         still = {n: torch.zeros_like(outer_grads) for n in names}
         solver = self.solver
         assert isinstance(solver, Neumann)
         if solver.scale is None:
             solver = replace(solver, scale=1.0)
-        solution = solver.solve(product, joined(outer_grads, still), start)
-        return Estimate(pulling(parts(solution.value))[1], solution=solution)
+        rhs = joined(outer_grads, still)
+        solution = self._solved(problem, solver, turn, (point, hparams), rhs, start)
+        found = problem.graph("reach", reach)(point, hparams, solution.value)
+        return Estimate(found, solution=solution)
+
+    @staticmethod
+    def _solved(
+        problem: Problem,
+        solver: AbstractSolver,
+        product: Callable[..., Tensor],
+        at: tuple[Point, Hparams],
+        rhs: Tensor,
+        start: Tensor | None,
+    ) -> Solution:
+        """A solve whose single rounds may be a graph each."""
+        times = problem.graph("product", product)
+        rounds = None
+        if isinstance(solver, AbstractIteration):
+
+            def one(point: Point, hparams: Hparams, carry: Any) -> Any:
+                return solver.step(lambda v: product(point, hparams, v), carry)
+
+            graph = problem.graph("round", one)
+            rounds = lambda carry: graph(*at, carry)  # noqa: E731
+        return solver.solve(lambda v: times(*at, v), rhs, start, rounds)

@@ -114,13 +114,14 @@ class Unrolled(AbstractEstimator):
     ) -> Estimate:
         """Back through the steps."""
         cotangent = (outer_grads, {k: torch.zeros_like(v) for k, v in end.state.items()})
+        pull = problem.graph("pull", problem.pull)
         steps: list[dict[str, Tensor]] = []
         left = len(memory) if self.horizon is None else min(self.horizon, len(memory))
         for passed in reversed(self._stretches(memory)):
             for point, values in reversed(self._points(problem, passed)):
                 if left == len(steps):
                     break
-                cotangent, found = problem.pull(point, values, cotangent)
+                cotangent, found = pull(point, values, cotangent)
                 steps.append(found)
         if not steps:
             raise ValueError("no step was observed: there is nothing to differentiate")
@@ -144,11 +145,12 @@ class Unrolled(AbstractEstimator):
     @staticmethod
     def _points(problem: Problem, stretch: list[Passed]) -> list[tuple[Point, Hparams]]:
         """Points of a stretch, those between checkpoints computed again."""
+        step, gradient = problem.graph("step", problem.step), problem.graph("g", problem.gradient)
         point = stretch[0].point
         points: list[tuple[Point, Hparams]] = [(point, stretch[0].hparams)]
         for before, passed in itertools.pairwise(stretch):
-            point = problem.step(point, before.hparams, passed.point.batch)
-            point = problem.known(point, passed.hparams)
+            point = step(point, before.hparams)._replace(batch=passed.point.batch)
+            point = point._replace(grads=gradient(point, passed.hparams))
             points.append((point, passed.hparams))
         return points
 

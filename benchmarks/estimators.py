@@ -1,0 +1,353 @@
+"""What each hypergradient estimator costs, beside plain training and beside other libraries.
+
+Ours is ``Tuner.fit`` as users call it: SGD with momentum, learning rate and weight decay tuned,
+a hyperparameter step every 20 weight steps with its validation pass, compiled. Between blocks of
+its steps the plain loops (:mod:`benchmarks.plain`) and the other libraries (:mod:`benchmarks.peers`)
+take theirs, so that all are interleaved in one run.
+
+    python -m benchmarks.estimators [--part time|peers|equal|many|bias] [--only Forward]
+
+``many`` holds a weight decay for each of a million weights. ``bias`` needs scikit-learn, and
+``peers`` and ``equal`` the libraries themselves. Typical output is kept in ``docs/benchmarks.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import selftune as st
+from benchmarks import plain
+from benchmarks.fused import TimedLoader, alive, spread, synchronize
+from benchmarks.nets import NETS, Batch, Net, mlp
+from benchmarks.peers import CYCLE, DECAY, LR, MOMENTUM, PEERS, SCALE, TERMS
+from selftune.estimators import AbstractEstimator, Exact
+
+NET = "MLP 784-256-256-10, batch 128"
+ASKED = {"OneStep": 1.1, "Trace": 1.3, "Implicit": 2.2, "Unrolled": 3.2, "Forward": 6.0}
+MODULES = {
+    "higher": "higher", "torchopt": "torchopt", "betty-ml": "betty",
+    "gradient-descent-the-ultimate-optimizer": "gradient_descent_the_ultimate_optimizer",
+}  # fmt: skip
+
+
+def estimators() -> dict[str, AbstractEstimator]:
+    """What is timed."""
+    return {
+        "OneStep": st.OneStep(stride=CYCLE),
+        "Trace": st.Trace(stride=CYCLE),
+        "Implicit": st.Implicit(st.Neumann(terms=TERMS), through="update"),
+        "Unrolled": st.Unrolled(horizon=CYCLE),
+        "Forward": st.Forward(discount=0.95),
+    }
+
+
+def fit(net: Net, name: str, loader: Any, steps: int, device: str, **options: Any) -> None:
+    """A self-tuned run by an estimator."""
+    torch.manual_seed(0)
+    tuner = st.Tuner(
+        net.make(), net.loss, rule=st.rules.SGD(), tune=("lr", "weight_decay"), probe=False,
+        hparams=plain.OPTIONS["SGD"], estimator=estimators()[name], every=CYCLE, device=device,
+        **{"compile": True, "schedule": "constant"} | options,
+    )  # fmt: skip
+    tuner.fit(loader, net.batches, steps=steps, evaluate_every=steps, progress=False)
+
+
+def wholes(net: Net) -> Net:
+    """The same net with blocks of whole cycles."""
+    return Net(make=net.make, loss=net.loss, batches=net.batches, block=2 * CYCLE)
+
+
+def time_steps(name: str, rounds: int, device: str) -> None:
+    """One row of the table of times."""
+    torch.compiler.reset()
+    net = wholes(NETS[NET]())
+    baselines = plain.steps(net, "SGD", device)
+    batches = [tuple(t.to(device) for t in batch) for batch in net.batches]
+    times: dict[str, list[float]] = {n: [] for n in baselines}
+    for step in baselines.values():
+        for batch in batches:
+            step(batch)
+
+    def between() -> None:
+        for label, step in baselines.items():
+            synchronize(batches)
+            start = time.perf_counter()
+            for i in range(net.block):
+                step(batches[i % len(batches)])
+            synchronize(batches)
+            times[label].append(1e3 * (time.perf_counter() - start) / net.block)
+
+    loader = TimedLoader(net, rounds, between)
+    fit(net, name, loader, loader.steps, device)
+    middle = {n: statistics.median(t) for n, t in times.items()}
+    best = min((n for n in middle if n != "eager"), key=middle.__getitem__)
+    ratio = spread([a / b for a, b in zip(loader.taken, times[best], strict=False)])
+    print(
+        f"| {name} | {middle[best]:.2f} ({best}) | {statistics.median(loader.taken):.2f} "
+        f"| {ratio} | {ASKED[name]} |",
+        flush=True,
+    )
+
+
+# other libraries
+
+
+def there() -> list[str]:
+    """Names of the libraries that are installed; says which are not."""
+    missing = [n for n, module in MODULES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"not installed, and left out: {', '.join(missing)}")
+    return [n for n in PEERS if n not in missing]
+
+
+def peak(work: Callable[[], Any]) -> int:
+    """Bytes by which tensors' memory grows at most while something runs."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        highest = max(highest, level)
+    return highest
+
+
+def compare(peer: str, rounds: int) -> None:
+    """One row of the table of other libraries: time of a step and memory of a cycle."""
+    torch.compiler.reset()
+    net = wholes(NETS[NET]())
+    batches = [net.batches[i % len(net.batches)] for i in range(CYCLE)]
+    gc.collect()
+    before = alive()
+    theirs = PEERS[peer](net)
+    theirs.cycle(batches, net.batches[0])
+    grown = peak(lambda: theirs.cycle(batches, net.batches[0]))
+    gc.collect()
+    weight = grown + sum(v for k, v in alive().items() if k not in before)
+    times: list[float] = []
+    sizes: list[int] = []
+    before = alive()
+
+    def between() -> None:
+        start = time.perf_counter()
+        for _ in range(net.block // CYCLE):
+            theirs.cycle(batches, net.batches[0])
+        times.append(1e3 * (time.perf_counter() - start) / net.block)
+
+    loader = TimedLoader(net, rounds, between)
+    fit(net, theirs.like, loader, loader.steps, "cpu")
+
+    def weighed() -> Iterator[Batch]:
+        for step in range(3 * CYCLE):
+            if step == 2 * CYCLE:
+                gc.collect()
+                sizes.append(sum(v for k, v in alive().items() if k not in before))
+                recorder = torch.profiler.profile(profile_memory=True)
+                recorder.__enter__()
+            yield net.batches[step % len(net.batches)]
+        recorder.__exit__(None, None, None)
+        events = [e for e in recorder.profiler.kineto_results.events() if e.name() == "[memory]"]
+        level = highest = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            level += event.nbytes()
+            highest = max(highest, level)
+        sizes.append(highest)
+        yield net.batches[0]
+
+    fit(net, theirs.like, weighed(), 3 * CYCLE + 1, "cpu")
+    ratios = spread([a / b for a, b in zip(times, loader.taken, strict=False)])
+    print(
+        f"| {peer} | {theirs.like} | {statistics.median(times):.2f} "
+        f"| {statistics.median(loader.taken):.2f} | {ratios} "
+        f"| {weight / 1e6:.1f} MB | {sum(sizes) / 1e6:.1f} MB |",
+        flush=True,
+    )
+
+
+def agree(peer: str) -> None:
+    """One row of the table of agreement, in float64 from the same weights on the same batches."""
+    net = NETS[NET]()
+    doubled = [(x.double(), y) for x, y in net.batches]
+    theirs = PEERS[peer](net, torch.float64)
+    batches, outer = [doubled[i % len(doubled)] for i in range(CYCLE)], doubled[0]
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"momentum": MOMENTUM}
+    implicit = st.Implicit(st.Neumann(terms=TERMS, scale=SCALE))
+    ours = {"Unrolled": st.Unrolled(CYCLE), "Implicit": implicit, "OneStep": st.OneStep()}
+    hparams = {"lr": LR, "weight_decay": DECAY}
+    if peer == "betty-ml":
+        options |= {"lr": hparams.pop("lr")}
+    if peer.startswith("gradient"):
+        del hparams["weight_decay"]
+    problem, weights = st.as_problem(
+        net.make().double(), net.loss, st.Update(st.rules.SGD()), options=options
+    )
+    known = {n: torch.tensor(v, dtype=torch.float64) for n, v in hparams.items()}
+    found = st.hypergradient(problem, ours[theirs.like], weights, known, batches, outer).grads
+    truth = theirs.cycle(batches, outer)
+    for n, value in found.items():
+        error = abs(float(value) - float(truth[n])) / abs(float(truth[n]))
+        print(f"| {peer} | {theirs.like} | {n} | {float(truth[n]):.10g} | {error:.1e} |")
+
+
+# a million hyperparameters
+
+
+def many() -> None:
+    """Memory of a step with a weight decay for each weight, against a plain step's."""
+    torch.manual_seed(0)
+    make = lambda: mlp(784, 700)  # noqa: E731
+    batches = [(torch.randn(128, 784), torch.randint(10, (128,))) for _ in range(2)]
+
+    def plain_step() -> Callable[[], None]:
+        model = make()
+        opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+
+        def step() -> None:
+            opt.zero_grad()
+            F.cross_entropy(model(batches[0][0]), batches[0][1]).backward()
+            opt.step()
+
+        return step
+
+    def tuned_step() -> Callable[[], None]:
+        options = {"lr": LR, "momentum": MOMENTUM}
+        problem, weights = st.as_problem(
+            make(), F.cross_entropy, st.Update(st.rules.SGD()), options=options
+        )
+        hparams = {"weight_decay": torch.full_like(weights, DECAY)}
+        implicit = st.Implicit(st.Neumann(terms=TERMS))
+        held = [problem.start(weights, hparams)]
+        del weights
+
+        def step() -> None:
+            point = problem.known(held[0]._replace(batch=batches[0]), hparams)
+            held[0] = problem.step(point, hparams)
+            memory = implicit.observe(problem, implicit.init(problem, point, hparams), point, hparams)
+            del point
+            grads = torch.func.grad(problem.outer_loss)(held[0].params, batches[1])
+            found = implicit.estimate(problem, memory, held[0], hparams, grads).grads
+            hparams["weight_decay"].sub_(1e-6 * found["weight_decay"].sign()).clamp_(min=0)
+
+        return step
+
+    sizes = []
+    for start in (plain_step, tuned_step):
+        gc.collect()
+        before = alive()
+        step = start()
+        step()
+        gc.collect()
+        live = sum(v for k, v in alive().items() if k not in before)
+        sizes.append(live + peak(step))
+        del step
+    count = sum(p.numel() for p in make().parameters())
+    print(f"| {count:,} | {sizes[0] / 1e6:.1f} MB | {sizes[1] / 1e6:.1f} MB "
+          f"| {sizes[1] / sizes[0]:.2f} |")  # fmt: skip
+
+
+# bias
+
+
+def bias(steps: int = 200, every: int = 10) -> dict[str, list[float]]:
+    """Cosine of each estimator's hypergradient with the exact one, along a run on digits."""
+    from benchmarks.workloads import digits_arrays
+
+    (x, y), (vx, vy) = digits_arrays()
+    generator = torch.Generator().manual_seed(0)
+    picks = [torch.randint(len(x), (64,), generator=generator) for _ in range(steps)]
+    batches = [(x[p], y[p]) for p in picks]
+    torch.manual_seed(0)
+    problem, weights = st.as_problem(
+        mlp(64, 32).double(), F.cross_entropy, st.Update(st.rules.SGD())
+    )
+    start = {"lr": 0.05, "momentum": 0.8, "decay": 1e-3, "weight_decay": 1e-3}
+    hparams = {n: torch.tensor(v, dtype=torch.float64) for n, v in start.items()}
+    raw = torch.tensor([0.05, 0.16, 1e-3, 1e-3], dtype=torch.float64)  # dh/dz at the start
+    compared: dict[str, AbstractEstimator] = {
+        "Forward": st.Forward(), "Forward, γ 0.9": st.Forward(0.9),
+        "Forward, diagonal": st.Forward(curvature="diagonal"),
+        "Forward, Gauss-Newton": st.Forward(curvature="gauss-newton"),
+        "Forward, 1 projection": st.Forward(projections=1),
+        "Unrolled, 20 steps": st.Unrolled(20), "Unrolled, 5 steps": st.Unrolled(5),
+        "Implicit, update, 10 terms": st.Implicit(st.Neumann(terms=10), through="update"),
+        "Trace, γ 0.9": st.Trace(0.9), "Trace, γ 1": st.Trace(1.0), "OneStep": st.OneStep(),
+    }  # fmt: skip
+    exact = Exact()
+    point = problem.start(weights, hparams)
+    memories = {n: e.init(problem, point, hparams) for n, e in compared.items()}
+    whole = exact.init(problem, point, hparams)
+    cosines: dict[str, list[float]] = {n: [] for n in compared}
+    for step, batch in enumerate(batches):
+        point = problem.known(point._replace(batch=batch), hparams)
+        for n, e in compared.items():
+            memories[n] = e.observe(problem, memories[n], point, hparams)
+        whole = exact.observe(problem, whole, point, hparams)
+        point = problem.step(point, hparams)
+        if (step + 1) % every == 0:
+            grads = torch.func.grad(problem.outer_loss)(point.params, (vx, vy))
+            vector = _raw(exact, problem, whole, point, hparams, grads, raw)
+            for n, e in compared.items():
+                found = _raw(e, problem, memories[n], point, hparams, grads, raw)
+                cosines[n].append(float(F.cosine_similarity(found, vector, dim=0)))
+    return cosines
+
+
+def _raw(estimator: AbstractEstimator, problem: st.Problem, memory: Any, point: Any,
+         hparams: dict[str, Tensor], grads: Tensor, slopes: Tensor) -> Tensor:  # fmt: skip
+    found = estimator.estimate(problem, memory, point, hparams, grads).grads
+    return torch.stack([found[n] for n in hparams]) * slopes
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("time", "peers", "equal", "many", "bias"))
+    parser.add_argument("--only", default="", help="part of an estimator's or a library's name")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("selftune").setLevel(logging.ERROR)
+    if args.part in (None, "time"):
+        print("| estimator | best compiled, ms a step | ours, ms | ÷ best compiled (quartiles) "
+              "| asked |\n|---|---|---|---|---|")  # fmt: skip
+        for name in ASKED:
+            if args.only in name:
+                time_steps(name, args.rounds, args.device)
+    if args.part in (None, "peers"):
+        names = there()
+        print("\n| library | our estimator | theirs, ms a step | ours, ms | theirs ÷ ours (quartiles) "
+              "| memory, theirs | ours |\n|---|---|---|---|---|---|---|")  # fmt: skip
+        for name in names:
+            if args.only in name:
+                compare(name, args.rounds)
+    if args.part in (None, "equal"):
+        names = there()
+        print("\n| library | our estimator | of | theirs | relative difference |\n|---|---|---|---|---|")
+        for name in names:
+            if args.only in name:
+                agree(name)
+    if args.part in (None, "many"):
+        print("\n| hyperparameters | plain step | with Implicit | ratio |\n|---|---|---|---|")
+        many()
+    if args.part in (None, "bias"):
+        print("\n| estimator | after 10 | 50 | 100 | 200 steps | lowest |\n|---|---|---|---|---|---|")
+        for name, line in bias().items():
+            shown = [line[0], line[4], line[9], line[19], min(line)]
+            print(f"| {name} | " + " | ".join(f"{c:.3f}" for c in shown) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
