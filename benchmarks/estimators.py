@@ -2,8 +2,8 @@
 
 Ours is ``Tuner.fit`` as users call it: SGD with momentum, learning rate and weight decay tuned,
 a hyperparameter step every 20 weight steps with its validation pass, compiled. Between blocks of
-its steps the plain loops (:mod:`benchmarks.plain`) and the other libraries (:mod:`benchmarks.peers`)
-take theirs, so that all are interleaved in one run.
+its steps the plain loops (:mod:`benchmarks.plain`) and the other libraries
+(:mod:`benchmarks.peers`) take theirs, so that all are interleaved in one run.
 
     python -m benchmarks.estimators [--part time|peers|equal|many|bias] [--only Forward]
 
@@ -14,7 +14,6 @@ take theirs, so that all are interleaved in one run.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import logging
 import statistics
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 import selftune as st
 from benchmarks import plain
-from benchmarks.fused import TimedLoader, alive, spread, synchronize
+from benchmarks.fused import TimedLoader, spread, synchronize
 from benchmarks.nets import NETS, Batch, Net, mlp
 from benchmarks.peers import CYCLE, DECAY, LR, MOMENTUM, PEERS, SCALE, TERMS
 from selftune.estimators import AbstractEstimator, Exact
@@ -48,6 +47,7 @@ def estimators() -> dict[str, AbstractEstimator]:
         "Trace": st.Trace(stride=CYCLE),
         "Implicit": st.Implicit(st.Neumann(terms=TERMS), through="update"),
         "Unrolled": st.Unrolled(horizon=CYCLE),
+        "Unrolled, checkpoint 2": st.Unrolled(horizon=CYCLE, checkpoint=2),
         "Forward": st.Forward(discount=0.95),
     }
 
@@ -111,33 +111,45 @@ def there() -> list[str]:
     return [n for n in PEERS if n not in missing]
 
 
-def peak(work: Callable[[], Any]) -> int:
-    """Bytes by which tensors' memory grows at most while something runs."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    level = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        highest = max(highest, level)
-    return highest
+class Scale:
+    """Weighs tensors' memory: begin, mark where it starts to count, and read the highest level."""
+
+    def __init__(self) -> None:
+        self._profile = torch.profiler.profile(profile_memory=True)
+        self._profile.__enter__()
+        self._since = 0
+
+    def mark(self) -> None:
+        """Count from here."""
+        self._since = time.time_ns()
+
+    def read(self) -> int:
+        """Bytes at the highest level since the mark."""
+        self._profile.__exit__(None, None, None)
+        events = self._profile.profiler.kineto_results.events()
+        level = highest = 0
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=_start):
+            level += event.nbytes()
+            highest = max(highest, level) if _start(event) > self._since else highest
+        return highest
 
 
-def compare(peer: str, rounds: int) -> None:
+def _start(event: Any) -> int:
+    return event.start_ns()
+
+
+def compare(peer: str, ours: str, rounds: int) -> None:
     """One row of the table of other libraries: time of a step and memory of a cycle."""
     torch.compiler.reset()
     net = wholes(NETS[NET]())
     batches = [net.batches[i % len(net.batches)] for i in range(CYCLE)]
-    gc.collect()
-    before = alive()
+    scale = Scale()
     theirs = PEERS[peer](net)
     theirs.cycle(batches, net.batches[0])
-    grown = peak(lambda: theirs.cycle(batches, net.batches[0]))
-    gc.collect()
-    weight = grown + sum(v for k, v in alive().items() if k not in before)
+    scale.mark()
+    theirs.cycle(batches, net.batches[0])
+    weight = scale.read()
     times: list[float] = []
-    sizes: list[int] = []
-    before = alive()
 
     def between() -> None:
         start = time.perf_counter()
@@ -146,31 +158,22 @@ def compare(peer: str, rounds: int) -> None:
         times.append(1e3 * (time.perf_counter() - start) / net.block)
 
     loader = TimedLoader(net, rounds, between)
-    fit(net, theirs.like, loader, loader.steps, "cpu")
+    fit(net, ours, loader, loader.steps, "cpu")
+
+    scale = Scale()
 
     def weighed() -> Iterator[Batch]:
         for step in range(3 * CYCLE):
             if step == 2 * CYCLE:
-                gc.collect()
-                sizes.append(sum(v for k, v in alive().items() if k not in before))
-                recorder = torch.profiler.profile(profile_memory=True)
-                recorder.__enter__()
+                scale.mark()
             yield net.batches[step % len(net.batches)]
-        recorder.__exit__(None, None, None)
-        events = [e for e in recorder.profiler.kineto_results.events() if e.name() == "[memory]"]
-        level = highest = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            level += event.nbytes()
-            highest = max(highest, level)
-        sizes.append(highest)
-        yield net.batches[0]
 
-    fit(net, theirs.like, weighed(), 3 * CYCLE + 1, "cpu")
+    fit(net, ours, weighed(), 3 * CYCLE, "cpu")
     ratios = spread([a / b for a, b in zip(times, loader.taken, strict=False)])
     print(
-        f"| {peer} | {theirs.like} | {statistics.median(times):.2f} "
+        f"| {peer} | {ours} | {statistics.median(times):.2f} "
         f"| {statistics.median(loader.taken):.2f} | {ratios} "
-        f"| {weight / 1e6:.1f} MB | {sum(sizes) / 1e6:.1f} MB |",
+        f"| {weight / 1e6:.1f} MB | {scale.read() / 1e6:.1f} MB |",
         flush=True,
     )
 
@@ -234,7 +237,9 @@ def many() -> None:
         def step() -> None:
             point = problem.known(held[0]._replace(batch=batches[0]), hparams)
             held[0] = problem.step(point, hparams)
-            memory = implicit.observe(problem, implicit.init(problem, point, hparams), point, hparams)
+            memory = implicit.observe(
+                problem, implicit.init(problem, point, hparams), point, hparams
+            )
             del point
             grads = torch.func.grad(problem.outer_loss)(held[0].params, batches[1])
             found = implicit.estimate(problem, memory, held[0], hparams, grads).grads
@@ -244,13 +249,12 @@ def many() -> None:
 
     sizes = []
     for start in (plain_step, tuned_step):
-        gc.collect()
-        before = alive()
+        scale = Scale()
         step = start()
         step()
-        gc.collect()
-        live = sum(v for k, v in alive().items() if k not in before)
-        sizes.append(live + peak(step))
+        scale.mark()
+        step()
+        sizes.append(scale.read())
         del step
     count = sum(p.numel() for p in make().parameters())
     print(f"| {count:,} | {sizes[0] / 1e6:.1f} MB | {sizes[1] / 1e6:.1f} MB "
@@ -328,14 +332,17 @@ def main() -> None:
                 time_steps(name, args.rounds, args.device)
     if args.part in (None, "peers"):
         names = there()
-        print("\n| library | our estimator | theirs, ms a step | ours, ms | theirs ÷ ours (quartiles) "
-              "| memory, theirs | ours |\n|---|---|---|---|---|---|---|")  # fmt: skip
+        print("\n| library | our estimator | theirs, ms a step | ours, ms "
+              "| theirs ÷ ours (quartiles) | memory, theirs | ours |\n|---|---|---|---|---|---|---|")  # fmt: skip
         for name in names:
             if args.only in name:
-                compare(name, args.rounds)
+                for ours in (n for n in estimators() if n.startswith(PEERS[name].like)):
+                    compare(name, ours, args.rounds)
     if args.part in (None, "equal"):
         names = there()
-        print("\n| library | our estimator | of | theirs | relative difference |\n|---|---|---|---|---|")
+        print(
+            "\n| library | our estimator | of | theirs | relative difference |\n|---|---|---|---|---|"
+        )
         for name in names:
             if args.only in name:
                 agree(name)
@@ -343,7 +350,9 @@ def main() -> None:
         print("\n| hyperparameters | plain step | with Implicit | ratio |\n|---|---|---|---|")
         many()
     if args.part in (None, "bias"):
-        print("\n| estimator | after 10 | 50 | 100 | 200 steps | lowest |\n|---|---|---|---|---|---|")
+        print(
+            "\n| estimator | after 10 | 50 | 100 | 200 steps | lowest |\n|---|---|---|---|---|---|"
+        )
         for name, line in bias().items():
             shown = [line[0], line[4], line[9], line[19], min(line)]
             print(f"| {name} | " + " | ".join(f"{c:.3f}" for c in shown) + " |", flush=True)

@@ -118,9 +118,7 @@ class Followed:
 
     def estimate(self, end: Point, hparams: Hparams, grads: Tensor) -> Mapping[str, Tensor]:
         """Hypergradients for outer gradients at the end of the last step."""
-        found, self.memory = self._estimator.solve(
-            self._problem, self.memory, end, hparams, grads
-        )
+        found, self.memory = self._estimator.solve(self._problem, self.memory, end, hparams, grads)
         if found.solution is not None and not self._warned and bool(found.solution.diverged):
             self._warned = True
             log.warning(

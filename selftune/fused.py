@@ -147,12 +147,12 @@ class Fused:
         def validate(run: Run, batch: Batch, outer: Batch) -> tuple[Run, Any]:
             point, hparams = followed.seen(run)
             loss, grads, buffers = bilevel.gradient(run, batch)
-            point = point._replace(grads=followed.joined(grads))
+            passed = point._replace(grads=followed.joined(grads)) if followed.sees_all else None
             run = bilevel.advance(run, loss, grads, buffers, observe=True)
             outer_loss, outer_grads, buffers = bilevel.outer_gradient(run, outer)
             told = loss, alive(grads), outer_loss
             run = run._replace(average_buffers=buffers)
-            return run, (told, point, hparams, followed.seen(run)[0], followed.joined(outer_grads))
+            return run, (told, passed, hparams, followed.seen(run)[0], followed.joined(outer_grads))
 
         def step(run: Run, grads: dict[str, Tensor], *told: Tensor) -> tuple[Run, Tensor]:
             after = bilevel.stepped(run, followed.raw(run, grads), run.average_buffers)
@@ -167,12 +167,14 @@ class Fused:
             if not followed.sees_all:
                 return plain(run, batch)
             loss, point, hparams = advancing(run, batch)
-            followed.observe(*kept((point, hparams)), batch)
+            point, hparams = kept((point, hparams))
+            followed.observe(point, hparams, batch)
             return loss
 
         def tune(run: Run, batch: Batch, outer: Batch) -> Tensor:
-            told, point, hparams, end, grads = validating(run, batch, outer)
-            followed.observe(*kept((point, hparams)), batch)
+            told, passed, hparams, end, grads = validating(run, batch, outer)
+            point, hparams = kept((passed or end, hparams))
+            followed.observe(point, hparams, batch)
             end = end._replace(batch=(batch, end.batch))
             return stepping(run, followed.estimate(end, hparams, grads), *told)
 
@@ -262,7 +264,9 @@ def _for_shapes(function: Step, device: torch.device) -> Step:
         try:
             return graph(*args)
         except TorchDynamoException as error:
-            log.warning("a part of the estimator stays eager: %s", str(error).strip().split("\n")[0])
+            log.warning(
+                "a part of the estimator stays eager: %s", str(error).strip().split("\n")[0]
+            )
             shapes[0] = None
             return function(*args)
 

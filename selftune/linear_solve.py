@@ -21,9 +21,9 @@ class Solution(NamedTuple):
     """What a solver found.
 
     Attributes:
-        value: The v with the smallest residual seen, shape (N,).
+        value: v, shape (N,).
         residual: ‖b − A v‖ / ‖b‖, shape (); with damping, of the damped system.
-        iterations: Products taken.
+        iterations: Products taken, beside one for a start.
         converged: Whether the residual is within the solver's tolerance, shape ().
         diverged: Whether iterates got worse than nothing, or A is indefinite where it must not
             be, shape (). ``value`` is usable all the same: it is never worse than 0.
@@ -46,31 +46,22 @@ class AbstractSolver(ABC):
     tolerance: float
 
     @abstractmethod
-    def solve(
-        self,
-        product: Product,
-        rhs: Tensor,
-        start: Tensor | None = None,
-        one: Callable[[Any], Any] | None = None,
-    ) -> Solution:
+    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         """Solve.
 
         Args:
             product: v ↦ A v.
             rhs: b, shape (N,).
             start: Where to begin, which costs one product more; zero if None.
-            one: A round of an :class:`AbstractIteration`, where it is compiled.
         """
 
-    def _begin(
-        self, product: Product, rhs: Tensor, start: Tensor | None
-    ) -> tuple[Tensor, Tensor, int]:
-        """First iterate, its residual, and the products this took."""
+    def _begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """First iterate, and its residual."""
         if start is None:
-            return torch.zeros_like(rhs), rhs, 0
+            return torch.zeros_like(rhs), rhs
         residual = rhs - product(start)
         better = residual.norm() < rhs.norm()  # a stale start is dropped
-        return torch.where(better, start, 0.0), torch.where(better, residual, rhs), 1
+        return torch.where(better, start, 0.0), torch.where(better, residual, rhs)
 
     def _solution(
         self, best: Tensor, residual: Tensor, rhs: Tensor, taken: int, diverged: Tensor
@@ -89,44 +80,34 @@ class AbstractIteration(AbstractSolver):
         """How many."""
 
     @abstractmethod
-    def begin(self, value: Tensor, residual: Tensor, rhs: Tensor) -> Any:
-        """What the first round starts from, for an iterate and its residual."""
+    def begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> Any:
+        """What the first round starts from."""
 
     @abstractmethod
     def step(self, product: Product, carry: Any) -> Any:
         """One round, with one product."""
 
-    def solve(
-        self,
-        product: Product,
-        rhs: Tensor,
-        start: Tensor | None = None,
-        one: Callable[[Any], Any] | None = None,
-    ) -> Solution:
-        """Take all rounds."""
-        value, residual, taken = self._begin(self.damped(product), rhs, start)
-        carry = self.begin(value, residual, rhs)
-        for _ in range(self.rounds):
-            carry = self.step(product, carry) if one is None else one(carry)
-        return self._solution(
-            carry.best, carry.smallest, rhs, taken + self.rounds, carry.diverged
-        )
+    @abstractmethod
+    def end(self, carry: Any, rhs: Tensor) -> Solution:
+        """What the rounds have come to."""
 
-    def damped(self, product: Product) -> Product:
-        """The product with the matrix that is solved for."""
-        return product
+    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
+        """Take all rounds."""
+        carry = self.begin(product, rhs, start)
+        for _ in range(self.rounds):
+            carry = self.step(product, carry)
+        return self.end(carry, rhs)
 
 
 class Series(NamedTuple):
-    """What a Neumann series has come to."""
+    """What a Neumann series has come to; where it runs away it is stopped."""
 
     value: Tensor
     residual: Tensor
-    best: Tensor
-    smallest: Tensor  # residual norm, of the best
+    size: Tensor  # of the residual
     largest: Tensor  # ‖A r‖/‖r‖ seen
-    bound: Tensor  # of a residual norm that rounding and transients explain
-    diverged: Tensor
+    bound: Tensor  # of a residual that rounding and transients explain
+    running: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,8 +115,8 @@ class Neumann(AbstractIteration):
     """The Neumann series ``v = η Σ_k (I − η A)ᵏ b``, cut after some terms.
 
     It converges if all eigenvalues of η A lie between 0 and 2. Whatever η was at each term, the
-    last term is the residual, so that a series that diverges is noticed and its best partial sum
-    returned.
+    last term is the residual, so that a series that diverges is noticed, stopped, and its best
+    multiple returned.
 
     Args:
         terms: How many.
@@ -154,25 +135,38 @@ class Neumann(AbstractIteration):
         """A term each."""
         return self.terms
 
-    def begin(self, value: Tensor, residual: Tensor, rhs: Tensor) -> Series:
-        """Nothing summed yet."""
-        zero = torch.zeros_like(residual.norm())
-        no = torch.zeros_like(zero, dtype=torch.bool)
-        return Series(value, residual, value, residual.norm(), zero, 2 * rhs.norm(), no)
+    def begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> Series:
+        """Nothing summed yet, or what ``start`` stands for."""
+        value, residual = (t.clone() for t in self._begin(product, rhs, start))
+        size = residual.norm()
+        zero, yes = torch.zeros_like(size), torch.ones_like(size, dtype=torch.bool)
+        return Series(value, residual, size, zero, 2 * rhs.norm(), yes)
 
     def step(self, product: Product, carry: Series) -> Series:
         """One term more."""
-        value, residual, best, smallest, largest, bound, diverged = carry
-        tiny = torch.finfo(residual.dtype).tiny
+        value, residual, size, largest, bound, running = carry
         moved = product(residual)
-        largest = torch.maximum(largest, moved.norm() / residual.norm().clamp_min(tiny))
-        scale = 1 / largest.clamp_min(tiny) if self.scale is None else self.scale
-        value, residual = value + scale * residual, residual - scale * moved
-        size = residual.norm()
-        diverged = diverged | ~(size <= bound)
-        better = size < smallest
-        best, smallest = torch.where(better, value, best), torch.where(better, size, smallest)
-        return Series(value, residual, best, smallest, largest, bound, diverged)
+        if self.scale is None:
+            tiny = torch.finfo(residual.dtype).tiny
+            largest = torch.maximum(largest, moved.norm() / size.clamp_min(tiny))
+            scale = 1 / largest.clamp_min(tiny)
+        else:
+            scale = torch.full_like(size, self.scale)
+        running = running & (size <= bound)
+        scale = torch.where(running, scale, 0.0)
+        # In place: the vectors may be all that fits beside the model.
+        value = value.addcmul_(residual, scale)
+        residual = residual.addcmul_(moved, scale, value=-1)
+        return Series(value, residual, residual.norm(), largest, bound, running)
+
+    def end(self, carry: Series, rhs: Tensor) -> Solution:
+        """The sum, or where it is worse than nothing its best multiple."""
+        reached = torch.sub(rhs, carry.residual)
+        factor = (rhs @ reached) / (reached @ reached).clamp_min(torch.finfo(rhs.dtype).tiny)
+        factor = torch.where(carry.size <= rhs.norm(), 1.0, factor)
+        residual = torch.addcmul(rhs, reached, factor, value=-1).norm()
+        value = carry.value.mul_(factor)
+        return self._solution(value, residual, rhs, self.terms, ~(carry.size <= carry.bound))
 
 
 class Descent(NamedTuple):
@@ -216,8 +210,9 @@ class CG(AbstractIteration):
         """``v ↦ (A + δ I) v``."""
         return lambda v: product(v) + self.damping * v
 
-    def begin(self, value: Tensor, residual: Tensor, rhs: Tensor) -> Descent:
+    def begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> Descent:
         """Along the residual first."""
+        value, residual = self._begin(self.damped(product), rhs, start)
         square = residual @ residual
         yes = torch.ones_like(square, dtype=torch.bool)
         return Descent(value, residual, residual, square, value, square.sqrt(), yes, ~yes)
@@ -239,6 +234,10 @@ class CG(AbstractIteration):
         smallest = torch.where(better, after.sqrt(), smallest)
         direction = residual + after / square.clamp_min(tiny) * direction
         return Descent(value, residual, direction, after, best, smallest, running, diverged)
+
+    def end(self, carry: Descent, rhs: Tensor) -> Solution:
+        """The best iterate."""
+        return self._solution(carry.best, carry.smallest, rhs, self.iterations, carry.diverged)
 
 
 @dataclass(frozen=True)
@@ -271,13 +270,7 @@ class Nystrom(AbstractSolver):
         if not self.damping > 0:
             raise ValueError(f"damping={self.damping} must be above 0; 0.01 is usual")
 
-    def solve(
-        self,
-        product: Product,
-        rhs: Tensor,
-        start: Tensor | None = None,
-        one: Callable[[Any], Any] | None = None,
-    ) -> Solution:
+    def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         """Take the columns and solve; a start is of no use here."""
         rank = min(self.rank, rhs.numel())
         generator = torch.Generator().manual_seed(self.seed)

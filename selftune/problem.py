@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -270,26 +271,52 @@ class Problem:
 
         return pull
 
-    def curving(
+    def turning(
         self, point: Point, hparams: Hparams
-    ) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
-        """``v ↦ (A v, vᵀ B)``: the derivatives of the penalised training gradient.
+    ) -> Callable[[tuple[Tensor, State]], tuple[Tensor, State]]:
+        """``pulling`` without the cotangents of hyperparameters."""
 
-        A is its Hessian in the weights, B its derivative in the hyperparameters.
-        """
+        def moved(params: Tensor, state: State, grads: Tensor) -> Any:
+            return self.moved(point._replace(params=params, state=state), grads, hparams)
 
-        def penalised(params: Tensor, grads: Tensor, h: Hparams) -> Tensor:
-            return self.update.penalised(params, grads, self.values(h))
+        gradient, product = self.products.curvature(point.params, hparams, point.batch)
+        gradient = gradient if point.grads is None else point.grads
+        update = vjp(moved, point.params, dict(point.state), gradient)[1]
 
-        gradient, product = self.products.linear(point.params, hparams, point.batch)
-        penalties = vjp(penalised, point.params, gradient, dict(hparams))[1]
+        def turn(cotangent: tuple[Tensor, State]) -> tuple[Tensor, State]:
+            params, state, grads = update(cotangent)
+            return params + product(grads), state
 
-        def pull(vector: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            params, grads, direct = penalties(vector)
-            curved, mixed = product(grads)
-            return params + curved, {n: direct[n] + mixed[n] for n in hparams}
+        return turn
 
-        return pull
+    def hessian(self, point: Point, hparams: Hparams) -> Callable[[Tensor], Tensor]:
+        """``v ↦ A v``, A the derivative of the penalised training gradient in the weights."""
+        product = self.products.curvature(point.params, hparams, point.batch)[1]
+
+        def curve(vector: Tensor) -> Tensor:
+            # Anew for each vector: to hold it would hold a copy of the weights.
+            penalties = vjp(lambda w: self._penalties(w, hparams), point.params)[1]
+            return product(vector).add_(penalties(vector)[0])
+
+        return curve
+
+    def mixing(self, point: Point, hparams: Hparams) -> Callable[[Tensor], dict[str, Tensor]]:
+        """``v ↦ vᵀ B``, B the derivative of the penalised training gradient in hyperparameters."""
+        direct = vjp(lambda h: self._penalties(point.params, h), dict(hparams))[1]
+        if all(n in self.update.hparams for n in hparams):
+            return lambda v: direct(v)[0]
+        product = self.products.pull(point.params, hparams, point.batch)
+
+        def mix(vector: Tensor) -> dict[str, Tensor]:
+            inside, outside = direct(vector)[0], product(vector)[1]
+            return {n: inside[n] + outside[n] for n in hparams}
+
+        return mix
+
+    def _penalties(self, params: Tensor, hparams: Hparams) -> Tensor:
+        """Their gradient."""
+        nothing = params.new_zeros(()).expand_as(params)
+        return self.update.penalised(params, nothing, self.values(hparams))
 
 
 def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tensor, Any], Any]]:
@@ -311,14 +338,26 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     layout = Layout(list(named.values()))
     kept = dict(model.named_buffers())
+    hollow = _hollow(model)
+    names = list(named)
 
     def call(params: Tensor, *inputs: Any) -> Any:
-        tensors = dict(zip(named, layout.views(params), strict=True))
+        tensors = dict(zip(names, layout.views(params), strict=True))
         held = {n: b.clone() if buffers else b for n, b in kept.items()}
-        return functional_call(model, {**tensors, **held}, inputs)
+        return functional_call(hollow, {**tensors, **held}, inputs)
 
     with torch.no_grad():
         return layout.flatten(list(named.values())).clone(), call
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """The model without its trained weights, so that they are not held twice."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo |= {id(p): nn.Parameter(p.new_empty(0)) for p in model.parameters() if p.requires_grad}
+    try:
+        return copy.deepcopy(model, memo)
+    except RuntimeError:  # it holds tensors that it has computed, which torch does not copy
+        return model
 
 
 def as_problem(

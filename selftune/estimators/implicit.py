@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from selftune.estimators._base import AbstractEstimator, Estimate
-from selftune.linear_solve import AbstractIteration, AbstractSolver, Neumann, Solution
+from selftune.linear_solve import AbstractIteration, AbstractSolver, Neumann, Product, Solution
 from selftune.problem import Hparams, Point, Problem
+
+TOGETHER = 10
+"""Rounds of a solver in one graph: more are faster, and take longer to compile."""
 
 
 class ImplicitMemory(NamedTuple):
@@ -121,15 +124,10 @@ class Implicit(AbstractEstimator):
         outer_grads: Tensor,
         start: Tensor | None,
     ) -> Estimate:
-        def curve(point: Point, hparams: Hparams, vector: Tensor) -> Tensor:
-            return problem.curving(point, hparams)(vector)[0]
+        def read(point: Point, hparams: Hparams, vector: Tensor) -> dict[str, Tensor]:
+            return {n: -g for n, g in problem.mixing(point, hparams)(vector).items()}
 
-        def mix(point: Point, hparams: Hparams, vector: Tensor) -> dict[str, Tensor]:
-            return {n: -g for n, g in problem.curving(point, hparams)(vector)[1].items()}
-
-        solution = self._solved(problem, self.solver, curve, (point, hparams), outer_grads, start)
-        found = problem.graph("mix", mix)(point, hparams, solution.value)
-        return Estimate(found, solution=solution)
+        return self._solved(problem, problem.hessian, read, (point, hparams), outer_grads, start)
 
     def _update(
         self,
@@ -141,46 +139,73 @@ class Implicit(AbstractEstimator):
     ) -> Estimate:
         names = list(point.state)
 
-        def parts(joined: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            params, *state = joined.view(1 + len(names), -1)
+        def parts(vector: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            params, *state = vector.view(1 + len(names), -1)
             return params, dict(zip(names, state, strict=True))
 
-        def joined(params: Tensor, state: dict[str, Tensor]) -> Tensor:
-            return torch.cat([params, *(state[n] for n in names)])
+        def turning(point: Point, hparams: Hparams) -> Product:
+            turn = problem.turning(point, hparams)
+            return lambda v: v - _joined(turn(parts(v)), names)
 
-        def turn(point: Point, hparams: Hparams, vector: Tensor) -> Tensor:
-            return vector - joined(*problem.pull(point, hparams, parts(vector))[0])
-
-        def reach(point: Point, hparams: Hparams, vector: Tensor) -> dict[str, Tensor]:
+        def read(point: Point, hparams: Hparams, vector: Tensor) -> dict[str, Tensor]:
             return problem.pull(point, hparams, parts(vector))[1]
 
         still = {n: torch.zeros_like(outer_grads) for n in names}
-        solver = self.solver
-        assert isinstance(solver, Neumann)
-        if solver.scale is None:
-            solver = replace(solver, scale=1.0)
-        rhs = joined(outer_grads, still)
-        solution = self._solved(problem, solver, turn, (point, hparams), rhs, start)
-        found = problem.graph("reach", reach)(point, hparams, solution.value)
-        return Estimate(found, solution=solution)
+        rhs = _joined((outer_grads, still), names)
+        return self._solved(problem, turning, read, (point, hparams), rhs, start)
 
-    @staticmethod
     def _solved(
+        self,
         problem: Problem,
-        solver: AbstractSolver,
-        product: Callable[..., Tensor],
+        matrix: Callable[[Point, Hparams], Product],
+        read: Callable[[Point, Hparams, Tensor], dict[str, Tensor]],
         at: tuple[Point, Hparams],
         rhs: Tensor,
         start: Tensor | None,
-    ) -> Solution:
-        """A solve whose single rounds may be a graph each."""
-        times = problem.graph("product", product)
-        rounds = None
-        if isinstance(solver, AbstractIteration):
+    ) -> Estimate:
+        """Solve, in graphs of several rounds, which share passes of the model."""
+        solver = self._scaled
+        if not isinstance(solver, AbstractIteration):
+            times = problem.graph("times", lambda point, h, v: matrix(point, h)(v))
+            solution = solver.solve(lambda v: times(*at, v), rhs, start)
+            return Estimate(problem.graph("read", read)(*at, solution.value), solution=solution)
 
-            def one(point: Point, hparams: Hparams, carry: Any) -> Any:
-                return solver.step(lambda v: product(point, hparams, v), carry)
+        def begin(point: Point, hparams: Hparams, rhs: Tensor, start: Tensor | None) -> Any:
+            return solver.begin(matrix(point, hparams), rhs, start)
 
-            graph = problem.graph("round", one)
-            rounds = lambda carry: graph(*at, carry)  # noqa: E731
-        return solver.solve(lambda v: times(*at, v), rhs, start, rounds)
+        def go(point: Point, hparams: Hparams, carry: Any, rounds: int) -> Any:
+            product = matrix(point, hparams)
+            for _ in range(rounds):
+                carry = solver.step(product, carry)
+            return carry
+
+        def end(point: Point, hparams: Hparams, carry: Any, rhs: Tensor) -> Any:
+            solution = solver.end(carry, rhs)
+            return read(point, hparams, solution.value), tuple(solution)
+
+        def whole(point: Point, hparams: Hparams, rhs: Tensor, start: Tensor | None) -> Any:
+            carry = go(point, hparams, begin(point, hparams, rhs, start), solver.rounds)
+            return end(point, hparams, carry, rhs)
+
+        first = "cold" if start is None else "warm"
+        if solver.rounds <= TOGETHER:
+            grads, solution = problem.graph(f"solve, {first}", whole)(*at, rhs, start)
+            return Estimate(grads, solution=Solution(*solution))
+        carry = problem.graph(f"begin, {first}", begin)(*at, rhs, start)
+        for done in range(0, solver.rounds, TOGETHER):
+            rounds = min(TOGETHER, solver.rounds - done)
+            carry = problem.graph(f"{rounds} rounds", go)(*at, carry, rounds)
+        grads, solution = problem.graph("end", end)(*at, carry, rhs)
+        return Estimate(grads, solution=Solution(*solution))
+
+    @property
+    def _scaled(self) -> AbstractSolver:
+        """The solver; through the update a series of the steps themselves."""
+        if self.through == "update" and isinstance(self.solver, Neumann):
+            return replace(self.solver, scale=self.solver.scale or 1.0)
+        return self.solver
+
+
+def _joined(parts: tuple[Tensor, dict[str, Tensor]], names: Sequence[str]) -> Tensor:
+    """Weights and state as one vector."""
+    return torch.cat([parts[0], *(parts[1][n] for n in names)])

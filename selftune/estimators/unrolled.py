@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,13 +114,20 @@ class Unrolled(AbstractEstimator):
     ) -> Estimate:
         """Back through the steps."""
         cotangent = (outer_grads, {k: torch.zeros_like(v) for k, v in end.state.items()})
-        pull = problem.graph("pull", problem.pull)
+
+        def last(point: Point, values: Hparams, cotangent: Any) -> dict[str, Tensor]:
+            return problem.pull(point, values, cotangent)[1]
+
+        pull, reach = problem.graph("pull", problem.pull), problem.graph("last pull", last)
         steps: list[dict[str, Tensor]] = []
         left = len(memory) if self.horizon is None else min(self.horizon, len(memory))
         for passed in reversed(self._stretches(memory)):
             for point, values in reversed(self._points(problem, passed)):
                 if left == len(steps):
                     break
+                if left == len(steps) + 1:  # nothing lies before it
+                    steps.append(reach(point, values, cotangent))
+                    continue
                 cotangent, found = pull(point, values, cotangent)
                 steps.append(found)
         if not steps:
@@ -149,7 +156,8 @@ class Unrolled(AbstractEstimator):
         point = stretch[0].point
         points: list[tuple[Point, Hparams]] = [(point, stretch[0].hparams)]
         for before, passed in itertools.pairwise(stretch):
-            point = step(point, before.hparams)._replace(batch=passed.point.batch)
+            batch, clock = passed.point.batch, passed.point.clock
+            point = step(point, before.hparams)._replace(batch=batch, clock=clock)
             point = point._replace(grads=gradient(point, passed.hparams))
             points.append((point, passed.hparams))
         return points

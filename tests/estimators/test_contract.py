@@ -126,7 +126,8 @@ def test_dtype_and_shape_are_kept(name: str) -> None:
     grads = random(6, seed=20).float()
     found = ALL[name].estimate(problem, memory, end, hparams, grads).grads
     for n, h in hparams.items():
-        assert found[n].shape == h.shape and found[n].dtype == torch.float32, n
+        assert found[n].shape == h.shape, n
+        assert found[n].dtype == torch.float32, n
         assert bool((found[n] != 0).all())
 
 

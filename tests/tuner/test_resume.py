@@ -15,6 +15,7 @@ import pytest
 import torch
 from jobs import Dying, Outage, loader, net, points, same, tuner
 
+import selftune as st
 from selftune.fused import Fused
 
 VAL = [points(100, seed=1)]
@@ -55,6 +56,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "probe": dict(probe=20),
     "float32 tangents at every step": dict(tangents=None, estimator=None, every=3),
     "population": dict(population=3, exploit_every=20),
+    "unrolled": dict(estimator=st.Unrolled(7, checkpoint=3)),
+    "forward": dict(estimator=st.Forward(0.9, curvature="diagonal")),
+    "implicit": dict(estimator=st.Implicit(through="update", warm=True)),
 }
 
 

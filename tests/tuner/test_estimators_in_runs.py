@@ -1,0 +1,128 @@
+"""Estimators of whole steps in the tuner. Truths: autograd through a loop of our own, laws."""
+
+from typing import Any
+
+import pytest
+import torch
+from jobs import loader, net, points, tuner
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import selftune as st
+from selftune.estimators import AbstractEstimator
+from selftune.followed import Followed
+
+SEEING: dict[str, AbstractEstimator] = {
+    "Forward": st.Forward(),
+    "Unrolled": st.Unrolled(),
+    "Unrolled, checkpoints": st.Unrolled(checkpoint=3),
+}
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def doubled(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    x, y = points(count, seed=seed)
+    return [(a.double(), b) for a, b in zip(x.split(20), y.split(20), strict=True)]
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is asked of estimators, and what they answer."""
+    seen: list[Any] = []
+    before = Followed.estimate
+
+    def estimate(self: Followed, end: Any, hparams: Any, grads: Tensor) -> Any:
+        found = before(self, end, hparams, grads)
+        seen.append((hparams, grads.clone(), found))
+        return found
+
+    monkeypatch.setattr(Followed, "estimate", estimate)
+    return seen
+
+
+def looped(batches: list[Any], rates: list[float]) -> Any:
+    """The weights after SGD with momentum as a function of the hyperparameters: plain torch."""
+    model = plain()
+    named = dict(model.named_parameters())
+
+    def end(h: dict[str, Tensor]) -> Tensor:
+        weights = {n: p.detach() for n, p in named.items()}
+        momenta = {n: torch.zeros_like(w) for n, w in weights.items()}
+        for (x, y), rate in zip(batches, rates, strict=True):
+
+            def loss(weights: Any, x: Tensor = x, y: Tensor = y) -> Tensor:
+                held = {n: b.clone() for n, b in model.named_buffers()}
+                return F.cross_entropy(torch.func.functional_call(model, weights | held, (x,)), y)
+
+            grads = torch.func.grad(loss)(weights)
+            for n, w in weights.items():
+                penalised = grads[n] + h["weight_decay"] * w
+                momenta[n] = h["momentum"] * momenta[n] + penalised
+            weights = {n: w - h["lr"] * rate * momenta[n] for n, w in weights.items()}
+        return torch.cat([w.flatten() for w in weights.values()])
+
+    return end
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_hypergradients_are_those_of_a_plain_loop(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps of the linear schedule before the first hyperparameter step."""
+    seen, train = spied(monkeypatch), doubled(200, 0)
+    tuner(plain(), estimator=SEEING[name], every=10, probe=False, guard=False).fit(
+        train, doubled(40, 1), steps=20, progress=False
+    )
+    hparams, grads, found = seen[0]
+    rates = [1 - step / 20 for step in range(10)]
+    end = looped(train, rates)
+    truth = torch.func.grad(lambda h: end(h) @ grads)(hparams)
+    for n, value in truth.items():
+        assert float(found[n]) == pytest.approx(float(value), rel=1e-9, abs=1e-15), n
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        st.Unrolled(6, checkpoint=2),
+        pytest.param(st.Forward(0.9), marks=pytest.mark.slow),
+        pytest.param(st.Implicit(through="update"), marks=pytest.mark.slow),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_compiled_is_eager(estimator: AbstractEstimator) -> None:
+    """To rounding, with a shorter last batch in each epoch."""
+    found = []
+    for compiled in (False, True):
+        made = tuner(net(), estimator=estimator, compile=compiled, probe=False)
+        found.append(made.fit(loader(110), [points(40, seed=1)], steps=24, progress=False))
+    for n, value in found[0].hparams.items():
+        assert found[1].hparams[n] == pytest.approx(value, rel=1e-3), n
+    first, second = (torch.as_tensor(f.history["train_loss"]) for f in found)
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", [st.Forward(0.9), st.Unrolled(10), st.Trace(stride=5)])
+def test_they_raise_a_rate_that_is_far_too_low(estimator: AbstractEstimator) -> None:
+    made = tuner(net(), estimator=estimator, hparams={"lr": 1e-4, "momentum": 0.5}, probe=False)
+    result = made.fit(loader(200), [points(100, seed=1)], steps=300, progress=False)
+    assert result.hparams["lr"] > 1e-3
+
+
+def test_a_run_that_goes_back_is_followed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[int] = []
+    monkeypatch.setattr(Followed, "forget", lambda self: forgotten.append(len(self.memory)))
+    train = [points(20, seed=s) for s in range(60)]
+    train[40] = (1e4 * train[40][0], train[40][1])  # an explosion
+    made = tuner(nn.Linear(2, 3), estimator=st.Unrolled(20), hparams={"lr": 1e-2}, probe=False)
+    result = made.fit(train, [points(100, seed=1)], steps=60, progress=False)
+    assert len(forgotten) == len(result.history["rollbacks"]) > 0
+    assert result.ended == "finished"
+
+
+def test_a_population_needs_rows() -> None:
+    with pytest.raises(ValueError, match="population=3 needs an estimator of rows"):
+        tuner(net(), estimator=st.Forward(), population=3)
