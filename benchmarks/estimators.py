@@ -333,7 +333,8 @@ def main() -> None:
     if args.part in (None, "peers"):
         names = there()
         print("\n| library | our estimator | theirs, ms a step | ours, ms "
-              "| theirs ÷ ours (quartiles) | memory, theirs | ours |\n|---|---|---|---|---|---|---|")  # fmt: skip
+              "| theirs ÷ ours (quartiles) | memory, theirs | ours |")  # fmt: skip
+        print("|---" * 7 + "|")
         for name in names:
             if args.only in name:
                 for ours in (n for n in estimators() if n.startswith(PEERS[name].like)):
@@ -341,7 +342,7 @@ def main() -> None:
     if args.part in (None, "equal"):
         names = there()
         print(
-            "\n| library | our estimator | of | theirs | relative difference |\n|---|---|---|---|---|"
+            "\n| library | our estimator | of | theirs | relative difference |\n" + "|---" * 5 + "|"
         )
         for name in names:
             if args.only in name:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune.averaging import Average
-from selftune.estimators import AbstractRows, Trace
+from selftune.estimators import AbstractEstimator, AbstractRows, OneStep, Trace
 from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam
 from selftune.monitor import Monitor, hyper_rows
@@ -26,11 +26,12 @@ from selftune.optim._checks import (
     check_params,
 )
 from selftune.optim._engine import ALONE, Engine
+from selftune.optim._following import Call, Following
 from selftune.optim._groups import Groups
 from selftune.optim._outer import outer_gradients
 from selftune.optim._ranks import Ranks, is_sharded
 from selftune.optim._saving import check_state, pack, unpack
-from selftune.optim._stepper import AbstractStepper
+from selftune.optim._stepper import AbstractStepper, Opaque
 from selftune.probe import Probe, probe_steps
 from selftune.schedules import Schedule
 from selftune.tuning import Tuning
@@ -83,7 +84,7 @@ class SelfTuned(torch.optim.Optimizer):
         schedule: str | None = None,
         total_steps: int | None = None,
         warmup_steps: int = 0,
-        estimator: AbstractRows | None = None,
+        estimator: AbstractEstimator | None = None,
         average: Average | None = None,
         hyper_optimizer: HyperOptimizer = adam,
         every: int = 5,
@@ -109,7 +110,16 @@ class SelfTuned(torch.optim.Optimizer):
         )  # fmt: skip
         self._update = update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
-        self._estimator = Trace() if estimator is None else estimator
+        rows = estimator if isinstance(estimator, AbstractRows) else None
+        following = None
+        if estimator is not None and rows is None:
+            rows, following = OneStep(), Following(estimator, update, tuning)
+            if isinstance(update.rule, Opaque):
+                raise ValueError(
+                    f"estimator={estimator} needs a rule of the library (SGD, Adam, …): another "
+                    "optimizer's steps cannot be differentiated; use Trace or OneStep"
+                )
+        self._estimator = Trace() if rows is None else rows
         length = probe_steps(total_steps) if probe is True else int(probe)
         self._engine = Engine(
             tuning=tuning,
@@ -123,6 +133,7 @@ class SelfTuned(torch.optim.Optimizer):
             stepper=stepper,
             ranks=Ranks(distributed),
             regularizers=update.regularizers,
+            following=following,
         )
         self._groups = Groups(update, tuning)
         self._built: list[int] = []
@@ -177,6 +188,7 @@ class SelfTuned(torch.optim.Optimizer):
         """
         self._outside("step()")
         loss = None
+        call = self._call(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -197,7 +209,9 @@ class SelfTuned(torch.optim.Optimizer):
         ]
         engine = self._engine
         factor = self._schedule(engine.clock.steps)
-        if engine.train(grads, values, self._groups.rates(self.param_groups, factor)):
+        if call is not None and grads[0][1] is not None:
+            raise ValueError("estimator: every parameter needs a gradient at every step")
+        if engine.train(grads, values, self._groups.rates(self.param_groups, factor), call):
             self._publish()
         self._advise()
         if loss is not None:
@@ -255,7 +269,7 @@ class SelfTuned(torch.optim.Optimizer):
         if not bool(torch.isfinite(loss)):
             self._check_finite(closure)
         with torch.no_grad():
-            if engine.outer_step(float(loss), grads):
+            if engine.outer_step(float(loss), grads, self._groups.values(self.param_groups)):
                 self._publish()
             if engine.monitor.on:
                 rows = hyper_rows(loss, self.hparams, engine.tuning.signals())
@@ -358,10 +372,31 @@ class SelfTuned(torch.optim.Optimizer):
             self._blocks()
         engine = copy.copy(self._engine)
         engine.blocks = []
+        if engine.following is not None:  # closures are not copied: it begins anew
+            engine.following = copy.copy(engine.following)
+            engine.following.forget()
         own = {**self.__dict__, "state": self.state, "_engine": engine, "_built": []}
         return {k: v for k, v in own.items() if k != "step"}
 
     # inside
+
+    def _call(self, closure: Closure | None) -> Call | None:
+        """The closure, for an estimator that asks for gradients at other weights."""
+        engine = self._engine
+        if engine.following is None:
+            return None
+        if closure is None:
+            raise RuntimeError(
+                "this estimator needs gradients at other weights: call step(closure) with a "
+                "closure that clears gradients, computes the loss and calls backward"
+            )
+        blocks = self._blocks()
+        if len(blocks) > 1 or any(g.get("maximize") for g in self.param_groups):
+            raise ValueError(
+                f"params: {len(blocks)} parameter groups, or maximize=True, with an estimator that "
+                "sees whole steps: put all parameters in one group, or use Trace or OneStep"
+            )
+        return Call(closure, blocks[0], engine.buffers.tensors)
 
     def _outside(self, what: str) -> None:
         if self._inside:
@@ -399,13 +434,14 @@ class SelfTuned(torch.optim.Optimizer):
     def _make_blocks(self) -> None:
         """Join the trained parameters of every group; their state lies in ``self.state``."""
         engine, trained = self._engine, self._trained()
+        rows = [] if engine.following is not None else engine.tuning.names
         if not any(trained):
             raise ValueError("params: none of the parameters requires a gradient")
         engine.blocks = [
             Block(
                 params, self._names(i, params), [self.state[p] for p in params],
                 self._update, self._estimator, self._groups.options(self.param_groups[i]),
-                engine.tuning.names, self._update.regularizers, not engine.tuning.shared,
+                rows, self._update.regularizers, not engine.tuning.shared,
             )
             for i, params in enumerate(trained)
             if params
@@ -465,6 +501,8 @@ class SelfTuned(torch.optim.Optimizer):
     def _advise(self) -> None:
         clock, tuning = self._engine.clock, self._engine.tuning
         stay = sorted(self._update.regularizers & set(tuning.names))
+        if self._engine.following is not None:
+            return
         if not self._told and stay and not clock.heard and clock.steps > ALONE:
             self._told = True
             log.warning(

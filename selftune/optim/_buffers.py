@@ -63,7 +63,8 @@ class Buffers:
             if self._saved is not None:
                 self.load_state_dict(self._saved)
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """The modules' statistics as they are now."""
         return [t for layer in self.layers for t in _statistics(layer)]
 
     def exchange(self) -> None:
@@ -76,7 +77,7 @@ class Buffers:
         for layer, usual in zip(self.layers, self._momenta, strict=True):
             quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
             layer.momentum = quick if self._shown else usual  # type: ignore[assignment]
-        for tensor, kept in zip(self._tensors(), self.average, strict=True):
+        for tensor, kept in zip(self.tensors(), self.average, strict=True):
             held = tensor.clone()
             tensor.copy_(kept)
             kept.copy_(held)
@@ -85,7 +86,7 @@ class Buffers:
         """Move the average toward the modules' statistics, unless passes at it update it."""
         if self._own:
             return
-        for kept, tensor in zip(self.average, self._tensors(), strict=True):
+        for kept, tensor in zip(self.average, self.tensors(), strict=True):
             if kept.is_floating_point():
                 kept.lerp_(tensor, share)
 
@@ -100,7 +101,7 @@ class Buffers:
 
     def restore(self, first: int = 0) -> None:
         """Put good statistics back, for the training weights and the average."""
-        groups = (self._tensors(), self.average, self.good)
+        groups = (self.tensors(), self.average, self.good)
         for *others, kept in zip(*(g[first:] for g in groups), strict=True):
             for tensor in others:
                 tensor.copy_(kept)

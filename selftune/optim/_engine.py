@@ -16,6 +16,7 @@ from selftune.guard import Guard
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
+from selftune.optim._following import Call, Following
 from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe
@@ -68,6 +69,7 @@ class Engine:
     blocks: list[Block] = field(default_factory=list)
     slopes: Sequence[Mapping[str, Any]] = field(default_factory=list)
     alone: Tensor | None = None
+    following: Following | None = None
     heard: bool = False
 
     @property
@@ -75,8 +77,21 @@ class Engine:
         """Whether the start-up probe is still sweeping."""
         return self.probe is not None and not self.probe.ended
 
-    def train(self, grads: Grads, values: Sequence[Values], rates: Sequence[float]) -> bool:
-        """One training step from gradients; true if hyperparameters changed."""
+    def train(
+        self,
+        grads: Grads,
+        values: Sequence[Values],
+        rates: Sequence[float],
+        call: Call | None = None,
+    ) -> bool:
+        """One training step from gradients; true if hyperparameters changed.
+
+        Args:
+            grads: Of every block.
+            values: Options and hyperparameters of every block.
+            rates: The schedule's factor of every block.
+            call: Gives gradients at other weights, to an estimator that needs them.
+        """
         self.clock.steps += 1
         if self.probe is not None and not self.probe.ended:
             return self._probe_step(self.probe, grads, values)
@@ -96,6 +111,8 @@ class Engine:
         if self.clock.since == self.clock.steps:  # rolled back
             return True
         share = self.averaging.weight(self.clock.steps - self.clock.since)
+        if self.following is not None and call is not None:
+            self.following.observe(self.blocks[0], values[0], grads[0][0], transitions[0], call)
         observed = self.clock.steps % self.stride == 0
         for block, step, slope, (_, mask) in zip(
             self.blocks, transitions, self.slopes, grads, strict=True
@@ -163,6 +180,8 @@ class Engine:
         an unbiased outer gradient; a regularizer it cannot judge.
         """
         names = [n for n in self.tuning.names if n not in self.regularizers]
+        if self.following is not None:  # whose estimates are too dear for every step
+            return False
         if not names or self.clock.heard or self.clock.steps <= ALONE:
             return False
         signal = self._signal([g for g, _ in grads])
@@ -191,7 +210,7 @@ class Engine:
         """Join what blocks tell: summed where shifts are shared, else tensor after tensor."""
         return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
 
-    def outer_step(self, loss: float, grads: Sequence[Tensor]) -> bool:
+    def outer_step(self, loss: float, grads: Sequence[Tensor], values: Sequence[Values]) -> bool:
         """One hyperparameter step from the outer gradients; true if hyperparameters changed."""
         self.clock.outer = self.clock.steps
         if self.guard is not None:
@@ -204,6 +223,9 @@ class Engine:
                 self._keep([b.average for b in self.blocks])
         if not self.tuning.rows:
             return False
+        if self.following is not None:
+            signal = self.following.signal(self.blocks[0], values[0], grads[0])
+            return self.tune(self.ranks.outer(signal), self.tuning.names)
         return self.tune(self._signal(grads, gap=True), self.tuning.names)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
@@ -242,6 +264,8 @@ class Engine:
         for block in self.blocks:
             block.rewind()
         self.stepper.forget()
+        if self.following is not None:
+            self.following.forget()
         self.buffers.restore()
         self.alone = None
         self.clock.since = self.clock.steps
