@@ -266,9 +266,10 @@ def many() -> None:
 
 def bias(steps: int = 200, every: int = 10) -> dict[str, list[float]]:
     """Cosine of each estimator's hypergradient with the exact one, along a run on digits."""
-    from benchmarks.workloads import digits_arrays
+    from benchmarks.workloads import digits
 
-    (x, y), (vx, vy) = digits_arrays()
+    (x, y), (vx, vy) = (digits().splits[s] for s in ("train", "val"))
+    x, vx = x.double(), vx.double()
     generator = torch.Generator().manual_seed(0)
     picks = [torch.randint(len(x), (64,), generator=generator) for _ in range(steps)]
     batches = [(x[p], y[p]) for p in picks]
