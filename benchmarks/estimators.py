@@ -33,7 +33,7 @@ from benchmarks.peers import CYCLE, DECAY, LR, MOMENTUM, PEERS, SCALE, TERMS
 from selftune.estimators import AbstractEstimator, Exact
 
 NET = "MLP 784-256-256-10, batch 128"
-ASKED = {"OneStep": 1.1, "Trace": 1.3, "Implicit": 2.2, "Unrolled": 3.2, "Forward": 6.0}
+GOALS = {"OneStep": 1.1, "Trace": 1.3, "Implicit": 2.2, "Unrolled": 3.2, "Forward": 6.0}
 MODULES = {
     "higher": "higher", "torchopt": "torchopt", "betty-ml": "betty",
     "gradient-descent-the-ultimate-optimizer": "gradient_descent_the_ultimate_optimizer",
@@ -95,7 +95,7 @@ def time_steps(name: str, rounds: int, device: str) -> None:
     ratio = spread([a / b for a, b in zip(loader.taken, times[best], strict=False)])
     print(
         f"| {name} | {middle[best]:.2f} ({best}) | {statistics.median(loader.taken):.2f} "
-        f"| {ratio} | {ASKED[name]} |",
+        f"| {ratio} | {GOALS[name]} |",
         flush=True,
     )
 
@@ -327,8 +327,8 @@ def main() -> None:
     logging.getLogger("selftune").setLevel(logging.ERROR)
     if args.part in (None, "time"):
         print("| estimator | best compiled, ms a step | ours, ms | ÷ best compiled (quartiles) "
-              "| asked |\n|---|---|---|---|---|")  # fmt: skip
-        for name in ASKED:
+              "| goal |\n|---|---|---|---|---|")  # fmt: skip
+        for name in GOALS:
             if args.only in name:
                 time_steps(name, args.rounds, args.device)
     if args.part in (None, "peers"):

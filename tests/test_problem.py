@@ -1,12 +1,14 @@
 """Derivatives of a whole step. Truth: autograd through the step itself."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 import selftune as st
 from selftune.penalties import L2
-from selftune.problem import Point, Problem
+from selftune.problem import Point, Problem, flat
 from selftune.update import Clock, Update
 
 RULES = {
@@ -50,3 +52,54 @@ def test_push_and_pull_are_the_derivative_of_a_step(name: str) -> None:
     before, found = problem.pull(point, hparams, tangent)
     torch.testing.assert_close(before, (params, states), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found, hyper, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_parts_of_derivatives_are_those_of_the_whole(name: str) -> None:
+    """``turning`` is ``pull`` less the hyperparameters; ``hessian`` and ``mixing`` by autograd."""
+    rule, options = RULES[name]
+    problem = Problem(
+        update=Update(rule, (L2(),)), inner_loss=inner, outer_loss=lambda w, b: w.sum(),
+        options=options,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(5, generator=generator, dtype=torch.float64)  # noqa: E731
+    number = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    hparams = {"lr": number(0.03), "l2": number(0.02), "scale": number(1.3)}
+    point = problem.start(draw(), hparams, draw())
+    cotangent = draw(), {k: draw() for k in point.state}
+    torch.testing.assert_close(
+        problem.turning(point, hparams)(cotangent), problem.pull(point, hparams, cotangent)[0]
+    )
+
+    def slope(w: Tensor, h: dict[str, Tensor]) -> Tensor:
+        grads = problem.products.gradient(w, h, point.batch)
+        return problem.update.penalised(w, grads, problem.values(h))
+
+    vector = draw()
+    in_weights, in_hparams = torch.func.vjp(slope, point.params, hparams)[1](vector)
+    torch.testing.assert_close(problem.hessian(point, hparams)(vector), in_weights)
+    torch.testing.assert_close(problem.mixing(point, hparams)(vector), in_hparams)
+
+
+def test_a_model_becomes_a_problem_without_a_second_copy_of_its_weights() -> None:
+    """Tied and frozen weights, buffers, what torch does not copy; truth: the model itself."""
+    torch.manual_seed(0)
+    tied = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4)
+    )
+    tied[2].weight = tied[0].weight
+    tied[2].bias.requires_grad_(False)
+    odd = torch.nn.utils.spectral_norm(torch.nn.Linear(4, 4)).eval()
+    odd(torch.randn(6, 4))  # now it holds a tensor that it has computed
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(odd)
+    for model in (tied, odd):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        weights, call = flat(model)
+        x = torch.randn(6, 4)
+        torch.testing.assert_close(call(weights, x), model(x))
+        assert weights.numel() == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert not torch.equal(call(2 * weights, x), model(x))
+        if model is odd:
+            assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())

@@ -114,3 +114,40 @@ def test_auto_takes_what_works_and_says_why() -> None:
 def test_unknown_backends_are_refused() -> None:
     with pytest.raises(ValueError, match="backend='magic' must be 'auto' or one of"):
         Products(lambda w, h: w.sum(), "magic")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_curvature_alone_is_that_of_pull(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, v = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2))
+    products = Products(lambda w, h: torch.tanh(w).sum() ** 2 * h["a"], backend)
+    a = {"a": torch.tensor(1.3, dtype=torch.float64)}
+    gradient, product = products.curvature(w, a)
+    both, pull = products.linear(w, a)
+    assert torch.equal(gradient, both)
+    torch.testing.assert_close(product(v), pull(v)[0])
+
+
+def test_under_autocast_all_that_is_left_out_is_precision() -> None:
+    """bfloat16 passes against float32 ones."""
+    torch.manual_seed(0)
+    weights, call = flat(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)))
+    x, y = torch.randn(32, 8), torch.randint(3, (32,))
+    found = []
+    for half in (False, True):
+
+        def loss(w: Tensor, h: Any, half: bool = half) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                return F.cross_entropy(call(w, x), y)
+
+        products = Products(loss, "double backward")
+        found.append(products.pull(weights, {})(torch.ones_like(weights))[0])
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.03
+
+
+def test_the_random_streams_stay_where_they_are() -> None:
+    """A run that is resumed tries its backends anew."""
+    loss = lambda w, h: (F.dropout(w, 0.5) ** 4).sum()  # noqa: E731
+    before = torch.get_rng_state()
+    Products(loss).prepare(torch.ones(9), {})
+    assert torch.equal(torch.get_rng_state(), before)

@@ -59,7 +59,9 @@ class SelfTuned(torch.optim.Optimizer):
             linear to 0 if ``total_steps`` is given, else constant.
         total_steps: Steps in the whole run, if known.
         warmup_steps: Steps over which the learning rate climbs.
-        estimator: How weights respond to hyperparameters.
+        estimator: How weights respond to hyperparameters. Trace or OneStep; with any other one,
+            ``step`` takes a closure that keeps its own batch, there is one parameter group, and
+            copies and loaded states begin to follow anew.
         average: Where the outer loss is measured.
         hyper_optimizer: Makes the torch optimizer of the raw hyperparameters.
         every: Training steps from one hyperparameter step to the next, at least.

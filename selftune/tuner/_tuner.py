@@ -55,7 +55,7 @@ class Tuner:
         penalty: Further penalties (:mod:`selftune.penalties`).
         bounds: (lowest, highest) values by name.
         estimator: How the response of the weights is followed; by default ``Trace`` that
-            observes one step of every ``every``.
+            observes one step of every ``every``. Any of :mod:`selftune.estimators`.
         tangents: The dtype responses are kept in; bfloat16 halves their memory.
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next.
