@@ -14,6 +14,7 @@ its steps the plain loops (:mod:`benchmarks.plain`) and the other libraries
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import logging
 import statistics
@@ -115,12 +116,15 @@ class Scale:
     """Weighs tensors' memory: begin, mark where it starts to count, and read the highest level."""
 
     def __init__(self) -> None:
+        torch.compiler.reset()  # it holds on to tensors of runs before, which would be freed …
+        gc.collect()  # … while this one is weighed, and count against it
         self._profile = torch.profiler.profile(profile_memory=True)
         self._profile.__enter__()
         self._since = 0
 
     def mark(self) -> None:
         """Count from here."""
+        gc.collect()  # what compiling has left
         self._since = time.time_ns()
 
     def read(self) -> int:
