@@ -63,7 +63,7 @@ class Followed:
         )  # fmt: skip
         self.sees_all = estimator.sees_all
         self.memory: Any = None
-        self._warned = False
+        self._warned = self._told = False
         self.wrap(lambda function: function)
 
     def wrap(self, wrap: Callable[[Function], Function]) -> None:
@@ -117,7 +117,9 @@ class Followed:
         self.memory = self._estimator.observe(self._problem, self.memory, point, hparams)
 
     def estimate(self, end: Point, hparams: Hparams, grads: Tensor) -> Mapping[str, Tensor]:
-        """Hypergradients for outer gradients at the end of the last step."""
+        """Hypergradients for outer gradients at the end of the last step; 0 before any."""
+        if self.memory is None:
+            return {n: torch.zeros_like(h) for n, h in hparams.items()}
         found, self.memory = self._estimator.solve(self._problem, self.memory, end, hparams, grads)
         if found.solution is not None and not self._warned and bool(found.solution.diverged):
             self._warned = True
@@ -125,6 +127,10 @@ class Followed:
                 "the linear solve diverged and its best iterate is used, with a relative residual "
                 "of %.2g: add damping, or take fewer terms", float(found.solution.residual),
             )  # fmt: skip
+        if not self._told and not all(bool(torch.isfinite(g).all()) for g in found.grads.values()):
+            self._told = True
+            log.warning("hypergradients are not finite, and such steps move nothing: %s",
+                        {n: float(g) for n, g in found.grads.items()})  # fmt: skip
         return found.grads
 
     def forget(self) -> None:

@@ -167,6 +167,8 @@ class Fused:
             if not followed.sees_all:
                 return plain(run, batch)
             loss, point, hparams = advancing(run, batch)
+            if not bool(torch.isfinite(loss)):  # the step was not taken
+                return loss
             point, hparams = kept((point, hparams))
             followed.observe(point, hparams, batch)
             return loss
@@ -174,9 +176,11 @@ class Fused:
         def tune(run: Run, batch: Batch, outer: Batch) -> Tensor:
             told, passed, hparams, end, grads = validating(run, batch, outer)
             point, hparams = kept((passed or end, hparams))
-            followed.observe(point, hparams, batch)
+            if bool(torch.isfinite(told[0])):
+                followed.observe(point, hparams, batch)
             end = end._replace(batch=(batch, end.batch))
-            return stepping(run, followed.estimate(end, hparams, grads), *told)
+            found = followed.estimate(end, hparams, grads)
+            return stepping(run, found, *told)
 
         return {"train": train, "tune": tune}
 

@@ -60,7 +60,8 @@ class AbstractSolver(ABC):
         if start is None:
             return torch.zeros_like(rhs), rhs
         residual = rhs - product(start)
-        better = residual.norm() < rhs.norm()  # a stale start is dropped
+        head = getattr(self, "head", None)
+        better = residual[:head].norm() < rhs.norm()  # a stale start is dropped
         return torch.where(better, start, 0.0), torch.where(better, residual, rhs)
 
     def _solution(
@@ -122,6 +123,7 @@ class Neumann(AbstractIteration):
         terms: How many.
         scale: η; None for the inverse of the largest ‖A r‖/‖r‖ seen so far.
         tolerance: The relative residual that counts as converged.
+        head: How many of the first entries are judged by; the rest may be in other units.
 
     Source: Lorraine, Vicol & Duvenaud 2020, section 4.
     """
@@ -129,6 +131,7 @@ class Neumann(AbstractIteration):
     terms: int = 10
     scale: float | None = None
     tolerance: float = 1e-3
+    head: int | None = None
 
     @property
     def rounds(self) -> int:
@@ -138,7 +141,7 @@ class Neumann(AbstractIteration):
     def begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> Series:
         """Nothing summed yet, or what ``start`` stands for."""
         value, residual = (t.clone() for t in self._begin(product, rhs, start))
-        size = residual.norm()
+        size = residual[: self.head].norm()
         zero, yes = torch.zeros_like(size), torch.ones_like(size, dtype=torch.bool)
         return Series(value, residual, size, zero, 2 * rhs.norm(), yes)
 
@@ -157,15 +160,16 @@ class Neumann(AbstractIteration):
         # In place: the vectors may be all that fits beside the model.
         value = value.addcmul_(residual, scale)
         residual = residual.addcmul_(moved, scale, value=-1)
-        return Series(value, residual, residual.norm(), largest, bound, running)
+        return Series(value, residual, residual[: self.head].norm(), largest, bound, running)
 
     def end(self, carry: Series, rhs: Tensor) -> Solution:
         """The sum, or where it is worse than nothing its best multiple."""
-        reached = torch.sub(rhs, carry.residual)
+        value, rhs = carry.value, rhs[: self.head]
+        reached = torch.sub(rhs, carry.residual[: self.head])
         factor = (rhs @ reached) / (reached @ reached).clamp_min(torch.finfo(rhs.dtype).tiny)
         factor = torch.where(carry.size <= rhs.norm(), 1.0, factor)
         residual = torch.addcmul(rhs, reached, factor, value=-1).norm()
-        value = carry.value.mul_(factor)
+        value = value.mul_(factor)
         return self._solution(value, residual, rhs, self.terms, ~(carry.size <= carry.bound))
 
 

@@ -31,6 +31,7 @@ class Point(NamedTuple):
         clock: When it is.
         grads: ∇L_train there, shape (N,), without the update's penalties; None where nobody has
             computed it yet.
+        options: The rule's options at this step, where they differ from the problem's.
     """
 
     params: Tensor
@@ -38,6 +39,7 @@ class Point(NamedTuple):
     batch: Any
     clock: Clock
     grads: Tensor | None = None
+    options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,18 @@ class Problem:
         """One value a weight, of one a segment."""
         return hparam if self.segments is None or not hparam.ndim else hparam[self.segments]
 
+    def _check_shape(self, name: str, hparam: Tensor, weights: int) -> None:
+        """Refuse hyperparameters of the update that do not fit the weights."""
+        if name not in self.update.hparams or not hparam.ndim:
+            return
+        fits = weights if self.segments is None else int(self.segments.max()) + 1
+        if hparam.shape != (fits,):
+            one = "weight" if self.segments is None else "segment"
+            raise ValueError(
+                f"hparams[{name!r}] has shape {tuple(hparam.shape)}, which must be () for one "
+                f"value, or ({fits},) for one a {one}"
+            )
+
     def gather(self, name: str, single: Tensor, hparam: Tensor) -> Tensor:
         """Derivatives in a hyperparameter, from those in the value it has at each weight.
 
@@ -116,6 +130,8 @@ class Problem:
 
     def start(self, params: Tensor, hparams: Hparams, batch: Any = None) -> Point:
         """The point before the first step."""
+        for name, hparam in hparams.items():
+            self._check_shape(name, hparam, params.numel())
         state = self.update.rule.init(params, self.values(hparams))
         return Point(params, state, batch, Clock(0, self.rate(0), 0))
 
@@ -138,7 +154,7 @@ class Problem:
 
     def moved(self, point: Point, grads: Tensor, hparams: Hparams) -> tuple[Tensor, State]:
         """Weights and state after a step along given gradients: differentiable, elementwise."""
-        values = self.values(hparams)
+        values = {**self.values(hparams), **(point.options or {})}
         params, after = self.update(point.params, grads, point.state, values, point.clock)
         return params, {k: after[k] for k in point.state}
 

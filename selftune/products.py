@@ -179,11 +179,32 @@ class Products:
                 )
         return self.backend
 
+    def _plainly(self, params: Tensor, hparams: Values, *batch: Any) -> None:
+        """Differentiate by autograd, which marks what cannot be differentiated a second time.
+
+        torch.func takes the second derivative of such an operation for 0, silently.
+        """
+        with torch.enable_grad():
+            leaf = params.detach().clone().requires_grad_()
+            loss = self._loss(leaf, hparams, *batch)
+            (found,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
+        waiting, seen = [found.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "torch::autograd::Error":
+                raise RuntimeError("an operation in it can be differentiated once only")
+            waiting += [following for following, _ in node.next_functions]
+
     def _works(self, params: Tensor, hparams: Values, *batch: Any) -> bool:
         """Whether the backend in use differentiates this loss; notes why not."""
         ones = torch.ones_like(params)
         still = {n: torch.zeros_like(h) for n, h in hparams.items()}
         try:
+            if self.backend == "double backward":
+                self._plainly(params, hparams, *batch)
             curved, _ = self.pull(params, hparams, *batch)(ones)
             self.push(params, hparams, *batch)(ones, still)
         except (RuntimeError, NotImplementedError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selftune.linear_solve import Solution
 from selftune.problem import Hparams, Point, Problem
+from selftune.update import Update
 
 log = logging.getLogger("selftune")
 
@@ -44,6 +45,20 @@ class AbstractEstimator(ABC):
     """
 
     sees_all: ClassVar[bool] = True
+
+    def check(  # noqa: B027 - most can do all
+        self, update: Update, names: Sequence[str], *, endless: bool = False
+    ) -> None:
+        """Refuse what it cannot do.
+
+        Args:
+            update: The weight step.
+            names: The hyperparameters asked for.
+            endless: Whether it is to follow a training run, which knows no ``Problem.split``.
+
+        Raises:
+            ValueError: What that is, and what to do.
+        """
 
     @abstractmethod
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Any:

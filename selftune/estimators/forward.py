@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.estimators._directions import Bend, Tangent, basis, entries, pushed, still
 from selftune.problem import Hparams, Point, Problem
+from selftune.update import Update
 
 CURVATURES = ("exact", "gauss-newton", "diagonal", "none")
 RECENT = 0.9
@@ -66,6 +68,14 @@ class Forward(AbstractEstimator):
             raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
         if self.projections is not None and self.projections < 1:
             raise ValueError(f"projections={self.projections} must be at least 1, or None for all")
+
+    def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
+        """Refuse a matrix that only a problem with its loss in two parts has."""
+        if endless and self.curvature == "gauss-newton":
+            raise ValueError(
+                "curvature='gauss-newton' needs the loss in two parts, Problem(split=…), which "
+                "training does not know: use 'exact' with a discount, or 'diagonal'"
+            )
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> ForwardMemory:
         """No response yet."""

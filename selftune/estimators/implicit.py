@@ -12,6 +12,7 @@ from torch import Tensor
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.linear_solve import AbstractIteration, AbstractSolver, Neumann, Product, Solution
 from selftune.problem import Hparams, Point, Problem
+from selftune.update import Update
 
 TOGETHER = 10
 """Rounds of a solver in one graph: more are faster, and take longer to compile."""
@@ -72,16 +73,19 @@ class Implicit(AbstractEstimator):
             )
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> ImplicitMemory:
-        """Nothing to start from; refuses hyperparameters of which the loss knows nothing."""
-        if self.through == "loss":
-            apart = set(problem.update.hparams) - problem.update.smooth
-            idle = [n for n in hparams if n in apart]
-            if idle:
-                raise ValueError(
-                    f"hparams {idle} do not enter the training loss, so its minimum does not "
-                    "depend on them: use Implicit(through='update'), Trace, Forward or Unrolled"
-                )
+        """Nothing to start from."""
+        self.check(problem.update, list(hparams))
         return ImplicitMemory(None, None)
+
+    def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
+        """Refuse hyperparameters of which the loss knows nothing."""
+        apart = set(update.hparams) - update.smooth
+        idle = [n for n in names if n in apart]
+        if self.through == "loss" and idle:
+            raise ValueError(
+                f"hparams {idle} do not enter the training loss, so its minimum does not "
+                "depend on them: use Implicit(through='update'), Trace, Forward or Unrolled"
+            )
 
     def observe(
         self, problem: Problem, memory: ImplicitMemory, point: Point, hparams: Hparams
@@ -164,7 +168,7 @@ class Implicit(AbstractEstimator):
         start: Tensor | None,
     ) -> Estimate:
         """Solve, in graphs of several rounds, which share passes of the model."""
-        solver = self._scaled
+        solver = self._scaled(at[0].params.numel())
         if not isinstance(solver, AbstractIteration):
             times = problem.graph("times", lambda point, h, v: matrix(point, h)(v))
             solution = solver.solve(lambda v: times(*at, v), rhs, start)
@@ -198,11 +202,14 @@ class Implicit(AbstractEstimator):
         grads, solution = problem.graph("end", end)(*at, carry, rhs)
         return Estimate(grads, solution=Solution(*solution))
 
-    @property
-    def _scaled(self) -> AbstractSolver:
-        """The solver; through the update a series of the steps themselves."""
+    def _scaled(self, weights: int) -> AbstractSolver:
+        """The solver; through the update a series of the steps themselves.
+
+        The adjoints of the rule's state are in units of its own, of squared gradients say, so
+        that the series is judged by the weights' alone.
+        """
         if self.through == "update" and isinstance(self.solver, Neumann):
-            return replace(self.solver, scale=self.solver.scale or 1.0)
+            return replace(self.solver, scale=self.solver.scale or 1.0, head=weights)
         return self.solver
 
 

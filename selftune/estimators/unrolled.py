@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.problem import Hparams, Point, Problem
+from selftune.update import Update
 
 log = logging.getLogger("selftune")
 
@@ -67,6 +69,11 @@ class Unrolled(AbstractEstimator):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
 
+    def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
+        """Refuse to keep all steps of a training run."""
+        if endless and self.horizon is None:
+            raise ValueError("horizon=None keeps every step of a run: give Unrolled a horizon")
+
     def memory(self, start: Point) -> int:
         """Bytes for weights, gradients and rule state of the horizon (0 if there is none)."""
         tensors = [start.params, start.params, *start.state.values()]
@@ -96,7 +103,7 @@ class Unrolled(AbstractEstimator):
         """Keep the step; forget what lies before the horizon."""
         starts = [i for i, passed in enumerate(memory) if passed.point.params.numel()]
         if memory and len(memory) - starts[-1] < self.checkpoint:
-            point = point._replace(params=point.params[:0], state={}, grads=None)
+            point = point._replace(params=point.params.new_empty(0), state={}, grads=None)
         else:
             starts.append(len(memory))
         memory = (*memory, Passed(point, dict(hparams)))

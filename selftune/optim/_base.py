@@ -116,6 +116,7 @@ class SelfTuned(torch.optim.Optimizer):
         following = None
         if estimator is not None and rows is None:
             rows, following = OneStep(), Following(estimator, update, tuning)
+            estimator.check(update, tuning.names, endless=True)
             if isinstance(update.rule, Opaque):
                 raise ValueError(
                     f"estimator={estimator} needs a rule of the library (SGD, Adam, …): another "
@@ -436,7 +437,10 @@ class SelfTuned(torch.optim.Optimizer):
     def _make_blocks(self) -> None:
         """Join the trained parameters of every group; their state lies in ``self.state``."""
         engine, trained = self._engine, self._trained()
-        rows = [] if engine.following is not None else engine.tuning.names
+        rows = engine.tuning.names
+        if engine.following is not None:
+            rows = []
+            engine.following.forget()
         if not any(trained):
             raise ValueError("params: none of the parameters requires a gradient")
         engine.blocks = [

@@ -225,6 +225,8 @@ class Engine:
             return False
         if self.following is not None:
             signal = self.following.signal(self.blocks[0], values[0], grads[0])
+            if signal is None:
+                return False
             return self.tune(self.ranks.outer(signal), self.tuning.names)
         return self.tune(self._signal(grads, gap=True), self.tuning.names)
 

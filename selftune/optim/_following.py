@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from selftune.optim._block import Block
 from selftune.problem import Point, Problem
 from selftune.products import Products, Pull, Push, Values
 from selftune.tuning import Tuning
-from selftune.update import Transition, Update
+from selftune.update import Clock, Transition, Update
 
 log = logging.getLogger("selftune")
 
@@ -41,11 +42,35 @@ class Call:
         self._device = block.layout.device
         self._random = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(self._device) if self._on_cuda else None
-        self.known: tuple[Tensor, Tensor] | None = None  # weights and gradient at its own step
+        self._known: tuple[Any, Any] | None = None
 
     @property
     def _on_cuda(self) -> bool:
         return self._device.type == "cuda"
+
+    def know(self, weights: Tensor, grads: Tensor) -> None:
+        """Take its gradient at its own step, for as long as an estimator keeps it."""
+        self._known = weakref.ref(weights), weakref.ref(grads)
+
+    def known(self, weights: Tensor | None = None) -> Tensor | None:
+        """The gradient at its own step, if these are the weights of it (None: whatever)."""
+        at, grads = (None, None) if self._known is None else (r() for r in self._known)
+        found: Tensor | None = grads if at is weights or weights is None else None
+        return found
+
+    def check(self, found: Tensor, expected: Tensor, around: Tensor) -> None:
+        """Refuse a closure that computes something else than at its own step.
+
+        Args:
+            found: Its gradient now.
+            expected: What it was.
+            around: The size of gradients nearby: with none left, rounding is all that differs.
+        """
+        if bool((found - expected).norm() > CHANGED * (expected.norm() + around)):
+            raise RuntimeError(
+                "a closure computes another gradient than at its own step: each closure must keep "
+                "its own batch, as in opt.step(functools.partial(closure, x, y))"
+            )
 
     def gradient(self, weights: Tensor) -> Tensor:
         """The gradient there, shape (N,)."""
@@ -57,6 +82,8 @@ class Call:
             if self._cuda is not None:
                 torch.cuda.set_rng_state(self._cuda, self._device)
             block.layout.write(weights, block.params)
+            for param in block.params:  # the user's own gradients are not to be added to, nor lost
+                param.grad = None
             with torch.enable_grad():
                 self._closure()
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
@@ -95,18 +122,14 @@ class _ByClosures(Products):
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Differences; a gradient that is known already is not computed again."""
         call: Call = batch[0]
-        known = call.known
-        own = known is not None and known[0] is params
-        gradient = known[1] if known is not None and own else call.gradient(params)
+        known = call.known(params)
+        gradient = call.gradient(params) if known is None else known
 
         def product(vector: Tensor) -> Tensor:
             step = self._step(params, vector)
             up, down = (call.gradient(params + sign * step * vector) for sign in (1, -1))
-            if own and (up + down - 2 * gradient).norm() > 2 * CHANGED * gradient.norm():
-                raise RuntimeError(
-                    "a closure of an earlier step computes another gradient now: each closure "
-                    "must keep its own batch, as in opt.step(functools.partial(closure, x, y))"
-                )
+            if known is not None:
+                call.check((up + down) / 2, known, (up.norm() + down.norm()) / 2)
             return (up - down) / (2 * step)
 
         return gradient, product
@@ -125,6 +148,14 @@ class _ClosureProblem(Problem):
         object.__setattr__(self, "products", _ByClosures())
 
 
+class _Last(NamedTuple):
+    """The last step."""
+
+    call: Call
+    clock: Clock
+    kept: tuple[Tensor, Tensor] | None  # its weights and gradient, where nothing else keeps them
+
+
 class Following:
     """Follows an optimizer's steps by an estimator that must see them whole.
 
@@ -137,7 +168,7 @@ class Following:
     def __init__(self, estimator: AbstractEstimator, update: Update, tuning: Tuning) -> None:
         self._estimator, self._update, self._tuning = estimator, update, tuning
         self._memory: Any = None
-        self._last: Call | None = None
+        self._last: _Last | None = None
         self._warned = False
 
     def forget(self) -> None:
@@ -166,21 +197,30 @@ class Following:
     ) -> None:
         """Take note of a step that is about to be written."""
         problem, hparams = self._problem(block, values), self._hparams(block)
-        point = Point(step.params.clone(), dict(step.state), call, step.clock, grads.clone())
-        call.known = point.params, point.grads  # type: ignore[assignment]
+        options = {n: v for n, v in values.items() if n not in self._tuning.rows}
+        params, grads = step.params.clone(), grads.clone()
+        point = Point(params, dict(step.state), call, step.clock, grads, options)
+        call.know(params, grads)
         if self._memory is None:
             self._memory = self._estimator.init(problem, point, hparams)
         self._memory = self._estimator.observe(problem, self._memory, point, hparams)
-        self._last = call
+        self._last = _Last(call, step.clock, None if self._estimator.sees_all else (params, grads))
 
-    def signal(self, block: Block, values: Mapping[str, Any], grads: Tensor) -> Tensor:
-        """dL/d(raw) for an outer gradient: shape (hyperparameters, tensors or 1)."""
+    def signal(self, block: Block, values: Mapping[str, Any], grads: Tensor) -> Tensor | None:
+        """dL/d(raw) for an outer gradient: shape (hyperparameters, tensors or 1).
+
+        None where no step has been seen since the last fresh start.
+        """
         problem, hparams = self._problem(block, values), self._hparams(block)
-        if self._memory is None:
-            return torch.zeros(len(hparams), 1, dtype=grads.dtype, device=grads.device)
+        if self._memory is None or self._last is None:
+            return None
+        call, clock, kept = self._last
+        if kept is not None:  # one more pass tells whether the closure still has its batch
+            now = call.gradient(kept[0])
+            call.check(now, kept[1], now.norm())
         state = {k: block.state[k] for k in block.state}
-        clock = problem.start(grads, hparams).clock._replace(age=block.age())
-        end = Point(block.weights(), state, self._last, clock)
+        clock = clock._replace(step=clock.step + 1, age=block.age())
+        end = Point(block.weights(), state, call, clock)
         found, self._memory = self._estimator.solve(problem, self._memory, end, hparams, grads)
         if found.solution is not None and not self._warned and bool(found.solution.diverged):
             self._warned = True

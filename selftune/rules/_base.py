@@ -98,6 +98,18 @@ def mix(old: Tensor, new: Tensor, weight: Any) -> Tensor:
     return torch.lerp(old, new, weight)
 
 
+SMALLEST = 1e-30
+
+
+def root(square: Tensor) -> Tensor:
+    """√v with a finite slope at 0, where weights that never had a gradient are.
+
+    The infinite one times the 0 by which v moves would be NaN. To values it adds nothing that is
+    seen beside ε.
+    """
+    return (square + SMALLEST).sqrt()
+
+
 def geometric(factor: Any, steps: int) -> Any:
     """``1 + a + … + a^(steps − 1)``: what a constant input adds up to under the decay a.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from selftune._flat import add_to
 from selftune.bijections import Logit
 from selftune.hparams import Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp, geometric, mix
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp, geometric, mix, root
 
 BETA1 = Hparam(
     name="beta1", option="betas", index=0, bijection=Logit(), lower=1e-3, upper=1 - 1e-4,
@@ -57,7 +57,7 @@ class Adam(AbstractRule):
         if values["amsgrad"]:
             square = after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
         small = values["eps"] * (1 - values["beta2"] ** (age + 1)) ** 0.5
-        after["root"] = square.sqrt() + small
+        after["root"] = root(square) + small
         return mean / after["root"] * _factor(values, age), after
 
     def tangent(

@@ -12,7 +12,7 @@ from torch import Tensor
 from selftune._flat import add_to, plus
 from selftune.bijections import Logit
 from selftune.hparams import MOMENTUM, Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix
+from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix, root
 
 ALPHA = Hparam(name="alpha", bijection=Logit(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1)
 
@@ -50,10 +50,10 @@ class RMSprop(AbstractRule):
         after: State = {"square_avg": square}
         if values["centered"]:
             mean = after["grad_avg"] = mix(state["grad_avg"], grads, fresh)
-            root = (square - mean * mean).sqrt()
+            scale = root((square - mean * mean).clamp_min(0))  # rounding may take it below 0
         else:
-            root = square.sqrt()
-        scaled = grads / (root + values["eps"])
+            scale = root(square)
+        scaled = grads / (scale + values["eps"])
         after["momentum_buffer"] = plus(scaled, state["momentum_buffer"], values["momentum"])
         return after["momentum_buffer"], after
 
@@ -101,16 +101,16 @@ class RMSprop(AbstractRule):
             square_dot = _scaled(state_dot, "square_avg", alpha * discount, grads)
             square_dot += (2 * (1 - alpha)) * grads * fresh
             after_dot["square_avg"] = root_dot = square_dot
-            root = after["square_avg"]
+            spread = after["square_avg"]
             if values["centered"]:
                 mean_dot = _scaled(state_dot, "grad_avg", alpha * discount, grads)
                 mean_dot += (1 - alpha) * fresh
                 after_dot["grad_avg"] = mean_dot
                 root_dot = square_dot - 2 * after["grad_avg"] * mean_dot
-                root = root - after["grad_avg"] * after["grad_avg"]
-            root = root.sqrt()
-            bottom = root + values["eps"]
-            root_dot = root_dot / (2 * root.clamp_min(1e-30))
+                spread = (spread - after["grad_avg"] * after["grad_avg"]).clamp_min(0)
+            scale = root(spread)
+            bottom = scale + values["eps"]
+            root_dot = root_dot / (2 * scale)
             dot.add_((fresh - grads / bottom * root_dot) / bottom)
         return dot, after_dot
 

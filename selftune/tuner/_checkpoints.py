@@ -40,6 +40,16 @@ def write(path: Path, state: dict[str, Any]) -> bool:
     return True
 
 
+def plain(tree: Any) -> bool:
+    """Whether a tree is of tensors, numbers and containers that ``read`` knows."""
+    kinds = (torch.Tensor, int, float, str, bool, type(None))
+    if isinstance(tree, kinds):
+        return True
+    if type(tree) is dict:
+        return all(plain(v) for v in tree.values())
+    return type(tree) in (tuple, list, *MEMORIES) and all(plain(v) for v in tree)
+
+
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content.
 

@@ -18,6 +18,7 @@ from selftune.bilevel import Bilevel
 from selftune.fused import Fused
 from selftune.probe import Probe
 from selftune.tuner import _checkpoints
+from selftune.tuner._checkpoints import plain
 from selftune.tuner._data import Stream
 from selftune.tuner._good import Good
 from selftune.tuner._interrupt import Interruption
@@ -270,7 +271,7 @@ class Training:
             "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
             "frozen": self._frozen(),
             "ended": self.ended,
-            "followed": None if self.fused.followed is None else self.fused.followed.memory,
+            "followed": self._remembered(),
             "good": self.good.state_dict(),
             "watch": self.watch.state_dict(),
             "train": self.train.state_dict(),
@@ -281,6 +282,15 @@ class Training:
             "random": snapshot(),
         }
         _checkpoints.write(self.folder / _checkpoints.LAST, state)
+
+    def _remembered(self) -> Any:
+        """What the estimator remembers; nothing where batches are of types of the user's own.
+
+        A checkpoint holds plain containers, so that reading it runs no one's code; a run with
+        other batches begins to follow anew when it is resumed.
+        """
+        memory = None if self.fused.followed is None else self.fused.followed.memory
+        return memory if plain(memory) else None
 
     def _frozen(self) -> dict[str, torch.Tensor]:
         """Parameters that are not trained, which a resumed run needs all the same."""

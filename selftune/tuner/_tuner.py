@@ -159,6 +159,7 @@ class Tuner:
                 f"estimator={self._estimator}"
             )
         self._rows = OneStep(stride=every) if rows is None else rows
+        self._estimator.check(self._update, self._names(), endless=True)
         if self._rows.stride not in (1, every):
             raise ValueError(
                 f"estimator={self._estimator} observes one step of {self._rows.stride}, and "
@@ -283,7 +284,7 @@ class Tuner:
             {k: v for k, v in self._values.items() if k not in names},
             hyper, self._rows, self._tangents, self._average,
             torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device),
-            autocast, None if self._rows is self._estimator else self._estimator,
+            autocast, None if self._rows is self._estimator or not names else self._estimator,
         )  # fmt: skip
         run = bilevel.init(self._values)
         for name, value in hyper.values(run.hyper.raw).items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import selftune as st
-from selftune.estimators import Exact, hypergradient
+from selftune.estimators import Exact, FiniteDifference, hypergradient
 from selftune.penalties import L1, L2
 from selftune.problem import Problem
 from selftune.update import Clock, Update
@@ -432,3 +432,89 @@ def test_the_check_says_when_differences_are_no_yardstick() -> None:
     args = (random(6).float(), {"lr": torch.tensor(0.9)}, batches, batches[0])
     verdict = st.testing.check_hypergradient(problem, st.OneStep(), *args)
     assert "not reliable" in verdict.sentence
+
+
+# weights without gradient, and units of the rule's state
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "SGD"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_never_have_a_gradient_do_no_harm(
+    name: str, amsgrad: bool, dtype: torch.dtype
+) -> None:
+    """An input that is always 0; truth: finite differences, which do not divide by its root."""
+    problem, hparams = problem_of(name, amsgrad=amsgrad)
+    del hparams["l1"], hparams["l2"]
+    hparams["weight_decay"] = number(0.0)
+    at = {n: h.to(dtype) for n, h in hparams.items()}
+    batches = [tuple(t.to(dtype) for t in data(s)) for s in range(6)]
+    for x, _ in batches:
+        x[:, 2] = 0.0
+    start = random(6, seed=7).to(dtype)
+    start[2] = 0.0
+    args = (start, at, batches[:5], batches[5])
+    truth = hypergradient(
+        problem, FiniteDifference(1e-2 if dtype == torch.float32 else 1e-5), *args
+    )
+    for estimator in (st.Forward(), st.Unrolled(), st.Trace(1.0), st.Implicit(through="update")):
+        found = hypergradient(problem, estimator, *args).grads
+        assert all(bool(torch.isfinite(g)) for g in found.values()), estimator
+        if isinstance(estimator, (st.Forward, st.Unrolled)):
+            for n in ("lr", "decay"):
+                want = float(truth.grads[n])
+                assert float(found[n]) == pytest.approx(want, rel=0.05), (estimator, n)
+
+
+def test_through_the_update_the_units_of_a_rules_state_do_not_count() -> None:
+    """AdamW, whose second moment is in units of squared gradients; truth: as many steps back."""
+    net, batches = model("MLP")
+    problem, weights = st.as_problem(net, smoothed, Update(st.rules.AdamW()))
+    hparams = {"lr": number(0.01), "beta2": number(0.99), "weight_decay": number(0.05)}
+    steps = [batches[0]] * 150
+    args = (weights, hparams, steps, batches[1])
+    found = hypergradient(problem, st.Implicit(st.Neumann(10), through="update"), *args)
+    want = hypergradient(problem, st.Unrolled(11), *args).grads
+    assert found.solution is not None
+    assert not bool(found.solution.diverged)
+    for n, value in want.items():
+        assert float(found.grads[n]) == pytest.approx(float(value), rel=0.5), n
+
+
+def test_operations_without_second_derivative_inside_a_model_are_noticed() -> None:
+    """Only part of the curvature would be missing; truth: the same model with plain operations."""
+    inner, outer = random(4, 6, seed=1), random(5, seed=2)
+
+    def loss(w, h, b, cube) -> Tensor:
+        return (cube(inner @ w[:6]).sum() + outer @ w[6:]).square()
+
+    found = []
+    for cube in (Once.apply, lambda x: x**2):
+        problem = Problem(
+            update=Update(st.rules.SGD()), inner_loss=lambda w, h, b, c=cube: loss(w, h, b, c),
+            outer_loss=lambda w, b: w.sum(),
+        )  # fmt: skip
+        args = (random(11, seed=3), {"lr": number(1e-4)}, [None] * 3, None)
+        found.append(float(hypergradient(problem, st.Forward(), *args).grads["lr"]))
+        assert problem.products.backend == (
+            "differences" if cube == Once.apply else "double backward"
+        )
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_checkpoints_free_what_lies_between() -> None:
+    problem, hparams, unrolled = regression("ridge"), {"lr": number(0.05)}, st.Unrolled(20, 5)
+    points = list(problem.points(random(6, seed=7), hparams, [data(s) for s in range(40)]))
+    memory = unrolled.init(problem, points[0], hparams)
+    for point in points[:-1]:
+        memory = unrolled.observe(problem, memory, point, hparams)
+    held = [p.point.params.untyped_storage().nbytes() for p in memory]
+    assert sum(b > 0 for b in held) <= 5
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (6, 1)])
+@pytest.mark.parametrize("estimator", [st.Trace(), st.Forward(), st.Implicit(through="update")])
+def test_shapes_that_fit_nothing_are_refused(estimator: st.Trace, shape: tuple) -> None:
+    args = (random(6), {"lr": torch.full(shape, 0.1).double()}, [data(0)], data(1))
+    with pytest.raises(ValueError, match=r"hparams\['lr'\] has shape"):
+        hypergradient(regression("ridge"), estimator, *args)

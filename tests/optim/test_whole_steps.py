@@ -15,8 +15,8 @@ from selftune.optim._following import Following
 
 SEEING: dict[str, AbstractEstimator] = {
     "Forward": st.Forward(),
-    "Unrolled": st.Unrolled(),
-    "Unrolled, checkpoints": st.Unrolled(checkpoint=3),
+    "Unrolled": st.Unrolled(50),
+    "Unrolled, checkpoints": st.Unrolled(50, checkpoint=3),
 }
 
 
@@ -168,3 +168,126 @@ def test_copies_and_saved_states_go_on() -> None:
     assert other.hparams == opt.hparams
     for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def followed(opt: Any) -> Any:
+    return opt._engine.following
+
+
+def test_options_that_change_are_those_of_their_step() -> None:
+    """A scheduler on a rate that is not tuned. Law: Unrolled over all steps equals Forward."""
+    found = []
+    for estimator in (st.Forward(), st.Unrolled(8)):
+        model, train = net(), batches(7)
+        opt = st.SGD(
+            model, lr=0.2, momentum=0.5, weight_decay=0.1, tune=("weight_decay",), every=6,
+            estimator=estimator, probe=False, guard=False,
+        )  # fmt: skip
+        plan = torch.optim.lr_scheduler.StepLR(opt, 4, gamma=0.01)
+        for batch in train[:6]:
+            trained(model, opt, [batch])
+            plan.step()
+        block, values = opt._blocks()[0], opt._groups.values(opt.param_groups)[0]
+        found.append(followed(opt).signal(block, values, torch.ones_like(block.average)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", [st.Forward(), st.Unrolled(5), st.Implicit(through="update")])
+def test_a_run_that_has_converged_goes_on(estimator: AbstractEstimator) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 1), torch.randn(40, 4)
+    train = [(x, x.sum(1, keepdim=True))] * 120
+    opt = st.SGD(model, lr=0.2, tune=("lr",), estimator=estimator, probe=False)
+    for batch in train:
+        trained(model, opt, [batch])
+        opt.hyper_step(lambda: F.mse_loss(model(x), x.sum(1, keepdim=True)))
+    assert float(F.mse_loss(model(x), x.sum(1, keepdim=True)).detach()) < 1e-4
+
+
+@pytest.mark.parametrize("estimator", [st.Forward(), st.Unrolled(5), st.Implicit(through="update")])
+def test_gradients_are_left_alone(estimator: AbstractEstimator) -> None:
+    """Closures that clear them in place, and closures that do not clear them at all."""
+    for clears in (True, False):
+        model, train = net(), batches(6)
+        opt = st.SGD(model, lr=0.05, estimator=estimator, probe=False, every=5, guard=False)
+
+        def closure(x: Tensor, y: Tensor, clears: bool, model: Any, opt: Any) -> Tensor:
+            if clears:
+                opt.zero_grad(set_to_none=False)
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        for x, y in train[:5]:
+            opt.zero_grad()
+            opt.step(functools.partial(closure, x, y, clears, model, opt))
+        kept = [p.grad.clone() for p in model.parameters()]
+        opt.hyper_step(lambda m=model, last=train[5]: F.mse_loss(m(last[0]), last[1]))
+        assert all(torch.equal(p.grad, k) for p, k in zip(model.parameters(), kept, strict=True))
+
+
+def test_implicit_notices_a_closure_that_has_lost_its_batch() -> None:
+    model, train = net(), batches(9)
+    opt = st.SGD(model, lr=0.05, estimator=st.Implicit(through="update"), probe=False, every=8)
+    held: list[Any] = []
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = F.mse_loss(model(held[0][0]), held[0][1])
+        loss.backward()
+        return loss
+
+    for batch in train[:8]:
+        held[:] = [batch]
+        opt.step(closure)
+    held[:] = [(train[8][0], 5 + train[8][1])]
+    with pytest.raises(RuntimeError, match="must keep its own batch"):
+        opt.hyper_step(lambda: F.mse_loss(model(train[8][0]), train[8][1]))
+
+
+def test_implicit_knows_the_step_it_is_at() -> None:
+    """The decay of the rate acts through the number of steps taken."""
+    model, train = net(), batches(7)
+    opt = st.SGD(
+        model, lr=0.05, momentum=0.5, decay=0.05, tune=("lr", "decay"), probe=False, every=6,
+        estimator=st.Implicit(through="update"), guard=False,
+    )  # fmt: skip
+    trained(model, opt, train[:6])
+    block, values = opt._blocks()[0], opt._groups.values(opt.param_groups)[0]
+    lr, decay = followed(opt).signal(block, values, torch.ones_like(block.average)).flatten()
+    assert float(decay / lr) == pytest.approx(-0.05 * 6 / (1 + 0.05 * 6), rel=0.05)
+
+
+@pytest.mark.parametrize("per", ["run", "tensor"])
+def test_loading_and_unfreezing_begin_anew(per: str) -> None:
+    model, train = net(), batches(12)
+    model[0].requires_grad_(False)
+    options: dict[str, Any] = dict(lr=0.05, estimator=st.Unrolled(5), probe=False, every=3, per=per)
+    opt = st.SGD(model, **options, tune=("lr",))
+    trained(model, opt, train[:4])
+    opt.load_state_dict(opt.state_dict())
+    before = opt.hparams["lr"]
+    opt.hyper_step(lambda: F.mse_loss(model(train[8][0]), train[8][1]))
+    assert opt.hparams["lr"] == before  # nothing has been seen since: no step on a false 0
+    trained(model, opt, train[4:8])
+    model[0].requires_grad_(True)
+    trained(model, opt, train[8:])
+    opt.hyper_step(lambda: F.mse_loss(model(train[8][0]), train[8][1]))
+    assert opt.hparams["lr"] != before
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (st.Unrolled(), "horizon=None"),
+        (st.Forward(curvature="gauss-newton"), "gauss-newton"),
+        (st.Implicit(), "do not enter the training loss"),
+    ],
+)
+def test_what_cannot_follow_a_run_is_refused_at_once(
+    estimator: AbstractEstimator, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        st.SGD(net(), lr=0.1, estimator=estimator)
+    with pytest.raises(ValueError, match=message):
+        st.Tuner(net(), F.mse_loss, estimator=estimator)

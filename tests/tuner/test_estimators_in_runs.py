@@ -1,5 +1,7 @@
 """Estimators of whole steps in the tuner. Truths: autograd through a loop of our own, laws."""
 
+from collections import namedtuple
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from selftune.followed import Followed
 
 SEEING: dict[str, AbstractEstimator] = {
     "Forward": st.Forward(),
-    "Unrolled": st.Unrolled(),
-    "Unrolled, checkpoints": st.Unrolled(checkpoint=3),
+    "Unrolled": st.Unrolled(50),
+    "Unrolled, checkpoints": st.Unrolled(50, checkpoint=3),
 }
 
 
@@ -126,3 +128,31 @@ def test_a_run_that_goes_back_is_followed_anew(monkeypatch: pytest.MonkeyPatch) 
 def test_a_population_needs_rows() -> None:
     with pytest.raises(ValueError, match="population=3 needs an estimator of rows"):
         tuner(net(), estimator=st.Forward(), population=3)
+
+
+@pytest.mark.parametrize("estimator", [st.Forward(), st.Unrolled(8), st.Implicit(through="update")])
+def test_steps_that_are_not_taken_are_not_followed(
+    estimator: AbstractEstimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of NaN, which the run skips."""
+    seen, train = spied(monkeypatch), [points(20, seed=s) for s in range(40)]
+    train[7] = (torch.full_like(train[7][0], torch.nan), train[7][1])
+    made = tuner(nn.Linear(2, 3), estimator=estimator, probe=False, guard=False)
+    made.fit(train, [points(40, seed=50)], steps=40, progress=False)
+    assert len(seen) == 8
+    for _, _, found in seen:
+        assert all(bool(torch.isfinite(g)) for g in found.values())
+
+
+def test_batches_of_types_of_ones_own_resume(tmp_path: Path) -> None:
+    Pair = namedtuple("Pair", "points labels")
+    train, val = [Pair(*points(20, seed=s)) for s in range(10)], [Pair(*points(40, seed=50))]
+    for resume in (False, True):
+        made = tuner(net(), estimator=st.Unrolled(5), probe=False)
+        result = made.fit(train, val, steps=30, log_dir=tmp_path, resume=resume, progress=False)
+        assert result.steps == 30
+
+
+def test_nothing_to_tune_is_nothing_to_follow() -> None:
+    made = tuner(net(), estimator=st.Forward(), tune=(), probe=False)
+    assert made.fit(loader(60), [points(40, seed=1)], steps=9, progress=False).steps == 9
