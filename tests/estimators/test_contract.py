@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from problems import data, model, number, random, regression, smoothed
 from torch import Tensor
 
 import selftune as st
 from selftune.estimators import AbstractEstimator, Exact, FiniteDifference, hypergradient
 from selftune.penalties import L1, L2
-from tests.estimators.problems import data, model, number, random, regression, smoothed
 
 EXACT: dict[str, AbstractEstimator] = {
     "Forward": st.Forward(),

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from problems import data, model, number, random, regression, smoothed, square
 from torch import Tensor, nn
 
 import selftune as st
@@ -12,7 +13,6 @@ from selftune.estimators import Exact, FiniteDifference, hypergradient
 from selftune.penalties import L1, L2
 from selftune.problem import Problem
 from selftune.update import Clock, Update
-from tests.estimators.problems import data, model, number, random, regression, smoothed, square
 
 RULES = {
     "SGD": (st.rules.SGD(), dict(momentum=0.8, dampening=0.1)),
