@@ -142,11 +142,12 @@ def split_ridge(**options: Any) -> st.Problem:
     )  # fmt: skip
 
 
-@each
+@pytest.mark.parametrize("name", [n for n in ALL if n != "Forward, projected"])
 def test_values_of_segments_add_up_to_one_for_all(name: str) -> None:
-    """Law: a shared hyperparameter's derivative is the sum over the segments that share it."""
-    if name == "Forward, projected":
-        pytest.skip("a random estimate: other directions for another number of entries")
+    """Law: a shared hyperparameter's derivative is the sum over the segments that share it.
+
+    Not so of random projections, which differ with the number of entries.
+    """
     segments = torch.tensor([0, 0, 1, 1, 2, 2])
     grads = random(6, seed=20)
     found = []
