@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -167,7 +168,7 @@ class Fused:
             if not followed.sees_all:
                 return plain(run, batch)
             loss, point, hparams = advancing(run, batch)
-            if not bool(torch.isfinite(loss)):  # the step was not taken
+            if not math.isfinite(float(loss)):  # the step was not taken
                 return loss
             point, hparams = kept((point, hparams))
             followed.observe(point, hparams, batch)
@@ -176,7 +177,7 @@ class Fused:
         def tune(run: Run, batch: Batch, outer: Batch) -> Tensor:
             told, passed, hparams, end, grads = validating(run, batch, outer)
             point, hparams = kept((passed or end, hparams))
-            if bool(torch.isfinite(told[0])):
+            if math.isfinite(float(told[0])):
                 followed.observe(point, hparams, batch)
             end = end._replace(batch=(batch, end.batch))
             found = followed.estimate(end, hparams, grads)

@@ -101,6 +101,9 @@ class Unrolled(AbstractEstimator):
         self, problem: Problem, memory: tuple[Passed, ...], point: Point, hparams: Hparams
     ) -> tuple[Passed, ...]:
         """Keep the step; forget what lies before the horizon."""
+        if self.checkpoint == 1:
+            memory = (*memory, Passed(point, dict(hparams)))
+            return memory if self.horizon is None else memory[-self.horizon :]
         starts = [i for i, passed in enumerate(memory) if passed.point.params.numel()]
         if memory and len(memory) - starts[-1] < self.checkpoint:
             point = point._replace(params=point.params.new_empty(0), state={}, grads=None)
