@@ -233,8 +233,9 @@ def many() -> None:
         problem, weights = st.as_problem(
             make(), F.cross_entropy, st.Update(st.rules.SGD()), options=options
         )
+        problem = problem.compiled()
         hparams = {"weight_decay": torch.full_like(weights, DECAY)}
-        implicit = st.Implicit(st.Neumann(terms=TERMS))
+        implicit = st.Implicit(st.Neumann(terms=TERMS), together=1)
         held = [problem.start(weights, hparams)]
         del weights
 

@@ -13,28 +13,12 @@ from torch.func import functional_call
 from selftune._flat import Layout
 from selftune.bilevel import Bilevel, Run
 from selftune.estimators import AbstractEstimator
-from selftune.problem import Hparams, Point, Problem
+from selftune.problem import Hparams, InGraphs, Point
 from selftune.update import Clock
 
 log = logging.getLogger("selftune")
 
 Function = Callable[..., Any]
-
-
-class _InGraphs(Problem):
-    """A problem whose estimators' functions are compiled, once a name."""
-
-    def begin(self, wrap: Callable[[Function], Function]) -> None:
-        """Wrap functions from now on."""
-        object.__setattr__(self, "_wrap", wrap)
-        object.__setattr__(self, "_graphs", {})
-
-    def graph(self, name: str, function: Function) -> Function:
-        """The first function of a name, wrapped."""
-        graphs: dict[str, Function] = self._graphs  # type: ignore[attr-defined]
-        if name not in graphs:
-            graphs[name] = self._wrap(function)  # type: ignore[attr-defined]
-        return graphs[name]
 
 
 class Followed:
@@ -57,7 +41,7 @@ class Followed:
         self._bilevel, self._estimator = bilevel, estimator
         self._layout = Layout([w.average for w in run.weights])
         self._dtypes = [w.value.dtype for w in run.weights]
-        self._problem = _InGraphs(
+        self._problem = InGraphs(
             update=bilevel.update.joined(self._layout), inner_loss=self._inner,
             outer_loss=lambda params, batch: params.sum(), options=bilevel.options,
         )  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from selftune.update import Clock, Update
 Hparams = Mapping[str, Tensor]
 InnerLoss = Callable[[Tensor, Hparams, Any], Tensor]
 OuterLoss = Callable[[Tensor, Any], Tensor]
+Function = Callable[..., Any]
 
 
 class Point(NamedTuple):
@@ -173,8 +175,23 @@ class Problem:
         return end
 
     def graph(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of tensors, always the same under a name: here as it is, compiled in a run."""
+        """A function of tensors, always the same under a name: here as it is."""
         return function
+
+    def compiled(self) -> InGraphs:
+        """The same problem, of which estimators compile what they compute.
+
+        Example:
+            >>> import torch, selftune as st
+            >>> problem, weights = as_problem(
+            ...     torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, Update(st.rules.SGD())
+            ... )
+            >>> fast = problem.compiled()  # for many estimates of the same shapes
+        """
+        same = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        found = InGraphs(**same)
+        found.begin(lambda function: torch.compile(_own(function), fullgraph=True))
+        return found
 
     # what hyperparameters do
 
@@ -333,6 +350,31 @@ class Problem:
         """Their gradient."""
         nothing = params.new_zeros(()).expand_as(params)
         return self.update.penalised(params, nothing, self.values(hparams))
+
+
+class InGraphs(Problem):
+    """A problem whose estimators' functions are compiled, once a name."""
+
+    def begin(self, wrap: Callable[[Function], Function]) -> None:
+        """Wrap functions from now on."""
+        object.__setattr__(self, "_wrap", wrap)
+        object.__setattr__(self, "_graphs", {})
+
+    def graph(self, name: str, function: Function) -> Function:
+        """The first function of a name, wrapped."""
+        graphs: dict[str, Function] = self._graphs  # type: ignore[attr-defined]
+        if name not in graphs:
+            graphs[name] = self._wrap(function)  # type: ignore[attr-defined]
+        return graphs[name]
+
+
+def _own(function: Function) -> Function:
+    """A function with code of its own: Dynamo keeps only a few graphs for the same code."""
+
+    def run(*args: Any) -> Any:
+        return function(*args)
+
+    return types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
 
 
 def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tensor, Any], Any]]:

@@ -128,6 +128,7 @@ def hypergradient(
         point = point._replace(batch=batch)
         if step == 0:
             problem.check_influence(point, hparams)
+            problem.products.prepare(params, hparams, batch)
         point = problem.known(point, hparams)
         memory = estimator.observe(problem, memory, point, hparams)
         point = problem.step(point, hparams)

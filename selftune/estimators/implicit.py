@@ -14,9 +14,6 @@ from selftune.linear_solve import AbstractIteration, AbstractSolver, Neumann, Pr
 from selftune.problem import Hparams, Point, Problem
 from selftune.update import Update
 
-TOGETHER = 10
-"""Rounds of a solver in one graph: more are faster, and take longer to compile."""
-
 
 class ImplicitMemory(NamedTuple):
     """What an implicit estimate starts from.
@@ -47,6 +44,8 @@ class Implicit(AbstractEstimator):
         solver: A :class:`~selftune.Neumann`, :class:`~selftune.CG` or :class:`~selftune.Nystrom`;
             through the update Neumann with scale 1, whose terms look back one step each.
         through: ``"loss"`` or ``"update"``.
+        together: Rounds of the solver in one graph, where it is compiled: more are faster, fewer
+            compile faster and need less memory.
         warm: Start each solve from the last one's solution, which is kept (one-pass).
 
     Raises:
@@ -61,9 +60,12 @@ class Implicit(AbstractEstimator):
     solver: AbstractSolver = field(default_factory=Neumann)
     through: str = "loss"
     warm: bool = False
+    together: int = 10
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        if self.together < 1:
+            raise ValueError(f"together={self.together} must be at least 1")
         if self.through not in ("loss", "update"):
             raise ValueError(f"through={self.through!r} must be 'loss' or 'update'")
         if self.through == "update" and not isinstance(self.solver, Neumann):
@@ -91,6 +93,7 @@ class Implicit(AbstractEstimator):
         self, problem: Problem, memory: ImplicitMemory, point: Point, hparams: Hparams
     ) -> ImplicitMemory:
         """Keep the batch."""
+        problem.products.prepare(point.params, hparams, point.batch)
         return memory._replace(batch=point.batch)
 
     def estimate(
@@ -192,12 +195,12 @@ class Implicit(AbstractEstimator):
             return end(point, hparams, carry, rhs)
 
         first = "cold" if start is None else "warm"
-        if solver.rounds <= TOGETHER:
+        if solver.rounds <= self.together:
             grads, solution = problem.graph(f"solve, {first}", whole)(*at, rhs, start)
             return Estimate(grads, solution=Solution(*solution))
         carry = problem.graph(f"begin, {first}", begin)(*at, rhs, start)
-        for done in range(0, solver.rounds, TOGETHER):
-            rounds = min(TOGETHER, solver.rounds - done)
+        for done in range(0, solver.rounds, self.together):
+            rounds = min(self.together, solver.rounds - done)
             carry = problem.graph(f"{rounds} rounds", go)(*at, carry, rounds)
         grads, solution = problem.graph("end", end)(*at, carry, rhs)
         return Estimate(grads, solution=Solution(*solution))

@@ -101,6 +101,7 @@ class Unrolled(AbstractEstimator):
         self, problem: Problem, memory: tuple[Passed, ...], point: Point, hparams: Hparams
     ) -> tuple[Passed, ...]:
         """Keep the step; forget what lies before the horizon."""
+        problem.products.prepare(point.params, hparams, point.batch)
         if self.checkpoint == 1:
             memory = (*memory, Passed(point, dict(hparams)))
             return memory if self.horizon is None else memory[-self.horizon :]

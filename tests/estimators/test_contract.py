@@ -178,3 +178,22 @@ def test_misspelt_hyperparameters_are_named(name: str) -> None:
     args = (random(6), {"weight_deacy": number(0.1)}, [data(0)], data(1))
     with pytest.raises(ValueError, match=r"\['weight_deacy'\] influence neither"):
         hypergradient(split_ridge(), ALL[name], *args)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        st.Unrolled(checkpoint=2),
+        pytest.param(st.Forward(), marks=pytest.mark.slow),
+        pytest.param(st.Implicit(through="update", together=3), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_compiled_problems_give_the_same(estimator: AbstractEstimator) -> None:
+    net, batches = model("MLP")
+    problem, weights = st.as_problem(net, smoothed, st.Update(st.rules.SGD()))
+    hparams = {"lr": number(0.05), "momentum": number(0.5), "weight_decay": number(0.1)}
+    args = (weights, hparams, batches[:5], batches[5])
+    eager = hypergradient(problem, estimator, *args).grads
+    fast = hypergradient(problem.compiled(), estimator, *args).grads
+    assert closeness(fast, eager) < 1e-9

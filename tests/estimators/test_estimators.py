@@ -388,6 +388,7 @@ def test_a_horizon_beyond_memory_is_refused_before_it_runs() -> None:
         (lambda: st.Unrolled(checkpoint=0), "checkpoint=0"),
         (lambda: st.Unrolled(share=0), "share=0"),
         (lambda: st.Implicit(through="rule"), "through='rule'"),
+        (lambda: st.Implicit(together=0), "together=0"),
         (lambda: st.Implicit(st.CG(), through="update"), "solver=CG"),
     ],
 )
