@@ -156,3 +156,18 @@ def test_batches_of_types_of_ones_own_resume(tmp_path: Path) -> None:
 def test_nothing_to_tune_is_nothing_to_follow() -> None:
     made = tuner(net(), estimator=st.Forward(), tune=(), probe=False)
     assert made.fit(loader(60), [points(40, seed=1)], steps=9, progress=False).steps == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "estimator", [st.Forward(0.9), st.Unrolled(6, checkpoint=2), st.Implicit(through="update")],
+    ids=lambda e: type(e).__name__,
+)  # fmt: skip
+def test_on_a_gpu_as_on_the_cpu(estimator: AbstractEstimator, compiled: bool) -> None:
+    found = []
+    for device, compiles in (("cpu", False), ("cuda", compiled)):
+        made = tuner(net(), estimator=estimator, compile=compiles, probe=False, device=device)
+        found.append(made.fit(loader(110), [points(40, seed=1)], steps=24, progress=False))
+    for n, value in found[0].hparams.items():
+        assert found[1].hparams[n] == pytest.approx(value, rel=1e-2), n
