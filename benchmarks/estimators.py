@@ -48,6 +48,10 @@ def estimators() -> dict[str, AbstractEstimator]:
         "Trace": st.Trace(stride=CYCLE),
         "Implicit": st.Implicit(st.Neumann(terms=TERMS), through="update"),
         "Unrolled": st.Unrolled(horizon=CYCLE),
+        "Implicit through the loss": st.Implicit(st.Neumann(terms=TERMS, scale=SCALE)),
+        "Implicit through the loss, a term a graph": st.Implicit(
+            st.Neumann(terms=TERMS, scale=SCALE), together=1
+        ),
         "Unrolled, checkpoint 2": st.Unrolled(horizon=CYCLE, checkpoint=2),
         "Forward": st.Forward(discount=0.95),
     }
@@ -56,8 +60,9 @@ def estimators() -> dict[str, AbstractEstimator]:
 def fit(net: Net, name: str, loader: Any, steps: int, device: str, **options: Any) -> None:
     """A self-tuned run by an estimator."""
     torch.manual_seed(0)
+    tune = ("weight_decay",) if "through the loss" in name else ("lr", "weight_decay")
     tuner = st.Tuner(
-        net.make(), net.loss, rule=st.rules.SGD(), tune=("lr", "weight_decay"), probe=False,
+        net.make(), net.loss, rule=st.rules.SGD(), tune=tune, probe=False,
         hparams=plain.OPTIONS["SGD"], estimator=estimators()[name], every=CYCLE, device=device,
         **{"compile": True, "schedule": "constant"} | options,
     )  # fmt: skip
@@ -191,7 +196,8 @@ def agree(peer: str) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"momentum": MOMENTUM}
     implicit = st.Implicit(st.Neumann(terms=TERMS, scale=SCALE))
-    ours = {"Unrolled": st.Unrolled(CYCLE), "Implicit": implicit, "OneStep": st.OneStep()}
+    ours = {"Unrolled": st.Unrolled(CYCLE), "OneStep": st.OneStep()}
+    ours["Implicit through the loss"] = implicit
     hparams = {"lr": LR, "weight_decay": DECAY}
     if peer == "betty-ml":
         options |= {"lr": hparams.pop("lr")}

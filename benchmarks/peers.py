@@ -102,7 +102,7 @@ class TorchOpt(Peer):
 class Betty(Peer):
     """betty-ml: its Neumann series, called directly; weight decay only."""
 
-    like = "Implicit"
+    like = "Implicit through the loss"
 
     def __init__(self, net: Net, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(net, dtype)

@@ -16,6 +16,7 @@ Loss = Callable[..., Tensor]
 Pull = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 Push = Callable[[Tensor, Values], Tensor]
 
+UNEVEN = "its second derivatives are not symmetric, so some of them are wrong"
 BACKENDS = ("double backward", "forward over reverse", "differences")
 
 
@@ -155,9 +156,11 @@ class Products:
         return differences
 
     def _step(self, at: Tensor, vector: Tensor) -> Tensor:
-        """ε, by which a vector is short beside the place."""
+        """ε, by which a vector is short beside the weights that it moves, of many or of few."""
         info = torch.finfo(at.dtype)
-        reach = (self._relative or info.eps ** (1 / 3)) * at.norm().clamp_min(1.0)
+        square = vector.square() / vector.square().sum().clamp_min(info.tiny)
+        size = ((at.square() * square).sum() / square.square().sum().clamp_min(info.tiny)).sqrt()
+        reach = (self._relative or info.eps ** (1 / 3)) * size.clamp_min(1.0)
         return reach / vector.norm().clamp_min(info.tiny**0.5)
 
     def _chosen(self, params: Tensor, hparams: Values, *batch: Any) -> str:
@@ -187,6 +190,8 @@ class Products:
         with torch.enable_grad():
             leaf = params.detach().clone().requires_grad_()
             loss = self._loss(leaf, hparams, *batch)
+            if not loss.requires_grad:  # this batch has nothing to do with the weights
+                return
             (found,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
         waiting, seen = [found.grad_fn], set()
         while waiting:
@@ -198,6 +203,15 @@ class Products:
                 raise RuntimeError("an operation in it can be differentiated once only")
             waiting += [following for following, _ in node.next_functions]
 
+    @staticmethod
+    def _check_symmetry(product: Callable[[Tensor], Tensor], params: Tensor) -> None:
+        """``uᵀ H v = vᵀ H u``, where an operation's second derivative is right."""
+        u, v = (torch.randn_like(params) for _ in range(2))
+        along, back = product(v), product(u)
+        size = u.norm() * along.norm() + v.norm() * back.norm()
+        if bool((u @ along - v @ back).abs() > 10 * torch.finfo(params.dtype).eps ** 0.5 * size):
+            raise RuntimeError(UNEVEN)
+
     def _works(self, params: Tensor, hparams: Values, *batch: Any) -> bool:
         """Whether the backend in use differentiates this loss; notes why not."""
         ones = torch.ones_like(params)
@@ -205,8 +219,13 @@ class Products:
         try:
             if self.backend == "double backward":
                 self._plainly(params, hparams, *batch)
-            curved, _ = self.pull(params, hparams, *batch)(ones)
+            pull = self.pull(params, hparams, *batch)
+            curved, _ = pull(ones)
             self.push(params, hparams, *batch)(ones, still)
+            if self.backend == "double backward":
+                self._check_symmetry(lambda v: pull(v)[0], params)
+            elif self.backend == "forward over reverse" and UNEVEN in self.refused.values():
+                raise RuntimeError(UNEVEN)
         except (RuntimeError, NotImplementedError) as error:
             self.refused[self.backend] = str(error).strip().splitlines()[0]
             return False

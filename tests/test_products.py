@@ -151,3 +151,33 @@ def test_the_random_streams_stay_where_they_are() -> None:
     before = torch.get_rng_state()
     Products(loss).prepare(torch.ones(9), {})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_second_derivatives_that_torch_gets_wrong_are_not_used() -> None:
+    """Weight norm, whose double backward is not symmetric; truth: differences."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.SiLU(), nn.Linear(8, 3)
+    ).double()
+    weights, call = flat(model)
+    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+    loss = lambda w, h: F.cross_entropy(call(w, x), y)  # noqa: E731
+    products, vector = Products(loss), torch.randn_like(weights)
+    found = products.pull(weights, {})(vector)[0]
+    truth = Products(loss, "differences").pull(weights, {})(vector)[0]
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_that_has_nothing_to_do_with_the_weights_decides_nothing() -> None:
+    products = Products(lambda w, h: torch.zeros((), dtype=w.dtype) + 1.0)
+    products.prepare(torch.ones(3), {})
+    assert products.backend == "double backward"
+
+
+def test_differences_step_by_the_weights_that_move() -> None:
+    """Few of many weights, as in an embedding; truth: by hand."""
+    w = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    few = torch.zeros_like(w)
+    few[:8] = 1.0
+    product = Products(lambda w, h: (w[:8] ** 4).sum() / 12, "differences").pull(w, {})
+    torch.testing.assert_close(product(few)[0][:8], w[:8] ** 2, rtol=0.02, atol=0.02)

@@ -291,3 +291,45 @@ def test_what_cannot_follow_a_run_is_refused_at_once(
         st.SGD(net(), lr=0.1, estimator=estimator)
     with pytest.raises(ValueError, match=message):
         st.Tuner(net(), F.mse_loss, estimator=estimator)
+
+
+def test_embeddings_raise_no_false_alarm() -> None:
+    """Many weights, of which each batch uses few."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(5000, 32), nn.Flatten(), nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    opt = st.SGD(model, lr=0.1, estimator=st.Unrolled(5), probe=False, every=5)
+
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        x, y = torch.randint(5000, (16, 4)), torch.randint(4, (16,))
+        opt.step(functools.partial(closure, x, y))
+        opt.hyper_step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+
+
+def test_a_closure_that_fails_in_passing_leaves_the_weights_as_they_were() -> None:
+    model, train = net(), batches(7)
+    opt = st.SGD(model, lr=0.05, estimator=st.Unrolled(5), probe=False, every=6)
+    calls: list[int] = []
+
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        opt.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    for x, y in train[:6]:
+        opt.step(functools.partial(closure, x, y))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        opt.hyper_step(lambda: F.mse_loss(model(train[6][0]), train[6][1]))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
