@@ -3,9 +3,10 @@
 from selftune import estimators, monitor, optim, penalties, rules, schedules, testing, tuner
 from selftune.averaging import Average
 from selftune.estimators import Forward, Implicit, OneStep, Trace, Unrolled, hypergradient
+from selftune.from_model import as_problem
 from selftune.linear_solve import CG, Neumann, Nystrom
 from selftune.optim import SGD, Adam, AdamW, Lion, RMSprop, SelfTuning
-from selftune.problem import Problem, as_problem
+from selftune.problem import Problem
 from selftune.replay import TunedSchedule, replay
 from selftune.tuner import Tuner, TuningResult
 from selftune.update import Update

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from selftune._flat import Layout
 from selftune.bilevel import Bilevel, Run
-from selftune.estimators import AbstractEstimator
+from selftune.estimators import AbstractEstimator, Follower
 from selftune.problem import Hparams, InGraphs, Point
 from selftune.update import Clock
 
@@ -33,12 +33,12 @@ class Followed:
         run: Where it starts.
 
     Attributes:
-        memory: What the estimator remembers; None before the first step.
+        follower: The estimator with what it remembers.
         sees_all: Whether every step is to be observed.
     """
 
     def __init__(self, bilevel: Bilevel, estimator: AbstractEstimator, run: Run) -> None:
-        self._bilevel, self._estimator = bilevel, estimator
+        self._bilevel = bilevel
         self._layout = Layout([w.average for w in run.weights])
         self._dtypes = [w.value.dtype for w in run.weights]
         self._problem = InGraphs(
@@ -46,8 +46,8 @@ class Followed:
             outer_loss=lambda params, batch: params.sum(), options=bilevel.options,
         )  # fmt: skip
         self.sees_all = estimator.sees_all
-        self.memory: Any = None
-        self._warned = self._told = False
+        self.follower = Follower(estimator)
+        self._told = False
         self.wrap(lambda function: function)
 
     def wrap(self, wrap: Callable[[Function], Function]) -> None:
@@ -95,28 +95,18 @@ class Followed:
     def observe(self, point: Point, hparams: Hparams, batch: Any) -> None:
         """Take note of a step on a batch."""
         point = point._replace(batch=(batch, point.batch))
-        if self.memory is None:
-            self._problem.products.prepare(point.params, hparams, point.batch)
-            self.memory = self._estimator.init(self._problem, point, hparams)
-        self.memory = self._estimator.observe(self._problem, self.memory, point, hparams)
+        self.follower.observe(self._problem, point, hparams)
 
     def estimate(self, end: Point, hparams: Hparams, grads: Tensor) -> Mapping[str, Tensor]:
-        """Hypergradients for outer gradients at the end of the last step; 0 before any."""
-        if self.memory is None:
-            return {n: torch.zeros_like(h) for n, h in hparams.items()}
-        found, self.memory = self._estimator.solve(self._problem, self.memory, end, hparams, grads)
-        if found.solution is not None and not self._warned and bool(found.solution.diverged):
-            self._warned = True
-            log.warning(
-                "the linear solve diverged and its best iterate is used, with a relative residual "
-                "of %.2g: add damping, or take fewer terms", float(found.solution.residual),
-            )  # fmt: skip
+        """Hypergradients for outer gradients at the end of the last step.
+
+        Before any they are NaN, which moves nothing.
+        """
+        if self.follower.memory is None:
+            return {n: torch.full_like(h, torch.nan) for n, h in hparams.items()}
+        found = self.follower.solve(self._problem, end, hparams, grads)
         if not self._told and not all(bool(torch.isfinite(g).all()) for g in found.grads.values()):
             self._told = True
             log.warning("hypergradients are not finite, and such steps move nothing: %s",
                         {n: float(g) for n, g in found.grads.items()})  # fmt: skip
         return found.grads
-
-    def forget(self) -> None:
-        """Begin anew: the run has gone back to earlier weights."""
-        self.memory = None

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp
+from torch import Tensor
+from torch.func import grad, jvp, vjp
 
-from selftune._flat import Layout
 from selftune.products import Products
 from selftune.rules._base import State
 from selftune.update import Clock, Update
@@ -183,7 +181,7 @@ class Problem:
 
         Example:
             >>> import torch, selftune as st
-            >>> problem, weights = as_problem(
+            >>> problem, weights = st.as_problem(
             ...     torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, Update(st.rules.SGD())
             ... )
             >>> fast = problem.compiled()  # for many estimates of the same shapes
@@ -375,98 +373,3 @@ def _own(function: Function) -> Function:
         return function(*args)
 
     return types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-
-
-def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tensor, Any], Any]]:
-    """A model as a vector of its trained parameters and a pure function of it.
-
-    Args:
-        model: Any module; buffers are read and what passes write to them is dropped.
-        buffers: Whether to copy buffers at each call, which modules in training mode need.
-
-    Returns:
-        The parameters, shape (N,), and ``call(params, *inputs)``.
-
-    Example:
-        >>> import torch
-        >>> weights, call = flat(torch.nn.Linear(3, 2))
-        >>> weights.shape, call(weights, torch.ones(5, 3)).shape
-        (torch.Size([8]), torch.Size([5, 2]))
-    """
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    layout = Layout(list(named.values()))
-    kept = dict(model.named_buffers())
-    hollow = _hollow(model)
-    names = list(named)
-
-    def call(params: Tensor, *inputs: Any) -> Any:
-        tensors = dict(zip(names, layout.views(params), strict=True))
-        held = {n: b.clone() if buffers else b for n, b in kept.items()}
-        return functional_call(hollow, {**tensors, **held}, inputs)
-
-    with torch.no_grad():
-        return layout.flatten(list(named.values())).clone(), call
-
-
-def _hollow(model: nn.Module) -> nn.Module:
-    """The model without its trained weights, so that they are not held twice."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memo |= {id(p): nn.Parameter(p.new_empty(0)) for p in model.parameters() if p.requires_grad}
-    try:
-        return copy.deepcopy(model, memo)
-    except RuntimeError:  # it holds tensors that it has computed, which torch does not copy
-        return model
-
-
-def as_problem(
-    model: nn.Module,
-    loss_fn: Callable[..., Tensor],
-    update: Update,
-    *,
-    outer_loss_fn: Callable[..., Tensor] | None = None,
-    by_tensor: bool = False,
-    **options: Any,
-) -> tuple[Problem, Tensor]:
-    """A model's training as a bilevel problem, and its weights as a vector.
-
-    Batches are pairs ``(inputs, target)``. Hyperparameters that the update does not read reach
-    ``loss_fn(output, target, name=…)`` by name.
-
-    Args:
-        model: In the mode, training or evaluation, in which it is to be run.
-        loss_fn: Of output and target.
-        update: The weight step.
-        outer_loss_fn: Of output and target, if it is another.
-        by_tensor: Hyperparameters of the update may hold a value for each parameter tensor.
-        options: Of :class:`Problem`.
-
-    Example:
-        >>> import torch, selftune as st
-        >>> problem, weights = as_problem(
-        ...     torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, Update(st.rules.SGD())
-        ... )
-        >>> weights.shape
-        torch.Size([4])
-    """
-    weights, call = flat(model)
-    outer = outer_loss_fn or loss_fn
-
-    def outputs(params: Tensor, hparams: Hparams, batch: Any) -> Any:
-        return call(params, batch[0])
-
-    def criterion(output: Any, hparams: Hparams, batch: Any) -> Tensor:
-        others = {n: h for n, h in hparams.items() if n not in update.hparams}
-        return loss_fn(output, batch[1], **others)
-
-    if by_tensor:
-        sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-        index = torch.arange(len(sizes), device=weights.device)
-        options["segments"] = index.repeat_interleave(torch.tensor(sizes, device=weights.device))
-    problem = Problem(
-        update=update,
-        inner_loss=lambda w, h, batch: criterion(outputs(w, h, batch), h, batch),
-        outer_loss=lambda w, batch: outer(call(w, batch[0]), batch[1]),
-        split=(outputs, criterion),
-        **options,
-    )
-    return problem, weights

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import selftune as st
+from selftune.from_model import flat
 from selftune.penalties import L2
-from selftune.problem import Point, Problem, flat
+from selftune.problem import Point, Problem
 from selftune.update import Clock, Update
 
 RULES = {

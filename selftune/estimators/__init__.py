@@ -4,6 +4,7 @@ from typing import Any
 
 from selftune.estimators._base import AbstractEstimator, Estimate, hypergradient
 from selftune.estimators._directions import Tangent
+from selftune.estimators._follower import Follower
 from selftune.estimators._rows import AbstractRows
 from selftune.estimators.exact import Exact, FiniteDifference
 from selftune.estimators.forward import Forward, ForwardMemory
@@ -24,6 +25,7 @@ __all__ = [
     "Estimate",
     "Exact",
     "FiniteDifference",
+    "Follower",
     "Forward",
     "Implicit",
     "OneStep",

@@ -120,7 +120,8 @@ class Implicit(AbstractEstimator):
         run = self._loss if self.through == "loss" else self._update
         start = memory.adjoint if self.warm else None
         estimate = run(problem, point, hparams, outer_grads, start)
-        assert estimate.solution is not None
+        if not self.warm or estimate.solution is None:
+            return estimate, memory
         return estimate, memory._replace(adjoint=estimate.solution.value)
 
     def _loss(

@@ -375,9 +375,8 @@ class SelfTuned(torch.optim.Optimizer):
             self._blocks()
         engine = copy.copy(self._engine)
         engine.blocks = []
-        if engine.following is not None:  # closures are not copied: it begins anew
-            engine.following = copy.copy(engine.following)
-            engine.following.forget()
+        if engine.following is not None:
+            engine.following = engine.following.anew()
         own = {**self.__dict__, "state": self.state, "_engine": engine, "_built": []}
         return {k: v for k, v in own.items() if k != "step"}
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune.estimators import AbstractEstimator
+from selftune.estimators import AbstractEstimator, Follower
 from selftune.optim._block import Block
 from selftune.problem import Point, Problem
 from selftune.products import Products, Pull, Push, Values
@@ -175,14 +175,17 @@ class Following:
     """
 
     def __init__(self, estimator: AbstractEstimator, update: Update, tuning: Tuning) -> None:
-        self._estimator, self._update, self._tuning = estimator, update, tuning
-        self._memory: Any = None
+        self._follower, self._update, self._tuning = Follower(estimator), update, tuning
         self._last: _Last | None = None
-        self._warned = False
 
     def forget(self) -> None:
         """Begin anew."""
-        self._memory = self._last = None
+        self._follower.forget()
+        self._last = None
+
+    def anew(self) -> Following:
+        """The same, with nothing remembered: closures are not copied."""
+        return Following(self._follower.estimator, self._update, self._tuning)
 
     def _problem(self, block: Block, values: Mapping[str, Any]) -> Problem:
         """The problem with the group's present options."""
@@ -210,10 +213,9 @@ class Following:
         params, grads = step.params.clone(), grads.clone()
         point = Point(params, dict(step.state), call, step.clock, grads, options)
         call.know(params, grads)
-        if self._memory is None:
-            self._memory = self._estimator.init(problem, point, hparams)
-        self._memory = self._estimator.observe(problem, self._memory, point, hparams)
-        self._last = _Last(call, step.clock, None if self._estimator.sees_all else (params, grads))
+        self._follower.observe(problem, point, hparams)
+        kept = None if self._follower.estimator.sees_all else (params, grads)
+        self._last = _Last(call, step.clock, kept)
 
     def signal(self, block: Block, values: Mapping[str, Any], grads: Tensor) -> Tensor | None:
         """dL/d(raw) for an outer gradient: shape (hyperparameters, tensors or 1).
@@ -221,7 +223,7 @@ class Following:
         None where no step has been seen since the last fresh start.
         """
         problem, hparams = self._problem(block, values), self._hparams(block)
-        if self._memory is None or self._last is None:
+        if self._follower.memory is None or self._last is None:
             return None
         call, clock, kept = self._last
         if kept is not None:  # one more pass tells whether the closure still has its batch
@@ -229,13 +231,7 @@ class Following:
         state = {k: block.state[k] for k in block.state}
         clock = clock._replace(step=clock.step + 1, age=block.age())
         end = Point(block.weights(), state, call, clock)
-        found, self._memory = self._estimator.solve(problem, self._memory, end, hparams, grads)
-        if found.solution is not None and not self._warned and bool(found.solution.diverged):
-            self._warned = True
-            log.warning(
-                "the linear solve diverged and its best iterate is used, with a relative residual "
-                "of %.2g: add damping, or take fewer terms", float(found.solution.residual),
-            )  # fmt: skip
+        found = self._follower.solve(problem, end, hparams, grads)
         slopes = {n: t.slopes().to(grads) for n, t in self._tuning.rows.items()}
         rows = [
             (found.grads[n] * (slopes[n][0] if self._tuning.shared else slopes[n])).reshape(-1)

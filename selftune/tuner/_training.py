@@ -289,7 +289,7 @@ class Training:
         A checkpoint holds plain containers, so that reading it runs no one's code; a run with
         other batches begins to follow anew when it is resumed.
         """
-        memory = None if self.fused.followed is None else self.fused.followed.memory
+        memory = None if self.fused.followed is None else self.fused.followed.follower.memory
         return memory if plain(memory) else None
 
     def _frozen(self) -> dict[str, torch.Tensor]:
@@ -339,7 +339,7 @@ class Training:
         self.ended = state["ended"]
         if self.fused.followed is not None:
             device = self.fused.run.step.device
-            self.fused.followed.memory = tree_map_only(
+            self.fused.followed.follower.memory = tree_map_only(
                 torch.Tensor, lambda t: t.to(device), state["followed"]
             )
         self.good.load_state_dict(state["good"])

@@ -301,7 +301,7 @@ class Tuner:
         good = Good(run, members is not None)
         fused = Fused(bilevel, run, members)
         if fused.followed is not None:
-            good.rewound.append(fused.followed.forget)
+            good.rewound.append(fused.followed.follower.forget)
         watch = Watch(bilevel, run, good, members, self._guard and bool(names), plan.due)
         for guard in watch.guards:
             guard.begin(start)

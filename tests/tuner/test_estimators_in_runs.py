@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selftune as st
-from selftune.estimators import AbstractEstimator
+from selftune.estimators import AbstractEstimator, Follower
 from selftune.followed import Followed
 
 SEEING: dict[str, AbstractEstimator] = {
@@ -116,7 +116,7 @@ def test_they_raise_a_rate_that_is_far_too_low(estimator: AbstractEstimator) -> 
 
 def test_a_run_that_goes_back_is_followed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[int] = []
-    monkeypatch.setattr(Followed, "forget", lambda self: forgotten.append(len(self.memory)))
+    monkeypatch.setattr(Follower, "forget", lambda self: forgotten.append(len(self.memory)))
     train = [points(20, seed=s) for s in range(60)]
     train[40] = (1e4 * train[40][0], train[40][1])  # an explosion
     made = tuner(nn.Linear(2, 3), estimator=st.Unrolled(20), hparams={"lr": 1e-2}, probe=False)
