@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import selftune as st
 from benchmarks import plain
-from benchmarks.fused import TimedLoader, spread, synchronize
+from benchmarks.fused import TimedLoader, beside, spread
 from benchmarks.nets import NETS, Batch, Net, mlp
 from benchmarks.peers import CYCLE, DECAY, LR, MOMENTUM, PEERS, SCALE, TERMS
 from selftune.estimators import AbstractEstimator, Exact
@@ -76,32 +76,14 @@ def wholes(net: Net) -> Net:
 
 def time_steps(name: str, rounds: int, device: str) -> None:
     """One row of the table of times."""
-    torch.compiler.reset()
     net = wholes(NETS[NET]())
-    baselines = plain.steps(net, "SGD", device)
-    batches = [tuple(t.to(device) for t in batch) for batch in net.batches]
-    times: dict[str, list[float]] = {n: [] for n in baselines}
-    for step in baselines.values():
-        for batch in batches:
-            step(batch)
-
-    def between() -> None:
-        for label, step in baselines.items():
-            synchronize(batches)
-            start = time.perf_counter()
-            for i in range(net.block):
-                step(batches[i % len(batches)])
-            synchronize(batches)
-            times[label].append(1e3 * (time.perf_counter() - start) / net.block)
-
-    loader = TimedLoader(net, rounds, between)
-    fit(net, name, loader, loader.steps, device)
-    middle = {n: statistics.median(t) for n, t in times.items()}
-    best = min((n for n in middle if n != "eager"), key=middle.__getitem__)
-    ratio = spread([a / b for a, b in zip(loader.taken, times[best], strict=False)])
+    times, best, ours = beside(
+        net, "SGD", rounds, device, lambda loader: fit(net, name, loader, loader.steps, device)
+    )
+    ratio = spread([a / b for a, b in zip(ours, times[best], strict=False)])
     print(
-        f"| {name} | {middle[best]:.2f} ({best}) | {statistics.median(loader.taken):.2f} "
-        f"| {ratio} | {GOALS[name]} |",
+        f"| {name} | {statistics.median(times[best]):.2f} ({best}) "
+        f"| {statistics.median(ours):.2f} | {ratio} | {GOALS[name]} |",
         flush=True,
     )
 

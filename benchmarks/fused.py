@@ -86,10 +86,11 @@ def spread(ratios: list[float]) -> str:
     return f"{middle:.2f} ({low:.2f}…{high:.2f})"
 
 
-def time_steps(name: str, rule: str, every: int, rounds: int, device: str) -> None:
-    """One row of the table of times."""
+def beside(
+    net: Net, rule: str, rounds: int, device: str, ours: Callable[[TimedLoader], None]
+) -> tuple[dict[str, list[float]], str, list[float]]:
+    """Milliseconds a step of all baselines and of ours, block by block, and the best compiled."""
     torch.compiler.reset()  # torch compiles a function of the baselines' only so many times
-    net = NETS[name]()
     baselines = plain.steps(net, rule, device)
     batches = [tuple(t.to(device) for t in batch) for batch in net.batches]
     times: dict[str, list[float]] = {n: [] for n in baselines}
@@ -107,10 +108,21 @@ def time_steps(name: str, rule: str, every: int, rounds: int, device: str) -> No
             times[label].append(1e3 * (time.perf_counter() - start) / net.block)
 
     loader = TimedLoader(net, rounds, between)
-    fit(net, rule, loader, loader.steps, device, FOUR[rule], every=every)
-    ours = loader.taken
+    ours(loader)
     middle = {n: statistics.median(t) for n, t in times.items()}
     best = min((n for n in middle if n != "eager"), key=middle.__getitem__)
+    return times, best, loader.taken
+
+
+def time_steps(name: str, rule: str, every: int, rounds: int, device: str) -> None:
+    """One row of the table of times."""
+    net = NETS[name]()
+
+    def run(loader: TimedLoader) -> None:
+        fit(net, rule, loader, loader.steps, device, FOUR[rule], every=every)
+
+    times, best, ours = beside(net, rule, rounds, device, run)
+    middle = {n: statistics.median(t) for n, t in times.items()}
     against = [
         spread([a / b for a, b in zip(ours, times[n], strict=False)]) for n in ("eager", best)
     ]
