@@ -1,6 +1,6 @@
 """Self-tuning training: hyperparameters tuned by gradient during one training run."""
 
-from selftune import estimators, monitor, optim, penalties, rules, schedules, testing, tuner
+from selftune import estimators, monitor, nn, optim, penalties, rules, schedules, testing, tuner
 from selftune.averaging import Average
 from selftune.estimators import Forward, Implicit, OneStep, Trace, Unrolled, hypergradient
 from selftune.from_model import as_problem
@@ -38,6 +38,7 @@ __all__ = [
     "estimators",
     "hypergradient",
     "monitor",
+    "nn",
     "optim",
     "penalties",
     "replay",

@@ -15,6 +15,13 @@ from torch import Tensor
 class AbstractBijection(ABC):
     """An increasing map from raw to constrained values, with its inverse and slope."""
 
+    def __eq__(self, other: object) -> bool:
+        """Maps of one kind are equal."""
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     @abstractmethod
     def forward(self, raw: Tensor) -> Tensor:
         """The constrained value."""

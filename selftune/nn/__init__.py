@@ -1,0 +1,40 @@
+"""Layers, losses and augmentation whose strengths are hyperparameters."""
+
+from selftune.nn._base import Found, Stochastic, Tunable, own_counters, tunables, uniform
+from selftune.nn.augment import (
+    Augment,
+    Brightness,
+    Contrast,
+    Cutout,
+    Mixup,
+    Noise,
+    Scale,
+    Translate,
+)
+from selftune.nn.dropout import DropConnect, Dropout, Dropout2d, EmbeddingDropout
+from selftune.nn.losses import ActivationPenalty, LabelSmoothing, TemporalPenalty, extra_loss
+
+__all__ = [
+    "ActivationPenalty",
+    "Augment",
+    "Brightness",
+    "Contrast",
+    "Cutout",
+    "DropConnect",
+    "Dropout",
+    "Dropout2d",
+    "EmbeddingDropout",
+    "Found",
+    "LabelSmoothing",
+    "Mixup",
+    "Noise",
+    "Scale",
+    "Stochastic",
+    "TemporalPenalty",
+    "Translate",
+    "Tunable",
+    "extra_loss",
+    "own_counters",
+    "tunables",
+    "uniform",
+]

@@ -1,0 +1,172 @@
+"""Layers and losses whose strength is a hyperparameter, and the noise they draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from selftune.hparams import Hparam
+
+STRENGTH = "strength"
+MASK = 0xFFFFFFFF
+
+
+class Tunable(nn.Module):
+    """A module with one strength, kept in a buffer that a tuner writes.
+
+    In evaluation mode it does nothing.
+
+    Args:
+        value: The strength it starts with.
+        hparam: Name, scale and bounds. Modules with the same name have the same strength.
+
+    Attributes:
+        strength: Shape (1,), or (batch,) for one an example.
+
+    Raises:
+        ValueError: A value outside the bounds; 0 is always allowed.
+    """
+
+    strength: Tensor
+
+    def __init__(self, value: float, hparam: Hparam) -> None:
+        super().__init__()
+        value = float(value)
+        if not (value == 0 or hparam.lower <= value <= hparam.upper):  # NaN too
+            raise ValueError(
+                f"{type(self).__name__}({value}, name={hparam.name!r}): the strength must be 0 or "
+                f"between {hparam.lower:g} and {hparam.upper:g}"
+            )
+        self.hparam = hparam
+        self.register_buffer(STRENGTH, torch.full((1,), value))
+
+    def level(self, like: Tensor) -> Tensor:
+        """The strength, shaped to be multiplied with a batch."""
+        return self.strength.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+    def extra_repr(self) -> str:
+        """Strength and name."""
+        shown = f"{float(self.strength):.3g}" if self.strength.numel() == 1 else "one an example"
+        return f"{shown}, name={self.hparam.name!r}"
+
+
+class Stochastic(Tunable):
+    """A tunable module that draws random numbers by a counter of its own.
+
+    A pass with the same counter draws the same numbers, whatever the strength: the effect of
+    another strength is then not hidden by another draw. Each pass in training mode moves the
+    counter on, as BatchNorm does its statistics.
+
+    Attributes:
+        key: The counter, shape (1,), int64.
+    """
+
+    key: Tensor
+
+    def __init__(self, value: float, hparam: Hparam) -> None:
+        super().__init__(value, hparam)
+        self.register_buffer("key", torch.randint(MASK, (1,)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, changed at random while training."""
+        if not self.training:
+            return input
+        found = self.change(input)
+        self.key.add_(1)
+        return found
+
+    def change(self, input: Tensor) -> Tensor:
+        """What it does to a batch."""
+        raise NotImplementedError
+
+    def uniform(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:
+        """Numbers in [0, 1), the same for the same counter, shape and stream."""
+        return uniform(self.key, shape, stream)
+
+    def normal(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:
+        """Standard normal numbers, by the inverse of their distribution."""
+        inner = (self.uniform(shape, stream) + 2**-25) * 2 - 1
+        return math.sqrt(2) * torch.erfinv(inner)
+
+
+def uniform(key: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
+    """Numbers in [0, 1) with 24 random bits: a hash of a counter and the position.
+
+    Args:
+        key: The counter, shape (1,).
+        shape: Of the numbers.
+        stream: Another one gives other numbers.
+
+    Source: the 32-bit integer hash of Mueller; as a counter-based generator, Salmon et al. 2011.
+    """
+    offset = _hash((key + stream * 0x3C6EF372) & MASK)
+    position = torch.arange(math.prod(shape), device=key.device)
+    bits = _hash(_hash((position + offset) & MASK) ^ offset)
+    return ((bits >> 8).to(torch.float32) * 2**-24).view(shape)
+
+
+def _hash(bits: Tensor) -> Tensor:
+    """Mixes 32 bits, held in int64 so that no product overflows."""
+    for _ in range(2):
+        bits = ((bits >> 16) ^ bits) * 0x45D9F3B & MASK
+    return (bits >> 16) ^ bits
+
+
+class Found(NamedTuple):
+    """A strength of a model.
+
+    Attributes:
+        hparam: Name, scale and bounds.
+        value: What it starts with.
+        buffers: Where it is kept in the model.
+    """
+
+    hparam: Hparam
+    value: float
+    buffers: list[str]
+
+
+def tunables(model: nn.Module) -> dict[str, Found]:
+    """The strengths of a model by name.
+
+    Raises:
+        ValueError: Two modules of one name that differ in scale, bounds or value.
+
+    Example:
+        >>> import selftune as st
+        >>> net = torch.nn.Sequential(st.nn.Dropout(0.2, name="input"), torch.nn.Linear(4, 2))
+        >>> {name: found.buffers for name, found in tunables(net).items()}
+        {'input': ['0.strength']}
+    """
+    found: dict[str, Found] = {}
+    for path, module in _tunable_modules(model):
+        hparam, value = module.hparam, float(module.strength.flatten()[0])
+        before = found.setdefault(hparam.name, Found(hparam, value, []))
+        if before.hparam != hparam or before.value != value:
+            raise ValueError(
+                f"{path} and {before.buffers[0]} share the name {hparam.name!r} and so one "
+                f"strength, but start with {value:.3g} and {before.value:.3g}, or differ in scale "
+                "or bounds: give them the same value, or names of their own"
+            )
+        before.buffers.append(f"{path}.{STRENGTH}" if path else STRENGTH)
+    return found
+
+
+def own_counters(model: nn.Module) -> None:
+    """Give copies of a layer, which would all draw the same numbers, counters of their own."""
+    seen: set[int] = set()
+    for _, module in _tunable_modules(model):
+        if isinstance(module, Stochastic):
+            while int(module.key) in seen:
+                module.key.copy_(_hash((module.key + 1) & MASK))
+            seen.add(int(module.key))
+
+
+def _tunable_modules(model: nn.Module) -> Iterator[tuple[str, Tunable]]:
+    for path, module in model.named_modules():
+        if isinstance(module, Tunable):
+            yield path, module

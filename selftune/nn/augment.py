@@ -1,0 +1,270 @@
+"""Augmentation on the batch, on its device, with strengths that are hyperparameters.
+
+Inputs are images, (batch, channels, height, width). All are differentiable in their strength and
+draw their numbers by a counter, so the number of a loader's workers makes no difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selftune.bijections import Log, Logit
+from selftune.hparams import Hparam
+from selftune.nn._base import Stochastic
+
+
+def _share(name: str, start: float) -> Hparam:
+    return Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.95, from_zero=start)
+
+
+class Noise(Stochastic):
+    """``x + s ξ``, ξ standard normal.
+
+    Args:
+        value: s, in units of the input, 0 or 0.001…10; 0 is tuned from 0.05.
+        name: Of the hyperparameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> round(float(st.nn.Noise(0.5)(torch.zeros(100_000)).std()), 1)
+        0.5
+    """
+
+    def __init__(self, value: float = 0.05, name: str = "noise") -> None:
+        hparam = Hparam(name=name, bijection=Log(), lower=1e-3, upper=10.0, from_zero=0.05)
+        super().__init__(value, hparam)
+
+    def change(self, input: Tensor) -> Tensor:
+        """Add noise."""
+        return input + self.level(input) * self.normal(tuple(input.shape)).to(input.dtype)
+
+
+class _OneAnExample(Stochastic):
+    """Draws one number in −1…1 for each example."""
+
+    def drawn(self, input: Tensor, stream: int = 0) -> Tensor:
+        """The number times the strength, shaped like the batch."""
+        draw = self.uniform((len(input), *[1] * (input.ndim - 1)), stream)
+        return self.level(input) * (2 * draw - 1).to(input.dtype)
+
+
+class Brightness(_OneAnExample):
+    """``x + s u``, u uniform in −1…1 for each image.
+
+    Args:
+        value: s, in units of the input, 0 or 0.001…10; 0 is tuned from 0.05.
+        name: Of the hyperparameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> st.nn.Brightness(0.2)(torch.zeros(4, 1, 8, 8)).abs().max() <= 0.2
+        tensor(True)
+    """
+
+    def __init__(self, value: float = 0.05, name: str = "brightness") -> None:
+        hparam = Hparam(name=name, bijection=Log(), lower=1e-3, upper=10.0, from_zero=0.05)
+        super().__init__(value, hparam)
+
+    def change(self, input: Tensor) -> Tensor:
+        """Shift all values."""
+        return input + self.drawn(input)
+
+
+class Contrast(_OneAnExample):
+    """``m + (x − m)(1 + s u)``, m the mean and u uniform in −1…1 for each image.
+
+    Args:
+        value: s, 0 or 0.001…0.95; 0 is tuned from 0.05.
+        name: Of the hyperparameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> images = torch.randn(4, 1, 8, 8)
+        >>> changed = st.nn.Contrast(0.5)(images)
+        >>> torch.allclose(changed.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=1e-5)
+        True
+    """
+
+    def __init__(self, value: float = 0.05, name: str = "contrast") -> None:
+        super().__init__(value, _share(name, 0.05))
+
+    def change(self, input: Tensor) -> Tensor:
+        """Stretch values about their mean."""
+        mean = input.mean(tuple(range(1, input.ndim)), keepdim=True)
+        return mean + (input - mean) * (1 + self.drawn(input))
+
+
+class Scale(_OneAnExample):
+    """Images made larger or smaller by a factor 1 + s u, u uniform in −1…1.
+
+    Args:
+        value: s, 0 or 0.001…0.95; 0 is tuned from 0.02.
+        name: Of the hyperparameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> st.nn.Scale(0.2)(torch.randn(4, 3, 8, 8)).shape
+        torch.Size([4, 3, 8, 8])
+    """
+
+    def __init__(self, value: float = 0.02, name: str = "scale") -> None:
+        super().__init__(value, _share(name, 0.02))
+
+    def change(self, input: Tensor) -> Tensor:
+        """Resample about the middle."""
+        factor = 1 / (1 + self.drawn(input).flatten())
+        still = torch.zeros_like(factor)
+        return _resampled(input, factor, still, still)
+
+
+class Translate(_OneAnExample):
+    """Images moved by up to a share s of their size, each way.
+
+    Args:
+        value: s, 0 or 0.001…0.95; 0 is tuned from 0.02.
+        name: Of the hyperparameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> st.nn.Translate(0.2)(torch.randn(4, 3, 8, 8)).shape
+        torch.Size([4, 3, 8, 8])
+    """
+
+    def __init__(self, value: float = 0.02, name: str = "translate") -> None:
+        super().__init__(value, _share(name, 0.02))
+
+    def change(self, input: Tensor) -> Tensor:
+        """Resample beside where it was."""
+        across, down = (2 * self.drawn(input, stream).flatten() for stream in (0, 1))
+        return _resampled(input, torch.ones_like(across), across, down)
+
+
+def _resampled(images: Tensor, factor: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """Bilinear, with zeros from outside; coordinates from −1 to 1."""
+    zero = torch.zeros_like(factor)
+    rows = [torch.stack([factor, zero, across], 1), torch.stack([zero, factor, down], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+
+
+class Cutout(Stochastic):
+    """Square holes of zeros: n of them on average, each of a share of the image's side.
+
+    A whole number of holes is drawn whose mean is n, since n is tuned as a real number.
+
+    Args:
+        value: n, 0 or 0.01 up to ``most``; 0 is tuned from 0.1.
+        name: Of the hyperparameter.
+        size: Side of a hole, as a share of that of the image.
+        most: Greatest number of holes.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> cut = st.nn.Cutout(1.0, size=0.5)(torch.ones(64, 1, 16, 16))
+        >>> 0.7 < float(cut.mean()) < 0.9
+        True
+
+    Source: DeVries & Taylor 2017.
+    """
+
+    def __init__(
+        self, value: float = 0.5, name: str = "cutout", size: float = 0.3, most: int = 4
+    ) -> None:
+        hparam = Hparam(name=name, bijection=Log(), lower=0.01, upper=float(most), from_zero=0.1)
+        super().__init__(value, hparam)
+        if not 0 < size <= 1:
+            raise ValueError(f"size={size} must be above 0 and at most 1")
+        self.size, self.most = size, most
+
+    def change(self, input: Tensor) -> Tensor:
+        """Cut holes."""
+        batch, (height, width) = len(input), input.shape[-2:]
+        rows = torch.arange(height, device=input.device).view(1, -1, 1)
+        columns = torch.arange(width, device=input.device).view(1, 1, -1)
+        draws = self.uniform((4 * self.most + 1, batch, 1, 1))
+        level = self.strength.view(-1, 1, 1)
+        open_ = torch.ones(batch, height, width, device=input.device)
+        for hole in range(self.most):
+            chance = (level - hole).clamp(0, 1)
+            there = (draws[3 * hole + 2] < chance).to(chance.dtype) + chance - chance.detach()
+            inside = _near(rows, draws[3 * hole] * height, self.size * height)
+            inside = inside * _near(columns, draws[3 * hole + 1] * width, self.size * width)
+            open_ = open_ * (1 - there * inside)
+        return input * open_.view(batch, *[1] * (input.ndim - 3), height, width).to(input.dtype)
+
+
+def _near(position: Tensor, middle: Tensor, side: float) -> Tensor:
+    return ((position + 0.5 - middle).abs() < side / 2).to(torch.float32)
+
+
+class Mixup(Stochastic):
+    """Each example mixed with another: ``(1 − λ) x + λ x'``, and its target likewise.
+
+    λ is uniform in 0…s/2. It changes inputs and targets, and so is given to
+    ``Tuner(augment=…)`` or called on both; targets become probabilities.
+
+    Args:
+        classes: How many there are; 0 for targets that are mixed as they are (regression).
+        value: s, 0 or 0.001…0.95; 0 is tuned from 0.05.
+        name: Of the hyperparameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> mixup = st.nn.Mixup(classes=3, value=0.5)
+        >>> inputs, target = mixup(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
+        >>> target.sum(1)
+        tensor([1., 1., 1., 1.])
+
+    Source: Zhang et al. 2018.
+    """
+
+    def __init__(self, classes: int, value: float = 0.2, name: str = "mixup") -> None:
+        super().__init__(value, _share(name, 0.05))
+        self.classes = classes
+
+    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Mixed inputs and targets."""
+        if not self.training:
+            return input, target
+        if self.classes:
+            target = F.one_hot(target, self.classes).to(input.dtype)
+        share = self.uniform((len(input),)).to(input.dtype) / 2
+        self.key.add_(1)
+        mixed = []
+        for part in (input, target):
+            shaped = share.view(-1, *[1] * (part.ndim - 1)) * self.level(part)
+            mixed.append(torch.lerp(part, part.roll(1, 0), shaped))
+        return mixed[0], mixed[1]
+
+
+class Augment(nn.Module):
+    """Several augmentations of inputs and targets, one after the other, while training.
+
+    Args:
+        parts: Modules of inputs, or of inputs and targets (:class:`Mixup`).
+
+    Example:
+        >>> import torch, selftune as st
+        >>> augment = st.nn.Augment(st.nn.Translate(0.1), st.nn.Mixup(classes=10))
+        >>> inputs, target = augment(torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4]))
+        >>> inputs.shape, target.shape
+        (torch.Size([4, 1, 8, 8]), torch.Size([4, 10]))
+    """
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, input: Any, target: Any) -> tuple[Any, Any]:
+        """Augmented inputs and targets; in evaluation mode what came in."""
+        if self.training:
+            for part in self.parts:
+                if isinstance(part, Mixup):
+                    input, target = part(input, target)
+                else:
+                    input = part(input)
+        return input, target

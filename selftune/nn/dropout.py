@@ -1,0 +1,189 @@
+"""Dropout whose rate is a hyperparameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from selftune.bijections import Logit
+from selftune.hparams import Hparam
+from selftune.nn._base import Stochastic
+
+EDGE = 1e-6
+"""How near to 0 and 1 a rate's odds are still computed."""
+
+
+def rate(name: str, start: float = 0.05) -> Hparam:
+    """A share of what is dropped."""
+    return Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.95, from_zero=start)
+
+
+class Dropout(Stochastic):
+    """Zeroes each entry with probability p and scales the rest by 1/(1 − p).
+
+    ``y = x (1 + e)``, e = m/(1 − p) − 1 with m ∈ {0, 1}. The derivative in p is that of a noise
+    whose spread √(p/(1 − p)) follows p while its draw stays: ``∂e/∂logit(p) = e/2``. It is right
+    to second order in e, is never NaN, and lets every estimator tune the rate.
+
+    Args:
+        p: The rate, 0 or 0.001…0.95; 0 is tuned from 0.05.
+        name: Of the hyperparameter; layers of one name share one rate.
+        share: Dimensions along which one draw is shared, for example ``(1,)`` for all time steps
+            of (batch, time, features).
+
+    Raises:
+        ValueError: A rate outside its bounds.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> layer = st.nn.Dropout(0.5, name="hidden")
+        >>> sorted(set(layer(torch.ones(10_000)).tolist()))
+        [0.0, 2.0]
+        >>> layer.eval()(torch.ones(2))
+        tensor([1., 1.])
+
+    Source: Srivastava et al. 2014; shared draws: Gal & Ghahramani 2016.
+    """
+
+    def __init__(self, p: float = 0.5, name: str = "dropout", share: Sequence[int] = ()) -> None:
+        super().__init__(p, rate(name))
+        self.share = tuple(share)
+
+    def change(self, input: Tensor) -> Tensor:
+        """Drop entries."""
+        shape = [1 if i in self._shared(input) else n for i, n in enumerate(input.shape)]
+        return input * self.kept(tuple(shape), input)
+
+    def kept(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """What inputs are multiplied with."""
+        p = self.level(like)
+        return scaled_mask(self.uniform(shape).to(like.dtype), p)
+
+    def _shared(self, input: Tensor) -> set[int]:
+        return {i % input.ndim for i in self.share}
+
+
+class Dropout2d(Dropout):
+    """Zeroes whole channels of (batch, channels, …).
+
+    Args:
+        p: The rate.
+        name: Of the hyperparameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> maps = st.nn.Dropout2d(0.5)(torch.ones(4, 8, 3, 3))
+        >>> bool((maps == maps[:, :, :1, :1]).all())
+        True
+
+    Source: Tompson et al. 2015.
+    """
+
+    def __init__(self, p: float = 0.5, name: str = "dropout") -> None:
+        super().__init__(p, name)
+
+    def _shared(self, input: Tensor) -> set[int]:
+        return set(range(2, input.ndim))
+
+
+class DropConnect(Dropout):
+    """A module of whose weights some are zero in each training pass, the same for all examples.
+
+    Args:
+        module: Any module, for example an ``nn.LSTM``.
+        p: The rate.
+        name: Of the hyperparameter.
+        weights: Names of the parameters that are dropped; by default all weight matrices, and of
+            recurrent modules those from hidden state to hidden state.
+
+    Raises:
+        ValueError: The module has no such parameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> lstm = st.nn.DropConnect(torch.nn.LSTM(4, 8), 0.5)
+        >>> output, state = lstm(torch.randn(5, 2, 4))
+        >>> lstm.weights
+        ('weight_hh_l0',)
+
+    Source: Wan et al. 2013; Merity et al. 2018, section 2.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        p: float = 0.5,
+        name: str = "dropconnect",
+        weights: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(p, name)
+        self.module = module
+        known = {n: w for n, w in module.named_parameters() if w.ndim >= 2}
+        within = "weight_hh" if isinstance(module, nn.RNNBase) else ""
+        chosen = [n for n in known if n.startswith(within)] if weights is None else list(weights)
+        if not chosen or not set(chosen) <= set(known):
+            raise ValueError(f"weights={weights}: this module has {sorted(known)}")
+        self.weights = tuple(chosen)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The module's output with some weights left out."""
+        if not self.training:
+            return self.module(*args, **kwargs)
+        held = dict(self.module.named_parameters())
+        p, dropped = self.strength.mean(), {}
+        for stream, name in enumerate(self.weights):
+            weight = held[name]
+            draw = self.uniform(tuple(weight.shape), stream).to(weight.dtype)
+            dropped[name] = weight * scaled_mask(draw, p.to(weight.dtype))
+        self.key.add_(1)
+        return functional_call(self.module, dropped, args, kwargs)
+
+
+class EmbeddingDropout(Dropout):
+    """An embedding of which whole words are zero in each training pass.
+
+    Args:
+        embedding: The embedding.
+        p: The rate.
+        name: Of the hyperparameter.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> words = st.nn.EmbeddingDropout(torch.nn.Embedding(10, 4), 0.5)
+        >>> words(torch.arange(10)).shape
+        torch.Size([10, 4])
+
+    Source: Gal & Ghahramani 2016.
+    """
+
+    def __init__(self, embedding: nn.Embedding, p: float = 0.1, name: str = "embedding") -> None:
+        super().__init__(p, name)
+        self.embedding = embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The vectors of words, shape (…, features)."""
+        vectors: Tensor = self.embedding(input)
+        if not self.training:
+            return vectors
+        words = self.uniform((self.embedding.num_embeddings,)).to(vectors.dtype)
+        level = self.strength.to(vectors.dtype).view(-1, *[1] * (input.ndim - 1))
+        kept = scaled_mask(words[input], level)
+        self.key.add_(1)
+        return vectors * kept.unsqueeze(-1)
+
+
+def scaled_mask(draw: Tensor, p: Tensor) -> Tensor:
+    """``m/(1 − p)``, with the derivative in p of a noise that grows with its spread.
+
+    Args:
+        draw: Uniform numbers: what is below p is dropped.
+        p: The rate, of a shape that fits.
+    """
+    held = p.detach()
+    mask = (draw >= held).to(draw.dtype) / (1 - held)
+    odds = torch.logit(p.clamp(EDGE, 1 - EDGE))
+    growth = (odds - odds.detach()) / 2  # 0, with a derivative
+    return mask + (mask - 1) * growth

@@ -1,0 +1,151 @@
+"""Losses, and penalties of activations, whose strength is a hyperparameter."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selftune.bijections import Log, Logit
+from selftune.hparams import Hparam
+from selftune.nn._base import Tunable
+
+
+class LabelSmoothing(Tunable):
+    """Cross-entropy with smoothed targets while training, and without in evaluation.
+
+    ``L = (1 − ε) CE + ε mean_c(−log p_c)``, averaged over examples.
+
+    Args:
+        value: ε, 0 or 0.001…0.9; 0 is tuned from 0.02.
+        name: Of the hyperparameter.
+        ignore_index: A target that counts for nothing.
+
+    Raises:
+        ValueError: A strength outside its bounds.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> loss_fn = st.nn.LabelSmoothing(0.1)
+        >>> output, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+        >>> plain = torch.nn.functional.cross_entropy(output, target, label_smoothing=0.1)
+        >>> bool(torch.isclose(loss_fn(output, target), plain))
+        True
+
+    Source: Szegedy et al. 2016, section 7.
+    """
+
+    def __init__(
+        self, value: float = 0.1, name: str = "label_smoothing", ignore_index: int = -100
+    ) -> None:
+        hparam = Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.9, from_zero=0.02)
+        super().__init__(value, hparam)
+        self.ignore_index = ignore_index
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean loss.
+
+        Args:
+            output: Logits, shape (batch, classes, …).
+            target: Classes, shape (batch, …), or probabilities in the shape of the logits.
+        """
+        index = self.ignore_index
+        if not self.training:
+            return F.cross_entropy(output, target, ignore_index=index)
+        plain = F.cross_entropy(output, target, ignore_index=index, reduction="none")
+        even = -F.log_softmax(output, dim=1).mean(1)
+        level = self.level(plain)
+        smoothed = (1 - level) * plain + level * even
+        if target.is_floating_point():
+            return smoothed.mean()
+        counts = (target != index).to(smoothed.dtype)
+        return (smoothed * counts).sum() / counts.sum()
+
+
+class _Penalty(Tunable):
+    """Passes its input on, and remembers a penalty of it for the loss of this pass."""
+
+    def __init__(self, value: float, name: str) -> None:
+        hparam = Hparam(name=name, bijection=Log(), lower=1e-6, upper=1e2, from_zero=1e-2)
+        super().__init__(value, hparam)
+        self.extra: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input."""
+        if self.training:
+            self.extra = (self.level(input) * self.measure(input)).mean()
+        return input
+
+    def measure(self, input: Tensor) -> Tensor:
+        """What is penalised, entry by entry."""
+        raise NotImplementedError
+
+
+class ActivationPenalty(_Penalty):
+    """Adds ``λ mean(x²)`` of what passes through it to the training loss.
+
+    The tuner adds it by itself; in a loop of one's own the loss is
+    ``criterion(model(x), y) + st.nn.extra_loss(model)``.
+
+    Args:
+        value: λ, 0 or 1e-6…100; 0 is tuned from 0.01.
+        name: Of the hyperparameter.
+
+    Raises:
+        ValueError: A strength outside its bounds.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Sequential(torch.nn.Identity(), st.nn.ActivationPenalty(0.5))
+        >>> output = net(torch.full((2, 3), 2.0))
+        >>> st.nn.extra_loss(net)
+        tensor(2.)
+
+    Source: Merity et al. 2017, "Revisiting activation regularization", equation 1 (AR).
+    """
+
+    def __init__(self, value: float = 1e-2, name: str = "ar") -> None:
+        super().__init__(value, name)
+
+    def measure(self, input: Tensor) -> Tensor:
+        """Squares."""
+        return input.square()
+
+
+class TemporalPenalty(_Penalty):
+    """Adds ``λ mean((x_{t+1} − x_t)²)`` of a sequence to the training loss.
+
+    Args:
+        value: λ, 0 or 1e-6…100; 0 is tuned from 0.01.
+        name: Of the hyperparameter.
+        dim: The dimension of time.
+
+    Raises:
+        ValueError: A strength outside its bounds.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Sequential(st.nn.TemporalPenalty(1.0))
+        >>> output = net(torch.arange(4.0).view(1, 4, 1))
+        >>> st.nn.extra_loss(net)
+        tensor(1.)
+
+    Source: Merity et al. 2017, "Revisiting activation regularization", equation 2 (TAR).
+    """
+
+    def __init__(self, value: float = 1e-2, name: str = "tar", dim: int = 1) -> None:
+        super().__init__(value, name)
+        self.dim = dim
+
+    def measure(self, input: Tensor) -> Tensor:
+        """Squares of steps."""
+        return input.diff(dim=self.dim).square()
+
+
+def extra_loss(model: nn.Module) -> Tensor | float:
+    """The penalties of the last pass, which are taken: a second call gives 0."""
+    total: Tensor | float = 0.0
+    for module in model.modules():
+        if isinstance(module, _Penalty) and module.extra is not None:
+            total = total + module.extra
+            module.extra = None
+    return total

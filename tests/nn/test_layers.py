@@ -1,0 +1,213 @@
+"""Tunable layers, against their formulas, finite differences of expectations, and laws."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import selftune as st
+
+IMAGES: dict[str, Callable[[float], Any]] = {
+    "Dropout": lambda s: st.nn.Dropout(s),
+    "Dropout, shared": lambda s: st.nn.Dropout(s, share=(1,)),
+    "Dropout2d": lambda s: st.nn.Dropout2d(s),
+    "Noise": lambda s: st.nn.Noise(s),
+    "Brightness": lambda s: st.nn.Brightness(s),
+    "Contrast": lambda s: st.nn.Contrast(s),
+    "Scale": lambda s: st.nn.Scale(s),
+    "Translate": lambda s: st.nn.Translate(s),
+    "Cutout": lambda s: st.nn.Cutout(s),
+    "ActivationPenalty": lambda s: st.nn.ActivationPenalty(s),
+    "TemporalPenalty": lambda s: st.nn.TemporalPenalty(s),
+}
+each = pytest.mark.parametrize("name", IMAGES)
+
+
+def images(count: int = 16) -> Tensor:
+    return torch.rand(count, 3, 12, 12, generator=torch.Generator().manual_seed(0)) + 0.1
+
+
+@each
+def test_nothing_happens_in_evaluation_mode_or_at_zero(name: str) -> None:
+    x = images()
+    assert torch.equal(IMAGES[name](0.3).eval()(x), x)
+    torch.testing.assert_close(IMAGES[name](0.0)(x), x, rtol=1e-5, atol=1e-5)
+
+
+@each
+def test_the_same_counter_draws_the_same_and_each_pass_moves_it(name: str) -> None:
+    layer = IMAGES[name](0.3)
+    twin = copy.deepcopy(layer)
+    first = layer(images())
+    assert torch.equal(first, twin(images()))
+    if isinstance(layer, st.nn.Stochastic):
+        assert not torch.equal(first, layer(images()))
+
+
+@each
+def test_a_strength_for_each_example_does_what_it_does_alone(name: str) -> None:
+    layer, x = IMAGES[name](0.3), images(4)
+    if "Penalty" in name:
+        layer.strength = torch.tensor([0.3, 0.0, 0.0, 0.0])
+        layer(x)
+        got = layer.extra
+        layer.strength = torch.tensor([0.3])
+        layer(x[:1])
+        torch.testing.assert_close(got, layer.extra / 4)
+        return
+    whole = copy.deepcopy(layer)(x)
+    layer.strength = torch.tensor([0.3, 0.0, 0.3, 0.3])
+    mixed = layer(x)
+    torch.testing.assert_close(mixed[1], x[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[[0, 2, 3]], whole[[0, 2, 3]])
+
+
+@each
+@pytest.mark.parametrize("edge", ["zero", "lower", "upper"])
+def test_gradients_are_finite_at_zero_and_at_the_bounds(name: str, edge: str) -> None:
+    layer = IMAGES[name](0.3)
+    value = {"zero": 0.0, "lower": layer.hparam.lower, "upper": layer.hparam.upper}[edge]
+    strength = torch.full((1,), value, requires_grad=True)
+    x = images().requires_grad_()
+    layer.strength = strength
+    loss = layer(x).square().mean() + st.nn.extra_loss(layer)
+    assert all(bool(torch.isfinite(g).all()) for g in torch.autograd.grad(loss, [strength, x]))
+
+
+@each
+def test_strengths_outside_their_bounds_are_refused(name: str) -> None:
+    for value in (-0.1, 1e3, math.nan):
+        with pytest.raises(ValueError, match="the strength must be 0 or between"):
+            IMAGES[name](value)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_what_dropout_drops(p: float) -> None:
+    found = st.nn.Dropout(p)(torch.ones(400, 500))
+    assert float((found == 0).double().mean()) == pytest.approx(p, abs=0.005)
+    assert float(found.mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_draws_are_uniform_and_independent_of_one_another() -> None:
+    key = torch.tensor([7])
+    first, second = st.nn.uniform(key, (200, 500)), st.nn.uniform(key + 1, (200, 500))
+    for draw in (first, second, st.nn.uniform(key, (200, 500), stream=1)):
+        counts = torch.histc(draw, 50, 0, 1)
+        chi2 = float(((counts - 2000).square() / 2000).sum())
+        assert chi2 < 49 + 5 * math.sqrt(98)  # mean and spread of its distribution
+    for other in (second, st.nn.uniform(key, (200, 500), stream=1), first.roll(1, 0)):
+        together = torch.stack([first.flatten(), other.flatten()])
+        assert abs(float(torch.corrcoef(together)[0, 1])) < 5 / math.sqrt(first.numel())
+
+
+def test_dropouts_derivative_is_that_of_the_expected_loss() -> None:
+    # E[(w·x(1 + e))²] = (w·x)² + p/(1 − p) Σ (w x)²: the second moment is all there is of it.
+    x, w = torch.randn(50, generator=torch.Generator().manual_seed(1)), torch.linspace(-1, 1, 50)
+    layer, p = st.nn.Dropout(0.3), torch.full((1,), 0.3, requires_grad=True)
+    layer.strength = p
+    loss = (layer(x.expand(20_000, -1)) @ w).square().mean()
+    (found,) = torch.autograd.grad(loss, p)
+    assert float(found) == pytest.approx(float((w * x).square().sum() / 0.7**2), rel=0.05)
+
+
+def test_a_shared_draw_is_the_same_along_its_dimension() -> None:
+    found = st.nn.Dropout(0.5, share=(1,))(torch.ones(8, 5, 32))
+    assert bool((found == found[:, :1]).all())
+    assert 0.3 < float((found == 0).float().mean()) < 0.7
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(4, 6, 2), nn.GRU(4, 6), nn.RNN(4, 6)])
+def test_drop_connect_drops_hidden_weights_of_recurrent_modules(module: nn.Module) -> None:
+    layer = st.nn.DropConnect(copy.deepcopy(module), 0.5)
+    assert all(n.startswith("weight_hh") for n in layer.weights)
+    x = torch.randn(3, 2, 4)
+    torch.testing.assert_close(layer.eval()(x)[0], module(x)[0])
+    first, second = layer.train()(x)[0], layer(x)[0]
+    assert not torch.allclose(first, second)
+    first.sum().backward()
+    kept = module.weight_hh_l0.detach() != 0
+    grads = layer.module.weight_hh_l0.grad
+    assert 0.2 < float((grads[kept] == 0).float().mean()) < 0.8
+
+
+def test_drop_connect_refuses_what_the_module_does_not_have() -> None:
+    with pytest.raises(ValueError, match="this module has"):
+        st.nn.DropConnect(nn.Linear(2, 2), weights=["weight_hh_l0"])
+    with pytest.raises(ValueError, match="this module has"):
+        st.nn.DropConnect(nn.ReLU())
+
+
+def test_whole_words_are_dropped() -> None:
+    layer = st.nn.EmbeddingDropout(nn.Embedding(50, 4), 0.5)
+    words = torch.arange(50).repeat(2, 1)
+    gone = (layer(words) == 0).all(-1)
+    assert torch.equal(gone[0], gone[1])
+    assert 10 < int(gone[0].sum()) < 40
+    torch.testing.assert_close(layer.eval()(words), layer.embedding(words))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("kind", ["classes", "probabilities", "sequences", "ignored"])
+def test_label_smoothing_is_that_of_torch(epsilon: float, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 5, 3) if kind == "sequences" else (6, 5)
+    output = torch.randn(shape, generator=generator)
+    target = torch.randint(5, (6, *shape[2:]), generator=generator)
+    if kind == "probabilities":
+        target = torch.rand(6, 5, generator=generator).softmax(1)
+    if kind == "ignored":
+        target[:2] = -100
+    loss_fn = st.nn.LabelSmoothing(epsilon)
+    expected = F.cross_entropy(output, target, label_smoothing=epsilon)
+    torch.testing.assert_close(loss_fn(output, target), expected)
+    torch.testing.assert_close(loss_fn.eval()(output, target), F.cross_entropy(output, target))
+
+
+def test_cutout_cuts_as_many_holes_as_it_is_told_on_average() -> None:
+    x = torch.ones(4000, 1, 10, 10)
+    once = float(1 - st.nn.Cutout(1.0, size=0.2)(x).mean())
+    assert once == pytest.approx(0.04 * 0.9**2, abs=0.01)  # holes at the edge are cut off
+    half = float(1 - st.nn.Cutout(0.5, size=0.2)(x).mean())
+    assert half == pytest.approx(once / 2, rel=0.1)
+
+
+def test_mixup_mixes_targets_as_inputs() -> None:
+    mixup = st.nn.Mixup(classes=4, value=0.9)
+    inputs = F.one_hot(torch.arange(4), 4).float()
+    mixed, target = mixup(inputs, torch.arange(4))
+    torch.testing.assert_close(mixed, target)
+    assert bool((mixed.diagonal() >= 0.55 - 1e-6).all())
+    plain = torch.arange(4)
+    assert mixup.eval()(inputs, plain)[1] is plain
+    values = torch.randn(4, 1)
+    assert st.nn.Mixup(classes=0, value=0.5)(inputs, values)[1].shape == values.shape
+
+
+def test_penalties_are_taken_once() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), st.nn.ActivationPenalty(0.5), st.nn.TemporalPenalty(2.0))
+    found = net(torch.randn(2, 4, 3))
+    expected = 0.5 * found.square().mean() + 2 * found.diff(dim=1).square().mean()
+    torch.testing.assert_close(st.nn.extra_loss(net), expected)
+    assert st.nn.extra_loss(net) == 0
+
+
+def test_strengths_are_found_by_name_and_counters_told_apart() -> None:
+    layer = st.nn.Dropout(0.2, name="hidden")
+    net = nn.Sequential(st.nn.Dropout(0.1), layer, nn.Sequential(copy.deepcopy(layer)))
+    found = st.nn.tunables(net)
+    assert {n: f.buffers for n, f in found.items()} == {
+        "dropout": ["0.strength"], "hidden": ["1.strength", "2.0.strength"]
+    }  # fmt: skip
+    st.nn.own_counters(net)
+    assert len({int(m.key) for m in net.modules() if isinstance(m, st.nn.Stochastic)}) == 3
+
+
+@pytest.mark.parametrize("other", [st.nn.Dropout(0.3, name="x"), st.nn.Noise(0.2, name="x")])
+def test_layers_of_one_name_that_differ_are_refused(other: nn.Module) -> None:
+    with pytest.raises(ValueError, match="share the name 'x'"):
+        st.nn.tunables(nn.Sequential(st.nn.Dropout(0.2, name="x"), other))
