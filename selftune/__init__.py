@@ -2,7 +2,15 @@
 
 from selftune import estimators, monitor, nn, optim, penalties, rules, schedules, testing, tuner
 from selftune.averaging import Average
-from selftune.estimators import Forward, Implicit, OneStep, Trace, Unrolled, hypergradient
+from selftune.estimators import (
+    BestResponse,
+    Forward,
+    Implicit,
+    OneStep,
+    Trace,
+    Unrolled,
+    hypergradient,
+)
 from selftune.from_model import as_problem
 from selftune.linear_solve import CG, Neumann, Nystrom
 from selftune.optim import SGD, Adam, AdamW, Lion, RMSprop, SelfTuning
@@ -19,6 +27,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Average",
+    "BestResponse",
     "Forward",
     "Implicit",
     "Lion",

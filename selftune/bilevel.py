@@ -68,8 +68,9 @@ class Bilevel:
         averaging: The outer point, sampled at the steps that are observed.
         rates: The schedule's factor at each step of the run, shape (steps,).
         autocast: Makes the context of the forward passes.
-        follow: An estimator that sees whole steps (:class:`~selftune.followed.Followed`) and
-            takes the place of ``estimator``, whose stride alone then counts.
+        follow: An estimator that sees whole steps (:class:`~selftune.followed.Followed`).
+        followed: Names of the hyperparameters that are followed by it instead of ``estimator``.
+        strengths: Buffers of the objective in which hyperparameters are kept, by name.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Bilevel:
         rates: Tensor,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         follow: AbstractEstimator | None = None,
+        followed: Sequence[str] = (),
+        strengths: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.inner, self.outer = inner, outer
         self.params = [n for n, p in inner.named_parameters() if p.requires_grad]
@@ -93,8 +96,9 @@ class Bilevel:
         self.hyper, self.averaging = hyper, averaging
         self.estimator, self.storage = estimator, storage
         self.rates, self.autocast = rates, autocast
-        self.follow = follow
-        names = hyper.names if follow is None else []
+        self.follow, self.followed = follow, list(followed)
+        self.strengths = {n: list(s) for n, s in (strengths or {}).items()}
+        names = [n for n in hyper.names if n not in self.followed]
         self.responses = Responses(names, update, estimator, averaging, storage)
 
     def init(self, values: Mapping[str, float]) -> Run:
@@ -138,20 +142,33 @@ class Bilevel:
     def gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Loss, gradients and next buffers of the training objective."""
         params = [w.value for w in run.weights]
-        return self._gradient(self.inner, params, run.buffers, batch)
+        return self._gradient(self.inner, params, run.buffers, batch, self.strengthened(run))
 
     def outer_gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Loss, gradients and next buffers of the validation objective, at the average."""
         params = [w.average.to(w.value.dtype) for w in run.weights]
-        return self._gradient(self.outer, params, run.average_buffers, batch)
+        strengths = self.strengthened(run)
+        return self._gradient(self.outer, params, run.average_buffers, batch, strengths)
+
+    def strengthened(self, run: Run) -> dict[str, Tensor]:
+        """The buffers that hold the present strengths, shape (1,) each."""
+        values = self.hyper.values(run.hyper.raw)
+        dtype = run.weights[0].average.dtype
+        held = {n: v.to(dtype).view(1) for n, v in values.items() if n in self.strengths}
+        return {buffer: held[n] for n in held for buffer in self.strengths[n]}
 
     def _gradient(
-        self, module: nn.Module, params: list[Tensor], buffers: list[Tensor], batch: Batch
+        self,
+        module: nn.Module,
+        params: list[Tensor],
+        buffers: list[Tensor],
+        batch: Batch,
+        strengths: Mapping[str, Tensor],
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         def objective(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             held = [b.clone() for b in buffers]  # modules write into them, which must not show
             tensors = dict(zip(self.params, params, strict=True))
-            tensors |= dict(zip(self.buffers, held, strict=True))
+            tensors |= {**dict(zip(self.buffers, held, strict=True)), **strengths}
             with self.autocast():
                 loss = functional_call(module, tensors, (batch,))
             return loss, [tensors[n] for n in self.buffers]  # the same, or what was bound anew
@@ -237,12 +254,13 @@ class Bilevel:
         )
 
     def hypergradient(self, run: Run, grads: Sequence[Tensor]) -> Tensor:
-        """dL/d(raw), shape (hyperparameters,)."""
+        """dL/d(raw), shape (hyperparameters,); 0 for those that are followed."""
         values = self.hyper.values(run.hyper.raw)
-        found = self.responses.hypergradients(
+        rows = self.responses.hypergradients(
             run.weights, run.shrinking, grads, values, run.step.squeeze(0)
         )
-        signal = [f.to(torch.float64) for f in found]
+        found = dict(zip(self.responses.names, rows, strict=True))
+        signal = [found.get(n, torch.zeros_like(v)).to(torch.float64) for n, v in values.items()]
         return torch.stack(signal) if signal else torch.zeros_like(run.hyper.raw)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune._flat import Layout
@@ -19,6 +19,17 @@ from selftune.update import Clock
 log = logging.getLogger("selftune")
 
 Function = Callable[..., Any]
+
+
+class _Method(nn.Module):
+    """A method of a module as a module of its own, so that it can be called functionally."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *args: Any) -> Any:
+        return getattr(self.module, self.method)(*args)
 
 
 class Followed:
@@ -41,10 +52,16 @@ class Followed:
         self._bilevel = bilevel
         self._layout = Layout([w.average for w in run.weights])
         self._dtypes = [w.value.dtype for w in run.weights]
+        inner = bilevel.inner
+        splits = hasattr(inner, "predicted") and hasattr(inner, "judged")
         self._problem = InGraphs(
-            update=bilevel.update.joined(self._layout), inner_loss=self._inner,
+            update=bilevel.update.joined(self._layout),
+            inner_loss=lambda w, h, batch: self._call("forward", w, h, batch),
             outer_loss=lambda params, batch: params.sum(), options=bilevel.options,
+            shapes=self._layout.shapes, scales=bilevel.hyper.hparams,
+            split=(self._predicted, self._judged) if splits else None,
         )  # fmt: skip
+        self._methods: dict[str, _Method] = {}
         self.sees_all = estimator.sees_all
         self.follower = Follower(estimator)
         self._told = False
@@ -54,15 +71,34 @@ class Followed:
         """Wrap what the estimator computes."""
         self._problem.begin(wrap)
 
-    def _inner(self, params: Tensor, hparams: Hparams, batch: Any) -> Tensor:
-        """The training loss of the vector of weights; the model's buffers come with the batch."""
+    def _predicted(self, params: Tensor, hparams: Hparams, batch: Any) -> Any:
+        return self._call("predicted", params, hparams, batch)
+
+    def _judged(self, predicted: Any, hparams: Hparams, batch: Any) -> Tensor:
+        found: Tensor = self._call("judged", None, hparams, batch, predicted)
+        return found
+
+    def _call(
+        self, method: str, params: Tensor | None, hparams: Hparams, batch: Any, *first: Any
+    ) -> Any:
+        """A method of the training objective at the vector of weights, by default at its own.
+
+        The model's buffers come with the batch.
+        """
         bilevel, (batch, buffers) = self._bilevel, batch
-        parts = zip(self._layout.views(params), self._dtypes, strict=True)
-        named = dict(zip(bilevel.params, [p.to(dtype) for p, dtype in parts], strict=True))
-        held = {n: b.clone() for n, b in zip(bilevel.buffers, buffers, strict=True)}
+        tensors = {n: b.clone() for n, b in zip(bilevel.buffers, buffers, strict=True)}
+        if params is not None:
+            parts = zip(self._layout.views(params), self._dtypes, strict=True)
+            tensors |= zip(bilevel.params, [p.to(dtype) for p, dtype in parts], strict=True)
+        for name, value in hparams.items():
+            for buffer in bilevel.strengths.get(name, []):
+                tensors[buffer] = value.view(1)
+        module = bilevel.inner
+        if method != "forward":
+            module = self._methods.setdefault(method, _Method(module, method))
+            tensors = {f"module.{n}": t for n, t in tensors.items()}
         with bilevel.autocast():
-            loss: Tensor = functional_call(bilevel.inner, {**named, **held}, (batch,))
-        return loss
+            return functional_call(module, tensors, (*first, batch))
 
     # pure: parts of the graphs of steps
 
@@ -76,19 +112,23 @@ class Followed:
         last = torch.clamp(run.step, max=len(rates) - 1)
         rate = rates.gather(0, last).squeeze(0).to(dtype)
         step, age = (t.squeeze(0).to(dtype) for t in (run.step, run.age))
-        values = bilevel.hyper.values(run.hyper.raw)
-        point = Point(params, state, [b.clone() for b in run.buffers], Clock(step, rate, age))
-        return point, {n: v.to(dtype) for n, v in values.items()}
+        values = {n: v.to(dtype) for n, v in bilevel.hyper.values(run.hyper.raw).items()}
+        others = {n: v for n, v in values.items() if n not in bilevel.followed} or None
+        held = [b.clone() for b in run.buffers]
+        point = Point(params, state, held, Clock(step, rate, age), options=others)
+        return point, {n: values[n] for n in bilevel.followed}
 
     def joined(self, grads: Sequence[Tensor]) -> Tensor:
         """Gradients as one vector."""
         return self._layout.flatten(grads)
 
     def raw(self, run: Run, grads: Mapping[str, Tensor]) -> Tensor:
-        """dL/d(raw) of every tuned hyperparameter."""
+        """dL/d(raw) of every tuned hyperparameter; 0 for those that are not followed."""
         hyper = self._bilevel.hyper
         slopes = hyper.slopes(hyper.values(run.hyper.raw))
-        return torch.stack([grads[n].to(torch.float64) * slopes[n] for n in hyper.names])
+        zero = torch.zeros_like(run.hyper.raw[0])
+        found = {n: g.to(torch.float64) * slopes[n] for n, g in grads.items()}
+        return torch.stack([found.get(n, zero) for n in hyper.names])
 
     # between the graphs
 

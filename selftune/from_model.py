@@ -105,6 +105,7 @@ def as_problem(
         inner_loss=lambda w, h, batch: criterion(outputs(w, h, batch), h, batch),
         outer_loss=lambda w, batch: outer(call(w, batch[0]), batch[1]),
         split=(outputs, criterion),
+        shapes=[p.shape for p in model.parameters() if p.requires_grad],
         **options,
     )
     return problem, weights

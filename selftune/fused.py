@@ -143,7 +143,9 @@ class Fused:
             point, hparams = followed.seen(run)
             loss, grads, buffers = bilevel.gradient(run, batch)
             point = point._replace(grads=followed.joined(grads))
-            return bilevel.advance(run, loss, grads, buffers), (loss, point, hparams)
+            observe = bilevel.estimator.stride == 1
+            run = bilevel.advance(run, loss, grads, buffers, observe=observe)
+            return run, (loss, point, hparams)
 
         def validate(run: Run, batch: Batch, outer: Batch) -> tuple[Run, Any]:
             point, hparams = followed.seen(run)
@@ -153,10 +155,14 @@ class Fused:
             outer_loss, outer_grads, buffers = bilevel.outer_gradient(run, outer)
             told = loss, alive(grads), outer_loss
             run = run._replace(average_buffers=buffers)
-            return run, (told, passed, hparams, followed.seen(run)[0], followed.joined(outer_grads))
+            ends = followed.seen(run)[0], followed.joined(outer_grads)
+            return run, (told, passed, hparams, *ends, bilevel.hypergradient(run, outer_grads))
 
-        def step(run: Run, grads: dict[str, Tensor], *told: Tensor) -> tuple[Run, Tensor]:
-            after = bilevel.stepped(run, followed.raw(run, grads), run.average_buffers)
+        def step(
+            run: Run, grads: dict[str, Tensor], rows: Tensor, *told: Tensor
+        ) -> tuple[Run, Tensor]:
+            signal = rows + followed.raw(run, grads)
+            after = bilevel.stepped(run, signal, run.average_buffers)
             return after, bilevel.told(after, *told)
 
         advancing, validating = wrap(_in_place(advance)), wrap(_in_place(validate))
@@ -175,13 +181,13 @@ class Fused:
             return loss
 
         def tune(run: Run, batch: Batch, outer: Batch) -> Tensor:
-            told, passed, hparams, end, grads = validating(run, batch, outer)
+            told, passed, hparams, end, grads, rows = validating(run, batch, outer)
             point, hparams = kept((passed or end, hparams))
             if math.isfinite(float(told[0])):
                 followed.observe(point, hparams, batch)
             end = end._replace(batch=(batch, end.batch))
             found = followed.estimate(end, hparams, grads)
-            return stepping(run, found, *told)
+            return stepping(run, found, rows, *told)
 
         return {"train": train, "tune": tune}
 

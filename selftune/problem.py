@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
+from selftune.hparams import Hparam
 from selftune.products import Products
 from selftune.rules._base import State
 from selftune.update import Clock, Update
@@ -58,6 +59,8 @@ class Problem:
         rate: The schedule's factor by step.
         segments: Which segment each weight lies in, shape (N,): hyperparameters of the update may
             then hold one value a segment (a layer, a parameter group).
+        shapes: Of the parameter tensors that the weights are joined from, where that matters.
+        scales: Scale and bounds of the objective's hyperparameters; logarithmic where nobody says.
         split: ``inner_loss`` in two, ``outputs(params, hparams, batch)`` and
             ``criterion(outputs, hparams, batch)``, where the Gauss-Newton matrix is asked for.
         backend: How second derivatives are taken (:class:`~selftune.products.Products`).
@@ -82,6 +85,8 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
     rate: Callable[[int], float] = lambda step: 1.0
     segments: Tensor | None = None
+    shapes: Sequence[torch.Size] | None = None
+    scales: Mapping[str, Hparam] = field(default_factory=dict)
     split: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
     backend: str = "auto"
     products: Products = field(init=False, repr=False)
@@ -91,6 +96,17 @@ class Problem:
         object.__setattr__(self, "products", Products(self.inner_loss, self.backend))
         fixed = dict.fromkeys(self.update.hparams, 0.0) | dict(self.update.rule.defaults)
         object.__setattr__(self, "options", {**fixed, **self.options})
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """A vector of shape (N,) as the parameter tensors it is joined from."""
+        if self.shapes is None:
+            return [vector]
+        parts = vector.split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def scale(self, name: str) -> Hparam | None:
+        """Scale and bounds of a hyperparameter, as far as they are known."""
+        return self.scales.get(name) or self.update.hparams.get(name)
 
     def values(self, hparams: Hparams) -> dict[str, Any]:
         """Everything the update reads."""
@@ -326,14 +342,14 @@ class Problem:
 
         def curve(vector: Tensor) -> Tensor:
             # Anew for each vector: to hold it would hold a copy of the weights.
-            penalties = vjp(lambda w: self._penalties(w, hparams), point.params)[1]
+            penalties = vjp(lambda w: self.penalties(w, hparams), point.params)[1]
             return product(vector).add_(penalties(vector)[0])
 
         return curve
 
     def mixing(self, point: Point, hparams: Hparams) -> Callable[[Tensor], dict[str, Tensor]]:
         """``v ↦ vᵀ B``, B the derivative of the penalised training gradient in hyperparameters."""
-        direct = vjp(lambda h: self._penalties(point.params, h), dict(hparams))[1]
+        direct = vjp(lambda h: self.penalties(point.params, h), dict(hparams))[1]
         if all(n in self.update.hparams for n in hparams):
             return lambda v: direct(v)[0]
         product = self.products.pull(point.params, hparams, point.batch)
@@ -344,7 +360,7 @@ class Problem:
 
         return mix
 
-    def _penalties(self, params: Tensor, hparams: Hparams) -> Tensor:
+    def penalties(self, params: Tensor, hparams: Hparams) -> Tensor:
         """Their gradient."""
         nothing = params.new_zeros(()).expand_as(params)
         return self.update.penalised(params, nothing, self.values(hparams))

@@ -6,6 +6,8 @@ from selftune.estimators._base import AbstractEstimator, Estimate, hypergradient
 from selftune.estimators._directions import Tangent
 from selftune.estimators._follower import Follower
 from selftune.estimators._rows import AbstractRows
+from selftune.estimators._structured import Structured
+from selftune.estimators.best_response import BestResponse, Response
 from selftune.estimators.exact import Exact, FiniteDifference
 from selftune.estimators.forward import Forward, ForwardMemory
 from selftune.estimators.implicit import Implicit, ImplicitMemory
@@ -15,13 +17,16 @@ from selftune.estimators.unrolled import Passed, Unrolled
 from selftune.problem import Point
 from selftune.update import Clock
 
-MEMORIES: list[Any] = [Clock, ForwardMemory, ImplicitMemory, Passed, Point, Tangent]
+MEMORIES: list[Any] = [
+    Clock, ForwardMemory, ImplicitMemory, Passed, Point, Response, Structured, Tangent,
+]  # fmt: skip
 """What estimators remember is made of these and of tensors: what a saved run may hold."""
 
 __all__ = [
     "MEMORIES",
     "AbstractEstimator",
     "AbstractRows",
+    "BestResponse",
     "Estimate",
     "Exact",
     "FiniteDifference",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ class DropConnect(Dropout):
             raise ValueError(f"weights={weights}: this module has {sorted(known)}")
         self.weights = tuple(chosen)
 
-    def forward(self, *args: object, **kwargs: object) -> object:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with some weights left out."""
         if not self.training:
             return self.module(*args, **kwargs)

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 from selftune.bilevel import Bilevel, Run
+from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.tuner._data import Stream
 
 
-def check_hparams(given: Mapping[str, Any], rule: AbstractRule) -> None:
+def check_hparams(
+    given: Mapping[str, Any], rule: AbstractRule, strengths: Mapping[str, Found]
+) -> None:
     """Refuse unknown names and values outside their range."""
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
+    clash = names & set(strengths)
+    if clash:
+        raise ValueError(
+            f"layers named {sorted(clash)} have the names of hyperparameters of the update: give "
+            "them other names"
+        )
+    names |= set(strengths)
     for name, value in given.items():
         if name not in names:
             raise ValueError(
@@ -25,6 +35,14 @@ def check_hparams(given: Mapping[str, Any], rule: AbstractRule) -> None:
                 f"{sorted(names)}, and penalty= for penalties"
             )
         if isinstance(value, bool):
+            continue
+        if name in strengths:
+            hparam = strengths[name].hparam
+            if not (value == 0 or hparam.lower <= float(value) <= hparam.upper):
+                raise ValueError(
+                    f"hparams[{name!r}]={value!r} must be 0 or between {hparam.lower:g} and "
+                    f"{hparam.upper:g}"
+                )
             continue
         if not 0 <= float(value) < math.inf or (name == "lr" and value == 0):
             least = "above 0" if name == "lr" else "0 or more"

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
+
+from selftune.nn import extra_loss
 
 LossFn = Callable[..., Tensor]
 TARGETS = ("labels", "label", "targets", "target", "y")
@@ -28,6 +31,7 @@ class Objective(nn.Module):
         model: The model.
         loss_fn: The loss of outputs and targets.
         objective: ``objective(model, batch)``, in place of all that.
+        augment: Changes the first input and the target of training batches that are tuples.
     """
 
     def __init__(
@@ -35,17 +39,51 @@ class Objective(nn.Module):
         model: nn.Module,
         loss_fn: LossFn | None,
         objective: Callable[[nn.Module, Any], Tensor] | None,
+        augment: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
         self.objective = objective
+        self.augment = augment
 
     def forward(self, batch: Any) -> Tensor:
-        """The loss of a batch."""
+        """The loss of a batch, with the penalties of activations."""
         if self.objective is not None:
-            return self.objective(self.model, batch)
-        return self.outputs(batch)[0]
+            loss = self.objective(self.model, batch)
+        else:
+            loss = self.outputs(batch)[0]
+        extra = extra_loss(self)
+        return loss + extra if isinstance(extra, Tensor) else loss
+
+    @property
+    def splits(self) -> bool:
+        """Whether outputs and their loss can be had one after the other."""
+        return self.objective is None and self.loss_fn is not None
+
+    def predicted(self, batch: Any) -> tuple[Any, Tensor]:
+        """The first half of the loss: outputs, and the penalties of activations."""
+        output = self.outputs(batch)[1]
+        return output, torch.as_tensor(extra_loss(self), device=output.device)
+
+    def judged(self, predicted: tuple[Any, Tensor], batch: Any) -> Tensor:
+        """The second half: their loss."""
+        assert self.loss_fn is not None
+        output, extra = predicted
+        return self.loss_fn(output, self._target(batch)) + extra
+
+    def _target(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return batch[next(name for name in TARGETS if name in batch)]
+        return self._augmented(*batch)[-1]
+
+    def _augmented(self, *batch: Any) -> tuple[Any, ...]:
+        """A batch with its first input and its target augmented."""
+        if self.augment is None:
+            return batch
+        first, *rest, target = batch
+        first, target = self.augment(first, target)
+        return first, *rest, target
 
     def outputs(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Loss, output and target of a batch."""
@@ -58,7 +96,7 @@ class Objective(nn.Module):
             )
         if self.loss_fn is None:
             raise ValueError("batches are tuples, which need a loss: pass loss_fn=")
-        *inputs, target = batch
+        *inputs, target = self._augmented(*batch)
         output = self.model(*inputs)
         return self.loss_fn(output, target), output, target
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from selftune import nn as st_nn
 from selftune.averaging import Average
 from selftune.bilevel import Bilevel
-from selftune.estimators import AbstractEstimator, AbstractRows, OneStep, Trace
+from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
 from selftune.fused import Fused
 from selftune.hyperstep import RATE
 from selftune.hypervector import HyperVector
@@ -55,7 +56,8 @@ class Tuner:
         penalty: Further penalties (:mod:`selftune.penalties`).
         bounds: (lowest, highest) values by name.
         estimator: How the response of the weights is followed; by default ``Trace`` that
-            observes one step of every ``every``. Any of :mod:`selftune.estimators`.
+            observes one step of every ``every``, and :class:`BestResponse` for the strengths of
+            :mod:`selftune.nn`. Any of :mod:`selftune.estimators`.
         tangents: The dtype responses are kept in; bfloat16 halves their memory.
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next.
@@ -65,6 +67,8 @@ class Tuner:
         probe: Whether the learning rate is probed at the start, or over how many steps.
         guard: Whether a run that blows up or worsens is rolled back.
         objective: ``objective(model, batch)``, the loss in place of ``loss_fn``.
+        augment: Changes inputs, or inputs and targets, of training batches on the device
+            (:class:`selftune.nn.Augment` or one of its parts).
         metrics: Functions of (output, target) by name, averaged over the validation set.
         device: Where to train; by default where the model is.
         amp: Whether forward passes run in bfloat16 where that is safe.
@@ -106,6 +110,7 @@ class Tuner:
         probe: bool | int = True,
         guard: bool = True,
         objective: Callable[[nn.Module, Any], Tensor] | None = None,
+        augment: nn.Module | None = None,
         metrics: Mapping[str, Metric] | None = None,
         device: str | torch.device | None = None,
         amp: bool = False,
@@ -127,14 +132,23 @@ class Tuner:
         self.model = model
         self._rule = AdamW() if rule is None else rule
         check_model(model)
-        check_hparams(hparams or {}, self._rule)
+        if augment is not None and objective is not None:
+            raise ValueError("augment= changes batches for loss_fn=, which objective= replaces")
+        if augment is not None and not isinstance(augment, st_nn.Augment):
+            augment = st_nn.Augment(augment)
+        self._objective = Objective(model, loss_fn, objective, augment)
+        self._found = st_nn.tunables(self._objective)
+        st_nn.own_counters(self._objective)
+        check_hparams(hparams or {}, self._rule, self._found)
         given = {n: v if isinstance(v, bool) else float(v) for n, v in (hparams or {}).items()}
         penalties = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty)
         if "l1" in given and not any(p.name == "l1" for p in penalties):
             penalties.append(L1(given["l1"]))
         self._update = Update(self._rule, tuple(penalties))
         self._values = {n: 0.0 for n in self._update.hparams} | dict(self._rule.defaults)
+        self._values |= {n: f.value for n, f in self._found.items()}
         self._values |= {p.name: p.strength for p in penalties} | given
+        self._known = self._update.hparams | {n: f.hparam for n, f in self._found.items()}
         self._tune = tune
         self._bounds = bounds
         self._estimator = Trace(stride=every) if estimator is None else estimator
@@ -143,7 +157,6 @@ class Tuner:
         self._every, self._hyper_rate = every, hyper_rate
         self._schedule, self._warmup = schedule, warmup_steps
         self._probe, self._guard = probe, guard
-        self._objective = Objective(model, loss_fn, objective)
         self._metrics = dict(metrics or {})
         self._device = None if device is None else torch.device(device)
         self._amp, self._compile = amp, compile
@@ -151,20 +164,39 @@ class Tuner:
         self._exploit, self._seed = exploit_every, seed
         self._fitted = False
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
-        HyperVector(self._update.hparams, self._names(), bounds, horizon=1)
-        rows = self._estimator if isinstance(self._estimator, AbstractRows) else None
-        if rows is None and self._population is not None:
+        HyperVector(self._known, self._names(), bounds, horizon=1)
+        self._rows, self._follow, self._followed = self._divided()
+        if self._follow is not None and self._population is not None:
             raise ValueError(
-                f"population={population} needs an estimator of rows, Trace or OneStep, and "
-                f"estimator={self._estimator}"
+                f"population={population} needs an estimator of rows, Trace or OneStep, for all "
+                f"tuned hyperparameters, and {self._followed} need {self._follow}"
             )
-        self._rows = OneStep(stride=every) if rows is None else rows
-        self._estimator.check(self._update, self._names(), endless=True)
         if self._rows.stride not in (1, every):
             raise ValueError(
                 f"estimator={self._estimator} observes one step of {self._rows.stride}, and "
                 f"every={every}: pass stride={every}, or stride=1 to observe all steps"
             )
+
+    def _divided(self) -> tuple[AbstractRows, AbstractEstimator | None, list[str]]:
+        """The estimator of rows, the one of whole steps, and the names that are the latter's."""
+        given, names = self._estimator, self._names()
+        inside = [n for n in names if n in self._found]
+        rows: AbstractRows
+        follow: AbstractEstimator | None
+        if isinstance(given, AbstractRows):
+            rows, follow, followed = given, BestResponse() if inside else None, inside
+        else:
+            rows, follow, followed = OneStep(stride=self._every), given, names
+            if isinstance(given, BestResponse) and not given.update:
+                rows, followed = Trace(stride=self._every), inside
+        if isinstance(follow, BestResponse) and not self._objective.splits:
+            follow.check_whole()
+        rows.check(self._update, [n for n in names if n not in followed], endless=True)
+        if not followed:
+            return rows, None, []
+        assert follow is not None
+        follow.check(self._update, followed, endless=True)
+        return rows, follow, followed
 
     def _names(self) -> list[str]:
         """Names of the tuned hyperparameters; α only where nothing else anneals."""
@@ -172,7 +204,8 @@ class Tuner:
             if isinstance(self._tune, str):
                 raise ValueError(f"tune={self._tune!r} must be a sequence: ({self._tune!r},)")
             return list(self._tune)
-        return [n for n in self._update.tuned if n != "decay" or self._schedule == "constant"]
+        update = [n for n in self._update.tuned if n != "decay" or self._schedule == "constant"]
+        return [*update, *self._found]
 
     def fit(
         self,
@@ -275,17 +308,19 @@ class Tuner:
         )
         names = self._names()
         hyper = HyperVector(
-            self._update.hparams, names, self._bounds,
+            self._known, names, self._bounds,
             horizon=total, floored=self._rule.shrinks, rate=self._hyper_rate,
         )  # fmt: skip
         outer = for_tuning(self._objective, self._every)
         bilevel = Bilevel(
             self._objective, outer, self._update,
-            {k: v for k, v in self._values.items() if k not in names},
+            {k: v for k, v in self._values.items() if k not in (*names, *self._found)},
             hyper, self._rows, self._tangents, self._average,
             torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device),
-            autocast, None if self._rows is self._estimator or not names else self._estimator,
+            autocast, self._follow, self._followed,
+            {n: f.buffers for n, f in self._found.items() if n in names},
         )  # fmt: skip
+        self._strengthen()
         run = bilevel.init(self._values)
         for name, value in hyper.values(run.hyper.raw).items():
             if self._values[name] and not math.isclose(value, self._values[name], rel_tol=1e-6):
@@ -334,6 +369,13 @@ class Tuner:
                 "population": members or 1,
             },
         )  # fmt: skip
+
+    def _strengthen(self) -> None:
+        """Write the given strengths into the layers that have them."""
+        buffers = dict(self._objective.named_buffers())
+        for name, found in self._found.items():
+            for buffer in found.buffers:
+                buffers[buffer].fill_(self._values[name])
 
 
 def _between_evaluations(train: Stream, total: int) -> int:

@@ -189,7 +189,8 @@ class Watch:
     def hparams(self) -> dict[str, float]:
         """All hyperparameters as they are now; the learning rate is the tuned peak."""
         tuned, fixed = self._tuned_values(), self._bilevel.options
-        return {n: tuned.get(n, fixed.get(n, 0.0)) for n in self._bilevel.update.hparams}
+        update = {n: tuned.get(n, fixed.get(n, 0.0)) for n in self._bilevel.update.hparams}
+        return update | {n: v for n, v in tuned.items() if n in self._bilevel.strengths}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to go on."""

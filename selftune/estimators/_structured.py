@@ -1,0 +1,99 @@
+"""A response Jacobian of low memory: the weights' own structure, scaled row by row.
+
+For a matrix W of shape (out, …), ``J δ = diag(U δ) V``: V has the shape of W and is shared by all
+hyperparameters, U has shape (out, hyperparameters). A vector responds freely, ``J δ = C δ``. That
+is as much memory as the weights once more, whatever the number of hyperparameters.
+
+Source: MacKay et al. 2019, equation 14; Bae & Grosse 2020, section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHARPEST = 0.2
+"""Largest turn of a row at a step, as a share of its length."""
+
+
+class Structured(NamedTuple):
+    """The response of one parameter tensor.
+
+    Attributes:
+        gains: U, shape (out, hyperparameters); or C, shape (numel, hyperparameters), of a vector.
+        rows: V, the rows of length 1, shape (out, rest); or of shape (numel, 0) for a vector.
+    """
+
+    gains: Tensor
+    rows: Tensor
+
+    @property
+    def free(self) -> bool:
+        """Whether each entry responds for itself."""
+        return self.rows.shape[1] == 0
+
+    def along(self, move: Tensor, shape: torch.Size) -> Tensor:
+        """J δ, in the shape of the parameter.
+
+        Args:
+            move: δ, shape (hyperparameters,).
+            shape: Of the parameter.
+        """
+        gain = self.gains @ move
+        return (gain if self.free else gain[:, None] * self.rows).view(shape)
+
+    def pull(self, grads: Tensor) -> Tensor:
+        """Jᵀ g, shape (hyperparameters,), for gradients in the shape of the parameter."""
+        return self._lengths(grads) @ self.gains
+
+    def _lengths(self, along: Tensor) -> Tensor:
+        """Of a vector of weights: its entries, or what each row has of it."""
+        return along.reshape(-1) if self.free else (self.rows * along.view_as(self.rows)).sum(1)
+
+    def learned(self, change: Tensor, move: Tensor) -> Structured:
+        """After a step towards ``J δ + change`` along δ.
+
+        Lengths follow at once. What V's rows have no part of turns them, normalised by how far
+        the row reaches, so that it does not depend on the scale of the response.
+
+        Args:
+            change: Wanted of J δ, in the shape of the parameter.
+            move: δ, of entries ±σ.
+        """
+        lengths = self._lengths(change)
+        gains = self.gains + torch.outer(lengths, move / move.square().mean())
+        if self.free:
+            return Structured(gains, self.rows)
+        across = change.view_as(self.rows) - lengths[:, None] * self.rows
+        reach = (gains @ move).unsqueeze(1)
+        size = gains.square().sum(1, keepdim=True) * move.square().mean()
+        turn = reach * across / size.clamp_min(torch.finfo(size.dtype).tiny)
+        length = turn.norm(dim=1, keepdim=True)
+        turn = turn * (SHARPEST / length.clamp_min(SHARPEST))
+        rows = self.rows + turn
+        return Structured(gains, rows / rows.norm(dim=1, keepdim=True))
+
+    def square(self) -> Tensor:
+        """‖J_k‖² of each hyperparameter, shape (hyperparameters,)."""
+        return self.gains.square().sum(0)
+
+    def scaled(self, factor: Tensor) -> Structured:
+        """J times a factor for each hyperparameter."""
+        return self._replace(gains=self.gains * factor)
+
+
+def unknown(param: Tensor, hparams: int) -> Structured:
+    """No response yet, along random rows.
+
+    Args:
+        param: The parameter; one with fewer than two dimensions responds freely.
+        hparams: How many hyperparameters.
+    """
+    if param.ndim < 2:
+        return Structured(
+            param.new_zeros(param.numel(), hparams), param.new_zeros(param.numel(), 0)
+        )
+    rows = torch.randn_like(param.reshape(len(param), -1))
+    return Structured(param.new_zeros(len(param), hparams), rows / rows.norm(dim=1, keepdim=True))

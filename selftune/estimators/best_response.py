@@ -1,0 +1,252 @@
+"""A hypernetwork whose inputs are the hyperparameters, learned from what perturbed steps do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+from torch.utils._pytree import tree_map
+
+from selftune.bijections import AbstractBijection, Log
+from selftune.estimators._base import AbstractEstimator, Estimate
+from selftune.estimators._structured import Structured, unknown
+from selftune.problem import Hparams, Point, Problem
+
+CURVATURES = ("exact", "gauss-newton")
+MOST = 1000
+"""Entries of hyperparameters: U has as many columns."""
+
+
+class Response(NamedTuple):
+    """What is known of how the weights respond.
+
+    Attributes:
+        tensors: Of each parameter tensor, in units of raw hyperparameters.
+        steps: Observed so far, shape (1,).
+    """
+
+    tensors: list[Structured]
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class BestResponse(AbstractEstimator):
+    """The weights as a function of the hyperparameters, ``w(z + δ) = w + J δ``, learned.
+
+    At each observed step one perturbed step is taken beside the real one, from ``w + J δ`` at
+    ``z + δ``, on the same batch and with the same draws, and J moves towards where it led::
+
+        J₊ δ  ←  U(w + J δ, ∇L(w + J δ; z + δ), z + δ) − U(w, ∇L(w; z), z)
+
+    That is the recursion of :class:`Forward` along one random direction, so that one gradient a
+    step serves all hyperparameters together: those of the objective, which at equilibrium gives
+    the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, whose response is one of finite
+    horizon. J is structured (a matrix ``diag(U δ) V`` for each weight matrix, free for vectors),
+    which takes the memory of the weights once more, whatever the number of hyperparameters.
+
+    Perturbations are finite, so that what has no derivative (a dropped unit, a hole that is cut)
+    is learned too. Draws are the same where they come from :mod:`selftune.nn`.
+
+    Args:
+        curvature: ``"exact"``, the gradient at the perturbed weights; or ``"gauss-newton"``, that
+            of the linearised network as in Δ-STN, which is never indefinite and costs a forward
+            pass more.
+        scale: σ, how far hyperparameters are perturbed in raw (log or odds) space.
+        update: In training runs, whether hyperparameters of the update are inputs of the
+            hypernetwork too; otherwise :class:`Trace` follows them.
+        every: Steps from one that is observed to the next.
+        discount: What J keeps of itself in a step.
+
+    Raises:
+        ValueError: An unknown curvature, or numbers outside their range.
+
+    Source: MacKay et al. 2019 (STN) and Bae & Grosse 2020 (Δ-STN) for the structure and the
+    centred, linearised form.
+    """
+
+    curvature: str = "exact"
+    scale: float = 0.5
+    update: bool = False
+    every: int = 1
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
+        if not 0 < self.scale <= 2:
+            raise ValueError(f"scale={self.scale} must be above 0 and at most 2")
+        if self.every < 1:
+            raise ValueError(f"every={self.every} must be at least 1")
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"discount={self.discount} must be above 0 and at most 1")
+
+    def check_whole(self) -> None:
+        """Refuse what needs the loss in two parts."""
+        if self.curvature == "gauss-newton":
+            raise ValueError(
+                "curvature='gauss-newton' needs the model's output and a loss of it, loss_fn=: use "
+                "'exact' where the model or objective= returns the loss itself"
+            )
+
+    def init(self, problem: Problem, start: Point, hparams: Hparams) -> Response:
+        """No response yet."""
+        count = sum(h.numel() for h in hparams.values())
+        if count > MOST:
+            raise ValueError(
+                f"BestResponse keeps {count} columns for hparams of as many entries, more than "
+                f"{MOST}: use Implicit, whose memory does not grow with them"
+            )
+        views = problem.views(start.params)
+        step = torch.zeros(1, dtype=torch.int64, device=start.params.device)
+        return Response([unknown(v, count) for v in views], step)
+
+    def observe(
+        self, problem: Problem, memory: Response, point: Point, hparams: Hparams
+    ) -> Response:
+        """Learn from one perturbed step."""
+        if self.every > 1 and int(point.clock.step) % self.every:
+            return memory
+        observe = problem.graph("observe", partial(self._observe, problem))
+        found: Response = observe(memory, point, hparams)
+        return found
+
+    def _observe(
+        self, problem: Problem, memory: Response, point: Point, hparams: Hparams
+    ) -> Response:
+        point = problem.known(point, hparams)
+        near, move = self._perturbed(problem, hparams, memory.steps)
+        shift = self.shift(problem, memory, point.params, move)
+        grads = self._gradient(problem, point, shift, near)
+        change = self.discount * self._change(problem, point, (shift, grads), hparams, near)
+        change = change - (1 - self.discount) * shift
+        change = torch.where(torch.isfinite(change).all(), change, torch.zeros_like(change))
+        learning = zip(memory.tensors, problem.views(change), strict=True)
+        tensors = [t.learned(c, move) for t, c in learning]
+        # A response that is larger than the weights themselves is none.
+        size = torch.stack([t.square() for t in tensors]).sum(0).sqrt()
+        most = point.params.norm() / size.clamp_min(torch.finfo(size.dtype).tiny)
+        return Response([t.scaled(most.clamp_max(1)) for t in tensors], memory.steps + 1)
+
+    def _perturbed(
+        self, problem: Problem, hparams: Hparams, step: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Hyperparameters near the present ones, and how far that is in raw space."""
+        near, moves, first = {}, [], 1
+        for name, h in hparams.items():
+            low, high, scale = _range(problem, name)
+            raw = scale.inverse(h)
+            move = self.scale * signs(step, first, h.numel()).to(h.dtype).reshape(h.shape)
+            first += h.numel()
+            near[name] = scale.forward(raw + move).clamp(low, high)
+            moved = scale.inverse(near[name]) - raw
+            moves.append(torch.where(torch.isfinite(moved), moved, 0.0).reshape(-1))
+        return near, torch.cat(moves)
+
+    def _gradient(self, problem: Problem, point: Point, shift: Tensor, near: Hparams) -> Tensor:
+        """The gradient at the perturbed weights and hyperparameters."""
+        if self.curvature == "exact":
+            return problem.products.gradient(point.params + shift, near, point.batch)
+        return linearised_gradient(problem, point, shift, near)
+
+    @staticmethod
+    def _change(
+        problem: Problem,
+        point: Point,
+        perturbed: tuple[Tensor, Tensor],
+        hparams: Hparams,
+        near: Hparams,
+    ) -> Tensor:
+        """What the perturbed step moves its weights more than the step.
+
+        The rule's state is that of the step. What gradients differ by would go on to act through
+        it for some steps, and is counted at once.
+        """
+        (shift, grads), own = perturbed, problem.gradient(point, hparams)
+        beside = point._replace(params=point.params + shift)
+        penalties = [problem.penalties(p.params, h) for p, h in ((point, hparams), (beside, near))]
+        more = penalties[1] - penalties[0]
+        step = problem.moved(point, own, hparams)[0]
+        as_if = problem.moved(point, grads + more, hparams)[0]
+        there = problem.moved(beside, own - more, near)[0]
+        return _lasting(problem, point, hparams) * (as_if - step) + (there - step - shift)
+
+    def estimate(
+        self,
+        problem: Problem,
+        memory: Response,
+        end: Point,
+        hparams: Hparams,
+        outer_grads: Tensor,
+    ) -> Estimate:
+        """``Jᵀ ∇L_val``."""
+        parts = zip(memory.tensors, problem.views(outer_grads), strict=True)
+        raw = torch.stack([t.pull(g) for t, g in parts]).sum(0)
+        split = raw.split([h.numel() for h in hparams.values()])
+        found = {}
+        for (name, h), part in zip(hparams.items(), split, strict=True):
+            found[name] = part.reshape(h.shape) / _range(problem, name)[2].slope(h)
+        return Estimate(found)
+
+    def shift(self, problem: Problem, memory: Response, params: Tensor, move: Tensor) -> Tensor:
+        """J δ, shape (N,), for a move δ of all entries in raw space."""
+        parts = zip(memory.tensors, problem.views(params), strict=True)
+        return torch.cat([t.along(move, v.shape).reshape(-1) for t, v in parts])
+
+
+def signs(step: Tensor, first: int, count: int) -> Tensor:
+    """Rows of the Walsh matrix at a step, ±1: over a period any two of them are uncorrelated.
+
+    What is learned of one hyperparameter then hides nothing of another for longer than a period.
+
+    Args:
+        step: Shape (1,), int64.
+        first: The first row; row 0 is always 1.
+        count: How many.
+    """
+    bits = step & torch.arange(first, first + count, device=step.device)
+    for fold in (32, 16, 8, 4, 2, 1):
+        bits = bits ^ (bits >> fold)
+    return 1 - 2 * (bits & 1)
+
+
+def linearised_gradient(problem: Problem, point: Point, shift: Tensor, near: Hparams) -> Tensor:
+    """``∂f/∂wᵀ ∇criterion(f(w; h) + ∂f/∂w · shift)``, of the network linearised at the weights.
+
+    Args:
+        problem: With its loss in two parts.
+        point: The weights w, and the batch.
+        shift: Of the weights.
+        near: The hyperparameters h.
+
+    Source: Bae & Grosse 2020, equation 13.
+    """
+    if problem.split is None:
+        raise ValueError("curvature='gauss-newton' needs Problem(split=(outputs, criterion))")
+    outputs, criterion = problem.split
+    predict = lambda w: outputs(w, near, point.batch)  # noqa: E731
+    out, moved = jvp(predict, (point.params,), (shift,))  # type: ignore[misc]
+    there = tree_map(torch.add, out, moved)
+    slope = grad(lambda o: criterion(o, near, point.batch))(there)
+    found: Tensor = vjp(predict, point.params)[1](slope)[0]
+    return found
+
+
+def _range(problem: Problem, name: str) -> tuple[float, float, AbstractBijection]:
+    """Lowest and highest value of a hyperparameter, and its scale."""
+    known = problem.scale(name)
+    if known is None:
+        return 0.0, math.inf, Log()
+    return known.lower, known.upper, known.bijection
+
+
+def _lasting(problem: Problem, point: Point, hparams: Hparams) -> Any:
+    """What a change of the gradient adds up to through momentum: ``1 + β + … + β^age``."""
+    values = {**problem.values(hparams), **(point.options or {})}
+    beta = values.get("momentum", values.get("beta1", 0.0))
+    return (1 - beta ** (point.clock.age + 1)) / (1 - beta)
