@@ -1,6 +1,17 @@
 """Self-tuning training: hyperparameters tuned by gradient during one training run."""
 
-from selftune import estimators, monitor, nn, optim, penalties, rules, schedules, testing, tuner
+from selftune import (
+    estimators,
+    hypernet,
+    monitor,
+    nn,
+    optim,
+    penalties,
+    rules,
+    schedules,
+    testing,
+    tuner,
+)
 from selftune.averaging import Average
 from selftune.estimators import (
     BestResponse,
@@ -46,6 +57,7 @@ __all__ = [
     "as_problem",
     "estimators",
     "hypergradient",
+    "hypernet",
     "monitor",
     "nn",
     "optim",

@@ -1,0 +1,134 @@
+"""What a response adds to a layer's output where each example has its own perturbation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Known = dict[str, tuple[Tensor, Tensor]]
+"""By the parameter's name in the layer: gains of shape (out, hyperparameters), and rows."""
+Term = Callable[[Any, Tensor, Known, Tensor], Tensor]
+
+
+def per_channel(values: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Values of shape (batch, channels), shaped to be multiplied with a layer's output."""
+    shape = [len(values), *[1] * (like.ndim - 1)]
+    shape[dim] = values.shape[1]
+    return values.view(shape)
+
+
+def linear(layer: nn.Linear, x: Tensor, known: Known, delta: Tensor) -> Tensor:
+    """``(U δ) ∘ (V x) + C δ``, the same for all positions of an example."""
+    total: Tensor | None = None
+    if "weight" in known:
+        gains, rows = known["weight"]
+        along = F.linear(x, rows.view_as(layer.weight))
+        total = per_channel(delta @ gains.T, along, along.ndim - 1) * along
+    return _with_bias(total, known, delta, x, -1)
+
+
+def convolution(layer: _ConvNd, x: Tensor, known: Known, delta: Tensor) -> Tensor:
+    """The same for a convolution, by channel."""
+    total: Tensor | None = None
+    if "weight" in known:
+        gains, rows = known["weight"]
+        along = layer._conv_forward(x, rows.view_as(layer.weight), None)
+        total = per_channel(delta @ gains.T, along, 1) * along
+    return _with_bias(total, known, delta, x, 1)
+
+
+def transposed(layer: _ConvTransposeNd, x: Tensor, known: Known, delta: Tensor) -> Tensor:
+    """A transposed convolution, whose weight's rows belong to the channels of its input."""
+    total: Tensor | None = None
+    if "weight" in known:
+        gains, rows = known["weight"]
+        scaled = x * per_channel(delta @ gains.T, x, 1)
+        call = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
+        total = call(
+            scaled, rows.view_as(layer.weight), None, layer.stride, layer.padding,  # type: ignore[arg-type]
+            layer.output_padding, layer.groups, layer.dilation,
+        )  # fmt: skip
+    return _with_bias(total, known, delta, x, 1)
+
+
+def embedding(layer: nn.Embedding, words: Tensor, known: Known, delta: Tensor) -> Tensor:
+    """Each word's row, as long as its gain."""
+    gains, rows = known["weight"]
+    own = torch.einsum("b...n,bn->b...", F.embedding(words, gains), delta)
+    if layer.padding_idx is not None:
+        own = own * (words != layer.padding_idx)
+    return own.unsqueeze(-1) * F.embedding(words, rows)
+
+
+def batch_norm(layer: _BatchNorm, x: Tensor, known: Known, delta: Tensor) -> Tensor:
+    """Another scale and shift of the normalised batch."""
+    own = layer.training or layer.running_mean is None
+    mean, variance = (None, None) if own else (layer.running_mean, layer.running_var)
+    return _affine(F.batch_norm(x, mean, variance, training=own, eps=layer.eps), known, delta, 1)
+
+
+def group_norm(layer: nn.GroupNorm, x: Tensor, known: Known, delta: Tensor) -> Tensor:
+    """Another scale and shift of the normalised groups."""
+    return _affine(F.group_norm(x, layer.num_groups, eps=layer.eps), known, delta, 1)
+
+
+def layer_norm(layer: nn.LayerNorm, x: Tensor, known: Known, delta: Tensor) -> Tensor:
+    """Another scale and shift of the normalised features."""
+    normal = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    shape = (len(x), *[1] * (x.ndim - 1 - len(layer.normalized_shape)), *layer.normalized_shape)
+    total = torch.zeros_like(normal)
+    if "weight" in known:
+        total = normal * (delta @ known["weight"][0].T).view(shape)
+    if "bias" in known:
+        total = total + (delta @ known["bias"][0].T).view(shape)
+    return total
+
+
+def _affine(normal: Tensor, known: Known, delta: Tensor, dim: int) -> Tensor:
+    total = None
+    if "weight" in known:
+        total = normal * per_channel(delta @ known["weight"][0].T, normal, dim)
+    return _with_bias(total, known, delta, normal, dim)
+
+
+def _with_bias(total: Tensor | None, known: Known, delta: Tensor, like: Tensor, dim: int) -> Tensor:
+    if "bias" not in known:
+        assert total is not None
+        return total
+    bias = per_channel(
+        delta @ known["bias"][0].T, like if total is None else total, dim % like.ndim
+    )
+    return bias if total is None else total + bias
+
+
+TERMS: dict[type[nn.Module], Term] = {
+    nn.Linear: linear,
+    _ConvTransposeNd: transposed,
+    _ConvNd: convolution,
+    nn.Embedding: embedding,
+    _BatchNorm: batch_norm,
+    nn.GroupNorm: group_norm,
+    nn.LayerNorm: layer_norm,
+}
+"""Layers that can have a perturbation for each example; of two that fit, the first counts."""
+WHOLE = (nn.RNNBase, nn.MultiheadAttention)
+"""Layers whose weights respond, with one perturbation for the batch."""
+
+
+def term_of(module: nn.Module) -> Term | None:
+    """What a layer's response adds, if it can have one for each example."""
+    return next((term for kind, term in TERMS.items() if isinstance(module, kind)), None)
+
+
+def primal(x: Any) -> Any:
+    """A tensor without the tangent it may have, and held constant."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return forward_ad.unpack_dual(x).primal.detach()

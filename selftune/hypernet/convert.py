@@ -1,0 +1,399 @@
+"""An existing model as a hypernetwork whose inputs are its hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selftune.estimators._structured import unknown
+from selftune.hparams import Hparam, penalty_hparam
+from selftune.hypernet._terms import WHOLE, primal, term_of
+from selftune.nn import own_counters, tunables
+
+PERTURBATIONS = ("auto", "example", "batch")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a model's parameters.
+
+    Attributes:
+        responding: Names of those that respond to the hyperparameters.
+        plain: Names of those that do not, with the reason.
+        per_example: Whether every example has a perturbation of its own.
+    """
+
+    responding: tuple[str, ...]
+    plain: Mapping[str, str]
+    per_example: bool
+
+    def __str__(self) -> str:
+        unit = "example" if self.per_example else "batch"
+        lines = [f"{len(self.responding)} parameters respond, perturbed once a {unit}"]
+        return "\n".join([*lines, *(f"plain: {n} ({why})" for n, why in self.plain.items())])
+
+
+class Place:
+    """A parameter that responds: where it is used and where its response is kept."""
+
+    def __init__(self, name: str, param: nn.Parameter) -> None:
+        self.name, self.shape = name, param.shape
+        self.key = name.replace(".", "/")  # which names of submodules must not hold
+        self.users: list[tuple[nn.Module, str]] = []
+
+
+def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
+    """The parameters that can respond, those that cannot, and whether an example at a time can.
+
+    Raises:
+        ValueError: A parameter shared between layers of which only some can respond.
+    """
+    found: dict[int, Place] = {}
+    plain: dict[str, str] = {}
+    alone = True
+    kinds: dict[int, set[bool]] = {}
+    for path, module in model.named_modules():
+        host = _host(model, path)
+        term = term_of(host)
+        knows = term is not None or isinstance(host, WHOLE)
+        for attribute, param in module.named_parameters(recurse=False):
+            if not param.requires_grad:
+                continue
+            name = f"{path}.{attribute}" if path else attribute
+            kinds.setdefault(id(param), set()).add(knows)
+            if len(kinds[id(param)]) == 2:
+                other = found[id(param)].name if id(param) in found else name
+                raise ValueError(
+                    f"{name} is the same parameter as another's, and only one of its layers can "
+                    f"respond ({other}): give them parameters of their own, or freeze it"
+                )
+            if not knows:
+                plain[name] = f"{type(host).__name__} is not known"
+                continue
+            place = found.setdefault(id(param), Place(name, param))
+            place.users.append((module, attribute))
+            alone &= term is not None and host is module
+    return list(found.values()), plain, alone
+
+
+def _host(model: nn.Module, path: str) -> nn.Module:
+    """The module, or that whose parametrization it is part of."""
+    return model.get_submodule(path.partition(".parametrizations")[0] if path else "")
+
+
+def convert(
+    model: nn.Module,
+    hparams: Mapping[str, float] | None = None,
+    *,
+    perturb: str = "auto",
+    scale: float = 0.5,
+) -> SelfTuned:
+    """A model that is called as before and whose weights respond to its hyperparameters.
+
+    ``w(z + δ) = w + diag(U δ) V`` for each weight matrix and ``w + C δ`` for each vector, δ the
+    perturbation of the raw hyperparameters. Linear, convolutions, transposed ones, embeddings,
+    BatchNorm, GroupNorm, LayerNorm, RNN, GRU, LSTM and MultiheadAttention respond, tied and
+    parametrised weights too; what is not known stays plain and is named in ``report``.
+
+    Args:
+        model: Any module, which is not copied.
+        hparams: Start values by name, of strengths in :mod:`selftune.nn` layers, or of penalties
+            that the loss reads by ``net.value(name)``. By default all strengths of the layers.
+        perturb: ``"example"`` gives every example a perturbation of its own, ``"batch"`` all the
+            same; ``"auto"`` the former where all layers can. Penalties have one a batch.
+        scale: σ the perturbations start with, in raw (log or odds) space.
+
+    Raises:
+        ValueError: Nothing to tune, values outside their bounds, layers that cannot respond.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> model = torch.nn.Sequential(st.nn.Dropout(0.2), torch.nn.Linear(4, 2))
+        >>> net = st.hypernet.convert(model)
+        >>> net(torch.randn(8, 4)).shape, round(net.hparams()["dropout"], 6)
+        (torch.Size([8, 2]), 0.2)
+        >>> net.revert() is model
+        True
+
+    Source: MacKay et al. 2019 (STN); centred as in Bae & Grosse 2020 (Δ-STN).
+    """
+    if perturb not in PERTURBATIONS:
+        raise ValueError(f"perturb={perturb!r} must be one of {PERTURBATIONS}")
+    if not scale > 0:
+        raise ValueError(f"scale={scale} must be above 0")
+    if isinstance(model, SelfTuned):
+        raise ValueError("model is converted already: revert() it first")
+    found = tunables(model)
+    given = {n: f.value for n, f in found.items()} if hparams is None else dict(hparams)
+    known = {n: found[n].hparam if n in found else penalty_hparam(n) for n in given}
+    if not given:
+        raise ValueError(
+            "model holds no hyperparameter: put layers of selftune.nn into it, or name penalties "
+            "in hparams= and read them by net.value(name) in the loss"
+        )
+    for name, value in given.items():
+        if not (value == 0 or known[name].lower <= value <= known[name].upper):
+            raise ValueError(
+                f"hparams[{name!r}]={value} must be 0 or between {known[name].lower:g} and "
+                f"{known[name].upper:g}"
+            )
+    places, plain, alone = places_of(model)
+    if not places:
+        raise ValueError(f"no layer of model can respond: {plain or 'it has no parameters'}")
+    if perturb == "example" and not alone:
+        held = [p.name for p in places if term_of(p.users[0][0]) is None]
+        raise ValueError(f"perturb='example' is not possible for {held}: use 'batch' or 'auto'")
+    report = Report(tuple(p.name for p in places), plain, alone and perturb != "batch")
+    return SelfTuned(model, given, known, places, report, scale)
+
+
+class SelfTuned(nn.Module):
+    """A converted model; see :func:`convert`.
+
+    While training, each pass draws perturbations δ and runs the model with its strengths at
+    ``z + δ`` and its weights at ``w + J δ``. In evaluation mode it is the model itself.
+
+    Attributes:
+        model: The model.
+        report: What responds.
+        raw: The unconstrained hyperparameters z, shape (hyperparameters,).
+        spread: log σ of the perturbations, shape (hyperparameters,).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        values: Mapping[str, float],
+        known: Mapping[str, Hparam],
+        places: list[Place],
+        report: Report,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.model, self.report = model, report
+        own_counters(model)
+        found = tunables(model)
+        self._known = dict(known)
+        self._buffers_of = {n: found[n].buffers if n in found else [] for n in known}
+        self._places = places
+        like = next(model.parameters())
+        raw = [
+            float(h.bijection.inverse(torch.tensor(values[n] or h.from_zero, dtype=torch.float64)))
+            for n, h in known.items()
+        ]
+        self.raw = nn.Parameter(like.new_tensor(raw))
+        self.spread = nn.Parameter(torch.full_like(self.raw, scale).log())
+        self.gains, self.rows = nn.ParameterDict(), nn.ParameterDict()
+        named = dict(model.named_parameters())
+        for place in places:
+            start = unknown(named[place.name].detach(), len(raw))
+            self.gains[place.key] = nn.Parameter(start.gains)
+            if not start.free:
+                self.rows[place.key] = nn.Parameter(start.rows)
+        self._delta: Tensor | None = None  # of each example, while a pass with hooks is under way
+        self._present: dict[str, Tensor] = {}
+        self._tuning = self._linear = False
+        self._read: set[str] = set()
+        self._hooks = self._hooked() if report.per_example else []
+
+    # what users call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        if not self.training and not self._tuning:
+            self._present = self._values(self.raw.detach())
+            return self.model(*args, **kwargs)
+        delta, self._present = self.perturbation(args, kwargs)
+        return self.at(delta, args, kwargs)
+
+    def weights(self) -> Iterator[nn.Parameter]:
+        """The model's parameters and those of the response: for the optimizer of the weights."""
+        yield from self.model.parameters()
+        yield from self.response_parameters()
+
+    def response_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the response alone."""
+        yield from self.gains.values()
+        yield from self.rows.values()
+
+    def hyper_parameters(self) -> list[nn.Parameter]:
+        """Raw hyperparameters and their spread: for the optimizer of the hyperparameters."""
+        return [self.raw, self.spread]
+
+    def hparams(self) -> dict[str, float]:
+        """The present hyperparameters by name."""
+        return {n: float(v) for n, v in self._values(self.raw.detach()).items()}
+
+    def value(self, name: str) -> Tensor:
+        """A hyperparameter as it was in the last pass, perturbed while training, shape ().
+
+        Raises:
+            ValueError: An unknown name, or one that differs from example to example.
+        """
+        if name not in self._known:
+            raise ValueError(f"name={name!r} is unknown: use one of {list(self._known)}")
+        found = self._present.get(name, self._values(self.raw.detach())[name])
+        if found.numel() > 1 and self._buffers_of[name]:
+            raise ValueError(f"name={name!r} has a value for each example: its layer reads it")
+        self._read.add(name)
+        return found.flatten()[0]
+
+    @contextmanager
+    def tuning(self) -> Iterator[None]:
+        """Passes on validation data: in evaluation mode, and differentiable in the hyperparameters.
+
+        The modes of all modules are put back at the end.
+
+        Raises:
+            ValueError: A hyperparameter that no layer has and that the loss never read.
+        """
+        idle = [n for n, b in self._buffers_of.items() if not b and n not in self._read]
+        if idle:
+            raise ValueError(
+                f"hparams {idle} have no path into the loss: read them by net.value(name) there"
+            )
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        self._tuning = True
+        try:
+            yield
+        finally:
+            self._tuning = False
+            for module, training in modes.items():
+                module.training = training
+
+    def entropy(self) -> Tensor:
+        """Of the perturbations, ``Σ log σ`` up to a constant, to be added to what is maximised."""
+        return self.spread.sum()
+
+    def revert(self) -> nn.Module:
+        """The plain model with the present hyperparameters in its layers."""
+        values = self._values(self.raw.detach())
+        buffers = dict(self.model.named_buffers())
+        for name, places in self._buffers_of.items():
+            for place in places:
+                buffers[place].copy_(values[name])
+        for hook in self._hooks:
+            hook.remove()
+        return self.model
+
+    # a pass
+
+    def perturbation(self, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """δ of this pass, and the hyperparameters there.
+
+        While training, δ is constant; while tuning, hyperparameters and spread act through it.
+        Strengths have one value an example where the model can, penalties one a pass.
+        """
+        batch = _batch_size(args, kwargs) if self.report.per_example else 1
+        draw = torch.randn(batch, len(self.raw), dtype=self.raw.dtype, device=self.raw.device)
+        if batch > 1:
+            shared = [not places for places in self._buffers_of.values()]
+            draw = torch.where(draw.new_tensor(shared).bool(), draw[:1], draw)
+        move = self.spread.exp() * draw
+        delta = self.raw - self.raw.detach() + move if self._tuning else move.detach()
+        values = self._values(self.raw.detach() + delta.detach())
+        return (delta if self.report.per_example else delta[0]), values
+
+    def _values(self, raw: Tensor) -> dict[str, Tensor]:
+        columns = raw.unbind(-1)
+        return {
+            n: h.bijection.forward(c).clamp(h.lower, h.upper)
+            for (n, h), c in zip(self._known.items(), columns, strict=True)
+        }
+
+    def at(
+        self, delta: Tensor, args: Any, kwargs: Any, tensors: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """The model with weights at ``w + J δ`` and its strengths where they are.
+
+        Args:
+            delta: Shape (batch, hyperparameters) or (hyperparameters,).
+            args: Of the model.
+            kwargs: Of the model.
+            tensors: Parameters in place of those that δ would give.
+        """
+        held = self.strengths() if self.training else {}
+        if delta.ndim == 1:
+            held |= self.moved(delta) if tensors is None else tensors
+            return torch.func.functional_call(self.model, held, args, kwargs)
+        self._delta = delta
+        try:
+            return torch.func.functional_call(self.model, held, args, kwargs)
+        finally:
+            self._delta = None
+
+    def strengths(self) -> dict[str, Tensor]:
+        """The strength buffers of this pass by name, shape (1,) or (batch,)."""
+        found: dict[str, Tensor] = {}
+        for name, places in self._buffers_of.items():
+            found |= dict.fromkeys(places, self._present[name].reshape(-1))
+        return found
+
+    def moved(self, delta: Tensor) -> dict[str, Tensor]:
+        """The parameters that respond at ``w + J δ``, by name."""
+        named = dict(self.model.named_parameters())
+        return {p.name: named[p.name] + self.along(p, delta) for p in self._places}
+
+    def along(self, place: Place, delta: Tensor) -> Tensor:
+        """J δ of a parameter."""
+        gain = self.gains[place.key] @ delta
+        if place.key not in self.rows:
+            return gain.view(place.shape)
+        return (gain[:, None] * self.rows[place.key]).view(place.shape)
+
+    def _hooked(self) -> list[Any]:
+        by_module: dict[nn.Module, dict[str, Place]] = {}
+        for place in self._places:
+            for module, attribute in place.users:
+                by_module.setdefault(module, {})[attribute] = place
+        return [
+            module.register_forward_hook(self._hook(module, places))
+            for module, places in by_module.items()
+        ]
+
+    def _hook(self, module: nn.Module, places: dict[str, Place]) -> Callable[..., Any]:
+        term = term_of(module)
+        assert term is not None
+
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
+            delta = self._delta
+            if delta is None:
+                return None
+            known = {a: self._tensors(p) for a, p in places.items()}
+            x = primal(args[0]) if self._linear else args[0]
+            return output + term(module, x, known, delta)
+
+        return add
+
+    @contextmanager
+    def linearised(self) -> Iterator[None]:
+        """Passes at δ = 0 of which only the tangents in δ matter to the response."""
+        self._linear = True
+        try:
+            yield
+        finally:
+            self._linear = False
+
+    def centred(self, args: Any, kwargs: Any) -> Any:
+        """A training pass at the hyperparameters and weights themselves."""
+        self._present = self._values(self.raw.detach())
+        return torch.func.functional_call(self.model, self.strengths(), args, kwargs)
+
+    def _tensors(self, place: Place) -> tuple[Tensor, Tensor]:
+        gains = self.gains[place.key]
+        return gains, self.rows[place.key] if place.key in self.rows else gains[:, :0]
+
+
+def _batch_size(args: Any, kwargs: Any) -> int:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+    raise ValueError(
+        "no argument of the model is a tensor with a batch dimension: use perturb='batch'"
+    )

@@ -1,0 +1,128 @@
+"""Gradients of Δ-STN: weights at the centre, the response on the linearised network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from selftune.hypernet.convert import SelfTuned
+from selftune.nn import Stochastic
+
+
+def delta_backward(
+    net: SelfTuned, loss: Callable[[Any], Tensor], *args: Any, **kwargs: Any
+) -> Tensor:
+    """Add the gradients of Δ-STN to ``.grad``, in place of ``loss(net(…)).backward()``.
+
+    The weights get those of the loss at the centre, ``∇L(f(x; w); z)``, and the response those of
+    ``L(f(x; w) + ∂f/∂w J δ; z + δ)`` with w held constant: value and tangent come from one pass
+    by forward-mode differentiation, which skips the response's branch in the value, where it is 0,
+    and the weights' gradients on the way back. Layers without forward derivatives (LSTM on a
+    CPU) take central differences of outputs.
+
+    Args:
+        net: The converted model, in training mode.
+        loss: Of the model's output; may read ``net.value(name)``.
+        args: Of the model.
+        kwargs: Of the model.
+
+    Returns:
+        The loss at the centre, detached.
+
+    Raises:
+        ValueError: The model is in evaluation mode.
+
+    Example:
+        >>> import torch, selftune as st
+        >>> model = torch.nn.Sequential(st.nn.Dropout(0.2), torch.nn.Linear(4, 2))
+        >>> net = st.hypernet.convert(model)
+        >>> x, y = torch.randn(8, 4), torch.randn(8, 2)
+        >>> loss = st.hypernet.delta_backward(net, lambda out: (out - y).square().mean(), x)
+        >>> all(p.grad is not None for p in net.weights())
+        True
+
+    Source: Bae & Grosse 2020, equations 12 and 13.
+    """
+    if not net.training:
+        raise ValueError("net is in evaluation mode: call net.train() before training passes")
+    centre = net.centred(args, kwargs)
+    value = loss(centre)
+    value.backward()
+    delta, net._present = net.perturbation(args, kwargs)
+    if net.report.per_example:
+        _by_example(net, loss, delta, args, kwargs)
+    else:
+        _by_batch(net, loss, delta, args, kwargs)
+    return value.detach()
+
+
+def _by_example(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) -> None:
+    """Reverse over forward through the hooks, whose gains are 0 with a tangent."""
+    response = list(net.response_parameters())
+    with forward_ad.dual_level(), net.linearised(), sdpa_kernel(SDPBackend.MATH):
+        out = net.at(forward_ad.make_dual(torch.zeros_like(delta), delta), args, kwargs)
+        parts = tree_map(forward_ad.unpack_dual, out)
+    there = tree_map(_near, parts, is_leaf=lambda p: hasattr(p, "tangent"))
+    grads = torch.autograd.grad(loss(there), response, allow_unused=True)
+    _accumulate(response, grads)
+
+
+def _near(part: Any) -> Tensor:
+    value = part.primal.detach()
+    return value if part.tangent is None else value + part.tangent
+
+
+def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) -> None:
+    """The gradient in all weights of the linearised network, then in what their response is."""
+    named = dict(net.model.named_parameters())
+    moves = {p.name: net.along(p, delta).detach() for p in net._places}
+    held = {n: named[n].detach().requires_grad_() for n in moves}
+    draws = [m for m in net.model.modules() if isinstance(m, Stochastic)]
+    counters = [m.key.clone() for m in draws]
+
+    def rewind() -> None:
+        for module, key in zip(draws, counters, strict=True):
+            module.key.copy_(key)
+
+    try:
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            dual = {n: forward_ad.make_dual(held[n], moves[n]) for n in moves}
+            out, tangent = forward_ad.unpack_dual(net.at(delta, args, kwargs, dual))
+    except NotImplementedError:
+        rewind()
+        with torch.no_grad():
+            step = torch.finfo(delta.dtype).eps ** (1 / 3)
+            ends = []
+            for sign in (1, -1):
+                moved = {n: w + sign * step * moves[n] for n, w in held.items()}
+                ends.append(net.at(delta, args, kwargs, moved))
+                rewind()
+            tangent = (ends[0] - ends[1]) / (2 * step)
+        out = net.at(delta, args, kwargs, held)
+    there = (out.detach() if tangent is None else out.detach() + tangent.detach()).requires_grad_()
+    (slope,) = torch.autograd.grad(loss(there), there)
+    grads = torch.autograd.grad(out, list(held.values()), slope, allow_unused=True)
+    for place, grad in zip(net._places, grads, strict=True):
+        if grad is None:
+            continue
+        gains = net.gains[place.key]
+        if place.key not in net.rows:
+            _accumulate([gains], [torch.outer(grad.reshape(-1), delta)])
+            continue
+        rows = net.rows[place.key]
+        grad = grad.reshape(rows.shape)
+        lengths = (rows.detach() * grad).sum(1)
+        across = (gains.detach() @ delta)[:, None] * grad
+        _accumulate([gains, rows], [torch.outer(lengths, delta), across])
+
+
+def _accumulate(params: Any, grads: Any) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        if grad is not None:
+            param.grad = grad if param.grad is None else param.grad + grad
