@@ -18,6 +18,8 @@ from selftune.estimators._structured import Structured, unknown
 from selftune.problem import Hparams, Point, Problem
 
 CURVATURES = ("exact", "gauss-newton")
+FARTHEST = 4.0
+"""How many times longer than the weights a response may be: beyond, it has blown up."""
 MOST = 1000
 """Entries of hyperparameters: U has as many columns."""
 
@@ -128,9 +130,8 @@ class BestResponse(AbstractEstimator):
         change = torch.where(torch.isfinite(change).all(), change, torch.zeros_like(change))
         learning = zip(memory.tensors, problem.views(change), strict=True)
         tensors = [t.learned(c, move) for t, c in learning]
-        # A response that is larger than the weights themselves is none.
         size = torch.stack([t.square() for t in tensors]).sum(0).sqrt()
-        most = point.params.norm() / size.clamp_min(torch.finfo(size.dtype).tiny)
+        most = FARTHEST * point.params.norm() / size.clamp_min(torch.finfo(size.dtype).tiny)
         return Response([t.scaled(most.clamp_max(1)) for t in tensors], memory.steps + 1)
 
     def _perturbed(

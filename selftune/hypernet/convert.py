@@ -163,6 +163,7 @@ class SelfTuned(nn.Module):
         report: What responds.
         raw: The unconstrained hyperparameters z, shape (hyperparameters,).
         spread: log σ of the perturbations, shape (hyperparameters,).
+        unit: In which U and C take δ: then they learn as fast as the weights, at the same rate.
     """
 
     def __init__(
@@ -188,6 +189,7 @@ class SelfTuned(nn.Module):
         ]
         self.raw = nn.Parameter(like.new_tensor(raw))
         self.spread = nn.Parameter(torch.full_like(self.raw, scale).log())
+        self.unit = scale
         self.gains, self.rows = nn.ParameterDict(), nn.ParameterDict()
         named = dict(model.named_parameters())
         for place in places:
@@ -322,7 +324,7 @@ class SelfTuned(nn.Module):
         if delta.ndim == 1:
             held |= self.moved(delta) if tensors is None else tensors
             return torch.func.functional_call(self.model, held, args, kwargs)
-        self._delta = delta
+        self._delta = delta / self.unit
         try:
             return torch.func.functional_call(self.model, held, args, kwargs)
         finally:
@@ -342,7 +344,7 @@ class SelfTuned(nn.Module):
 
     def along(self, place: Place, delta: Tensor) -> Tensor:
         """J δ of a parameter."""
-        gain = self.gains[place.key] @ delta
+        gain = self.gains[place.key] @ (delta / self.unit)
         if place.key not in self.rows:
             return gain.view(place.shape)
         return (gain[:, None] * self.rows[place.key]).view(place.shape)

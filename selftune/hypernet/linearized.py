@@ -108,18 +108,19 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
     there = (out.detach() if tangent is None else out.detach() + tangent.detach()).requires_grad_()
     (slope,) = torch.autograd.grad(loss(there), there)
     grads = torch.autograd.grad(out, list(held.values()), slope, allow_unused=True)
+    move = delta / net.unit
     for place, grad in zip(net._places, grads, strict=True):
         if grad is None:
             continue
         gains = net.gains[place.key]
         if place.key not in net.rows:
-            _accumulate([gains], [torch.outer(grad.reshape(-1), delta)])
+            _accumulate([gains], [torch.outer(grad.reshape(-1), move)])
             continue
         rows = net.rows[place.key]
         grad = grad.reshape(rows.shape)
         lengths = (rows.detach() * grad).sum(1)
-        across = (gains.detach() @ delta)[:, None] * grad
-        _accumulate([gains, rows], [torch.outer(lengths, delta), across])
+        across = (gains.detach() @ move)[:, None] * grad
+        _accumulate([gains, rows], [torch.outer(lengths, move), across])
 
 
 def _accumulate(params: Any, grads: Any) -> None:

@@ -262,11 +262,10 @@ def test_penalties_are_hyperparameters_of_the_loss() -> None:
     y = x @ torch.randn(5, 1, dtype=torch.float64) + torch.randn(40, 1, dtype=torch.float64)
     model = nn.Linear(5, 1, bias=False).double()
     net = st.hypernet.convert(model, {"l2": 0.3}, scale=0.1).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    # What perturbations of size σ say of the response comes times σ².
-    optimizer.add_param_group({"params": list(net.response_parameters()), "lr": 0.1 / 0.1**2})
+    weights = torch.optim.SGD(model.parameters(), lr=0.1)
+    response = torch.optim.Adam(net.response_parameters(), lr=0.003)
     for _ in range(3000):
-        optimizer.zero_grad()
+        net.zero_grad()
         # Joint training as in STN: penalty and prediction at the perturbed weights.
         delta, net._present = net.perturbation((x,), {})
         delta = delta[0]
@@ -274,7 +273,8 @@ def test_penalties_are_hyperparameters_of_the_loss() -> None:
         out = functional_call(model, {"weight": moved}, (x,))
         value = (out - y).square().mean() / 2 + net.value("l2") * moved.square().sum() / 2
         value.backward()
-        optimizer.step()
+        weights.step()
+        response.step()
     hessian = x.T @ x / 40 + 0.3 * torch.eye(5, dtype=torch.float64)
     w = torch.linalg.solve(hessian, x.T @ y / 40)
     truth = -torch.linalg.solve(hessian, 0.3 * w)  # dw/d log λ
