@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from selftune.nn import Tunable
 
 OPTIONS = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
 """Hyperparameters that are one place in a tuple of a parameter group."""
@@ -78,18 +81,28 @@ class Replay:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, schedule: TunedSchedule, ignore: Iterable[str]
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: TunedSchedule,
+        ignore: Iterable[str],
+        model: nn.Module | None,
     ) -> None:
         self._optimizer = optimizer
         self._schedule = schedule
-        self._names = [n for n in schedule.values if n not in set(ignore)]
+        modules = [] if model is None else model.modules()
+        layers = [m for m in modules if isinstance(m, Tunable)]
+        wanted = [n for n in schedule.values if n not in set(ignore)]
+        self._layers = [m for m in layers if m.hparam.name in wanted]
+        strengths = {m.hparam.name for m in self._layers}
+        self._names = [n for n in wanted if n not in strengths]
         for name in self._names:
             key = OPTIONS.get(name, (name,))[0]
             if any(key not in group for group in optimizer.param_groups):
                 raise ValueError(
                     f"schedule tunes {name!r}, which {type(optimizer).__name__} does not have: "
-                    f"use the optimizer it was tuned for ({schedule.rule}), add the term to the "
-                    f"loss yourself, or pass ignore=({name!r},)"
+                    f"use the optimizer it was tuned for ({schedule.rule}), pass model= if it is "
+                    f"the strength of a layer, add the term to the loss yourself, or pass "
+                    f"ignore=({name!r},)"
                 )
         self.last_step = 0
         self._write()
@@ -101,6 +114,8 @@ class Replay:
 
     def _write(self) -> None:
         values = self._schedule.at(self.last_step)
+        for layer in self._layers:
+            layer.strength.fill_(values[layer.hparam.name])
         for group in self._optimizer.param_groups:
             for name in self._names:
                 key, *place = OPTIONS.get(name, (name,))
@@ -127,6 +142,7 @@ def replay(
     optimizer: torch.optim.Optimizer,
     schedule: TunedSchedule | str | PathLike[str],
     ignore: Iterable[str] = (),
+    model: nn.Module | None = None,
 ) -> Replay:
     """Let a plain torch optimizer follow a tuned trajectory.
 
@@ -134,6 +150,7 @@ def replay(
         optimizer: Any torch optimizer with the tuned hyperparameters; every group gets the same.
         schedule: ``TuningResult.schedule``, or the file it was saved to.
         ignore: Hyperparameters to leave alone.
+        model: Whose layers of :mod:`selftune.nn` follow their strengths.
 
     Returns:
         An object whose ``step()`` is called after each ``optimizer.step()``.
@@ -152,4 +169,4 @@ def replay(
         0.2
     """
     loaded = schedule if isinstance(schedule, TunedSchedule) else TunedSchedule.load(schedule)
-    return Replay(optimizer, loaded, ignore)
+    return Replay(optimizer, loaded, ignore, model)

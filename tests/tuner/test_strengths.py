@@ -1,0 +1,187 @@
+"""Strengths of layers in the tuner. Truths: the eager path, the plain run, laws."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import Dying, Outage, loader, loss_of, points, same
+from torch import nn
+from torch.nn import functional as F
+
+import selftune as st
+
+
+def net(p: float = 0.2) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), st.nn.Dropout(p, name="hidden"),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+def tuner(model: nn.Module | None = None, loss_fn: Any = F.cross_entropy, **options: Any) -> Any:
+    given = {"rule": st.rules.SGD(), "hparams": {"lr": 0.01, "momentum": 0.9}, "compile": False}
+    return st.Tuner(model or net(), loss_fn, **given | options)
+
+
+def fit(tuned: st.Tuner, steps: int = 60, **options: Any) -> st.TuningResult:
+    torch.manual_seed(1)
+    return tuned.fit(loader(), loader(60, seed=1), steps=steps, progress=False, **options)
+
+
+ESTIMATORS = {
+    "default": None,
+    "Gauss-Newton": st.BestResponse("gauss-newton"),
+    "all in the hypernetwork": st.BestResponse(update=True),
+    "every other step": st.BestResponse(every=2),
+    "Trace given": st.Trace(stride=5),
+    "Unrolled": st.Unrolled(5),
+    "Implicit": st.Implicit(through="update", together=3),
+    "Forward": st.Forward(discount=0.9),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_strengths_are_tuned_beside_the_update(name: str) -> None:
+    model = net()
+    loss_fn = st.nn.LabelSmoothing(0.1)
+    result = fit(tuner(model, loss_fn, estimator=ESTIMATORS[name]))
+    assert result.hparams["hidden"] != pytest.approx(0.2)
+    assert result.hparams["label_smoothing"] != pytest.approx(0.1)
+    assert result.hparams["lr"] != 0.01
+    assert len(result.history["hidden"]) == len(result.history["hyper_step"])
+    assert loss_of(model, points(100, seed=2)) < 0.7 < loss_of(net(), points(100, seed=2))
+
+
+def test_what_a_run_ends_with_is_in_the_layers() -> None:
+    model, loss_fn = net(), st.nn.LabelSmoothing(0.1)
+    result = fit(tuner(model, loss_fn), evaluate_every=60)
+    seen = result.history["hidden"].tolist()
+    assert float(model[3].strength) == pytest.approx(seen[-1], rel=1e-5) or any(
+        float(model[3].strength) == pytest.approx(v, rel=1e-5) for v in seen
+    )
+    assert 0 < float(loss_fn.strength) < 1
+    assert "3.strength" in result.best_weights
+
+
+def test_strengths_that_are_not_tuned_stay_as_given() -> None:
+    model = net()
+    result = fit(tuner(model, hparams={"lr": 0.01, "hidden": 0.4}, tune=("lr",)))
+    assert float(model[3].strength) == pytest.approx(0.4)
+    assert "hidden" not in result.history
+
+
+def test_at_fixed_strengths_a_run_is_that_of_plain_dropout_at_rate_zero() -> None:
+    plain = nn.Sequential(*(m for m in net() if not isinstance(m, st.nn.Dropout)))
+    options: dict[str, Any] = {"tune": ("lr", "momentum")}
+    first = fit(tuner(net(0.0), **options))
+    second = fit(tuner(plain, **options))
+    assert first.history["train_loss"].tolist() == second.history["train_loss"].tolist()
+
+
+def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def run(folder: Path, train: Any, **options: Any) -> st.TuningResult:
+        torch.manual_seed(1)
+        made = tuner(net(), st.nn.LabelSmoothing(0.05))
+        return made.fit(train, loader(60, seed=1), steps=40, progress=False, log_dir=folder,
+                        checkpoint_every=5, **options)  # fmt: skip
+
+    whole = run(tmp_path / "whole", loader())
+    with pytest.raises(Outage):
+        run(tmp_path / "cut", Dying(loader(), 23))
+    again = run(tmp_path / "cut", loader(), resume=True)
+    assert same(again.best_weights, whole.best_weights)
+    assert same(again.history, whole.history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "Gauss-Newton"])
+def test_compiled_steps_are_the_eager_ones(name: str) -> None:
+    results = []
+    for compiled in (False, True):
+        made = tuner(net().double(), estimator=ESTIMATORS[name], compile=compiled, probe=False)
+        batches = [(x.double(), y) for x, y in loader()]
+        torch.manual_seed(1)
+        results.append(made.fit(batches, batches[:3], steps=30, progress=False))
+    eager, fast = (r.history["train_loss"] for r in results)
+    assert fast == pytest.approx(eager, rel=1e-6)
+
+
+def test_augmentation_runs_in_training_alone() -> None:
+    seen: list[tuple[bool, Any]] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((self.training, x.detach().clone()))
+            return x
+
+    model = nn.Sequential(Spy(), net())
+    augment = st.nn.Augment(st.nn.Noise(0.5), st.nn.Mixup(classes=3, value=0.3))
+    result = fit(tuner(model, augment=augment), steps=20)
+    known = torch.cat([points(200)[0], points(60, seed=1)[0]])
+    for training, x in seen:
+        given = (x[:, None] == known).all(-1).any(1)
+        assert not given.any() if training else given.all()
+    assert {"noise", "mixup"} <= set(result.hparams)
+
+
+def test_penalties_of_activations_are_part_of_the_training_loss() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.penalty = net(), st.nn.ActivationPenalty(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.penalty(self.net(x))
+
+    large = fit(tuner(Penalised(), tune=("lr",), hparams={"lr": 0.01, "ar": 5.0}))
+    small = fit(tuner(Penalised(), tune=("lr",), hparams={"lr": 0.01, "ar": 1e-6}))
+    assert large.history["train_loss"][-1] > small.history["train_loss"][-1] + 0.1
+    tuned = fit(tuner(Penalised()))
+    assert tuned.hparams["ar"] != 0.5
+
+
+@pytest.mark.parametrize("start", [0.0, 0.9])
+def test_a_rate_may_start_anywhere(start: float) -> None:
+    result = fit(tuner(net(start)))
+    assert 0 < result.hparams["hidden"] < 0.95
+    assert bool(torch.isfinite(torch.tensor(result.history["hidden"])).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"hparams": {"hiden": 0.1}}, "hparams='hiden' is not one of"),
+        ({"hparams": {"hidden": 0.99}}, r"hparams\['hidden'\]=0.99 must be 0 or between"),
+        ({"tune": ("hiden",)}, "tune='hiden' is unknown"),
+        ({"bounds": {"hidden": (0.5, 1.5)}}, "do not fit its scale"),
+        ({"population": 2}, r"\['hidden'\] need BestResponse"),
+        ({"model": nn.Sequential(net(), st.nn.Dropout(0.1, name="lr"))}, "names of hyperparam"),
+        ({"model": nn.Sequential(net(), st.nn.Dropout(0.1, name="hidden"))}, "share the name"),
+        (
+            {"objective": lambda m, b: F.cross_entropy(m(b[0]), b[1]), "augment": st.nn.Noise()},
+            "augment= changes batches for loss_fn=",
+        ),
+        (
+            {"objective": lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+             "estimator": st.BestResponse("gauss-newton")},
+            "needs the model's output and a loss of it",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(options: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        tuner(**options)
+
+
+def test_a_schedule_replays_strengths_too() -> None:
+    result = fit(tuner())
+    model = net()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"schedule tunes 'hidden'.*pass model="):
+        st.replay(plain, result.schedule)
+    follow = st.replay(plain, result.schedule, model=model)
+    for step in range(result.schedule.steps):
+        assert float(model[3].strength) == pytest.approx(result.schedule.at(step)["hidden"])
+        follow.step()
