@@ -61,7 +61,8 @@ class Followed:
             shapes=self._layout.shapes, scales=bilevel.hyper.hparams,
             split=(self._predicted, self._judged) if splits else None,
         )  # fmt: skip
-        self._methods: dict[str, _Method] = {}
+        # Made here: a module that is made within a graph cannot be called in it.
+        self._halves = {n: _Method(inner, n) for n in ("predicted", "judged") if splits}
         self.sees_all = estimator.sees_all
         self.follower = Follower(estimator)
         self._told = False
@@ -95,7 +96,7 @@ class Followed:
                 tensors[buffer] = value.view(1)
         module = bilevel.inner
         if method != "forward":
-            module = self._methods.setdefault(method, _Method(module, method))
+            module = self._halves[method]
             tensors = {f"module.{n}": t for n, t in tensors.items()}
         with bilevel.autocast():
             return functional_call(module, tensors, (*first, batch))

@@ -13,6 +13,8 @@ from selftune.hparams import Hparam
 
 STRENGTH = "strength"
 MASK = 0xFFFFFFFF
+SPREAD, MIX = -1640531527, 0x45D9F3B
+"""2³² over the golden ratio, and a multiplier of the hash."""
 
 
 class Tunable(nn.Module):
@@ -103,16 +105,19 @@ def uniform(key: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
 
     Source: the 32-bit integer hash of Mueller; as a counter-based generator, Salmon et al. 2011.
     """
-    offset = _hash((key + stream * 0x3C6EF372) & MASK)
-    position = torch.arange(math.prod(shape), device=key.device)
-    bits = _hash(_hash((position + offset) & MASK) ^ offset)
-    return ((bits >> 8).to(torch.float32) * 2**-24).view(shape)
+    offset = _hash((key + stream * 0x3C6EF372) & MASK).to(torch.int32)
+    # In int32, whose products wrap around: half the memory, and quick to compile.
+    bits = torch.arange(math.prod(shape), device=key.device, dtype=torch.int32) * SPREAD + offset
+    for _ in range(2):
+        bits = (((bits >> 16) & 0xFFFF) ^ bits) * MIX
+    bits = ((bits >> 16) & 0xFFFF) ^ bits
+    return (((bits >> 8) & 0xFFFFFF).to(torch.float32) * 2**-24).view(shape)
 
 
 def _hash(bits: Tensor) -> Tensor:
     """Mixes 32 bits, held in int64 so that no product overflows."""
     for _ in range(2):
-        bits = ((bits >> 16) ^ bits) * 0x45D9F3B & MASK
+        bits = ((bits >> 16) ^ bits) * MIX & MASK
     return (bits >> 16) ^ bits
 
 
