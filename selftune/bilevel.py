@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call
 
+from selftune._gradient import gradient
 from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator, AbstractRows
 from selftune.hypervector import HyperState, HyperVector
@@ -173,7 +174,7 @@ class Bilevel:
                 loss = functional_call(module, tensors, (batch,))
             return loss, [tensors[n] for n in self.buffers]  # the same, or what was bound anew
 
-        grads, (loss, after) = grad_and_value(objective, has_aux=True)(params)
+        grads, loss, after = gradient(objective, params)
         return loss, grads, after
 
     def advance(

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from selftune._gradient import gradient
+
 Values = Mapping[str, Tensor]
 Loss = Callable[..., Tensor]
 """A loss of the weights, one vector of shape (N,), of hyperparameters by name, and of a batch."""
@@ -79,7 +81,8 @@ class Products:
 
     def gradient(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
         """∇L, shape (N,)."""
-        return self._at(batch)(params, dict(hparams))
+        values = dict(hparams)
+        return gradient(lambda w: (self._loss(w[0], values, *batch), []), [params])[0][0]
 
     def _at(self, batch: Sequence[Any], argnums: Any = 0) -> Callable[..., Any]:
         """Gradients on a batch as a function of weights and hyperparameters."""
