@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import grad, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from selftune._gradient import pulling
 from selftune.bijections import AbstractBijection, Log
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.estimators._structured import Structured, unknown
@@ -114,17 +116,34 @@ class BestResponse(AbstractEstimator):
         """Learn from one perturbed step."""
         if self.every > 1 and int(point.clock.step) % self.every:
             return memory
-        observe = problem.graph("observe", partial(self._observe, problem))
-        found: Response = observe(memory, point, hparams)
+        point = problem.known(point, hparams)
+        # In three graphs: what torch cannot compile of the model leaves the rest compiled.
+        begin = problem.graph("perturb", partial(self._begun, problem))
+        gradient = problem.graph("gradient", partial(self._gradient, problem))
+        learn = problem.graph("learn", partial(self._learned, problem))
+        near, move, shift = begin(memory, point, hparams)
+        grads = gradient(point, shift, near)
+        found: Response = learn(memory, point, hparams, (near, move, shift), grads)
         return found
 
-    def _observe(
+    def _begun(
         self, problem: Problem, memory: Response, point: Point, hparams: Hparams
-    ) -> Response:
-        point = problem.known(point, hparams)
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Where the perturbed step starts."""
         near, move = self._perturbed(problem, hparams, memory.steps)
-        shift = self.shift(problem, memory, point.params, move)
-        grads = self._gradient(problem, point, shift, near)
+        return near, move, self.shift(problem, memory, point.params, move)
+
+    def _learned(
+        self,
+        problem: Problem,
+        memory: Response,
+        point: Point,
+        hparams: Hparams,
+        start: tuple[dict[str, Tensor], Tensor, Tensor],
+        grads: Tensor,
+    ) -> Response:
+        """The response after what the perturbed step did."""
+        near, move, shift = start
         change = self.discount * self._change(problem, point, (shift, grads), hparams, near)
         change = change - (1 - self.discount) * shift
         change = torch.where(torch.isfinite(change).all(), change, torch.zeros_like(change))
@@ -231,11 +250,20 @@ def linearised_gradient(problem: Problem, point: Point, shift: Tensor, near: Hpa
         raise ValueError("curvature='gauss-newton' needs Problem(split=(outputs, criterion))")
     outputs, criterion = problem.split
     predict = lambda w: outputs(w, near, point.batch)  # noqa: E731
-    out, moved = jvp(predict, (point.params,), (shift,))  # type: ignore[misc]
-    there = tree_map(torch.add, out, moved)
+    out, pull = pulling(predict, point.params)
+    there = tree_map(torch.add, out, _along(predict, out, point.params, shift))
     slope = grad(lambda o: criterion(o, near, point.batch))(there)
-    found: Tensor = vjp(predict, point.params)[1](slope)[0]
-    return found
+    return pull(slope)
+
+
+def _along(predict: Any, out: Any, params: Tensor, shift: Tensor) -> Any:
+    """``∂f/∂w · shift``; a difference where a layer has no forward derivative (LSTM on a CPU)."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            return jvp(predict, (params,), (shift,))[1]
+    except NotImplementedError:
+        step = torch.finfo(params.dtype).eps ** 0.5
+        return tree_map(lambda a, b: (a - b) / step, predict(params + step * shift), out)
 
 
 def _range(problem: Problem, name: str) -> tuple[float, float, AbstractBijection]:

@@ -24,7 +24,7 @@ def delta_backward(
     ``L(f(x; w) + ∂f/∂w J δ; z + δ)`` with w held constant: value and tangent come from one pass
     by forward-mode differentiation, which skips the response's branch in the value, where it is 0,
     and the weights' gradients on the way back. Layers without forward derivatives (LSTM on a
-    CPU) take central differences of outputs.
+    CPU) take differences of outputs.
 
     Args:
         net: The converted model, in training mode.
@@ -96,15 +96,12 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
             out, tangent = forward_ad.unpack_dual(net.at(delta, args, kwargs, dual))
     except NotImplementedError:
         rewind()
-        with torch.no_grad():
-            step = torch.finfo(delta.dtype).eps ** (1 / 3)
-            ends = []
-            for sign in (1, -1):
-                moved = {n: w + sign * step * moves[n] for n, w in held.items()}
-                ends.append(net.at(delta, args, kwargs, moved))
-                rewind()
-            tangent = (ends[0] - ends[1]) / (2 * step)
+        step = torch.finfo(delta.dtype).eps ** 0.5
         out = net.at(delta, args, kwargs, held)
+        rewind()
+        with torch.no_grad():
+            beside = {n: w + step * moves[n] for n, w in held.items()}
+            tangent = (net.at(delta, args, kwargs, beside) - out) / step
     there = (out.detach() if tangent is None else out.detach() + tangent.detach()).requires_grad_()
     (slope,) = torch.autograd.grad(loss(there), there)
     grads = torch.autograd.grad(out, list(held.values()), slope, allow_unused=True)

@@ -1,0 +1,68 @@
+"""Gradients of pure functions, by the quickest way there is where they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+def gradient(
+    function: Callable[[list[Tensor]], tuple[Tensor, Any]], params: list[Tensor]
+) -> tuple[list[Tensor], Tensor, Any]:
+    """Gradients, value and what else the function returns.
+
+    By :func:`torch.func.grad` in graphs, under its transforms, and where somebody may
+    differentiate what comes out. Elsewhere, under ``no_grad``, by plain autograd, which takes the
+    same kernels as the user's own loop: under torch.func an LSTM takes others, that are more than
+    twice as slow on a CPU.
+
+    Args:
+        function: Returns a scalar, and anything.
+        params: Where.
+    """
+    if not _plainly():
+        grads, (value, rest) = torch.func.grad_and_value(function, has_aux=True)(params)
+        return grads, value, rest
+    leaves = [p.detach().requires_grad_() for p in params]
+    with torch.enable_grad():
+        value, rest = function(leaves)
+        if value.requires_grad:
+            grads = list(torch.autograd.grad(value, leaves, materialize_grads=True))
+        else:
+            grads = [torch.zeros_like(p) for p in leaves]
+    return grads, value.detach(), tree_map_only(Tensor, Tensor.detach, rest)
+
+
+def pulling(
+    function: Callable[[Tensor], Any], params: Tensor
+) -> tuple[Any, Callable[[Any], Tensor]]:
+    """What the function returns, and the transpose of its derivative there.
+
+    Args:
+        function: Returns tensors.
+        params: Where.
+    """
+    if not _plainly():
+        found: Any = torch.func.vjp(function, params)
+        return found[0], lambda cotangent: found[1](cotangent)[0]
+    leaf = params.detach().requires_grad_()
+    with torch.enable_grad():
+        out = function(leaf)
+    ends = [t for t in tree_leaves(out) if t.requires_grad]
+
+    def pulled(cotangent: Any) -> Tensor:
+        pairs = zip(tree_leaves(out), tree_leaves(cotangent), strict=True)
+        given = [c for t, c in pairs if t.requires_grad]
+        return torch.autograd.grad(ends, leaf, given, materialize_grads=True)[0]
+
+    return tree_map_only(Tensor, Tensor.detach, out), pulled
+
+
+def _plainly() -> bool:
+    """Whether nothing but a value is asked for, outside of graphs and transforms."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not (transformed or torch.is_grad_enabled() or torch.compiler.is_compiling())
