@@ -1,0 +1,282 @@
+"""One self-tuned run against searches over the same regularizers.
+
+    python -m benchmarks.regularizers --job images|text [--trials 30] [--seeds 3] [--robust]
+
+``images``: a CNN on 10,000 Fashion-MNIST images with three dropout rates, label smoothing and four
+augmentations. ``text``: an LSTM on tiny-Shakespeare characters with seven regularizers. Searches
+choose these, the learning rate and weight decay, for plain AdamW runs of the same length; every
+run is judged at its averaged weights. Three splits: the validation loss tunes and chooses, the
+test loss is reported. Costs are in plain weight steps, timed in the same process. ``--robust``
+starts all rates at 0 and at 0.9 instead. Needs optuna (extra ``bench``) and ``SELFTUNE_DATA``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import selftune as st
+
+Batch = tuple[Tensor, Tensor]
+Space = dict[str, tuple[float, float]]
+RATE = (0.01, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, and between which bounds its regularizers are searched.
+
+    Attributes:
+        make: Builds the model.
+        loss: Builds the loss.
+        augment: Builds the augmentation, or None.
+        splits: Train, val and test.
+        batch: Examples in a batch.
+        steps: Length of a run.
+        space: Bounds of a log-uniform choice by name.
+    """
+
+    make: Callable[[], nn.Module]
+    loss: Callable[[], nn.Module]
+    augment: Callable[[], nn.Module | None]
+    splits: dict[str, Batch]
+    batch: int
+    steps: int
+    space: Space
+
+    def batches(self, split: str, seed: int) -> Iterator[Batch]:
+        """Endless shuffled batches."""
+        x, y = self.splits[split]
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for part in torch.randperm(len(x), generator=generator).split(self.batch):
+                if len(part) == self.batch:
+                    yield x[part], y[part]
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: str) -> float:
+        """The mean cross-entropy of a split."""
+        model.eval()
+        x, y = self.splits[split]
+        parts = zip(x.split(500), y.split(500), strict=True)
+        return sum(float(F.cross_entropy(model(a), b)) * len(a) for a, b in parts) / len(x)
+
+
+def data(name: str) -> Path:
+    """A file of the data folder."""
+    return Path(os.environ["SELFTUNE_DATA"]) / name
+
+
+def cnn() -> nn.Module:
+    """Two convolutions with BatchNorm, and two layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        st.nn.Dropout2d(0.1, "first"),
+        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        st.nn.Dropout2d(0.1, "second"), nn.Flatten(),
+        nn.Linear(32 * 49, 128), nn.ReLU(), st.nn.Dropout(0.1, "third"), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+class CharLSTM(nn.Module):
+    """An LSTM over characters with dropout in five places and penalties of its activations."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.words = st.nn.EmbeddingDropout(nn.Embedding(65, width), 0.1, "embedding")
+        self.input = st.nn.Dropout(0.1, "input", share=(1,))
+        self.lstm = st.nn.DropConnect(nn.LSTM(width, width, batch_first=True), 0.1, "dropconnect")
+        self.hidden = st.nn.Dropout(0.1, "hidden", share=(1,))
+        self.second = nn.LSTM(width, width, batch_first=True)
+        self.output = st.nn.Dropout(0.1, "output", share=(1,))
+        self.ar, self.tar = st.nn.ActivationPenalty(1e-2), st.nn.TemporalPenalty(1e-2)
+        self.head = nn.Linear(width, 65)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (batch, 65, time)."""
+        seen = self.hidden(self.lstm(self.input(self.words(x)))[0])
+        last = self.output(self.tar(self.second(seen)[0]))
+        return self.head(self.ar(last)).transpose(1, 2)
+
+
+@cache
+def images() -> Job:
+    """Fashion-MNIST, 10,000 images to train on."""
+    with np.load(data("fashion_mnist.npz")) as file:
+        x = torch.tensor(file["x_train"], dtype=torch.float32).unsqueeze(1) / 255
+        y = torch.tensor(file["y_train"].astype(np.int64))
+        test = torch.tensor(file["x_test"], dtype=torch.float32).unsqueeze(1) / 255
+        labels = torch.tensor(file["y_test"].astype(np.int64))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = (x[order] - 0.286) / 0.353, y[order]
+    splits = {"train": (x[:10000], y[:10000]), "val": (x[10000:15000], y[10000:15000]),
+              "test": ((test - 0.286) / 0.353, labels)}  # fmt: skip
+    return Job(
+        make=cnn, loss=lambda: st.nn.LabelSmoothing(0.05),
+        augment=lambda: st.nn.Augment(st.nn.Translate(0.02), st.nn.Scale(0.02),
+                                      st.nn.Brightness(0.05), st.nn.Cutout(0.1)),
+        splits=splits, batch=100, steps=3000,
+        space=dict(first=RATE, second=RATE, third=RATE, label_smoothing=(1e-3, 0.5),
+                   translate=(1e-3, 0.5), scale=(1e-3, 0.5), brightness=(1e-3, 2.0),
+                   cutout=(0.01, 4.0)),
+    )  # fmt: skip
+
+
+@cache
+def text() -> Job:
+    """Tiny Shakespeare in pieces of 64 characters, 3,000 to train on."""
+    raw = gzip.decompress(data("tinyshakespeare.txt.gz").read_bytes()).decode()
+    index = {c: i for i, c in enumerate(sorted(set(raw)))}
+    codes = torch.tensor([index[c] for c in raw])
+    pieces = codes[: len(codes) // 65 * 65].view(-1, 65)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
+    pieces = pieces[order]
+    cut = {"train": pieces[:3000], "val": pieces[3000:5000], "test": pieces[5000:8000]}
+    return Job(
+        make=CharLSTM, loss=nn.CrossEntropyLoss, augment=lambda: None,
+        splits={n: (p[:, :-1], p[:, 1:]) for n, p in cut.items()}, batch=50, steps=2000,
+        space=dict(embedding=RATE, input=RATE, dropconnect=RATE, hidden=RATE, output=RATE,
+                   ar=(1e-5, 10.0), tar=(1e-5, 10.0)),
+    )  # fmt: skip
+
+
+JOBS = {"images": images, "text": text}
+UPDATE: Space = dict(lr=(1e-4, 3e-2), weight_decay=(1e-4, 1.0))
+
+
+def trial(job: Job, values: dict[str, float], seed: int) -> tuple[float, float, float]:
+    """A plain AdamW run at fixed values: validation and test loss, seconds."""
+    torch.manual_seed(seed)
+    model, loss_fn, augment = job.make(), job.loss(), job.augment()
+    parts = nn.ModuleList([m for m in (model, loss_fn, augment) if m is not None])
+    for module in parts.modules():
+        if isinstance(module, st.nn.Tunable):
+            module.strength.fill_(values[module.hparam.name])
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, lr=values["lr"], weight_decay=values["weight_decay"])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, job.steps)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98), use_buffers=True
+    )
+    start = time.perf_counter()
+    for step, (x, y) in enumerate(job.batches("train", seed)):
+        if step == job.steps:
+            break
+        x, y = (x, y) if augment is None else augment(x, y)
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y) + st.nn.extra_loss(model)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 10.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+    taken = time.perf_counter() - start
+    found = [job.score(average.module, split) for split in ("val", "test")]
+    return (*(x if math.isfinite(x) else math.inf for x in found), taken)  # type: ignore[return-value]
+
+
+def self_tuned(
+    job: Job, seed: int, start: float | None = None, **options: Any
+) -> tuple[float, float, float, dict[str, float]]:
+    """One run of the tuner with its defaults: losses, seconds, and where its values ended."""
+    torch.manual_seed(seed)
+    model = job.make()
+    given = {"lr": 1e-3}
+    if start is not None:
+        given |= {n: start for n, ends in job.space.items() if ends == RATE}
+    tuner = st.Tuner(model, job.loss(), augment=job.augment(), hparams=given, seed=seed, **options)
+    seen: list[float] = []
+
+    def timed() -> Iterator[Batch]:
+        seen.append(time.perf_counter())
+        yield from job.batches("train", seed)
+
+    result = tuner.fit(
+        timed(), Endless(job, seed), steps=job.steps, evaluate_every=job.steps // 10,
+        progress=False,
+    )  # fmt: skip
+    taken = time.perf_counter() - seen[0]
+    return job.score(model, "val"), job.score(model, "test"), taken, result.hparams
+
+
+class Endless:
+    """The validation set in whole batches, shuffled anew each time."""
+
+    def __init__(self, job: Job, seed: int) -> None:
+        self.job, self.seed = job, seed
+
+    def __len__(self) -> int:
+        return len(self.job.splits["val"][0]) // self.job.batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.seed += 1000
+        stream = self.job.batches("val", self.seed)
+        for _ in range(len(self)):
+            yield next(stream)
+
+
+def search(job: Job, sampler: str, trials: int, seed: int) -> tuple[float, float, float]:
+    """The trial with the lowest validation loss: that, its test loss, and seconds of all."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    kind = {"random": optuna.samplers.RandomSampler, "TPE": optuna.samplers.TPESampler}[sampler]
+    study = optuna.create_study(sampler=kind(seed=seed))
+
+    def objective(asked: optuna.Trial) -> float:
+        space = {**UPDATE, **job.space}
+        values = {n: asked.suggest_float(n, *ends, log=True) for n, ends in space.items()}
+        val, test, taken = trial(job, values, seed)
+        asked.set_user_attr("test", test)
+        asked.set_user_attr("taken", taken)
+        return val if math.isfinite(val) else 1e9
+
+    study.optimize(objective, n_trials=trials)
+    best = study.best_trial
+    total = sum(t.user_attrs["taken"] for t in study.trials)
+    return study.best_value, best.user_attrs["test"], total
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--job", choices=tuple(JOBS), required=True)
+    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--robust", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("selftune").setLevel(logging.ERROR)
+    job = JOBS[args.job]()
+    print("| method | seed | validation | test | seconds |\n|---|---|---|---|---|")
+
+    def row(label: str, seed: int, found: tuple[float, float, float]) -> None:
+        val, test, taken = found
+        print(f"| {label} | {seed} | {val:.4f} | {test:.4f} | {taken:.0f} |", flush=True)
+
+    for seed in range(args.seeds):
+        for start in (0.0, 0.9) if args.robust else (None,):
+            *found, ends = self_tuned(job, seed, start)
+            row("one self-tuned run" + ("" if start is None else f" from {start}"), seed,
+                (found[0], found[1], found[2]))  # fmt: skip
+            print(f"<!-- { ({n: round(v, 4) for n, v in ends.items()}) } -->", flush=True)
+        for sampler in () if args.robust else ("random", "TPE"):
+            row(f"best of {args.trials}, {sampler}", seed, search(job, sampler, args.trials, seed))
+
+
+if __name__ == "__main__":
+    main()
