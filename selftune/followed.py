@@ -138,6 +138,21 @@ class Followed:
         point = point._replace(batch=(batch, point.batch))
         self.follower.observe(self._problem, point, hparams)
 
+    def shift(self, run: Run, move: Tensor) -> list[Tensor]:
+        """``J δ`` for a move δ of the followed hyperparameters in raw space, a tensor a weight.
+
+        Raises:
+            ValueError: The estimator holds no response.
+        """
+        params = self._layout.flatten([w.average for w in run.weights])
+        move = move.to(self._layout.dtype)
+        memory = self.follower.memory
+        if memory is None:
+            return self._layout.views(torch.zeros_like(params))
+        return self._layout.views(
+            self.follower.estimator.shift(self._problem, memory, params, move)
+        )
+
     def estimate(self, end: Point, hparams: Hparams, grads: Tensor) -> Mapping[str, Tensor]:
         """Hypergradients for outer gradients at the end of the last step.
 

@@ -82,6 +82,20 @@ class AbstractEstimator(ABC):
             outer_grads: ∇L_val there, shape (N,).
         """
 
+    def shift(self, problem: Problem, memory: Any, params: Tensor, move: Tensor) -> Tensor:
+        """``J δ``, how weights would differ at other hyperparameters, shape (N,).
+
+        Args:
+            problem: The bilevel problem.
+            memory: What was remembered of the steps.
+            params: The weights, shape (N,).
+            move: δ in raw (log or odds) space, shape (entries of all hyperparameters,).
+
+        Raises:
+            ValueError: It holds no response to predict with.
+        """
+        raise ValueError(f"{self} holds no response to predict with: use BestResponse")
+
     def solve(
         self, problem: Problem, memory: Any, end: Point, hparams: Hparams, outer_grads: Tensor
     ) -> tuple[Estimate, Any]:

@@ -88,6 +88,10 @@ class Scorer:
         """Scores at the average."""
         return self._score([w.average for w in run.weights], run.average_buffers, stream, member)
 
+    def loss(self, weights: list[Tensor], buffers: list[Tensor], stream: Stream) -> float:
+        """The validation loss at any weights of a single run."""
+        return self._score(weights, buffers, stream, 0)["loss"]
+
     @torch.no_grad()
     def _score(
         self, weights: list[Tensor], buffers: list[Tensor], stream: Stream, member: int

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ from selftune.tuner._data import Stream, split
 from selftune.tuner._good import Good
 from selftune.tuner._objective import LossFn, Objective, for_tuning, modes_kept
 from selftune.tuner._population import SPREAD, Population
+from selftune.tuner._predicting import predict
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._training import Plan, Progress, Training
@@ -163,6 +165,7 @@ class Tuner:
         self._population = Population(population, seed) if population != 1 else None
         self._exploit, self._seed = exploit_every, seed
         self._fitted = False
+        self._ended: Training | None = None
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         HyperVector(self._known, self._names(), bounds, horizon=1)
         self._rows, self._follow, self._followed = self._divided()
@@ -275,8 +278,39 @@ class Tuner:
             if saved is not None:
                 training.load(*saved)
             training.folder, training.watch.monitor = folder, Monitor(log_dir)
-            self._fitted = True
+            self._fitted, self._ended = True, training
             return training.finish(training.go())
+
+    def predict(self, **values: Sequence[float]) -> NDArray[Any]:
+        """The validation loss at other hyperparameters, read off the hypernetwork.
+
+        ``L_val(w̄ + J (z' − z))`` over the validation set, J the response that the run has
+        learned: a linear picture of where training would have ended, good near the present values.
+
+        Args:
+            values: Of one or two hyperparameters by name, whose response was learned
+                (:class:`BestResponse`): all strengths, and with ``update=True`` the update's.
+
+        Returns:
+            Losses, shape (values,) or (values of the first, values of the second).
+
+        Raises:
+            RuntimeError: ``fit`` was not called yet.
+            ValueError: A hyperparameter without a response, or values outside their bounds.
+
+        Example:
+            >>> import torch, selftune as st
+            >>> x = torch.randn(64, 4)
+            >>> batches = [(part, part.sum(1, keepdim=True)) for part in x.split(16)]
+            >>> net = torch.nn.Sequential(st.nn.Dropout(0.1), torch.nn.Linear(4, 1))
+            >>> tuner = st.Tuner(net, torch.nn.functional.mse_loss)
+            >>> result = tuner.fit(batches[:3], batches[3:], epochs=2, progress=False)
+            >>> tuner.predict(dropout=[0.05, 0.1, 0.2]).shape
+            (3,)
+        """
+        if self._ended is None:
+            raise RuntimeError("predict reads what a run has learned: call fit first")
+        return predict(self._ended, values)
 
     def _find(self, resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
         """The checkpoint to go on from, if any, and the best weights beside it."""

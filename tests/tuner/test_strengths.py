@@ -185,3 +185,48 @@ def test_a_schedule_replays_strengths_too() -> None:
     for step in range(result.schedule.steps):
         assert float(model[3].strength) == pytest.approx(result.schedule.at(step)["hidden"])
         follow.step()
+
+
+def test_losses_at_other_strengths_are_predicted() -> None:
+    made = tuner(estimator=st.BestResponse(update=True))
+    with pytest.raises(RuntimeError, match="call fit first"):
+        made.predict(hidden=[0.1])
+    result = fit(made, evaluate_every=60)
+    now, rate = result.hparams["hidden"], result.hparams["lr"]
+    here = result.history["score/loss"][-1]
+    line = made.predict(hidden=[now, min(2 * now, 0.9)])
+    assert line[0] == pytest.approx(here, rel=1e-5)
+    assert line[1] != line[0]
+    plane = made.predict(hidden=[now, 0.5], lr=[rate, 2 * rate, 3 * rate])
+    assert plane.shape == (2, 3)
+    assert plane[0, 0] == pytest.approx(here, rel=1e-5)
+    for values, match in (
+        ({"hiden": [0.1]}, "its response was not learned"),
+        ({"hidden": [1.5]}, "values must be between"),
+        ({}, "name one or two"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            made.predict(**values)
+
+
+def test_a_predicted_slope_is_the_hypergradient() -> None:
+    """Law: the prediction's derivative at the present value is Jᵀ times the outer gradient."""
+    made = tuner(net().double(), probe=False)
+    batches = [(x.double(), y) for x, y in loader()]
+    torch.manual_seed(1)
+    result = made.fit(batches, batches[:1], steps=40, evaluate_every=40, progress=False)
+    training = made._ended
+    run, followed = training.fused.run, training.fused.followed
+    now, step = result.hparams["hidden"], 1e-5
+    odds = torch.logit(torch.tensor(now, dtype=torch.float64))
+    up, down = made.predict(hidden=[float(torch.sigmoid(odds + s)) for s in (step, -step)])
+    held = [w.average.clone().requires_grad_() for w in run.weights]
+    buffers = dict(zip(training.bilevel.buffers, run.average_buffers, strict=True))
+    objective = training.bilevel.inner.eval()
+    loss = torch.func.functional_call(
+        objective, buffers | dict(zip(training.bilevel.params, held, strict=True)), (batches[0],)
+    )
+    grads = torch.autograd.grad(loss, held)
+    shift = followed.shift(run, torch.ones(1, dtype=torch.float64))
+    slope = sum(float((g * s).sum()) for g, s in zip(grads, shift, strict=True))
+    assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-4)
