@@ -183,22 +183,22 @@ class Cutout(Stochastic):
     def change(self, input: Tensor) -> Tensor:
         """Cut holes."""
         batch, (height, width) = len(input), input.shape[-2:]
-        rows = torch.arange(height, device=input.device).view(1, -1, 1)
-        columns = torch.arange(width, device=input.device).view(1, 1, -1)
-        draws = self.uniform((4 * self.most + 1, batch, 1, 1))
-        level = self.strength.view(-1, 1, 1)
-        open_ = torch.ones(batch, height, width, device=input.device)
+        across, down, drawn = (self.uniform((batch, self.most), stream) for stream in range(3))
+        rank = torch.arange(self.most, device=input.device)
+        chance = (self.strength.view(-1, 1) - rank).clamp(0, 1)
+        there = (drawn < chance).to(chance.dtype) + chance - chance.detach()
+        rows, columns = _near(down, height, self.size), _near(across, width, self.size)
+        holes = (there.unsqueeze(-1) * rows).unsqueeze(-1) * columns.unsqueeze(-2)
+        left = torch.ones_like(holes[:, 0])
         for hole in range(self.most):
-            chance = (level - hole).clamp(0, 1)
-            there = (draws[3 * hole + 2] < chance).to(chance.dtype) + chance - chance.detach()
-            inside = _near(rows, draws[3 * hole] * height, self.size * height)
-            inside = inside * _near(columns, draws[3 * hole + 1] * width, self.size * width)
-            open_ = open_ * (1 - there * inside)
-        return input * open_.view(batch, *[1] * (input.ndim - 3), height, width).to(input.dtype)
+            left = left * (1 - holes[:, hole])
+        return input * left.view(batch, *[1] * (input.ndim - 3), height, width).to(input.dtype)
 
 
-def _near(position: Tensor, middle: Tensor, side: float) -> Tensor:
-    return ((position + 0.5 - middle).abs() < side / 2).to(torch.float32)
+def _near(middle: Tensor, length: int, share: float) -> Tensor:
+    """Where along a side a hole lies, shape (…, length), for its middle as a share of it."""
+    place = (torch.arange(length, device=middle.device) + 0.5) / length
+    return ((place - middle.unsqueeze(-1)).abs() < share / 2).to(torch.float32)
 
 
 class Mixup(Stochastic):

@@ -211,3 +211,26 @@ def test_strengths_are_found_by_name_and_counters_told_apart() -> None:
 def test_layers_of_one_name_that_differ_are_refused(other: nn.Module) -> None:
     with pytest.raises(ValueError, match="share the name 'x'"):
         st.nn.tunables(nn.Sequential(st.nn.Dropout(0.2, name="x"), other))
+
+
+@pytest.mark.slow
+@each
+def test_compiled_layers_draw_and_differentiate_the_same(name: str) -> None:
+    layer = IMAGES[name](0.3)
+
+    def gradient(x: Tensor, strength: Tensor, key: Tensor) -> Tensor:
+        def loss(x: Tensor, strength: Tensor) -> Tensor:
+            buffers = {"strength": strength}
+            if isinstance(layer, st.nn.Stochastic):
+                buffers["key"] = key.clone()
+            found = torch.func.functional_call(layer, buffers, (x,)).square().mean()
+            return found + st.nn.extra_loss(layer)
+
+        return torch.func.grad(loss, argnums=(0, 1))(x, strength)
+
+    args = (images(), torch.tensor([0.3]), torch.tensor([5]))
+    compiled = torch.compile(gradient, fullgraph=True, options={"cpp_wrapper": True})
+    for _ in range(50):  # what writes where it must not is seen sooner or later
+        found = compiled(*args)
+    for a, b in zip(found, gradient(*args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
