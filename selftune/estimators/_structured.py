@@ -85,7 +85,7 @@ class Structured(NamedTuple):
 
 
 def unknown(param: Tensor, hparams: int) -> Structured:
-    """No response yet, along random rows.
+    """No response yet, along rows that are drawn, always the same.
 
     Args:
         param: The parameter; one with fewer than two dimensions responds freely.
@@ -95,5 +95,6 @@ def unknown(param: Tensor, hparams: int) -> Structured:
         return Structured(
             param.new_zeros(param.numel(), hparams), param.new_zeros(param.numel(), 0)
         )
-    rows = torch.randn_like(param.reshape(len(param), -1))
+    generator = torch.Generator().manual_seed(0)  # the user's own random numbers stay as they are
+    rows = torch.randn(len(param), param[0].numel(), generator=generator).to(param)
     return Structured(param.new_zeros(len(param), hparams), rows / rows.norm(dim=1, keepdim=True))

@@ -340,7 +340,17 @@ class SelfTuned(nn.Module):
     def moved(self, delta: Tensor) -> dict[str, Tensor]:
         """The parameters that respond at ``w + J δ``, by name."""
         named = dict(self.model.named_parameters())
-        return {p.name: named[p.name] + self.along(p, delta) for p in self._places}
+        move = delta / self.unit
+        found = {}
+        for place in self._places:
+            param, gain = named[place.name], self.gains[place.key] @ move
+            if place.key in self.rows:
+                rows = self.rows[place.key].view(place.shape)
+                gain = gain.view(-1, *[1] * (param.ndim - 1))
+                found[place.name] = torch.addcmul(param, gain, rows)  # in one pass
+            else:
+                found[place.name] = param + gain.view(place.shape)
+        return found
 
     def along(self, place: Place, delta: Tensor) -> Tensor:
         """J δ of a parameter."""

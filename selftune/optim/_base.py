@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune.averaging import Average
-from selftune.estimators import AbstractEstimator, AbstractRows, OneStep, Trace
+from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
 from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam
 from selftune.monitor import Monitor, hyper_rows
@@ -117,6 +117,8 @@ class SelfTuned(torch.optim.Optimizer):
         if estimator is not None and rows is None:
             rows, following = OneStep(), Following(estimator, update, tuning)
             estimator.check(update, tuning.names, endless=True)
+            if isinstance(estimator, BestResponse):
+                estimator.check_whole()
             if isinstance(update.rule, Opaque):
                 raise ValueError(
                     f"estimator={estimator} needs a rule of the library (SGD, Adam, …): another "

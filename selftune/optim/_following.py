@@ -194,6 +194,7 @@ class Following:
         return _ClosureProblem(
             update=self._update.joined(block.layout), inner_loss=lambda w, h, b: w.sum(),
             outer_loss=lambda w, b: w.sum(), segments=index.repeat_interleave(sizes),
+            shapes=block.layout.shapes,
             options={n: v for n, v in values.items() if n not in self._tuning.rows},
         )  # fmt: skip
 

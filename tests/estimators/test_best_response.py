@@ -167,6 +167,12 @@ def test_unsuitable_arguments_are_named(options: Any, match: str) -> None:
         st.BestResponse(**options)
 
 
+def test_optimizers_have_no_outputs_to_linearise() -> None:
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="needs the model's output and a loss of it"):
+        st.SGD(model.parameters(), lr=0.1, estimator=st.BestResponse("gauss-newton"))
+
+
 def test_too_many_hyperparameters_are_refused() -> None:
     problem = regression("ridge")
     hparams = {"weight_decay": torch.full((2000,), 0.1)}

@@ -97,7 +97,10 @@ def test_hypergradients_are_those_of_a_plain_loop(
         torch.testing.assert_close(row, value.reshape(-1), rtol=1e-5, atol=1e-7 * size)
 
 
-@pytest.mark.parametrize("estimator", [st.Forward(), st.Unrolled(4), st.Implicit(through="update")])
+@pytest.mark.parametrize(
+    "estimator",
+    [st.Forward(), st.Unrolled(4), st.Implicit(through="update"), st.BestResponse()],
+)
 def test_what_is_looked_at_in_passing_is_put_back(estimator: AbstractEstimator) -> None:
     """Weights, statistics and random numbers are those of torch's own optimizer."""
     one, other, train = net(dropout=0.5), net(dropout=0.5), batches(20)
