@@ -323,3 +323,26 @@ def test_the_spread_is_learned_with_the_entropy() -> None:
     net.spread.grad = None
     net.entropy().backward()
     torch.testing.assert_close(net.spread.grad, torch.ones_like(net.spread))
+
+
+def test_a_residual_net_of_torchvision() -> None:
+    """ResNet-18, whose code knows nothing of hyperparameters: they are put in front of it."""
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    torch.manual_seed(0)
+    model = nn.Sequential(st.nn.Noise(0.1), models.resnet18(num_classes=3), st.nn.Dropout(0.1))
+    x, y = images(4, 3, 32, 32), classes(4)
+    before = copy.deepcopy(model).eval()(x)
+    net = st.hypernet.convert(model)
+    assert len(net.report.responding) == 62
+    assert net.report.per_example
+    assert not net.report.plain
+    assert torch.equal(net.eval()(x), before)
+    net.train()
+    for mode in ("stn", "delta"):
+        net.zero_grad()
+        if mode == "stn":
+            F.cross_entropy(net(x), y).backward()
+        else:
+            st.hypernet.delta_backward(net, lambda out: F.cross_entropy(out, y), x)
+        assert all(bool(torch.isfinite(p.grad).all()) for p in net.weights())
+    assert torch.equal(net.revert().eval()(x), net.eval()(x))
