@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,78 +11,11 @@ from torch import Tensor, nn
 
 from selftune.estimators._structured import unknown
 from selftune.hparams import Hparam, penalty_hparam
-from selftune.hypernet._terms import WHOLE, primal, term_of
+from selftune.hypernet._places import Place, Report, places_of
+from selftune.hypernet._terms import primal, term_of
 from selftune.nn import own_counters, tunables
 
 PERTURBATIONS = ("auto", "example", "batch")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of a model's parameters.
-
-    Attributes:
-        responding: Names of those that respond to the hyperparameters.
-        plain: Names of those that do not, with the reason.
-        per_example: Whether every example has a perturbation of its own.
-    """
-
-    responding: tuple[str, ...]
-    plain: Mapping[str, str]
-    per_example: bool
-
-    def __str__(self) -> str:
-        unit = "example" if self.per_example else "batch"
-        lines = [f"{len(self.responding)} parameters respond, perturbed once a {unit}"]
-        return "\n".join([*lines, *(f"plain: {n} ({why})" for n, why in self.plain.items())])
-
-
-class Place:
-    """A parameter that responds: where it is used and where its response is kept."""
-
-    def __init__(self, name: str, param: nn.Parameter) -> None:
-        self.name, self.shape = name, param.shape
-        self.key = name.replace(".", "/")  # which names of submodules must not hold
-        self.users: list[tuple[nn.Module, str]] = []
-
-
-def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
-    """The parameters that can respond, those that cannot, and whether an example at a time can.
-
-    Raises:
-        ValueError: A parameter shared between layers of which only some can respond.
-    """
-    found: dict[int, Place] = {}
-    plain: dict[str, str] = {}
-    alone = True
-    kinds: dict[int, set[bool]] = {}
-    for path, module in model.named_modules():
-        host = _host(model, path)
-        term = term_of(host)
-        knows = term is not None or isinstance(host, WHOLE)
-        for attribute, param in module.named_parameters(recurse=False):
-            if not param.requires_grad:
-                continue
-            name = f"{path}.{attribute}" if path else attribute
-            kinds.setdefault(id(param), set()).add(knows)
-            if len(kinds[id(param)]) == 2:
-                other = found[id(param)].name if id(param) in found else name
-                raise ValueError(
-                    f"{name} is the same parameter as another's, and only one of its layers can "
-                    f"respond ({other}): give them parameters of their own, or freeze it"
-                )
-            if not knows:
-                plain[name] = f"{type(host).__name__} is not known"
-                continue
-            place = found.setdefault(id(param), Place(name, param))
-            place.users.append((module, attribute))
-            alone &= term is not None and host is module
-    return list(found.values()), plain, alone
-
-
-def _host(model: nn.Module, path: str) -> nn.Module:
-    """The module, or that whose parametrization it is part of."""
-    return model.get_submodule(path.partition(".parametrizations")[0] if path else "")
 
 
 def convert(
