@@ -360,10 +360,13 @@ class Problem:
 
         return mix
 
-    def penalties(self, params: Tensor, hparams: Hparams) -> Tensor:
-        """Their gradient."""
+    def penalties(
+        self, params: Tensor, hparams: Hparams, options: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """The gradient of the update's penalties, with a step's options if they are given."""
         nothing = params.new_zeros(()).expand_as(params)
-        return self.update.penalised(params, nothing, self.values(hparams))
+        values = {**self.values(hparams), **(options or {})}
+        return self.update.penalised(params, nothing, values)
 
 
 class InGraphs(Problem):

@@ -189,7 +189,10 @@ class BestResponse(AbstractEstimator):
         """
         (shift, grads), own = perturbed, problem.gradient(point, hparams)
         beside = point._replace(params=point.params + shift)
-        penalties = [problem.penalties(p.params, h) for p, h in ((point, hparams), (beside, near))]
+        penalties = [
+            problem.penalties(p.params, h, point.options)
+            for p, h in ((point, hparams), (beside, near))
+        ]
         more = penalties[1] - penalties[0]
         step = problem.moved(point, own, hparams)[0]
         as_if = problem.moved(point, grads + more, hparams)[0]

@@ -1,7 +1,7 @@
 """Best-response hypernetworks: hyperparameters as inputs of the network, in loops of one's own."""
 
 from selftune.hypernet._places import Report
-from selftune.hypernet.convert import SelfTuned, convert
+from selftune.hypernet.conversion import SelfTuned, convert
 from selftune.hypernet.linearized import delta_backward
 
 __all__ = ["Report", "SelfTuned", "convert", "delta_backward"]

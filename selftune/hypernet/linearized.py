@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from selftune.hypernet.convert import SelfTuned
+from selftune.hypernet.conversion import SelfTuned
 from selftune.nn import Stochastic
 
 

@@ -178,3 +178,20 @@ def test_too_many_hyperparameters_are_refused() -> None:
     hparams = {"weight_decay": torch.full((2000,), 0.1)}
     with pytest.raises(ValueError, match=r"2000 columns.*use Implicit"):
         st.BestResponse().init(problem, problem.start(torch.ones(2000), hparams), hparams)
+
+
+def test_options_of_a_step_count_as_those_of_the_problem() -> None:
+    """Law: a weight decay that a tuner moves acts as one that was given from the start."""
+    found = []
+    for given in (True, False):
+        options = {"momentum": 0.9, "weight_decay": 0.3 if given else 0.0}
+        problem = ridge(SHAPES["vector"], **options)
+        rate = {"lr": number(0.02)}
+        point = problem.start(random(6, seed=7), rate)
+        memory = st.BestResponse().init(problem, point, rate)
+        for s in range(10):
+            point = point._replace(batch=data(s), options={"weight_decay": 0.3})
+            memory = st.BestResponse().observe(problem, memory, point, rate)
+            point = problem.step(problem.known(point, rate), rate)
+        found.append(memory.tensors[0].gains)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
