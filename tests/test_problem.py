@@ -1,6 +1,7 @@
 """Derivatives of a whole step. Truth: autograd through the step itself."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,16 +24,24 @@ def inner(params: Tensor, hparams: dict[str, Tensor], batch: Tensor) -> Tensor:
     return (torch.tanh(params) * batch).sum() ** 2 * hparams["scale"] + (params**4).sum()
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_push_and_pull_are_the_derivative_of_a_step(name: str) -> None:
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def posed(name: str) -> tuple[Problem, Callable[[], Tensor]]:
+    """A problem under a rule, and random vectors for it."""
     rule, options = RULES[name]
     problem = Problem(
         update=Update(rule, (L2(),)), inner_loss=inner, outer_loss=lambda w, b: w.sum(),
         options=options,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(5, generator=generator, dtype=torch.float64)  # noqa: E731
-    number = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    return problem, lambda: torch.randn(5, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_push_and_pull_are_the_derivative_of_a_step(name: str) -> None:
+    problem, draw = posed(name)
     hparams = {"lr": number(0.03), "weight_decay": draw().abs() * 0.1, "l2": number(0.02),
                "scale": number(1.3)}  # fmt: skip
     point = problem.start(draw(), hparams, draw())
@@ -58,14 +67,7 @@ def test_push_and_pull_are_the_derivative_of_a_step(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_parts_of_derivatives_are_those_of_the_whole(name: str) -> None:
     """``turning`` is ``pull`` less the hyperparameters; ``hessian`` and ``mixing`` by autograd."""
-    rule, options = RULES[name]
-    problem = Problem(
-        update=Update(rule, (L2(),)), inner_loss=inner, outer_loss=lambda w, b: w.sum(),
-        options=options,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(5, generator=generator, dtype=torch.float64)  # noqa: E731
-    number = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    problem, draw = posed(name)
     hparams = {"lr": number(0.03), "l2": number(0.02), "scale": number(1.3)}
     point = problem.start(draw(), hparams, draw())
     cotangent = draw(), {k: draw() for k in point.state}
