@@ -153,6 +153,8 @@ class Bilevel:
 
     def strengthened(self, run: Run) -> dict[str, Tensor]:
         """The buffers that hold the present strengths, shape (1,) each."""
+        if not self.strengths:
+            return {}
         values = self.hyper.values(run.hyper.raw)
         dtype = run.weights[0].average.dtype
         held = {n: v.to(dtype).view(1) for n, v in values.items() if n in self.strengths}
