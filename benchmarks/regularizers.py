@@ -84,18 +84,18 @@ def data(name: str) -> Path:
 def cnn() -> nn.Module:
     """Two convolutions with BatchNorm, and two layers."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
         st.nn.Dropout2d(0.1, "first"),
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
         st.nn.Dropout2d(0.1, "second"), nn.Flatten(),
-        nn.Linear(32 * 49, 128), nn.ReLU(), st.nn.Dropout(0.1, "third"), nn.Linear(128, 10),
+        nn.Linear(16 * 49, 64), nn.ReLU(), st.nn.Dropout(0.1, "third"), nn.Linear(64, 10),
     )  # fmt: skip
 
 
 class CharLSTM(nn.Module):
     """An LSTM over characters with dropout in five places and penalties of its activations."""
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 96) -> None:
         super().__init__()
         self.words = st.nn.EmbeddingDropout(nn.Embedding(65, width), 0.1, "embedding")
         self.input = st.nn.Dropout(0.1, "input", share=(1,))
@@ -129,7 +129,7 @@ def images() -> Job:
         make=cnn, loss=lambda: st.nn.LabelSmoothing(0.05),
         augment=lambda: st.nn.Augment(st.nn.Translate(0.02), st.nn.Scale(0.02),
                                       st.nn.Brightness(0.05), st.nn.Cutout(0.1)),
-        splits=splits, batch=100, steps=3000,
+        splits=splits, batch=50, steps=3000,
         space=dict(first=RATE, second=RATE, third=RATE, label_smoothing=(1e-3, 0.5),
                    translate=(1e-3, 0.5), scale=(1e-3, 0.5), brightness=(1e-3, 2.0),
                    cutout=(0.01, 4.0)),
@@ -138,17 +138,17 @@ def images() -> Job:
 
 @cache
 def text() -> Job:
-    """Tiny Shakespeare in pieces of 64 characters, 3,000 to train on."""
+    """Tiny Shakespeare in pieces of 32 characters, 3,000 to train on."""
     raw = gzip.decompress(data("tinyshakespeare.txt.gz").read_bytes()).decode()
     index = {c: i for i, c in enumerate(sorted(set(raw)))}
     codes = torch.tensor([index[c] for c in raw])
-    pieces = codes[: len(codes) // 65 * 65].view(-1, 65)
+    pieces = codes[: len(codes) // 33 * 33].view(-1, 33)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))
     pieces = pieces[order]
     cut = {"train": pieces[:3000], "val": pieces[3000:5000], "test": pieces[5000:8000]}
     return Job(
         make=CharLSTM, loss=nn.CrossEntropyLoss, augment=lambda: None,
-        splits={n: (p[:, :-1], p[:, 1:]) for n, p in cut.items()}, batch=50, steps=2000,
+        splits={n: (p[:, :-1], p[:, 1:]) for n, p in cut.items()}, batch=32, steps=2000,
         space=dict(embedding=RATE, input=RATE, dropconnect=RATE, hidden=RATE, output=RATE,
                    ar=(1e-5, 10.0), tar=(1e-5, 10.0)),
     )  # fmt: skip
@@ -229,13 +229,21 @@ class Endless:
             yield next(stream)
 
 
-def search(job: Job, sampler: str, trials: int, seed: int) -> tuple[float, float, float]:
+def search(
+    job: Job, sampler: str, trials: int, seed: int, journal: str | None
+) -> tuple[float, float, float]:
     """The trial with the lowest validation loss: that, its test loss, and seconds of all."""
     import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kind = {"random": optuna.samplers.RandomSampler, "TPE": optuna.samplers.TPESampler}[sampler]
-    study = optuna.create_study(sampler=kind(seed=seed))
+    storage = journal and JournalStorage(JournalFileBackend(journal))
+    name = f"{sampler} {seed}"
+    study = optuna.create_study(
+        sampler=kind(seed=seed), storage=storage, study_name=name, load_if_exists=True
+    )
 
     def objective(asked: optuna.Trial) -> float:
         space = {**UPDATE, **job.space}
@@ -245,9 +253,9 @@ def search(job: Job, sampler: str, trials: int, seed: int) -> tuple[float, float
         asked.set_user_attr("taken", taken)
         return val if math.isfinite(val) else 1e9
 
-    study.optimize(objective, n_trials=trials)
+    study.optimize(objective, n_trials=max(0, trials - len(study.trials)))
     best = study.best_trial
-    total = sum(t.user_attrs["taken"] for t in study.trials)
+    total = sum(t.user_attrs.get("taken", 0.0) for t in study.trials)
     return study.best_value, best.user_attrs["test"], total
 
 
@@ -258,6 +266,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--robust", action="store_true")
+    parser.add_argument("--journal", help="file that keeps the searches' trials, to go on later")
+    parser.add_argument("--only", choices=("searches", "self-tuned"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
@@ -269,13 +279,15 @@ def main() -> None:
         print(f"| {label} | {seed} | {val:.4f} | {test:.4f} | {taken:.0f} |", flush=True)
 
     for seed in range(args.seeds):
-        for start in (0.0, 0.9) if args.robust else (None,):
+        starts = (0.0, 0.9) if args.robust else (None,)
+        for start in () if args.only == "searches" else starts:
             *found, ends = self_tuned(job, seed, start)
             row("one self-tuned run" + ("" if start is None else f" from {start}"), seed,
                 (found[0], found[1], found[2]))  # fmt: skip
             print(f"<!-- { ({n: round(v, 4) for n, v in ends.items()}) } -->", flush=True)
-        for sampler in () if args.robust else ("random", "TPE"):
-            row(f"best of {args.trials}, {sampler}", seed, search(job, sampler, args.trials, seed))
+        for sampler in () if args.robust or args.only == "self-tuned" else ("random", "TPE"):
+            found = search(job, sampler, args.trials, seed, args.journal)
+            row(f"best of {args.trials}, {sampler}", seed, found)
 
 
 if __name__ == "__main__":
