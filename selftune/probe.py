@@ -42,6 +42,7 @@ class Probe:
     best: float = math.nan
     balance: int = 0
     seen: bool = False
+    risen: bool = False
     uphill: int = 0
     ended: bool = False
 
@@ -59,6 +60,8 @@ class Probe:
 
         At rates too small to matter two batches' slopes may differ in sign by chance, so the
         sweep ends only after descent has been seen: three more downhill steps than uphill.
+        And where the loss has reached a plateau that large steps do not leave, the sum wanders
+        by chance: once it has risen by a tenth, half as much descent again counts as lower.
         """
         if not math.isfinite(slope):
             self.ended = True
@@ -69,8 +72,10 @@ class Probe:
         self.uphill = self.uphill + 1 if self.seen and self.change > 0 else 0
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
-        if self.change < self.lowest:
+        self.risen = self.risen or self.change > 0.9 * self.lowest
+        if self.change < self.lowest * (1.5 if self.risen else 1.0):
             self.lowest, self.best = self.change, self.factor(self.taken - 1)
+            self.risen = False
             return True
         return False
 

@@ -85,6 +85,19 @@ def test_ends_early_where_the_rate_is_plainly_too_high() -> None:
     assert probe.taken < 60
 
 
+def test_a_plateau_that_the_sum_wanders_over_is_not_descent() -> None:
+    """Law: of a fall to −1, a rise to −0.8 and a slow fall to −1.2, the first edge counts."""
+    probe = Probe(steps=100)
+    for step, slope in enumerate([-0.1] * 10 + [0.1] * 2 + [-0.02] * 20, start=1):
+        probe.taken = step
+        probe.observe(slope)
+    assert probe.choice == pytest.approx(probe.factor(9) / 1.5)
+    for step in range(40, 50):
+        probe.taken = step
+        probe.observe(-0.1)
+    assert probe.choice == pytest.approx(probe.factor(48) / 1.5), "true descent still counts"
+
+
 @pytest.mark.parametrize("slope", [math.nan, math.inf])
 def test_what_is_not_finite_ends_it_and_is_not_chosen(slope: float) -> None:
     """Law: the best before stays the choice."""
