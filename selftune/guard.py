@@ -130,6 +130,22 @@ class Guard:
             self.streak = 0
         return "best" if better else "ok"
 
+    def confirms(self, now: float, good: float) -> bool:
+        """Whether losses over many batches bear out that the outer loss has worsened.
+
+        If not, the alarm was one of the noise: the running mean begins anew, from what is known.
+
+        Args:
+            now: At the present outer point.
+            good: At the good weights, over the same batches.
+        """
+        slack = max(self.tolerance * (self.first - good), self.least * abs(self.first))
+        if not now <= good + slack:
+            return True
+        self.best, self.best_error = min(now, good), 0.0
+        self.mean, self.count = math.nan, 0
+        return False
+
     def _exploded(self, mean: float, first: float) -> bool:
         return mean > first + (self.explosion - 1) * max(abs(first), 1e-6)
 

@@ -24,10 +24,12 @@ class Structured(NamedTuple):
     Attributes:
         gains: U, shape (out, hyperparameters); or C, shape (numel, hyperparameters), of a vector.
         rows: V, the rows of length 1, shape (out, rest); or of shape (numel, 0) for a vector.
+        speed: By how much ``gains`` go on to change at each step, of the same shape.
     """
 
     gains: Tensor
     rows: Tensor
+    speed: Tensor
 
     @property
     def free(self) -> bool:
@@ -52,20 +54,27 @@ class Structured(NamedTuple):
         """Of a vector of weights: its entries, or what each row has of it."""
         return along.reshape(-1) if self.free else (self.rows * along.view_as(self.rows)).sum(1)
 
-    def learned(self, change: Tensor, move: Tensor) -> Structured:
-        """After a step towards ``J δ + change`` along δ.
+    def learned(self, push: Tensor, jump: Tensor, move: Tensor, memory: Tensor) -> Structured:
+        """After a step towards ``J δ + push + jump`` along δ.
 
-        Lengths follow at once. What V's rows have no part of turns them, normalised by how far
-        the row reaches, so that it does not depend on the scale of the response.
+        Lengths follow a jump at once, and a push bit by bit, as the weights follow a gradient
+        through momentum: the response is then stable where training is. What V's rows have no
+        part of turns them, normalised by how far the row reaches, so that it does not depend on
+        the scale of the response.
 
         Args:
-            change: Wanted of J δ, in the shape of the parameter.
+            push: Wanted of J δ in time, in the shape of the parameter.
+            jump: Wanted of J δ now, likewise.
             move: δ, of entries ±σ.
+            memory: How much of the speed is left a step later, shape ().
         """
-        lengths = self._lengths(change)
-        gains = self.gains + torch.outer(lengths, move / move.square().mean())
+        unit = move / move.square().mean()
+        speed = memory * self.speed + (1 - memory) * torch.outer(self._lengths(push), unit)
+        gains = self.gains + speed + torch.outer(self._lengths(jump), unit)
         if self.free:
-            return Structured(gains, self.rows)
+            return Structured(gains, self.rows, speed)
+        change = push + jump
+        lengths = self._lengths(change)
         across = change.view_as(self.rows) - lengths[:, None] * self.rows
         reach = (gains @ move).unsqueeze(1)
         size = gains.square().sum(1, keepdim=True) * move.square().mean()
@@ -73,7 +82,7 @@ class Structured(NamedTuple):
         length = turn.norm(dim=1, keepdim=True)
         turn = turn * (SHARPEST / length.clamp_min(SHARPEST))
         rows = self.rows + turn
-        return Structured(gains, rows / rows.norm(dim=1, keepdim=True))
+        return Structured(gains, rows / rows.norm(dim=1, keepdim=True), speed)
 
     def square(self) -> Tensor:
         """‖J_k‖² of each hyperparameter, shape (hyperparameters,)."""
@@ -81,7 +90,7 @@ class Structured(NamedTuple):
 
     def scaled(self, factor: Tensor) -> Structured:
         """J times a factor for each hyperparameter."""
-        return self._replace(gains=self.gains * factor)
+        return self._replace(gains=self.gains * factor, speed=self.speed * factor)
 
 
 def unknown(param: Tensor, hparams: int) -> Structured:
@@ -92,9 +101,9 @@ def unknown(param: Tensor, hparams: int) -> Structured:
         hparams: How many hyperparameters.
     """
     if param.ndim < 2:
-        return Structured(
-            param.new_zeros(param.numel(), hparams), param.new_zeros(param.numel(), 0)
-        )
+        still = param.new_zeros(param.numel(), hparams)
+        return Structured(still, param.new_zeros(param.numel(), 0), still.clone())
     generator = torch.Generator().manual_seed(0)  # the user's own random numbers stay as they are
     rows = torch.randn(len(param), param[0].numel(), generator=generator).to(param)
-    return Structured(param.new_zeros(len(param), hparams), rows / rows.norm(dim=1, keepdim=True))
+    still = param.new_zeros(len(param), hparams)
+    return Structured(still, rows / rows.norm(dim=1, keepdim=True), still.clone())

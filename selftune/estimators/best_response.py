@@ -144,11 +144,13 @@ class BestResponse(AbstractEstimator):
     ) -> Response:
         """The response after what the perturbed step did."""
         near, move, shift = start
-        change = self.discount * self._change(problem, point, (shift, grads), hparams, near)
-        change = change - (1 - self.discount) * shift
-        change = torch.where(torch.isfinite(change).all(), change, torch.zeros_like(change))
-        learning = zip(memory.tensors, problem.views(change), strict=True)
-        tensors = [t.learned(c, move) for t, c in learning]
+        push, jump = self._change(problem, point, (shift, grads), hparams, near)
+        jump = self.discount * jump - (1 - self.discount) * shift
+        fine = torch.isfinite(push + jump).all()
+        push, jump = (torch.where(fine, c, 0.0) for c in (push, jump))
+        kept = torch.as_tensor(_memory(problem, point, hparams)).clamp_min(1 - 2 / max(2, len(move)))
+        learning = zip(memory.tensors, problem.views(push), problem.views(jump), strict=True)
+        tensors = [t.learned(p, j, move, kept.to(p.dtype)) for t, p, j in learning]
         size = torch.stack([t.square() for t in tensors]).sum(0).sqrt()
         most = FARTHEST * point.params.norm() / size.clamp_min(torch.finfo(size.dtype).tiny)
         return Response([t.scaled(most.clamp_max(1)) for t in tensors], memory.steps + 1)
@@ -181,11 +183,10 @@ class BestResponse(AbstractEstimator):
         perturbed: tuple[Tensor, Tensor],
         hparams: Hparams,
         near: Hparams,
-    ) -> Tensor:
-        """What the perturbed step moves its weights more than the step.
+    ) -> tuple[Tensor, Tensor]:
+        """What the perturbed step moves its weights more than the step: in time, and at once.
 
-        The rule's state is that of the step. What gradients differ by would go on to act through
-        it for some steps, and is counted at once.
+        The rule's state is that of the step. What gradients differ by goes on to act through it.
         """
         (shift, grads), own = perturbed, problem.gradient(point, hparams)
         beside = point._replace(params=point.params + shift)
@@ -197,7 +198,9 @@ class BestResponse(AbstractEstimator):
         step = problem.moved(point, own, hparams)[0]
         as_if = problem.moved(point, grads + more, hparams)[0]
         there = problem.moved(beside, own - more, near)[0]
-        return _lasting(problem, point, hparams) * (as_if - step) + (there - step - shift)
+        beta = _memory(problem, point, hparams)
+        lasting = (1 - beta ** (point.clock.age + 1)) / (1 - beta)  # 1 + β + … + β^age
+        return lasting * (as_if - step), there - step - shift
 
     def estimate(
         self,
@@ -277,8 +280,7 @@ def _range(problem: Problem, name: str) -> tuple[float, float, AbstractBijection
     return known.lower, known.upper, known.bijection
 
 
-def _lasting(problem: Problem, point: Point, hparams: Hparams) -> Any:
-    """What a change of the gradient adds up to through momentum: ``1 + β + … + β^age``."""
+def _memory(problem: Problem, point: Point, hparams: Hparams) -> Any:
+    """β, what the rule keeps of a gradient from one step to the next."""
     values = {**problem.values(hparams), **(point.options or {})}
-    beta = values.get("momentum", values.get("beta1", 0.0))
-    return (1 - beta ** (point.clock.age + 1)) / (1 - beta)
+    return values.get("momentum", values.get("beta1", 0.0))

@@ -20,6 +20,7 @@ from selftune.tuner._objective import Objective, for_scoring
 
 Metric = Callable[[Any, Any], Tensor | float]
 FEW = 20  # batches that stand for a validation set without an end
+ENOUGH = 50  # batches that show which of two points is better
 
 
 def held(module: nn.Module) -> dict[str, Any]:
@@ -92,14 +93,26 @@ class Scorer:
         """The validation loss at any weights of a single run."""
         return self._score(weights, buffers, stream, 0)["loss"]
 
+    def compared(self, run: Run, good: Good, stream: Stream, member: int) -> tuple[float, float]:
+        """Losses at the average and at the good weights, over the same batches: enough to judge."""
+        average = ([w.average for w in run.weights], run.average_buffers)
+        points = average, (good.weights, good.buffers)
+        now, then = (self._score(*p, stream, member, ENOUGH)["loss"] for p in points)
+        return now, then
+
     @torch.no_grad()
     def _score(
-        self, weights: list[Tensor], buffers: list[Tensor], stream: Stream, member: int
+        self,
+        weights: list[Tensor],
+        buffers: list[Tensor],
+        stream: Stream,
+        member: int,
+        most: int | None = None,
     ) -> dict[str, float]:
         found = zip(self._tensors, [*weights, *buffers], strict=True)
         parts = [self._part(t, member).to(held.dtype) for held, t in found]
         tensors = dict(zip([*self._names, *self._buffers], parts, strict=True))
-        batches = self._batches if stream.sized else islice(self._batches, FEW)
+        batches = islice(self._batches, most if stream.sized else FEW)
         if stream.once:
             self._few = self._few or [stream.next() for _ in range(FEW)]
             batches = self._few

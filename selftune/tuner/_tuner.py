@@ -371,7 +371,12 @@ class Tuner:
         fused = Fused(bilevel, run, members)
         if fused.followed is not None:
             good.rewound.append(fused.followed.follower.forget)
-        watch = Watch(bilevel, run, good, members, self._guard and bool(names), plan.due)
+        scorer = Scorer(
+            self._objective, self._metrics, val, bilevel.params, members is not None, device,
+            autocast,
+        )  # fmt: skip
+        compare = partial(scorer.compared, run, good, streams[1])
+        watch = Watch(bilevel, run, good, members, self._guard and bool(names), plan.due, compare)
         for guard in watch.guards:
             guard.begin(start)
         length = probe_steps(total) if self._probe is True else int(self._probe)
@@ -384,10 +389,7 @@ class Tuner:
             plan=plan,
             train=streams[0],
             val=streams[1],
-            scorer=Scorer(
-                self._objective, self._metrics, val, bilevel.params, members is not None,
-                device, autocast,
-            ),
+            scorer=scorer,
             good=good,
             watch=watch,
             probe=Probe(steps=length) if probing else None,

@@ -35,6 +35,7 @@ class Watch:
         members: Size of a population, or None.
         guarded: Whether a run that goes wrong is brought back.
         due: Whether something is to be logged at a hyperparameter step.
+        compare: A member's losses at the average and at the good weights, over many batches.
 
     Attributes:
         history: The course so far.
@@ -53,6 +54,7 @@ class Watch:
         members: int | None,
         guarded: bool,
         due: Callable[[int], bool],
+        compare: Callable[[int], tuple[float, float]],
     ) -> None:
         self.history = History()
         self.guards = [Guard() for _ in range(members or 1)]
@@ -61,6 +63,7 @@ class Watch:
         self.bar: tqdm[Any] = tqdm(disable=True)
         self._bilevel, self._run, self._good = bilevel, run, good
         self._many, self._guarded, self._due = members is not None, guarded, due
+        self._compare = compare
         self._kept_at = [0] * len(self.guards)  # steps after which weights were good
         self._losses: list[Tensor] = []
         self._told: list[tuple[int, Tensor]] = []
@@ -147,7 +150,9 @@ class Watch:
         verdict = guard.loss(outer)
         if verdict == "best":
             self.keep(step, member)
-        elif verdict == "rollback":
+        elif verdict == "rollback" and (
+            guard.exploded or guard.confirms(*self._compare(member))
+        ):
             what = "exploded" if guard.exploded else "worsened"
             why = f"the validation loss has {what}, to {outer:.4g}"
             self._roll_back(step, member, why, worsened=not guard.exploded)
