@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+FRESH = 5
+"""Running means of so few evaluations only set the yardstick."""
+
+
 @dataclass(kw_only=True)
 class Guard:
     """Watches gradients and losses; its state is plain numbers, saved with the run.
@@ -124,7 +128,7 @@ class Guard:
             return "rollback"
         # The first means set the yardstick; only what beats the start is worth returning to.
         better = self.mean < min(self.best, self.start + self.least * abs(self.start))
-        if better or self.count <= 5:
+        if better or self.count <= FRESH:
             self.best, self.best_error = self.mean, error
         if better:
             self.streak = 0
@@ -143,7 +147,7 @@ class Guard:
         if not now <= good + slack:
             return True
         self.best, self.best_error = min(now, good), 0.0
-        self.mean, self.count = math.nan, 0
+        self.mean, self.count = now, FRESH
         return False
 
     def _exploded(self, mean: float, first: float) -> bool:

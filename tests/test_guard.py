@@ -99,6 +99,19 @@ def test_worsening_is_noticed_and_a_noisy_plateau_is_not(jump: float, seed: int)
         assert verdicts.index("rollback") < 20
 
 
+def test_an_alarm_of_noise_is_not_confirmed() -> None:
+    """Law: many batches decide; if they say no, the running mean begins anew."""
+    guard = Guard()
+    for loss in [2.0] * 3 + [1.0] * 20:
+        guard.loss(loss)
+    assert guard.confirms(1.5, 1.0)
+    assert guard.confirms(math.nan, 1.0)
+    assert not guard.confirms(1.01, 1.0)
+    assert (guard.best, guard.mean) == (1.0, 1.01)
+    assert [guard.loss(1.5) for _ in range(5)] == ["ok"] * 5, "and so does its patience"
+    assert "rollback" in [guard.loss(1.5) for _ in range(30)], "what is known stays known"
+
+
 def test_a_single_outlier_is_no_alarm() -> None:
     """Law: one evaluation far off raises the noise as well as the mean."""
     guard = trained()

@@ -64,7 +64,8 @@ class BestResponse(AbstractEstimator):
         update: In training runs, whether hyperparameters of the update are inputs of the
             hypernetwork too; otherwise :class:`Trace` follows them.
         every: Steps from one that is observed to the next.
-        discount: What J keeps of itself in a step.
+        discount: What J keeps of itself in a step. At 1 it is the response of the whole run, and
+            in noisy runs mostly noise: differences of gradients add up over steps.
 
     Raises:
         ValueError: An unknown curvature, or numbers outside their range.
@@ -77,7 +78,7 @@ class BestResponse(AbstractEstimator):
     scale: float = 0.5
     update: bool = False
     every: int = 1
-    discount: float = 1.0
+    discount: float = 0.99
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -148,7 +149,9 @@ class BestResponse(AbstractEstimator):
         jump = self.discount * jump - (1 - self.discount) * shift
         fine = torch.isfinite(push + jump).all()
         push, jump = (torch.where(fine, c, 0.0) for c in (push, jump))
-        kept = torch.as_tensor(_memory(problem, point, hparams)).clamp_min(1 - 2 / max(2, len(move)))
+        # A period of the signs must be short against how fast J can swing.
+        least = 1 - 1 / (8 * len(move)) if len(move) > 2 else 0.0
+        kept = torch.as_tensor(_memory(problem, point, hparams)).clamp_min(least)
         learning = zip(memory.tensors, problem.views(push), problem.views(jump), strict=True)
         tensors = [t.learned(p, j, move, kept.to(p.dtype)) for t, p, j in learning]
         size = torch.stack([t.square() for t in tensors]).sum(0).sqrt()

@@ -112,7 +112,7 @@ class Scorer:
         found = zip(self._tensors, [*weights, *buffers], strict=True)
         parts = [self._part(t, member).to(held.dtype) for held, t in found]
         tensors = dict(zip([*self._names, *self._buffers], parts, strict=True))
-        batches = islice(self._batches, most if stream.sized else FEW)
+        batches: Iterable[Any] = islice(self._batches, most if stream.sized else FEW)
         if stream.once:
             self._few = self._few or [stream.next() for _ in range(FEW)]
             batches = self._few

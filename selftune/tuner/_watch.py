@@ -150,9 +150,7 @@ class Watch:
         verdict = guard.loss(outer)
         if verdict == "best":
             self.keep(step, member)
-        elif verdict == "rollback" and (
-            guard.exploded or guard.confirms(*self._compare(member))
-        ):
+        elif verdict == "rollback" and (guard.exploded or guard.confirms(*self._compare(member))):
             what = "exploded" if guard.exploded else "worsened"
             why = f"the validation loss has {what}, to {outer:.4g}"
             self._roll_back(step, member, why, worsened=not guard.exploded)

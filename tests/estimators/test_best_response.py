@@ -43,7 +43,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 def test_ridge_has_its_closed_form_response_to_the_penalty(shape: str, curvature: str) -> None:
     problem = ridge(SHAPES[shape], lr=0.1)
     strength = {"weight_decay": number(0.2)}
-    memory, _ = learned(problem, st.BestResponse(curvature, scale=0.2), strength, 600)
+    memory, _ = learned(problem, st.BestResponse(curvature, scale=0.2, discount=1.0), strength, 600)
     x, y = data(0)
     hessian = x.T @ x / 20 + 0.2 * torch.eye(6, dtype=torch.float64)
     truth = -torch.linalg.solve(hessian, 0.2 * torch.linalg.solve(hessian, x.T @ y / 20))
@@ -54,7 +54,7 @@ def test_ridge_has_its_closed_form_response_to_the_penalty(shape: str, curvature
 def test_a_learning_rate_has_its_response_of_finite_horizon(horizon: int) -> None:
     """Truth: Forward's Jacobian, and on a quadratic w_T = (1 − η a)^T w_0 in closed form."""
     problem, rate = ridge(SHAPES["vector"]), {"lr": number(0.05)}
-    memory, _ = learned(problem, st.BestResponse(scale=0.2), rate, horizon)
+    memory, _ = learned(problem, st.BestResponse(discount=1.0, scale=0.2), rate, horizon)
     exact, _ = learned(problem, st.Forward(), rate, horizon)
     assert error(jacobian(problem, memory, 1)[0], 0.05 * exact.tangent.params[0]) < 0.05
 
@@ -62,7 +62,7 @@ def test_a_learning_rate_has_its_response_of_finite_horizon(horizon: int) -> Non
     quadratic = replace(
         problem, inner_loss=lambda w, h, b: (curves * w.square()).sum() / 2, shapes=None
     )
-    memory, _ = learned(quadratic, st.BestResponse(scale=0.2), rate, horizon)
+    memory, _ = learned(quadratic, st.BestResponse(discount=1.0, scale=0.2), rate, horizon)
     start = random(6, seed=7)
     truth = -horizon * 0.05 * curves * (1 - 0.05 * curves) ** (horizon - 1) * start
     assert error(jacobian(quadratic, memory, 1)[0], truth) < 0.05
@@ -80,7 +80,7 @@ def ridge(shape: torch.Size, **options: float) -> st.Problem:
 def test_several_hyperparameters_move_together() -> None:
     problem = ridge(SHAPES["vector"])
     hparams = {"lr": number(0.05), "weight_decay": number(0.1)}
-    memory, _ = learned(problem, st.BestResponse(scale=0.1), hparams, 20)
+    memory, _ = learned(problem, st.BestResponse(discount=1.0, scale=0.1), hparams, 20)
     exact, _ = learned(problem, st.Forward(), hparams, 20)
     truth = exact.tangent.params * torch.stack(list(hparams.values()))[:, None]
     found = jacobian(problem, memory, 2)
@@ -97,10 +97,30 @@ def test_momentum_does_not_change_where_the_response_ends(rule: Any) -> None:
         update=st.Update(rule), options=options, outer_loss=lambda w, b: w.sum(),
         inner_loss=lambda w, h, b: criterion(b[0] @ w, h, b) + h["l2"] * w.square().sum() / 2,
     )  # fmt: skip
-    memory, _ = learned(problem, st.BestResponse(scale=0.2), {"l2": number(0.2)}, 1500)
+    estimator = st.BestResponse(discount=1.0, scale=0.2)
+    memory, _ = learned(problem, estimator, {"l2": number(0.2)}, 1500)
     hessian = x.T @ x / 20 + 0.2 * torch.eye(6, dtype=torch.float64)
     truth = -torch.linalg.solve(hessian, 0.2 * torch.linalg.solve(hessian, x.T @ y / 20))
     assert error(jacobian(problem, memory, 1)[0], truth) < 0.05
+
+
+@pytest.mark.parametrize(("count", "top"), [(1, 30.0), (2, 3.0), (3, 3.0), (6, 3.0), (10, 1.0)])
+def test_it_is_stable_where_training_is(count: int, top: float) -> None:
+    """Truth: w = h v / c in closed form; momentum's limit is a curvature of 38.
+
+    Alone up to four fifths of it; several, whose signs beat with J's swing, to a fraction.
+    """
+    curves = torch.tensor([0.1, 0.2, 0.3, 0.5, 0.7, 1.0], dtype=torch.float64) * top
+    pulls = torch.stack([random(6, seed=20 + k) for k in range(count)])
+    hparams = {f"h{k}": number(0.3) for k in range(count)}
+    forces = lambda h: torch.stack([h[n] for n in hparams]) @ pulls  # noqa: E731
+    problem = st.Problem(
+        update=st.Update(st.rules.SGD()), options={"lr": 0.1, "momentum": 0.9},
+        inner_loss=lambda w, h, b: (curves * w.square()).sum() / 2 - forces(h) @ w,
+        outer_loss=lambda w, b: w.sum(),
+    )  # fmt: skip
+    memory, _ = learned(problem, st.BestResponse(discount=1.0, scale=0.1), hparams, 1500)
+    assert error(jacobian(problem, memory, count), 0.3 * pulls / curves) < 0.05
 
 
 @pytest.mark.parametrize("net", ["MLP", "conv", "transformer"])
