@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 FRESH = 5
 """Running means of so few evaluations only set the yardstick."""
 

@@ -1,5 +1,35 @@
-"""Inspection of a run: scalars for TensorBoard."""
+"""Inspection of a run: what it tells while it trains, where that goes, and what it means."""
 
-from selftune.monitor._base import Monitor, Writer, hyper_rows
+from selftune.monitor._monitor import Monitor, hyper_rows
+from selftune.monitor.agreement import Agreement
+from selftune.monitor.recorders import (
+    JSONL,
+    AbstractRecorder,
+    InMemory,
+    Listener,
+    NoRecorder,
+    Row,
+    Several,
+    TensorBoard,
+    as_recorder,
+    read_jsonl,
+)
+from selftune.monitor.verdicts import Verdict, judge
 
-__all__ = ["Monitor", "Writer", "hyper_rows"]
+__all__ = [
+    "JSONL",
+    "AbstractRecorder",
+    "Agreement",
+    "InMemory",
+    "Listener",
+    "Monitor",
+    "NoRecorder",
+    "Row",
+    "Several",
+    "TensorBoard",
+    "Verdict",
+    "as_recorder",
+    "hyper_rows",
+    "judge",
+    "read_jsonl",
+]

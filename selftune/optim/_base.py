@@ -68,7 +68,8 @@ class SelfTuned(torch.optim.Optimizer):
         probe: Whether the learning rate is probed at the start, or over how many steps.
         guard: Whether a run that blows up or worsens is rolled back.
         model: The model, if it has BatchNorm and ``params`` is not itself a module.
-        log_dir: Folder for TensorBoard, or a ``SummaryWriter``.
+        log_dir: Folder for TensorBoard; or a recorder of :mod:`selftune.monitor`, a
+            ``SummaryWriter``, a ``function(values, step)``, or a list of these.
         distributed: Whether processes train one model together (DDP, FSDP2) and take the same
             hyperparameter steps; by default, if torch.distributed is initialised.
     """

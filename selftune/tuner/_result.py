@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selftune.bilevel import Bilevel
+from selftune.monitor import Verdict
 from selftune.replay import TunedSchedule
 
 
@@ -107,6 +108,7 @@ class TuningResult:
             that a roll-back undid.
         steps: Training steps taken.
         ended: Why it ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
+        verdicts: What became of each tuned hyperparameter, by name.
     """
 
     history: dict[str, NDArray[Any]]
@@ -116,6 +118,7 @@ class TuningResult:
     schedule: TunedSchedule
     steps: int
     ended: str
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         values = ", ".join(f"{n}={v:.3g}" for n, v in self.hparams.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -19,6 +19,8 @@ from selftune.tuner._good import Good
 from selftune.tuner._objective import Objective, for_scoring
 
 Metric = Callable[[Any, Any], Tensor | float]
+Where = tuple[list[Tensor], list[Tensor]]
+"""Weights and buffers."""
 FEW = 20  # batches that stand for a validation set without an end
 ENOUGH = 50  # batches that show which of two points is better
 
@@ -85,49 +87,53 @@ class Scorer:
     def _part(self, tensor: Tensor, member: int) -> Tensor:
         return tensor[member] if self._members else tensor
 
-    def score(self, run: Run, stream: Stream, member: int) -> dict[str, float]:
-        """Scores at the average."""
-        return self._score([w.average for w in run.weights], run.average_buffers, stream, member)
+    def score(
+        self, run: Run, stream: Stream, member: int, *, last: bool = False
+    ) -> tuple[dict[str, float], float]:
+        """Scores at the average, and the loss at the last weights where that is asked for."""
+        points = [_average(run)]
+        if last:
+            points.append(([w.value for w in run.weights], run.buffers))
+        found = self._score(points, stream, member)
+        return found[0], found[-1]["loss"] if last else math.nan
 
     def loss(self, weights: list[Tensor], buffers: list[Tensor], stream: Stream) -> float:
         """The validation loss at any weights of a single run."""
-        return self._score(weights, buffers, stream, 0)["loss"]
+        return self._score([(weights, buffers)], stream, 0)[0]["loss"]
 
     def compared(self, run: Run, good: Good, stream: Stream, member: int) -> tuple[float, float]:
-        """Losses at the average and at the good weights, over the same batches: enough to judge."""
-        average = ([w.average for w in run.weights], run.average_buffers)
-        points = average, (good.weights, good.buffers)
-        now, then = (self._score(*p, stream, member, ENOUGH)["loss"] for p in points)
-        return now, then
+        """Losses at the average and at the good weights, over batches enough to judge."""
+        points = [_average(run), (good.weights, good.buffers)]
+        now, then = self._score(points, stream, member, ENOUGH)
+        return now["loss"], then["loss"]
 
     @torch.no_grad()
     def _score(
-        self,
-        weights: list[Tensor],
-        buffers: list[Tensor],
-        stream: Stream,
-        member: int,
-        most: int | None = None,
-    ) -> dict[str, float]:
-        found = zip(self._tensors, [*weights, *buffers], strict=True)
-        parts = [self._part(t, member).to(held.dtype) for held, t in found]
-        tensors = dict(zip([*self._names, *self._buffers], parts, strict=True))
+        self, points: Sequence[Where], stream: Stream, member: int, most: int | None = None
+    ) -> list[dict[str, float]]:
+        """Scores at several points, over the same batches."""
+        names = [*self._names, *self._buffers]
+        there = []
+        for weights, buffers in points:
+            found = zip(self._tensors, [*weights, *buffers], strict=True)
+            parts = [self._part(t, member).to(held.dtype) for held, t in found]
+            there.append(dict(zip(names, parts, strict=True)))
         batches: Iterable[Any] = islice(self._batches, most if stream.sized else FEW)
         if stream.once:
             self._few = self._few or [stream.next() for _ in range(FEW)]
             batches = self._few
-        sums: dict[str, Tensor] = {}
+        sums: list[dict[str, Tensor]] = [{} for _ in points]
         total = 0
         for batch in batches:
             batch = to_device(batch, self._device)
-            with self._autocast():
-                scores = functional_call(self._module, tensors, (batch,))
-            count = size(batch)
-            total += count
-            for name, value in scores.items():
-                value = torch.as_tensor(value, dtype=torch.float64).detach() * count
-                sums[name] = sums[name] + value if name in sums else value
-        return {name: float(value) / total for name, value in sums.items()}
+            total += size(batch)
+            for tensors, adding in zip(there, sums, strict=True):
+                with self._autocast():
+                    scores = functional_call(self._module, tensors, (batch,))
+                for name, value in scores.items():
+                    value = torch.as_tensor(value, dtype=torch.float64).detach() * size(batch)
+                    adding[name] = adding[name] + value if name in adding else value
+        return [{name: float(value) / total for name, value in s.items()} for s in sums]
 
     @contextmanager
     def shown(self, run: Run, member: int) -> Iterator[None]:
@@ -157,9 +163,8 @@ class Scorer:
         self, run: Run, stream: Stream, member: int, good: Good, saved: dict[str, Any] | None
     ) -> float:
         """Show the best of the average, the good weights and saved ones; returns its loss."""
-        average = ([w.average for w in run.weights], run.average_buffers)
-        candidates = [average, (good.weights, good.buffers)]
-        losses = [self._score(*c, stream, member)["loss"] for c in candidates]
+        candidates = [_average(run), (good.weights, good.buffers)]
+        losses = [scores["loss"] for scores in self._score(candidates, stream, member)]
         losses = [x if math.isfinite(x) else math.inf for x in losses]
         found = min(losses)
         weights, buffers = candidates[losses.index(found)]
@@ -170,3 +175,7 @@ class Scorer:
                 self._objective.loss_fn.load_state_dict(saved["loss_fn"])
             found = saved["loss"]
         return found
+
+
+def _average(run: Run) -> Where:
+    return [w.average for w in run.weights], run.average_buffers

@@ -169,19 +169,20 @@ class Training:
         except BaseException:
             self.train.put_back(batch)
             raise
-        with self._stepping():
+        with self._stepping(tune=True):
             told = self.fused.tune(batch, outer)
         self.watch.tuned(step, told)
         if self.population is not None and step % self.plan.exploit < self.plan.every:
             self.population.exploit(self.good, self.watch.guards, self.bilevel.hyper)
 
     @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        """A step is taken whole, or it is known that it was not."""
-        self._within = True
+    def _stepping(self, tune: bool = False) -> Iterator[None]:
+        """A step is taken whole, or it is known that it was not; and timed."""
+        self._within, begun = True, time.perf_counter()
         yield
         self.step += 1
         self._within = False
+        self.watch.clocked(time.perf_counter() - begun, tune)
 
     def _decide(self) -> None:
         """Compile if asked to, or if the first eager steps say that it will pay."""
@@ -207,10 +208,15 @@ class Training:
 
     def _evaluate(self) -> Progress:
         self.watch.digest(self.step)
-        scores = self.scorer.score(self.fused.run, self.val, self.watch.leader)
+        monitor, leader = self.watch.monitor, self.watch.leader
+        scores, last = self.scorer.score(self.fused.run, self.val, leader, last=monitor.on)
         history = self.watch.history
         history.score(self.step, scores)
-        self.watch.monitor.scalars([(f"score/{n}", v) for n, v in scores.items()], self.step)
+        monitor.scalars([(f"score/{n}", v) for n, v in scores.items()], self.step)
+        if monitor.on:
+            monitor.scalar("outer/averaged-vs-last", scores["loss"] - last, self.step)
+            told = self.watch.verdicts().values()
+            monitor.scalars([(f"verdict/{v.name}", v.code) for v in told], self.step)
         recent = [x for x in history.train_loss[-self.plan.score :] if math.isfinite(x)]
         if scores["loss"] < self.best:
             self.best, self.waited = scores["loss"], 0
@@ -246,6 +252,13 @@ class Training:
             saved = _checkpoints.read(path) if path.exists() else None
         best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.good, saved)
         history, known = self.watch.history, self.watch.hparams()
+        verdicts = self.watch.verdicts()
+        monitor = self.watch.monitor
+        monitor.scalars([(f"end/{n}", v) for n, v in known.items()], self.step)
+        monitor.scalar("final/loss", best, self.step)
+        if monitor.on and verdicts:
+            lines = [f"- {v.sentence}" for v in verdicts.values()]
+            monitor.text("verdicts", "\n".join(lines), self.step)
         return TuningResult(
             history=history.arrays(),
             best_weights={
@@ -257,6 +270,7 @@ class Training:
             schedule=schedule_of(history, self.bilevel, known, self.step),
             steps=self.step,
             ended=ended,
+            verdicts=verdicts,
         )
 
     # saving

@@ -218,6 +218,7 @@ class Tuner:
         epochs: int | None = None,
         steps: int | None = None,
         log_dir: str | Path | None = None,
+        recorder: Any = None,
         callbacks: Sequence[Callable[[Progress], Any]] = (),
         resume: bool | str | Path = False,
         patience: int | None = None,
@@ -234,6 +235,8 @@ class Tuner:
             epochs: Length of the run in passes over ``train``; or
             steps: in weight steps.
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
+            recorder: What else is told of the run: a recorder of :mod:`selftune.monitor`, a
+                ``function(values, step)``, or a list of these.
             callbacks: Called with :class:`Progress` after each evaluation, while the model holds
                 the averaged weights; one that returns True ends the run.
             resume: True to go on from ``log_dir/last.pt`` if it exists; or a checkpoint's path.
@@ -277,9 +280,21 @@ class Tuner:
             training.watch.bar = tqdm(total=total, disable=not progress, unit="step")
             if saved is not None:
                 training.load(*saved)
-            training.folder, training.watch.monitor = folder, Monitor(log_dir)
+            targets = [t for t in (log_dir, recorder) if t is not None]
+            monitor = training.watch.monitor = Monitor(targets or None)
+            training.folder = folder
+            if saved is None:
+                monitor.begin(training.watch.hparams(), training.bilevel.hyper.names)
+            else:
+                monitor.resume(training.step)
             self._fitted, self._ended = True, training
-            return training.finish(training.go())
+            try:
+                result = training.finish(training.go())
+            except BaseException:
+                monitor.end("failed")
+                raise
+            monitor.end(result.ended)
+            return result
 
     def predict(self, **values: Sequence[float]) -> NDArray[Any]:
         """The validation loss at other hyperparameters, read off the hypernetwork.

@@ -3,62 +3,48 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from selftune.monitor.recorders import NoRecorder, Row, as_recorder
+
 log = logging.getLogger("selftune")
 
 
-class Writer(Protocol):
-    """What is needed of ``torch.utils.tensorboard.SummaryWriter``."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
-        """Write one number."""
-
-    def flush(self) -> object:
-        """Bring what is written to disk."""
-
-
 class Monitor:
-    """Buffers scalars and hands them to a writer in blocks.
+    """Buffers scalars and hands them to a recorder in blocks.
 
     Tensors stay on their device until a block is written, so logging makes no step wait. If
     writing fails (a full disk), training goes on after one warning.
 
     Args:
-        target: A folder for TensorBoard, a ``SummaryWriter`` or anything like it, or None.
+        target: Where to, see :func:`~selftune.monitor.as_recorder`.
     """
 
     block = 100
 
-    def __init__(self, target: str | Path | Writer | None) -> None:
+    def __init__(self, target: Any) -> None:
         """Nothing is opened before the first block is written."""
-        self._target = target
-        self._folder = target if isinstance(target, (str, Path)) else None
+        self.recorder = as_recorder(target)
         self._rows: list[tuple[str, Any, int]] = []
 
     @property
     def on(self) -> bool:
         """Whether anyone listens."""
-        return self._target is not None
+        return not isinstance(self.recorder, NoRecorder)
 
     def scalar(self, tag: str, value: float | Tensor, step: int) -> None:
         """Note a number; a tensor is read only when the block is written."""
-        if self._target is None:
+        if not self.on:
             return
         if isinstance(value, Tensor):
             value = value.detach().reshape(()).float()
         self._rows.append((tag, value, step))
         if len(self._rows) >= self.block:
             self.flush()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copied run goes on writing to the same folder; an open writer is not copied."""
-        return {**self.__dict__, "_target": self._folder}
 
     def scalars(self, rows: Iterable[tuple[str, float | Tensor]], step: int) -> None:
         """Note several numbers of one step."""
@@ -68,7 +54,7 @@ class Monitor:
     def flush(self) -> None:
         """Write what is buffered."""
         rows, self._rows = self._rows, []
-        if self._target is None or not rows:
+        if not self.on or not rows:
             return
         waiting: dict[torch.device, list[int]] = {}
         for at, (_, value, _) in enumerate(rows):
@@ -78,22 +64,39 @@ class Monitor:
             numbers = torch.stack([rows[at][1] for at in places]).tolist()
             for at, number in zip(places, numbers, strict=True):
                 rows[at] = (rows[at][0], number, rows[at][2])
+        block = [Row(tag, float(value), step) for tag, value, step in rows]
+        self._try(lambda: self.recorder.scalars(block))
+
+    def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
+        """Tell what the run starts with."""
+        self._try(lambda: self.recorder.begin(hparams, tuned))
+
+    def resume(self, step: int) -> None:
+        """The run goes on after a step: later rows are of a past that did not happen."""
+        self._try(lambda: self.recorder.resume(step))
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Write a text."""
+        self.flush()
+        self._try(lambda: self.recorder.text(tag, text, step))
+
+    def figure(self, tag: str, figure: Any, step: int) -> None:
+        """Write a matplotlib figure."""
+        self.flush()
+        self._try(lambda: self.recorder.figure(tag, figure, step))
+
+    def end(self, status: str) -> None:
+        """Write what is buffered, and that the run has ended."""
+        self.flush()
+        self._try(lambda: self.recorder.end(status))
+
+    def _try(self, write: Callable[[], object]) -> None:
+        """Write, or stop logging where that fails."""
         try:
-            writer = self._writer()
-            for tag, value, step in rows:
-                writer.add_scalar(tag, float(value), step)
-            writer.flush()
+            write()
         except OSError as error:
             log.warning("logging stopped, training goes on: %s", error)
-            self._target = None
-
-    def _writer(self) -> Writer:
-        if isinstance(self._target, (str, Path)):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._target = SummaryWriter(str(self._target))
-        assert self._target is not None
-        return self._target
+            self.recorder = NoRecorder()
 
 
 def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:

@@ -1,0 +1,48 @@
+"""Whether the validation loss moves as the hypergradients said it would."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+
+class Agreement:
+    """Predicted against realised changes of the validation loss, from one look to the next.
+
+    Predicted is ``Σ g Δz``, hypergradients times what hyperparameters moved; realised is the
+    change of the running mean of the loss. Their agreement is ``Σ p r / √(Σ p² Σ r²)`` over the
+    last looks: near 1 where moving hyperparameters is what lowers the loss, around 0 where
+    training itself, or noise, changes it more.
+
+    Args:
+        looks: How many are remembered.
+    """
+
+    def __init__(self, looks: int = 20) -> None:
+        self._pairs: deque[tuple[float, float]] = deque(maxlen=looks)
+        self._last: tuple[list[float], float] | None = None
+
+    def look(
+        self, grads: Sequence[float], raw: Sequence[float], loss: float
+    ) -> list[tuple[str, float]]:
+        """Rows of the log; none at the first look.
+
+        Args:
+            grads: Mean recent hypergradients in raw space.
+            raw: Raw values now.
+            loss: Running mean of the validation loss now.
+        """
+        before, self._last = self._last, (list(raw), loss)
+        if before is None:
+            return []
+        moved = zip(grads, raw, before[0], strict=True)
+        predicted = sum(g * (now - then) for g, now, then in moved)
+        realised = loss - before[1]
+        rows = [("response/predicted", predicted), ("response/realised", realised)]
+        if math.isfinite(predicted) and math.isfinite(realised):
+            self._pairs.append((predicted, realised))
+        size = math.sqrt(sum(p * p for p, _ in self._pairs) * sum(r * r for _, r in self._pairs))
+        if size > 0:
+            rows.append(("response/agreement", sum(p * r for p, r in self._pairs) / size))
+        return rows
