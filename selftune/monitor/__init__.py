@@ -1,6 +1,6 @@
 """Inspection of a run: what it tells while it trains, where that goes, and what it means."""
 
-from selftune.monitor._monitor import Monitor, hyper_rows
+from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
 from selftune.monitor.agreement import Agreement
 from selftune.monitor.recorders import (
     JSONL,
@@ -31,5 +31,6 @@ __all__ = [
     "as_recorder",
     "hyper_rows",
     "judge",
+    "plain_rows",
     "read_jsonl",
 ]

@@ -112,6 +112,12 @@ def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:
     return [(f"{prefix}/{name}/{end}", float(v)) for end, v in ends.items()]
 
 
+def plain_rows(values: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Names and numbers of hyperparameters, a summary where many tensors differ."""
+    found = [row for name, value in values.items() for row in named("", name, value)]
+    return [(name.removeprefix("/"), value) for name, value in found]
+
+
 def hyper_rows(
     loss: float | Tensor, values: Mapping[str, Any], signals: Mapping[str, tuple[Any, Any]]
 ) -> list[tuple[str, float | Tensor]]:

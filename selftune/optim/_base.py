@@ -17,7 +17,7 @@ from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
 from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam
-from selftune.monitor import Monitor, hyper_rows
+from selftune.monitor import Monitor, hyper_rows, plain_rows
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._checks import (
@@ -143,6 +143,7 @@ class SelfTuned(torch.optim.Optimizer):
         )
         self._groups = Groups(update, tuning)
         self._built: list[int] = []
+        self._reported: Tensor | None = None
         self._frozen: list[Tensor] = []
         self._inside = False
         self._told = False
@@ -266,6 +267,7 @@ class SelfTuned(torch.optim.Optimizer):
             if engine.guard is not None:
                 engine.guard.begin(float(engine.ranks.mean(first)))
             engine.heard = True
+            engine.monitor.begin(dict(plain_rows(self.hparams)), engine.tuning.names)
         clock.heard = clock.steps
         if engine.probing or clock.steps - max(clock.outer, clock.since) < engine.every:
             return None
@@ -279,6 +281,8 @@ class SelfTuned(torch.optim.Optimizer):
                 self._publish()
             if engine.monitor.on:
                 rows = hyper_rows(loss, self.hparams, engine.tuning.signals())
+                if self._reported is not None:
+                    rows.append(("gap/val-train", loss.detach() - self._reported))
                 engine.monitor.scalars(rows, clock.steps)
         return loss
 
@@ -308,6 +312,7 @@ class SelfTuned(torch.optim.Optimizer):
         engine = self._engine
         value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         engine.monitor.scalar("train/loss", value, engine.clock.steps)
+        self._reported = value
         alone = not value.is_cuda and not engine.ranks.together  # no waiting, no disagreeing
         if engine.guard is None or engine.probing or not engine.blocks or not alone:
             return
@@ -319,6 +324,13 @@ class SelfTuned(torch.optim.Optimizer):
     def flush(self) -> None:
         """Write what is buffered for the log; writing goes on by itself in blocks."""
         self._engine.monitor.flush()
+
+    def finish(self) -> None:
+        """Tell the log where hyperparameters ended and that the run is over; optional."""
+        engine = self._engine
+        ends = [(f"end/{n}", v) for n, v in plain_rows(self.hparams)]
+        engine.monitor.scalars(ends, engine.clock.steps)
+        engine.monitor.end("finished")
 
     @property
     def hparams(self) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+"""Recorders. Truths: what was handed in, TensorBoard's own reader, the file system."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import selftune as st
+from selftune.monitor import JSONL, InMemory, Monitor, Row, TensorBoard, as_recorder, read_jsonl
+
+ROWS = [Row("val/loss", 0.5, 1), Row("hyper/a b/c", math.nan, 1), Row("val/loss", 0.25, 2)]
+
+
+def test_memory_keeps_everything() -> None:
+    recorder = InMemory()
+    recorder.begin({"lr": 0.1}, ["lr"])
+    recorder.scalars(ROWS)
+    recorder.text("verdicts", "all well", 2)
+    recorder.end("finished")
+    assert recorder.curve("val/loss") == ([1, 2], [0.5, 0.25])
+    assert (recorder.hparams, recorder.status) == ({"lr": 0.1}, "finished")
+    assert recorder.texts == [("verdicts", "all well", 2)]
+
+
+def test_lines_are_json_and_nan_is_null(tmp_path: Path) -> None:
+    """Truth: json, strictly; a line that a kill cut short is left out."""
+    recorder = JSONL(tmp_path / "new" / "run.jsonl")
+    recorder.begin({"lr": 0.1}, ["lr"])
+    recorder.scalars(ROWS)
+    recorder.end("finished")
+    lines = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in recorder.path.read_text().splitlines()
+    ]
+    assert [line.get("value", "-") for line in lines] == ["-", 0.5, None, 0.25, "-"]
+    with recorder.path.open("a") as file:
+        file.write('{"tag": "val/lo')
+    assert read_jsonl(recorder.path) == lines
+
+
+@pytest.mark.parametrize("kind", ["memory", "jsonl", "tensorboard"])
+def test_a_resumed_run_doubles_no_step(kind: str, tmp_path: Path) -> None:
+    """Law: steps after the checkpoint are of a past that did not happen."""
+    make: Any = {
+        "memory": InMemory, "jsonl": lambda: JSONL(tmp_path / "run.jsonl"),
+        "tensorboard": lambda: TensorBoard(tmp_path),
+    }[kind]  # fmt: skip
+    first = make()
+    first.scalars([Row("loss", float(s), s) for s in range(6)])
+    again = first if kind == "memory" else make()
+    again.resume(2)
+    again.scalars([Row("loss", 10.0 * s, s) for s in range(3, 6)])
+    if kind == "memory":
+        found = list(zip(*again.curve("loss"), strict=True))
+    elif kind == "jsonl":
+        found = [(row["step"], row["value"]) for row in read_jsonl(tmp_path / "run.jsonl")]
+    else:
+        events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+        found = [(e.step, e.value) for e in events]
+    assert found == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+
+
+def test_a_function_is_called_once_a_step() -> None:
+    calls: list[Any] = []
+    as_recorder(lambda values, step: calls.append((step, values))).scalars(ROWS[::2])
+    assert calls == [(1, {"val/loss": 0.5}), (2, {"val/loss": 0.25})]
+
+
+def test_several_listen() -> None:
+    one, other = InMemory(), InMemory()
+    both = as_recorder([one, other])
+    both.begin({"lr": 1.0}, [])
+    both.scalars(ROWS[:1])
+    both.text("a", "b", 1)
+    both.resume(0)
+    both.end("stopped")
+    assert vars(one) == vars(other)
+    assert (one.rows, one.status, one.hparams) == ([], "stopped", {"lr": 1.0})
+    with pytest.raises(TypeError, match="recorder=3"):
+        as_recorder(3)
+
+
+def test_writing_that_fails_ends_logging_not_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: one warning, whatever is written first."""
+    (tmp_path / "file").write_text("")
+    monitor = Monitor(JSONL(tmp_path / "file" / "run.jsonl"))  # a folder that cannot be made
+    monitor.begin({}, [])
+    for step in range(300):
+        monitor.scalar("loss", 0.0, step)
+    monitor.text("a", "b", 1)
+    monitor.end("finished")
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert not monitor.on
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_a_session_has_a_start_and_an_end(status: str, tmp_path: Path) -> None:
+    """Truth: TensorBoard's plugin data, read back."""
+    from tensorboard.plugins.hparams import api_pb2, metadata
+
+    recorder = TensorBoard(tmp_path)
+    recorder.begin({"lr": 0.1, "weight_decay": 0.01}, ["lr"])
+    recorder.end(status)
+    data = EventAccumulator(str(tmp_path)).Reload().PluginTagToContent("hparams")
+    start = metadata.parse_session_start_info_plugin_data(data["_hparams_/session_start_info"])
+    end = metadata.parse_session_end_info_plugin_data(data["_hparams_/session_end_info"])
+    assert {n: v.number_value for n, v in start.hparams.items()} == {
+        "start/lr": 0.1, "start/weight_decay": 0.01
+    }  # fmt: skip
+    well = status == "finished"
+    assert end.status == (api_pb2.STATUS_SUCCESS if well else api_pb2.STATUS_FAILURE)
+    assert 0 < start.start_time_secs <= end.end_time_secs
+    assert not list(tmp_path.glob("*/")), "no child run"
+
+
+def test_everything_a_tuner_tells(tmp_path: Path) -> None:
+    """Law: the documented tags, at their steps; the end is told too."""
+    import torch
+
+    torch.manual_seed(0)
+    x = torch.randn(256, 4)
+    batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
+    recorder = InMemory()
+    result = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss, compile=False).fit(
+        batches[:12], batches[12:], epochs=10, progress=False, recorder=recorder, log_every=10
+    )
+    tags = {r.tag for r in recorder.rows}
+    names = ["lr", "beta1", "weight_decay"]
+    want = {"train/loss", "val/loss", "gap/val-train", "outer/averaged-vs-last", "cost/overhead"}
+    want |= {"response/agreement", "response/predicted", "response/realised", "final/loss"}
+    for name in names:
+        want |= {f"hyper/{name}", f"verdict/{name}", f"end/{name}"}
+        want |= {f"hypergrad/{name}/{k}" for k in ("value", "norm", "snr")}
+        want |= {f"margin/{name}/low", f"margin/{name}/high"}
+    assert want <= tags
+    assert recorder.status == "finished"
+    assert set(result.verdicts) == set(names)
+    assert recorder.curve("end/lr") == ([120], [result.hparams["lr"]])
+    lows, highs = recorder.curve("margin/lr/low")[1], recorder.curve("margin/lr/high")[1]
+    present = recorder.curve("hyper/lr")[1]
+    for low, high, now in zip(lows, highs, present, strict=True):
+        assert low <= now * (1 + 1e-9)
+        assert now <= high * (1 + 1e-9)
+
+
+def test_a_run_that_fails_says_so() -> None:
+    import torch
+
+    def broken(output: Any, target: Any) -> Any:
+        if len(seen) > 40:
+            raise RuntimeError("broken loss")
+        seen.append(1)
+        return torch.nn.functional.mse_loss(output, target)
+
+    seen: list[int] = []
+    batches = [(torch.ones(4, 2), torch.ones(4, 1))] * 4
+    recorder = InMemory()
+    with pytest.raises(RuntimeError, match="broken loss"):
+        st.Tuner(torch.nn.Linear(2, 1), broken, compile=False).fit(
+            batches, batches[:1], epochs=50, progress=False, recorder=recorder
+        )
+    assert recorder.status == "failed"
