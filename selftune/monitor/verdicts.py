@@ -53,7 +53,12 @@ class Verdict:
 
 
 def judge(
-    name: str, raw: Sequence[float], snr: float, ends: tuple[float, float], value: float
+    name: str,
+    raw: Sequence[float],
+    snr: float,
+    ends: tuple[float, float],
+    value: float,
+    slope: float = math.nan,
 ) -> Verdict:
     """Judge a hyperparameter by its course.
 
@@ -63,6 +68,8 @@ def judge(
         snr: Signal-to-noise ratio of its recent hypergradients, or NaN if unknown.
         ends: Lowest and highest raw value.
         value: What it is now.
+        slope: Mean recent hypergradient, which tells whether it pushes against a bound; NaN if
+            unknown.
 
     Example:
         >>> judge("lr", [0.01 * i for i in range(100)], 0.9, (-9.0, 9.0), 0.02).kind
@@ -75,8 +82,9 @@ validation data are like training data'
     recent = list(raw[-count:])
     if not recent:
         return Verdict(name, "settled", f"{name} stayed at {value:.3g}: no step was taken")
+    inward = {"lower": slope < 0, "upper": slope > 0}  # it started at a bound, and leaves it
     for side, end in zip(("lower", "upper"), ends, strict=True):
-        if math.isfinite(end) and abs(recent[-1] - end) <= NEAR:
+        if math.isfinite(end) and abs(recent[-1] - end) <= NEAR and not inward[side]:
             return Verdict(name, "at bound", _at_bound(name, side, value))
     drift = recent[-1] - recent[0]
     steps = [b - a for a, b in pairwise(recent)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from selftune.bilevel import Bilevel
 from selftune.monitor import Verdict
+from selftune.monitor.report import MOST, Curve, line, page, table
 from selftune.replay import TunedSchedule
 
 
@@ -109,6 +111,7 @@ class TuningResult:
         steps: Training steps taken.
         ended: Why it ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
         verdicts: What became of each tuned hyperparameter, by name.
+        folder: The run's ``log_dir``, or None.
     """
 
     history: dict[str, NDArray[Any]]
@@ -119,6 +122,47 @@ class TuningResult:
     steps: int
     ended: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def report(self, folder: str | Path | None = None) -> str:
+        """The table of the run; also writes ``report.html`` and ``schedule.json``.
+
+        Args:
+            folder: Where to; by default the run's ``log_dir``, and nowhere without one.
+
+        Returns:
+            A row for each tuned hyperparameter: start, end, between which steps it moved, verdict.
+
+        Raises:
+            OSError: The files cannot be written.
+        """
+        steps = self.history["hyper_step"].tolist()
+        lines = [
+            line(name, (steps, self.history[name].tolist()), verdict.sentence)
+            for name, verdict in self.verdicts.items()
+        ]
+        target = self.folder if folder is None else Path(folder)
+        if target is not None:
+            target.mkdir(parents=True, exist_ok=True)
+            title = f"{self.steps} steps, {self.ended}, validation loss {self.best_loss:.4g}"
+            (target / "report.html").write_text(page(title, lines, self._panels(steps)), "utf-8")
+            self.schedule.save(target / "schedule.json")
+        return table(lines)
+
+    def _panels(self, steps: list[int]) -> dict[str, dict[str, Curve]]:
+        """What the report draws."""
+        losses = self.history["train_loss"].tolist()
+        panels: dict[str, dict[str, Curve]] = {
+            "loss": {
+                "training": (range(1, len(losses) + 1), losses),
+                "validation batches": (steps, self.history["val_loss"].tolist()),
+            }
+        }
+        if len(self.history["score_step"]):
+            scores = self.history["score/loss"].tolist()
+            panels["loss"]["validation set"] = (self.history["score_step"].tolist(), scores)
+        names = list(self.verdicts)[:MOST]
+        return panels | {n: {n: (steps, self.history[n].tolist())} for n in names}
 
     def __repr__(self) -> str:
         values = ", ".join(f"{n}={v:.3g}" for n, v in self.hparams.items())

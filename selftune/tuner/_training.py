@@ -271,6 +271,7 @@ class Training:
             steps=self.step,
             ended=ended,
             verdicts=verdicts,
+            folder=self.folder,
         )
 
     # saving

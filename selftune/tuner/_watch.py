@@ -181,7 +181,7 @@ class Watch:
             ends = torch.tensor([hparam.lower, hparam.upper], dtype=torch.float64)
             low, high = hparam.bijection.inverse(ends).tolist()
             value = self.history.hparams[name][-1]
-            found[name] = judge(name, raw, snr, (low, high), value)
+            found[name] = judge(name, raw, snr, (low, high), value, means[at])
         return found
 
     # going wrong, and back
@@ -247,7 +247,9 @@ class Watch:
 
     def note(self, step: int) -> None:
         """Note hyperparameters that something else than a hyperparameter step has set."""
-        self.history.hyper(step, math.nan, self._tuned_values())
+        values = self._tuned_values()
+        self.history.hyper(step, math.nan, values)
+        self.monitor.scalars([(f"hyper/{n}", v) for n, v in values.items()], step)
 
     def hparams(self) -> dict[str, float]:
         """All hyperparameters as they are now; the learning rate is the tuned peak."""

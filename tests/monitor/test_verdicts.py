@@ -53,6 +53,12 @@ def test_a_bound_is_explained(name: str, end: float, told: str) -> None:
     assert told in judge(name, [end] * 50, 0.9, FREE, 0.5).sentence
 
 
+def test_what_starts_at_a_bound_and_leaves_it_is_not_at_bound() -> None:
+    assert judge("beta1", [9.0] * 50, 0.9, FREE, 0.9, slope=1.0).kind == "settled"
+    assert judge("beta1", [9.0] * 50, 0.9, FREE, 0.9, slope=-1.0).kind == "at bound"
+    assert judge("beta1", [-9.0] * 50, 0.9, FREE, 0.9, slope=-1.0).kind == "settled"
+
+
 def test_agreement_by_hand() -> None:
     """Closed form: p = Σ g Δz, r = Δloss, and the cosine of both over looks."""
     agreement = Agreement()

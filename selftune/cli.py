@@ -1,0 +1,73 @@
+"""The console command: ``selftune show RUN…`` and ``selftune demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from selftune.monitor.reading import Log, read
+from selftune.monitor.report import table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="selftune", description="Look at self-tuned runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="the tables of finished or running runs, compared")
+    show.add_argument("runs", nargs="+", help="log directories, or files of JSON lines")
+    demo = commands.add_parser("demo", help="tune an MLP on scikit-learn's digits, in seconds")
+    demo.add_argument("--log-dir", default="runs/demo")
+    demo.add_argument("--epochs", type=int, default=10)
+    args = parser.parse_args(arguments)
+    if args.command == "demo":
+        return _demo(args.log_dir, args.epochs)
+    return _show(args.runs)
+
+
+def _show(runs: Sequence[str]) -> int:
+    logs: dict[str, Log] = {}
+    for run in runs:
+        try:
+            logs[run] = read(run)
+        except FileNotFoundError as error:
+            print(error, file=sys.stderr)
+    for run, log in logs.items():
+        print(f"{run}\n{table(log.lines())}\n")
+    if len(logs) > 1:
+        print("validation loss, and where hyperparameters ended")
+        for run, log in sorted(logs.items(), key=lambda item: item[1].loss() or float("inf")):
+            ends = ", ".join(f"{one.name}={one.end:.3g}" for one in log.lines())
+            loss = log.loss()
+            print(f"{'–' if loss is None else f'{loss:.4g}':>8}  {run}  {ends}")
+    return 0 if len(logs) == len(runs) else 1
+
+
+def _demo(folder: str, epochs: int) -> int:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        print("selftune demo needs scikit-learn: pip install scikit-learn", file=sys.stderr)
+        return 1
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from selftune.tuner import Tuner
+
+    torch.manual_seed(0)
+    digits = load_digits()
+    x = torch.tensor(digits.data, dtype=torch.float32) / 16
+    data = TensorDataset(x, torch.tensor(digits.target))
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    tuner = Tuner(model, nn.CrossEntropyLoss())
+    loader = DataLoader(data, 64, shuffle=True)
+    result = tuner.fit(loader, val=0.2, epochs=epochs, log_dir=folder)
+    print(result.report())
+    print(f"\nThe page: {Path(folder) / 'report.html'}\nThe run:  tensorboard --logdir {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

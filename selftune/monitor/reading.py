@@ -1,0 +1,71 @@
+"""A run's log read back from its folder, finished, running or killed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from selftune.monitor.recorders import read_jsonl
+from selftune.monitor.report import Curve, Line, line
+from selftune.monitor.verdicts import KINDS
+
+
+@dataclass
+class Log:
+    """What a run has told so far.
+
+    Attributes:
+        curves: Steps and values by tag.
+    """
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+    def lines(self) -> list[Line]:
+        """Rows of the report, a hyperparameter each."""
+        found = []
+        for tag, curve in sorted(self.curves.items()):
+            if tag.startswith("hyper/"):
+                name = tag.removeprefix("hyper/")
+                end = self.curves.get(f"end/{name}")
+                if end:
+                    curve = ([*curve[0], end[0][-1]], [*curve[1], end[1][-1]])
+                codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
+                told = KINDS[int(codes[-1])] if codes else "running"
+                found.append(line(name, curve, told))
+        return found
+
+    def loss(self) -> float | None:
+        """The last known validation loss: over the whole set, or of the last batch."""
+        for tag in ("final/loss", "score/loss", "val/loss"):
+            if self.curves.get(tag):
+                return self.curves[tag][1][-1]
+        return None
+
+
+def read(folder: str | Path) -> Log:
+    """The log in a folder.
+
+    Args:
+        folder: With TensorBoard's event files, or a file of JSON lines itself.
+
+    Raises:
+        FileNotFoundError: Nothing was logged there.
+    """
+    path = Path(folder)
+    if path.is_file():
+        rows = [r for r in read_jsonl(path) if r.get("value") is not None]
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for row in rows:
+            steps, values = found.setdefault(row["tag"], ([], []))
+            steps.append(row["step"])
+            values.append(row["value"])
+        return Log(dict(found))
+    if not list(path.glob("events.out.tfevents.*")):
+        raise FileNotFoundError(
+            f"{path}: no log of a run there: pass a log_dir, or a file that JSONL wrote"
+        )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return Log({t: ([e.step for e in es], [e.value for e in es]) for t, es in curves.items()})

@@ -1,0 +1,113 @@
+"""The report and the console. Truths: the run's own history, an HTML parser, exit codes."""
+
+import html.parser
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import selftune as st
+from selftune.cli import main
+from selftune.monitor import JSONL
+from selftune.monitor.reading import read
+from selftune.monitor.report import Line, line, table
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    x = torch.randn(256, 4)
+    batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
+    tuner = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss, compile=False)
+    return tuner.fit(
+        batches[:12], batches[12:], epochs=10, progress=False, log_dir=folder, log_every=10,
+        recorder=JSONL(folder / "run.jsonl"),
+    )  # fmt: skip
+
+
+def test_the_table_is_the_history(finished: Any) -> None:
+    rows = [row.split() for row in finished.report().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["lr", "beta1", "weight_decay"]
+    for row in rows:
+        course = finished.history[row[0]]
+        assert row[1:3] == [f"{course[0]:.3g}", f"{course[-1]:.3g}"]
+        assert finished.verdicts[row[0]].sentence == " ".join(row[4:])
+
+
+def test_the_page_holds_everything_itself(finished: Any) -> None:
+    """Law: no address of anything else; each tag that is opened is known to the parser."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (extra report)")
+    finished.report()
+    text = (finished.folder / "report.html").read_text()
+    html.parser.HTMLParser().feed(text)
+    assert len(re.findall("<img ", text)) == 1 + len(finished.verdicts)
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
+    assert st.TunedSchedule.load(finished.folder / "schedule.json") == finished.schedule
+
+
+def test_names_are_escaped_and_many_are_summarised() -> None:
+    rows = [Line(f"<b>{i}", 1.0, 1.0 + i, (0, 9), "settled") for i in range(10_000)]
+    text = table(rows)
+    assert len(text.splitlines()) == 42
+    assert text.splitlines()[1].startswith("<b>9999")
+    assert text.endswith("9960 more that moved less")
+    from selftune.monitor.report import page
+
+    assert "&lt;b&gt;7" in page("a < b", rows[:10], {})
+
+
+def test_where_it_moved_by_hand() -> None:
+    """Closed form: the middle nine tenths of the way, in log space."""
+    assert line("a", (range(5), [1.0, 1.0, 10.0, 100.0, 100.0]), "").moved == (1, 3)
+    assert line("a", (range(3), [0.5] * 3), "").moved is None
+    assert line("a", ([7], [0.0]), "").moved is None
+
+
+@pytest.mark.parametrize("source", ["folder", "jsonl"])
+def test_the_console_shows_runs(source: str, finished: Any, capsys: Any) -> None:
+    path = finished.folder if source == "folder" else finished.folder / "run.jsonl"
+    assert main(["show", str(path)]) == 0
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[2:5]]
+    found = {row[0]: row[1:3] for row in rows}
+    for name in finished.verdicts:
+        course = finished.history[name]
+        assert found[name] == [f"{course[0]:.3g}", f"{course[-1]:.3g}"]
+
+
+def test_the_console_compares_runs_and_names_what_is_none(
+    finished: Any, tmp_path: Path, capsys: Any
+) -> None:
+    worse = JSONL(tmp_path / "worse.jsonl")
+    worse.scalars([st.monitor.Row("val/loss", 1e6, 5), st.monitor.Row("hyper/lr", 0.5, 5)])
+    assert main(["show", str(worse.path), str(finished.folder), str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    order = [row for row in out.splitlines() if "lr=" in row]
+    assert str(finished.folder) in order[0]
+    assert "1e+06" in order[1]
+    assert f"{tmp_path}: no log of a run" in err
+
+
+def test_a_killed_run_can_be_read(tmp_path: Path) -> None:
+    """Truth: a process that kills itself by SIGKILL in the middle of training."""
+    code = f"""
+import os, signal, torch, selftune as st
+x = torch.randn(256, 4)
+batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16)))
+def kill(progress):
+    if progress.step >= 72:
+        os.kill(os.getpid(), signal.SIGKILL)
+tuner = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss, compile=False)
+tuner.fit(batches[:12], batches[12:], epochs=10, progress=False, log_dir={str(tmp_path)!r},
+          log_every=5, callbacks=[kill])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()
+    log = read(tmp_path)
+    assert log.loss() is not None
+    assert {one.name for one in log.lines()} == {"lr", "beta1", "weight_decay"}
+    assert max(log.curves["hyper/lr"][0]) >= 40
