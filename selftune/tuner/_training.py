@@ -70,6 +70,7 @@ class Plan:
     score: int
     save: int
     log: int
+    rest: float
     patience: int | None
     compile: bool | str
     exploit: int

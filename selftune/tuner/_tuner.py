@@ -42,6 +42,9 @@ from selftune.update import Update
 
 log = logging.getLogger("selftune")
 
+LOG, REST = 50, 0.1
+"""Steps, and at least seconds, from one entry in the log to the next."""
+
 
 class Tuner:
     """Trains a model and its hyperparameters together, in one compiled graph a step.
@@ -224,7 +227,7 @@ class Tuner:
         patience: int | None = None,
         evaluate_every: int | None = None,
         checkpoint_every: int | None = None,
-        log_every: int = 50,
+        log_every: int | None = None,
         progress: bool = True,
     ) -> TuningResult:
         """Train to the end and leave the best weights in the model.
@@ -244,7 +247,8 @@ class Tuner:
             evaluate_every: Steps between evaluations over the whole validation set; by default
                 an epoch, or several where those are many.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
-            log_every: Steps between two entries in the log.
+            log_every: Steps between two entries in the log; by default 50, or a tenth of a second
+                where that is longer, so that logging costs next to nothing.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -273,7 +277,8 @@ class Tuner:
             score = evaluate_every or _between_evaluations(streams[0], total)
             plan = Plan(
                 total=total, every=self._every, score=score, save=checkpoint_every or score,
-                log=log_every, patience=patience, compile=self._compile, exploit=self._exploit,
+                log=log_every or LOG, rest=0.0 if log_every else REST, patience=patience,
+                compile=self._compile, exploit=self._exploit,
             )  # fmt: skip
             training = self._training(plan, streams, val, device, saved is None)
             training.callbacks = callbacks
@@ -391,7 +396,8 @@ class Tuner:
             autocast,
         )  # fmt: skip
         compare = partial(scorer.compared, run, good, streams[1])
-        watch = Watch(bilevel, run, good, members, self._guard and bool(names), plan.due, compare)
+        guarded = self._guard and bool(names)
+        watch = Watch(bilevel, run, good, members, guarded, plan.due, plan.rest, compare)
         for guard in watch.guards:
             guard.begin(start)
         length = probe_steps(total) if self._probe is True else int(self._probe)

@@ -36,6 +36,7 @@ class Watch:
         members: Size of a population, or None.
         guarded: Whether a run that goes wrong is brought back.
         due: Whether something is to be logged at a hyperparameter step.
+        rest: Seconds from one entry in the log to the next, at least.
         compare: A member's losses at the average and at the good weights, over many batches.
 
     Attributes:
@@ -55,6 +56,7 @@ class Watch:
         members: int | None,
         guarded: bool,
         due: Callable[[int], bool],
+        rest: float,
         compare: Callable[[int], tuple[float, float]],
     ) -> None:
         self.history = History()
@@ -64,6 +66,7 @@ class Watch:
         self.bar: tqdm[Any] = tqdm(disable=True)
         self._bilevel, self._run, self._good = bilevel, run, good
         self._many, self._guarded, self._due = members is not None, guarded, due
+        self._rest, self._noted = rest, -math.inf
         self._compare = compare
         self._kept_at = [0] * len(self.guards)  # steps after which weights were good
         self._agreement = Agreement()
@@ -113,7 +116,9 @@ class Watch:
 
     def _show(self, step: int, loss: float, outer: float, values: dict[str, float]) -> None:
         """The log and the progress bar, no more often than they are looked at."""
-        if self.monitor.on and self._due(step):
+        now = time.monotonic()
+        if self.monitor.on and self._due(step) and now - self._noted >= self._rest:
+            self._noted = now
             state = self._run.hyper
             mean, square = (
                 self._good.part(t, self.leader).cpu() for t in (state.mean, state.square)
@@ -127,7 +132,6 @@ class Watch:
             standing = self._standing(self.leader)
             self.monitor.scalars(self._agreement.look(mean.tolist(), raw, standing), step)
             self.monitor.scalars(self._overhead(), step)
-        now = time.monotonic()
         if now - self._looked > LOOK:
             self._looked = now
             shown = {n: f"{v:.2g}" for n, v in values.items()}
