@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from selftune.tuner._training import Training
+if TYPE_CHECKING:
+    from selftune.tuner._training import Training
 
 
 @torch.no_grad()
-def predict(training: Training, asked: Mapping[str, Sequence[float]]) -> NDArray[Any]:
+def predict(
+    training: Training, asked: Mapping[str, Sequence[float]], most: int | None = None
+) -> NDArray[Any]:
     """The loss over the validation set at the averaged weights moved by ``J δ``.
 
     Args:
-        training: A run that has ended.
+        training: A run.
         asked: Values of one or two hyperparameters by name.
+        most: Batches of the validation set at most.
 
     Raises:
         ValueError: Not one or two names, one without a response, or values out of bounds.
@@ -51,5 +55,5 @@ def predict(training: Training, asked: Mapping[str, Sequence[float]]) -> NDArray
             move[name] = scale.inverse(torch.full_like(present[name], value)) - present[name]
         shift = followed.shift(run, torch.stack([move[n] for n in known]))
         weights = [w.average + s for w, s in zip(run.weights, shift, strict=True)]
-        found.append(training.scorer.loss(weights, run.average_buffers, training.val))
+        found.append(training.scorer.loss(weights, run.average_buffers, training.val, most))
     return np.asarray(found).reshape([len(v) for v in asked.values()])

@@ -97,9 +97,15 @@ class Scorer:
         found = self._score(points, stream, member)
         return found[0], found[-1]["loss"] if last else math.nan
 
-    def loss(self, weights: list[Tensor], buffers: list[Tensor], stream: Stream) -> float:
-        """The validation loss at any weights of a single run."""
-        return self._score([(weights, buffers)], stream, 0)[0]["loss"]
+    def loss(
+        self,
+        weights: list[Tensor],
+        buffers: list[Tensor],
+        stream: Stream,
+        most: int | None = None,
+    ) -> float:
+        """The validation loss at any weights of a single run, over all batches or the first."""
+        return self._score([(weights, buffers)], stream, 0, most)[0]["loss"]
 
     def compared(self, run: Run, good: Good, stream: Stream, member: int) -> tuple[float, float]:
         """Losses at the average and at the good weights, over batches enough to judge."""

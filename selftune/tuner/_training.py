@@ -23,6 +23,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._good import Good
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._objective import modes_kept
+from selftune.tuner._pictures import picture
 from selftune.tuner._population import Population
 from selftune.tuner._probing import sweep
 from selftune.tuner._randomness import restore, snapshot
@@ -71,6 +72,7 @@ class Plan:
     save: int
     log: int
     rest: float
+    picture: int | None
     patience: int | None
     compile: bool | str
     exploit: int
@@ -126,6 +128,8 @@ class Training:
                     self._step()
                     if self.plan.falls(self.plan.score, self.step):
                         ended = self.ended = self._stop(self._evaluate())
+                    if self.plan.picture and self.plan.falls(self.plan.picture, self.step):
+                        self._picture()
                     if ended == "stopped" or self.plan.falls(self.plan.save, self.step):
                         self.save()
                     if self.interruption.asked:
@@ -140,6 +144,14 @@ class Training:
         self.watch.monitor.flush()
         self.watch.bar.close()
         return ended
+
+    def _picture(self) -> None:
+        """Pictures for the log, which leave the run's random streams alone."""
+        if self.watch.monitor.on:
+            self.watch.digest(self.step)
+            streams = snapshot()
+            picture(self)
+            restore(streams)
 
     def _break_off(self) -> None:
         if self._within:

@@ -228,6 +228,7 @@ class Tuner:
         evaluate_every: int | None = None,
         checkpoint_every: int | None = None,
         log_every: int | None = None,
+        pictures_every: int | None = None,
         progress: bool = True,
     ) -> TuningResult:
         """Train to the end and leave the best weights in the model.
@@ -249,6 +250,9 @@ class Tuner:
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two entries in the log; by default 50, or a tenth of a second
                 where that is longer, so that logging costs next to nothing.
+            pictures_every: Steps between two what-if pictures in the log, one more at the end:
+                the loss that is predicted around each hyperparameter whose response is learned
+                (:class:`BestResponse`). Each costs tens of validation batches. By default none.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -278,6 +282,7 @@ class Tuner:
             plan = Plan(
                 total=total, every=self._every, score=score, save=checkpoint_every or score,
                 log=log_every or LOG, rest=0.0 if log_every else REST, patience=patience,
+                picture=pictures_every,
                 compile=self._compile, exploit=self._exploit,
             )  # fmt: skip
             training = self._training(plan, streams, val, device, saved is None)

@@ -154,7 +154,7 @@ class Watch:
     def _margins(self) -> list[tuple[str, float]]:
         """How far the last values of each hyperparameter scattered."""
         rows = []
-        for name, raw in self._raw(SCATTER).items():
+        for name, raw in self.raw(SCATTER).items():
             scale, spread = self._bilevel.hyper.hparams[name].bijection, raw.std(correction=0)
             ends = (scale.forward(raw[-1] + sign * spread) for sign in (-1, 1))
             rows += [
@@ -163,7 +163,7 @@ class Watch:
             ]
         return rows
 
-    def _raw(self, last: int | None = None) -> dict[str, Tensor]:
+    def raw(self, last: int | None = None) -> dict[str, Tensor]:
         """The raw course of each tuned hyperparameter."""
         known, found = self._bilevel.hyper.hparams, {}
         for name, values in self.history.hparams.items():
@@ -176,7 +176,7 @@ class Watch:
         hyper, state, found = self._bilevel.hyper, self._run.hyper, {}
         means = self._good.part(state.mean, self.leader).tolist()
         squares = self._good.part(state.square, self.leader).tolist()
-        course = self._raw()
+        course = self.raw()
         for at, name in enumerate(hyper.names):
             if name not in course:
                 continue

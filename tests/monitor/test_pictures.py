@@ -1,0 +1,66 @@
+"""What-if pictures. Truths: what was handed in, as matplotlib holds it; `predict` itself."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import selftune as st
+from selftune.monitor import pictures
+
+
+def test_curves_show_what_is_predicted() -> None:
+    figure = pictures.curves({"a": ([0.1, 1.0], [3.0, 2.0]), "b": ([0.0, 1.0], [1.0, 1.0])},
+                             {"a": 0.5, "b": 0.0})  # fmt: skip
+    first, second = figure.axes
+    assert first.lines[0].get_xydata().tolist() == [[0.1, 3.0], [1.0, 2.0]]
+    assert list(first.lines[1].get_xdata()) == [0.5, 0.5]
+    assert (first.get_xscale(), second.get_xscale()) == ("log", "linear")
+
+
+def test_a_plane_has_the_way() -> None:
+    losses = np.arange(6.0).reshape(2, 3)
+    figure = pictures.plane(
+        ("a", "b"), ([0.1, 0.2], [1.0, 2.0, 3.0]), losses, ([0.1, 0.15], [1.0, 2.0])
+    )
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.1, 1.0], [0.15, 2.0]]
+    assert figure.axes[0].get_xlim() == (0.1, 0.2)
+
+
+def test_histograms_count_all() -> None:
+    figure = pictures.histograms({"lr": [0.1] * 3 + [0.2] * 4})
+    assert sum(bar.get_height() for bar in figure.axes[0].patches) == 7
+
+
+@pytest.mark.parametrize("every", [None, 50])
+def test_they_come_into_the_log_and_change_nothing(every: int | None, tmp_path: Path) -> None:
+    """Law: a run with pictures is the run without, bit for bit."""
+
+    def run(pictures_every: int | None, folder: Path | None) -> Any:
+        torch.manual_seed(0)
+        x = torch.randn(256, 4)
+        data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+        loader = torch.utils.data.DataLoader(data, 16, shuffle=True)
+        model = torch.nn.Sequential(
+            st.nn.Dropout(0.1, "first"), torch.nn.Linear(4, 8), torch.nn.ReLU(),
+            st.nn.Dropout(0.1, "second"), torch.nn.Linear(8, 1),
+        )  # fmt: skip
+        tuner = st.Tuner(model, torch.nn.functional.mse_loss, compile=False)
+        return tuner.fit(
+            loader, val=0.25, steps=120, progress=False, log_dir=folder,
+            pictures_every=pictures_every,
+        )  # fmt: skip
+
+    result = run(every, tmp_path)
+    images = EventAccumulator(str(tmp_path), {"images": 0}).Reload()
+    tags = images.Tags()["images"]
+    if every is None:
+        assert tags == []
+        return
+    assert "what-if/each" in tags
+    assert any(" and " in tag for tag in tags)
+    assert [e.step for e in images.Images("what-if/each")] == [50, 100, 120]
+    np.testing.assert_array_equal(run(None, None).history["val_loss"], result.history["val_loss"])
