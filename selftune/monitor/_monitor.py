@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from selftune.monitor.recorders import NoRecorder, Row, as_recorder
 
 log = logging.getLogger("selftune")
+
+DISTINCT = 8
+"""Values of a hyperparameter that are told one by one; of more, their range."""
 
 
 class Monitor:
@@ -85,6 +89,12 @@ class Monitor:
         self.flush()
         self._try(lambda: self.recorder.figure(tag, figure, step))
 
+    def histograms(self, values: Mapping[str, Any], step: int) -> None:
+        """Write how those hyperparameters are spread that differ between many tensors."""
+        for name, some in values.items():
+            if isinstance(some, list) and len(set(some)) > DISTINCT:
+                self._try(partial(self.recorder.histogram, f"layers/{name}", some, step))
+
     def end(self, status: str) -> None:
         """Write what is buffered, and that the run has ended."""
         self.flush()
@@ -104,7 +114,7 @@ def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:
     if not isinstance(values, list):
         return [(f"{prefix}/{name}", float(values))]
     distinct = list(dict.fromkeys(values))
-    if len(distinct) <= 8:
+    if len(distinct) <= DISTINCT:
         return [(f"{prefix}/{name}/{i}", float(v)) for i, v in enumerate(distinct)]
     ordered = sorted(values)
     middle = ordered[len(ordered) // 2]

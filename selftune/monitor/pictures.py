@@ -55,15 +55,6 @@ def plane(
     return figure
 
 
-def histograms(values: Mapping[str, Sequence[float]]) -> Figure:
-    """How a hyperparameter that differs between tensors or groups is spread, a panel for each."""
-    figure, panels = _panels(len(values))
-    for axes, (name, some) in zip(panels, values.items(), strict=False):
-        axes.hist(some, bins=30)
-        axes.set(xlabel=name, ylabel="tensors")
-    return figure
-
-
 def _panels(count: int) -> tuple[Figure, list[Any]]:
     """A figure with panels in rows of four; drawn without a window."""
     try:

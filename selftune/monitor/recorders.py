@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from selftune.monitor.layout import layout
 
 
@@ -40,6 +42,9 @@ class AbstractRecorder(ABC):
 
     def figure(self, tag: str, figure: Any, step: int) -> None:  # noqa: B027
         """Take a matplotlib figure."""
+
+    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:  # noqa: B027
+        """Take how values are spread, for example learning rates of layers."""
 
     def resume(self, step: int) -> None:  # noqa: B027
         """Forget what was written after a step: the run goes on from there."""
@@ -245,6 +250,11 @@ class TensorBoard(AbstractRecorder):
         if self._whole():
             self.writer.add_figure(tag, figure, step)
 
+    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
+        """Write it."""
+        if self._whole():
+            self.writer.add_histogram(tag, np.asarray(values), step)
+
     def resume(self, step: int) -> None:
         """Tell TensorBoard to drop what it knows of later steps."""
         self._purge = step + 1
@@ -328,6 +338,11 @@ class Several(AbstractRecorder):
         """To all."""
         for recorder in self.recorders:
             recorder.figure(tag, figure, step)
+
+    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
+        """To all."""
+        for recorder in self.recorders:
+            recorder.histogram(tag, values, step)
 
     def resume(self, step: int) -> None:
         """To all."""

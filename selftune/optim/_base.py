@@ -39,6 +39,8 @@ from selftune.update import Update
 
 log = logging.getLogger("selftune")
 
+LAYERS = 20  # hyperparameter steps from one histogram of layers to the next
+
 Params = nn.Module | Iterable[Any]
 Closure = Callable[[], Tensor]
 
@@ -284,6 +286,8 @@ class SelfTuned(torch.optim.Optimizer):
                 if self._reported is not None:
                     rows.append(("gap/val-train", loss.detach() - self._reported))
                 engine.monitor.scalars(rows, clock.steps)
+                if clock.steps // engine.every % LAYERS == 0:
+                    engine.monitor.histograms(self.hparams, clock.steps)
         return loss
 
     @contextmanager
@@ -330,6 +334,7 @@ class SelfTuned(torch.optim.Optimizer):
         engine = self._engine
         ends = [(f"end/{n}", v) for n, v in plain_rows(self.hparams)]
         engine.monitor.scalars(ends, engine.clock.steps)
+        engine.monitor.histograms(self.hparams, engine.clock.steps)
         engine.monitor.end("finished")
 
     @property

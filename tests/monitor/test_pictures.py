@@ -30,11 +30,6 @@ def test_a_plane_has_the_way() -> None:
     assert figure.axes[0].get_xlim() == (0.1, 0.2)
 
 
-def test_histograms_count_all() -> None:
-    figure = pictures.histograms({"lr": [0.1] * 3 + [0.2] * 4})
-    assert sum(bar.get_height() for bar in figure.axes[0].patches) == 7
-
-
 @pytest.mark.parametrize("every", [None, 50])
 def test_they_come_into_the_log_and_change_nothing(every: int | None, tmp_path: Path) -> None:
     """Law: a run with pictures is the run without, bit for bit."""

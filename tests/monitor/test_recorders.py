@@ -151,6 +151,30 @@ def test_everything_a_tuner_tells(tmp_path: Path) -> None:
         assert present[step] <= highs[step] * (1 + 1e-9)
 
 
+def test_many_layers_are_summed_up(tmp_path: Path) -> None:
+    """Law: 30 tensors with rates of their own give a range and a histogram, not 30 charts."""
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(15)])
+    x = torch.randn(32, 4)
+    opt = st.SGD(model, lr=0.01, per={"lr": "tensor"}, probe=False, log_dir=tmp_path)
+    for _ in range(60):
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+        opt.hyper_step(lambda: (model(x) - 1).square().mean())
+    opt.finish()
+    read = EventAccumulator(str(tmp_path), {"histograms": 0, "scalars": 0}).Reload()
+    told = {t for t in read.Tags()["scalars"] if t.startswith("hyper/lr")}
+    assert told <= {"hyper/lr", *(f"hyper/lr/{i}" for i in range(8)), "hyper/lr/lowest",
+                    "hyper/lr/median", "hyper/lr/highest"}  # fmt: skip
+    assert read.Tags()["histograms"] == ["layers/lr"]
+    last = read.Histograms("layers/lr")[-1].histogram_value
+    rates = [v for v in opt.hparams["lr"]]
+    assert (last.num, last.min, last.max) == (30, min(rates), max(rates))
+
+
 def test_a_run_that_fails_says_so() -> None:
     import torch
 
