@@ -26,7 +26,7 @@ def picture(training: Training) -> None:
     if training.fused.followed is None:
         return
     courses = watch.history.hparams
-    raw = {n: watch.raw()[n] for n in training.bilevel.followed if n in courses}
+    raw = {n: watch.telling.raw()[n] for n in training.bilevel.followed if n in courses}
     names = sorted(raw, key=lambda n: -float(raw[n].max() - raw[n].min()))[:MOST]
     if not names:
         return
@@ -36,11 +36,11 @@ def picture(training: Training) -> None:
         near = hparam.bijection.forward(raw[name][-1] + AROUND)
         around[name] = sorted(set(near.clamp(hparam.lower, hparam.upper).tolist()))
     found = {n: (around[n], predict(training, {n: around[n]}, BATCHES).tolist()) for n in names}
-    watch.monitor.figure("what-if/each", pictures.curves(found, now), training.step)
+    watch.telling.monitor.figure("what-if/each", pictures.curves(found, now), training.step)
     if len(names) > 1:
         one, other = names[:2]
         losses = predict(training, {one: around[one], other: around[other]}, BATCHES)
         drawn = pictures.plane(
             (one, other), (around[one], around[other]), losses, (courses[one], courses[other])
         )
-        watch.monitor.figure(f"what-if/{one} and {other}", drawn, training.step)
+        watch.telling.monitor.figure(f"what-if/{one} and {other}", drawn, training.step)

@@ -141,13 +141,13 @@ class Training:
                 ended = "interrupted"
                 self._break_off()
         self.watch.digest(self.step)
-        self.watch.monitor.flush()
+        self.watch.telling.monitor.flush()
         self.watch.bar.close()
         return ended
 
     def _picture(self) -> None:
         """Pictures for the log, which leave the run's random streams alone."""
-        if self.watch.monitor.on:
+        if self.watch.telling.monitor.on:
             self.watch.digest(self.step)
             streams = snapshot()
             picture(self)
@@ -195,7 +195,7 @@ class Training:
         yield
         self.step += 1
         self._within = False
-        self.watch.clocked(time.perf_counter() - begun, tune)
+        self.watch.telling.clocked(time.perf_counter() - begun, tune)
 
     def _decide(self) -> None:
         """Compile if asked to, or if the first eager steps say that it will pay."""
@@ -221,7 +221,7 @@ class Training:
 
     def _evaluate(self) -> Progress:
         self.watch.digest(self.step)
-        monitor, leader = self.watch.monitor, self.watch.leader
+        monitor, leader = self.watch.telling.monitor, self.watch.leader
         scores, last = self.scorer.score(self.fused.run, self.val, leader, last=monitor.on)
         history = self.watch.history
         history.score(self.step, scores)
@@ -266,7 +266,7 @@ class Training:
         best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.good, saved)
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
-        monitor = self.watch.monitor
+        monitor = self.watch.telling.monitor
         monitor.scalars([(f"end/{n}", v) for n, v in known.items()], self.step)
         monitor.scalar("final/loss", best, self.step)
         if monitor.on and verdicts:

@@ -291,7 +291,7 @@ class Tuner:
             if saved is not None:
                 training.load(*saved)
             targets = [t for t in (log_dir, recorder) if t is not None]
-            monitor = training.watch.monitor = Monitor(targets or None)
+            monitor = training.watch.telling.monitor = Monitor(targets or None)
             training.folder = folder
             if saved is None:
                 monitor.begin(training.watch.hparams(), training.bilevel.hyper.names)

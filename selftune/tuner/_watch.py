@@ -14,15 +14,15 @@ from tqdm import tqdm
 
 from selftune.bilevel import Bilevel, Run
 from selftune.guard import Guard
-from selftune.monitor import Agreement, Monitor, Verdict, hyper_rows, judge
+from selftune.monitor import Verdict
 from selftune.tuner._good import Good
 from selftune.tuner._result import History
+from selftune.tuner._telling import Telling
 from selftune.tuning import MOMENTA
 
 log = logging.getLogger("selftune")
 
 YOUNG = 200  # steps in which a network may be found dead
-SCATTER = 20  # hyperparameter steps whose scatter is the margin of a value
 LOOK = 0.2  # seconds between two looks at the progress bar's text
 
 
@@ -44,7 +44,7 @@ class Watch:
         guards: One for each member.
         since: The step after which hyperparameter steps are counted.
         leader: The member with the lowest recent validation loss.
-        monitor: The log.
+        telling: The log.
         bar: The progress bar.
     """
 
@@ -62,15 +62,12 @@ class Watch:
         self.history = History()
         self.guards = [Guard() for _ in range(members or 1)]
         self.since = self.leader = 0
-        self.monitor = Monitor(None)
+        self.telling = Telling(bilevel, run, good, self.history, rest)
         self.bar: tqdm[Any] = tqdm(disable=True)
         self._bilevel, self._run, self._good = bilevel, run, good
         self._many, self._guarded, self._due = members is not None, guarded, due
-        self._rest, self._noted = rest, -math.inf
         self._compare = compare
         self._kept_at = [0] * len(self.guards)  # steps after which weights were good
-        self._agreement = Agreement()
-        self._plain, self._tuning = [0.0, 0], [0.0, 0]  # seconds and steps without, with tuning
         self._losses: list[Tensor] = []
         self._told: list[tuple[int, Tensor]] = []
         self._looked = 0.0
@@ -116,77 +113,13 @@ class Watch:
 
     def _show(self, step: int, loss: float, outer: float, values: dict[str, float]) -> None:
         """The log and the progress bar, no more often than they are looked at."""
+        if self._due(step):
+            self.telling.tuned(step, loss, outer, values, self.leader, self._standing(self.leader))
         now = time.monotonic()
-        if self.monitor.on and self._due(step) and now - self._noted >= self._rest:
-            self._noted = now
-            state = self._run.hyper
-            mean, square = (
-                self._good.part(t, self.leader).cpu() for t in (state.mean, state.square)
-            )
-            ratio = mean.abs() / square.sqrt()
-            signals = {n: (mean[i : i + 1], ratio[i : i + 1]) for i, n in enumerate(values)}
-            self.monitor.scalars([("train/loss", loss), ("gap/val-train", outer - loss)], step)
-            self.monitor.scalars(hyper_rows(outer, values, signals), step)
-            self.monitor.scalars(self._margins(), step)
-            raw = self._good.part(state.raw, self.leader).tolist()
-            standing = self._standing(self.leader)
-            self.monitor.scalars(self._agreement.look(mean.tolist(), raw, standing), step)
-            self.monitor.scalars(self._overhead(), step)
         if now - self._looked > LOOK:
             self._looked = now
             shown = {n: f"{v:.2g}" for n, v in values.items()}
             self.bar.set_postfix(loss=f"{loss:.3f}", val=f"{outer:.3f}", **shown, refresh=False)
-
-    def clocked(self, seconds: float, tuned: bool) -> None:
-        """Take the time of a step."""
-        kind = self._tuning if tuned else self._plain
-        kind[0] += seconds
-        kind[1] += 1
-
-    def _overhead(self) -> list[tuple[str, float]]:
-        """The share of time that steps took because some of them tune."""
-        (plain, count), (tuning, more) = self._plain, self._tuning
-        self._plain, self._tuning = [0.0, 0], [0.0, 0]
-        if not count or not more:
-            return []
-        return [("cost/overhead", 1 - plain / count * (count + more) / (plain + tuning))]
-
-    def _margins(self) -> list[tuple[str, float]]:
-        """How far the last values of each hyperparameter scattered."""
-        rows = []
-        for name, raw in self.raw(SCATTER).items():
-            scale, spread = self._bilevel.hyper.hparams[name].bijection, raw.std(correction=0)
-            ends = (scale.forward(raw[-1] + sign * spread) for sign in (-1, 1))
-            rows += [
-                (f"margin/{name}/{end}", float(value))
-                for end, value in zip(("low", "high"), ends, strict=True)
-            ]
-        return rows
-
-    def raw(self, last: int | None = None) -> dict[str, Tensor]:
-        """The raw course of each tuned hyperparameter."""
-        known, found = self._bilevel.hyper.hparams, {}
-        for name, values in self.history.hparams.items():
-            some = torch.tensor(values if last is None else values[-last:], dtype=torch.float64)
-            found[name] = known[name].bijection.inverse(some)
-        return found
-
-    def verdicts(self) -> dict[str, Verdict]:
-        """What has become of each tuned hyperparameter so far."""
-        hyper, state, found = self._bilevel.hyper, self._run.hyper, {}
-        means = self._good.part(state.mean, self.leader).tolist()
-        squares = self._good.part(state.square, self.leader).tolist()
-        course = self.raw()
-        for at, name in enumerate(hyper.names):
-            if name not in course:
-                continue
-            hparam, raw = hyper.hparams[name], course[name].tolist()
-            snr = abs(means[at]) / math.sqrt(squares[at]) if squares[at] > 0 else math.nan
-            ends = torch.tensor([hparam.lower, hparam.upper], dtype=torch.float64)
-            low, high = hparam.bijection.inverse(ends).tolist()
-            value = self.history.hparams[name][-1]
-            found[name] = judge(name, raw, snr, (low, high), value, means[at])
-        return found
 
     # going wrong, and back
 
@@ -237,13 +170,17 @@ class Watch:
             else "unchanged, since it is not tuned",
         )  # fmt: skip
         self.history.rollbacks.append(step)
-        self.monitor.scalar("guard/events", len(self.history.rollbacks), step)
+        self.telling.monitor.scalar("guard/events", len(self.history.rollbacks), step)
         if not self._many:
             self.history.undone.append([self._kept_at[member], step])
             self._kept_at[member] = step
         self.note(step)
 
     # the present hyperparameters
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """What has become of each tuned hyperparameter so far."""
+        return self.telling.verdicts(self.leader)
 
     def _tuned_values(self) -> dict[str, float]:
         raw = self._good.part(self._run.hyper.raw, self.leader)
@@ -253,7 +190,7 @@ class Watch:
         """Note hyperparameters that something else than a hyperparameter step has set."""
         values = self._tuned_values()
         self.history.hyper(step, math.nan, values)
-        self.monitor.scalars([(f"hyper/{n}", v) for n, v in values.items()], step)
+        self.telling.monitor.scalars([(f"hyper/{n}", v) for n, v in values.items()], step)
 
     def hparams(self) -> dict[str, float]:
         """All hyperparameters as they are now; the learning rate is the tuned peak."""
@@ -273,7 +210,7 @@ class Watch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        self.history = History(**state["history"])
+        vars(self.history).update(state["history"])  # others hold it too
         for guard, saved in zip(self.guards, state["guards"], strict=True):
             guard.load_state_dict(saved)
         self.since, self.leader = state["since"], state["leader"]
