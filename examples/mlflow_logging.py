@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import selftune as st
 
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions prefer a database
-import mlflow  # noqa: E402 - it reads the variable when it is imported
+import mlflow
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
