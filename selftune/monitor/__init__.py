@@ -1,19 +1,17 @@
 """Inspection of a run: what it tells while it trains, where that goes, and what it means."""
 
+from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
 from selftune.monitor.agreement import Agreement
 from selftune.monitor.recorders import (
     JSONL,
-    AbstractRecorder,
     InMemory,
     Listener,
-    NoRecorder,
-    Row,
     Several,
-    TensorBoard,
     as_recorder,
     read_jsonl,
 )
+from selftune.monitor.tensorboard import TensorBoard
 from selftune.monitor.verdicts import Verdict, judge
 
 __all__ = [

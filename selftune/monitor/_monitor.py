@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.monitor.recorders import NoRecorder, Row, as_recorder
+from selftune.monitor._base import NoRecorder, Row
+from selftune.monitor.recorders import as_recorder
 
 log = logging.getLogger("selftune")
 

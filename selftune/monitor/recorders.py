@@ -1,63 +1,15 @@
-"""Where a run's log goes: TensorBoard, memory, a file of JSON lines, a function."""
+"""Where a run's log goes beside TensorBoard: memory, a file of JSON lines, a function."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from selftune.monitor.layout import layout
-
-
-class Row(NamedTuple):
-    """A number of the log."""
-
-    tag: str
-    value: float
-    step: int
-
-
-class AbstractRecorder(ABC):
-    """Takes a run's log, block by block.
-
-    To make another one only ``scalars`` must be written; what else it is told is left alone then.
-    Methods may raise OSError: logging then stops, with a warning, and training goes on.
-    """
-
-    @abstractmethod
-    def scalars(self, rows: Sequence[Row]) -> None:
-        """Take a block of numbers."""
-
-    def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:  # noqa: B027
-        """Take the hyperparameters a run starts with, and which of them are tuned."""
-
-    def text(self, tag: str, text: str, step: int) -> None:  # noqa: B027
-        """Take a text in Markdown."""
-
-    def figure(self, tag: str, figure: Any, step: int) -> None:  # noqa: B027
-        """Take a matplotlib figure."""
-
-    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:  # noqa: B027
-        """Take how values are spread, for example learning rates of layers."""
-
-    def resume(self, step: int) -> None:  # noqa: B027
-        """Forget what was written after a step: the run goes on from there."""
-
-    def end(self, status: str) -> None:  # noqa: B027
-        """Take note of the end: ``"finished"``, ``"stopped"``, ``"interrupted"``, ``"failed"``."""
-
-
-class NoRecorder(AbstractRecorder):
-    """Keeps nothing."""
-
-    def scalars(self, rows: Sequence[Row]) -> None:
-        """Nothing."""
+from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
+from selftune.monitor.tensorboard import TensorBoard
 
 
 class InMemory(AbstractRecorder):
@@ -187,104 +139,6 @@ class Listener(AbstractRecorder):
             steps.setdefault(step, {})[tag] = value
         for step, values in steps.items():
             self.function(values, step)
-
-
-class TensorBoard(AbstractRecorder):
-    """Writes event files: scalars, their layout, texts, figures and the HParams dashboard.
-
-    The session's start is written at the beginning and its end at the end, in the run's own
-    folder, without a description of the experiment: the dashboard then shows the union of all
-    runs' columns.
-
-    Args:
-        target: A folder; or a ``SummaryWriter``, or anything with its ``add_scalar`` and ``flush``.
-    """
-
-    def __init__(self, target: str | Path | Any) -> None:
-        self._folder = target if isinstance(target, (str, Path)) else None
-        self._writer = None if self._folder is not None else target
-        self._purge: int | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copied run goes on writing to the same folder; an open writer is not copied."""
-        return {**self.__dict__, "_writer": None}
-
-    @property
-    def writer(self) -> Any:
-        """Opened when something is first written."""
-        if self._writer is None:
-            if self._folder is None:
-                raise OSError("a copied run does not keep the writer it was given")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
-        return self._writer
-
-    def scalars(self, rows: Sequence[Row]) -> None:
-        """Write them."""
-        for tag, value, step in rows:
-            self.writer.add_scalar(tag, value, step)
-        self.writer.flush()
-
-    def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
-        """Write the session's start and the layout of the custom scalars."""
-        if not self._whole():
-            return
-        from tensorboard.plugins.hparams import metadata
-        from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
-
-        start = SessionStartInfo(start_time_secs=time.time())
-        for name, value in hparams.items():
-            start.hparams[f"start/{name}"].number_value = value
-        self._session(metadata.SESSION_START_INFO_TAG, session_start_info=start)
-        self.writer.add_custom_scalars(layout(tuned))
-        self.writer.flush()
-
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Write it."""
-        if self._whole():
-            self.writer.add_text(tag, text, step)
-
-    def figure(self, tag: str, figure: Any, step: int) -> None:
-        """Write it as an image."""
-        if self._whole():
-            self.writer.add_figure(tag, figure, step)
-
-    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        """Write it."""
-        if self._whole():
-            self.writer.add_histogram(tag, np.asarray(values), step)
-
-    def resume(self, step: int) -> None:
-        """Tell TensorBoard to drop what it knows of later steps."""
-        self._purge = step + 1
-
-    def end(self, status: str) -> None:
-        """Write the session's end."""
-        if not self._whole():
-            return
-        from tensorboard.plugins.hparams import api_pb2, metadata
-        from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
-
-        well = status in ("finished", "stopped")
-        code = api_pb2.STATUS_SUCCESS if well else api_pb2.STATUS_FAILURE
-        end = SessionEndInfo(status=code, end_time_secs=time.time())
-        self._session(metadata.SESSION_END_INFO_TAG, session_end_info=end)
-        self.writer.flush()
-
-    def _session(self, tag: str, **info: Any) -> None:
-        """Write what the HParams dashboard reads, whose own writer needs TensorFlow."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.plugins.hparams import metadata
-        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-        about = metadata.create_summary_metadata(HParamsPluginData(**info))
-        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
-        self.writer.file_writer.add_summary(Summary(value=[value]))
-
-    def _whole(self) -> bool:
-        """Whether it is a SummaryWriter; something like one takes scalars only."""
-        return self._folder is not None or hasattr(self._writer, "file_writer")
 
 
 def as_recorder(target: Any) -> AbstractRecorder:
