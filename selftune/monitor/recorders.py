@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor.tensorboard import TensorBoard
+
+log = logging.getLogger("selftune")
 
 
 class InMemory(AbstractRecorder):
@@ -168,42 +171,45 @@ def as_recorder(target: Any) -> AbstractRecorder:
 
 
 class Several(AbstractRecorder):
-    """Hands everything to several recorders."""
+    """Hands everything to several recorders; one that fails is left out from then on."""
 
     def __init__(self, recorders: Sequence[AbstractRecorder]) -> None:
         self.recorders = list(recorders)
 
     def scalars(self, rows: Sequence[Row]) -> None:
         """To all."""
-        for recorder in self.recorders:
-            recorder.scalars(rows)
+        self._each("scalars", rows)
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """To all."""
-        for recorder in self.recorders:
-            recorder.begin(hparams, tuned)
+        self._each("begin", hparams, tuned)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """To all."""
-        for recorder in self.recorders:
-            recorder.text(tag, text, step)
+        self._each("text", tag, text, step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """To all."""
-        for recorder in self.recorders:
-            recorder.figure(tag, figure, step)
+        self._each("figure", tag, figure, step)
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
         """To all."""
-        for recorder in self.recorders:
-            recorder.histogram(tag, values, step)
+        self._each("histogram", tag, values, step)
 
     def resume(self, step: int) -> None:
         """To all."""
-        for recorder in self.recorders:
-            recorder.resume(step)
+        self._each("resume", step)
 
     def end(self, status: str) -> None:
         """To all."""
-        for recorder in self.recorders:
-            recorder.end(status)
+        self._each("end", status)
+
+    def _each(self, method: str, *args: Any) -> None:
+        for recorder in list(self.recorders):
+            try:
+                getattr(recorder, method)(*args)
+            except OSError as error:
+                self.recorders.remove(recorder)
+                if not self.recorders:
+                    raise
+                log.warning("%s no longer logs: %s", type(recorder).__name__, error)

@@ -83,6 +83,18 @@ def test_several_listen() -> None:
         as_recorder(3)
 
 
+def test_one_that_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    memory = InMemory()
+    monitor = Monitor([JSONL(tmp_path / "file" / "run.jsonl"), memory])
+    monitor.begin({}, [])
+    monitor.scalar("loss", 1.0, 1)
+    monitor.end("finished")
+    assert memory.curve("loss") == ([1], [1.0])
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert monitor.on
+
+
 def test_writing_that_fails_ends_logging_not_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
