@@ -9,7 +9,7 @@ Source: MacKay et al. 2019, equation 14; Bae & Grosse 2020, section 3.3.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,19 +54,20 @@ class Structured(NamedTuple):
         """Of a vector of weights: its entries, or what each row has of it."""
         return along.reshape(-1) if self.free else (self.rows * along.view_as(self.rows)).sum(1)
 
-    def learned(self, push: Tensor, jump: Tensor, move: Tensor, memory: Tensor) -> Structured:
+    def learned(self, push: Tensor, jump: Tensor, move: Tensor, memory: Any) -> Structured:
         """After a step towards ``J δ + push + jump`` along δ.
 
         Lengths follow a jump at once, and a push bit by bit, as the weights follow a gradient
-        through momentum: the response is then stable where training is. What V's rows have no
-        part of turns them, normalised by how far the row reaches, so that it does not depend on
-        the scale of the response.
+        through momentum: along one hyperparameter the response is then stable where training is,
+        along several, whose δ change signs, up to lower curvatures. What V's rows have no part of
+        turns them, normalised by how far the row reaches, so that it does not depend on the scale
+        of the response.
 
         Args:
             push: Wanted of J δ in time, in the shape of the parameter.
             jump: Wanted of J δ now, likewise.
             move: δ, of entries ±σ.
-            memory: How much of the speed is left a step later, shape ().
+            memory: How much of the speed is left a step later: a number, or a tensor of shape ().
         """
         unit = move / move.square().mean()
         speed = memory * self.speed + (1 - memory) * torch.outer(self._lengths(push), unit)

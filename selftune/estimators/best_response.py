@@ -151,9 +151,10 @@ class BestResponse(AbstractEstimator):
         push, jump = (torch.where(fine, c, 0.0) for c in (push, jump))
         # A period of the signs must be short against how fast J can swing.
         least = 1 - 1 / (8 * len(move)) if len(move) > 2 else 0.0
-        kept = torch.as_tensor(_memory(problem, point, hparams)).clamp_min(least)
+        beta = _memory(problem, point, hparams)
+        kept = beta.clamp_min(least) if isinstance(beta, Tensor) else max(beta, least)
         learning = zip(memory.tensors, problem.views(push), problem.views(jump), strict=True)
-        tensors = [t.learned(p, j, move, kept.to(p.dtype)) for t, p, j in learning]
+        tensors = [t.learned(p, j, move, kept) for t, p, j in learning]
         size = torch.stack([t.square() for t in tensors]).sum(0).sqrt()
         most = FARTHEST * point.params.norm() / size.clamp_min(torch.finfo(size.dtype).tiny)
         return Response([t.scaled(most.clamp_max(1)) for t in tensors], memory.steps + 1)

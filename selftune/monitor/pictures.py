@@ -57,12 +57,8 @@ def plane(
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:
     """A figure with panels in rows of four; drawn without a window."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib: pip install matplotlib (extra report)"
-        ) from error
+    from matplotlib.figure import Figure
+
     wide, rows = min(count, 4), -(-count // 4)
     figure = Figure(figsize=(4 * wide + 1, 3 * rows), layout="constrained")
     return figure, list(figure.subplots(rows, wide, squeeze=False).flat)

@@ -85,10 +85,14 @@ class JSONL(AbstractRecorder):
         self._append([{"tag": tag, "text": text, "step": step}])
 
     def resume(self, step: int) -> None:
-        """Leave out lines of later steps, and a last one that a kill cut short."""
+        """Leave out lines of later steps, the end, and a last one that a kill cut short."""
         if not self.path.exists():
             return
-        kept = [row for row in read_jsonl(self.path) if row.get("step", 0) <= step]
+        kept = [
+            row
+            for row in read_jsonl(self.path)
+            if row.get("step", 0) <= step and "status" not in row
+        ]
         fresh = self.path.with_suffix(".tmp")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         fresh.replace(self.path)
@@ -99,8 +103,9 @@ class JSONL(AbstractRecorder):
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        block = "".join(json.dumps(line) + "\n" for line in lines)
+        with self.path.open("ab", buffering=0) as file:  # one write, so that it stays whole
+            file.write(block.encode())
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

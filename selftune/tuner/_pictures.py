@@ -26,7 +26,7 @@ def picture(training: Training) -> None:
     if training.fused.followed is None:
         return
     courses = watch.history.hparams
-    raw = {n: watch.telling.raw()[n] for n in training.bilevel.followed if n in courses}
+    raw = {n: r for n, r in watch.telling.raw().items() if n in training.bilevel.followed}
     names = sorted(raw, key=lambda n: -float(raw[n].max() - raw[n].min()))[:MOST]
     if not names:
         return

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,14 @@ class Tuner:
             )
         if callable(callbacks):
             raise TypeError(f"callbacks={callbacks!r} must be a sequence: [{callbacks!r}]")
+        for name, interval in (("log_every", log_every), ("pictures_every", pictures_every)):
+            if interval is not None and interval < 1:
+                raise ValueError(f"{name}={interval} must be at least 1")
+        if pictures_every is not None and find_spec("matplotlib") is None:
+            raise ImportError(
+                f"pictures_every={pictures_every} needs matplotlib: pip install matplotlib "
+                "(extra report)"
+            )
         folder = None if log_dir is None else Path(log_dir)
         saved = self._find(resume, folder)
         if isinstance(val, (int, float)):

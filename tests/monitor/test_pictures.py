@@ -30,6 +30,14 @@ def test_a_plane_has_the_way() -> None:
     assert figure.axes[0].get_xlim() == (0.1, 0.2)
 
 
+@pytest.mark.parametrize("name", ["log_every", "pictures_every"])
+def test_intervals_that_are_none_are_refused(name: str) -> None:
+    tuner = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss)
+    batches = [(torch.ones(2, 4), torch.ones(2, 1))]
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        tuner.fit(batches, batches, steps=5, **{name: 0})
+
+
 @pytest.mark.parametrize("every", [None, 50])
 def test_they_come_into_the_log_and_change_nothing(every: int | None, tmp_path: Path) -> None:
     """Law: a run with pictures is the run without, bit for bit."""

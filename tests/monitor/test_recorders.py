@@ -50,6 +50,7 @@ def test_a_resumed_run_doubles_no_step(kind: str, tmp_path: Path) -> None:
     }[kind]  # fmt: skip
     first = make()
     first.scalars([Row("loss", float(s), s) for s in range(6)])
+    first.end("failed")
     again = first if kind == "memory" else make()
     again.resume(2)
     again.scalars([Row("loss", 10.0 * s, s) for s in range(3, 6)])
