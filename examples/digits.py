@@ -111,5 +111,5 @@ with opt.averaged():  # evaluate, and save, at the averaged weights
 for label, (val_loss, _), (test_loss, accuracy) in rows:
     print(f"{label:20} {val_loss:16.3f} {test_loss:11.3f} {accuracy:15.1%}")
 
-opt.flush()
+opt.finish()
 print(f"\nLook at the run:  tensorboard --logdir {args.log_dir}")

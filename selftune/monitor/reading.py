@@ -30,7 +30,8 @@ class Log:
                 if end:
                     curve = ([*curve[0], end[0][-1]], [*curve[1], end[1][-1]])
                 codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
-                told = KINDS[int(codes[-1])] if codes else "running"
+                unjudged = "ended" if end else "running"
+                told = KINDS[int(codes[-1])] if codes else unjudged
                 found.append(line(name, curve, told))
         return found
 
@@ -46,21 +47,23 @@ def read(folder: str | Path) -> Log:
     """The log in a folder.
 
     Args:
-        folder: With TensorBoard's event files, or a file of JSON lines itself.
+        folder: With TensorBoard's event files; or such a file, or one of JSON lines, itself.
 
     Raises:
         FileNotFoundError: Nothing was logged there.
     """
     path = Path(folder)
-    if path.is_file():
+    events_file = path.is_file() and "tfevents" in path.name
+    if path.is_file() and not events_file:
         rows = [r for r in read_jsonl(path) if r.get("value") is not None]
         found: dict[str, tuple[list[float], list[float]]] = {}
         for row in rows:
             steps, values = found.setdefault(row["tag"], ([], []))
             steps.append(row["step"])
             values.append(row["value"])
-        return Log(dict(found))
-    if not list(path.glob("events.out.tfevents.*")):
+        if found:
+            return Log(dict(found))
+    if not events_file and not list(path.glob("events.out.tfevents.*")):
         raise FileNotFoundError(
             f"{path}: no log of a run there: pass a log_dir, or a file that JSONL wrote"
         )

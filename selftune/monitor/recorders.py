@@ -111,11 +111,13 @@ class JSONL(AbstractRecorder):
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a log; one that was cut short is left out."""
     found = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text("utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:  # a process was killed while it wrote
             continue
+        if isinstance(row, dict):
+            found.append(row)
     return found
 
 

@@ -92,6 +92,15 @@ def test_the_console_compares_runs_and_names_what_is_none(
     assert f"{tmp_path}: no log of a run" in err
 
 
+def test_files_that_are_no_log_are_survived(finished: Any, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"\xfe\x00\x80\n1\n[2]")
+    (events,) = [p for p in finished.folder.glob("*tfevents*") if p.suffix != ".end"]
+    assert main(["show", str(tmp_path / "weights.pt"), str(events)]) == 1
+    out, err = capsys.readouterr()
+    assert "weights.pt: no log of a run" in err
+    assert "weight_decay" in out
+
+
 def test_a_killed_run_can_be_read(tmp_path: Path) -> None:
     """Truth: a process that kills itself by SIGKILL in the middle of training."""
     code = f"""
