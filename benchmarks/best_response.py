@@ -103,12 +103,12 @@ def own_loop(make: Made, mode: str, perturb: str) -> Callable[[Batch], None]:
     def step(batch: Batch) -> None:
         nonlocal taken
         x, y = batch
-        optimizer.zero_grad()
         if mode == "stn":
             F.cross_entropy(net(x), y).backward()
         else:
             st.hypernet.delta_backward(net, lambda out: F.cross_entropy(out, y), x)
         optimizer.step()
+        optimizer.zero_grad()  # not needed in hyperparameter steps, and as large as the weights
         taken += 1
         if taken % EVERY == 0:
             with net.tuning():

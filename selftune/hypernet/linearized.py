@@ -51,14 +51,13 @@ def delta_backward(
     """
     if not net.training:
         raise ValueError("net is in evaluation mode: call net.train() before training passes")
-    centre = net.centred(args, kwargs)
-    value = loss(centre)
-    value.backward()
-    delta, net._present = net.perturbation(args, kwargs)
+    delta, net._present = net.perturbation(args, kwargs)  # first, while there are no gradients yet
     if net.report.per_example:
         _by_example(net, loss, delta, args, kwargs)
     else:
         _by_batch(net, loss, delta, args, kwargs)
+    value = loss(net.centred(args, kwargs))
+    value.backward()
     return value.detach()
 
 
@@ -104,9 +103,12 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
             tangent = (net.at(delta, args, kwargs, beside) - out) / step
     there = (out.detach() if tangent is None else out.detach() + tangent.detach()).requires_grad_()
     (slope,) = torch.autograd.grad(loss(there), there)
-    grads = torch.autograd.grad(out, list(held.values()), slope, allow_unused=True)
+    moves.clear()  # what is as large as the weights goes before there is more of it
+    dual = beside = tangent = None  # noqa: F841
+    grads = list(torch.autograd.grad(out, list(held.values()), slope, allow_unused=True))
     move = delta / net.unit
-    for place, grad in zip(net._places, grads, strict=True):
+    for place in net._places:
+        grad = grads.pop(0)
         if grad is None:
             continue
         gains = net.gains[place.key]
@@ -116,11 +118,11 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
         rows = net.rows[place.key]
         grad = grad.reshape(rows.shape)
         lengths = (rows.detach() * grad).sum(1)
-        across = (gains.detach() @ move)[:, None] * grad
+        across = grad.mul_((gains.detach() @ move)[:, None])
         _accumulate([gains, rows], [torch.outer(lengths, move), across])
 
 
 def _accumulate(params: Any, grads: Any) -> None:
     for param, grad in zip(params, grads, strict=True):
         if grad is not None:
-            param.grad = grad if param.grad is None else param.grad + grad
+            param.grad = grad if param.grad is None else param.grad.add_(grad)
