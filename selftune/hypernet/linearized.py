@@ -91,8 +91,9 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
 
     try:
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            dual = {n: forward_ad.make_dual(held[n], moves[n]) for n in moves}
-            out, tangent = forward_ad.unpack_dual(net.at(delta, args, kwargs, dual))
+            along = {n: forward_ad.make_dual(held[n], moves[n]) for n in held}
+            out, tangent = forward_ad.unpack_dual(net.at(delta, args, kwargs, along))
+            along.clear()
     except NotImplementedError:
         rewind()
         step = torch.finfo(delta.dtype).eps ** 0.5
@@ -104,7 +105,7 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
     there = (out.detach() if tangent is None else out.detach() + tangent.detach()).requires_grad_()
     (slope,) = torch.autograd.grad(loss(there), there)
     moves.clear()  # what is as large as the weights goes before there is more of it
-    dual = beside = tangent = None  # noqa: F841
+    del tangent
     grads = list(torch.autograd.grad(out, list(held.values()), slope, allow_unused=True))
     move = delta / net.unit
     for place in net._places:
