@@ -29,7 +29,12 @@ class Log:
                 end = self.curves.get(f"end/{name}")
                 if end:
                     curve = ([*curve[0], end[0][-1]], [*curve[1], end[1][-1]])
-                codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
+                whole = name.rpartition("/")[0]  # of many values, whose verdict is a common one
+                codes = next(
+                    (self.curves[f"verdict/{n}"][1] for n in (name, whole)
+                     if f"verdict/{n}" in self.curves),
+                    (),
+                )  # fmt: skip
                 unjudged = "ended" if end else "running"
                 told = KINDS[int(codes[-1])] if codes else unjudged
                 found.append(line(name, curve, told))

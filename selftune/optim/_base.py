@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
 from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam
-from selftune.monitor import Monitor, hyper_rows, plain_rows
+from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._checks import (
@@ -32,14 +33,13 @@ from selftune.optim._outer import outer_gradients
 from selftune.optim._ranks import Ranks, is_sharded
 from selftune.optim._saving import check_state, pack, unpack
 from selftune.optim._stepper import AbstractStepper, Opaque
+from selftune.optim._telling import Telling
 from selftune.probe import Probe, probe_steps
 from selftune.schedules import Schedule
 from selftune.tuning import Tuning
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
-
-LAYERS = 20  # hyperparameter steps from one histogram of layers to the next
 
 Params = nn.Module | Iterable[Any]
 Closure = Callable[[], Tensor]
@@ -145,7 +145,7 @@ class SelfTuned(torch.optim.Optimizer):
         )
         self._groups = Groups(update, tuning)
         self._built: list[int] = []
-        self._reported: Tensor | None = None
+        self._telling = Telling(self._engine.monitor, tuning)
         self._frozen: list[Tensor] = []
         self._inside = False
         self._told = False
@@ -269,10 +269,11 @@ class SelfTuned(torch.optim.Optimizer):
             if engine.guard is not None:
                 engine.guard.begin(float(engine.ranks.mean(first)))
             engine.heard = True
-            engine.monitor.begin(dict(plain_rows(self.hparams)), engine.tuning.names)
+            self._telling.begin(self.hparams)
         clock.heard = clock.steps
         if engine.probing or clock.steps - max(clock.outer, clock.since) < engine.every:
             return None
+        begun = time.monotonic()
         loss, grads = self._outer(closure, [b.average for b in blocks])
         engine.buffers.passed()
         loss = engine.ranks.mean(loss)
@@ -281,13 +282,7 @@ class SelfTuned(torch.optim.Optimizer):
         with torch.no_grad():
             if engine.outer_step(float(loss), grads, self._groups.values(self.param_groups)):
                 self._publish()
-            if engine.monitor.on:
-                rows = hyper_rows(loss, self.hparams, engine.tuning.signals())
-                if self._reported is not None:
-                    rows.append(("gap/val-train", loss.detach() - self._reported))
-                engine.monitor.scalars(rows, clock.steps)
-                if clock.steps // engine.every % LAYERS == 0:
-                    engine.monitor.histograms(self.hparams, clock.steps)
+            self._telling.tuned(loss, self.hparams, clock.steps, begun)
         return loss
 
     @contextmanager
@@ -316,7 +311,7 @@ class SelfTuned(torch.optim.Optimizer):
         engine = self._engine
         value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         engine.monitor.scalar("train/loss", value, engine.clock.steps)
-        self._reported = value
+        self._telling.trained = value
         alone = not value.is_cuda and not engine.ranks.together  # no waiting, no disagreeing
         if engine.guard is None or engine.probing or not engine.blocks or not alone:
             return
@@ -331,11 +326,7 @@ class SelfTuned(torch.optim.Optimizer):
 
     def finish(self) -> None:
         """Tell the log where hyperparameters ended and that the run is over; optional."""
-        engine = self._engine
-        ends = [(f"end/{n}", v) for n, v in plain_rows(self.hparams)]
-        engine.monitor.scalars(ends, engine.clock.steps)
-        engine.monitor.histograms(self.hparams, engine.clock.steps)
-        engine.monitor.end("finished")
+        self._telling.finish(self.hparams, self._engine.clock.steps)
 
     @property
     def hparams(self) -> dict[str, Any]:

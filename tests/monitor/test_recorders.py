@@ -205,3 +205,65 @@ def test_a_run_that_fails_says_so() -> None:
             batches, batches[:1], epochs=50, progress=False, recorder=recorder
         )
     assert recorder.status == "failed"
+
+
+def test_an_optimizer_tells_what_the_tuner_tells() -> None:
+    """Law: a margin encloses its value, a share of time is one, and a verdict is a known one."""
+    import torch
+
+    from selftune.monitor.verdicts import KINDS
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 1), torch.randn(64, 4)
+    target, recorder = x.sum(1, keepdim=True), InMemory()
+    opt = st.AdamW(model, lr=0.01, probe=False, log_dir=recorder)
+    for _ in range(300):
+        opt.zero_grad()
+        loss = (model(x[:32]) - target[:32]).square().mean()
+        loss.backward()
+        opt.step()
+        opt.report(loss)
+        opt.hyper_step(lambda: (model(x[32:]) - target[32:]).square().mean())
+    opt.finish()
+    tags = {row.tag for row in recorder.rows}
+    for name in ("lr", "beta1", "weight_decay"):
+        assert {f"hyper/{name}", f"verdict/{name}", f"end/{name}"} <= tags
+        assert set(recorder.curve(f"verdict/{name}")[1]) <= set(range(len(KINDS)))
+        lows, values, highs = (
+            recorder.curve(tag)[1]
+            for tag in (f"margin/{name}/low", f"hyper/{name}", f"margin/{name}/high")
+        )
+        assert len(lows) == len(values) == len(highs) > 50
+        for low, value, high in zip(lows, values, highs, strict=True):
+            assert low <= value * (1 + 1e-9)
+            assert value <= high * (1 + 1e-9)
+        assert max(highs) > min(lows)
+    assert {"gap/val-train", "response/predicted", "response/realised"} <= tags
+    shares = recorder.curve("cost/overhead")[1]
+    assert 0 < min(shares)
+    assert max(shares) < 1
+    assert [tag for tag, *_ in recorder.texts] == ["verdicts"]
+    assert "lr" in str(recorder.texts[0])
+
+
+def test_ten_thousand_rates(tmp_path: Path) -> None:
+    """Law: as many charts as for thirty, and the histogram counts all of them."""
+    import torch
+
+    params = [torch.nn.Parameter(torch.full((1,), 0.5 + i % 7)) for i in range(10_000)]
+    opt = st.SGD(params, lr=0.01, per={"lr": "tensor"}, probe=False, log_dir=tmp_path)
+
+    def loss() -> torch.Tensor:
+        return (torch.cat(params) - noise).square().sum()
+
+    for _ in range(20):
+        noise = torch.randn(10_000)
+        opt.zero_grad()
+        loss().backward()
+        opt.step()
+        opt.hyper_step(loss)
+    opt.finish()
+    read = EventAccumulator(str(tmp_path), {"histograms": 0, "scalars": 0}).Reload()
+    assert len(read.Tags()["scalars"]) < 40
+    last = read.Histograms("layers/lr")[-1].histogram_value
+    assert last.num == 10_000
