@@ -240,7 +240,7 @@ def test_an_optimizer_tells_what_the_tuner_tells() -> None:
         assert max(highs) > min(lows)
     assert {"gap/val-train", "response/predicted", "response/realised"} <= tags
     shares = recorder.curve("cost/overhead")[1]
-    assert 0 < min(shares)
+    assert min(shares) > 0
     assert max(shares) < 1
     assert [tag for tag, *_ in recorder.texts] == ["verdicts"]
     assert "lr" in str(recorder.texts[0])

@@ -1,64 +1,8 @@
 """What a TensorBoard server shows of a finished run. Truth: its own HTTP API."""
 
-import json
-import re
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-
-import selftune as st
+from boards import get
 
 NAMES = ["lr", "beta1", "weight_decay"]
-
-
-def run(folder: Path, **options: Any) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(256, 4)
-    batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
-    tuner = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss, compile=False, **options)
-    tuner.fit(batches[:12], batches[12:], epochs=10, progress=False, log_dir=folder, log_every=10)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server over two runs, one of which tunes an l1 penalty too."""
-    folder = tmp_path_factory.mktemp("runs")
-    run(folder / "plain run")
-    run(folder / "with l1", hparams={"l1": 1e-4})
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
-    told, until = folder / "told.txt", time.monotonic() + 60
-    with told.open("w") as file:
-        process = subprocess.Popen(command, stderr=file)
-    try:
-        found = None
-        while found is None and time.monotonic() < until:
-            time.sleep(0.2)
-            found = re.search(r"http://\S+", told.read_text())
-        assert found is not None, told.read_text()
-        address = found[0].rstrip("/")
-        while len(get(address, "scalars/tags")) < 2 and time.monotonic() < until:
-            time.sleep(0.5)
-        yield address
-    finally:
-        process.kill()
-        process.wait()
-
-
-def get(address: str, path: str, body: Any = None) -> Any:
-    request = urllib.request.Request(
-        f"{address}/data/plugin/{path}",
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
 
 
 def test_every_documented_tag_is_listed(server: str) -> None:
