@@ -1,8 +1,10 @@
-"""The console command: ``selftune show RUN…`` and ``selftune demo``."""
+"""The console command: ``selftune show RUN…``, ``selftune demo`` and ``selftune worker``."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="tune an MLP on scikit-learn's digits, in seconds")
     demo.add_argument("--log-dir", default="runs/demo")
     demo.add_argument("--epochs", type=int, default=10)
+    worker = commands.add_parser(
+        "worker", help="run a script as one more worker of the search that it makes"
+    )
+    worker.add_argument("--storage", required=True, help="of the search: a path or an address")
+    worker.add_argument("script", help="a Python file that calls selftune.search.select")
+    worker.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
     args = parser.parse_args(arguments)
     if args.command == "demo":
         return _demo(args.log_dir, args.epochs)
+    if args.command == "worker":
+        return _worker(args.storage, args.script, args.rest)
     return _show(args.runs)
 
 
@@ -42,6 +52,17 @@ def _show(runs: Sequence[str]) -> int:
             loss = log.loss()
             print(f"{'–' if loss is None else f'{loss:.4g}':>8}  {run}  {ends}")
     return 0 if len(logs) == len(runs) else 1
+
+
+def _worker(storage: str, script: str, rest: Sequence[str]) -> int:
+    if not Path(script).is_file():
+        print(f"{script}: no such file", file=sys.stderr)
+        return 1
+    os.environ["SELFTUNE_STORAGE"] = storage
+    sys.argv = [script, *rest]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+    return 0
 
 
 def _demo(folder: str, epochs: int) -> int:

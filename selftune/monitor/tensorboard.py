@@ -25,9 +25,11 @@ class TensorBoard(AbstractRecorder):
 
     Args:
         target: A folder; or a ``SummaryWriter``, or anything with its ``add_scalar`` and ``flush``.
+        about: Further columns of the HParams dashboard: numbers, texts, true or false by name.
     """
 
-    def __init__(self, target: str | Path | Any) -> None:
+    def __init__(self, target: str | Path | Any, about: Mapping[str, Any] | None = None) -> None:
+        self._about = dict(about or {})
         self._folder = target if isinstance(target, (str, Path)) else None
         self._writer = None if self._folder is not None else target
         self._purge: int | None = None
@@ -63,6 +65,9 @@ class TensorBoard(AbstractRecorder):
         start = SessionStartInfo(start_time_secs=time.time())
         for name, value in hparams.items():
             start.hparams[f"start/{name}"].number_value = value
+        for name, value in self._about.items():
+            kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
+            setattr(start.hparams[name], kind, value)
         _session(self.writer, metadata.SESSION_START_INFO_TAG, session_start_info=start)
         self.writer.add_custom_scalars(layout(tuned))
         self.writer.flush()

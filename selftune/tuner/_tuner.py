@@ -21,6 +21,7 @@ from selftune.averaging import Average
 from selftune.bilevel import Bilevel
 from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
 from selftune.fused import Fused
+from selftune.hparams import Hparam
 from selftune.hyperstep import RATE
 from selftune.hypervector import HyperVector
 from selftune.monitor import Monitor
@@ -213,6 +214,42 @@ class Tuner:
             return list(self._tune)
         update = [n for n in self._update.tuned if n != "decay" or self._schedule == "constant"]
         return [*update, *self._found]
+
+    @property
+    def starts(self) -> dict[str, float]:
+        """Where tuned hyperparameters start, by name."""
+        return {n: float(self._values[n]) for n in self._names()}
+
+    @property
+    def scales(self) -> dict[str, Hparam]:
+        """Scale and bounds of tuned hyperparameters, by name."""
+        return {n: self._known[n] for n in self._names()}
+
+    def start_from(self, values: Mapping[str, float]) -> list[str]:
+        """Start tuned hyperparameters where another run ended; others are left as they are.
+
+        The learning rate is where the probe starts from. Values outside the bounds are moved to
+        them.
+
+        Args:
+            values: By name, as in ``TuningResult.hparams``.
+
+        Returns:
+            The names that were taken.
+
+        Raises:
+            RuntimeError: ``fit`` was called before.
+            ValueError: A value that is not finite.
+        """
+        if self._fitted:
+            raise RuntimeError("start_from came after fit: call it before")
+        taken = [n for n in self._names() if n in values]
+        for name in taken:
+            if not math.isfinite(values[name]):
+                raise ValueError(f"values[{name!r}]={values[name]} must be finite")
+            known = self._known[name]
+            self._values[name] = min(max(values[name], known.lower), known.upper)
+        return taken
 
     def fit(
         self,

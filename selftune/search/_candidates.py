@@ -1,0 +1,84 @@
+"""What is searched: functions by name, and how many points a grid over them has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from selftune.search._shape import Shape
+from selftune.search._space import Counting, Space
+from selftune.search._trial import Builder
+from selftune.search.families import AbstractFamily, auto
+
+Candidates = str | Builder | Sequence[Any] | Mapping[str, Any]
+
+MOST = 1000
+"""Points of a grid that are searched without being asked twice."""
+
+
+def builders_of(candidates: Candidates, train: Any) -> dict[str, Builder]:
+    """Functions of a space by the name of their family.
+
+    Args:
+        candidates: As :func:`~selftune.search.select` takes them.
+        train: Training batches, whose shape families are made for.
+
+    Raises:
+        ValueError: There is none.
+        TypeError: One cannot be called.
+    """
+    if isinstance(candidates, str):
+        if candidates != "auto":
+            raise ValueError(f"candidates={candidates!r} must be 'auto', functions or families")
+        return dict(auto(Shape.of(train)))
+    if isinstance(candidates, Mapping):
+        given = dict(candidates)
+    elif isinstance(candidates, Sequence):
+        given = {_name(c): c for c in candidates}
+        if len(given) < len(candidates):
+            raise ValueError(f"candidates={list(candidates)}: two have the same name, use a dict")
+    else:
+        given = {"model": candidates}
+    if not given:
+        raise ValueError("candidates is empty: pass 'auto', a function, or several by name")
+    kinds = [c for c in given.values() if isinstance(c, type) and issubclass(c, AbstractFamily)]
+    shape = Shape.of(train) if kinds else None
+    for name, candidate in given.items():
+        if not callable(candidate):
+            raise TypeError(
+                f"candidates[{name!r}]={type(candidate).__name__} must be a function of a space "
+                "that returns a model"
+            )
+        if candidate in kinds:
+            given[name] = candidate(shape)
+    return given
+
+
+def _name(candidate: Any) -> str:
+    if isinstance(candidate, AbstractFamily):
+        return type(candidate).__name__.lower()
+    return str(getattr(candidate, "__name__", type(candidate).__name__)).lower()
+
+
+def points_of(builders: Mapping[str, Callable[[Space], Any]], force: bool) -> int:
+    """At most how many points the grid has.
+
+    Raises:
+        ValueError: More than 1,000 without ``force``, or a number without steps.
+    """
+    total = 0
+    for name, build in builders.items():
+        counting = Counting()
+        build(Space(counting, name if len(builders) > 1 or name != "model" else ""))
+        if counting.endless is not None:
+            raise ValueError(
+                f"sampler='grid': {counting.endless} is a range without steps: give suggest_float "
+                "a step=, leave it to the run, or use another sampler"
+            )
+        total += counting.count
+    if total > MOST and not force:
+        raise ValueError(
+            f"sampler='grid': up to {total:,} points, a run each; pass force=True to search them "
+            "all, or sampler='tpe' with trials="
+        )
+    return total

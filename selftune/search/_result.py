@@ -1,0 +1,97 @@
+"""What a search leaves behind."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import FixedTrial, TrialState
+from torch import nn
+
+from selftune.replay import TunedSchedule
+from selftune.search._trial import Candidate, Trainer, finished, weights_of
+
+log = logging.getLogger("selftune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A finished search.
+
+    Attributes:
+        model: The best model, trained, in evaluation mode; None where the objective was a number.
+        value: Its metric on the validation data, which chose it: judge on other data.
+        family: Its family.
+        params: What was chosen, by name.
+        hparams: Where its tuned hyperparameters ended.
+        schedule: Their course, for :func:`selftune.replay`, or None.
+        study: All trials, as Optuna keeps them.
+    """
+
+    model: nn.Module | None
+    value: float
+    family: str
+    params: dict[str, Any]
+    hparams: dict[str, float]
+    schedule: TunedSchedule | None
+    study: optuna.Study
+
+    def table(self) -> str:
+        """The trials, best first."""
+        states = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+        sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
+        trials = self.study.get_trials(deepcopy=False)
+        ranked = sorted(trials, key=lambda t: (t.value is None, sign * (t.value or 0.0)))
+        rows = [f"{'trial':>5}  {'value':>9}  choices"]
+        for trial in ranked:
+            value = "–" if trial.value is None else f"{trial.value:.4g}"
+            chosen = ", ".join(f"{k}={v}" for k, v in trial.params.items())
+            why = trial.user_attrs.get("error") or states.get(trial.state, "running")
+            rows.append(f"{trial.number:>5}  {value:>9}  {chosen}{'  ' + why if why else ''}")
+        return "\n".join(rows)
+
+
+def selected(trainer: Trainer, study: optuna.Study) -> Selection:
+    """The best trial with its model, trained.
+
+    Raises:
+        RuntimeError: No trial finished.
+    """
+    if not finished(study):
+        errors = [t.user_attrs["error"] for t in study.trials if "error" in t.user_attrs]
+        raise RuntimeError(
+            f"none of {len(study.trials)} trials finished: " + ("; ".join(errors[:3]) or "see logs")
+        )
+    best = study.best_trial
+    asked = FixedTrial(best.params, number=best.number)
+    family = trainer.family(asked)
+    made = trainer.build(asked, family)
+    schedule = None
+    if isinstance(made, Candidate):
+        schedule = _fill(trainer, best.number, family, made)
+    return Selection(
+        model=made.model.eval() if isinstance(made, Candidate) else None,
+        value=float(study.best_value),
+        family=family,
+        params=dict(best.params),
+        hparams=dict(best.user_attrs.get("hparams", {})),
+        schedule=schedule,
+        study=study,
+    )
+
+
+def _fill(trainer: Trainer, number: int, family: str, made: Candidate) -> TunedSchedule:
+    """Put the trial's weights into its model; returns its schedule."""
+    if number in trainer.kept:
+        result = trainer.kept[number]
+        made.model.load_state_dict(result.best_weights)
+        return result.schedule
+    path = None if trainer.folder is None else weights_of(trainer.folder, number)
+    if path is not None and path.exists():
+        made.model.load_state_dict(torch.load(path, weights_only=True))
+        return TunedSchedule.load(path.with_suffix(".json"))
+    log.warning("the weights of trial %d are elsewhere: it is trained again", number)
+    return trainer.run(made, family, None).schedule

@@ -1,0 +1,91 @@
+"""What a trial asks for: define-by-run, in names of its own family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+class Space:
+    """Suggests values under a prefix, so that ``depth`` of the family ``cnn`` is ``cnn.depth``.
+
+    Args:
+        trial: Of Optuna, or anything with its three ``suggest`` methods.
+        prefix: Of every name.
+
+    Attributes:
+        trial: What it was made from.
+
+    Example:
+        >>> import optuna
+        >>> space = Space(optuna.trial.FixedTrial({"mlp.depth": 3}), "mlp")
+        >>> space.suggest_int("depth", 1, 4)
+        3
+    """
+
+    def __init__(self, trial: Any, prefix: str = "") -> None:
+        self.trial = trial
+        self._prefix = f"{prefix}." if prefix else ""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """One of several."""
+        if not choices:
+            raise ValueError(f"choices of {self._prefix}{name} is empty: name at least one")
+        return self.trial.suggest_categorical(self._prefix + name, list(choices))
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        """A whole number, both ends included."""
+        return int(self.trial.suggest_int(self._prefix + name, low, high, step=step, log=log))
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """A number."""
+        found = self.trial.suggest_float(self._prefix + name, low, high, step=step, log=log)
+        return float(found)
+
+
+class Counting:
+    """A trial that counts its choices: along the way where integers and lists end, all of them.
+
+    Where how many are asked for depends on a number (widths by depth), its highest value asks for
+    most, so that the count is an upper bound.
+
+    Attributes:
+        count: Points of the grid so far.
+        endless: The first name that has no grid.
+    """
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.endless: str | None = None
+        self._known: dict[str, Any] = {}
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """The last."""
+        return self._last(name, len(choices), choices[-1])
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        """The highest."""
+        count = (high - low) // step + 1
+        return int(self._last(name, count, low + (count - 1) * step))
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """The highest."""
+        if step is None:
+            self.endless = self.endless or name
+        count = 1 if step is None else math.floor((high - low) / step + 1e-9) + 1
+        return float(self._last(name, count, high))
+
+    def _last(self, name: str, count: int, value: Any) -> Any:
+        if name not in self._known:
+            self.count *= count
+            self._known[name] = value
+        return self._known[name]

@@ -1,0 +1,157 @@
+"""Where a study is kept, and how it samples and prunes: Optuna's own parts by name."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.pruners import SuccessiveHalvingPruner as Halving
+from optuna.samplers import (
+    BaseSampler,
+    BruteForceSampler,
+    CmaEsSampler,
+    GPSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.storages import (
+    BaseStorage,
+    GrpcStorageProxy,
+    InMemoryStorage,
+    JournalStorage,
+    RDBStorage,
+    RetryHeartbeatStaleTrialCallback,
+)
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+BEAT, GRACE, RETRIES = 30, 120, 2
+"""Seconds between two signs of life, until a worker is taken for dead; how often it is retried."""
+PRUNERS = ("asha", "hyperband", "median", "none")
+
+
+def storage_of(given: Any) -> BaseStorage:
+    """A storage, from a path (a journal), an address, or one of Optuna's.
+
+    Args:
+        given: None (in this process), a path, ``grpc://host:port``, an SQL address, or a storage.
+
+    Raises:
+        ValueError: The file is no journal; it stays as it is.
+    """
+    if given is None:
+        return InMemoryStorage()
+    if isinstance(given, BaseStorage):
+        return given
+    text = str(given)
+    if text.startswith("grpc://"):
+        host, _, port = text.removeprefix("grpc://").partition(":")
+        return GrpcStorageProxy(host=host, port=int(port or 13000))
+    if "://" in text:
+        again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
+        return RDBStorage(
+            text, heartbeat_interval=BEAT, grace_period=GRACE,
+            heartbeat_stale_trial_callback=again,
+        )  # fmt: skip
+    path = Path(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_journal(path)
+    lock = JournalFileOpenLock(text)
+    return JournalStorage(JournalFileBackend(text, lock_obj=lock))
+
+
+def _check_journal(path: Path) -> None:
+    """Refuse what is no journal, before anything is written to it."""
+    if path.is_dir():
+        raise ValueError(f"storage={path} is a folder: pass a file's path in it")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # another worker is writing it, or was killed while it did
+            try:
+                entry = json.loads(line)
+                assert "op_code" in entry
+            except (ValueError, TypeError, AssertionError):
+                raise ValueError(
+                    f"storage={path} is not a journal of Optuna (line {number}): pass another "
+                    "path; the file is untouched"
+                ) from None
+
+
+def sampler_of(given: Any, seed: int) -> BaseSampler:
+    """A sampler by name, or one of Optuna's."""
+    if isinstance(given, BaseSampler):
+        return given
+    kinds: dict[str, Callable[..., BaseSampler]] = {
+        "grid": BruteForceSampler,
+        "random": RandomSampler,
+        "tpe": partial(TPESampler, multivariate=True, group=True, constant_liar=True),
+        "gp": GPSampler,
+        "cmaes": partial(CmaEsSampler, warn_independent_sampling=False),
+    }
+    if given not in kinds:
+        raise ValueError(f"sampler={given!r} must be one of {[*kinds]} or a sampler of Optuna")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return kinds[given](seed=seed)
+
+
+def pruner_of(given: Any) -> BasePruner:
+    """A pruner by name, or one of Optuna's; its resource is a run's evaluation."""
+    if isinstance(given, BasePruner):
+        return given
+    if given == "asha":
+        return Halving(min_resource=1, reduction_factor=3)
+    if given == "hyperband":
+        return HyperbandPruner(min_resource=1)
+    if given == "median":
+        return MedianPruner()
+    if given in (None, "none"):
+        return NopPruner()
+    raise ValueError(f"pruner={given!r} must be one of {PRUNERS} or a pruner of Optuna")
+
+
+def open_study(
+    storage: BaseStorage, name: str, sampler: BaseSampler, pruner: BasePruner, about: dict[str, Any]
+) -> optuna.Study:
+    """The study of that name, new or gone on with.
+
+    Args:
+        storage: Where it is.
+        name: Its name.
+        sampler: Asks for values.
+        pruner: Ends trials early.
+        about: What must be the same for trials to be comparable.
+
+    Raises:
+        ValueError: It is another search's.
+    """
+    direction = about["direction"]
+    try:
+        study = optuna.create_study(
+            storage=storage, study_name=name, sampler=sampler, pruner=pruner,
+            direction=direction, load_if_exists=True,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"study={name!r}: {error}; pass another name or storage") from error
+    known = study.user_attrs.get("selftune")
+    if known is None:
+        if study.trials:
+            raise ValueError(
+                f"study={name!r} holds {len(study.trials)} trials of another program: pass another "
+                "name or storage"
+            )
+        study.set_user_attr("selftune", about)
+    elif known != about:
+        different = {k: (known.get(k), v) for k, v in about.items() if known.get(k) != v}
+        told = "; ".join(f"{k}: there {a}, here {b}" for k, (a, b) in different.items())
+        raise ValueError(f"study={name!r} is of another search ({told}): pass another name")
+    return study

@@ -1,0 +1,239 @@
+"""A trial: one self-tuned run of a candidate."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+from torch import nn
+
+from selftune.monitor import TensorBoard
+from selftune.search._space import Space
+from selftune.search.memory import Memory, Task
+from selftune.tuner import Progress, Tuner, TuningResult
+
+log = logging.getLogger("selftune")
+
+NEAREST = 3
+"""Best trials of a family whose tuned values a new one starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What a builder may return instead of a model, where more than the model is searched.
+
+    Args:
+        model: The model.
+        train: Training batches in place of the search's.
+        val: Validation batches in place of the search's.
+        loss_fn: In place of the search's.
+        tuner: Arguments of :class:`~selftune.Tuner` by name.
+    """
+
+    model: nn.Module
+    train: Iterable[Any] | None = None
+    val: Iterable[Any] | float | None = None
+    loss_fn: Any = None
+    tuner: Mapping[str, Any] = field(default_factory=dict)
+
+
+Builder = Callable[[Space], Any]
+
+
+class Lost(Exception):
+    """A trial that cannot be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Runs trials.
+
+    Attributes:
+        candidates: Builders by the name of their family.
+        train: Training batches.
+        val: Validation batches, or the share of the training data.
+        loss_fn: The loss.
+        metric: ``"loss"`` or the name of one of ``tuner``'s metrics.
+        sign: 1 where it is minimised, −1 where it is maximised.
+        length: ``epochs`` or ``steps`` of a run.
+        fit: Further arguments of :meth:`~selftune.Tuner.fit`.
+        tuner: Arguments of :class:`~selftune.Tuner`.
+        warm: Whether runs start from where the best ones ended.
+        folder: For logs and weights, or None.
+        seed: Of weights and order of data.
+        memory: Of other searches, or None.
+        task: What this one is about, for the memory.
+        kept: The best run of this process by its trial's number.
+    """
+
+    candidates: Mapping[str, Builder]
+    train: Any
+    val: Any
+    loss_fn: Any
+    metric: str
+    sign: int
+    length: Mapping[str, int]
+    fit: Mapping[str, Any]
+    tuner: Mapping[str, Any]
+    warm: bool
+    folder: Path | None
+    seed: int
+    memory: Memory | None = None
+    task: Task | None = None
+    kept: dict[int, TuningResult] = field(default_factory=dict)
+
+    def attempt(self, trial: optuna.Trial) -> float:
+        """A trial whose failure is noted, with its candidate."""
+        trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
+        try:
+            return self(trial)
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            family = trial.user_attrs.get("family", "?")
+            told = f"{type(error).__name__}: {error}"
+            trial.set_user_attr("error", told)
+            log.warning("trial %d (%s, %s) failed: %s", trial.number, family, trial.params, told)
+            raise
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """The metric of a trial at its best weights, which are kept while they are the best."""
+        family = self.family(trial)
+        trial.set_user_attr("family", family)
+        made = self.build(trial, family)
+        if isinstance(made, (int, float)) and not isinstance(made, bool):
+            if not math.isfinite(made):
+                raise Lost(f"the objective is {made}")
+            return float(made)
+        result = self.run(made, family, trial)
+        value = self._judged(result)
+        if result.ended == "interrupted":
+            raise KeyboardInterrupt
+        trial.set_user_attr("hparams", result.hparams)
+        trial.set_user_attr("steps", result.steps)
+        if trial.user_attrs.get("pruned"):
+            raise optuna.TrialPruned
+        if not math.isfinite(value):
+            raise Lost(f"{self.metric} is {value}")
+        self._keep(trial, value, result)
+        return value
+
+    def family(self, trial: Any) -> str:
+        """Which of the candidates a trial takes."""
+        names = list(self.candidates)
+        return names[0] if len(names) == 1 else str(trial.suggest_categorical("family", names))
+
+    def build(self, trial: Any, family: str) -> Any:
+        """A candidate: the seed is set before, so that a model can be made again."""
+        torch.manual_seed(self.seed)
+        prefix = family if len(self.candidates) > 1 or family != "model" else ""
+        made = self.candidates[family](Space(trial, prefix))
+        return Candidate(model=made) if isinstance(made, nn.Module) else made
+
+    def run(self, made: Candidate, family: str, trial: optuna.Trial | None) -> TuningResult:
+        """Train a candidate."""
+        if not isinstance(made, Candidate):
+            raise TypeError(
+                f"a builder returned {type(made).__name__}: return a model, a Candidate, or the "
+                "trial's value as a number"
+            )
+        options = {**self.tuner, **made.tuner}
+        tuner = Tuner(made.model, made.loss_fn or self.loss_fn, seed=self.seed, **options)
+        tuner.start_from(self._start(tuner, family, trial))
+        options = {"progress": False, **self.length, **self.fit}
+        if trial is not None:
+            options["callbacks"] = [*options.get("callbacks", ()), self._reporting(trial)]
+            if self.folder is not None:
+                about = {"family": trial.user_attrs["family"], **trial.params}
+                name = f"{trial.number:04d}-{trial.user_attrs['family']}"
+                board = TensorBoard(self.folder / name, about=about)
+                others = options.get("recorder")
+                options["recorder"] = [board] if others is None else [board, others]
+        return tuner.fit(
+            self.train if made.train is None else made.train,
+            self.val if made.val is None else made.val,
+            **options,
+        )
+
+    def _reporting(self, trial: optuna.Trial) -> Callable[[Progress], bool]:
+        """Tells the pruner of each evaluation, and ends the run where it says so."""
+        told = 0
+
+        def report(progress: Progress) -> bool:
+            nonlocal told
+            told += 1
+            value = progress.scores[self.metric]
+            if not math.isfinite(value):
+                return False
+            trial.report(value, told)
+            if trial.should_prune():
+                trial.set_user_attr("pruned", True)
+            return bool(trial.user_attrs.get("pruned"))
+
+        return report
+
+    def _judged(self, result: TuningResult) -> float:
+        """The best value of the metric over the run's evaluations."""
+        if self.metric == "loss":
+            return result.best_loss
+        losses = result.history["score/loss"].tolist()
+        scores = result.history[f"score/{self.metric}"].tolist()
+        return float(scores[losses.index(min(losses))])
+
+    def _start(self, tuner: Tuner, family: str, trial: optuna.Trial | None) -> dict[str, float]:
+        """Where the best trials of the family ended, or else runs that are remembered."""
+        found = {} if trial is None or not self.warm else self._medians(trial.study, family)
+        if not found and self.memory is not None and self.task is not None:
+            task = replace(self.task, family=family)
+            found = self.memory.start(task, tuner.starts, tuner.scales)
+        return found
+
+    def _medians(self, study: optuna.Study, family: str) -> dict[str, float]:
+        """Medians of what the best finished trials of a family ended at."""
+        known = [t for t in finished(study) if t.user_attrs.get("family") == family]
+        best = sorted(known, key=lambda t: self.sign * (t.value or 0.0))[:NEAREST]
+        found: dict[str, list[float]] = {}
+        for one in best:
+            for name, value in one.user_attrs.get("hparams", {}).items():
+                found.setdefault(name, []).append(value)
+        return {n: statistics.median_low(v) for n, v in found.items()}
+
+    def _keep(self, trial: optuna.Trial, value: float, result: TuningResult) -> None:
+        """Keep weights that are the best so far, and drop those of the best before."""
+        others = [t.value for t in finished(trial.study) if t.value is not None]
+        if any(self.sign * other < self.sign * value for other in others):
+            return
+        superseded = list(self.kept)
+        self.kept.clear()
+        self.kept[trial.number] = result
+        if self.folder is None:
+            return
+        path = weights_of(self.folder, trial.number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        torch.save(result.best_weights, part)
+        part.replace(path)
+        result.schedule.save(path.with_suffix(".json"))
+        for number in superseded:
+            for old in (".pt", ".json"):
+                weights_of(self.folder, number).with_suffix(old).unlink(missing_ok=True)
+
+
+def weights_of(folder: Path, number: int) -> Path:
+    """Where a trial's weights are."""
+    return folder / "weights" / f"{number:04d}.pt"
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that have a value."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

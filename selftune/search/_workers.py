@@ -1,0 +1,170 @@
+"""Who runs the trials: this process, several of them, or others anywhere."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from selftune.search._storage import RETRIES, open_study, pruner_of, sampler_of, storage_of
+from selftune.search._trial import Trainer
+
+LOOK = 0.2
+"""Seconds between two looks at the workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """Everything that a worker needs.
+
+    Attributes:
+        trainer: Runs a trial.
+        about: What a study must be of.
+        storage: Where it is.
+        study: Its name.
+        trials: How many in all.
+        sampler: By name, or one of Optuna's.
+        pruner: By name, or one of Optuna's.
+    """
+
+    trainer: Trainer
+    about: dict[str, Any]
+    storage: Any
+    study: str
+    trials: int
+    sampler: Any
+    pruner: Any
+
+    def open(self, worker: int = 0) -> optuna.Study:
+        """The study, with a sampler whose draws are this worker's and this call's."""
+        sampler = sampler_of(self.sampler, self.trainer.seed)
+        storage = storage_of(self.storage)
+        study = open_study(storage, self.study, sampler, pruner_of(self.pruner), self.about)
+        before = len(study.get_trials(deepcopy=False))
+        if worker or before:
+            study.sampler = sampler_of(self.sampler, self.trainer.seed + 1000 * worker + before)
+        return study
+
+
+def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) -> None:
+    """Run trials until there are enough."""
+
+    def enough() -> bool:
+        done = taken(study)
+        if bar is not None:
+            bar.update(len([t for t in done if t.state.is_finished()]) - bar.n)
+        return len(done) >= payload.trials
+
+    def after(study: optuna.Study, trial: FrozenTrial) -> None:
+        if enough():
+            study.stop()
+
+    if enough():
+        return
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # failures are told of by their candidate
+    try:
+        study.optimize(payload.trainer.attempt, callbacks=[after], catch=(Exception,))
+    except KeyboardInterrupt:
+        orphans(study, os.getpid())
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def taken(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that are finished or under way, without those whose worker was lost."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
+    trials = study.get_trials(deepcopy=False, states=states)
+    return [t for t in trials if not (t.state == TrialState.FAIL and "error" not in t.user_attrs)]
+
+
+def orphans(study: optuna.Study, own: int | None = None) -> int:
+    """Take trials from workers of this machine that are gone, and ask for them again.
+
+    Args:
+        study: Whose trials.
+        own: A process that has given its trial up.
+
+    Returns:
+        How many there were.
+    """
+    count = 0
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, process = trial.user_attrs.get("worker", (None, None))
+        if host != socket.gethostname() or (process != own and _alive(process)):
+            continue
+        study.tell(trial.number, state=TrialState.FAIL)
+        retries = trial.user_attrs.get("retries", 0)
+        if trial.params and retries < RETRIES:
+            attrs = {"retries": retries + 1, "instead of": trial.number}
+            study.enqueue_trial(trial.params, user_attrs=attrs)
+        count += 1
+    return count
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -> None:
+    """Run trials in several processes; one that dies loses its trial only, which is retried."""
+    import cloudpickle
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "payload"
+        path.write_bytes(cloudpickle.dumps(payload))
+        started = 0
+
+        def start() -> subprocess.Popen[bytes]:
+            nonlocal started
+            started += 1
+            command = [sys.executable, "-m", "selftune.search._workers", str(path), str(started)]
+            return subprocess.Popen(command)
+
+        running = [start() for _ in range(min(workers, payload.trials))]
+        try:
+            while running:
+                time.sleep(LOOK)
+                for process in [p for p in running if p.poll() is not None]:
+                    running.remove(process)
+                    lost = process.returncode != 0
+                    orphans(study)
+                    if lost and started < workers + RETRIES * payload.trials:
+                        running.append(start())
+                done = [t for t in taken(study) if t.state.is_finished()]
+                bar.update(len(done) - bar.n)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+            orphans(study)
+
+
+def main() -> None:
+    """One of several workers: the payload's path and a number."""
+    payload: Payload = pickle.loads(Path(sys.argv[1]).read_bytes())
+    work(payload, payload.open(int(sys.argv[2])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Families of models, small and plain, each with a space of its own."""
+
+from selftune.search._shape import Shape
+from selftune.search.families._base import AbstractFamily
+from selftune.search.families.cnn import CNN
+from selftune.search.families.mlp import MLP
+from selftune.search.families.recurrent import GRU, LSTM, RNN
+from selftune.search.families.resnet import ResNet
+from selftune.search.families.transformer import Transformer
+
+__all__ = [
+    "CNN",
+    "GRU",
+    "LSTM",
+    "MLP",
+    "RNN",
+    "AbstractFamily",
+    "ResNet",
+    "Transformer",
+    "auto",
+]
+
+AUTO: dict[str, tuple[type[AbstractFamily], ...]] = {
+    "table": (MLP, ResNet),
+    "images": (CNN, ResNet, MLP),
+    "sequence": (LSTM, GRU, Transformer),
+    "words": (LSTM, GRU, Transformer),
+}
+
+
+def auto(shape: Shape) -> dict[str, AbstractFamily]:
+    """Families that suit a data set, by name.
+
+    Example:
+        >>> list(auto(Shape((1, 28, 28), 10, "classification")))
+        ['cnn', 'resnet', 'mlp']
+    """
+    return {kind.__name__.lower(): kind(shape) for kind in AUTO[shape.kind]}

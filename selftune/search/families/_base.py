@@ -1,0 +1,83 @@
+"""What a family is: a function from a space to a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from selftune.search._shape import Shape
+from selftune.search._space import Space
+
+DROPOUT = 0.1
+"""Where rates start; runs tune them."""
+
+
+@dataclass(frozen=True)
+class AbstractFamily(ABC):
+    """Builds a model of one kind for a data set.
+
+    What is discrete (depth, width) is asked of the space; what is continuous (rates of dropout)
+    is left to the run, which tunes it.
+
+    Args:
+        shape: Of the data.
+    """
+
+    shape: Shape
+
+    @abstractmethod
+    def __call__(self, space: Space) -> nn.Module:
+        """A model.
+
+        Raises:
+            ValueError: The family cannot take such data.
+        """
+
+
+class Rows(nn.Module):
+    """Any input as a sequence of vectors: words embedded, rows of an image, numbers one by one.
+
+    Args:
+        shape: Of the data.
+        width: Of an embedding.
+
+    Attributes:
+        size: Of a vector.
+        length: Of the sequences of the data set.
+    """
+
+    def __init__(self, shape: Shape, width: int) -> None:
+        super().__init__()
+        self.words = None if shape.words is None else nn.Embedding(shape.words, width)
+        inputs = shape.inputs
+        self.length = inputs[-2] if len(inputs) > 2 else inputs[0]
+        if self.words is not None:
+            self.size = width
+        elif len(inputs) == 1:
+            self.size = 1
+        else:
+            self.size = inputs[-1] * (inputs[0] if len(inputs) > 2 else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (batch, length, size)."""
+        if self.words is not None:
+            return self.words(x)
+        if x.ndim == 2:
+            return x.unsqueeze(-1)
+        if x.ndim == 4:
+            return x.transpose(1, 2).flatten(2)  # rows, of all channels
+        return x
+
+
+class Closed(nn.Sequential):
+    """Layers, whose output is shaped like the target."""
+
+    def __init__(self, shape: Shape, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self._shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the last layer."""
+        return self._shape.close(super().forward(x))

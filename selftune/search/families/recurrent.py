@@ -1,0 +1,61 @@
+"""Recurrent nets, over words, vectors, rows of an image, or numbers one by one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from selftune.nn import Dropout
+from selftune.search._shape import Shape
+from selftune.search._space import Space
+from selftune.search.families._base import DROPOUT, AbstractFamily, Rows
+
+Cell = type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]
+
+
+class Recurrent(nn.Module):
+    """Layers of a cell, and a head on the last state or on all of them."""
+
+    def __init__(self, shape: Shape, cell: Cell, layers: int, width: int) -> None:
+        super().__init__()
+        self._shape = shape
+        self.rows = Rows(shape, width)
+        self.input = Dropout(DROPOUT, "input")
+        self.cell = cell(self.rows.size, width, layers, batch_first=True)
+        self.output = Dropout(DROPOUT, "output")
+        self.head = nn.Linear(width, shape.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs, one an example or one a position."""
+        seen = self.cell(self.input(self.rows(x)))[0]
+        seen = seen if self._shape.each else seen[:, -1]
+        return self._shape.close(self.head(self.output(seen)))
+
+
+class AbstractRecurrent(AbstractFamily):
+    """Layers and width are asked for."""
+
+    cell: Cell
+
+    def __call__(self, space: Space) -> nn.Module:
+        """A model."""
+        layers = space.suggest_int("layers", 1, 2)
+        width = space.suggest_categorical("width", (32, 64, 128))
+        return Recurrent(self.shape, self.cell, layers, width)
+
+
+class RNN(AbstractRecurrent):
+    """Elman's."""
+
+    cell = nn.RNN
+
+
+class LSTM(AbstractRecurrent):
+    """Long short-term memory."""
+
+    cell = nn.LSTM
+
+
+class GRU(AbstractRecurrent):
+    """Gated recurrent units."""
+
+    cell = nn.GRU

@@ -1,0 +1,71 @@
+"""Residual nets: convolutional for images, of linear layers for tables."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from selftune.nn import Dropout
+from selftune.search._space import Space
+from selftune.search.families._base import DROPOUT, AbstractFamily, Closed
+
+
+class Residual(nn.Module):
+    """``x + body(x)``."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape as given."""
+        return x + self.body(x)
+
+
+class ResNet(AbstractFamily):
+    """Pre-activation residual blocks; blocks and width are asked for.
+
+    Source: He et al. 2016 (images); Gorishniy et al. 2021 (tables).
+    """
+
+    def __call__(self, space: Space) -> nn.Module:
+        """A model."""
+        if self.shape.kind not in ("images", "table"):
+            raise ValueError("resnet takes images or tables, not sequences: use transformer")
+        blocks = space.suggest_int("blocks", 1, 3)
+        if self.shape.kind == "images":
+            return self._images(blocks, space.suggest_categorical("width", (8, 16, 32)))
+        return self._table(blocks, space.suggest_categorical("width", (32, 64, 128)))
+
+    def _images(self, blocks: int, width: int) -> nn.Module:
+        layers: list[nn.Module] = [nn.Conv2d(self.shape.inputs[0], width, 3, padding=1)]
+        for stage in range(2):
+            for _ in range(blocks):
+                layers.append(
+                    Residual(
+                        nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+                        nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+                    )
+                )  # fmt: skip
+            if stage == 0:
+                layers.append(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1))
+                width *= 2
+        return Closed(
+            self.shape, *layers, nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), Dropout(DROPOUT, "features"), nn.Linear(width, self.shape.outputs),
+        )  # fmt: skip
+
+    def _table(self, blocks: int, width: int) -> nn.Module:
+        layers = [
+            Residual(
+                nn.BatchNorm1d(width), nn.Linear(width, 2 * width), nn.ReLU(),
+                Dropout(DROPOUT, "hidden"), nn.Linear(2 * width, width),
+                Dropout(DROPOUT, "residual"),
+            )
+            for _ in range(blocks)
+        ]  # fmt: skip
+        return Closed(
+            self.shape, nn.Flatten(), nn.Linear(math.prod(self.shape.inputs), width), *layers,
+            nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, self.shape.outputs),
+        )  # fmt: skip

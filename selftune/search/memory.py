@@ -1,0 +1,230 @@
+"""What finished runs leave for those to come: where similar tasks converged to."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selftune.hparams import Hparam
+from selftune.search._shape import Shape
+
+PRIOR = 0.2
+"""Weight of what a run would start from anyway, in units of one run of the same task."""
+NEAR = 1.0
+"""Distance of tasks at which a run counts 1/e: sizes a factor of e apart, say."""
+POWER = {"SGD": 1.0, "RMSprop": 0.5, "Adam": 0.5, "AdamW": 0.5, "Lion": 0.5}
+"""How the learning rate follows the batch where noise dominates, by rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Simple meta-features of a data set and how it is trained on.
+
+    Attributes:
+        kind: ``"table"``, ``"images"``, ``"sequence"`` or ``"words"``.
+        task: ``"classification"`` or ``"regression"``.
+        examples: For training.
+        inputs: Numbers in an example.
+        outputs: Classes or targets.
+        steps: Of a run.
+        batch: Examples in a step.
+        family: Of the model.
+        rule: That steps the weights.
+        noise: The gradient's noise scale in examples, or None: the batch above which larger ones
+            no longer allow for a larger rate.
+    """
+
+    kind: str
+    task: str
+    examples: int
+    inputs: int
+    outputs: int
+    steps: int
+    batch: int
+    family: str = ""
+    rule: str = "AdamW"
+    noise: float | None = None
+
+    @classmethod
+    def of(cls, shape: Shape, examples: int, steps: int, batch: int, **more: Any) -> Task:
+        """From a data set's shape."""
+        return cls(
+            kind=shape.kind, task=shape.task, examples=examples, inputs=math.prod(shape.inputs),
+            outputs=shape.outputs, steps=steps, batch=batch, **more,
+        )  # fmt: skip
+
+    def distance(self, other: Task) -> float:
+        """Of two tasks: 0 if they look the same, infinite if their rules differ."""
+        if self.rule != other.rule:
+            return math.inf
+        same = 2.0 * (self.kind != other.kind) + 2.0 * (self.task != other.task)
+        same += 1.0 * (self.family != other.family)
+        sizes = ("examples", "inputs", "outputs", "steps")
+        logs = [math.log(getattr(self, n) / getattr(other, n)) for n in sizes]
+        return same + math.sqrt(sum(x * x for x in logs) / len(logs))
+
+    def rate_from(self, other: Task) -> float:
+        """What a learning rate is multiplied with that comes from another batch size.
+
+        ``((1 + B_noise/B₀)/(1 + B_noise/B))^p``, p = 1 for SGD and ½ where steps are scaled: where
+        noise dominates the rate grows as B^p, above the noise scale not at all.
+
+        Source: McCandlish et al. 2018, equation 2.11; Malladi et al. 2022 for the power of Adam.
+        """
+        noise = self.noise if self.noise is not None else other.noise
+        if noise is None:
+            gain = self.batch / other.batch
+        else:
+            gain = (1 + noise / other.batch) / (1 + noise / self.batch)
+        return float(gain ** POWER.get(self.rule, 0.5))
+
+
+class Memory:
+    """A folder of finished runs, from which new ones take their start.
+
+    Raw values (log or odds) of similar runs are averaged, weighted by similarity, against what the
+    run would start from anyway::
+
+        z₀ ← z₀ + Σ wᵢ (zᵢ − z₀) / (w₀ + Σ wᵢ),   wᵢ = exp(−distance²/2)
+
+    which is a step of Reptile towards what similar tasks converged to. A file a run: several
+    processes may write at once, and what cannot be read is left out.
+
+    Args:
+        path: The folder; made when something is first remembered.
+
+    Example:
+        >>> import tempfile, selftune.search as search
+        >>> memory = search.Memory(tempfile.mkdtemp())
+        >>> task = search.Task(kind="table", task="regression", examples=500, inputs=8, outputs=1,
+        ...                    steps=1000, batch=32)
+        >>> memory.remember(task, {"lr": 0.01}, value=0.3)
+        >>> round(memory.start(task, {"lr": 0.001})["lr"], 4)
+        0.0068
+
+    Source: Nichol et al. 2018 (Reptile); Feurer et al. 2015 (meta-features).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.is_file():
+            raise ValueError(f"path={path} is a file: pass a folder")
+
+    def remember(
+        self,
+        task: Task,
+        hparams: Mapping[str, float],
+        *,
+        value: float,
+        params: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep a finished run.
+
+        Args:
+            task: What it was about.
+            hparams: Where its hyperparameters ended.
+            value: Its validation loss.
+            params: What a search chose for it.
+            schedule: Its trajectory, as plain data.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        entry = {
+            "task": asdict(task), "hparams": dict(hparams), "value": value,
+            "params": dict(params or {}), "schedule": schedule,
+        }  # fmt: skip
+        path = self.path / f"{uuid.uuid4().hex}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(entry))
+        part.replace(path)
+
+    def runs(self) -> list[dict[str, Any]]:
+        """What is remembered."""
+        found = []
+        for path in sorted(self.path.glob("*.json")):
+            try:
+                entry = json.loads(path.read_text())
+                entry["task"] = Task(**entry["task"])
+            except (OSError, ValueError, TypeError, KeyError):
+                continue  # half a file of a full disk is no reason to lose the others
+            found.append(entry)
+        return found
+
+    def start(
+        self,
+        task: Task,
+        hparams: Mapping[str, float],
+        known: Mapping[str, Hparam] | None = None,
+    ) -> dict[str, float]:
+        """Where a run starts best, as far as similar ones tell.
+
+        Args:
+            task: What it is about.
+            hparams: Where it would start otherwise.
+            known: Scales by name; logarithmic where nobody says.
+
+        Returns:
+            The names of ``hparams``; learning rates are moved to this task's batch size.
+        """
+        near = [(math.exp(-((task.distance(e["task"]) / NEAR) ** 2) / 2), e) for e in self.runs()]
+        found = dict(hparams)
+        for name, value in hparams.items():
+            some = [(w, self._of(e, name, task)) for w, e in near if name in e["hparams"]]
+            some = [(w, v) for w, v in some if w > 1e-6 and v > 0]
+            if not some:
+                continue
+            if value <= 0:  # off, and its scale does not reach 0: others alone say
+                some, base = some[1:], some[0]
+            else:
+                base = (PRIOR, value)
+            found[name] = _mean([base, *some], None if known is None else known.get(name))
+        return found
+
+    def best(self, task: Task, count: int = 3) -> list[dict[str, Any]]:
+        """What searches chose for the most similar tasks, nearest first."""
+        runs = [e for e in self.runs() if e["params"] and math.isfinite(task.distance(e["task"]))]
+        runs.sort(key=lambda e: task.distance(e["task"]))
+        return [e["params"] for e in runs[:count]]
+
+    @staticmethod
+    def _of(entry: Mapping[str, Any], name: str, task: Task) -> float:
+        value = float(entry["hparams"][name])
+        return value * task.rate_from(entry["task"]) if name == "lr" else value
+
+
+def _mean(weighed: list[tuple[float, float]], known: Hparam | None) -> float:
+    """The mean in raw space."""
+    values = torch.tensor([v for _, v in weighed], dtype=torch.float64)
+    weights = torch.tensor([w for w, _ in weighed], dtype=torch.float64)
+    if known is None:
+        return float((values.log() @ weights / weights.sum()).exp())
+    raw = known.bijection.inverse(values.clamp(known.lower, known.upper))
+    return float(known.bijection.forward(raw @ weights / weights.sum()))
+
+
+def batch_for(batch: int, memory_there: int, memory_here: int, noise: float | None = None) -> int:
+    """The batch that a device with another amount of memory affords.
+
+    Args:
+        batch: There.
+        memory_there: Bytes of the device it comes from.
+        memory_here: Bytes of this one.
+        noise: The gradient's noise scale in examples; larger batches than that buy nothing.
+
+    Example:
+        >>> batch_for(64, 8 * 2**30, 24 * 2**30)
+        128
+        >>> batch_for(64, 8 * 2**30, 24 * 2**30, noise=100)
+        64
+    """
+    most = batch * memory_here / memory_there
+    if noise is not None and most > batch:
+        most = max(batch, min(most, noise))
+    return int(max(1, 2 ** math.floor(math.log2(most))))

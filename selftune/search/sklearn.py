@@ -1,0 +1,311 @@
+"""Self-tuned nets as estimators of scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.model_selection import train_test_split
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    check_is_fitted,
+    check_random_state,
+    column_or_1d,
+    validate_data,
+)
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from selftune.nn import Dropout
+from selftune.search._shape import Shape
+from selftune.search.families._base import Closed
+from selftune.tuner import Tuner
+
+Array = NDArray[Any]
+DROPOUT = 0.1
+
+
+class _SelfTuning(BaseEstimator):
+    """What the classifier and the regressor have in common."""
+
+    def __init__(
+        self,
+        module: Callable[[Shape], nn.Module] | None = None,
+        *,
+        depth: int = 2,
+        width: int = 128,
+        epochs: int = 30,
+        batch_size: int = 64,
+        validation_fraction: float = 0.2,
+        patience: int | None = None,
+        standardize: bool = True,
+        tuner: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        random_state: Any = 0,
+        verbose: bool = False,
+    ) -> None:
+        self.module = module
+        self.depth = depth
+        self.width = width
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.standardize = standardize
+        self.tuner = tuner
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    hparams_: dict[str, float]
+
+    # what both do
+
+    def _fit(self, X: Array, y: Array, shape: Shape, loss: nn.Module, fresh: bool) -> None:
+        """Train on checked arrays."""
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if fresh:
+            self._learn_scale(X)
+        parts = self._split(X, y, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if fresh:
+                self.model_ = self._build(shape)
+            tuner = Tuner(
+                self.model_, loss, seed=seed, device=self.device, **dict(self.tuner or {})
+            )
+            if not fresh:
+                tuner.start_from(self.hparams_)
+            batch = max(2, min(self.batch_size, len(parts[0]) // 2))
+            # A last batch of one example has no variance for BatchNorm.
+            ragged = len(parts[0]) % batch == 1
+            train = DataLoader(_tensors(self._scaled(parts[0]), parts[2]), batch, shuffle=True,
+                               drop_last=ragged)  # fmt: skip
+            val = DataLoader(_tensors(self._scaled(parts[1]), parts[3]), self.batch_size,
+                             shuffle=True)  # fmt: skip
+            result = tuner.fit(
+                train, val, epochs=self.epochs, patience=self.patience, progress=self.verbose
+            )
+        self.model_.eval()
+        self.hparams_ = result.hparams
+        self.schedule_ = result.schedule
+        self.history_ = result.history
+        self.validation_loss_ = result.best_loss
+        self.n_iter_ = result.steps
+
+    def _split(self, X: Array, y: Array, seed: int) -> list[Array]:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} must be between 0 and 1"
+            )
+        if len(X) < 5:
+            raise ValueError(
+                f"n_samples={len(X)} is too few to train on some and tune on others: at least 5"
+            )
+        held = max(1, round(self.validation_fraction * len(X)))
+        groups = self._strata(y, held)
+        found: list[Array] = train_test_split(
+            X, y, test_size=held, random_state=seed, stratify=groups
+        )
+        return found
+
+    def _strata(self, y: Array, held: int) -> Array | None:
+        return None
+
+    def _build(self, shape: Shape) -> nn.Module:
+        if self.module is not None:
+            return self.module(shape)
+        size = int(np.prod(shape.inputs))
+        layers: list[nn.Module] = [nn.Flatten()]
+        for _ in range(self.depth):
+            layers += [nn.Linear(size, self.width), nn.ReLU(), Dropout(DROPOUT)]
+            size = self.width
+        return Closed(shape, *layers, nn.Linear(size, shape.outputs))
+
+    def _learn_scale(self, X: Array) -> None:
+        self.mean_ = X.mean(0, dtype=np.float64).astype(X.dtype)
+        scale = X.std(0, dtype=np.float64).astype(X.dtype)
+        self.scale_ = np.where(scale > 0, scale, 1).astype(X.dtype)
+
+    def _scaled(self, X: Array) -> Array:
+        return (X - self.mean_) / self.scale_ if self.standardize else X
+
+    def _outputs(self, X: Any) -> torch.Tensor:
+        """Of the model, for inputs as users give them."""
+        check_is_fitted(self)
+        X = self._checked(X, reset=False)
+        data = torch.from_numpy(np.ascontiguousarray(self._scaled(X)))
+        with torch.no_grad():
+            parts = [self.model_(part.to(self.device)).cpu() for part in data.split(1024)]
+        return torch.cat(parts)
+
+    def _checked(self, X: Any, **options: Any) -> Any:
+        """As arrays of numbers that are finite."""
+        return validate_data(self, X, dtype=np.float32, allow_nd=True, **options)
+
+
+class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
+    """A net that tunes its learning rate, weight decay, momentum and dropout while it is fitted.
+
+    Args:
+        module: ``module(shape)`` makes the net of a :class:`~selftune.search.Shape`; by default
+            an MLP.
+        depth: Hidden layers of the default net.
+        width: Units in each.
+        epochs: Passes over the training part.
+        batch_size: Examples in a step.
+        validation_fraction: The share of the data that hyperparameters are tuned on.
+        patience: Evaluations without a better loss before it ends.
+        standardize: Whether features are brought to mean 0 and variance 1.
+        tuner: Further arguments of :class:`~selftune.Tuner`.
+        device: Where to train.
+        random_state: Of the split, the weights and the order.
+        verbose: Whether to show a progress bar.
+        class_weight: ``"balanced"``, weights by class, or None.
+
+    Attributes:
+        classes_: What is predicted.
+        model_: The trained net.
+        hparams_: Where hyperparameters ended.
+        schedule_: Their course.
+        history_: Losses and hyperparameters as arrays.
+        n_iter_: Steps taken.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> from selftune.search.sklearn import SelfTuningClassifier
+        >>> X, y = load_iris(return_X_y=True)
+        >>> bool(SelfTuningClassifier(epochs=10).fit(X, y).score(X, y) > 0.8)
+        True
+    """
+
+    def __init__(
+        self,
+        module: Callable[[Shape], nn.Module] | None = None,
+        *,
+        depth: int = 2,
+        width: int = 128,
+        epochs: int = 30,
+        batch_size: int = 64,
+        validation_fraction: float = 0.2,
+        patience: int | None = None,
+        standardize: bool = True,
+        tuner: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        random_state: Any = 0,
+        verbose: bool = False,
+        class_weight: Any = None,
+    ) -> None:
+        super().__init__(
+            module, depth=depth, width=width, epochs=epochs, batch_size=batch_size,
+            validation_fraction=validation_fraction, patience=patience, standardize=standardize,
+            tuner=tuner, device=device, random_state=random_state, verbose=verbose,
+        )  # fmt: skip
+        self.class_weight = class_weight
+
+    def fit(self, X: Any, y: Any) -> SelfTuningClassifier:
+        """Train from new weights.
+
+        Args:
+            X: Examples, shape (examples, features, …); a data frame or an array.
+            y: Classes, shape (examples,).
+        """
+        return self._train(X, y, None, fresh=True)
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> SelfTuningClassifier:
+        """Train on, from where the last call ended; ``classes`` names all at the first."""
+        return self._train(X, y, classes, fresh=not hasattr(self, "model_"))
+
+    def _train(self, X: Any, y: Any, classes: Any, fresh: bool) -> SelfTuningClassifier:
+        X, y = self._checked(X, y=y, multi_output=True, reset=fresh)
+        y = column_or_1d(y, warn=True)
+        check_classification_targets(y)
+        if fresh:
+            self.classes_ = np.unique(y if classes is None else classes)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y holds 1 class, {self.classes_[0]!r}: at least 2 are needed")
+        unknown = np.setdiff1d(y, self.classes_)
+        if len(unknown):
+            raise ValueError(f"y holds classes {unknown} that the first fit did not know")
+        weight = None
+        if self.class_weight is not None:
+            found = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
+            weight = torch.tensor(found, dtype=torch.float32, device=self.device)
+        shape = Shape(X.shape[1:], len(self.classes_), "classification")
+        codes = np.searchsorted(self.classes_, y)
+        self._fit(X, codes, shape, nn.CrossEntropyLoss(weight), fresh)
+        return self
+
+    def _strata(self, y: Array, held: int) -> Array | None:
+        """The classes, where each of them has enough examples to be on both sides."""
+        counts = np.unique(y, return_counts=True)[1]
+        return y if counts.min() >= 2 and min(held, len(y) - held) >= len(counts) else None
+
+    def predict_proba(self, X: Any) -> Array:
+        """Probabilities, shape (examples, classes)."""
+        found: Array = self._outputs(X).double().softmax(1).numpy()
+        return found
+
+    def predict(self, X: Any) -> Array:
+        """Classes, shape (examples,)."""
+        best = self._outputs(X).argmax(1).numpy()
+        return self.classes_[best]
+
+
+class SelfTuningRegressor(RegressorMixin, _SelfTuning):
+    """A net for numbers that tunes its hyperparameters while it is fitted.
+
+    Targets are brought to mean 0 and variance 1 while it trains. Arguments and attributes are
+    those of :class:`SelfTuningClassifier`, without classes.
+
+    Example:
+        >>> from sklearn.datasets import load_diabetes
+        >>> from selftune.search.sklearn import SelfTuningRegressor
+        >>> X, y = load_diabetes(return_X_y=True)
+        >>> bool(SelfTuningRegressor(epochs=10).fit(X, y).score(X, y) > 0.2)
+        True
+    """
+
+    def fit(self, X: Any, y: Any) -> SelfTuningRegressor:
+        """Train from new weights.
+
+        Args:
+            X: Examples, shape (examples, features, …); a data frame or an array.
+            y: Numbers, shape (examples,) or (examples, targets).
+        """
+        return self._train(X, y, fresh=True)
+
+    def partial_fit(self, X: Any, y: Any) -> SelfTuningRegressor:
+        """Train on, from where the last call ended."""
+        return self._train(X, y, fresh=not hasattr(self, "model_"))
+
+    def __sklearn_tags__(self) -> Any:
+        """Several targets are taken."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _train(self, X: Any, y: Any, fresh: bool) -> SelfTuningRegressor:
+        X, y = self._checked(X, y=y, multi_output=True, reset=fresh)
+        y = np.asarray(y, dtype=np.float64)
+        if fresh:
+            self.target_mean_, scale = y.mean(0), y.std(0)
+            self.target_scale_ = np.where(scale > 0, scale, 1.0)
+        scaled = ((y - self.target_mean_) / self.target_scale_).astype(np.float32)
+        shape = Shape(X.shape[1:], scaled[0].size, "regression", flat=scaled.ndim == 1)
+        self._fit(X, scaled, shape, nn.MSELoss(), fresh)
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Numbers, in the shape of the targets."""
+        found = self._outputs(X).double().numpy()
+        return found * self.target_scale_ + self.target_mean_
+
+
+def _tensors(x: Array, y: Array) -> TensorDataset:
+    return TensorDataset(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y))

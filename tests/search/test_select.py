@@ -1,0 +1,350 @@
+"""The search. Truths: what was planted, Optuna's own record, a kill, a run without the search."""
+
+import itertools
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from selftune import search
+from selftune.search import families
+
+
+def data(seed: int = 0) -> tuple[list[Any], list[Any]]:
+    """A quadratic of four numbers, which a linear net cannot fit."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(320, 4, generator=generator)
+    batches = list(zip(x.split(32), x.square().sum(1, keepdim=True).split(32), strict=True))
+    return batches[:7], batches[7:]
+
+
+def build(space: search.Space) -> nn.Module:
+    """A linear net, or one with a hidden layer."""
+    if space.suggest_categorical("kind", ("linear", "hidden")) == "linear":
+        return nn.Linear(4, 1)
+    return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
+
+
+QUICK: dict[str, Any] = dict(
+    steps=60, loss_fn=F.mse_loss, progress=False,
+    tuner=dict(compile=False, probe=False, hparams=dict(lr=0.01)),
+)  # fmt: skip
+
+
+def test_it_finds_what_can_fit_and_gives_it_back_trained() -> None:
+    train, val = data()
+    found = search.select(build, train, val, trials=6, sampler="random", pruner=None, **QUICK)
+    assert found.params == {"kind": "hidden"}
+    x, y = (torch.cat(parts) for parts in zip(*val, strict=True))
+    assert found.model is not None
+    assert F.mse_loss(found.model(x), y).item() == pytest.approx(found.value, rel=1e-5)
+    assert found.value == min(t.value for t in found.study.trials if t.value is not None)
+    assert len(found.study.trials) == 6
+    assert found.schedule is not None
+    assert set(found.hparams) >= {"lr", "weight_decay"}
+    assert found.table().splitlines()[1].split()[0] == str(found.study.best_trial.number)
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random", "tpe", "gp", "cmaes"])
+def test_samplers(sampler: str) -> None:
+    def objective(space: search.Space) -> float:
+        width = space.suggest_int("width", 1, 3)
+        return width + 0.1 * space.suggest_int("depth", 1, 2)
+
+    found = search.select(objective, trials=6, sampler=sampler, progress=False)
+    points = {tuple(sorted(t.params.items())) for t in found.study.trials}
+    assert len(found.study.trials) == 6
+    assert found.value == min(w + 0.1 * d for (_, d), (_, w) in points)
+    if sampler == "grid":
+        assert len(points) == 6  # each once
+
+
+def test_names_are_of_the_family() -> None:
+    train, val = data()
+    made = {"plain": build, "deep": lambda s: nn.Linear(4, s.suggest_categorical("out", (1,)))}
+    found = search.select(made, train, val, trials=8, sampler="random", pruner=None, **QUICK)
+    names = {n for t in found.study.trials for n in t.params}
+    assert names == {"family", "plain.kind", "deep.out"}
+    assert found.family == "plain"
+
+
+def test_a_candidate_that_raises_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    train, val = data()
+
+    def broken(space: search.Space) -> nn.Module:
+        raise RuntimeError("no such layer")
+
+    made = {"good": build, "broken": broken}
+    with caplog.at_level(logging.WARNING, "selftune"):
+        found = search.select(made, train, val, trials=8, sampler="random", **QUICK)
+    assert found.family == "good"
+    failed = [t for t in found.study.trials if t.state.name == "FAIL"]
+    assert failed
+    assert all(t.user_attrs["error"] == "RuntimeError: no such layer" for t in failed)
+    assert any("broken" in r.getMessage() and "no such layer" in r.getMessage()
+               for r in caplog.records)  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"none of 2 trials finished.*no such layer"):
+        search.select({"broken": broken}, train, val, trials=2, **QUICK)
+
+
+def test_a_metric_that_is_nan_fails() -> None:
+    values = itertools.cycle([math.nan, 1.0])
+    found = search.select(lambda space: next(values), trials=4, progress=False)
+    assert [t.state.name for t in found.study.trials] == ["FAIL", "COMPLETE"] * 2
+    assert found.value == 1.0
+
+
+def test_runs_start_where_the_best_ended() -> None:
+    """Truth: the median of where the runs before ended, seen before the first step of tuning."""
+    train, val = data()
+    starts: list[float] = []
+
+    def listen(progress: Any) -> None:
+        if progress.step == 1:
+            starts.append(progress.hparams["weight_decay"])
+
+    found = search.select(
+        build, train, val, trials=4, sampler="random", pruner=None,
+        fit=dict(evaluate_every=1, callbacks=[listen]), **QUICK,
+    )  # fmt: skip
+    ended = [t.user_attrs["hparams"]["weight_decay"] for t in found.study.trials]
+    assert len(set(ended)) == 4
+    assert starts == pytest.approx([0.01, *(sorted(ended[:i])[(i - 1) // 2] for i in (1, 2, 3))])
+
+
+def test_the_pruner_sees_evaluations() -> None:
+    train, val = data()
+    found = search.select(
+        build, train, val, trials=9, sampler="random", pruner="asha", seed=1, **QUICK
+    )
+    states = {t.state.name for t in found.study.trials}
+    assert "PRUNED" in states
+    pruned = [t for t in found.study.trials if t.state.name == "PRUNED"]
+    whole = [t for t in found.study.trials if t.state.name == "COMPLETE"]
+    assert max(len(t.intermediate_values) for t in pruned) < max(
+        len(t.intermediate_values) for t in whole
+    )
+    assert found.params == {"kind": "hidden"}
+
+
+def test_a_journal_goes_on_and_gives_the_best_back(tmp_path: Path) -> None:
+    train, val = data()
+    path = tmp_path / "study.journal"
+    first = search.select(build, train, val, trials=3, storage=path, **QUICK)
+    again = search.select(build, train, val, trials=5, storage=path, **QUICK)
+    assert len(again.study.trials) == 5
+    assert again.value <= first.value
+    x, y = (torch.cat(parts) for parts in zip(*val, strict=True))
+    third = search.select(build, train, val, trials=5, storage=path, **QUICK)  # nothing to do
+    assert third.model is not None
+    assert F.mse_loss(third.model(x), y).item() == pytest.approx(third.value, rel=1e-5)
+    assert len(list((tmp_path / "study.journal.runs" / "weights").glob("*.pt"))) <= 2
+
+
+def test_storages_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    train, val = data()
+    corrupt = tmp_path / "notes.txt"
+    corrupt.write_text("these are\nmy notes\n")
+    with pytest.raises(ValueError, match="not a journal"):
+        search.select(build, train, val, trials=1, storage=corrupt, **QUICK)
+    assert corrupt.read_text() == "these are\nmy notes\n"
+    path = tmp_path / "study.journal"
+    search.select(build, train, val, trials=1, storage=path, **QUICK)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="another search"):
+        search.select({"other": build}, train, val, trials=1, storage=path, **QUICK)
+    assert path.read_bytes()[: len(before)] == before
+    with pytest.raises(ValueError, match="folder"):
+        search.select(build, train, val, trials=1, storage=tmp_path, **QUICK)
+
+
+def test_bad_arguments() -> None:
+    train, val = data()
+    for wrong, told in (
+        (dict(candidates={}), "candidates is empty"),
+        (dict(candidates=[]), "candidates is empty"),
+        (dict(candidates="all"), "must be 'auto'"),
+        (dict(trials=0), "trials=0"),
+        (dict(workers=0), "workers=0"),
+        (dict(sampler="best"), "sampler='best'"),
+        (dict(pruner="best"), "pruner='best'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            search.select(**{**dict(candidates=build, train=train, val=val, **QUICK), **wrong})
+    with pytest.raises(TypeError, match="must be a function"):
+        search.select({"net": 3}, train, val, trials=1, **QUICK)
+
+
+def test_grids_are_counted_first() -> None:
+    called = 0
+
+    def huge(space: search.Space) -> float:
+        nonlocal called
+        called += 1
+        return sum(space.suggest_int(f"x{i}", 1, 10) for i in range(7))
+
+    with pytest.raises(ValueError, match="10,000,000 points"):
+        search.select(huge, sampler="grid", progress=False)
+    assert called == 1
+    with pytest.raises(ValueError, match="x is a range without steps"):
+        search.select(lambda s: s.suggest_float("x", 0, 1), sampler="grid", progress=False)
+
+
+def test_every_trial_is_a_session_with_all_columns(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    train, val = data()
+    found = search.select(
+        build, train, val, trials=3, sampler="random", pruner=None, log_dir=tmp_path, **QUICK
+    )
+    folders = sorted(p for p in tmp_path.iterdir() if p.name != "weights")
+    assert [p.name for p in folders] == [f"{i:04d}-model" for i in range(3)]
+    for folder, trial in zip(folders, found.study.trials, strict=True):
+        read = EventAccumulator(str(folder)).Reload()
+        start = HParamsPluginData.FromString(
+            read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        ).session_start_info.hparams
+        assert start["kind"].string_value == trial.params["kind"]
+        assert start["start/lr"].number_value > 0
+
+
+SCRIPT = """
+import sys, time, torch
+from selftune import search
+
+def objective(space):
+    x = space.suggest_float("x", -1, 1)
+    time.sleep({nap})
+    return x * x
+
+if __name__ == "__main__":
+    found = search.select(objective, trials={trials}, sampler="random", storage=sys.argv[1],
+                          workers={workers}, progress=False)
+    print(len(found.study.trials), found.value)
+"""
+
+
+def read(path: Path) -> optuna.Study:
+    from selftune.search._storage import storage_of
+
+    return optuna.load_study(study_name="selftune", storage=storage_of(path))
+
+
+def test_a_killed_worker_loses_its_trial_only(tmp_path: Path) -> None:
+    """Truth: SIGKILL of a process under way; Optuna's record afterwards."""
+    script, path = tmp_path / "script.py", tmp_path / "study.journal"
+    script.write_text(SCRIPT.format(nap=0.5, trials=6, workers=2))
+    process = subprocess.Popen([sys.executable, str(script), str(path)])
+    victim = None
+    until = time.monotonic() + 60
+    while victim is None and time.monotonic() < until:
+        time.sleep(0.1)
+        if path.exists() and path.stat().st_size:
+            running = [t for t in read(path).trials if t.state.name == "RUNNING" and t.params]
+            victim = running[0] if running else None
+    assert victim is not None
+    os.kill(victim.user_attrs["worker"][1], signal.SIGKILL)
+    assert process.wait(60) == 0
+    trials = read(path).trials
+    states = [t.state.name for t in trials]
+    assert states.count("COMPLETE") >= 6
+    assert trials[victim.number].state.name == "FAIL"
+    (again,) = [t for t in trials if t.user_attrs.get("instead of") == victim.number]
+    assert again.params == victim.params
+    assert again.state.name == "COMPLETE"
+
+
+def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+    script, path = tmp_path / "script.py", tmp_path / "study.journal"
+    script.write_text(SCRIPT.format(nap=0.3, trials=4, workers=1))
+    process = subprocess.Popen([sys.executable, str(script), str(path)])
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        time.sleep(0.1)
+        if path.exists() and any(t.state.name == "COMPLETE" for t in read(path).trials):
+            break
+    process.kill()
+    process.wait()
+    done = subprocess.run(
+        [sys.executable, "-m", "selftune.cli", "worker", "--storage", str(path), str(script), "x"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "RUNNING" not in {t.state.name for t in read(path).trials}
+    complete = [t for t in read(path).trials if t.state.name == "COMPLETE"]
+    assert len(complete) == 4
+    assert float(done.stdout.split()[1]) == pytest.approx(min(t.value for t in complete))
+
+
+SHAPES = {
+    "table": (torch.randn(12, 5), torch.randint(3, (12,))),
+    "images": (torch.randn(12, 2, 8, 6), torch.randint(3, (12,))),
+    "sequence": (torch.randn(12, 7, 3), torch.randn(12)),
+    "words": (torch.randint(9, (12, 7)), torch.randint(9, (12, 7))),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_families_fit_the_data(kind: str) -> None:
+    """Law: outputs have the shape that the loss wants, at the smallest and the largest choice."""
+    x, y = SHAPES[kind]
+    shape = search.Shape.of([(x, y)])
+    assert shape.kind == kind
+    loss = shape.loss()
+
+    class First:
+        def suggest_categorical(self, name: str, choices: Any) -> Any:
+            return choices[0]
+
+        def suggest_int(self, name: str, low: int, high: int, **_: Any) -> int:
+            return low
+
+    from selftune.search._space import Counting
+
+    for build in families.auto(shape).values():
+        for trial in (First(), Counting()):
+            model = build(search.Space(trial))
+            output = model(x)
+            assert loss(output, y).ndim == 0
+            if kind == "words":
+                assert output.shape == (12, 7, 9)
+                changed = x.clone()
+                changed[:, -1] = (changed[:, -1] + 1) % 9
+                model.eval()
+                torch.testing.assert_close(model(changed)[:, :-1], model(x)[:, :-1])
+
+
+def test_families_refuse_other_data() -> None:
+    table = search.Shape((5,), 3, "classification")
+    words = search.Shape((5,), 3, "classification", words=9)
+    for kind, shape, told in (
+        (families.CNN, table, "use mlp"),
+        (families.MLP, words, "use gru"),
+        (families.ResNet, words, "use transformer"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            kind(shape)(search.Space(optuna.trial.FixedTrial({})))
+
+
+def test_auto_searches_families_of_the_data() -> None:
+    x = torch.randn(128, 6)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    batches = list(zip(x.split(32), y.split(32), strict=True))
+    found = search.select(
+        "auto", batches[:3], batches[3:], trials=4, steps=30, sampler="random", progress=False,
+        metric="accuracy", maximize=True,
+        tuner=dict(compile=False, metrics=dict(accuracy=search.accuracy)),
+    )  # fmt: skip
+    assert {t.user_attrs["family"] for t in found.study.trials} <= {"mlp", "resnet"}
+    assert 0 <= found.value <= 1

@@ -1,0 +1,128 @@
+"""Estimators of scikit-learn. Truths: its own estimator checks, its own tools, a plain pickle."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+from selftune.search.sklearn import SelfTuningClassifier, SelfTuningRegressor
+
+EXCEPTIONS: dict[str, str] = {}
+"""scikit-learn's checks that are not passed, and why."""
+
+QUICK: dict[str, Any] = dict(epochs=8, width=16, tuner=dict(compile=False))
+
+
+def checks() -> list[Any]:
+    found = []
+    for estimator in (
+        SelfTuningClassifier(epochs=30, width=32, batch_size=16, tuner=dict(compile=False)),
+        SelfTuningRegressor(epochs=30, width=32, batch_size=16, tuner=dict(compile=False)),
+    ):
+        for one, check in estimator_checks_generator(estimator, legacy=True):
+            name = getattr(check, "func", check).__name__
+            found.append(pytest.param(one, check, id=f"{type(one).__name__}-{name}"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("estimator", "check"), checks())
+def test_checks_of_scikit_learn(estimator: Any, check: Any) -> None:
+    name = getattr(check, "func", check).__name__
+    if name in EXCEPTIONS:
+        pytest.xfail(EXCEPTIONS[name])
+    check(estimator)
+
+
+def test_a_classifier() -> None:
+    x, y = load_iris(return_X_y=True)
+    names = np.array(["setosa", "versicolor", "virginica"])[y]
+    model = SelfTuningClassifier(epochs=30, tuner=dict(compile=False)).fit(x, names)
+    assert model.score(x, names) > 0.9
+    chances = model.predict_proba(x)
+    np.testing.assert_allclose(chances.sum(1), 1)
+    assert list(model.classes_[chances.argmax(1)]) == list(model.predict(x))
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.predict_proba(x), chances)
+    assert set(model.hparams_) >= {"lr", "weight_decay", "dropout"}
+
+
+def test_the_same_seed_is_the_same_model_and_leaves_the_users_alone() -> None:
+    x, y = load_iris(return_X_y=True)
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    found = [SelfTuningClassifier(**QUICK).fit(x, y).predict_proba(x) for _ in range(2)]
+    np.testing.assert_array_equal(*found)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_regressor_in_units_of_its_targets() -> None:
+    x, y = load_diabetes(return_X_y=True)
+    one = SelfTuningRegressor(epochs=20, tuner=dict(compile=False)).fit(x, y)
+    assert one.score(x, y) > 0.4
+    other = clone(one).fit(x, 1000 * y + 5)
+    np.testing.assert_allclose(other.predict(x), 1000 * one.predict(x) + 5, rtol=1e-3)
+    two = SelfTuningRegressor(**QUICK).fit(x, np.stack([y, -y], 1))
+    assert two.predict(x).shape == (len(x), 2)
+
+
+def test_tools_of_scikit_learn() -> None:
+    x, y = load_iris(return_X_y=True)
+    grid = GridSearchCV(SelfTuningClassifier(**QUICK), {"depth": [0, 1]}, cv=2).fit(x, y)
+    assert grid.best_params_["depth"] in (0, 1)
+    assert np.isfinite(cross_val_score(SelfTuningClassifier(**QUICK), x, y, cv=2)).all()
+    piped = make_pipeline(StandardScaler(), SelfTuningClassifier(**QUICK)).fit(x, y)
+    assert piped.predict(x).shape == y.shape
+
+
+def test_data_frames() -> None:
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    x, y = load_iris(return_X_y=True, as_frame=True)
+    model = SelfTuningClassifier(**QUICK).fit(x, y)
+    assert list(model.feature_names_in_) == list(x.columns)
+    assert isinstance(x, pandas.DataFrame)
+    assert model.predict(x).shape == y.shape
+
+
+def test_it_goes_on_where_it_ended() -> None:
+    x, y = load_iris(return_X_y=True)
+    model = SelfTuningClassifier(**QUICK)
+    model.partial_fit(x[:100], y[:100], classes=[0, 1, 2])
+    first = model.validation_loss_
+    weights = model.model_
+    for _ in range(4):
+        model.partial_fit(x, y)
+    assert model.model_ is weights
+    assert model.score(x, y) > 0.8
+    assert model.validation_loss_ < first + 0.5
+    with pytest.raises(ValueError, match="did not know"):
+        model.partial_fit(x, y + 5)
+
+
+def test_classes_weigh_as_asked() -> None:
+    """Truth: weighting a rare class raises how often it is predicted."""
+    generator = np.random.default_rng(0)
+    y = (generator.random(600) < 0.08).astype(int)
+    x = generator.normal(size=(600, 2)) + 0.8 * y[:, None]
+    longer = {**QUICK, "epochs": 30}
+    plain = SelfTuningClassifier(**longer).fit(x, y).predict(x).mean()
+    balanced = SelfTuningClassifier(class_weight="balanced", **longer).fit(x, y).predict(x).mean()
+    assert balanced > plain + 0.05
+
+
+def test_what_cannot_be_fitted_is_told() -> None:
+    x, y = load_iris(return_X_y=True)
+    with pytest.raises(ValueError, match="1 class"):
+        SelfTuningClassifier(**QUICK).fit(x[:50], y[:50])
+    with pytest.raises(ValueError, match="validation_fraction=1"):
+        SelfTuningClassifier(**QUICK, validation_fraction=1).fit(x, y)
+    with pytest.raises(ValueError, match="n_samples=3"):
+        SelfTuningRegressor(**QUICK).fit(x[:3], y[:3])
