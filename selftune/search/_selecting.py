@@ -39,6 +39,7 @@ def select(
     maximize: bool = False,
     sampler: Any = "tpe",
     pruner: Any = "asha",
+    timeout: float | None = None,
     storage: Any = None,
     study: str = STUDY,
     workers: int = 1,
@@ -73,6 +74,7 @@ def select(
         maximize: Whether more of the metric is better.
         sampler: ``"grid"``, ``"random"``, ``"tpe"``, ``"gp"``, ``"cmaes"``, or one of Optuna's.
         pruner: ``"asha"``, ``"hyperband"``, ``"median"``, ``"none"``, or one of Optuna's.
+        timeout: Seconds after which no further trial begins.
         storage: A path (a journal), an address (``sqlite:///…``, ``grpc://host:port``), or one of
             Optuna's storages: the search goes on there, and others may join. By default memory.
         study: Its name in the storage.
@@ -141,7 +143,7 @@ def select(
     }  # fmt: skip
     payload = Payload(
         trainer=trainer, about=about, storage=storage, study=study, trials=trials,
-        sampler=sampler, pruner=pruner,
+        sampler=sampler, pruner=pruner, timeout=timeout,
     )  # fmt: skip
     opened = payload.open(os.getpid() if joined else 0)
     orphans(opened)

@@ -109,7 +109,7 @@ def pruner_of(given: Any) -> BasePruner:
     if isinstance(given, BasePruner):
         return given
     if given == "asha":
-        return Halving(min_resource=1, reduction_factor=3)
+        return Halving(min_resource=3, reduction_factor=3)
     if given == "hyperband":
         return HyperbandPruner(min_resource=1)
     if given == "median":

@@ -134,8 +134,8 @@ class Trainer:
         return names[0] if len(names) == 1 else str(trial.suggest_categorical("family", names))
 
     def build(self, trial: Any, family: str) -> Any:
-        """A candidate: the seed is set before, so that a model can be made again."""
-        torch.manual_seed(self.seed)
+        """A candidate; each trial has weights of its own, which can be made again."""
+        torch.manual_seed(self.seed + trial.number)
         prefix = family if len(self.candidates) > 1 or family != "model" else ""
         made = self.candidates[family](Space(trial, prefix))
         return Candidate(model=made) if isinstance(made, nn.Module) else made

@@ -36,6 +36,7 @@ class Payload:
         trials: How many in all.
         sampler: By name, or one of Optuna's.
         pruner: By name, or one of Optuna's.
+        timeout: Seconds from one worker's beginning to its end.
     """
 
     trainer: Trainer
@@ -45,6 +46,7 @@ class Payload:
     trials: int
     sampler: Any
     pruner: Any
+    timeout: float | None = None
 
     def open(self, worker: int = 0) -> optuna.Study:
         """The study, with a sampler whose draws are this worker's and this call's."""
@@ -75,7 +77,9 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # failures are told of by their candidate
     try:
-        study.optimize(payload.trainer.attempt, callbacks=[after], catch=(Exception,))
+        study.optimize(
+            payload.trainer.attempt, callbacks=[after], catch=(Exception,), timeout=payload.timeout
+        )
     except KeyboardInterrupt:
         orphans(study, os.getpid())
     finally:

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from selftune.search._shape import Shape
 from selftune.search._space import Space
 
-DROPOUT = 0.1
-"""Where rates start; runs tune them."""
+
+def dropout(space: Space) -> nn.Module:
+    """Dropout at a rate that is asked for: to follow it in a run takes a gradient more a step."""
+    return nn.Dropout(space.suggest_categorical("dropout", (0.0, 0.1, 0.3)))
 
 
 @dataclass(frozen=True)
 class AbstractFamily(ABC):
     """Builds a model of one kind for a data set.
 
-    What is discrete (depth, width) is asked of the space; what is continuous (rates of dropout)
-    is left to the run, which tunes it.
+    Depth, width and dropout are asked of the space; all else that is continuous is left to the
+    run, which tunes it.
 
     Args:
         shape: Of the data.

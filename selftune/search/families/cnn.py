@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from selftune.nn import Dropout
 from selftune.search._space import Space
-from selftune.search.families._base import DROPOUT, AbstractFamily, Closed
+from selftune.search.families._base import AbstractFamily, Closed, dropout
 
 
 class CNN(AbstractFamily):
@@ -22,6 +21,7 @@ class CNN(AbstractFamily):
         depth = space.suggest_int("depth", 1, 3)
         width = space.suggest_categorical("width", (8, 16, 32))
         head = space.suggest_categorical("head", (32, 64, 128))
+        drop = dropout(space)
         layers: list[nn.Module] = []
         for _ in range(depth):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
@@ -31,7 +31,7 @@ class CNN(AbstractFamily):
             channels, width = width, 2 * width
         flat = channels * size[0] * size[1]
         return Closed(
-            self.shape, *layers, nn.Flatten(), Dropout(DROPOUT, "features"),
-            nn.Linear(flat, head), nn.ReLU(), Dropout(DROPOUT, "head"),
+            self.shape, *layers, nn.Flatten(), drop,
+            nn.Linear(flat, head), nn.ReLU(), drop,
             nn.Linear(head, self.shape.outputs),
         )  # fmt: skip

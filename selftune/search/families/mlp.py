@@ -6,9 +6,8 @@ import math
 
 from torch import nn
 
-from selftune.nn import Dropout
 from selftune.search._space import Space
-from selftune.search.families._base import DROPOUT, AbstractFamily, Closed
+from selftune.search.families._base import AbstractFamily, Closed, dropout
 
 
 class MLP(AbstractFamily):
@@ -21,11 +20,12 @@ class MLP(AbstractFamily):
         depth = space.suggest_int("depth", 1, 4)
         width = space.suggest_categorical("width", (32, 64, 128, 256))
         norm = space.suggest_categorical("batch_norm", (False, True))
+        drop = dropout(space)
         layers: list[nn.Module] = [nn.Flatten()]
         size = math.prod(self.shape.inputs)
         for _ in range(depth):
             layers.append(nn.Linear(size, width))
             layers += [nn.BatchNorm1d(width)] if norm else []
-            layers += [nn.ReLU(), Dropout(DROPOUT)]
+            layers += [nn.ReLU(), drop]
             size = width
         return Closed(self.shape, *layers, nn.Linear(size, self.shape.outputs))

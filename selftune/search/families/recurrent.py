@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from selftune.nn import Dropout
 from selftune.search._shape import Shape
 from selftune.search._space import Space
-from selftune.search.families._base import DROPOUT, AbstractFamily, Rows
+from selftune.search.families._base import AbstractFamily, Rows, dropout
 
 Cell = type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]
 
@@ -15,20 +14,19 @@ Cell = type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]
 class Recurrent(nn.Module):
     """Layers of a cell, and a head on the last state or on all of them."""
 
-    def __init__(self, shape: Shape, cell: Cell, layers: int, width: int) -> None:
+    def __init__(self, shape: Shape, cell: Cell, layers: int, width: int, drop: nn.Module) -> None:
         super().__init__()
         self._shape = shape
         self.rows = Rows(shape, width)
-        self.input = Dropout(DROPOUT, "input")
         self.cell = cell(self.rows.size, width, layers, batch_first=True)
-        self.output = Dropout(DROPOUT, "output")
+        self.drop = drop
         self.head = nn.Linear(width, shape.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs, one an example or one a position."""
-        seen = self.cell(self.input(self.rows(x)))[0]
+        seen = self.cell(self.drop(self.rows(x)))[0]
         seen = seen if self._shape.each else seen[:, -1]
-        return self._shape.close(self.head(self.output(seen)))
+        return self._shape.close(self.head(self.drop(seen)))
 
 
 class AbstractRecurrent(AbstractFamily):
@@ -40,7 +38,7 @@ class AbstractRecurrent(AbstractFamily):
         """A model."""
         layers = space.suggest_int("layers", 1, 2)
         width = space.suggest_categorical("width", (32, 64, 128))
-        return Recurrent(self.shape, self.cell, layers, width)
+        return Recurrent(self.shape, self.cell, layers, width, dropout(space))
 
 
 class RNN(AbstractRecurrent):

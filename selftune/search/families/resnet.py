@@ -6,9 +6,8 @@ import math
 
 from torch import Tensor, nn
 
-from selftune.nn import Dropout
 from selftune.search._space import Space
-from selftune.search.families._base import DROPOUT, AbstractFamily, Closed
+from selftune.search.families._base import AbstractFamily, Closed, dropout
 
 
 class Residual(nn.Module):
@@ -34,11 +33,12 @@ class ResNet(AbstractFamily):
         if self.shape.kind not in ("images", "table"):
             raise ValueError("resnet takes images or tables, not sequences: use transformer")
         blocks = space.suggest_int("blocks", 1, 3)
+        drop = dropout(space)
         if self.shape.kind == "images":
-            return self._images(blocks, space.suggest_categorical("width", (8, 16, 32)))
-        return self._table(blocks, space.suggest_categorical("width", (32, 64, 128)))
+            return self._images(blocks, space.suggest_categorical("width", (8, 16, 32)), drop)
+        return self._table(blocks, space.suggest_categorical("width", (32, 64, 128)), drop)
 
-    def _images(self, blocks: int, width: int) -> nn.Module:
+    def _images(self, blocks: int, width: int, drop: nn.Module) -> nn.Module:
         layers: list[nn.Module] = [nn.Conv2d(self.shape.inputs[0], width, 3, padding=1)]
         for stage in range(2):
             for _ in range(blocks):
@@ -53,15 +53,14 @@ class ResNet(AbstractFamily):
                 width *= 2
         return Closed(
             self.shape, *layers, nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(), Dropout(DROPOUT, "features"), nn.Linear(width, self.shape.outputs),
+            nn.Flatten(), drop, nn.Linear(width, self.shape.outputs),
         )  # fmt: skip
 
-    def _table(self, blocks: int, width: int) -> nn.Module:
+    def _table(self, blocks: int, width: int, drop: nn.Module) -> nn.Module:
         layers = [
             Residual(
                 nn.BatchNorm1d(width), nn.Linear(width, 2 * width), nn.ReLU(),
-                Dropout(DROPOUT, "hidden"), nn.Linear(2 * width, width),
-                Dropout(DROPOUT, "residual"),
+                drop, nn.Linear(2 * width, width), drop,
             )
             for _ in range(blocks)
         ]  # fmt: skip

@@ -5,29 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from selftune.nn import Dropout
 from selftune.search._shape import Shape
 from selftune.search._space import Space
-from selftune.search.families._base import DROPOUT, AbstractFamily, Rows
+from selftune.search.families._base import AbstractFamily, Rows, dropout
 
 
 class Encoder(nn.Module):
     """Pre-norm layers with learned positions; the mean of positions, or all where each has one."""
 
-    def __init__(self, shape: Shape, layers: int, width: int, heads: int) -> None:
+    def __init__(self, shape: Shape, layers: int, width: int, heads: int, drop: nn.Module) -> None:
         super().__init__()
         self._shape = shape
         self.rows = Rows(shape, width)
         self.project = nn.Linear(self.rows.size, width)
         self.positions = nn.Parameter(0.02 * torch.randn(self.rows.length, width))
-        self.input = Dropout(DROPOUT, "input")
         layer = nn.TransformerEncoderLayer(
             width, heads, 2 * width, 0.0, batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(
             layer, layers, nn.LayerNorm(width), enable_nested_tensor=False
         )
-        self.output = Dropout(DROPOUT, "output")
+        self.drop = drop
         self.head = nn.Linear(width, shape.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,17 +35,17 @@ class Encoder(nn.Module):
         mask = None
         if self._shape.each:
             mask = nn.Transformer.generate_square_subsequent_mask(length, device=rows.device)
-        seen = self.layers(self.input(rows + self.positions[:length]), mask)
+        seen = self.layers(self.drop(rows + self.positions[:length]), mask)
         seen = seen if self._shape.each else seen.mean(1)
-        return self._shape.close(self.head(self.output(seen)))
+        return self._shape.close(self.head(self.drop(seen)))
 
 
 class Transformer(AbstractFamily):
-    """Layers, width and heads are asked for."""
+    """Layers, width, heads and dropout are asked for."""
 
     def __call__(self, space: Space) -> nn.Module:
         """A model."""
         layers = space.suggest_int("layers", 1, 3)
         width = space.suggest_categorical("width", (32, 64, 128))
         heads = space.suggest_categorical("heads", (2, 4))
-        return Encoder(self.shape, layers, width, heads)
+        return Encoder(self.shape, layers, width, heads, dropout(space))
