@@ -313,9 +313,8 @@ STEPS = 2000
 
 def memory(seeds: list[int]) -> None:
     """Steps of a warm-started run to the cold run's final validation loss."""
-    print(
-        "| left out | seed | cold run's final loss | reached after, of its steps |\n|---|---|---|---|"
-    )
+    print("| left out | seed | cold run's final loss | reached after, of its steps |")
+    print("|---|---|---|---|", flush=True)
     shares = []
     for left in UCI:
         for seed in seeds:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from selftune._flat import Layout
 from selftune._gradient import gradient
 from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator, AbstractRows
@@ -36,7 +37,7 @@ class Run(NamedTuple):
     them, see ``tests/test_fused.py``.)
 
     Attributes:
-        weights: One for each trained parameter.
+        weights: One for each trained parameter, or one for all of them joined.
         shrinking: A weight of 1, whose response to weight decay stands for all; or nothing.
         buffers: The model's, as the training passes leave them.
         average_buffers: Those of the averaged weights, as the validation passes leave them.
@@ -72,6 +73,12 @@ class Bilevel:
         follow: An estimator that sees whole steps (:class:`~selftune.followed.Followed`).
         followed: Names of the hyperparameters that are followed by it instead of ``estimator``.
         strengths: Buffers of the objective in which hyperparameters are kept, by name.
+        joined: Whether all parameters, of one dtype, are kept as one vector of which they become
+            views: one operation then does for all tensors, which is what eager steps of small nets
+            consist of.
+
+    Attributes:
+        layout: Of the vector, or None.
     """
 
     def __init__(
@@ -89,9 +96,13 @@ class Bilevel:
         follow: AbstractEstimator | None = None,
         followed: Sequence[str] = (),
         strengths: Mapping[str, Sequence[str]] | None = None,
+        joined: bool = False,
     ) -> None:
         self.inner, self.outer = inner, outer
-        self.params = [n for n, p in inner.named_parameters() if p.requires_grad]
+        trained = {n: p for n, p in inner.named_parameters() if p.requires_grad}
+        self.params = list(trained)
+        self.layout = Layout(list(trained.values())) if joined else None
+        update = update if self.layout is None else update.joined(self.layout)
         self.buffers = [n for n, _ in inner.named_buffers()]
         self.update, self.options = update, dict(options)
         self.hyper, self.averaging = hyper, averaging
@@ -107,13 +118,30 @@ class Bilevel:
         named = dict(self.inner.named_parameters())
         start = {**self.options, **values}
         device = named[self.params[0]].device
-        weights = [self.responses.start(named[n].detach(), start) for n in self.params]
+        if self.layout is None:
+            values_of = [named[n].detach() for n in self.params]
+        else:
+            vector = self.layout.flatten([named[n].detach() for n in self.params])
+            values_of = [vector]
+            for name, view in zip(self.params, self.layout.views(vector), strict=True):
+                named[name].data = view
+        weights = [self.responses.start(value, start) for value in values_of]
         shrinking = self.responses.shrinking(weights[0].average, start)
         buffers = [b for _, b in self.inner.named_buffers()]
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         hyper = HyperState(*(t.to(device) for t in self.hyper.init(values)))
         still = [b.clone() for b in buffers]
         return Run(weights, shrinking, buffers, still, hyper, zero, zero.clone())
+
+    def parts(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor a parameter, of what the run keeps of its weights."""
+        return list(weights) if self.layout is None else self.layout.views(weights[0])
+
+    def part(self) -> None:
+        """Give parameters tensors of their own again, where they are views of one."""
+        named = dict(self.inner.named_parameters())
+        for name in self.params if self.layout is not None else ():
+            named[name].data = named[name].data.clone()
 
     # the steps
 
@@ -170,7 +198,7 @@ class Bilevel:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         def objective(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             held = [b.clone() for b in buffers]  # modules write into them, which must not show
-            tensors = dict(zip(self.params, params, strict=True))
+            tensors = dict(zip(self.params, self.parts(params), strict=True))
             tensors |= {**dict(zip(self.buffers, held, strict=True)), **strengths}
             with self.autocast():
                 loss = functional_call(module, tensors, (batch,))

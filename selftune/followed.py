@@ -50,8 +50,8 @@ class Followed:
 
     def __init__(self, bilevel: Bilevel, estimator: AbstractEstimator, run: Run) -> None:
         self._bilevel = bilevel
-        self._layout = Layout([w.average for w in run.weights])
-        self._dtypes = [w.value.dtype for w in run.weights]
+        self._layout = bilevel.layout or Layout([w.average for w in run.weights])
+        self._dtypes = [t.dtype for t in bilevel.parts([w.value for w in run.weights])]
         inner = bilevel.inner
         splits = hasattr(inner, "predicted") and hasattr(inner, "judged")
         self._problem = InGraphs(
@@ -148,10 +148,10 @@ class Followed:
         move = move.to(self._layout.dtype)
         memory = self.follower.memory
         if memory is None:
-            return self._layout.views(torch.zeros_like(params))
-        return self._layout.views(
-            self.follower.estimator.shift(self._problem, memory, params, move)
-        )
+            shift = torch.zeros_like(params)
+        else:
+            shift = self.follower.estimator.shift(self._problem, memory, params, move)
+        return [shift] if self._bilevel.layout is not None else self._layout.views(shift)
 
     def estimate(self, end: Point, hparams: Hparams, grads: Tensor) -> Mapping[str, Tensor]:
         """Hypergradients for outer gradients at the end of the last step.

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from selftune._trees import leaves
 from selftune.bilevel import Batch, Bilevel, Run, alive
 from selftune.followed import Followed
 
@@ -59,14 +60,14 @@ class Fused:
         """Compile from the next step on."""
         if self.compiled:
             return
-        device, leaves = self.run.step.device, tree_leaves(self.run)
-        if device.type == "cpu" and any(t.ndim == 0 and t.dtype == torch.float64 for t in leaves):
+        device, tensors = self.run.step.device, leaves(self.run)
+        if device.type == "cpu" and any(t.ndim == 0 and t.dtype == torch.float64 for t in tensors):
             # torch 2.13 hands these to its kernels by value and loses what is written to them.
             log.warning("not compiled: the model has a float64 parameter or buffer of shape ()")
             return
         self.compiled = True
         if device.type == "cuda":
-            for leaf in leaves:
+            for leaf in tensors:
                 torch._dynamo.mark_static_address(leaf)
         log.info("compiling the training step: up to a minute, and quick once it is cached")
         self._exact = self._whole(lambda step: _compile(step, device, dynamic=False))
@@ -237,7 +238,7 @@ def _in_place(step: Step) -> Step:
 
     def stepped(run: Run, *rest: Any) -> Any:
         after, told = step(run, *rest)
-        for old, new in zip(tree_leaves(run), tree_leaves(after), strict=True):
+        for old, new in zip(leaves(run), leaves(after), strict=True):
             if new is not old:
                 old.copy_(new)
         return told

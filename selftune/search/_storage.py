@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,17 @@ def pruner_of(given: Any) -> BasePruner:
     raise ValueError(f"pruner={given!r} must be one of {PRUNERS} or a pruner of Optuna")
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna tells of errors only: what else there is to say is said by candidate."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
 def open_study(
     storage: BaseStorage, name: str, sampler: BaseSampler, pruner: BasePruner, about: dict[str, Any]
 ) -> optuna.Study:
@@ -136,10 +148,11 @@ def open_study(
     """
     direction = about["direction"]
     try:
-        study = optuna.create_study(
-            storage=storage, study_name=name, sampler=sampler, pruner=pruner,
-            direction=direction, load_if_exists=True,
-        )  # fmt: skip
+        with quiet():
+            study = optuna.create_study(
+                storage=storage, study_name=name, sampler=sampler, pruner=pruner,
+                direction=direction, load_if_exists=True,
+            )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"study={name!r}: {error}; pass another name or storage") from error
     known = study.user_attrs.get("selftune")

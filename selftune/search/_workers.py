@@ -17,7 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from selftune.search._storage import RETRIES, open_study, pruner_of, sampler_of, storage_of
+from selftune.search._storage import RETRIES, open_study, pruner_of, quiet, sampler_of, storage_of
 from selftune.search._trial import Trainer
 
 LOOK = 0.2
@@ -74,16 +74,14 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
 
     if enough():
         return
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # failures are told of by their candidate
     try:
-        study.optimize(
-            payload.trainer.attempt, callbacks=[after], catch=(Exception,), timeout=payload.timeout
-        )
+        with quiet():
+            study.optimize(
+                payload.trainer.attempt, callbacks=[after], catch=(Exception,),
+                timeout=payload.timeout,
+            )  # fmt: skip
     except KeyboardInterrupt:
         orphans(study, os.getpid())
-    finally:
-        optuna.logging.set_verbosity(verbosity)
 
 
 def taken(study: optuna.Study) -> list[FrozenTrial]:

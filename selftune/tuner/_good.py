@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from selftune._trees import leaves
 from selftune.bilevel import Run
 
 
@@ -52,7 +52,7 @@ class Good:
             for tensor, good in zip(held, self.buffers, strict=True):
                 self.part(tensor, member).copy_(self.part(good, member))
         stale = [(w.rule, w.tangents, w.response, w.ahead) for w in [*run.weights, *run.shrinking]]
-        for leaf in [*tree_leaves(stale), *run.hyper[1:], run.age]:
+        for leaf in [*leaves(stale), *run.hyper[1:], run.age]:
             self.part(leaf, member).zero_()
         for call in self.rewound:
             call()
@@ -60,7 +60,7 @@ class Good:
     @torch.no_grad()
     def copy(self, source: int, target: int) -> None:
         """Let one member take over everything from another."""
-        for leaf in [*tree_leaves(self.run), *self.weights, *self.buffers]:
+        for leaf in [*leaves(self.run), *self.weights, *self.buffers]:
             leaf[target].copy_(leaf[source])
 
     @torch.no_grad()

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from selftune._trees import leaves
 from selftune.bilevel import Bilevel, Run
 from selftune.probe import Probe
 from selftune.tuner._good import Good
@@ -43,7 +43,7 @@ def sweep(bilevel: Bilevel, run: Run, good: Good, probe: Probe, batch: Callable[
         if probe.ended:
             break
         after = bilevel.advance(run, loss, grads, buffers, rate=probe.factor(probe.taken))
-        for old, new in zip(tree_leaves(run), tree_leaves(after), strict=True):
+        for old, new in zip(leaves(run), leaves(after), strict=True):
             if new is not old:
                 old.copy_(new)
         earlier = before

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from selftune.bilevel import Run
+from selftune.bilevel import Bilevel, Run
 from selftune.tuner._data import Stream, alone, size, to_device
 from selftune.tuner._good import Good
 from selftune.tuner._objective import Objective, for_scoring
@@ -56,7 +56,7 @@ class Scorer:
         objective: The training objective, around the user's model.
         metrics: Functions of output and target by name, averaged over examples.
         batches: The validation set.
-        params: Names of the trained parameters in the objective.
+        bilevel: Knows the trained parameters, and which part of the run's weights each is.
         members: Whether the run's tensors have a leading dimension of members.
         device: Where it is computed.
         autocast: Makes the context of the forward passes.
@@ -67,13 +67,14 @@ class Scorer:
         objective: Objective,
         metrics: Mapping[str, Metric],
         batches: Any,
-        params: list[str],
+        bilevel: Bilevel,
         members: bool,
         device: torch.device,
         autocast: Callable[[], Any],
     ) -> None:
         self.model, self._objective = objective.model, objective
-        named = dict(objective.named_parameters())
+        named, params = dict(objective.named_parameters()), bilevel.params
+        self._parts = bilevel.parts
         self._tensors = [named[n].detach() for n in params] + list(objective.buffers())
         self._module = _Scores(for_scoring(objective), metrics)
         self._names = [f"objective.{n}" for n in params]
@@ -121,7 +122,7 @@ class Scorer:
         names = [*self._names, *self._buffers]
         there = []
         for weights, buffers in points:
-            found = zip(self._tensors, [*weights, *buffers], strict=True)
+            found = zip(self._tensors, [*self._parts(weights), *buffers], strict=True)
             parts = [self._part(t, member).to(held.dtype) for held, t in found]
             there.append(dict(zip(names, parts, strict=True)))
         batches: Iterable[Any] = islice(self._batches, most if stream.sized else FEW)
@@ -145,7 +146,7 @@ class Scorer:
     def shown(self, run: Run, member: int) -> Iterator[None]:
         """The averaged weights in the model itself, for a while."""
         held = [t.clone() for t in self._tensors]
-        self._write([*(w.average for w in run.weights), *run.average_buffers], member)
+        self._write(*_average(run), member)
         try:
             yield
         finally:
@@ -153,8 +154,8 @@ class Scorer:
                 tensor.copy_(old)
 
     @torch.no_grad()
-    def _write(self, sources: list[Tensor], member: int) -> None:
-        for tensor, source in zip(self._tensors, sources, strict=True):
+    def _write(self, weights: list[Tensor], buffers: list[Tensor], member: int) -> None:
+        for tensor, source in zip(self._tensors, [*self._parts(weights), *buffers], strict=True):
             tensor.copy_(self._part(source, member))
 
     def state(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class Scorer:
         losses = [x if math.isfinite(x) else math.inf for x in losses]
         found = min(losses)
         weights, buffers = candidates[losses.index(found)]
-        self._write([*weights, *buffers], member)
+        self._write(weights, buffers, member)
         if saved is not None and saved["loss"] < found:
             self.model.load_state_dict(saved["model"])
             if "loss_fn" in saved and isinstance(self._objective.loss_fn, nn.Module):

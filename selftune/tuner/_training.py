@@ -208,7 +208,7 @@ class Training:
         self._clock.append(time.perf_counter())
         if len(self._clock) == WATCHED + 1:
             taken = (self._clock[-1] - self._clock[0]) / WATCHED
-            tensors = len(self.fused.run.weights)
+            tensors = len(self.bilevel.params)
             gain = min(max(FUSED * taken, LAUNCHED * tensors), 0.9 * taken)
             saved = gain * (self.plan.total - self.step)
             if saved > COMPILED[0] + COMPILED[1] * tensors:
@@ -264,6 +264,7 @@ class Training:
             path = self.folder / _checkpoints.BEST
             saved = _checkpoints.read(path) if path.exists() else None
         best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.good, saved)
+        self.bilevel.part()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
         monitor = self.watch.telling.monitor

@@ -46,6 +46,8 @@ log = logging.getLogger("selftune")
 
 LOG, REST = 50, 0.1
 """Steps, and at least seconds, from one entry in the log to the next."""
+JOINED = 2**22
+"""Weights up to which eager runs keep them in one vector."""
 
 
 class Tuner:
@@ -408,6 +410,7 @@ class Tuner:
         autocast: Any = nullcontext
         if self._amp:
             autocast = partial(torch.autocast, device.type, torch.bfloat16)
+        members = self._population.size if self._population is not None else None
         shape = Schedule(
             shape=self._schedule, total_steps=total, warmup_steps=min(self._warmup, total - 1)
         )
@@ -424,6 +427,7 @@ class Tuner:
             torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device),
             autocast, self._follow, self._followed,
             {n: f.buffers for n, f in self._found.items() if n in names},
+            joined=plan.compile is not True and members is None and self._small(),
         )  # fmt: skip
         self._strengthen()
         run = bilevel.init(self._values)
@@ -433,7 +437,6 @@ class Tuner:
                     "%s starts at %.3g, since the given %.3g is outside its bounds",
                     name, value, self._values[name],
                 )  # fmt: skip
-        members = self._population.size if self._population is not None else None
         start = check_first(bilevel, run, streams) if new else math.nan
         if self._population is not None:
             spread = {"lr", *self._update.regularizers}
@@ -443,7 +446,7 @@ class Tuner:
         if fused.followed is not None:
             good.rewound.append(fused.followed.follower.forget)
         scorer = Scorer(
-            self._objective, self._metrics, val, bilevel.params, members is not None, device,
+            self._objective, self._metrics, val, bilevel, members is not None, device,
             autocast,
         )  # fmt: skip
         compare = partial(scorer.compared, run, good, streams[1])
@@ -477,6 +480,16 @@ class Tuner:
                 "population": members or 1,
             },
         )  # fmt: skip
+
+    def _small(self) -> bool:
+        """Whether eager steps of the model take as long as their operations are many."""
+        trained = [p for p in self._objective.parameters() if p.requires_grad]
+        dtypes = {p.dtype for p in trained}
+        return (
+            sum(p.numel() for p in trained) <= JOINED
+            and len(dtypes) == 1
+            and dtypes <= {torch.float32, torch.float64}
+        )
 
     def _strengthen(self) -> None:
         """Write the given strengths into the layers that have them."""

@@ -132,9 +132,8 @@ def test_the_pruner_sees_evaluations() -> None:
     assert "PRUNED" in states
     pruned = [t for t in found.study.trials if t.state.name == "PRUNED"]
     whole = [t for t in found.study.trials if t.state.name == "COMPLETE"]
-    assert max(len(t.intermediate_values) for t in pruned) < max(
-        len(t.intermediate_values) for t in whole
-    )
+    assert min(len(t.intermediate_values) for t in pruned) == 3  # the first rung
+    assert {len(t.intermediate_values) for t in whole} == {9}
     assert found.params == {"kind": "hidden"}
 
 

@@ -220,13 +220,14 @@ def test_a_predicted_slope_is_the_hypergradient() -> None:
     now, step = result.hparams["hidden"], 1e-5
     odds = torch.logit(torch.tensor(now, dtype=torch.float64))
     up, down = made.predict(hidden=[float(torch.sigmoid(odds + s)) for s in (step, -step)])
-    held = [w.average.clone().requires_grad_() for w in run.weights]
+    parts = training.bilevel.parts
+    held = [p.clone().requires_grad_() for p in parts([w.average for w in run.weights])]
     buffers = dict(zip(training.bilevel.buffers, run.average_buffers, strict=True))
     objective = training.bilevel.inner.eval()
     loss = torch.func.functional_call(
         objective, buffers | dict(zip(training.bilevel.params, held, strict=True)), (batches[0],)
     )
     grads = torch.autograd.grad(loss, held)
-    shift = followed.shift(run, torch.ones(1, dtype=torch.float64))
+    shift = parts(followed.shift(run, torch.ones(1, dtype=torch.float64)))
     slope = sum(float((g * s).sum()) for g, s in zip(grads, shift, strict=True))
     assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-4)

@@ -1,0 +1,25 @@
+"""Trees of tensors, walked in a few lines: torch's own walk takes as long as a small net's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dictionaries, always in the same order."""
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return found
+
+
+def _gather(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            _gather(value, found)
+    else:
+        for value in tree:
+            _gather(value, found)
