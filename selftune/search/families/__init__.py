@@ -3,6 +3,7 @@
 from selftune.search._shape import Shape
 from selftune.search.families._base import AbstractFamily
 from selftune.search.families.cnn import CNN
+from selftune.search.families.gan import GAN, energy_distance
 from selftune.search.families.mlp import MLP
 from selftune.search.families.recurrent import GRU, LSTM, RNN
 from selftune.search.families.resnet import ResNet
@@ -10,6 +11,7 @@ from selftune.search.families.transformer import Transformer
 
 __all__ = [
     "CNN",
+    "GAN",
     "GRU",
     "LSTM",
     "MLP",
@@ -18,6 +20,7 @@ __all__ = [
     "ResNet",
     "Transformer",
     "auto",
+    "energy_distance",
 ]
 
 AUTO: dict[str, tuple[type[AbstractFamily], ...]] = {
