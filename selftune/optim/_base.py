@@ -283,6 +283,8 @@ class SelfTuned(torch.optim.Optimizer):
             if engine.outer_step(float(loss), grads, self._groups.values(self.param_groups)):
                 self._publish()
             self._telling.tuned(loss, self.hparams, clock.steps, begun)
+            if self._telling.due and not engine.ranks.together:
+                self._telling.compared(loss, self._at_last(closure), clock.steps)
         return loss
 
     @contextmanager
@@ -504,6 +506,16 @@ class SelfTuned(torch.optim.Optimizer):
             loss = closure()
             check_outer_loss(loss)
             return loss.detach(), outer_gradients(loss, blocks)
+
+    def _at_last(self, closure: Closure) -> Tensor:
+        """The closure's loss at the last weights; it leaves statistics and random streams alone."""
+        tensors, device = self._engine.buffers.tensors(), self._engine.blocks[0].layout.device
+        kept = [t.clone() for t in tensors]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            loss = closure().detach()
+        for tensor, old in zip(tensors, kept, strict=True):
+            tensor.copy_(old)
+        return loss
 
     def _check_finite(self, closure: Closure) -> None:
         """Tell a closure that is never finite from weights that have blown up."""

@@ -42,7 +42,7 @@ class Telling:
         self._agreement = Agreement()
         self._standing: float | None = None
         self._noted: float | None = None
-        self._spent = 0.0
+        self._steps = 0
         self.trained: Tensor | None = None
 
     def begin(self, values: Mapping[str, Any]) -> None:
@@ -74,10 +74,20 @@ class Telling:
         raw = torch.cat(list(self._raw().values())).tolist() if signals else []
         rows += self._agreement.look(grads, raw, self._standing)
         rows += self._margins(values)
-        if len(next(iter(self._course.values()), [])) % SPARSE == 0:
+        self._steps += 1
+        if self.due:
             self.monitor.histograms(values, step)
             rows += [(f"verdict/{v.name}", float(v.code)) for v in self.verdicts(values).values()]
         self.monitor.scalars([*rows, *self._overhead(begun)], step)
+
+    @property
+    def due(self) -> bool:
+        """Whether what is told rarely is to be told of this step."""
+        return self.monitor.on and self._steps % SPARSE == 0
+
+    def compared(self, averaged: Tensor, last: Tensor, step: int) -> None:
+        """Tell the validation losses of one batch at the averaged weights and at the last."""
+        self.monitor.scalar("outer/averaged-vs-last", averaged - last, step)
 
     def finish(self, values: Mapping[str, Any], step: int) -> None:
         """Tell where it all ended."""

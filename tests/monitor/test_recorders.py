@@ -239,6 +239,9 @@ def test_an_optimizer_tells_what_the_tuner_tells() -> None:
             assert value <= high * (1 + 1e-9)
         assert max(highs) > min(lows)
     assert {"gap/val-train", "response/predicted", "response/realised"} <= tags
+    steps, gains = recorder.curve("outer/averaged-vs-last")
+    assert len(steps) == len(recorder.curve("hyper/lr")[0]) // 20
+    assert all(abs(g) < 10 for g in gains)
     shares = recorder.curve("cost/overhead")[1]
     assert min(shares) > 0
     assert max(shares) < 1
@@ -267,3 +270,30 @@ def test_ten_thousand_rates(tmp_path: Path) -> None:
     assert len(read.Tags()["scalars"]) < 40
     last = read.Histograms("layers/lr")[-1].histogram_value
     assert last.num == 10_000
+
+
+def test_logging_leaves_an_optimizer_s_run_alone() -> None:
+    """Truth: the same run without a log, bit for bit, BatchNorm and dropout included."""
+    import torch
+
+    def run(**options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(4, 8),
+            torch.nn.BatchNorm1d(8),
+            torch.nn.Dropout(),
+            torch.nn.Linear(8, 1),
+        )
+        x = torch.randn(64, 4)
+        opt = st.SGD(model, lr=0.01, probe=False, **options)
+        for _ in range(250):
+            opt.zero_grad()
+            model(x[:32]).square().mean().backward()
+            opt.step()
+            opt.hyper_step(lambda: (model(x[32:]) - 1).square().mean())
+        return [*model.parameters(), *model.buffers()]
+
+    recorder = InMemory()
+    for a, b in zip(run(), run(log_dir=recorder), strict=True):
+        assert torch.equal(a, b)
+    assert recorder.curve("outer/averaged-vs-last")[0]
