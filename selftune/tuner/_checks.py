@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selftune.bilevel import Bilevel, Run
+from selftune.hypernet import SelfTuned
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.tuner._data import Stream
@@ -84,6 +85,11 @@ def check_model(model: torch.nn.Module) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "model has no parameter that requires a gradient: unfreeze some by requires_grad_()"
+        )
+    if isinstance(model, SelfTuned):
+        raise ValueError(
+            "model is converted for a loop of one's own, and the tuner follows layers of "
+            "selftune.nn by itself: pass the plain model, or model.revert()"
         )
     for name, module in model.named_modules():
         if getattr(module, "sparse", False):

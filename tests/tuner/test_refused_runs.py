@@ -195,3 +195,9 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a run already: pass resume=True"):
         fit(log_dir=tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_a_converted_model_is_refused() -> None:
+    converted = st.hypernet.convert(nn.Sequential(st.nn.Dropout(0.1), nn.Linear(4, 3)))
+    with pytest.raises(ValueError, match=r"model\.revert\(\)"):
+        st.Tuner(converted, F.cross_entropy)
