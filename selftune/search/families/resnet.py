@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from selftune.search._space import Space
 from selftune.search.families._base import AbstractFamily, Closed, dropout
 
+LARGE = 16
+"""Pixels from which images are halved at once: all else would take four times as long."""
+
 
 class Residual(nn.Module):
     """``x + body(x)``."""
@@ -39,7 +42,10 @@ class ResNet(AbstractFamily):
         return self._table(blocks, space.suggest_categorical("width", (32, 64, 128)), drop)
 
     def _images(self, blocks: int, width: int, drop: nn.Module) -> nn.Module:
-        layers: list[nn.Module] = [nn.Conv2d(self.shape.inputs[0], width, 3, padding=1)]
+        stride = 2 if min(self.shape.inputs[1:]) >= LARGE else 1
+        layers: list[nn.Module] = [
+            nn.Conv2d(self.shape.inputs[0], width, 3, stride=stride, padding=1)
+        ]
         for stage in range(2):
             for _ in range(blocks):
                 layers.append(
