@@ -193,7 +193,7 @@ def plain(name: str, seed: int) -> Found:
         return lowest
 
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=3, reduction_factor=3)
     study = optuna.create_study(sampler=sampler, pruner=pruner)
     begun = time.time()
     study.optimize(objective, timeout=data.seconds)
