@@ -46,7 +46,7 @@ def main() -> None:
             return float(made.energy(val))
 
     if args.trials:
-        found = search.select({"gan": trial}, trials=args.trials)
+        found = search.select(trial, trials=args.trials)
         print(found.table())
         width, latent = found.params["width"], found.params["latent"]
     torch.manual_seed(0)

@@ -51,20 +51,25 @@ def storage_of(given: Any) -> BaseStorage:
     if isinstance(given, BaseStorage):
         return given
     text = str(given)
-    if text.startswith("grpc://"):
-        host, _, port = text.removeprefix("grpc://").partition(":")
-        return GrpcStorageProxy(host=host, port=int(port or 13000))
     if "://" in text:
-        again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
-        return RDBStorage(
-            text, heartbeat_interval=BEAT, grace_period=GRACE,
-            heartbeat_stale_trial_callback=again,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return _remote(text)
     path = Path(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_journal(path)
     lock = JournalFileOpenLock(text)
     return JournalStorage(JournalFileBackend(text, lock_obj=lock))
+
+
+def _remote(address: str) -> BaseStorage:
+    if address.startswith("grpc://"):
+        host, _, port = address.removeprefix("grpc://").partition(":")
+        return GrpcStorageProxy(host=host, port=int(port or 13000))
+    again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
+    return RDBStorage(
+        address, heartbeat_interval=BEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again
+    )
 
 
 def _check_journal(path: Path) -> None:

@@ -28,6 +28,8 @@ from selftune.tuner import Tuner
 
 Array = NDArray[Any]
 DROPOUT = 0.1
+FEWEST = 8
+"""Steps in an epoch, however few examples there are."""
 
 
 class _SelfTuning(BaseEstimator):
@@ -81,7 +83,7 @@ class _SelfTuning(BaseEstimator):
             )
             if not fresh:
                 tuner.start_from(self.hparams_)
-            batch = max(2, min(self.batch_size, len(parts[0]) // 2))
+            batch = max(2, min(self.batch_size, len(parts[0]) // FEWEST))
             # A last batch of one example has no variance for BatchNorm.
             ragged = len(parts[0]) % batch == 1
             train = DataLoader(_tensors(self._scaled(parts[0]), parts[2]), batch, shuffle=True,
@@ -158,7 +160,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         depth: Hidden layers of the default net.
         width: Units in each.
         epochs: Passes over the training part.
-        batch_size: Examples in a step.
+        batch_size: Examples in a step; at most an eighth of the training part.
         validation_fraction: The share of the data that hyperparameters are tuned on.
         patience: Evaluations without a better loss before it ends.
         standardize: Whether features are brought to mean 0 and variance 1.

@@ -52,7 +52,7 @@ def test_it_learns_a_distribution() -> None:
     gan = GAN(2, width=32)
     with torch.no_grad():
         before = float(gan.energy(test))
-    gan.fit(train, val, 400)
+    gan.fit(train, val, 1200)
     with torch.no_grad():
         after = float(gan.energy(test))
     assert before > 1
@@ -69,7 +69,7 @@ def test_a_search_over_it() -> None:
         with torch.no_grad():
             return float(gan.energy(data))
 
-    found = search.select({"gan": trial}, trials=2, progress=False)
+    found = search.select(trial, trials=2, progress=False)
     assert found.params["width"] in (8, 16)
 
 

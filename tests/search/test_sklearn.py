@@ -126,3 +126,18 @@ def test_what_cannot_be_fitted_is_told() -> None:
         SelfTuningClassifier(**QUICK, validation_fraction=1).fit(x, y)
     with pytest.raises(ValueError, match="n_samples=3"):
         SelfTuningRegressor(**QUICK).fit(x[:3], y[:3])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_search_of_optuna() -> None:
+    import optuna
+    from optuna_integration import OptunaSearchCV
+
+    x, y = load_iris(return_X_y=True)
+    space = {"depth": optuna.distributions.IntDistribution(0, 1)}
+    found = OptunaSearchCV(
+        SelfTuningClassifier(**{**QUICK, "epochs": 20}), space, n_trials=2, cv=2
+    ).fit(x, y)  # fmt: skip
+    assert found.best_params_["depth"] in (0, 1)
+    assert found.score(x, y) > 0.5

@@ -25,6 +25,7 @@ def test_a_database(tmp_path: Path) -> None:
     assert storage_of(address).get_heartbeat_interval() == BEAT < GRACE
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_a_proxy(tmp_path: Path) -> None:
     """A server over a database, and a search that knows its address only."""
     pytest.importorskip("grpc", reason="grpc:// needs grpcio")
