@@ -316,22 +316,21 @@ def memory(seeds: list[int]) -> None:
     print("| left out | seed | cold run's final loss | reached after, of its steps |")
     print("|---|---|---|---|", flush=True)
     shares = []
-    for left in UCI:
-        for seed in seeds:
+    for seed in seeds:
+        cold = {name: _run(name, seed, None) for name in UCI}
+        for left in UCI:
             with tempfile.TemporaryDirectory() as folder:
                 kept = search.Memory(folder)
-                for name in UCI:
-                    losses, ended = _run(name, seed, None)
-                    if name == left:
-                        cold = losses
-                    else:
+                for name, (losses, ended) in cold.items():
+                    if name != left:
                         kept.remember(_task(name), ended, value=losses[-1])
                 base = {"lr": 1e-3, "beta1": 0.9, "weight_decay": 0.01}
                 warm, _ = _run(left, seed, kept.start(_task(left), base))
-            by = next((i + 1 for i, v in enumerate(warm) if v <= cold[-1]), None)
+            goal = cold[left][0][-1]
+            by = next((i + 1 for i, v in enumerate(warm) if v <= goal), None)
             share = math.inf if by is None else by / len(warm)
             shares.append(share)
-            print(f"| {left} | {seed} | {cold[-1]:.4g} | {share:.2f} |", flush=True)
+            print(f"| {left} | {seed} | {goal:.4g} | {share:.2f} |", flush=True)
     print(f"\nmedian: {statistics.median(shares):.2f}")
 
 
