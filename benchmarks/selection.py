@@ -355,7 +355,7 @@ def engine() -> None:
         for workers in (1, 2):
             begun = time.perf_counter()
             search.select(
-                _busy, trials=24, storage=Path(folder) / f"{workers}.journal", workers=workers,
+                _busy, trials=60, storage=Path(folder) / f"{workers}.journal", workers=workers,
                 progress=False, sampler="random",
             )  # fmt: skip
             times[workers] = time.perf_counter() - begun

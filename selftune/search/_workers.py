@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -137,7 +136,7 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
         def start() -> subprocess.Popen[bytes]:
             nonlocal started
             started += 1
-            command = [sys.executable, "-m", "selftune.search._workers", str(path), str(started)]
+            command = [sys.executable, "-m", "selftune.search", str(path), str(started)]
             return subprocess.Popen(command)
 
         running = [start() for _ in range(min(workers, payload.trials))]
@@ -160,13 +159,3 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
             for process in running:
                 process.wait()
             orphans(study)
-
-
-def main() -> None:
-    """One of several workers: the payload's path and a number."""
-    payload: Payload = pickle.loads(Path(sys.argv[1]).read_bytes())
-    work(payload, payload.open(int(sys.argv[2])))
-
-
-if __name__ == "__main__":
-    main()
