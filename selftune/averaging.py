@@ -32,7 +32,7 @@ class Average:
     def weight(self, step: int) -> float:
         """The weight 1 − ρ of the newest iterate at a step counted from 0.
 
-        Example:
+        Examples:
             >>> Average().weight(0), round(Average().weight(1000), 2)
             (0.5, 0.02)
         """

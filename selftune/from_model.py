@@ -25,7 +25,7 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
     Returns:
         The parameters, shape (N,), and ``call(params, *inputs)``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weights, call = flat(torch.nn.Linear(3, 2))
         >>> weights.shape, call(weights, torch.ones(5, 3)).shape
@@ -78,7 +78,7 @@ def as_problem(
         by_tensor: Hyperparameters of the update may hold a value for each parameter tensor.
         options: Of :class:`Problem`.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> problem, weights = as_problem(
         ...     torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, Update(st.rules.SGD())

@@ -47,7 +47,7 @@ class AbstractPenalty(ABC):
 class L1(AbstractPenalty):
     """Ω(w) = Σ|w|, through its subgradient sign(w).
 
-    Example:
+    Examples:
         >>> L1().gradient(torch.tensor([-2.0, 0.0, 3.0]))
         tensor([-1.,  0.,  1.])
     """

@@ -65,7 +65,7 @@ class Problem:
             ``criterion(outputs, hparams, batch)``, where the Gauss-Newton matrix is asked for.
         backend: How second derivatives are taken (:class:`~selftune.products.Products`).
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> from selftune.update import Update
         >>> problem = Problem(
@@ -195,7 +195,7 @@ class Problem:
     def compiled(self) -> InGraphs:
         """The same problem, of which estimators compile what they compute.
 
-        Example:
+        Examples:
             >>> import torch, selftune as st
             >>> problem, weights = st.as_problem(
             ...     torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, Update(st.rules.SGD())

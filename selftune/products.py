@@ -51,7 +51,7 @@ class Products:
         ValueError: An unknown backend.
         RuntimeError: The backend asked for does not work with this loss; the error names it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> products = Products(lambda w, h: (h["scale"] * w**3).sum())
         >>> w, scale = torch.tensor([1.0, 2.0]), {"scale": torch.tensor(2.0)}

@@ -37,7 +37,7 @@ class TunedSchedule:
         values: For each hyperparameter pairs (first step, value), each holding until the next.
             The learning rate is the one that acted, with its schedule and decay in it.
 
-    Example:
+    Examples:
         >>> schedule = TunedSchedule(rule="SGD", steps=4, values={"lr": [[0, 0.1], [2, 0.05]]})
         >>> schedule.at(1), schedule.at(3)
         ({'lr': 0.1}, {'lr': 0.05})
@@ -158,7 +158,7 @@ def replay(
     Raises:
         ValueError: The optimizer lacks a tuned hyperparameter, or the file is no schedule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> follow = replay(

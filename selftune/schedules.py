@@ -19,7 +19,7 @@ Scalar = TypeVar("Scalar", float, Tensor)
 def inverse_time(decay: Scalar, step: Any) -> Scalar:
     """The factor 1/(1 + αt), differentiable in α.
 
-    Example:
+    Examples:
         >>> inverse_time(0.5, 2)
         0.5
     """
@@ -63,7 +63,7 @@ class Schedule:
         ValueError: An unknown shape, a decaying shape without a horizon, or a warm-up that is
             negative or not shorter than the horizon.
 
-    Example:
+    Examples:
         >>> schedule = Schedule(total_steps=100, warmup_steps=10)
         >>> schedule(0), schedule(10), schedule(55), schedule(100)
         (0.1, 1.0, 0.5, 0.0)

@@ -64,7 +64,7 @@ def check_hypergradient(
         outer_batch: Of validation.
         tolerance: The relative error that counts as agreement.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> problem, weights = st.as_problem(
         ...     torch.nn.Linear(2, 1).double(), torch.nn.functional.mse_loss,

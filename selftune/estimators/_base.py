@@ -124,7 +124,7 @@ def hypergradient(
     Raises:
         ValueError: A hyperparameter that influences nothing, named.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> problem = st.Problem(
         ...     update=st.Update(st.rules.SGD()),

@@ -43,7 +43,7 @@ def convert(
     Raises:
         ValueError: Nothing to tune, values outside their bounds, layers that cannot respond.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> model = torch.nn.Sequential(st.nn.Dropout(0.2), torch.nn.Linear(4, 2))
         >>> net = st.hypernet.convert(model)

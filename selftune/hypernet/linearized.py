@@ -38,7 +38,7 @@ def delta_backward(
     Raises:
         ValueError: The model is in evaluation mode.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> model = torch.nn.Sequential(st.nn.Dropout(0.2), torch.nn.Linear(4, 2))
         >>> net = st.hypernet.convert(model)

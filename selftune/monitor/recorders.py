@@ -18,7 +18,7 @@ log = logging.getLogger("selftune")
 class InMemory(AbstractRecorder):
     """Keeps everything in lists.
 
-    Example:
+    Examples:
         >>> import selftune as st
         >>> recorder = st.monitor.InMemory()
         >>> recorder.scalars([st.monitor.Row("val/loss", 0.5, 10)])
@@ -131,7 +131,7 @@ class Listener(AbstractRecorder):
     Args:
         function: ``function(values, step)``, values by tag.
 
-    Example:
+    Examples:
         >>> import selftune as st
         >>> listener = st.monitor.Listener(lambda values, step: print(step, values))
         >>> rows = [st.monitor.Row("hyper/lr", 0.1, 5), st.monitor.Row("val/loss", 2.0, 5)]

@@ -41,7 +41,7 @@ class Line:
 def line(name: str, curve: Curve, verdict: str) -> Line:
     """A row from the course of a hyperparameter.
 
-    Example:
+    Examples:
         >>> line("lr", ([0, 10, 20, 30], [0.1, 0.1, 0.4, 0.4]), "lr has settled").moved
         (10, 20)
     """

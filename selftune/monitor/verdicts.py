@@ -71,7 +71,7 @@ def judge(
         slope: Mean recent hypergradient, which tells whether it pushes against a bound; NaN if
             unknown.
 
-    Example:
+    Examples:
         >>> judge("lr", [0.01 * i for i in range(100)], 0.9, (-9.0, 9.0), 0.02).kind
         'moving'
         >>> judge("weight_decay", [-9.2] * 100, 0.3, (-9.2, 2.0), 1e-4).sentence

@@ -141,7 +141,7 @@ def tunables(model: nn.Module) -> dict[str, Found]:
     Raises:
         ValueError: Two modules of one name that differ in scale, bounds or value.
 
-    Example:
+    Examples:
         >>> import selftune as st
         >>> net = torch.nn.Sequential(st.nn.Dropout(0.2, name="input"), torch.nn.Linear(4, 2))
         >>> {name: found.buffers for name, found in tunables(net).items()}

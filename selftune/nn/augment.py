@@ -28,7 +28,7 @@ class Noise(Stochastic):
         value: s, in units of the input, 0 or 0.001…10; 0 is tuned from 0.05.
         name: Of the hyperparameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> round(float(st.nn.Noise(0.5)(torch.zeros(100_000)).std()), 1)
         0.5
@@ -59,7 +59,7 @@ class Brightness(_OneAnExample):
         value: s, in units of the input, 0 or 0.001…10; 0 is tuned from 0.05.
         name: Of the hyperparameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> st.nn.Brightness(0.2)(torch.zeros(4, 1, 8, 8)).abs().max() <= 0.2
         tensor(True)
@@ -81,7 +81,7 @@ class Contrast(_OneAnExample):
         value: s, 0 or 0.001…0.95; 0 is tuned from 0.05.
         name: Of the hyperparameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> images = torch.randn(4, 1, 8, 8)
         >>> changed = st.nn.Contrast(0.5)(images)
@@ -105,7 +105,7 @@ class Scale(_OneAnExample):
         value: s, 0 or 0.001…0.95; 0 is tuned from 0.02.
         name: Of the hyperparameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> st.nn.Scale(0.2)(torch.randn(4, 3, 8, 8)).shape
         torch.Size([4, 3, 8, 8])
@@ -128,7 +128,7 @@ class Translate(_OneAnExample):
         value: s, 0 or 0.001…0.95; 0 is tuned from 0.02.
         name: Of the hyperparameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> st.nn.Translate(0.2)(torch.randn(4, 3, 8, 8)).shape
         torch.Size([4, 3, 8, 8])
@@ -162,7 +162,7 @@ class Cutout(Stochastic):
         size: Side of a hole, as a share of that of the image.
         most: Greatest number of holes.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> cut = st.nn.Cutout(1.0, size=0.5)(torch.ones(64, 1, 16, 16))
         >>> 0.7 < float(cut.mean()) < 0.9
@@ -212,7 +212,7 @@ class Mixup(Stochastic):
         value: s, 0 or 0.001…0.95; 0 is tuned from 0.05.
         name: Of the hyperparameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> mixup = st.nn.Mixup(classes=3, value=0.5)
         >>> inputs, target = mixup(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
@@ -247,7 +247,7 @@ class Augment(nn.Module):
     Args:
         parts: Modules of inputs, or of inputs and targets (:class:`Mixup`).
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> augment = st.nn.Augment(st.nn.Translate(0.1), st.nn.Mixup(classes=10))
         >>> inputs, target = augment(torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4]))

@@ -38,7 +38,7 @@ class Dropout(Stochastic):
     Raises:
         ValueError: A rate outside its bounds.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> layer = st.nn.Dropout(0.5, name="hidden")
         >>> sorted(set(layer(torch.ones(10_000)).tolist()))
@@ -74,7 +74,7 @@ class Dropout2d(Dropout):
         p: The rate.
         name: Of the hyperparameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> maps = st.nn.Dropout2d(0.5)(torch.ones(4, 8, 3, 3))
         >>> bool((maps == maps[:, :, :1, :1]).all())
@@ -103,7 +103,7 @@ class DropConnect(Dropout):
     Raises:
         ValueError: The module has no such parameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> lstm = st.nn.DropConnect(torch.nn.LSTM(4, 8), 0.5)
         >>> output, state = lstm(torch.randn(5, 2, 4))
@@ -151,7 +151,7 @@ class EmbeddingDropout(Dropout):
         p: The rate.
         name: Of the hyperparameter.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> words = st.nn.EmbeddingDropout(torch.nn.Embedding(10, 4), 0.5)
         >>> words(torch.arange(10)).shape

@@ -23,7 +23,7 @@ class LabelSmoothing(Tunable):
     Raises:
         ValueError: A strength outside its bounds.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> loss_fn = st.nn.LabelSmoothing(0.1)
         >>> output, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
@@ -93,7 +93,7 @@ class ActivationPenalty(_Penalty):
     Raises:
         ValueError: A strength outside its bounds.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> net = torch.nn.Sequential(torch.nn.Identity(), st.nn.ActivationPenalty(0.5))
         >>> output = net(torch.full((2, 3), 2.0))
@@ -122,7 +122,7 @@ class TemporalPenalty(_Penalty):
     Raises:
         ValueError: A strength outside its bounds.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> net = torch.nn.Sequential(st.nn.TemporalPenalty(1.0))
         >>> output = net(torch.arange(4.0).view(1, 4, 1))

@@ -291,7 +291,7 @@ class SelfTuned(torch.optim.Optimizer):
     def averaged(self) -> Iterator[None]:
         """The averaged weights, and their BatchNorm statistics, for evaluating and saving.
 
-        Example:
+        Examples:
             >>> import selftune as st
             >>> net = torch.nn.Linear(2, 1)
             >>> opt = st.SGD(net, lr=0.1)

@@ -63,7 +63,7 @@ class SGD(RuleOptimizer):
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> net = torch.nn.Linear(4, 1)
         >>> opt = st.SGD(net.parameters(), lr=1e-3)
@@ -122,7 +122,7 @@ class Adam(RuleOptimizer):
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> net = torch.nn.Linear(4, 1)
         >>> opt = st.Adam(net.parameters(), lr=1e-3)
@@ -181,7 +181,7 @@ class AdamW(RuleOptimizer):
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> net = torch.nn.Linear(4, 1)
         >>> opt = st.AdamW(net.parameters(), lr=1e-3)
@@ -241,7 +241,7 @@ class RMSprop(RuleOptimizer):
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> net = torch.nn.Linear(4, 1)
         >>> opt = st.RMSprop(net.parameters(), lr=1e-2)
@@ -301,7 +301,7 @@ class Lion(RuleOptimizer):
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> net = torch.nn.Linear(4, 1)
         >>> opt = st.Lion(net.parameters(), lr=1e-4)

@@ -28,7 +28,7 @@ class SelfTuning(SelfTuned):
         TypeError: ``inner`` is not a torch optimizer, or is self-tuned already.
         ValueError: A parameter group of ``inner`` has no ``lr``, or ``per="tensor"``.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> net = torch.nn.Linear(4, 1)
         >>> opt = st.SelfTuning(torch.optim.NAdam(net.parameters(), lr=0.01))

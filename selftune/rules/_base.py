@@ -113,7 +113,7 @@ def root(square: Tensor) -> Tensor:
 def geometric(factor: Any, steps: int) -> Any:
     """``1 + a + … + a^(steps − 1)``: what a constant input adds up to under the decay a.
 
-    Example:
+    Examples:
         >>> geometric(0.5, 3)
         1.75
     """

@@ -98,7 +98,7 @@ def select(
         ValueError: An unsuitable argument, or a storage of something else.
         RuntimeError: No trial finished.
 
-    Example:
+    Examples:
         >>> import torch, selftune.search as search
         >>> x = torch.randn(64, 4)
         >>> batches = [(a, a.sum(1, keepdim=True)) for a in x.split(16)]

@@ -17,7 +17,7 @@ class Space:
     Attributes:
         trial: What it was made from.
 
-    Example:
+    Examples:
         >>> import optuna
         >>> space = Space(optuna.trial.FixedTrial({"mlp.depth": 3}), "mlp")
         >>> space.suggest_int("depth", 1, 4)

@@ -100,7 +100,7 @@ class Memory:
     Args:
         path: The folder; made when something is first remembered.
 
-    Example:
+    Examples:
         >>> import tempfile, selftune.search as search
         >>> memory = search.Memory(tempfile.mkdtemp())
         >>> task = search.Task(kind="table", task="regression", examples=500, inputs=8, outputs=1,
@@ -218,7 +218,7 @@ def batch_for(batch: int, memory_there: int, memory_here: int, noise: float | No
         memory_here: Bytes of this one.
         noise: The gradient's noise scale in examples; larger batches than that buy nothing.
 
-    Example:
+    Examples:
         >>> batch_for(64, 8 * 2**30, 24 * 2**30)
         128
         >>> batch_for(64, 8 * 2**30, 24 * 2**30, noise=100)

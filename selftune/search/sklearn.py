@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,39 +33,24 @@ FEWEST = 8
 """Steps in an epoch, however few examples there are."""
 
 
+@dataclass(eq=False, repr=False)
 class _SelfTuning(BaseEstimator):
     """What the classifier and the regressor have in common."""
 
-    def __init__(
-        self,
-        module: Callable[[Shape], nn.Module] | None = None,
-        *,
-        depth: int = 2,
-        width: int = 128,
-        epochs: int = 30,
-        batch_size: int = 64,
-        validation_fraction: float = 0.2,
-        patience: int | None = None,
-        standardize: bool = True,
-        tuner: Mapping[str, Any] | None = None,
-        device: str = "cpu",
-        random_state: Any = 0,
-        verbose: bool = False,
-    ) -> None:
-        self.module = module
-        self.depth = depth
-        self.width = width
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.validation_fraction = validation_fraction
-        self.patience = patience
-        self.standardize = standardize
-        self.tuner = tuner
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
-
-    hparams_: dict[str, float]
+    module: Callable[[Shape], nn.Module] | None = None
+    _: KW_ONLY
+    depth: int = 2
+    width: int = 128
+    epochs: int = 30
+    batch_size: int = 64
+    validation_fraction: float = 0.2
+    patience: int | None = None
+    standardize: bool = True
+    tuner: Mapping[str, Any] | None = None
+    device: str = "cpu"
+    random_state: Any = 0
+    verbose: bool = False
+    hparams_: dict[str, float] = field(init=False)
 
     # what both do
 
@@ -151,6 +137,7 @@ class _SelfTuning(BaseEstimator):
         return validate_data(self, X, dtype=np.float32, allow_nd=True, **options)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
     """A net that tunes its learning rate, weight decay, momentum and dropout while it is fitted.
 
@@ -178,7 +165,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         history_: Losses and hyperparameters as arrays.
         n_iter_: Steps taken.
 
-    Example:
+    Examples:
         >>> from sklearn.datasets import load_iris
         >>> from selftune.search.sklearn import SelfTuningClassifier
         >>> X, y = load_iris(return_X_y=True)
@@ -186,29 +173,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         True
     """
 
-    def __init__(
-        self,
-        module: Callable[[Shape], nn.Module] | None = None,
-        *,
-        depth: int = 2,
-        width: int = 128,
-        epochs: int = 30,
-        batch_size: int = 64,
-        validation_fraction: float = 0.2,
-        patience: int | None = None,
-        standardize: bool = True,
-        tuner: Mapping[str, Any] | None = None,
-        device: str = "cpu",
-        random_state: Any = 0,
-        verbose: bool = False,
-        class_weight: Any = None,
-    ) -> None:
-        super().__init__(
-            module, depth=depth, width=width, epochs=epochs, batch_size=batch_size,
-            validation_fraction=validation_fraction, patience=patience, standardize=standardize,
-            tuner=tuner, device=device, random_state=random_state, verbose=verbose,
-        )  # fmt: skip
-        self.class_weight = class_weight
+    class_weight: Any = None
 
     def fit(self, X: Any, y: Any) -> SelfTuningClassifier:
         """Train from new weights.
@@ -265,7 +230,7 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
     Targets are brought to mean 0 and variance 1 while it trains. Arguments and attributes are
     those of :class:`SelfTuningClassifier`, without classes.
 
-    Example:
+    Examples:
         >>> from sklearn.datasets import load_diabetes
         >>> from selftune.search.sklearn import SelfTuningRegressor
         >>> X, y = load_diabetes(return_X_y=True)

@@ -89,7 +89,7 @@ class Tuner:
     Raises:
         ValueError: An unknown name or an unsuitable value.
 
-    Example:
+    Examples:
         >>> import torch, selftune as st
         >>> x = torch.randn(64, 4)
         >>> batches = [(part, part.sum(1, keepdim=True)) for part in x.split(16)]
@@ -371,7 +371,7 @@ class Tuner:
             RuntimeError: ``fit`` was not called yet.
             ValueError: A hyperparameter without a response, or values outside their bounds.
 
-        Example:
+        Examples:
             >>> import torch, selftune as st
             >>> x = torch.randn(64, 4)
             >>> batches = [(part, part.sum(1, keepdim=True)) for part in x.split(16)]

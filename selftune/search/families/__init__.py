@@ -34,7 +34,7 @@ AUTO: dict[str, tuple[type[AbstractFamily], ...]] = {
 def auto(shape: Shape) -> dict[str, AbstractFamily]:
     """Families that suit a data set, by name.
 
-    Example:
+    Examples:
         >>> list(auto(Shape((1, 28, 28), 10, "classification")))
         ['cnn', 'resnet', 'mlp']
     """

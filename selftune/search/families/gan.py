@@ -22,7 +22,7 @@ def energy_distance(a: Tensor, b: Tensor) -> Tensor:
         a: Shape (n, features).
         b: Shape (m, features).
 
-    Example:
+    Examples:
         >>> a = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
         >>> float(energy_distance(a, a + 3)) > 1
         True
