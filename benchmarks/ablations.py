@@ -1,106 +1,132 @@
-"""What each part of the method buys: one change at a time, on the jobs of ``one_run``.
+"""What each part of the method buys: one change at a time, on the suite of the proof.
 
-    SELFTUNE_DATA=... python -m benchmarks.ablations
+    SELFTUNE_DATA=... python -m benchmarks.ablations [--changes "every 10;γ = 0.97"] [--seeds 2]
 
-Prints the validation loss (median of seeds) and, in brackets, its rank in the pool in percent.
-The table is kept in ``docs/ablations.md``, changes that lost included.
+Prints, for every change, the mean change of the validation loss over workloads (of its logarithm, in
+percent; below 0 is better than the default), how many workloads it improves, and the median and worst
+rank in the pool of random-search runs. The table is kept in ``docs/ablations.md``, changes that lost
+included. Needs the records of ``benchmarks.run --methods random``.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
+import multiprocessing
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from unittest.mock import patch
 
 import torch
 
 import selftune as st
-from benchmarks.one_run import DEFAULTS, rank, run_self_tuned
-from benchmarks.random_search import SPACES, pool
-from benchmarks.workloads import WORKLOADS
+from benchmarks.proof.contenders import Config, selftune
+from benchmarks.proof.rendering import by_workload, losses
+from benchmarks.proof.scoring import middle, rank
+from benchmarks.proof.training import train
+from benchmarks.run import EVERYTHING, records
+from benchmarks.workloads import SUITE
 from selftune import tuning
 from selftune.optim._block import Block
 
-Change = tuple[dict, Callable[[], AbstractContextManager]]
+Options = dict[str, object]
+Patch = Callable[[], AbstractContextManager]
 
 
 def adam(size: float) -> Callable:
     """The default hyper optimizer with another step size."""
-    return lambda raw: torch.optim.Adam(raw, lr=size, betas=(0.8, 0.98))
+    return partial(torch.optim.Adam, lr=size, betas=(0.8, 0.98))
 
 
-def plain_signal() -> AbstractContextManager:
-    """Regularizers on the plain hypergradient, without the gap."""
-    return patch.object(Block, "training_pull", lambda block: torch.zeros_like(block.pull))
+def no_pull(block: Block) -> torch.Tensor:
+    """Regularizers on the plain hypergradient."""
+    return torch.zeros_like(block.pull)
 
 
-def no_floor() -> AbstractContextManager:
-    """Weight decay free to fall."""
-    return patch.object(tuning, "NEGLIGIBLE", 1e-12)
+def replaced(owner: object, name: str, value: object) -> Patch:
+    """A name that stands for something else during the run."""
+    return partial(patch.object, owner, name, value)
 
 
-def equal_pace() -> AbstractContextManager:
-    """The same step size for every hyperparameter."""
-    return patch.object(tuning, "PACE", {})
-
-
-CHANGES: dict[str, Change] = {
-    "default": ({}, nullcontext),
-    "fixed hyperparameters, same schedule and average": ({"tune": (), "guard": False}, nullcontext),
-    "outer loss at the last iterate, not the average": ({"average": st.Average(0.0)}, nullcontext),
-    "γ = 0 (OneStep)": ({"estimator": st.OneStep()}, nullcontext),
-    "γ = 0.97": ({"estimator": st.Trace(0.97)}, nullcontext),
-    "plain hypergradient for weight decay, no gap": ({}, plain_signal),
-    "no floor under weight decay": ({}, no_floor),
-    "one pace for all hyperparameters": ({}, equal_pace),
-    "hyper step 0.1": ({"hyper_optimizer": adam(0.1)}, nullcontext),
-    "hyper step 0.02": ({"hyper_optimizer": adam(0.02)}, nullcontext),
-    "every 10": ({"every": 10}, nullcontext),
-    "no probe": ({"probe": False}, nullcontext),
-    "no guard": ({"guard": False}, nullcontext),
-    "constant schedule": ({"schedule": "constant"}, nullcontext),
-    "lr only": ({"tune": ("lr",)}, nullcontext),
-    "lr and weight decay": ({"tune": ("lr", "weight_decay")}, nullcontext),
-    "decay α tuned too": ({"tune": None}, nullcontext),  # filled in below
+CHANGES: dict[str, tuple[Options, list[Patch]]] = {
+    "default": ({}, []),
+    "fixed hyperparameters, same schedule and average": ({"tune": (), "guard": False}, []),
+    "outer loss at the last iterate": ({"average": st.Average(0.0)}, []),
+    "average over 200 steps": ({"average": st.Average(0.995)}, []),
+    "γ = 0 (OneStep)": ({"estimator": st.OneStep()}, []),
+    "γ = 0.97": ({"estimator": st.Trace(0.97)}, []),
+    "no gap for weight decay": ({}, [replaced(Block, "training_pull", no_pull)]),
+    "no floor under weight decay": ({}, [replaced(tuning, "NEGLIGIBLE", 1e-12)]),
+    "one pace for all hyperparameters": ({}, [replaced(tuning, "PACE", {})]),
+    "hyper step 0.1": ({"hyper_optimizer": adam(0.1)}, []),
+    "hyper step 0.02": ({"hyper_optimizer": adam(0.02)}, []),
+    "every 10": ({"every": 10}, []),
+    "every 10, step 0.1": ({"every": 10, "hyper_optimizer": adam(0.1)}, []),
+    "no probe": ({"probe": False}, []),
+    "no guard": ({"guard": False}, []),
+    "constant schedule": ({"schedule": "constant"}, []),
+    "cosine schedule": ({"schedule": "cosine"}, []),
+    "lr only": ({"tune": ("lr",)}, []),
+    "lr and weight decay": ({"tune": ("lr", "weight_decay")}, []),
 }
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--only", default="", help="one change by name")
-    args = parser.parse_args()
+def run(name: str, change: str, seed: int) -> float:
+    """The validation loss of a run with a change, in a process of its own."""
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
-    jobs = [(name, optimizer) for name in WORKLOADS for optimizer in SPACES]
-    print("| change |", " | ".join(f"{n}, {o}" for n, o in jobs), "|")
-    print("|---|" + "---|" * len(jobs))
-    for label, (options, change) in CHANGES.items():
-        if args.only not in ("", label):
-            continue
-        cells = []
-        for name, optimizer in jobs:
-            runs = pool(name, optimizer, 100, args.folder)
-            extra = dict(options)
-            if label == "decay α tuned too":
-                momentum = "momentum" if optimizer == "SGD" else "beta1"
-                extra["tune"] = ("lr", "decay", momentum, "weight_decay")
-            with change():
-                losses = [
-                    run_self_tuned(
-                        WORKLOADS[name](), optimizer, DEFAULTS[optimizer], seed, **extra
-                    ).val
-                    for seed in range(args.seeds)
-                ]
-            middle = statistics.median(losses)
-            cells.append(f"{middle:.3f} ({rank(middle, runs):.0f})")
-        print(f"| {label} |", " | ".join(cells), "|", flush=True)
+    warnings.simplefilter("ignore")
+    options, patches = CHANGES[change]
+    with ExitStack() as stack:
+        for change_it in patches:
+            stack.enter_context(change_it())
+        made = selftune(Config(), **options)
+        return train(EVERYTHING[name](), change, made, seed, checkpoints=0).own["val"]
+
+
+def line(change: str, found: dict[str, float], default: dict[str, float], pools: dict) -> str:
+    """A row of the table."""
+    logs = [math.log(found[n] / default[n]) for n in found]
+    ranks = [rank(found[n], pools[n]) for n in found if n in pools]
+    cells = [
+        change, f"{100 * statistics.mean(logs):+.1f}", f"{sum(x < 0 for x in logs)} of {len(logs)}",
+        f"{middle(ranks):.0f} / {max(ranks):.0f}" if ranks else "–",
+        *(f"{found[n]:.4g}" + (f" ({rank(found[n], pools[n]):.0f})" if n in pools else "")
+          for n in found),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--changes", default=";".join(CHANGES), help="by name, separated by ;")
+    parser.add_argument("--only", default=",".join(SUITE), help="workloads, by commas")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args(arguments)
+    names = args.only.split(",")
+    tables = by_workload(records())
+    pools = {n: losses(t["random"]) for n, t in tables.items() if "random" in t}
+    print("| change | loss, % | better on | rank, median / worst |", " | ".join(names), "|")
+    print("|---|" + "---|" * (len(names) + 3), flush=True)
+    changes = list(dict.fromkeys(["default", *args.changes.split(";")]))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=spawn) as executor:
+        jobs = {
+            c: {n: [executor.submit(run, n, c, s) for s in range(args.seeds)] for n in names}
+            for c in changes
+        }
+        default: dict[str, float] = {}
+        for change in changes:
+            found = {n: middle([r.result() for r in runs]) for n, runs in jobs[change].items()}
+            default = default or found
+            print(line(change, found, default, pools), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,5 @@
+"""The proof: every method on every workload, scored in one table.
+
+``training`` runs one method once, ``contenders`` are the methods, ``searches`` choose among runs,
+``scoring`` compares records, ``rendering`` writes ``RESULTS.md``; ``benchmarks.run`` is the command.
+"""

@@ -1,0 +1,254 @@
+"""The methods: ours, fixed hyperparameters, and optimizers that need no learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import selftune as st
+from benchmarks.proof.training import Contender, Make
+from benchmarks.workloads import Batch, Workload
+
+WARM_UP = 0.05
+STATISTICS = 25  # batches by which Schedule-Free's BatchNorm statistics are computed
+
+
+@dataclass(frozen=True)
+class Config:
+    """AdamW's hyperparameters and the shape of the learning rate over the run."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    weight_decay: float = 1e-2
+    schedule: str = "constant"
+    decay: float = 0.0
+
+    def factor(self, step: int, steps: int) -> float:
+        """Of the learning rate at a step."""
+        if self.schedule == "linear":
+            return 1 - step / steps
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / steps))
+        return 1 / (1 + self.decay * step)
+
+
+def search_space(number: Callable[[str, float, float], float], choice: Callable) -> Config:
+    """A configuration from a source of log-uniform numbers and of choices: four decades each."""
+    schedule = choice("schedule", ["constant", "linear", "cosine"])
+    return Config(
+        lr=number("lr", 1e-5, 1e-1),
+        beta1=1 - number("one_minus_beta1", 1e-3, 1.0),
+        weight_decay=number("weight_decay", 1e-4, 1.0),
+        schedule=schedule,
+        decay=number("decay", 1e-6, 1e-2) if schedule == "constant" else 0.0,
+    )
+
+
+def draw(seed: int) -> Config:
+    """The seed's random configuration."""
+    generator = torch.Generator().manual_seed(10_000 + seed)
+
+    def number(name: str, low: float, high: float) -> float:
+        u = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return low * (high / low) ** u
+
+    def choice(name: str, among: list[str]) -> str:
+        return among[int(torch.randint(len(among), (), generator=generator))]
+
+    return search_space(number, choice)
+
+
+class Stepping(Contender):
+    """A torch optimizer, perhaps under a schedule."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        factor: Callable[[int], float] | None = None,
+    ) -> None:
+        self.workload, self.model, self.optimizer = workload, model, optimizer
+        self.schedule = (
+            None if factor is None else torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        )
+
+    def step(self, batch: Batch) -> None:
+        """Gradient, step, schedule."""
+        self.optimizer.zero_grad()
+        self.workload.loss(self.model, batch).backward()
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.gradients += 1
+
+
+class Fixed(Stepping):
+    """AdamW with fixed hyperparameters."""
+
+    def __init__(self, workload: Workload, model: nn.Module, config: Config) -> None:
+        self.config = config
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=(config.beta1, 0.999),
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+        super().__init__(workload, model, optimizer, lambda t: config.factor(t, workload.steps))
+
+    def ends(self) -> dict[str, float]:
+        """The configuration."""
+        return asdict(self.config)
+
+
+def fixed(config: Config) -> Make:
+    """AdamW at a configuration."""
+    return lambda workload, model, seed: Fixed(workload, model, config)
+
+
+class ScheduleFree(Stepping):
+    """Schedule-Free AdamW: judged at its own average, with BatchNorm statistics of that."""
+
+    averages = True
+
+    def __init__(self, workload: Workload, model: nn.Module, seed: int) -> None:
+        from schedulefree import AdamWScheduleFree
+
+        optimizer = AdamWScheduleFree(
+            model.parameters(), weight_decay=1e-2, warmup_steps=int(WARM_UP * workload.steps)
+        )
+        optimizer.train()
+        super().__init__(workload, model, optimizer)
+        self.batches = workload.batches("train", seed)
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Its averaged weights."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        kept = [{k: v.clone() for k, v in m.state_dict().items()} for m in norms]
+        self.optimizer.eval()
+        if norms:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+            with torch.no_grad():
+                for _ in range(STATISTICS):
+                    self.model(next(self.batches)[0])
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            for norm, state in zip(norms, kept, strict=True):
+                norm.momentum = 0.1
+                running = {k: v for k, v in state.items() if k not in ("weight", "bias")}
+                norm.load_state_dict(running, strict=False)
+
+
+def _cosine(workload: Workload) -> Callable[[int], float]:
+    config = Config(schedule="cosine")
+    return lambda step: config.factor(min(step, workload.steps), workload.steps)
+
+
+def prodigy(workload: Workload, model: nn.Module, seed: int) -> Contender:
+    """Prodigy with a cosine, as its authors recommend."""
+    from prodigyopt import Prodigy
+
+    return Stepping(
+        workload, model, Prodigy(model.parameters(), weight_decay=1e-2), _cosine(workload)
+    )
+
+
+def d_adaptation(workload: Workload, model: nn.Module, seed: int) -> Contender:
+    """D-Adaptation of Adam with a cosine."""
+    from dadaptation import DAdaptAdam
+
+    optimizer = DAdaptAdam(model.parameters(), weight_decay=1e-2, decouple=True)
+    return Stepping(workload, model, optimizer, _cosine(workload))
+
+
+def mechanic(workload: Workload, model: nn.Module, seed: int) -> Contender:
+    """Mechanic over AdamW with a cosine."""
+    from mechanic_pytorch import mechanize
+
+    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
+    return Stepping(workload, model, optimizer, _cosine(workload))
+
+
+class UltimateOptimizer(Contender):
+    """Gradient descent, the ultimate optimizer: Adam whose rates descend the training loss."""
+
+    def __init__(self, workload: Workload, model: nn.Module, seed: int) -> None:
+        from gradient_descent_the_ultimate_optimizer import gdtuo
+
+        self.workload, self.model = workload, model
+        self.wrapper = gdtuo.ModuleWrapper(model, optimizer=gdtuo.Adam(optimizer=gdtuo.SGD(1e-5)))
+        self.wrapper.initialize()
+
+    def step(self, batch: Batch) -> None:
+        """As its documentation has it."""
+        self.wrapper.begin()
+        loss = self.workload.loss(self.model, batch)
+        self.wrapper.zero_grad()
+        loss.backward(create_graph=True)
+        self.wrapper.step()
+        self.gradients += 1
+
+
+class SelfTuned(Contender):
+    """This library's AdamW: one fixed configuration for every workload."""
+
+    averages = True
+
+    def __init__(
+        self, workload: Workload, model: nn.Module, seed: int, start: Config, **options: Any
+    ) -> None:
+        self.workload, self.model = workload, model
+        options = {"total_steps": workload.steps, **options}
+        self.optimizer = st.AdamW(
+            model, lr=start.lr, betas=(start.beta1, 0.999), weight_decay=start.weight_decay,
+            **options,
+        )  # fmt: skip
+        self.validation = workload.batches("val", seed + 777)
+
+    def step(self, batch: Batch) -> None:
+        """A weight step, then perhaps one of the hyperparameters."""
+        self.optimizer.zero_grad()
+        self.workload.loss(self.model, batch).backward()
+        self.optimizer.step()
+        self.gradients += 1
+        self.optimizer.hyper_step(self._outer)
+
+    def _outer(self) -> torch.Tensor:
+        self.gradients += 1
+        return self.workload.loss(self.model, next(self.validation))
+
+    def showing(self) -> Any:
+        """The averaged weights."""
+        return self.optimizer.averaged()
+
+    def ends(self) -> dict[str, float]:
+        """Tuned values."""
+        return dict(self.optimizer.hparams)
+
+
+def selftune(start: Config | None = None, **options: Any) -> Make:
+    """Ours, from the defaults or from a start."""
+    return lambda workload, model, seed: SelfTuned(
+        workload, model, seed, Config() if start is None else start, **options
+    )
+
+
+METHODS: dict[str, Make] = {
+    "selftune": selftune(),
+    "default": fixed(Config()),
+    "prodigy": prodigy,
+    "schedule-free": ScheduleFree,
+    "d-adaptation": d_adaptation,
+    "mechanic": mechanic,
+    "ultimate-optimizer": UltimateOptimizer,
+}
+"""Methods that take one run; searches are in ``searches``."""

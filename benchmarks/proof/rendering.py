@@ -1,0 +1,311 @@
+"""Writes ``RESULTS.md`` and its plots from records."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.proof.scoring import (
+    TAU,
+    best_of,
+    interval,
+    middle,
+    noise,
+    profile,
+    rank,
+    time_to,
+)
+from benchmarks.proof.searches import RATES
+from benchmarks.proof.training import Record
+
+OURS = "selftune"
+PEERS = ("prodigy", "schedule-free", "d-adaptation", "mechanic", "ultimate-optimizer")
+COSINE = "cosine, best of 5"
+COMPARED = (OURS, "default", COSINE, *PEERS)
+TARGET = 10
+"""The target of the time-to-target profiles: this percentage of the pool is better."""
+
+Table = dict[str, list[Record]]
+
+
+def by_workload(records: Iterable[Record]) -> dict[str, Table]:
+    """Records by workload and method, in order of seeds, with the best of five cosines."""
+    found: dict[str, Table] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        found[record.workload][record.method].append(record)
+    for table in found.values():
+        for runs in table.values():
+            runs.sort(key=lambda r: r.seed)
+        cosines = {f"cosine {rate:g}": table.get(f"cosine {rate:g}", []) for rate in RATES}
+        if all(cosines.values()):
+            table[COSINE] = best_of(cosines, COSINE)
+    return {name: dict(table) for name, table in found.items()}
+
+
+def losses(runs: Sequence[Record], split: str = "val") -> list[float]:
+    """Of every run."""
+    return [r.own[split] for r in runs]
+
+
+def ranks(tables: dict[str, Table], method: str) -> dict[str, list[float]]:
+    """The ranks of every run of a method, by workload."""
+    return {
+        name: [rank(loss, losses(table["random"])) for loss in losses(table[method])]
+        for name, table in tables.items()
+        if table.get("random") and table.get(method)
+    }
+
+
+def versus(ours: Sequence[Record], other: Sequence[Record], split: str) -> str:
+    """``better``, ``same`` or ``worse``: differences over shared seeds against their noise."""
+    a, b = ({r.seed: r.own[split] for r in runs} for runs in (ours, other))
+    differences = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
+    if not all(map(math.isfinite, differences)):
+        return "better" if any(math.isinf(b[s]) for s in b) else "worse"
+    mean = sum(differences) / len(differences)
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences))
+    error = spread / math.sqrt(max(1, len(differences) - 1) * len(differences))
+    if abs(mean) <= 2 * error:
+        return "same"
+    return "better" if mean < 0 else "worse"
+
+
+def times(tables: dict[str, Table]) -> dict[str, list[float]]:
+    """The median time to the target of every compared method, on every workload with a pool."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for table in tables.values():
+        if not all(table.get(m) for m in (*COMPARED, "random")):
+            continue
+        pool = sorted(losses(table["random"]))
+        target = pool[len(pool) * TARGET // 100]
+        for method in COMPARED:
+            found[method].append(middle([time_to(r, target) for r in table[method]]))
+    return dict(found)
+
+
+def number(value: float) -> str:
+    """Three or four digits, or ∞."""
+    return f"{value:.4g}" if math.isfinite(value) else "∞"
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def pool_table(tables: dict[str, Table]) -> str:
+    """One run in the pool: rank, loss, regret and cost."""
+    rows = []
+    random = ranks(tables, "selftune-random")
+    for name, own in ranks(tables, OURS).items():
+        table = tables[name]
+        pool = losses(table["random"])
+        best = min(table["random"], key=lambda r: r.own["val"])
+        known = min(r.own["val"] for runs in table.values() for r in runs)
+        ours = table[OURS]
+        low, high = interval(own)
+        starts = random.get(name, [])
+        rows.append([
+            name, f"{number(min(pool))} / {number(best.own['test'])}", number(middle(pool)),
+            f"{number(middle(losses(ours)))} / {number(middle(losses(ours, 'test')))}",
+            f"{middle(own):.0f} ({low:.0f}…{high:.0f})",
+            f"{100 * (middle(losses(ours)) / known - 1):+.1f}",
+            f"{middle(starts):.0f} / {max(starts):.0f}" if starts else "–",
+        ])  # fmt: skip
+    head = ["workload", "pool's best, val / test", "pool's median", "one run, val / test",
+            "rank in % (90 %)", "regret in %", "random starts: rank, median / worst"]  # fmt: skip
+    return grid(head, rows)
+
+
+def method_table(tables: dict[str, Table], split: str) -> str:
+    """The median loss of every method on every workload; the lowest is bold."""
+    methods = [*COMPARED, "tpe", "tpe+asha"]
+    rows = []
+    for name, table in tables.items():
+        cells = {m: middle(losses(table[m], split)) for m in methods if table.get(m)}
+        if OURS not in cells:
+            continue
+        best = min(cells.values())
+        shown = {
+            m: f"{number(v)} ± {number(noise(table[m], split))}"
+            if len(table[m]) > 1 and math.isfinite(v)
+            else number(v)
+            for m, v in cells.items()
+        }
+        rows.append([name] + [
+            f"**{shown[m]}**" if cells.get(m) == best else shown.get(m, "–") for m in methods
+        ])  # fmt: skip
+    return grid(["workload", *methods], rows)
+
+
+def accuracy_table(tables: dict[str, Table]) -> str:
+    """Test accuracies in percent."""
+    rows = []
+    for name, table in tables.items():
+        if OURS in table and "test_accuracy" in table[OURS][0].own:
+            cells = [
+                f"{100 * middle(losses(table[m], 'test_accuracy')):.1f}" if table.get(m) else "–"
+                for m in COMPARED
+            ]
+            rows.append([name, *cells])
+    return grid(["workload", *COMPARED], rows)
+
+
+def common_table(tables: dict[str, Table]) -> str:
+    """Validation losses at the running average that is the same for all."""
+    rows = []
+    for name, table in tables.items():
+        cells = [
+            number(middle([r.average["val"] for r in table[m]])) if table.get(m) else "–"
+            for m in COMPARED
+        ]
+        rows.append([name, *cells])
+    return grid(["workload", *COMPARED], rows)
+
+
+def versus_table(tables: dict[str, Table]) -> str:
+    """How often one run is better, the same or worse than each competitor."""
+    rows = []
+    for method in COMPARED[1:]:
+        cells = [method]
+        for split in ("val", "test"):
+            verdicts = [
+                versus(t[OURS], t[method], split)
+                for t in tables.values()
+                if t.get(method) and t.get(OURS)
+            ]
+            counts = [verdicts.count(v) for v in ("better", "same", "worse")]
+            cells.append(" / ".join(map(str, counts)))
+        rows.append(cells)
+    return grid(["one run against", "validation: better / same / worse", "test"], rows)
+
+
+def cost_table(tables: dict[str, Table]) -> str:
+    """Gradient evaluations and wall time, against a plain run's."""
+    rows = []
+    for name, table in tables.items():
+        if not (table.get(OURS) and table.get("default")):
+            continue
+        plain = table["default"]
+        cells = [name]
+        for method in (OURS, *PEERS):
+            runs = table.get(method)
+            if not runs:
+                cells.append("–")
+                continue
+            ratios = (
+                middle([getattr(r, what) for r in runs])
+                / middle([getattr(r, what) for r in plain])
+                for what in ("gradients", "seconds")
+            )
+            cells.append(" / ".join(f"{r:.2f}" for r in ratios))
+        rows.append(cells)
+    return grid(["workload", OURS, *PEERS], rows)
+
+
+def summary(tables: dict[str, Table]) -> str:
+    """The figures asked for, beside those measured."""
+    own = {n: middle(r) for n, r in ranks(tables, OURS).items()}
+    starts = ranks(tables, "selftune-random")
+    rows = []
+    if own:
+        worst = max(own, key=lambda n: own[n])
+        low, high = interval(list(own.values()))
+        rows += [
+            ["rank of one run in the pool, median of workloads", "≤ 3 %",
+             f"{middle(list(own.values())):.1f} % ({low:.0f}…{high:.0f})"],
+            ["worst workload", "≤ 15 %", f"{own[worst]:.0f} % ({worst})"],
+        ]  # fmt: skip
+    if starts:
+        every = [r for runs in starts.values() for r in runs]
+        failed = sum(
+            not math.isfinite(r.own["val"]) for t in tables.values()
+            for r in t.get("selftune-random", [])
+        )  # fmt: skip
+        rows.append([
+            "random starts over four decades: median / worst", "≤ 8 % / ≤ 40 %, none fails",
+            f"{middle(every):.0f} % / {max(every):.0f} %, {failed} of {len(every)} fail",
+        ])  # fmt: skip
+    return grid(["figure", "asked", "measured"], rows) + "\n\n" + versus_table(tables)
+
+
+def score_table(tables: dict[str, Table]) -> str:
+    """Time-to-target scores."""
+    found = times(tables)
+    scores = profile(found) if found else {}
+    rows = [
+        [m, f"{s:.2f}", str(sum(math.isfinite(t) for t in found[m]))]
+        for m, s in sorted(scores.items(), key=lambda item: -item[1])
+    ]
+    return grid(["method", "score", f"targets reached, of {len(next(iter(found.values()), []))}"],
+                rows)  # fmt: skip
+
+
+def plot(tables: dict[str, Table], path: Path) -> None:
+    """Performance profiles and ranks."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    found = times(tables)
+    taus = [TAU[0] + i * (TAU[1] - TAU[0]) / 100 for i in range(101)]
+    fastest = [min(column) for column in zip(*found.values(), strict=True)]
+    for method, own in found.items():
+        shares = [
+            sum(
+                math.isfinite(t) and t <= tau * b for t, b in zip(own, fastest, strict=True)
+            ) / len(own)
+            for tau in taus
+        ]  # fmt: skip
+        left.plot(taus, shares, label=method, linewidth=2.5 if method == OURS else 1)
+    left.set(xlabel="τ: time to the target, against the fastest", ylabel="share of workloads")
+    left.legend(fontsize=7)
+    own, starts = ranks(tables, OURS), ranks(tables, "selftune-random")
+    for place, name in enumerate(own):
+        right.plot(own[name], [place] * len(own[name]), "o", color="tab:blue")
+        right.plot(starts.get(name, []), [place] * len(starts.get(name, [])), "|", color="tab:red")
+    right.set_yticks(range(len(own)), list(own), fontsize=7)
+    right.set(xlabel="rank in the pool in %: from defaults (o), from random starts (|)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def render(records: Iterable[Record], path: Path) -> None:
+    """Write the page and its plot beside it."""
+    tables = by_workload(records)
+    picture = path.with_suffix(".png")
+    plot(tables, picture)
+    parts = [
+        "# Results\n\nWritten by `python -m benchmarks.run`; the runs are in `benchmarks/records`. "
+        f"torch {torch.__version__}, {platform.machine()} CPU, one thread a run. One fixed "
+        "configuration of selftune (`st.AdamW(model, total_steps=…)`, a validation batch for every "
+        "hyperparameter step) on all workloads; medians of seeds, ± the standard error of the mean; "
+        "the validation loss tunes and chooses, the test loss is only reported.",
+        f"## Summary\n\n{summary(tables)}",
+        "*Same*: the mean difference over shared seeds is within two standard errors of 0.",
+        f"![Profiles and ranks]({picture.name})",
+        "## One run in a pool of random-search runs\n\nThe pool: AdamW at random learning rate, β₁, "
+        "weight decay (four decades each) and schedule (constant with decay, linear, cosine); every "
+        "run at the better of its last and averaged weights. Regret: against the best of all runs of "
+        f"all methods.\n\n{pool_table(tables)}",
+        f"## Validation loss\n\n{method_table(tables, 'val')}",
+        f"## Test loss\n\n{method_table(tables, 'test')}",
+        f"## Test accuracy in percent\n\n{accuracy_table(tables)}",
+        "## All at the same running average\n\nValidation loss at the average of the weights with "
+        f"ρ = 0.98.\n\n{common_table(tables)}",
+        "## Time to a target\n\nGradient evaluations (validation's included) to the validation loss "
+        f"that {TARGET} % of the pool beat; area under the performance profile over τ ∈ [1, 4], as "
+        f"AlgoPerf scores.\n\n{score_table(tables)}",
+        "## Cost of one run, against a plain run\n\nGradient evaluations / wall time; two runs at a "
+        f"time on two cores, so times are rough.\n\n{cost_table(tables)}",
+    ]
+    path.write_text("\n\n".join(parts) + "\n")

@@ -1,0 +1,105 @@
+"""Runs the proof: every method on every workload, resumed where it stopped, and the table.
+
+    SELFTUNE_DATA=... python -m benchmarks.run --suite small [--methods selftune,prodigy,random]
+
+Finished runs lie in ``benchmarks/records``, a line of JSON each, and are not run again;
+``--again METHOD`` forgets those of a method. ``--suite full`` adds images and text at five times the
+length. ``--report`` only writes ``benchmarks/RESULTS.md`` from the records. Needs the extra
+``bench``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.proof.searches import RUNNERS, seeds
+from benchmarks.proof.training import Record
+from benchmarks.workloads import LONG, SUITE
+
+FOLDER = Path("benchmarks/records")
+EVERYTHING = {**SUITE, **LONG}
+
+
+def records(folder: Path = FOLDER) -> list[Record]:
+    """All finished runs."""
+    lines = (line for path in sorted(folder.glob("*.jsonl")) for line in path.open())
+    return [Record(**json.loads(line)) for line in lines]
+
+
+def work(name: str, method: str, seed: int) -> Record:
+    """One run, in a process of its own."""
+    torch.set_num_threads(1)
+    logging.getLogger("selftune").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    return RUNNERS[method](EVERYTHING[name](), seed)
+
+
+def keep(record: Record, folder: Path) -> None:
+    """Append a finished run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{record.workload}.jsonl").open("a") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def forget(methods: set[str], folder: Path) -> None:
+    """Drop the runs of some methods."""
+    kept = [r for r in records(folder) if r.method not in methods]
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
+    for record in kept:
+        keep(record, folder)
+
+
+def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """Every run asked for that is not finished."""
+    done = {(r.workload, r.method, r.seed) for r in records(args.records)}
+    names = SUITE if args.suite == "small" else EVERYTHING
+    for name in names:
+        if args.only and name not in args.only.split(","):
+            continue
+        for method in args.methods.split(","):
+            for seed in seeds(method, args.seeds, args.pool, args.starts):
+                if (name, method, seed) not in done:
+                    yield name, method, seed
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", choices=("small", "full"), default="small")
+    parser.add_argument("--methods", default=",".join(RUNNERS), help="names, by commas")
+    parser.add_argument("--only", default="", help="workloads, by commas")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pool", type=int, default=100, help="random-search runs")
+    parser.add_argument("--starts", type=int, default=10, help="random starts of ours")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--again", default="", help="methods whose runs to forget, by commas")
+    parser.add_argument("--records", type=Path, default=FOLDER)
+    parser.add_argument("--report", action="store_true", help="only write the table")
+    args = parser.parse_args()
+    for method in args.methods.split(","):
+        if method not in RUNNERS:
+            parser.error(f"--methods {method} is unknown: use {', '.join(RUNNERS)}")
+    if args.again:
+        forget(set(args.again.split(",")), args.records)
+    if not args.report:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.workers, mp_context=spawn) as executor:
+            runs = [executor.submit(work, *one) for one in wanted(args)]
+            for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
+                keep(run.result(), args.records)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Real training jobs, defined in plain torch and shared by every benchmark.
+
+A workload says what is trained, on what, for how long and how it is judged; it knows nothing of
+selftune. Digits come with scikit-learn, Fashion-MNIST from torchvision where ``SELFTUNE_DATA`` is
+not set; the others from that folder: ``tinyshakespeare.txt.gz``, ``wikitext2.train.txt.gz`` and
+``uci/{concrete,energy,power,wine_red,yacht}.npz`` with ``x``, ``y`` and ``test_mask`` (20 splits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.workloads._base import Batch, Workload
+from benchmarks.workloads.images import (
+    autoencoder,
+    digits,
+    fashion,
+    fashion_cnn,
+    fashion_vit,
+    few_digits,
+    load_fashion_mnist,
+    noisy_fashion,
+    small_cnn,
+)
+from benchmarks.workloads.tables import SETS, uci
+from benchmarks.workloads.text import shakespeare_lstm, shakespeare_transformer, wikitext_lstm
+
+__all__ = [
+    "LONG",
+    "SUITE",
+    "WORKLOADS",
+    "Batch",
+    "Workload",
+    "digits",
+    "fashion",
+    "load_fashion_mnist",
+    "small_cnn",
+]
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {"digits": digits, "fashion": fashion}
+
+SUITE: dict[str, Callable[[], Workload]] = {
+    "digits": digits,
+    "few-digits": few_digits,
+    "fashion-cnn": fashion_cnn,
+    "fashion-vit": fashion_vit,
+    "noisy-fashion": noisy_fashion,
+    "autoencoder": autoencoder,
+    "shakespeare-transformer": shakespeare_transformer,
+    "shakespeare-lstm": shakespeare_lstm,
+    "wikitext-lstm": wikitext_lstm,
+    **{name: partial(uci, name) for name in SETS},
+}
+"""The suite of the proof, by name."""
+
+
+def _five_times(make: Callable[[], Workload]) -> Workload:
+    return make().longer(5)
+
+
+LONG = {
+    f"{name}×5": partial(_five_times, SUITE[name])
+    for name in ("digits", "fashion-cnn", "fashion-vit", "shakespeare-transformer",
+                 "shakespeare-lstm", "wikitext-lstm")
+}  # fmt: skip
+"""Images and text at five times the length, where a fixed run over-fits."""
