@@ -2,10 +2,10 @@
 
     SELFTUNE_DATA=... python -m benchmarks.ablations [--changes "every 10;γ = 0.97"] [--seeds 2]
 
-Prints, for every change, the mean change of the validation loss over workloads (of its logarithm, in
-percent; below 0 is better than the default), how many workloads it improves, and the median and worst
-rank in the pool of random-search runs. The table is kept in ``docs/ablations.md``, changes that lost
-included. Needs the records of ``benchmarks.run --methods random``.
+Prints, for every change, the mean change of the validation loss over workloads (of its logarithm,
+in percent; below 0 is better than the default), how many workloads it improves, and the median and
+worst rank in the pool of random-search runs. The table is kept in ``docs/ablations.md``, changes
+that lost included. Needs the records of ``benchmarks.run --methods random`` for ranks.
 """
 
 from __future__ import annotations
@@ -43,6 +43,20 @@ def adam(size: float) -> Callable:
     return partial(torch.optim.Adam, lr=size, betas=(0.8, 0.98))
 
 
+class Eager(torch.optim.Adam):
+    """The default hyper optimizer with a step that starts larger: size + more / (1 + t / while)."""
+
+    def __init__(self, raw, size: float = 0.05, more: float = 0.2, during: float = 10) -> None:
+        super().__init__(raw, lr=size, betas=(0.8, 0.98))
+        self.size, self.more, self.during, self.taken = size, more, during, 0
+
+    def step(self, closure=None):
+        """With the size of its time."""
+        self.param_groups[0]["lr"] = self.size + self.more / (1 + self.taken / self.during)
+        self.taken += 1
+        return super().step(closure)
+
+
 def no_pull(block: Block) -> torch.Tensor:
     """Regularizers on the plain hypergradient."""
     return torch.zeros_like(block.pull)
@@ -57,6 +71,7 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "default": ({}, []),
     "fixed hyperparameters, same schedule and average": ({"tune": (), "guard": False}, []),
     "outer loss at the last iterate": ({"average": st.Average(0.0)}, []),
+    "average over 25 steps": ({"average": st.Average(0.96)}, []),
     "average over 200 steps": ({"average": st.Average(0.995)}, []),
     "γ = 0 (OneStep)": ({"estimator": st.OneStep()}, []),
     "γ = 0.97": ({"estimator": st.Trace(0.97)}, []),
@@ -67,6 +82,20 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "hyper step 0.02": ({"hyper_optimizer": adam(0.02)}, []),
     "every 10": ({"every": 10}, []),
     "every 10, step 0.1": ({"every": 10, "hyper_optimizer": adam(0.1)}, []),
+    "larger hyper steps first": ({"hyper_optimizer": Eager}, []),
+    "much larger hyper steps first": (
+        {"hyper_optimizer": partial(Eager, more=0.4, during=15)},
+        [],
+    ),
+    "larger first, every 10": (
+        {"every": 10, "hyper_optimizer": partial(Eager, size=0.08, more=0.3)},
+        [],
+    ),
+    "larger first, constant schedule": (
+        {"schedule": "constant", "hyper_optimizer": Eager},
+        [],
+    ),
+    "no probe, larger first": ({"probe": False, "hyper_optimizer": Eager}, []),
     "no probe": ({"probe": False}, []),
     "no guard": ({"guard": False}, []),
     "constant schedule": ({"schedule": "constant"}, []),

@@ -3,9 +3,8 @@
     SELFTUNE_DATA=... python -m benchmarks.run --suite small [--methods selftune,prodigy,random]
 
 Finished runs lie in ``benchmarks/records``, a line of JSON each, and are not run again;
-``--again METHOD`` forgets those of a method. ``--suite full`` adds images and text at five times the
-length. ``--report`` only writes ``benchmarks/RESULTS.md`` from the records. Needs the extra
-``bench``.
+``--again METHOD`` forgets those of a method. ``--suite full`` adds images and text at five times
+the length. ``--report`` only writes ``benchmarks/RESULTS.md``. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.proof.rendering import render
 from benchmarks.proof.searches import RUNNERS, seeds
 from benchmarks.proof.training import Record
 from benchmarks.workloads import LONG, SUITE
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--again", default="", help="methods whose runs to forget, by commas")
     parser.add_argument("--records", type=Path, default=FOLDER)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/RESULTS.md"))
     parser.add_argument("--report", action="store_true", help="only write the table")
     args = parser.parse_args()
     for method in args.methods.split(","):
@@ -99,6 +100,7 @@ def main() -> None:
             runs = [executor.submit(work, *one) for one in wanted(args)]
             for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
                 keep(run.result(), args.records)
+    render(records(args.records), args.results)
 
 
 if __name__ == "__main__":

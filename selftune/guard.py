@@ -8,6 +8,8 @@ from typing import Any
 
 FRESH = 5
 """Running means of so few evaluations only set the yardstick."""
+QUICK = 0.3
+"""Weight of the newest loss in the mean by which good weights are chosen."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +43,8 @@ class Guard:
     count: int = 0
     best: float = math.inf
     best_error: float = 0.0
+    quick: float = math.nan
+    lowest: float = math.inf
     training_first: float = math.nan
     training_mean: float = math.nan
     training_count: int = 0
@@ -50,6 +54,7 @@ class Guard:
     loudest: float = 0.0
     streak: int = 0
     rollbacks: int = 0
+    returned: bool = False  # at the end of the run, to the good weights
     exploded: bool = False  # or the last outer loss only worsened, if it was worth a roll-back
 
     _weight = 0.1  # of the newest loss in the running means: about ten evaluations
@@ -111,6 +116,8 @@ class Guard:
         weight = max(self._weight, 1 / self.count)
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
         self.mean += weight * (loss - self.mean)
+        settled = self.count > FRESH and not math.isnan(self.quick)
+        self.quick = self.quick + QUICK * (loss - self.quick) if settled else self.mean
         self.exploded = self._exploded(self.mean, self.start)
         if self.exploded:
             return "rollback"
@@ -126,12 +133,17 @@ class Guard:
         if self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
             return "rollback"
         # The first means set the yardstick; only what beats the start is worth returning to.
-        better = self.mean < min(self.best, self.start + self.least * abs(self.start))
+        bar = self.start + self.least * abs(self.start)
+        better = self.mean < min(self.best, bar)
         if better or self.count <= FRESH:
             self.best, self.best_error = self.mean, error
         if better:
             self.streak = 0
-        return "best" if better else "ok"
+        # The weights to return to are chosen by a mean that lags less.
+        lower = self.quick < min(self.lowest, bar)
+        if lower:
+            self.lowest = self.quick
+        return "best" if lower else "ok"
 
     def confirms(self, now: float, good: float) -> bool:
         """Whether losses over many batches bear out that the outer loss has worsened.
@@ -145,8 +157,10 @@ class Guard:
         slack = max(self.tolerance * (self.first - good), self.least * abs(self.first))
         if not now <= good + slack:
             return True
-        self.best, self.best_error = min(now, good), 0.0
-        self.mean, self.count = now, FRESH
+        self.best = self.lowest = min(now, good)
+        self.best_error = 0.0
+        self.mean = self.quick = now
+        self.count = FRESH
         return False
 
     def _exploded(self, mean: float, first: float) -> bool:
@@ -161,6 +175,7 @@ class Guard:
         self.rollbacks += 1
         self.streak += 1
         self.mean = self.best if math.isfinite(self.best) else math.nan
+        self.quick = self.lowest if math.isfinite(self.lowest) else math.nan
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
         self.skipped = self.missed = self.quiet = 0

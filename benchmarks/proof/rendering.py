@@ -7,6 +7,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from string import Template
 
 import torch
 
@@ -200,8 +201,7 @@ def cost_table(tables: dict[str, Table]) -> str:
                 cells.append("–")
                 continue
             ratios = (
-                middle([getattr(r, what) for r in runs])
-                / middle([getattr(r, what) for r in plain])
+                middle([getattr(r, what) for r in runs]) / middle([getattr(r, what) for r in plain])
                 for what in ("gradients", "seconds")
             )
             cells.append(" / ".join(f"{r:.2f}" for r in ratios))
@@ -284,28 +284,12 @@ def render(records: Iterable[Record], path: Path) -> None:
     tables = by_workload(records)
     picture = path.with_suffix(".png")
     plot(tables, picture)
-    parts = [
-        "# Results\n\nWritten by `python -m benchmarks.run`; the runs are in `benchmarks/records`. "
-        f"torch {torch.__version__}, {platform.machine()} CPU, one thread a run. One fixed "
-        "configuration of selftune (`st.AdamW(model, total_steps=…)`, a validation batch for every "
-        "hyperparameter step) on all workloads; medians of seeds, ± the standard error of the mean; "
-        "the validation loss tunes and chooses, the test loss is only reported.",
-        f"## Summary\n\n{summary(tables)}",
-        "*Same*: the mean difference over shared seeds is within two standard errors of 0.",
-        f"![Profiles and ranks]({picture.name})",
-        "## One run in a pool of random-search runs\n\nThe pool: AdamW at random learning rate, β₁, "
-        "weight decay (four decades each) and schedule (constant with decay, linear, cosine); every "
-        "run at the better of its last and averaged weights. Regret: against the best of all runs of "
-        f"all methods.\n\n{pool_table(tables)}",
-        f"## Validation loss\n\n{method_table(tables, 'val')}",
-        f"## Test loss\n\n{method_table(tables, 'test')}",
-        f"## Test accuracy in percent\n\n{accuracy_table(tables)}",
-        "## All at the same running average\n\nValidation loss at the average of the weights with "
-        f"ρ = 0.98.\n\n{common_table(tables)}",
-        "## Time to a target\n\nGradient evaluations (validation's included) to the validation loss "
-        f"that {TARGET} % of the pool beat; area under the performance profile over τ ∈ [1, 4], as "
-        f"AlgoPerf scores.\n\n{score_table(tables)}",
-        "## Cost of one run, against a plain run\n\nGradient evaluations / wall time; two runs at a "
-        f"time on two cores, so times are rough.\n\n{cost_table(tables)}",
-    ]
-    path.write_text("\n\n".join(parts) + "\n")
+    template = Template(Path(__file__).with_name("template.md").read_text())
+    page = template.substitute(
+        machine=f"torch {torch.__version__}, {platform.machine()} CPU",
+        summary=summary(tables), picture=picture.name, pool=pool_table(tables),
+        validation=method_table(tables, "val"), test=method_table(tables, "test"),
+        accuracy=accuracy_table(tables), common=common_table(tables), target=TARGET,
+        score=score_table(tables), cost=cost_table(tables),
+    )  # fmt: skip
+    path.write_text(page)

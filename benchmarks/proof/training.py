@@ -49,9 +49,7 @@ class RunningAverage:
     """The average ρ w̄ + (1 − ρ) w of weights and BatchNorm statistics, one for all methods."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.tensors = [
-            t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()
-        ]
+        self.tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
         self.means = [t.detach().clone() for t in self.tensors]
         self.count = 0
 

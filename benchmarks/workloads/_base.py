@@ -80,5 +80,5 @@ def folder() -> Path:
         RuntimeError: ``SELFTUNE_DATA`` is not set.
     """
     if "SELFTUNE_DATA" not in os.environ:
-        raise RuntimeError("set SELFTUNE_DATA to the folder of data files; see benchmarks.workloads")
+        raise RuntimeError("set SELFTUNE_DATA to the folder of data files")
     return Path(os.environ["SELFTUNE_DATA"])

@@ -21,15 +21,11 @@ from selftune.hyperstep import HyperOptimizer, adam
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
-from selftune.optim._checks import (
-    check_group,
-    check_outer_loss,
-    check_params,
-)
+from selftune.optim._checks import check_group, check_params
 from selftune.optim._engine import ALONE, Engine
 from selftune.optim._following import Call, Following
 from selftune.optim._groups import Groups
-from selftune.optim._outer import outer_gradients
+from selftune.optim._outer import OuterLoss
 from selftune.optim._ranks import Ranks, is_sharded
 from selftune.optim._saving import check_state, pack, unpack
 from selftune.optim._stepper import AbstractStepper, Opaque
@@ -147,7 +143,6 @@ class SelfTuned(torch.optim.Optimizer):
         self._built: list[int] = []
         self._telling = Telling(self._engine.monitor, tuning)
         self._frozen: list[Tensor] = []
-        self._inside = False
         self._told = False
         super().__init__(params, defaults)
 
@@ -253,7 +248,7 @@ class SelfTuned(torch.optim.Optimizer):
                 f"hyper_step takes a function, got {type(closure).__name__}: "
                 "opt.hyper_step(lambda: loss_fn(model(x), y))"
             )
-        engine, clock = self._engine, self._engine.clock
+        engine, clock, outer = self._engine, self._engine.clock, OuterLoss(self._engine)
         if clock.steps == 0:
             raise RuntimeError(
                 "hyper_step came before any step(): take at least one training step first"
@@ -262,10 +257,8 @@ class SelfTuned(torch.optim.Optimizer):
             blocks = self._blocks()
         if not engine.heard:
             # Also an early look at what the closure returns; it leaves random streams alone.
-            device = blocks[0].layout.device
-            devices = [device] if device.type == "cuda" else []
-            with torch.random.fork_rng(devices), engine.buffers.discovering():
-                first, _ = self._outer(closure, [b.good for b in blocks])
+            with outer.random(), engine.buffers.discovering():
+                first, _ = outer.gradients(closure, [b.good for b in blocks])
             if engine.guard is not None:
                 engine.guard.begin(float(engine.ranks.mean(first)))
             engine.heard = True
@@ -273,23 +266,28 @@ class SelfTuned(torch.optim.Optimizer):
         clock.heard = clock.steps
         if engine.probing or clock.steps - max(clock.outer, clock.since) < engine.every:
             return None
-        begun = time.monotonic()
-        loss, grads = self._outer(closure, [b.average for b in blocks])
+        begun, period = time.monotonic(), clock.steps - clock.outer
+        loss, grads = outer.gradients(closure, [b.average for b in blocks])
         engine.buffers.passed()
         loss = engine.ranks.mean(loss)
         if not bool(torch.isfinite(loss)):
-            self._check_finite(closure)
+            outer.check_finite(closure)
+        last = clock.steps <= (self._schedule.total_steps or 0) < clock.steps + period
         with torch.no_grad():
             if engine.outer_step(float(loss), grads, self._groups.values(self.param_groups)):
                 self._publish()
             self._telling.tuned(loss, self.hparams, clock.steps, begun)
             if self._telling.due and not engine.ranks.together:
-                self._telling.compared(loss, self._at_last(closure), clock.steps)
+                self._telling.compared(loss, outer.value(closure), clock.steps)
+        if engine.guard is not None:
+            engine.guard.returned = last and outer.good_is_better(closure)
         return loss
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights, and their BatchNorm statistics, for evaluating and saving.
+
+        At the end of a run of known length, the last good ones where those are better.
 
         Examples:
             >>> import selftune as st
@@ -300,8 +298,11 @@ class SelfTuned(torch.optim.Optimizer):
         """
         with torch.no_grad():
             blocks = self._blocks()
-        probing = self._engine.probing  # its sweep is no run to average; its best is kept
-        with self._showing([b.good if probing else b.average for b in blocks]):
+        engine = self._engine
+        # The probe's sweep is no run to average; its best is kept.
+        good = engine.probing or (engine.guard is not None and engine.guard.returned)
+        weights = [b.good if good else b.average for b in blocks]
+        with OuterLoss(engine).showing(weights, good):
             yield
 
     def report(self, loss: Tensor | float) -> None:
@@ -414,7 +415,7 @@ class SelfTuned(torch.optim.Optimizer):
         return Call(closure, blocks[0], engine.buffers.tensors)
 
     def _outside(self, what: str) -> None:
-        if self._inside:
+        if self._engine.buffers.shown:
             raise RuntimeError(f"{what} inside averaged() would be lost: leave the block first")
 
     def _names(self, index: int, params: Sequence[Tensor]) -> list[str]:
@@ -477,54 +478,6 @@ class SelfTuned(torch.optim.Optimizer):
             return False
         grads = [p.grad for g in self.param_groups for p in g["params"]]
         return not any(bool(g.any()) for g in grads if g is not None)
-
-    @contextmanager
-    def _showing(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """Other weights, and the averaged BatchNorm statistics, in place for a while."""
-        blocks, buffers, outermost = self._engine.blocks, self._engine.buffers, not self._inside
-        with torch.no_grad():
-            kept = [b.weights() for b in blocks]
-            for block, flat in zip(blocks, weights, strict=True):
-                block.layout.write(flat, block.params)
-            if outermost:
-                buffers.exchange()
-        self._inside = True
-        try:
-            yield
-        finally:
-            self._inside = not outermost
-            with torch.no_grad():
-                for block, flat in zip(blocks, kept, strict=True):
-                    block.layout.write(flat, block.params)
-                if outermost:
-                    buffers.exchange()
-
-    def _outer(self, closure: Closure, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The closure's loss and its joined gradients at other weights."""
-        blocks = self._engine.blocks
-        with self._showing(weights), torch.enable_grad():
-            loss = closure()
-            check_outer_loss(loss)
-            return loss.detach(), outer_gradients(loss, blocks)
-
-    def _at_last(self, closure: Closure) -> Tensor:
-        """The closure's loss at the last weights; it leaves statistics and random streams alone."""
-        tensors, device = self._engine.buffers.tensors(), self._engine.blocks[0].layout.device
-        kept = [t.clone() for t in tensors]
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            loss = closure().detach()
-        for tensor, old in zip(tensors, kept, strict=True):
-            tensor.copy_(old)
-        return loss
-
-    def _check_finite(self, closure: Closure) -> None:
-        """Tell a closure that is never finite from weights that have blown up."""
-        good, _ = self._outer(closure, [b.good for b in self._engine.blocks])
-        if not bool(torch.isfinite(self._engine.ranks.mean(good))):
-            raise ValueError(
-                f"closure returned {float(good)} at the last good weights too; check the "
-                "validation batch and loss for overflow, log(0) or missing values"
-            )
 
     def _advise(self) -> None:
         clock, tuning = self._engine.clock, self._engine.tuning

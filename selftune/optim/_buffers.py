@@ -28,7 +28,7 @@ class Buffers:
         self.average: list[Tensor] = []
         self.good: list[Tensor] = []
         self._every = every
-        self._shown = False
+        self.shown = False
         self._momenta: list[float | None] = []
         self._own = False  # whether validation passes gather the averaged weights' statistics
         self._saved: dict[str, Any] | None = None
@@ -67,17 +67,18 @@ class Buffers:
         """The modules' statistics as they are now."""
         return [t for layer in self.layers for t in _statistics(layer)]
 
-    def exchange(self) -> None:
-        """Swap the modules' statistics with the averaged ones.
+    def exchange(self, good: bool = False) -> None:
+        """Swap the modules' statistics with the averaged ones, or with the good ones.
 
         Passes at the averaged weights are ``every`` times rarer than training's, and those weights
         change more slowly, so a layer's momentum m is 1 − (1 − m)^(every/2) while they are shown.
         """
-        self._shown = not self._shown
+        self.shown = not self.shown
         for layer, usual in zip(self.layers, self._momenta, strict=True):
             quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
-            layer.momentum = quick if self._shown else usual  # type: ignore[assignment]
-        for tensor, kept in zip(self.tensors(), self.average, strict=True):
+            layer.momentum = quick if self.shown else usual  # type: ignore[assignment]
+        others = self.good if good else self.average
+        for tensor, kept in zip(self.tensors(), others, strict=True):
             held = tensor.clone()
             tensor.copy_(kept)
             kept.copy_(held)

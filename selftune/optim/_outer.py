@@ -1,15 +1,100 @@
-"""Gradients of a validation loss, without a trace in the model."""
+"""The validation loss and its gradients at other weights, without a trace in the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from selftune.optim._block import Block
-from selftune.optim._checks import check_dependence
+from selftune.optim._checks import check_dependence, check_outer_loss
+from selftune.optim._engine import Engine
 from selftune.optim._ranks import is_sharded
+
+Closure = Callable[[], Tensor]
+ENOUGH = 8
+"""Validation batches by which the end of a run is compared with its last good weights."""
+
+
+@dataclass(frozen=True)
+class OuterLoss:
+    """Calls the user's closure with other weights in place.
+
+    Args:
+        engine: Holds the weights and the statistics of BatchNorm.
+    """
+
+    engine: Engine
+
+    @contextmanager
+    def showing(self, weights: Sequence[Tensor], good: bool = False) -> Iterator[None]:
+        """Weights of every block, with the averaged or the good statistics, for a while."""
+        blocks, buffers = self.engine.blocks, self.engine.buffers
+        outermost = not buffers.shown
+        with torch.no_grad():
+            kept = [b.weights() for b in blocks]
+            for block, flat in zip(blocks, weights, strict=True):
+                block.layout.write(flat, block.params)
+            if outermost:
+                buffers.exchange(good)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for block, flat in zip(blocks, kept, strict=True):
+                    block.layout.write(flat, block.params)
+                if outermost:
+                    buffers.exchange(good)
+
+    def gradients(self, closure: Closure, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its joined gradients."""
+        with self.showing(weights), torch.enable_grad():
+            loss = closure()
+            check_outer_loss(loss)
+            return loss.detach(), outer_gradients(loss, self.engine.blocks)
+
+    def random(self) -> AbstractContextManager[None]:
+        """Leaves the random streams alone."""
+        device = self.engine.blocks[0].layout.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    def value(self, closure: Closure) -> Tensor:
+        """The loss at the weights in place; it leaves statistics and random streams alone."""
+        tensors = self.engine.buffers.tensors()
+        kept = [t.clone() for t in tensors]
+        with self.random(), torch.enable_grad():
+            loss = closure().detach()
+        for tensor, old in zip(tensors, kept, strict=True):
+            tensor.copy_(old)
+        return loss
+
+    def check_finite(self, closure: Closure) -> None:
+        """Tell a closure that is never finite from weights that have blown up."""
+        good, _ = self.gradients(closure, [b.good for b in self.engine.blocks])
+        if not bool(torch.isfinite(self.engine.ranks.mean(good))):
+            raise ValueError(
+                f"closure returned {float(good)} at the last good weights too; check the "
+                "validation batch and loss for overflow, log(0) or missing values"
+            )
+
+    def good_is_better(self, closure: Closure) -> bool:
+        """Whether the last good weights beat the averaged ones, by more than the batches' noise."""
+        found: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(ENOUGH):  # in turns: batches differ
+            for good, losses in found.items():
+                weights = [b.good if good else b.average for b in self.engine.blocks]
+                with self.showing(weights, good):
+                    losses.append(float(self.engine.ranks.mean(self.value(closure))))
+        now, then = (statistics.fmean(losses) for losses in found.values())
+        if not (math.isfinite(now) and math.isfinite(then)):
+            return math.isfinite(then)
+        spread = sum(statistics.variance(losses) for losses in found.values())
+        return then < now - math.sqrt(spread / ENOUGH)
 
 
 def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
