@@ -31,7 +31,7 @@ from benchmarks.proof.scoring import middle, rank
 from benchmarks.proof.training import train
 from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
-from selftune import tuning
+from selftune import hyperstep, tuning
 from selftune.optim._block import Block
 
 Options = dict[str, object]
@@ -80,7 +80,17 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "one pace for all hyperparameters": ({}, [replaced(tuning, "PACE", {})]),
     "hyper step 0.1": ({"hyper_optimizer": adam(0.1)}, []),
     "hyper step 0.02": ({"hyper_optimizer": adam(0.02)}, []),
+    "one step of five observed": ({"estimator": st.Trace(stride=5)}, []),
+    "every 10, one step of five observed": ({"every": 10, "estimator": st.Trace(stride=5)}, []),
     "every 10": ({"every": 10}, []),
+    "every 10, step 0.1, one step of five observed": (
+        {"every": 10, "hyper_optimizer": adam(0.1), "estimator": st.Trace(stride=5)}, [],
+    ),
+    "every 10, step 0.15": ({"every": 10, "hyper_optimizer": adam(0.15)}, []),
+    "every 20, step 0.2": ({"every": 20, "hyper_optimizer": adam(0.2)}, []),
+    "every 10, step 0.1, shorter memory": (
+        {"every": 10, "hyper_optimizer": adam(0.1)}, [replaced(hyperstep, "RECENT", 0.8)],
+    ),
     "every 10, step 0.1": ({"every": 10, "hyper_optimizer": adam(0.1)}, []),
     "larger hyper steps first": ({"hyper_optimizer": Eager}, []),
     "much larger hyper steps first": (
