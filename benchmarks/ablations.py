@@ -25,14 +25,15 @@ from unittest.mock import patch
 import torch
 
 import selftune as st
-from benchmarks.proof.contenders import Config, selftune
+from benchmarks.proof.contenders import JOINED, Config, selftune
 from benchmarks.proof.rendering import by_workload, losses
 from benchmarks.proof.scoring import middle, rank
 from benchmarks.proof.training import train
 from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
-from selftune import hyperstep, tuning
+from selftune import guard, hyperstep, tuning
 from selftune.optim._block import Block
+from selftune.probe import Probe
 
 Options = dict[str, object]
 Patch = Callable[[], AbstractContextManager]
@@ -62,6 +63,11 @@ def no_pull(block: Block) -> torch.Tensor:
     return torch.zeros_like(block.pull)
 
 
+def full(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """Every step is taken whole."""
+    return torch.ones_like(mean)
+
+
 def replaced(owner: object, name: str, value: object) -> Patch:
     """A name that stands for something else during the run."""
     return partial(patch.object, owner, name, value)
@@ -74,42 +80,32 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "average over 25 steps": ({"average": st.Average(0.96)}, []),
     "average over 200 steps": ({"average": st.Average(0.995)}, []),
     "γ = 0 (OneStep)": ({"estimator": st.OneStep()}, []),
+    "γ = 0.95": ({"estimator": st.Trace(0.95)}, []),
     "γ = 0.97": ({"estimator": st.Trace(0.97)}, []),
+    "one step of five observed": ({"estimator": st.Trace(stride=5)}, []),
     "no gap for weight decay": ({}, [replaced(Block, "training_pull", no_pull)]),
     "no floor under weight decay": ({}, [replaced(tuning, "NEGLIGIBLE", 1e-12)]),
     "one pace for all hyperparameters": ({}, [replaced(tuning, "PACE", {})]),
+    "hyper step 0.3": ({"hyper_optimizer": adam(0.3)}, []),
     "hyper step 0.1": ({"hyper_optimizer": adam(0.1)}, []),
-    "hyper step 0.02": ({"hyper_optimizer": adam(0.02)}, []),
-    "one step of five observed": ({"estimator": st.Trace(stride=5)}, []),
-    "every 10, one step of five observed": ({"every": 10, "estimator": st.Trace(stride=5)}, []),
-    "every 10": ({"every": 10}, []),
-    "every 10, step 0.1, one step of five observed": (
-        {"every": 10, "hyper_optimizer": adam(0.1), "estimator": st.Trace(stride=5)}, [],
-    ),
-    "every 10, step 0.15": ({"every": 10, "hyper_optimizer": adam(0.15)}, []),
-    "every 20, step 0.2": ({"every": 20, "hyper_optimizer": adam(0.2)}, []),
-    "every 10, step 0.1, shorter memory": (
-        {"every": 10, "hyper_optimizer": adam(0.1)}, [replaced(hyperstep, "RECENT", 0.8)],
-    ),
-    "every 10, step 0.1": ({"every": 10, "hyper_optimizer": adam(0.1)}, []),
     "larger hyper steps first": ({"hyper_optimizer": Eager}, []),
-    "much larger hyper steps first": (
-        {"hyper_optimizer": partial(Eager, more=0.4, during=15)},
-        [],
+    "quicker moments of the hyper step": (
+        {},
+        [replaced(hyperstep, "BETAS", (0.6, 0.9))],
     ),
-    "larger first, every 10": (
-        {"every": 10, "hyper_optimizer": partial(Eager, size=0.08, more=0.3)},
-        [],
-    ),
-    "larger first, constant schedule": (
-        {"schedule": "constant", "hyper_optimizer": Eager},
-        [],
-    ),
-    "no probe, larger first": ({"probe": False, "hyper_optimizer": Eager}, []),
+    "longer memory of the trust": ({}, [replaced(hyperstep, "RECENT", 0.9)]),
+    "no trust": ({}, [replaced(hyperstep, "trust", full)]),
+    "every 5": ({"every": 5}, []),
+    "every 10": ({"every": 10}, []),
+    "one validation batch": ({"joined": 1}, []),
+    "four validation batches joined": ({"joined": 4}, []),
     "no probe": ({"probe": False}, []),
+    "probe at a third of its rate": ({}, [replaced(Probe, "margin", 4.5)]),
     "no guard": ({"guard": False}, []),
+    "good weights by the slow mean": ({}, [replaced(guard, "QUICK", 0.1)]),
     "constant schedule": ({"schedule": "constant"}, []),
     "cosine schedule": ({"schedule": "cosine"}, []),
+    "wsd schedule": ({"schedule": "wsd"}, []),
     "lr only": ({"tune": ("lr",)}, []),
     "lr and weight decay": ({"tune": ("lr", "weight_decay")}, []),
 }
@@ -124,7 +120,7 @@ def run(name: str, change: str, seed: int) -> float:
     with ExitStack() as stack:
         for change_it in patches:
             stack.enter_context(change_it())
-        made = selftune(Config(), **options)
+        made = selftune(Config(), **{"joined": JOINED, **options})
         return train(EVERYTHING[name](), change, made, seed, checkpoints=0).own["val"]
 
 

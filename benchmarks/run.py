@@ -4,7 +4,8 @@
 
 Finished runs lie in ``benchmarks/records``, a line of JSON each, and are not run again;
 ``--again METHOD`` forgets those of a method. ``--suite full`` adds images and text at five times
-the length. ``--report`` only writes ``benchmarks/RESULTS.md``. Needs the extra ``bench``.
+the length, ``--suite slice`` takes seconds. ``--report`` only writes ``benchmarks/RESULTS.md``.
+Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.proof.rendering import render
+from benchmarks.proof.rendering import by_workload, render
+from benchmarks.proof.scoring import middle
 from benchmarks.proof.searches import RUNNERS, seeds
 from benchmarks.proof.training import Record
-from benchmarks.workloads import LONG, SUITE
+from benchmarks.workloads import LONG, SLICE, SUITE
 
 FOLDER = Path("benchmarks/records")
-EVERYTHING = {**SUITE, **LONG}
+SUITES = {"slice": SLICE, "small": SUITE, "full": {**SUITE, **LONG}}
+EVERYTHING = {**SLICE, **SUITE, **LONG}
 
 
 def records(folder: Path = FOLDER) -> list[Record]:
     """All finished runs."""
-    lines = (line for path in sorted(folder.glob("*.jsonl")) for line in path.open())
+    lines = (
+        line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()
+    )
     return [Record(**json.loads(line)) for line in lines]
 
 
@@ -64,8 +69,7 @@ def forget(methods: set[str], folder: Path) -> None:
 def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Every run asked for that is not finished."""
     done = {(r.workload, r.method, r.seed) for r in records(args.records)}
-    names = SUITE if args.suite == "small" else EVERYTHING
-    for name in names:
+    for name in SUITES[args.suite]:
         if args.only and name not in args.only.split(","):
             continue
         for method in args.methods.split(","):
@@ -74,10 +78,29 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
                     yield name, method, seed
 
 
-def main() -> None:
-    """Run what is missing, then write the table."""
+def check(found: list[Record]) -> None:
+    """Exit with an error unless one run beats the default and half of the pool, on the test set.
+
+    Raises:
+        SystemExit: It does not, or runs are missing.
+    """
+    for name, table in by_workload(found).items():
+        ours, default, pool = (
+            [r.own["test"] for r in table.get(m, [])] for m in ("selftune", "default", "random")
+        )
+        if not (ours and default and pool):
+            raise SystemExit(f"{name}: --check needs runs of selftune, default and random")
+        if not middle(ours) < min(middle(default), middle(pool)):
+            raise SystemExit(
+                f"{name}: test loss {middle(ours):.4g}, default {middle(default):.4g}, median of "
+                f"the pool {middle(pool):.4g}"
+            )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", choices=("small", "full"), default="small")
+    parser.add_argument("--suite", choices=SUITES, default="small")
     parser.add_argument("--methods", default=",".join(RUNNERS), help="names, by commas")
     parser.add_argument("--only", default="", help="workloads, by commas")
     parser.add_argument("--seeds", type=int, default=3)
@@ -88,10 +111,19 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=FOLDER)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/RESULTS.md"))
     parser.add_argument("--report", action="store_true", help="only write the table")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--check", action="store_true", help="fail unless selftune beats default and random"
+    )
+    return parser
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    options = parser()
+    args = options.parse_args()
     for method in args.methods.split(","):
         if method not in RUNNERS:
-            parser.error(f"--methods {method} is unknown: use {', '.join(RUNNERS)}")
+            options.error(f"--methods {method} is unknown: use {', '.join(RUNNERS)}")
     if args.again:
         forget(set(args.again.split(",")), args.records)
     if not args.report:
@@ -100,7 +132,10 @@ def main() -> None:
             runs = [executor.submit(work, *one) for one in wanted(args)]
             for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
                 keep(run.result(), args.records)
-    render(records(args.records), args.results)
+    found = records(args.records)
+    render(found, args.results)
+    if args.check:
+        check(found)
 
 
 if __name__ == "__main__":

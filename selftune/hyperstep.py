@@ -13,17 +13,41 @@ from torch import Tensor
 HyperOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
-RATE, BETAS, EPS = 0.05, (0.8, 0.98), 1e-8
-"""Of Adam: steps of about 5 % in raw (log or odds) space."""
-RECENT = 0.9
-"""Memory of the signal-to-noise ratio: about ten estimates."""
+RATE, BETAS, EPS = 0.01, (0.8, 0.98), 1e-8
+"""Of Adam: steps of about 1 % in raw (log or odds) space for every training step since the last."""
+OFTEN, RARE = 5, 20
+"""Training steps from one hyper step to the next between which its size grows."""
+FEWEST = 20
+"""Hyper steps in a run of known length."""
+RECENT = 0.8
+"""Memory of the signal-to-noise ratio: about five estimates."""
 LONGEST = 0.3
 """Largest change of a raw value in one step."""
 
 
-def adam(raw: Iterable[Tensor]) -> torch.optim.Optimizer:
+def usual_every(total_steps: int | None) -> int:
+    """Training steps from one hyper step to the next: a twentieth of the run, from 5 to 20.
+
+    Examples:
+        >>> usual_every(None), usual_every(200), usual_every(10_000)
+        (5, 10, 20)
+    """
+    return OFTEN if total_steps is None else max(OFTEN, min(RARE, total_steps // FEWEST))
+
+
+def step_size(every: int) -> float:
+    """The size of a hyper step: rarer ones are larger, so that a run travels as far.
+
+    Examples:
+        >>> step_size(5), step_size(1000)
+        (0.05, 0.2)
+    """
+    return RATE * max(OFTEN, min(RARE, every))
+
+
+def adam(raw: Iterable[Tensor], every: int = 5) -> torch.optim.Optimizer:
     """The default hyper optimizer."""
-    return torch.optim.Adam(raw, lr=RATE, betas=BETAS, eps=EPS)
+    return torch.optim.Adam(raw, lr=step_size(every), betas=BETAS, eps=EPS)
 
 
 def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:

@@ -41,12 +41,20 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def wsd(progress: float) -> float:
+    """Constant, then a straight line to 0 over the last 30 % (warm-up, stable, decay).
+
+    Source: Hägele et al. 2024, section 3.
+    """
+    return min(1.0, (1 - progress) / 0.3)
+
+
 def exponential(progress: float) -> float:
     """From 1 to 0.001, by equal ratios in equal times."""
     return 0.001**progress
 
 
-SHAPES = {f.__name__: f for f in (constant, linear, cosine, exponential)}
+SHAPES = {f.__name__: f for f in (constant, linear, cosine, wsd, exponential)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +62,8 @@ class Schedule:
     """A shape over a known horizon, after a linear warm-up.
 
     Args:
-        shape: One of ``"constant"``, ``"linear"``, ``"cosine"``, ``"exponential"``; None means
-            linear where the horizon is known and constant where it is not.
+        shape: One of ``"constant"``, ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"``; None
+            means linear where the horizon is known and constant where it is not.
         total_steps: The horizon: number of steps in the whole run, or None.
         warmup_steps: Steps over which the rate climbs to its peak.
 

@@ -18,6 +18,8 @@ TWINS: dict[str, tuple[Maker, dict[str, float]]] = {
 
 def twin_rates(shape: str, warmup: int) -> list[float]:
     """Rates of torch's schedulers: linear warm-up until the peak, then the shape."""
+    if shape == "wsd":
+        return stable_then_decay(warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     make, options = TWINS[shape]
     length = TOTAL - warmup
@@ -41,6 +43,13 @@ def twin_rates(shape: str, warmup: int) -> list[float]:
         optimizer.step()
         rise.step()
     return climb + rates
+
+
+def stable_then_decay(warmup: int) -> list[float]:
+    """A climb, a plateau and LinearLR's last 30 %."""
+    length = TOTAL - warmup
+    climb = [(t + 1) / warmup for t in range(warmup)]
+    return climb + [min(1.0, (length - t) / (0.3 * length)) for t in range(length + 1)]
 
 
 @pytest.mark.parametrize("warmup", [0, 2, 10])

@@ -15,6 +15,8 @@ import selftune as st
 from benchmarks.proof.training import Contender, Make
 from benchmarks.workloads import Batch, Workload
 
+JOINED = 2
+"""Training batches in a validation batch: one that comes every 20 steps may be twice as large."""
 WARM_UP = 0.05
 STATISTICS = 25  # batches by which Schedule-Free's BatchNorm statistics are computed
 
@@ -199,12 +201,27 @@ class UltimateOptimizer(Contender):
 
 
 class SelfTuned(Contender):
-    """This library's AdamW: one fixed configuration for every workload."""
+    """This library's AdamW: one fixed configuration for every workload.
+
+    Args:
+        workload: What is trained.
+        model: Its model.
+        seed: Of validation batches.
+        start: Where hyperparameters start.
+        joined: Validation batches joined into one.
+        options: Of the optimizer.
+    """
 
     averages = True
 
     def __init__(
-        self, workload: Workload, model: nn.Module, seed: int, start: Config, **options: Any
+        self,
+        workload: Workload,
+        model: nn.Module,
+        seed: int,
+        start: Config,
+        joined: int = 1,
+        **options: Any,
     ) -> None:
         self.workload, self.model = workload, model
         options = {"total_steps": workload.steps, **options}
@@ -212,7 +229,8 @@ class SelfTuned(Contender):
             model, lr=start.lr, betas=(start.beta1, 0.999), weight_decay=start.weight_decay,
             **options,
         )  # fmt: skip
-        self.validation = workload.batches("val", seed + 777)
+        self.joined = joined
+        self.validation = workload.batches("val", seed + 777, joined)
 
     def step(self, batch: Batch) -> None:
         """A weight step, then perhaps one of the hyperparameters."""
@@ -223,7 +241,7 @@ class SelfTuned(Contender):
         self.optimizer.hyper_step(self._outer)
 
     def _outer(self) -> torch.Tensor:
-        self.gradients += 1
+        self.gradients += self.joined
         return self.workload.loss(self.model, next(self.validation))
 
     def showing(self) -> Any:
@@ -243,7 +261,7 @@ def selftune(start: Config | None = None, **options: Any) -> Make:
 
 
 METHODS: dict[str, Make] = {
-    "selftune": selftune(),
+    "selftune": selftune(joined=JOINED),
     "default": fixed(Config()),
     "prodigy": prodigy,
     "schedule-free": ScheduleFree,

@@ -267,7 +267,8 @@ def plot(tables: dict[str, Table], path: Path) -> None:
         ]  # fmt: skip
         left.plot(taus, shares, label=method, linewidth=2.5 if method == OURS else 1)
     left.set(xlabel="τ: time to the target, against the fastest", ylabel="share of workloads")
-    left.legend(fontsize=7)
+    if found:
+        left.legend(fontsize=7)
     own, starts = ranks(tables, OURS), ranks(tables, "selftune-random")
     for place, name in enumerate(own):
         right.plot(own[name], [place] * len(own[name]), "o", color="tab:blue")

@@ -9,6 +9,7 @@ not set; the others from that folder: ``tinyshakespeare.txt.gz``, ``wikitext2.tr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from benchmarks.workloads._base import Batch, Workload
@@ -28,6 +29,7 @@ from benchmarks.workloads.text import shakespeare_lstm, shakespeare_transformer,
 
 __all__ = [
     "LONG",
+    "SLICE",
     "SUITE",
     "WORKLOADS",
     "Batch",
@@ -65,3 +67,11 @@ LONG = {
                  "shakespeare-lstm", "wikitext-lstm")
 }  # fmt: skip
 """Images and text at five times the length, where a fixed run over-fits."""
+
+
+def _few_steps() -> Workload:
+    return replace(digits(), name="digits-short", steps=400)
+
+
+SLICE = {"digits-short": _few_steps}
+"""Seconds long; needs no data but scikit-learn's."""

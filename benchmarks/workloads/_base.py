@@ -38,11 +38,11 @@ class Workload:
         torch.manual_seed(seed)
         return self.make_model()
 
-    def batches(self, split: str, seed: int) -> Iterator[Batch]:
-        """Endless shuffled batches of a split, an epoch at a time."""
+    def batches(self, split: str, seed: int, times: int = 1) -> Iterator[Batch]:
+        """Endless shuffled batches of a split, an epoch at a time; perhaps several joined."""
         inputs, targets = self.splits[split]
         generator = torch.Generator().manual_seed(seed)
-        size = min(self.batch_size, len(inputs))
+        size = min(times * self.batch_size, len(inputs))
         while True:
             order = torch.randperm(len(inputs), generator=generator)
             for start in range(0, len(order) - size + 1, size):

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
 from selftune.guard import Guard
-from selftune.hyperstep import HyperOptimizer, adam
+from selftune.hyperstep import HyperOptimizer, adam, usual_every
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
@@ -53,16 +54,18 @@ class SelfTuned(torch.optim.Optimizer):
             learning rate's decay where the horizon is known.
         per: ``"run"`` (one factor for all), ``"group"`` or ``"tensor"``, for all or by name.
         bounds: (lowest, highest) values by name.
-        schedule: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by default
-            linear to 0 if ``total_steps`` is given, else constant.
+        schedule: ``"constant"``, ``"linear"``, ``"cosine"``, ``"wsd"`` or ``"exponential"``; by
+            default linear to 0 if ``total_steps`` is given, else constant.
         total_steps: Steps in the whole run, if known.
         warmup_steps: Steps over which the learning rate climbs.
         estimator: How weights respond to hyperparameters. Trace or OneStep; with any other one,
             ``step`` takes a closure that keeps its own batch, there is one parameter group, and
             copies and loaded states begin to follow anew.
         average: Where the outer loss is measured.
-        hyper_optimizer: Makes the torch optimizer of the raw hyperparameters.
-        every: Training steps from one hyperparameter step to the next, at least.
+        hyper_optimizer: Makes the torch optimizer of the raw hyperparameters; by default Adam at
+            0.01 times ``every``, from 0.05 to 0.2.
+        every: Training steps from one hyperparameter step to the next, at least; by default a
+            twentieth of ``total_steps``, from 5 to 20.
         probe: Whether the learning rate is probed at the start, or over how many steps.
         guard: Whether a run that blows up or worsens is rolled back.
         model: The model, if it has BatchNorm and ``params`` is not itself a module.
@@ -87,8 +90,8 @@ class SelfTuned(torch.optim.Optimizer):
         warmup_steps: int = 0,
         estimator: AbstractEstimator | None = None,
         average: Average | None = None,
-        hyper_optimizer: HyperOptimizer = adam,
-        every: int = 5,
+        hyper_optimizer: HyperOptimizer | None = None,
+        every: int | None = None,
         probe: bool | int = True,
         guard: bool = True,
         model: nn.Module | None = None,
@@ -97,6 +100,7 @@ class SelfTuned(torch.optim.Optimizer):
     ) -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.named_parameters()
+        every = usual_every(total_steps) if every is None else every
         if every < 1:
             raise ValueError(f"every={every} must be at least 1")
         self._schedule = Schedule(
@@ -107,7 +111,7 @@ class SelfTuned(torch.optim.Optimizer):
             tune = [n for n in update.tuned if not (known_end and n == "decay")]
         tuning = Tuning(
             update.hparams, tune=tune, per=per, bounds=bounds, horizon=total_steps,
-            floored=update.rule.shrinks, make=hyper_optimizer,
+            floored=update.rule.shrinks, make=hyper_optimizer or partial(adam, every=every),
         )  # fmt: skip
         self._update = update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"

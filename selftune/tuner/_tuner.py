@@ -22,7 +22,7 @@ from selftune.bilevel import Bilevel
 from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
 from selftune.fused import Fused
 from selftune.hparams import Hparam
-from selftune.hyperstep import RATE
+from selftune.hyperstep import step_size
 from selftune.hypervector import HyperVector
 from selftune.monitor import Monitor
 from selftune.penalties import L1, AbstractPenalty
@@ -70,8 +70,9 @@ class Tuner:
         tangents: The dtype responses are kept in; bfloat16 halves their memory.
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next.
-        hyper_rate: Size of a hyperparameter step in log space.
-        schedule: ``"linear"``, ``"cosine"``, ``"exponential"`` or ``"constant"``.
+        hyper_rate: Size of a hyperparameter step in log space; by default 0.01 times ``every``,
+            from 0.05 to 0.2.
+        schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps over which the learning rate climbs.
         probe: Whether the learning rate is probed at the start, or over how many steps.
         guard: Whether a run that blows up or worsens is rolled back.
@@ -113,7 +114,7 @@ class Tuner:
         tangents: torch.dtype | None = torch.bfloat16,
         average: Average | None = None,
         every: int = 5,
-        hyper_rate: float = RATE,
+        hyper_rate: float | None = None,
         schedule: str = "linear",
         warmup_steps: int = 0,
         probe: bool | int = True,
@@ -163,7 +164,8 @@ class Tuner:
         self._estimator = Trace(stride=every) if estimator is None else estimator
         self._tangents = tangents
         self._average = Average() if average is None else average
-        self._every, self._hyper_rate = every, hyper_rate
+        self._every = every
+        self._hyper_rate = step_size(every) if hyper_rate is None else hyper_rate
         self._schedule, self._warmup = schedule, warmup_steps
         self._probe, self._guard = probe, guard
         self._metrics = dict(metrics or {})
