@@ -17,7 +17,7 @@ RATE, BETAS, EPS = 0.01, (0.8, 0.98), 1e-8
 """Of Adam: steps of about 1 % in raw (log or odds) space for every training step since the last."""
 OFTEN, RARE = 5, 20
 """Training steps from one hyper step to the next between which its size grows."""
-FEWEST = 20
+FEWEST = 30
 """Hyper steps in a run of known length."""
 RECENT = 0.8
 """Memory of the signal-to-noise ratio: about five estimates."""
@@ -26,10 +26,10 @@ LONGEST = 0.3
 
 
 def usual_every(total_steps: int | None) -> int:
-    """Training steps from one hyper step to the next: a twentieth of the run, from 5 to 20.
+    """Training steps from one hyper step to the next: a thirtieth of the run, from 5 to 20.
 
     Examples:
-        >>> usual_every(None), usual_every(200), usual_every(10_000)
+        >>> usual_every(None), usual_every(300), usual_every(10_000)
         (5, 10, 20)
     """
     return OFTEN if total_steps is None else max(OFTEN, min(RARE, total_steps // FEWEST))

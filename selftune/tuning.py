@@ -17,7 +17,7 @@ from selftune.hyperstep import HyperOptimizer, HyperStep, adam
 log = logging.getLogger("selftune")
 
 MOMENTA = ("momentum", "beta1")
-PACE = {"momentum": 0.5, "beta1": 0.2, "weight_decay": 2.0, "l1": 2.0, "l2": 2.0, "elastic": 2.0}
+PACE = {"momentum": 0.2, "beta1": 0.2, "weight_decay": 2.0, "l1": 2.0, "l2": 2.0, "elastic": 2.0}
 """Relative step sizes: momenta repay patience, regularizers have further to go (ablations)."""
 NEGLIGIBLE = 0.03
 """A weight decay whose shrinkage η λ T over the whole run is below this is as good as none."""

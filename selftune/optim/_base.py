@@ -65,7 +65,7 @@ class SelfTuned(torch.optim.Optimizer):
         hyper_optimizer: Makes the torch optimizer of the raw hyperparameters; by default Adam at
             0.01 times ``every``, from 0.05 to 0.2.
         every: Training steps from one hyperparameter step to the next, at least; by default a
-            twentieth of ``total_steps``, from 5 to 20.
+            thirtieth of ``total_steps``, from 5 to 20.
         probe: Whether the learning rate is probed at the start, or over how many steps.
         guard: Whether a run that blows up or worsens is rolled back.
         model: The model, if it has BatchNorm and ``params`` is not itself a module.
