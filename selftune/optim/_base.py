@@ -257,6 +257,10 @@ class SelfTuned(torch.optim.Optimizer):
             raise RuntimeError(
                 "hyper_step came before any step(): take at least one training step first"
             )
+        due = not engine.probing and clock.steps - max(clock.outer, clock.since) >= engine.every
+        if engine.heard and not due:
+            clock.heard = clock.steps
+            return None
         with torch.no_grad():
             blocks = self._blocks()
         if not engine.heard:
@@ -268,7 +272,7 @@ class SelfTuned(torch.optim.Optimizer):
             engine.heard = True
             self._telling.begin(self.hparams)
         clock.heard = clock.steps
-        if engine.probing or clock.steps - max(clock.outer, clock.since) < engine.every:
+        if not due:
             return None
         begun, period = time.monotonic(), clock.steps - clock.outer
         loss, grads = outer.gradients(closure, [b.average for b in blocks])
