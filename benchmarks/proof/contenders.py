@@ -200,6 +200,50 @@ class UltimateOptimizer(Contender):
         self.gradients += 1
 
 
+class TruncatedUnroll(Contender):
+    """torchopt's AdamW, unrolled over windows: log lr descends the validation loss at their ends.
+
+    What a user of that library would write: one validation batch a window, Adam at 0.05 on log lr.
+    """
+
+    def __init__(self, workload: Workload, model: nn.Module, seed: int, window: int = 5) -> None:
+        import torchopt
+
+        self.workload, self.model, self.window, self.taken = workload, model, window, 0
+        self.log_lr = torch.tensor(math.log(Config.lr), requires_grad=True)
+        self.outer = torch.optim.Adam([self.log_lr], lr=0.05)
+        self.torchopt, self.validation = torchopt, workload.batches("val", seed + 777)
+        self.optimizer = self._adamw()
+
+    def step(self, batch: Batch) -> None:
+        """A differentiable weight step; at the end of a window one of log lr."""
+        self.optimizer.step(self.workload.loss(self.model, batch))
+        self.gradients += 1
+        self.taken += 1
+        if self.taken % self.window:
+            return
+        loss = self.workload.loss(self.model, next(self.validation))
+        (self.log_lr.grad,) = torch.autograd.grad(loss, [self.log_lr])
+        self.gradients += 1
+        if self.log_lr.grad.isfinite():
+            self.outer.step()
+        state = self.torchopt.extract_state_dict(self.optimizer, by="copy", detach_buffers=True)
+        self.torchopt.stop_gradient(self.model)
+        self.optimizer = self._adamw()
+        self.torchopt.recover_state_dict(self.optimizer, state)
+        self.torchopt.stop_gradient(self.optimizer)
+
+    def _adamw(self) -> Any:
+        # A root of exactly 0 has no derivative.
+        return self.torchopt.MetaAdamW(
+            self.model, lr=self.log_lr.exp(), weight_decay=1e-2, eps_root=1e-14
+        )
+
+    def ends(self) -> dict[str, float]:
+        """The learning rate."""
+        return {"lr": math.exp(float(self.log_lr.detach()))}
+
+
 class SelfTuned(Contender):
     """This library's AdamW: one fixed configuration for every workload.
 
@@ -268,5 +312,6 @@ METHODS: dict[str, Make] = {
     "d-adaptation": d_adaptation,
     "mechanic": mechanic,
     "ultimate-optimizer": UltimateOptimizer,
+    "torchopt": TruncatedUnroll,
 }
 """Methods that take one run; searches are in ``searches``."""
