@@ -40,7 +40,7 @@ class Outcome:
 
 
 def run_self_tuned(
-    workload: Workload, optimizer: str, start: Start, seed: int, every: int | None = None, **tuning
+    workload: Workload, optimizer: str, start: Start, seed: int, every: int = 5, **tuning
 ) -> Outcome:
     """One self-tuned run; validation batches come from the validation split."""
     model = workload.model(seed)

@@ -202,11 +202,11 @@ def cost_table(tables: dict[str, Table]) -> str:
             if not runs:
                 cells.append("–")
                 continue
-            ratios = (
+            parts = (
                 middle([getattr(r, what) for r in runs]) / middle([getattr(r, what) for r in plain])
                 for what in ("gradients", "seconds")
             )
-            cells.append(" / ".join(f"{r:.2f}" for r in ratios))
+            cells.append(" / ".join(f"{r:.2f}" for r in parts))
         rows.append(cells)
     return grid(["workload", OURS, *PEERS], rows)
 
@@ -234,7 +234,22 @@ def summary(tables: dict[str, Table]) -> str:
             "random starts over four decades: median / worst", "≤ 8 % / ≤ 40 %, none fails",
             f"{middle(every):.0f} % / {max(every):.0f} %, {failed} of {len(every)} fail",
         ])  # fmt: skip
+    if searched := ratios(tables, "tpe+asha"):
+        rows.append([
+            "loss over that of TPE with pruning, 50 trials, median of workloads", "≤ 1",
+            f"{middle(list(searched.values())):.2f} (validation), "
+            f"{middle(list(ratios(tables, 'tpe+asha', 'test').values())):.2f} (test)",
+        ])  # fmt: skip
     return grid(["figure", "asked", "measured"], rows) + "\n\n" + versus_table(tables)
+
+
+def ratios(tables: dict[str, Table], method: str, split: str = "val") -> dict[str, float]:
+    """Our median loss over that of another method, by workload."""
+    return {
+        name: middle(losses(t[OURS], split)) / middle(losses(t[method], split))
+        for name, t in tables.items()
+        if t.get(OURS) and t.get(method)
+    }
 
 
 def score_table(tables: dict[str, Table]) -> str:
