@@ -149,3 +149,11 @@ def test_state_round_trip_through_json() -> None:
     assert other == guard
     to_come = [0.5, 0.7, 1.9, 1.9, 1.9]
     assert [guard.loss(x) for x in to_come] == [other.loss(x) for x in to_come]
+
+
+def test_good_weights_lag_little_behind_the_lowest_loss() -> None:
+    """A V with its tip at the 40th of 80 losses; a mean over ten would lag by some seven."""
+    guard = Guard(sigmas=1e9, tolerance=1e9)
+    verdicts = [guard.loss(1.0 + 0.1 * abs(k - 40)) for k in range(80)]
+    last = max(k for k, verdict in enumerate(verdicts) if verdict == "best")
+    assert 40 <= last <= 43
