@@ -285,7 +285,7 @@ def plot(tables: dict[str, Table], path: Path) -> None:
         left.plot(taus, shares, label=method, linewidth=2.5 if method == OURS else 1)
     left.set(xlabel="τ: time to the target, against the fastest", ylabel="share of workloads")
     if found:
-        left.legend(fontsize=7)
+        left.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.75))
     own, starts = ranks(tables, OURS), ranks(tables, "selftune-random")
     for place, name in enumerate(own):
         right.plot(own[name], [place] * len(own[name]), "o", color="tab:blue")
