@@ -11,6 +11,8 @@ from torch.func import functional_call
 
 from selftune.optim import Adam
 
+EVERY = 5
+"""Steps of a player from one hyper step to the next."""
 HYPER_RATE = 0.05
 """Of Adam on the log of the penalty's strength."""
 
@@ -110,7 +112,10 @@ class GAN:
                     f"{name} has shape {tuple(data.shape)}, which must be (at least 2, "
                     f"{self.features})"
                 )
-        options = dict(lr=lr, betas=(0.5, 0.9), probe=False, total_steps=steps, guard=False)
+        # Each player is the other's moving target, which many small hyper steps follow better.
+        options = dict(
+            lr=lr, betas=(0.5, 0.9), probe=False, total_steps=steps, guard=False, every=EVERY
+        )
         players = Adam(self.generator, **options), Adam(self.critic, **options)  # type: ignore[arg-type]
         strength = torch.tensor(self.penalty).log().requires_grad_()
         hyper = torch.optim.Adam([strength], lr=HYPER_RATE)
