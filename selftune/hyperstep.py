@@ -45,7 +45,7 @@ def step_size(every: int) -> float:
     return RATE * max(OFTEN, min(RARE, every))
 
 
-def adam(raw: Iterable[Tensor], every: int = 5) -> torch.optim.Optimizer:
+def adam(raw: Iterable[Tensor], every: int = OFTEN) -> torch.optim.Optimizer:
     """The default hyper optimizer."""
     return torch.optim.Adam(raw, lr=step_size(every), betas=BETAS, eps=EPS)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selftune.hparams import Hparam
-from selftune.hyperstep import BETAS, EPS, LONGEST, RECENT, step_size, trust
+from selftune.hyperstep import BETAS, EPS, LONGEST, OFTEN, RECENT, step_size, trust
 from selftune.tuning import NEGLIGIBLE, PACE, choose
 
 
@@ -62,12 +62,12 @@ class HyperVector:
         *,
         horizon: int,
         floored: bool = True,
-        rate: float | None = None,
+        rate: float = step_size(OFTEN),
     ) -> None:
         self.hparams = choose(known, tune, bounds or {}, horizon)
         self.names = list(self.hparams)
         self.horizon = horizon
-        self.rate = step_size(5) if rate is None else rate
+        self.rate = rate
         self._low = [self._raw(n, h.lower) for n, h in self.hparams.items()]
         self._high = [self._raw(n, h.upper) for n, h in self.hparams.items()]
         self._pace = [PACE.get(n, 1.0) for n in self.names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -95,8 +94,3 @@ def seeds(method: str, seeds: int, pool: int, starts: int) -> Iterator[int]:
     """How often a method is run."""
     counts = {"random": pool, "selftune-random": starts, "tpe": 1, "tpe+asha": 1}
     yield from range(counts.get(method, seeds))
-
-
-def infinite(record: Record) -> bool:
-    """Whether a run failed."""
-    return not math.isfinite(record.own["val"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ RHO = 0.98
 CHECKPOINTS = 10
 
 
-class Contender:
+class Contender(ABC):
     """A method in training: it takes weight steps and says at which weights it is judged.
 
     Attributes:
@@ -29,9 +30,9 @@ class Contender:
     averages = False
     """Whether ``showing`` is an average already, so that the common one is no alternative."""
 
+    @abstractmethod
     def step(self, batch: Batch) -> None:
         """Train on a batch."""
-        raise NotImplementedError
 
     def showing(self) -> AbstractContextManager[Any]:
         """The method's own weights to judge, in place for a while."""

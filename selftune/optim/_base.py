@@ -252,7 +252,7 @@ class SelfTuned(torch.optim.Optimizer):
                 f"hyper_step takes a function, got {type(closure).__name__}: "
                 "opt.hyper_step(lambda: loss_fn(model(x), y))"
             )
-        engine, clock, outer = self._engine, self._engine.clock, OuterLoss(self._engine)
+        engine, clock = self._engine, self._engine.clock
         if clock.steps == 0:
             raise RuntimeError(
                 "hyper_step came before any step(): take at least one training step first"
@@ -261,6 +261,7 @@ class SelfTuned(torch.optim.Optimizer):
         if engine.heard and not due:
             clock.heard = clock.steps
             return None
+        outer = OuterLoss(engine)
         with torch.no_grad():
             blocks = self._blocks()
         if not engine.heard:

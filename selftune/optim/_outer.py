@@ -65,9 +65,13 @@ class OuterLoss:
 
     def value(self, closure: Closure) -> Tensor:
         """The loss at the weights in place; it leaves statistics and random streams alone."""
+        with self.random():
+            return self._value(closure)
+
+    def _value(self, closure: Closure) -> Tensor:
         tensors = self.engine.buffers.tensors()
         kept = [t.clone() for t in tensors]
-        with self.random(), torch.enable_grad():
+        with torch.enable_grad():
             loss = closure().detach()
         for tensor, old in zip(tensors, kept, strict=True):
             tensor.copy_(old)
@@ -85,11 +89,12 @@ class OuterLoss:
     def good_is_better(self, closure: Closure) -> bool:
         """Whether the last good weights beat the averaged ones, by more than the batches' noise."""
         found: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(ENOUGH):  # in turns: batches differ
-            for good, losses in found.items():
-                weights = [b.good if good else b.average for b in self.engine.blocks]
-                with self.showing(weights, good):
-                    losses.append(float(self.engine.ranks.mean(self.value(closure))))
+        with self.random():  # around all of them: a closure may draw its batches at random
+            for _ in range(ENOUGH):  # in turns: batches differ
+                for good, losses in found.items():
+                    weights = [b.good if good else b.average for b in self.engine.blocks]
+                    with self.showing(weights, good):
+                        losses.append(float(self.engine.ranks.mean(self._value(closure))))
         now, then = (statistics.fmean(losses) for losses in found.values())
         if not (math.isfinite(now) and math.isfinite(then)):
             return math.isfinite(then)

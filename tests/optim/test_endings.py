@@ -42,11 +42,37 @@ def test_a_run_that_still_improves_ends_at_its_average() -> None:
     assert shown(weight, opt) == pytest.approx(10.0, abs=1e-4)
 
 
-def test_noise_alone_brings_nothing_back() -> None:
-    """A flat loss: the good weights were only lucky."""
-    generator = torch.Generator().manual_seed(0)
-    weight, opt = climb(lambda w: 0 * w + torch.rand((), generator=generator))
-    assert shown(weight, opt) == pytest.approx(10.0, abs=1e-4)
+@pytest.mark.parametrize("own", [True, False], ids=["own generator", "torch's generator"])
+def test_noise_alone_brings_nothing_back(own: bool) -> None:
+    """A flat loss: good weights were only lucky. Beyond one standard error lie 16 % of chances."""
+    returned = 0
+    generator = torch.Generator() if own else torch.default_generator
+    generator.manual_seed(0)
+    for _ in range(30):
+        _, opt = climb(lambda w, g=generator: 0 * w + 5 + torch.rand((), generator=g))
+        assert opt._engine.guard is not None
+        returned += opt._engine.guard.returned
+    assert returned <= 11  # of 30 at 16 %: less likely than 0.2 %
+
+
+def test_the_comparison_draws_batches_as_training_would() -> None:
+    """Law: torch's generator gives a closure other numbers at every call, and then goes on.
+
+    After all comparing, the stream stands where it would have stood without.
+    """
+    seen: list[float] = []
+
+    def validation(w: Tensor) -> Tensor:
+        seen.append(float(torch.rand(())))
+        return (w - BEST).square()
+
+    torch.manual_seed(0)
+    climb(validation)
+    after = float(torch.rand(()))
+    assert len(set(seen[-16:])) == 16
+    torch.manual_seed(0)
+    draws = torch.stack([torch.rand(()) for _ in range(60)]).tolist()
+    assert after in draws
 
 
 def test_without_a_guard_the_average_stays() -> None:
