@@ -25,13 +25,14 @@ from unittest.mock import patch
 import torch
 
 import selftune as st
-from benchmarks.proof.contenders import JOINED, Config, selftune
+from benchmarks.proof.contenders import Config, selftune
 from benchmarks.proof.rendering import by_workload, losses
 from benchmarks.proof.scoring import middle, rank
 from benchmarks.proof.training import train
 from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
 from selftune import guard, hyperstep, tuning
+from selftune.optim import _base
 from selftune.optim._block import Block
 from selftune.probe import Probe
 
@@ -80,9 +81,10 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "average over 25 steps": ({"average": st.Average(0.96)}, []),
     "average over 200 steps": ({"average": st.Average(0.995)}, []),
     "γ = 0 (OneStep)": ({"estimator": st.OneStep()}, []),
-    "γ = 0.95": ({"estimator": st.Trace(0.95)}, []),
-    "γ = 0.97": ({"estimator": st.Trace(0.97)}, []),
-    "one step of five observed": ({"estimator": st.Trace(stride=5)}, []),
+    "γ = 0.95": ({"estimator": st.Trace(0.95, stride=4)}, []),
+    "γ = 0.97": ({"estimator": st.Trace(0.97, stride=4)}, []),
+    "every step observed": ({"estimator": st.Trace()}, []),
+    "one step of ten observed": ({"estimator": st.Trace(stride=10)}, []),
     "no gap for weight decay": ({}, [replaced(Block, "training_pull", no_pull)]),
     "no floor under weight decay": ({}, [replaced(tuning, "NEGLIGIBLE", 1e-12)]),
     "one pace for all hyperparameters": ({}, [replaced(tuning, "PACE", {})]),
@@ -97,10 +99,11 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "no trust": ({}, [replaced(hyperstep, "trust", full)]),
     "every 5": ({"every": 5}, []),
     "every 10": ({"every": 10}, []),
-    "one validation batch": ({"joined": 1}, []),
+    "two validation batches joined": ({"joined": 2}, []),
     "four validation batches joined": ({"joined": 4}, []),
     "no probe": ({"probe": False}, []),
-    "probe at a third of its rate": ({}, [replaced(Probe, "margin", 4.5)]),
+    "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
+    "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),
     "no guard": ({"guard": False}, []),
     "good weights by the slow mean": ({}, [replaced(guard, "QUICK", 0.1)]),
     "constant schedule": ({"schedule": "constant"}, []),
@@ -120,7 +123,7 @@ def run(name: str, change: str, seed: int) -> float:
     with ExitStack() as stack:
         for change_it in patches:
             stack.enter_context(change_it())
-        made = selftune(Config(), **{"joined": JOINED, **options})
+        made = selftune(Config(), **options)
         return train(EVERYTHING[name](), change, made, seed, checkpoints=0).own["val"]
 
 

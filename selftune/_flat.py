@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -42,11 +43,13 @@ class Layout:
         sizes: Number of elements of each tensor.
         numel: Length N of the vector.
         dtype: The vector's dtype.
+        native: Whether the tensors lie whole on the CPU, in the vector's dtype.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """Take the order, shapes, dtype and device of ``tensors``."""
-        tensors = [local(t) for t in tensors]
+        self._sharded = any(hasattr(t, "to_local") for t in tensors)
+        tensors = self._local(tensors)
         self.shapes = [t.shape for t in tensors]
         self.sizes = [t.numel() for t in tensors]
         self.numel = sum(self.sizes)
@@ -55,15 +58,13 @@ class Layout:
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
         self.dtype = torch.float32 if dtype in _HALF else dtype
+        whole = not self._sharded and self.device.type == "cpu"
+        self.native = whole and all(t.dtype == self.dtype for t in tensors)
 
     def flatten(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """A vector of shape (N,) holding the tensors' values: a new one, or ``out``."""
-        parts = [local(t).reshape(-1) for t in tensors]
-        if out is None:
-            return torch.cat(parts).to(self.dtype)
-        if all(p.dtype == self.dtype for p in parts):
-            return torch.cat(parts, out=out)
-        return out.copy_(torch.cat(parts))
+        parts = [t.ravel() for t in self._local(tensors)]
+        return torch.cat(parts).to(self.dtype) if out is None else torch.cat(parts, out=out)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The tensors as views of ``flat``; leading dimensions of ``flat`` are kept."""
@@ -73,7 +74,13 @@ class Layout:
 
     def write(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
         """Copy the vector's values into ``tensors``, in place."""
-        torch._foreach_copy_([local(t.detach()) for t in tensors], self.views(flat))
+        tensors = self._local(tensors)
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))
+
+    def _local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's parts; asked once whether there are any, as this is done at every step."""
+        return [local(t) for t in tensors] if self._sharded else list(tensors)
 
     def expand(self, values: Sequence[float]) -> float | Tensor:
         """One value a tensor as one a weight: a number if all agree, else shape (N,)."""

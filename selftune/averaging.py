@@ -29,11 +29,25 @@ class Average:
         if not 0 <= self.rho < 1:
             raise ValueError(f"rho={self.rho} must be at least 0 and below 1; 0.98 is usual")
 
-    def weight(self, step: int) -> float:
-        """The weight 1 − ρ of the newest iterate at a step counted from 0.
+    @property
+    def stride(self) -> int:
+        """Steps from one iterate to the next that are enough for this average, at most 4.
+
+        Examples:
+            >>> Average().stride, Average(0.0).stride
+            (4, 1)
+        """
+        return max(1, min(4, round(0.08 / (1 - self.rho))))
+
+    def weight(self, step: int, stride: int = 1) -> float:
+        """The weight ``1 − ρᵏ`` of the newest iterate at a step counted from 0.
+
+        Args:
+            step: Steps before.
+            stride: k, steps from one iterate that is averaged to the next.
 
         Examples:
             >>> Average().weight(0), round(Average().weight(1000), 2)
             (0.5, 0.02)
         """
-        return 1 - min(self.rho, 1 - 1 / (step + 2))
+        return 1 - min(self.rho**stride, max(0.0, 1 - stride / (step + 2)))

@@ -15,8 +15,6 @@ import selftune as st
 from benchmarks.proof.training import Contender, Make
 from benchmarks.workloads import Batch, Workload
 
-JOINED = 2
-"""Training batches in a validation batch: one that comes every 20 steps may be twice as large."""
 WARM_UP = 0.05
 STATISTICS = 25  # batches by which Schedule-Free's BatchNorm statistics are computed
 
@@ -305,7 +303,7 @@ def selftune(start: Config | None = None, **options: Any) -> Make:
 
 
 METHODS: dict[str, Make] = {
-    "selftune": selftune(joined=JOINED),
+    "selftune": selftune(),
     "default": fixed(Config()),
     "prodigy": prodigy,
     "schedule-free": ScheduleFree,

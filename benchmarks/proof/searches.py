@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from benchmarks.proof.contenders import JOINED, METHODS, Config, draw, fixed, search_space, selftune
+from benchmarks.proof.contenders import METHODS, Config, draw, fixed, search_space, selftune
 from benchmarks.proof.training import CHECKPOINTS, Record, train
 from benchmarks.workloads import Workload
 
@@ -24,7 +24,7 @@ def _random(workload: Workload, seed: int) -> Record:
 def _start(workload: Workload, seed: int) -> Record:
     """One self-tuned run from a random start; the schedule is our own."""
     start = draw(FIRST_START + seed)
-    return train(workload, "selftune-random", selftune(start, joined=JOINED), seed, checkpoints=0)
+    return train(workload, "selftune-random", selftune(start), seed, checkpoints=0)
 
 
 def _cosine(rate: float) -> Runner:

@@ -58,7 +58,8 @@ class SelfTuned(torch.optim.Optimizer):
             default linear to 0 if ``total_steps`` is given, else constant.
         total_steps: Steps in the whole run, if known.
         warmup_steps: Steps over which the learning rate climbs.
-        estimator: How weights respond to hyperparameters. Trace or OneStep; with any other one,
+        estimator: How weights respond to hyperparameters, by default Trace, which observes every
+            fourth step or, with a shorter average, more. Trace or OneStep; with any other one,
             ``step`` takes a closure that keeps its own batch, there is one parameter group, and
             copies and loaded states begin to follow anew.
         average: Where the outer loss is measured.
@@ -127,11 +128,12 @@ class SelfTuned(torch.optim.Optimizer):
                     f"estimator={estimator} needs a rule of the library (SGD, Adam, …): another "
                     "optimizer's steps cannot be differentiated; use Trace or OneStep"
                 )
-        self._estimator = Trace() if rows is None else rows
+        averaging = Average() if average is None else average
+        self._estimator = Trace(stride=min(averaging.stride, every)) if rows is None else rows
         length = probe_steps(total_steps) if probe is True else int(probe)
         self._engine = Engine(
             tuning=tuning,
-            averaging=Average() if average is None else average,
+            averaging=averaging,
             every=every,
             stride=self._estimator.stride,
             probe=Probe(steps=length) if length and "lr" in tune else None,
@@ -204,27 +206,32 @@ class SelfTuned(torch.optim.Optimizer):
             self._make_blocks()  # their state is what checkpointing wants; nothing is tuned yet
             self._built = []
             return loss
-        blocks = self._blocks()
-        found = [b.gradient() for b in blocks]
-        if all(g is None for g, _ in found):
+        engine, blocks = self._engine, self._blocks()
+        if all(p.grad is None for b in blocks for p in b.params):
             return loss
         if self._groups.take_up(self.param_groups):
             self._publish()
         values = self._groups.values(self.param_groups)
-        grads = [
-            (b.zeros() if g is None else -g if v.get("maximize") else g, m)
-            for b, v, (g, m) in zip(blocks, values, found, strict=True)
-        ]
-        engine = self._engine
-        factor = self._schedule(engine.clock.steps)
-        if call is not None and grads[0][1] is not None:
-            raise ValueError("estimator: every parameter needs a gradient at every step")
-        if engine.train(grads, values, self._groups.rates(self.param_groups, factor), call):
-            self._publish()
-        self._advise()
+        rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))
+        if not engine.unobserved(values, rates):
+            self._observed(values, rates, call)
         if loss is not None:
             self.report(loss)
         return loss
+
+    def _observed(
+        self, values: Sequence[dict[str, Any]], rates: Sequence[float], call: Call | None
+    ) -> None:
+        blocks = self._engine.blocks
+        grads = [
+            (b.zeros() if g is None else -g if v.get("maximize") else g, m)
+            for b, v, (g, m) in zip(blocks, values, [b.gradient() for b in blocks], strict=True)
+        ]
+        if call is not None and grads[0][1] is not None:
+            raise ValueError("estimator: every parameter needs a gradient at every step")
+        if self._engine.train(grads, values, rates, call):
+            self._publish()
+        self._advise()
 
     def hyper_step(self, closure: Closure) -> Tensor | None:
         """Step the hyperparameters on a validation loss, measured at the averaged weights.
@@ -285,7 +292,8 @@ class SelfTuned(torch.optim.Optimizer):
         with torch.no_grad():
             if engine.outer_step(float(loss), grads, self._groups.values(self.param_groups)):
                 self._publish()
-            self._telling.tuned(loss, self.hparams, clock.steps, begun)
+            if engine.monitor.on:
+                self._telling.tuned(loss, self.hparams, clock.steps, begun)
             if self._telling.due and not engine.ranks.together:
                 self._telling.compared(loss, outer.value(closure), clock.steps)
         if engine.guard is not None:
@@ -489,12 +497,12 @@ class SelfTuned(torch.optim.Optimizer):
         return not any(bool(g.any()) for g in grads if g is not None)
 
     def _advise(self) -> None:
-        clock, tuning = self._engine.clock, self._engine.tuning
-        stay = sorted(self._update.regularizers & set(tuning.names))
-        if self._engine.following is not None:
+        clock = self._engine.clock
+        if self._told or clock.heard or clock.steps <= ALONE or self._engine.following is not None:
             return
-        if not self._told and stay and not clock.heard and clock.steps > ALONE:
-            self._told = True
+        self._told = True
+        stay = sorted(self._update.regularizers & set(self._engine.tuning.names))
+        if stay:
             log.warning(
                 "no hyper_step in %d steps: training gradients tune the learning rate; %s stay as "
                 "given. Call opt.hyper_step(lambda: loss on a validation batch) to tune them.",

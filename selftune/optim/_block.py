@@ -11,6 +11,7 @@ from torch import Tensor
 from selftune._flat import Layout
 from selftune.estimators import AbstractRows
 from selftune.optim._checks import check_gradient
+from selftune.rules._base import InPlace, geometric
 from selftune.update import Tangents, Transition, Update
 
 Entries = Sequence[dict[str, Any]]
@@ -68,13 +69,18 @@ class Block:
         self._shown = {k: self._keep(k, v) for k, v in fresh_state.items()}
         self.state = {k: v.clone() for k, v in self._shown.items()}
         self._stale = False
+        self._views: dict[str, list[Tensor]] = {}
+        self._viewed: dict[str, Tensor] = {}  # the state of these views
         self.average = self._keep("average", weights)
         self.good = self._keep("good", weights)
-        fresh = estimator.rows(len(rows), weights)
+        leads = "lr" in rows and estimator.closed_forms
+        self.fast = self._keep("fast", weights) if leads else None
+        self._pushed = [n for n in rows if n != "lr" or not leads]
+        fresh = estimator.rows(len(self._pushed), weights)
         self.tangents = Tangents(self._keep("tangent", fresh.params), {})
-        self.response = self._keep("response", fresh.params)
+        self.response = self._keep("response", estimator.rows(len(rows), weights).params)
         self.pull = self._pull(entries)
-        for row, state in update.tangent_state(rows, values).items():
+        for row, state in update.tangent_state(self._pushed, values).items():
             for name in state:
                 self._tangent_of(row, name)
 
@@ -122,7 +128,7 @@ class Block:
 
         Fresh memory for whole copies of a model, at every step, costs more than the arithmetic.
         """
-        return self.layout.flatten([p.detach() for p in self.params], out=self._before)
+        return self.layout.flatten(self.params, out=self._before)
 
     def gradient(self) -> tuple[Tensor | None, Tensor | None]:
         """The joined gradients, None if no parameter has one, and a mask of who has (None: all).
@@ -145,6 +151,30 @@ class Block:
         assert isinstance(mask, Tensor)
         return self.layout.flatten(filled), mask.bool()
 
+    def gradients(self) -> list[Tensor] | None:
+        """Gradients of all parameters as they are, if torch's fused kernels can take them."""
+        if not self.layout.native:
+            return None
+        grads = []
+        for param in self.params:
+            grad = param.grad
+            if grad is None or grad.is_sparse or grad.dtype != param.dtype:
+                return None
+            if not (grad.is_contiguous() and param.is_contiguous()):  # the state is
+                return None
+            grads.append(grad)
+        return grads
+
+    def step(self, kernel: InPlace, grads: list[Tensor], rate: float) -> None:
+        """Let a kernel step weights and state in place."""
+        if self._viewed is not self.state:
+            self._views = {k: self.layout.views(v) for k, v in self.state.items()}
+            self._viewed = self.state
+        self._steps.add_(1)
+        self._lead += 1
+        kernel(self.params, grads, self._views, [e["step"] for e in self._entries], rate)
+        self._stale = True
+
     def age(self) -> float | Tensor:
         """Updates had before, for bias corrections."""
         return self.layout.expand(self._ages) + self._lead
@@ -153,8 +183,9 @@ class Block:
         self, transition: Transition, slopes: Mapping[str, Any] | None, mask: Tensor | None
     ) -> None:
         """Take in a step: rule state, ages and, given slopes, tangents; no parameter is written."""
-        if self.rows and slopes is not None:
+        if self._pushed and slopes is not None:
             before = None if mask is None else self._copied()
+            slopes = {n: slopes[n] for n in self._pushed}
             tangents = self._estimator.push(self.tangents, transition, slopes)
             for row, state in tangents.state.items():
                 for name, value in state.items():
@@ -185,18 +216,28 @@ class Block:
                 old = before.state.get(row, {}).get(name, torch.zeros_like(value))
                 value.copy_(torch.where(where, old, value))
 
-    def blend(self, transition: Transition, share: float, step: int) -> None:
-        """Move the averages of weights, tangents and training hypergradients by ``share``.
-
-        Tangents change little within a few steps, and there are many of them, so theirs is moved
-        every fourth step, that much further; the hypergradients' every other step.
-        """
+    def blend(self, transition: Transition, share: float, mask: Tensor | None) -> None:
+        """Move the averages of weights, tangents and training hypergradients by ``share``."""
         self.average.lerp_(transition.moved, share)
-        if self.rows and (further := _thinned(share, step, 4)):
-            self.response.lerp_(self.tangents.params, further)
-        if len(self.pull) and (further := _thinned(share, step, 2)):
-            tangents = self.tangents.params[self._regular]
-            self.pull.lerp_(self._contract(tangents, transition.residual), further)
+        if self.fast is not None:
+            self._led(self.fast, transition, share, mask)
+        if self._pushed:
+            self.response[-len(self._pushed) :].lerp_(self.tangents.params, share)
+        if len(self.pull):
+            tangents = self.tangents.params[-len(self.pull) :]
+            self.pull.lerp_(self._contract(tangents, transition.residual), share)
+
+    def _led(self, fast: Tensor, transition: Transition, share: float, mask: Tensor | None) -> None:
+        """Average the response to the rate, which is what weights moved, whatever moves them.
+
+        With the discount γ, ``J = Σ γʲ (w_{t−j} − w_{t−j−1})`` is ``w_t − E_{t−1}``, E the weights'
+        average that keeps γ of itself. Over a stride movement is discounted evenly.
+        """
+        stride, discount = self._estimator.stride, self._estimator.discount
+        within = geometric(discount, stride) / stride
+        self.response[0].lerp_((transition.moved - fast).mul_(within), share)
+        newer = transition.moved if mask is None else torch.where(mask, transition.moved, fast)
+        fast.lerp_(newer, 1 - discount**stride)
 
     def _contract(self, response: Tensor, grads: Tensor) -> Tensor:
         if self._by_tensor:
@@ -233,14 +274,9 @@ class Block:
             *tangents,
         ):
             flat.zero_()
+        if self.fast is not None:
+            self.fast.copy_(self.good)
         self.state = {k: torch.zeros_like(v) for k, v in self.state.items()}
         self._stale = True
         self._steps.zero_()
         self._ages, self._lead = [0.0] * len(self._ages), 0
-
-
-def _thinned(share: float, step: int, stride: int) -> float:
-    """The share of a sample taken every ``stride`` steps, 0 between; young averages take all."""
-    if share > 1 / stride:
-        return share
-    return 0.0 if step % stride else 1 - (1 - share) ** stride

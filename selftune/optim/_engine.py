@@ -110,24 +110,51 @@ class Engine:
         changed = self._train_alone(grads)
         if self.clock.since == self.clock.steps:  # rolled back
             return True
-        share = self.averaging.weight(self.clock.steps - self.clock.since)
+        age = self.clock.steps - self.clock.since
         if self.following is not None and call is not None:
             self.following.observe(self.blocks[0], values[0], grads[0][0], transitions[0], call)
-        observed = self.clock.steps % self.stride == 0
+        observed = age % self.stride == 0
+        share = self.averaging.weight(age, self.stride)
         for block, step, slope, (_, mask) in zip(
             self.blocks, transitions, self.slopes, grads, strict=True
         ):
             block.advance(step, slope if observed else None, mask)
-            block.blend(step, share, self.clock.steps)
+            if observed:
+                block.blend(step, share, mask)
             block.layout.write(step.moved, block.params)
-        if self.clock.steps % THINNED == 0:
-            self.buffers.blend(1 - (1 - share) ** THINNED)
+        self._blend_buffers()
         return changed
+
+    def unobserved(self, values: Sequence[Values], rates: Sequence[float]) -> bool:
+        """One training step in place that nobody observes; false, and nothing done, if one does.
+
+        Most steps are of this kind, and one kernel in place of some thirty operations.
+        """
+        step = self.clock.steps + 1
+        looked_at = (step - self.clock.since) % self.stride == 0 or step % PULSE == 0
+        if looked_at or self.probing or self.following is not None or not self.clock.heard:
+            return False
+        if not self.stepper.unobserved(self.blocks, values, self._clocks(step, rates)):
+            return False
+        self.clock.steps = step
+        if self.guard is not None:
+            self.guard.skipped = 0
+        self._blend_buffers()
+        return True
+
+    def _blend_buffers(self) -> None:
+        if self.clock.steps % THINNED == 0:
+            age = self.clock.steps - self.clock.since
+            self.buffers.blend(self.averaging.weight(age, THINNED))
+
+    @staticmethod
+    def _clocks(step: int, rates: Sequence[float]) -> list[Clock]:
+        return [Clock(step - 1, rate) for rate in rates]
 
     def _move(
         self, grads: Grads, values: Sequence[Values], rates: Sequence[float]
     ) -> list[Transition]:
-        clocks = [Clock(self.clock.steps - 1, rate) for rate in rates]
+        clocks = self._clocks(self.clock.steps, rates)
         return self.stepper.move(self.blocks, values, grads, clocks)
 
     def _finite(self, transitions: Sequence[Transition]) -> bool:
@@ -138,7 +165,8 @@ class Engine:
 
     def _total(self, parts: Sequence[Tensor]) -> float:
         """The sum over blocks, and over processes that hold parts of the parameters."""
-        return float(self.ranks.total(torch.stack(list(parts)).sum()))
+        whole = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
+        return float(self.ranks.total(whole))
 
     def _verdict(self, grads: Grads) -> str:
         if self.guard is None or (grads[0][0].is_cuda and self.clock.steps % PULSE):

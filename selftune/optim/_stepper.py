@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -40,6 +41,12 @@ class AbstractStepper(ABC):
     ) -> list[Transition]:
         """The weight step of every block; the parameters may be left unwritten."""
 
+    def unobserved(
+        self, blocks: Sequence[Block], values: Sequence[Values], clocks: Sequence[Clock]
+    ) -> bool:
+        """Take a step in place that nobody observes; false, and nothing done, if it cannot be."""
+        return False
+
     @abstractmethod
     def forget(self) -> None:
         """Drop that state, for a fresh start."""
@@ -77,6 +84,27 @@ class RuleStepper(AbstractStepper):
             step = update.observed(block.before(), flat, block.state, value, clock)[2]
             transitions.append(step if mask is None else step.masked(mask))
         return transitions
+
+    def unobserved(
+        self, blocks: Sequence[Block], values: Sequence[Values], clocks: Sequence[Clock]
+    ) -> bool:
+        """By torch's fused kernels, where all gradients are there and finite."""
+        if self._update.penalties or any(isinstance(v, Tensor) for o in values for v in o.values()):
+            return False
+        kernels = [self._update.rule.in_place(v) for v in values]
+        found = [b.gradients() for b in blocks]
+        grads = [g for part in found if part is not None for g in part]
+        if None in kernels or None in found:
+            return False
+        if not math.isfinite(float(torch.stack(torch._foreach_norm(grads)).sum())):
+            return False
+        for block, kernel, part, value, clock in zip(
+            blocks, kernels, found, values, clocks, strict=True
+        ):
+            assert kernel is not None
+            assert part is not None
+            block.step(kernel, part, float(learning_rate(value, clock)))
+        return True
 
     def forget(self) -> None:
         """Nothing: the blocks keep it all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from selftune.hparams import Hparam
 
 State = dict[str, Tensor]
 """Named tensors in the shape of the parameters (momentum, second moments)."""
+InPlace = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], list[Tensor], float], None]
+"""A whole step in place: of weights by gradients, state, step counts with this one, and rate."""
 Values = Mapping[str, Any]
 """Hyperparameters and options by name: numbers, or tensors that broadcast to the weights."""
 
@@ -43,6 +45,16 @@ class AbstractRule(ABC):
     @abstractmethod
     def init(self, params: Tensor, values: Values) -> State:
         """The state before the first step."""
+
+    def in_place(self, values: Values) -> InPlace | None:
+        """The step ``w − η (d + λ w)`` as one kernel of torch, if it has one for these options.
+
+        Steps that nobody observes are taken with it.
+
+        Args:
+            values: Hyperparameters and options, all of them numbers.
+        """
+        return None
 
     @abstractmethod
     def direction(

@@ -12,7 +12,16 @@ from torch import Tensor
 from selftune._flat import add_to
 from selftune.bijections import Logit
 from selftune.hparams import Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp, geometric, mix, root
+from selftune.rules._base import (
+    AbstractRule,
+    InPlace,
+    State,
+    Values,
+    direction_jvp,
+    geometric,
+    mix,
+    root,
+)
 
 BETA1 = Hparam(
     name="beta1", option="betas", index=0, bijection=Logit(), lower=1e-3, upper=1 - 1e-4,
@@ -46,6 +55,26 @@ class Adam(AbstractRule):
         """Both moments at zero."""
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(values["amsgrad"])
         return {name: torch.zeros_like(params) for name in names}
+
+    def in_place(self, values: Values) -> InPlace | None:
+        """One kernel for all tensors."""
+        fused = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+
+        def step(
+            params: list[Tensor],
+            grads: list[Tensor],
+            state: dict[str, list[Tensor]],
+            steps: list[Tensor],
+            rate: float,
+        ) -> None:
+            fused(
+                params, grads, state["exp_avg"], state["exp_avg_sq"],
+                state.get("max_exp_avg_sq", []), steps, lr=rate, beta1=values["beta1"],
+                beta2=values["beta2"], weight_decay=values["weight_decay"], eps=values["eps"],
+                amsgrad=values["amsgrad"], maximize=values.get("maximize", False),
+            )  # fmt: skip
+
+        return step
 
     def direction(
         self, grads: Tensor, state: State, values: Values, age: int | Tensor
@@ -132,5 +161,6 @@ class AdamW(AbstractRule):
     tuned = Adam.tuned
     defaults = MappingProxyType({**Adam.defaults, "weight_decay": 1e-2})
     init = Adam.init
+    in_place = Adam.in_place
     direction = Adam.direction
     tangent = Adam.tangent

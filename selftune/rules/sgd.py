@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selftune._flat import add_to, plus
 from selftune.hparams import MOMENTUM
-from selftune.rules._base import AbstractRule, State, Values, geometric
+from selftune.rules._base import AbstractRule, InPlace, State, Values, geometric
 
 
 class SGD(AbstractRule):
@@ -34,6 +34,27 @@ class SGD(AbstractRule):
     def init(self, params: Tensor, values: Values) -> State:
         """A momentum buffer of zeros."""
         return {"momentum_buffer": torch.zeros_like(params)}
+
+    def in_place(self, values: Values) -> InPlace | None:
+        """One kernel for all tensors; without momentum it would keep no buffer."""
+        if values["momentum"] == 0:
+            return None
+
+        def step(
+            params: list[Tensor],
+            grads: list[Tensor],
+            state: dict[str, list[Tensor]],
+            steps: list[Tensor],
+            rate: float,
+        ) -> None:
+            torch._fused_sgd_(
+                params, grads, state["momentum_buffer"], lr=rate, momentum=values["momentum"],
+                dampening=values["dampening"], nesterov=values["nesterov"],
+                weight_decay=values["weight_decay"], maximize=values.get("maximize", False),
+                is_first_step=bool(steps[0] == 1),
+            )  # fmt: skip
+
+        return step
 
     def direction(
         self, grads: Tensor, state: State, values: Values, age: int | Tensor

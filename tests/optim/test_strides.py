@@ -1,0 +1,79 @@
+"""Steps between two that are observed. Truth: sums written out, and a run that was not stopped."""
+
+import pytest
+import torch
+from torch import nn
+
+import selftune as st
+
+STEPS = 12
+LAST = st.Average(0.0)
+
+
+def train(weight: nn.Parameter, opt: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        noise = torch.Generator().manual_seed(step)
+        weight.grad = torch.randn(3, generator=noise)
+        opt.step()
+
+
+def sgd(weight: nn.Parameter, **options) -> st.optim.SelfTuned:
+    return st.SGD([weight], lr=0.1, tune=("lr",), probe=False, **options)
+
+
+def response(opt: st.optim.SelfTuned, weight: nn.Parameter) -> torch.Tensor:
+    """Of the last iterate, where nothing is averaged."""
+    return opt.state[weight]["response"][0]
+
+
+@pytest.mark.parametrize("stride", [1, 3, 4])
+def test_what_weights_moved_is_their_response_to_the_log_of_the_rate(stride: int) -> None:
+    """Closed form without discount: w₁₂ − w₀, whichever steps are observed."""
+    weight = nn.Parameter(torch.zeros(3))
+    opt = sgd(weight, estimator=st.Trace(1.0, stride=stride), average=LAST)
+    train(weight, opt, range(STEPS))
+    torch.testing.assert_close(response(opt, weight), weight.detach())
+
+
+def test_discounted_responses_count_a_stride_evenly() -> None:
+    """The sum written out: J₊ = γᵏ J + (1 + γ + … + γᵏ⁻¹)/k · moved."""
+    weight = nn.Parameter(torch.zeros(3))
+    opt = sgd(weight, estimator=st.Trace(0.9, stride=4), average=LAST)
+    want, last = torch.zeros(3), torch.zeros(3)
+    for start in range(0, STEPS, 4):
+        train(weight, opt, range(start, start + 4))
+        want = 0.9**4 * want + (1 + 0.9 + 0.9**2 + 0.9**3) / 4 * (weight.detach() - last)
+        last = weight.detach().clone()
+    torch.testing.assert_close(response(opt, weight), want)
+
+
+def test_a_run_is_saved_in_the_middle_of_a_stride() -> None:
+    weights = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    whole, halves = (sgd(w) for w in weights)
+    train(weights[0], whole, range(STEPS))
+    train(weights[1], halves, range(6))
+    again = sgd(weights[1])
+    again.load_state_dict(halves.state_dict())
+    train(weights[1], again, range(6, STEPS))
+    for key in ("fast", "response", "average"):
+        assert torch.equal(whole.state[weights[0]][key], again.state[weights[1]][key]), key
+
+
+def test_averages_short_of_a_stride_take_in_every_step() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    opt = sgd(weight, average=st.Average(0.0))
+    for step in range(STEPS):
+        train(weight, opt, range(step, step + 1))
+        with opt.averaged():
+            shown = weight.detach().clone()
+        assert torch.equal(shown, weight.detach())
+
+
+def test_a_roll_back_forgets_what_was_moved() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    opt = sgd(weight)
+    train(weight, opt, range(6))
+    assert response(opt, weight).any()
+    opt._engine.roll_back("tried", worsened=True)
+    assert not response(opt, weight).any()
+    assert torch.equal(opt.state[weight]["fast"], weight.detach())
