@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from selftune._trees import leaves
 from selftune.bilevel import Batch, Bilevel, Run, alive
 from selftune.followed import Followed
+from selftune.unobserved import Unobserved
 
 log = logging.getLogger("selftune")
 
@@ -50,6 +51,8 @@ class Fused:
         self.followed = None if follow is None else Followed(bilevel, follow, run)
         self.compiled = False
         self._eager = self._whole(lambda step: step)
+        if population is None and Unobserved.serves(bilevel, run):
+            self._eager["train"] = _either(Unobserved(bilevel), self._eager["train"])
         self._exact: dict[str, Step] = {}
         self._any: dict[str, Step] = {}
         self._shapes: dict[str, Any] = {}
@@ -221,6 +224,16 @@ class Fused:
             return stepping(run, found, outer(run, outer_batch))
 
         return {"train": train, "tune": tune}
+
+
+def _either(first: Step, second: Step) -> Step:
+    """A step, or another where that returns None."""
+
+    def taken(*args: Any) -> Tensor:
+        told = first(*args)
+        return second(*args) if told is None else told
+
+    return taken
 
 
 def _keep_freed_memory() -> None:
