@@ -54,6 +54,27 @@ def test_strengths_are_tuned_beside_the_update(name: str) -> None:
     assert loss_of(model, points(100, seed=2)) < 0.7 < loss_of(net(), points(100, seed=2))
 
 
+@pytest.mark.parametrize("name", ["default", "Gauss-Newton", "all in the hypernetwork", "Unrolled"])
+def test_half_precision_ends_where_float32_does(name: str) -> None:
+    """Autocast, and a bfloat16 model, tune to the strengths of the float32 run within 5 %."""
+
+    def ends(kind: str) -> dict[str, float]:
+        model = net().bfloat16() if kind == "bfloat16" else net()
+        made = tuner(model, st.nn.LabelSmoothing(0.1), estimator=ESTIMATORS[name],
+                     amp=kind == "autocast")  # fmt: skip
+        dtype = next(model.parameters()).dtype
+        batches = ([(x.to(dtype), y) for x, y in b] for b in (loader(), loader(60, seed=1)))
+        torch.manual_seed(1)
+        result = made.fit(*batches, steps=60, progress=False)
+        assert all(p.dtype == dtype for p in model.parameters())
+        assert loss_of(model.float(), points(100, seed=2)) < 0.7
+        return result.hparams
+
+    exact = ends("float32")
+    for kind in ("autocast", "bfloat16"):
+        assert ends(kind) == pytest.approx(exact, rel=0.05), kind
+
+
 def test_what_a_run_ends_with_is_in_the_layers() -> None:
     model, loss_fn = net(), st.nn.LabelSmoothing(0.1)
     result = fit(tuner(model, loss_fn), evaluate_every=60)
