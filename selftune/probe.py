@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+NEAR = 4.0
+"""How far above the best rate so far, or else at the next one, any descent counts."""
+
+
 def probe_steps(total_steps: int | None) -> int:
     """Length of a probe: 5 % of the run, 8 to 100 steps; none in a run under 80; 25 if unknown."""
     if total_steps is None:
@@ -42,7 +46,6 @@ class Probe:
     best: float = math.nan
     balance: int = 0
     seen: bool = False
-    risen: bool = False
     uphill: int = 0
     ended: bool = False
 
@@ -61,7 +64,8 @@ class Probe:
         At rates too small to matter two batches' slopes may differ in sign by chance, so the
         sweep ends only after descent has been seen: three more downhill steps than uphill.
         And where the loss has reached a plateau that large steps do not leave, the sum wanders
-        by chance: once it has risen by a tenth, half as much descent again counts as lower.
+        by chance. Further descent counts if it comes at a rate not far above the best so far, or if
+        it is as much again.
         """
         if not math.isfinite(slope):
             self.ended = True
@@ -72,10 +76,10 @@ class Probe:
         self.uphill = self.uphill + 1 if self.seen and self.change > 0 else 0
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
-        self.risen = self.risen or self.change > 0.9 * self.lowest
-        if self.change < self.lowest * (1.5 if self.risen else 1.0):
-            self.lowest, self.best = self.change, self.factor(self.taken - 1)
-            self.risen = False
+        rate = self.factor(self.taken - 1)
+        near = max(NEAR, 1.01 * self.factor(1) / self.factor(0)) * self.best
+        if self.change < self.lowest * (2.0 if rate > near else 1.0):
+            self.lowest, self.best = self.change, rate
             return True
         return False
 

@@ -98,6 +98,18 @@ def test_a_plateau_that_the_sum_wanders_over_is_not_descent() -> None:
     assert probe.choice == pytest.approx(probe.factor(48) / 1.5), "true descent still counts"
 
 
+def test_a_lucky_batch_far_above_is_not_followed() -> None:
+    """Law: in a coarse sweep, past a rate without descent, only as much again counts."""
+    probe = Probe(steps=20)
+    for step, slope in enumerate([-0.1] * 10 + [0.01, -0.6], start=1):
+        probe.taken = step
+        probe.observe(slope)
+    assert probe.choice == pytest.approx(probe.factor(9) / 1.5)
+    probe.taken = 13
+    probe.observe(-0.5)
+    assert probe.choice == pytest.approx(probe.factor(12) / 1.5)
+
+
 @pytest.mark.parametrize("slope", [math.nan, math.inf])
 def test_what_is_not_finite_ends_it_and_is_not_chosen(slope: float) -> None:
     """Law: the best before stays the choice."""
