@@ -14,7 +14,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 NEAR = 4.0
 """How far above the best rate so far, or else at the next one, any descent counts."""
 
