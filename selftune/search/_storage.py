@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,9 +33,14 @@ from optuna.storages import (
     RetryHeartbeatStaleTrialCallback,
 )
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.exc import OperationalError
+
+log = logging.getLogger("selftune")
 
 BEAT, GRACE, RETRIES = 30, 120, 2
 """Seconds between two signs of life, until a worker is taken for dead; how often it is retried."""
+PATIENCE = 5
+"""Seconds a journal may be locked before that is worth telling."""
 PRUNERS = ("asha", "hyperband", "median", "none")
 
 
@@ -44,7 +51,7 @@ def storage_of(given: Any) -> BaseStorage:
         given: None (in this process), a path, ``grpc://host:port``, an SQL address, or a storage.
 
     Raises:
-        ValueError: The file is no journal; it stays as it is.
+        ValueError: The file is no journal, or a database is locked; it stays as it is.
     """
     if given is None:
         return InMemoryStorage()
@@ -58,6 +65,12 @@ def storage_of(given: Any) -> BaseStorage:
     path = Path(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_journal(path)
+    held = Path(f"{text}.lock")
+    if held.exists() and time.time() - held.stat().st_mtime > PATIENCE:
+        log.warning(
+            "storage=%s has been locked for some time, perhaps by a worker that was killed: the "
+            "lock is taken over if it is not released within 30 s", path,
+        )  # fmt: skip
     lock = JournalFileOpenLock(text)
     return JournalStorage(JournalFileBackend(text, lock_obj=lock))
 
@@ -67,9 +80,16 @@ def _remote(address: str) -> BaseStorage:
         host, _, port = address.removeprefix("grpc://").partition(":")
         return GrpcStorageProxy(host=host, port=int(port or 13000))
     again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
-    return RDBStorage(
-        address, heartbeat_interval=BEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again
-    )
+    try:
+        return RDBStorage(
+            address, heartbeat_interval=BEAT, grace_period=GRACE,
+            heartbeat_stale_trial_callback=again,
+        )  # fmt: skip
+    except OperationalError as error:
+        raise ValueError(
+            f"storage={address} cannot be opened ({error.orig}): if another program holds it, wait "
+            "for that or pass another address; it is untouched"
+        ) from error
 
 
 def _check_journal(path: Path) -> None:

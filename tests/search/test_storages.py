@@ -1,6 +1,8 @@
 """Storages for several machines. Truth: Optuna's own record of the trials."""
 
+import os
 import socket
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -46,3 +48,33 @@ def test_a_proxy(tmp_path: Path) -> None:
     search.select(objective, trials=3, storage=f"grpc://localhost:{port}", progress=False)
     study = optuna.load_study(study_name="selftune", storage=behind)
     assert len(study.trials) == 3
+
+
+def test_a_locked_database_is_named_and_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    search.select(objective, trials=1, storage=f"sqlite:///{file}", progress=False)
+    before = file.read_bytes()
+    holder = sqlite3.connect(file, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    address = f"sqlite:///{file}?timeout=0.1"
+    with pytest.raises(ValueError, match=r"storage=sqlite.*locked.*wait for that"):
+        search.select(objective, trials=2, storage=address, progress=False)
+    holder.close()
+    assert file.read_bytes() == before
+    found = search.select(objective, trials=2, storage=address, progress=False)
+    assert len(found.study.trials) == 2
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_killed_worker_is_told_and_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Slow: Optuna waits for 30 s before it takes a lock to be stale."""
+    path = tmp_path / "study.journal"
+    search.select(objective, trials=1, storage=path, progress=False)
+    lock = tmp_path / "study.journal.lock"
+    lock.touch()
+    os.utime(lock, (time.time() - 60,) * 2)
+    found = search.select(objective, trials=2, storage=path, progress=False)
+    assert len(found.study.trials) == 2
+    assert "has been locked for some time" in caplog.text
