@@ -20,6 +20,7 @@ from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, O
 from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam, usual_every
 from selftune.monitor import Monitor
+from selftune.optim._assembly import Assembly, names
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._checks import check_group, check_params
@@ -27,7 +28,7 @@ from selftune.optim._engine import ALONE, Engine
 from selftune.optim._following import Call, Following
 from selftune.optim._groups import Groups
 from selftune.optim._outer import OuterLoss
-from selftune.optim._ranks import Ranks, is_sharded
+from selftune.optim._ranks import Ranks
 from selftune.optim._saving import check_state, pack, unpack
 from selftune.optim._stepper import AbstractStepper, Opaque
 from selftune.optim._telling import Telling
@@ -129,13 +130,14 @@ class SelfTuned(torch.optim.Optimizer):
                     "optimizer's steps cannot be differentiated; use Trace or OneStep"
                 )
         averaging = Average() if average is None else average
-        self._estimator = Trace(stride=min(averaging.stride, every)) if rows is None else rows
+        if rows is None:
+            rows = Trace(stride=min(averaging.stride, every))
         length = probe_steps(total_steps) if probe is True else int(probe)
         self._engine = Engine(
             tuning=tuning,
             averaging=averaging,
             every=every,
-            stride=self._estimator.stride,
+            stride=rows.stride,
             probe=Probe(steps=length) if length and "lr" in tune else None,
             guard=Guard() if guard else None,
             buffers=Buffers(model, every),
@@ -146,9 +148,8 @@ class SelfTuned(torch.optim.Optimizer):
             following=following,
         )
         self._groups = Groups(update, tuning)
-        self._built: list[int] = []
+        self._assembly = Assembly(self._engine, self._groups, update, rows)
         self._telling = Telling(self._engine.monitor, tuning)
-        self._frozen: list[Tensor] = []
         self._told = False
         super().__init__(params, defaults)
 
@@ -178,7 +179,7 @@ class SelfTuned(torch.optim.Optimizer):
             check_params(
                 named
                 for i, g in enumerate(groups)
-                for named in zip(self._names(i, g["params"]), g["params"], strict=True)
+                for named in zip(names(groups, i, g["params"]), g["params"], strict=True)
             )
         except ValueError:
             groups.pop()
@@ -203,8 +204,8 @@ class SelfTuned(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._idle():
-            self._make_blocks()  # their state is what checkpointing wants; nothing is tuned yet
-            self._built = []
+            # Their state is what checkpointing wants; nothing is tuned yet.
+            self._assembly.make(self.param_groups, self.state)
             return loss
         engine, blocks = self._engine, self._blocks()
         if all(p.grad is None for b in blocks for p in b.params):
@@ -396,7 +397,7 @@ class SelfTuned(torch.optim.Optimizer):
             if index in state_dict["state"]:
                 self.state[param] = dict(state_dict["state"][index])
         self._engine.stepper.adopt(self.state, self.param_groups)
-        self._make_blocks()
+        self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)
         self._engine.slopes = self._groups.cache(self.param_groups, self._engine.blocks)
 
@@ -408,7 +409,8 @@ class SelfTuned(torch.optim.Optimizer):
         engine.blocks = []
         if engine.following is not None:
             engine.following = engine.following.anew()
-        own = {**self.__dict__, "state": self.state, "_engine": engine, "_built": []}
+        assembly = self._assembly.over(engine)
+        own = {**self.__dict__, "state": self.state, "_engine": engine, "_assembly": assembly}
         return {k: v for k, v in own.items() if k != "step"}
 
     # inside
@@ -435,63 +437,15 @@ class SelfTuned(torch.optim.Optimizer):
         if self._engine.buffers.shown:
             raise RuntimeError(f"{what} inside averaged() would be lost: leave the block first")
 
-    def _names(self, index: int, params: Sequence[Tensor]) -> list[str]:
-        """What to call some of a group's parameters in errors."""
-        group = self.param_groups[index]
-        places = {id(p): j for j, p in enumerate(group["params"])}
-        given = group.get("param_names")
-        return [
-            str(given[places[id(p)]]) if given else f"param_groups[{index}][{places[id(p)]}]"
-            for p in params
-        ]
-
-    def _trained(self) -> list[list[Tensor]]:
-        """Each group's parameters that are trained, or were."""
-        return [
-            [p for p in g["params"] if p.requires_grad or p in self.state]
-            for g in self.param_groups
-        ]
-
     def _blocks(self) -> list[Block]:
-        """The blocks, built anew where parameters were added, replaced or unfrozen."""
-        ids = [id(p) for g in self.param_groups for p in g["params"]]
-        if ids == self._built and not any(p.requires_grad for p in self._frozen):
-            return self._engine.blocks
-        self._groups.lay_out(self.param_groups, self._trained())
-        self._make_blocks()
-        self._publish()
-        self._engine.alone = None  # its shape may have changed
-        self._built = ids
-        return self._engine.blocks
-
-    def _make_blocks(self) -> None:
-        """Join the trained parameters of every group; their state lies in ``self.state``."""
-        engine, trained = self._engine, self._trained()
-        rows = engine.tuning.names
-        if engine.following is not None:
-            rows = []
-            engine.following.forget()
-        if not any(trained):
-            raise ValueError("params: none of the parameters requires a gradient")
-        engine.blocks = [
-            Block(
-                params, self._names(i, params), [self.state[p] for p in params],
-                self._update, self._estimator, self._groups.options(self.param_groups[i]),
-                rows, self._update.regularizers, not engine.tuning.shared,
-            )
-            for i, params in enumerate(trained)
-            if params
-        ]  # fmt: skip
-        engine.ranks.sharded = any(is_sharded(p) for b in engine.blocks for p in b.params)
-        self._frozen = [p for g in self.param_groups for p in g["params"] if p not in self.state]
+        return self._assembly.current(self.param_groups, self.__dict__["state"])
 
     def _publish(self) -> None:
-        """Show tuned values in the parameter groups, and cache them for the steps."""
-        self._engine.slopes = self._groups.publish(self.param_groups, self._engine.blocks)
+        self._assembly.publish(self.param_groups)
 
     def _idle(self) -> bool:
         """Whether this is the empty step by which checkpointing makes torch create state."""
-        if self._built or any(float(g["lr"]) != 0 for g in self.param_groups):
+        if not self._assembly.empty or any(float(g["lr"]) != 0 for g in self.param_groups):
             return False
         grads = [p.grad for g in self.param_groups for p in g["params"]]
         return not any(bool(g.any()) for g in grads if g is not None)

@@ -1,0 +1,103 @@
+"""Blocks of a run, kept in step with torch's parameter groups."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from selftune.estimators import AbstractRows
+from selftune.optim._block import Block
+from selftune.optim._engine import Engine
+from selftune.optim._groups import Group, Groups
+from selftune.optim._ranks import is_sharded
+from selftune.update import Update
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Assembly:
+    """Makes the engine's blocks from parameter groups, anew where these have changed.
+
+    Args:
+        engine: Works on the blocks.
+        groups: Knows the tuned values that parameter groups show.
+        update: The update whose hyperparameters are tuned.
+        estimator: Follows responses, a row a hyperparameter.
+    """
+
+    def __init__(
+        self, engine: Engine, groups: Groups, update: Update, estimator: AbstractRows
+    ) -> None:
+        self._engine, self._groups = engine, groups
+        self._update, self._estimator = update, estimator
+        self._built: list[int] = []
+        self._frozen: list[Tensor] = []
+
+    @property
+    def empty(self) -> bool:
+        """Whether blocks have yet to be made."""
+        return not self._built
+
+    def over(self, engine: Engine) -> Assembly:
+        """The same over another engine, with blocks to be made."""
+        other = copy.copy(self)
+        other._engine, other._built = engine, []
+        return other
+
+    def current(self, groups: Sequence[Group], state: State) -> list[Block]:
+        """The blocks, made anew where parameters were added, replaced or unfrozen."""
+        ids = [id(p) for g in groups for p in g["params"]]
+        if ids == self._built and not any(p.requires_grad for p in self._frozen):
+            return self._engine.blocks
+        self._groups.lay_out(groups, _trained(groups, state))
+        self.make(groups, state)
+        self.publish(groups)
+        self._engine.alone = None  # its shape may have changed
+        self._built = ids
+        return self._engine.blocks
+
+    def make(self, groups: Sequence[Group], state: State) -> None:
+        """Join the trained parameters of every group; what is kept of them lies in ``state``."""
+        engine, trained = self._engine, _trained(groups, state)
+        for block in engine.blocks:
+            block.sync()  # what it knows goes on in the new ones
+        rows = engine.tuning.names
+        if engine.following is not None:
+            rows = []
+            engine.following.forget()
+        if not any(trained):
+            raise ValueError("params: none of the parameters requires a gradient")
+        engine.blocks = [
+            Block(
+                params, names(groups, i, params), [state[p] for p in params],
+                self._update, self._estimator, self._groups.options(groups[i]),
+                rows, self._update.regularizers, not engine.tuning.shared,
+            )
+            for i, params in enumerate(trained)
+            if params
+        ]  # fmt: skip
+        engine.ranks.sharded = any(is_sharded(p) for b in engine.blocks for p in b.params)
+        self._frozen = [p for g in groups for p in g["params"] if p not in state]
+
+    def publish(self, groups: Sequence[Group]) -> None:
+        """Show tuned values in the parameter groups, and make them ready for the steps."""
+        self._engine.slopes = self._groups.publish(groups, self._engine.blocks)
+
+
+def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list[str]:
+    """What to call some of a group's parameters in errors."""
+    group = groups[index]
+    places = {id(p): j for j, p in enumerate(group["params"])}
+    given = group.get("param_names")
+    return [
+        str(given[places[id(p)]]) if given else f"param_groups[{index}][{places[id(p)]}]"
+        for p in params
+    ]
+
+
+def _trained(groups: Sequence[Group], state: State) -> list[list[Tensor]]:
+    """Each group's parameters that are trained, or were."""
+    return [[p for p in g["params"] if p.requires_grad or p in state] for g in groups]
