@@ -83,7 +83,8 @@ def select(
         memory: What other searches left: first runs start from what similar tasks converged to,
             and what was chosen for those is tried first; the best of this search is added.
         patience: Evaluations without a better loss before a run ends.
-        tuner: Further arguments of :class:`~selftune.Tuner`.
+        tuner: Further arguments of :class:`~selftune.Tuner`; by default a hyper step comes every
+            thirtieth of a run, from 5 to 20 steps.
         fit: Further arguments of ``Tuner.fit``.
         log_dir: Folder for TensorBoard, one run a trial, and the best weights; by default beside
             the journal.

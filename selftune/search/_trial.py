@@ -17,6 +17,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
+from selftune.hyperstep import usual_every
 from selftune.monitor import TensorBoard
 from selftune.search._space import Space
 from selftune.search.memory import Memory, Task
@@ -148,6 +149,8 @@ class Trainer:
                 "trial's value as a number"
             )
         options = {**self.tuner, **made.tuner}
+        if not {"every", "estimator"} & options.keys():  # an estimator's stride goes with ``every``
+            options["every"] = usual_every(self._steps(made))
         tuner = Tuner(made.model, made.loss_fn or self.loss_fn, seed=self.seed, **options)
         tuner.start_from(self._start(tuner, family, trial))
         options = {"progress": False, **self.length, **self.fit}
@@ -164,6 +167,14 @@ class Trainer:
             self.val if made.val is None else made.val,
             **options,
         )
+
+    def _steps(self, made: Candidate) -> int | None:
+        """Length of a run in weight steps, if it can be told beforehand."""
+        if "steps" in self.length:
+            return self.length["steps"]
+        train = self.train if made.train is None else made.train
+        known = "epochs" in self.length and hasattr(train, "__len__")
+        return self.length["epochs"] * len(train) if known else None
 
     def _reporting(self, trial: optuna.Trial) -> Callable[[Progress], bool]:
         """Tells the pruner of each evaluation, and ends the run where it says so."""
