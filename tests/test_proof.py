@@ -169,3 +169,16 @@ def test_the_page_is_written_from_records_alone(tmp_path: Path) -> None:
     assert "| default | 1 / 0 / 0 | 1 / 0 / 0 |" in page
     assert "50 % (w)" in page  # five of the pool's ten lie below 1.0
     assert (tmp_path / "RESULTS.png").stat().st_size > 1000
+
+
+def test_runs_that_are_longer_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """They do not count in the summary."""
+    pytest.importorskip("matplotlib", reason="plots need the extra report")
+    short = [record("selftune", 1.0), record("default", 1.5)]
+    short += [record("random", 0.95 + 0.1 * s, s) for s in range(10)]
+    long = [replace(r, workload="w×5", own={"val": 9 * r.own["val"], "test": 8.0}) for r in short]
+    rendering.render([*short, *long], tmp_path / "RESULTS.md")
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "10 % (w)" in page
+    assert "| w×5 | 10 | 8.55 | 10 | 9 / 8 | 13.5 / 8 | – | – | – |" in page
+    assert page.count("w×5") == 1
