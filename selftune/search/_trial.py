@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -173,8 +173,9 @@ class Trainer:
         if "steps" in self.length:
             return self.length["steps"]
         train = self.train if made.train is None else made.train
-        known = "epochs" in self.length and hasattr(train, "__len__")
-        return self.length["epochs"] * len(train) if known else None
+        if "epochs" in self.length and isinstance(train, Sized):
+            return self.length["epochs"] * len(train)
+        return None
 
     def _reporting(self, trial: optuna.Trial) -> Callable[[Progress], bool]:
         """Tells the pruner of each evaluation, and ends the run where it says so."""
