@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -34,6 +35,7 @@ from benchmarks.workloads import SUITE
 from selftune import guard, hyperstep, tuning
 from selftune.optim import _base
 from selftune.optim._block import Block
+from selftune.optim._engine import Engine
 from selftune.probe import Probe
 
 Options = dict[str, object]
@@ -67,6 +69,22 @@ def no_pull(block: Block) -> torch.Tensor:
 def full(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
     """Every step is taken whole."""
     return torch.ones_like(mean)
+
+
+def bounded(times: float) -> Callable[..., bool]:
+    """A probe after which the rate may climb to so many times its choice, and no further."""
+    probe_step = Engine._probe_step
+
+    def step(self: Engine, probe: Probe, *rest: object) -> bool:
+        changed = probe_step(self, probe, *rest)  # type: ignore[arg-type]
+        if probe.ended and "lr" in self.tuning.rows:
+            tuned = self.tuning.rows["lr"]
+            highest = min(tuned.hparam.upper, times * float(tuned.values().max()))
+            tuned.hparam = replace(tuned.hparam, upper=highest)
+            tuned.limit(tuned.hparam.lower)  # also finds the ends anew
+        return changed
+
+    return step
 
 
 def replaced(owner: object, name: str, value: object) -> Patch:
@@ -104,6 +122,8 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "two validation batches joined": ({"joined": 2}, []),
     "four validation batches joined": ({"joined": 4}, []),
     "no probe": ({"probe": False}, []),
+    "rate at most 1.5 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(1.5))]),
+    "rate at most 3 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(3.0))]),
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),
