@@ -26,7 +26,7 @@ class AbstractRows(AbstractEstimator):
     Attributes:
         stride: Steps from one that is observed to the next.
         discount: γ, what a step keeps of the response before it.
-        closed_forms: Whether the tuner takes responses from a closed form where they have one.
+        closed_forms: Whether responses are taken from a closed form where they have one.
     """
 
     stride: int

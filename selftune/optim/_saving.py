@@ -11,7 +11,8 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 1
+VERSION = 2
+"""Of what is kept; 2 knows the response to the rate as what weights moved."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:

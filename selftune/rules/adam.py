@@ -60,21 +60,12 @@ class Adam(AbstractRule):
         """One kernel for all tensors."""
         fused = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
 
-        def step(
-            params: list[Tensor],
-            grads: list[Tensor],
-            state: dict[str, list[Tensor]],
-            steps: list[Tensor],
-            rate: float,
-        ) -> None:
-            fused(
-                params, grads, state["exp_avg"], state["exp_avg_sq"],
-                state.get("max_exp_avg_sq", []), steps, lr=rate, beta1=values["beta1"],
-                beta2=values["beta2"], weight_decay=values["weight_decay"], eps=values["eps"],
-                amsgrad=values["amsgrad"], maximize=values.get("maximize", False),
-            )  # fmt: skip
-
-        return step
+        return lambda params, grads, state, steps, rate: fused(
+            params, grads, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq", []),
+            steps, lr=rate, beta1=values["beta1"], beta2=values["beta2"], eps=values["eps"],
+            weight_decay=values["weight_decay"], amsgrad=values["amsgrad"],
+            maximize=values.get("maximize", False),
+        )  # fmt: skip
 
     def direction(
         self, grads: Tensor, state: State, values: Values, age: int | Tensor

@@ -39,22 +39,12 @@ class SGD(AbstractRule):
         """One kernel for all tensors; without momentum it would keep no buffer."""
         if values["momentum"] == 0:
             return None
-
-        def step(
-            params: list[Tensor],
-            grads: list[Tensor],
-            state: dict[str, list[Tensor]],
-            steps: list[Tensor],
-            rate: float,
-        ) -> None:
-            torch._fused_sgd_(
-                params, grads, state["momentum_buffer"], lr=rate, momentum=values["momentum"],
-                dampening=values["dampening"], nesterov=values["nesterov"],
-                weight_decay=values["weight_decay"], maximize=values.get("maximize", False),
-                is_first_step=bool(steps[0] == 1),
-            )  # fmt: skip
-
-        return step
+        return lambda params, grads, state, steps, rate: torch._fused_sgd_(
+            params, grads, state["momentum_buffer"], lr=rate, momentum=values["momentum"],
+            dampening=values["dampening"], nesterov=values["nesterov"],
+            weight_decay=values["weight_decay"], maximize=values.get("maximize", False),
+            is_first_step=bool(steps[0] == 1),
+        )  # fmt: skip
 
     def direction(
         self, grads: Tensor, state: State, values: Values, age: int | Tensor
