@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -75,8 +76,8 @@ def bounded(times: float) -> Callable[..., bool]:
     """A probe after which the rate may climb to so many times its choice, and no further."""
     probe_step = Engine._probe_step
 
-    def step(self: Engine, probe: Probe, *rest: object) -> bool:
-        changed = probe_step(self, probe, *rest)  # type: ignore[arg-type]
+    def step(self: Engine, probe: Probe, *rest: Any) -> bool:
+        changed = probe_step(self, probe, *rest)
         if probe.ended and "lr" in self.tuning.rows:
             tuned = self.tuning.rows["lr"]
             highest = min(tuned.hparam.upper, times * float(tuned.values().max()))
