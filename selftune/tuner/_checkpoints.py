@@ -40,6 +40,30 @@ def write(path: Path, state: dict[str, Any]) -> bool:
     return True
 
 
+def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
+    """The checkpoint to go on from, if any, and the best weights beside it.
+
+    Raises:
+        FileNotFoundError: The checkpoint that was named does not exist.
+        ValueError: It is damaged, nobody said where it is, or it was not asked for.
+    """
+    last = None if folder is None else folder / LAST
+    if not isinstance(resume, bool):
+        last = Path(resume)
+    elif resume and last is None:
+        raise ValueError("resume=True needs log_dir, where the checkpoint is; or pass its path")
+    elif last is None or not last.exists():
+        return None
+    elif not resume:
+        raise ValueError(
+            f"log_dir={folder} holds a run already: pass resume=True to go on with it, or "
+            "another folder"
+        )
+    assert last is not None
+    best = last.with_name(BEST)
+    return [read(last), read(best) if best.exists() else None]
+
+
 def plain(tree: Any) -> bool:
     """Whether a tree is of tensors, numbers and containers that ``read`` knows."""
     kinds = (torch.Tensor, int, float, str, bool, type(None))

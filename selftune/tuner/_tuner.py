@@ -19,7 +19,7 @@ from tqdm import tqdm
 from selftune import nn as st_nn
 from selftune.averaging import Average
 from selftune.bilevel import Bilevel
-from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
+from selftune.estimators import AbstractEstimator, Trace
 from selftune.fused import Fused
 from selftune.hparams import Hparam
 from selftune.hyperstep import step_size
@@ -32,7 +32,9 @@ from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._checks import check_first, check_hparams, check_model
 from selftune.tuner._data import Stream, split
+from selftune.tuner._division import divide
 from selftune.tuner._good import Good
+from selftune.tuner._lengths import between_evaluations, length
 from selftune.tuner._objective import LossFn, Objective, for_tuning, modes_kept
 from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._predicting import predict
@@ -177,38 +179,22 @@ class Tuner:
         self._ended: Training | None = None
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         HyperVector(self._known, self._names(), bounds, horizon=1)
-        self._rows, self._follow, self._followed = self._divided()
-        if self._follow is not None and self._population is not None:
+        self._division = divide(
+            self._estimator, self._update, self._names(), self._found, every,
+            parts=self._objective.splits,
+        )  # fmt: skip
+        if self._division.whole is not None and self._population is not None:
             raise ValueError(
                 f"population={population} needs an estimator of rows, Trace or OneStep, for all "
-                f"tuned hyperparameters, and {self._followed} need {self._follow}"
+                f"tuned hyperparameters, and {self._division.followed} need "
+                f"{self._division.whole}"
             )
-        if self._rows.stride not in (1, every):
+        stride = self._division.rows.stride
+        if stride not in (1, every):
             raise ValueError(
-                f"estimator={self._estimator} observes one step of {self._rows.stride}, and "
+                f"estimator={self._estimator} observes one step of {stride}, and "
                 f"every={every}: pass stride={every}, or stride=1 to observe all steps"
             )
-
-    def _divided(self) -> tuple[AbstractRows, AbstractEstimator | None, list[str]]:
-        """The estimator of rows, the one of whole steps, and the names that are the latter's."""
-        given, names = self._estimator, self._names()
-        inside = [n for n in names if n in self._found]
-        rows: AbstractRows
-        follow: AbstractEstimator | None
-        if isinstance(given, AbstractRows):
-            rows, follow, followed = given, BestResponse() if inside else None, inside
-        else:
-            rows, follow, followed = OneStep(stride=self._every), given, names
-            if isinstance(given, BestResponse) and not given.update:
-                rows, followed = Trace(stride=self._every), inside
-        if isinstance(follow, BestResponse) and not self._objective.splits:
-            follow.check_whole()
-        rows.check(self._update, [n for n in names if n not in followed], endless=True)
-        if not followed:
-            return rows, None, []
-        assert follow is not None
-        follow.check(self._update, followed, endless=True)
-        return rows, follow, followed
 
     def _names(self) -> list[str]:
         """Names of the tuned hyperparameters; α only where nothing else anneals."""
@@ -318,7 +304,7 @@ class Tuner:
                 "(extra report)"
             )
         folder = None if log_dir is None else Path(log_dir)
-        saved = self._find(resume, folder)
+        saved = _checkpoints.find(resume, folder)
         if isinstance(val, (int, float)):
             train, val = split(train, float(val), self._seed)
         elif val is train:
@@ -327,8 +313,8 @@ class Tuner:
             device = self._device or next(self.model.parameters()).device
             self._objective.to(device).train()
             streams = Stream(train, "train", device), Stream(val, "val", device, skips=True)
-            total = _length(streams[0], epochs, steps)
-            score = evaluate_every or _between_evaluations(streams[0], total)
+            total = length(streams[0], epochs, steps)
+            score = evaluate_every or between_evaluations(streams[0], total)
             plan = Plan(
                 total=total, every=self._every, score=score, save=checkpoint_every or score,
                 log=log_every or LOG, rest=0.0 if log_every else REST, patience=patience,
@@ -387,24 +373,6 @@ class Tuner:
             raise RuntimeError("predict reads what a run has learned: call fit first")
         return predict(self._ended, values)
 
-    def _find(self, resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
-        """The checkpoint to go on from, if any, and the best weights beside it."""
-        last = None if folder is None else folder / _checkpoints.LAST
-        if not isinstance(resume, bool):
-            last = Path(resume)
-        elif resume and last is None:
-            raise ValueError("resume=True needs log_dir, where the checkpoint is; or pass its path")
-        elif last is None or not last.exists():
-            return None
-        elif not resume:
-            raise ValueError(
-                f"log_dir={folder} holds a run already: pass resume=True to go on with it, or "
-                "another folder"
-            )
-        assert last is not None
-        best = last.with_name(_checkpoints.BEST)
-        return [_checkpoints.read(last), _checkpoints.read(best) if best.exists() else None]
-
     def _training(
         self, plan: Plan, streams: tuple[Stream, Stream], val: Any, device: torch.device, new: bool
     ) -> Training:
@@ -425,9 +393,9 @@ class Tuner:
         bilevel = Bilevel(
             self._objective, outer, self._update,
             {k: v for k, v in self._values.items() if k not in (*names, *self._found)},
-            hyper, self._rows, self._tangents, self._average,
+            hyper, self._division.rows, self._tangents, self._average,
             torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device),
-            autocast, self._follow, self._followed,
+            autocast, self._division.whole, self._division.followed,
             {n: f.buffers for n, f in self._found.items() if n in names},
             joined=plan.compile is not True and members is None and self._small(),
         )  # fmt: skip
@@ -456,10 +424,10 @@ class Tuner:
         watch = Watch(bilevel, run, good, members, guarded, plan.due, plan.rest, compare)
         for guard in watch.guards:
             guard.begin(start)
-        length = probe_steps(total) if self._probe is True else int(self._probe)
-        if length > total:
-            raise ValueError(f"probe={length} is longer than the run of {total} steps")
-        probing = length and members is None and "lr" in names and new
+        probed = probe_steps(total) if self._probe is True else int(self._probe)
+        if probed > total:
+            raise ValueError(f"probe={probed} is longer than the run of {total} steps")
+        probing = probed and members is None and "lr" in names and new
         return Training(
             bilevel=bilevel,
             fused=fused,
@@ -469,7 +437,7 @@ class Tuner:
             scorer=scorer,
             good=good,
             watch=watch,
-            probe=Probe(steps=length) if probing else None,
+            probe=Probe(steps=probed) if probing else None,
             population=self._population,
             identity={
                 "parameters": {n: list(p.shape) for n, p in self.model.named_parameters()},
@@ -499,27 +467,3 @@ class Tuner:
         for name, found in self._found.items():
             for buffer in found.buffers:
                 buffers[buffer].fill_(self._values[name])
-
-
-def _between_evaluations(train: Stream, total: int) -> int:
-    """An epoch, or several where those are many; a tenth of the run where there are none."""
-    score = max(1, len(train) if train.sized else total // 10)
-    return score * max(1, -(-total // (50 * score)))
-
-
-def _length(train: Stream, epochs: int | None, steps: int | None) -> int:
-    """Steps in the run."""
-    if (epochs is None) == (steps is None):
-        raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
-    if steps is not None:
-        if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1")
-        return steps
-    assert epochs is not None
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs} must be at least 1")
-    if not train.sized:
-        raise ValueError(f"epochs={epochs} needs train to have a length: pass steps= instead")
-    if len(train) == 0:
-        raise ValueError("train holds no batch: is it empty, or too short for drop_last=True?")
-    return epochs * len(train)
