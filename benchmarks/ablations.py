@@ -35,7 +35,6 @@ from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
 from selftune import guard, hyperstep, tuning
 from selftune.optim import _base
-from selftune.optim._block import Block
 from selftune.optim._engine import Engine
 from selftune.probe import Probe
 
@@ -60,11 +59,6 @@ class Eager(torch.optim.Adam):
         self.param_groups[0]["lr"] = self.size + self.more / (1 + self.taken / self.during)
         self.taken += 1
         return super().step(closure)
-
-
-def no_pull(block: Block) -> torch.Tensor:
-    """Regularizers on the plain hypergradient."""
-    return torch.zeros_like(block.pull)
 
 
 def full(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
@@ -106,11 +100,14 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "γ = 0.97": ({"estimator": st.Trace(0.97, stride=4)}, []),
     "every step observed": ({"estimator": st.Trace()}, []),
     "one step of ten observed": ({"estimator": st.Trace(stride=10)}, []),
-    "no gap for weight decay": ({}, [replaced(Block, "training_pull", no_pull)]),
     "no floor under weight decay": ({}, [replaced(tuning, "NEGLIGIBLE", 1e-12)]),
     "one pace for all hyperparameters": ({}, [replaced(tuning, "PACE", {})]),
     "hyper step 0.3": ({"hyper_optimizer": adam(0.3)}, []),
     "hyper step 0.1": ({"hyper_optimizer": adam(0.1)}, []),
+    "hyper step 0.05": ({"hyper_optimizer": adam(0.05)}, []),
+    "hyper steps alike in runs of all lengths": ({}, [replaced(hyperstep, "POWER", 0.0)]),
+    "hyper steps as the inverse of the length": ({}, [replaced(hyperstep, "POWER", 1.0)]),
+    "trust above three times noise": ({}, [replaced(hyperstep, "SURE", 3.0)]),
     "larger hyper steps first": ({"hyper_optimizer": Eager}, []),
     "quicker moments of the hyper step": (
         {},

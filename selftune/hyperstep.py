@@ -19,8 +19,12 @@ OFTEN, RARE = 5, 20
 """Training steps from one hyper step to the next between which its size grows."""
 FEWEST = 30
 """Hyper steps in a run of known length."""
+LENGTH, POWER = 1000, 0.5
+"""Steps in a run whose hyper steps have this size; in others it goes with a power of the length."""
 RECENT = 0.8
 """Memory of the signal-to-noise ratio: about five estimates."""
+SURE = 2.0
+"""How far above that of noise the ratio must be for whole steps."""
 LONGEST = 0.3
 """Largest change of a raw value in one step."""
 
@@ -35,19 +39,25 @@ def usual_every(total_steps: int | None) -> int:
     return OFTEN if total_steps is None else max(OFTEN, min(RARE, total_steps // FEWEST))
 
 
-def step_size(every: int) -> float:
+def step_size(every: int, total_steps: int | None = None) -> float:
     """The size of a hyper step: rarer ones are larger, so that a run travels as far.
 
+    Where the length T of the run is known, √(1000/T) as large: short runs have no time for small
+    steps, and what a few hundred steps tell of a rate says less about a longer run.
+
     Examples:
-        >>> step_size(5), step_size(1000)
-        (0.05, 0.2)
+        >>> step_size(5), step_size(1000), step_size(20, 4000)
+        (0.05, 0.2, 0.1)
     """
-    return RATE * max(OFTEN, min(RARE, every))
+    shorter = 1.0 if total_steps is None else LENGTH / max(1, total_steps)
+    return RATE * max(OFTEN, min(RARE, every)) * shorter**POWER
 
 
-def adam(raw: Iterable[Tensor], every: int = OFTEN) -> torch.optim.Optimizer:
+def adam(
+    raw: Iterable[Tensor], every: int = OFTEN, total_steps: int | None = None
+) -> torch.optim.Optimizer:
     """The default hyper optimizer."""
-    return torch.optim.Adam(raw, lr=step_size(every), betas=BETAS, eps=EPS)
+    return torch.optim.Adam(raw, lr=step_size(every, total_steps), betas=BETAS, eps=EPS)
 
 
 def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
@@ -58,11 +68,11 @@ def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
 def trust(mean: Tensor, square: Tensor) -> Tensor:
     """How much of a proposed step is taken: all where estimates agree, little for noise.
 
-    Over estimates of pure noise the ratio is about √((1 − β)/(1 + β)); below twice that the
-    step shrinks with the square of the ratio.
+    Over estimates of pure noise the ratio is about √((1 − β)/(1 + β)); below ``SURE`` times
+    that the step shrinks with the square of the ratio.
     """
     noise = math.sqrt((1 - RECENT) / (1 + RECENT))
-    return (signal_to_noise(mean, square) / (2 * noise)).square().clamp_max(1.0)
+    return (signal_to_noise(mean, square) / (SURE * noise)).square().clamp_max(1.0)
 
 
 class HyperStep:

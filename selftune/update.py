@@ -179,19 +179,6 @@ class Transition(NamedTuple):
     after: State
     moved: Tensor
 
-    @property
-    def residual(self) -> Tensor:
-        """The gradient of everything training descends, which is 0 where training has ended.
-
-        Decoupled decay has no gradient of its own: λ w acts in units of the direction, so it is
-        brought to those of the gradient by the least-squares scale p of g ≈ p d.
-        """
-        decay = self.values["weight_decay"]
-        if not self.update.rule.decoupled or not _on(decay):
-            return self.grads
-        scale = (self.grads @ self.direction) / (self.direction @ self.direction).clamp_min(1e-30)
-        return plus(self.grads, self.params, scale * decay)
-
     def masked(self, mask: Tensor) -> Transition:
         """The same step, with the weights outside ``mask`` left as they were."""
         return self._replace(

@@ -74,7 +74,7 @@ class Assembly:
             Block(
                 params, names(groups, i, params), [state[p] for p in params],
                 self._update, self._estimator, self._groups.options(groups[i]),
-                rows, self._update.regularizers, not engine.tuning.shared,
+                rows, not engine.tuning.shared,
             )
             for i, params in enumerate(trained)
             if params

@@ -65,7 +65,7 @@ class SelfTuned(torch.optim.Optimizer):
             copies and loaded states begin to follow anew.
         average: Where the outer loss is measured.
         hyper_optimizer: Makes the torch optimizer of the raw hyperparameters; by default Adam at
-            0.01 times ``every``, from 0.05 to 0.2.
+            0.01 times ``every``, from 0.05 to 0.2, times √(1000/T) if the length T is known.
         every: Training steps from one hyperparameter step to the next, at least; by default a
             thirtieth of ``total_steps``, from 5 to 20.
         probe: Whether the learning rate is probed at the start, or over how many steps.
@@ -113,7 +113,8 @@ class SelfTuned(torch.optim.Optimizer):
             tune = [n for n in update.tuned if not (known_end and n == "decay")]
         tuning = Tuning(
             update.hparams, tune=tune, per=per, bounds=bounds, horizon=total_steps,
-            floored=update.rule.shrinks, make=hyper_optimizer or partial(adam, every=every),
+            floored=update.rule.shrinks,
+            make=hyper_optimizer or partial(adam, every=every, total_steps=total_steps),
         )  # fmt: skip
         self._update = update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"

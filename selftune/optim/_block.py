@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ class Block:
         estimator: Makes and moves tangents.
         values: Hyperparameters and options of the group.
         rows: Names of the tuned hyperparameters.
-        regular: Those of them that only regularize.
         by_tensor: Whether hypergradients are kept for each tensor, or summed over them.
     """
 
@@ -46,15 +45,12 @@ class Block:
         estimator: AbstractRows,
         values: Mapping[str, Any],
         rows: Sequence[str],
-        regular: Collection[str],
         by_tensor: bool,
     ) -> None:
         self.params = list(params)
         self.layout = Layout(params)
         self.rows = list(rows)
         self._by_tensor = by_tensor
-        # Update orders regularizers last, so their rows are one slice.
-        self._regular = slice(sum(row not in regular for row in rows), len(rows))
         self._estimator = estimator
         self._names = list(names)
         self._entries = list(entries)
@@ -79,7 +75,6 @@ class Block:
         fresh = estimator.rows(len(self._pushed), weights)
         self.tangents = Tangents(self._keep("tangent", fresh.params), {})
         self.response = self._keep("response", estimator.rows(len(rows), weights).params)
-        self.pull = self._pull(entries)
         for row, state in update.tangent_state(self._pushed, values).items():
             for name in state:
                 self._tangent_of(row, name)
@@ -99,18 +94,6 @@ class Block:
             for name, shown in self._shown.items():
                 shown.copy_(self.state[name])
             self._stale = False
-
-    def _pull(self, entries: Entries) -> Tensor:
-        """Hypergradients of the training loss, averaged: shape (regularizers, tensors or 1)."""
-        holders = entries if self._by_tensor else entries[:1]
-        pull = self.response[self._regular].new_zeros(
-            (self._regular.stop - self._regular.start, len(holders))
-        )
-        for entry, column in zip(holders, pull.unbind(1), strict=True):
-            if "pull" in entry:
-                column.copy_(entry["pull"])
-            entry["pull"] = column
-        return pull
 
     def _tangent_of(self, row: str, name: str) -> Tensor:
         """The kept tangent of a rule's state for one hyperparameter."""
@@ -217,15 +200,12 @@ class Block:
                 value.copy_(torch.where(where, old, value))
 
     def blend(self, transition: Transition, share: float, mask: Tensor | None) -> None:
-        """Move the averages of weights, tangents and training hypergradients by ``share``."""
+        """Move the averages of weights and tangents by ``share``."""
         self.average.lerp_(transition.moved, share)
         if self.fast is not None:
             self._led(self.fast, transition, share, mask)
         if self._pushed:
             self.response[-len(self._pushed) :].lerp_(self.tangents.params, share)
-        if len(self.pull):
-            tangents = self.tangents.params[-len(self.pull) :]
-            self.pull.lerp_(self._contract(tangents, transition.residual), share)
 
     def _led(self, fast: Tensor, transition: Transition, share: float, mask: Tensor | None) -> None:
         """Average the response to the rate, which is what weights moved, whatever moves them.
@@ -239,24 +219,11 @@ class Block:
         newer = transition.moved if mask is None else torch.where(mask, transition.moved, fast)
         fast.lerp_(newer, 1 - discount**stride)
 
-    def _contract(self, response: Tensor, grads: Tensor) -> Tensor:
-        if self._by_tensor:
-            return self.layout.sums(self._estimator.weigh(response, grads))
-        return (response @ grads).unsqueeze(1)
-
     def signal(self, grads: Tensor) -> Tensor:
         """dL/d(raw) for an outer gradient: shape (rows, tensors), or (rows, 1) summed over them."""
-        return self._contract(self.response, grads)
-
-    def training_pull(self) -> Tensor:
-        """What training itself still pulls at each regularizer, which are the last rows.
-
-        A regularizer decides where training ends, and far from there the plain hypergradient
-        mostly says that training has not ended: it asks for less of any regularizer. What
-        remains after the training loss's own hypergradient is taken off is the part that more
-        training will not mend. At the end of training nothing is taken off.
-        """
-        return self.pull
+        if self._by_tensor:
+            return self.layout.sums(self._estimator.weigh(self.response, grads))
+        return (self.response @ grads).unsqueeze(1)
 
     def zeros(self) -> Tensor:
         """A vector of zeros in the shape of the joined weights."""
@@ -267,12 +234,7 @@ class Block:
         self.layout.write(self.good, self.params)
         self.average.copy_(self.good)
         tangents = [t for state in self.tangents.state.values() for t in state.values()]
-        for flat in (
-            self.tangents.params,
-            self.response,
-            self.pull,
-            *tangents,
-        ):
+        for flat in (self.tangents.params, self.response, *tangents):
             flat.zero_()
         if self.fast is not None:
             self.fast.copy_(self.good)

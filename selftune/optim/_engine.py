@@ -212,7 +212,7 @@ class Engine:
             return False
         if not names or self.clock.heard or self.clock.steps <= ALONE:
             return False
-        signal = self._signal([g for g, _ in grads])
+        signal = self.ranks.total(self._signal([g for g, _ in grads]))
         self.alone = signal if self.alone is None else self.alone + signal
         if self.clock.steps - self.clock.outer < self.every:
             return False
@@ -224,18 +224,9 @@ class Engine:
             self._keep(averages)
         return self.tune(signal, names)
 
-    def _signal(self, grads: Sequence[Tensor], gap: bool = False) -> Tensor:
-        signal = self._merge([b.signal(g) for b, g in zip(self.blocks, grads, strict=True)])
-        if not gap:
-            return self.ranks.total(signal)
-        signal = self.ranks.outer(signal)
-        pull = self._merge([b.training_pull() for b in self.blocks])
-        if len(pull):
-            signal[-len(pull) :] -= self.ranks.total(pull)
-        return signal
-
-    def _merge(self, parts: list[Tensor]) -> Tensor:
-        """Join what blocks tell: summed where shifts are shared, else tensor after tensor."""
+    def _signal(self, grads: Sequence[Tensor]) -> Tensor:
+        """What blocks tell: summed where shifts are shared, else tensor after tensor."""
+        parts = [b.signal(g) for b, g in zip(self.blocks, grads, strict=True)]
         return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
 
     def outer_step(self, loss: float, grads: Sequence[Tensor], values: Sequence[Values]) -> bool:
@@ -256,7 +247,7 @@ class Engine:
             if signal is None:
                 return False
             return self.tune(self.ranks.outer(signal), self.tuning.names)
-        return self.tune(self._signal(grads, gap=True), self.tuning.names)
+        return self.tune(self.ranks.outer(self._signal(grads)), self.tuning.names)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
         """Step the named hyperparameters, unless the hypergradient is not finite."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 2
-"""Of what is kept; 2 knows the response to the rate as what weights moved."""
+VERSION = 3
+"""Of what is kept; 3 has no pull of the training loss."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
