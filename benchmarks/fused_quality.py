@@ -2,7 +2,8 @@
 
 The tuner keeps responses in bfloat16, observes and averages one step of five, and takes the
 responses to learning rate and weight decay from closed forms. Each line undoes one of these on
-the jobs of ``one_run``, the last all; the first is the drop-in optimizer. Printed are validation and test loss, means over the seeds with standard error.
+the jobs of ``one_run``, the last all; the first is the drop-in optimizer. Printed are validation
+and test loss, means over the seeds with standard error.
 
     SELFTUNE_DATA=... python -m benchmarks.fused_quality [--seeds 10] [--only digits]
 
