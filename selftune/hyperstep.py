@@ -19,8 +19,8 @@ OFTEN, RARE = 5, 20
 """Training steps from one hyper step to the next between which its size grows."""
 FEWEST = 30
 """Hyper steps in a run of known length."""
-LENGTH, POWER = 1000, 0.5
-"""Steps in a run whose hyper steps have this size; in others it goes with a power of the length."""
+SHORT, POWER = 1000, 0.5
+"""Steps in a run below which hyper steps are larger, and with which power of the length."""
 RECENT = 0.8
 """Memory of the signal-to-noise ratio: about five estimates."""
 SURE = 2.0
@@ -42,14 +42,14 @@ def usual_every(total_steps: int | None) -> int:
 def step_size(every: int, total_steps: int | None = None) -> float:
     """The size of a hyper step: rarer ones are larger, so that a run travels as far.
 
-    Where the length T of the run is known, √(1000/T) as large: short runs have no time for small
-    steps, and what a few hundred steps tell of a rate says less about a longer run.
+    Below 1000 steps, T in the whole run, they are √(1000/T) times as large: short runs have no time
+    for small ones.
 
     Examples:
-        >>> step_size(5), step_size(1000), step_size(20, 4000)
-        (0.05, 0.2, 0.1)
+        >>> step_size(5), step_size(1000), step_size(10, 250)
+        (0.05, 0.2, 0.2)
     """
-    shorter = 1.0 if total_steps is None else LENGTH / max(1, total_steps)
+    shorter = 1.0 if total_steps is None else max(1.0, SHORT / max(1, total_steps))
     return RATE * max(OFTEN, min(RARE, every)) * shorter**POWER
 
 

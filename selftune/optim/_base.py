@@ -65,7 +65,7 @@ class SelfTuned(torch.optim.Optimizer):
             copies and loaded states begin to follow anew.
         average: Where the outer loss is measured.
         hyper_optimizer: Makes the torch optimizer of the raw hyperparameters; by default Adam at
-            0.01 times ``every``, from 0.05 to 0.2, times √(1000/T) if the length T is known.
+            0.01 times ``every``, from 0.05 to 0.2, and more in runs of less than 1000 steps.
         every: Training steps from one hyperparameter step to the next, at least; by default a
             thirtieth of ``total_steps``, from 5 to 20.
         probe: Whether the learning rate is probed at the start, or over how many steps.

@@ -73,7 +73,7 @@ class Tuner:
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next.
         hyper_rate: Size of a hyperparameter step in log space; by default 0.01 times ``every``,
-            from 0.05 to 0.2, times √(1000/T) for a run of T steps.
+            from 0.05 to 0.2, and more in runs of less than 1000 steps.
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps over which the learning rate climbs.
         probe: Whether the learning rate is probed at the start, or over how many steps.
