@@ -7,7 +7,8 @@ tail of its training part (as many as there are test examples), inputs and targe
 the rest, 4,000 full-batch steps, a hyperparameter step every 10. Fashion-MNIST: 10 epochs in
 batches of 50, a sixth of the training images to validate. Starts: log10 lr ~ U(−6, −1),
 log10 λ ~ U(−7, −2), momentum ~ U(0, 1). As in the paper no schedule anneals the rate. Printed:
-test loss (mean square error in units of the target; cross-entropy), mean / median over the starts; ``--plain``: the same starts without tuning.
+test loss (mean square error in units of the target; cross-entropy), mean / median over the
+starts; ``--plain``: the same starts without tuning.
 Needs ``SELFTUNE_DATA``.
 
 Source: Clarke, Oldewage, Hernández-Lobato 2022, section 4 and table 1.
