@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +131,32 @@ def test_the_quadratic_best_rate_is_found_from_the_hypergradient_alone() -> None
         opt.hyper_step(loss)
     assert 0.05 < opt.hparams["lr"] < 2.0
     assert float(loss().detach()) < 1e-3
+
+
+@pytest.mark.parametrize(("name", "off"), [("SGD", 0.03), ("AdamW", 1e-4)])
+def test_weight_decay_follows_the_slope_of_the_validation_loss(name: str, off: float) -> None:
+    """Finite differences of torch's own optimizer, gradients given.
+
+    There is then no curvature to drop but that of SGD's penalty, ηλ of a weight a step.
+    """
+
+    def trained(make: type, decay: float, **options: Any) -> tuple[nn.Parameter, Any]:
+        weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        opt = make([weight], lr=0.05, weight_decay=decay, **options)
+        for step in range(8):
+            weight.grad = torch.randn(3, generator=torch.Generator().manual_seed(step)).double()
+            opt.step()
+        return weight, opt
+
+    def outer(weight: torch.Tensor) -> torch.Tensor:
+        return (weight - 0.3).square().sum()
+
+    weight, opt = trained(
+        getattr(st, name), 0.1, tune=("weight_decay",), every=8, probe=False, guard=False,
+        estimator=st.Trace(1.0), average=st.Average(0.0),
+    )  # fmt: skip
+    opt.hyper_step(lambda: outer(weight))
+    plain = getattr(torch.optim, name)
+    low, high = (float(outer(trained(plain, 0.1 * math.exp(z))[0].detach())) for z in (-1e-4, 1e-4))
+    found = opt._engine.tuning.signals()["weight_decay"][0]
+    assert float(found) == pytest.approx((high - low) / 2e-4, rel=off)
