@@ -5,7 +5,8 @@ one. After each step the next gradient tells the slope of the loss at the end of
 ``s = g₊ · Δw``, on a batch the step has not seen. While the slope is downhill a longer step
 would have been better; where it turns uphill the rate has gone too far. The sum of the slopes,
 ``C = Σ s``, estimates the change of the loss (a Riemann sum along the path), so the rate at
-which C is lowest is the largest that still descends. It needs no loss and no extra pass.
+which C is lowest is the largest that still descends. It needs no loss and no extra pass. The rate
+chosen is then on trial for a few steps: one that loses much of the descent again is lowered.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from typing import Any
 
 NEAR = 4.0
 """How far above the best rate so far, or else at the next one, any descent counts."""
+
+
+SETTLING = 10
+"""Steps after the sweep in which the chosen rate must not lose what was found."""
+LOSABLE = 0.5
+"""How much of the descent it may lose."""
 
 
 def probe_steps(total_steps: int | None) -> int:
@@ -47,6 +54,8 @@ class Probe:
     seen: bool = False
     uphill: int = 0
     ended: bool = False
+    settled: int = 0
+    lost: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the length."""
@@ -81,6 +90,23 @@ class Probe:
             self.lowest, self.best = self.change, rate
             return True
         return False
+
+    @property
+    def settling(self) -> bool:
+        """Whether the chosen rate is still on trial."""
+        return self.ended and self.lowest < 0 and self.settled < SETTLING
+
+    def settle(self, change: float) -> bool:
+        """Take in what a step at the chosen rate changed; true where much of the descent is lost.
+
+        A rate that descended once, on the way to higher ones, may blow up when it stays.
+        """
+        self.settled += 1
+        self.lost += change
+        if not self.lost > -LOSABLE * self.lowest:
+            return False
+        self.settled, self.lost = 0, 0.0
+        return True
 
     @property
     def choice(self) -> float:

@@ -110,6 +110,20 @@ def test_a_lucky_batch_far_above_is_not_followed() -> None:
     assert probe.choice == pytest.approx(probe.factor(12) / 1.5)
 
 
+def test_a_rate_on_trial_may_lose_half_of_the_descent() -> None:
+    """Law: not more, within ten steps; what is not finite is the guard's matter."""
+    probe = Probe(steps=10, ended=True, lowest=-1.0)
+    assert not probe.settle(0.4)
+    assert probe.settle(0.2)
+    assert probe.settling, "the lowered rate is on trial, too"
+    assert not probe.settle(math.nan)
+    for _ in range(9):
+        assert probe.settling
+        assert not probe.settle(0.01)
+    assert not probe.settling
+    assert not Probe(steps=10, ended=True).settling, "without descent there is nothing to lose"
+
+
 @pytest.mark.parametrize("slope", [math.nan, math.inf])
 def test_what_is_not_finite_ends_it_and_is_not_chosen(slope: float) -> None:
     """Law: the best before stays the choice."""

@@ -69,6 +69,7 @@ class Engine:
     blocks: list[Block] = field(default_factory=list)
     slopes: Sequence[Mapping[str, Any]] = field(default_factory=list)
     alone: Tensor | None = None
+    last: list[tuple[Tensor, Tensor]] | None = None
     following: Following | None = None
     heard: bool = False
 
@@ -100,6 +101,8 @@ class Engine:
             verdict = self._verdict(grads)
             if verdict != "ok":
                 return verdict == "rollback" and self.roll_back(BAD_GRADIENTS, worsened=False)
+        if self._unsettled(grads):
+            return True
         transitions = self._move(grads, values, rates)
         if self.guard is not None:
             if not self._finite(transitions):
@@ -133,6 +136,8 @@ class Engine:
         step = self.clock.steps + 1
         looked_at = (step - self.clock.since) % self.stride == 0 or step % PULSE == 0
         if looked_at or self.probing or self.following is not None or not self.clock.heard:
+            return False
+        if self.probe is not None and self.probe.settling:
             return False
         if not self.stepper.unobserved(self.blocks, values, self._clocks(step, rates)):
             return False
@@ -200,6 +205,23 @@ class Engine:
             block.layout.write(step.moved, block.params)
         probe.taken += 1
         return False
+
+    def _unsettled(self, grads: Grads) -> bool:
+        """Whether the rate that the probe chose loses what it had found; then it is lowered.
+
+        A step's change of the loss is taken by the trapezoidal rule, from the gradients of two
+        batches.
+        """
+        probe, last, self.last = self.probe, self.last, None
+        if self.guard is None or probe is None or not probe.settling:
+            return False
+        self.last = [(g.clone(), b.weights()) for b, (g, _) in zip(self.blocks, grads, strict=True)]
+        if last is None or [w.shape for _, w in last] != [w.shape for _, w in self.last]:
+            return False  # the first of them, or parameters were added
+        changes = [(g + h) @ (w - v) / 2 for (g, w), (h, v) in zip(self.last, last, strict=True)]
+        if not probe.settle(self._total(changes)):
+            return False
+        return self.roll_back("the rate that the probe chose leads uphill", worsened=False)
 
     def _train_alone(self, grads: Grads) -> bool:
         """Let this training gradient, at the averaged tangents, stand in for a validation one.
@@ -288,5 +310,5 @@ class Engine:
         if self.following is not None:
             self.following.forget()
         self.buffers.restore()
-        self.alone = None
+        self.alone, self.last = None, None
         self.clock.since = self.clock.steps
