@@ -1,4 +1,4 @@
-"""The probe's choice on trial. Truth: gradient descent on ½ w², which diverges above a rate of 2."""
+"""The probe's choice on trial. Truth: gradient descent on ½ w², which diverges above 2."""
 
 import pytest
 import torch
