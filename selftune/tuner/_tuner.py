@@ -73,7 +73,7 @@ class Tuner:
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next.
         hyper_rate: Size of a hyperparameter step in log space; by default 0.01 times ``every``,
-            from 0.05 to 0.2, and more in runs of less than 1000 steps.
+            from 0.05 to 0.2.
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps over which the learning rate climbs.
         probe: Whether the learning rate is probed at the start, or over how many steps.
@@ -167,7 +167,7 @@ class Tuner:
         self._tangents = tangents
         self._average = Average() if average is None else average
         self._every = every
-        self._hyper_rate = hyper_rate
+        self._hyper_rate = step_size(every) if hyper_rate is None else hyper_rate
         self._schedule, self._warmup = schedule, warmup_steps
         self._probe, self._guard = probe, guard
         self._metrics = dict(metrics or {})
@@ -388,7 +388,7 @@ class Tuner:
         hyper = HyperVector(
             self._known, names, self._bounds,
             horizon=total, floored=self._rule.shrinks,
-            rate=step_size(self._every, total) if self._hyper_rate is None else self._hyper_rate,
+            rate=self._hyper_rate,
         )  # fmt: skip
         outer = for_tuning(self._objective, self._every)
         bilevel = Bilevel(
