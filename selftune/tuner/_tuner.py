@@ -387,8 +387,7 @@ class Tuner:
         names = self._names()
         hyper = HyperVector(
             self._known, names, self._bounds,
-            horizon=total, floored=self._rule.shrinks,
-            rate=self._hyper_rate,
+            horizon=total, floored=self._rule.shrinks, rate=self._hyper_rate,
         )  # fmt: skip
         outer = for_tuning(self._objective, self._every)
         bilevel = Bilevel(
