@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._pytree import tree_map
 
 from selftune._trees import leaves
@@ -106,10 +105,10 @@ class Fused:
         start = time.perf_counter()
         try:
             result = self._exact[kind](self.run, *batches)
-        except FailOnRecompileLimitHit:
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # imported where used: slow
             self._fall_back("a number in the model or the loss keeps changing")
             return self._take(kind, *batches)
-        except TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             self._fall_back(str(error).strip().splitlines()[0])
             return self._take(kind, *batches)
         if first:
@@ -288,7 +287,7 @@ def _for_shapes(function: Step, device: torch.device) -> Step:
             return function(*args)
         try:
             return graph(*args)
-        except TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             log.warning(
                 "a part of the estimator stays eager: %s", str(error).strip().split("\n")[0]
             )

@@ -1,6 +1,8 @@
 """Compiled steps against the same steps taken eagerly, and what happens where torch refuses."""
 
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -174,3 +176,10 @@ def test_a_batch_whose_tensors_cannot_be_seen_is_like_no_other() -> None:
     graph = Graph()
     assert signature((graph, 1)) != signature((graph, 1))
     assert signature((torch.ones(2), 1)) == signature((torch.zeros(2), 1))
+
+
+def test_torchs_compiler_is_not_imported_before_it_is_used():
+    """It takes as long to import as torch itself."""
+    asked = "import sys, selftune, selftune.search; print('torch._dynamo' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False"]
