@@ -106,8 +106,11 @@ def uniform(key: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
     Source: the 32-bit integer hash of Mueller; as a counter-based generator, Salmon et al. 2011.
     """
     offset = _hash((key + stream * 0x3C6EF372) & MASK).to(torch.int32)
-    # In int32, whose products wrap around: half the memory, and quick to compile.
-    bits = torch.arange(math.prod(shape), device=key.device, dtype=torch.int32) * SPREAD + offset
+    # The position is spread in int64: an int32 product of a loop's counter may not overflow in the
+    # C++ that torch compiles to, which then ends the loop early. All after it is in int32, whose
+    # products wrap around: half the memory, and quick to compile.
+    place = torch.arange(math.prod(shape), device=key.device) * SPREAD & MASK
+    bits = place.to(torch.int32) + offset
     for _ in range(2):
         bits = (((bits >> 16) & 0xFFFF) ^ bits) * MIX
     bits = ((bits >> 16) & 0xFFFF) ^ bits

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selftune as st
+from selftune.nn._base import uniform
 
 IMAGES: dict[str, Callable[[float], Any]] = {
     "Dropout": lambda s: st.nn.Dropout(s),
@@ -235,3 +236,12 @@ def test_compiled_layers_draw_and_differentiate_the_same(name: str) -> None:
         found = compiled(*args)
     for a, b in zip(found, gradient(*args), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [7, 50])
+def test_compiled_draws_fill_shapes_that_do_not_fit_the_vectors_of_the_machine(count: int) -> None:
+    """Against the eager draws: a compiled loop over the positions must not end early."""
+    key = torch.tensor([5])
+    torch.compiler.reset()
+    compiled = torch.compile(lambda key: uniform(key, (count,)), fullgraph=True)
+    assert torch.equal(compiled(key), uniform(key, (count,)))
