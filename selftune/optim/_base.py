@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune.averaging import Average
-from selftune.estimators import AbstractEstimator, AbstractRows, BestResponse, OneStep, Trace
+from selftune.estimators import AbstractEstimator
 from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam, usual_every
 from selftune.monitor import Monitor
@@ -24,13 +24,14 @@ from selftune.optim._assembly import Assembly, names
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._checks import check_group, check_params
+from selftune.optim._division import divide
 from selftune.optim._engine import ALONE, Engine
-from selftune.optim._following import Call, Following
+from selftune.optim._following import Call
 from selftune.optim._groups import Groups
 from selftune.optim._outer import OuterLoss
 from selftune.optim._ranks import Ranks
 from selftune.optim._saving import check_state, pack, unpack
-from selftune.optim._stepper import AbstractStepper, Opaque
+from selftune.optim._stepper import AbstractStepper
 from selftune.optim._telling import Telling
 from selftune.probe import Probe, probe_steps
 from selftune.schedules import Schedule
@@ -118,21 +119,8 @@ class SelfTuned(torch.optim.Optimizer):
         )  # fmt: skip
         self._update = update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
-        rows = estimator if isinstance(estimator, AbstractRows) else None
-        following = None
-        if estimator is not None and rows is None:
-            rows, following = OneStep(), Following(estimator, update, tuning)
-            estimator.check(update, tuning.names, endless=True)
-            if isinstance(estimator, BestResponse):
-                estimator.check_whole()
-            if isinstance(update.rule, Opaque):
-                raise ValueError(
-                    f"estimator={estimator} needs a rule of the library (SGD, Adam, …): another "
-                    "optimizer's steps cannot be differentiated; use Trace or OneStep"
-                )
         averaging = Average() if average is None else average
-        if rows is None:
-            rows = Trace(stride=min(averaging.stride, every))
+        rows, following = divide(estimator, update, tuning, min(averaging.stride, every))
         length = probe_steps(total_steps) if probe is True else int(probe)
         self._engine = Engine(
             tuning=tuning,
@@ -360,14 +348,7 @@ class SelfTuned(torch.optim.Optimizer):
             self._blocks()
             if self._groups.take_up(self.param_groups):
                 self._publish()
-        found: dict[str, Any] = {}
-        for name, hparam in self._update.hparams.items():
-            if name in self._engine.tuning.rows:
-                values = self._engine.tuning.rows[name].values().tolist()
-            else:
-                values = [hparam.read(g) for g in self.param_groups]
-            found[name] = values[0] if all(v == values[0] for v in values) else values
-        return found
+        return self._groups.told(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the run's own state in its first parameter group."""

@@ -56,6 +56,17 @@ class Groups:
         scheduled = name == "lr" and "initial_lr" in group
         return float(group["initial_lr"]) if scheduled else tuned.hparam.read(group)
 
+    def told(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Present values of all hyperparameters; a list where groups or tensors differ."""
+        found: dict[str, Any] = {}
+        for name, hparam in self._update.hparams.items():
+            if name in self._tuning.rows:
+                values = self._tuning.rows[name].values().tolist()
+            else:
+                values = [hparam.read(g) for g in groups]
+            found[name] = values[0] if all(v == values[0] for v in values) else values
+        return found
+
     def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[dict[str, Any]]:
         """Make tuned values ready for the steps; returns their slopes by block."""
         if "momentum" in self._update.hparams:
