@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,38 +16,32 @@ from tqdm import tqdm
 
 from selftune import nn as st_nn
 from selftune.averaging import Average
-from selftune.bilevel import Bilevel
 from selftune.estimators import AbstractEstimator, Trace
-from selftune.fused import Fused
 from selftune.hparams import Hparam
 from selftune.hyperstep import step_size
 from selftune.hypervector import HyperVector
 from selftune.monitor import Monitor
 from selftune.penalties import L1, AbstractPenalty
-from selftune.probe import Probe, probe_steps
 from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
-from selftune.tuner._checks import check_first, check_hparams, check_model
+from selftune.tuner._building import Settings, build
+from selftune.tuner._checks import check_hparams, check_model
 from selftune.tuner._data import Stream, split
 from selftune.tuner._division import divide
-from selftune.tuner._good import Good
 from selftune.tuner._lengths import between_evaluations, length
-from selftune.tuner._objective import LossFn, Objective, for_tuning, modes_kept
-from selftune.tuner._population import SPREAD, Population
+from selftune.tuner._objective import LossFn, Objective, modes_kept
+from selftune.tuner._population import Population
 from selftune.tuner._predicting import predict
 from selftune.tuner._result import TuningResult
-from selftune.tuner._scoring import Metric, Scorer
+from selftune.tuner._scoring import Metric
 from selftune.tuner._training import Plan, Progress, Training
-from selftune.tuner._watch import Watch
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
 
 LOG, REST = 50, 0.1
 """Steps, and at least seconds, from one entry in the log to the next."""
-JOINED = 2**22
-"""Weights up to which eager runs keep them in one vector."""
 
 
 class Tuner:
@@ -141,79 +133,64 @@ class Tuner:
             raise ValueError("metrics need outputs and targets, which objective= does not give")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
-        self.model = model
-        self._rule = AdamW() if rule is None else rule
         check_model(model)
         if augment is not None and objective is not None:
             raise ValueError("augment= changes batches for loss_fn=, which objective= replaces")
         if augment is not None and not isinstance(augment, st_nn.Augment):
             augment = st_nn.Augment(augment)
-        self._objective = Objective(model, loss_fn, objective, augment)
-        self._found = st_nn.tunables(self._objective)
-        st_nn.own_counters(self._objective)
-        check_hparams(hparams or {}, self._rule, self._found)
+        self.model = model
+        rule = AdamW() if rule is None else rule
+        whole = Objective(model, loss_fn, objective, augment)
+        found = st_nn.tunables(whole)
+        st_nn.own_counters(whole)
+        check_hparams(hparams or {}, rule, found)
         given = {n: v if isinstance(v, bool) else float(v) for n, v in (hparams or {}).items()}
         penalties = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty)
         if "l1" in given and not any(p.name == "l1" for p in penalties):
             penalties.append(L1(given["l1"]))
-        self._update = Update(self._rule, tuple(penalties))
-        self._values = {n: 0.0 for n in self._update.hparams} | dict(self._rule.defaults)
-        self._values |= {n: f.value for n, f in self._found.items()}
-        self._values |= {p.name: p.strength for p in penalties} | given
-        self._known = self._update.hparams | {n: f.hparam for n, f in self._found.items()}
-        self._tune = tune
-        self._bounds = bounds
-        self._estimator = Trace(stride=every) if estimator is None else estimator
-        self._tangents = tangents
-        self._average = Average() if average is None else average
-        self._every = every
-        self._hyper_rate = step_size(every) if hyper_rate is None else hyper_rate
-        self._schedule, self._warmup = schedule, warmup_steps
-        self._probe, self._guard = probe, guard
-        self._metrics = dict(metrics or {})
-        self._device = None if device is None else torch.device(device)
-        self._amp, self._compile = amp, compile
-        self._population = Population(population, seed) if population != 1 else None
-        self._exploit, self._seed = exploit_every, seed
-        self._fitted = False
-        self._ended: Training | None = None
+        update = Update(rule, tuple(penalties))
+        values = {n: 0.0 for n in update.hparams} | dict(rule.defaults)
+        values |= {n: f.value for n, f in found.items()}
+        values |= {p.name: p.strength for p in penalties} | given
+        known = update.hparams | {n: f.hparam for n, f in found.items()}
+        names = _names(tune, update, found, schedule)
+        estimator = Trace(stride=every) if estimator is None else estimator
+        members = Population(population, seed) if population != 1 else None
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
-        HyperVector(self._known, self._names(), bounds, horizon=1)
-        self._division = divide(
-            self._estimator, self._update, self._names(), self._found, every,
-            parts=self._objective.splits,
-        )  # fmt: skip
-        if self._division.whole is not None and self._population is not None:
+        HyperVector(known, names, bounds, horizon=1)
+        division = divide(estimator, update, names, found, every, parts=whole.splits)
+        if division.whole is not None and members is not None:
             raise ValueError(
                 f"population={population} needs an estimator of rows, Trace or OneStep, for all "
-                f"tuned hyperparameters, and {self._division.followed} need "
-                f"{self._division.whole}"
+                f"tuned hyperparameters, and {division.followed} need {division.whole}"
             )
-        stride = self._division.rows.stride
-        if stride not in (1, every):
+        if division.rows.stride not in (1, every):
             raise ValueError(
-                f"estimator={self._estimator} observes one step of {stride}, and "
+                f"estimator={estimator} observes one step of {division.rows.stride}, and "
                 f"every={every}: pass stride={every}, or stride=1 to observe all steps"
             )
-
-    def _names(self) -> list[str]:
-        """Names of the tuned hyperparameters; α only where nothing else anneals."""
-        if self._tune is not None:
-            if isinstance(self._tune, str):
-                raise ValueError(f"tune={self._tune!r} must be a sequence: ({self._tune!r},)")
-            return list(self._tune)
-        update = [n for n in self._update.tuned if n != "decay" or self._schedule == "constant"]
-        return [*update, *self._found]
+        self._given = Settings(
+            objective=whole, rule=rule, update=update, found=found, known=known, values=values,
+            names=names, bounds=bounds, estimator=repr(estimator), division=division,
+            tangents=tangents, average=Average() if average is None else average, every=every,
+            hyper_rate=step_size(every) if hyper_rate is None else hyper_rate,
+            schedule=schedule, warmup=warmup_steps, probe=probe, guard=guard,
+            metrics=dict(metrics or {}), amp=amp, population=members,
+        )  # fmt: skip
+        self._device = None if device is None else torch.device(device)
+        self._compile, self._exploit, self._seed = compile, exploit_every, seed
+        self._fitted = False
+        self._ended: Training | None = None
 
     @property
     def starts(self) -> dict[str, float]:
         """Where tuned hyperparameters start, by name."""
-        return {n: float(self._values[n]) for n in self._names()}
+        return {n: float(self._given.values[n]) for n in self._given.names}
 
     @property
     def scales(self) -> dict[str, Hparam]:
         """Scale and bounds of tuned hyperparameters, by name."""
-        return {n: self._known[n] for n in self._names()}
+        return {n: self._given.known[n] for n in self._given.names}
 
     def start_from(self, values: Mapping[str, float]) -> list[str]:
         """Start tuned hyperparameters where another run ended; others are left as they are.
@@ -233,12 +210,12 @@ class Tuner:
         """
         if self._fitted:
             raise RuntimeError("start_from came after fit: call it before")
-        taken = [n for n in self._names() if n in values]
+        taken = [n for n in self._given.names if n in values]
         for name in taken:
             if not math.isfinite(values[name]):
                 raise ValueError(f"values[{name!r}]={values[name]} must be finite")
-            known = self._known[name]
-            self._values[name] = min(max(values[name], known.lower), known.upper)
+            known = self._given.known[name]
+            self._given.values[name] = min(max(values[name], known.lower), known.upper)
         return taken
 
     def fit(
@@ -309,19 +286,20 @@ class Tuner:
             train, val = split(train, float(val), self._seed)
         elif val is train:
             log.warning("val is train: regularization cannot be tuned on the training data")
-        with modes_kept(self._objective):
+        objective = self._given.objective
+        with modes_kept(objective):
             device = self._device or next(self.model.parameters()).device
-            self._objective.to(device).train()
+            objective.to(device).train()
             streams = Stream(train, "train", device), Stream(val, "val", device, skips=True)
             total = length(streams[0], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             plan = Plan(
-                total=total, every=self._every, score=score, save=checkpoint_every or score,
+                total=total, every=self._given.every, score=score, save=checkpoint_every or score,
                 log=log_every or LOG, rest=0.0 if log_every else REST, patience=patience,
                 picture=pictures_every,
                 compile=self._compile, exploit=self._exploit,
             )  # fmt: skip
-            training = self._training(plan, streams, val, device, saved is None)
+            training = build(self._given, plan, streams, val, device, saved is None)
             training.callbacks = callbacks
             training.watch.bar = tqdm(total=total, disable=not progress, unit="step")
             if saved is not None:
@@ -373,97 +351,13 @@ class Tuner:
             raise RuntimeError("predict reads what a run has learned: call fit first")
         return predict(self._ended, values)
 
-    def _training(
-        self, plan: Plan, streams: tuple[Stream, Stream], val: Any, device: torch.device, new: bool
-    ) -> Training:
-        total = plan.total
-        autocast: Any = nullcontext
-        if self._amp:
-            autocast = partial(torch.autocast, device.type, torch.bfloat16)
-        members = self._population.size if self._population is not None else None
-        shape = Schedule(
-            shape=self._schedule, total_steps=total, warmup_steps=min(self._warmup, total - 1)
-        )
-        names = self._names()
-        hyper = HyperVector(
-            self._known, names, self._bounds,
-            horizon=total, floored=self._rule.shrinks, rate=self._hyper_rate,
-        )  # fmt: skip
-        outer = for_tuning(self._objective, self._every)
-        bilevel = Bilevel(
-            self._objective, outer, self._update,
-            {k: v for k, v in self._values.items() if k not in (*names, *self._found)},
-            hyper, self._division.rows, self._tangents, self._average,
-            torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device),
-            autocast, self._division.whole, self._division.followed,
-            {n: f.buffers for n, f in self._found.items() if n in names},
-            joined=plan.compile is not True and members is None and self._small(),
-        )  # fmt: skip
-        self._strengthen()
-        run = bilevel.init(self._values)
-        for name, value in hyper.values(run.hyper.raw).items():
-            if self._values[name] and not math.isclose(value, self._values[name], rel_tol=1e-6):
-                log.warning(
-                    "%s starts at %.3g, since the given %.3g is outside its bounds",
-                    name, value, self._values[name],
-                )  # fmt: skip
-        start = check_first(bilevel, run, streams) if new else math.nan
-        if self._population is not None:
-            spread = {"lr", *self._update.regularizers}
-            run = self._population.stack(run, hyper, dict.fromkeys(spread, SPREAD))
-        good = Good(run, members is not None)
-        fused = Fused(bilevel, run, members)
-        if fused.followed is not None:
-            good.rewound.append(fused.followed.follower.forget)
-        scorer = Scorer(
-            self._objective, self._metrics, val, bilevel, members is not None, device,
-            autocast,
-        )  # fmt: skip
-        compare = partial(scorer.compared, run, good, streams[1])
-        guarded = self._guard and bool(names)
-        watch = Watch(bilevel, run, good, members, guarded, plan.due, plan.rest, compare)
-        for guard in watch.guards:
-            guard.begin(start)
-        probed = probe_steps(total) if self._probe is True else int(self._probe)
-        if probed > total:
-            raise ValueError(f"probe={probed} is longer than the run of {total} steps")
-        probing = probed and members is None and "lr" in names and new
-        return Training(
-            bilevel=bilevel,
-            fused=fused,
-            plan=plan,
-            train=streams[0],
-            val=streams[1],
-            scorer=scorer,
-            good=good,
-            watch=watch,
-            probe=Probe(steps=probed) if probing else None,
-            population=self._population,
-            identity={
-                "parameters": {n: list(p.shape) for n, p in self.model.named_parameters()},
-                "rule": type(self._rule).__name__,
-                "trained parameters": bilevel.params,
-                "estimator": repr(self._estimator),
-                "tuned hyperparameters": names,
-                "number of steps": total,
-                "every": self._every,
-                "population": members or 1,
-            },
-        )  # fmt: skip
 
-    def _small(self) -> bool:
-        """Whether eager steps of the model take as long as their operations are many."""
-        trained = [p for p in self._objective.parameters() if p.requires_grad]
-        dtypes = {p.dtype for p in trained}
-        return (
-            sum(p.numel() for p in trained) <= JOINED
-            and len(dtypes) == 1
-            and dtypes <= {torch.float32, torch.float64}
-        )
-
-    def _strengthen(self) -> None:
-        """Write the given strengths into the layers that have them."""
-        buffers = dict(self._objective.named_buffers())
-        for name, found in self._found.items():
-            for buffer in found.buffers:
-                buffers[buffer].fill_(self._values[name])
+def _names(
+    tune: Sequence[str] | None, update: Update, found: Mapping[str, st_nn.Found], schedule: str
+) -> list[str]:
+    """Names of the tuned hyperparameters; α only where nothing else anneals."""
+    if tune is not None:
+        if isinstance(tune, str):
+            raise ValueError(f"tune={tune!r} must be a sequence: ({tune!r},)")
+        return list(tune)
+    return [*(n for n in update.tuned if n != "decay" or schedule == "constant"), *found]
