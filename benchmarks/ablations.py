@@ -25,6 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 import selftune as st
 from benchmarks.proof.contenders import Config, selftune
@@ -33,7 +34,7 @@ from benchmarks.proof.scoring import middle, rank
 from benchmarks.proof.training import train
 from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
-from selftune import guard, hyperstep, tuning
+from selftune import guard, hyperstep, probe, tuning
 from selftune.optim import _base
 from selftune.optim._engine import Engine
 from selftune.probe import Probe
@@ -82,6 +83,11 @@ def bounded(times: float) -> Callable[..., bool]:
     return step
 
 
+def unscaled(signal: Tensor, grads: Sequence[Tensor], joined: Callable[[Tensor], Tensor]) -> Tensor:
+    """Hypergradients along the outer gradient as it is."""
+    return joined(signal)
+
+
 def replaced(owner: object, name: str, value: object) -> Patch:
     """A name that stands for something else during the run."""
     return partial(patch.object, owner, name, value)
@@ -125,8 +131,13 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),
+    "β₁ as it was given, after the probe": ({}, [replaced(probe, "EASED", 0.0)]),
+    "hypergradients as long as they are": (
+        {},
+        [replaced(Engine, "_scaled", staticmethod(unscaled))],
+    ),
     "no guard": ({"guard": False}, []),
-    "good weights by the slow mean": ({}, [replaced(guard, "QUICK", 0.1)]),
+    "good weights by means of three": ({}, [replaced(guard, "WINDOW", 3)]),
     "constant schedule": ({"schedule": "constant"}, []),
     "cosine schedule": ({"schedule": "cosine"}, []),
     "wsd schedule": ({"schedule": "wsd"}, []),

@@ -8,16 +8,18 @@ from typing import Any
 
 FRESH = 5
 """Running means of so few evaluations only set the yardstick."""
-QUICK = 0.3
-"""Weight of the newest loss in the mean by which good weights are chosen."""
+WINDOW = 5
+"""Losses whose mean judges the weights of the middle one. A running mean tells too late: it is
+lowest where the loss has risen again."""
 
 
 @dataclass(kw_only=True)
 class Guard:
     """Watches gradients and losses; its state is plain numbers, saved with the run.
 
-    Every judgement is one of ``"ok"``, ``"best"`` (worth keeping), ``"skip"`` (ignore this
-    step) and ``"rollback"`` (return to the last good weights).
+    Every judgement is one of ``"ok"``, ``"hold"`` (what comes will tell whether these weights are
+    good), ``"best"`` (those that are held are), ``"skip"`` (ignore this step) and ``"rollback"``
+    (return to the last good weights).
 
     Args:
         patience: Consecutive non-finite gradients, or near-empty ones, that are tolerated.
@@ -43,7 +45,8 @@ class Guard:
     count: int = 0
     best: float = math.inf
     best_error: float = 0.0
-    quick: float = math.nan
+    window: int = 0
+    total: float = 0.0
     lowest: float = math.inf
     training_first: float = math.nan
     training_mean: float = math.nan
@@ -116,8 +119,6 @@ class Guard:
         weight = max(self._weight, 1 / self.count)
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
         self.mean += weight * (loss - self.mean)
-        settled = self.count > FRESH and not math.isnan(self.quick)
-        self.quick = self.quick + QUICK * (loss - self.quick) if settled else self.mean
         self.exploded = self._exploded(self.mean, self.start)
         if self.exploded:
             return "rollback"
@@ -139,11 +140,19 @@ class Guard:
             self.best, self.best_error = self.mean, error
         if better:
             self.streak = 0
-        # The weights to return to are chosen by a mean that lags less.
-        lower = self.quick < min(self.lowest, bar)
-        if lower:
-            self.lowest = self.quick
-        return "best" if lower else "ok"
+        return self._windowed(loss, bar)
+
+    def _windowed(self, loss: float, bar: float) -> str:
+        """Whether weights are to be held, or those that are held are the best so far."""
+        self.window, self.total = self.window + 1, self.total + loss
+        if self.window < WINDOW:
+            return "hold" if self.window == (WINDOW + 1) // 2 else "ok"
+        mean = self.total / WINDOW
+        self.window, self.total = 0, 0.0
+        if mean >= min(self.lowest, bar):
+            return "ok"
+        self.lowest = mean
+        return "best"
 
     def confirms(self, now: float, good: float) -> bool:
         """Whether losses over many batches bear out that the outer loss has worsened.
@@ -159,8 +168,9 @@ class Guard:
             return True
         self.best = self.lowest = min(now, good)
         self.best_error = 0.0
-        self.mean = self.quick = now
+        self.mean = now
         self.count = FRESH
+        self.window, self.total = 0, 0.0
         return False
 
     def _exploded(self, mean: float, first: float) -> bool:
@@ -175,7 +185,7 @@ class Guard:
         self.rollbacks += 1
         self.streak += 1
         self.mean = self.best if math.isfinite(self.best) else math.nan
-        self.quick = self.lowest if math.isfinite(self.lowest) else math.nan
+        self.window, self.total = 0, 0.0
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
         self.skipped = self.missed = self.quiet = 0

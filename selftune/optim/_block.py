@@ -68,6 +68,7 @@ class Block:
         self._views: dict[str, list[Tensor]] = {}
         self._viewed: dict[str, Tensor] = {}  # the state of these views
         self.average = self._keep("average", weights)
+        self.held = self._keep("held", weights)
         self.good = self._keep("good", weights)
         leads = "lr" in rows and estimator.closed_forms
         self.fast = self._keep("fast", weights) if leads else None

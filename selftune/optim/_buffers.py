@@ -26,6 +26,7 @@ class Buffers:
     def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
         self.layers: list[nn.Module] = []
         self.average: list[Tensor] = []
+        self.held: list[Tensor] = []
         self.good: list[Tensor] = []
         self._every = every
         self.shown = False
@@ -43,8 +44,8 @@ class Buffers:
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
-                self.average += [t.clone() for t in _statistics(layer)]
-                self.good += [t.clone() for t in _statistics(layer)]
+                for kept in (self.average, self.held, self.good):
+                    kept += [t.clone() for t in _statistics(layer)]
 
     @contextmanager
     def discovering(self) -> Iterator[None]:
@@ -95,24 +96,30 @@ class Buffers:
         """Note in which mode a validation pass has just been made."""
         self._own = any(layer.training for layer in self.layers)
 
-    def keep(self) -> None:
-        """Remember the averaged statistics as good."""
-        for kept, now in zip(self.good, self.average, strict=True):
+    def hold(self) -> None:
+        """Remember the averaged statistics until it is known whether they are good."""
+        for kept, now in zip(self.held, self.average, strict=True):
+            kept.copy_(now)
+
+    def keep(self, *, held: bool = False) -> None:
+        """Remember the averaged statistics as good, or those that are held."""
+        for kept, now in zip(self.good, self.held if held else self.average, strict=True):
             kept.copy_(now)
 
     def restore(self, first: int = 0) -> None:
         """Put good statistics back, for the training weights and the average."""
-        groups = (self.tensors(), self.average, self.good)
+        groups = (self.tensors(), self.average, self.held, self.good)
         for *others, kept in zip(*(g[first:] for g in groups), strict=True):
             for tensor in others:
                 tensor.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged and the good statistics."""
+        """The averaged, held and good statistics."""
         if self._saved is not None:
             return self._saved
         return {
             "average": [t.clone() for t in self.average],
+            "held": [t.clone() for t in self.held],
             "good": [t.clone() for t in self.good],
             "own": self._own,
         }
@@ -121,7 +128,8 @@ class Buffers:
         """Continue from ``state_dict``; before the layers are found, it waits for them."""
         self._saved = None if self.layers else state
         self._own = state["own"]
-        for mine, saved in ((self.average, state["average"]), (self.good, state["good"])):
+        for name in ("average", "held", "good"):
+            mine, saved = getattr(self, name), state[name]
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 for tensor, value in zip(mine, saved, strict=True):
                     tensor.copy_(value)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selftune._gradient import SHORTEST
 from selftune.averaging import Average
 from selftune.guard import Guard
 from selftune.monitor import Monitor
@@ -173,6 +174,21 @@ class Engine:
         whole = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
         return float(self.ranks.total(whole))
 
+    @staticmethod
+    def _scaled(
+        signal: Tensor, grads: Sequence[Tensor], joined: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Hypergradients of an outer gradient of length 1 (:func:`selftune._gradient.unit`).
+
+        Args:
+            signal: Along the gradient as it is.
+            grads: The gradient.
+            joined: Joins inner products over processes.
+        """
+        squares = [torch.linalg.vector_norm(g).double().square() for g in grads]
+        length = joined(torch.stack(squares).sum()).sqrt()
+        return joined(signal) / length.clamp_min(SHORTEST)
+
     def _verdict(self, grads: Grads) -> str:
         if self.guard is None or (grads[0][0].is_cuda and self.clock.steps % PULSE):
             return "ok"
@@ -193,7 +209,8 @@ class Engine:
                 self._keep([b.weights() for b in self.blocks])
         if probe.ended:
             self._fresh_start()
-            self.tuning.move("lr", math.log(probe.choice))
+            for name, raw in probe.moves().items():
+                self.tuning.move(name, raw)
             log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
             self.monitor.scalar("guard/probe", probe.choice, self.clock.steps)
             return True
@@ -234,7 +251,8 @@ class Engine:
             return False
         if not names or self.clock.heard or self.clock.steps <= ALONE:
             return False
-        signal = self.ranks.total(self._signal([g for g, _ in grads]))
+        flat = [g for g, _ in grads]
+        signal = self._scaled(self._signal(flat), flat, self.ranks.total)
         self.alone = signal if self.alone is None else self.alone + signal
         if self.clock.steps - self.clock.outer < self.every:
             return False
@@ -260,16 +278,21 @@ class Engine:
                 what = "exploded" if self.guard.exploded else "worsened"
                 why = f"the validation loss has {what}, to {loss:.4g}"
                 return self.roll_back(why, worsened=not self.guard.exploded)
+            if verdict == "hold":
+                for block in self.blocks:
+                    block.held.copy_(block.average)
+                self.buffers.hold()
             if verdict == "best":
-                self._keep([b.average for b in self.blocks])
+                self._keep([b.held for b in self.blocks], held=True)
         if not self.tuning.rows:
             return False
         if self.following is not None:
             signal = self.following.signal(self.blocks[0], values[0], grads[0])
             if signal is None:
                 return False
-            return self.tune(self.ranks.outer(signal), self.tuning.names)
-        return self.tune(self.ranks.outer(self._signal(grads)), self.tuning.names)
+        else:
+            signal = self._signal(grads)
+        return self.tune(self._scaled(signal, grads, self.ranks.outer), self.tuning.names)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
         """Step the named hyperparameters, unless the hypergradient is not finite."""
@@ -298,10 +321,10 @@ class Engine:
         self.monitor.scalar("guard/events", self.guard.rollbacks, self.clock.steps)
         return True
 
-    def _keep(self, weights: Sequence[Tensor]) -> None:
+    def _keep(self, weights: Sequence[Tensor], *, held: bool = False) -> None:
         for block, good in zip(self.blocks, weights, strict=True):
             block.good.copy_(good)
-        self.buffers.keep()
+        self.buffers.keep(held=held)
 
     def _fresh_start(self) -> None:
         for block in self.blocks:

@@ -11,7 +11,7 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 3
+VERSION = 4
 """Of what is kept; 3 has no pull of the training loss."""
 
 

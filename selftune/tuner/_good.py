@@ -29,17 +29,28 @@ class Good:
         self.rewound: list[Callable[[], None]] = []
         self.weights = [w.average.clone() for w in run.weights]
         self.buffers = [b.clone() for b in run.average_buffers]
+        self._held = [t.clone() for t in self._present()]
 
     def part(self, tensor: Tensor, member: int) -> Tensor:
         """A member's part of a tensor of the run."""
         return tensor[member] if self._members else tensor
 
+    def _present(self) -> list[Tensor]:
+        return [*(w.average for w in self.run.weights), *self.run.average_buffers]
+
     @torch.no_grad()
-    def keep(self, member: int = 0) -> None:
-        """Remember the present average."""
-        now = [*(w.average for w in self.run.weights), *self.run.average_buffers]
-        kept = [self.part(t, member) for t in (*self.weights, *self.buffers)]
-        torch._foreach_copy_(kept, [self.part(t, member) for t in now])
+    def _copy(self, target: list[Tensor], source: list[Tensor], member: int) -> None:
+        parts = [[self.part(t, member) for t in tensors] for tensors in (target, source)]
+        torch._foreach_copy_(parts[0], parts[1])
+
+    def hold(self, member: int = 0) -> None:
+        """Remember the present average until it is known whether it is good."""
+        self._copy(self._held, self._present(), member)
+
+    def keep(self, member: int = 0, *, held: bool = False) -> None:
+        """Remember the present average as good, or the one that is held."""
+        source = self._held if held else self._present()
+        self._copy([*self.weights, *self.buffers], source, member)
 
     @torch.no_grad()
     def rewind(self, member: int = 0) -> None:
@@ -60,16 +71,16 @@ class Good:
     @torch.no_grad()
     def copy(self, source: int, target: int) -> None:
         """Let one member take over everything from another."""
-        for leaf in [*leaves(self.run), *self.weights, *self.buffers]:
+        for leaf in [*leaves(self.run), *self.weights, *self.buffers, *self._held]:
             leaf[target].copy_(leaf[source])
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Continue from ``state_dict``."""
-        for held, saved in ((self.weights, state["weights"]), (self.buffers, state["buffers"])):
-            for tensor, value in zip(held, saved, strict=True):
+        for name, tensors in self.state_dict().items():
+            for tensor, value in zip(tensors, state[name], strict=True):
                 tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both lists."""
-        return {"weights": self.weights, "buffers": self.buffers}
+        """What is good, and what is held."""
+        return {"weights": self.weights, "buffers": self.buffers, "held": self._held}

@@ -67,7 +67,8 @@ class Watch:
         self._bilevel, self._run, self._good = bilevel, run, good
         self._many, self._guarded, self._due = members is not None, guarded, due
         self._compare = compare
-        self._kept_at = [0] * len(self.guards)  # steps after which weights were good
+        self._kept_at = [0] * len(self.guards)  # steps after which weights were good …
+        self._held_at = [0] * len(self.guards)  # … or are to be found good
         self._losses: list[Tensor] = []
         self._told: list[tuple[int, Tensor]] = []
         self._looked = 0.0
@@ -144,8 +145,12 @@ class Watch:
             self._roll_back(step, member, "gradients vanished", worsened=False)
             return
         verdict = guard.loss(outer)
-        if verdict == "best":
-            self.keep(step, member)
+        if verdict == "hold":
+            self._good.hold(member)
+            self._held_at[member] = step
+        elif verdict == "best":
+            self._good.keep(member, held=True)
+            self._kept_at[member] = self._held_at[member]
         elif verdict == "rollback" and (guard.exploded or guard.confirms(*self._compare(member))):
             what = "exploded" if guard.exploded else "worsened"
             why = f"the validation loss has {what}, to {outer:.4g}"
@@ -206,6 +211,7 @@ class Watch:
             "since": self.since,
             "leader": self.leader,
             "kept_at": self._kept_at,
+            "held_at": self._held_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -214,7 +220,7 @@ class Watch:
         for guard, saved in zip(self.guards, state["guards"], strict=True):
             guard.load_state_dict(saved)
         self.since, self.leader = state["since"], state["leader"]
-        self._kept_at = state["kept_at"]
+        self._kept_at, self._held_at = state["kept_at"], state["held_at"]
 
 
 def _read(tensors: list[Tensor]) -> list[Any]:

@@ -133,9 +133,26 @@ def test_the_quadratic_best_rate_is_found_from_the_hypergradient_alone() -> None
     assert float(loss().detach()) < 1e-3
 
 
+def test_a_validation_loss_in_other_units_tunes_alike() -> None:
+    """Law: only the direction of its gradient counts, also where its length changes on the way."""
+
+    def ends(units: list[float]) -> dict[str, float]:
+        weight = nn.Parameter(torch.full((10,), 3.0, dtype=torch.float64))
+        opt = st.AdamW([weight], lr=1e-3, probe=False, guard=False, every=1)
+        for unit in units:
+            opt.zero_grad()
+            (weight.square().sum() / 2).backward()
+            opt.step()
+            opt.hyper_step(lambda unit=unit: unit * (weight - 1).square().sum())
+        return opt.hparams
+
+    assert ends([2.0**-k for k in range(40)]) == pytest.approx(ends([1.0] * 40), rel=1e-12)
+    assert ends([1.0] * 40)["lr"] > 2e-3
+
+
 @pytest.mark.parametrize(("name", "off"), [("SGD", 0.03), ("AdamW", 1e-4)])
 def test_weight_decay_follows_the_slope_of_the_validation_loss(name: str, off: float) -> None:
-    """Finite differences of torch's own optimizer, gradients given.
+    """Finite differences of torch's own optimizer, gradients given, of an outer gradient of 1.
 
     There is then no curvature to drop but that of SGD's penalty, ηλ of a weight a step.
     """
@@ -159,4 +176,5 @@ def test_weight_decay_follows_the_slope_of_the_validation_loss(name: str, off: f
     plain = getattr(torch.optim, name)
     low, high = (float(outer(trained(plain, 0.1 * math.exp(z))[0].detach())) for z in (-1e-4, 1e-4))
     found = opt._engine.tuning.signals()["weight_decay"][0]
-    assert float(found) == pytest.approx((high - low) / 2e-4, rel=off)
+    length = 2 * float((weight.detach() - 0.3).norm())
+    assert float(found) == pytest.approx((high - low) / 2e-4 / length, rel=off)
