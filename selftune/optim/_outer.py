@@ -17,8 +17,9 @@ from selftune.optim._engine import Engine
 from selftune.optim._ranks import is_sharded
 
 Closure = Callable[[], Tensor]
-ENOUGH = 8
-"""Validation batches by which the end of a run is compared with its last good weights."""
+FEWEST, SHARE = 8, 50
+"""Validation batches by which the end of a run is compared with its last good weights: one for every
+fifty steps, whose passes at both points are about a hundredth of the run."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class OuterLoss:
     def good_is_better(self, closure: Closure) -> bool:
         """Whether the last good weights beat the averaged ones, by more than the batches' noise."""
         found: dict[bool, list[float]] = {False: [], True: []}
+        count = max(FEWEST, self.engine.tuning.horizon // SHARE)
         with self.random():  # around all of them: a closure may draw its batches at random
-            for _ in range(ENOUGH):  # in turns: batches differ
+            for _ in range(count):  # in turns: batches differ
                 for good, losses in found.items():
                     weights = [b.good if good else b.average for b in self.engine.blocks]
                     with self.showing(weights, good):
@@ -99,7 +101,7 @@ class OuterLoss:
         if not (math.isfinite(now) and math.isfinite(then)):
             return math.isfinite(then)
         spread = sum(statistics.variance(losses) for losses in found.values())
-        return then < now - math.sqrt(spread / ENOUGH)
+        return then < now - math.sqrt(spread / count)
 
 
 def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
