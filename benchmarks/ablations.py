@@ -34,7 +34,7 @@ from benchmarks.proof.scoring import middle, rank
 from benchmarks.proof.training import train
 from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
-from selftune import guard, hyperstep, probe, tuning
+from selftune import guard, hyperstep, tuning
 from selftune.optim import _base
 from selftune.optim._engine import Engine
 from selftune.probe import Probe
@@ -78,6 +78,19 @@ def bounded(times: float) -> Callable[..., bool]:
             highest = min(tuned.hparam.upper, times * float(tuned.values().max()))
             tuned.hparam = replace(tuned.hparam, upper=highest)
             tuned.limit(tuned.hparam.lower)  # also finds the ends anew
+        return changed
+
+    return step
+
+
+def eased(odds: float) -> Callable[..., bool]:
+    """A probe at whose end β₁'s log odds are lowered."""
+    probe_step = Engine._probe_step
+
+    def step(self: Engine, probe: Probe, *rest: Any) -> bool:
+        changed = probe_step(self, probe, *rest)
+        if probe.ended:
+            self.tuning.move("beta1", -odds)
         return changed
 
     return step
@@ -131,7 +144,10 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),
-    "β₁ as it was given, after the probe": ({}, [replaced(probe, "EASED", 0.0)]),
+    "β₁ of half the memory, after the probe": (
+        {},
+        [replaced(Engine, "_probe_step", eased(math.log(2)))],
+    ),
     "hypergradients as long as they are": (
         {},
         [replaced(Engine, "_scaled", staticmethod(unscaled))],

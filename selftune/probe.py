@@ -19,8 +19,6 @@ NEAR = 4.0
 """How far above the best rate so far, or else at the next one, any descent counts."""
 
 
-EASED = math.log(2)
-"""By how much, in log odds, Adam's β₁ gives way to the rate that is found: its memory halves."""
 SETTLING = 10
 """Steps after the sweep in which the chosen rate must not lose what was found."""
 LOSABLE = 0.5
@@ -114,14 +112,6 @@ class Probe:
     def choice(self) -> float:
         """The factor for the given rate; 1, which keeps it, if nothing descended."""
         return 1.0 if math.isnan(self.best) else self.best / self.margin
-
-    def moves(self) -> dict[str, float]:
-        """What the raw values of hyperparameters change by at the end; nothing if none descended.
-
-        At the rates where descent ends, an Adam of less memory ends lower, which a hypergradient
-        of a few steps does not see (ablations).
-        """
-        return {} if math.isnan(self.best) else {"lr": math.log(self.choice), "beta1": -EASED}
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""

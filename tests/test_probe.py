@@ -5,9 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-import selftune as st
 from selftune.probe import Probe, probe_steps
 
 
@@ -146,29 +144,6 @@ def test_length_is_five_percent_within_limits(total: int | None, length: int) ->
     assert probe_steps(total) == length
     with pytest.raises(ValueError, match="probe=1"):
         Probe(steps=1)
-
-
-def test_beta1_halves_its_memory_where_a_rate_is_found() -> None:
-    """Closed form: β₁/(1 − β₁) from 9 to 4.5, in an optimizer and in a tuner alike."""
-    net, x = nn.Linear(4, 1), torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    opt = st.AdamW(net, lr=1e-3, probe=10)
-    while opt._engine.probing:
-        opt.zero_grad()
-        net(x).square().mean().backward()
-        opt.step()
-    assert opt.hparams["beta1"] == pytest.approx(4.5 / 5.5)
-    batches = [(x, x.sum(1, keepdim=True))] * 20
-    tuner = st.Tuner(nn.Linear(4, 1), nn.functional.mse_loss, probe=10, every=20)
-    result = tuner.fit(batches, batches[:1], epochs=1, progress=False)
-    assert result.hparams["beta1"] == pytest.approx(4.5 / 5.5)
-
-
-def test_a_probe_without_descent_moves_nothing() -> None:
-    """Law: there is no rate that anything could give way to."""
-    probe = Probe(steps=10)
-    probe.taken = 1
-    probe.observe(1.0)
-    assert probe.moves() == {}
 
 
 def test_state_round_trip_through_json() -> None:

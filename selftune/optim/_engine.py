@@ -209,8 +209,7 @@ class Engine:
                 self._keep([b.weights() for b in self.blocks])
         if probe.ended:
             self._fresh_start()
-            for name, raw in probe.moves().items():
-                self.tuning.move(name, raw)
+            self.tuning.move("lr", math.log(probe.choice))
             log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
             self.monitor.scalar("guard/probe", probe.choice, self.clock.steps)
             return True

@@ -18,8 +18,8 @@ from selftune.optim._ranks import is_sharded
 
 Closure = Callable[[], Tensor]
 FEWEST, SHARE = 8, 50
-"""Validation batches by which the end of a run is compared with its last good weights: one for every
-fifty steps, whose passes at both points are about a hundredth of the run."""
+"""Validation batches by which the end of a run is compared with its last good weights: one for
+every fifty steps, whose passes at both points are about a hundredth of the run."""
 
 
 @dataclass(frozen=True)

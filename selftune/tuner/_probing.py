@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,6 @@ def sweep(bilevel: Bilevel, run: Run, good: Good, probe: Probe, batch: Callable[
         earlier = before
         probe.taken += 1
     good.rewind()
-    for name, raw in probe.moves().items():
-        run.hyper.raw.copy_(bilevel.hyper.move(run.hyper, name, raw).raw)
+    chosen = bilevel.hyper.move(run.hyper, "lr", math.log(probe.choice))
+    run.hyper.raw.copy_(chosen.raw)
     log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
