@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
-
-SHORTEST = 1e-18
-"""Length of a gradient below which it counts as 0: squares of less vanish in float32."""
 
 
 def gradient(
@@ -38,17 +35,6 @@ def gradient(
         else:
             grads = [torch.zeros_like(p) for p in leaves]
     return grads, value.detach(), tree_map_only(Tensor, Tensor.detach, rest)
-
-
-def unit(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients scaled to a joint length of 1; zeros stay zeros.
-
-    Of an outer gradient only the direction counts for hyperparameters. Its length shrinks by orders
-    of magnitude as a run converges, and steps whose size follows the mean square of past
-    hypergradients would all but end long before the run does.
-    """
-    length = torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
-    return [g / length.clamp_min(SHORTEST) for g in grads]
 
 
 def pulling(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune._flat import Layout
-from selftune._gradient import gradient, unit
+from selftune._gradient import gradient
 from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator, AbstractRows
 from selftune.hypervector import HyperState, HyperVector
@@ -274,7 +274,7 @@ class Bilevel:
 
     def step(self, run: Run, loss: Tensor, grads: Sequence[Tensor], buffers: list[Tensor]) -> Run:
         """The run after a hyperparameter step along the outer gradients."""
-        return self.stepped(run, self.hypergradient(run, unit(grads)), buffers)
+        return self.stepped(run, self.hypergradient(run, grads), buffers)
 
     def stepped(self, run: Run, signal: Tensor, buffers: list[Tensor]) -> Run:
         """The run after a hyperparameter step along hypergradients, shape (hyperparameters,)."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from selftune._gradient import unit
 from selftune._trees import leaves
 from selftune.bilevel import Batch, Bilevel, Run, alive
 from selftune.followed import Followed
@@ -158,7 +157,6 @@ class Fused:
             run = bilevel.advance(run, loss, grads, buffers, observe=True)
             outer_loss, outer_grads, buffers = bilevel.outer_gradient(run, outer)
             told = loss, alive(grads), outer_loss
-            outer_grads = unit(outer_grads)
             run = run._replace(average_buffers=buffers)
             ends = followed.seen(run)[0], followed.joined(outer_grads)
             return run, (told, passed, hparams, *ends, bilevel.hypergradient(run, outer_grads))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._gradient import SHORTEST
 from selftune.averaging import Average
 from selftune.guard import Guard
 from selftune.monitor import Monitor
@@ -27,6 +26,7 @@ from selftune.update import Clock, Transition
 
 log = logging.getLogger("selftune")
 
+SHORTEST = 1e-18  # a gradient that counts as 0: squares of less vanish in float32
 PULSE = 10  # steps between two counts of vanished gradients
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
 BAD_GRADIENTS = "gradients vanished or are not finite"
@@ -178,7 +178,10 @@ class Engine:
     def _scaled(
         signal: Tensor, grads: Sequence[Tensor], joined: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Hypergradients of an outer gradient of length 1 (:func:`selftune._gradient.unit`).
+        """Hypergradients of an outer gradient of length 1: its direction alone counts.
+
+        The length shrinks by orders of magnitude as a run converges, and steps whose size follows
+        the mean square of past hypergradients would all but end long before the run does.
 
         Args:
             signal: Along the gradient as it is.
