@@ -254,12 +254,12 @@ class Engine:
         if not names or self.clock.heard or self.clock.steps <= ALONE:
             return False
         flat = [g for g, _ in grads]
-        signal = self._scaled(self._signal(flat), flat, self.ranks.total)
+        signal = self._signal(flat)
         self.alone = signal if self.alone is None else self.alone + signal
         if self.clock.steps - self.clock.outer < self.every:
             return False
         self.clock.outer = self.clock.steps
-        signal, self.alone = self.alone, None
+        signal, self.alone = self._scaled(self.alone, flat, self.ranks.total), None
         averages = [b.average for b in self.blocks]
         due = self.clock.steps % (10 * self.every) < self.every  # nothing else says which are good
         if due and math.isfinite(self._total([a.sum() for a in averages])):
