@@ -158,14 +158,19 @@ JOBS = {"images": images, "text": text}
 UPDATE: Space = dict(lr=(1e-4, 3e-2), weight_decay=(1e-4, 1.0))
 
 
+def set_strengths(parts: nn.Module, values: Mapping[str, float]) -> None:
+    """Set all regularizers of a model, its loss and augmentation."""
+    for module in parts.modules():
+        if isinstance(module, st.nn.Tunable):
+            module.strength.fill_(values[module.hparam.name])
+
+
 def trial(job: Job, values: dict[str, float], seed: int) -> tuple[float, float, float]:
     """A plain AdamW run at fixed values: validation and test loss, seconds."""
     torch.manual_seed(seed)
     model, loss_fn, augment = job.make(), job.loss(), job.augment()
     parts = nn.ModuleList([m for m in (model, loss_fn, augment) if m is not None])
-    for module in parts.modules():
-        if isinstance(module, st.nn.Tunable):
-            module.strength.fill_(values[module.hparam.name])
+    set_strengths(parts, values)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=values["lr"], weight_decay=values["weight_decay"])
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, job.steps)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.bijections import AbstractBijection, Log, Logit
+from selftune.bijections import AbstractBijection, Identity, Log, Memory
 
 SCOPES = ("run", "group", "tensor")
 
@@ -68,11 +68,11 @@ class Hparam:
         if not lower < upper:
             raise ValueError(f"bounds[{self.name!r}]=({lower}, {upper}): lower must be below upper")
         ends = self.bijection.inverse(torch.tensor([lower, upper], dtype=torch.float64))
-        if not bool(torch.isfinite(ends).all()):
-            scale = type(self.bijection).__name__
+        negative = lower < 0 and not isinstance(self.bijection, Identity)
+        if negative or not bool(torch.isfinite(ends).all()):
             raise ValueError(
-                f"bounds[{self.name!r}]=({lower}, {upper}) do not fit its scale, {scale}: "
-                + ("both must be above 0" + " and below 1" * (scale == "Logit"))
+                f"bounds[{self.name!r}]=({lower}, {upper}) do not fit its scale, "
+                f"{type(self.bijection).__name__}: both must be {self.bijection.domain}"
             )
         return replace(self, lower=lower, upper=upper)
 
@@ -80,7 +80,7 @@ class Hparam:
 LR = Hparam(name="lr", bijection=Log(), lower=1e-8, upper=1e2, from_zero=1e-3)
 DECAY = Hparam(name="decay", bijection=Log(), lower=1e-8, upper=1.0, from_zero=1e-5)
 WEIGHT_DECAY = Hparam(name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5)
-MOMENTUM = Hparam(name="momentum", bijection=Logit(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1)
+MOMENTUM = Hparam(name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1)
 
 
 def penalty_hparam(name: str) -> Hparam:

@@ -110,7 +110,7 @@ class HyperVector:
         values = self.values(state.raw)
         signal = signal.to(torch.float64)
         if self._coupled:  # at constant lr/(1 − μ), as in Tuning.step
-            pull = -values["momentum"] * signal[self.names.index("lr")]
+            pull = -signal[self.names.index("lr")]
             signal = self._added(signal, "momentum", pull)
         fine = torch.isfinite(signal).all()
         taken = state.taken + 1

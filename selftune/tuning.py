@@ -180,11 +180,11 @@ class Tuning:
         signal = signal.to("cpu", torch.float64)
         rows = dict(zip(self.rows, signal, strict=True))
         coupled = "lr" in names and "momentum" in names and self.shared
-        before = self._value("momentum")
+        before = self.value("momentum")
         if coupled:
             # Momentum moves at a constant lr / (1 − μ); otherwise both would chase the same
-            # effective rate: d log(1 − μ) / d logit μ = −μ.
-            rows["momentum"] = rows["momentum"] - before * rows["lr"]
+            # effective rate: the raw value of a momentum is −log(1 − μ).
+            rows["momentum"] = rows["momentum"] - rows["lr"]
         if "weight_decay" in names:
             self._raise_floor()
         grads = [
@@ -195,7 +195,7 @@ class Tuning:
         self.hyper.step(_joined(grads), *self.bounds(), _joined(moving).bool())
         self._share(self.hyper.raw.detach())
         if coupled:
-            after = self._value("momentum")
+            after = self.value("momentum")
             self.move("lr", math.log((1 - after) / (1 - before)))
 
     def _raise_floor(self) -> None:
@@ -203,13 +203,13 @@ class Tuning:
         if not self._floored or "weight_decay" not in self.rows or "lr" not in self.rows:
             return
         tuned = self.rows["weight_decay"]
-        if self._value("lr") == 0:
+        if self.value("lr") == 0:
             return
-        lower = NEGLIGIBLE / (self._value("lr") * self.memory * self.horizon / 2)
+        lower = NEGLIGIBLE / (self.value("lr") * self.memory * self.horizon / 2)
         if "weight_decay" not in self._bounded:
             tuned.limit(min(lower, 0.1 * tuned.hparam.upper))
 
-    def _value(self, name: str) -> float:
+    def value(self, name: str) -> float:
         """The largest present value of a tuned hyperparameter, 0 if it is not tuned."""
         return float(self.rows[name].values().max()) if name in self.rows else 0.0
 

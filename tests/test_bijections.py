@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from selftune.bijections import AbstractBijection, Identity, Log, Logit, Softplus
+from selftune.bijections import AbstractBijection, Identity, Log, Logit, Memory, Softplus
 
-ALL = [Identity(), Log(), Logit(), Softplus()]
+ALL = [Identity(), Log(), Logit(), Memory(), Softplus()]
 # The range in which float64 still tells values apart (1 − 1e-16 is 1 for the logit).
-RANGES = [(-1e6, 1e6), (-300.0, 300.0), (-300.0, 15.0), (-300.0, 1e6)]
+RANGES = [(-1e6, 1e6), (-300.0, 300.0), (-300.0, 15.0), (0.0, 15.0), (-300.0, 1e6)]
 
 
 def name(thing: object) -> str:
@@ -53,9 +53,9 @@ def test_no_nan_at_extremes(bijection: AbstractBijection, dtype: torch.dtype) ->
     assert value.dtype == dtype
     for result in (value, bijection.slope(value), bijection.inverse(value)):
         assert not result.isnan().any()
-    if not isinstance(bijection, Identity):
+    if not isinstance(bijection, (Identity, Memory)):
         assert (value >= 0).all()
-    if isinstance(bijection, Logit):
+    if isinstance(bijection, (Logit, Memory)):
         assert (value <= 1).all()
 
 
@@ -65,11 +65,12 @@ def test_no_nan_at_extremes(bijection: AbstractBijection, dtype: torch.dtype) ->
         (Identity(), -2.0, -2.0),
         (Log(), -2.0, 0.1353352832366127),
         (Logit(), 2.0, 0.8807970779778823),
+        (Memory(), 2.0, 0.8646647167633873),
         (Softplus(), 2.0, 2.1269280110429727),
     ],
     ids=name,
 )
 def test_values_in_closed_form(bijection: AbstractBijection, raw: float, value: float) -> None:
-    """Truth: e⁻², 1/(1 + e⁻²) and log(1 + e²) from a table."""
+    """Truth: e⁻², 1/(1 + e⁻²), 1 − e⁻² and log(1 + e²) from a table."""
     got = bijection.forward(torch.tensor(raw, dtype=torch.float64))
     assert float(got) == pytest.approx(value, rel=1e-15)

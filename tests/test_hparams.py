@@ -1,4 +1,4 @@
-"""Hyperparameters and their shifts. Truths: closed forms (exp, logit), autograd, and laws."""
+"""Hyperparameters and their shifts. Truths: closed forms (exp, log), autograd, and laws."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from selftune.bijections import Log, Logit
+from selftune.bijections import Log, Memory
 from selftune.hparams import DECAY, LR, MOMENTUM, WEIGHT_DECAY, Hparam, Tuned, penalty_hparam
 from selftune.rules.adam import BETA1, BETA2
 
@@ -75,8 +75,17 @@ def test_zero_beside_others_stays_exactly_zero(scope: str) -> None:
     assert tuned.slopes()[[0, 2]].tolist() == [0.0, 0.0]
 
 
-def test_one_shift_keeps_ratios_of_rates_and_of_odds() -> None:
-    """Closed form: Log multiplies all values by e^shift, Logit all odds."""
+@pytest.mark.parametrize("hparam", [MOMENTUM, BETA1, BETA2], ids=lambda h: h.name)
+def test_bounds_of_memories(hparam: Hparam) -> None:
+    """Law: from 0 on and below 1; others are refused by name, and the scale is told."""
+    assert hparam.bounded(0.0, 0.5).lower == 0.0
+    for lower, upper in ((-0.1, 0.9), (0.1, 1.0), (0.1, 1.5)):
+        with pytest.raises(ValueError, match=rf"bounds\['{hparam.name}'\].*Memory.*below 1"):
+            hparam.bounded(lower, upper)
+
+
+def test_one_shift_keeps_ratios_of_rates_and_of_memories() -> None:
+    """Closed form: Log multiplies all values by e^shift, Memory all 1/(1 − μ)."""
     rates = laid_out(LR, [0.1, 0.01, 0.1])
     rates.shift += 0.7
     torch.testing.assert_close(
@@ -84,8 +93,9 @@ def test_one_shift_keeps_ratios_of_rates_and_of_odds() -> None:
     )
     momenta = laid_out(MOMENTUM, [0.9, 0.5])
     momenta.shift += 0.7
-    odds = momenta.values() / (1 - momenta.values())
-    torch.testing.assert_close(odds, math.exp(0.7) * torch.tensor([9.0, 1.0], dtype=torch.float64))
+    memories = 1 / (1 - momenta.values())
+    want = math.exp(0.7) * torch.tensor([10.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(memories, want)
 
 
 SCOPES = [("run", [0, 0, 0, 0], 1), ("group", [0, 1, 1, 2], 3), ("tensor", [0, 1, 2, 3], 4)]
@@ -100,7 +110,7 @@ def test_scopes_share_shifts_and_gather_is_their_derivative(
     assert tuned.slots.tolist() == slots
     shift, signal = (torch.randn(n, dtype=torch.float64) for n in (count, 4))
     on, moving = torch.tensor([0, 1, 3]), shift.clone().requires_grad_()
-    values = Logit().forward(tuned.base[on] + moving[tuned.slots[on]])
+    values = Memory().forward(tuned.base[on] + moving[tuned.slots[on]])
     (want,) = torch.autograd.grad(signal[on] @ values, moving)
     tuned.shift = shift
     torch.testing.assert_close(tuned.gather(signal * tuned.slopes()), want)

@@ -69,7 +69,8 @@ class SelfTuned(torch.optim.Optimizer):
             0.01 times ``every``, from 0.05 to 0.2, and more in runs of less than 1000 steps.
         every: Training steps from one hyperparameter step to the next, at least; by default a
             thirtieth of ``total_steps``, from 5 to 20.
-        probe: Whether the learning rate is probed at the start, or over how many steps.
+        probe: Whether the learning rate is probed at the start, or over how many steps; a tuned β₁
+            goes on from 0.8 at most.
         guard: Whether a run that blows up or worsens is rolled back.
         model: The model, if it has BatchNorm and ``params`` is not itself a module.
         log_dir: Folder for TensorBoard; or a recorder of :mod:`selftune.monitor`, a

@@ -19,7 +19,7 @@ from selftune.optim._buffers import Buffers
 from selftune.optim._following import Call, Following
 from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
-from selftune.probe import Probe
+from selftune.probe import Probe, calming
 from selftune.rules._base import Values
 from selftune.tuning import MOMENTA, Tuning
 from selftune.update import Clock, Transition
@@ -213,6 +213,7 @@ class Engine:
         if probe.ended:
             self._fresh_start()
             self.tuning.move("lr", math.log(probe.choice))
+            self.tuning.move("beta1", calming(self.tuning.value("beta1")))
             log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
             self.monitor.scalar("guard/probe", probe.choice, self.clock.steps)
             return True

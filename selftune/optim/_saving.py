@@ -11,7 +11,7 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 4
+VERSION = 5
 """Of what is kept; 3 has no pull of the training loss."""
 
 

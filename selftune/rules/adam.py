@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selftune._flat import add_to
-from selftune.bijections import Logit
+from selftune.bijections import Memory
 from selftune.hparams import Hparam
 from selftune.rules._base import (
     AbstractRule,
@@ -24,11 +24,11 @@ from selftune.rules._base import (
 )
 
 BETA1 = Hparam(
-    name="beta1", option="betas", index=0, bijection=Logit(), lower=1e-3, upper=1 - 1e-4,
+    name="beta1", option="betas", index=0, bijection=Memory(), lower=1e-3, upper=1 - 1e-4,
     from_zero=0.1,
 )  # fmt: skip
 BETA2 = Hparam(
-    name="beta2", option="betas", index=1, bijection=Logit(), lower=0.1, upper=1 - 1e-6,
+    name="beta2", option="betas", index=1, bijection=Memory(), lower=0.1, upper=1 - 1e-6,
     from_zero=0.9,
 )  # fmt: skip
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from selftune._flat import add_to, plus
-from selftune.bijections import Logit
+from selftune.bijections import Memory
 from selftune.hparams import MOMENTUM, Hparam
 from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix, root
 
-ALPHA = Hparam(name="alpha", bijection=Logit(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1)
+ALPHA = Hparam(name="alpha", bijection=Memory(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1)
 
 
 class RMSprop(AbstractRule):

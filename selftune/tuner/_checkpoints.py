@@ -16,7 +16,7 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 2
+VERSION = 3
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:

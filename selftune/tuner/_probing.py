@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selftune._trees import leaves
 from selftune.bilevel import Bilevel, Run
-from selftune.probe import Probe
+from selftune.probe import Probe, calming
 from selftune.tuner._good import Good
 
 log = logging.getLogger("selftune")
@@ -20,7 +20,7 @@ log = logging.getLogger("selftune")
 
 @torch.no_grad()
 def sweep(bilevel: Bilevel, run: Run, good: Good, probe: Probe, batch: Callable[[], Any]) -> None:
-    """Take the probe's steps, return to the best weights it saw, and set the rate it chose.
+    """Take the probe's steps, return to the best weights it saw, and set the rate it chose and β₁.
 
     Args:
         bilevel: Takes the steps, without tangents, eagerly.
@@ -50,5 +50,7 @@ def sweep(bilevel: Bilevel, run: Run, good: Good, probe: Probe, batch: Callable[
         probe.taken += 1
     good.rewind()
     chosen = bilevel.hyper.move(run.hyper, "lr", math.log(probe.choice))
+    beta1 = bilevel.hyper.values(chosen.raw).get("beta1", 0.0)
+    chosen = bilevel.hyper.move(chosen, "beta1", calming(float(beta1)))
     run.hyper.raw.copy_(chosen.raw)
     log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)

@@ -1,4 +1,6 @@
-"""The probe's choice on trial. Truth: gradient descent on ½ w², which diverges above 2."""
+"""What the probe leaves. Truths: gradient descent on ½ w², which diverges above 2, and values."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -39,3 +41,35 @@ def test_little_to_lose_is_no_reason() -> None:
     """Law: where the probe found a descent of 3, adding 1.25 once is less than half."""
     _, opt = descend(2.5, 2, lowest=-3.0)
     assert opt.hparams["lr"] == pytest.approx(2.5)
+
+
+def begun(beta1: float, **options: Any) -> float:
+    """β₁ of an optimizer right after its probe."""
+    weight = nn.Parameter(torch.ones(2))
+    opt = st.AdamW([weight], betas=(beta1, 0.999), probe=10, **options)
+    for _ in range(11):
+        weight.grad = weight.detach().clone()
+        opt.step()
+    return float(opt.param_groups[0]["betas"][0])
+
+
+@pytest.mark.parametrize(("given", "after"), [(0.99, 0.8), (0.9, 0.8), (0.8, 0.8), (0.5, 0.5)])
+def test_beta1_goes_on_from_four_fifths_at_most(given: float, after: float) -> None:
+    """Truth: the value itself, in the optimizers and in the tuner."""
+    assert begun(given) == pytest.approx(after)
+    batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
+    made = st.Tuner(
+        nn.Linear(3, 1), nn.functional.mse_loss, hparams={"beta1": given}, probe=8, compile=False
+    )
+    result = made.fit(batches, batches, steps=9, progress=False)
+    assert result.history["beta1"][0] == pytest.approx(after)
+
+
+def test_a_beta1_that_is_not_tuned_or_not_probed_stays() -> None:
+    """Law: what is not tuned is the user's, and so is where a run without a probe starts."""
+    assert begun(0.95, tune=("lr",)) == 0.95
+    weight = nn.Parameter(torch.ones(2))
+    opt = st.AdamW([weight], betas=(0.9, 0.999), probe=False)
+    weight.grad = weight.detach().clone()
+    opt.step()
+    assert opt.param_groups[0]["betas"][0] == pytest.approx(0.9)
