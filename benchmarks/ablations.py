@@ -34,7 +34,8 @@ from benchmarks.proof.scoring import middle, rank
 from benchmarks.proof.training import train
 from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
-from selftune import guard, hyperstep, tuning
+from selftune import guard, hyperstep, probe, tuning
+from selftune.bijections import Logit, Memory
 from selftune.optim import _base
 from selftune.optim._engine import Engine
 from selftune.probe import Probe
@@ -78,19 +79,6 @@ def bounded(times: float) -> Callable[..., bool]:
             highest = min(tuned.hparam.upper, times * float(tuned.values().max()))
             tuned.hparam = replace(tuned.hparam, upper=highest)
             tuned.limit(tuned.hparam.lower)  # also finds the ends anew
-        return changed
-
-    return step
-
-
-def eased(odds: float) -> Callable[..., bool]:
-    """A probe at whose end β₁'s log odds are lowered."""
-    probe_step = Engine._probe_step
-
-    def step(self: Engine, probe: Probe, *rest: Any) -> bool:
-        changed = probe_step(self, probe, *rest)
-        if probe.ended:
-            self.tuning.move("beta1", -odds)
         return changed
 
     return step
@@ -144,9 +132,16 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),
-    "β₁ of half the memory, after the probe": (
+    "β₁ as it is given": ({}, [replaced(probe, "CALM", 1 - 1e-9)]),
+    "β₁ of 0.86 at most, after the probe": ({}, [replaced(probe, "CALM", 0.86)]),
+    "β₁ of 0.7 at most, after the probe": ({}, [replaced(probe, "CALM", 0.7)]),
+    "β₁ in odds": (
         {},
-        [replaced(Engine, "_probe_step", eased(math.log(2)))],
+        [replaced(Memory, n, getattr(Logit, n)) for n in ("forward", "inverse", "slope")],
+    ),
+    "momenta at 1.5 times their pace": (
+        {},
+        [replaced(tuning, "PACE", {**tuning.PACE, "momentum": 0.3, "beta1": 0.3})],
     ),
     "hypergradients as long as they are": (
         {},
