@@ -132,9 +132,15 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),
-    "β₁ as it is given": ({}, [replaced(probe, "CALM", 1 - 1e-9)]),
-    "β₁ of 0.86 at most, after the probe": ({}, [replaced(probe, "CALM", 0.86)]),
-    "β₁ of 0.7 at most, after the probe": ({}, [replaced(probe, "CALM", 0.7)]),
+    "β₁ as it is given": ({}, [replaced(probe, "LEAST", 1e9)]),
+    "β₁ of 0.8 at most, after the probe": (
+        {},
+        [replaced(probe, "LEAST", 5), replaced(probe, "CALM", 1e9)],
+    ),
+    "β₁ of 0.7 at most, after the probe": (
+        {},
+        [replaced(probe, "LEAST", 10 / 3), replaced(probe, "CALM", 1e9)],
+    ),
     "β₁ in odds": (
         {},
         [replaced(Memory, n, getattr(Logit, n)) for n in ("forward", "inverse", "slope")],

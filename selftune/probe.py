@@ -8,7 +8,7 @@ would have been better; where it turns uphill the rate has gone too far. The sum
 which C is lowest is the largest that still descends. It needs no loss and no extra pass. The rate
 chosen is then on trial for a few steps: one that loses much of the descent again is lowered.
 
-A run goes on from there with a β₁ of ``CALM`` at most, which no slope of single steps can tell.
+A short run goes on from there with less memory in β₁, which no slope of single steps can tell.
 """
 
 from __future__ import annotations
@@ -21,24 +21,31 @@ NEAR = 4.0
 """How far above the best rate so far, or else at the next one, any descent counts."""
 
 
-CALM = 0.8
-"""β₁ after a probe, if it was above: with the usual 0.9 runs end higher on most problems
-(docs/ablations.md), and hypergradients are too short-sighted to lead away from it. The sweep itself
-takes what is given: with less momentum its slopes are noisier."""
+CALM, LEAST = 300, 3
+"""How many times β₁'s memory 1/(1 − β₁) must fit into a run that begins, but for so few gradients:
+runs of some hundred steps end lower with three than with the usual ten (docs/ablations.md), which
+hypergradients are too short-sighted to see. The sweep itself takes what is given: with less
+momentum its slopes are noisier."""
 SETTLING = 10
 """Steps after the sweep in which the chosen rate must not lose what was found."""
 LOSABLE = 0.5
 """How much of the descent it may lose."""
 
 
-def calming(beta1: float) -> float:
-    """How far β₁ is moved after a probe, in raw space; 0 if it is ``CALM`` already.
+def calming(beta1: float, total_steps: int | None) -> float:
+    """How far β₁ is moved after a probe, in raw space; 0 if it is low enough.
+
+    Args:
+        beta1: Where it is.
+        total_steps: Steps in the run; where they are not known it stays.
 
     Examples:
-        >>> round(calming(0.9), 3), calming(0.5)
+        >>> round(calming(0.9, 1500), 3), calming(0.9, 6000)
         (-0.693, 0.0)
     """
-    return min(0.0, math.log((1 - beta1) / (1 - CALM)))
+    if total_steps is None:
+        return 0.0
+    return min(0.0, math.log((1 - beta1) * max(LEAST, total_steps / CALM)))
 
 
 def probe_steps(total_steps: int | None) -> int:

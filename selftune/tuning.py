@@ -81,7 +81,7 @@ class Tuning:
         make: HyperOptimizer = adam,
     ) -> None:
         scopes = dict.fromkeys(hparams, per) if isinstance(per, str) else dict(per)
-        self.horizon = horizon or HORIZON
+        self.total_steps, self.horizon = horizon, horizon or HORIZON
         limits = dict(bounds or {})
         chosen = choose(hparams, tune, limits, self.horizon)
         for name, scope in scopes.items():

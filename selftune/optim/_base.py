@@ -70,7 +70,7 @@ class SelfTuned(torch.optim.Optimizer):
         every: Training steps from one hyperparameter step to the next, at least; by default a
             thirtieth of ``total_steps``, from 5 to 20.
         probe: Whether the learning rate is probed at the start, or over how many steps; a tuned β₁
-            goes on from 0.8 at most.
+            goes on with a memory of a three-hundredth of the run at most.
         guard: Whether a run that blows up or worsens is rolled back.
         model: The model, if it has BatchNorm and ``params`` is not itself a module.
         log_dir: Folder for TensorBoard; or a recorder of :mod:`selftune.monitor`, a

@@ -213,7 +213,7 @@ class Engine:
         if probe.ended:
             self._fresh_start()
             self.tuning.move("lr", math.log(probe.choice))
-            self.tuning.move("beta1", calming(self.tuning.value("beta1")))
+            self.tuning.move("beta1", calming(self.tuning.value("beta1"), self.tuning.total_steps))
             log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
             self.monitor.scalar("guard/probe", probe.choice, self.clock.steps)
             return True

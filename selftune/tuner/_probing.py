@@ -51,6 +51,6 @@ def sweep(bilevel: Bilevel, run: Run, good: Good, probe: Probe, batch: Callable[
     good.rewind()
     chosen = bilevel.hyper.move(run.hyper, "lr", math.log(probe.choice))
     beta1 = bilevel.hyper.values(chosen.raw).get("beta1", 0.0)
-    chosen = bilevel.hyper.move(chosen, "beta1", calming(float(beta1)))
+    chosen = bilevel.hyper.move(chosen, "beta1", calming(float(beta1), bilevel.hyper.horizon))
     run.hyper.raw.copy_(chosen.raw)
     log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)

@@ -69,7 +69,7 @@ class Tuner:
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps over which the learning rate climbs.
         probe: Whether the learning rate is probed at the start, or over how many steps; a tuned β₁
-            goes on from 0.8 at most.
+            goes on with a memory of a three-hundredth of the run at most.
         guard: Whether a run that blows up or worsens is rolled back.
         objective: ``objective(model, batch)``, the loss in place of ``loss_fn``.
         augment: Changes inputs, or inputs and targets, of training batches on the device

@@ -53,23 +53,43 @@ def begun(beta1: float, **options: Any) -> float:
     return float(opt.param_groups[0]["betas"][0])
 
 
-@pytest.mark.parametrize(("given", "after"), [(0.99, 0.8), (0.9, 0.8), (0.8, 0.8), (0.5, 0.5)])
-def test_beta1_goes_on_from_four_fifths_at_most(given: float, after: float) -> None:
-    """Truth: the value itself, in the optimizers and in the tuner."""
-    assert begun(given) == pytest.approx(after)
+SHORT = [
+    (1500, 0.99, 0.8),
+    (1500, 0.9, 0.8),
+    (1500, 0.5, 0.5),
+    (3000, 0.99, 0.9),
+    (100, 0.9, 2 / 3),
+]
+
+
+@pytest.mark.parametrize(("steps", "given", "after"), SHORT)
+def test_beta1_goes_on_with_a_memory_that_fits_the_run(
+    steps: int, given: float, after: float
+) -> None:
+    """Closed form: 1 − 300/T at most, but for a memory of 3; in the optimizers and the tuner."""
+    assert begun(given, total_steps=steps) == pytest.approx(after)
     batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
     made = st.Tuner(
-        nn.Linear(3, 1), nn.functional.mse_loss, hparams={"beta1": given}, probe=8, compile=False
+        nn.Linear(3, 1), nn.functional.mse_loss, hparams={"beta1": given}, probe=8, compile=False,
+        tune=("lr", "beta1"), bounds={"beta1": (0.1, 0.999)},
+    )  # fmt: skip
+    ends = [lambda progress: True]
+    result = made.fit(
+        batches, batches, steps=steps, evaluate_every=9, callbacks=ends, progress=False
     )
-    result = made.fit(batches, batches, steps=9, progress=False)
     assert result.history["beta1"][0] == pytest.approx(after)
+
+
+def test_without_a_known_length_the_usual_beta1_stays() -> None:
+    """Law: what nobody knows to be short is taken as it is given."""
+    assert begun(0.9) == pytest.approx(0.9)
 
 
 def test_a_beta1_that_is_not_tuned_or_not_probed_stays() -> None:
     """Law: what is not tuned is the user's, and so is where a run without a probe starts."""
-    assert begun(0.95, tune=("lr",)) == 0.95
+    assert begun(0.95, tune=("lr",), total_steps=400) == 0.95
     weight = nn.Parameter(torch.ones(2))
-    opt = st.AdamW([weight], betas=(0.9, 0.999), probe=False)
+    opt = st.AdamW([weight], betas=(0.9, 0.999), probe=False, total_steps=400)
     weight.grad = weight.detach().clone()
     opt.step()
     assert opt.param_groups[0]["betas"][0] == pytest.approx(0.9)
