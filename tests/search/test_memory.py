@@ -31,8 +31,8 @@ def test_a_start_is_the_weighted_mean_in_raw_space(tmp_path: Path) -> None:
     logs = 0.2 * math.log(0.01) + math.log(0.1) + weight * math.log(0.001)
     found = memory.start(TASK, {"lr": 0.01, "momentum": 0.9, "l1": 0.5}, {"momentum": MOMENTUM})
     assert found["lr"] == pytest.approx(math.exp(logs / (1.2 + weight)))
-    odds = (0.2 * math.log(9) + math.log(99)) / 1.2
-    assert found["momentum"] == pytest.approx(1 / (1 + math.exp(-odds)))
+    memories = (0.2 * math.log(10) + math.log(100)) / 1.2  # logs of 1/(1 − μ)
+    assert found["momentum"] == pytest.approx(1 - math.exp(-memories))
     assert found["l1"] == 0.5  # nobody knows
 
 
