@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -158,40 +159,68 @@ JOBS = {"images": images, "text": text}
 UPDATE: Space = dict(lr=(1e-4, 3e-2), weight_decay=(1e-4, 1.0))
 
 
-def set_strengths(parts: nn.Module, values: Mapping[str, float]) -> None:
-    """Set all regularizers of a model, its loss and augmentation."""
-    for module in parts.modules():
-        if isinstance(module, st.nn.Tunable):
-            module.strength.fill_(values[module.hparam.name])
+class PlainRun:
+    """A plain AdamW run at fixed values, with linear decay; its copies go on from where it is.
+
+    Args:
+        job: What is trained.
+        values: The regularizers, ``lr`` and ``weight_decay``.
+        seed: Of the weights.
+    """
+
+    def __init__(self, job: Job, values: Mapping[str, float], seed: int) -> None:
+        torch.manual_seed(seed)
+        self.job, self.rate, self.taken = job, values["lr"], 0
+        self.model, self.loss_fn, self.augment = job.make(), job.loss(), job.augment()
+        self.set(values)
+        self.params = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=self.rate, weight_decay=values["weight_decay"]
+        )
+        self.begin_average()
+
+    def set(self, values: Mapping[str, float]) -> None:
+        """Set all regularizers of the model, its loss and augmentation."""
+        for part in (self.model, self.loss_fn, self.augment):
+            for module in part.modules() if part is not None else ():
+                if isinstance(module, st.nn.Tunable):
+                    module.strength.fill_(values[module.hparam.name])
+
+    def begin_average(self) -> None:
+        """Average the weights from here on."""
+        self.average = torch.optim.swa_utils.AveragedModel(
+            self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98),
+            use_buffers=True,
+        )  # fmt: skip
+
+    def train(self, batches: Iterable[Batch]) -> None:
+        """A step for each batch."""
+        self.model.train()
+        for x, y in batches:
+            rate = self.rate * (1 - self.taken / self.job.steps)
+            self.optimizer.param_groups[0]["lr"] = rate
+            x, y = (x, y) if self.augment is None else self.augment(x, y)
+            self.optimizer.zero_grad()
+            loss = self.loss_fn(self.model(x), y) + st.nn.extra_loss(self.model)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.params, 10.0)
+            self.optimizer.step()
+            self.average.update_parameters(self.model)
+            self.taken += 1
+
+    def score(self, split: str) -> float:
+        """Of the averaged weights."""
+        return self.job.score(self.average.module, split)
 
 
-def trial(job: Job, values: dict[str, float], seed: int) -> tuple[float, float, float]:
+def trial(job: Job, values: Mapping[str, float], seed: int) -> tuple[float, float, float]:
     """A plain AdamW run at fixed values: validation and test loss, seconds."""
-    torch.manual_seed(seed)
-    model, loss_fn, augment = job.make(), job.loss(), job.augment()
-    parts = nn.ModuleList([m for m in (model, loss_fn, augment) if m is not None])
-    set_strengths(parts, values)
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=values["lr"], weight_decay=values["weight_decay"])
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, job.steps)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98), use_buffers=True
-    )
+    run = PlainRun(job, values, seed)
     start = time.perf_counter()
-    for step, (x, y) in enumerate(job.batches("train", seed)):
-        if step == job.steps:
-            break
-        x, y = (x, y) if augment is None else augment(x, y)
-        optimizer.zero_grad()
-        loss = loss_fn(model(x), y) + st.nn.extra_loss(model)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 10.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
+    run.train(itertools.islice(job.batches("train", seed), job.steps))
     taken = time.perf_counter() - start
-    found = [job.score(average.module, split) for split in ("val", "test")]
-    return (*(x if math.isfinite(x) else math.inf for x in found), taken)  # type: ignore[return-value]
+    val, test = (x if math.isfinite(x) else math.inf for x in map(run.score, ("val", "test")))
+    return val, test, taken
 
 
 def self_tuned(

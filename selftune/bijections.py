@@ -80,7 +80,7 @@ class Log(AbstractBijection):
 
 
 class Logit(AbstractBijection):
-    """``value = 1/(1 + exp(-raw))``, for values between 0 and 1: momentum, betas, dropout."""
+    """``value = 1/(1 + exp(-raw))``, for values between 0 and 1, such as dropout rates."""
 
     domain = "above 0 and below 1"
 

@@ -136,6 +136,15 @@ class Probe:
         """The factor for the given rate; 1, which keeps it, if nothing descended."""
         return 1.0 if math.isnan(self.best) else self.best / self.margin
 
+    def moves(self, beta1: float, total_steps: int | None) -> dict[str, float]:
+        """By how much raw values change at the end, by name.
+
+        Args:
+            beta1: Where β₁ is.
+            total_steps: Steps in the run, or None.
+        """
+        return {"lr": math.log(self.choice), "beta1": calming(beta1, total_steps)}
+
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""
         return asdict(self)

@@ -19,7 +19,7 @@ from selftune.optim._buffers import Buffers
 from selftune.optim._following import Call, Following
 from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
-from selftune.probe import Probe, calming
+from selftune.probe import Probe
 from selftune.rules._base import Values
 from selftune.tuning import MOMENTA, Tuning
 from selftune.update import Clock, Transition
@@ -212,8 +212,9 @@ class Engine:
                 self._keep([b.weights() for b in self.blocks])
         if probe.ended:
             self._fresh_start()
-            self.tuning.move("lr", math.log(probe.choice))
-            self.tuning.move("beta1", calming(self.tuning.value("beta1"), self.tuning.total_steps))
+            beta1, total_steps = self.tuning.value("beta1"), self.tuning.total_steps
+            for name, raw in probe.moves(beta1, total_steps).items():
+                self.tuning.move(name, raw)
             log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
             self.monitor.scalar("guard/probe", probe.choice, self.clock.steps)
             return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from selftune._trees import leaves
 from selftune.bilevel import Bilevel, Run
-from selftune.probe import Probe, calming
+from selftune.probe import Probe
 from selftune.tuner._good import Good
 
 log = logging.getLogger("selftune")
@@ -49,8 +48,8 @@ def sweep(bilevel: Bilevel, run: Run, good: Good, probe: Probe, batch: Callable[
         earlier = before
         probe.taken += 1
     good.rewind()
-    chosen = bilevel.hyper.move(run.hyper, "lr", math.log(probe.choice))
-    beta1 = bilevel.hyper.values(chosen.raw).get("beta1", 0.0)
-    chosen = bilevel.hyper.move(chosen, "beta1", calming(float(beta1), bilevel.hyper.horizon))
-    run.hyper.raw.copy_(chosen.raw)
+    hyper = bilevel.hyper
+    beta1 = float(hyper.values(run.hyper.raw).get("beta1", 0.0))
+    for name, raw in probe.moves(beta1, hyper.horizon).items():
+        run.hyper.raw.copy_(hyper.move(run.hyper, name, raw).raw)
     log.info("probe: %d steps, learning rate times %.3g", probe.taken, probe.choice)
