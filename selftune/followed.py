@@ -156,13 +156,17 @@ class Followed:
     def estimate(self, end: Point, hparams: Hparams, grads: Tensor) -> Mapping[str, Tensor]:
         """Hypergradients for outer gradients at the end of the last step.
 
-        Before any they are NaN, which moves nothing.
+        Those of strengths are along an outer gradient of length 1: the length falls by orders of
+        magnitude in a run, and steps that remember the first ones would end long before it. Before
+        any they are NaN, which moves nothing.
         """
         if self.follower.memory is None:
             return {n: torch.full_like(h, torch.nan) for n, h in hparams.items()}
-        found = self.follower.solve(self._problem, end, hparams, grads)
-        if not self._told and not all(bool(torch.isfinite(g).all()) for g in found.grads.values()):
+        length = grads.norm().clamp_min(torch.finfo(grads.dtype).tiny)
+        solved = self.follower.solve(self._problem, end, hparams, grads / length).grads
+        found = {n: g if n in self._bilevel.strengths else g * length for n, g in solved.items()}
+        if not self._told and not all(bool(torch.isfinite(g).all()) for g in found.values()):
             self._told = True
             log.warning("hypergradients are not finite, and such steps move nothing: %s",
-                        {n: float(g) for n, g in found.grads.items()})  # fmt: skip
-        return found.grads
+                        {n: float(g) for n, g in found.items()})  # fmt: skip
+        return found

@@ -8,7 +8,7 @@ training step and maps over a population.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from selftune.hparams import Hparam
 from selftune.hyperstep import BETAS, EPS, LONGEST, OFTEN, RECENT, step_size, trust
 from selftune.tuning import NEGLIGIBLE, PACE, choose
+
+STRENGTHS = 2.0
+"""Relative step size of strengths of layers and losses: as far to go as penalties."""
 
 
 class HyperState(NamedTuple):
@@ -49,6 +52,9 @@ class HyperVector:
         horizon: Steps in the whole run.
         floored: Whether weight decay is kept above what is negligible.
         rate: Size of a hyper step in raw (log or odds) space.
+        strengths: Names that act inside the model or the loss. Their steps are not scaled down
+            where hypergradients disagree: near its best the loss is flat in them, and far off a
+            slow drift beneath the noise is all there is to follow.
 
     Attributes:
         hparams: The tuned ones by name, in the order of the vector.
@@ -63,6 +69,7 @@ class HyperVector:
         horizon: int,
         floored: bool = True,
         rate: float = step_size(OFTEN),
+        strengths: Collection[str] = (),
     ) -> None:
         self.hparams = choose(known, tune, bounds or {}, horizon)
         self.names = list(self.hparams)
@@ -70,7 +77,8 @@ class HyperVector:
         self.rate = rate
         self._low = [self._raw(n, h.lower) for n, h in self.hparams.items()]
         self._high = [self._raw(n, h.upper) for n, h in self.hparams.items()]
-        self._pace = [PACE.get(n, 1.0) for n in self.names]
+        self._pace = [STRENGTHS if n in strengths else PACE.get(n, 1.0) for n in self.names]
+        self._whole = [float(n in strengths) for n in self.names]
         free = "weight_decay" not in (bounds or {})
         self._floored = floored and free and {"lr", "weight_decay"} <= set(self.names)
         self._coupled = {"lr", "momentum"} <= set(self.names)
@@ -121,7 +129,8 @@ class HyperVector:
         second = torch.lerp(state.second, signal.square(), 1 - BETAS[1])
         root = (second / (1 - BETAS[1] ** taken)).sqrt() + EPS
         proposed = -self.rate * first / (1 - BETAS[0] ** taken) / root
-        proposed = proposed * trust(mean, square) * self._vector(self._pace, signal)
+        share = trust(mean, square).maximum(self._vector(self._whole, signal))
+        proposed = proposed * share * self._vector(self._pace, signal)
         low, high = self._bounds(values, memory, signal)
         raw = (state.raw + proposed.clamp(-LONGEST, LONGEST)).maximum(low).minimum(high)
         if self._coupled:

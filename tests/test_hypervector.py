@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from selftune import rules
+from selftune.bijections import Logit
+from selftune.hparams import LR, Hparam
+from selftune.hyperstep import BETAS, EPS
 from selftune.hypervector import HyperVector
 from selftune.penalties import L1
 from selftune.tuning import Tuning
@@ -43,6 +46,26 @@ def test_steps_equal_those_of_tuning(rule: rules.AbstractRule, values: dict[str,
         state = vector.step(state, signal, 1 / (1 - momentum))
         for name, value in vector.values(state.raw).items():
             assert float(value) == pytest.approx(float(tuning.rows[name].values()), rel=1e-9)
+
+
+def test_strengths_step_as_with_adam_however_noisy() -> None:
+    """Of twice the size, up to the longest step; the rate, which is none, is held back."""
+    known = {"lr": LR, "rate": Hparam(name="rate", bijection=Logit(), lower=1e-3, upper=0.99,
+                                      from_zero=0.01)}  # fmt: skip
+    vector = HyperVector(known, ("lr", "rate"), horizon=HORIZON, rate=0.05, strengths=("rate",))
+    state = vector.init({"lr": 0.01, "rate": 0.5})
+    twin = torch.zeros(2, dtype=torch.float64)
+    adam = torch.optim.Adam([twin], lr=0.1, betas=BETAS, eps=EPS)
+    start, generator = state.raw.clone(), torch.Generator().manual_seed(0)
+    paths = torch.zeros(2, dtype=torch.float64)
+    for _ in range(60):
+        signal = 0.2 + torch.randn(1, generator=generator).double().expand(2)
+        twin.grad = signal
+        adam.step()
+        before, state = state.raw, vector.step(state, signal, 1.0)
+        paths += (state.raw - before).abs()
+        assert float(state.raw[1] - start[1]) == pytest.approx(float(twin[1]), abs=1e-6)
+    assert float(paths[0]) < 0.5 * float(paths[1]) / 2
 
 
 def test_a_signal_that_is_not_finite_moves_nothing() -> None:

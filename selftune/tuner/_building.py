@@ -118,6 +118,7 @@ def build(
     hyper = HyperVector(
         given.known, names, given.bounds,
         horizon=total, floored=given.rule.shrinks, rate=given.hyper_rate,
+        strengths=given.found,
     )  # fmt: skip
     bilevel = _bilevel(given, plan, hyper, device, autocast)
     _strengthen(given)

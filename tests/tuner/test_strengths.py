@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import selftune as st
+from selftune.bilevel import Bilevel
 
 
 def net(p: float = 0.2) -> nn.Module:
@@ -114,6 +115,22 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     again = run(tmp_path / "cut", loader(), resume=True)
     assert same(again.best_weights, whole.best_weights)
     assert same(again.history, whole.history)
+
+
+def test_the_length_of_outer_gradients_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they grow or shrink along a run, by a law of our own."""
+    plain = fit(tuner(tune=("hidden",)))
+    before, count = Bilevel.outer_gradient, iter(range(1000))
+
+    def scaled(self: Bilevel, run: Any, batch: Any) -> Any:
+        loss, grads, buffers = before(self, run, batch)
+        factor = 10.0 ** (next(count) % 5)
+        return loss, [factor * g for g in grads], buffers
+
+    monkeypatch.setattr(Bilevel, "outer_gradient", scaled)
+    found = fit(tuner(tune=("hidden",)))
+    assert next(count) == len(plain.history["hyper_step"]) > 5
+    assert found.history["hidden"] == pytest.approx(plain.history["hidden"], rel=1e-4)
 
 
 @pytest.mark.slow
