@@ -154,16 +154,19 @@ class Guard:
         self.lowest = mean
         return "best"
 
-    def confirms(self, now: float, good: float) -> bool:
+    def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
         """Whether losses over many batches bear out that the outer loss has worsened.
 
         If not, the alarm was one of the noise: the running mean begins anew, from what is known.
 
         Args:
             now: At the present outer point.
-            good: At the good weights, over the same batches.
+            good: At the good weights, over the same batches or as many others.
+            error: Standard error of their difference; 0 where batches are the same.
         """
-        slack = max(self.tolerance * (self.first - good), self.least * abs(self.first))
+        slack = max(
+            self.tolerance * (self.first - good), self.least * abs(self.first), self.sigmas * error
+        )
         if not now <= good + slack:
             return True
         self.best = self.lowest = min(now, good)

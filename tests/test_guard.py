@@ -1,5 +1,6 @@
 """The guard. Truths: its definitions on sequences made to be judged, and laws of noise."""
 
+import copy
 import json
 import math
 
@@ -105,7 +106,9 @@ def test_an_alarm_of_noise_is_not_confirmed() -> None:
     for loss in [2.0] * 3 + [1.0] * 20:
         guard.loss(loss)
     assert guard.confirms(1.5, 1.0)
-    assert guard.confirms(math.nan, 1.0)
+    assert guard.confirms(math.nan, 1.0, math.nan)
+    assert not copy.copy(guard).confirms(1.5, 1.0, 0.25), "nor what may be chance"
+    assert guard.confirms(1.5, 1.0, 0.15)
     assert not guard.confirms(1.01, 1.0)
     assert (guard.best, guard.mean) == (1.0, 1.01)
     assert "rollback" not in [guard.loss(1.5) for _ in range(5)], "and so does its patience"

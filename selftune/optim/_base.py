@@ -281,7 +281,8 @@ class SelfTuned(torch.optim.Optimizer):
             outer.check_finite(closure)
         last = clock.steps <= (self._schedule.total_steps or 0) < clock.steps + period
         with torch.no_grad():
-            if engine.outer_step(float(loss), grads, self._groups.values(self.param_groups)):
+            values = self._groups.values(self.param_groups)
+            if engine.outer_step(float(loss), grads, values, lambda: outer.compared(closure)):
                 self._publish()
             if engine.monitor.on:
                 self._telling.tuned(loss, self.hparams, clock.steps, begun)

@@ -273,12 +273,27 @@ class Engine:
         parts = [b.signal(g) for b, g in zip(self.blocks, grads, strict=True)]
         return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
 
-    def outer_step(self, loss: float, grads: Sequence[Tensor], values: Sequence[Values]) -> bool:
-        """One hyperparameter step from the outer gradients; true if hyperparameters changed."""
+    def outer_step(
+        self,
+        loss: float,
+        grads: Sequence[Tensor],
+        values: Sequence[Values],
+        compare: Callable[[], tuple[float, float, float]],
+    ) -> bool:
+        """One hyperparameter step from the outer gradients; true if hyperparameters changed.
+
+        Args:
+            loss: The outer loss.
+            grads: Its gradients, of every block.
+            values: Options and hyperparameters of every block.
+            compare: Mean losses at the averaged and at the good weights, over many batches, and
+                the standard error of their difference.
+        """
         self.clock.outer = self.clock.steps
         if self.guard is not None:
             verdict = self.guard.loss(loss)
-            if verdict == "rollback":
+            # A few unlucky batches in a row look like a loss that has worsened.
+            if verdict == "rollback" and (self.guard.exploded or self.guard.confirms(*compare())):
                 what = "exploded" if self.guard.exploded else "worsened"
                 why = f"the validation loss has {what}, to {loss:.4g}"
                 return self.roll_back(why, worsened=not self.guard.exploded)

@@ -20,6 +20,8 @@ Closure = Callable[[], Tensor]
 FEWEST, SHARE = 8, 50
 """Validation batches by which the end of a run is compared with its last good weights: one for
 every fifty steps, whose passes at both points are about a hundredth of the run."""
+ENOUGH = 50
+"""Batches that are enough to tell a loss that has worsened from a few unlucky ones."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,38 @@ class OuterLoss:
                 "validation batch and loss for overflow, log(0) or missing values"
             )
 
+    def compared(self, closure: Closure) -> tuple[float, float, float]:
+        """Mean losses at averaged and at last good weights, and their difference's error."""
+        return _judged(self._losses(closure, min(ENOUGH, self._many())))
+
     def good_is_better(self, closure: Closure) -> bool:
         """Whether the last good weights beat the averaged ones, by more than the batches' noise."""
+        now, then, error = _judged(self._losses(closure, self._many()))
+        if not (math.isfinite(now) and math.isfinite(then)):
+            return math.isfinite(then)
+        return then < now - error
+
+    def _many(self) -> int:
+        return max(FEWEST, self.engine.tuning.horizon // SHARE)
+
+    def _losses(self, closure: Closure, count: int) -> tuple[list[float], list[float]]:
+        """Losses at the averaged and at the last good weights, of so many batches each."""
         found: dict[bool, list[float]] = {False: [], True: []}
-        count = max(FEWEST, self.engine.tuning.horizon // SHARE)
         with self.random():  # around all of them: a closure may draw its batches at random
             for _ in range(count):  # in turns: batches differ
                 for good, losses in found.items():
                     weights = [b.good if good else b.average for b in self.engine.blocks]
                     with self.showing(weights, good):
                         losses.append(float(self.engine.ranks.mean(self._value(closure))))
-        now, then = (statistics.fmean(losses) for losses in found.values())
-        if not (math.isfinite(now) and math.isfinite(then)):
-            return math.isfinite(then)
-        spread = sum(statistics.variance(losses) for losses in found.values())
-        return then < now - math.sqrt(spread / count)
+        return found[False], found[True]
+
+
+def _judged(losses: tuple[list[float], list[float]]) -> tuple[float, float, float]:
+    """Two means, and the standard error of their difference."""
+    now, then = map(statistics.fmean, losses)
+    if not (math.isfinite(now) and math.isfinite(then)):
+        return now, then, math.nan
+    return now, then, math.sqrt(sum(map(statistics.variance, losses)) / len(losses[0]))
 
 
 def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> list[Tensor]:

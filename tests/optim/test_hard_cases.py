@@ -112,6 +112,26 @@ def test_a_first_hyper_step_after_a_blow_up_rolls_back(first: int) -> None:
     assert opt.hparams["lr"] < 1e30
 
 
+@pytest.mark.parametrize("jump", [0.0, 3.0])
+def test_a_few_unlucky_batches_bring_nothing_back(jump: float) -> None:
+    """Law: a weight that grows by 0.1 a step is at 300 in the end, unless its loss does jump."""
+    weight = nn.Parameter(torch.zeros(()))
+    opt = st.SGD([weight], lr=0.1, momentum=0.0, tune=(), probe=False, schedule="constant")
+    generator = torch.Generator().manual_seed(0)
+
+    def validation() -> Tensor:
+        noise = torch.randn((), generator=generator)
+        return 1 + torch.exp(-weight) + jump * torch.sigmoid(weight - 200) + 0.5 * noise
+
+    for _ in range(3000):
+        opt.zero_grad()
+        (-weight).backward()
+        opt.step()
+        opt.hyper_step(validation)
+    end = float(weight.detach())
+    assert end < 290 if jump else end == pytest.approx(300, rel=1e-3)
+
+
 def test_a_layer_that_lives_in_the_closure_only() -> None:
     net = network()
     opt = st.SGD(net.parameters(), lr=0.01, probe=False)
