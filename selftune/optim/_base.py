@@ -233,7 +233,8 @@ class SelfTuned(torch.optim.Optimizer):
 
         Args:
             closure: Returns the validation loss, a scalar with its graph; no backward. It is
-                minimized, also where training maximizes.
+                minimized, also where training maximizes, and called more than once where an alarm
+                of the guard or the end of the run is judged.
 
         Returns:
             The loss, detached, or None if no step was due.
