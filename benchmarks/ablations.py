@@ -34,7 +34,7 @@ from benchmarks.proof.scoring import middle, rank
 from benchmarks.proof.training import train
 from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
-from selftune import guard, hyperstep, probe, tuning
+from selftune import guard, hyperstep, probe, travel, tuning
 from selftune.bijections import Logit, Memory
 from selftune.optim import _base
 from selftune.optim._engine import Engine
@@ -129,6 +129,10 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "no probe": ({"probe": False}, []),
     "rate at most 1.5 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(1.5))]),
     "rate at most 3 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(3.0))]),
+    "rate climbs wherever weights go": ({}, [replaced(travel, "LED", 0.0)]),
+    "rate climbs by the walk of steps alone": ({}, [replaced(travel, "LED_ON", 1e9)]),
+    "rate climbs from a ratio of 0.8": ({}, [replaced(travel, "LED", 0.8)]),
+    "rate climbs from a ratio of 1": ({}, [replaced(travel, "LED", 1.0)]),
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),

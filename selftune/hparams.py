@@ -23,6 +23,7 @@ from torch import Tensor
 from selftune.bijections import AbstractBijection, Identity, Log, Memory
 
 SCOPES = ("run", "group", "tensor")
+MOMENTA = ("momentum", "beta1")
 
 
 @dataclass(frozen=True, kw_only=True)

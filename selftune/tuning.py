@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.hparams import SCOPES, Hparam, Tuned
+from selftune.hparams import MOMENTA, SCOPES, Hparam, Tuned
 from selftune.hyperstep import HyperOptimizer, HyperStep, adam
 
 log = logging.getLogger("selftune")
 
-MOMENTA = ("momentum", "beta1")
 PACE = {"momentum": 0.2, "beta1": 0.2, "weight_decay": 2.0, "l1": 2.0, "l2": 2.0, "elastic": 2.0}
 """Relative step sizes: momenta repay patience, regularizers have further to go (ablations)."""
 NEGLIGIBLE = 0.03
@@ -169,13 +168,14 @@ class Tuning:
             joined[self.slots(name)] += raw
             self._write(joined)
 
-    def step(self, signal: Tensor, names: Sequence[str]) -> None:
+    def step(self, signal: Tensor, names: Sequence[str], *, climb: bool = True) -> None:
         """One step along hypergradients.
 
         Args:
             signal: dL/d(raw) of each hyperparameter and segment, shape (hyperparameters,
                 segments), or (hyperparameters, 1) where all shifts are shared.
             names: The hyperparameters that may move; the others stay.
+            climb: Whether the learning rate may rise.
         """
         signal = signal.to("cpu", torch.float64)
         rows = dict(zip(self.rows, signal, strict=True))
@@ -192,7 +192,11 @@ class Tuning:
             for n, t in self.rows.items()
         ]
         moving = [torch.full_like(t.shift, n in names) for n, t in self.rows.items()]
-        self.hyper.step(_joined(grads), *self.bounds(), _joined(moving).bool())
+        low, high = self.bounds()
+        if not climb and "lr" in self.rows:
+            at = self.slots("lr")
+            high[at] = high[at].minimum(self.hyper.raw.detach()[at])
+        self.hyper.step(_joined(grads), low, high, _joined(moving).bool())
         self._share(self.hyper.raw.detach())
         if coupled:
             after = self.value("momentum")

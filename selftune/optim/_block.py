@@ -70,6 +70,8 @@ class Block:
         self.average = self._keep("average", weights)
         self.held = self._keep("held", weights)
         self.good = self._keep("good", weights)
+        self.start = self._keep("start", weights)  # of the run, and …
+        self.mark = self._keep("mark", weights)  # … of the stretch that is under way
         leads = "lr" in rows and estimator.closed_forms
         self.fast = self._keep("fast", weights) if leads else None
         self._pushed = [n for n in rows if n != "lr" or not leads]
@@ -106,6 +108,10 @@ class Block:
     def weights(self) -> Tensor:
         """The joined weights as they are now, a copy to keep."""
         return self.layout.flatten([p.detach() for p in self.params])
+
+    def square_distance(self, place: Tensor) -> Tensor:
+        """Of the weights from where they were."""
+        return torch.linalg.vector_norm(self.weights() - place).double().square()
 
     def before(self) -> Tensor:
         """The joined weights as they are now, in memory that is used again at the next step.
@@ -234,6 +240,8 @@ class Block:
         """Return to the good weights, with everything else as at a fresh start."""
         self.layout.write(self.good, self.params)
         self.average.copy_(self.good)
+        self.start.copy_(self.good)
+        self.mark.copy_(self.good)
         tangents = [t for state in self.tangents.state.values() for t in state.values()]
         for flat in (self.tangents.params, self.response, *tangents):
             flat.zero_()

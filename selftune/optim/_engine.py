@@ -13,6 +13,7 @@ from torch import Tensor
 
 from selftune.averaging import Average
 from selftune.guard import Guard
+from selftune.hparams import MOMENTA
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
@@ -21,7 +22,8 @@ from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe
 from selftune.rules._base import Values
-from selftune.tuning import MOMENTA, Tuning
+from selftune.travel import STRETCH, Travel
+from selftune.tuning import Tuning
 from selftune.update import Clock, Transition
 
 log = logging.getLogger("selftune")
@@ -31,6 +33,7 @@ PULSE = 10  # steps between two counts of vanished gradients
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
 BAD_GRADIENTS = "gradients vanished or are not finite"
 BAD_WEIGHTS = "a step led to weights that are not finite"
+BEGINNING = 10  # parts of a run, in the first of which the rate may climb wherever weights go
 ALONE = 50  # steps without a hyper_step after which training gradients serve instead
 
 
@@ -67,6 +70,7 @@ class Engine:
     ranks: Ranks
     regularizers: set[str]
     clock: Counts = field(default_factory=Counts)
+    travel: Travel = field(default_factory=Travel)
     blocks: list[Block] = field(default_factory=list)
     slopes: Sequence[Mapping[str, Any]] = field(default_factory=list)
     alone: Tensor | None = None
@@ -126,6 +130,8 @@ class Engine:
             if observed:
                 block.blend(step, share, mask)
             block.layout.write(step.moved, block.params)
+        if observed:
+            self.travel.steps += self.stride * self.ranks.total(self.travel.squares(transitions))
         self._blend_buffers()
         return changed
 
@@ -317,8 +323,24 @@ class Engine:
         """Step the named hyperparameters, unless the hypergradient is not finite."""
         if not bool(torch.isfinite(signal).all()):
             return self.roll_back("a hypergradient is not finite", worsened=False)
-        self.tuning.step(signal, names)
+        self.tuning.step(signal, names, climb=self._led())
         return True
+
+    def _led(self) -> bool:
+        """Whether the gradient has led the weights to where they are; also ends a stretch.
+
+        Of a beginning, a tenth of the run, nothing can be said yet.
+        """
+        travel, step = self.travel, self.clock.steps
+        if step - travel.since >= STRETCH:
+            travel.stretches += self._total([b.square_distance(b.mark) for b in self.blocks])
+            travel.since = step
+            for block in self.blocks:
+                block.mark.copy_(block.weights())
+        away = math.sqrt(self._total([b.square_distance(b.start) for b in self.blocks]))
+        names = ("travel/steps", "travel/stretches")
+        self.monitor.scalars(list(zip(names, travel.ratios(away), strict=True)), step)
+        return step < self.tuning.horizon / BEGINNING or travel.led(away)
 
     def roll_back(self, why: str, *, worsened: bool) -> bool:
         """Return to the last good weights with a lower rate; true, as hyperparameters changed."""
@@ -354,3 +376,4 @@ class Engine:
         self.buffers.restore()
         self.alone, self.last = None, None
         self.clock.since = self.clock.steps
+        self.travel = Travel(self.clock.since)

@@ -11,8 +11,8 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 5
-"""Of what is kept; 3 has no pull of the training loss."""
+VERSION = 6
+"""Of what is kept; 6 knows how far weights have come."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "tuning": engine.tuning.state_dict(),
         "groups": groups.state_dict(),
         "clock": asdict(engine.clock),
+        "travel": engine.travel.state_dict(),
         "probe": None if engine.probe is None else engine.probe.state_dict(),
         "guard": None if engine.guard is None else engine.guard.state_dict(),
         "buffers": engine.buffers.state_dict(),
@@ -38,6 +39,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     groups.load_state_dict(run["groups"])
     for name, value in run["clock"].items():
         setattr(engine.clock, name, value)
+    engine.travel.load_state_dict(run["travel"])
     if engine.probe is not None:
         if run["probe"] is None:
             engine.probe.ended = True

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from selftune.bilevel import Bilevel, Run
 from selftune.guard import Guard
+from selftune.hparams import MOMENTA
 from selftune.monitor import Verdict
 from selftune.tuner._good import Good
 from selftune.tuner._result import History
 from selftune.tuner._telling import Telling
-from selftune.tuning import MOMENTA
 
 log = logging.getLogger("selftune")
 

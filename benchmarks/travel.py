@@ -1,0 +1,98 @@
+"""How far weights come at fixed learning rates, against random walks of the same moves.
+
+    SELFTUNE_DATA=... python -m benchmarks.travel [--only fashion-vit] [--rates 0.001,0.01]
+
+Plain AdamW with linear decay on the suite of the proof, β₁ as after a probe. Prints for every rate
+the validation loss at the end (of the running average) over that of the best rate, and in
+brackets the two ratios of ``selftune.travel``, of steps and of stretches, after a third of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from torch import Tensor
+
+from benchmarks.proof.training import RunningAverage
+from benchmarks.run import EVERYTHING
+from benchmarks.workloads import SUITE
+from selftune.probe import CALM, LEAST
+from selftune.travel import STRETCH
+
+RATES = "0.0003,0.001,0.003,0.01,0.03,0.1"
+
+Found = tuple[float, float, float]
+"""Validation loss at the end, ratios of steps and of stretches."""
+
+
+def run(name: str, rate: float, seed: int) -> Found:
+    """One run at a rate, in a process of its own."""
+    torch.set_num_threads(1)
+    logging.getLogger("selftune").setLevel(logging.ERROR)
+    workload = EVERYTHING[name]()
+    model, batches = workload.model(seed), workload.batches("train", seed)
+    beta1 = 1 - 1 / max(LEAST, workload.steps / CALM)
+    opt = torch.optim.AdamW(model.parameters(), rate, betas=(beta1, 0.999), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 - t / workload.steps)
+    average = RunningAverage(model)
+
+    def weights() -> Tensor:
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    start = mark = before = weights()
+    steps, stretches, ratios = 0.0, 0.0, (math.nan, math.nan)
+    for step in range(1, workload.steps + 1):
+        opt.zero_grad()
+        workload.loss(model, next(batches)).backward()
+        opt.step()
+        schedule.step()
+        average.update()
+        after = weights()
+        steps += float((after - before).square().sum()) * (1 + beta1) / (1 - beta1)
+        before = after
+        if step % STRETCH == 0:
+            stretches, mark = stretches + float((after - mark).square().sum()), after
+        if step == workload.steps // 3 and stretches > 0:
+            away = float((after - start).norm())
+            ratios = away / math.sqrt(steps), away / math.sqrt(stretches)
+    with average.showing():
+        return workload.evaluate(model, "val"), *ratios
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(SUITE), help="workloads, by commas")
+    parser.add_argument("--rates", default=RATES)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    rates = [float(r) for r in args.rates.split(",")]
+    print(f"| workload | {' | '.join(f'{r:g}' for r in rates)} |\n|{'---|' * (len(rates) + 1)}")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=spawn) as executor:
+        jobs = {
+            name: [[executor.submit(run, name, r, s) for s in range(args.seeds)] for r in rates]
+            for name in args.only.split(",")
+        }
+        for name, seeds in jobs.items():
+            found = [
+                [
+                    statistics.median(values)
+                    for values in zip(*(j.result() for j in some), strict=True)
+                ]
+                for some in seeds
+            ]
+            best = min(loss for loss, _, _ in found)
+            cells = [f"{loss / best:.2f} ({a:.2f}, {b:.2f})" for loss, a, b in found]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

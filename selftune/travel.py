@@ -1,0 +1,90 @@
+"""How far a run has come: whether a higher learning rate would lead further.
+
+Moves that point at random lead away like a random walk, whose squared distance is the sum of the
+moves' squares. Weights that have come further were led by the gradient, and longer steps would
+lead them further still; weights that have come less far go to and fro, and longer steps would only
+make more noise. The hypergradient of the learning rate does not see this: it is what the weights
+moved, against the slope of the validation loss, and calls for higher rates as long as the average
+descends at all, though it might descend faster at a lower one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.hparams import MOMENTA
+from selftune.update import Transition
+
+LED = 0.9
+"""The ratio to a walk of single steps from which a run is led: near 1 at the best fixed rates."""
+LED_ON = 1.4
+"""The same of stretches, which are led each: √2, where the way on is as long as the way astray."""
+STRETCH = 20
+"""Steps in a stretch, at least: longer than what a momentum remembers."""
+
+
+class Travel:
+    """How far weights are from the start, ‖w − w₀‖, against two random walks.
+
+    One is that of the steps, ``√(Σ ‖Δw‖² (1 + μ)/(1 − μ))``, where the momentum μ counts because
+    steps that remember gradients go further than their squares tell. The other is that of
+    stretches of some twenty steps. Where few batches make an epoch, their noise cancels within it,
+    which looks like going to and fro from step to step, but not from stretch to stretch.
+
+    Attributes:
+        steps: The sum under the root, from the steps that were observed.
+        stretches: That of the squares of stretches.
+        since: Steps taken at the end of the last stretch.
+
+    Source: the distance over gradients of Ivgi et al. 2023, eq. 2, under whose learning rate the
+    first ratio is 1; as a limit, with momentum and with stretches, this library.
+    """
+
+    def __init__(self, since: int = 0) -> None:
+        """Nothing yet."""
+        self.steps: Any = 0.0
+        self.stretches = 0.0
+        self.since = since
+
+    @staticmethod
+    def squares(transitions: Sequence[Transition]) -> Tensor:
+        """What a step of all blocks adds to the walk of steps."""
+        found = []
+        for transition in transitions:
+            momentum = next((transition.values[n] for n in MOMENTA if n in transition.values), 0.0)
+            step = transition.moved - transition.params
+            step *= ((1 + momentum) / (1 - momentum)) ** 0.5
+            found.append(torch.linalg.vector_norm(step).double().square())
+        return torch.stack(found).sum()
+
+    def ratios(self, distance: float) -> tuple[float, float]:
+        """To the walks of steps and of stretches; NaN before the first of them."""
+        walks = float(self.steps), self.stretches
+        steps, stretches = (distance / math.sqrt(w) if w > 0 else math.nan for w in walks)
+        return steps, stretches
+
+    def led(self, distance: float) -> bool:
+        """Whether the gradient has led the weights to where they are.
+
+        Examples:
+            >>> travel = Travel()
+            >>> travel.steps = travel.stretches = 4.0
+            >>> travel.led(1.0), travel.led(2.0)
+            (False, True)
+        """
+        steps, stretches = self.ratios(distance)
+        return not steps < LED or stretches >= LED_ON
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers to save."""
+        return {"steps": float(self.steps), "stretches": self.stretches, "since": self.since}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.steps, self.stretches = state["steps"], state["stretches"]
+        self.since = state["since"]
