@@ -36,7 +36,7 @@ from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
 from selftune import guard, hyperstep, probe, travel, tuning
 from selftune.bijections import Logit, Memory
-from selftune.optim import _base
+from selftune.optim import _base, _engine
 from selftune.optim._engine import Engine
 from selftune.probe import Probe
 
@@ -129,10 +129,10 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "no probe": ({"probe": False}, []),
     "rate at most 1.5 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(1.5))]),
     "rate at most 3 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(3.0))]),
-    "rate climbs wherever weights go": ({}, [replaced(travel, "LED", 0.0)]),
+    "rate climbs wherever weights go": ({}, [replaced(travel, "LOST", -1e9)]),
     "rate climbs by the walk of steps alone": ({}, [replaced(travel, "LED_ON", 1e9)]),
-    "rate climbs from a ratio of 0.8": ({}, [replaced(travel, "LED", 0.8)]),
-    "rate climbs from a ratio of 1": ({}, [replaced(travel, "LED", 1.0)]),
+    "rate climbs from a ratio of 0.8 on": ({}, [replaced(travel, "LOST", 0.8)]),
+    "rate climbs from the first step on": ({}, [replaced(_engine, "BEGINNING", 1e9)]),
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),

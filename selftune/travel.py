@@ -20,8 +20,8 @@ from torch import Tensor
 from selftune.hparams import MOMENTA
 from selftune.update import Transition
 
-LED = 0.9
-"""The ratio to a walk of single steps from which a run is led: near 1 at the best fixed rates."""
+LOST = 0.9
+"""The ratio to a walk of single steps up to which a run is lost; from 1 on it is led."""
 LED_ON = 1.4
 """The same of stretches, which are led each: √2, where the way on is as long as the way astray."""
 STRETCH = 20
@@ -68,17 +68,19 @@ class Travel:
         steps, stretches = (distance / math.sqrt(w) if w > 0 else math.nan for w in walks)
         return steps, stretches
 
-    def led(self, distance: float) -> bool:
-        """Whether the gradient has led the weights to where they are.
+    def led(self, distance: float) -> float:
+        """How far the gradient has led the weights to where they are: 0 (not at all) to 1.
 
         Examples:
             >>> travel = Travel()
             >>> travel.steps = travel.stretches = 4.0
-            >>> travel.led(1.0), travel.led(2.0)
-            (False, True)
+            >>> travel.led(1.0), round(travel.led(1.9), 3), travel.led(2.0)
+            (0.0, 0.5, 1.0)
         """
         steps, stretches = self.ratios(distance)
-        return not steps < LED or stretches >= LED_ON
+        if math.isnan(steps) or stretches >= LED_ON:
+            return 1.0
+        return min(1.0, max(0.0, (steps - LOST) / (1 - LOST)))
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""

@@ -168,14 +168,14 @@ class Tuning:
             joined[self.slots(name)] += raw
             self._write(joined)
 
-    def step(self, signal: Tensor, names: Sequence[str], *, climb: bool = True) -> None:
+    def step(self, signal: Tensor, names: Sequence[str], *, climb: float = 1.0) -> None:
         """One step along hypergradients.
 
         Args:
             signal: dL/d(raw) of each hyperparameter and segment, shape (hyperparameters,
                 segments), or (hyperparameters, 1) where all shifts are shared.
             names: The hyperparameters that may move; the others stay.
-            climb: Whether the learning rate may rise.
+            climb: How much of a step of the learning rate is taken where it rises.
         """
         signal = signal.to("cpu", torch.float64)
         rows = dict(zip(self.rows, signal, strict=True))
@@ -192,11 +192,13 @@ class Tuning:
             for n, t in self.rows.items()
         ]
         moving = [torch.full_like(t.shift, n in names) for n, t in self.rows.items()]
-        low, high = self.bounds()
-        if not climb and "lr" in self.rows:
+        was = self.hyper.raw.detach().clone()
+        self.hyper.step(_joined(grads), *self.bounds(), _joined(moving).bool())
+        if "lr" in self.rows:
             at = self.slots("lr")
-            high[at] = high[at].minimum(self.hyper.raw.detach()[at])
-        self.hyper.step(_joined(grads), low, high, _joined(moving).bool())
+            rise = (self.hyper.raw.detach() - was)[at].clamp_min(0.0)
+            with torch.no_grad():
+                self.hyper.raw[at] -= (1 - climb) * rise
         self._share(self.hyper.raw.detach())
         if coupled:
             after = self.value("momentum")

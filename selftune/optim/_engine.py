@@ -326,8 +326,8 @@ class Engine:
         self.tuning.step(signal, names, climb=self._led())
         return True
 
-    def _led(self) -> bool:
-        """Whether the gradient has led the weights to where they are; also ends a stretch.
+    def _led(self) -> float:
+        """How far the gradient has led the weights to where they are; also ends a stretch.
 
         Of a beginning, a tenth of the run, nothing can be said yet.
         """
@@ -340,7 +340,7 @@ class Engine:
         away = math.sqrt(self._total([b.square_distance(b.start) for b in self.blocks]))
         names = ("travel/steps", "travel/stretches")
         self.monitor.scalars(list(zip(names, travel.ratios(away), strict=True)), step)
-        return step < self.tuning.horizon / BEGINNING or travel.led(away)
+        return 1.0 if step < self.tuning.horizon / BEGINNING else travel.led(away)
 
     def roll_back(self, why: str, *, worsened: bool) -> bool:
         """Return to the last good weights with a lower rate; true, as hyperparameters changed."""
