@@ -28,6 +28,12 @@ STRETCH = 20
 """Steps in a stretch, at least: longer than what a momentum remembers."""
 
 
+def _momentum(values: Mapping[str, Any]) -> Any:
+    """Of a step, also one of another optimizer whose betas are not tuned."""
+    found = [values[n] for n in MOMENTA if n in values]
+    return found[0] if found else values.get("betas", (0.0,))[0]
+
+
 class Travel:
     """How far weights are from the start, ‖w − w₀‖, against two random walks.
 
@@ -56,7 +62,7 @@ class Travel:
         """What a step of all blocks adds to the walk of steps."""
         found = []
         for transition in transitions:
-            momentum = next((transition.values[n] for n in MOMENTA if n in transition.values), 0.0)
+            momentum = _momentum(transition.values)
             step = transition.moved - transition.params
             step *= ((1 + momentum) / (1 - momentum)) ** 0.5
             found.append(torch.linalg.vector_norm(step).double().square())

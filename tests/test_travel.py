@@ -21,7 +21,7 @@ def walked(gradients: list[Tensor], momentum: str = "", mu: float = 0.0) -> floa
     travel, weights, mean = Travel(), torch.zeros(WEIGHTS), torch.zeros(WEIGHTS)
     for gradient in gradients:
         mean = mu * mean + (1 - mu) * gradient
-        values = {momentum: mu} if momentum else {}
+        values = {momentum: (mu, 0.99) if momentum == "betas" else mu} if momentum else {}
         step: Any = SimpleNamespace(params=weights, moved=weights - 0.1 * mean, values=values)
         travel.steps += travel.squares([step])
         weights = step.moved
@@ -34,7 +34,8 @@ def noise(steps: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("momentum", "mu"), [("", 0.0), ("momentum", 0.5), ("beta1", 0.9), ("momentum", 0.97)]
+    ("momentum", "mu"),
+    [("", 0.0), ("momentum", 0.5), ("beta1", 0.9), ("momentum", 0.97), ("betas", 0.8)],
 )
 def test_a_random_walk_has_a_ratio_of_1(momentum: str, mu: float) -> None:
     """Law: in many dimensions its square is the sum of the gradients', whatever it remembers."""
