@@ -47,7 +47,7 @@ class Travel:
         stretches: That of the squares of stretches.
         since: Steps taken at the end of the last stretch.
 
-    Source: the distance over gradients of Ivgi et al. 2023, eq. 2, under whose learning rate the
+    Source: the distance over gradients of Ivgi et al. 2023 (DoG), under whose learning rate the
     first ratio is 1; as a limit, with momentum and with stretches, this library.
     """
 

@@ -109,10 +109,6 @@ class Block:
         """The joined weights as they are now, a copy to keep."""
         return self.layout.flatten([p.detach() for p in self.params])
 
-    def square_distance(self, place: Tensor) -> Tensor:
-        """Of the weights from where they were."""
-        return torch.linalg.vector_norm(self.weights() - place).double().square()
-
     def before(self) -> Tensor:
         """The joined weights as they are now, in memory that is used again at the next step.
 

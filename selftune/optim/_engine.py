@@ -130,7 +130,7 @@ class Engine:
             if observed:
                 block.blend(step, share, mask)
             block.layout.write(step.moved, block.params)
-        if observed:
+        if observed and "lr" in self.tuning.rows:
             self.travel.steps += self.stride * self.ranks.total(self.travel.squares(transitions))
         self._blend_buffers()
         return changed
@@ -323,7 +323,7 @@ class Engine:
         """Step the named hyperparameters, unless the hypergradient is not finite."""
         if not bool(torch.isfinite(signal).all()):
             return self.roll_back("a hypergradient is not finite", worsened=False)
-        self.tuning.step(signal, names, climb=self._led())
+        self.tuning.step(signal, names, climb=self._led() if "lr" in names else 1.0)
         return True
 
     def _led(self) -> float:
@@ -332,15 +332,20 @@ class Engine:
         Of a beginning, a tenth of the run, nothing can be said yet.
         """
         travel, step = self.travel, self.clock.steps
+        here = [b.weights() for b in self.blocks]
         if step - travel.since >= STRETCH:
-            travel.stretches += self._total([b.square_distance(b.mark) for b in self.blocks])
+            travel.stretches += self._square_distance(here, [b.mark for b in self.blocks])
             travel.since = step
-            for block in self.blocks:
-                block.mark.copy_(block.weights())
-        away = math.sqrt(self._total([b.square_distance(b.start) for b in self.blocks]))
+            for block, weights in zip(self.blocks, here, strict=True):
+                block.mark.copy_(weights)
+        away = math.sqrt(self._square_distance(here, [b.start for b in self.blocks]))
         names = ("travel/steps", "travel/stretches")
         self.monitor.scalars(list(zip(names, travel.ratios(away), strict=True)), step)
         return 1.0 if step < self.tuning.horizon / BEGINNING else travel.led(away)
+
+    def _square_distance(self, here: Sequence[Tensor], there: Sequence[Tensor]) -> float:
+        parts = [torch.linalg.vector_norm(a - b) for a, b in zip(here, there, strict=True)]
+        return self._total([p.double().square() for p in parts])
 
     def roll_back(self, why: str, *, worsened: bool) -> bool:
         """Return to the last good weights with a lower rate; true, as hyperparameters changed."""
