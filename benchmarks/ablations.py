@@ -34,11 +34,13 @@ from benchmarks.proof.scoring import middle, rank
 from benchmarks.proof.training import train
 from benchmarks.run import EVERYTHING, records
 from benchmarks.workloads import SUITE
-from selftune import guard, hyperstep, probe, travel, tuning
+from selftune import floor, guard, hyperstep, probe, travel, tuning
 from selftune.bijections import Logit, Memory
+from selftune.floor import Floor
 from selftune.optim import _base, _engine
 from selftune.optim._engine import Engine
 from selftune.probe import Probe
+from selftune.travel import Travel
 
 Options = dict[str, object]
 Patch = Callable[[], AbstractContextManager]
@@ -107,7 +109,17 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "γ = 0.97": ({"estimator": st.Trace(0.97, stride=4)}, []),
     "every step observed": ({"estimator": st.Trace()}, []),
     "one step of ten observed": ({"estimator": st.Trace(stride=10)}, []),
-    "no floor under weight decay": ({}, [replaced(tuning, "NEGLIGIBLE", 1e-12)]),
+    "no floor under weight decay": ({}, [replaced(floor, "SHRINKAGE", 1e-12)]),
+    "floor of 0.1 under weight decay": ({}, [replaced(floor, "SHRINKAGE", 0.1)]),
+    "floor of 1 under weight decay": ({}, [replaced(floor, "SHRINKAGE", 1.0)]),
+    "weight decay does not follow the rate": (
+        {},
+        [replaced(Floor, "touched", staticmethod(lambda above: False))],
+    ),
+    "regularizers at twice the rate's pace": (
+        {},
+        [replaced(tuning, "PACE", {**tuning.PACE, "weight_decay": 2.0})],
+    ),
     "one pace for all hyperparameters": ({}, [replaced(tuning, "PACE", {})]),
     "hyper step 0.3": ({"hyper_optimizer": adam(0.3)}, []),
     "hyper step 0.1": ({"hyper_optimizer": adam(0.1)}, []),
@@ -129,9 +141,15 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "no probe": ({"probe": False}, []),
     "rate at most 1.5 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(1.5))]),
     "rate at most 3 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(3.0))]),
-    "rate climbs wherever weights go": ({}, [replaced(travel, "LOST", -1e9)]),
-    "rate climbs by the walk of steps alone": ({}, [replaced(travel, "LED_ON", 1e9)]),
-    "rate climbs from a ratio of 0.8 on": ({}, [replaced(travel, "LOST", 0.8)]),
+    "rate climbs wherever weights go": ({}, [replaced(Travel, "led", lambda *_: 1.0)]),
+    "rate climbs from S² of 1 to 1.5": (
+        {},
+        [replaced(travel, "LOST", 1.0), replaced(travel, "LED", 1.5)],
+    ),
+    "rate climbs from S² of 1.2 to 1.7": (
+        {},
+        [replaced(travel, "LOST", 1.2), replaced(travel, "LED", 1.7)],
+    ),
     "rate climbs from the first step on": ({}, [replaced(_engine, "BEGINNING", 1e9)]),
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),

@@ -4,7 +4,8 @@
 
 Plain AdamW with linear decay on the suite of the proof, β₁ as after a probe. Prints for every rate
 the validation loss at the end (of the running average) over that of the best rate, and in
-brackets the two ratios of ``selftune.travel``, of steps and of stretches, after a third of the run.
+brackets two ratios after a third of the run: R, to a random walk of the steps,
+``√(Σ ‖Δw‖² (1 + μ)/(1 − μ))``, and S of ``selftune.travel``, to one of stretches.
 """
 
 from __future__ import annotations

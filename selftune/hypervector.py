@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune.floor import Floor
 from selftune.hparams import Hparam
 from selftune.hyperstep import BETAS, EPS, LONGEST, OFTEN, RECENT, step_size, trust
-from selftune.tuning import NEGLIGIBLE, PACE, choose
+from selftune.tuning import PACE, choose
 
 STRENGTHS = 2.0
-"""Relative step size of strengths of layers and losses: as far to go as penalties."""
+"""Relative step size of strengths of layers and losses, which have further to go."""
 
 
 class HyperState(NamedTuple):
@@ -50,7 +51,7 @@ class HyperVector:
         tune: Names of the tuned ones.
         bounds: Narrower or wider bounds by name.
         horizon: Steps in the whole run.
-        floored: Whether weight decay is kept above what is negligible.
+        floor: Under weight decay, where the user sets no bounds; None: there is none.
         rate: Size of a hyper step in raw (log or odds) space.
         strengths: Names that act inside the model or the loss. Their steps are not scaled down
             where hypergradients disagree: near its best the loss is flat in them, and far off a
@@ -67,20 +68,20 @@ class HyperVector:
         bounds: Mapping[str, tuple[float, float]] | None = None,
         *,
         horizon: int,
-        floored: bool = True,
+        floor: Floor | None = None,
         rate: float = step_size(OFTEN),
         strengths: Collection[str] = (),
     ) -> None:
         self.hparams = choose(known, tune, bounds or {}, horizon)
         self.names = list(self.hparams)
-        self.horizon = horizon
         self.rate = rate
+        self.horizon = horizon
         self._low = [self._raw(n, h.lower) for n, h in self.hparams.items()]
         self._high = [self._raw(n, h.upper) for n, h in self.hparams.items()]
         self._pace = [STRENGTHS if n in strengths else PACE.get(n, 1.0) for n in self.names]
         self._whole = [float(n in strengths) for n in self.names]
-        free = "weight_decay" not in (bounds or {})
-        self._floored = floored and free and {"lr", "weight_decay"} <= set(self.names)
+        floored = {"lr", "weight_decay"} <= set(self.names)
+        self._floor = floor if floored and "weight_decay" not in (bounds or {}) else None
         self._coupled = {"lr", "momentum"} <= set(self.names)
 
     def _raw(self, name: str, value: float) -> float:
@@ -116,10 +117,13 @@ class HyperVector:
             memory: 1/(1 − μ) of heavy-ball momentum, 1 without.
         """
         values = self.values(state.raw)
-        signal = signal.to(torch.float64)
+        low, high = (self._vector(end, state.raw) for end in (self._low, self._high))
+        low, tied = self._lay_floor(state.raw, low, values, memory)
+        given = signal = signal.to(torch.float64)
         if self._coupled:  # at constant lr/(1 − μ), as in Tuning.step
-            pull = -signal[self.names.index("lr")]
-            signal = self._added(signal, "momentum", pull)
+            signal = self._added(signal, "momentum", -self._of(given, "lr"))
+        if tied is not None:  # and on the floor at constant η λ
+            signal = self._added(signal, "lr", -tied * self._of(given, "weight_decay"))
         fine = torch.isfinite(signal).all()
         taken = state.taken + 1
         weight = 1 - (1 - 1 / taken).clamp_max(RECENT)
@@ -131,8 +135,11 @@ class HyperVector:
         proposed = -self.rate * first / (1 - BETAS[0] ** taken) / root
         share = trust(mean, square).maximum(self._vector(self._whole, signal))
         proposed = proposed * share * self._vector(self._pace, signal)
-        low, high = self._bounds(values, memory, signal)
         raw = (state.raw + proposed.clamp(-LONGEST, LONGEST)).maximum(low).minimum(high)
+        if tied is not None:
+            low = self._vector(self._low, raw)  # the floor goes where the rate leads it
+            along = -tied * self._of(raw - state.raw, "lr")
+            raw = self._added(raw, "weight_decay", along).maximum(low).minimum(high)
         if self._coupled:
             after = self.values(raw)["momentum"]
             drift = torch.log((1 - after) / (1 - values["momentum"]))
@@ -148,16 +155,21 @@ class HyperVector:
         low, high = (self._vector(end, moved) for end in (self._low, self._high))
         return state._replace(raw=moved.maximum(low).minimum(high))
 
-    def _bounds(
-        self, values: Mapping[str, Tensor], memory: Any, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Bounds of the raw values, with weight decay's floor ηλT/(1 − μ) ≥ ``NEGLIGIBLE``."""
-        low, high = self._vector(self._low, like), self._vector(self._high, like)
-        if self._floored:
-            floor = torch.log(NEGLIGIBLE / (values["lr"] * memory * self.horizon / 2))
-            floor = floor.clamp_max(math.log(0.1 * self.hparams["weight_decay"].upper))
-            low = self._added(low, "weight_decay", floor - low[self.names.index("weight_decay")])
-        return low, high
+    def _lay_floor(
+        self, raw: Tensor, low: Tensor, values: Mapping[str, Tensor], memory: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Lower bounds with the floor, and whether weight decay lies on it (1 or 0)."""
+        if self._floor is None:
+            return low, None
+        least = self._floor.least(values["lr"] * memory)
+        highest = self._floor.highest(self.hparams["weight_decay"])
+        floor = torch.log(least).clamp_max(math.log(highest))
+        low = self._added(low, "weight_decay", floor - self._of(low, "weight_decay"))
+        above = self._of(raw, "weight_decay") - floor
+        return low, (self._floor.touched(above) & (least < highest)).to(raw.dtype)
+
+    def _of(self, vector: Tensor, name: str) -> Tensor:
+        return vector[self.names.index(name)]
 
     def _added(self, vector: Tensor, name: str, value: Any) -> Tensor:
         """``vector`` with ``value`` added at a name; nothing in place, so that it maps."""

@@ -15,6 +15,11 @@ from torch import Tensor
 
 Scalar = TypeVar("Scalar", float, Tensor)
 
+HORIZON = 1000
+"""Steps a run is taken to last where nobody says."""
+POINTS = 1000
+"""Steps at most that the mean of a schedule is taken over."""
+
 
 def inverse_time(decay: Scalar, step: Any) -> Scalar:
     """The factor 1/(1 + αt), differentiable in α.
@@ -104,3 +109,16 @@ class Schedule:
             return 1.0
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return SHAPES[str(self.shape)](min(progress, 1.0))
+
+    @property
+    def mean(self) -> float:
+        """The mean factor over the run; 1 where its length is not known.
+
+        Examples:
+            >>> round(Schedule(total_steps=500).mean, 2)
+            0.5
+        """
+        if self.total_steps is None:
+            return 1.0
+        count = min(POINTS, self.total_steps)
+        return math.fsum(self(k * self.total_steps // count) for k in range(count)) / count

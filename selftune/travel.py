@@ -11,88 +11,65 @@ descends at all, though it might descend faster at a lower one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from selftune.hparams import MOMENTA
-from selftune.update import Transition
-
-LOST = 0.9
-"""The ratio to a walk of single steps up to which a run is lost; from 1 on it is led."""
-LED_ON = 1.4
-"""The same of stretches, which are led each: √2, where the way on is as long as the way astray."""
+LOST, LED = 1.1, 1.6
+"""The squared ratio to a walk up to which weights go to and fro, and from which they are led."""
 STRETCH = 20
 """Steps in a stretch, at least: longer than what a momentum remembers."""
 
 
-def _momentum(values: Mapping[str, Any]) -> Any:
-    """Of a step, also one of another optimizer whose betas are not tuned."""
-    found = [values[n] for n in MOMENTA if n in values]
-    return found[0] if found else values.get("betas", (0.0,))[0]
-
-
+@dataclass(kw_only=True)
 class Travel:
-    """How far weights are from the start, ‖w − w₀‖, against two random walks.
+    """How far weights are from the start, against a random walk, ``S = ‖w − w₀‖ / √(Σ ‖Δw‖²)``.
 
-    One is that of the steps, ``√(Σ ‖Δw‖² (1 + μ)/(1 − μ))``, where the momentum μ counts because
-    steps that remember gradients go further than their squares tell. The other is that of
-    stretches of some twenty steps. Where few batches make an epoch, their noise cancels within it,
-    which looks like going to and fro from step to step, but not from stretch to stretch.
+    The moves Δw are stretches of some twenty steps. Where few batches make an epoch, their noise
+    cancels within it, which looks like going to and fro from step to step, but not from stretch to
+    stretch.
 
-    Attributes:
-        steps: The sum under the root, from the steps that were observed.
-        stretches: That of the squares of stretches.
+    Args:
+        squares: The sum under the root.
         since: Steps taken at the end of the last stretch.
 
-    Source: the distance over gradients of Ivgi et al. 2023 (DoG), under whose learning rate the
-    first ratio is 1; as a limit, with momentum and with stretches, this library.
+    Source: the distance over gradients of Ivgi et al. 2023 (DoG), by whose rule such a ratio, of
+    steps, is 1; as a limit, and of stretches, this library.
     """
 
-    def __init__(self, since: int = 0) -> None:
-        """Nothing yet."""
-        self.steps: Any = 0.0
-        self.stretches = 0.0
-        self.since = since
+    squares: float = 0.0
+    since: int = 0
 
-    @staticmethod
-    def squares(transitions: Sequence[Transition]) -> Tensor:
-        """What a step of all blocks adds to the walk of steps."""
-        found = []
-        for transition in transitions:
-            momentum = _momentum(transition.values)
-            step = transition.moved - transition.params
-            step *= ((1 + momentum) / (1 - momentum)) ** 0.5
-            found.append(torch.linalg.vector_norm(step).double().square())
-        return torch.stack(found).sum()
+    def ended(self, step: int) -> bool:
+        """Whether a stretch has come to its end."""
+        return step - self.since >= STRETCH
 
-    def ratios(self, distance: float) -> tuple[float, float]:
-        """To the walks of steps and of stretches; NaN before the first of them."""
-        walks = float(self.steps), self.stretches
-        steps, stretches = (distance / math.sqrt(w) if w > 0 else math.nan for w in walks)
-        return steps, stretches
+    def add(self, square: float, step: int) -> None:
+        """A stretch that ends at a step, by the square of its length."""
+        self.squares += square
+        self.since = step
+
+    def ratio(self, distance: float) -> float:
+        """S at a distance from the start; NaN before the end of the first stretch."""
+        return distance / math.sqrt(self.squares) if self.squares > 0 else math.nan
 
     def led(self, distance: float) -> float:
         """How far the gradient has led the weights to where they are: 0 (not at all) to 1.
 
         Examples:
-            >>> travel = Travel()
-            >>> travel.steps = travel.stretches = 4.0
-            >>> travel.led(1.0), round(travel.led(1.9), 3), travel.led(2.0)
+            >>> travel = Travel(squares=1.0)
+            >>> travel.led(1.0), round(travel.led(1.35**0.5), 3), travel.led(2.0)
             (0.0, 0.5, 1.0)
         """
-        steps, stretches = self.ratios(distance)
-        if math.isnan(steps) or stretches >= LED_ON:
+        ratio = self.ratio(distance)
+        if math.isnan(ratio):
             return 1.0
-        return min(1.0, max(0.0, (steps - LOST) / (1 - LOST)))
+        return min(1.0, max(0.0, (ratio**2 - LOST) / (LED - LOST)))
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""
-        return {"steps": float(self.steps), "stretches": self.stretches, "since": self.since}
+        return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        self.steps, self.stretches = state["steps"], state["stretches"]
-        self.since = state["since"]
+        self.squares, self.since = state["squares"], state["since"]

@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune.floor import Floor
 from selftune.hparams import MOMENTA, SCOPES, Hparam, Tuned
 from selftune.hyperstep import HyperOptimizer, HyperStep, adam
+from selftune.schedules import HORIZON
 
 log = logging.getLogger("selftune")
 
-PACE = {"momentum": 0.2, "beta1": 0.2, "weight_decay": 2.0, "l1": 2.0, "l2": 2.0, "elastic": 2.0}
-"""Relative step sizes: momenta repay patience, regularizers have further to go (ablations)."""
-NEGLIGIBLE = 0.03
-"""A weight decay whose shrinkage η λ T over the whole run is below this is as good as none."""
+PACE = {"momentum": 0.2, "beta1": 0.2}
+"""Relative step sizes: momenta repay patience (ablations)."""
 MEMORY = 20
 """How many times the memory 1/(1 − μ) of a tuned momentum must fit into the run."""
-HORIZON = 1000
-"""Steps a run is taken to last where nobody says."""
 
 
 def choose(
@@ -61,7 +59,7 @@ class Tuning:
         per: ``"run"``, ``"group"`` or ``"tensor"``, for all or by name: what shares one shift.
         bounds: Narrower or wider bounds by name.
         horizon: Steps in the run, or None.
-        floored: Whether weight decay is kept above what is negligible.
+        floor: Under weight decay, where the user sets no bounds; None: there is none.
         make: Builds the hyper optimizer.
 
     Raises:
@@ -76,7 +74,7 @@ class Tuning:
         per: str | Mapping[str, str] = "run",
         bounds: Mapping[str, tuple[float, float]] | None = None,
         horizon: int | None = None,
-        floored: bool = True,
+        floor: Floor | None = None,
         make: HyperOptimizer = adam,
     ) -> None:
         scopes = dict.fromkeys(hparams, per) if isinstance(per, str) else dict(per)
@@ -88,10 +86,10 @@ class Tuning:
                 raise ValueError(f"per={name!r} is unknown: use one of {list(hparams)}")
             if scope not in SCOPES:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
-        self._floored = floored
+        floored = {"lr", "weight_decay"} <= set(chosen) and "weight_decay" not in limits
+        self._floor = floor if floored else None
         self.memory = 1.0  # 1/(1 − μ) of heavy-ball momentum, tuned or not
         self.rows = {n: Tuned(h, scopes.get(n, "run")) for n, h in chosen.items()}
-        self._bounded = set(limits)
         self._make = make
         self._step: HyperStep | None = None
 
@@ -168,7 +166,9 @@ class Tuning:
             joined[self.slots(name)] += raw
             self._write(joined)
 
-    def step(self, signal: Tensor, names: Sequence[str], *, climb: float = 1.0) -> None:
+    def step(
+        self, signal: Tensor, names: Sequence[str], *, climb: float = 1.0, steps: int = 0
+    ) -> None:
         """One step along hypergradients.
 
         Args:
@@ -176,17 +176,20 @@ class Tuning:
                 segments), or (hyperparameters, 1) where all shifts are shared.
             names: The hyperparameters that may move; the others stay.
             climb: How much of a step of the learning rate is taken where it rises.
+            steps: Training steps so far.
         """
         signal = signal.to("cpu", torch.float64)
         rows = dict(zip(self.rows, signal, strict=True))
         coupled = "lr" in names and "momentum" in names and self.shared
         before = self.value("momentum")
+        tied = "weight_decay" in names and self._lay_floor(steps)
+        pull = rows["weight_decay"] if tied else None
         if coupled:
             # Momentum moves at a constant lr / (1 − μ); otherwise both would chase the same
             # effective rate: the raw value of a momentum is −log(1 − μ).
             rows["momentum"] = rows["momentum"] - rows["lr"]
-        if "weight_decay" in names:
-            self._raise_floor()
+        if pull is not None:  # the rate takes the decay along, at a constant η λ
+            rows["lr"] = rows["lr"] - pull
         grads = [
             rows[n].sum().view(1) if self.shared else t.gather(rows[n])
             for n, t in self.rows.items()
@@ -200,20 +203,24 @@ class Tuning:
             with torch.no_grad():
                 self.hyper.raw[at] -= (1 - climb) * rise
         self._share(self.hyper.raw.detach())
+        if tied:
+            self._lay_floor(steps)  # where the rate has led it
+            self.move("weight_decay", float((was - self.hyper.raw.detach())[at]))
         if coupled:
             after = self.value("momentum")
             self.move("lr", math.log((1 - after) / (1 - before)))
 
-    def _raise_floor(self) -> None:
-        """Keep weight decay from drifting where it does nothing and from where it is far back."""
-        if not self._floored or "weight_decay" not in self.rows or "lr" not in self.rows:
-            return
+    def _lay_floor(self, steps: int) -> bool:
+        """Lay the floor under weight decay; whether it lies there, and so follows the rate."""
+        rate = self.value("lr") * self.memory
+        if self._floor is None or rate == 0:
+            return False
         tuned = self.rows["weight_decay"]
-        if self.value("lr") == 0:
-            return
-        lower = NEGLIGIBLE / (self.value("lr") * self.memory * self.horizon / 2)
-        if "weight_decay" not in self._bounded:
-            tuned.limit(min(lower, 0.1 * tuned.hparam.upper))
+        least, highest = self._floor.least(rate, steps), self._floor.highest(tuned.hparam)
+        tuned.limit(min(least, highest))
+        low, _ = tuned.bounds()
+        above = float((tuned.shift - low).max())
+        return self.shared and least < highest and self._floor.touched(above)
 
     def value(self, name: str) -> float:
         """The largest present value of a tuned hyperparameter, 0 if it is not tuned."""

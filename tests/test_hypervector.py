@@ -7,10 +7,12 @@ import torch
 
 from selftune import rules
 from selftune.bijections import Logit
+from selftune.floor import Floor
 from selftune.hparams import LR, Hparam
 from selftune.hyperstep import BETAS, EPS
 from selftune.hypervector import HyperVector
 from selftune.penalties import L1
+from selftune.schedules import Schedule
 from selftune.tuning import Tuning
 from selftune.update import Update
 
@@ -20,9 +22,10 @@ HORIZON = 500
 def twins(rule: rules.AbstractRule, values: dict[str, float]) -> tuple[Tuning, HyperVector]:
     update = Update(rule, (L1(1e-4),))
     tune = tuple(values)
-    tuning = Tuning(update.hparams, tune=tune, horizon=HORIZON, floored=rule.shrinks)
+    floor = Floor.of(rule, Schedule(total_steps=HORIZON))
+    tuning = Tuning(update.hparams, tune=tune, horizon=HORIZON, floor=floor)
     tuning.lay_out({n: [v] for n, v in values.items()}, [0])
-    return tuning, HyperVector(update.hparams, tune, horizon=HORIZON, floored=rule.shrinks)
+    return tuning, HyperVector(update.hparams, tune, horizon=HORIZON, floor=floor)
 
 
 @pytest.mark.parametrize(
@@ -30,13 +33,19 @@ def twins(rule: rules.AbstractRule, values: dict[str, float]) -> tuple[Tuning, H
     [
         (rules.SGD(), dict(lr=0.01, decay=1e-4, momentum=0.9, weight_decay=1e-4, l1=1e-5)),
         (rules.AdamW(), dict(lr=1e-3, decay=1e-5, beta1=0.9, weight_decay=1e-2)),
+        (rules.AdamW(), dict(lr=1e-2, weight_decay=1.0)),
+        (rules.Lion(), dict(lr=1e-8, weight_decay=1.0)),
         (rules.Adam(), dict(lr=1e-3, weight_decay=0.0)),
     ],
 )
-def test_steps_equal_those_of_tuning(rule: rules.AbstractRule, values: dict[str, float]) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_equal_those_of_tuning(
+    rule: rules.AbstractRule, values: dict[str, float], seed: int
+) -> None:
+    """Twin, whether decay lies on its floor or climbs."""
     tuning, vector = twins(rule, values)
     state = vector.init(values)
-    drift = torch.randn(len(values), generator=torch.Generator().manual_seed(0)).double()
+    drift = torch.randn(len(values), generator=torch.Generator().manual_seed(seed)).double()
     for step in range(60):
         noise = torch.randn(len(values), generator=torch.Generator().manual_seed(step + 1))
         signal = drift + noise.double()

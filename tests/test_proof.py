@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import run as command
+from benchmarks.ablations import CHANGES
 from benchmarks.proof import rendering, scoring, searches
 from benchmarks.proof.contenders import METHODS, Config, draw, fixed, selftune
 from benchmarks.proof.training import Record, RunningAverage, train
@@ -156,6 +158,14 @@ def test_the_check_fails_where_one_run_is_no_better() -> None:
         command.check([*others, record("selftune", 1.1)])
     with pytest.raises(SystemExit, match="needs runs"):
         command.check(others)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_ablations_change_what_is_there(change: str) -> None:
+    """Law: every patch finds its name; one that is gone raises."""
+    with ExitStack() as stack:
+        for change_it in CHANGES[change][1]:
+            stack.enter_context(change_it())
 
 
 def test_the_page_is_written_from_records_alone(tmp_path: Path) -> None:

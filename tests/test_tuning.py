@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from selftune import rules
+from selftune.floor import L2_SHRINKAGE, Floor
 from selftune.penalties import L1
-from selftune.tuning import HORIZON, NEGLIGIBLE, Tuning
+from selftune.tuning import HORIZON, Tuning
 from selftune.update import Update
 
 HPARAMS = Update(rules.SGD(), (L1(),)).hparams
@@ -129,15 +130,16 @@ def test_signals_of_segments_are_summed_into_what_shares_a_shift() -> None:
 
 @pytest.mark.parametrize("horizon", [None, 200, 5000])
 def test_weight_decay_does_not_fall_below_what_matters(horizon: int | None) -> None:
-    """Closed form: NEGLIGIBLE = λ · lr/(1 − μ) · T/2, unless the user's bounds say otherwise."""
+    """Closed form: s = λ · lr/(1 − μ) · T/2, unless the user's bounds say otherwise."""
     names = ("lr", "momentum", "weight_decay")
-    made = tuning(*names, horizon=horizon)
+    under = Floor(shrinkage=L2_SHRINKAGE, mean=0.5, total_steps=horizon)
+    made = tuning(*names, horizon=horizon, floor=under)
     made.memory = 1 / (1 - 0.5)
-    floor = NEGLIGIBLE / (0.1 / 0.5 * (horizon or HORIZON) / 2)
     for _ in range(150):
         made.step(signal(made, weight_decay=1.0), made.names)
+    floor = L2_SHRINKAGE / (value(made, "lr") / 0.5 * (horizon or HORIZON) / 2)
     assert value(made, "weight_decay") == pytest.approx(floor, rel=1e-9)
-    free = tuning(*names, horizon=horizon, bounds={"weight_decay": (1e-5, 1.0)})
+    free = tuning(*names, horizon=horizon, floor=under, bounds={"weight_decay": (1e-5, 1.0)})
     for _ in range(150):
         free.step(signal(free, weight_decay=1.0), free.names)
     assert value(free, "weight_decay") == pytest.approx(1e-5, rel=1e-9)

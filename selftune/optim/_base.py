@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator
+from selftune.floor import Floor
 from selftune.guard import Guard
 from selftune.hyperstep import HyperOptimizer, adam, usual_every
 from selftune.monitor import Monitor
@@ -115,7 +116,7 @@ class SelfTuned(torch.optim.Optimizer):
             tune = [n for n in update.tuned if not (known_end and n == "decay")]
         tuning = Tuning(
             update.hparams, tune=tune, per=per, bounds=bounds, horizon=total_steps,
-            floored=update.rule.shrinks,
+            floor=Floor.of(update.rule, self._schedule),
             make=hyper_optimizer or partial(adam, every=every, total_steps=total_steps),
         )  # fmt: skip
         self._update = update

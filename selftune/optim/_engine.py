@@ -22,7 +22,7 @@ from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe
 from selftune.rules._base import Values
-from selftune.travel import STRETCH, Travel
+from selftune.travel import Travel
 from selftune.tuning import Tuning
 from selftune.update import Clock, Transition
 
@@ -130,8 +130,6 @@ class Engine:
             if observed:
                 block.blend(step, share, mask)
             block.layout.write(step.moved, block.params)
-        if observed and "lr" in self.tuning.rows:
-            self.travel.steps += self.stride * self.ranks.total(self.travel.squares(transitions))
         self._blend_buffers()
         return changed
 
@@ -323,24 +321,26 @@ class Engine:
         """Step the named hyperparameters, unless the hypergradient is not finite."""
         if not bool(torch.isfinite(signal).all()):
             return self.roll_back("a hypergradient is not finite", worsened=False)
-        self.tuning.step(signal, names, climb=self._led() if "lr" in names else 1.0)
+        climb = self._led() if "lr" in names else 1.0
+        self.tuning.step(signal, names, climb=climb, steps=self.clock.steps)
         return True
 
     def _led(self) -> float:
         """How far the gradient has led the weights to where they are; also ends a stretch.
 
-        Of a beginning, a tenth of the run, nothing can be said yet.
+        Of a beginning, a tenth of the run, nothing can be said yet; and where nothing guards a run,
+        as in a game, going to and fro may be its way.
         """
+        if self.guard is None:
+            return 1.0
         travel, step = self.travel, self.clock.steps
         here = [b.weights() for b in self.blocks]
-        if step - travel.since >= STRETCH:
-            travel.stretches += self._square_distance(here, [b.mark for b in self.blocks])
-            travel.since = step
+        if travel.ended(step):
+            travel.add(self._square_distance(here, [b.mark for b in self.blocks]), step)
             for block, weights in zip(self.blocks, here, strict=True):
                 block.mark.copy_(weights)
         away = math.sqrt(self._square_distance(here, [b.start for b in self.blocks]))
-        names = ("travel/steps", "travel/stretches")
-        self.monitor.scalars(list(zip(names, travel.ratios(away), strict=True)), step)
+        self.monitor.scalar("travel/ratio", travel.ratio(away), step)
         return 1.0 if step < self.tuning.horizon / BEGINNING else travel.led(away)
 
     def _square_distance(self, here: Sequence[Tensor], there: Sequence[Tensor]) -> float:
@@ -381,4 +381,4 @@ class Engine:
         self.buffers.restore()
         self.alone, self.last = None, None
         self.clock.since = self.clock.steps
-        self.travel = Travel(self.clock.since)
+        self.travel = Travel(since=self.clock.since)

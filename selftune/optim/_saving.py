@@ -11,8 +11,8 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 6
-"""Of what is kept; 6 knows how far weights have come."""
+VERSION = 7
+"""Of what is kept; 7 knows one ratio of how far weights have come."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:

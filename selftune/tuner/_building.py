@@ -14,6 +14,7 @@ import torch
 
 from selftune.averaging import Average
 from selftune.bilevel import Bilevel
+from selftune.floor import Floor
 from selftune.fused import Fused
 from selftune.hparams import Hparam
 from selftune.hypervector import HyperVector
@@ -115,12 +116,15 @@ def build(
     if given.amp:
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
     members = None if population is None else population.size
+    schedule = Schedule(
+        shape=given.schedule, total_steps=total, warmup_steps=min(given.warmup, total - 1)
+    )
     hyper = HyperVector(
         given.known, names, given.bounds,
-        horizon=total, floored=given.rule.shrinks, rate=given.hyper_rate,
+        horizon=total, floor=Floor.of(given.rule, schedule), rate=given.hyper_rate,
         strengths=given.found,
     )  # fmt: skip
-    bilevel = _bilevel(given, plan, hyper, device, autocast)
+    bilevel = _bilevel(given, schedule, plan, hyper, device, autocast)
     _strengthen(given)
     run = bilevel.init(given.values)
     for name, value in hyper.values(run.hyper.raw).items():
@@ -175,6 +179,7 @@ def build(
 
 def _bilevel(
     given: Settings,
+    schedule: Schedule,
     plan: Plan,
     hyper: HyperVector,
     device: torch.device,
@@ -182,11 +187,8 @@ def _bilevel(
 ) -> Bilevel:
     """The steps of weights and hyperparameters."""
     total, names = plan.total, given.names
-    shape = Schedule(
-        shape=given.schedule, total_steps=total, warmup_steps=min(given.warmup, total - 1)
-    )
     fixed = {k: v for k, v in given.values.items() if k not in (*names, *given.found)}
-    rates = torch.tensor([shape(t) for t in range(total)], dtype=torch.float64, device=device)
+    rates = torch.tensor([schedule(t) for t in range(total)], dtype=torch.float64, device=device)
     return Bilevel(
         given.objective, for_tuning(given.objective, given.every), given.update, fixed, hyper,
         given.division.rows, given.tangents, given.average, rates, autocast,
