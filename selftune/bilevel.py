@@ -25,6 +25,7 @@ from selftune.averaging import Average
 from selftune.estimators import AbstractEstimator, AbstractRows
 from selftune.hypervector import HyperState, HyperVector
 from selftune.response import Moment, Responses, Weight
+from selftune.travel import BEGINNING, Way
 from selftune.update import Clock, Update
 
 Batch = Any
@@ -44,6 +45,7 @@ class Run(NamedTuple):
         hyper: The tuned hyperparameters.
         step: Steps taken in the run, shape (1,).
         age: Updates since the last fresh start, shape (1,).
+        way: How far weights have come since, where that limits the learning rate; or nothing.
     """
 
     weights: list[Weight]
@@ -53,6 +55,7 @@ class Run(NamedTuple):
     hyper: HyperState
     step: Tensor
     age: Tensor
+    way: list[Way]
 
 
 class Bilevel:
@@ -76,6 +79,7 @@ class Bilevel:
         joined: Whether all parameters, of one dtype, are kept as one vector of which they become
             views: one operation then does for all tensors, which is what eager steps of small nets
             consist of.
+        limited: Whether the learning rate does not climb while weights go to and fro.
 
     Attributes:
         layout: Of the vector, or None.
@@ -97,6 +101,7 @@ class Bilevel:
         followed: Sequence[str] = (),
         strengths: Mapping[str, Sequence[str]] | None = None,
         joined: bool = False,
+        limited: bool = False,
     ) -> None:
         self.inner, self.outer = inner, outer
         trained = {n: p for n, p in inner.named_parameters() if p.requires_grad}
@@ -111,6 +116,7 @@ class Bilevel:
         self.follow, self.followed = follow, list(followed)
         self.strengths = {n: list(s) for n, s in (strengths or {}).items()}
         names = [n for n in hyper.names if n not in self.followed]
+        self.limited = limited and "lr" in hyper.names
         self.responses = Responses(names, update, estimator, averaging, storage)
 
     def init(self, values: Mapping[str, float]) -> Run:
@@ -131,7 +137,8 @@ class Bilevel:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         hyper = HyperState(*(t.to(device) for t in self.hyper.init(values)))
         still = [b.clone() for b in buffers]
-        return Run(weights, shrinking, buffers, still, hyper, zero, zero.clone())
+        way = [Way.begun([w.value for w in weights], zero)] if self.limited else []
+        return Run(weights, shrinking, buffers, still, hyper, zero, zero.clone(), way)
 
     def parts(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """One tensor a parameter, of what the run keeps of its weights."""
@@ -280,9 +287,17 @@ class Bilevel:
         """The run after a hyperparameter step along hypergradients, shape (hyperparameters,)."""
         values = {**self.options, **self.hyper.values(run.hyper.raw)}
         memory = 1 / (1 - values["momentum"]) if "momentum" in values else 1.0
-        return run._replace(
-            hyper=self.hyper.step(run.hyper, signal, memory), average_buffers=buffers
-        )
+        way, climb = self._led(run)
+        hyper = self.hyper.step(run.hyper, signal, memory, climb)
+        return run._replace(hyper=hyper, average_buffers=buffers, way=way)
+
+    def _led(self, run: Run) -> tuple[list[Way], Tensor | None]:
+        """How far weights have come, and how much of a step upwards the rate may take."""
+        if not run.way:
+            return [], None
+        way, led = run.way[0].onward([w.value for w in run.weights], run.step)
+        begins = run.step < self.hyper.horizon / BEGINNING
+        return [way], torch.where(begins, 1.0, led).squeeze(0)
 
     def hypergradient(self, run: Run, grads: Sequence[Tensor]) -> Tensor:
         """dL/d(raw), shape (hyperparameters,); 0 for those that are followed."""

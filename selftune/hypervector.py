@@ -108,13 +108,17 @@ class HyperVector:
         """The derivative of each value in its raw value."""
         return {n: h.bijection.slope(values[n]) for n, h in self.hparams.items()}
 
-    def step(self, state: HyperState, signal: Tensor, memory: Any) -> HyperState:
+    def step(
+        self, state: HyperState, signal: Tensor, memory: Any, climb: Tensor | None = None
+    ) -> HyperState:
         """One step against hypergradients; if any is not finite, none moves anything.
 
         Args:
             state: Before the step.
             signal: dL/d(raw), shape (hyperparameters,).
             memory: 1/(1 − μ) of heavy-ball momentum, 1 without.
+            climb: How much of a step of the learning rate is taken where it rises, shape (); None:
+                all of it.
         """
         values = self.values(state.raw)
         low, high = (self._vector(end, state.raw) for end in (self._low, self._high))
@@ -136,6 +140,9 @@ class HyperVector:
         share = trust(mean, square).maximum(self._vector(self._whole, signal))
         proposed = proposed * share * self._vector(self._pace, signal)
         raw = (state.raw + proposed.clamp(-LONGEST, LONGEST)).maximum(low).minimum(high)
+        if climb is not None:
+            rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
+            raw = self._added(raw, "lr", (climb - 1) * rise)
         if tied is not None:
             low = self._vector(self._low, raw)  # the floor goes where the rate leads it
             along = -tied * self._of(raw - state.raw, "lr")

@@ -6,7 +6,8 @@ one. After each step the next gradient tells the slope of the loss at the end of
 would have been better; where it turns uphill the rate has gone too far. The sum of the slopes,
 ``C = Σ s``, estimates the change of the loss (a Riemann sum along the path), so the rate at
 which C is lowest is the largest that still descends. It needs no loss and no extra pass. The rate
-chosen is then on trial for a few steps: one that loses much of the descent again is lowered.
+chosen is then on trial for a few steps: one that loses much of the descent again, or whose first steps
+end far uphill, is lowered.
 
 A short run goes on from there with less memory in β₁, which no slope of single steps can tell.
 """
@@ -30,6 +31,8 @@ SETTLING = 10
 """Steps after the sweep in which the chosen rate must not lose what was found."""
 LOSABLE = 0.5
 """How much of the descent it may lose."""
+LANDING, OVERSHOT = 3, 10.0
+"""Steps whose ends together may not lead uphill by so many times the descent that was found."""
 
 
 def calming(beta1: float, total_steps: int | None) -> float:
@@ -79,6 +82,7 @@ class Probe:
     ended: bool = False
     settled: int = 0
     lost: float = 0.0
+    uphill_at_ends: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the length."""
@@ -119,16 +123,26 @@ class Probe:
         """Whether the chosen rate is still on trial."""
         return self.ended and self.lowest < 0 and self.settled < SETTLING
 
-    def settle(self, change: float) -> bool:
-        """Take in what a step at the chosen rate changed; true where much of the descent is lost.
+    def settle(self, start: float, end: float) -> bool:
+        """Take in a step at the chosen rate; true where the rate is to be lowered.
 
-        A rate that descended once, on the way to higher ones, may blow up when it stays.
+        A rate that descended once, on the way to higher ones, may blow up when it stays: it loses
+        much of the descent, or its first steps end far up the other side of a valley. That the slope
+        at the start is of the batch that made the step, and steepest where steps are far too
+        long, makes a loss look like a gain; the slope at the end is of another batch.
+
+        Args:
+            start: The slope along the step where it begins, g · Δw.
+            end: That where it ends.
         """
         self.settled += 1
-        self.lost += change
-        if not self.lost > -LOSABLE * self.lowest:
+        self.lost += (start + end) / 2  # the trapezoidal rule
+        if self.settled <= LANDING:
+            self.uphill_at_ends += end
+        loses = self.lost > -LOSABLE * self.lowest
+        if not (loses or self.uphill_at_ends > -OVERSHOT * self.lowest):
             return False
-        self.settled, self.lost = 0, 0.0
+        self.settled, self.lost, self.uphill_at_ends = 0, 0.0, 0.0
         return True
 
     @property

@@ -11,14 +11,19 @@ descends at all, though it might descend faster at a lower one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 LOST, LED = 1.1, 1.6
 """The squared ratio to a walk up to which weights go to and fro, and from which they are led."""
 STRETCH = 20
 """Steps in a stretch, at least: longer than what a momentum remembers."""
+BEGINNING = 10
+"""Parts of a run, in the first of which too little is known, and the rate may climb anywhere."""
 
 
 @dataclass(kw_only=True)
@@ -73,3 +78,49 @@ class Travel:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self.squares, self.since = state["squares"], state["since"]
+
+
+class Way(NamedTuple):
+    """What :class:`Travel` knows of a run, as tensors that the steps of a graph take along.
+
+    Attributes:
+        start: Weights where the run began.
+        mark: Weights at the end of the last stretch.
+        squares: The sum of the squares of stretches, shape (1,), float64.
+        since: Steps taken at the end of the last stretch, shape (1,).
+    """
+
+    start: list[Tensor]
+    mark: list[Tensor]
+    squares: Tensor
+    since: Tensor
+
+    @classmethod
+    def begun(cls, weights: Sequence[Tensor], step: Tensor) -> Way:
+        """Nothing yet."""
+        start, mark = ([w.clone() for w in weights] for _ in range(2))
+        return cls(start, mark, torch.zeros_like(step, dtype=torch.float64), step.clone())
+
+    def square(self, weights: Sequence[Tensor]) -> Tensor:
+        """S² at weights, shape (1,); not a number before the end of the first stretch."""
+        return _square_distance(weights, self.start) / self.squares
+
+    def onward(self, weights: Sequence[Tensor], step: Tensor) -> tuple[Way, Tensor]:
+        """The way up to weights, and how far the gradient has led them (0 to 1, shape (1,))."""
+        ended = step - self.since >= STRETCH
+        more = torch.where(ended, _square_distance(weights, self.mark), 0.0)
+        marks = zip(weights, self.mark, strict=True)
+        way = self._replace(
+            mark=[torch.where(ended.squeeze(0), now, then) for now, then in marks],
+            squares=self.squares + more,
+            since=torch.where(ended, step, self.since),
+        )
+        led = (way.square(weights) - LOST) / (LED - LOST)
+        return way, led.nan_to_num(nan=1.0).clamp(0.0, 1.0)
+
+
+def _square_distance(here: Sequence[Tensor], there: Sequence[Tensor]) -> Tensor:
+    wide = [torch.promote_types(a.dtype, torch.float32) for a in here]
+    parts = zip(here, there, wide, strict=True)
+    norms = [torch.linalg.vector_norm(a - b, dtype=dtype) for a, b, dtype in parts]
+    return torch.stack([n.double().square() for n in norms]).sum()

@@ -113,15 +113,25 @@ def test_a_lucky_batch_far_above_is_not_followed() -> None:
 def test_a_rate_on_trial_may_lose_half_of_the_descent() -> None:
     """Law: not more, within ten steps; what is not finite is the guard's matter."""
     probe = Probe(steps=10, ended=True, lowest=-1.0)
-    assert not probe.settle(0.4)
-    assert probe.settle(0.2)
+    assert not probe.settle(0.3, 0.5)
+    assert probe.settle(0.3, 0.1)
     assert probe.settling, "the lowered rate is on trial, too"
-    assert not probe.settle(math.nan)
+    assert not probe.settle(math.nan, 0.0)
     for _ in range(9):
         assert probe.settling
-        assert not probe.settle(0.01)
+        assert not probe.settle(0.0, 0.02)
     assert not probe.settling
     assert not Probe(steps=10, ended=True).settling, "without descent there is nothing to lose"
+
+
+def test_first_steps_on_trial_may_not_end_far_uphill() -> None:
+    """Law: ten times what was found, however steep the way down seemed to be; later ones may."""
+    probe = Probe(steps=10, ended=True, lowest=-1.0)
+    assert not probe.settle(-50.0, 9.0)
+    assert probe.settle(-50.0, 1.5)
+    for _ in range(3):
+        assert not probe.settle(-50.0, 3.0)
+    assert not probe.settle(-50.0, 20.0)
 
 
 @pytest.mark.parametrize("slope", [math.nan, math.inf])

@@ -22,7 +22,7 @@ from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe
 from selftune.rules._base import Values
-from selftune.travel import Travel
+from selftune.travel import BEGINNING, Travel
 from selftune.tuning import Tuning
 from selftune.update import Clock, Transition
 
@@ -31,9 +31,9 @@ log = logging.getLogger("selftune")
 SHORTEST = 1e-18  # a gradient that counts as 0: squares of less vanish in float32
 PULSE = 10  # steps between two counts of vanished gradients
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
+TOO_HIGH = "the rate that the probe chose leads uphill"
 BAD_GRADIENTS = "gradients vanished or are not finite"
 BAD_WEIGHTS = "a step led to weights that are not finite"
-BEGINNING = 10  # parts of a run, in the first of which the rate may climb wherever weights go
 ALONE = 50  # steps without a hyper_step after which training gradients serve instead
 
 
@@ -232,21 +232,19 @@ class Engine:
         return False
 
     def _unsettled(self, grads: Grads) -> bool:
-        """Whether the rate that the probe chose loses what it had found; then it is lowered.
-
-        A step's change of the loss is taken by the trapezoidal rule, from the gradients of two
-        batches.
-        """
+        """Whether the rate that the probe chose loses what it had found; then it is lowered."""
         probe, last, self.last = self.probe, self.last, None
         if self.guard is None or probe is None or not probe.settling:
             return False
         self.last = [(g.clone(), b.weights()) for b, (g, _) in zip(self.blocks, grads, strict=True)]
         if last is None or [w.shape for _, w in last] != [w.shape for _, w in self.last]:
             return False  # the first of them, or parameters were added
-        changes = [(g + h) @ (w - v) / 2 for (g, w), (h, v) in zip(self.last, last, strict=True)]
-        if not probe.settle(self._total(changes)):
+        pairs = list(zip(last, self.last, strict=True))
+        start = self._total([g @ (w - v) for (g, v), (_, w) in pairs])
+        end = self._total([h @ (w - v) for (_, v), (h, w) in pairs])
+        if not probe.settle(start, end):
             return False
-        return self.roll_back("the rate that the probe chose leads uphill", worsened=False)
+        return self.roll_back(TOO_HIGH, worsened=False)
 
     def _train_alone(self, grads: Grads) -> bool:
         """Let this training gradient, at the averaged tangents, stand in for a validation one.

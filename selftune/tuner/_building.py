@@ -195,6 +195,7 @@ def _bilevel(
         given.division.whole, given.division.followed,
         {n: f.buffers for n, f in given.found.items() if n in names},
         joined=plan.compile is not True and given.population is None and _small(given.objective),
+        limited=given.guard,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 3
+VERSION = 4
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:

@@ -65,6 +65,12 @@ class Good:
         stale = [(w.rule, w.tangents, w.response, w.ahead) for w in [*run.weights, *run.shrinking]]
         for leaf in [*leaves(stale), *run.hyper[1:], run.age]:
             self.part(leaf, member).zero_()
+        for way in run.way:
+            for place in (way.start, way.mark):
+                for tensor, good in zip(place, self.weights, strict=True):
+                    self.part(tensor, member).copy_(self.part(good, member))
+            self.part(way.squares, member).zero_()
+            self.part(way.since, member).copy_(self.part(run.step, member))
         for call in self.rewound:
             call()
 

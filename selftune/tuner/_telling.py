@@ -70,6 +70,7 @@ class Telling:
         self.monitor.scalars([("train/loss", loss), ("gap/val-train", outer - loss)], step)
         self.monitor.scalars(hyper_rows(outer, values, signals), step)
         self.monitor.scalars(self._margins(), step)
+        self.monitor.scalars(self._travel(leader), step)
         self.monitor.scalars(self._agreement.look(mean.tolist(), raw, standing), step)
         self.monitor.scalars(self._overhead(), step)
 
@@ -86,6 +87,12 @@ class Telling:
         if not count or not more:
             return []
         return [("cost/overhead", 1 - plain / count * (count + more) / (plain + tuning))]
+
+    def _travel(self, leader: int) -> list[tuple[str, float]]:
+        """How far the weights of a member have come, against a random walk."""
+        parts = [tree_map(lambda t: self._good.part(t, leader), way) for way in self._run.way]
+        weights = [self._good.part(w.value, leader) for w in self._run.weights]
+        return [("travel/ratio", float(way.square(weights).sqrt())) for way in parts]
 
     def _margins(self) -> list[tuple[str, float]]:
         """How far the last values of each hyperparameter scattered."""

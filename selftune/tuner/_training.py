@@ -25,7 +25,7 @@ from selftune.tuner._interrupt import Interruption
 from selftune.tuner._objective import modes_kept
 from selftune.tuner._pictures import picture
 from selftune.tuner._population import Population
-from selftune.tuner._probing import sweep
+from selftune.tuner._probing import Probing
 from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._scoring import Scorer
@@ -163,8 +163,14 @@ class Training:
     def _begin(self) -> None:
         """The probe, and the first note of the hyperparameters."""
         if self.probe is not None:
-            sweep(self.bilevel, self.fused.run, self.good, self.probe, self.train.next)
-            self.step = self.watch.since = self.probe.taken
+            probing = Probing(
+                self.bilevel, self.fused.run, self.good, self.probe, self.train.next,
+                most=self.plan.total - 1,
+            )  # fmt: skip
+            probing.sweep()
+            if self.watch.guarded:
+                probing.settle()
+            self.step = self.watch.since = probing.taken
             self.watch.history.train_loss += [math.nan] * self.step
         self.watch.note(self.step)
 

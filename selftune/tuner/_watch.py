@@ -41,6 +41,7 @@ class Watch:
 
     Attributes:
         history: The course so far.
+        guarded: Whether a run that goes wrong is brought back.
         guards: One for each member.
         since: The step after which hyperparameter steps are counted.
         leader: The member with the lowest recent validation loss.
@@ -65,7 +66,7 @@ class Watch:
         self.telling = Telling(bilevel, run, good, self.history, rest)
         self.bar: tqdm[Any] = tqdm(disable=True)
         self._bilevel, self._run, self._good = bilevel, run, good
-        self._many, self._guarded, self._due = members is not None, guarded, due
+        self._many, self.guarded, self._due = members is not None, guarded, due
         self._compare = compare
         self._kept_at = [0] * len(self.guards)  # steps after which weights were good …
         self._held_at = [0] * len(self.guards)  # … or are to be found good
@@ -96,7 +97,7 @@ class Watch:
         for at, members in found:
             self._note_tuned(at, members)
         self.bar.update(step - self.bar.n)
-        if self._guarded:
+        if self.guarded:
             self._judge(step, self.history.train_loss[start:], found)
 
     def _note_tuned(self, step: int, members: list[list[float]]) -> None:
