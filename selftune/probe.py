@@ -6,8 +6,8 @@ one. After each step the next gradient tells the slope of the loss at the end of
 would have been better; where it turns uphill the rate has gone too far. The sum of the slopes,
 ``C = Σ s``, estimates the change of the loss (a Riemann sum along the path), so the rate at
 which C is lowest is the largest that still descends. It needs no loss and no extra pass. The rate
-chosen is then on trial for a few steps: one that loses much of the descent again, or whose first steps
-end far uphill, is lowered.
+chosen is then on trial for a few steps: one that loses much of the descent again, or whose first
+steps end far uphill, is lowered.
 
 A short run goes on from there with less memory in β₁, which no slope of single steps can tell.
 """
@@ -127,9 +127,9 @@ class Probe:
         """Take in a step at the chosen rate; true where the rate is to be lowered.
 
         A rate that descended once, on the way to higher ones, may blow up when it stays: it loses
-        much of the descent, or its first steps end far up the other side of a valley. That the slope
-        at the start is of the batch that made the step, and steepest where steps are far too
-        long, makes a loss look like a gain; the slope at the end is of another batch.
+        much of the descent, or its first steps end far up the other side of a valley. (The slope at
+        the start is that of the batch that made the step. Where steps are far too long it is so
+        steep that losses look like gains; the slope at the end is of another batch.)
 
         Args:
             start: The slope along the step where it begins, g · Δw.

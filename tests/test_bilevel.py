@@ -63,6 +63,7 @@ def make(
         HyperVector(update.hparams, tune, horizon=1000),
         parts.pop("estimator", st.Trace(stride=every)), parts.pop("storage", None),
         parts.pop("average", st.Average()), parts.pop("rates", torch.ones(1).double()),
+        **parts,
     )  # fmt: skip
     # The first run shares the model's tensors; a copy keeps the tests' models as they are.
     return bilevel, tree_map(torch.clone, bilevel.init(known))
@@ -253,8 +254,29 @@ def test_outer_gradients_that_are_not_finite_leave_hyperparameters_alone() -> No
     assert torch.equal(after.hyper.raw, run.hyper.raw)
 
 
-def test_a_member_of_a_population_is_a_run_of_its_own() -> None:
-    bilevel, run = make(net(norm=True), "AdamW", tune=("lr", "beta1", "weight_decay"))
+@pytest.mark.parametrize(
+    ("limited", "turns", "climbs"), [(True, False, True), (True, True, False), (False, True, True)]
+)
+def test_the_rate_climbs_where_weights_are_led(limited: bool, turns: bool, climbs: bool) -> None:
+    """Law: hypergradients ask for more at every step; in the first tenth of the run they get it."""
+    bilevel, run = make(net(), tune=("lr",), values={"momentum": 0.0}, limited=limited)
+    rates = []
+    for step in range(400):
+        slope = -1e-3 if turns and step // 20 % 2 else 1e-3
+        grads = [torch.full_like(w.value, slope) for w in run.weights]
+        run = bilevel.advance(run, torch.ones(()), grads, run.buffers)
+        if step % 5 == 4:
+            run = bilevel.stepped(run, torch.tensor([-1.0]).double(), run.average_buffers)
+            rates.append(float(bilevel.hyper.values(run.hyper.raw)["lr"]))
+    assert rates[18] > 1.5 * rates[0]
+    assert (rates[-1] > 1.5 * rates[25]) == climbs
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_member_of_a_population_is_a_run_of_its_own(limited: bool) -> None:
+    bilevel, run = make(
+        net(norm=True), "AdamW", tune=("lr", "beta1", "weight_decay"), limited=limited
+    )
     other = run._replace(hyper=bilevel.hyper.move(run.hyper, "lr", 1.0))
     many = tree_map(lambda *t: torch.stack(t), run, other)
     mapped = torch.func.vmap(bilevel.tune, in_dims=(0, None, None), randomness="different")

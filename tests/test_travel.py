@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import selftune as st
-from selftune.travel import LED, LOST, STRETCH, Travel
+from selftune.travel import LED, LOST, STRETCH, Travel, Way
 
 WEIGHTS = 20_000
 
@@ -61,6 +61,35 @@ def test_its_state_goes_through_json() -> None:
     travel, again = Travel(squares=9.0, since=7), Travel()
     again.load_state_dict(json.loads(json.dumps(travel.state_dict())))
     assert again == travel
+
+
+def test_on_the_device_it_is_the_same() -> None:
+    """Twin: Travel, over a walk that is led at first and then goes to and fro."""
+    generator = torch.Generator().manual_seed(0)
+    places = [torch.zeros(50), torch.zeros(3, 4)]
+    travel, steps = Travel(since=3), torch.tensor([3])
+    way = Way.begun(places, steps)
+    mark, seen = places, set()
+    for turn in range(40):
+        pull = 1.0 if turn < 10 else (-1.0) ** turn
+        noise = [torch.randn(p.shape, generator=generator) for p in places]
+        places = [p + pull * 0.3 + n for p, n in zip(places, noise, strict=True)]
+        steps = steps + 7
+        if travel.ended(int(steps)):
+            travel.add(square(places, mark), int(steps))
+            mark = places
+        way, led = way.onward(places, steps)
+        away = math.sqrt(square(places, [torch.zeros(50), torch.zeros(3, 4)]))
+        assert float(led) == pytest.approx(travel.led(away), abs=1e-5)
+        assert int(way.since) == travel.since
+        if travel.squares:
+            assert float(way.square(places)) == pytest.approx(travel.ratio(away) ** 2, rel=1e-5)
+        seen.add(round(travel.led(away), 2))
+    assert {0.0, 1.0} < seen
+
+
+def square(here: list[Tensor], there: list[Tensor]) -> float:
+    return sum(float((a - b).square().sum()) for a, b in zip(here, there, strict=True))
 
 
 # in the optimizers

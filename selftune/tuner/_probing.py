@@ -60,9 +60,7 @@ class Probing:
                 self._good.keep()
             if probe.ended:
                 break
-            self._write(
-                bilevel.advance(run, loss, grads, buffers, rate=probe.factor(probe.taken))
-            )
+            self._write(bilevel.advance(run, loss, grads, buffers, rate=probe.factor(probe.taken)))
             earlier = before
             probe.taken += 1
         self._good.rewind()

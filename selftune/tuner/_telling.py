@@ -7,6 +7,7 @@ import time
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from selftune.bilevel import Bilevel, Run
 from selftune.monitor import Agreement, Monitor, Verdict, hyper_rows, judge
@@ -90,9 +91,11 @@ class Telling:
 
     def _travel(self, leader: int) -> list[tuple[str, float]]:
         """How far the weights of a member have come, against a random walk."""
-        parts = [tree_map(lambda t: self._good.part(t, leader), way) for way in self._run.way]
+        if not self._run.way:
+            return []
+        way = tree_map(lambda t: self._good.part(t, leader), self._run.way[0])
         weights = [self._good.part(w.value, leader) for w in self._run.weights]
-        return [("travel/ratio", float(way.square(weights).sqrt())) for way in parts]
+        return [("travel/ratio", float(way.square(weights).sqrt()))]
 
     def _margins(self) -> list[tuple[str, float]]:
         """How far the last values of each hyperparameter scattered."""
