@@ -50,7 +50,7 @@ def test_the_model_ends_with_the_best_weights() -> None:
 
 
 def test_history_and_schedule_have_an_entry_for_all_that_happened() -> None:
-    result = tuner(probe=20).fit(loader(), VAL, steps=100, evaluate_every=25, progress=False)
+    result = tuner(probe=8).fit(loader(), VAL, steps=100, evaluate_every=25, progress=False)
     history = result.history
     assert all(isinstance(v, np.ndarray) for v in history.values())
     assert len(history["train_loss"]) == 100
