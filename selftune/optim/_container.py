@@ -1,0 +1,130 @@
+"""What torch wants of an optimizer: groups, state, saving and copies."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.optim._assembly import Assembly, names
+from selftune.optim._block import Block
+from selftune.optim._checks import check_group, check_params
+from selftune.optim._engine import Engine
+from selftune.optim._groups import Groups
+from selftune.optim._saving import check_state, pack, unpack
+from selftune.update import Update
+
+
+class Container(torch.optim.Optimizer):
+    """A torch optimizer around an engine, whose blocks follow its parameter groups.
+
+    Attributes are set by subclasses, before they call ``torch.optim.Optimizer.__init__``.
+    """
+
+    _update: Update
+    _kind: str
+    _engine: Engine
+    _groups: Groups
+    _assembly: Assembly
+
+    @property
+    def state(self) -> Any:
+        """Per-parameter state, brought up to date when it is looked at."""
+        for block in self._engine.blocks:
+            block.sync()
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, also in the middle of a run; what is tuned already stays tuned."""
+        with warnings.catch_warnings():  # torch only warns of parameters given twice
+            warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
+            super().add_param_group(param_group)
+        groups = self.param_groups
+        group = groups[-1]
+        try:
+            options = {h.option or h.name for h in self._update.hparams.values()}
+            check_group(group, sorted(options))
+            check_params(
+                named
+                for i, g in enumerate(groups)
+                for named in zip(names(groups, i, g["params"]), g["params"], strict=True)
+            )
+        except ValueError:
+            groups.pop()
+            raise
+        for key, value in group.items():
+            if isinstance(value, Tensor):  # groups share their defaults' tensors
+                group[key] = value.detach().clone()
+        groups[0].setdefault("selftune", None)  # flattened checkpoints look for the key here
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """Present values of all hyperparameters; a list where groups or tensors differ.
+
+        The learning rate is the tuned peak, before schedules.
+        """
+        with torch.no_grad():
+            self._blocks()
+            if self._groups.take_up(self.param_groups):
+                self._publish()
+        return self._groups.told(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the run's own state in its first parameter group."""
+        with torch.no_grad():
+            self._blocks()
+        self._engine.stepper.expose(self.state)
+        state = super().state_dict()
+        groups = [dict(g) for g in state["param_groups"]]
+        groups[0]["selftune"] = pack(self._engine, self._groups, self._kind)
+        return {**state, "param_groups": groups}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a run, bit for bit on the CPU; a state that does not fit is refused whole.
+
+        Raises:
+            ValueError: Another rule, set of hyperparameters, number of groups or shapes.
+        """
+        self._blocks()
+        check_state(state_dict, self._engine, self._kind, self.param_groups)
+        groups = [dict(g) for g in state_dict["param_groups"]]
+        run, groups[0]["selftune"] = groups[0]["selftune"], None
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        # torch casts state to the parameters' dtype; tangents of bfloat16 weights are float32.
+        saved_order = [i for g in state_dict["param_groups"] for i in g["params"]]
+        params = [p for g in self.param_groups for p in g["params"]]
+        for index, param in zip(saved_order, params, strict=True):
+            if index in state_dict["state"]:
+                self.state[param] = dict(state_dict["state"][index])
+        self._engine.stepper.adopt(self.state, self.param_groups)
+        self._assembly.make(self.param_groups, self.state)
+        unpack(self._engine, self._groups, run)
+        self._engine.slopes = self._groups.cache(self.param_groups, self._engine.blocks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: blocks are made anew from the state, schedulers wrap ``step`` anew."""
+        with torch.no_grad():
+            self._blocks()
+        engine = copy.copy(self._engine)
+        engine.blocks = []
+        if engine.following is not None:
+            engine.following = engine.following.anew()
+        assembly = self._assembly.over(engine)
+        own = {**self.__dict__, "state": self.state, "_engine": engine, "_assembly": assembly}
+        return {k: v for k, v in own.items() if k != "step"}
+
+    # inside
+
+    def _blocks(self) -> list[Block]:
+        return self._assembly.current(self.param_groups, self.__dict__["state"])
+
+    def _publish(self) -> None:
+        self._assembly.publish(self.param_groups)
