@@ -14,6 +14,7 @@ from torch import nn
 import selftune as st
 from benchmarks.proof.training import Contender, Make
 from benchmarks.workloads import Batch, Workload
+from selftune.rules.adam import fitting_beta2
 
 WARM_UP = 0.05
 STATISTICS = 25  # batches by which Schedule-Free's BatchNorm statistics are computed
@@ -268,7 +269,8 @@ class SelfTuned(Contender):
         self.workload, self.model = workload, model
         options = {"total_steps": workload.steps, **options}
         self.optimizer = st.AdamW(
-            model, lr=start.lr, betas=(start.beta1, 0.999), weight_decay=start.weight_decay,
+            model, lr=start.lr, betas=(start.beta1, fitting_beta2(workload.steps)),
+            weight_decay=start.weight_decay,
             **options,
         )  # fmt: skip
         self.joined = joined

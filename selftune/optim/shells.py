@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,11 @@ from selftune.optim._base import Params, SelfTuned
 from selftune.optim._stepper import RuleStepper
 from selftune.penalties import L1, AbstractPenalty
 from selftune.rules import AbstractRule
+from selftune.rules.adam import fitting_beta2
 from selftune.update import Update
+
+BETAS: tuple[float, float] = (0.9, 0.999)
+"""torch's, and where nobody gives any: another tuple of the same numbers was given by somebody."""
 
 Penalties = AbstractPenalty | Sequence[AbstractPenalty] | None
 
@@ -40,6 +44,14 @@ class RuleOptimizer(SelfTuned):
         options |= {p.name: p.strength for p in listed}
         update = Update(rule, tuple(listed))
         super().__init__(params, options, update, RuleStepper(update), **extras)
+
+
+def _betas(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float, float]:
+    """Those that are given, or such as fit a run that is tuned."""
+    tune = tuning.get("tune")
+    if betas is not BETAS or not (tune is None or "lr" in tune):
+        return betas
+    return betas[0], fitting_beta2(tuning.get("total_steps"))
 
 
 class SGD(RuleOptimizer):
@@ -109,7 +121,8 @@ class Adam(RuleOptimizer):
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        betas: β₁ and β₂.
+        betas: β₁ and β₂. Where they are not given, ``total_steps`` is and the rate is tuned, β₂
+            remembers a twentieth of the run, from 100 gradients (0.99) to 1000 (0.999).
         eps: ε.
         weight_decay: L2 penalty, added to the gradient.
         amsgrad: Use the largest second moment so far.
@@ -136,7 +149,7 @@ class Adam(RuleOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = BETAS,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         amsgrad: bool = False,
@@ -149,7 +162,7 @@ class Adam(RuleOptimizer):
     ) -> None:
         options = {
             "lr": lr,
-            "betas": betas,
+            "betas": _betas(betas, tuning),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -168,7 +181,8 @@ class AdamW(RuleOptimizer):
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        betas: β₁ and β₂.
+        betas: β₁ and β₂. Where they are not given, ``total_steps`` is and the rate is tuned, β₂
+            remembers a twentieth of the run, from 100 gradients (0.99) to 1000 (0.999).
         eps: ε.
         weight_decay: Decoupled weight decay.
         amsgrad: Use the largest second moment so far.
@@ -195,7 +209,7 @@ class AdamW(RuleOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = BETAS,
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -208,7 +222,7 @@ class AdamW(RuleOptimizer):
     ) -> None:
         options = {
             "lr": lr,
-            "betas": betas,
+            "betas": _betas(betas, tuning),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,

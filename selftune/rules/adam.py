@@ -33,6 +33,24 @@ BETA2 = Hparam(
 )  # fmt: skip
 
 
+FORGOTTEN, MEMORIES = 20, (100, 1000)
+"""How many times β₂'s memory 1/(1 − β₂) fits into a run, and the bounds of that memory."""
+
+
+def fitting_beta2(total_steps: int | None) -> float:
+    """A β₂ that remembers a twentieth of a run, but 100 gradients at least and 1000 at most.
+
+    Where the length of the run is not known it is the usual 0.999.
+
+    Examples:
+        >>> fitting_beta2(500), fitting_beta2(10_000), fitting_beta2(None)
+        (0.99, 0.998, 0.999)
+    """
+    least, most = MEMORIES
+    memory = most if total_steps is None else min(most, max(least, total_steps / FORGOTTEN))
+    return 1 - 1 / memory
+
+
 class Adam(AbstractRule):
     """Adaptive moments, with the L2 gradient added to the loss's.
 

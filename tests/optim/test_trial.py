@@ -80,6 +80,29 @@ def test_beta1_goes_on_with_a_memory_that_fits_the_run(
     assert result.history["beta1"][0] == pytest.approx(after)
 
 
+BETA2 = [(300, 0.99), (2000, 0.99), (10_000, 0.998), (20_000, 0.999), (10**6, 0.999), (None, 0.999)]
+
+
+@pytest.mark.parametrize("shell", [st.Adam, st.AdamW])
+@pytest.mark.parametrize(("steps", "beta2"), BETA2)
+def test_beta2_remembers_a_twentieth_of_the_run(
+    shell: Any, steps: int | None, beta2: float
+) -> None:
+    """Closed form: from 100 gradients to the usual 1000, which it is where nobody knows."""
+    net = nn.Linear(2, 1)
+    opt = shell(net, total_steps=steps)
+    assert opt.param_groups[0]["betas"] == (0.9, pytest.approx(beta2))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(betas=(0.9, 0.999)), dict(tune=()), dict(tune=("weight_decay",))]
+)
+def test_a_beta2_that_is_given_or_of_a_rate_that_is_not_tuned_is_torchs(options: Any) -> None:
+    """Law: what somebody gives is theirs, and an optimizer that tunes no rate is torch's."""
+    opt = st.AdamW(nn.Linear(2, 1), total_steps=300, **options)
+    assert opt.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 def test_without_a_known_length_the_usual_beta1_stays() -> None:
     """Law: what nobody knows to be short is taken as it is given."""
     assert begun(0.9) == pytest.approx(0.9)
