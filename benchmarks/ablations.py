@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import selftune as st
+from benchmarks.proof import contenders
 from benchmarks.proof.contenders import Config, selftune
 from benchmarks.proof.rendering import by_workload, losses
 from benchmarks.proof.scoring import middle, rank
@@ -163,6 +164,8 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
         {},
         [replaced(probe, "LEAST", 10 / 3), replaced(probe, "CALM", 1e9)],
     ),
+    "β₂ of 0.999": ({}, [replaced(contenders, "fitting_beta2", lambda steps: 0.999)]),
+    "β₂ of 0.98": ({}, [replaced(contenders, "fitting_beta2", lambda steps: 0.98)]),
     "β₁ in odds": (
         {},
         [replaced(Memory, n, getattr(Logit, n)) for n in ("forward", "inverse", "slope")],
