@@ -107,7 +107,7 @@ def test_a_model_torch_cannot_compile_stays_eager_and_says_so_once(
         assert_same_runs(eager, compiled, batches(6))
     told = [r for r in caplog.records if "stay eager" in r.message]
     assert len(told) == 1
-    assert "LSTM" in told[0].message
+    assert "the update alone is compiled: " in told[0].message  # and torch's own reason
 
 
 def test_numbers_changed_on_the_model_are_noticed(caplog: pytest.LogCaptureFixture) -> None:

@@ -153,4 +153,4 @@ def hypergradient(
             "%s: the linear solve diverged and its best iterate is used, with a relative residual "
             "of %.2g: add damping, or take fewer terms", estimator, float(found.solution.residual),
         )  # fmt: skip
-    return found
+    return found._replace(grads={n: g.detach() for n, g in found.grads.items()})
