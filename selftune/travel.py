@@ -69,7 +69,7 @@ class Travel:
         ratio = self.ratio(distance)
         if math.isnan(ratio):
             return 1.0
-        return min(1.0, max(0.0, (ratio**2 - LOST) / (LED - LOST)))
+        return min(1.0, max(0.0, _between(ratio**2)))
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""
@@ -115,8 +115,13 @@ class Way(NamedTuple):
             squares=self.squares + more,
             since=torch.where(ended, step, self.since),
         )
-        led = (way.square(weights) - LOST) / (LED - LOST)
+        led = _between(way.square(weights))
         return way, led.nan_to_num(nan=1.0).clamp(0.0, 1.0)
+
+
+def _between(square: Any) -> Any:
+    """Where S² is: 0 at ``LOST``, 1 at ``LED``."""
+    return (square - LOST) / (LED - LOST)
 
 
 def _square_distance(here: Sequence[Tensor], there: Sequence[Tensor]) -> Tensor:

@@ -183,13 +183,12 @@ class Tuning:
         coupled = "lr" in names and "momentum" in names and self.shared
         before = self.value("momentum")
         tied = "weight_decay" in names and self._lay_floor(steps)
-        pull = rows["weight_decay"] if tied else None
         if coupled:
             # Momentum moves at a constant lr / (1 − μ); otherwise both would chase the same
             # effective rate: the raw value of a momentum is −log(1 − μ).
             rows["momentum"] = rows["momentum"] - rows["lr"]
-        if pull is not None:  # the rate takes the decay along, at a constant η λ
-            rows["lr"] = rows["lr"] - pull
+        if tied:  # the rate takes the decay along, at a constant η λ
+            rows["lr"] = rows["lr"] - rows["weight_decay"]
         grads = [
             rows[n].sum().view(1) if self.shared else t.gather(rows[n])
             for n, t in self.rows.items()

@@ -106,4 +106,4 @@ class Probing:
 def _slope(grads: Sequence[Tensor], there: Sequence[Tensor], here: Sequence[Tensor]) -> float:
     """Along the way from there to here."""
     ways = zip(grads, there, here, strict=True)
-    return sum(float((g * (now - then)).sum()) for g, then, now in ways)
+    return float(sum((g * (now - then)).sum().double() for g, then, now in ways))  # waits once
