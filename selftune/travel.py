@@ -1,4 +1,4 @@
-"""How far a run has come: whether a higher learning rate would lead further.
+"""How far a run gets: whether a higher learning rate would lead further.
 
 Moves that point at random lead away like a random walk, whose squared distance is the sum of the
 moves' squares. Weights that have come further were led by the gradient, and longer steps would
@@ -28,34 +28,44 @@ BEGINNING = 10
 
 @dataclass(kw_only=True)
 class Travel:
-    """How far weights are from the start, against a random walk, ``S = ‖w − w₀‖ / √(Σ ‖Δw‖²)``.
+    """How far weights are from their past, against a random walk, ``S = ‖w − c‖ / √(Σ (j/k)² ‖Δⱼ‖²)``.
 
-    The moves Δw are stretches of some twenty steps. Where few batches make an epoch, their noise
-    cancels within it, which looks like going to and fro from step to step, but not from stretch to
-    stretch.
+    The moves Δ₁ … Δₖ are stretches of some twenty steps, and c is the mean of where they began, so
+    that ``w − c = Σ (j/k) Δⱼ``: what was long ago counts less, as the distance from the start would
+    long tell of how a run began. Where few batches make an epoch, their noise cancels within it,
+    which looks like going to and fro from step to step, but not from stretch to stretch.
 
     Args:
         squares: The sum under the root.
         since: Steps taken at the end of the last stretch.
+        count: k.
 
     Source: the distance over gradients of Ivgi et al. 2023 (DoG), by whose rule such a ratio, of
-    steps, is 1; as a limit, and of stretches, this library.
+    steps and from the start, is 1; as a limit, and of stretches, this library.
     """
 
     squares: float = 0.0
     since: int = 0
+    count: int = 0
 
     def ended(self, step: int) -> bool:
         """Whether a stretch has come to its end."""
         return step - self.since >= STRETCH
 
-    def add(self, square: float, step: int) -> None:
-        """A stretch that ends at a step, by the square of its length."""
-        self.squares += square
+    def add(self, square: float, step: int) -> float:
+        """A stretch that ends at a step, by the square of its length.
+
+        Returns:
+            The weight 1/k of where it began in the mean c.
+        """
+        self.count += 1
+        share = 1 / self.count
+        self.squares = self.squares * (1 - share) ** 2 + square
         self.since = step
+        return share
 
     def ratio(self, distance: float) -> float:
-        """S at a distance from the start; NaN before the end of the first stretch."""
+        """S at a distance from c; NaN before the end of the first stretch."""
         return distance / math.sqrt(self.squares) if self.squares > 0 else math.nan
 
     def led(self, distance: float) -> float:
@@ -77,43 +87,51 @@ class Travel:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        self.squares, self.since = state["squares"], state["since"]
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class Way(NamedTuple):
     """What :class:`Travel` knows of a run, as tensors that the steps of a graph take along.
 
     Attributes:
-        start: Weights where the run began.
+        centre: The mean of where stretches began.
         mark: Weights at the end of the last stretch.
-        squares: The sum of the squares of stretches, shape (1,), float64.
+        squares: The weighted sum of the squares of stretches, shape (1,), float64.
         since: Steps taken at the end of the last stretch, shape (1,).
+        count: How many there were, shape (1,).
     """
 
-    start: list[Tensor]
+    centre: list[Tensor]
     mark: list[Tensor]
     squares: Tensor
     since: Tensor
+    count: Tensor
 
     @classmethod
     def begun(cls, weights: Sequence[Tensor], step: Tensor) -> Way:
         """Nothing yet."""
-        start, mark = ([w.clone() for w in weights] for _ in range(2))
-        return cls(start, mark, torch.zeros_like(step, dtype=torch.float64), step.clone())
+        centre, mark = ([w.clone() for w in weights] for _ in range(2))
+        squares, count = torch.zeros_like(step, dtype=torch.float64), torch.zeros_like(step)
+        return cls(centre, mark, squares, step.clone(), count)
 
     def square(self, weights: Sequence[Tensor]) -> Tensor:
         """S² at weights, shape (1,); not a number before the end of the first stretch."""
-        return _square_distance(weights, self.start) / self.squares
+        return _square_distance(weights, self.centre) / self.squares
 
     def onward(self, weights: Sequence[Tensor], step: Tensor) -> tuple[Way, Tensor]:
         """The way up to weights, and how far the gradient has led them (0 to 1, shape (1,))."""
         ended = step - self.since >= STRETCH
+        count = self.count + ended
+        share = torch.where(ended, 1 / count, 0.0)
         more = torch.where(ended, _square_distance(weights, self.mark), 0.0)
-        marks = zip(weights, self.mark, strict=True)
+        past, marks = (zip(p, self.mark, strict=True) for p in (self.centre, weights))
         way = self._replace(
+            centre=[torch.lerp(c, then, share.squeeze(0).to(c.dtype)) for c, then in past],
             mark=[torch.where(ended.squeeze(0), now, then) for now, then in marks],
-            squares=self.squares + more,
+            squares=self.squares * (1 - share) ** 2 + more,
             since=torch.where(ended, step, self.since),
+            count=count,
         )
         led = _between(way.square(weights))
         return way, led.nan_to_num(nan=1.0).clamp(0.0, 1.0)

@@ -15,31 +15,43 @@ WEIGHTS = 20_000
 
 
 def walked(stretches: list[Tensor]) -> float:
-    """The squared ratio after stretches."""
-    travel = Travel()
+    """The squared ratio after stretches, from the mean of where each of them began."""
+    travel, place, began = Travel(), torch.zeros(WEIGHTS), []
     for at, stretch in enumerate(stretches, start=1):
+        began.append(place)
+        place = place + stretch
         travel.add(float(stretch.square().sum()), at * STRETCH)
-    return travel.ratio(float(torch.stack(stretches).sum(0).norm())) ** 2
+    return travel.ratio(float((place - torch.stack(began).mean(0)).norm())) ** 2
 
 
 def test_a_random_walk_has_a_ratio_of_1_and_is_lost() -> None:
     """Law: in many dimensions its square is the sum of the stretches'."""
     generator = torch.Generator().manual_seed(0)
-    noise = [torch.randn(WEIGHTS, generator=generator) for _ in range(200)]
+    noise = [torch.randn(WEIGHTS, generator=generator) for _ in range(100)]
     assert walked(noise) == pytest.approx(1.0, abs=0.05)
     assert Travel(squares=1.0).led(1.0) == 0.0
 
 
 @pytest.mark.parametrize("count", [4, 100])
 def test_a_straight_line_leads_further(count: int) -> None:
-    """Closed form: n stretches of length 1 are n away, and √n times as far as a random walk."""
-    assert walked([torch.ones(WEIGHTS)] * count) == pytest.approx(count, rel=1e-4)
+    """Closed form: (Σ j/n)² / Σ (j/n)² = 3 n (n + 1) / (2 (2n + 1)) over n stretches."""
+    led = 3 * count * (count + 1) / (2 * (2 * count + 1))
+    assert walked([torch.ones(WEIGHTS)] * count) == pytest.approx(led, rel=1e-4)
 
 
 def test_going_to_and_fro_leads_nowhere() -> None:
-    """Closed form: after an odd number n of stretches, one stretch away: 1/n."""
+    """Closed form: Σ ±j = (n + 1)/2 over an odd number n, of Σ j² = n (n + 1) (2n + 1)/6."""
     there, back = torch.ones(WEIGHTS), -torch.ones(WEIGHTS)
-    assert walked([there, back] * 12 + [there]) == pytest.approx(1 / 25)
+    assert walked([there, back] * 12 + [there]) == pytest.approx(13**2 / (25 * 26 * 51 / 6), rel=1e-4)
+
+
+def test_what_was_long_ago_is_forgotten() -> None:
+    """Law: a walk of ten times its length after a line is lost (from the start S² is 1.8)."""
+    generator = torch.Generator().manual_seed(0)
+    line = [torch.ones(WEIGHTS)] * 10
+    noise = [torch.randn(WEIGHTS, generator=generator) for _ in range(100)]
+    assert walked(line) > LED
+    assert walked(line + noise) < LOST
 
 
 def test_nothing_is_known_before_the_first_stretch_ends() -> None:
@@ -58,7 +70,7 @@ def test_it_grows_from_lost_to_led(square: float, led: float) -> None:
 
 def test_its_state_goes_through_json() -> None:
     """Law: the same after saving."""
-    travel, again = Travel(squares=9.0, since=7), Travel()
+    travel, again = Travel(squares=9.0, since=7, count=3), Travel()
     again.load_state_dict(json.loads(json.dumps(travel.state_dict())))
     assert again == travel
 
@@ -69,7 +81,7 @@ def test_on_the_device_it_is_the_same() -> None:
     places = [torch.zeros(50), torch.zeros(3, 4)]
     travel, steps = Travel(since=3), torch.tensor([3])
     way = Way.begun(places, steps)
-    mark, seen = places, set()
+    mark, began, seen = places, [], set()
     for turn in range(40):
         pull = 1.0 if turn < 10 else (-1.0) ** turn
         noise = [torch.randn(p.shape, generator=generator) for p in places]
@@ -77,9 +89,11 @@ def test_on_the_device_it_is_the_same() -> None:
         steps = steps + 7
         if travel.ended(int(steps)):
             travel.add(square(places, mark), int(steps))
+            began.append(mark)
             mark = places
         way, led = way.onward(places, steps)
-        away = math.sqrt(square(places, [torch.zeros(50), torch.zeros(3, 4)]))
+        means = [torch.stack(past).mean(0) for past in zip(*began, strict=True)] or mark
+        away = math.sqrt(square(places, means))
         assert float(led) == pytest.approx(travel.led(away), abs=1e-5)
         assert int(way.since) == travel.since
         if travel.squares:
@@ -161,6 +175,8 @@ def test_stretches_are_those_of_the_weights() -> None:
     """Twin: distances between the weights at every twentieth step, written out."""
     _, told, places = run(9)
     at = [places[t] for t in range(0, STEPS + 1, 20)]
-    squares = sum(float((b - a).double().square().sum()) for a, b in itertools.pairwise(at))
-    away = float((places[-1] - places[0]).double().norm())
+    weights = [(j / 5) ** 2 for j in range(1, 6)]
+    stretches = [float((b - a).double().square().sum()) for a, b in itertools.pairwise(at)]
+    squares = sum(w * s for w, s in zip(weights, stretches, strict=True))
+    away = float((places[-1] - torch.stack(at[:-1]).mean(0)).double().norm())
     assert told["travel/ratio"][-1] == pytest.approx(away / math.sqrt(squares), rel=1e-5)

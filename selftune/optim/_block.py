@@ -70,8 +70,8 @@ class Block:
         self.average = self._keep("average", weights)
         self.held = self._keep("held", weights)
         self.good = self._keep("good", weights)
-        self.start = self._keep("start", weights)  # of the run, and …
-        self.mark = self._keep("mark", weights)  # … of the stretch that is under way
+        self.centre = self._keep("centre", weights)  # of where stretches began, and …
+        self.mark = self._keep("mark", weights)  # … where the one under way did
         leads = "lr" in rows and estimator.closed_forms
         self.fast = self._keep("fast", weights) if leads else None
         self._pushed = [n for n in rows if n != "lr" or not leads]
@@ -236,7 +236,7 @@ class Block:
         """Return to the good weights, with everything else as at a fresh start."""
         self.layout.write(self.good, self.params)
         self.average.copy_(self.good)
-        self.start.copy_(self.good)
+        self.centre.copy_(self.good)
         self.mark.copy_(self.good)
         tangents = [t for state in self.tangents.state.values() for t in state.values()]
         for flat in (self.tangents.params, self.response, *tangents):

@@ -334,10 +334,11 @@ class Engine:
         travel, step = self.travel, self.clock.steps
         here = [b.weights() for b in self.blocks]
         if travel.ended(step):
-            travel.add(self._square_distance(here, [b.mark for b in self.blocks]), step)
+            share = travel.add(self._square_distance(here, [b.mark for b in self.blocks]), step)
             for block, weights in zip(self.blocks, here, strict=True):
+                block.centre.lerp_(block.mark, share)
                 block.mark.copy_(weights)
-        away = math.sqrt(self._square_distance(here, [b.start for b in self.blocks]))
+        away = math.sqrt(self._square_distance(here, [b.centre for b in self.blocks]))
         self.monitor.scalar("travel/ratio", travel.ratio(away), step)
         return 1.0 if step < self.tuning.horizon / BEGINNING else travel.led(away)
 

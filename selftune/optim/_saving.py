@@ -11,8 +11,8 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 7
-"""Of what is kept; 7 knows one ratio of how far weights have come."""
+VERSION = 8
+"""Of what is kept; 8 knows the mean of where weights have been."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 4
+VERSION = 5
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:

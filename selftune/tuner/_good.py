@@ -66,10 +66,11 @@ class Good:
         for leaf in [*leaves(stale), *run.hyper[1:], run.age]:
             self.part(leaf, member).zero_()
         for way in run.way:
-            for place in (way.start, way.mark):
+            for place in (way.centre, way.mark):
                 for tensor, good in zip(place, self.weights, strict=True):
                     self.part(tensor, member).copy_(self.part(good, member))
-            self.part(way.squares, member).zero_()
+            for leaf in (way.squares, way.count):
+                self.part(leaf, member).zero_()
             self.part(way.since, member).copy_(self.part(run.step, member))
         for call in self.rewound:
             call()
