@@ -116,6 +116,15 @@ class Block:
         """
         return self.layout.flatten(self.params, out=self._before)
 
+    def square_distance(self, place: Tensor) -> Tensor:
+        """Of the weights as they are now from others."""
+        return torch.linalg.vector_norm(self.before().sub_(place)).double().square()
+
+    def end_stretch(self, share: float) -> None:
+        """Take where the stretch began into the mean of such places; the next begins here."""
+        self.centre.lerp_(self.mark, share)
+        self.layout.flatten(self.params, out=self.mark)
+
     def gradient(self) -> tuple[Tensor | None, Tensor | None]:
         """The joined gradients, None if no parameter has one, and a mask of who has (None: all).
 
@@ -218,7 +227,8 @@ class Block:
         """
         stride, discount = self._estimator.stride, self._estimator.discount
         within = geometric(discount, stride) / stride
-        self.response[0].lerp_((transition.moved - fast).mul_(within), share)
+        led = torch.sub(transition.moved, fast, out=self._before)  # the step is taken in already
+        self.response[0].lerp_(led.mul_(within), share)
         newer = transition.moved if mask is None else torch.where(mask, transition.moved, fast)
         fast.lerp_(newer, 1 - discount**stride)
 

@@ -332,19 +332,14 @@ class Engine:
         if self.guard is None:
             return 1.0
         travel, step = self.travel, self.clock.steps
-        here = [b.weights() for b in self.blocks]
         if travel.ended(step):
-            share = travel.add(self._square_distance(here, [b.mark for b in self.blocks]), step)
-            for block, weights in zip(self.blocks, here, strict=True):
-                block.centre.lerp_(block.mark, share)
-                block.mark.copy_(weights)
-        away = math.sqrt(self._square_distance(here, [b.centre for b in self.blocks]))
+            way = self._total([b.square_distance(b.mark) for b in self.blocks])
+            share = travel.add(way, step)
+            for block in self.blocks:
+                block.end_stretch(share)
+        away = math.sqrt(self._total([b.square_distance(b.centre) for b in self.blocks]))
         self.monitor.scalar("travel/ratio", travel.ratio(away), step)
         return 1.0 if step < self.tuning.horizon / BEGINNING else travel.led(away)
-
-    def _square_distance(self, here: Sequence[Tensor], there: Sequence[Tensor]) -> float:
-        parts = [torch.linalg.vector_norm(a - b) for a, b in zip(here, there, strict=True)]
-        return self._total([p.double().square() for p in parts])
 
     def roll_back(self, why: str, *, worsened: bool) -> bool:
         """Return to the last good weights with a lower rate; true, as hyperparameters changed."""

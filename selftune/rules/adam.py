@@ -123,7 +123,8 @@ class Adam(AbstractRule):
         gain = geometric(decay, steps)
         mean_dot = _scaled(state_dot.get("exp_avg"), decay**steps, grads)
         if "beta1" in values_dot:
-            add_to(mean_dot, state["exp_avg"] - grads, gain * values_dot["beta1"])
+            add_to(mean_dot, state["exp_avg"], gain * values_dot["beta1"])
+            add_to(mean_dot, grads, -gain * values_dot["beta1"])
         if grads_dot is not None:
             mean_dot.add_(grads_dot * ((1 - beta1) * gain))
         direction_dot = (mean_dot / after["root"]).mul_(_factor(values, age))
