@@ -71,6 +71,13 @@ def full(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(mean)
 
 
+def from_the_start(travel: Travel, square: float, step: int) -> float:
+    """A stretch that counts as any other, and a mean that stays where the run began."""
+    travel.squares += square
+    travel.since = step
+    return 0.0
+
+
 def bounded(times: float) -> Callable[..., bool]:
     """A probe after which the rate may climb to so many times its choice, and no further."""
     probe_step = Engine._probe_step
@@ -143,6 +150,7 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "rate at most 1.5 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(1.5))]),
     "rate at most 3 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(3.0))]),
     "rate climbs wherever weights go": ({}, [replaced(Travel, "led", lambda *_: 1.0)]),
+    "S from where the run began": ({}, [replaced(Travel, "add", from_the_start)]),
     "rate climbs from S² of 1 to 1.5": (
         {},
         [replaced(travel, "LOST", 1.0), replaced(travel, "LED", 1.5)],
@@ -150,6 +158,10 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "rate climbs from S² of 1.2 to 1.7": (
         {},
         [replaced(travel, "LOST", 1.2), replaced(travel, "LED", 1.7)],
+    ),
+    "rate climbs from S² of 1.3 to 2": (
+        {},
+        [replaced(travel, "LOST", 1.3), replaced(travel, "LED", 2.0)],
     ),
     "rate climbs from the first step on": ({}, [replaced(_engine, "BEGINNING", 1e9)]),
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),

@@ -28,17 +28,20 @@ BEGINNING = 10
 
 @dataclass(kw_only=True)
 class Travel:
-    """How far weights are from their past, against a random walk, ``S = ‖w − c‖ / √(Σ (j/k)² ‖Δⱼ‖²)``.
+    """How far weights are from their past, against a random walk.
+
+    The ratio is ``S = ‖w − c‖ / √(Σ (j/k)² ‖Δⱼ‖²)``.
 
     The moves Δ₁ … Δₖ are stretches of some twenty steps, and c is the mean of where they began, so
-    that ``w − c = Σ (j/k) Δⱼ``: what was long ago counts less, as the distance from the start would
-    long tell of how a run began. Where few batches make an epoch, their noise cancels within it,
-    which looks like going to and fro from step to step, but not from stretch to stretch.
+    that ``w − c = Σ (j/k) Δⱼ``. The distance from the start would tell of how a run began long
+    after that is over; here a move counts the less the longer ago it was. Where few batches make an
+    epoch, their noise cancels within it, which looks like going to and fro from step to step, but
+    not from stretch to stretch.
 
     Args:
         squares: The sum under the root.
         since: Steps taken at the end of the last stretch.
-        count: k.
+        stretches: k.
 
     Source: the distance over gradients of Ivgi et al. 2023 (DoG), by whose rule such a ratio, of
     steps and from the start, is 1; as a limit, and of stretches, this library.
@@ -46,7 +49,7 @@ class Travel:
 
     squares: float = 0.0
     since: int = 0
-    count: int = 0
+    stretches: int = 0
 
     def ended(self, step: int) -> bool:
         """Whether a stretch has come to its end."""
@@ -58,8 +61,8 @@ class Travel:
         Returns:
             The weight 1/k of where it began in the mean c.
         """
-        self.count += 1
-        share = 1 / self.count
+        self.stretches += 1
+        share = 1 / self.stretches
         self.squares = self.squares * (1 - share) ** 2 + square
         self.since = step
         return share
@@ -99,21 +102,21 @@ class Way(NamedTuple):
         mark: Weights at the end of the last stretch.
         squares: The weighted sum of the squares of stretches, shape (1,), float64.
         since: Steps taken at the end of the last stretch, shape (1,).
-        count: How many there were, shape (1,).
+        stretches: How many there were, shape (1,).
     """
 
     centre: list[Tensor]
     mark: list[Tensor]
     squares: Tensor
     since: Tensor
-    count: Tensor
+    stretches: Tensor
 
     @classmethod
     def begun(cls, weights: Sequence[Tensor], step: Tensor) -> Way:
         """Nothing yet."""
         centre, mark = ([w.clone() for w in weights] for _ in range(2))
-        squares, count = torch.zeros_like(step, dtype=torch.float64), torch.zeros_like(step)
-        return cls(centre, mark, squares, step.clone(), count)
+        squares, stretches = torch.zeros_like(step, dtype=torch.float64), torch.zeros_like(step)
+        return cls(centre, mark, squares, step.clone(), stretches)
 
     def square(self, weights: Sequence[Tensor]) -> Tensor:
         """S² at weights, shape (1,); not a number before the end of the first stretch."""
@@ -122,8 +125,8 @@ class Way(NamedTuple):
     def onward(self, weights: Sequence[Tensor], step: Tensor) -> tuple[Way, Tensor]:
         """The way up to weights, and how far the gradient has led them (0 to 1, shape (1,))."""
         ended = step - self.since >= STRETCH
-        count = self.count + ended
-        share = torch.where(ended, 1 / count, 0.0)
+        stretches = self.stretches + ended
+        share = torch.where(ended, 1 / stretches, 0.0)
         more = torch.where(ended, _square_distance(weights, self.mark), 0.0)
         past, marks = (zip(p, self.mark, strict=True) for p in (self.centre, weights))
         way = self._replace(
@@ -131,7 +134,7 @@ class Way(NamedTuple):
             mark=[torch.where(ended.squeeze(0), now, then) for now, then in marks],
             squares=self.squares * (1 - share) ** 2 + more,
             since=torch.where(ended, step, self.since),
-            count=count,
+            stretches=stretches,
         )
         led = _between(way.square(weights))
         return way, led.nan_to_num(nan=1.0).clamp(0.0, 1.0)

@@ -42,7 +42,8 @@ def test_a_straight_line_leads_further(count: int) -> None:
 def test_going_to_and_fro_leads_nowhere() -> None:
     """Closed form: Σ ±j = (n + 1)/2 over an odd number n, of Σ j² = n (n + 1) (2n + 1)/6."""
     there, back = torch.ones(WEIGHTS), -torch.ones(WEIGHTS)
-    assert walked([there, back] * 12 + [there]) == pytest.approx(13**2 / (25 * 26 * 51 / 6), rel=1e-4)
+    fro = 13**2 / (25 * 26 * 51 / 6)
+    assert walked([there, back] * 12 + [there]) == pytest.approx(fro, rel=1e-4)
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
@@ -70,7 +71,7 @@ def test_it_grows_from_lost_to_led(square: float, led: float) -> None:
 
 def test_its_state_goes_through_json() -> None:
     """Law: the same after saving."""
-    travel, again = Travel(squares=9.0, since=7, count=3), Travel()
+    travel, again = Travel(squares=9.0, since=7, stretches=3), Travel()
     again.load_state_dict(json.loads(json.dumps(travel.state_dict())))
     assert again == travel
 

@@ -69,7 +69,7 @@ class Good:
             for place in (way.centre, way.mark):
                 for tensor, good in zip(place, self.weights, strict=True):
                     self.part(tensor, member).copy_(self.part(good, member))
-            for leaf in (way.squares, way.count):
+            for leaf in (way.squares, way.stretches):
                 self.part(leaf, member).zero_()
             self.part(way.since, member).copy_(self.part(run.step, member))
         for call in self.rewound:
