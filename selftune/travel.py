@@ -30,13 +30,12 @@ BEGINNING = 10
 class Travel:
     """How far weights are from their past, against a random walk.
 
-    The ratio is ``S = ‖w − c‖ / √(Σ (j/k)² ‖Δⱼ‖²)``.
-
-    The moves Δ₁ … Δₖ are stretches of some twenty steps, and c is the mean of where they began, so
-    that ``w − c = Σ (j/k) Δⱼ``. The distance from the start would tell of how a run began long
-    after that is over; here a move counts the less the longer ago it was. Where few batches make an
-    epoch, their noise cancels within it, which looks like going to and fro from step to step, but
-    not from stretch to stretch.
+    The ratio is ``S = ‖w − c‖ / √(Σ aⱼ² ‖Δⱼ‖²)`` with ``aⱼ = j (j + 1) / (k (k + 1))``. The moves
+    Δ₁ … Δₖ are stretches of some twenty steps, and c is the mean of where they began, the j-th in
+    proportion to j, so that ``w − c = Σ aⱼ Δⱼ``. The distance from the start would tell of how a
+    run began long after that is over; here a move counts the less the longer ago it was. Where few
+    batches make an epoch, their noise cancels within it, which looks like going to and fro from
+    step to step, but not from stretch to stretch.
 
     Args:
         squares: The sum under the root.
@@ -59,10 +58,10 @@ class Travel:
         """A stretch that ends at a step, by the square of its length.
 
         Returns:
-            The weight 1/k of where it began in the mean c.
+            The weight 2/(k + 1) of where it began in the mean c.
         """
         self.stretches += 1
-        share = 1 / self.stretches
+        share = 2 / (self.stretches + 1)
         self.squares = self.squares * (1 - share) ** 2 + square
         self.since = step
         return share
@@ -98,7 +97,7 @@ class Way(NamedTuple):
     """What :class:`Travel` knows of a run, as tensors that the steps of a graph take along.
 
     Attributes:
-        centre: The mean of where stretches began.
+        centre: The mean of where stretches began, later ones more.
         mark: Weights at the end of the last stretch.
         squares: The weighted sum of the squares of stretches, shape (1,), float64.
         since: Steps taken at the end of the last stretch, shape (1,).
@@ -126,7 +125,7 @@ class Way(NamedTuple):
         """The way up to weights, and how far the gradient has led them (0 to 1, shape (1,))."""
         ended = step - self.since >= STRETCH
         stretches = self.stretches + ended
-        share = torch.where(ended, 1 / stretches, 0.0)
+        share = torch.where(ended, 2 / (stretches + 1), 0.0)
         more = torch.where(ended, _square_distance(weights, self.mark), 0.0)
         past, marks = (zip(p, self.mark, strict=True) for p in (self.centre, weights))
         way = self._replace(

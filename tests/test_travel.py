@@ -21,7 +21,13 @@ def walked(stretches: list[Tensor]) -> float:
         began.append(place)
         place = place + stretch
         travel.add(float(stretch.square().sum()), at * STRETCH)
-    return travel.ratio(float((place - torch.stack(began).mean(0)).norm())) ** 2
+    return travel.ratio(float((place - centre(began)).norm())) ** 2
+
+
+def centre(began: list[Tensor]) -> Tensor:
+    """The mean of places, the j-th in proportion to j, written out."""
+    total = sum(j * place for j, place in enumerate(began, start=1))
+    return torch.as_tensor(total) / (len(began) * (len(began) + 1) / 2)
 
 
 def test_a_random_walk_has_a_ratio_of_1_and_is_lost() -> None:
@@ -34,15 +40,17 @@ def test_a_random_walk_has_a_ratio_of_1_and_is_lost() -> None:
 
 @pytest.mark.parametrize("count", [4, 100])
 def test_a_straight_line_leads_further(count: int) -> None:
-    """Closed form: (Σ j/n)² / Σ (j/n)² = 3 n (n + 1) / (2 (2n + 1)) over n stretches."""
-    led = 3 * count * (count + 1) / (2 * (2 * count + 1))
+    """Closed form: (Σ aⱼ)² / Σ aⱼ² over n stretches, aⱼ = j (j + 1)."""
+    weights = [j * (j + 1) for j in range(1, count + 1)]
+    led = sum(weights) ** 2 / sum(a * a for a in weights)
     assert walked([torch.ones(WEIGHTS)] * count) == pytest.approx(led, rel=1e-4)
 
 
 def test_going_to_and_fro_leads_nowhere() -> None:
-    """Closed form: Σ ±j = (n + 1)/2 over an odd number n, of Σ j² = n (n + 1) (2n + 1)/6."""
+    """Closed form: (Σ ±aⱼ)² / Σ aⱼ² over 25 stretches, aⱼ = j (j + 1)."""
     there, back = torch.ones(WEIGHTS), -torch.ones(WEIGHTS)
-    fro = 13**2 / (25 * 26 * 51 / 6)
+    weights = [j * (j + 1) for j in range(1, 26)]
+    fro = sum(a * (-1) ** j for j, a in enumerate(weights)) ** 2 / sum(a * a for a in weights)
     assert walked([there, back] * 12 + [there]) == pytest.approx(fro, rel=1e-4)
 
 
@@ -93,7 +101,7 @@ def test_on_the_device_it_is_the_same() -> None:
             began.append(mark)
             mark = places
         way, led = way.onward(places, steps)
-        means = [torch.stack(past).mean(0) for past in zip(*began, strict=True)] or mark
+        means = [centre(list(past)) for past in zip(*began, strict=True)] or mark
         away = math.sqrt(square(places, means))
         assert float(led) == pytest.approx(travel.led(away), abs=1e-5)
         assert int(way.since) == travel.since
@@ -176,8 +184,8 @@ def test_stretches_are_those_of_the_weights() -> None:
     """Twin: distances between the weights at every twentieth step, written out."""
     _, told, places = run(9)
     at = [places[t] for t in range(0, STEPS + 1, 20)]
-    weights = [(j / 5) ** 2 for j in range(1, 6)]
+    weights = [(j * (j + 1) / 30) ** 2 for j in range(1, 6)]
     stretches = [float((b - a).double().square().sum()) for a, b in itertools.pairwise(at)]
     squares = sum(w * s for w, s in zip(weights, stretches, strict=True))
-    away = float((places[-1] - torch.stack(at[:-1]).mean(0)).double().norm())
+    away = float((places[-1] - centre(at[:-1])).double().norm())
     assert told["travel/ratio"][-1] == pytest.approx(away / math.sqrt(squares), rel=1e-5)
