@@ -92,5 +92,5 @@ RUNNERS: dict[str, Runner] = {
 
 def seeds(method: str, seeds: int, pool: int, starts: int) -> Iterator[int]:
     """How often a method is run."""
-    counts = {"random": pool, "selftune-random": starts, "tpe": 1, "tpe+asha": 1}
+    counts = {"random": pool, "selftune-random": starts, "tpe": 1, "tpe+asha": 3}
     yield from range(counts.get(method, seeds))
