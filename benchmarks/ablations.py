@@ -151,9 +151,9 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "rate at most 3 times the probe's": ({}, [replaced(Engine, "_probe_step", bounded(3.0))]),
     "rate climbs wherever weights go": ({}, [replaced(Travel, "led", lambda *_: 1.0)]),
     "S from where the run began": ({}, [replaced(Travel, "add", from_the_start)]),
-    "rate climbs from S² of 1 to 1.5": (
+    "rate climbs from S² of 1.1 to 1.6": (
         {},
-        [replaced(travel, "LOST", 1.0), replaced(travel, "LED", 1.5)],
+        [replaced(travel, "LOST", 1.1), replaced(travel, "LED", 1.6)],
     ),
     "rate climbs from S² of 1.2 to 1.7": (
         {},

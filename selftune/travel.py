@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LOST, LED = 1.1, 1.6
+LOST, LED = 1.0, 1.5
 """The squared ratio to a walk up to which weights go to and fro, and from which they are led."""
 STRETCH = 20
 """Steps in a stretch, at least: longer than what a momentum remembers."""
@@ -75,7 +75,7 @@ class Travel:
 
         Examples:
             >>> travel = Travel(squares=1.0)
-            >>> travel.led(1.0), round(travel.led(1.35**0.5), 3), travel.led(2.0)
+            >>> travel.led(1.0), round(travel.led(1.25**0.5), 3), travel.led(2.0)
             (0.0, 0.5, 1.0)
         """
         ratio = self.ratio(distance)

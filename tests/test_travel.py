@@ -55,12 +55,12 @@ def test_going_to_and_fro_leads_nowhere() -> None:
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
-    """Law: a walk of ten times its length after a line is lost (from the start S² is 1.8)."""
+    """Law: ten times as many stretches at random outweigh a line (from the start S² is 1.8)."""
     generator = torch.Generator().manual_seed(0)
     line = [torch.ones(WEIGHTS)] * 10
     noise = [torch.randn(WEIGHTS, generator=generator) for _ in range(100)]
     assert walked(line) > LED
-    assert walked(line + noise) < LOST
+    assert walked(line + noise) == pytest.approx(1.0, abs=0.05)
 
 
 def test_nothing_is_known_before_the_first_stretch_ends() -> None:
