@@ -61,7 +61,7 @@ class Travel:
             The weight 2/(k + 1) of where it began in the mean c.
         """
         self.stretches += 1
-        share = 2 / (self.stretches + 1)
+        share = _share(self.stretches)
         self.squares = self.squares * (1 - share) ** 2 + square
         self.since = step
         return share
@@ -125,7 +125,7 @@ class Way(NamedTuple):
         """The way up to weights, and how far the gradient has led them (0 to 1, shape (1,))."""
         ended = step - self.since >= STRETCH
         stretches = self.stretches + ended
-        share = torch.where(ended, 2 / (stretches + 1), 0.0)
+        share = torch.where(ended, _share(stretches), 0.0)
         more = torch.where(ended, _square_distance(weights, self.mark), 0.0)
         past, marks = (zip(p, self.mark, strict=True) for p in (self.centre, weights))
         way = self._replace(
@@ -137,6 +137,11 @@ class Way(NamedTuple):
         )
         led = _between(way.square(weights))
         return way, led.nan_to_num(nan=1.0).clamp(0.0, 1.0)
+
+
+def _share(stretches: Any) -> Any:
+    """The weight of where the last one began, in the mean where each counts by its number."""
+    return 2 / (stretches + 1)
 
 
 def _between(square: Any) -> Any:
