@@ -12,6 +12,7 @@ from selftune._flat import Layout
 from selftune.estimators import AbstractRows
 from selftune.optim._checks import check_gradient
 from selftune.rules._base import InPlace, geometric
+from selftune.settled import KEPT, Changes
 from selftune.update import Tangents, Transition, Update
 
 Entries = Sequence[dict[str, Any]]
@@ -51,7 +52,7 @@ class Block:
         self.layout = Layout(params)
         self.rows = list(rows)
         self._by_tensor = by_tensor
-        self._estimator = estimator
+        self._estimator, self.discount = estimator, estimator.discount
         self._names = list(names)
         self._entries = list(entries)
         steps = [e["step"] if "step" in e else torch.zeros(()) for e in entries]
@@ -78,6 +79,11 @@ class Block:
         fresh = estimator.rows(len(self._pushed), weights)
         self.tangents = Tangents(self._keep("tangent", fresh.params), {})
         self.response = self._keep("response", estimator.rows(len(rows), weights).params)
+        self._penalties = [i for i, n in enumerate(rows) if n in update.smooth]
+        self.changes: Changes | None = None
+        if self._penalties and KEPT:
+            fresh_changes = zip(("change", "last_grad", "last"), Changes.none(weights), strict=True)
+            self.changes = Changes(*(self._keep(key, value) for key, value in fresh_changes))
         for row, state in update.tangent_state(self._pushed, values).items():
             for name in state:
                 self._tangent_of(row, name)
@@ -232,11 +238,26 @@ class Block:
         newer = transition.moved if mask is None else torch.where(mask, transition.moved, fast)
         fast.lerp_(newer, 1 - discount**stride)
 
-    def signal(self, grads: Tensor) -> Tensor:
-        """dL/d(raw) for an outer gradient: shape (rows, tensors), or (rows, 1) summed over them."""
+    def signal(self, grads: Tensor, beside: Tensor | None = None) -> Tensor:
+        """dL/d(raw) for an outer gradient: shape (rows, tensors), or (rows, 1) summed over them.
+
+        Args:
+            grads: The outer gradient.
+            beside: What penalties are told in its place; None: the same.
+        """
+        told = self._told(self.response, grads)
+        if beside is not None:
+            told[self._penalties] = self._told(self.penalties(), beside)
+        return told
+
+    def penalties(self) -> Tensor:
+        """Responses to the strengths of penalties, shape (penalties, weights)."""
+        return self.response[self._penalties]
+
+    def _told(self, response: Tensor, grads: Tensor) -> Tensor:
         if self._by_tensor:
-            return self.layout.sums(self._estimator.weigh(self.response, grads))
-        return (self.response @ grads).unsqueeze(1)
+            return self.layout.sums(self._estimator.weigh(response, grads))
+        return (response @ grads).unsqueeze(1)
 
     def zeros(self) -> Tensor:
         """A vector of zeros in the shape of the joined weights."""
@@ -251,6 +272,8 @@ class Block:
         tangents = [t for state in self.tangents.state.values() for t in state.values()]
         for flat in (self.tangents.params, self.response, *tangents):
             flat.zero_()
+        if self.changes is not None:
+            self.changes.forget()
         if self.fast is not None:
             self.fast.copy_(self.good)
         self.state = {k: torch.zeros_like(v) for k, v in self.state.items()}

@@ -22,6 +22,7 @@ from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe
 from selftune.rules._base import Values
+from selftune.settled import Changes, Settled
 from selftune.travel import BEGINNING, Travel
 from selftune.tuning import Tuning
 from selftune.update import Clock, Transition
@@ -71,6 +72,7 @@ class Engine:
     regularizers: set[str]
     clock: Counts = field(default_factory=Counts)
     travel: Travel = field(default_factory=Travel)
+    settled: Settled = field(default_factory=Settled)
     blocks: list[Block] = field(default_factory=list)
     slopes: Sequence[Mapping[str, Any]] = field(default_factory=list)
     alone: Tensor | None = None
@@ -122,6 +124,8 @@ class Engine:
         if self.following is not None and call is not None:
             self.following.observe(self.blocks[0], values[0], grads[0][0], transitions[0], call)
         observed = age % self.stride == 0
+        if observed:
+            self._note_changes(grads, transitions, age // self.stride)
         share = self.averaging.weight(age, self.stride)
         for block, step, slope, (_, mask) in zip(
             self.blocks, transitions, self.slopes, grads, strict=True
@@ -270,9 +274,33 @@ class Engine:
             self._keep(averages)
         return self.tune(signal, names)
 
-    def _signal(self, grads: Sequence[Tensor]) -> Tensor:
-        """What blocks tell: summed where shifts are shared, else tensor after tensor."""
-        parts = [b.signal(g) for b, g in zip(self.blocks, grads, strict=True)]
+    def _note_changes(self, grads: Grads, transitions: Sequence[Transition], count: int) -> None:
+        changes = self._changes()
+        if not changes or any(mask is not None for _, mask in grads):
+            return  # gradients that come and go change without any curvature
+        self.settled.note(changes, transitions, [g for g, _ in grads], count, self.ranks.total)
+
+    def _changes(self) -> list[Changes]:
+        """Of the training gradient of every block; none where no penalty asks for them."""
+        kept = [b.changes for b in self.blocks if b.changes is not None]
+        return kept if self.settled.slots else []
+
+    def _signal(self, grads: Sequence[Tensor], *, outer: bool = False) -> Tensor:
+        """What blocks tell: summed where shifts are shared, else tensor after tensor.
+
+        Args:
+            grads: Of every block.
+            outer: Whether they judge penalties, too.
+        """
+        changes = self._changes()
+        left: Sequence[Tensor | None] = [None] * len(grads)
+        if outer and changes:
+            penalties = [b.penalties() for b in self.blocks]
+            age = self.clock.steps - self.clock.since
+            longer = max(1.0, age * (1 - self.blocks[0].discount))
+            left = self.settled.beside(grads, changes, penalties, longer, self.ranks.total)
+        told = zip(self.blocks, grads, left, strict=True)
+        parts = [block.signal(g, rest) for block, g, rest in told]
         return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
 
     def outer_step(
@@ -312,7 +340,7 @@ class Engine:
             if signal is None:
                 return False
         else:
-            signal = self._signal(grads)
+            signal = self._signal(grads, outer=True)
         return self.tune(self._scaled(signal, grads, self.ranks.outer), self.tuning.names)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
