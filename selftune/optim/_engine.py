@@ -30,7 +30,7 @@ from selftune.update import Clock, Transition
 log = logging.getLogger("selftune")
 
 SHORTEST = 1e-18  # a gradient that counts as 0: squares of less vanish in float32
-PULSE = 10  # steps between two counts of vanished gradients
+PULSE = 8  # steps between two looks at gradients and weights; mostly those that are observed
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
 TOO_HIGH = "the rate that the probe chose leads uphill"
 BAD_GRADIENTS = "gradients vanished or are not finite"
@@ -63,6 +63,7 @@ class Engine:
     averaging: Average
     every: int
     stride: int
+    sample: int
     probe: Probe | None
     guard: Guard | None
     buffers: Buffers
@@ -104,7 +105,7 @@ class Engine:
         if self.probe is not None and not self.probe.ended:
             return self._probe_step(self.probe, grads, values)
         # A step that cannot be taken back is judged before, any other only if it went wrong.
-        if self.stepper.commits or self.clock.steps % PULSE == 0:
+        if self.stepper.commits or self._pulse:
             verdict = self._verdict(grads)
             if verdict != "ok":
                 return verdict == "rollback" and self.roll_back(BAD_GRADIENTS, worsened=False)
@@ -134,7 +135,7 @@ class Engine:
             if observed:
                 block.blend(step, share, mask)
             block.layout.write(step.moved, block.params)
-        self._blend_buffers()
+        self._blend_averages()
         return changed
 
     def unobserved(self, values: Sequence[Values], rates: Sequence[float]) -> bool:
@@ -143,8 +144,8 @@ class Engine:
         Most steps are of this kind, and one kernel in place of some thirty operations.
         """
         step = self.clock.steps + 1
-        looked_at = (step - self.clock.since) % self.stride == 0 or step % PULSE == 0
-        if looked_at or self.probing or self.following is not None or not self.clock.heard:
+        age = step - self.clock.since
+        if age % self.stride == 0 or age % PULSE == 0 or self.probing or self.following is not None or not self.clock.heard:
             return False
         if self.probe is not None and self.probe.settling:
             return False
@@ -153,12 +154,20 @@ class Engine:
         self.clock.steps = step
         if self.guard is not None:
             self.guard.skipped = 0
-        self._blend_buffers()
+        self._blend_averages()
         return True
 
-    def _blend_buffers(self) -> None:
+    @property
+    def _pulse(self) -> bool:
+        return (self.clock.steps - self.clock.since) % PULSE == 0
+
+    def _blend_averages(self) -> None:
+        """Take weights and statistics after a step into their averages."""
+        age = self.clock.steps - self.clock.since
+        if age % self.sample == 0:
+            for block in self.blocks:
+                block.average.lerp_(block.before(), self.averaging.weight(age, self.sample))
         if self.clock.steps % THINNED == 0:
-            age = self.clock.steps - self.clock.since
             self.buffers.blend(self.averaging.weight(age, THINNED))
 
     @staticmethod
@@ -173,7 +182,7 @@ class Engine:
 
     def _finite(self, transitions: Sequence[Transition]) -> bool:
         """Whether a step may be written; not asked of a GPU at every step, which would wait."""
-        if transitions[0].moved.is_cuda and self.clock.steps % PULSE:
+        if transitions[0].moved.is_cuda and not self._pulse:
             return True
         return math.isfinite(self._total([t.moved.sum() for t in transitions]))
 
@@ -201,12 +210,12 @@ class Engine:
         return joined(signal) / length.clamp_min(SHORTEST)
 
     def _verdict(self, grads: Grads) -> str:
-        if self.guard is None or (grads[0][0].is_cuda and self.clock.steps % PULSE):
+        if self.guard is None or (grads[0][0].is_cuda and not self._pulse):
             return "ok"
         verdict = self.guard.gradient(self._total([g @ g for g, _ in grads]))
         # A network dies at once or not at all; later, no gradient may mean nothing left to learn.
         young = self.clock.steps - self.clock.since <= 20 * PULSE
-        if verdict == "ok" and young and self.clock.steps % PULSE == 0:
+        if verdict == "ok" and young and self._pulse:
             alive = self._total([torch.count_nonzero(g).to(g.dtype) for g, _ in grads])
             verdict = self.guard.pulse(alive)
         return verdict

@@ -77,3 +77,19 @@ def test_a_roll_back_forgets_what_was_moved() -> None:
     opt._engine.roll_back("tried", worsened=True)
     assert not response(opt, weight).any()
     assert torch.equal(opt.state[weight]["fast"], weight.detach())
+
+
+def test_averages_take_in_every_fourth_step_and_responses_every_eighth() -> None:
+    """The sums written out; the last four steps are in the weights' average alone."""
+    weight = nn.Parameter(torch.zeros(3))
+    opt = sgd(weight, every=10)
+    average, averaging = torch.zeros(3), st.Average()
+    for step in range(1, STEPS + 1):
+        train(weight, opt, range(step, step + 1))
+        if step == 8:
+            eighth = response(opt, weight).clone()
+        if step % 4 == 0:
+            average = torch.lerp(average, weight.detach(), averaging.weight(step, 4))
+    torch.testing.assert_close(opt.state[weight]["average"], average)
+    assert eighth.any()
+    assert torch.equal(response(opt, weight), eighth)
