@@ -145,7 +145,8 @@ class Engine:
         """
         step = self.clock.steps + 1
         age = step - self.clock.since
-        if age % self.stride == 0 or age % PULSE == 0 or self.probing or self.following is not None or not self.clock.heard:
+        looked_at = age % self.stride == 0 or age % PULSE == 0
+        if looked_at or self.probing or self.following is not None or not self.clock.heard:
             return False
         if self.probe is not None and self.probe.settling:
             return False
