@@ -40,6 +40,7 @@ from selftune.bijections import Logit, Memory
 from selftune.floor import Floor
 from selftune.optim import _base, _engine
 from selftune.optim._engine import Engine
+from selftune.optim._hypergradients import Hypergradients
 from selftune.probe import Probe
 from selftune.travel import Travel
 
@@ -167,6 +168,7 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),
+    "responses at every fourth step": ({}, [replaced(_base, "RARER", 1)]),
     "β₁ as it is given": ({}, [replaced(probe, "LEAST", 1e9)]),
     "β₁ of 0.8 at most, after the probe": (
         {},
@@ -188,7 +190,7 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     ),
     "hypergradients as long as they are": (
         {},
-        [replaced(Engine, "_scaled", staticmethod(unscaled))],
+        [replaced(Hypergradients, "scaled", staticmethod(unscaled))],
     ),
     "no guard": ({"guard": False}, []),
     "good weights by means of three": ({}, [replaced(guard, "WINDOW", 3)]),

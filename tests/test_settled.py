@@ -139,7 +139,7 @@ def test_a_ridge_is_not_taken_for_a_valley() -> None:
     for _ in range(20):
         weights.grad = -5.0 * weights.detach()
         opt.step()
-    assert opt._engine.settled.slots == settled.KEPT
+    assert opt._engine.hypergradients.settled.slots == settled.KEPT
     assert not noted(opt).any()
 
 
@@ -149,7 +149,7 @@ def test_few_weights_are_judged_as_they_are() -> None:
     opt = st.SGD([weights], lr=0.01, tune=("weight_decay",), probe=False)
     weights.grad = torch.ones_like(weights)
     opt.step()
-    assert opt._engine.settled.slots == 0
+    assert opt._engine.hypergradients.settled.slots == 0
 
 
 def test_decoupled_decay_keeps_no_changes() -> None:

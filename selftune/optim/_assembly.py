@@ -80,7 +80,8 @@ class Assembly:
             if params
         ]  # fmt: skip
         engine.ranks.sharded = any(is_sharded(p) for b in engine.blocks for p in b.params)
-        engine.settled.lay_out(sum(p.numel() for b in engine.blocks for p in b.params))
+        weights = sum(p.numel() for b in engine.blocks for p in b.params)
+        engine.hypergradients.settled.lay_out(weights)
         self._frozen = [p for g in groups for p in g["params"] if p not in state]
 
     def publish(self, groups: Sequence[Group]) -> None:

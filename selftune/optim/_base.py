@@ -26,6 +26,7 @@ from selftune.optim._division import divide
 from selftune.optim._engine import ALONE, Engine
 from selftune.optim._following import Call
 from selftune.optim._groups import Groups
+from selftune.optim._hypergradients import Hypergradients
 from selftune.optim._outer import OuterLoss
 from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper
@@ -123,6 +124,7 @@ class SelfTuned(Container):
         averaging = Average() if average is None else average
         rows, following = divide(estimator, update, tuning, min(RARER * averaging.stride, every))
         length = probe_steps(total_steps) if probe is True else int(probe)
+        ranks = Ranks(distributed)
         self._engine = Engine(
             tuning=tuning,
             averaging=averaging,
@@ -134,7 +136,8 @@ class SelfTuned(Container):
             buffers=Buffers(model, every),
             monitor=Monitor(log_dir),
             stepper=stepper,
-            ranks=Ranks(distributed),
+            ranks=ranks,
+            hypergradients=Hypergradients(tuning=tuning, ranks=ranks),
             regularizers=update.regularizers,
             following=following,
         )

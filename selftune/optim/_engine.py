@@ -18,18 +18,17 @@ from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._following import Call, Following
+from selftune.optim._hypergradients import Hypergradients
 from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper, Grads
 from selftune.probe import Probe
 from selftune.rules._base import Values
-from selftune.settled import Changes, Settled
 from selftune.travel import BEGINNING, Travel
 from selftune.tuning import Tuning
 from selftune.update import Clock, Transition
 
 log = logging.getLogger("selftune")
 
-SHORTEST = 1e-18  # a gradient that counts as 0: squares of less vanish in float32
 PULSE = 8  # steps between two looks at gradients and weights; mostly those that are observed
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
 TOO_HIGH = "the rate that the probe chose leads uphill"
@@ -70,10 +69,10 @@ class Engine:
     monitor: Monitor
     stepper: AbstractStepper
     ranks: Ranks
+    hypergradients: Hypergradients
     regularizers: set[str]
     clock: Counts = field(default_factory=Counts)
     travel: Travel = field(default_factory=Travel)
-    settled: Settled = field(default_factory=Settled)
     blocks: list[Block] = field(default_factory=list)
     slopes: Sequence[Mapping[str, Any]] = field(default_factory=list)
     alone: Tensor | None = None
@@ -126,7 +125,7 @@ class Engine:
             self.following.observe(self.blocks[0], values[0], grads[0][0], transitions[0], call)
         observed = age % self.stride == 0
         if observed:
-            self._note_changes(grads, transitions, age // self.stride)
+            self.hypergradients.note(self.blocks, grads, transitions, age // self.stride)
         share = self.averaging.weight(age, self.stride)
         for block, step, slope, (_, mask) in zip(
             self.blocks, transitions, self.slopes, grads, strict=True
@@ -192,24 +191,6 @@ class Engine:
         whole = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
         return float(self.ranks.total(whole))
 
-    @staticmethod
-    def _scaled(
-        signal: Tensor, grads: Sequence[Tensor], joined: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Hypergradients of an outer gradient of length 1: its direction alone counts.
-
-        The length shrinks by orders of magnitude as a run converges, and steps whose size follows
-        the mean square of past hypergradients would all but end long before the run does.
-
-        Args:
-            signal: Along the gradient as it is.
-            grads: The gradient.
-            joined: Joins inner products over processes.
-        """
-        squares = [torch.linalg.vector_norm(g).double().square() for g in grads]
-        length = joined(torch.stack(squares).sum()).sqrt()
-        return joined(signal) / length.clamp_min(SHORTEST)
-
     def _verdict(self, grads: Grads) -> str:
         if self.guard is None or (grads[0][0].is_cuda and not self._pulse):
             return "ok"
@@ -272,46 +253,17 @@ class Engine:
         if not names or self.clock.heard or self.clock.steps <= ALONE:
             return False
         flat = [g for g, _ in grads]
-        signal = self._signal(flat)
+        signal = self.hypergradients.along(self.blocks, flat)
         self.alone = signal if self.alone is None else self.alone + signal
         if self.clock.steps - self.clock.outer < self.every:
             return False
         self.clock.outer = self.clock.steps
-        signal, self.alone = self._scaled(self.alone, flat, self.ranks.total), None
+        signal, self.alone = self.hypergradients.scaled(self.alone, flat, self.ranks.total), None
         averages = [b.average for b in self.blocks]
         due = self.clock.steps % (10 * self.every) < self.every  # nothing else says which are good
         if due and math.isfinite(self._total([a.sum() for a in averages])):
             self._keep(averages)
         return self.tune(signal, names)
-
-    def _note_changes(self, grads: Grads, transitions: Sequence[Transition], count: int) -> None:
-        changes = self._changes()
-        if not changes or any(mask is not None for _, mask in grads):
-            return  # gradients that come and go change without any curvature
-        self.settled.note(changes, transitions, [g for g, _ in grads], count, self.ranks.total)
-
-    def _changes(self) -> list[Changes]:
-        """Of the training gradient of every block; none where no penalty asks for them."""
-        kept = [b.changes for b in self.blocks if b.changes is not None]
-        return kept if self.settled.slots else []
-
-    def _signal(self, grads: Sequence[Tensor], *, outer: bool = False) -> Tensor:
-        """What blocks tell: summed where shifts are shared, else tensor after tensor.
-
-        Args:
-            grads: Of every block.
-            outer: Whether they judge penalties, too.
-        """
-        changes = self._changes()
-        left: Sequence[Tensor | None] = [None] * len(grads)
-        if outer and changes:
-            penalties = [b.penalties() for b in self.blocks]
-            age = self.clock.steps - self.clock.since
-            longer = max(1.0, age * (1 - self.blocks[0].discount))
-            left = self.settled.beside(grads, changes, penalties, longer, self.ranks.total)
-        told = zip(self.blocks, grads, left, strict=True)
-        parts = [block.signal(g, rest) for block, g, rest in told]
-        return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
 
     def outer_step(
         self,
@@ -350,8 +302,10 @@ class Engine:
             if signal is None:
                 return False
         else:
-            signal = self._signal(grads, outer=True)
-        return self.tune(self._scaled(signal, grads, self.ranks.outer), self.tuning.names)
+            age = self.clock.steps - self.clock.since
+            signal = self.hypergradients.outer(self.blocks, grads, age)
+        signal = self.hypergradients.scaled(signal, grads, self.ranks.outer)
+        return self.tune(signal, self.tuning.names)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
         """Step the named hyperparameters, unless the hypergradient is not finite."""

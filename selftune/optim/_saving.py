@@ -25,7 +25,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "groups": groups.state_dict(),
         "clock": asdict(engine.clock),
         "travel": engine.travel.state_dict(),
-        "settled": engine.settled.state_dict(),
+        "settled": engine.hypergradients.settled.state_dict(),
         "probe": None if engine.probe is None else engine.probe.state_dict(),
         "guard": None if engine.guard is None else engine.guard.state_dict(),
         "buffers": engine.buffers.state_dict(),
@@ -41,7 +41,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     for name, value in run["clock"].items():
         setattr(engine.clock, name, value)
     engine.travel.load_state_dict(run["travel"])
-    engine.settled.load_state_dict(run["settled"])
+    engine.hypergradients.settled.load_state_dict(run["settled"])
     if engine.probe is not None:
         if run["probe"] is None:
             engine.probe.ended = True
