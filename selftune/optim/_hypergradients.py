@@ -70,7 +70,7 @@ class Hypergradients:
         kept = [b.changes for b in blocks if b.changes is not None]
         return kept if self.settled.slots else []
 
-    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+    def _joined(self, parts: list[Tensor]) -> Tensor:
         return torch.stack(parts).sum(0) if self.tuning.shared else torch.cat(parts, dim=1)
 
     @staticmethod
