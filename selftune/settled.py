@@ -4,7 +4,7 @@ A response without curvature lets weights answer to a penalty Ω as long as they
 ``J = −τ ∂Ω``, where τ is the time, in units of the learning rate. In truth the training loss pulls
 them back, ``J = −(1/τ + H)⁻¹ ∂Ω``: along a direction of curvature h the answer ends after 1/h. An
 outer gradient is longest along just these, and what it says there, of which nothing comes, drowns
-what a penalty does in the long run. So τ is that of the whole run up to now.
+what a penalty does in the long run. So τ is that of the whole run up to now, η summed over steps.
 
 Where they lie the run shows for nothing: over moves Δw training gradients change by
 ``Δg = H Δw``, most along sharp directions. With the last of these changes as rows of Y, the outer
@@ -52,16 +52,28 @@ class Changes(NamedTuple):
         zeros = params.new_zeros(KEPT, len(params))
         return cls(zeros, torch.full_like(params, math.nan), params.clone())
 
-    def note(self, params: Tensor, grads: Tensor, slot: int) -> Tensor:
+    def note(self, params: Tensor, grads: Tensor, mask: Tensor | None, slot: int) -> Tensor:
         """Keep the change to a gradient, in place of one of before.
+
+        Args:
+            params: The weights.
+            grads: The gradient there.
+            mask: Which weights have one; the others take no part. None: all.
+            slot: Which change makes room.
 
         Returns:
             By how much the slope has risen along the way, Δg · Δw; not a number at first.
         """
         change = torch.sub(grads, self.last_grads, out=self.kept[slot])
-        rise = -(change @ self.last.sub_(params))
-        self.last_grads.copy_(grads)
-        self.last.copy_(params)
+        if mask is None:
+            rise = -(change @ self.last.sub_(params))
+            self.last_grads.copy_(grads)
+            self.last.copy_(params)
+            return rise
+        change.masked_fill_(~mask, 0.0)
+        rise = change @ (params - self.last)
+        self.last_grads.copy_(torch.where(mask, grads, self.last_grads))
+        self.last.copy_(torch.where(mask, params, self.last))
         return rise
 
     def forget(self) -> None:
@@ -76,13 +88,14 @@ class Settled:
     Attributes:
         slots: How many changes are kept.
         rises: D, shape (kept,), float64.
-        push: ‖λ ∂Ω‖², of the penalties' gradients.
+        push: ‖λ ∂Ω‖², of the tuned penalties' gradients, shape (), float64.
+        time: τ, shape (), float64.
     """
 
     def __init__(self) -> None:
         self.slots = 0
         self.rises = torch.zeros(KEPT, dtype=torch.float64)
-        self.push = torch.zeros((), dtype=torch.float64)
+        self.push, self.time = (torch.zeros((), dtype=torch.float64) for _ in range(2))
 
     def lay_out(self, weights: int) -> None:
         """For so many weights in all."""
@@ -92,24 +105,27 @@ class Settled:
         self,
         changes: Sequence[Changes],
         steps: Sequence[Transition],
-        bare: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        names: Sequence[str],
         count: int,
         total: Total,
     ) -> None:
-        """Take in how the gradient has changed, if it has risen along the way, as in a valley.
+        """Take in how the gradient has changed, if the slope has risen along the way.
 
-        On a ridge no response settles.
+        On a ridge, where it falls, no response settles.
 
         Args:
             changes: Of every part.
             steps: Taken next, with gradients that hold the penalties'.
-            bare: Gradients without them.
+            masks: Which weights have gradients; None: all.
+            names: Of the tuned strengths of penalties.
             count: Of what was noted so far.
             total: Sums products over processes that hold parts of the weights.
         """
         slot = count % self.slots
-        rises = [c.note(s.params, s.grads, slot) for c, s in zip(changes, steps, strict=True)]
-        pushes = [(s.grads - g).square().sum() for s, g in zip(steps, bare, strict=True)]
+        triples = zip(changes, steps, masks, strict=True)
+        rises = [c.note(s.params, s.grads, mask, slot) for c, s, mask in triples]
+        pushes = [s.update.pull(s.params, s.values, names).square().sum() for s in steps]
         both = torch.stack([torch.stack(rises).sum(), torch.stack(pushes).sum()])
         rise, self.push = total(both).double().unbind()
         risen = rise > 0
@@ -123,7 +139,7 @@ class Settled:
         outer: Sequence[Tensor],
         changes: Sequence[Changes],
         responses: Sequence[Tensor],
-        longer: float,
+        memories: float,
         total: Total,
     ) -> list[Tensor]:
         """What is left of an outer gradient, part by part.
@@ -132,20 +148,29 @@ class Settled:
             outer: Its parts, of shape (weights,).
             changes: Of every part.
             responses: J of the penalties' strengths on a log scale, shape (penalties, weights).
-            longer: How many times as long as the memory of J the run has been.
+            memories: Steps since this was last asked, in units of what J remembers. J is τ of its
+                memory times what pushes; τ of the run grows by so many of these.
             total: Sums products over processes that hold parts of the weights.
         """
         squares = [response.sum(0).square().sum() for response in responses]
-        reach = longer * (total(torch.stack(squares).sum()).double() / self.push).sqrt()
-        return beside(outer, [c.kept for c in changes], self.rises / reach, total)
+        square = total(torch.stack(squares).sum()).double()
+        recent = (square / self.push.to(square.device)).sqrt().nan_to_num(nan=0.0, posinf=0.0)
+        self.time = self.time.to(square.device) + memories * recent
+        pull = self.rises.to(square.device) / torch.maximum(self.time, recent)
+        return beside(outer, [c.kept for c in changes], pull, total)
+
+    def forget(self) -> None:
+        """Start afresh; each part's changes forget for themselves."""
+        self.time = torch.zeros_like(self.time)
 
     def state_dict(self) -> dict[str, Any]:
         """What to save beside the parts' changes."""
-        return {"rises": self.rises.clone(), "push": self.push.clone()}
+        return {n: getattr(self, n).clone() for n in ("rises", "push", "time")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        self.rises, self.push = state["rises"].clone(), state["push"].clone()
+        for name, value in state.items():
+            setattr(self, name, value.clone())
 
 
 def beside(
@@ -178,10 +203,10 @@ def beside(
     """
     gram = total(torch.stack([y @ y.T for y in changes]).sum(0)).double()
     along = total(torch.stack([y @ g for y, g in zip(changes, outer, strict=True)]).sum(0)).double()
-    lengths = gram.diagonal().sqrt()
-    unit = torch.where(lengths > 0, 1 / lengths, 0.0)  # of changes whose lengths may differ much
-    ridge = (unit.square() * pull.nan_to_num(nan=0.0)).diag()
-    inverse = torch.linalg.pinv(gram * unit.outer(unit) + ridge, hermitian=True, rtol=ALIKE)
+    matrix = gram + pull.nan_to_num(nan=0.0).to(gram).diag()
+    sizes = matrix.diagonal()
+    unit = torch.where(sizes > 0, sizes.rsqrt(), 0.0)  # changes may differ much in length
+    inverse = torch.linalg.pinv(matrix * unit.outer(unit), hermitian=True, rtol=ALIKE)
     shares = unit * (inverse @ (unit * along))
     return [
         torch.addmv(g, y.T, shares.to(g.dtype), alpha=-1)

@@ -86,6 +86,14 @@ class Update:
         """Names of the strengths of what is added to the training loss."""
         return set(self._smooth_terms)
 
+    def pull(self, params: Tensor, values: Values, names: Sequence[str]) -> Tensor:
+        """What some of the strengths add to the gradient, ``Σ λ_p ∂Ω_p(w)``."""
+        pulled = torch.zeros_like(params)
+        for name, gradient in self._smooth_terms.items():
+            if name in names:
+                pulled = plus(pulled, gradient(params), values[name])
+        return pulled
+
     @property
     def _prox(self) -> list[ProximalL1]:
         return [p for p in self.penalties if isinstance(p, ProximalL1)]

@@ -115,7 +115,7 @@ def test_decay_follows_the_exact_response(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_flat_directions_are_left_though_weights_move_along_them() -> None:
-    """Closed form: a change of curvature h takes off τ h / (1 + τ h) of what lies along it."""
+    """Closed form: two changes along the same direction count as twice its curvature."""
     curvature, reach, count = 0.01, 2.0, 4 * settled.MANY
     place, changes, state = torch.zeros(count).double(), None, Settled()
     state.lay_out(count)
@@ -123,12 +123,12 @@ def test_flat_directions_are_left_though_weights_move_along_them() -> None:
     move = torch.ones(count).double()
     for step in range(3):
         here = place + step * move
-        rise = changes.note(here, curvature * here, step % state.slots)
+        rise = changes.note(here, curvature * here, None, step % state.slots)
         assert math.isnan(float(rise)) == (step == 0)
     changes.kept[0].zero_()
     pull = torch.tensor([0.0, float(rise), float(rise), 0.0]) / reach
     left = beside([move], [changes.kept], pull)[0]
-    twice = 2 * reach * curvature  # two changes along the same direction
+    twice = 2 * reach * curvature
     torch.testing.assert_close(left, move / (1 + twice))
 
 
@@ -163,12 +163,12 @@ def test_decoupled_decay_keeps_no_changes() -> None:
 
 def test_a_saved_run_goes_on_bit_for_bit() -> None:
     """Truth: the run that was not interrupted, between two changes."""
-    weights, opt = trained(203)
+    weights, opt = trained(201, every=12)  # noted after 200 steps, asked after 204
     state = copy.deepcopy(opt.state_dict())
     twin = torch.nn.Parameter(weights.detach().clone())
     other = st.SGD(
         [twin], lr=RATE, weight_decay=DECAY, tune=("weight_decay",), probe=False, guard=False,
-        hyper_optimizer=lambda raw: torch.optim.SGD(raw, lr=0.0),
+        hyper_optimizer=lambda raw: torch.optim.SGD(raw, lr=0.0), every=12,
     )  # fmt: skip
     other.load_state_dict(state)
     for _ in range(30):
@@ -181,20 +181,94 @@ def test_a_saved_run_goes_on_bit_for_bit() -> None:
     assert told(opt) == told(other)
 
 
-def test_gradients_that_come_and_go_are_no_change() -> None:
-    """Law: what was noted stays as it is while a parameter has no gradient."""
-    first, second = (torch.nn.Parameter(torch.full((100,), 0.5)) for _ in range(2))
-    opt = st.SGD([first, second], lr=0.05, tune=("weight_decay",), probe=False)
+@pytest.mark.parametrize("apart", [False, True])
+def test_weights_without_a_gradient_take_no_part(apart: bool) -> None:
+    """Closed form: a change is 3 Δw since there was a gradient last, in one group or in two."""
+    params = [torch.nn.Parameter(torch.full((100,), 0.5)) for _ in range(2)]
+    groups = [{"params": [p]} for p in params] if apart else params
+    opt = st.SGD(groups, lr=0.01, tune=("weight_decay",), probe=False)  # observed: every fifth
 
-    def step(*, both: bool) -> None:
-        first.grad = 3.0 * first.detach()
-        second.grad = 3.0 * second.detach() if both else None
+    def step(*, both: bool) -> Tensor:
+        params[0].grad = 3.0 * params[0].detach()
+        params[1].grad = 3.0 * params[1].detach() if both else None
         opt.step()
+        return params[1].detach().clone()
 
-    for _ in range(12):
+    for _ in range(20):
         step(both=True)
-    before = noted(opt).clone()
-    assert before.any()
-    for _ in range(4):
-        step(both=False)
-    assert torch.equal(noted(opt), before)
+    for _ in range(20):
+        still = step(both=False)
+    first, second = torch.cat([b.changes.kept for b in opt._engine.blocks], 1).split(100, 1)
+    assert first.all()
+    assert not second.any()
+    for _ in range(5):
+        before = step(both=True)
+    changed = opt.state[params[1]]["change"].abs().amax(0)
+    weights = torch.full((100,), 0.5) * 0.97**19, still * 0.97**4
+    torch.testing.assert_close(changed, 3.0 * (weights[0] - weights[1]))
+    assert not torch.equal(before, still)
+
+
+@pytest.mark.parametrize(("schedule", "share"), [("constant", 1.0), ("linear", 0.5)])
+def test_time_is_the_rate_summed_over_steps(schedule: str, share: float) -> None:
+    """Law: τ grows by η at every step, whatever the schedule."""
+    weights = torch.nn.Parameter(torch.ones(200))
+    opt = st.SGD(
+        [weights], lr=RATE, weight_decay=DECAY, tune=("weight_decay",), probe=False, guard=False,
+        schedule=schedule, total_steps=1000, every=10,
+        hyper_optimizer=lambda raw: torch.optim.SGD(raw, lr=0.0),
+    )  # fmt: skip
+    for _ in range(1000):
+        weights.grad = torch.zeros_like(weights)
+        opt.step()
+        opt.hyper_step(lambda: weights.sum())
+    time = float(opt._engine.hypergradients.settled.time)
+    assert time == pytest.approx(1000 * RATE * share, rel=0.1)
+
+
+def test_a_flat_change_leaves_a_sharp_one_its_due() -> None:
+    """Closed form: orthogonal changes of curvature h take off τ h / (1 + τ h) each."""
+    curvatures, reach = torch.tensor([150.0, 1e-5], dtype=torch.float64), 0.5
+    left = beside([torch.ones(2).double()], [curvatures.diag()], curvatures / reach)[0]
+    torch.testing.assert_close(left, 1 / (1 + reach * curvatures))
+
+
+def test_a_run_on_training_gradients_alone_notes_its_own_weights() -> None:
+    """Truth: the weights before each fifth step, while hyper steps look at travelled ways."""
+    weights = torch.nn.Parameter(torch.ones(200))
+    opt = st.SGD([weights], lr=0.01, weight_decay=DECAY, probe=False)
+    for step in range(1, 201):
+        if step % 5 == 0:
+            before = weights.detach().clone()
+        weights.grad = weights.detach() + 0.1 * torch.randn(200, generator=noise(opt))
+        opt.step()
+    assert torch.equal(opt.state[weights]["last"], before)
+
+
+def test_a_roll_back_forgets_changes() -> None:
+    """Law: a fresh start knows nothing."""
+    weights, opt = trained()
+    settled_ = opt._engine.hypergradients.settled
+    assert noted(opt).any()
+    assert settled_.time > 0
+    opt._engine.guard = st.optim._base.Guard()
+    opt._engine.roll_back("tried", worsened=True)
+    assert not noted(opt).any()
+    assert opt.state[weights]["last_grad"].isnan().all()
+    assert settled_.time == 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_a_cpu() -> None:
+    """Truth: the same run on a CPU; one parameter never has a gradient."""
+
+    def run(device: str) -> float:
+        params = [torch.nn.Parameter(torch.full((200,), 0.8, device=device)) for _ in range(2)]
+        opt = st.SGD(params, lr=RATE, weight_decay=DECAY, tune=("weight_decay",), probe=False)
+        for _ in range(50):
+            params[0].grad = 3.0 * (params[0].detach() - 1)
+            opt.step()
+            opt.hyper_step(lambda: (params[0] - 2).square().sum())
+        return opt.hparams["weight_decay"]
+
+    assert run("cuda") == pytest.approx(run("cpu"), rel=1e-4)

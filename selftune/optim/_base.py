@@ -183,7 +183,7 @@ class SelfTuned(Container):
     ) -> None:
         blocks = self._engine.blocks
         grads = [
-            (b.zeros() if g is None else -g if v.get("maximize") else g, m)
+            (-g if v.get("maximize") else g, m)
             for b, v, (g, m) in zip(blocks, values, [b.gradient() for b in blocks], strict=True)
         ]
         if call is not None and grads[0][1] is not None:

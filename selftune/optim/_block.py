@@ -79,7 +79,8 @@ class Block:
         fresh = estimator.rows(len(self._pushed), weights)
         self.tangents = Tangents(self._keep("tangent", fresh.params), {})
         self.response = self._keep("response", estimator.rows(len(rows), weights).params)
-        self._penalties = [i for i, n in enumerate(rows) if n in update.smooth]
+        self.smooth = [n for n in rows if n in update.smooth]
+        self._penalties = [rows.index(n) for n in self.smooth]
         self.changes: Changes | None = None
         if self._penalties and KEPT:
             fresh_changes = zip(("change", "last_grad", "last"), Changes.none(weights), strict=True)
@@ -124,15 +125,15 @@ class Block:
 
     def square_distance(self, place: Tensor) -> Tensor:
         """Of the weights as they are now from others."""
-        return torch.linalg.vector_norm(self.before().sub_(place)).double().square()
+        return torch.linalg.vector_norm(self.weights().sub_(place)).double().square()
 
     def end_stretch(self, share: float) -> None:
         """Take where the stretch began into the mean of such places; the next begins here."""
         self.centre.lerp_(self.mark, share)
         self.layout.flatten(self.params, out=self.mark)
 
-    def gradient(self) -> tuple[Tensor | None, Tensor | None]:
-        """The joined gradients, None if no parameter has one, and a mask of who has (None: all).
+    def gradient(self) -> tuple[Tensor, Tensor | None]:
+        """The joined gradients, zeros where there are none, and a mask of who has (None: all).
 
         They lie in memory that is used again at the next step.
         """
@@ -144,7 +145,8 @@ class Block:
         if len(present) == len(grads):
             return self.layout.flatten(present, out=self._grads), None
         if not present:
-            return None, None
+            zeros = self.zeros()
+            return zeros, zeros.bool()
         filled = [
             torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)
         ]

@@ -281,6 +281,7 @@ class Engine:
             compare: Mean losses at the averaged and at the good weights, over many batches, and
                 the standard error of their difference.
         """
+        gone = self.clock.steps - max(self.clock.outer, self.clock.since)
         self.clock.outer = self.clock.steps
         if self.guard is not None:
             verdict = self.guard.loss(loss)
@@ -302,8 +303,7 @@ class Engine:
             if signal is None:
                 return False
         else:
-            age = self.clock.steps - self.clock.since
-            signal = self.hypergradients.outer(self.blocks, grads, age)
+            signal = self.hypergradients.outer(self.blocks, grads, gone)
         signal = self.hypergradients.scaled(signal, grads, self.ranks.outer)
         return self.tune(signal, self.tuning.names)
 
@@ -368,3 +368,4 @@ class Engine:
         self.alone, self.last = None, None
         self.clock.since = self.clock.steps
         self.travel = Travel(since=self.clock.since)
+        self.hypergradients.settled.forget()

@@ -37,9 +37,9 @@ class Hypergradients:
     ) -> None:
         """Take in how the training gradient has changed since the last observed step."""
         changes = self._changes(blocks)
-        if not changes or any(mask is not None for _, mask in grads):
-            return  # gradients that come and go change without any curvature
-        self.settled.note(changes, steps, [g for g, _ in grads], count, self.ranks.total)
+        if changes:
+            masks, names = [mask for _, mask in grads], blocks[0].smooth
+            self.settled.note(changes, steps, masks, names, count, self.ranks.total)
 
     def along(self, blocks: Sequence[Block], grads: Sequence[Tensor]) -> Tensor:
         """Along gradients that do not judge penalties; of a length that may be summed.
@@ -49,20 +49,20 @@ class Hypergradients:
         """
         return self._joined([b.signal(g) for b, g in zip(blocks, grads, strict=True)])
 
-    def outer(self, blocks: Sequence[Block], grads: Sequence[Tensor], age: int) -> Tensor:
+    def outer(self, blocks: Sequence[Block], grads: Sequence[Tensor], gone: int) -> Tensor:
         """Along outer gradients; see ``along``.
 
         Args:
             blocks: What keeps the responses.
             grads: Of every block.
-            age: Steps since a fresh start.
+            gone: Steps since the last time.
         """
         changes = self._changes(blocks)
         if not changes:
             return self.along(blocks, grads)
         penalties = [b.penalties() for b in blocks]
-        longer = max(1.0, age * (1 - blocks[0].discount))
-        left = self.settled.beside(grads, changes, penalties, longer, self.ranks.total)
+        memories = gone * (1 - blocks[0].discount)
+        left = self.settled.beside(grads, changes, penalties, memories, self.ranks.total)
         return self._joined([b.signal(*told) for b, *told in zip(blocks, grads, left, strict=True)])
 
     def _changes(self, blocks: Sequence[Block]) -> list[Changes]:
