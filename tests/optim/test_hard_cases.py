@@ -173,3 +173,24 @@ def test_a_parameter_replaced_in_its_group_is_trained() -> None:
     before = net[0].weight.detach().clone()
     train(net, opt, 1)
     assert not torch.equal(net[0].weight, before)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
+def test_a_group_without_gradients_is_not_stepped(name: str) -> None:
+    """Torch's own run: neither decay nor momentum moves it, and it does not age."""
+
+    def trained(module: object, **options: object) -> list[Tensor]:
+        params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        groups = [{"params": [p]} for p in params]
+        momentum = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+        opt = getattr(module, name)(groups, lr=0.1, weight_decay=0.1, **momentum, **options)
+        for step in range(12):
+            for param in params:
+                param.grad = param.detach() * (1 + step % 3)
+            if 4 <= step < 9:
+                params[1].grad = None
+            opt.step()
+        return params
+
+    ours = trained(st, tune=(), probe=False, guard=False)
+    torch.testing.assert_close(ours, trained(torch.optim))
