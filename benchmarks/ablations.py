@@ -168,7 +168,6 @@ CHANGES: dict[str, tuple[Options, list[Patch]]] = {
     "probe without a margin": ({}, [replaced(_base, "Probe", partial(Probe, margin=1.0))]),
     "probe at half of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=3.0))]),
     "probe at a quarter of its rate": ({}, [replaced(_base, "Probe", partial(Probe, margin=6.0))]),
-    "responses at every fourth step": ({}, [replaced(_base, "RARER", 1)]),
     "β₁ as it is given": ({}, [replaced(probe, "LEAST", 1e9)]),
     "β₁ of 0.8 at most, after the probe": (
         {},

@@ -186,7 +186,8 @@ def test_weights_without_a_gradient_take_no_part(apart: bool) -> None:
     """Closed form: a change is 3 Δw since there was a gradient last, in one group or in two."""
     params = [torch.nn.Parameter(torch.full((100,), 0.5)) for _ in range(2)]
     groups = [{"params": [p]} for p in params] if apart else params
-    opt = st.SGD(groups, lr=0.01, tune=("weight_decay",), probe=False)  # observed: every fifth
+    estimator = st.Trace(stride=5)
+    opt = st.SGD(groups, lr=0.01, tune=("weight_decay",), probe=False, estimator=estimator)
 
     def step(*, both: bool) -> Tensor:
         params[0].grad = 3.0 * params[0].detach()
@@ -234,11 +235,11 @@ def test_a_flat_change_leaves_a_sharp_one_its_due() -> None:
 
 
 def test_a_run_on_training_gradients_alone_notes_its_own_weights() -> None:
-    """Truth: the weights before each fifth step, while hyper steps look at travelled ways."""
+    """Truth: the weights before each fourth step, while hyper steps look at travelled ways."""
     weights = torch.nn.Parameter(torch.ones(200))
     opt = st.SGD([weights], lr=0.01, weight_decay=DECAY, probe=False)
     for step in range(1, 201):
-        if step % 5 == 0:
+        if step % 4 == 0:
             before = weights.detach().clone()
         weights.grad = weights.detach() + 0.1 * torch.randn(200, generator=noise(opt))
         opt.step()

@@ -41,9 +41,6 @@ log = logging.getLogger("selftune")
 Params = nn.Module | Iterable[Any]
 Closure = Callable[[], Tensor]
 
-RARER = 2
-"""How many times rarer responses are pushed through a step than weights are averaged."""
-
 
 class SelfTuned(Container):
     """A torch optimizer whose hyperparameters tune themselves by gradient.
@@ -62,7 +59,7 @@ class SelfTuned(Container):
         total_steps: Steps in the whole run, if known.
         warmup_steps: Steps over which the learning rate climbs.
         estimator: How weights respond to hyperparameters, by default Trace, which observes every
-            eighth step or, with a shorter average, more. Trace or OneStep; with any other one,
+            fourth step or, with a shorter average, more. Trace or OneStep; with any other one,
             ``step`` takes a closure that keeps its own batch, there is one parameter group, and
             copies and loaded states begin to follow anew.
         average: Where the outer loss is measured.
@@ -122,7 +119,7 @@ class SelfTuned(Container):
         self._update = update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
         averaging = Average() if average is None else average
-        rows, following = divide(estimator, update, tuning, min(RARER * averaging.stride, every))
+        rows, following = divide(estimator, update, tuning, min(averaging.stride, every))
         length = probe_steps(total_steps) if probe is True else int(probe)
         ranks = Ranks(distributed)
         self._engine = Engine(
@@ -130,7 +127,6 @@ class SelfTuned(Container):
             averaging=averaging,
             every=every,
             stride=rows.stride,
-            sample=min(averaging.stride, rows.stride),
             probe=Probe(steps=length) if length and "lr" in tune else None,
             guard=Guard() if guard else None,
             buffers=Buffers(model, every),

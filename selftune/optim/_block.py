@@ -220,7 +220,8 @@ class Block:
                 value.copy_(torch.where(where, old, value))
 
     def blend(self, transition: Transition, share: float, mask: Tensor | None) -> None:
-        """Move the averages of tangents by ``share``."""
+        """Move the averages of weights and tangents by ``share``."""
+        self.average.lerp_(transition.moved, share)
         if self.fast is not None:
             self._led(self.fast, transition, share, mask)
         if self._pushed:

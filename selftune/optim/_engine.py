@@ -62,7 +62,6 @@ class Engine:
     averaging: Average
     every: int
     stride: int
-    sample: int
     probe: Probe | None
     guard: Guard | None
     buffers: Buffers
@@ -134,7 +133,7 @@ class Engine:
             if observed:
                 block.blend(step, share, mask)
             block.layout.write(step.moved, block.params)
-        self._blend_averages()
+        self._blend_buffers()
         return changed
 
     def unobserved(self, values: Sequence[Values], rates: Sequence[float]) -> bool:
@@ -154,20 +153,16 @@ class Engine:
         self.clock.steps = step
         if self.guard is not None:
             self.guard.skipped = 0
-        self._blend_averages()
+        self._blend_buffers()
         return True
 
     @property
     def _pulse(self) -> bool:
         return (self.clock.steps - self.clock.since) % PULSE == 0
 
-    def _blend_averages(self) -> None:
-        """Take weights and statistics after a step into their averages."""
-        age = self.clock.steps - self.clock.since
-        if age % self.sample == 0:
-            for block in self.blocks:
-                block.average.lerp_(block.before(), self.averaging.weight(age, self.sample))
+    def _blend_buffers(self) -> None:
         if self.clock.steps % THINNED == 0:
+            age = self.clock.steps - self.clock.since
             self.buffers.blend(self.averaging.weight(age, THINNED))
 
     @staticmethod
