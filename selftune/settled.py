@@ -125,7 +125,10 @@ class Settled:
         slot = count % self.slots
         triples = zip(changes, steps, masks, strict=True)
         rises = [c.note(s.params, s.grads, mask, slot) for c, s, mask in triples]
-        pushes = [s.update.pull(s.params, s.values, names).square().sum() for s in steps]
+        pushes = [
+            s.update.penalised(s.params, torch.zeros_like(s.params), s.values, names).square().sum()
+            for s in steps
+        ]
         both = torch.stack([torch.stack(rises).sum(), torch.stack(pushes).sum()])
         rise, self.push = total(both).double().unbind()
         risen = rise > 0

@@ -86,14 +86,6 @@ class Update:
         """Names of the strengths of what is added to the training loss."""
         return set(self._smooth_terms)
 
-    def pull(self, params: Tensor, values: Values, names: Sequence[str]) -> Tensor:
-        """What some of the strengths add to the gradient, ``Σ λ_p ∂Ω_p(w)``."""
-        pulled = torch.zeros_like(params)
-        for name, gradient in self._smooth_terms.items():
-            if name in names:
-                pulled = plus(pulled, gradient(params), values[name])
-        return pulled
-
     @property
     def _prox(self) -> list[ProximalL1]:
         return [p for p in self.penalties if isinstance(p, ProximalL1)]
@@ -116,10 +108,19 @@ class Update:
         tangents = transition.push(zero_tangents(len(rows), weight), dict.fromkeys(rows, 1.0), 0.0)
         return {row: set(found) for row, found in tangents.state.items()}
 
-    def penalised(self, params: Tensor, grads: Tensor, values: Values) -> Tensor:
-        """The gradient of the loss with its penalties."""
+    def penalised(
+        self, params: Tensor, grads: Tensor, values: Values, names: Sequence[str] | None = None
+    ) -> Tensor:
+        """The gradient of the loss with its penalties: ``g + Σ λ_p ∂Ω_p(w)``.
+
+        Args:
+            params: w.
+            grads: g.
+            values: The strengths λ, by name.
+            names: Of those to add; None: all.
+        """
         for name, gradient in self._smooth_terms.items():
-            if _on(values[name]):
+            if _on(values[name]) and (names is None or name in names):
                 grads = plus(grads, gradient(params), values[name])
         return grads
 
