@@ -73,7 +73,7 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
         if args.only and name not in args.only.split(","):
             continue
         for method in args.methods.split(","):
-            for seed in seeds(method, args.seeds, args.pool, args.starts):
+            for seed in seeds(method, args.seeds, args.pool, args.starts, args.searches):
                 if (name, method, seed) not in done:
                     yield name, method, seed
 
@@ -106,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pool", type=int, default=100, help="random-search runs")
     parser.add_argument("--starts", type=int, default=10, help="random starts of ours")
+    parser.add_argument("--searches", type=int, default=3, help="searches by TPE with pruning")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--again", default="", help="methods whose runs to forget, by commas")
     parser.add_argument("--records", type=Path, default=FOLDER)
