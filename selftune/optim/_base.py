@@ -221,30 +221,38 @@ class SelfTuned(Container):
                 "hyper_step came before any step(): take at least one training step first"
             )
         due = not engine.probing and clock.steps - max(clock.outer, clock.since) >= engine.every
-        if engine.heard and not due:
+        ends = engine.ends(self._schedule.total_steps)
+        if engine.heard and not due and not ends:
             clock.heard = clock.steps
             return None
         outer = OuterLoss(engine)
         with torch.no_grad():
-            blocks = self._blocks()
+            self._blocks()
         if not engine.heard:
             # Also an early look at what the closure returns; it leaves random streams alone.
             with outer.random(), engine.buffers.discovering():
-                first, _ = outer.gradients(closure, [b.good for b in blocks])
+                first, _ = outer.gradients(closure, outer.good)
             if engine.guard is not None:
                 engine.guard.begin(float(engine.ranks.mean(first)))
             engine.heard = True
             self._telling.begin(self.hparams)
         clock.heard = clock.steps
-        if not due:
-            return None
-        begun, period = time.monotonic(), clock.steps - clock.outer
-        loss, grads = outer.gradients(closure, [b.average for b in blocks])
+        loss = self._tune(outer, closure) if due else None
+        if ends:
+            with torch.no_grad():
+                outer.judge_end(closure)
+        elif clock.steps > (self._schedule.total_steps or 0):
+            engine.ending.forget()
+        return loss
+
+    def _tune(self, outer: OuterLoss, closure: Closure) -> Tensor:
+        engine, clock = self._engine, self._engine.clock
+        begun = time.monotonic()
+        loss, grads = outer.gradients(closure, outer.average)
         engine.buffers.passed()
         loss = engine.ranks.mean(loss)
         if not bool(torch.isfinite(loss)):
             outer.check_finite(closure)
-        last = clock.steps <= (self._schedule.total_steps or 0) < clock.steps + period
         with torch.no_grad():
             values = self._groups.values(self.param_groups)
             if engine.outer_step(float(loss), grads, values, lambda: outer.compared(closure)):
@@ -253,15 +261,14 @@ class SelfTuned(Container):
                 self._telling.tuned(loss, self.hparams, clock.steps, begun)
             if self._telling.due and not engine.ranks.together:
                 self._telling.compared(loss, outer.value(closure), clock.steps)
-        if engine.guard is not None:
-            engine.guard.returned = last and outer.good_is_better(closure)
         return loss
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights, and their BatchNorm statistics, for evaluating and saving.
 
-        At the end of a run of known length, the last good ones where those are better.
+        At the end of a run of known length, the best on the way from these to the last weights, by
+        the slopes of the validation loss at both, or the last good ones where those are better.
 
         Examples:
             >>> import selftune as st
@@ -271,12 +278,9 @@ class SelfTuned(Container):
             ...     output = net(torch.ones(1, 2))
         """
         with torch.no_grad():
-            blocks = self._blocks()
-        engine = self._engine
-        # The probe's sweep is no run to average; its best is kept.
-        good = engine.probing or (engine.guard is not None and engine.guard.returned)
-        weights = [b.good if good else b.average for b in blocks]
-        with OuterLoss(engine).showing(weights, good):
+            self._blocks()
+        outer = OuterLoss(self._engine)
+        with outer.showing(outer.end):
             yield
 
     def report(self, loss: Tensor | float) -> None:

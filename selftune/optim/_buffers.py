@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,8 +68,23 @@ class Buffers:
         """The modules' statistics as they are now."""
         return [t for layer in self.layers for t in _statistics(layer)]
 
-    def exchange(self, good: bool = False) -> None:
-        """Swap the modules' statistics with the averaged ones, or with the good ones.
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leaves the modules' statistics as they were before the block."""
+        before = [t.clone() for t in self.tensors()]
+        try:
+            yield
+        finally:
+            for tensor, old in zip(self.tensors(), before, strict=True):
+                tensor.copy_(old)
+
+    def between(self, share: float) -> list[Tensor]:
+        """Copies of statistics on the way from the averaged ones to the modules' own."""
+        pairs = zip(self.average, self.tensors(), strict=True)
+        return [a.lerp(b, share) if a.is_floating_point() else b.clone() for a, b in pairs]
+
+    def exchange(self, others: Sequence[Tensor]) -> None:
+        """Swap the modules' statistics with others: those of the average, say.
 
         Passes at the averaged weights are ``every`` times rarer than training's, and those weights
         change more slowly, so a layer's momentum m is 1 − (1 − m)^(every/2) while they are shown.
@@ -78,7 +93,6 @@ class Buffers:
         for layer, usual in zip(self.layers, self._momenta, strict=True):
             quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
             layer.momentum = quick if self.shown else usual  # type: ignore[assignment]
-        others = self.good if good else self.average
         for tensor, kept in zip(self.tensors(), others, strict=True):
             held = tensor.clone()
             tensor.copy_(kept)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from selftune.averaging import Average
+from selftune.ending import Ending
 from selftune.guard import Guard
 from selftune.hparams import MOMENTA
 from selftune.monitor import Monitor
@@ -72,6 +73,7 @@ class Engine:
     regularizers: set[str]
     clock: Counts = field(default_factory=Counts)
     travel: Travel = field(default_factory=Travel)
+    ending: Ending = field(default_factory=Ending)
     blocks: list[Block] = field(default_factory=list)
     slopes: Sequence[Mapping[str, Any]] = field(default_factory=list)
     alone: Tensor | None = None
@@ -83,6 +85,12 @@ class Engine:
     def probing(self) -> bool:
         """Whether the start-up probe is still sweeping."""
         return self.probe is not None and not self.probe.ended
+
+    def ends(self, total: int | None) -> bool:
+        """Whether the end of a run of so many steps is to be judged now."""
+        clock = self.clock
+        period = clock.steps - clock.heard
+        return not self.probing and self.ending.due(clock.steps, period, total, self.every)
 
     def train(
         self,

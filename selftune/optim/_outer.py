@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,21 @@ from selftune.optim._ranks import is_sharded
 Closure = Callable[[], Tensor]
 FEWEST, SHARE = 8, 50
 """Validation batches by which the end of a run is compared with its last good weights: one for
-every fifty steps, whose passes at both points are about a hundredth of the run."""
+every fifty steps. Slopes at its last weights and their average are taken of half as many."""
 ENOUGH = 50
 """Batches that are enough to tell a loss that has worsened from a few unlucky ones."""
+
+
+class Point(NamedTuple):
+    """Where the validation loss can be taken.
+
+    Attributes:
+        weights: Of every block.
+        statistics: Of normalisation layers; passes in training mode write into them.
+    """
+
+    weights: Sequence[Tensor]
+    statistics: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,17 +47,32 @@ class OuterLoss:
 
     engine: Engine
 
+    @property
+    def average(self) -> Point:
+        """The averaged weights."""
+        return Point([b.average for b in self.engine.blocks], self.engine.buffers.average)
+
+    @property
+    def good(self) -> Point:
+        """The last good weights."""
+        return Point([b.good for b in self.engine.blocks], self.engine.buffers.good)
+
+    def onward(self, share: float) -> Point:
+        """Copies on the way from the averaged weights (0) to those in place (1)."""
+        weights = [b.average.lerp(b.weights(), share) for b in self.engine.blocks]
+        return Point(weights, self.engine.buffers.between(share))
+
     @contextmanager
-    def showing(self, weights: Sequence[Tensor], good: bool = False) -> Iterator[None]:
-        """Weights of every block, with the averaged or the good statistics, for a while."""
+    def showing(self, point: Point) -> Iterator[None]:
+        """Other weights and statistics in place, for a while."""
         blocks, buffers = self.engine.blocks, self.engine.buffers
         outermost = not buffers.shown
         with torch.no_grad():
             kept = [b.weights() for b in blocks]
-            for block, flat in zip(blocks, weights, strict=True):
+            for block, flat in zip(blocks, point.weights, strict=True):
                 block.layout.write(flat, block.params)
             if outermost:
-                buffers.exchange(good)
+                buffers.exchange(point.statistics)
         try:
             yield
         finally:
@@ -52,11 +80,11 @@ class OuterLoss:
                 for block, flat in zip(blocks, kept, strict=True):
                     block.layout.write(flat, block.params)
                 if outermost:
-                    buffers.exchange(good)
+                    buffers.exchange(point.statistics)
 
-    def gradients(self, closure: Closure, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, closure: Closure, point: Point) -> tuple[Tensor, list[Tensor]]:
         """The loss and its joined gradients."""
-        with self.showing(weights), torch.enable_grad():
+        with self.showing(point), torch.enable_grad():
             loss = closure()
             check_outer_loss(loss)
             return loss.detach(), outer_gradients(loss, self.engine.blocks)
@@ -72,55 +100,71 @@ class OuterLoss:
             return self._value(closure)
 
     def _value(self, closure: Closure) -> Tensor:
-        tensors = self.engine.buffers.tensors()
-        kept = [t.clone() for t in tensors]
-        with torch.enable_grad():
-            loss = closure().detach()
-        for tensor, old in zip(tensors, kept, strict=True):
-            tensor.copy_(old)
-        return loss
+        with torch.enable_grad(), self.engine.buffers.kept():
+            return closure().detach()
 
     def check_finite(self, closure: Closure) -> None:
         """Tell a closure that is never finite from weights that have blown up."""
-        good, _ = self.gradients(closure, [b.good for b in self.engine.blocks])
+        good, _ = self.gradients(closure, self.good)
         if not bool(torch.isfinite(self.engine.ranks.mean(good))):
             raise ValueError(
                 f"closure returned {float(good)} at the last good weights too; check the "
                 "validation batch and loss for overflow, log(0) or missing values"
             )
 
-    def compared(self, closure: Closure) -> tuple[float, float, float]:
-        """Mean losses at averaged and at last good weights, and their difference's error."""
-        return _judged(self._losses(closure, min(ENOUGH, self._many())))
+    @property
+    def end(self) -> Point:
+        """Where the run ends, or would end now."""
+        ending = self.engine.ending
+        if self.engine.probing or ending.good:  # a sweep is no run to average; its best is kept
+            return self.good
+        return self.onward(ending.onward) if ending.onward > 0 else self.average
 
-    def good_is_better(self, closure: Closure) -> bool:
-        """Whether the last good weights beat the averaged ones, by more than the batches' noise."""
-        now, then, error = _judged(self._losses(closure, self._many()))
+    def judge_end(self, closure: Closure) -> None:
+        """Find where the run ends."""
+        engine = self.engine
+        start, end = self._slopes(closure, self._many() // 2)
+        engine.ending.judge(engine.clock.steps, start, end)
+        if engine.guard is not None:
+            now, then, error = self.compared(closure, self._many())
+            engine.ending.weigh(now, then, error if engine.guard.behind else 2 * error)
+
+    def compared(self, closure: Closure, count: int | None = None) -> tuple[float, float, float]:
+        """Mean losses at averaged and at good weights, and the standard error of their difference.
+
+        Args:
+            closure: Gives the loss of a batch.
+            count: Batches for each; by default enough to tell a loss that has worsened.
+        """
+        count = min(ENOUGH, self._many()) if count is None else count
+        points = self.average, self.good
+        found: list[list[float]] = [[] for _ in points]
+        with self.random():  # around all of them: a closure may draw its batches at random
+            for _ in range(count):  # in turns: batches differ
+                for point, losses in zip(points, found, strict=True):
+                    with self.showing(point):
+                        losses.append(float(self.engine.ranks.mean(self._value(closure))))
+        now, then = map(statistics.fmean, found)
         if not (math.isfinite(now) and math.isfinite(then)):
-            return math.isfinite(then)
-        return then < now - error
+            return now, then, math.nan
+        return now, then, math.sqrt(sum(map(statistics.variance, found)) / count)
 
     def _many(self) -> int:
         return max(FEWEST, self.engine.tuning.horizon // SHARE)
 
-    def _losses(self, closure: Closure, count: int) -> tuple[list[float], list[float]]:
-        """Losses at the averaged and at the last good weights, of so many batches each."""
-        found: dict[bool, list[float]] = {False: [], True: []}
-        with self.random():  # around all of them: a closure may draw its batches at random
-            for _ in range(count):  # in turns: batches differ
-                for good, losses in found.items():
-                    weights = [b.good if good else b.average for b in self.engine.blocks]
-                    with self.showing(weights, good):
-                        losses.append(float(self.engine.ranks.mean(self._value(closure))))
-        return found[False], found[True]
-
-
-def _judged(losses: tuple[list[float], list[float]]) -> tuple[float, float, float]:
-    """Two means, and the standard error of their difference."""
-    now, then = map(statistics.fmean, losses)
-    if not (math.isfinite(now) and math.isfinite(then)):
-        return now, then, math.nan
-    return now, then, math.sqrt(sum(map(statistics.variance, losses)) / len(losses[0]))
+    def _slopes(self, closure: Closure, count: int) -> tuple[float, float]:
+        """On the way from the averaged weights to those in place: there and here, of batches."""
+        ends = self.onward(0.0), self.onward(1.0)
+        way = [b - a for a, b in zip(*(p.weights for p in ends), strict=True)]
+        found: tuple[list[float], list[float]] = ([], [])
+        with self.random():
+            for _ in range(count):
+                for point, slopes in zip(ends, found, strict=True):  # copies, so without a trace
+                    grads = self.gradients(closure, point)[1]
+                    parts = [g @ w for g, w in zip(grads, way, strict=True)]
+                    slopes.append(float(self.engine.ranks.outer(torch.stack(parts).sum())))
+        start, end = map(statistics.fmean, found)
+        return start, end
 
 
 def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> list[Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 9
-"""Of what is kept; 9 knows how training gradients have changed."""
+VERSION = 10
+"""Of what is kept; 10 knows which weights the run ends with."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "groups": groups.state_dict(),
         "clock": asdict(engine.clock),
         "travel": engine.travel.state_dict(),
+        "ending": engine.ending.state_dict(),
         "settled": engine.hypergradients.settled.state_dict(),
         "probe": None if engine.probe is None else engine.probe.state_dict(),
         "guard": None if engine.guard is None else engine.guard.state_dict(),
@@ -41,6 +42,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     for name, value in run["clock"].items():
         setattr(engine.clock, name, value)
     engine.travel.load_state_dict(run["travel"])
+    engine.ending.load_state_dict(run["ending"])
     engine.hypergradients.settled.load_state_dict(run["settled"])
     if engine.probe is not None:
         if run["probe"] is None:

@@ -23,6 +23,7 @@ Where = tuple[list[Tensor], list[Tensor]]
 """Weights and buffers."""
 FEW = 20  # batches that stand for a validation set without an end
 ENOUGH = 50  # batches that show which of two points is better
+ONWARD = 0.0, 0.5, 1.0  # of the way from the average to the last weights, where a run may end
 
 
 def held(module: nn.Module) -> dict[str, Any]:
@@ -169,8 +170,11 @@ class Scorer:
     def best(
         self, run: Run, stream: Stream, member: int, good: Good, saved: dict[str, Any] | None
     ) -> float:
-        """Show the best of the average, the good weights and saved ones; returns its loss."""
-        candidates = [_average(run), (good.weights, good.buffers)]
+        """Show the best of the average, the last, the good and saved weights; returns its loss.
+
+        Halfway from the average, which lags behind, to the last weights may be better than both.
+        """
+        candidates = [*(_onward(run, s) for s in ONWARD), (good.weights, good.buffers)]
         losses = [scores["loss"] for scores in self._score(candidates, stream, member)]
         losses = [x if math.isfinite(x) else math.inf for x in losses]
         found = min(losses)
@@ -186,3 +190,10 @@ class Scorer:
 
 def _average(run: Run) -> Where:
     return [w.average for w in run.weights], run.average_buffers
+
+
+def _onward(run: Run, share: float) -> Where:
+    """On the way from the average (0) to the last weights (1)."""
+    weights = [w.average.lerp(w.value.to(w.average.dtype), share) for w in run.weights]
+    pairs = zip(run.average_buffers, run.buffers, strict=True)
+    return weights, [a.lerp(b, share) if a.is_floating_point() else b for a, b in pairs]

@@ -270,6 +270,8 @@ class Training:
             path = self.folder / _checkpoints.BEST
             saved = _checkpoints.read(path) if path.exists() else None
         best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.good, saved)
+        if self.folder is not None and best < self.best:
+            _checkpoints.write(self.folder / _checkpoints.BEST, self._shown_state(best))
         self.bilevel.part()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
@@ -335,15 +337,15 @@ class Training:
     def _save_best(self) -> None:
         """Keep the best weights: on disk, or in memory where there is none or it is full."""
         with self.scorer.shown(self.fused.run, self.watch.leader):
-            state = {
-                **self.scorer.state(),
-                "step": self.step,
-                "loss": self.best,
-                "hparams": self.watch.hparams(),
-            }
+            state = self._shown_state(self.best)
         folder = self.folder
         written = folder is not None and _checkpoints.write(folder / _checkpoints.BEST, state)
         self.saved_best = None if written else state
+
+    def _shown_state(self, loss: float) -> dict[str, Any]:
+        """The weights that the model shows, of a known loss."""
+        known = {"step": self.step, "loss": loss, "hparams": self.watch.hparams()}
+        return {**self.scorer.state(), **known}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:

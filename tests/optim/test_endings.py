@@ -1,4 +1,4 @@
-"""The end of a run of known length. Truth: where the validation loss was lowest."""
+"""The end of a run of known length. Truth: where the validation loss is lowest."""
 
 import pytest
 import torch
@@ -9,18 +9,21 @@ import selftune as st
 STEPS, BEST = 100, 8.0
 
 
-def climb(validation, guard: bool = True) -> tuple[nn.Parameter, st.optim.SelfTuned]:
+def climb(
+    validation, guard: bool = True, keeps: float = 0.0, period: int = 1
+) -> tuple[nn.Parameter, st.optim.SelfTuned]:
     """A weight that grows by 0.1 a step, to 10, whatever validation says."""
     weight = nn.Parameter(torch.zeros(()))
     opt = st.SGD(
         [weight], lr=0.1, momentum=0.0, tune=(), probe=False, total_steps=STEPS, every=5,
-        schedule="constant", average=st.Average(0.0), guard=guard,
+        schedule="constant", average=st.Average(keeps), guard=guard,
     )  # fmt: skip
-    for _ in range(STEPS):
+    for step in range(1, STEPS + 1):
         opt.zero_grad()
         (-weight).backward()
         opt.step()
-        opt.hyper_step(lambda: validation(weight))
+        if step % period == 0:
+            opt.hyper_step(lambda: validation(weight))
     return weight, opt
 
 
@@ -42,6 +45,35 @@ def test_a_run_that_still_improves_ends_at_its_average() -> None:
     assert shown(weight, opt) == pytest.approx(10.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize(
+    ("best", "expected"), [(9.5, 9.5), (20.0, 10.0), (9.95, 9.95), (-20.0, None)]
+)
+def test_the_end_lies_where_the_loss_is_lowest_on_the_way_from_the_average(
+    best: float, expected: float | None, guard: bool
+) -> None:
+    """A quadratic loss, whose slopes give its lowest point; batches differ by far more."""
+
+    def validation(w: Tensor) -> Tensor:
+        return (w - best).square() + 100 * torch.rand(())
+
+    torch.manual_seed(0)
+    weight, opt = climb(validation, guard, keeps=0.9, period=10)
+    average = float(opt._engine.blocks[0].average)
+    assert 9.0 < average < 9.3
+    if best < 0:  # the way leads uphill; with a guard good weights may be a lucky find
+        assert opt._engine.ending.onward == 0.0
+    else:
+        assert shown(weight, opt) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_loop_that_always_asks_is_judged_a_step_before_its_end() -> None:
+    """The weight moves on by 0.1, and with it what lies at a share of the way."""
+    weight, opt = climb(lambda w: (w - 9.5).square(), keeps=0.9)
+    assert opt._engine.ending.judged == STEPS - 1
+    assert shown(weight, opt) == pytest.approx(9.6, abs=0.02)
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["own generator", "torch's generator"])
 def test_noise_alone_brings_nothing_back(own: bool) -> None:
     """A flat loss: good weights were only lucky. Beyond one standard error lie 16 % of chances."""
@@ -50,8 +82,7 @@ def test_noise_alone_brings_nothing_back(own: bool) -> None:
     generator.manual_seed(0)
     for _ in range(30):
         _, opt = climb(lambda w, g=generator: 0 * w + 5 + torch.rand((), generator=g))
-        assert opt._engine.guard is not None
-        returned += opt._engine.guard.returned
+        returned += opt._engine.ending.good
     assert returned <= 11  # of 30 at 16 %: less likely than 0.2 %
 
 
@@ -75,7 +106,7 @@ def test_the_comparison_draws_batches_as_training_would() -> None:
     assert after in draws
 
 
-def test_without_a_guard_the_average_stays() -> None:
+def test_without_a_guard_no_good_weights_are_shown() -> None:
     weight, opt = climb(lambda w: (w - BEST).square(), guard=False)
     assert shown(weight, opt) == pytest.approx(10.0, abs=1e-4)
 
@@ -90,31 +121,37 @@ def test_a_run_that_goes_on_shows_its_average_again() -> None:
     assert shown(weight, opt) == pytest.approx(float(weight.detach()), abs=1e-4)
 
 
-def test_what_is_shown_at_the_end_is_saved() -> None:
-    weight, opt = climb(lambda w: (w - BEST).square())
+@pytest.mark.parametrize(("best", "keeps"), [(BEST, 0.0), (9.5, 0.9)], ids=["good", "on the way"])
+def test_what_is_shown_at_the_end_is_saved(best: float, keeps: float) -> None:
+    weight, opt = climb(lambda w: (w - best).square(), keeps=keeps)
     expected = shown(weight, opt)
     again = nn.Parameter(weight.detach().clone())
     copy = st.SGD(
         [again], lr=0.1, momentum=0.0, tune=(), probe=False, total_steps=STEPS, every=5,
-        schedule="constant", average=st.Average(0.0),
+        schedule="constant", average=st.Average(keeps),
     )  # fmt: skip
     copy.load_state_dict(opt.state_dict())
     assert shown(again, copy) == expected
 
 
-def test_batch_norm_shows_the_good_statistics_with_the_good_weights() -> None:
+@pytest.mark.parametrize(
+    ("best", "earlier"), [(BEST, 1.0), (20.0, 0.0)], ids=["good weights", "last weights"]
+)
+def test_batch_norm_shows_the_statistics_that_belong_to_the_weights(
+    best: float, earlier: float
+) -> None:
     """Inputs drift by 0.1 a step, so a running mean tells the step that it belongs to."""
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(1, affine=False, momentum=1.0)
     weight = nn.Parameter(torch.zeros(()))
     opt = st.SGD(
         [weight], lr=0.1, momentum=0.0, tune=(), probe=False, total_steps=STEPS, every=5,
-        schedule="constant", average=st.Average(0.0), model=norm,
+        schedule="constant", average=st.Average(0.0 if earlier else 0.9), model=norm,
     )  # fmt: skip
 
     def validation() -> Tensor:
         norm.eval()
-        loss = (weight - BEST).square() + 0 * norm(torch.ones(2, 1)).sum()
+        loss = (weight - best).square() + 0 * norm(torch.ones(2, 1)).sum()
         norm.train()
         return loss
 
@@ -126,7 +163,7 @@ def test_batch_norm_shows_the_good_statistics_with_the_good_weights() -> None:
         opt.hyper_step(validation)
     before = float(norm.running_mean)
     with opt.averaged():
-        assert float(weight.detach()) == pytest.approx(BEST, abs=1.0)
+        assert float(weight.detach()) == pytest.approx(min(best, 10.0), abs=1.0)
         inside = float(norm.running_mean)
-    assert inside < before - 1.0
+    assert inside < before - 1.0 if earlier else inside == before
     assert float(norm.running_mean) == before

@@ -35,7 +35,8 @@ def loader(count: int = 200, seed: int = 0, **options: Any) -> DataLoader[Any]:
 def tuner(model: nn.Module | None = None, **options: Any) -> st.Tuner:
     rule = st.rules.SGD()
     given = {"rule": rule, "hparams": {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}}
-    return st.Tuner(model or net(), F.cross_entropy, **given | {"compile": False} | options)
+    given |= {"loss_fn": F.cross_entropy, "compile": False} | options
+    return st.Tuner(model or net(), **given)
 
 
 def loss_of(model: nn.Module, batch: Batch) -> float:
