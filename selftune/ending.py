@@ -29,6 +29,19 @@ class Ending:
     good: bool = False
     judged: int = 0
 
+    def __str__(self) -> str:
+        """Where, in words.
+
+        Examples:
+            >>> str(Ending()), str(Ending(onward=0.5))
+            ('at its averaged weights', '50 % of the way to its last weights')
+        """
+        if self.good:
+            return "at its good weights"
+        if self.onward == 0:
+            return "at its averaged weights"
+        return f"{100 * self.onward:.0f} % of the way to its last weights"
+
     def due(self, steps: int, period: int, total: int | None, every: int) -> bool:
         """Whether there may be no other chance to judge.
 
@@ -86,7 +99,7 @@ def lowest(start: float, end: float) -> float:
         >>> lowest(-1.0, 1.0), lowest(-1.0, -0.5), lowest(0.1, -1.0)
         (0.5, 1.0, 0.0)
     """
-    if not start < 0:
+    if not (start < 0 and math.isfinite(start + end)):
         return 0.0
     return min(1.0, start / (start - end)) if end > start else 1.0
 

@@ -20,9 +20,9 @@ def test_the_end_is_the_lowest_point_of_the_parabola_downhill(start: float, end:
         assert found == 0.0
 
 
-@pytest.mark.parametrize("slope", [math.nan, math.inf])
-def test_slopes_that_are_no_numbers_leave_the_average(slope: float) -> None:
-    assert lowest(slope, slope) == 0.0
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_slopes_that_are_no_numbers_leave_the_average(bad: float) -> None:
+    assert lowest(bad, -1.0) == lowest(-1.0, bad) == lowest(bad, bad) == 0.0
 
 
 def judged(period: int, total: int, every: int = 20, first: int = 0) -> list[int]:

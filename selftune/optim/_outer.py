@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
 from selftune.optim._engine import Engine
 from selftune.optim._ranks import is_sharded
+
+log = logging.getLogger("selftune")
 
 Closure = Callable[[], Tensor]
 FEWEST, SHARE = 8, 50
@@ -128,6 +131,8 @@ class OuterLoss:
         if engine.guard is not None:
             now, then, error = self.compared(closure, self._many())
             engine.ending.weigh(now, then, error if engine.guard.behind else 2 * error)
+        engine.monitor.scalar("guard/onward", engine.ending.onward, engine.clock.steps)
+        log.info("the run ends %s", engine.ending)
 
     def compared(self, closure: Closure, count: int | None = None) -> tuple[float, float, float]:
         """Mean losses at averaged and at good weights, and the standard error of their difference.
