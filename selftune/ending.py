@@ -7,40 +7,48 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+BACK = (-1.0, -0.75, -0.5, -0.25, 0.0)
+"""Places from the good weights to the average where slopes are taken."""
+_REST = torch.tensor(
+    [[4, 16, 8, 16, 4], [-1, 8, 9, 16, 4], [0, 0, 4, 16, 4], [0, 0, -1, 8, 5]],
+    dtype=torch.float64,
+).div(48)
+# By Simpson's rule, what slopes at these places add up to from each of the first four to the last.
+
 
 @dataclass(kw_only=True)
 class Ending:
-    """Where a run ends: on the way from its averaged weights to the last, or at its good ones.
+    """Where a run ends: between its good weights, their average and the last ones.
 
     The average lags behind the weights, which costs where these still descend and helps where
-    they have gone on to fit noise. The losses of the two differ by less than those of batches
-    do, but slopes along the way from one to the other do not, and a parabola through the slopes at
-    its ends shows where it is lowest.
+    they have gone on to fit noise; where they have done so for long, the good weights are
+    better. The losses of these places differ by less than those of batches do, but not so slopes
+    on the way from one to the next, and what these add up to shows where it is lowest.
 
     Attributes:
-        onward: The share of the way, 0 (the average) to 1 (the last weights).
-        good: Whether the run ends at the good weights instead.
+        onward: The place: −1 the good weights, 0 the average, 1 the last weights.
         judged: Steps taken when that was found; 0: not yet.
-        gain: By how much the loss is lower on the way than at the average.
+
+    Source: Simpson's rule; for the end of a run, this library.
     """
 
     onward: float = 0.0
-    gain: float = 0.0
-    good: bool = False
     judged: int = 0
 
     def __str__(self) -> str:
         """Where, in words.
 
         Examples:
-            >>> str(Ending()), str(Ending(onward=0.5))
-            ('at its averaged weights', '50 % of the way to its last weights')
+            >>> str(Ending()), str(Ending(onward=-1.0))
+            ('at its averaged weights', '100 % of the way back to its good weights')
         """
-        if self.good:
-            return "at its good weights"
         if self.onward == 0:
             return "at its averaged weights"
-        return f"{100 * self.onward:.0f} % of the way to its last weights"
+        way = "back to its good" if self.onward < 0 else "to its last"
+        return f"{100 * abs(self.onward):.0f} % of the way {way} weights"
 
     def due(self, steps: int, period: int, total: int | None, every: int) -> bool:
         """Whether there may be no other chance to judge.
@@ -54,33 +62,41 @@ class Ending:
         near = total is not None and steps <= total <= steps + period
         return near and (self.judged == 0 or steps - self.judged >= every)
 
-    def judge(self, steps: int, start: float, end: float) -> None:
-        """Find where on the way the loss is lowest.
+    def over(self, steps: int, total: int | None, every: int) -> bool:
+        """Whether it is judged and the run is over before another hyperparameter step would tell.
+
+        That step might also take other weights for good, which the place found is counted from.
+        """
+        return self.judged > 0 and total is not None and 0 <= total - steps < every
+
+    def judge(self, steps: int, forth: Tensor, back: Tensor | None = None) -> None:
+        """Find the end.
 
         Args:
             steps: Taken so far.
-            start: Slope of the validation loss at the average, on the way to the last weights.
-            end: At the last weights.
+            forth: Slopes of the validation loss on the way from the average to the last weights,
+                at both, shape (2, batches).
+            back: Slopes on the way from the good weights to the average, at ``BACK``, shape
+                (5, batches); None: there are no good weights.
         """
-        self.judged, self.onward, self.good = steps, lowest(start, end), False
-        self.gain = -rise(start, end, self.onward)
-
-    def weigh(self, now: float, then: float, error: float) -> None:
-        """Take the good weights if they are better still.
-
-        Args:
-            now: Loss at the average.
-            then: At the good weights.
-            error: By how much it must be lower to be believed.
-        """
-        if math.isfinite(now) and math.isfinite(then):
-            self.good = then < now - self.gain - error
-        else:
-            self.good = math.isfinite(then)
+        start, end = forth.mean(1).tolist()
+        self.judged, self.onward = steps, lowest(start, end)
+        if back is None:
+            return
+        fine = back.isfinite().all(1)
+        if not bool(fine.all()):
+            self.onward = -1.0 if fine[0] and not fine[-1] else self.onward
+            return
+        # How far the loss rises from each place to where the run would end otherwise.
+        rises = _REST @ back.mean(1) + rise(start, end, self.onward)
+        error = (back.var(1).mean() / back.shape[1]).sqrt() * _REST.square().sum(1).sqrt()
+        best = int(rises.argmax())
+        if rises[best] > error[best]:
+            self.onward = BACK[best]
 
     def forget(self) -> None:
         """The run goes on, and shows its average."""
-        self.judged, self.onward, self.gain, self.good = 0, 0.0, 0.0, False
+        self.judged, self.onward = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""
@@ -111,4 +127,4 @@ def rise(start: float, end: float, share: float) -> float:
         >>> rise(-1.0, 1.0, 0.5)
         -0.25
     """
-    return start * share + (end - start) * share**2 / 2
+    return start * share + (end - start) * share**2 / 2 if share else 0.0

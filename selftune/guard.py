@@ -48,7 +48,6 @@ class Guard:
     window: int = 0
     total: float = 0.0
     lowest: float = math.inf
-    latest: float = math.nan
     training_first: float = math.nan
     training_mean: float = math.nan
     training_count: int = 0
@@ -58,15 +57,9 @@ class Guard:
     loudest: float = 0.0
     streak: int = 0
     rollbacks: int = 0
-    improved: bool = False  # with the last window of losses, which was the lowest
     exploded: bool = False  # or the last outer loss only worsened, if it was worth a roll-back
 
     _weight = 0.1  # of the newest loss in the running means: about ten evaluations
-
-    @property
-    def behind(self) -> bool:
-        """Whether a window has passed, or a loss has come, above the lowest window's."""
-        return not self.improved or self.latest > self.lowest
 
     def gradient(self, square_norm: float) -> str:
         """Judge a training gradient by its square norm."""
@@ -150,13 +143,12 @@ class Guard:
 
     def _windowed(self, loss: float, bar: float) -> str:
         """Whether weights are to be held, or those that are held are the best so far."""
-        self.window, self.total, self.latest = self.window + 1, self.total + loss, loss
+        self.window, self.total = self.window + 1, self.total + loss
         if self.window < WINDOW:
             return "hold" if self.window == (WINDOW + 1) // 2 else "ok"
         mean = self.total / WINDOW
         self.window, self.total = 0, 0.0
-        self.improved = mean < min(self.lowest, bar)
-        if not self.improved:
+        if mean >= min(self.lowest, bar):
             return "ok"
         self.lowest = mean
         return "best"

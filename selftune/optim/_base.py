@@ -220,8 +220,7 @@ class SelfTuned(Container):
             raise RuntimeError(
                 "hyper_step came before any step(): take at least one training step first"
             )
-        due = not engine.probing and clock.steps - max(clock.outer, clock.since) >= engine.every
-        ends = engine.ends(self._schedule.total_steps)
+        due, ends = engine.due(self._schedule.total_steps)
         if engine.heard and not due and not ends:
             clock.heard = clock.steps
             return None

@@ -78,9 +78,10 @@ class Buffers:
             for tensor, old in zip(self.tensors(), before, strict=True):
                 tensor.copy_(old)
 
-    def between(self, share: float) -> list[Tensor]:
-        """Copies of statistics on the way from the averaged ones to the modules' own."""
-        pairs = zip(self.average, self.tensors(), strict=True)
+    def at(self, place: float) -> list[Tensor]:
+        """Copies of what belongs to the good weights (−1), the average (0), those in place (1)."""
+        pairs = zip(self.average, self.good if place < 0 else self.tensors(), strict=True)
+        share = abs(place)
         return [a.lerp(b, share) if a.is_floating_point() else b.clone() for a, b in pairs]
 
     def exchange(self, others: Sequence[Tensor]) -> None:

@@ -86,11 +86,17 @@ class Engine:
         """Whether the start-up probe is still sweeping."""
         return self.probe is not None and not self.probe.ended
 
-    def ends(self, total: int | None) -> bool:
-        """Whether the end of a run of so many steps is to be judged now."""
-        clock = self.clock
+    def due(self, total: int | None) -> tuple[bool, bool]:
+        """Whether a hyperparameter step is due, and judging the end of a run of so many steps."""
+        clock, ending = self.clock, self.ending
+        if self.probing:
+            return False, False
+        step = clock.steps - max(clock.outer, clock.since) >= self.every
         period = clock.steps - clock.heard
-        return not self.probing and self.ending.due(clock.steps, period, total, self.every)
+        return (
+            step and not ending.over(clock.steps, total, self.every),
+            ending.due(clock.steps, period, total, self.every),
+        )
 
     def train(
         self,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selftune.ending import BACK
 from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
 from selftune.optim._engine import Engine
@@ -21,11 +22,11 @@ from selftune.optim._ranks import is_sharded
 log = logging.getLogger("selftune")
 
 Closure = Callable[[], Tensor]
-FEWEST, SHARE = 8, 50
-"""Validation batches by which the end of a run is compared with its last good weights: one for
-every fifty steps. Slopes at its last weights and their average are taken of half as many."""
-ENOUGH = 50
-"""Batches that are enough to tell a loss that has worsened from a few unlucky ones."""
+FEWEST, SHARE, ENOUGH = 8, 50, 50
+"""Batches that tell a loss that has worsened from a few unlucky ones: one for every fifty steps of
+the run, and how many at least and at most."""
+RARER = 200
+"""Steps of the run for every batch of which slopes are taken at its end, at each place."""
 
 
 class Point(NamedTuple):
@@ -60,10 +61,13 @@ class OuterLoss:
         """The last good weights."""
         return Point([b.good for b in self.engine.blocks], self.engine.buffers.good)
 
-    def onward(self, share: float) -> Point:
-        """Copies on the way from the averaged weights (0) to those in place (1)."""
-        weights = [b.average.lerp(b.weights(), share) for b in self.engine.blocks]
-        return Point(weights, self.engine.buffers.between(share))
+    def at(self, place: float) -> Point:
+        """Copies between the good weights (−1), the average (0) and those in place (1)."""
+        weights = [
+            b.average.lerp(b.good if place < 0 else b.weights(), abs(place))
+            for b in self.engine.blocks
+        ]
+        return Point(weights, self.engine.buffers.at(place))
 
     @contextmanager
     def showing(self, point: Point) -> Iterator[None]:
@@ -118,30 +122,28 @@ class OuterLoss:
     @property
     def end(self) -> Point:
         """Where the run ends, or would end now."""
-        ending = self.engine.ending
-        if self.engine.probing or ending.good:  # a sweep is no run to average; its best is kept
+        if self.engine.probing:  # a sweep is no run to average; its best is kept
             return self.good
-        return self.onward(ending.onward) if ending.onward > 0 else self.average
+        place = self.engine.ending.onward
+        return self.average if place == 0 else self.at(place)
 
     def judge_end(self, closure: Closure) -> None:
         """Find where the run ends."""
         engine = self.engine
-        start, end = self._slopes(closure, self._many() // 2)
-        engine.ending.judge(engine.clock.steps, start, end)
-        if engine.guard is not None:
-            now, then, error = self.compared(closure, self._many())
-            engine.ending.weigh(now, then, error if engine.guard.behind else 2 * error)
+        if engine.guard is None:
+            engine.ending.judge(engine.clock.steps, self._slopes(closure, (0.0, 1.0))[:, 1])
+        else:
+            slopes = self._slopes(closure, (*BACK, 1.0))
+            engine.ending.judge(engine.clock.steps, slopes[-2:, 1], slopes[:-1, 0])
         engine.monitor.scalar("guard/onward", engine.ending.onward, engine.clock.steps)
         log.info("the run ends %s", engine.ending)
 
-    def compared(self, closure: Closure, count: int | None = None) -> tuple[float, float, float]:
+    def compared(self, closure: Closure) -> tuple[float, float, float]:
         """Mean losses at averaged and at good weights, and the standard error of their difference.
 
-        Args:
-            closure: Gives the loss of a batch.
-            count: Batches for each; by default enough to tell a loss that has worsened.
+        They are of batches enough to tell a loss that has worsened.
         """
-        count = min(ENOUGH, self._many()) if count is None else count
+        count = min(ENOUGH, max(FEWEST, self.engine.tuning.horizon // SHARE))
         points = self.average, self.good
         found: list[list[float]] = [[] for _ in points]
         with self.random():  # around all of them: a closure may draw its batches at random
@@ -154,22 +156,23 @@ class OuterLoss:
             return now, then, math.nan
         return now, then, math.sqrt(sum(map(statistics.variance, found)) / count)
 
-    def _many(self) -> int:
-        return max(FEWEST, self.engine.tuning.horizon // SHARE)
+    def _slopes(self, closure: Closure, places: Sequence[float]) -> Tensor:
+        """At some places, on the ways from good to averaged weights and on to those in place.
 
-    def _slopes(self, closure: Closure, count: int) -> tuple[float, float]:
-        """On the way from the averaged weights to those in place: there and here, of batches."""
-        ends = self.onward(0.0), self.onward(1.0)
-        way = [b - a for a, b in zip(*(p.weights for p in ends), strict=True)]
-        found: tuple[list[float], list[float]] = ([], [])
+        Returns:
+            Shape (places, 2, batches), float64.
+        """
+        blocks = self.engine.blocks
+        ways = [b.average - b.good for b in blocks], [b.weights() - b.average for b in blocks]
+        found = []
         with self.random():
-            for _ in range(count):
-                for point, slopes in zip(ends, found, strict=True):  # copies, so without a trace
-                    grads = self.gradients(closure, point)[1]
-                    parts = [g @ w for g, w in zip(grads, way, strict=True)]
-                    slopes.append(float(self.engine.ranks.outer(torch.stack(parts).sum())))
-        start, end = map(statistics.fmean, found)
-        return start, end
+            for _ in range(max(2, self.engine.tuning.horizon // RARER)):
+                for place in places:  # copies: passes leave no trace in statistics
+                    grads = self.gradients(closure, self.at(place))[1]
+                    along = [[g @ w for g, w in zip(grads, way, strict=True)] for way in ways]
+                    found.append(torch.stack([torch.stack(a).sum() for a in along]))
+        slopes = self.engine.ranks.outer(torch.stack(found)).to("cpu", torch.float64)
+        return slopes.view(-1, len(places), 2).movedim(0, -1)
 
 
 def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> list[Tensor]:

@@ -23,7 +23,7 @@ Where = tuple[list[Tensor], list[Tensor]]
 """Weights and buffers."""
 FEW = 20  # batches that stand for a validation set without an end
 ENOUGH = 50  # batches that show which of two points is better
-ONWARD = 0.0, 0.5, 1.0  # of the way from the average to the last weights, where a run may end
+PLACES = -1.0, -0.5, 0.0, 0.5, 1.0  # from the good over the averaged to the last weights
 
 
 def held(module: nn.Module) -> dict[str, Any]:
@@ -170,11 +170,11 @@ class Scorer:
     def best(
         self, run: Run, stream: Stream, member: int, good: Good, saved: dict[str, Any] | None
     ) -> float:
-        """Show the best of the average, the last, the good and saved weights; returns its loss.
+        """Show the best of good, averaged, last and saved weights; returns its loss.
 
-        Halfway from the average, which lags behind, to the last weights may be better than both.
+        Halfway from one to the next may be better than both.
         """
-        candidates = [*(_onward(run, s) for s in ONWARD), (good.weights, good.buffers)]
+        candidates = [_between(run, good, place) for place in PLACES]
         losses = [scores["loss"] for scores in self._score(candidates, stream, member)]
         losses = [x if math.isfinite(x) else math.inf for x in losses]
         found = min(losses)
@@ -192,8 +192,15 @@ def _average(run: Run) -> Where:
     return [w.average for w in run.weights], run.average_buffers
 
 
-def _onward(run: Run, share: float) -> Where:
-    """On the way from the average (0) to the last weights (1)."""
-    weights = [w.average.lerp(w.value.to(w.average.dtype), share) for w in run.weights]
-    pairs = zip(run.average_buffers, run.buffers, strict=True)
-    return weights, [a.lerp(b, share) if a.is_floating_point() else b for a, b in pairs]
+def _between(run: Run, good: Good, place: float) -> Where:
+    """Between the good weights (−1), the average (0) and the last weights (1)."""
+    there = good.weights if place < 0 else [w.value for w in run.weights]
+    buffers = zip(run.average_buffers, good.buffers if place < 0 else run.buffers, strict=True)
+    share = abs(place)
+    return (
+        [
+            w.average.lerp(t.to(w.average.dtype), share)
+            for w, t in zip(run.weights, there, strict=True)
+        ],
+        [a.lerp(b, share) if a.is_floating_point() else b for a, b in buffers],
+    )
