@@ -27,7 +27,7 @@ from selftune.optim._engine import ALONE, Engine
 from selftune.optim._following import Call
 from selftune.optim._groups import Groups
 from selftune.optim._hypergradients import Hypergradients
-from selftune.optim._outer import OuterLoss
+from selftune.optim._outer import OuterLoss, Point
 from selftune.optim._ranks import Ranks
 from selftune.optim._stepper import AbstractStepper
 from selftune.optim._telling import Telling
@@ -229,8 +229,10 @@ class SelfTuned(Container):
             self._blocks()
         if not engine.heard:
             # Also an early look at what the closure returns; it leaves random streams alone.
+            # Statistics are good ones still; they are put back from these in any case.
+            start = Point(outer.good.weights, engine.buffers.average)
             with outer.random(), engine.buffers.discovering():
-                first, _ = outer.gradients(closure, outer.good)
+                first, _ = outer.gradients(closure, start)
             if engine.guard is not None:
                 engine.guard.begin(float(engine.ranks.mean(first)))
             engine.heard = True

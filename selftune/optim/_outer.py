@@ -112,7 +112,7 @@ class OuterLoss:
 
     def check_finite(self, closure: Closure) -> None:
         """Tell a closure that is never finite from weights that have blown up."""
-        good, _ = self.gradients(closure, self.good)
+        good, _ = self.gradients(closure, self.at(-1.0))
         if not bool(torch.isfinite(self.engine.ranks.mean(good))):
             raise ValueError(
                 f"closure returned {float(good)} at the last good weights too; check the "
