@@ -1,16 +1,19 @@
-"""Which weights a run ends with. Truth: the lowest point of a parabola, found on a grid."""
+"""Which weights a run ends with. Truths: parabolas on a grid, and integrals in closed form."""
 
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from selftune.ending import Ending, lowest, rise
+from selftune.ending import BACK, Ending, lowest, rise
+
+DOWN = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)  # 0.25 down, halfway on
 
 
 @pytest.mark.parametrize("start", [-2.0, -0.1, 0.0, 0.5])
 @pytest.mark.parametrize("end", [-3.0, -0.1, 0.0, 0.4])
-def test_the_end_is_the_lowest_point_of_the_parabola_downhill(start: float, end: float) -> None:
+def test_onward_it_is_the_lowest_point_of_the_parabola(start: float, end: float) -> None:
     share = torch.linspace(0, 1, 10_001, dtype=torch.float64)
     heights = start * share + (end - start) * share.square() / 2
     found = lowest(start, end)
@@ -21,8 +24,58 @@ def test_the_end_is_the_lowest_point_of_the_parabola_downhill(start: float, end:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_slopes_that_are_no_numbers_leave_the_average(bad: float) -> None:
+def test_slopes_that_are_no_numbers_lead_nowhere(bad: float) -> None:
     assert lowest(bad, -1.0) == lowest(-1.0, bad) == lowest(bad, bad) == 0.0
+
+
+def slopes(loss, noise: float = 0.0) -> Tensor:
+    """Of a loss of the place, at those of the way back, of two batches that differ."""
+    places = torch.tensor(BACK, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(loss(places).sum(), places)
+    return torch.stack([found + noise, found - noise], dim=1)
+
+
+@pytest.mark.parametrize("lowest_at", [-1.5, -1.0, -0.8, -0.5, -0.3])
+def test_back_it_is_the_place_where_the_loss_is_lowest(lowest_at: float) -> None:
+    """The integral is exact for slopes up to the third power (on the odd places, the second)."""
+    ending = Ending()
+    ending.judge(7, torch.ones(2, 2), slopes(lambda p: (p - lowest_at).square()))
+    best = min(BACK, key=lambda place: (place - lowest_at) ** 2)
+    assert ending == Ending(onward=best, judged=7)
+
+
+@pytest.mark.parametrize("place", BACK[:-1])
+@pytest.mark.parametrize("above", [True, False])
+def test_a_place_back_must_beat_the_end_onward(place: float, above: bool) -> None:
+    """A parabola that is lowest there, a known depth below the average."""
+    depth = (0.25 - 0.01) if above else (0.25 + 0.01)
+
+    def loss(p: Tensor) -> Tensor:  # a parabola of that depth below the average's
+        return depth * (((p - place) / place).square() - 1)
+
+    ending = Ending()
+    ending.judge(1, DOWN, slopes(loss))
+    assert ending.onward == (0.5 if above else place)
+
+
+@pytest.mark.parametrize(("noise", "onward"), [(0.1, -1.0), (3.0, 0.0)])
+def test_a_rise_less_than_its_error_is_not_believed(noise: float, onward: float) -> None:
+    ending = Ending()
+    ending.judge(1, torch.ones(2, 2), slopes(lambda p: p, noise))
+    assert ending.onward == onward
+
+
+def test_good_weights_replace_what_has_blown_up() -> None:
+    bad = torch.full((2, 2), math.nan)
+    back = slopes(lambda p: p)
+    back[-1] = math.nan
+    ending = Ending()
+    ending.judge(1, bad, back)
+    assert ending.onward == -1.0
+    ending.judge(1, bad, torch.full((5, 2), math.nan))
+    assert ending.onward == 0.0
+    ending.forget()
+    assert ending == Ending()
 
 
 def judged(period: int, total: int, every: int = 20, first: int = 0) -> list[int]:
@@ -30,7 +83,7 @@ def judged(period: int, total: int, every: int = 20, first: int = 0) -> list[int
     ending, found = Ending(), []
     for steps in range(first + period, total + 3 * period, period):
         if ending.due(steps, period, total, every):
-            ending.judge(steps, -1.0, 1.0)
+            ending.judge(steps, DOWN)
             found.append(steps)
     return found
 
@@ -47,24 +100,12 @@ def test_a_loop_judges_near_the_end_however_often_it_asks(
 
 def test_a_run_of_unknown_length_has_no_end() -> None:
     assert not Ending().due(10, 10, None, 5)
+    assert not Ending(judged=10).over(10, None, 5)
 
 
-@pytest.mark.parametrize(
-    ("then", "error", "good"),
-    [(0.70, 0.0, True), (0.80, 0.0, False), (0.70, 0.1, False), (math.nan, 0.0, False)],
-)
-def test_good_weights_must_beat_the_way(then: float, error: float, good: bool) -> None:
-    """The way to the last weights brings 0.25 of a loss of 1: good ones must be below 0.75."""
-    ending = Ending()
-    ending.judge(1, -1.0, 1.0)
-    ending.weigh(1.0, then, error)
-    assert ending.good is good
-
-
-def test_good_weights_replace_what_has_blown_up() -> None:
-    ending = Ending()
-    ending.judge(1, math.nan, math.nan)
-    ending.weigh(math.nan, 1.0, math.nan)
-    assert ending.good
-    ending.forget()
-    assert ending == Ending()
+def test_no_step_of_the_hyperparameters_comes_after_the_judgement() -> None:
+    """One that comes more than a period before the end still tells."""
+    assert Ending(judged=99).over(100, 100, 5)
+    assert not Ending(judged=90).over(95, 100, 5)
+    assert not Ending().over(100, 100, 5)
+    assert not Ending(judged=99).over(101, 100, 5)  # the run goes on
