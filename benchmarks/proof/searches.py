@@ -90,9 +90,7 @@ RUNNERS: dict[str, Runner] = {
 """Everything that leaves a record, by name."""
 
 
-def seeds(
-    method: str, seeds: int, pool: int, starts: int, searches: int = 3
-) -> Iterator[int]:
+def seeds(method: str, seeds: int, pool: int, starts: int, searches: int = 3) -> Iterator[int]:
     """How often a method is run."""
     counts = {"random": pool, "selftune-random": starts, "tpe": 1, "tpe+asha": searches}
     yield from range(counts.get(method, seeds))
