@@ -81,11 +81,11 @@ def test_every_run_is_the_same_again(short: Workload, method: str) -> None:
 
 
 def test_validation_batches_count_as_gradients(short: Workload) -> None:
-    """Every 20 steps after a probe of none, two batches joined: 60 + 2 × 2 or 3, and the first."""
+    """Two batches joined for the first look, at steps 20 and 40, and twice two to judge the end."""
     made = selftune(probe=False, guard=False, every=20, joined=2)
     found = train(short, "", made, seed=0, checkpoints=0)
     calls = (found.gradients - STEPS) / 2
-    assert calls == 1 + STEPS // 20
+    assert calls == 1 + 2 + 2 * 2
 
 
 def test_searches_draw_from_four_decades() -> None:

@@ -138,8 +138,8 @@ def run(
 
     opt = st.SGD(
         [weight], lr=0.01, tune=("lr",), probe=False, guard=guard, every=EVERY,
-        total_steps=STEPS, schedule="constant", log_dir=hear,
-    )  # fmt: skip
+        total_steps=STEPS + EVERY, schedule="constant", log_dir=hear,
+    )  # fmt: skip  # at the very end there would be no hyper step
     generator = torch.Generator().manual_seed(0)
     rates, places = [], [weight.detach().clone()]
     for step in range(STEPS):
