@@ -108,6 +108,19 @@ class Ending:
             setattr(self, name, value)
 
 
+def between(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """A copy on the way from one tensor to another: at the ends whatever the other holds.
+
+    Examples:
+        >>> between(torch.zeros(1), torch.ones(1), 0.25)
+        tensor([0.2500])
+    """
+    end = end.to(start.dtype)
+    if share in (0, 1) or not start.is_floating_point():
+        return (end if share else start).clone()
+    return start.lerp(end, share)
+
+
 def lowest(start: float, end: float) -> float:
     """Where between 0 and 1 a parabola with these slopes at 0 and 1 is lowest, going downhill.
 

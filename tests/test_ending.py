@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selftune.ending import BACK, Ending, lowest, rise
+from selftune.ending import BACK, Ending, between, lowest, rise
 
 DOWN = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)  # 0.25 down, halfway on
 
@@ -76,6 +76,14 @@ def test_good_weights_replace_what_has_blown_up() -> None:
     assert ending.onward == 0.0
     ending.forget()
     assert ending == Ending()
+
+
+def test_the_ends_of_a_way_are_whole_whatever_the_other_holds() -> None:
+    fine, bad = torch.tensor([1.0, 2.0]), torch.full((2,), math.nan)
+    assert torch.equal(between(fine, bad, 0.0), fine)
+    assert torch.equal(between(bad, fine, 1.0), fine)
+    assert torch.equal(between(fine, 3 * fine, 0.5), 2 * fine)
+    assert between(fine, bad, 0.0) is not fine
 
 
 def judged(period: int, total: int, every: int = 20, first: int = 0) -> list[int]:

@@ -268,8 +268,8 @@ class SelfTuned(Container):
     def averaged(self) -> Iterator[None]:
         """The averaged weights, and their BatchNorm statistics, for evaluating and saving.
 
-        At the end of a run of known length, the best on the way from these to the last weights, by
-        the slopes of the validation loss at both, or the last good ones where those are better.
+        At the end of a run of known length, the best on the way from the last good weights over
+        these to the last ones, by slopes of the validation loss.
 
         Examples:
             >>> import selftune as st

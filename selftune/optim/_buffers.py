@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from selftune.ending import between
+
 
 class Buffers:
     """Running statistics, averaged as the weights are.
@@ -81,8 +83,7 @@ class Buffers:
     def at(self, place: float) -> list[Tensor]:
         """Copies of what belongs to the good weights (−1), the average (0), those in place (1)."""
         pairs = zip(self.average, self.good if place < 0 else self.tensors(), strict=True)
-        share = abs(place)
-        return [a.lerp(b, share) if a.is_floating_point() else b.clone() for a, b in pairs]
+        return [between(a, b, abs(place)) for a, b in pairs]
 
     def exchange(self, others: Sequence[Tensor]) -> None:
         """Swap the modules' statistics with others: those of the average, say.

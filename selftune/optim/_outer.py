@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selftune.ending import BACK
+from selftune.ending import BACK, between
 from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
 from selftune.optim._engine import Engine
@@ -64,7 +64,7 @@ class OuterLoss:
     def at(self, place: float) -> Point:
         """Copies between the good weights (−1), the average (0) and those in place (1)."""
         weights = [
-            b.average.lerp(b.good if place < 0 else b.weights(), abs(place))
+            between(b.average, b.good if place < 0 else b.weights(), abs(place))
             for b in self.engine.blocks
         ]
         return Point(weights, self.engine.buffers.at(place))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune.bilevel import Bilevel, Run
+from selftune.ending import between
 from selftune.tuner._data import Stream, alone, size, to_device
 from selftune.tuner._good import Good
 from selftune.tuner._objective import Objective, for_scoring
@@ -196,11 +197,8 @@ def _between(run: Run, good: Good, place: float) -> Where:
     """Between the good weights (−1), the average (0) and the last weights (1)."""
     there = good.weights if place < 0 else [w.value for w in run.weights]
     buffers = zip(run.average_buffers, good.buffers if place < 0 else run.buffers, strict=True)
-    share = abs(place)
+    weights = zip(run.weights, there, strict=True)
     return (
-        [
-            w.average.lerp(t.to(w.average.dtype), share)
-            for w, t in zip(run.weights, there, strict=True)
-        ],
-        [a.lerp(b, share) if a.is_floating_point() else b for a, b in buffers],
+        [between(w.average, t, abs(place)) for w, t in weights],
+        [between(a, b, abs(place)) for a, b in buffers],
     )
