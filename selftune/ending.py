@@ -124,11 +124,14 @@ def between(start: Tensor, end: Tensor, share: float) -> Tensor:
 def lowest(start: float, end: float) -> float:
     """Where between 0 and 1 a parabola with these slopes at 0 and 1 is lowest, going downhill.
 
+    If it ends as high as it began or higher, that is 0: of a loss that turns so soon two slopes
+    tell too little, and there is little to gain.
+
     Examples:
-        >>> lowest(-1.0, 1.0), lowest(-1.0, -0.5), lowest(0.1, -1.0)
-        (0.5, 1.0, 0.0)
+        >>> lowest(-1.0, 0.5), lowest(-1.0, -0.5), lowest(-1.0, 1.0)
+        (0.6666666666666666, 1.0, 0.0)
     """
-    if not (start < 0 and math.isfinite(start + end)):
+    if not (start < 0 and start + end < 0 and math.isfinite(start + end)):
         return 0.0
     return min(1.0, start / (start - end)) if end > start else 1.0
 
