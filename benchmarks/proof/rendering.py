@@ -253,11 +253,15 @@ def summary(tables: dict[str, Table]) -> str:
             "random starts over four decades: median / worst", "≤ 8 % / ≤ 40 %, none fails",
             f"{middle(every):.0f} % / {max(every):.0f} %, {failed} of {len(every)} fail",
         ])  # fmt: skip
-    if searched := ratios(tables, "tpe+asha"):
+    if ratios(tables, "tpe+asha"):
+        told = []
+        for split, name in (("val", "validation"), ("test", "test")):
+            found = list(ratios(tables, "tpe+asha", split).values())
+            low, high = interval(found)
+            told.append(f"{name} {middle(found):.3f} ({low:.3f}…{high:.3f})")
         rows.append([
             "loss over that of TPE with pruning, 50 trials, median of workloads", "≤ 1",
-            f"{middle(list(searched.values())):.2f} (validation), "
-            f"{middle(list(ratios(tables, 'tpe+asha', 'test').values())):.2f} (test)",
+            ", ".join(told),
         ])  # fmt: skip
     return grid(["figure", "asked", "measured"], rows) + "\n\n" + versus_table(tables)
 
