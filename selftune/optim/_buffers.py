@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -34,6 +35,8 @@ class Buffers:
         self.shown = False
         self._momenta: list[float | None] = []
         self._own = False  # whether validation passes gather the averaged weights' statistics
+        self._counts: list[Tensor] = []  # batches taken in, by the statistics shown
+        self._gathered: list[Tensor] = []  # whether the last pass at them took in more
         self._saved: dict[str, Any] | None = None
         if module is not None:
             self.add(module)
@@ -92,6 +95,9 @@ class Buffers:
         change more slowly, so a layer's momentum m is 1 − (1 − m)^(every/2) while they are shown.
         """
         self.shown = not self.shown
+        if not self.shown:
+            known = zip(self._counts, self._batches(), strict=False)  # layers may have been found
+            self._gathered = [before != now for before, now in known]
         for layer, usual in zip(self.layers, self._momenta, strict=True):
             quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
             layer.momentum = quick if self.shown else usual  # type: ignore[assignment]
@@ -99,6 +105,11 @@ class Buffers:
             held = tensor.clone()
             tensor.copy_(kept)
             kept.copy_(held)
+        self._counts = [c.clone() for c in self._batches()]
+
+    def _batches(self) -> list[Tensor]:
+        found = (layer.num_batches_tracked for layer in self.layers)
+        return [count for count in found if isinstance(count, Tensor)]
 
     def blend(self, share: float) -> None:
         """Move the average toward the modules' statistics, unless passes at it update it."""
@@ -109,8 +120,12 @@ class Buffers:
                 kept.lerp_(tensor, share)
 
     def passed(self) -> None:
-        """Note in which mode a validation pass has just been made."""
-        self._own = any(layer.training for layer in self.layers)
+        """Note whether the validation pass just made has gathered statistics.
+
+        In which mode it was shows by what it did: a closure may leave the model in another.
+        """
+        one = [more.to(self._gathered[0].device) for more in self._gathered]
+        self._own = bool(one) and bool(torch.stack(one).any())
 
     def hold(self) -> None:
         """Remember the averaged statistics until it is known whether they are good."""

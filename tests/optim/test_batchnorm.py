@@ -64,6 +64,29 @@ def test_hyper_step_leaves_the_statistics(kind: str, mode: bool, momentum: float
 
 
 @every_make
+@pytest.mark.parametrize("own", [True, False], ids=["train", "eval"])
+def test_a_closure_may_leave_the_model_in_another_mode(kind: str, own: bool) -> None:
+    """Truth: the same run whose closure leaves the mode that its pass was made in."""
+    runs = []
+    for left in (own, not own):
+        net = network()
+        opt = MAKES[kind](net)
+
+        def closure(net: nn.Module = net, left: bool = left) -> Tensor:
+            net.train(own)
+            loss = outer(net)()
+            net.train(left)
+            return loss
+
+        for step in range(60):
+            weight_step(net, opt, step)
+            opt.hyper_step(closure)
+        with opt.averaged():
+            runs.append(statistics(net))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+@every_make
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_averaged_shows_fitting_statistics_and_restores(kind: str, mode: bool) -> None:
     """At the averaged weights, evaluation agrees with fresh statistics of those weights."""
