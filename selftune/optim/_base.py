@@ -221,22 +221,21 @@ class SelfTuned(Container):
                 "hyper_step came before any step(): take at least one training step first"
             )
         due, ends = engine.due(self._schedule.total_steps)
-        if engine.heard and not due and not ends:
+        known = engine.heard and not engine.buffers.waiting
+        if known and not due and not ends:
             clock.heard = clock.steps
             return None
         outer = OuterLoss(engine)
         with torch.no_grad():
             self._blocks()
-        if not engine.heard:
+        if not known:
             # Also an early look at what the closure returns; it leaves random streams alone.
             # Statistics are good ones still; they are put back from these in any case.
             start = Point(outer.good.weights, engine.buffers.average)
             with outer.random(), engine.buffers.discovering():
                 first, _ = outer.gradients(closure, start)
-            if engine.guard is not None:
-                engine.guard.begin(float(engine.ranks.mean(first)))
-            engine.heard = True
-            self._telling.begin(self.hparams)
+            if not engine.heard:
+                self._begin(first)
         clock.heard = clock.steps
         loss = self._tune(outer, closure) if due else None
         if ends:
@@ -245,6 +244,13 @@ class SelfTuned(Container):
         elif clock.steps > (self._schedule.total_steps or 0):
             engine.ending.forget()
         return loss
+
+    def _begin(self, first: Tensor) -> None:
+        engine = self._engine
+        if engine.guard is not None:
+            engine.guard.begin(float(engine.ranks.mean(first)))
+        engine.heard = True
+        self._telling.begin(self.hparams)
 
     def _tune(self, outer: OuterLoss, closure: Closure) -> Tensor:
         engine, clock = self._engine, self._engine.clock

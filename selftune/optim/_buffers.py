@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,31 @@ class Buffers:
             self.restore(known)
             if self._saved is not None:
                 self.load_state_dict(self._saved)
+
+    def expect(self, params: Iterable[Tensor]) -> None:
+        """Find the layers whose saved statistics wait, in forward passes that come anyway.
+
+        Args:
+            params: Of the model they belong to.
+        """
+        if self._saved is None:
+            return
+        ours, expected = {id(p) for p in params}, len(self._saved["average"])
+
+        def look(module: nn.Module, _: Any) -> None:
+            if any(id(p) in ours for p in module.parameters()):
+                self.add(module)
+            if self._saved is None or len(self.average) >= expected:
+                handle.remove()
+                if self._saved is not None:
+                    self.load_state_dict(self._saved)
+
+        handle = register_module_forward_pre_hook(look)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are saved statistics whose layers are not found yet."""
+        return self._saved is not None
 
     def tensors(self) -> list[Tensor]:
         """The modules' statistics as they are now."""
@@ -157,7 +182,7 @@ class Buffers:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``; before the layers are found, it waits for them."""
-        self._saved = None if self.layers else state
+        self._saved = None if self.layers or not state["average"] else state
         self._own = state["own"]
         for name in ("average", "held", "good"):
             mine, saved = getattr(self, name), state[name]

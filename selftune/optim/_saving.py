@@ -53,8 +53,8 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
         engine.guard.load_state_dict(run["guard"])
     engine.alone = None if run["alone"] is None else run["alone"].clone()
     engine.buffers.load_state_dict(run["buffers"])
-    # Layers not found yet are found at the next hyper_step, by one pass of the closure more.
-    engine.heard = run["heard"] and bool(engine.buffers.layers or not run["buffers"]["average"])
+    engine.buffers.expect(p for block in engine.blocks for p in block.params)
+    engine.heard = run["heard"]
 
 
 def check_state(

@@ -126,3 +126,54 @@ def test_a_copied_optimizer_continues_bit_for_bit(kind: str, via: Callable) -> N
     train(net, opt, range(40, 60), hyper)
     train(again, resumed, range(40, 60), hyper)
     check_equal(snapshot(again, resumed), snapshot(net, opt))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model called", "its parts called"])
+def test_a_resumed_run_asks_for_no_validation_batch_more(whole: bool) -> None:
+    """An optimizer of parameters finds BatchNorm again in training passes, not by the closure."""
+
+    def go(net: nn.Module, opt: Any, steps: range) -> int:
+        stream = iter(torch.randn(100, 16, 4, generator=torch.Generator().manual_seed(steps[0])))
+        run = net if whole else lambda x: net[2](net[1](net[0](x)))
+        for step in steps:
+            torch.manual_seed(step)
+            opt.zero_grad()
+            run(torch.randn(16, 4)).square().mean().backward()
+            opt.step()
+            opt.hyper_step(lambda: (run(next(stream)) - 1).square().mean())
+        return sum(1 for _ in stream)  # left
+
+    nets = [network(norm=True) for _ in range(2)]
+    opts = [st.SGD(n.parameters(), lr=0.02, total_steps=90) for n in nets]
+    go(nets[0], opts[0], range(40))
+    saved = copy.deepcopy((nets[0].state_dict(), opts[0].state_dict()))
+    other = network(norm=True)  # not the optimizer's: its statistics are none of the run's
+    nets[1].load_state_dict(saved[0])
+    opts[1].load_state_dict(saved[1])
+    other(torch.randn(16, 4))
+    left = [go(n, o, range(40, 90)) for n, o in zip(nets, opts, strict=True)]
+    assert left[0] == left[1]
+    check_equal(snapshot(nets[1], opts[1]), snapshot(nets[0], opts[0]))
+
+
+def test_statistics_that_no_training_pass_found_are_found_by_the_closure() -> None:
+    """A second BatchNorm that only validation runs: known to the saved run, not to training."""
+
+    def go(net: nn.Module, extra: nn.Module, opt: Any, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            opt.zero_grad()
+            net(torch.randn(16, 4)).square().mean().backward()
+            opt.step()
+            opt.hyper_step(lambda: extra(net(torch.randn(16, 4))).square().mean())
+
+    nets = [network(norm=True) for _ in range(2)]
+    extras = [nn.BatchNorm1d(2) for _ in range(2)]
+    opts = [st.SGD(n.parameters(), lr=0.02, probe=False) for n in nets]
+    go(nets[0], extras[0], opts[0], range(30))
+    saved = copy.deepcopy([m.state_dict() for m in (nets[0], extras[0], opts[0])])
+    for part, state in zip((nets[1], extras[1], opts[1]), saved, strict=True):
+        part.load_state_dict(state)
+    for net, extra, opt in zip(nets, extras, opts, strict=True):
+        go(net, extra, opt, range(30, 60))
+    check_equal(snapshot(nets[1], opts[1]), snapshot(nets[0], opts[0]))
