@@ -8,6 +8,7 @@ one tensor in the shape of its parameter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -175,3 +176,25 @@ class Joined(AbstractPenalty):
 
 def _rows(params: Tensor) -> Tensor:
     return params.flatten(1) if params.dim() > 1 else params.reshape(-1, 1)
+
+
+Penalties = AbstractPenalty | Sequence[AbstractPenalty] | None
+
+
+def as_list(penalty: Penalties) -> list[AbstractPenalty]:
+    """What is given as ``penalty=``: none, one or several.
+
+    Raises:
+        TypeError: Something else.
+
+    Examples:
+        >>> as_list(L1(0.1)), as_list(None)
+        ([L1(strength=0.1)], [])
+    """
+    listed = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty or [])
+    if not all(isinstance(one, AbstractPenalty) for one in listed):
+        raise TypeError(
+            f"penalty={penalty!r} must be a penalty or a sequence of them, such as "
+            "selftune.penalties.L1(1e-4)"
+        )
+    return listed

@@ -8,6 +8,7 @@ is a hyperparameter of its own (``decay``).
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,6 +74,7 @@ class Schedule:
         warmup_steps: Steps over which the rate climbs to its peak.
 
     Raises:
+        TypeError: Steps that are no whole number.
         ValueError: An unknown shape, a decaying shape without a horizon, or a warm-up that is
             negative or not shorter than the horizon.
 
@@ -88,6 +90,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the arguments against one another."""
+        for name in ("total_steps", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, numbers.Integral):
+                raise TypeError(f"{name}={value!r} must be a whole number of steps: int({value!r})")
         if self.shape is None:
             object.__setattr__(self, "shape", "linear" if self.total_steps else "constant")
         if self.shape not in SHAPES:

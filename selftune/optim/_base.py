@@ -140,7 +140,7 @@ class SelfTuned(Container):
         self._groups = Groups(update, tuning)
         self._assembly = Assembly(self._engine, self._groups, update, rows)
         self._telling = Telling(self._engine.monitor, tuning)
-        self._told = False
+        self._told = self._over = False
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -348,7 +348,15 @@ class SelfTuned(Container):
         return not any(bool(g.any()) for g in grads if g is not None)
 
     def _advise(self) -> None:
-        clock = self._engine.clock
+        clock, total = self._engine.clock, self._schedule.total_steps
+        if total is not None and clock.steps > total + self._engine.every and not self._over:
+            self._over = True
+            if self._schedule(clock.steps) == 0:
+                log.warning(
+                    "step %d is past total_steps=%d, where the %s schedule holds the learning rate "
+                    "at 0: weights stay as they are. Pass total_steps= of the whole run.",
+                    clock.steps, total, self._schedule.shape,
+                )  # fmt: skip
         if self._told or clock.heard or clock.steps <= ALONE or self._engine.following is not None:
             return
         self._told = True

@@ -43,24 +43,27 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_group(group: Mapping[str, Any], options: Iterable[str]) -> None:
     """Refuse values of a parameter group's ``options`` that are outside their range."""
-    lr = float(group["lr"])
-    if not 0 < lr < math.inf:
-        raise ValueError(
-            f"lr={lr} must be finite and above 0: a learning rate is tuned by ratios. To hold "
-            "parameters fixed, leave them out or use requires_grad_(False)"
-        )
-    for key in options:
-        value = group[key]
-        for number in value if isinstance(value, (tuple, list)) else (value,):
-            if not 0 <= float(number) < math.inf:
-                raise ValueError(f"{key}={value!r} must be a finite number, 0 or more")
-            if key in ("momentum", "betas", "alpha") and float(number) >= 1:
-                raise ValueError(f"{key}={value!r} must be below 1")
+    for key in ("lr", *options):
+        check_option(key, group[key])
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: "
             "Nesterov's momentum needs momentum above 0 and dampening=0"
         )
+
+
+def check_option(key: str, value: Any) -> None:
+    """Refuse a hyperparameter's value that is outside its range."""
+    if key == "lr" and not 0 < float(value) < math.inf:
+        raise ValueError(
+            f"lr={float(value)} must be finite and above 0: a learning rate is tuned by ratios. "
+            "To hold parameters fixed, leave them out or use requires_grad_(False)"
+        )
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if not 0 <= float(number) < math.inf:
+            raise ValueError(f"{key}={value!r} must be a finite number, 0 or more")
+        if key in ("momentum", "betas", "alpha") and float(number) >= 1:
+            raise ValueError(f"{key}={value!r} must be below 1")
 
 
 def check_gradient(name: str, grad: Tensor) -> None:
@@ -73,8 +76,8 @@ def check_outer_loss(loss: Any) -> None:
     """Refuse what a validation closure must not return."""
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"closure returned {type(loss).__name__}; return the validation loss as a tensor, "
-            "without calling .item()"
+            f"closure returned {type(loss).__name__}; return the validation loss alone, a scalar "
+            "tensor with its graph (no .item(), no backward)"
         )
     if loss.numel() != 1:
         raise ValueError(

@@ -35,10 +35,13 @@ def divide(
         stride: Of the default: it observes one step of so many.
 
     Raises:
+        TypeError: No estimator.
         ValueError: A hyperparameter or a rule that the estimator cannot follow.
     """
     if given is None:
         return Division(Trace(stride=stride), None)
+    if not isinstance(given, AbstractEstimator):
+        raise TypeError(f"estimator={given!r} must be an estimator, such as st.Trace()")
     if isinstance(given, AbstractRows):
         return Division(given, None)
     given.check(update, tuning.names, endless=True)

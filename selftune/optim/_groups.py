@@ -9,6 +9,7 @@ from torch import Tensor
 
 from selftune.hparams import Tuned
 from selftune.optim._block import Block
+from selftune.optim._checks import check_option
 from selftune.tuning import Tuning
 from selftune.update import Update
 
@@ -103,7 +104,11 @@ class Groups:
         return abs(shown - value) <= 1e-14 * abs(value)
 
     def take_up(self, groups: Sequence[Group]) -> bool:
-        """Take over what was set in the groups from outside; whether anything was."""
+        """Take over what was set in the groups from outside; whether anything was.
+
+        Raises:
+            ValueError: A value outside its range; none is taken over then.
+        """
         changed = False
         for name, tuned in self._tuning.rows.items():
             for i, span in self._spans.items():
@@ -113,6 +118,9 @@ class Groups:
                     continue
                 value = tuned.hparam.read(group)
                 if shown is not None and value != shown:
+                    if value != 0:  # a rate of 0 holds the weights
+                        option = tuned.hparam.option or name
+                        check_option(option, group[option])
                     tuned.rebase(range(span.start, span.stop), value, shown)
                     self._shown[name][i] = value
                     changed = True

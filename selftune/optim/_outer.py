@@ -92,7 +92,7 @@ class OuterLoss:
     def gradients(self, closure: Closure, point: Point) -> tuple[Tensor, list[Tensor]]:
         """The loss and its joined gradients."""
         with self.showing(point), torch.enable_grad():
-            loss = closure()
+            loss = _asked(closure)
             check_outer_loss(loss)
             return loss.detach(), outer_gradients(loss, self.engine.blocks)
 
@@ -108,7 +108,7 @@ class OuterLoss:
 
     def _value(self, closure: Closure) -> Tensor:
         with torch.enable_grad(), self.engine.buffers.kept():
-            return closure().detach()
+            return _asked(closure).detach()
 
     def check_finite(self, closure: Closure) -> None:
         """Tell a closure that is never finite from weights that have blown up."""
@@ -175,6 +175,16 @@ class OuterLoss:
         return slopes.view(-1, len(places), 2).movedim(0, -1)
 
 
+def _asked(closure: Closure) -> Tensor:
+    try:
+        return closure()
+    except StopIteration as error:
+        raise RuntimeError(
+            "closure ran out of validation batches (StopIteration): draw them from a stream "
+            "without an end, such as itertools.cycle(batches), or begin its loader anew"
+        ) from error
+
+
 def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
     """The joined gradients of every block, zeros where the loss does not depend on a parameter.
 
@@ -198,7 +208,15 @@ def _gradients(loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor | 
     """
     leaves = [p for p in params if p.requires_grad]
     if not any(is_sharded(p) for p in leaves):
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        try:
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "closure returned a loss whose graph is gone: return it without calling "
+                "backward, hyper_step takes its gradient"
+            ) from error
         return dict(zip(leaves, found, strict=True))
     kept = [p.grad for p in leaves]
     for param in leaves:

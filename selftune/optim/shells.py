@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,15 +10,13 @@ from torch import Tensor
 from selftune import rules
 from selftune.optim._base import Params, SelfTuned
 from selftune.optim._stepper import RuleStepper
-from selftune.penalties import L1, AbstractPenalty
+from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule
 from selftune.rules.adam import fitting_beta2
 from selftune.update import Update
 
 BETAS: tuple[float, float] = (0.9, 0.999)
 """torch's, and where nobody gives any: another tuple of the same numbers was given by somebody."""
-
-Penalties = AbstractPenalty | Sequence[AbstractPenalty] | None
 
 
 class RuleOptimizer(SelfTuned):
@@ -38,7 +36,7 @@ class RuleOptimizer(SelfTuned):
             if extras.pop(name, False):
                 raise ValueError(f"{name}=True is not supported: leave it out")
         l1 = options.pop("l1")
-        listed = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty or [])
+        listed = as_list(penalty)
         if l1 or "l1" in (extras.get("tune") or ()):
             listed.append(L1(l1))
         options |= {p.name: p.strength for p in listed}

@@ -43,8 +43,11 @@ def divide(
         parts: Whether outputs and their loss are apart.
 
     Raises:
+        TypeError: No estimator.
         ValueError: A hyperparameter that its estimator cannot follow.
     """
+    if not isinstance(given, AbstractEstimator):
+        raise TypeError(f"estimator={given!r} must be an estimator, such as st.Trace()")
     inside = [n for n in names if n in strengths]
     whole: AbstractEstimator | None
     if isinstance(given, AbstractRows):

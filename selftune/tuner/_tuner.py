@@ -21,7 +21,7 @@ from selftune.hparams import Hparam
 from selftune.hyperstep import step_size
 from selftune.hypervector import HyperVector
 from selftune.monitor import Monitor
-from selftune.penalties import L1, AbstractPenalty
+from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
@@ -103,7 +103,7 @@ class Tuner:
         rule: AbstractRule | None = None,
         hparams: Mapping[str, Any] | None = None,
         tune: Sequence[str] | None = None,
-        penalty: AbstractPenalty | Sequence[AbstractPenalty] = (),
+        penalty: Penalties = None,
         bounds: Mapping[str, tuple[float, float]] | None = None,
         estimator: AbstractEstimator | None = None,
         tangents: torch.dtype | None = torch.bfloat16,
@@ -134,6 +134,8 @@ class Tuner:
             raise ValueError("metrics need outputs and targets, which objective= does not give")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
+        if rule is not None and not isinstance(rule, AbstractRule):
+            raise TypeError(f"rule={rule!r} must be a rule, such as st.rules.AdamW()")
         check_model(model)
         if augment is not None and objective is not None:
             raise ValueError("augment= changes batches for loss_fn=, which objective= replaces")
@@ -146,7 +148,7 @@ class Tuner:
         st_nn.own_counters(whole)
         check_hparams(hparams or {}, rule, found)
         given = {n: v if isinstance(v, bool) else float(v) for n, v in (hparams or {}).items()}
-        penalties = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty)
+        penalties = as_list(penalty)
         if "l1" in given and not any(p.name == "l1" for p in penalties):
             penalties.append(L1(given["l1"]))
         update = Update(rule, tuple(penalties))

@@ -49,6 +49,12 @@ def fail(net: nn.Module) -> Tensor:
     raise KeyError("a bug in the user's closure")
 
 
+def went_back(net: nn.Module) -> Tensor:
+    loss = net(X).square().mean()
+    loss.backward()
+    return loss
+
+
 CLOSURES: dict[str, tuple[Callable, type, list[str]]] = {
     "vector": (lambda n: n(X), ValueError, ["closure", r"\(16, 1\)", "mean"]),
     "float": (lambda n: n(X).mean().item(), TypeError, ["closure", "float", "item"]),
@@ -58,6 +64,9 @@ CLOSURES: dict[str, tuple[Callable, type, list[str]]] = {
     "inf": (lambda n: n(X).mean().exp() * torch.inf, ValueError, ["closure", "inf", "check"]),
     "foreign": (lambda n: param().sum(), ValueError, ["closure", "does not depend", "model"]),
     "raises": (fail, KeyError, ["user's"]),
+    "tuple": (lambda n: (n(X).mean(), X), TypeError, ["closure", "tuple", "alone"]),
+    "backward": (lambda n: went_back(n), RuntimeError, ["closure", "backward", "return it"]),
+    "no batch left": (lambda n: next(iter(())), RuntimeError, ["closure", "stream", "cycle"]),
 }
 
 
@@ -105,3 +114,42 @@ def test_a_group_that_is_refused_later_changes_nothing(bad: dict | str) -> None:
     with pytest.raises(ValueError, match=r"lr=|complex|more than one"):
         opt.add_param_group(group)
     torch.testing.assert_close(later_state(net, opt), later_state(*start()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lr", -1.0, ["lr=-1.0", "above 0"]),
+        ("lr", float("nan"), ["lr=nan", "finite"]),
+        ("lr", float("inf"), ["lr=inf", "finite"]),
+        ("momentum", 1.0, ["momentum=1.0", "below 1"]),
+        ("momentum", -0.3, ["momentum=-0.3", "0 or more"]),
+        ("weight_decay", -1.0, ["weight_decay=-1.0", "0 or more"]),
+    ],
+)
+def test_a_value_out_of_range_in_a_group_is_refused(
+    name: str, value: float, words: list[str]
+) -> None:
+    net, opt = start()
+    before = opt.param_groups[0][name]
+    opt.param_groups[0][name] = value
+    net(X).square().mean().backward()
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - words are checked below
+        opt.step()
+    check_message(error, words)
+    opt.param_groups[0][name] = before
+    opt.zero_grad()
+    net.load_state_dict(start()[0].state_dict())  # statistics: of the pass above
+    torch.testing.assert_close(later_state(net, opt), later_state(*start()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("schedule", "told"), [("linear", 1), ("constant", 0)])
+def test_steps_past_the_end_of_a_schedule_are_told_of_once(
+    schedule: str, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = nn.Linear(3, 1)
+    opt = st.SGD(net.parameters(), total_steps=30, schedule=schedule, probe=False)
+    go_on(net, opt, 30)
+    assert "past" not in caplog.text
+    go_on(net, opt, 40)
+    assert caplog.text.count("past total_steps=30") == told

@@ -79,3 +79,25 @@ def test_what_cannot_be_built(case: str) -> None:
         with pytest.raises(ValueError) as error:  # noqa: PT011 - words are checked below
             build()
     check_message(error, words)
+
+
+TYPES: dict[str, tuple[Callable, list[str]]] = {
+    "estimator": (lambda: st.SGD([param()], estimator="trace"), ["estimator='trace'", "Trace"]),
+    "penalty": (lambda: st.SGD([param()], penalty="l1"), ["penalty='l1'", "L1"]),
+    "steps": (lambda: st.SGD([param()], total_steps=9.0), ["total_steps=9.0", "whole", "int"]),
+    "rule": (lambda: st.Tuner(net(), nn.MSELoss(), rule="adam"), ["rule='adam'", "AdamW"]),
+    "tuner": (lambda: st.Tuner(net(), nn.MSELoss(), estimator="x"), ["estimator='x'", "Trace"]),
+    "tuner's": (lambda: st.Tuner(net(), nn.MSELoss(), penalty="l1"), ["penalty='l1'", "L1"]),
+}
+
+
+def net() -> nn.Module:
+    return nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize("case", TYPES)
+def test_what_is_of_another_type(case: str) -> None:
+    build, words = TYPES[case]
+    with pytest.raises(TypeError) as error:
+        build()
+    check_message(error, words)
