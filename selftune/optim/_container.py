@@ -66,7 +66,7 @@ class Container(torch.optim.Optimizer):
 
     @property
     def hparams(self) -> dict[str, Any]:
-        """Present values of all hyperparameters; a list where groups or tensors differ.
+        """Present values of all hyperparameters; a list of groups', or tensors', that differ.
 
         The learning rate is the tuned peak, before schedules.
         """

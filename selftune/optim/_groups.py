@@ -58,11 +58,14 @@ class Groups:
         return float(group["initial_lr"]) if scheduled else tuned.hparam.read(group)
 
     def told(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Present values of all hyperparameters; a list where groups or tensors differ."""
+        """Present values of all hyperparameters; a list of groups', or tensors', that differ."""
         found: dict[str, Any] = {}
         for name, hparam in self._update.hparams.items():
             if name in self._tuning.rows:
                 values = self._tuning.rows[name].values().tolist()
+                parts = [values[span] for span in self._spans.values()]
+                if all(min(part) == max(part) for part in parts):
+                    values = [part[0] for part in parts]
             else:
                 values = [hparam.read(g) for g in groups]
             found[name] = values[0] if all(v == values[0] for v in values) else values
