@@ -80,6 +80,8 @@ class Buffers:
         ours, expected = {id(p) for p in params}, len(self._saved["average"])
 
         def look(module: nn.Module, _: Any) -> None:
+            if self.shown:  # what is swapped in at the start of that must be so at its end
+                return
             if any(id(p) in ours for p in module.parameters()):
                 self.add(module)
             if self._saved is None or len(self.average) >= expected:

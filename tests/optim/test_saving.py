@@ -151,6 +151,9 @@ def test_a_resumed_run_asks_for_no_validation_batch_more(whole: bool) -> None:
     nets[1].load_state_dict(saved[0])
     opts[1].load_state_dict(saved[1])
     other(torch.randn(16, 4))
+    with opts[1].averaged(), torch.no_grad():  # looked at before anything is found
+        nets[1].eval()(torch.randn(16, 4))
+    nets[1].train()
     left = [go(n, o, range(40, 90)) for n, o in zip(nets, opts, strict=True)]
     assert left[0] == left[1]
     check_equal(snapshot(nets[1], opts[1]), snapshot(nets[0], opts[0]))
