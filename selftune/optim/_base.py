@@ -286,6 +286,12 @@ class SelfTuned(Container):
         """
         with torch.no_grad():
             self._blocks()
+        if self._engine.buffers.waiting:
+            log.warning(
+                "averaged() before the first training pass of a loaded run: BatchNorm layers are "
+                "not found yet and keep the training weights' statistics. Pass the model: "
+                "st.SGD(model, ...), or model="
+            )
         outer = OuterLoss(self._engine)
         with outer.showing(outer.end):
             yield

@@ -129,7 +129,9 @@ def test_a_copied_optimizer_continues_bit_for_bit(kind: str, via: Callable) -> N
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["model called", "its parts called"])
-def test_a_resumed_run_asks_for_no_validation_batch_more(whole: bool) -> None:
+def test_a_resumed_run_asks_for_no_validation_batch_more(
+    whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """An optimizer of parameters finds BatchNorm again in training passes, not by the closure."""
 
     def go(net: nn.Module, opt: Any, steps: range) -> int:
@@ -154,6 +156,7 @@ def test_a_resumed_run_asks_for_no_validation_batch_more(whole: bool) -> None:
     with opts[1].averaged(), torch.no_grad():  # looked at before anything is found
         nets[1].eval()(torch.randn(16, 4))
     nets[1].train()
+    assert "Pass the model" in caplog.text
     left = [go(n, o, range(40, 90)) for n, o in zip(nets, opts, strict=True)]
     assert left[0] == left[1]
     check_equal(snapshot(nets[1], opts[1]), snapshot(nets[0], opts[0]))
