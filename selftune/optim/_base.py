@@ -232,7 +232,8 @@ class SelfTuned(Container):
             # Also an early look at what the closure returns; it leaves random streams alone.
             # Statistics are good ones still; they are put back from these in any case.
             start = Point(outer.good.weights, engine.buffers.average)
-            with outer.random(), engine.buffers.discovering():
+            params = [p for block in engine.blocks for p in block.params]
+            with outer.random(), engine.buffers.discovering(params):
                 first, _ = outer.gradients(closure, start)
             if not engine.heard:
                 self._begin(first)

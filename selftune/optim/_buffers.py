@@ -19,15 +19,21 @@ class Buffers:
 
     BatchNorm's running mean and variance describe the weights they were gathered with. The
     averaged weights have statistics of their own here: gathered by validation passes in
-    training mode, and otherwise a running average of the training weights' statistics.
+    training mode, and otherwise a running average of the training weights' statistics. Layers of
+    models that are not trained here, which a closure passes through, are left as they were.
 
     Args:
         module: A module to search, with its children, for layers with running statistics.
         every: Training steps from one validation pass to the next.
+
+    Attributes:
+        layers: Those of the trained model.
+        foreign: Those of others.
     """
 
     def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
         self.layers: list[nn.Module] = []
+        self.foreign: list[nn.Module] = []
         self.average: list[Tensor] = []
         self.held: list[Tensor] = []
         self.good: list[Tensor] = []
@@ -53,21 +59,55 @@ class Buffers:
                     kept += [t.clone() for t in _statistics(layer)]
 
     @contextmanager
-    def discovering(self) -> Iterator[None]:
+    def discovering(self, params: Iterable[Tensor]) -> Iterator[None]:
         """Takes in the modules whose forward runs inside the block, as they were before it.
 
         An optimizer is given parameters, not the model; the first validation closure shows which
         model they belong to.
+
+        Args:
+            params: Of the optimizer. Modules that hold others only are foreign.
         """
-        handle = register_module_forward_pre_hook(lambda module, _: self.add(module))
+        ours = {id(p) for p in params}
+        others: dict[int, list[Tensor]] = {}  # statistics of foreign layers before the block
+
+        def look(module: nn.Module, _: Any) -> None:
+            if id(module) in others:
+                return
+            held = [id(p) in ours for p in module.parameters()]
+            if any(held) or not held:
+                self.add(module)
+                return
+            known = {id(layer) for layer in (*self.layers, *self.foreign)}
+            for part in module.modules():
+                others.setdefault(id(part), [])
+                if _tracks(part) and id(part) not in known:
+                    self.foreign.append(part)
+                    others[id(part)] = [t.clone() for t in _statistics(part)]
+
+        handle = register_module_forward_pre_hook(look)
         known = len(self.good)
         try:
             yield
         finally:
             handle.remove()
             self.restore(known)
+            for layer in self.foreign:
+                for tensor, old in zip(_statistics(layer), others.get(id(layer), []), strict=False):
+                    tensor.copy_(old)
             if self._saved is not None:
                 self.load_state_dict(self._saved)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leaves the statistics of foreign layers as they were before the block."""
+        tensors = [t for layer in self.foreign for t in _statistics(layer)]
+        before = [t.clone() for t in tensors]
+        try:
+            yield
+        finally:
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(old)
 
     def expect(self, params: Iterable[Tensor]) -> None:
         """Find the layers whose saved statistics wait, in forward passes that come anyway.
@@ -105,7 +145,8 @@ class Buffers:
         """Leaves the modules' statistics as they were before the block."""
         before = [t.clone() for t in self.tensors()]
         try:
-            yield
+            with self.apart():
+                yield
         finally:
             for tensor, old in zip(self.tensors(), before, strict=True):
                 tensor.copy_(old)

@@ -91,7 +91,7 @@ class OuterLoss:
 
     def gradients(self, closure: Closure, point: Point) -> tuple[Tensor, list[Tensor]]:
         """The loss and its joined gradients."""
-        with self.showing(point), torch.enable_grad():
+        with self.showing(point), self.engine.buffers.apart(), torch.enable_grad():
             loss = _asked(closure)
             check_outer_loss(loss)
             return loss.detach(), outer_gradients(loss, self.engine.blocks)

@@ -11,8 +11,8 @@ from torch import Tensor
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 10
-"""Of what is kept; 10 knows which weights the run ends with."""
+VERSION = 11
+"""Of what is kept; 11 holds the last step of a rate on trial."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "buffers": engine.buffers.state_dict(),
         "heard": engine.heard,
         "alone": None if engine.alone is None else engine.alone.clone(),
+        "last": None if engine.last is None else [[t.clone() for t in p] for p in engine.last],
     }
 
 
@@ -52,6 +53,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     if engine.guard is not None and run["guard"] is not None:
         engine.guard.load_state_dict(run["guard"])
     engine.alone = None if run["alone"] is None else run["alone"].clone()
+    engine.last = None if run["last"] is None else [(g.clone(), w.clone()) for g, w in run["last"]]
     engine.buffers.load_state_dict(run["buffers"])
     engine.buffers.expect(p for block in engine.blocks for p in block.params)
     engine.heard = run["heard"]

@@ -151,3 +151,37 @@ def test_statistics_follow_without_validation_or_with_little(rare: int) -> None:
         net.eval()
         hidden = net[0](torch.cat([batch(s) for s in range(240, 300)]))
     assert ((shown["running_mean"] - hidden.mean(0)).abs() < 0.5 * hidden.std(0)).all()
+
+
+def test_the_statistics_of_other_models_are_left_alone() -> None:
+    """Two nets, two optimizers, each through the other's net. Truth: the passes of training."""
+    nets = [network(), network()]
+    opts = [st.SGD(n.parameters(), lr=0.05, total_steps=100) for n in nets]
+
+    def loss(net: nn.Module, other: nn.Module, seed: int) -> Tensor:
+        x = batch(seed)
+        return (net(x) - 1).square().mean() + 0.1 * other(x + net(x)).sigmoid().mean()
+
+    for step in range(60):
+        for net, other, opt in zip(nets, reversed(nets), opts, strict=True):
+            opt.zero_grad()
+            loss(net, other, step).backward()
+            before = statistics(other)
+            opt.step()  # the probe's end and roll-backs among them
+            opt.hyper_step(lambda n=net, o=other, s=step: loss(n, o, 500 + s))
+            torch.testing.assert_close(statistics(other), before, rtol=0, atol=0)
+            with opt.averaged():
+                torch.testing.assert_close(statistics(other), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layers_of_the_model_count_as_its_own(affine: bool) -> None:
+    """Frozen ones and ones without weights, too; their averages are of averaged weights."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=affine), nn.Linear(4, 1))
+    opt = st.SGD([*net[0].parameters(), *net[2].parameters()], lr=0.05, probe=False)
+    for step in range(40):
+        weight_step(net, opt, step)
+        opt.hyper_step(outer(net))
+    training = statistics(net)
+    with opt.averaged():
+        assert not torch.equal(statistics(net)["running_mean"], training["running_mean"])
