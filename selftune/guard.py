@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+NOISY = 4.0
+"""Of the first ten training losses' spread, what another zero of the loss must not matter for."""
 FRESH = 5
 """Running means of so few evaluations only set the yardstick."""
 WINDOW = 5
@@ -39,6 +41,7 @@ class Guard:
     limit: int = 10
 
     start: float = math.nan
+    noise: float = 0.0  # what may be above the start without an alarm, since it once was
     first: float = math.nan
     mean: float = math.nan
     spread: float = 0.0
@@ -51,6 +54,7 @@ class Guard:
     training_first: float = math.nan
     training_mean: float = math.nan
     training_count: int = 0
+    training_spread: float = 0.0
     skipped: int = 0
     missed: int = 0
     quiet: int = 0
@@ -92,10 +96,15 @@ class Guard:
         weight = max(self._weight, 1 / self.training_count)
         if math.isnan(self.training_mean):
             self.training_mean = loss
-        self.training_mean += weight * (loss - self.training_mean)
+        off = loss - self.training_mean
+        self.training_mean += weight * off
         if self.training_count <= 10:  # a single batch may be lucky
             self.training_first = self.training_mean
-        return "rollback" if self._exploded(self.training_mean, self.training_first) else "ok"
+            self.training_spread += weight * (off * off - self.training_spread)
+        noise = NOISY * math.sqrt(self.training_spread)
+        return (
+            "rollback" if self._exploded(self.training_mean - noise, self.training_first) else "ok"
+        )
 
     def begin(self, loss: float) -> None:
         """Take the outer loss at the good weights of the start, which others are held against."""
@@ -118,7 +127,7 @@ class Guard:
         weight = max(self._weight, 1 / self.count)
         self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
         self.mean += weight * (loss - self.mean)
-        self.exploded = self._exploded(self.mean, self.start)
+        self.exploded = self._exploded(self.mean - self.noise, self.start)
         if self.exploded:
             return "rollback"
         if math.isnan(self.first):
@@ -163,11 +172,14 @@ class Guard:
             good: At the good weights, over the same batches or as many others.
             error: Standard error of their difference; 0 where batches are the same.
         """
-        slack = max(
-            self.tolerance * (self.first - good), self.least * abs(self.first), self.sigmas * error
-        )
+        first = self.start if math.isnan(self.first) else self.first
+        slack = max(self.tolerance * (first - good), self.least * abs(first), self.sigmas * error)
         if not now <= good + slack:
             return True
+        if self.exploded:  # the yardstick was a lucky batch, or noise beside a loss near 0
+            above = self.mean - max(self.start, good)
+            self.start, self.exploded = max(self.start, good), False
+            self.noise = max(self.noise, self.explosion * above)
         self.best = self.lowest = min(now, good)
         self.best_error = 0.0
         self.mean = now

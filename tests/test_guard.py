@@ -172,3 +172,29 @@ def test_a_window_begins_anew_after_a_roll_back() -> None:
     guard.rolled_back(worsened=True)
     assert [guard.loss(0.5) for _ in range(5)] == ["ok", "ok", "hold", "ok", "best"]
     assert guard.lowest == 0.5
+
+
+def test_an_explosion_beside_a_lucky_first_loss_is_not_confirmed() -> None:
+    """Law: what is no worse than the good weights has not exploded, nor has what is like it."""
+    guard = Guard()
+    guard.begin(4.0)
+    assert [guard.loss(8.5), guard.exploded] == ["rollback", True]
+    assert not guard.confirms(8.4, 8.3, 0.1)
+    assert [guard.start, guard.exploded] == [8.3, False]
+    for x in noise(300, 0):
+        guard.loss(8.3 + 0.5 * x)  # as noise has it, worsened at most
+        assert not guard.exploded
+    while guard.loss(60.0) != "rollback":
+        pass
+    assert guard.exploded
+    assert guard.confirms(60.0, 8.3, 0.1)
+
+
+@pytest.mark.parametrize("zero", [0.0, 2.0, 2.5, 100.0])
+def test_the_zero_of_training_losses_does_not_matter(zero: float) -> None:
+    """Law: losses that differ by a constant are the same training."""
+    guard = Guard()
+    steady = [2.0 + 0.3 * x - zero for x in noise(500, 1)]
+    assert {guard.training_loss(x) for x in steady} == {"ok"}
+    blown = [2.0 + 1.5**t - zero for t in range(40)]
+    assert "rollback" in {guard.training_loss(x) for x in blown}

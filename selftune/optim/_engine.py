@@ -294,8 +294,11 @@ class Engine:
         self.clock.outer = self.clock.steps
         if self.guard is not None:
             verdict = self.guard.loss(loss)
-            # A few unlucky batches in a row look like a loss that has worsened.
-            if verdict == "rollback" and (self.guard.exploded or self.guard.confirms(*compare())):
+            # A few unlucky batches look like a loss that has worsened, or, beside a lucky first
+            # one, exploded.
+            if verdict == "rollback" and (
+                not math.isfinite(loss) or self.guard.confirms(*compare())
+            ):
                 what = "exploded" if self.guard.exploded else "worsened"
                 why = f"the validation loss has {what}, to {loss:.4g}"
                 return self.roll_back(why, worsened=not self.guard.exploded)

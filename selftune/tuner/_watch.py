@@ -152,7 +152,9 @@ class Watch:
         elif verdict == "best":
             self._good.keep(member, held=True)
             self._kept_at[member] = self._held_at[member]
-        elif verdict == "rollback" and (guard.exploded or guard.confirms(*self._compare(member))):
+        elif verdict == "rollback" and (
+            not math.isfinite(outer) or guard.confirms(*self._compare(member))
+        ):
             what = "exploded" if guard.exploded else "worsened"
             why = f"the validation loss has {what}, to {outer:.4g}"
             self._roll_back(step, member, why, worsened=not guard.exploded)

@@ -194,3 +194,32 @@ def test_a_group_without_gradients_is_not_stepped(name: str) -> None:
 
     ours = trained(st, tune=(), probe=False, guard=False)
     torch.testing.assert_close(ours, trained(torch.optim))
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_the_zero_of_a_noisy_loss_does_not_matter(seed: int) -> None:
+    """Law: a constant changes no gradient; losses that begin near 0 have not exploded."""
+    generator = torch.Generator().manual_seed(0)
+    x, slope = torch.randn(1200, 8, generator=generator), torch.randn(8, 1, generator=generator)
+    y = x @ slope + 2 * torch.randn(1200, 1, generator=generator)
+    ends = []
+    for zero in (0.0, 8.0):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+        opt = st.AdamW(net.parameters(), total_steps=200, probe=False)
+
+        def loss(low: int, high: int, size: int, net=net, zero=zero) -> Tensor:
+            chosen = torch.randint(low, high, (size,))
+            return (net(x[chosen]) - y[chosen]).square().mean() - zero
+
+        for _ in range(200):
+            opt.zero_grad()
+            value = loss(0, 1000, 32)
+            value.backward()
+            opt.step()
+            opt.report(value)
+            opt.hyper_step(lambda: loss(1000, 1200, 4))
+        assert opt._engine.guard is not None
+        assert opt._engine.guard.rollbacks == 0
+        ends.append(opt.hparams["lr"])
+    assert ends[0] > 2e-3  # it has climbed

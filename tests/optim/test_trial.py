@@ -1,5 +1,6 @@
 """What the probe leaves. Truths: gradient descent on ½ w², which diverges above 2, and values."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -29,6 +30,17 @@ def test_a_rate_that_leads_uphill_is_lowered_from_where_it_began() -> None:
     weight, opt = descend(2.5, 20, lowest=-2.0)
     assert opt.hparams["lr"] == pytest.approx(2.5 / 3)
     assert float(weight.detach().abs().max()) < 1e-6
+
+
+def test_a_trial_goes_on_in_a_loaded_run() -> None:
+    """Its second step judges the first one, which was before."""
+    weight, opt = descend(2.5, 1, lowest=-2.0)
+    state = copy.deepcopy(opt.state_dict())
+    again = st.SGD([weight], lr=2.5, tune=("lr",), probe=10)
+    again.load_state_dict(state)
+    weight.grad = weight.detach().clone()
+    again.step()
+    assert again.hparams["lr"] == pytest.approx(2.5 / 3)
 
 
 def test_a_rate_that_descends_is_kept() -> None:
