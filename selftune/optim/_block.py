@@ -265,6 +265,13 @@ class Block:
         """A vector of zeros in the shape of the joined weights."""
         return torch.zeros_like(self.average)
 
+    def begin(self) -> None:
+        """Take the weights as they are for all that is kept of them."""
+        weights = self.weights()
+        for kept in (self.average, self.held, self.good, self.centre, self.mark, self.fast):
+            if kept is not None:
+                kept.copy_(weights)
+
     def rewind(self) -> None:
         """Return to the good weights, with everything else as at a fresh start."""
         self.layout.write(self.good, self.params)

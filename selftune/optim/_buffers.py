@@ -195,6 +195,12 @@ class Buffers:
         one = [more.to(self._gathered[0].device) for more in self._gathered]
         self._own = bool(one) and bool(torch.stack(one).any())
 
+    def begin(self) -> None:
+        """Take the modules' statistics as they are for averaged and good ones."""
+        for kept in (self.average, self.held, self.good):
+            for tensor, now in zip(kept, self.tensors(), strict=True):
+                tensor.copy_(now)
+
     def hold(self) -> None:
         """Remember the averaged statistics until it is known whether they are good."""
         for kept, now in zip(self.held, self.average, strict=True):

@@ -124,7 +124,10 @@ class Container(torch.optim.Optimizer):
     # inside
 
     def _blocks(self) -> list[Block]:
-        return self._assembly.current(self.param_groups, self.__dict__["state"])
+        blocks = self._assembly.current(self.param_groups, self.__dict__["state"])
+        if self._engine.clock.steps == 0:  # until then weights may still be loaded
+            self._engine.begin()
+        return blocks
 
     def _publish(self) -> None:
         self._assembly.publish(self.param_groups)

@@ -98,6 +98,14 @@ class Engine:
             ending.due(clock.steps, period, total, self.every),
         )
 
+    def begin(self) -> None:
+        """Take weights and statistics as they are for averaged and good ones."""
+        if self.buffers.shown:
+            return
+        for block in self.blocks:
+            block.begin()
+        self.buffers.begin()
+
     def train(
         self,
         grads: Grads,

@@ -185,3 +185,31 @@ def test_layers_of_the_model_count_as_its_own(affine: bool) -> None:
     training = statistics(net)
     with opt.averaged():
         assert not torch.equal(statistics(net)["running_mean"], training["running_mean"])
+
+
+@every_make
+def test_weights_may_be_loaded_after_the_optimizer_is_made_and_looked_at(kind: str) -> None:
+    """Truth: the run of an optimizer that is made after them."""
+    loaded = network()
+    with torch.no_grad():
+        for param in loaded.parameters():
+            param.add_(1)
+    weight_step(loaded, MAKES[kind](loaded), 0)  # statistics
+    runs = []
+    for late in (True, False):
+        net = nn.Sequential(*(copy.deepcopy(m) for m in network()))
+        if not late:
+            net.load_state_dict(loaded.state_dict())
+        opt = MAKES[kind](net)
+        if late:
+            assert opt.hparams["lr"] == pytest.approx(0.05)
+            opt.state_dict()
+            net.load_state_dict(loaded.state_dict())
+        with opt.averaged():
+            torch.testing.assert_close(net.state_dict(), loaded.state_dict(), rtol=0, atol=0)
+        for step in range(10):
+            weight_step(net, opt, step)
+            opt.hyper_step(outer(net))
+        with opt.averaged():
+            runs.append(copy.deepcopy(net.state_dict()))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
