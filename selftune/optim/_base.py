@@ -221,7 +221,7 @@ class SelfTuned(Container):
                 "hyper_step came before any step(): take at least one training step first"
             )
         due, ends = engine.due(self._schedule.total_steps)
-        known = engine.heard and not engine.buffers.waiting
+        known = engine.heard and engine.buffers.complete
         if known and not due and not ends:
             clock.heard = clock.steps
             return None

@@ -44,6 +44,7 @@ class Buffers:
         self._counts: list[Tensor] = []  # batches taken in, by the statistics shown
         self._gathered: list[Tensor] = []  # whether the last pass at them took in more
         self._saved: dict[str, Any] | None = None
+        self._strangers = 0  # foreign layers of a saved run
         if module is not None:
             self.add(module)
 
@@ -87,16 +88,21 @@ class Buffers:
 
         handle = register_module_forward_pre_hook(look)
         known = len(self.good)
+        # A loaded run had its first look before: this pass must not show in its averages.
+        before = [t.clone() for t in self.average] if self._strangers else []
         try:
             yield
         finally:
             handle.remove()
             self.restore(known)
+            for tensor, old in zip(self.average, before, strict=False):
+                tensor.copy_(old)
             for layer in self.foreign:
                 for tensor, old in zip(_statistics(layer), others.get(id(layer), []), strict=False):
                     tensor.copy_(old)
             if self._saved is not None:
                 self.load_state_dict(self._saved)
+            self._strangers = 0
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -135,6 +141,11 @@ class Buffers:
     def waiting(self) -> bool:
         """Whether there are saved statistics whose layers are not found yet."""
         return self._saved is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers that a saved run knew are found, foreign ones among them."""
+        return not self.waiting and len(self.foreign) >= self._strangers
 
     def tensors(self) -> list[Tensor]:
         """The modules' statistics as they are now."""
@@ -227,12 +238,13 @@ class Buffers:
             "held": [t.clone() for t in self.held],
             "good": [t.clone() for t in self.good],
             "own": self._own,
+            "foreign": len(self.foreign),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``; before the layers are found, it waits for them."""
         self._saved = None if self.layers or not state["average"] else state
-        self._own = state["own"]
+        self._own, self._strangers = state["own"], state["foreign"]
         for name in ("average", "held", "good"):
             mine, saved = getattr(self, name), state[name]
             if [t.shape for t in mine] == [t.shape for t in saved]:
