@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -104,16 +104,9 @@ class Buffers:
                 self.load_state_dict(self._saved)
             self._strangers = 0
 
-    @contextmanager
-    def apart(self) -> Iterator[None]:
+    def apart(self) -> AbstractContextManager[None]:
         """Leaves the statistics of foreign layers as they were before the block."""
-        tensors = [t for layer in self.foreign for t in _statistics(layer)]
-        before = [t.clone() for t in tensors]
-        try:
-            yield
-        finally:
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(old)
+        return _unchanged([t for layer in self.foreign for t in _statistics(layer)])
 
     def expect(self, params: Iterable[Tensor]) -> None:
         """Find the layers whose saved statistics wait, in forward passes that come anyway.
@@ -151,16 +144,10 @@ class Buffers:
         """The modules' statistics as they are now."""
         return [t for layer in self.layers for t in _statistics(layer)]
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Leaves the modules' statistics as they were before the block."""
-        before = [t.clone() for t in self.tensors()]
-        try:
-            with self.apart():
-                yield
-        finally:
-            for tensor, old in zip(self.tensors(), before, strict=True):
-                tensor.copy_(old)
+    def kept(self) -> AbstractContextManager[None]:
+        """Leaves all modules' statistics as they were before the block."""
+        layers = (*self.layers, *self.foreign)
+        return _unchanged([t for layer in layers for t in _statistics(layer)])
 
     def at(self, place: float) -> list[Tensor]:
         """Copies of what belongs to the good weights (−1), the average (0), those in place (1)."""
@@ -250,6 +237,16 @@ class Buffers:
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 for tensor, value in zip(mine, saved, strict=True):
                     tensor.copy_(value)
+
+
+@contextmanager
+def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    before = [t.clone() for t in tensors]
+    try:
+        yield
+    finally:
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
 
 
 def _tracks(module: nn.Module) -> bool:

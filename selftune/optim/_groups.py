@@ -112,22 +112,25 @@ class Groups:
         Raises:
             ValueError: A value outside its range; none is taken over then.
         """
-        changed = False
+        written, scheduled = [], []
         for name, tuned in self._tuning.rows.items():
             for i, span in self._spans.items():
                 group, shown = groups[i], self._shown[name].get(i)
                 if name == "lr" and "initial_lr" in group:
-                    changed |= self._hear_scheduler(i, span, group)
+                    scheduled.append((i, span, group))
                     continue
                 value = tuned.hparam.read(group)
                 if shown is not None and value != shown:
                     if value != 0:  # a rate of 0 holds the weights
                         option = tuned.hparam.option or name
                         check_option(option, group[option])
-                    tuned.rebase(range(span.start, span.stop), value, shown)
-                    self._shown[name][i] = value
-                    changed = True
-        return changed
+                    written.append((name, i, value, shown))
+        for name, i, value, shown in written:
+            span = self._spans[i]
+            self._tuning.rows[name].rebase(range(span.start, span.stop), value, shown)
+            self._shown[name][i] = value
+        heard = [self._hear_scheduler(*each) for each in scheduled]
+        return bool(written) or any(heard)
 
     def _hear_scheduler(self, index: int, span: slice, group: Group) -> bool:
         initial = float(group["initial_lr"])

@@ -143,6 +143,24 @@ def test_a_value_out_of_range_in_a_group_is_refused(
     torch.testing.assert_close(later_state(net, opt), later_state(*start()), rtol=0, atol=0)
 
 
+def test_no_group_s_value_is_taken_over_beside_one_that_is_refused() -> None:
+    nets = nn.Linear(3, 1), nn.Linear(3, 1)
+    opt = st.SGD([{"params": n.parameters(), "lr": 0.1} for n in nets], probe=False)
+    (nets[0](X) + nets[1](X)).square().mean().backward()
+    opt.step()
+    for group, value in zip(opt.param_groups, (0.2, -1.0), strict=True):
+        group["lr"] = value
+    with pytest.raises(ValueError, match=r"lr=-1\.0"):
+        opt.step()
+    opt.param_groups[1]["lr"] = 0.1
+    before = [n.weight.detach().clone() for n in nets]
+    opt.zero_grad()
+    (nets[0](X) + nets[1](X)).mean().backward()
+    opt.step()
+    assert opt.hparams["lr"] == pytest.approx([0.2, 0.1])
+    assert not torch.equal(before[0], nets[0].weight)
+
+
 @pytest.mark.parametrize(("schedule", "told"), [("linear", 1), ("constant", 0)])
 def test_steps_past_the_end_of_a_schedule_are_told_of_once(
     schedule: str, told: int, caplog: pytest.LogCaptureFixture
