@@ -12,7 +12,6 @@ from selftune import (
     testing,
     tuner,
 )
-from selftune.averaging import Average
 from selftune.estimators import (
     BestResponse,
     Forward,
@@ -22,8 +21,9 @@ from selftune.estimators import (
     Unrolled,
     hypergradient,
 )
-from selftune.from_model import as_problem
+from selftune.functionalize import as_problem
 from selftune.linear_solve import CG, Neumann, Nystrom
+from selftune.method.averaging import Average
 from selftune.optim import SGD, Adam, AdamW, Lion, RMSprop, SelfTuning
 from selftune.problem import Problem
 from selftune.replay import TunedSchedule, replay

@@ -24,7 +24,7 @@ def gradient(
         function: Returns a scalar, and anything.
         params: Where.
     """
-    if not _plainly():
+    if not plainly():
         grads, (value, rest) = torch.func.grad_and_value(function, has_aux=True)(params)
         return grads, value, rest
     leaves = [p.detach().requires_grad_() for p in params]
@@ -46,7 +46,7 @@ def pulling(
         function: Returns tensors.
         params: Where.
     """
-    if not _plainly():
+    if not plainly():
         found: Any = torch.func.vjp(function, params)
         return found[0], lambda cotangent: found[1](cotangent)[0]
     leaf = params.detach().requires_grad_()
@@ -62,7 +62,7 @@ def pulling(
     return tree_map_only(Tensor, Tensor.detach, out), pulled
 
 
-def _plainly() -> bool:
+def plainly() -> bool:
     """Whether nothing but a value is asked for, outside of graphs and transforms."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     return not (transformed or torch.is_grad_enabled() or torch.compiler.is_compiling())

@@ -1,19 +1,8 @@
-"""Named, bounded hyperparameters and the raw values that gradient steps move.
-
-A tuned hyperparameter has a *base* for every parameter tensor, taken from its parameter
-group, and a shared *shift* in raw space that is what is tuned::
-
-    value[segment] = bijection(raw(base[segment]) + shift[slot(segment)])
-
-With the default scope, ``"run"``, there is one slot, so groups keep the ratio of their
-learning rates (``Log``) while one factor moves them all. ``"group"`` and ``"tensor"`` give
-every parameter group, or every tensor, a shift of its own. A segment is one parameter tensor.
-"""
+"""Named, bounded hyperparameters: scale, bounds and role."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +10,6 @@ import torch
 from torch import Tensor
 
 from selftune.bijections import AbstractBijection, Identity, Log, Memory
-
-SCOPES = ("run", "group", "tensor")
-MOMENTA = ("momentum", "beta1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +25,13 @@ class Hparam:
             gradient.
         option: The parameter group's key, where that is not ``name``.
         index: The position within that option, where it is a tuple (``betas``).
+        role: What it does: ``"rate"``, ``"momentum"`` (memory of gradients: shortened by a rewind
+            and, with ``couples`` empty, after the sweep), ``"regularizer"`` (validation data alone
+            can judge it), ``"layer"`` (acts inside the model or the loss, and steps are not scaled
+            down where hypergradients disagree) or ``""``.
+        pace: Relative size of its steps.
+        couples: The hyperparameter with which it shares an effective value: heavy-ball momentum
+            moves at constant lr/(1 − μ).
     """
 
     name: str
@@ -48,6 +41,16 @@ class Hparam:
     from_zero: float
     option: str = ""
     index: int | None = None
+    role: str = ""
+    pace: float = 1.0
+    couples: str = ""
+
+    @property
+    def raw_ends(self) -> tuple[float, float]:
+        """The bounds as raw values."""
+        ends = torch.tensor([self.lower, self.upper], dtype=torch.float64)
+        low, high = self.bijection.inverse(ends).tolist()
+        return low, high
 
     def read(self, group: dict[str, Any]) -> float:
         """The value in a parameter group."""
@@ -78,152 +81,57 @@ class Hparam:
         return replace(self, lower=lower, upper=upper)
 
 
-LR = Hparam(name="lr", bijection=Log(), lower=1e-8, upper=1e2, from_zero=1e-3)
+LR = Hparam(
+    name="lr", bijection=Log(), lower=1e-8, upper=1e2, from_zero=1e-3, role="rate"
+)  # fmt: skip
 DECAY = Hparam(name="decay", bijection=Log(), lower=1e-8, upper=1.0, from_zero=1e-5)
-WEIGHT_DECAY = Hparam(name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5)
-MOMENTUM = Hparam(name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1)
+WEIGHT_DECAY = Hparam(
+    name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5, role="regularizer"
+)  # fmt: skip
+SLOW = 0.2
+"""Relative pace of momenta, which repay patience (ablations)."""
+MOMENTUM = Hparam(
+    name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1,
+    role="momentum", pace=SLOW, couples="lr",
+)  # fmt: skip
+MEMORY = 20
+"""How many times the memory 1/(1 − μ) of a tuned momentum must fit into the run."""
 
 
 def penalty_hparam(name: str) -> Hparam:
     """The strength λ of the penalty of that name."""
-    return Hparam(name=name, bijection=Log(), lower=1e-10, upper=1e2, from_zero=1e-6)
+    return Hparam(
+        name=name, bijection=Log(), lower=1e-10, upper=1e2, from_zero=1e-6, role="regularizer"
+    )
 
 
-class Tuned:
-    """One tuned hyperparameter across all parameter tensors.
+def layer_hparam(name: str, bijection: AbstractBijection, **ends: float) -> Hparam:
+    """A tuned layer hyperparameter: it has further to go than others, and steps twice as far."""
+    return Hparam(name=name, bijection=bijection, role="layer", pace=2.0, **ends)  # type: ignore[arg-type]
 
-    Attributes:
-        hparam: Name, scale and bounds.
-        base: Raw values shifted from, one a segment; NaN where the hyperparameter is off.
-        slots: Which shift belongs to each segment.
-        from_zero: Whether every segment started at 0.
-        start: The values last taken, one a segment.
+
+def choose(
+    hparams: Mapping[str, Hparam],
+    tune: Sequence[str],
+    bounds: Mapping[str, tuple[float, float]] | None,
+    horizon: int,
+) -> dict[str, Hparam]:
+    """The hyperparameters named in ``tune``, within bounds that fit the horizon.
+
+    Raises:
+        ValueError: An unknown name in ``tune`` or ``bounds``, or bounds that do not fit a scale.
     """
-
-    def __init__(self, hparam: Hparam, scope: str) -> None:
-        """Start with no segments; ``layout`` sets them."""
-        self.hparam = hparam
-        self.scope = scope
-        self.base = torch.empty(0, dtype=torch.float64)
-        self.slots = torch.empty(0, dtype=torch.long)
-        self.shift = torch.zeros(0, dtype=torch.float64)
-        self.from_zero = False
-        self.start: list[float] = []
-        self._find_ends()
-
-    def lay_out(
-        self,
-        values: Sequence[float],
-        groups: Sequence[int],
-        known: Sequence[int | None] | None = None,
-    ) -> None:
-        """Take each segment's value and group; shifts already tuned are kept.
-
-        A value of exactly 0 stays 0 beside others that are not; if all are 0, tuning starts
-        from ``hparam.from_zero``.
-
-        Args:
-            values: The present value of each segment.
-            groups: The parameter group of each segment.
-            known: Where each segment stood before, None for a new one; by default all are new.
-        """
-        start = torch.tensor(values, dtype=torch.float64)
-        if len(self.base) == 0:
-            self.from_zero = not bool(start.any())
-        slots = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
-        self.slots = torch.tensor(list(slots[self.scope]), dtype=torch.long)
-        count = int(self.slots.max()) + 1
-        if count > len(self.shift):
-            grown = torch.zeros(count, dtype=torch.float64)
-            grown[: len(self.shift)] = self.shift
-            self.shift = grown
-        if self.scope == "tensor" and known is not None:
-            shift = torch.zeros(count, dtype=torch.float64)
-            for at, before in enumerate(known):
-                if before is not None:
-                    shift[at] = self.shift[before]
-            self.shift = shift
-        base = self._raw(start) - self.shift[self.slots]
-        if self.from_zero:
-            small = self._raw(torch.full_like(start, self.hparam.from_zero))
-            base = torch.where(start == 0, small, base)
-        for at, before in enumerate(known or []):
-            if before is not None:
-                base[at] = self.base[before]
-        self.base, self.start = base, start.tolist()
-        self._measure()
-        self.clamp()
-
-    def _raw(self, values: Tensor) -> Tensor:
-        off = torch.full_like(values, math.nan)
-        return torch.where(values == 0, off, self.hparam.bijection.inverse(values))
-
-    def rebase(self, segments: Sequence[int], value: float, shown: float) -> None:
-        """Move segments that showed one value to another, which was set from outside."""
-        index = torch.tensor(segments)
-        new, old = self._raw(torch.tensor([value, shown], dtype=torch.float64))
-        moved = self.base[index] + (new - old)
-        self.base[index] = torch.where(moved.isnan(), new - self.shift[self.slots[index]], moved)
-        self._measure()
-
-    def resume(self, base: Tensor, lower: float, shift: Tensor) -> None:
-        """Continue from saved values."""
-        self.base, self.shift = base.clone(), shift.clone()
-        self.limit(lower)
-        self._measure()
-
-    @property
-    def shift(self) -> Tensor:
-        """The tuned raw shifts, shape (number of slots,), float64; replaced, never modified."""
-        return self._shift
-
-    @shift.setter
-    def shift(self, value: Tensor) -> None:
-        self._shift = value
-        self._values: Tensor | None = None
-
-    def values(self) -> Tensor:
-        """Constrained values, one a segment; 0 where it is off."""
-        if self._values is None:
-            raw = self.base + self.shift[self.slots]
-            self._values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
-        return self._values
-
-    def slopes(self) -> Tensor:
-        """The derivative of each value in its raw shift; 0 where it is off."""
-        values = self.values()
-        return torch.where(self.base.isnan(), 0.0, self.hparam.bijection.slope(values))
-
-    def gather(self, signal: Tensor) -> Tensor:
-        """Sum per-segment derivatives into the shifts they share."""
-        return torch.zeros_like(self.shift).index_add_(0, self.slots, signal)
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """How far each shift may go before one of its segments leaves the bounds."""
-        return self._raw_ends[0] - self._lowest, self._raw_ends[1] - self._highest
-
-    def limit(self, lower: float) -> None:
-        """Set another lower bound."""
-        self.hparam = replace(self.hparam, lower=lower)
-        self._find_ends()
-
-    def _find_ends(self) -> None:
-        ends = torch.tensor([self.hparam.lower, self.hparam.upper], dtype=torch.float64)
-        low, high = self.hparam.bijection.inverse(ends).tolist()
-        self._raw_ends = (low, high)
-
-    def _measure(self) -> None:
-        """Find the outermost bases of each slot, where those that are off do not count."""
-        self._values = None
-        lowest, highest = (
-            torch.full_like(self.shift, math.inf),
-            torch.full_like(self.shift, -math.inf),
-        )
-        on = ~self.base.isnan()
-        self._lowest = lowest.scatter_reduce(0, self.slots[on], self.base[on], "amin")
-        self._highest = highest.scatter_reduce(0, self.slots[on], self.base[on], "amax")
-
-    def clamp(self) -> None:
-        """Bring the shifts back within the bounds."""
-        low, high = self.bounds()
-        self.shift = self.shift.maximum(low).minimum(high.maximum(low))
+    bounds = bounds or {}
+    if isinstance(tune, str):
+        raise ValueError(f"tune={tune!r} must be a sequence of names: ({tune!r},)")
+    for argument, names in (("tune", tune), ("bounds", bounds)):
+        for name in names:
+            if name not in hparams:
+                raise ValueError(f"{argument}={name!r} is unknown: use one of {list(hparams)}")
+    chosen = {n: h for n, h in hparams.items() if n in tune}
+    for name, hparam in chosen.items():
+        if name in bounds:
+            chosen[name] = hparam.bounded(*bounds[name])
+        elif hparam.role == "momentum":
+            chosen[name] = replace(hparam, upper=max(0.9, 1 - MEMORY / horizon))
+    return chosen

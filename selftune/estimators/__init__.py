@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from selftune.estimators._assignment import Assignment, assign
 from selftune.estimators._base import AbstractEstimator, Estimate, hypergradient
 from selftune.estimators._directions import Tangent
-from selftune.estimators._follower import Follower
 from selftune.estimators._rows import AbstractRows
 from selftune.estimators._structured import Structured
 from selftune.estimators.best_response import BestResponse, Response
@@ -26,15 +26,16 @@ __all__ = [
     "MEMORIES",
     "AbstractEstimator",
     "AbstractRows",
+    "Assignment",
     "BestResponse",
     "Estimate",
     "Exact",
     "FiniteDifference",
-    "Follower",
     "Forward",
     "Implicit",
     "OneStep",
     "Trace",
     "Unrolled",
+    "assign",
     "hypergradient",
 ]

@@ -42,9 +42,22 @@ class AbstractEstimator(ABC):
 
     Attributes:
         sees_all: Whether it must observe every step, or the last before an estimate is enough.
+        answers_for_update: Whether, in training runs, it answers for hyperparameters of the update
+            too, or only for those inside the model and the loss.
+        needs_outputs: Whether it needs the loss in two parts, outputs and a criterion of them.
     """
 
     sees_all: ClassVar[bool] = True
+
+    @property
+    def answers_for_update(self) -> bool:
+        """Whether it answers for hyperparameters of the update in training runs."""
+        return True
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether it needs outputs and a criterion of them."""
+        return False
 
     def check(  # noqa: B027 - most can do all
         self, update: Update, names: Sequence[str], *, endless: bool = False

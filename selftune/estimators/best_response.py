@@ -91,13 +91,15 @@ class BestResponse(AbstractEstimator):
         if not 0 < self.discount <= 1:
             raise ValueError(f"discount={self.discount} must be above 0 and at most 1")
 
-    def check_whole(self) -> None:
-        """Refuse what needs the loss in two parts."""
-        if self.curvature == "gauss-newton":
-            raise ValueError(
-                "curvature='gauss-newton' needs the model's output and a loss of it, loss_fn=: use "
-                "'exact' where the model or objective= returns the loss itself"
-            )
+    @property
+    def answers_for_update(self) -> bool:
+        """Whether the update's hyperparameters are inputs of the hypernetwork too."""
+        return self.update
+
+    @property
+    def needs_outputs(self) -> bool:
+        """The Gauss-Newton matrix does."""
+        return self.curvature == "gauss-newton"
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Response:
         """No response yet."""

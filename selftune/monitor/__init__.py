@@ -3,6 +3,7 @@
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
 from selftune.monitor.agreement import Agreement
+from selftune.monitor.metrics import Metrics, sentences
 from selftune.monitor.recorders import (
     JSONL,
     InMemory,
@@ -20,6 +21,7 @@ __all__ = [
     "Agreement",
     "InMemory",
     "Listener",
+    "Metrics",
     "Monitor",
     "NoRecorder",
     "Row",
@@ -31,4 +33,5 @@ __all__ = [
     "judge",
     "plain_rows",
     "read_jsonl",
+    "sentences",
 ]

@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from selftune.estimators import AbstractRows
 from selftune.optim._block import Block
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Group, Groups
-from selftune.optim._ranks import is_sharded
-from selftune.update import Update
+from selftune.optim._reducer import is_sharded
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -24,15 +22,10 @@ class Assembly:
     Args:
         engine: Works on the blocks.
         groups: Knows the tuned values that parameter groups show.
-        update: The update whose hyperparameters are tuned.
-        estimator: Follows responses, a row a hyperparameter.
     """
 
-    def __init__(
-        self, engine: Engine, groups: Groups, update: Update, estimator: AbstractRows
-    ) -> None:
+    def __init__(self, engine: Engine, groups: Groups) -> None:
         self._engine, self._groups = engine, groups
-        self._update, self._estimator = update, estimator
         self._built: list[int] = []
         self._frozen: list[Tensor] = []
 
@@ -55,7 +48,7 @@ class Assembly:
         self._groups.lay_out(groups, _trained(groups, state))
         self.make(groups, state)
         self.publish(groups)
-        self._engine.alone = None  # its shape may have changed
+        self._engine.training_signal = None  # its shape may have changed
         self._built = ids
         return self._engine.blocks
 
@@ -63,30 +56,29 @@ class Assembly:
         """Join the trained parameters of every group; what is kept of them lies in ``state``."""
         engine, trained = self._engine, _trained(groups, state)
         for block in engine.blocks:
-            block.sync()  # what it knows goes on in the new ones
-        rows = engine.tuning.names
-        if engine.following is not None:
-            rows = []
-            engine.following.forget()
+            block.sync()
+        if engine.whole is not None:
+            engine.whole.forget()
         if not any(trained):
             raise ValueError("params: none of the parameters requires a gradient")
-        engine.blocks = [
+        sensitivities = engine.method.sensitivities
+        weights = sum(p.numel() for params in trained for p in params)
+        slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
+        blocks = [
             Block(
                 params, names(groups, i, params), [state[p] for p in params],
-                self._update, self._estimator, self._groups.options(groups[i]),
-                rows, not engine.tuning.shared,
+                sensitivities, self._groups.options(groups[i]), slots,
             )
             for i, params in enumerate(trained)
             if params
         ]  # fmt: skip
-        engine.ranks.sharded = any(is_sharded(p) for b in engine.blocks for p in b.params)
-        weights = sum(p.numel() for b in engine.blocks for p in b.params)
-        engine.hypergradients.settled.lay_out(weights)
+        engine.lay_out(blocks, slots, by_tensor=not engine.shifts.shared)
+        engine.reducer.sharded = any(is_sharded(p) for b in blocks for p in b.params)
         self._frozen = [p for g in groups for p in g["params"] if p not in state]
 
     def publish(self, groups: Sequence[Group]) -> None:
         """Show tuned values in the parameter groups, and make them ready for the steps."""
-        self._engine.slopes = self._groups.publish(groups, self._engine.blocks)
+        self._engine.cached = self._groups.publish(groups, self._engine.blocks)
 
 
 def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list[str]:

@@ -6,34 +6,35 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selftune.averaging import Average
-from selftune.estimators import AbstractEstimator
-from selftune.floor import Floor
-from selftune.guard import Guard
-from selftune.hyperstep import HyperOptimizer, adam, usual_every
+from selftune.control import Controller, SweepSettings, make_guard, make_sweep
+from selftune.estimators import AbstractEstimator, assign
+from selftune.method import (
+    Average,
+    HyperOptimizer,
+    Method,
+    MethodSettings,
+    Sensitivities,
+    WeightDecayFloor,
+)
 from selftune.monitor import Monitor
 from selftune.optim._assembly import Assembly
 from selftune.optim._buffers import Buffers
+from selftune.optim._closures import Call, ClosureSteps
 from selftune.optim._container import Container
-from selftune.optim._division import divide
 from selftune.optim._engine import ALONE, Engine
-from selftune.optim._following import Call
 from selftune.optim._groups import Groups
-from selftune.optim._hypergradients import Hypergradients
-from selftune.optim._outer import OuterLoss, Point
-from selftune.optim._ranks import Ranks
-from selftune.optim._stepper import AbstractStepper
-from selftune.optim._telling import Telling
-from selftune.probe import Probe, probe_steps
+from selftune.optim._logging import OptimizerLog
+from selftune.optim._outer import OuterLoss, Weights
+from selftune.optim._reducer import Reducer
+from selftune.optim._shifts import MakeOptimizer, Shifts
+from selftune.optim._stepper import AbstractStepper, Opaque
 from selftune.schedules import Schedule
-from selftune.tuning import Tuning
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
@@ -42,7 +43,7 @@ Params = nn.Module | Iterable[Any]
 Closure = Callable[[], Tensor]
 
 
-class SelfTuned(Container):
+class SelfTuningOptimizer(Container):
     """A torch optimizer whose hyperparameters tune themselves by gradient.
 
     Args:
@@ -58,23 +59,26 @@ class SelfTuned(Container):
             default linear to 0 if ``total_steps`` is given, else constant.
         total_steps: Steps in the whole run, if known.
         warmup_steps: Steps over which the learning rate climbs.
-        estimator: How weights respond to hyperparameters, by default Trace, which observes every
-            fourth step or, with a shorter average, more. Trace or OneStep; with any other one,
-            ``step`` takes a closure that keeps its own batch, there is one parameter group, and
-            copies and loaded states begin to follow anew.
+        estimator: How the sensitivities of weights to hyperparameters are estimated, by default
+            by Trace, which tracks every fourth step or, with a shorter average, more. Trace or
+            OneStep; with any other one, ``step`` takes a closure that keeps its own batch, there is
+            one parameter group, and copies and loaded states begin to observe anew.
         average: Where the outer loss is measured.
-        hyper_optimizer: Makes the torch optimizer of the raw hyperparameters; by default Adam at
+        hyper_optimizer: Makes a torch optimizer of the raw hyperparameters; by default Adam at
             0.01 times ``every``, from 0.05 to 0.2, and more in runs of less than 1000 steps.
         every: Training steps from one hyperparameter step to the next, at least; by default a
             thirtieth of ``total_steps``, from 5 to 20.
-        probe: Whether the learning rate is probed at the start, or over how many steps; a tuned β₁
-            goes on with a memory of a three-hundredth of the run at most.
-        guard: Whether a run that blows up or worsens is rolled back.
+        probe: Whether the learning rate is swept at the start, or over how many steps, or
+            :class:`~selftune.control.SweepSettings`; a tuned β₁ goes on with a memory of a
+            three-hundredth of the run at most.
+        guard: Whether a run that blows up or worsens goes back to its last good weights, or a
+            policy, such as :class:`~selftune.control.GuardPolicy`.
         model: The model, if it has BatchNorm and ``params`` is not itself a module.
         log_dir: Folder for TensorBoard; or a recorder of :mod:`selftune.monitor`, a
             ``SummaryWriter``, a ``function(values, step)``, or a list of these.
         distributed: Whether processes train one model together (DDP, FSDP2) and take the same
             hyperparameter steps; by default, if torch.distributed is initialised.
+        settings: The numbers of the method (:class:`~selftune.method.MethodSettings`).
     """
 
     def __init__(
@@ -92,55 +96,71 @@ class SelfTuned(Container):
         warmup_steps: int = 0,
         estimator: AbstractEstimator | None = None,
         average: Average | None = None,
-        hyper_optimizer: HyperOptimizer | None = None,
+        hyper_optimizer: MakeOptimizer | None = None,
         every: int | None = None,
-        probe: bool | int = True,
-        guard: bool = True,
+        probe: bool | int | SweepSettings = True,
+        guard: Any = True,
         model: nn.Module | None = None,
         log_dir: str | Path | Any | None = None,
         distributed: bool | None = None,
+        settings: MethodSettings | None = None,
     ) -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.named_parameters()
-        every = usual_every(total_steps) if every is None else every
+        settings = MethodSettings() if settings is None else settings
+        every = settings.hyper.every(total_steps) if every is None else every
         if every < 1:
             raise ValueError(f"every={every} must be at least 1")
-        self._schedule = Schedule(
+        self._schedule = schedule_ = Schedule(
             shape=schedule, total_steps=total_steps, warmup_steps=warmup_steps
         )
         if tune is None:
             known_end = total_steps is not None
             tune = [n for n in update.tuned if not (known_end and n == "decay")]
-        tuning = Tuning(
-            update.hparams, tune=tune, per=per, bounds=bounds, horizon=total_steps,
-            floor=Floor.of(update.rule, self._schedule),
-            make=hyper_optimizer or partial(adam, every=every, total_steps=total_steps),
+        floor = settings.floor and WeightDecayFloor.of(update.rule, schedule_, settings.floor)
+        shifts = Shifts(
+            update.hparams, tune=tune, size=settings.hyper.size(every, total_steps), per=per,
+            bounds=bounds, total_steps=total_steps, floor=floor, settings=settings.hyper,
+            make=hyper_optimizer,
         )  # fmt: skip
         self._update = update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
         averaging = Average() if average is None else average
-        rows, following = divide(estimator, update, tuning, min(averaging.stride, every))
-        length = probe_steps(total_steps) if probe is True else int(probe)
-        ranks = Ranks(distributed)
+        assigned = assign(
+            estimator, update, shifts.names, stride=min(averaging.stride, every), alone=True
+        )
+        whole = assigned.whole
+        if whole is not None and isinstance(update.rule, Opaque):
+            raise ValueError(
+                f"estimator={whole} needs a rule of the library (SGD, Adam, …): another "
+                "optimizer's steps cannot be differentiated; use Trace or OneStep"
+            )
+        rows = shifts.names if whole is None else []
+        reducer, found = Reducer(distributed), make_guard(guard)
         self._engine = Engine(
-            tuning=tuning,
+            method=Method(
+                sensitivities=Sensitivities(rows, update, assigned.rows, averaging),
+                hyper=HyperOptimizer({}, size=0.0), settings=settings, horizon=shifts.horizon,
+                guarded=found is not None, total=reducer.total, outer_total=reducer.outer,
+            ),
+            shifts=shifts,
+            controller=Controller(
+                hparams=shifts.tuned, total_steps=total_steps,
+                sweep=make_sweep(probe, total_steps, shifts.tuned), guard=found,
+            ),
             averaging=averaging,
             every=every,
-            stride=rows.stride,
-            probe=Probe(steps=length) if length and "lr" in tune else None,
-            guard=Guard() if guard else None,
             buffers=Buffers(model, every),
             monitor=Monitor(log_dir),
             stepper=stepper,
-            ranks=ranks,
-            hypergradients=Hypergradients(tuning=tuning, ranks=ranks),
+            reducer=reducer,
             regularizers=update.regularizers,
-            following=following,
-        )
-        self._groups = Groups(update, tuning)
-        self._assembly = Assembly(self._engine, self._groups, update, rows)
-        self._telling = Telling(self._engine.monitor, tuning)
-        self._told = self._over = False
+            whole=None if whole is None else ClosureSteps(whole, update, shifts),
+        )  # fmt: skip
+        self._groups = Groups(update, shifts)
+        self._assembly = Assembly(self._engine, self._groups)
+        self._log = OptimizerLog(self._engine.monitor, shifts)
+        self._advised = self._over = False
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -168,13 +188,13 @@ class SelfTuned(Container):
             self._publish()
         values = self._groups.values(self.param_groups)
         rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))
-        if not engine.unobserved(values, rates):
-            self._observed(values, rates, call)
+        if not engine.in_place(values, rates):
+            self._train(values, rates, call)
         if loss is not None:
             self.report(loss)
         return loss
 
-    def _observed(
+    def _train(
         self, values: Sequence[dict[str, Any]], rates: Sequence[float], call: Call | None
     ) -> None:
         blocks = self._engine.blocks
@@ -221,44 +241,45 @@ class SelfTuned(Container):
                 "hyper_step came before any step(): take at least one training step first"
             )
         due, ends = engine.due(self._schedule.total_steps)
-        known = engine.heard and engine.buffers.complete
+        known = engine.looked and engine.buffers.complete
         if known and not due and not ends:
-            clock.heard = clock.steps
+            clock.last_validation_step = clock.steps
             return None
         outer = OuterLoss(engine)
         with torch.no_grad():
             self._blocks()
         if not known:
             # Also an early look at what the closure returns; it leaves random streams alone.
-            # Statistics are good ones still; they are put back from these in any case.
-            start = Point(outer.good.weights, engine.buffers.average)
+            copies = [t.clone() for t in engine.buffers.average]  # the look leaves no trace in them
+            start = Weights(outer.good.weights, copies)
             params = [p for block in engine.blocks for p in block.params]
             with outer.random(), engine.buffers.discovering(params):
                 first, _ = outer.gradients(closure, start)
-            if not engine.heard:
+            engine.buffers.passed()
+            if not engine.looked:
                 self._begin(first)
-        clock.heard = clock.steps
+        clock.last_validation_step = clock.steps
         loss = self._tune(outer, closure) if due else None
         if ends:
             with torch.no_grad():
                 outer.judge_end(closure)
         elif clock.steps > (self._schedule.total_steps or 0):
-            engine.ending.forget()
+            engine.controller.final.forget()
         return loss
 
     def _begin(self, first: Tensor) -> None:
         engine = self._engine
-        if engine.guard is not None:
-            engine.guard.begin(float(engine.ranks.mean(first)))
-        engine.heard = True
-        self._telling.begin(self.hparams)
+        if engine.controller.guard is not None:
+            engine.controller.guard.begin(float(engine.reducer.mean(first)))
+        engine.looked = True
+        self._log.begin(self.hparams)
 
     def _tune(self, outer: OuterLoss, closure: Closure) -> Tensor:
         engine, clock = self._engine, self._engine.clock
         begun = time.monotonic()
         loss, grads = outer.gradients(closure, outer.average)
         engine.buffers.passed()
-        loss = engine.ranks.mean(loss)
+        loss = engine.reducer.mean(loss)
         if not bool(torch.isfinite(loss)):
             outer.check_finite(closure)
         with torch.no_grad():
@@ -266,9 +287,9 @@ class SelfTuned(Container):
             if engine.outer_step(float(loss), grads, values, lambda: outer.compared(closure)):
                 self._publish()
             if engine.monitor.on:
-                self._telling.tuned(loss, self.hparams, clock.steps, begun)
-            if self._telling.due and not engine.ranks.together:
-                self._telling.compared(loss, outer.value(closure), clock.steps)
+                self._log.hyper_step(loss, self.hparams, clock.steps, begun)
+            if self._log.due and not engine.reducer.together:
+                self._log.metrics.compared(loss, outer.value(closure), clock.steps)
         return loss
 
     @contextmanager
@@ -306,13 +327,12 @@ class SelfTuned(Container):
         engine = self._engine
         value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         engine.monitor.scalar("train/loss", value, engine.clock.steps)
-        self._telling.trained = value
-        alone = not value.is_cuda and not engine.ranks.together  # no waiting, no disagreeing
-        if engine.guard is None or engine.probing or not engine.blocks or not alone:
+        self._log.metrics.trained = value
+        alone = not value.is_cuda and not engine.reducer.together  # no waiting, no disagreeing
+        if engine.controller.sweeping or not engine.blocks or not alone:
             return
-        if engine.guard.training_loss(float(value)) == "rollback":
-            with torch.no_grad():
-                engine.roll_back("the training loss exploded or is not finite", worsened=False)
+        with torch.no_grad():
+            if engine.report(float(value)):
                 self._publish()
 
     def flush(self) -> None:
@@ -321,14 +341,14 @@ class SelfTuned(Container):
 
     def finish(self) -> None:
         """Tell the log where hyperparameters ended and that the run is over; optional."""
-        self._telling.finish(self.hparams, self._engine.clock.steps)
+        self._log.finish(self.hparams, self._engine.clock.steps)
 
     # inside
 
     def _call(self, closure: Closure | None) -> Call | None:
         """The closure, for an estimator that asks for gradients at other weights."""
         engine = self._engine
-        if engine.following is None:
+        if engine.whole is None:
             return None
         if closure is None:
             raise RuntimeError(
@@ -364,10 +384,15 @@ class SelfTuned(Container):
                     "at 0: weights stay as they are. Pass total_steps= of the whole run.",
                     clock.steps, total, self._schedule.shape,
                 )  # fmt: skip
-        if self._told or clock.heard or clock.steps <= ALONE or self._engine.following is not None:
+        if (
+            self._advised
+            or clock.last_validation_step
+            or clock.steps <= ALONE
+            or self._engine.whole is not None
+        ):
             return
-        self._told = True
-        stay = sorted(self._update.regularizers & set(self._engine.tuning.names))
+        self._advised = True
+        stay = sorted(self._update.regularizers & set(self._engine.shifts.names))
         if stay:
             log.warning(
                 "no hyper_step in %d steps: training gradients tune the learning rate; %s stay as "

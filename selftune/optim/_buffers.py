@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from selftune.ending import between
+from selftune.control.final_weights import between
 
 
 class Buffers:
@@ -35,7 +35,7 @@ class Buffers:
         self.layers: list[nn.Module] = []
         self.foreign: list[nn.Module] = []
         self.average: list[Tensor] = []
-        self.held: list[Tensor] = []
+        self.candidate: list[Tensor] = []
         self.good: list[Tensor] = []
         self._every = every
         self.shown = False
@@ -56,7 +56,7 @@ class Buffers:
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
-                for kept in (self.average, self.held, self.good):
+                for kept in (self.average, self.candidate, self.good):
                     kept += [t.clone() for t in _statistics(layer)]
 
     @contextmanager
@@ -195,23 +195,23 @@ class Buffers:
 
     def begin(self) -> None:
         """Take the modules' statistics as they are for averaged and good ones."""
-        for kept in (self.average, self.held, self.good):
+        for kept in (self.average, self.candidate, self.good):
             for tensor, now in zip(kept, self.tensors(), strict=True):
                 tensor.copy_(now)
 
     def hold(self) -> None:
         """Remember the averaged statistics until it is known whether they are good."""
-        for kept, now in zip(self.held, self.average, strict=True):
+        for kept, now in zip(self.candidate, self.average, strict=True):
             kept.copy_(now)
 
-    def keep(self, *, held: bool = False) -> None:
+    def keep(self, *, candidate: bool = False) -> None:
         """Remember the averaged statistics as good, or those that are held."""
-        for kept, now in zip(self.good, self.held if held else self.average, strict=True):
+        for kept, now in zip(self.good, self.candidate if candidate else self.average, strict=True):
             kept.copy_(now)
 
     def restore(self, first: int = 0) -> None:
         """Put good statistics back, for the training weights and the average."""
-        groups = (self.tensors(), self.average, self.held, self.good)
+        groups = (self.tensors(), self.average, self.candidate, self.good)
         for *others, kept in zip(*(g[first:] for g in groups), strict=True):
             for tensor in others:
                 tensor.copy_(kept)
@@ -222,7 +222,7 @@ class Buffers:
             return self._saved
         return {
             "average": [t.clone() for t in self.average],
-            "held": [t.clone() for t in self.held],
+            "candidate": [t.clone() for t in self.candidate],
             "good": [t.clone() for t in self.good],
             "own": self._own,
             "foreign": len(self.foreign),
@@ -232,7 +232,7 @@ class Buffers:
         """Continue from ``state_dict``; before the layers are found, it waits for them."""
         self._saved = None if self.layers or not state["average"] else state
         self._own, self._strangers = state["own"], state["foreign"]
-        for name in ("average", "held", "good"):
+        for name in ("average", "candidate", "good"):
             mine, saved = getattr(self, name), state[name]
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 for tensor, value in zip(mine, saved, strict=True):

@@ -71,10 +71,9 @@ class Container(torch.optim.Optimizer):
         The learning rate is the tuned peak, before schedules.
         """
         with torch.no_grad():
-            self._blocks()
-            if self._groups.take_up(self.param_groups):
+            if not self._assembly.empty and self._groups.take_up(self.param_groups):
                 self._publish()
-        return self._groups.told(self.param_groups)
+        return self._groups.present(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the run's own state in its first parameter group."""
@@ -98,7 +97,7 @@ class Container(torch.optim.Optimizer):
         groups = [dict(g) for g in state_dict["param_groups"]]
         run, groups[0]["selftune"] = groups[0]["selftune"], None
         super().load_state_dict({**state_dict, "param_groups": groups})
-        # torch casts state to the parameters' dtype; tangents of bfloat16 weights are float32.
+        # torch casts state to the parameters' dtype; sensitivities of bfloat16 weights are float32.
         saved_order = [i for g in state_dict["param_groups"] for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
         for index, param in zip(saved_order, params, strict=True):
@@ -107,7 +106,7 @@ class Container(torch.optim.Optimizer):
         self._engine.stepper.adopt(self.state, self.param_groups)
         self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)
-        self._engine.slopes = self._groups.cache(self.param_groups, self._engine.blocks)
+        self._engine.cached = self._groups.cache(self.param_groups, self._engine.blocks)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: blocks are made anew from the state, schedulers wrap ``step`` anew."""
@@ -115,8 +114,9 @@ class Container(torch.optim.Optimizer):
             self._blocks()
         engine = copy.copy(self._engine)
         engine.blocks = []
-        if engine.following is not None:
-            engine.following = engine.following.anew()
+        engine.method = copy.copy(engine.method)
+        if engine.whole is not None:
+            engine.whole = engine.whole.anew()
         assembly = self._assembly.over(engine)
         own = {**self.__dict__, "state": self.state, "_engine": engine, "_assembly": assembly}
         return {k: v for k, v in own.items() if k != "step"}

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from selftune.hparams import Tuned
 from selftune.optim._block import Block
 from selftune.optim._checks import check_option
-from selftune.tuning import Tuning
+from selftune.optim._shifts import Scoped, Shifts
 from selftune.update import Update
 
 Group = dict[str, Any]
+
+
+class Cached(NamedTuple):
+    """Tuned values of a block, by name: numbers where all of its tensors agree.
+
+    Attributes:
+        values: Else one a weight.
+        slopes: Their derivatives in raw values.
+        tensor_values: Else one a tensor.
+        tensor_slopes: Their derivatives in raw values.
+    """
+
+    values: dict[str, Any]
+    slopes: dict[str, Any]
+    tensor_values: dict[str, Any]
+    tensor_slopes: dict[str, Any]
+
+
+def _each(values: Sequence[float], block: Block) -> float | Tensor:
+    if all(v == values[0] for v in values):
+        return values[0]
+    return torch.tensor(values, dtype=block.layout.dtype, device=block.layout.device)
 
 
 class Groups:
@@ -25,17 +47,17 @@ class Groups:
 
     Args:
         update: Names and scales of all hyperparameters.
-        tuning: The tuned ones.
+        shifts: The tuned ones.
     """
 
-    def __init__(self, update: Update, tuning: Tuning) -> None:
+    def __init__(self, update: Update, shifts: Shifts) -> None:
         self._update = update
-        self._tuning = tuning
+        self._shifts = shifts
         self._params: list[Tensor] = []
         self._spans: dict[int, slice] = {}
-        self._shown: dict[str, dict[int, float]] = {n: {} for n in tuning.rows}
+        self._shown: dict[str, dict[int, float]] = {n: {} for n in shifts.rows}
         self._scheduled: dict[int, float] = {}
-        self._cached: list[dict[str, Any]] = []
+        self._cached: list[Cached] = []
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
         """Take start values from the groups; parameters known already keep theirs."""
@@ -49,20 +71,20 @@ class Groups:
             start += len(params)
         values = {
             name: [self._start(name, tuned, groups[i]) for i in owner]
-            for name, tuned in self._tuning.rows.items()
+            for name, tuned in self._shifts.rows.items()
         }
-        self._tuning.lay_out(values, owner, [known.get(id(p)) for p in self._params])
+        self._shifts.lay_out(values, owner, [known.get(id(p)) for p in self._params])
 
-    def _start(self, name: str, tuned: Tuned, group: Group) -> float:
+    def _start(self, name: str, tuned: Scoped, group: Group) -> float:
         scheduled = name == "lr" and "initial_lr" in group
         return float(group["initial_lr"]) if scheduled else tuned.hparam.read(group)
 
-    def told(self, groups: Sequence[Group]) -> dict[str, Any]:
+    def present(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Present values of all hyperparameters; a list of groups', or tensors', that differ."""
         found: dict[str, Any] = {}
         for name, hparam in self._update.hparams.items():
-            if name in self._tuning.rows:
-                values = self._tuning.rows[name].values().tolist()
+            if name in self._shifts.rows and self._spans:
+                values = self._shifts.rows[name].values().tolist()
                 parts = [values[span] for span in self._spans.values()]
                 if all(min(part) == max(part) for part in parts):
                     values = [part[0] for part in parts]
@@ -71,23 +93,24 @@ class Groups:
             found[name] = values[0] if all(v == values[0] for v in values) else values
         return found
 
-    def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[dict[str, Any]]:
-        """Make tuned values ready for the steps; returns their slopes by block."""
-        if "momentum" in self._update.hparams:
-            momentum = self._update.hparams["momentum"]
-            self._tuning.memory = 1 / (1 - max(momentum.read(groups[i]) for i in self._spans))
-        self._cached = [{} for _ in self._spans]
-        slopes: list[dict[str, Any]] = [{} for _ in self._spans]
-        for name, tuned in self._tuning.rows.items():
+    def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Cached]:
+        """Make tuned values ready for the steps, for each block."""
+        coupled = [h for h in self._update.hparams.values() if h.role == "momentum" and h.couples]
+        for hparam in coupled:
+            self._shifts.memory = 1 / (1 - max(hparam.read(groups[i]) for i in self._spans))
+        self._cached = [Cached({}, {}, {}, {}) for _ in self._spans]
+        for name, tuned in self._shifts.rows.items():
             values, slope = tuned.values().tolist(), tuned.slopes().tolist()
-            for at, span in enumerate(self._spans.values()):
-                self._cached[at][name] = blocks[at].layout.expand(values[span])
-                slopes[at][name] = blocks[at].layout.expand(slope[span])
-        return slopes
+            for cached, block, span in zip(self._cached, blocks, self._spans.values(), strict=True):
+                cached.values[name] = block.layout.expand(values[span])
+                cached.slopes[name] = block.layout.expand(slope[span])
+                cached.tensor_values[name] = _each(values[span], block)
+                cached.tensor_slopes[name] = _each(slope[span], block)
+        return self._cached
 
-    def publish(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    def publish(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Cached]:
         """Show tuned values in the groups, then ``cache``."""
-        for name, tuned in self._tuning.rows.items():
+        for name, tuned in self._shifts.rows.items():
             values = tuned.values().tolist()
             for i, span in self._spans.items():
                 group, mine = groups[i], values[span]
@@ -103,7 +126,7 @@ class Groups:
         """Whether the group shows a value already, up to a rounding of the scale's inverse."""
         shown = self._shown[name].get(index)
         if shown is None:  # the first time: the user's own number stands
-            shown = self._tuning.rows[name].start[self._spans[index].start]
+            shown = self._shifts.rows[name].start[self._spans[index].start]
         return abs(shown - value) <= 1e-14 * abs(value)
 
     def take_up(self, groups: Sequence[Group]) -> bool:
@@ -113,7 +136,7 @@ class Groups:
             ValueError: A value outside its range; none is taken over then.
         """
         written, scheduled = [], []
-        for name, tuned in self._tuning.rows.items():
+        for name, tuned in self._shifts.rows.items():
             for i, span in self._spans.items():
                 group, shown = groups[i], self._shown[name].get(i)
                 if name == "lr" and "initial_lr" in group:
@@ -127,16 +150,16 @@ class Groups:
                     written.append((name, i, value, shown))
         for name, i, value, shown in written:
             span = self._spans[i]
-            self._tuning.rows[name].rebase(range(span.start, span.stop), value, shown)
+            self._shifts.rows[name].rebase(range(span.start, span.stop), value, shown)
             self._shown[name][i] = value
-        heard = [self._hear_scheduler(*each) for each in scheduled]
-        return bool(written) or any(heard)
+        changed = [self._take_scheduler(*each) for each in scheduled]
+        return bool(written) or any(changed)
 
-    def _hear_scheduler(self, index: int, span: slice, group: Group) -> bool:
+    def _take_scheduler(self, index: int, span: slice, group: Group) -> bool:
         initial = float(group["initial_lr"])
         if self._scheduled.get(index) == initial:
             return False
-        tuned = self._tuning.rows["lr"]
+        tuned = self._shifts.rows["lr"]
         shown = self._shown["lr"].get(index, float(tuned.values()[span.start]))
         if initial > 0 and abs(shown - initial) > 1e-14 * initial:
             tuned.rebase(range(span.start, span.stop), initial, shown)
@@ -150,7 +173,7 @@ class Groups:
         rates = []
         for i in self._spans:
             group = groups[i]
-            if "lr" in self._tuning.rows and "initial_lr" in group:
+            if "lr" in self._shifts.rows and "initial_lr" in group:
                 rates.append(factor * float(group["lr"]) / self._shown["lr"][i])
             else:
                 rates.append(factor)
@@ -163,8 +186,8 @@ class Groups:
     def values(self, groups: Sequence[Group]) -> list[Group]:
         """Options and present hyperparameters of every block."""
         return [
-            {**self.options(groups[i]), **tuned, "index": i}
-            for i, tuned in zip(self._spans, self._cached, strict=True)
+            {**self.options(groups[i]), **cached.values, "index": i}
+            for i, cached in zip(self._spans, self._cached, strict=True)
         ]
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,24 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selftune.ending import BACK, between
+from selftune.control.final_weights import BACK, between
 from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
 from selftune.optim._engine import Engine
-from selftune.optim._ranks import is_sharded
+from selftune.optim._reducer import is_sharded
 
 log = logging.getLogger("selftune")
 
 Closure = Callable[[], Tensor]
-FEWEST, SHARE, ENOUGH = 8, 50, 50
-"""Batches that tell a loss that has worsened from a few unlucky ones: one for every fifty steps of
-the run, and how many at least and at most."""
 RARER = 200
 """Steps of the run for every batch of which slopes are taken at its end, at each place."""
 
 
-class Point(NamedTuple):
-    """Where the validation loss can be taken.
+class Weights(NamedTuple):
+    """Weights at which the validation loss can be taken.
 
     Attributes:
         weights: Of every block.
@@ -52,25 +49,25 @@ class OuterLoss:
     engine: Engine
 
     @property
-    def average(self) -> Point:
+    def average(self) -> Weights:
         """The averaged weights."""
-        return Point([b.average for b in self.engine.blocks], self.engine.buffers.average)
+        return Weights([b.part.average for b in self.engine.blocks], self.engine.buffers.average)
 
     @property
-    def good(self) -> Point:
+    def good(self) -> Weights:
         """The last good weights."""
-        return Point([b.good for b in self.engine.blocks], self.engine.buffers.good)
+        return Weights([b.good for b in self.engine.blocks], self.engine.buffers.good)
 
-    def at(self, place: float) -> Point:
+    def at(self, place: float) -> Weights:
         """Copies between the good weights (−1), the average (0) and those in place (1)."""
         weights = [
-            between(b.average, b.good if place < 0 else b.weights(), abs(place))
+            between(b.part.average, b.good if place < 0 else b.weights(), abs(place))
             for b in self.engine.blocks
         ]
-        return Point(weights, self.engine.buffers.at(place))
+        return Weights(weights, self.engine.buffers.at(place))
 
     @contextmanager
-    def showing(self, point: Point) -> Iterator[None]:
+    def showing(self, point: Weights) -> Iterator[None]:
         """Other weights and statistics in place, for a while."""
         blocks, buffers = self.engine.blocks, self.engine.buffers
         outermost = not buffers.shown
@@ -89,7 +86,7 @@ class OuterLoss:
                 if outermost:
                     buffers.exchange(point.statistics)
 
-    def gradients(self, closure: Closure, point: Point) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, closure: Closure, point: Weights) -> tuple[Tensor, list[Tensor]]:
         """The loss and its joined gradients."""
         with self.showing(point), self.engine.buffers.apart(), torch.enable_grad():
             loss = _asked(closure)
@@ -113,44 +110,47 @@ class OuterLoss:
     def check_finite(self, closure: Closure) -> None:
         """Tell a closure that is never finite from weights that have blown up."""
         good, _ = self.gradients(closure, self.at(-1.0))
-        if not bool(torch.isfinite(self.engine.ranks.mean(good))):
+        if not bool(torch.isfinite(self.engine.reducer.mean(good))):
             raise ValueError(
                 f"closure returned {float(good)} at the last good weights too; check the "
                 "validation batch and loss for overflow, log(0) or missing values"
             )
 
     @property
-    def end(self) -> Point:
-        """Where the run ends, or would end now."""
-        if self.engine.probing:  # a sweep is no run to average; its best is kept
+    def end(self) -> Weights:
+        """The final weights of the run, if it ended now."""
+        if self.engine.controller.sweeping:  # a sweep is no run to average; its best is kept
             return self.good
-        place = self.engine.ending.onward
-        return self.average if place == 0 else self.at(place)
+        position = self.engine.controller.final.position
+        return self.average if position == 0 else self.at(position)
 
     def judge_end(self, closure: Closure) -> None:
-        """Find where the run ends."""
+        """Find the final weights of the run."""
         engine = self.engine
-        if engine.guard is None:
-            engine.ending.judge(engine.clock.steps, self._slopes(closure, (0.0, 1.0))[:, 1])
+        final, step = engine.controller.final, engine.clock.steps
+        if engine.controller.guard is None:
+            final.judge(step, self._slopes(closure, (0.0, 1.0))[:, 1])
         else:
             slopes = self._slopes(closure, (*BACK, 1.0))
-            engine.ending.judge(engine.clock.steps, slopes[-2:, 1], slopes[:-1, 0])
-        engine.monitor.scalar("guard/onward", engine.ending.onward, engine.clock.steps)
-        log.info("the run ends %s", engine.ending)
+            final.judge(step, slopes[-2:, 1], slopes[:-1, 0])
+        engine.monitor.scalar("final/position", final.position, step)
+        log.info("final weights: %s", final)
 
     def compared(self, closure: Closure) -> tuple[float, float, float]:
         """Mean losses at averaged and at good weights, and the standard error of their difference.
 
         They are of batches enough to tell a loss that has worsened.
         """
-        count = min(ENOUGH, max(FEWEST, self.engine.tuning.horizon // SHARE))
+        guard = self.engine.controller.guard
+        assert guard is not None
+        count = guard.policy.batches(self.engine.shifts.horizon)
         points = self.average, self.good
         found: list[list[float]] = [[] for _ in points]
         with self.random():  # around all of them: a closure may draw its batches at random
             for _ in range(count):  # in turns: batches differ
                 for point, losses in zip(points, found, strict=True):
                     with self.showing(point):
-                        losses.append(float(self.engine.ranks.mean(self._value(closure))))
+                        losses.append(float(self.engine.reducer.mean(self._value(closure))))
         now, then = map(statistics.fmean, found)
         if not (math.isfinite(now) and math.isfinite(then)):
             return now, then, math.nan
@@ -163,15 +163,18 @@ class OuterLoss:
             Shape (places, 2, batches), float64.
         """
         blocks = self.engine.blocks
-        ways = [b.average - b.good for b in blocks], [b.weights() - b.average for b in blocks]
+        ways = (
+            [b.part.average - b.good for b in blocks],
+            [b.weights() - b.part.average for b in blocks],
+        )
         found = []
         with self.random():
-            for _ in range(max(2, self.engine.tuning.horizon // RARER)):
+            for _ in range(max(2, self.engine.shifts.horizon // RARER)):
                 for place in places:  # copies: passes leave no trace in statistics
                     grads = self.gradients(closure, self.at(place))[1]
                     along = [[g @ w for g, w in zip(grads, way, strict=True)] for way in ways]
                     found.append(torch.stack([torch.stack(a).sum() for a in along]))
-        slopes = self.engine.ranks.outer(torch.stack(found)).to("cpu", torch.float64)
+        slopes = self.engine.reducer.outer(torch.stack(found)).to("cpu", torch.float64)
         return slopes.view(-1, len(places), 2).movedim(0, -1)
 
 

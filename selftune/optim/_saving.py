@@ -4,59 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from selftune.method import Displacement
+from selftune.method.stiff_directions import Stiffness
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 11
-"""Of what is kept; 11 holds the last step of a rate on trial."""
+VERSION = 12
+"""Of what is kept; 12 is that of the method shared with the tuner."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
     """The engine's state as tensors, numbers and strings, which ``weights_only`` loads."""
+    signal = engine.training_signal
     return {
         "version": VERSION,
         "rule": rule,
-        "tuned": [f"{n} per {t.scope}" for n, t in engine.tuning.rows.items()],
-        "tuning": engine.tuning.state_dict(),
+        "tuned": [f"{n} per {t.scope}" for n, t in engine.shifts.rows.items()],
+        "shifts": engine.shifts.state_dict(),
         "groups": groups.state_dict(),
         "clock": asdict(engine.clock),
-        "travel": engine.travel.state_dict(),
-        "ending": engine.ending.state_dict(),
-        "settled": engine.hypergradients.settled.state_dict(),
-        "probe": None if engine.probe is None else engine.probe.state_dict(),
-        "guard": None if engine.guard is None else engine.guard.state_dict(),
+        "displacement": _numbers(engine.displacement),
+        "stiffness": _numbers(engine.stiffness),
+        "controller": engine.controller.state_dict(),
         "buffers": engine.buffers.state_dict(),
-        "heard": engine.heard,
-        "alone": None if engine.alone is None else engine.alone.clone(),
+        "looked": engine.looked,
+        "training_signal": None if signal is None else signal.clone(),
         "last": None if engine.last is None else [[t.clone() for t in p] for p in engine.last],
     }
 
 
 def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     """Put a packed state into an engine whose blocks are laid out already."""
-    engine.tuning.load_state_dict(run["tuning"])
+    engine.shifts.load_state_dict(run["shifts"])
     groups.load_state_dict(run["groups"])
     for name, value in run["clock"].items():
         setattr(engine.clock, name, value)
-    engine.travel.load_state_dict(run["travel"])
-    engine.ending.load_state_dict(run["ending"])
-    engine.hypergradients.settled.load_state_dict(run["settled"])
-    if engine.probe is not None:
-        if run["probe"] is None:
-            engine.probe.ended = True
-        else:
-            engine.probe.load_state_dict(run["probe"])
-    if engine.guard is not None and run["guard"] is not None:
-        engine.guard.load_state_dict(run["guard"])
-    engine.alone = None if run["alone"] is None else run["alone"].clone()
+    parts = {n: t.clone() for n, t in run["displacement"].items()}
+    engine.displacement = Displacement([], [], **parts)
+    engine.stiffness = Stiffness(**{n: t.clone() for n, t in run["stiffness"].items()})
+    engine.controller.load_state_dict(run["controller"])
+    signal = run["training_signal"]
+    engine.training_signal = None if signal is None else signal.clone()
     engine.last = None if run["last"] is None else [(g.clone(), w.clone()) for g, w in run["last"]]
     engine.buffers.load_state_dict(run["buffers"])
     engine.buffers.expect(p for block in engine.blocks for p in block.params)
-    engine.heard = run["heard"]
+    engine.looked = run["looked"]
+
+
+def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:
+    """The tensors of a state that do not grow with the weights."""
+    found = {} if state is None else state._asdict()
+    return {n: t.clone() for n, t in found.items() if isinstance(t, torch.Tensor)}
 
 
 def check_state(
@@ -70,9 +73,13 @@ def check_state(
             "state_dict holds no selftune state: it is a plain torch optimizer's. Start the "
             "self-tuned run from the model's weights alone"
         )
-    _match("version", run["version"], VERSION)
+    if run["version"] != VERSION:
+        raise ValueError(
+            f"state_dict is of version {run['version']}, this selftune reads version {VERSION}: "
+            "finish the run with the selftune that saved it, or start anew from its weights"
+        )
     _match("rule", run["rule"], rule)
-    tuned = [f"{n} per {t.scope}" for n, t in engine.tuning.rows.items()]
+    tuned = [f"{n} per {t.scope}" for n, t in engine.shifts.rows.items()]
     _match("set of tuned hyperparameters", list(run["tuned"]), tuned)
     sizes = [len(g["params"]) for g in saved]
     _match("parameter groups (sizes)", sizes, [len(g["params"]) for g in groups])
@@ -82,8 +89,8 @@ def check_state(
         average = state["state"].get(index, {}).get("average")
         if isinstance(average, Tensor):
             _match(f"shape of parameter {index}", tuple(average.shape), tuple(param.shape))
-    for name, base in run["tuning"]["base"].items():
-        have = len(engine.tuning.rows[name].base)
+    for name, base in run["shifts"]["base"].items():
+        have = len(engine.shifts.rows[name].base)
         _match(f"number of tensors for {name!r}", len(base), have)
 
 

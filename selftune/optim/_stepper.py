@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -11,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune.method import Moment, fast_path, propose
 from selftune.optim._block import Block
 from selftune.rules import AbstractRule
 from selftune.rules._base import State, Values
 from selftune.update import Clock, Transition, Update, learning_rate
-
-Grads = Sequence[tuple[Tensor, Tensor | None]]
-"""Joined gradients of every block, with a mask where parameters have none."""
 
 
 class AbstractStepper(ABC):
@@ -33,31 +30,26 @@ class AbstractStepper(ABC):
 
     @abstractmethod
     def move(
-        self,
-        blocks: Sequence[Block],
-        values: Sequence[Values],
-        grads: Grads,
-        clocks: Sequence[Clock],
+        self, blocks: Sequence[Block], grads: Sequence[Tensor], moments: Sequence[Moment]
     ) -> list[Transition]:
         """The weight step of every block; the parameters may be left unwritten."""
 
-    def unobserved(
+    def in_place(
         self, blocks: Sequence[Block], values: Sequence[Values], clocks: Sequence[Clock]
     ) -> bool:
-        """Take a step in place that nobody observes; false, and nothing done, if it cannot be."""
+        """Take an untracked step by torch's kernels; false, and nothing done, if it cannot be."""
         return False
 
-    @abstractmethod
-    def forget(self) -> None:
-        """Drop that state, for a fresh start."""
+    def forget(self) -> None:  # noqa: B027 - blocks keep all of a rule's state
+        """Drop the state, for a fresh start."""
 
-    @abstractmethod
-    def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Put that state where it is saved."""
+    def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
+        """Put the state where it is saved."""
 
-    @abstractmethod
-    def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-        """Take that state, and the parameter groups, from where they were loaded."""
+    def adopt(  # noqa: B027
+        self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]
+    ) -> None:
+        """Take the state, and the parameter groups, from where they were loaded."""
 
 
 class RuleStepper(AbstractStepper):
@@ -70,50 +62,34 @@ class RuleStepper(AbstractStepper):
         self.name = type(update.rule).__name__
 
     def move(
-        self,
-        blocks: Sequence[Block],
-        values: Sequence[Values],
-        grads: Grads,
-        clocks: Sequence[Clock],
+        self, blocks: Sequence[Block], grads: Sequence[Tensor], moments: Sequence[Moment]
     ) -> list[Transition]:
         """The pure update of every block."""
-        transitions = []
-        for block, value, (flat, mask), clock in zip(blocks, values, grads, clocks, strict=True):
-            clock = clock._replace(age=block.age())
-            update = self._update.joined(block.layout)
-            step = update.observed(block.before(), flat, block.state, value, clock)[2]
-            transitions.append(step if mask is None else step.masked(mask))
-        return transitions
+        return [
+            propose(
+                self._update.joined(block.layout), block.part._replace(params=block.before()),
+                grad, moment,
+            )
+            for block, grad, moment in zip(blocks, grads, moments, strict=True)
+        ]  # fmt: skip
 
-    def unobserved(
+    def in_place(
         self, blocks: Sequence[Block], values: Sequence[Values], clocks: Sequence[Clock]
     ) -> bool:
         """By torch's fused kernels, where all gradients are there and finite."""
-        if self._update.penalties or any(isinstance(v, Tensor) for o in values for v in o.values()):
+        kernels = [fast_path.kernel(self._update, v) for v in values]
+        if None in kernels:
             return False
-        kernels = [self._update.rule.in_place(v) for v in values]
-        found = [b.gradients() for b in blocks]
-        grads = [g for part in found if part is not None for g in part]
-        if None in kernels or None in found:
+        found = [b.plain_gradients() for b in blocks]
+        if None in found or not fast_path.finite([g for part in found for g in part or []]):
             return False
-        if not math.isfinite(float(torch.stack(torch._foreach_norm(grads)).sum())):
-            return False
-        for block, kernel, part, value, clock in zip(
+        for block, kernel, grads, value, clock in zip(
             blocks, kernels, found, values, clocks, strict=True
         ):
             assert kernel is not None
-            assert part is not None
-            block.step(kernel, part, float(learning_rate(value, clock)))
+            assert grads is not None
+            block.step_in_place(kernel, grads, float(learning_rate(value, clock)))
         return True
-
-    def forget(self) -> None:
-        """Nothing: the blocks keep it all."""
-
-    def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Nothing: the blocks keep it all."""
-
-    def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-        """Nothing: the blocks keep it all."""
 
 
 class Opaque(AbstractRule):
@@ -161,33 +137,29 @@ class InnerStepper(AbstractStepper):
         self.name = f"SelfTuning({type(inner).__name__})"
 
     def move(
-        self,
-        blocks: Sequence[Block],
-        values: Sequence[Values],
-        grads: Grads,
-        clocks: Sequence[Clock],
+        self, blocks: Sequence[Block], grads: Sequence[Tensor], moments: Sequence[Moment]
     ) -> list[Transition]:
         """``d + λ w = (w − w₊)/η``, with the tuned η and λ shown to the inner optimizer."""
         before = [b.before() for b in blocks]
-        rates = [float(learning_rate(v, c)) for v, c in zip(values, clocks, strict=True)]
+        rates = [float(learning_rate(m.values, m.clock)) for m in moments]
         shown = [(g["lr"], g["weight_decay"]) for g in self._inner.param_groups]
-        for value, rate in zip(values, rates, strict=True):
-            group = self._inner.param_groups[value["index"]]
-            group["lr"], group["weight_decay"] = rate, value["weight_decay"]
+        for moment, rate in zip(moments, rates, strict=True):
+            group = self._inner.param_groups[moment.values["index"]]
+            group["lr"], group["weight_decay"] = rate, moment.values["weight_decay"]
         try:
             self._step()
         finally:
             for group, (lr, decay) in zip(self._inner.param_groups, shown, strict=True):
                 group["lr"], group["weight_decay"] = lr, decay
         transitions = []
-        for block, old, value, rate, clock, (flat, _) in zip(
-            blocks, before, values, rates, clocks, grads, strict=True
+        for block, old, rate, grad, (values, _, clock, *_) in zip(
+            blocks, before, rates, grads, moments, strict=True
         ):
             moved = block.weights()
             total = (old - moved) / max(rate, 1e-30)
-            direction = total - value["weight_decay"] * old
+            direction = total - values["weight_decay"] * old
             transitions.append(
-                Transition(self._update, old, flat, {}, value, clock, direction, total, {}, moved)
+                Transition(self._update, old, grad, {}, values, clock, direction, total, {}, moved)
             )
         return transitions
 

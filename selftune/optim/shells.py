@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from selftune import rules
-from selftune.optim._base import Params, SelfTuned
+from selftune.optim._base import Params, SelfTuningOptimizer
 from selftune.optim._stepper import RuleStepper
 from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule
@@ -19,7 +19,7 @@ BETAS: tuple[float, float] = (0.9, 0.999)
 """torch's, and where nobody gives any: another tuple of the same numbers was given by somebody."""
 
 
-class RuleOptimizer(SelfTuned):
+class RuleOptimizer(SelfTuningOptimizer):
     """A self-tuned optimizer whose weight step is a rule of the library."""
 
     def __init__(
@@ -68,7 +68,7 @@ class SGD(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -128,7 +128,7 @@ class Adam(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -188,7 +188,7 @@ class AdamW(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -248,7 +248,7 @@ class RMSprop(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -308,7 +308,7 @@ class Lion(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from selftune.optim._base import SelfTuned
+from selftune.optim._base import SelfTuningOptimizer
 from selftune.optim._stepper import InnerStepper, Opaque
 from selftune.update import Update
 
 
-class SelfTuning(SelfTuned):
+class SelfTuning(SelfTuningOptimizer):
     """Tunes the learning rate and weight decay of any torch optimizer from the outside.
 
     The inner optimizer takes its own steps; what a step did to the weights is the direction,
@@ -22,7 +22,7 @@ class SelfTuning(SelfTuned):
 
     Args:
         inner: The optimizer, freshly made; it is stepped by this one and not by hand.
-        **tuning: What :class:`SelfTuned` takes: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         TypeError: ``inner`` is not a torch optimizer, or is self-tuned already.
@@ -39,7 +39,7 @@ class SelfTuning(SelfTuned):
     """
 
     def __init__(self, inner: torch.optim.Optimizer, **tuning: Any) -> None:
-        if not isinstance(inner, torch.optim.Optimizer) or isinstance(inner, SelfTuned):
+        if not isinstance(inner, torch.optim.Optimizer) or isinstance(inner, SelfTuningOptimizer):
             raise TypeError(
                 f"inner={type(inner).__name__} must be a plain torch optimizer, for example "
                 "torch.optim.NAdam(model.parameters())"

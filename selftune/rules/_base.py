@@ -46,6 +46,10 @@ class AbstractRule(ABC):
     def init(self, params: Tensor, values: Values) -> State:
         """The state before the first step."""
 
+    def fitting(self, total_steps: int | None) -> Mapping[str, float]:
+        """Hyperparameters that fit a run of known length better than ``defaults``."""
+        return {}
+
     def in_place(self, values: Values) -> InPlace | None:
         """The step ``w − η (d + λ w)`` as one kernel of torch, if it has one for these options.
 

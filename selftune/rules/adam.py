@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selftune._flat import add_to
 from selftune.bijections import Memory
-from selftune.hparams import Hparam
+from selftune.hparams import SLOW, Hparam
 from selftune.rules._base import (
     AbstractRule,
     InPlace,
@@ -25,7 +25,7 @@ from selftune.rules._base import (
 
 BETA1 = Hparam(
     name="beta1", option="betas", index=0, bijection=Memory(), lower=1e-3, upper=1 - 1e-4,
-    from_zero=0.1,
+    from_zero=0.1, role="momentum", pace=SLOW,
 )  # fmt: skip
 BETA2 = Hparam(
     name="beta2", option="betas", index=1, bijection=Memory(), lower=0.1, upper=1 - 1e-6,
@@ -84,6 +84,10 @@ class Adam(AbstractRule):
             weight_decay=values["weight_decay"], amsgrad=values["amsgrad"],
             maximize=values.get("maximize", False),
         )  # fmt: skip
+
+    def fitting(self, total_steps: int | None) -> Mapping[str, float]:
+        """A β₂ that remembers a twentieth of the run."""
+        return {"beta2": fitting_beta2(total_steps)}
 
     def direction(
         self, grads: Tensor, state: State, values: Values, age: int | Tensor
@@ -171,6 +175,7 @@ class AdamW(AbstractRule):
     tuned = Adam.tuned
     defaults = MappingProxyType({**Adam.defaults, "weight_decay": 1e-2})
     init = Adam.init
+    fitting = Adam.fitting
     in_place = Adam.in_place
     direction = Adam.direction
     tangent = Adam.tangent

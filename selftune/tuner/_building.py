@@ -12,23 +12,28 @@ from typing import Any
 
 import torch
 
-from selftune.averaging import Average
-from selftune.bilevel import Bilevel
-from selftune.floor import Floor
-from selftune.fused import Fused
-from selftune.hparams import Hparam
-from selftune.hypervector import HyperVector
+from selftune.control import Controller, SweepSettings, make_guard, make_sweep
+from selftune.estimators import AbstractEstimator, Assignment, assign
+from selftune.hparams import Hparam, choose
+from selftune.method import (
+    Average,
+    HyperOptimizer,
+    Method,
+    MethodSettings,
+    Sensitivities,
+    WeightDecayFloor,
+)
 from selftune.nn import Found
-from selftune.probe import Probe, probe_steps
 from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
 from selftune.tuner._checks import check_first
+from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
-from selftune.tuner._division import Division
-from selftune.tuner._good import Good
 from selftune.tuner._objective import Objective, for_tuning
 from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._scoring import Metric, Scorer
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import Steps
 from selftune.tuner._training import Plan, Training
 from selftune.tuner._watch import Watch
 from selftune.update import Update
@@ -40,31 +45,32 @@ JOINED = 2**22
 
 
 @dataclass(kw_only=True)
-class Settings:
+class Given:
     """What a tuner was given, whatever its data.
 
     Attributes:
         objective: The model with its training loss.
         rule: How weights step.
         update: The same with penalties and decay.
-        found: Strengths in the model and the loss, by name.
+        found: Tuned layers and losses, by name.
         known: Scales and bounds of all hyperparameters, by name.
         values: Where they start.
+        chosen: Names whose start the user chose.
         names: Those that are tuned.
         bounds: (lowest, highest) values by name.
-        estimator: How it prints, for checkpoints.
-        division: The estimators.
-        tangents: The dtype responses are kept in.
+        estimator: The user's estimator, or None.
+        tangents: The dtype sensitivities are kept in.
         average: Where the outer loss is measured.
-        every: Weight steps from one hyperparameter step to the next.
-        hyper_rate: Size of one.
+        every: Weight steps from one hyperparameter step to the next, or None.
+        hyper_rate: Size of one, or None.
         schedule: Shape of the learning rate.
         warmup: Steps over which it climbs.
-        probe: Whether it is probed, or over how many steps.
-        guard: Whether a run is rolled back.
+        probe: Whether it is swept, or over how many steps.
+        guard: Whether a run is taken back, or a policy.
         metrics: By name.
         amp: Whether passes run in bfloat16.
         population: Runs trained at once, or None.
+        settings: The numbers of the method.
     """
 
     objective: Objective
@@ -73,25 +79,38 @@ class Settings:
     found: Mapping[str, Found]
     known: Mapping[str, Hparam]
     values: dict[str, float]
+    chosen: set[str]
     names: list[str]
     bounds: Mapping[str, tuple[float, float]] | None
-    estimator: str
-    division: Division
+    estimator: AbstractEstimator | None
     tangents: torch.dtype | None
     average: Average
-    every: int
-    hyper_rate: float
+    every: int | None
+    hyper_rate: float | None
     schedule: str
     warmup: int
-    probe: bool | int
-    guard: bool
+    probe: bool | int | SweepSettings
+    guard: Any
     metrics: Mapping[str, Metric]
     amp: bool
     population: Population | None
+    settings: MethodSettings
+
+    def cadence(self, total: int | None) -> int:
+        """Weight steps from one hyperparameter step to the next."""
+        return self.settings.hyper.every(total) if self.every is None else self.every
+
+    def assignment(self, total: int | None) -> Assignment:
+        """The estimators of a run."""
+        return assign(
+            self.estimator, self.update, self.names, self.found,
+            stride=min(self.average.stride, self.cadence(total)),
+            splits=self.objective.splits,
+        )  # fmt: skip
 
 
 def build(
-    given: Settings,
+    given: Given,
     plan: Plan,
     streams: tuple[Stream, Stream],
     val: Any,
@@ -116,86 +135,104 @@ def build(
     if given.amp:
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
     members = None if population is None else population.size
-    schedule = Schedule(
-        shape=given.schedule, total_steps=total, warmup_steps=min(given.warmup, total - 1)
-    )
-    hyper = HyperVector(
-        given.known, names, given.bounds,
-        horizon=total, floor=Floor.of(given.rule, schedule), rate=given.hyper_rate,
-        strengths=given.found,
-    )  # fmt: skip
-    bilevel = _bilevel(given, schedule, plan, hyper, device, autocast)
-    _strengthen(given)
-    run = bilevel.init(given.values)
-    for name, value in hyper.values(run.hyper.raw).items():
+    if "lr" in names:
+        fitting = given.rule.fitting(total)
+        given.values |= {n: v for n, v in fitting.items() if n not in given.chosen}
+    steps = _steps(given, plan, device, autocast)
+    _set_layers(given)
+    run = steps.begin(given.values)
+    for name, value in steps.hyper.values(run.hyper.raw).items():
         if given.values[name] and not math.isclose(value, given.values[name], rel_tol=1e-6):
             log.warning(
                 "%s starts at %.3g, since the given %.3g is outside its bounds",
                 name, value, given.values[name],
             )  # fmt: skip
-    start = check_first(bilevel, run, streams) if new else math.nan
+    start = check_first(steps, run, streams) if new else math.nan
     if population is not None:
         spread = {"lr", *given.update.regularizers}
-        run = population.stack(run, hyper, dict.fromkeys(spread, SPREAD))
-    good = Good(run, members is not None)
-    fused = Fused(bilevel, run, members)
-    if fused.followed is not None:
-        good.rewound.append(fused.followed.follower.forget)
+        run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
+    snapshots = Snapshots(run, steps.method, members is not None)
+    fused = Fused(steps, run, members)
+    if fused.whole is not None:
+        snapshots.rewound.append(fused.whole.whole.forget)
     scorer = Scorer(
-        given.objective, given.metrics, val, bilevel, members is not None, device, autocast
+        given.objective, given.metrics, val, steps, members is not None, device, autocast
     )
-    compare = partial(scorer.compared, run, good, streams[1])
-    guarded = given.guard and bool(names)
-    watch = Watch(bilevel, run, good, members, guarded, plan.due, plan.rest, compare)
-    for guard in watch.guards:
-        guard.begin(start)
-    probed = probe_steps(total) if given.probe is True else int(given.probe)
-    if probed > total:
-        raise ValueError(f"probe={probed} is longer than the run of {total} steps")
-    probing = probed and members is None and "lr" in names and new
+    controllers = [_controller(given, steps, total) for _ in range(members or 1)]
+    compare = partial(scorer.compared, run, snapshots, streams[1])
+    watch = Watch(steps, run, snapshots, controllers, plan.due, plan.rest, compare)
+    for controller in controllers:
+        if controller.guard is not None:
+            controller.guard.begin(start)
     return Training(
-        bilevel=bilevel,
+        steps=steps,
         fused=fused,
         plan=plan,
         train=streams[0],
         val=streams[1],
         scorer=scorer,
-        good=good,
+        snapshots=snapshots,
         watch=watch,
-        probe=Probe(steps=probed) if probing else None,
         population=population,
         identity={
             "parameters": {n: list(p.shape) for n, p in given.objective.model.named_parameters()},
             "rule": type(given.rule).__name__,
-            "trained parameters": bilevel.params,
-            "estimator": given.estimator,
+            "trained parameters": steps.params,
+            "estimator": repr(given.assignment(total)),
             "tuned hyperparameters": names,
             "number of steps": total,
-            "every": given.every,
+            "every": plan.every,
             "population": members or 1,
         },
     )
 
 
-def _bilevel(
-    given: Settings,
-    schedule: Schedule,
-    plan: Plan,
-    hyper: HyperVector,
-    device: torch.device,
-    autocast: Callable[[], Any],
-) -> Bilevel:
+def _controller(given: Given, steps: Steps, total: int) -> Controller:
+    """What decides on sweep, guard and end of one member."""
+    tuned = steps.hyper.hparams
+    sweep = make_sweep(given.probe, total, tuned) if given.population is None else None
+    if sweep is not None and sweep.steps > total:
+        raise ValueError(f"probe={sweep.steps} is longer than the run of {total} steps")
+    guard = make_guard(given.guard) if given.names else None
+    return Controller(hparams=tuned, total_steps=total, sweep=sweep, guard=guard)
+
+
+def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[], Any]) -> Steps:
     """The steps of weights and hyperparameters."""
-    total, names = plan.total, given.names
-    fixed = {k: v for k, v in given.values.items() if k not in (*names, *given.found)}
+    total, names, settings = plan.total, given.names, given.settings
+    schedule = Schedule(
+        shape=given.schedule, total_steps=total, warmup_steps=min(given.warmup, total - 1)
+    )
     rates = torch.tensor([schedule(t) for t in range(total)], dtype=torch.float64, device=device)
-    return Bilevel(
-        given.objective, for_tuning(given.objective, given.every), given.update, fixed, hyper,
-        given.division.rows, given.tangents, given.average, rates, autocast,
-        given.division.whole, given.division.followed,
-        {n: f.buffers for n, f in given.found.items() if n in names},
+    floored = settings.floor is not None and "weight_decay" not in (given.bounds or {})
+    floor = WeightDecayFloor.of(given.rule, schedule, settings.floor) if floored else None
+    size = given.hyper_rate
+    hyper = HyperOptimizer(
+        choose(given.known, names, given.bounds, total),
+        size=settings.hyper.size(plan.every, total) if size is None else size,
+        settings=settings.hyper, floor=floor,
+    )  # fmt: skip
+    assigned = given.assignment(total)
+    rows = [n for n in names if n not in assigned.names]
+    rows = [n for n in hyper.names if n in rows]
+    return Steps(
+        inner=given.objective,
+        outer=for_tuning(given.objective, plan.every),
+        method=Method(
+            sensitivities=Sensitivities(
+                rows, given.update, assigned.rows, given.average, given.tangents
+            ),
+            hyper=hyper, settings=settings, horizon=total, guarded=make_guard(given.guard)
+            is not None,
+        ),
+        options={k: v for k, v in given.values.items() if k not in (*names, *given.found)},
+        rates=rates,
+        every=plan.every,
+        autocast=autocast,
+        whole=assigned.whole,
+        answers=[n for n in hyper.names if n in assigned.names],
+        layers={n: f.buffers for n, f in given.found.items() if n in names},
         joined=plan.compile is not True and given.population is None and _small(given.objective),
-        limited=given.guard,
     )  # fmt: skip
 
 
@@ -210,8 +247,8 @@ def _small(objective: Objective) -> bool:
     )
 
 
-def _strengthen(given: Settings) -> None:
-    """Write the given strengths into the layers that have them."""
+def _set_layers(given: Given) -> None:
+    """Write the given values into the layers that have them."""
     buffers = dict(given.objective.named_buffers())
     for name, found in given.found.items():
         for buffer in found.buffers:

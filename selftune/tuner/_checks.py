@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.bilevel import Bilevel, Run
 from selftune.hypernet import SelfTuned
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.tuner._data import Stream
+from selftune.tuner._steps import RunState, Steps
 
 
 def check_hparams(
@@ -52,7 +52,7 @@ def check_hparams(
             raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
 
 
-def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> float:
+def check_first(steps: Steps, run: RunState, streams: tuple[Stream, Stream]) -> float:
     """Try both objectives on their first batches, which changes nothing; the validation loss.
 
     Raises:
@@ -62,16 +62,16 @@ def check_first(bilevel: Bilevel, run: Run, streams: tuple[Stream, Stream]) -> f
     device = run.step.device
     devices = [device] if device.type == "cuda" else []
     value = math.nan
-    passes = (("train", bilevel.inner), ("val", bilevel.outer))
+    passes = (("train", steps.inner), ("val", steps.outer))
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
-        with torch.random.fork_rng(devices), bilevel.autocast(), _held(module):
+        with torch.random.fork_rng(devices), steps.autocast(), _held(module):
             with torch.enable_grad():
                 loss = module(batch)
             _check_loss(loss, name)
             _check_dependence(loss, name, module)
             value = float(loss.detach())
-            passed = bilevel.gradient if name == "train" else bilevel.outer_gradient
+            passed = steps.gradient if name == "train" else steps.outer_gradient
             if not any(bool(g.any()) for g in passed(run, batch)[1]):
                 raise ValueError(
                     f"the gradient of the loss on the first {name} batch is 0: does objective= use "

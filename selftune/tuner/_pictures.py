@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from selftune.monitor import pictures
-from selftune.tuner._predicting import predict
-
-if TYPE_CHECKING:
-    from selftune.tuner._training import Training
+from selftune.tuner._predicting import Predictor
+from selftune.tuner._watch import Watch
 
 AROUND = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
 """Raw distances from the present value at which the loss is predicted."""
@@ -20,13 +16,10 @@ BATCHES = 10
 """Validation batches a point is judged by."""
 
 
-def picture(training: Training) -> None:
-    """Write the predicted losses around each followed hyperparameter, and a map of two of them."""
-    watch, known = training.watch, training.bilevel.hyper.hparams
-    if training.fused.followed is None:
-        return
-    courses = watch.history.hparams
-    raw = {n: r for n, r in watch.telling.raw().items() if n in training.bilevel.followed}
+def picture(watch: Watch, predictor: Predictor, step: int) -> None:
+    """Write the predicted losses around each hyperparameter, and a map of two of them."""
+    known, courses = predictor.steps.hyper.hparams, watch.history.hparams
+    raw = {n: torch.tensor(c) for n, c in watch.metrics.course.items() if n in predictor.names}
     names = sorted(raw, key=lambda n: -float(raw[n].max() - raw[n].min()))[:MOST]
     if not names:
         return
@@ -35,12 +28,13 @@ def picture(training: Training) -> None:
         hparam = known[name]
         near = hparam.bijection.forward(raw[name][-1] + AROUND)
         around[name] = sorted(set(near.clamp(hparam.lower, hparam.upper).tolist()))
-    found = {n: (around[n], predict(training, {n: around[n]}, BATCHES).tolist()) for n in names}
-    watch.telling.monitor.figure("what-if/each", pictures.curves(found, now), training.step)
+    found = {n: (around[n], predictor.predict({n: around[n]}, BATCHES).tolist()) for n in names}
+    monitor = watch.metrics.monitor
+    monitor.figure("what-if/each", pictures.curves(found, now), step)
     if len(names) > 1:
         one, other = names[:2]
-        losses = predict(training, {one: around[one], other: around[other]}, BATCHES)
+        losses = predictor.predict({one: around[one], other: around[other]}, BATCHES)
         drawn = pictures.plane(
             (one, other), (around[one], around[other]), losses, (courses[one], courses[other])
         )
-        watch.telling.monitor.figure(f"what-if/{one} and {other}", drawn, training.step)
+        monitor.figure(f"what-if/{one} and {other}", drawn, step)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch.utils._pytree import tree_map
 
-from selftune.bilevel import Run
-from selftune.guard import Guard
-from selftune.hypervector import HyperVector
-from selftune.tuner._good import Good
+from selftune.control import Controller
+from selftune.method import HyperOptimizer
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import RunState
 
 log = logging.getLogger("selftune")
 
@@ -41,7 +41,7 @@ class Population:
         self.size = size
         self._generator = torch.Generator().manual_seed(seed)
 
-    def stack(self, run: Run, hyper: HyperVector, spread: Mapping[str, float]) -> Run:
+    def stack(self, run: RunState, hyper: HyperOptimizer, spread: Mapping[str, float]) -> RunState:
         """M copies of a run with different starting hyperparameters; the first keeps the given."""
         stacked = tree_map(lambda t: torch.stack([t] * self.size), run)
         for name, reach in spread.items():
@@ -50,27 +50,28 @@ class Population:
                 order = torch.randperm(self.size, generator=self._generator)
                 offsets = offsets[order]
                 offsets[0] = 0.0
-                moved = [
-                    hyper.move(run.hyper, name, float(o)).raw[hyper.names.index(name)]
-                    for o in offsets
-                ]
-                stacked.hyper.raw[:, hyper.names.index(name)] = torch.stack(moved)
+                frame, raw = hyper.frame(run.step.device), run.hyper.raw
+                moved = [hyper.move(raw, name, float(o), frame)[hyper.slots(name)] for o in offsets]
+                stacked.hyper.raw[:, hyper.slots(name)] = torch.stack(moved)
         return stacked
 
     @torch.no_grad()
-    def exploit(self, good: Good, guards: list[Guard], hyper: HyperVector) -> None:
-        """Replace the worst members by copies of the best: weights, tangents, hyperparameters."""
-        means = [g.mean if math.isfinite(g.mean) else math.inf for g in guards]
+    def exploit(
+        self, snapshots: Snapshots, controllers: list[Controller], hyper: HyperOptimizer
+    ) -> None:
+        """Replace the worst members by copies of the best: weights and all that is kept of them."""
+        guards = [c.guard for c in controllers]
+        means = [g.mean if g is not None and math.isfinite(g.mean) else math.inf for g in guards]
         order = sorted(range(self.size), key=means.__getitem__)
         best, worst = order[0], order[self.size - max(1, round(SHARE * self.size)) :]
         for member in worst:
             if member == best or not means[member] > means[best]:
                 continue
-            good.copy(best, member)
-            guards[member] = copy.deepcopy(guards[best])
+            snapshots.copy(best, member)
+            controllers[member].guard = copy.deepcopy(guards[best])
             kick = KICK if torch.rand((), generator=self._generator) < 0.5 else -KICK
-            raw = good.run.hyper.raw[member]
-            raw.copy_(hyper.move(good.run.hyper._replace(raw=raw), "lr", kick).raw)
+            raw = snapshots.run.hyper.raw[member]
+            raw.copy_(hyper.move(raw, "lr", kick, hyper.frame(raw.device)))
             log.info("member %d goes on from member %d", member, best)
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from selftune.bilevel import Bilevel
 from selftune.monitor import Verdict
 from selftune.monitor.report import MOST, Curve, line, page, table
 from selftune.replay import TunedSchedule
+from selftune.tuner._steps import Steps
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class History:
 
 
 def schedule_of(
-    history: History, bilevel: Bilevel, known: Mapping[str, float], steps: int
+    history: History, run: Steps, known: Mapping[str, float], steps: int
 ) -> TunedSchedule:
     """What every hyperparameter was after the probe, the rate with its schedule and decay.
 
@@ -65,13 +65,13 @@ def schedule_of(
 
     Args:
         history: Of the run.
-        bilevel: Its steps.
+        run: Its steps.
         known: All hyperparameters at the end.
         steps: How many were taken.
     """
     start = history.hyper_step[0] if history.hyper_step else 0
     changes = {n: dict(zip(history.hyper_step, v, strict=True)) for n, v in history.hparams.items()}
-    rates = bilevel.rates.tolist()
+    rates = run.rates.tolist()
     lost = {step for first, last in history.undone for step in range(first, last)}
     if lost.issuperset(range(start, steps)):
         lost = set()  # nothing would be left
@@ -89,7 +89,7 @@ def schedule_of(
         taken += 1
     for name in [n for n, v in values.items() if n == "decay" or v == [[0, 0.0]]]:
         del values[name]
-    rule = type(bilevel.update.rule).__name__
+    rule = type(run.update.rule).__name__
     return TunedSchedule(rule=rule, steps=taken, values=values)
 
 

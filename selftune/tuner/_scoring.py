@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from selftune.bilevel import Bilevel, Run
-from selftune.ending import between
+from selftune.control.final_weights import between
 from selftune.tuner._data import Stream, alone, size, to_device
-from selftune.tuner._good import Good
 from selftune.tuner._objective import Objective, for_scoring
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import RunState, Steps
 
 Metric = Callable[[Any, Any], Tensor | float]
 Where = tuple[list[Tensor], list[Tensor]]
@@ -58,7 +58,7 @@ class Scorer:
         objective: The training objective, around the user's model.
         metrics: Functions of output and target by name, averaged over examples.
         batches: The validation set.
-        bilevel: Knows the trained parameters, and which part of the run's weights each is.
+        steps: Know the trained parameters, and which part of the run's weights each is.
         members: Whether the run's tensors have a leading dimension of members.
         device: Where it is computed.
         autocast: Makes the context of the forward passes.
@@ -69,14 +69,14 @@ class Scorer:
         objective: Objective,
         metrics: Mapping[str, Metric],
         batches: Any,
-        bilevel: Bilevel,
+        steps: Steps,
         members: bool,
         device: torch.device,
         autocast: Callable[[], Any],
     ) -> None:
         self.model, self._objective = objective.model, objective
-        named, params = dict(objective.named_parameters()), bilevel.params
-        self._parts = bilevel.parts
+        named, params = dict(objective.named_parameters()), steps.params
+        self._views = steps.views
         self._tensors = [named[n].detach() for n in params] + list(objective.buffers())
         self._module = _Scores(for_scoring(objective), metrics)
         self._names = [f"objective.{n}" for n in params]
@@ -91,12 +91,12 @@ class Scorer:
         return tensor[member] if self._members else tensor
 
     def score(
-        self, run: Run, stream: Stream, member: int, *, last: bool = False
+        self, run: RunState, stream: Stream, member: int, *, last: bool = False
     ) -> tuple[dict[str, float], float]:
         """Scores at the average, and the loss at the last weights where that is asked for."""
         points = [_average(run)]
         if last:
-            points.append(([w.value for w in run.weights], run.buffers))
+            points.append((run.weights, run.buffers))
         found = self._score(points, stream, member)
         return found[0], found[-1]["loss"] if last else math.nan
 
@@ -110,7 +110,9 @@ class Scorer:
         """The validation loss at any weights of a single run, over all batches or the first."""
         return self._score([(weights, buffers)], stream, 0, most)[0]["loss"]
 
-    def compared(self, run: Run, good: Good, stream: Stream, member: int) -> tuple[float, float]:
+    def compared(
+        self, run: RunState, good: Snapshots, stream: Stream, member: int
+    ) -> tuple[float, float]:
         """Losses at the average and at the good weights, over batches enough to judge."""
         points = [_average(run), (good.weights, good.buffers)]
         now, then = self._score(points, stream, member, ENOUGH)
@@ -124,7 +126,7 @@ class Scorer:
         names = [*self._names, *self._buffers]
         there = []
         for weights, buffers in points:
-            found = zip(self._tensors, [*self._parts(weights), *buffers], strict=True)
+            found = zip(self._tensors, [*self._views(weights), *buffers], strict=True)
             parts = [self._part(t, member).to(held.dtype) for held, t in found]
             there.append(dict(zip(names, parts, strict=True)))
         batches: Iterable[Any] = islice(self._batches, most if stream.sized else FEW)
@@ -145,7 +147,7 @@ class Scorer:
         return [{name: float(value) / total for name, value in s.items()} for s in sums]
 
     @contextmanager
-    def shown(self, run: Run, member: int) -> Iterator[None]:
+    def shown(self, run: RunState, member: int) -> Iterator[None]:
         """The averaged weights in the model itself, for a while."""
         held = [t.clone() for t in self._tensors]
         self._write(*_average(run), member)
@@ -157,7 +159,7 @@ class Scorer:
 
     @torch.no_grad()
     def _write(self, weights: list[Tensor], buffers: list[Tensor], member: int) -> None:
-        for tensor, source in zip(self._tensors, [*self._parts(weights), *buffers], strict=True):
+        for tensor, source in zip(self._tensors, [*self._views(weights), *buffers], strict=True):
             tensor.copy_(self._part(source, member))
 
     def state(self) -> dict[str, Any]:
@@ -169,7 +171,12 @@ class Scorer:
 
     @torch.no_grad()
     def best(
-        self, run: Run, stream: Stream, member: int, good: Good, saved: dict[str, Any] | None
+        self,
+        run: RunState,
+        stream: Stream,
+        member: int,
+        good: Snapshots,
+        saved: dict[str, Any] | None,
     ) -> float:
         """Show the best of good, averaged, last and saved weights; returns its loss.
 
@@ -189,16 +196,16 @@ class Scorer:
         return found
 
 
-def _average(run: Run) -> Where:
-    return [w.average for w in run.weights], run.average_buffers
+def _average(run: RunState) -> Where:
+    return run.averages, run.average_buffers
 
 
-def _between(run: Run, good: Good, place: float) -> Where:
+def _between(run: RunState, good: Snapshots, place: float) -> Where:
     """Between the good weights (−1), the average (0) and the last weights (1)."""
-    there = good.weights if place < 0 else [w.value for w in run.weights]
+    there = good.weights if place < 0 else run.weights
     buffers = zip(run.average_buffers, good.buffers if place < 0 else run.buffers, strict=True)
-    weights = zip(run.weights, there, strict=True)
+    weights = zip(run.averages, there, strict=True)
     return (
-        [between(w.average, t, abs(place)) for w, t in weights],
+        [between(a, t, abs(place)) for a, t in weights],
         [between(a, b, abs(place)) for a, b in buffers],
     )

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from selftune.bilevel import Bilevel
-from selftune.fused import Fused
-from selftune.probe import Probe
 from selftune.tuner import _checkpoints
 from selftune.tuner._checkpoints import plain
+from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
-from selftune.tuner._good import Good
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._objective import modes_kept
 from selftune.tuner._pictures import picture
 from selftune.tuner._population import Population
-from selftune.tuner._probing import Probing
+from selftune.tuner._predicting import Predictor
 from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._scoring import Scorer
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import Steps
+from selftune.tuner._sweep import Sweep
 from selftune.tuner._watch import Watch
 
 log = logging.getLogger("selftune")
@@ -90,15 +90,14 @@ class Plan:
 class Training:
     """The parts of one run and how they act on one another."""
 
-    bilevel: Bilevel
+    steps: Steps
     fused: Fused
     plan: Plan
     train: Stream
     val: Stream
     scorer: Scorer
-    good: Good
+    snapshots: Snapshots
     watch: Watch
-    probe: Probe | None
     population: Population | None
     identity: dict[str, Any]
     folder: Path | None = None
@@ -113,6 +112,7 @@ class Training:
     def __post_init__(self) -> None:
         """Nothing is under way yet."""
         self._clock: list[float] = []
+        self._sweep = Sweep(self.steps, self.fused.run, self.snapshots, self.watch.controllers[0])
         self._within = False  # a step, so that its tensors may be half written
 
     # the loop
@@ -141,17 +141,22 @@ class Training:
                 ended = "interrupted"
                 self._break_off()
         self.watch.digest(self.step)
-        self.watch.telling.monitor.flush()
+        self.watch.metrics.monitor.flush()
         self.watch.bar.close()
         return ended
 
     def _picture(self) -> None:
         """Pictures for the log, which leave the run's random streams alone."""
-        if self.watch.telling.monitor.on:
+        if self.watch.metrics.monitor.on:
             self.watch.digest(self.step)
             streams = snapshot()
-            picture(self)
+            picture(self.watch, self.predictor, self.step)
             restore(streams)
+
+    @property
+    def predictor(self) -> Predictor:
+        """Reads losses at other hyperparameters off the run."""
+        return Predictor(steps=self.steps, fused=self.fused, scorer=self.scorer, val=self.val)
 
     def _break_off(self) -> None:
         if self._within:
@@ -161,38 +166,45 @@ class Training:
         self.save()
 
     def _begin(self) -> None:
-        """The probe, and the first note of the hyperparameters."""
-        if self.probe is not None:
-            probing = Probing(
-                self.bilevel, self.fused.run, self.good, self.probe, self.train.next,
-                most=self.plan.total - 1,
-            )  # fmt: skip
-            probing.sweep()
-            if self.watch.guarded:
-                probing.settle()
-            self.step = self.watch.since = probing.taken
+        """The sweep, and the first note of the hyperparameters."""
+        if self.watch.controllers[0].sweeping:
+            self.step = self._sweep.sweep(self.train.next)
             self.watch.history.train_loss += [math.nan] * self.step
-        self.watch.note(self.step)
+        self.watch.begin(self.step)
 
     def _step(self) -> None:
         self._decide()
-        step = self.step + 1
-        tune = (step - self.watch.since) % self.plan.every == 0
+        step, controller = self.step + 1, self.watch.controllers[0]
+        tracked, tune = self.steps.observed(step - self._since)
         batch = self.train.next()
-        if not tune:
-            with self._stepping():
-                self.watch.trained(self.fused.train(batch))
-            return
         try:
-            outer = self.val.next()
+            outer = self.val.next() if tune else None
         except BaseException:
             self.train.put_back(batch)
             raise
-        with self._stepping(tune=True):
-            told = self.fused.tune(batch, outer)
-        self.watch.tuned(step, told)
-        if self.population is not None and step % self.plan.exploit < self.plan.every:
-            self.population.exploit(self.good, self.watch.guards, self.bilevel.hyper)
+        with self._stepping(tune=tune):
+            if controller.on_trial:
+                told = self._sweep.trial(batch, tracked=tracked)
+                if told is None:
+                    self.watch.cut(step)
+                    tune = False
+            else:
+                told = self.fused.train(batch, tracked=tracked, last=tune)
+            if told is not None:
+                self.watch.trained(step, told)
+            if tune and told is not None and not told.is_cuda:
+                self.watch.digest(step)
+                tune = self.watch.since < step  # or the guard took the run back
+            if tune:
+                self.watch.tuned(step, self.fused.tune(outer))
+        self.watch.read(step)
+        if self.population is not None and tune and step % self.plan.exploit < self.plan.every:
+            self.population.exploit(self.snapshots, self.watch.controllers, self.steps.hyper)
+
+    @property
+    def _since(self) -> int:
+        """Steps at the last fresh start; members of a population keep one time."""
+        return 0 if self.population is not None else self.watch.since
 
     @contextmanager
     def _stepping(self, tune: bool = False) -> Iterator[None]:
@@ -201,7 +213,7 @@ class Training:
         yield
         self.step += 1
         self._within = False
-        self.watch.telling.clocked(time.perf_counter() - begun, tune)
+        self.watch.log.clocked(time.perf_counter() - begun, tune)
 
     def _decide(self) -> None:
         """Compile if asked to, or if the first eager steps say that it will pay."""
@@ -214,7 +226,7 @@ class Training:
         self._clock.append(time.perf_counter())
         if len(self._clock) == WATCHED + 1:
             taken = (self._clock[-1] - self._clock[0]) / WATCHED
-            tensors = len(self.bilevel.params)
+            tensors = len(self.steps.params)
             gain = min(max(FUSED * taken, LAUNCHED * tensors), 0.9 * taken)
             saved = gain * (self.plan.total - self.step)
             if saved > COMPILED[0] + COMPILED[1] * tensors:
@@ -227,19 +239,19 @@ class Training:
 
     def _evaluate(self) -> Progress:
         self.watch.digest(self.step)
-        monitor, leader = self.watch.telling.monitor, self.watch.leader
+        metrics, leader = self.watch.metrics, self.watch.leader
+        monitor = metrics.monitor
         scores, last = self.scorer.score(self.fused.run, self.val, leader, last=monitor.on)
         history = self.watch.history
         history.score(self.step, scores)
         monitor.scalars([(f"score/{n}", v) for n, v in scores.items()], self.step)
         if monitor.on:
-            monitor.scalar("outer/averaged-vs-last", scores["loss"] - last, self.step)
-            told = self.watch.verdicts().values()
-            monitor.scalars([(f"verdict/{v.name}", v.code) for v in told], self.step)
+            metrics.compared(scores["loss"], last, self.step)
+            metrics.verdict_rows(self.watch.verdicts(), self.step)
         recent = [x for x in history.train_loss[-self.plan.score :] if math.isfinite(x)]
         if scores["loss"] < self.best:
             self.best, self.waited = scores["loss"], 0
-            self.watch.keep(self.step, self.watch.leader)
+            self.watch.good(self.step, self.watch.leader)
             self._save_best()
         else:
             self.waited += 1
@@ -269,18 +281,14 @@ class Training:
         if saved is None and self.folder is not None and self.best < math.inf:
             path = self.folder / _checkpoints.BEST
             saved = _checkpoints.read(path) if path.exists() else None
-        best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.good, saved)
+        best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.snapshots, saved)
         if self.folder is not None and best < self.best:
             _checkpoints.write(self.folder / _checkpoints.BEST, self._shown_state(best))
-        self.bilevel.part()
+        self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
-        monitor = self.watch.telling.monitor
-        monitor.scalars([(f"end/{n}", v) for n, v in known.items()], self.step)
-        monitor.scalar("final/loss", best, self.step)
-        if monitor.on and verdicts:
-            lines = [f"- {v.sentence}" for v in verdicts.values()]
-            monitor.text("verdicts", "\n".join(lines), self.step)
+        self.watch.metrics.finish(known, verdicts, self.step)
+        self.watch.metrics.monitor.scalar("final/loss", best, self.step)
         return TuningResult(
             history=history.arrays(),
             best_weights={
@@ -289,7 +297,7 @@ class Training:
             },
             best_loss=best,
             hparams=known,
-            schedule=schedule_of(history, self.bilevel, known, self.step),
+            schedule=schedule_of(history, self.steps, known, self.step),
             steps=self.step,
             ended=ended,
             verdicts=verdicts,
@@ -308,8 +316,9 @@ class Training:
             "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
             "frozen": self._frozen(),
             "ended": self.ended,
-            "followed": self._remembered(),
-            "good": self.good.state_dict(),
+            "whole": self._remembered(),
+            "snapshots": self.snapshots.state_dict(),
+            "trial": self._sweep.last,
             "watch": self.watch.state_dict(),
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
@@ -326,12 +335,12 @@ class Training:
         A checkpoint holds plain containers, so that reading it runs no one's code; a run with
         other batches begins to follow anew when it is resumed.
         """
-        memory = None if self.fused.followed is None else self.fused.followed.follower.memory
+        memory = None if self.fused.whole is None else self.fused.whole.whole.memory
         return memory if plain(memory) else None
 
     def _frozen(self) -> dict[str, torch.Tensor]:
         """Parameters that are not trained, which a resumed run needs all the same."""
-        named = self.bilevel.inner.named_parameters()
+        named = self.steps.inner.named_parameters()
         return {n: p.detach() for n, p in named if not p.requires_grad}
 
     def _save_best(self) -> None:
@@ -374,12 +383,13 @@ class Training:
         for name, tensor in self._frozen().items():
             tensor.copy_(state["frozen"][name])
         self.ended = state["ended"]
-        if self.fused.followed is not None:
+        if self.fused.whole is not None:
             device = self.fused.run.step.device
-            self.fused.followed.follower.memory = tree_map_only(
-                torch.Tensor, lambda t: t.to(device), state["followed"]
+            self.fused.whole.whole.memory = tree_map_only(
+                torch.Tensor, lambda t: t.to(device), state["whole"]
             )
-        self.good.load_state_dict(state["good"])
+        self.snapshots.load_state_dict(state["snapshots"])
+        self._sweep.last = state["trial"]
         self.watch.load_state_dict(state["watch"])
         self.saved_best = best
         self.step, self.best, self.waited = state["numbers"]

@@ -15,24 +15,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from selftune import nn as st_nn
-from selftune.averaging import Average
-from selftune.estimators import AbstractEstimator, Trace
-from selftune.hparams import Hparam
-from selftune.hyperstep import step_size
-from selftune.hypervector import HyperVector
+from selftune.control import SweepSettings, make_guard
+from selftune.estimators import AbstractEstimator
+from selftune.hparams import Hparam, choose
+from selftune.method import Average, MethodSettings
 from selftune.monitor import Monitor
 from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
-from selftune.tuner._building import Settings, build
+from selftune.tuner._building import Given, build
 from selftune.tuner._checks import check_hparams, check_model
 from selftune.tuner._data import Stream, split
-from selftune.tuner._division import divide
 from selftune.tuner._lengths import between_evaluations, length
 from selftune.tuner._objective import LossFn, Objective, modes_kept
 from selftune.tuner._population import Population
-from selftune.tuner._predicting import predict
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
 from selftune.tuner._training import Plan, Progress, Training
@@ -58,19 +55,23 @@ class Tuner:
         tune: Names of the tuned hyperparameters; by default the rule's choice and all penalties.
         penalty: Further penalties (:mod:`selftune.penalties`).
         bounds: (lowest, highest) values by name.
-        estimator: How the response of the weights is followed; by default ``Trace`` that
-            observes one step of every ``every``, and :class:`BestResponse` for the strengths of
-            :mod:`selftune.nn`. Any of :mod:`selftune.estimators`.
-        tangents: The dtype responses are kept in; bfloat16 halves their memory.
+        estimator: How the sensitivities of weights to hyperparameters are estimated; by default by
+            ``Trace``, which tracks every fourth step or, with a shorter average, more, and by
+            :class:`BestResponse` for layers of :mod:`selftune.nn`. Any of
+            :mod:`selftune.estimators`.
+        tangents: The dtype sensitivities are kept in; bfloat16 halves their memory.
         average: Where the outer loss is measured.
-        every: Weight steps from one hyperparameter step to the next.
+        every: Weight steps from one hyperparameter step to the next; by default a thirtieth of the
+            run, from 5 to 20.
         hyper_rate: Size of a hyperparameter step in log space; by default 0.01 times ``every``,
-            from 0.05 to 0.2.
+            from 0.05 to 0.2, and more in runs of less than 1000 steps.
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps over which the learning rate climbs.
-        probe: Whether the learning rate is probed at the start, or over how many steps; a tuned β₁
-            goes on with a memory of a three-hundredth of the run at most.
-        guard: Whether a run that blows up or worsens is rolled back.
+        probe: Whether the learning rate is swept at the start, or over how many steps, or
+            :class:`~selftune.control.SweepSettings`; a tuned β₁ goes on with a memory of a
+            three-hundredth of the run at most.
+        guard: Whether a run that blows up or worsens goes back to its last good weights, or a
+            policy, such as :class:`~selftune.control.GuardPolicy`.
         objective: ``objective(model, batch)``, the loss in place of ``loss_fn``.
         augment: Changes inputs, or inputs and targets, of training batches on the device
             (:class:`selftune.nn.Augment` or one of its parts).
@@ -81,6 +82,7 @@ class Tuner:
         population: Members trained at once from different hyperparameters.
         exploit_every: Steps after which the worst members start again from the best.
         seed: Of the split and of the population's starts.
+        settings: The numbers of the method (:class:`~selftune.method.MethodSettings`).
 
     Raises:
         ValueError: An unknown name or an unsuitable value.
@@ -108,12 +110,12 @@ class Tuner:
         estimator: AbstractEstimator | None = None,
         tangents: torch.dtype | None = torch.bfloat16,
         average: Average | None = None,
-        every: int = 5,
+        every: int | None = None,
         hyper_rate: float | None = None,
         schedule: str = "linear",
         warmup_steps: int = 0,
-        probe: bool | int = True,
-        guard: bool = True,
+        probe: bool | int | SweepSettings = True,
+        guard: Any = True,
         objective: Callable[[nn.Module, Any], Tensor] | None = None,
         augment: nn.Module | None = None,
         metrics: Mapping[str, Metric] | None = None,
@@ -123,8 +125,9 @@ class Tuner:
         population: int = 1,
         exploit_every: int = 200,
         seed: int = 0,
+        settings: MethodSettings | None = None,
     ) -> None:
-        if every < 1:
+        if every is not None and every < 1:
             raise ValueError(f"every={every} must be at least 1")
         if exploit_every < 1:
             raise ValueError(f"exploit_every={exploit_every} must be at least 1")
@@ -157,29 +160,24 @@ class Tuner:
         values |= {p.name: p.strength for p in penalties} | given
         known = update.hparams | {n: f.hparam for n, f in found.items()}
         names = _names(tune, update, found, schedule)
-        estimator = Trace(stride=every) if estimator is None else estimator
         members = Population(population, seed) if population != 1 else None
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
-        HyperVector(known, names, bounds, horizon=1)
-        division = divide(estimator, update, names, found, every, parts=whole.splits)
-        if division.whole is not None and members is not None:
-            raise ValueError(
-                f"population={population} needs an estimator of rows, Trace or OneStep, for all "
-                f"tuned hyperparameters, and {division.followed} need {division.whole}"
-            )
-        if division.rows.stride not in (1, every):
-            raise ValueError(
-                f"estimator={estimator} observes one step of {division.rows.stride}, and "
-                f"every={every}: pass stride={every}, or stride=1 to observe all steps"
-            )
-        self._given = Settings(
+        choose(known, names, bounds, 1)
+        make_guard(guard)
+        self._given = Given(
             objective=whole, rule=rule, update=update, found=found, known=known, values=values,
-            names=names, bounds=bounds, estimator=repr(estimator), division=division,
-            tangents=tangents, average=Average() if average is None else average, every=every,
-            hyper_rate=step_size(every) if hyper_rate is None else hyper_rate,
+            chosen=set(given), names=names, bounds=bounds, estimator=estimator, tangents=tangents,
+            average=Average() if average is None else average, every=every, hyper_rate=hyper_rate,
             schedule=schedule, warmup=warmup_steps, probe=probe, guard=guard,
             metrics=dict(metrics or {}), amp=amp, population=members,
+            settings=MethodSettings() if settings is None else settings,
         )  # fmt: skip
+        assigned = self._given.assignment(None)
+        if assigned.whole is not None and members is not None:
+            raise ValueError(
+                f"population={population} needs an estimator of rows, Trace or OneStep, for all "
+                f"tuned hyperparameters, and {assigned.names} need {assigned.whole}"
+            )
         self._device = None if device is None else torch.device(device)
         self._compile, self._exploit, self._seed = compile, exploit_every, seed
         self._fitted = False
@@ -297,7 +295,7 @@ class Tuner:
             total = length(streams[0], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             plan = Plan(
-                total=total, every=self._given.every, score=score, save=checkpoint_every or score,
+                total=total, every=self._given.cadence(total), score=score, save=checkpoint_every or score,
                 log=log_every or LOG, rest=0.0 if log_every else REST, patience=patience,
                 picture=pictures_every,
                 compile=self._compile, exploit=self._exploit,
@@ -308,10 +306,10 @@ class Tuner:
             if saved is not None:
                 training.load(*saved)
             targets = [t for t in (log_dir, recorder) if t is not None]
-            monitor = training.watch.telling.monitor = Monitor(targets or None)
+            monitor = training.watch.metrics.monitor = Monitor(targets or None)
             training.folder = folder
             if saved is None:
-                monitor.begin(training.watch.hparams(), training.bilevel.hyper.names)
+                monitor.begin(training.watch.hparams(), training.steps.hyper.names)
             else:
                 monitor.resume(training.step)
             self._fitted, self._ended = True, training
@@ -352,7 +350,7 @@ class Tuner:
         """
         if self._ended is None:
             raise RuntimeError("predict reads what a run has learned: call fit first")
-        return predict(self._ended, values)
+        return self._ended.predictor.predict(values)
 
 
 def _names(

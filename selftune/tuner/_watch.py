@@ -1,236 +1,261 @@
-"""What steps tell: read in blocks, noted, judged and shown."""
+"""What steps tell: read in blocks, noted, shown, and judged by the controllers."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from selftune.bilevel import Bilevel, Run
-from selftune.guard import Guard
-from selftune.hparams import MOMENTA
-from selftune.monitor import Verdict
-from selftune.tuner._good import Good
+from selftune.control import (
+    Action,
+    Activity,
+    Controller,
+    Gradient,
+    Hypergradient,
+    TrainingLoss,
+    ValidationLoss,
+)
+from selftune.monitor import Metrics, Verdict
+from selftune.tuner._logging import TunerLog
 from selftune.tuner._result import History
-from selftune.tuner._telling import Telling
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import RunState, Steps
 
-log = logging.getLogger("selftune")
-
-YOUNG = 200  # steps in which a network may be found dead
 LOOK = 0.2  # seconds between two looks at the progress bar's text
 
 
 class Watch:
-    """Keeps the history of a run, shows it, and brings the run back when it goes wrong.
+    """Keeps the history of a run, shows it, and carries out what its controllers ask for.
 
     Args:
-        bilevel: The steps.
+        steps: The steps.
         run: Their tensors.
-        good: The last good weights.
-        members: Size of a population, or None.
-        guarded: Whether a run that goes wrong is brought back.
+        snapshots: The last good weights.
+        controllers: One for each member of a population, or one.
         due: Whether something is to be logged at a hyperparameter step.
         rest: Seconds from one entry in the log to the next, at least.
         compare: A member's losses at the average and at the good weights, over many batches.
 
     Attributes:
         history: The course so far.
-        guarded: Whether a run that goes wrong is brought back.
-        guards: One for each member.
-        since: The step after which hyperparameter steps are counted.
+        controllers: One for each member.
         leader: The member with the lowest recent validation loss.
-        telling: The log.
+        since: Steps at the last fresh start of a single run.
+        log: The metrics.
         bar: The progress bar.
     """
 
     def __init__(
         self,
-        bilevel: Bilevel,
-        run: Run,
-        good: Good,
-        members: int | None,
-        guarded: bool,
+        steps: Steps,
+        run: RunState,
+        snapshots: Snapshots,
+        controllers: list[Controller],
         due: Callable[[int], bool],
         rest: float,
         compare: Callable[[int], tuple[float, float]],
     ) -> None:
-        self.history = History()
-        self.guards = [Guard() for _ in range(members or 1)]
-        self.since = self.leader = 0
-        self.telling = Telling(bilevel, run, good, self.history, rest)
+        self.history, self.controllers = History(), controllers
+        self.leader = self.since = 0
+        self.log = TunerLog(steps, run, snapshots, rest)
         self.bar: tqdm[Any] = tqdm(disable=True)
-        self._bilevel, self._run, self._good = bilevel, run, good
-        self._many, self.guarded, self._due = members is not None, guarded, due
-        self._compare = compare
-        self._kept_at = [0] * len(self.guards)  # steps after which weights were good …
-        self._held_at = [0] * len(self.guards)  # … or are to be found good
-        self._losses: list[Tensor] = []
-        self._told: list[tuple[int, Tensor]] = []
+        self._steps, self._run, self._snapshots = steps, run, snapshots
+        self._due, self._compare = due, compare
+        self._good_at = [0] * len(controllers)  # steps after which weights were good …
+        self._candidate_at = [0] * len(controllers)  # … or are to be found good
+        self._trained: list[tuple[int, Tensor]] = []
+        self._tuned: list[tuple[int, Tensor]] = []
         self._looked = 0.0
 
-    def trained(self, loss: Tensor) -> None:
-        """Take the loss of a training step, unread."""
-        self._losses.append(_kept(loss))
+    @property
+    def metrics(self) -> Metrics:
+        """What is logged."""
+        return self.log.metrics
+
+    @property
+    def _many(self) -> bool:
+        return len(self.controllers) > 1
+
+    def trained(self, step: int, told: Tensor) -> None:
+        """Take what a training step told, unread."""
+        self._trained.append((step, _kept(told)))
 
     def tuned(self, step: int, told: Tensor) -> None:
-        """Take what a hyperparameter step told; a GPU is waited for only if a log entry is due."""
-        self._told.append((step, _kept(told)))
-        if not told.is_cuda or self._due(step):
+        """Take what a hyperparameter step told, unread."""
+        self._tuned.append((step, _kept(told)))
+
+    def cut(self, step: int) -> None:
+        """Take note of a step on trial that led uphill, after which the run was rewound."""
+        self.digest(step - 1)
+        self.history.train_loss.append(math.nan)
+        self._rewound(step, 0)
+
+    def read(self, step: int) -> None:
+        """Read at the end of a step; a GPU is waited for only if a log entry is due."""
+        if self._tuned and (not self._tuned[-1][1].is_cuda or self._due(step)):
             self.digest(step)
 
     def digest(self, step: int) -> None:
         """Read what steps told since last time, and act on it."""
-        losses, self._losses = self._losses, []
-        told, self._told = self._told, []
-        plain, rows = _read(losses), _read([t for _, t in told])
-        if not self._many:
-            rows = [[row] for row in rows]
-        start = len(self.history.train_loss)
-        self.history.train_loss += [min(row) for row in plain] if self._many else plain
-        found = [(at, row) for (at, _), row in zip(told, rows, strict=True)]
-        for at, members in found:
-            self._note_tuned(at, members)
+        trained, self._trained = self._read(self._trained), []
+        tuned, self._tuned = self._read(self._tuned), []
+        for _, rows in trained:
+            self.history.train_loss.append(min(loss for loss, *_ in rows))
+        last = dict(trained)
+        for at, rows in tuned:
+            self._note(at, rows, last)
         self.bar.update(step - self.bar.n)
-        if self.guarded:
-            self._judge(step, self.history.train_loss[start:], found)
+        for at, rows in trained:
+            if self._act(step, [self._judge_step(at, m, row) for m, row in enumerate(rows)]):
+                return  # what came after is undone
+        for at, rows in tuned:
+            actions = [self._judge_outer(m, row) for m, row in enumerate(rows)]
+            if self._act(step, actions) and not self._many:
+                return
 
-    def _note_tuned(self, step: int, members: list[list[float]]) -> None:
-        self.leader = min(range(len(members)), key=self._standing)
-        loss, outer, _, *values = members[self.leader]
-        self.history.train_loss.insert(step - 1, loss)
-        named = dict(zip(self._bilevel.hyper.names, values, strict=True))
+    def _read(self, told: list[tuple[int, Tensor]]) -> list[tuple[int, list[list[float]]]]:
+        """Steps and the numbers of each member; from a GPU in one piece, waited for once."""
+        tensors = [t for _, t in told]
+        values = (
+            torch.stack(tensors).tolist()
+            if tensors and tensors[0].is_cuda
+            else [t.tolist() for t in tensors]
+        )
+        rows = values if self._many else [[row] for row in values]
+        return list(zip([at for at, _ in told], rows, strict=True))
+
+    def _note(self, step: int, rows: list[list[float]], trained: dict[int, Any]) -> None:
+        """Note a hyperparameter step in history, log and progress bar."""
+        self.leader = min(range(len(rows)), key=self._standing)
+        outer, _, *values = rows[self.leader]
+        named = dict(zip(self._steps.hyper.names, values, strict=True))
         self.history.hyper(step, outer, named)
-        self._show(step, loss, outer, named)
-
-    def _standing(self, member: int) -> float:
-        """A member's recent validation loss, for ranking."""
-        mean = self.guards[member].mean
-        return mean if math.isfinite(mean) else math.inf
-
-    def _show(self, step: int, loss: float, outer: float, values: dict[str, float]) -> None:
-        """The log and the progress bar, no more often than they are looked at."""
+        self.log.note(named)
+        loss = trained[step][self.leader][0] if step in trained else math.nan
         if self._due(step):
-            self.telling.tuned(step, loss, outer, values, self.leader, self._standing(self.leader))
+            self.log.hyper_step(step, loss, outer, named, self.leader)
         now = time.monotonic()
         if now - self._looked > LOOK:
             self._looked = now
-            shown = {n: f"{v:.2g}" for n, v in values.items()}
+            shown = {n: f"{v:.2g}" for n, v in named.items()}
             self.bar.set_postfix(loss=f"{loss:.3f}", val=f"{outer:.3f}", **shown, refresh=False)
+
+    def _standing(self, member: int) -> float:
+        """A member's recent validation loss, for ranking."""
+        guard = self.controllers[member].guard
+        return guard.mean if guard is not None and math.isfinite(guard.mean) else math.inf
 
     # going wrong, and back
 
-    def keep(self, step: int, member: int) -> None:
+    def good(self, step: int, member: int) -> None:
         """Remember the present averaged weights as good."""
-        self._good.keep(member)
-        self._kept_at[member] = step
+        self._snapshots.take("average", member)
+        self._good_at[member] = step
 
-    def _judge(self, step: int, losses: list[float], told: list[tuple[int, Any]]) -> None:
-        for loss in losses if not self._many else []:
-            if self.guards[0].training_loss(loss) == "rollback":
-                why = "the training loss exploded or is not finite"
-                self._roll_back(step, 0, why, worsened=False)
-                return
-        for at, members in told:
-            for member, row in enumerate(members):
-                self._judge_member(step, member, at, row[1], row[2])
+    def _judge_step(self, step: int, member: int, row: list[float]) -> Action:
+        loss, fine, alive = row
+        controller = self.controllers[member]
+        guard = controller.guard
+        if guard is None:
+            return Action()
+        action = controller.observe(Gradient(bool(fine)))
+        if action.rewind is None and not self._many:
+            action = controller.observe(TrainingLoss(loss))
+        age = step - int(self._snapshots.part(self._run.since, member))
+        counted = not math.isnan(alive) and age <= guard.policy.young
+        if action.rewind is None and counted and age % self._steps.pulse(guard.policy.pulse) == 0:
+            action = controller.observe(Activity(alive))
+        return action
 
-    def _judge_member(self, step: int, member: int, at: int, outer: float, alive: float) -> None:
-        guard = self.guards[member]
-        if at - self.since <= YOUNG and guard.pulse(alive) == "rollback":
-            self._roll_back(step, member, "gradients vanished", worsened=False)
-            return
-        verdict = guard.loss(outer)
-        if verdict == "hold":
-            self._good.hold(member)
-            self._held_at[member] = step
-        elif verdict == "best":
-            self._good.keep(member, held=True)
-            self._kept_at[member] = self._held_at[member]
-        elif verdict == "rollback" and (
-            not math.isfinite(outer) or guard.confirms(*self._compare(member))
-        ):
-            what = "exploded" if guard.exploded else "worsened"
-            why = f"the validation loss has {what}, to {outer:.4g}"
-            self._roll_back(step, member, why, worsened=not guard.exploded)
+    def _judge_outer(self, member: int, row: list[float]) -> Action:
+        outer, finite, *_ = row
+        controller = self.controllers[member]
+        action = controller.observe(ValidationLoss(outer, lambda: self._compare(member)))
+        if action.rewind is not None or not math.isfinite(outer):
+            return action
+        judged = controller.observe(Hypergradient(bool(finite)))
+        return judged if judged.rewind is not None else action
 
-    @torch.no_grad()
-    def _roll_back(self, step: int, member: int, why: str, *, worsened: bool) -> None:
-        """Return to the last good weights with a lower rate, as the optimizers' engine does."""
-        guard, hyper = self.guards[member], self._bilevel.hyper
-        cool = guard.rolled_back(worsened=worsened)
-        self._good.rewind(member)
-        raw = self._good.part(self._run.hyper.raw, member)
-        state = hyper.move(self._run.hyper._replace(raw=raw), "lr", -cool)
-        for name in () if worsened else MOMENTA:
-            state = hyper.move(state, name, -0.7)  # memory 1/(1 − μ) about halves
-        raw.copy_(state.raw)
-        if not self._many:
-            self.since = step
-        (log.warning if guard.rollbacks == 1 else log.info)(
-            "selftune, step %d: %s; back to the last good weights, learning rate %s",
-            step, why, f"divided by {math.exp(cool):.3g}" if "lr" in hyper.names
-            else "unchanged, since it is not tuned",
-        )  # fmt: skip
+    def _act(self, step: int, actions: Sequence[Action]) -> bool:
+        """Carry out what is asked for each member; whether any was rewound."""
+        return any([self._carry_out(step, m, action) for m, action in enumerate(actions)])
+
+    def _carry_out(self, step: int, member: int, action: Action) -> bool:
+        if action.snapshot:
+            self._snapshots.take(action.snapshot, member)
+            if action.snapshot == "candidate":
+                self._candidate_at[member] = step
+            else:
+                self._good_at[member] = self._candidate_at[member]
+        if action.rewind is None:
+            return False
+        self._snapshots.rewind(action.rewind, member)
+        self.controllers[member].announce(action, step)
+        self._rewound(step, member)
+        return True
+
+    def _rewound(self, step: int, member: int) -> None:
+        """Take note of a rewind."""
         self.history.rollbacks.append(step)
-        self.telling.monitor.scalar("guard/events", len(self.history.rollbacks), step)
+        self.metrics.monitor.scalar("guard/events", len(self.history.rollbacks), step)
         if not self._many:
-            self.history.undone.append([self._kept_at[member], step])
-            self._kept_at[member] = step
+            self.history.undone.append([self._good_at[member], step])
+            self._good_at[member] = self.since = step
+        self.note(step)
+
+    def begin(self, step: int) -> None:
+        """Note the start of the run, perhaps after a sweep."""
+        self.since = step
+        self._good_at = [step] * len(self._good_at)
         self.note(step)
 
     # the present hyperparameters
 
     def verdicts(self) -> dict[str, Verdict]:
-        """What has become of each tuned hyperparameter so far."""
-        return self.telling.verdicts(self.leader)
+        """A judgement of each tuned hyperparameter so far."""
+        return self.log.verdicts(self.hparams(), self.leader)
 
     def _tuned_values(self) -> dict[str, float]:
-        raw = self._good.part(self._run.hyper.raw, self.leader)
-        return {n: float(v) for n, v in self._bilevel.hyper.values(raw).items()}
+        raw = self._snapshots.part(self._run.hyper.raw, self.leader)
+        return {n: float(v) for n, v in self._steps.hyper.values(raw).items()}
 
     def note(self, step: int) -> None:
         """Note hyperparameters that something else than a hyperparameter step has set."""
         values = self._tuned_values()
         self.history.hyper(step, math.nan, values)
-        self.telling.monitor.scalars([(f"hyper/{n}", v) for n, v in values.items()], step)
+        self.log.note(values)
+        self.log.placed(step, values)
 
     def hparams(self) -> dict[str, float]:
         """All hyperparameters as they are now; the learning rate is the tuned peak."""
-        tuned, fixed = self._tuned_values(), self._bilevel.options
-        update = {n: tuned.get(n, fixed.get(n, 0.0)) for n in self._bilevel.update.hparams}
-        return update | {n: v for n, v in tuned.items() if n in self._bilevel.strengths}
+        tuned, fixed = self._tuned_values(), self._steps.options
+        update = {n: tuned.get(n, fixed.get(n, 0.0)) for n in self._steps.update.hparams}
+        return update | {n: v for n, v in tuned.items() if n in self._steps.layers}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to go on."""
         return {
             "history": dict(vars(self.history)),
-            "guards": [g.state_dict() for g in self.guards],
-            "since": self.since,
+            "controllers": [c.state_dict() for c in self.controllers],
             "leader": self.leader,
-            "kept_at": self._kept_at,
-            "held_at": self._held_at,
+            "since": self.since,
+            "good_at": self._good_at,
+            "candidate_at": self._candidate_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         vars(self.history).update(state["history"])  # others hold it too
-        for guard, saved in zip(self.guards, state["guards"], strict=True):
-            guard.load_state_dict(saved)
-        self.since, self.leader = state["since"], state["leader"]
-        self._kept_at, self._held_at = state["kept_at"], state["held_at"]
-
-
-def _read(tensors: list[Tensor]) -> list[Any]:
-    """Their values; from a GPU in one piece, which is waited for once."""
-    if tensors and tensors[0].is_cuda:
-        return torch.stack(tensors).tolist()
-    return [t.tolist() for t in tensors]
+        for controller, saved in zip(self.controllers, state["controllers"], strict=True):
+            controller.load_state_dict(saved)
+        self.leader, self.since = state["leader"], state["since"]
+        self._good_at, self._candidate_at = state["good_at"], state["candidate_at"]
+        self.log.resume(self.history.hparams)
 
 
 def _kept(told: Tensor) -> Tensor:

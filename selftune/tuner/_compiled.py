@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -15,9 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from selftune._trees import leaves
-from selftune.bilevel import Batch, Bilevel, Run, alive
-from selftune.followed import Followed
-from selftune.unobserved import Unobserved
+from selftune.tuner._fast_path import FastPath
+from selftune.tuner._steps import Batch, RunState, Steps
+from selftune.tuner._whole_step import FunctionalSteps
 
 log = logging.getLogger("selftune")
 
@@ -27,31 +26,30 @@ ODD, SHARE = 20, 0.25
 
 
 class Fused:
-    """Takes the steps of a :class:`~selftune.bilevel.Bilevel` and writes the run in place.
+    """Takes the steps of :class:`~selftune.tuner._steps.Steps` and writes the run in place.
 
-    Compiled, a step is one graph: forward, gradient, update, tangents and hyperparameter step,
-    with no Python between. The graph is made for the shapes of the first batch; a batch of
-    another shape (the last of an epoch) takes the same step eagerly, and where those are many a
-    second graph for any shape is made. If the model itself cannot be compiled, its passes run
-    eagerly and the rest stays compiled.
+    Compiled, a step is one graph: forward, gradient, update and sensitivities, or validation pass
+    and hyperparameter step, with no Python between. The graph is made for the shapes of the first
+    batch; a batch of another shape (the last of an epoch) takes the same step eagerly, and where
+    those are many a second graph for any shape is made. If the model itself cannot be compiled, its
+    passes run eagerly and the rest stays compiled.
 
     Args:
-        bilevel: The steps.
+        steps: The steps.
         run: The tensors they work on.
         population: Members of a population mapped over the leading dimension, or None.
     """
 
-    def __init__(self, bilevel: Bilevel, run: Run, population: int | None = None) -> None:
+    def __init__(self, steps: Steps, run: RunState, population: int | None = None) -> None:
         _keep_freed_memory()
-        self._bilevel = bilevel
+        self._steps = steps
         self.run = run
         self._mapped = _mapper(population)
-        follow = bilevel.follow
-        self.followed = None if follow is None else Followed(bilevel, follow, run)
+        self.whole = None if steps.whole is None else FunctionalSteps(steps, steps.whole, run)
         self.compiled = False
-        self._eager = self._whole(lambda step: step)
-        if population is None and Unobserved.serves(bilevel, run):
-            self._eager["train"] = _either(Unobserved(bilevel), self._eager["train"])
+        self._eager = self._graphs(lambda step: step)
+        if population is None and FastPath.serves(steps, run):
+            self._eager["plain"] = _either(FastPath(steps), self._eager["plain"])
         self._exact: dict[str, Step] = {}
         self._any: dict[str, Step] = {}
         self._shapes: dict[str, Any] = {}
@@ -72,52 +70,64 @@ class Fused:
             for leaf in tensors:
                 torch._dynamo.mark_static_address(leaf)
         log.info("compiling the training step: up to a minute, and quick once it is cached")
-        self._exact = self._whole(lambda step: _compile(step, device, dynamic=False))
-        self._any = self._whole(lambda step: _compile(step, device, dynamic=True))
-        if self.followed is not None:
-            self.followed.wrap(lambda function: _for_shapes(function, device))
+        self._exact = self._graphs(lambda step: _compile(step, device, dynamic=False))
+        self._any = self._graphs(lambda step: _compile(step, device, dynamic=True))
+        if self.whole is not None:
+            self.whole.wrap(lambda function: _for_shapes(function, device))
 
-    def train(self, batch: Batch) -> Tensor:
-        """A weight step; returns the training loss."""
-        return self._take("train", batch)
+    def train(self, batch: Batch, *, tracked: bool, last: bool = False) -> Tensor:
+        """A step of the weights.
 
-    def tune(self, batch: Batch, outer: Batch) -> Tensor:
-        """A weight and a hyperparameter step; returns what :meth:`Bilevel.told` tells."""
-        return self._take("tune", batch, outer)
+        Args:
+            batch: Of training.
+            tracked: Whether it is averaged and pushes the sensitivities.
+            last: Whether a step of the hyperparameters follows.
+
+        Returns:
+            What :meth:`Steps.told` tells.
+        """
+        kind = "tracked" if tracked else "plain"
+        if self.whole is not None and (last or self.whole.sees_all):
+            kind = f"seen {kind}"
+        return self._take(kind, batch)
+
+    def tune(self, batch: Batch) -> Tensor:
+        """A step of the hyperparameters; returns what :meth:`Steps.tune` tells."""
+        return self._take("tune", batch)
 
     @torch.no_grad()
-    def _take(self, kind: str, *batches: Batch) -> Tensor:
+    def _take(self, kind: str, batch: Batch) -> Tensor:
         if not self.compiled:
-            return self._eager[kind](self.run, *batches)
+            return self._eager[kind](self.run, batch)
         self._taken += 1
-        shapes = signature(batches)
+        shapes = signature(batch)
         first = kind not in self._shapes
         if first:
             self._shapes[kind] = shapes
         if shapes == self._shapes[kind]:
-            return self._compiled(kind, first, *batches)
+            return self._compiled(kind, first, batch)
         self._odd += 1
         step = self._any if self._odd > max(ODD, SHARE * self._taken) else self._eager
-        return step[kind](self.run, *batches)
+        return step[kind](self.run, batch)
 
-    def _compiled(self, kind: str, first: bool, *batches: Batch) -> Tensor:
+    def _compiled(self, kind: str, first: bool, batch: Batch) -> Tensor:
         """A compiled step, or what stays of it where torch cannot compile it."""
         start = time.perf_counter()
         try:
-            result = self._exact[kind](self.run, *batches)
+            result = self._exact[kind](self.run, batch)
         except torch._dynamo.exc.FailOnRecompileLimitHit:  # imported where used: slow
             self._fall_back("a number in the model or the loss keeps changing")
-            return self._take(kind, *batches)
+            return self._take(kind, batch)
         except torch._dynamo.exc.TorchDynamoException as error:
             self._fall_back(str(error).strip().splitlines()[0])
-            return self._take(kind, *batches)
+            return self._take(kind, batch)
         if first:
             log.info("compiled the %s step in %.0f s", kind, time.perf_counter() - start)
         return result
 
     def _fall_back(self, reason: str) -> None:
         """Leave the model's passes eager; if that was so already, leave everything."""
-        self.compiled = not self._apart and self.followed is None
+        self.compiled = not self._apart and self.whole is None
         if not self.compiled:
             log.warning("the training step stays eager from here: %s", reason)
             return
@@ -127,102 +137,84 @@ class Fused:
         self._exact = self._parted(lambda step: _compile(step, device, dynamic=False))
         self._any = self._exact
 
-    def _whole(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
-        """Both steps, each wrapped as a whole."""
-        bilevel, mapped = self._bilevel, self._mapped
-        if self.followed is not None:
-            return self._following(wrap)
-        return {
-            "train": wrap(_in_place(mapped(bilevel.train, 1))),
-            "tune": wrap(_in_place(mapped(bilevel.tune, 2))),
-        }
+    def _graphs(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
+        """Every kind of step, each wrapped as a whole."""
+        steps, mapped = self._steps, self._mapped
 
-    def _following(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
-        """Both steps, of which an estimator takes note; it works between the graphs."""
-        bilevel, followed = self._bilevel, self.followed
-        assert followed is not None
+        def plain(run: RunState, batch: Batch) -> Any:
+            return steps.train(run, batch, tracked=False)
 
-        def advance(run: Run, batch: Batch) -> tuple[Run, Any]:
-            point, hparams = followed.seen(run)
-            loss, grads, buffers = bilevel.gradient(run, batch)
-            point = point._replace(grads=followed.joined(grads))
-            observe = bilevel.estimator.stride == 1
-            run = bilevel.advance(run, loss, grads, buffers, observe=observe)
-            return run, (loss, point, hparams)
+        def tracked(run: RunState, batch: Batch) -> Any:
+            return steps.train(run, batch, tracked=True)
 
-        def validate(run: Run, batch: Batch, outer: Batch) -> tuple[Run, Any]:
-            point, hparams = followed.seen(run)
-            loss, grads, buffers = bilevel.gradient(run, batch)
-            passed = point._replace(grads=followed.joined(grads)) if followed.sees_all else None
-            run = bilevel.advance(run, loss, grads, buffers, observe=True)
-            outer_loss, outer_grads, buffers = bilevel.outer_gradient(run, outer)
-            told = loss, alive(grads), outer_loss
-            run = run._replace(average_buffers=buffers)
-            ends = followed.seen(run)[0], followed.joined(outer_grads)
-            return run, (told, passed, hparams, *ends, bilevel.hypergradient(run, outer_grads))
+        def tune(run: RunState, batch: Batch) -> Any:
+            return steps.tune(run, batch)
 
-        def step(
-            run: Run, grads: dict[str, Tensor], rows: Tensor, *told: Tensor
-        ) -> tuple[Run, Tensor]:
-            signal = rows + followed.raw(run, grads)
-            after = bilevel.stepped(run, signal, run.average_buffers)
-            return after, bilevel.told(after, *told)
+        found = {"plain": plain, "tracked": tracked, "tune": tune}
+        graphs = {n: wrap(_in_place(mapped(f, 1))) for n, f in found.items()}
+        return graphs if self.whole is None else {**graphs, **self._seen(self.whole, wrap)}
 
-        advancing, validating = wrap(_in_place(advance)), wrap(_in_place(validate))
-        plain, stepping = wrap(_in_place(bilevel.train)), wrap(_in_place(step))
+    def _seen(self, whole: FunctionalSteps, wrap: Callable[[Step], Step]) -> dict[str, Step]:
+        """Steps of which an estimator takes note; it works between the graphs."""
+        steps = self._steps
         # A CUDA graph writes over what it returned.
         kept = partial(tree_map, torch.clone) if self.run.step.is_cuda else lambda found: found
 
-        def train(run: Run, batch: Batch) -> Tensor:
-            if not followed.sees_all:
-                return plain(run, batch)
-            loss, point, hparams = advancing(run, batch)
-            if not math.isfinite(float(loss)):  # the step was not taken
-                return loss
-            point, hparams = kept((point, hparams))
-            followed.observe(point, hparams, batch)
-            return loss
+        def seen(tracked: bool) -> Step:
+            def advance(run: RunState, batch: Batch) -> tuple[RunState, Any]:
+                point, hparams = whole.seen(run)
+                run, told = steps.train(run, batch, tracked=tracked)
+                return run, (told, point, hparams)
 
-        def tune(run: Run, batch: Batch, outer: Batch) -> Tensor:
-            told, passed, hparams, end, grads, rows = validating(run, batch, outer)
-            point, hparams = kept((passed or end, hparams))
-            if math.isfinite(float(told[0])):
-                followed.observe(point, hparams, batch)
-            end = end._replace(batch=(batch, end.batch))
-            found = followed.estimate(end, hparams, grads)
-            return stepping(run, found, rows, *told)
+            advancing = wrap(_in_place(advance))
 
-        return {"train": train, "tune": tune}
+            def train(run: RunState, batch: Batch) -> Tensor:
+                told, point, hparams = advancing(run, batch)
+                if bool(told[1]):  # the step was taken
+                    whole.observe(*kept((point, hparams)), batch)
+                return told
+
+            return train
+
+        def validate(run: RunState, batch: Batch) -> tuple[RunState, Any]:
+            passed = steps.outer_gradient(run, batch)
+            end, hparams = whole.seen(run)
+            return run, (passed, whole.joined(passed[1]), end, hparams)
+
+        def step(run: RunState, passed: Any, found: Any) -> tuple[RunState, Tensor]:
+            return steps.hyper_step(run, passed, whole.raw(run, found))
+
+        validating, stepping = wrap(_in_place(validate)), wrap(_in_place(step))
+
+        def tune(run: RunState, batch: Batch) -> Tensor:
+            passed, grads, end, hparams = validating(run, batch)
+            found = whole.estimate(end, hparams, grads)
+            return stepping(run, passed, found)
+
+        return {"seen plain": seen(False), "seen tracked": seen(True), "tune": tune}
 
     def _parted(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
-        """Both steps with the model's passes left as they are and the rest wrapped."""
-        bilevel, mapped = self._bilevel, self._mapped
-        inner, outer = mapped(bilevel.gradient, 1), mapped(bilevel.outer_gradient, 1)
+        """Every kind of step with the model's passes left as they are and the rest wrapped."""
+        steps, mapped = self._steps, self._mapped
 
-        def advance(run: Run, loss: Tensor, *rest: Any) -> tuple[Run, Tensor]:
-            return bilevel.advance(run, loss, *rest), loss
+        def plain(run: RunState, *passed: Any) -> Any:
+            return steps.advance(run, passed, tracked=False)
 
-        def observe(run: Run, loss: Tensor, *rest: Any) -> tuple[Run, Tensor]:
-            return bilevel.advance(run, loss, *rest, observe=True), loss
+        def tracked(run: RunState, *passed: Any) -> Any:
+            return steps.advance(run, passed, tracked=True)
 
-        def step(run: Run, found: Any, outer: Any) -> tuple[Run, Tensor]:
-            after = bilevel.step(run, *outer)
-            loss, grads, _ = found
-            return after, bilevel.told(after, loss, alive(grads), outer[0])
+        def tune(run: RunState, *passed: Any) -> Any:
+            return steps.hyper_step(run, passed)
 
-        advancing = wrap(_in_place(mapped(advance, 0)))
-        observing = wrap(_in_place(mapped(observe, 0)))
-        stepping = wrap(_in_place(mapped(step, 0)))
+        def parted(gradient: Step, step: Step) -> Step:
+            passing, stepping = mapped(gradient, 1), wrap(_in_place(mapped(step, 0)))
+            return lambda run, batch: stepping(run, *passing(run, batch))
 
-        def train(run: Run, batch: Batch) -> Tensor:
-            return advancing(run, *inner(run, batch))
-
-        def tune(run: Run, batch: Batch, outer_batch: Batch) -> Tensor:
-            found = inner(run, batch)
-            observing(run, *found)
-            return stepping(run, found, outer(run, outer_batch))
-
-        return {"train": train, "tune": tune}
+        return {
+            "plain": parted(steps.gradient, plain),
+            "tracked": parted(steps.gradient, tracked),
+            "tune": parted(steps.outer_gradient, tune),
+        }
 
 
 def _either(first: Step, second: Step) -> Step:
@@ -248,7 +240,7 @@ def _keep_freed_memory() -> None:
 def _in_place(step: Step) -> Step:
     """A pure step that writes the next run into the tensors of the run before."""
 
-    def stepped(run: Run, *rest: Any) -> Any:
+    def stepped(run: RunState, *rest: Any) -> Any:
         after, told = step(run, *rest)
         for old, new in zip(leaves(run), leaves(after), strict=True):
             if new is not old:

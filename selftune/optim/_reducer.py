@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Ranks:
+class Reducer:
     """Sums and means over processes; each process then takes the same hyperparameter step.
 
     Where parameters are replicated (DDP), training gradients agree already and outer ones are

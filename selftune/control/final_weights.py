@@ -1,4 +1,4 @@
-"""Which weights a run of known length ends with."""
+"""The final weights of a run of known length."""
 
 from __future__ import annotations
 
@@ -11,47 +11,48 @@ import torch
 from torch import Tensor
 
 BACK = (-1.0, -0.75, -0.5, -0.25, 0.0)
-"""Places from the good weights to the average where slopes are taken."""
+"""Positions from the last good weights to the average at which slopes are taken."""
 _REST = torch.tensor(
     [[4, 16, 8, 16, 4], [-1, 8, 9, 16, 4], [0, 0, 4, 16, 4], [0, 0, -1, 8, 5]],
     dtype=torch.float64,
 ).div(48)
-# By Simpson's rule, what slopes at these places add up to from each of the first four to the last.
+# Simpson's rule: the integral of slopes from each of the first four positions to the last.
 
 
 @dataclass(kw_only=True)
-class Ending:
-    """Where a run ends: between its good weights, their average and the last ones.
+class FinalWeights:
+    """The position of the final weights between the last good ones, the average and the last.
 
     The average lags behind the weights, which costs where these still descend and helps where
     they have gone on to fit noise; where they have done so for long, the good weights are
-    better. The losses of these places differ by less than those of batches do, but not so slopes
-    on the way from one to the next, and what these add up to shows where it is lowest.
+    better. The losses of these positions differ by less than those of batches do; the slopes from
+    one position to the next do not, and their integral shows where the loss is lowest.
 
     Attributes:
-        onward: The place: −1 the good weights, 0 the average, 1 the last weights.
-        judged: Steps taken when that was found; 0: not yet.
+        position: −1 the last good weights, 0 the average, 1 the last weights.
+        judged: Steps taken when it was found; 0: not yet.
 
     Source: Simpson's rule; for the end of a run, this library.
     """
 
-    onward: float = 0.0
+    position: float = 0.0
     judged: int = 0
 
     def __str__(self) -> str:
-        """Where, in words.
+        """The position in words.
 
         Examples:
-            >>> str(Ending()), str(Ending(onward=-1.0))
-            ('at its averaged weights', '100 % of the way back to its good weights')
+            >>> print(FinalWeights()); print(FinalWeights(position=-0.25))
+            the running average
+        25 % of the way from the running average to the last good weights
         """
-        if self.onward == 0:
-            return "at its averaged weights"
-        way = "back to its good" if self.onward < 0 else "to its last"
-        return f"{100 * abs(self.onward):.0f} % of the way {way} weights"
+        if self.position == 0:
+            return "the running average"
+        end = "the last good weights" if self.position < 0 else "the last iterate"
+        return f"{100 * abs(self.position):.0f} % of the way from the running average to {end}"
 
     def due(self, steps: int, period: int, total: int | None, every: int) -> bool:
-        """Whether there may be no other chance to judge.
+        """Whether this may be the last call before the run is over.
 
         Args:
             steps: Taken so far.
@@ -63,14 +64,14 @@ class Ending:
         return near and (self.judged == 0 or steps - self.judged >= every)
 
     def over(self, steps: int, total: int | None, every: int) -> bool:
-        """Whether it is judged and the run is over before another hyperparameter step would tell.
+        """Whether it is judged and the run is over before another hyperparameter step matters.
 
-        That step might also take other weights for good, which the place found is counted from.
+        That step might also promote other weights, which the position counts from.
         """
         return self.judged > 0 and total is not None and 0 <= total - steps < every
 
     def judge(self, steps: int, forth: Tensor, back: Tensor | None = None) -> None:
-        """Find the end.
+        """Find the position.
 
         Args:
             steps: Taken so far.
@@ -80,23 +81,23 @@ class Ending:
                 (5, batches); None: there are no good weights.
         """
         start, end = forth.mean(1).tolist()
-        self.judged, self.onward = steps, lowest(start, end)
+        self.judged, self.position = steps, parabola_minimum(start, end)
         if back is None:
             return
         fine = back.isfinite().all(1)
         if not bool(fine.all()):
-            self.onward = -1.0 if fine[0] and not fine[-1] else self.onward
+            self.position = -1.0 if fine[0] and not fine[-1] else self.position
             return
-        # How far the loss rises from each place to where the run would end otherwise.
-        rises = _REST @ back.mean(1) + rise(start, end, self.onward)
+        # How far the loss rises from each position to where the run would end otherwise.
+        rises = _REST @ back.mean(1) + rise(start, end, self.position)
         error = (back.var(1).mean() / back.shape[1]).sqrt() * _REST.square().sum(1).sqrt()
         best = int(rises.argmax())
         if rises[best] > error[best]:
-            self.onward = BACK[best]
+            self.position = BACK[best]
 
     def forget(self) -> None:
-        """The run goes on, and shows its average."""
-        self.judged, self.onward = 0, 0.0
+        """The run goes on, and ends at its average."""
+        self.judged, self.position = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""
@@ -109,7 +110,7 @@ class Ending:
 
 
 def between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """A copy on the way from one tensor to another: at the ends whatever the other holds.
+    """A copy between two tensors; exact at both ends, also where the other holds NaN.
 
     Examples:
         >>> between(torch.zeros(1), torch.ones(1), 0.25)
@@ -121,15 +122,15 @@ def between(start: Tensor, end: Tensor, share: float) -> Tensor:
     return start.lerp(end, share)
 
 
-def lowest(start: float, end: float) -> float:
+def parabola_minimum(start: float, end: float) -> float:
     """Where between 0 and 1 a parabola with these slopes at 0 and 1 is lowest, going downhill.
 
-    If it ends as high as it began or higher, that is 0: of a loss that turns so soon two slopes
-    tell too little, and there is little to gain.
+    0 if it ends as high as it began or higher: a loss that turns so soon is no parabola, and there
+    is little to gain.
 
     Examples:
-        >>> lowest(-1.0, 0.5), lowest(-1.0, -0.5), lowest(-1.0, 1.0)
-        (0.6666666666666666, 1.0, 0.0)
+        >>> parabola_minimum(-1.0, 0.5), parabola_minimum(-1.0, 1.0)
+        (0.6666666666666666, 0.0)
     """
     if not (start < 0 and start + end < 0 and math.isfinite(start + end)):
         return 0.0

@@ -1,4 +1,4 @@
-"""Estimators of whole steps in an optimizer: all it knows of the loss is a closure."""
+"""Whole-step estimation in an optimizer: all it knows of the loss is a closure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune.estimators import AbstractEstimator, Follower
+from selftune.estimators import AbstractEstimator
+from selftune.method.whole_step import WholeSteps
 from selftune.optim._block import Block
+from selftune.optim._shifts import Shifts
 from selftune.problem import Point, Problem
 from selftune.products import Products, Pull, Push, Values
-from selftune.tuning import Tuning
 from selftune.update import Clock, Transition, Update
 
 log = logging.getLogger("selftune")
@@ -165,27 +166,27 @@ class _Last(NamedTuple):
     kept: tuple[Tensor, Tensor] | None  # its weights and gradient, where nothing else keeps them
 
 
-class Following:
-    """Follows an optimizer's steps by an estimator that must see them whole.
+class ClosureSteps:
+    """The steps of an optimizer, for an estimator that must see them whole.
 
     Args:
-        estimator: Follows them.
-        update: What the optimizer steps by.
-        tuning: The tuned hyperparameters.
+        estimator: Observes them.
+        update: The weight step.
+        shifts: The tuned hyperparameters.
     """
 
-    def __init__(self, estimator: AbstractEstimator, update: Update, tuning: Tuning) -> None:
-        self._follower, self._update, self._tuning = Follower(estimator), update, tuning
+    def __init__(self, estimator: AbstractEstimator, update: Update, shifts: Shifts) -> None:
+        self._steps, self._update, self._shifts = WholeSteps(estimator), update, shifts
         self._last: _Last | None = None
 
     def forget(self) -> None:
         """Begin anew."""
-        self._follower.forget()
+        self._steps.forget()
         self._last = None
 
-    def anew(self) -> Following:
+    def anew(self) -> ClosureSteps:
         """The same, with nothing remembered: closures are not copied."""
-        return Following(self._follower.estimator, self._update, self._tuning)
+        return ClosureSteps(self._steps.estimator, self._update, self._shifts)
 
     def _problem(self, block: Block, values: Mapping[str, Any]) -> Problem:
         """The problem with the group's present options."""
@@ -195,14 +196,14 @@ class Following:
             update=self._update.joined(block.layout), inner_loss=lambda w, h, b: w.sum(),
             outer_loss=lambda w, b: w.sum(), segments=index.repeat_interleave(sizes),
             shapes=block.layout.shapes,
-            options={n: v for n, v in values.items() if n not in self._tuning.rows},
+            options={n: v for n, v in values.items() if n not in self._shifts.rows},
         )  # fmt: skip
 
     def _hparams(self, block: Block) -> dict[str, Tensor]:
         """One value for all, or one a tensor."""
         dtype, device = block.layout.dtype, block.layout.device
-        shared = self._tuning.shared
-        rows = {n: t.values() for n, t in self._tuning.rows.items()}
+        shared = self._shifts.shared
+        rows = {n: t.values() for n, t in self._shifts.rows.items()}
         return {n: (v[0] if shared else v).to(device, dtype) for n, v in rows.items()}
 
     def observe(
@@ -210,32 +211,31 @@ class Following:
     ) -> None:
         """Take note of a step that is about to be written."""
         problem, hparams = self._problem(block, values), self._hparams(block)
-        options = {n: v for n, v in values.items() if n not in self._tuning.rows}
+        options = {n: v for n, v in values.items() if n not in self._shifts.rows}
         params, grads = step.params.clone(), grads.clone()
         point = Point(params, dict(step.state), call, step.clock, grads, options)
         call.know(params, grads)
-        self._follower.observe(problem, point, hparams)
-        kept = None if self._follower.estimator.sees_all else (params, grads)
+        self._steps.observe(problem, point, hparams)
+        kept = None if self._steps.estimator.sees_all else (params, grads)
         self._last = _Last(call, step.clock, kept)
 
     def signal(self, block: Block, values: Mapping[str, Any], grads: Tensor) -> Tensor | None:
-        """dL/d(raw) for an outer gradient: shape (hyperparameters, tensors or 1).
+        """dL/d(raw) along an outer gradient of length 1: shape (hyperparameters, tensors or 1).
 
         None where no step has been seen since the last fresh start.
         """
         problem, hparams = self._problem(block, values), self._hparams(block)
-        if self._follower.memory is None or self._last is None:
+        if self._steps.memory is None or self._last is None:
             return None
         call, clock, kept = self._last
         if kept is not None:  # one more pass tells whether the closure still has its batch
             call.check(*kept)
-        state = {k: block.state[k] for k in block.state}
-        clock = clock._replace(step=clock.step + 1, age=block.age())
-        end = Point(block.weights(), state, call, clock)
-        found = self._follower.solve(problem, end, hparams, grads)
-        slopes = {n: t.slopes().to(grads) for n, t in self._tuning.rows.items()}
+        clock = clock._replace(step=clock.step + 1, age=block.layout.expand(block.ages()))
+        end = Point(block.weights(), dict(block.part.rule), call, clock)
+        found = self._steps.estimate(problem, end, hparams, grads)
+        slopes = {n: t.slopes().to(grads) for n, t in self._shifts.rows.items()}
         rows = [
-            (found.grads[n] * (slopes[n][0] if self._tuning.shared else slopes[n])).reshape(-1)
+            (found[n] * (slopes[n][0] if self._shifts.shared else slopes[n])).reshape(-1)
             for n in hparams
         ]
         return torch.stack(rows)

@@ -1,0 +1,250 @@
+"""The controller: plain numbers of a run in, what the driver does next out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from selftune.control.final_weights import FinalWeights
+from selftune.control.guard import Guard, GuardPolicy
+from selftune.control.lr_sweep import LRSweep, SweepSettings
+from selftune.hparams import Hparam
+
+log = logging.getLogger("selftune")
+
+TOO_HIGH = "the learning rate of the sweep is too high: the trial lost the descent"
+BAD_GRADIENTS = "gradients vanished or are not finite"
+
+
+class SweepSlope(NamedTuple):
+    """In the sweep: the slope of the loss at the end of the last step, along it."""
+
+    slope: float
+    values: Mapping[str, float]
+
+
+class TrialSlopes(NamedTuple):
+    """In the trial: the slopes of the loss at the start and the end of the last step."""
+
+    start: float
+    end: float
+
+
+class Gradient(NamedTuple):
+    """Whether a training gradient, and the weights it leads to, are finite."""
+
+    finite: bool
+
+
+class Activity(NamedTuple):
+    """How many weights have a gradient that is not 0."""
+
+    alive: float
+
+
+class TrainingLoss(NamedTuple):
+    """The loss of a training batch."""
+
+    loss: float
+
+
+class ValidationLoss(NamedTuple):
+    """The loss of a validation batch at the outer point.
+
+    Attributes:
+        loss: Of one batch.
+        compare: Mean losses at the outer point and at the good weights over many batches, and
+            perhaps the standard error of their difference.
+    """
+
+    loss: float
+    compare: Callable[[], tuple[float, ...]]
+
+
+class Hypergradient(NamedTuple):
+    """Whether a hypergradient is finite."""
+
+    finite: bool
+
+
+Record = (
+    SweepSlope | TrialSlopes | Gradient | Activity | TrainingLoss | ValidationLoss | Hypergradient
+)
+
+
+class Action(NamedTuple):
+    """What a driver does; nothing by default.
+
+    Attributes:
+        skip: Leave out the step at hand.
+        snapshot: First of all copy weights: ``"iterate"`` or ``"average"`` to the good ones,
+            ``"candidate"`` the average to the candidate, ``"promote"`` the candidate to the good.
+        rewind: Then return to the good weights and begin anew, with raw values moved by so much.
+        reason: Why, for the log; empty where the rewind is part of the plan.
+    """
+
+    skip: bool = False
+    snapshot: str = ""
+    rewind: Mapping[str, float] | None = None
+    reason: str = ""
+
+
+@dataclass(kw_only=True)
+class Controller:
+    """Decides on sweep, trial, guard and final weights of one run.
+
+    Args:
+        hparams: The tuned hyperparameters.
+        total_steps: Steps in the run, or None.
+        sweep: The learning-rate sweep, or None.
+        guard: The guard, or None.
+        final: Where the run ends.
+    """
+
+    hparams: Mapping[str, Hparam]
+    total_steps: int | None = None
+    sweep: LRSweep | None = None
+    guard: Guard | None = None
+    final: FinalWeights = field(default_factory=FinalWeights)
+
+    @property
+    def sweeping(self) -> bool:
+        """Whether the sweep is under way."""
+        return self.sweep is not None and not self.sweep.ended
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the rate of the sweep is on trial."""
+        return self.guard is not None and self.sweep is not None and self.sweep.on_trial
+
+    def observe(self, record: Record) -> Action:
+        """What follows from a record of the run."""
+        decide: Any = {
+            SweepSlope: self._sweep,
+            TrialSlopes: self._trial,
+            Gradient: self._gradient,
+            Activity: self._activity,
+            TrainingLoss: self._training_loss,
+            ValidationLoss: self._validation_loss,
+            Hypergradient: self._hypergradient,
+        }[type(record)]
+        return decide(record) if self.guard is not None or decide == self._sweep else Action()
+
+    def _sweep(self, record: SweepSlope) -> Action:
+        assert self.sweep is not None
+        lowest = self.sweep.observe(record.slope)
+        moves = None
+        if self.sweep.ended:
+            moves = self.sweep.moves(record.values, self.hparams, self.total_steps)
+            log.info(
+                "sweep: %d steps, learning rate times %.3g", self.sweep.taken, self.sweep.choice
+            )
+        return Action(snapshot="iterate" if lowest else "", rewind=moves)
+
+    def _trial(self, record: TrialSlopes) -> Action:
+        assert self.sweep is not None
+        if self.sweep.judge(record.start, record.end):
+            return self._rewind(TOO_HIGH)
+        return Action()
+
+    def _gradient(self, record: Gradient) -> Action:
+        return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
+
+    def _activity(self, record: Activity) -> Action:
+        return self._judged(self._guard.activity(record.alive), BAD_GRADIENTS)
+
+    def _training_loss(self, record: TrainingLoss) -> Action:
+        verdict = self._guard.training_loss(record.loss)
+        return self._judged(verdict, "the training loss exploded or is not finite")
+
+    def _hypergradient(self, record: Hypergradient) -> Action:
+        verdict = self._guard.hypergradient(record.finite)
+        return self._judged(verdict, "hypergradients are not finite")
+
+    def _validation_loss(self, record: ValidationLoss) -> Action:
+        guard, loss = self._guard, record.loss
+        verdict = guard.validation_loss(loss)
+        # A few unlucky batches look like a loss that has worsened, or, beside a lucky first one,
+        # exploded.
+        if verdict == "rewind" and (not math.isfinite(loss) or guard.confirms(*record.compare())):
+            how = "exploded" if guard.exploded else "worsened"
+            return self._rewind(
+                f"the validation loss has {how}, to {loss:.4g}", worsened=not guard.exploded
+            )
+        return Action(snapshot=verdict) if verdict in ("candidate", "promote") else Action()
+
+    @property
+    def _guard(self) -> Guard:
+        assert self.guard is not None
+        return self.guard
+
+    def _judged(self, verdict: str, reason: str) -> Action:
+        if verdict == "rewind":
+            return self._rewind(reason)
+        return Action(skip=verdict == "skip")
+
+    def _rewind(self, reason: str, *, worsened: bool = False) -> Action:
+        """Cool the rate; where the run blew up, momenta too."""
+        moves = {"lr": -self._guard.rewound(worsened=worsened)}
+        if not worsened:
+            momenta = [n for n, h in self.hparams.items() if h.role == "momentum"]
+            moves |= dict.fromkeys(momenta, self._guard.policy.momentum)
+        return Action(skip=True, rewind=moves, reason=reason)
+
+    def announce(self, action: Action, step: int) -> None:
+        """Log a rewind: the first as a warning."""
+        if not action.reason or self.guard is None or action.rewind is None:
+            return
+        change = "unchanged, since it is not tuned"
+        if "lr" in self.hparams:
+            change = f"divided by {math.exp(-action.rewind['lr']):.3g}"
+        (log.warning if self.guard.rewinds == 1 else log.info)(
+            "selftune, step %d: %s; back to the last good weights, learning rate %s",
+            step, action.reason, change,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers to save."""
+        parts = {"sweep": self.sweep, "guard": self.guard, "final": self.final}
+        return {n: None if p is None else p.state_dict() for n, p in parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``; without a saved sweep it is over."""
+        if self.sweep is not None:
+            if state["sweep"] is None:
+                self.sweep.ended = True
+            else:
+                self.sweep.load_state_dict(state["sweep"])
+        if self.guard is not None and state["guard"] is not None:
+            self.guard.load_state_dict(state["guard"])
+        self.final.load_state_dict(state["final"])
+
+
+def make_guard(guard: Any) -> Guard | None:
+    """The guard of ``guard=``: True, False or a policy.
+
+    Raises:
+        TypeError: Something else.
+    """
+    if guard is False or guard is None:
+        return None
+    policy = GuardPolicy() if guard is True else guard
+    if not hasattr(policy, "begin"):
+        raise TypeError(
+            f"guard={guard!r} must be True, False or a policy, such as "
+            "selftune.control.GuardPolicy(patience=5)"
+        )
+    found: Guard = policy.begin()
+    return found
+
+
+def make_sweep(
+    probe: bool | int | SweepSettings, total_steps: int | None, tuned: Mapping[str, Hparam]
+) -> LRSweep | None:
+    """The sweep of ``probe=``: True, False, a number of steps or settings."""
+    settings = probe if isinstance(probe, SweepSettings) else SweepSettings()
+    steps = settings.steps(total_steps) if probe is True or probe is settings else int(probe)
+    return LRSweep(steps=steps, settings=settings) if steps and "lr" in tuned else None

@@ -1,0 +1,274 @@
+"""The guard: notices a run that has blown up, died or begun to over-fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardPolicy:
+    """When a run is taken back to its last good weights; pass another one as ``guard=``.
+
+    Attributes:
+        patience: Consecutive non-finite gradients, hypergradients or training losses, or
+            near-empty gradients, that are tolerated.
+        explosion: The smoothed loss has exploded once it exceeds the first by this factor.
+        sigmas: The smoothed validation loss has worsened when it is this many standard errors …
+        tolerance: … and this share of the progress made …
+        least: … and this share of the first loss above its best.
+        limit: Rewinds in a row after which cooling grows no more, and the first loss is measured
+            anew.
+        memory: Weight of the newest loss in the running means: 0.1 is about ten evaluations.
+        noise: How many standard deviations of the first ten training losses may not matter for an
+            explosion: the zero of a loss is arbitrary.
+        fresh: Running means of so few evaluations only set the yardstick.
+        window: Losses whose mean judges the weights of the middle one. A running mean comes too
+            late: it is lowest where the loss has risen again.
+        dead: Share of the most weights with a gradient below which gradients have vanished.
+        pulse: Steps between two counts of weights with a gradient …
+        young: … and steps from a fresh start in which a network may be found dead. It dies at once
+            or not at all; later, no gradient may mean nothing left to learn.
+        cool: The rate is divided by it in a rewind, by its square in the next, …
+        cool_worsened: … and by this where the validation loss merely worsened.
+        momentum: By how much raw values of momenta change where the run blew up: −0.7 about halves
+            the memory 1/(1 − μ).
+        fewest_batches: Validation batches by which a worsened loss is told from a few unlucky
+            ones, at least …
+        steps_a_batch: … one for so many steps of the run …
+        most_batches: … and at most.
+    """
+
+    patience: int = 3
+    explosion: float = 2.0
+    sigmas: float = 2.5
+    tolerance: float = 0.05
+    least: float = 0.02
+    limit: int = 10
+    memory: float = 0.1
+    noise: float = 4.0
+    fresh: int = 5
+    window: int = 5
+    dead: float = 0.1
+    pulse: int = 8
+    young: int = 160
+    cool: float = 3.0
+    cool_worsened: float = 2.0
+    momentum: float = -0.7
+    fewest_batches: int = 8
+    steps_a_batch: int = 50
+    most_batches: int = 50
+
+    def begin(self) -> Guard:
+        """A guard at the start of a run."""
+        return Guard(policy=self)
+
+    def batches(self, horizon: int) -> int:
+        """Validation batches that are enough to compare two points of a run."""
+        return min(self.most_batches, max(self.fewest_batches, horizon // self.steps_a_batch))
+
+
+@dataclass(kw_only=True)
+class Guard:
+    """Watches gradients and losses; its state is plain numbers, saved with the run.
+
+    Every judgement is one of ``"ok"``, ``"candidate"`` (later losses will show whether these
+    weights are good), ``"promote"`` (the candidate weights are the best so far), ``"skip"``
+    (ignore this step) and ``"rewind"`` (return to the last good weights).
+
+    Args:
+        policy: When a run is taken back.
+    """
+
+    policy: GuardPolicy = GuardPolicy()
+
+    start: float = math.nan
+    excess: float = 0.0  # above the start without an alarm, since it once proved to be noise
+    first: float = math.nan
+    mean: float = math.nan
+    spread: float = 0.0
+    count: int = 0
+    best: float = math.inf
+    best_error: float = 0.0
+    window: int = 0
+    total: float = 0.0
+    lowest: float = math.inf
+    training_first: float = math.nan
+    training_mean: float = math.nan
+    training_count: int = 0
+    training_spread: float = 0.0
+    skipped: int = 0
+    skipped_hyper: int = 0
+    missed: int = 0
+    quiet: int = 0
+    loudest: float = 0.0
+    streak: int = 0
+    rewinds: int = 0
+    exploded: bool = False  # whether the last validation loss exploded, not merely worsened
+
+    def gradient(self, finite: bool) -> str:
+        """Judge a training gradient, or the weights it leads to."""
+        if finite:
+            self.skipped = 0
+            return "ok"
+        self.skipped += 1
+        return "rewind" if self.skipped >= self.policy.patience else "skip"
+
+    def hypergradient(self, finite: bool) -> str:
+        """Judge a hypergradient."""
+        self.skipped_hyper = 0 if finite else self.skipped_hyper + 1
+        if finite:
+            return "ok"
+        return "rewind" if self.skipped_hyper >= self.policy.patience else "skip"
+
+    def activity(self, alive: float) -> str:
+        """Judge the number of weights whose gradient is not 0: a dead network has next to none.
+
+        So has one that has learned all there is (a hinge loss at its margin), so a run whose
+        loss has come down is not judged.
+        """
+        self.loudest = max(self.loudest, alive)
+        self.quiet = self.quiet + 1 if alive < self.policy.dead * self.loudest else 0
+        learned = self.first - self.best > 0.1 * abs(self.first) or (
+            self.training_first - self.training_mean > 0.1 * abs(self.training_first)
+        )
+        return "rewind" if self.quiet >= self.policy.patience and not learned else "ok"
+
+    def training_loss(self, loss: float) -> str:
+        """Judge a training loss by its running mean: it may rise, but not explode."""
+        if not math.isfinite(loss):
+            self.missed += 1
+            return "rewind" if self.missed >= self.policy.patience else "skip"
+        self.missed = 0
+        self.training_count += 1
+        weight = max(self.policy.memory, 1 / self.training_count)
+        if math.isnan(self.training_mean):
+            self.training_mean = loss
+        off = loss - self.training_mean
+        self.training_mean += weight * off
+        if self.training_count <= 10:  # a single batch may be lucky
+            self.training_first = self.training_mean
+            self.training_spread += weight * (off * off - self.training_spread)
+        noise = self.policy.noise * math.sqrt(self.training_spread)
+        exploded = self._exploded(self.training_mean - noise, self.training_first)
+        return "rewind" if exploded else "ok"
+
+    def begin(self, loss: float) -> None:
+        """Take the validation loss at the good weights of the start as the yardstick."""
+        if math.isnan(self.start) and math.isfinite(loss):
+            self.start = loss
+
+    def validation_loss(self, loss: float) -> str:
+        """Judge a loss at the outer point by its running mean.
+
+        The lowest of many noisy means lies below the truth, and the first few have no error to
+        speak of: both means' errors count, and no alarm is given before ten evaluations.
+        """
+        policy = self.policy
+        self.exploded = not math.isfinite(loss)
+        if self.exploded:
+            return "rewind"
+        self.begin(loss)
+        if math.isnan(self.mean):
+            self.mean = loss
+        self.count += 1
+        weight = max(policy.memory, 1 / self.count)
+        self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
+        self.mean += weight * (loss - self.mean)
+        self.exploded = self._exploded(self.mean - self.excess, self.start)
+        if self.exploded:
+            return "rewind"
+        if math.isnan(self.first):
+            self.first = loss
+        error = math.sqrt(self.spread * weight / (2 - weight))
+        slack = max(
+            policy.sigmas * math.hypot(error, self.best_error),
+            policy.tolerance * (self.first - self.best),
+            policy.least * abs(self.first),
+        )
+        # After an alarm that led to nothing better the next must be surer.
+        if self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
+            return "rewind"
+        # The first means set the yardstick; only weights that beat the start are good.
+        bar = self.start + policy.least * abs(self.start)
+        better = self.mean < min(self.best, bar)
+        if better or self.count <= policy.fresh:
+            self.best, self.best_error = self.mean, error
+        if better:
+            self.streak = 0
+        return self._windowed(loss, bar)
+
+    def _windowed(self, loss: float, bar: float) -> str:
+        """Whether weights become the candidate, or the candidate is the best so far."""
+        size = self.policy.window
+        self.window, self.total = self.window + 1, self.total + loss
+        if self.window < size:
+            return "candidate" if self.window == (size + 1) // 2 else "ok"
+        mean = self.total / size
+        self.window, self.total = 0, 0.0
+        if mean >= min(self.lowest, bar):
+            return "ok"
+        self.lowest = mean
+        return "promote"
+
+    def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
+        """Whether losses over many batches bear out that the validation loss has worsened.
+
+        If not, the alarm was one of the noise: the running mean begins anew from these losses.
+
+        Args:
+            now: At the present outer point.
+            good: At the good weights, over the same batches or as many others.
+            error: Standard error of their difference; 0 where batches are the same.
+        """
+        policy = self.policy
+        first = self.start if math.isnan(self.first) else self.first
+        slack = max(
+            policy.tolerance * (first - good), policy.least * abs(first), policy.sigmas * error
+        )
+        if not now <= good + slack:
+            return True
+        if self.exploded:  # the yardstick was a lucky batch, or noise beside a loss near 0
+            above = self.mean - max(self.start, good)
+            self.start, self.exploded = max(self.start, good), False
+            self.excess = max(self.excess, policy.explosion * above)
+        self.best = self.lowest = min(now, good)
+        self.best_error = 0.0
+        self.mean = now
+        self.count = policy.fresh
+        self.window, self.total = 0, 0.0
+        return False
+
+    def _exploded(self, mean: float, first: float) -> bool:
+        return mean > first + (self.policy.explosion - 1) * max(abs(first), 1e-6)
+
+    def rewound(self, *, worsened: bool) -> float:
+        """Count a rewind; returns by how much, in log lr, to cool.
+
+        A loss that merely worsened cools by a factor of 2; blow-ups in a row cool by 3, 9, 27, …
+        so that a run cannot be rewound for ever.
+        """
+        policy = self.policy
+        self.rewinds += 1
+        self.streak += 1
+        self.mean = self.best if math.isfinite(self.best) else math.nan
+        self.window, self.total = 0, 0.0
+        self.training_mean = self.training_first = math.nan
+        self.training_count = 0
+        self.skipped = self.skipped_hyper = self.missed = self.quiet = 0
+        if self.streak >= policy.limit:  # cooling does not help, so the yardstick must be wrong
+            self.start = self.mean = math.nan
+        if worsened:
+            return math.log(policy.cool_worsened)
+        return math.log(policy.cool) * min(self.streak, policy.limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers to save."""
+        return {n: v for n, v in asdict(self).items() if n != "policy"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,206 @@
+"""The learning-rate sweep at the start (a range test), and the trial of the rate it chose.
+
+Over the first few steps the rate climbs by equal ratios through eight decades around the given
+one. After each step the next gradient gives the slope of the loss at the end of that step,
+``s = g₊ · Δw``, on a batch the step has not seen. While the slope is downhill a longer step
+would have been better; where it turns uphill the rate has gone too far. The sum of the slopes,
+``C = Σ s``, estimates the change of the loss (a Riemann sum along the path), so the rate at
+which C is lowest is the largest that still descends. It needs no loss and no extra pass. In the
+trial, the next few steps, the rate is cut if it loses much of that descent, or if its first steps
+end far uphill.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from selftune.hparams import Hparam
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """How the learning rate is swept and tried.
+
+    Attributes:
+        parts: A sweep takes this part of the run …
+        shortest: … with so many steps at least …
+        longest: … and at most.
+        fewest: Steps in a run below which there is no sweep.
+        unknown: Length of the sweep in a run of unknown length.
+        decades: Reach of the sweep on either side of the given rate.
+        margin: The chosen rate is the largest descending one divided by this.
+        near: How far above the best rate so far, or else at the next one, any descent counts;
+            farther above it must be twice as deep.
+        calm: How many times the memory 1/(1 − β₁) must fit into a run that begins …
+        least_memory: … but for so few gradients: runs of some hundred steps end lower with three
+            than with the usual ten (docs/ablations.md), which hypergradients are too short-sighted
+            to see. The sweep itself takes the given β₁: with less momentum its slopes are noisier.
+        trial: Steps after the sweep in which the chosen rate must keep the descent.
+        losable: The share of the descent it may lose.
+        first_steps: Steps whose end slopes together …
+        overshoot: … may not lead uphill by so many times the descent.
+    """
+
+    parts: int = 20
+    shortest: int = 8
+    longest: int = 100
+    fewest: int = 80
+    unknown: int = 25
+    decades: float = 4.0
+    margin: float = 1.5
+    near: float = 4.0
+    calm: int = 300
+    least_memory: float = 3.0
+    trial: int = 10
+    losable: float = 0.5
+    first_steps: int = 3
+    overshoot: float = 10.0
+
+    def steps(self, total_steps: int | None) -> int:
+        """Length of the sweep in a run: 5 % of it, 8 to 100 steps; none in a run under 80.
+
+        Examples:
+            >>> settings = SweepSettings()
+            >>> settings.steps(None), settings.steps(79), settings.steps(100), settings.steps(1000)
+            (25, 0, 8, 50)
+        """
+        if total_steps is None:
+            return self.unknown
+        if total_steps < self.fewest:
+            return 0
+        return max(self.shortest, min(self.longest, total_steps // self.parts))
+
+    def calmed(self, beta1: float, total_steps: int | None) -> float:
+        """How far the raw value of β₁ is moved after a sweep; 0 if its memory is short enough.
+
+        Args:
+            beta1: Its value.
+            total_steps: Steps in the run; where they are not known it stays.
+
+        Examples:
+            >>> settings = SweepSettings()
+            >>> round(settings.calmed(0.9, 1500), 3), settings.calmed(0.9, 6000)
+            (-0.693, 0.0)
+        """
+        if total_steps is None:
+            return 0.0
+        memory = max(self.least_memory, total_steps / self.calm)
+        return min(0.0, math.log((1 - beta1) * memory))
+
+
+@dataclass(kw_only=True)
+class LRSweep:
+    """The state of a sweep and of its trial: plain numbers, saved with the run.
+
+    Args:
+        steps: Length of the sweep at most; it ends once the rate is plainly too high.
+        settings: How it is swept and tried.
+    """
+
+    steps: int
+    settings: SweepSettings = SweepSettings()
+
+    taken: int = 0
+    change: float = 0.0
+    lowest: float = 0.0
+    best: float = math.nan
+    balance: int = 0
+    seen: bool = False
+    uphill: int = 0
+    ended: bool = False
+    tried: int = 0
+    lost: float = 0.0
+    uphill_at_ends: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the length."""
+        if self.steps < 2:
+            raise ValueError(f"probe={self.steps} must be at least 2 steps, or False for none")
+
+    def factor(self, step: int) -> float:
+        """The factor of the given rate at a step of the sweep."""
+        return 10.0 ** (self.settings.decades * (2 * step / (self.steps - 1) - 1))
+
+    def observe(self, slope: float) -> bool:
+        """Take in the slope at the end of the last step; true where C is the lowest so far.
+
+        At rates too small to matter two batches' slopes may differ in sign by chance, so the
+        sweep ends only after descent has been seen: three more downhill steps than uphill.
+        And where the loss has reached a plateau that large steps do not leave, the sum wanders
+        by chance. Further descent counts if it comes at a rate not far above the best so far, or if
+        it is as much again.
+        """
+        if not math.isfinite(slope):
+            self.ended = True
+            return False
+        self.change += slope
+        self.balance += 1 if slope < 0 else -1
+        self.seen = self.seen or self.balance >= 3
+        self.uphill = self.uphill + 1 if self.seen and self.change > 0 else 0
+        if self.uphill >= 2 or self.taken >= self.steps:
+            self.ended = True
+        rate = self.factor(self.taken - 1)
+        near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
+        if self.change < self.lowest * (2.0 if rate > near else 1.0):
+            self.lowest, self.best = self.change, rate
+            return True
+        return False
+
+    @property
+    def choice(self) -> float:
+        """The factor for the given rate; 1, which keeps it, if nothing descended."""
+        return 1.0 if math.isnan(self.best) else self.best / self.settings.margin
+
+    def moves(
+        self, values: Mapping[str, float], hparams: Mapping[str, Hparam], total_steps: int | None
+    ) -> dict[str, float]:
+        """By how much raw values change at the end, by name.
+
+        Args:
+            values: Present values of the tuned hyperparameters.
+            hparams: Their definitions.
+            total_steps: Steps in the run, or None.
+        """
+        averaging = [n for n, h in hparams.items() if h.role == "momentum" and not h.couples]
+        calmed = {n: self.settings.calmed(values[n], total_steps) for n in averaging}
+        return {"lr": math.log(self.choice)} | calmed
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the chosen rate is still on trial."""
+        return self.ended and self.lowest < 0 and self.tried < self.settings.trial
+
+    def judge(self, start: float, end: float) -> bool:
+        """Take in a step at the chosen rate; true where the rate is to be cut.
+
+        A rate that descended once, on the way to higher ones, may blow up when it stays: it loses
+        much of the descent, or its first steps end far up the other side of a valley. (The slope at
+        the start is that of the batch that made the step. Where steps are far too long it is so
+        steep that losses look like gains; the slope at the end is of another batch.)
+
+        Args:
+            start: The slope along the step where it begins, g · Δw.
+            end: The slope along it where it ends.
+        """
+        settings = self.settings
+        self.tried += 1
+        self.lost += (start + end) / 2  # the trapezoidal rule
+        if self.tried <= settings.first_steps:
+            self.uphill_at_ends += end
+        loses = self.lost > -settings.losable * self.lowest
+        if not (loses or self.uphill_at_ends > -settings.overshoot * self.lowest):
+            return False
+        self.tried, self.lost, self.uphill_at_ends = 0, 0.0, 0.0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers to save."""
+        return {n: v for n, v in asdict(self).items() if n != "settings"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,351 @@
+"""The step of the hyperparameters: Adam on raw values, held to what is significant.
+
+Raw values are kept as *shifts*: a hyperparameter's value is the bijection of an origin plus its
+shift. A run with one value each has origins of 0; where parameter groups start apart, each keeps
+its distance from the shift they share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune.hparams import Hparam
+from selftune.method.weight_decay_floor import WeightDecayFloor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperSettings:
+    """How often hyperparameters step, and how far.
+
+    Attributes:
+        rate: Size of a step in raw (log or odds) space for every training step since the last.
+        betas: Adam's, of the hypergradients.
+        eps: Adam's.
+        often: Training steps from one hyperparameter step to the next, at least …
+        rare: … and at most.
+        fewest: Hyperparameter steps in a run of known length.
+        short: Training steps in a run below which hyperparameter steps are larger …
+        power: … with this power of the inverse length.
+        recent: Memory of the signal-to-noise ratio: 0.8 is about five hypergradients.
+        sure: How many times the ratio of pure noise makes a step whole.
+        longest: Largest change of a raw value in one step.
+    """
+
+    rate: float = 0.01
+    betas: tuple[float, float] = (0.8, 0.98)
+    eps: float = 1e-8
+    often: int = 5
+    rare: int = 20
+    fewest: int = 30
+    short: int = 1000
+    power: float = 0.5
+    recent: float = 0.8
+    sure: float = 2.0
+    longest: float = 0.3
+
+    def every(self, total_steps: int | None) -> int:
+        """Training steps from one hyperparameter step to the next: a thirtieth of the run.
+
+        Examples:
+            >>> settings = HyperSettings()
+            >>> settings.every(None), settings.every(300), settings.every(10_000)
+            (5, 10, 20)
+        """
+        if total_steps is None:
+            return self.often
+        return max(self.often, min(self.rare, total_steps // self.fewest))
+
+    def size(self, every: int, total_steps: int | None = None) -> float:
+        """The size of a step: rarer ones are larger, so that a run gets as far.
+
+        In a run of T < 1000 steps they are √(1000/T) times as large: short runs have no time for
+        small ones.
+
+        Examples:
+            >>> settings = HyperSettings()
+            >>> settings.size(5), settings.size(1000), settings.size(10, 250)
+            (0.05, 0.2, 0.2)
+        """
+        shorter = 1.0 if total_steps is None else max(1.0, self.short / max(1, total_steps))
+        return self.rate * max(self.often, min(self.rare, every)) * shorter**self.power
+
+    def trust(self, mean: Tensor, square: Tensor) -> Tensor:
+        """The share of a proposed step that is taken: all where hypergradients agree.
+
+        Over hypergradients of pure noise the signal-to-noise ratio is about √((1 − β)/(1 + β));
+        below ``sure`` times that the step shrinks with the square of the ratio.
+        """
+        noise = math.sqrt((1 - self.recent) / (1 + self.recent))
+        return (signal_to_noise(mean, square) / (self.sure * noise)).square().clamp_max(1.0)
+
+
+def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
+    """|mean| / root mean square of recent hypergradients: 0 (noise) … 1 (all alike)."""
+    return mean.abs() / square.sqrt().clamp_min(1e-300)
+
+
+class HyperState(NamedTuple):
+    """Shifts and what their steps remember, each of shape (shifts,), float64.
+
+    Attributes:
+        raw: The shifts.
+        first: Adam's first moment of the hypergradients.
+        second: Adam's second moment.
+        mean: Running mean of the hypergradients, for the signal-to-noise ratio.
+        square: Running mean of their squares.
+        taken: Steps taken, shape (1,).
+    """
+
+    raw: Tensor
+    first: Tensor
+    second: Tensor
+    mean: Tensor
+    square: Tensor
+    taken: Tensor
+
+    @classmethod
+    def begin(cls, raw: Tensor) -> HyperState:
+        """Shifts, and no step taken."""
+        return cls(raw, *(torch.zeros_like(raw) for _ in range(4)), raw.new_zeros(1))
+
+    def forget(self) -> HyperState:
+        """The same shifts, and no step taken."""
+        return HyperState.begin(self.raw)
+
+
+class Frame(NamedTuple):
+    """Where shifts are measured from, each of shape (shifts,), float64.
+
+    Attributes:
+        origin: Raw values at a shift of 0; of several that share one, the highest, and of weight
+            decay the lowest.
+        low: Lowest shifts.
+        high: Highest shifts.
+    """
+
+    origin: Tensor
+    low: Tensor
+    high: Tensor
+
+
+Propose = Callable[[Tensor, Tensor], Tensor]
+"""Turns shifts and their hypergradients into a proposed change."""
+
+
+class HyperOptimizer:
+    """Which hyperparameters are tuned, and how their shifts step: pure functions of tensors.
+
+    Args:
+        hparams: The tuned hyperparameters by name.
+        size: Size of a step in raw (log or odds) space.
+        settings: How far steps go.
+        floor: Under weight decay; None: there is none.
+        shifts: How many each has; by default one.
+
+    Attributes:
+        hparams: The tuned hyperparameters by name, in the order of the shifts.
+    """
+
+    def __init__(
+        self,
+        hparams: Mapping[str, Hparam],
+        *,
+        size: float,
+        settings: HyperSettings | None = None,
+        floor: WeightDecayFloor | None = None,
+        shifts: Sequence[int] | None = None,
+    ) -> None:
+        self.hparams = dict(hparams)
+        self.size, self.settings = size, settings or HyperSettings()
+        self._floor = floor if {"lr", "weight_decay"} <= set(hparams) else None
+        counts = [1] * len(hparams) if shifts is None else list(shifts)
+        self._slots, start = {}, 0
+        for name, count in zip(self.hparams, counts, strict=True):
+            self._slots[name] = slice(start, start + count)
+            start += count
+        self.shared = all(c == 1 for c in counts)
+        self._ends = [[h.raw_ends[end] for h in self.hparams.values()] for end in (0, 1)]
+        self._pace = self._each(lambda h: h.pace)
+        self._whole = self._each(lambda h: float(h.role == "layer"))
+        couples = [n for n, h in self.hparams.items() if h.couples in self.hparams]
+        self._coupled = couples[0] if couples and self.shared else None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tuned hyperparameters."""
+        return list(self.hparams)
+
+    def slots(self, name: str) -> slice:
+        """Where a hyperparameter's shifts lie."""
+        return self._slots[name]
+
+    def frame(self, device: torch.device | str = "cpu") -> Frame:
+        """Of shifts that are raw values themselves."""
+        low, high = (torch.tensor(e, dtype=torch.float64, device=device) for e in self._ends)
+        return Frame(torch.zeros_like(low), low, high)
+
+    def begin(self, values: Mapping[str, float]) -> HyperState:
+        """Raw values of constrained ones; exactly 0 starts from ``from_zero``."""
+        raw = []
+        for name, hparam in self.hparams.items():
+            given = torch.tensor(values[name] or hparam.from_zero, dtype=torch.float64)
+            low, high = hparam.raw_ends
+            raw.append(min(max(float(hparam.bijection.inverse(given)), low), high))
+        return HyperState.begin(torch.tensor(raw, dtype=torch.float64))
+
+    def values(self, raw: Tensor) -> dict[str, Tensor]:
+        """Constrained values of raw ones by name, scalars."""
+        return {n: h.bijection.forward(raw[i]) for i, (n, h) in enumerate(self.hparams.items())}
+
+    def slopes(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The derivative of each value in its raw value."""
+        return {n: h.bijection.slope(values[n]) for n, h in self.hparams.items()}
+
+    def step(
+        self,
+        state: HyperState,
+        signal: Tensor,
+        frame: Frame,
+        *,
+        memory: Any = 1.0,
+        climb: Any = 1.0,
+        steps: int = 0,
+        moving: Sequence[str] | None = None,
+        propose: Propose | None = None,
+    ) -> HyperState:
+        """One step against hypergradients; if any is not finite, none moves anything.
+
+        Nothing saturates at a bound: a hyperparameter leaves it at the first step that points
+        inward.
+
+        Args:
+            state: Before the step.
+            signal: dL/d(raw), shape (shifts,).
+            frame: Bounds of the shifts.
+            memory: 1/(1 − μ) of heavy-ball momentum, 1 without.
+            climb: How much of a step of the learning rate is taken where it rises.
+            steps: Training steps taken, for a floor of unknown horizon.
+            moving: Names that have a hypergradient; the others stay. None: all.
+            propose: An optimizer in place of Adam.
+        """
+        signal = given = signal.to(torch.float64)
+        fine = torch.isfinite(signal).all()
+        low, tied = self._lay_floor(state.raw, frame, memory, steps)
+        if moving is not None and "weight_decay" not in moving:
+            tied = None
+        coupled = self._coupled
+        if moving is not None and not {coupled, "lr"} <= set(moving):
+            coupled = None
+        if coupled is not None:
+            # Momentum moves at constant lr/(1 − μ), or both would chase the same effective rate:
+            # the raw value of a momentum is −log(1 − μ).
+            signal = self._added(signal, coupled, -self._of(given, "lr"))
+        if tied is not None:  # on the floor the rate takes decay along, at constant η λ
+            signal = self._added(signal, "lr", -tied * self._of(given, "weight_decay"))
+        free = self._vector(self._each_name(lambda n: moving is None or n in moving), signal)
+        stepped = self._adam(state, signal, free, propose)
+        change = (stepped.raw - state.raw) * self.settings.trust(
+            stepped.mean, stepped.square
+        ).maximum(self._vector(self._whole, signal))
+        change = change * self._vector(self._pace, signal) * free
+        longest = self.settings.longest
+        raw = (state.raw + change.clamp(-longest, longest)).maximum(low).minimum(frame.high)
+        raw = torch.where(free > 0, raw, state.raw)
+        if "lr" in self.hparams:
+            rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
+            raw = self._added(raw, "lr", (climb - 1) * rise)
+        if tied is not None:  # the floor goes where the rate leads it
+            along = -tied * self._of(raw - state.raw, "lr")
+            raw = self._added(raw, "weight_decay", along)
+            raw = raw.maximum(frame.low).minimum(frame.high)
+        if coupled is not None:
+            drift = self._memory(state.raw, frame, coupled) - self._memory(raw, frame, coupled)
+            raw = self._added(raw, "lr", drift).maximum(frame.low).minimum(frame.high)
+        stepped = stepped._replace(raw=raw)
+        return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
+
+    def _adam(
+        self, state: HyperState, signal: Tensor, free: Tensor, propose: Propose | None
+    ) -> HyperState:
+        """The state with moments of the hypergradients and the whole proposed step."""
+        settings, (beta1, beta2) = self.settings, self.settings.betas
+        taken = state.taken + 1
+        weight = (1 - (1 - 1 / taken).clamp_max(settings.recent)) * free
+        mean = torch.lerp(state.mean, signal, weight)
+        square = torch.lerp(state.square, signal.square(), weight)
+        first = torch.lerp(state.first, signal * free, 1 - beta1)
+        second = torch.lerp(state.second, (signal * free).square(), 1 - beta2)
+        if propose is None:
+            root = (second / (1 - beta2**taken)).sqrt() + settings.eps
+            raw = state.raw - self.size * first / (1 - beta1**taken) / root
+        else:
+            raw = state.raw + propose(state.raw, signal * free)
+        return HyperState(raw, first, second, mean, square, taken)
+
+    def move(self, raw: Tensor, name: str, change: float | Tensor, frame: Frame) -> Tensor:
+        """Add to a hyperparameter's raw shifts, within their bounds, if it is tuned."""
+        if name not in self.hparams:
+            return raw
+        return self._added(raw, name, change).maximum(frame.low).minimum(frame.high)
+
+    def lay_floor(self, raw: Tensor, frame: Frame, memory: Any, steps: int = 0) -> Tensor:
+        """The lowest shifts, the floor under weight decay taken into account."""
+        return self._lay_floor(raw, frame, memory, steps)[0]
+
+    def _lay_floor(
+        self, raw: Tensor, frame: Frame, memory: Any, steps: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The lowest shifts, and whether weight decay lies on its floor (1 or 0)."""
+        if self._floor is None:
+            return frame.low, None
+        floor, decay = self._floor, self.hparams["weight_decay"]
+        rate = self._of(frame.origin + raw, "lr").exp().max() * memory
+        highest = math.log(floor.settings.highest_share * decay.upper)
+        wanted = torch.log(floor.least(rate, steps)).where(rate > 0, -math.inf)
+        least = wanted.clamp(math.log(decay.lower), highest)
+        least = least - self._of(frame.origin, "weight_decay")
+        low = self._added(
+            frame.low, "weight_decay", least - self._of(frame.low, "weight_decay")
+        ).minimum(frame.high)
+        if not self.shared:
+            return low, None
+        above = self._of(raw - low, "weight_decay")
+        touches = (above <= floor.settings.touching) & (wanted < highest) & (rate > 0)
+        return low, touches.to(raw.dtype)
+
+    def _memory(self, raw: Tensor, frame: Frame, name: str) -> Tensor:
+        """−log(1 − μ), from the value, so that it holds on any scale of the momentum."""
+        bijection = self.hparams[name].bijection
+        return -torch.log1p(-bijection.forward(self._of(frame.origin + raw, name)))
+
+    def _each(self, of: Callable[[Hparam], float]) -> list[float]:
+        """A number for each shift, by its hyperparameter."""
+        return [of(h) for n, h in self.hparams.items() for _ in self._range(n)]
+
+    def _each_name(self, of: Callable[[str], bool]) -> list[float]:
+        return [float(of(n)) for n in self.hparams for _ in self._range(n)]
+
+    def _range(self, name: str) -> range:
+        return range(self._slots[name].start, self._slots[name].stop)
+
+    def _of(self, vector: Tensor, name: str) -> Tensor:
+        return vector[self._slots[name]]
+
+    def _added(self, vector: Tensor, name: str, value: Any) -> Tensor:
+        """``vector`` with ``value`` added at a name; nothing in place, so that it maps."""
+        place = self._vector(self._each_name(lambda n: n == name), vector)
+        if isinstance(value, Tensor) and value.ndim and len(value) > 1:
+            value = vector.new_zeros(len(vector)).index_copy(
+                0, torch.tensor(list(self._range(name)), device=vector.device), value
+            )
+        return vector + place * value
+
+    @staticmethod
+    def _vector(numbers: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(numbers, dtype=like.dtype, device=like.device)

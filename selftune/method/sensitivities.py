@@ -1,0 +1,316 @@
+"""How the averaged weights respond to the hyperparameters: ``J̄``, row by row.
+
+Most sensitivities are rows of the size of the weights, pushed through each tracked step by the
+estimator. Three have a closed form where curvature is dropped, and need none (:func:`closed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune._flat import Layout
+from selftune.estimators import AbstractRows
+from selftune.method.averaging import Average
+from selftune.rules._base import AbstractRule, State, geometric
+from selftune.update import Clock, Tangents, Transition, Update
+
+
+class Part(NamedTuple):
+    """One vector or tensor of weights and everything the method keeps for it.
+
+    Sizes in units of the weights are in brackets.
+
+    Attributes:
+        params: The weights (1).
+        rule: The rule's state (0 to 3).
+        average: The running average, where the outer loss is measured (1).
+        tangents: Sensitivities of ``params`` and ``rule``, a row each (1 or 2 a row).
+        averaged: Sensitivities of ``average``: of the rows, then of the learning rate (1 each).
+        lag: By how much an average that forgets as fast as the sensitivities, E, is ahead of
+            ``average``: for the learning rate, whose sensitivity is ``w − E`` (1); or nothing.
+        decay: The sensitivity of a weight of 1 to a weight decay that shrinks weights in
+            proportion, and its average; one for each tensor; or nothing.
+    """
+
+    params: Tensor
+    rule: State
+    average: Tensor
+    tangents: Tangents
+    averaged: list[Tensor]
+    lag: list[Tensor]
+    decay: list[UnitDecay]
+
+
+class UnitDecay(NamedTuple):
+    """What stands for the row of weight decay, each of shape (tensors,).
+
+    Attributes:
+        tangents: The sensitivity of a weight of 1 and of the rule's state there.
+        averaged: The average of that of the weight.
+    """
+
+    tangents: Tangents
+    averaged: Tensor
+
+
+class Moment(NamedTuple):
+    """What is the same for all weights of a part at a step: numbers, or tensors that broadcast.
+
+    Attributes:
+        values: Hyperparameters and options.
+        slopes: The derivatives of the tuned hyperparameters in their raw values.
+        clock: When the step happens.
+        share: The weight of this iterate in the running averages; 0 if the step is not taken.
+        mask: Which weights take part in the step, or whether any does; None: all.
+        unit: The same for one weight a tensor, where that differs: values, slopes, age.
+    """
+
+    values: Mapping[str, Any]
+    slopes: Mapping[str, Any]
+    clock: Clock
+    share: Any
+    mask: Tensor | None = None
+    unit: Moment | None = None
+
+
+def closed(names: Sequence[str], rule: AbstractRule, estimator: AbstractRows) -> set[str]:
+    """Hyperparameters whose sensitivity has a closed form.
+
+    - To the log of the rate it is the weights' own displacement.
+    - The rate's decay α acts through the rate alone.
+    - To a decay that shrinks weights it is in proportion to them.
+    """
+    if not estimator.closed_forms:
+        return set()
+    found = {"lr", "decay"} if "lr" in names else set()
+    return found | ({"weight_decay"} if rule.shrinks else set())
+
+
+class Sensitivities:
+    """Tracks the average of the weights and its sensitivities.
+
+    Args:
+        names: The tuned hyperparameters of the update.
+        update: The weight step.
+        estimator: Pushes the rows through a step. Its stride is the number of steps from one that
+            is tracked to the next.
+        averaging: The outer point, sampled at the tracked steps.
+        storage: The dtype of rows; None: that of the weights, float32 at least.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        update: Update,
+        estimator: AbstractRows,
+        averaging: Average,
+        storage: torch.dtype | None = None,
+    ) -> None:
+        self.update, self.estimator, self.averaging = update, estimator, averaging
+        self.storage = storage
+        known = closed(names, update.rule, estimator)
+        self.names = list(names)
+        self.rows = [n for n in names if n not in known]
+        self.leads = [n for n in names if n == "lr" and n in known]
+        self.shrinks = [n for n in names if n == "weight_decay" and n in known]
+        self.smooth = [n for n in names if n in update.smooth]
+
+    def begin(self, params: Tensor, values: Mapping[str, Any], tensors: int = 1) -> Part:
+        """A part at the start of a run, insensitive to everything yet.
+
+        Args:
+            params: The weights, taken as they are.
+            values: Hyperparameters and options, as numbers.
+            tensors: How many tensors are joined in it, where these are told apart.
+        """
+        like = params.to(torch.promote_types(params.dtype, torch.float32))
+        zeros = torch.zeros_like(like, dtype=self.storage or like.dtype)
+        decay = []
+        if self.shrinks:
+            unit = torch.zeros(tensors, dtype=like.dtype, device=like.device)
+            decay = [UnitDecay(self._still(self.shrinks, unit, values), unit.clone())]
+        return Part(
+            params, self.update.rule.init(like, values), like.clone(),
+            self._still(self.rows, zeros, values),
+            [zeros.clone() for _ in (*self.rows, *self.leads)],
+            [zeros.clone() for _ in self.leads], decay,
+        )  # fmt: skip
+
+    def _still(self, rows: Sequence[str], zeros: Tensor, values: Mapping[str, Any]) -> Tangents:
+        responds = self.update.tangent_state(rows, values)
+        state = {row: {k: zeros.clone() for k in sorted(ks)} for row, ks in responds.items()}
+        return Tangents([zeros.clone() for _ in rows], state)
+
+    # at a tracked step; tensors of the part are reused
+
+    def observe(self, part: Part, transition: Transition, moment: Moment) -> Part:
+        """The part with its average and sensitivities after a step."""
+        moved = transition.moved
+        ahead = moved - part.average
+        self._lead(part, ahead, moment)
+        averaged = part.averaged[: len(self.rows)]
+        self._push(part.tangents, averaged, self.rows, transition, moment)
+        part.average.lerp_(moved, _to(moment.share, moved))
+        for unit in part.decay:
+            self._shrink(unit, moment.unit or moment)
+        return part
+
+    def _lead(self, part: Part, ahead: Tensor, moment: Moment) -> None:
+        """The sensitivity to the log of the rate: the displacement, whatever caused it.
+
+        With the discount γ, ``J = Σ γʲ (w_{t−j} − w_{t−j−1})`` is ``w_t − E_{t−1}``, E the running
+        average of the weights that keeps γ of itself. Over a stride of k steps it keeps γᵏ, and
+        movement within the stride is discounted evenly.
+        """
+        stride, discount = self.estimator.stride, self.estimator.discount
+        within, kept = geometric(discount, stride) / stride, discount**stride
+        for lag, row in zip(part.lag, part.averaged[len(self.rows) :], strict=True):
+            share = _to(moment.share, ahead)
+            wide = lag.to(ahead.dtype)
+            now = (ahead - wide) * within  # w_t − E_{t−1}
+            # E₊ − w̄₊, where E₊ = γᵏ E + (1 − γᵏ) w and w̄₊ = w̄ + share (w − w̄)
+            after = kept * wide + (1 - kept - share) * ahead
+            if moment.mask is not None:  # E stays where weights take no part
+                after = torch.where(moment.mask, after, wide - share * ahead)
+            lag.copy_(after)
+            row.copy_(torch.lerp(row.to(now.dtype), now, share))
+
+    def _push(
+        self,
+        tangents: Tangents,
+        averaged: Sequence[Tensor],
+        rows: Sequence[str],
+        transition: Transition,
+        moment: Moment,
+    ) -> None:
+        """Push rows through the step and take them into their averages."""
+        if not rows:
+            return
+        dtype, mask = transition.params.dtype, moment.mask
+        kept = [*tangents.params, *(v for s in tangents.state.values() for v in s.values())]
+        apart = mask is not None or any(t.dtype != dtype for t in kept)
+        given = _copied(tangents, dtype) if apart else tangents
+        slopes = {n: moment.slopes[n] for n in rows}
+        after = self.estimator.push(given, transition, slopes)
+        found = [
+            *after.params, *(after.state[r][k] for r, s in tangents.state.items() for k in s)
+        ]  # fmt: skip
+        if mask is not None:
+            pairs = zip(kept, found, strict=True)
+            found = [torch.where(mask, new, old.to(dtype)) for old, new in pairs]
+        for old, new in zip(kept, found, strict=True):
+            if new is not old:
+                old.copy_(new)
+        for row, now in zip(averaged, found, strict=False):
+            if row.dtype == dtype:
+                row.lerp_(now, _to(moment.share, now))
+            else:
+                row.copy_(torch.lerp(row.to(dtype), now, _to(moment.share, now)))
+
+    def _shrink(self, unit: UnitDecay, moment: Moment) -> None:
+        """The weight of 1 takes a step without a gradient, and stays 1."""
+        one, zeros = torch.ones_like(unit.averaged), torch.zeros_like(unit.averaged)
+        transition = Transition(
+            self.update, one, zeros, {}, moment.values, moment.clock, zeros, zeros, {}, one
+        )
+        self._push(unit.tangents, [unit.averaged], self.shrinks, transition, moment)
+
+    # at a hyperparameter step
+
+    def answers(self, part: Part, layout: Layout | None) -> Tensor:
+        """Sensitivities to the strengths of the penalties, summed over them."""
+        total = torch.zeros_like(part.average)
+        for name, row in zip(self.rows, part.averaged, strict=False):
+            if name in self.smooth:
+                total += row.to(total.dtype)
+        for unit in part.decay if {*self.shrinks} & {*self.smooth} else []:
+            total += _spread(unit.averaged, part.average, layout)
+        return total
+
+    def hypergradient(
+        self,
+        part: Part,
+        grads: Tensor,
+        moment: Mapping[str, Any],
+        step: Any,
+        *,
+        layout: Layout | None = None,
+        by_tensor: bool = False,
+        deflated: Tensor | None = None,
+    ) -> Tensor:
+        """dL/d(raw) of every tuned hyperparameter, shape (hyperparameters, tensors or 1).
+
+        Args:
+            part: The weights.
+            grads: The outer gradient at its average.
+            moment: Present values of hyperparameters, by name; for each tensor, or for all.
+            step: Steps taken.
+            layout: Of the tensors that are joined in the part.
+            by_tensor: Whether tensors are told apart.
+            deflated: The outer gradient without its part along stiff directions, by which
+                penalties are judged; None: the same.
+        """
+
+        def along(name: str, vector: Tensor) -> Tensor:
+            outer = deflated if deflated is not None and name in self.smooth else grads
+            product = self.estimator.weigh(vector.to(outer.dtype), outer)
+            if by_tensor and layout is not None:
+                return layout.sums(product)
+            return product.sum().view(1)
+
+        found = {
+            row: along(row, vector)
+            for row, vector in zip([*self.rows, *self.leads], part.averaged, strict=True)
+        }
+        for row, unit in zip(self.shrinks, part.decay, strict=True):
+            if by_tensor or len(unit.averaged) == 1:
+                found[row] = unit.averaged * along(row, part.average)
+            else:
+                found[row] = along(row, _spread(unit.averaged, part.average, layout))
+        if "decay" in self.names and "decay" not in found:  # d log η/d log α = −αt/(1 + αt)
+            lag = self.averaging.rho / (1 - self.averaging.rho)  # of the averaged sensitivity
+            time = torch.as_tensor(step, dtype=torch.float64, device=grads.device)
+            shrunk = moment["decay"] * (time - (time / 2).clamp(max=lag))
+            found["decay"] = (-found["lr"] * shrunk / (1 + shrunk)).to(found["lr"].dtype)
+        return torch.stack([found[n] for n in self.names])
+
+
+def rewind(part: Part, good: Tensor) -> None:
+    """Return the average to good weights in place, with all else as at a fresh start.
+
+    The weights themselves are the driver's to write.
+    """
+    part.average.copy_(good)
+    stale = [*part.rule.values(), *part.averaged, *part.lag]
+    trees = [part.tangents]
+    for unit in part.decay:
+        stale.append(unit.averaged)
+        trees.append(unit.tangents)
+    for tangents in trees:
+        stale += [*tangents.params, *(v for s in tangents.state.values() for v in s.values())]
+    for tensor in stale:
+        tensor.zero_()
+
+
+def _spread(values: Tensor, average: Tensor, layout: Layout | None) -> Tensor:
+    """``average`` times a value for each of its tensors."""
+    if len(values) == 1 or layout is None:
+        return average * values
+    parts = layout.views(average)
+    return torch.cat([(p * v).reshape(-1) for p, v in zip(parts, values, strict=True)])
+
+
+def _copied(tangents: Tangents, dtype: torch.dtype) -> Tangents:
+    return Tangents(
+        [t.to(dtype, copy=True) for t in tangents.params],
+        {r: {k: v.to(dtype, copy=True) for k, v in s.items()} for r, s in tangents.state.items()},
+    )
+
+
+def _to(share: Any, like: Tensor) -> Any:
+    """A weight as ``lerp`` takes it: a number, or a tensor of the same dtype."""
+    return share.to(like.dtype) if isinstance(share, Tensor) else share

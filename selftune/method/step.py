@@ -1,0 +1,280 @@
+"""The method: one step of the weights, one of the hyperparameters, and the way back.
+
+Both drivers call these functions: the optimizers eagerly on the joined tensors of each parameter
+group, the tuner compiled into one graph with its model's passes. Tensors of the state that is
+passed in are reused for the state that is returned: keep no reference to the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune._flat import Layout
+from selftune.method import sensitivities as rows
+from selftune.method.displacement import Displacement
+from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState, Propose
+from selftune.method.sensitivities import Moment, Part, Sensitivities
+from selftune.method.settings import MethodSettings
+from selftune.method.stiff_directions import Secants, Stiffness
+from selftune.update import Transition, Update
+
+Reduce = Callable[[Tensor], Tensor]
+
+SHORTEST = 1e-18  # a gradient that counts as 0: squares of less vanish in float32
+
+
+def alone(products: Tensor) -> Tensor:
+    """Inner products of a process that holds all weights."""
+    return products
+
+
+class State(NamedTuple):
+    """Everything the method keeps of a run, as tensors none of which is without a dimension.
+
+    (torch 2.13's CPU compiler passes those to its kernels by value and loses what is written to
+    them, see ``tests/tuner/test_compiled.py``.)
+
+    Attributes:
+        parts: The weights and what is kept for each part of them.
+        hyper: The tuned hyperparameters.
+        displacement: Where the learning rate is limited by it; or nothing.
+        secants: Of each part, where penalties are tuned; or nothing.
+        stiffness: The same for all parts; or nothing.
+    """
+
+    parts: list[Part]
+    hyper: HyperState
+    displacement: list[Displacement]
+    secants: list[Secants]
+    stiffness: list[Stiffness]
+
+
+class Outer(NamedTuple):
+    """An outer gradient at the averaged weights, and what belongs to it.
+
+    Attributes:
+        grads: Of each part.
+        values: Present hyperparameters by name, of each part: for all of its tensors or for each.
+        step: Training steps taken.
+        gone: Training steps since the last one.
+    """
+
+    grads: Sequence[Tensor]
+    values: Sequence[Mapping[str, Any]]
+    step: Any
+    gone: Any
+
+
+@dataclass(kw_only=True)
+class Method:
+    """The parts of the method, bound to what is trained.
+
+    Args:
+        sensitivities: Track the average of the weights and its sensitivities.
+        hyper: Steps the hyperparameters.
+        settings: Its numbers.
+        horizon: Steps the run is taken to last.
+        guarded: Whether the run is guarded; where it is not, as in a game of two losses, an
+            oscillation may be its way, and the rate is not limited by displacement.
+        layouts: Of the tensors that are joined in each part, where tensors are told apart.
+        by_tensor: Whether hypergradients are wanted for each tensor.
+        total: Sums products with training gradients over processes that hold parts of the weights.
+        outer_total: The same for outer gradients, of which each process has its own batch.
+    """
+
+    sensitivities: Sensitivities
+    hyper: HyperOptimizer
+    settings: MethodSettings
+    horizon: int
+    guarded: bool = True
+    layouts: Sequence[Layout | None] = field(default_factory=list)
+    by_tensor: bool = False
+    total: Reduce = alone
+    outer_total: Reduce = alone
+
+    def begin(self, parts: list[Part], hyper: HyperState, step: Tensor) -> State:
+        """The state at the start of a run."""
+        params = [p.average for p in parts]
+        slots = self.settings.stiff.slots(sum(p.numel() for p in params))
+        slots = slots if self.sensitivities.smooth else 0
+        limited = self.guarded and self.settings.displacement and "lr" in self.hyper.hparams
+        return State(
+            parts,
+            hyper,
+            [Displacement.begin(params, step)] if limited else [],
+            [Secants.begin(p, slots) for p in params] if slots else [],
+            [Stiffness.begin(slots, step.device)] if slots else [],
+        )
+
+    # the step of the weights
+
+    def weight_step(
+        self, state: State, grads: Sequence[Tensor], moments: Sequence[Moment], *, tracked: bool
+    ) -> State:
+        """The state after a step of every part along its gradient.
+
+        Args:
+            state: Before the step.
+            grads: Of the loss without the update's penalties.
+            moments: When the step happens, and at which hyperparameters.
+            tracked: Whether it is averaged and pushes the sensitivities.
+        """
+        steps = [
+            propose(self.sensitivities.update, part, grad, moment)
+            for part, grad, moment in zip(state.parts, grads, moments, strict=True)
+        ]
+        return self.absorb(state, steps, moments, tracked=tracked)
+
+    def absorb(
+        self,
+        state: State,
+        steps: Sequence[Transition],
+        moments: Sequence[Moment],
+        *,
+        tracked: bool,
+    ) -> State:
+        """The state after steps that somebody has proposed."""
+        if tracked and state.stiffness:
+            state = self._secants(state, steps, moments)
+        parts = []
+        for part, step, moment in zip(state.parts, steps, moments, strict=True):
+            rule = {name: step.after[name] for name in part.rule}
+            moved = part._replace(params=step.moved.to(part.params.dtype), rule=rule)
+            if tracked:
+                moved = self.sensitivities.observe(moved, step, moment)
+            parts.append(moved)
+        return state._replace(parts=parts)
+
+    def _secants(
+        self, state: State, steps: Sequence[Transition], moments: Sequence[Moment]
+    ) -> State:
+        names = self.sensitivities.smooth
+        pushes = [
+            s.update.penalised(s.params, torch.zeros_like(s.params), s.values, names) for s in steps
+        ]
+        stiffness = state.stiffness[0].observe(
+            state.secants, [s.params for s in steps], [s.grads for s in steps],
+            [m.mask for m in moments], pushes, self.total,
+        )  # fmt: skip
+        return state._replace(stiffness=[stiffness])
+
+    # the step of the hyperparameters
+
+    def hypergradient(self, state: State, outer: Outer) -> tuple[State, Tensor]:
+        """dL/d(raw) along an outer gradient of length 1, shape (hyperparameters, tensors or 1).
+
+        Also the state, in which the time that stiff directions have had is brought up to date.
+        """
+        deflated: Sequence[Tensor | None] = [None] * len(state.parts)
+        if state.stiffness:
+            answers = [
+                self.sensitivities.answers(p, self._layout(i)) for i, p in enumerate(state.parts)
+            ]
+            memories = outer.gone * (1 - self.sensitivities.estimator.discount)
+            deflated, stiffness = state.stiffness[0].deflated(
+                outer.grads, state.secants, answers, memories,
+                self.settings.stiff.dependent, self.total,
+            )  # fmt: skip
+            state = state._replace(stiffness=[stiffness])
+        return state, self.unit(self.along(state, outer, deflated), outer.grads, self.outer_total)
+
+    def along(
+        self, state: State, outer: Outer, deflated: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """Hypergradients along a gradient as it is, whose length may be summed."""
+        found = [
+            self.sensitivities.hypergradient(
+                part, grads, values, outer.step,
+                layout=self._layout(i), by_tensor=self.by_tensor,
+                deflated=None if deflated is None else deflated[i],
+            )
+            for i, (part, grads, values) in enumerate(
+                zip(state.parts, outer.grads, outer.values, strict=True)
+            )
+        ]  # fmt: skip
+        return torch.cat(found, dim=1) if self.by_tensor else torch.stack(found).sum(0)
+
+    def unit(self, signal: Tensor, grads: Sequence[Tensor], reduce: Reduce) -> Tensor:
+        """Hypergradients of a gradient of length 1, from those along the gradient as it is."""
+        signal = reduce(signal)
+        if not self.settings.unit_gradient:
+            return signal
+        squares = [torch.linalg.vector_norm(g).double().square() for g in grads]
+        length = reduce(torch.stack(squares).sum().view(1)).sqrt()
+        return signal / length.clamp_min(SHORTEST)
+
+    def hyper_step(
+        self,
+        state: State,
+        signal: Tensor,
+        weights: Sequence[Tensor],
+        frame: Frame,
+        step: Tensor,
+        *,
+        memory: Any = 1.0,
+        steps: int = 0,
+        moving: Sequence[str] | None = None,
+        propose: Propose | None = None,
+    ) -> State:
+        """The state after a step of the hyperparameters.
+
+        Args:
+            state: Before it.
+            signal: dL/d(raw), shape (shifts,).
+            weights: Present weights of every part.
+            frame: Bounds of the shifts.
+            step: Training steps taken, shape (1,).
+            memory: 1/(1 − μ) of heavy-ball momentum.
+            steps: Training steps taken, as a number, for a floor of unknown horizon.
+            moving: Names that may move; None: all.
+            propose: An optimizer of the shifts in place of Adam.
+        """
+        climb: Any = 1.0
+        limit = self.settings.displacement
+        if state.displacement and limit is not None and (moving is None or "lr" in moving):
+            displacement = state.displacement[0].update(weights, step, limit, self.total)
+            climb = limit.climb(displacement.square(weights, self.total))
+            climb = torch.where(step < self.horizon * limit.free_share, 1.0, climb)
+            state = state._replace(displacement=[displacement])
+        hyper = self.hyper.step(
+            state.hyper, signal.to(state.hyper.raw.device), frame,
+            memory=memory, climb=climb, steps=steps, moving=moving, propose=propose,
+        )  # fmt: skip
+        return state._replace(hyper=hyper)
+
+    def ratio(self, state: State, weights: Sequence[Tensor]) -> float:
+        """The displacement ratio S; NaN where it is not known."""
+        if not state.displacement:
+            return float("nan")
+        return float(state.displacement[0].square(weights, self.total).sqrt())
+
+    # the way back
+
+    def rewind(self, state: State, good: Sequence[Tensor], step: Any) -> State:
+        """Return to good weights; sensitivities, rule state and Adam's moments begin anew."""
+        for part, weights in zip(state.parts, good, strict=True):
+            rows.rewind(part, weights)
+        for secants in state.secants:
+            secants.forget()
+        return state._replace(
+            hyper=state.hyper.forget(),
+            displacement=[d.rewound(good, step) for d in state.displacement],
+            stiffness=[s.rewound() for s in state.stiffness],
+        )
+
+    def _layout(self, index: int) -> Layout | None:
+        return self.layouts[index] if self.layouts else None
+
+
+def propose(update: Update, part: Part, grads: Tensor, moment: Moment) -> Transition:
+    """The step of a part by the update's rule: pure; weights outside the mask stay."""
+    dtype = part.average.dtype
+    step = update.observed(
+        part.params.to(dtype), grads.to(dtype), part.rule, moment.values, moment.clock
+    )[2]
+    return step if moment.mask is None else step.masked(moment.mask)

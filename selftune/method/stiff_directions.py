@@ -1,0 +1,227 @@
+"""The outer gradient without its part along stiff directions, for the hypergradient of penalties.
+
+A sensitivity without curvature lets weights answer to a penalty Ω as long as they are pushed,
+``J = −τ ∂Ω``, where τ is the time, in units of the learning rate. In truth the training loss pulls
+them back, ``J = −(1/τ + H)⁻¹ ∂Ω``: along a direction of curvature h the answer ends after 1/h. An
+outer gradient is longest along just these stiff directions, where a penalty does nothing in the
+long run. So τ is that of the whole run up to now, η summed over steps.
+
+Stiff directions come for nothing: over moves Δw training gradients change by ``Δg = H Δw``, most
+along sharp directions. With the last of these secant pairs as rows of Y, the outer gradient is
+deflated to ``g − Yᵀ (Y Yᵀ + D/τ)⁻¹ Y g``, D the diagonal of ``Δg · Δw``. That is the inverse above
+for ``H = Yᵀ D⁻¹ Y``: along stiff directions nothing is left, along flat ones all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StiffSettings:
+    """How stiff directions are found.
+
+    Attributes:
+        pairs: Secant pairs kept; 0: outer gradients stay as they are.
+        weights: Weights there must be for each pair: of fewer, a few noisy pairs would leave
+            nothing of a gradient.
+        dependent: Share of a pair's squared length below which it counts as a combination of the
+            others.
+    """
+
+    pairs: int = 4
+    weights: int = 50
+    dependent: float = 1e-5
+
+    def slots(self, weights: int) -> int:
+        """Pairs kept for so many weights in all."""
+        return min(self.pairs, weights // self.weights)
+
+
+class Secants(NamedTuple):
+    """The last changes of the training gradient over one part of the weights.
+
+    Attributes:
+        changes: Y, shape (pairs, *weights); zeros where there is none.
+        last_grads: The gradient at the last tracked step; NaN before the first.
+        last_params: The weights there.
+    """
+
+    changes: Tensor
+    last_grads: Tensor
+    last_params: Tensor
+
+    @classmethod
+    def begin(cls, params: Tensor, pairs: int) -> Secants:
+        """No pair yet."""
+        zeros = params.new_zeros(pairs, *params.shape)
+        return cls(zeros, torch.full_like(params, math.nan), params.clone())
+
+    def forget(self) -> None:
+        """As at the beginning, in place."""
+        self.changes.zero_()
+        self.last_grads.fill_(math.nan)
+
+
+class Stiffness(NamedTuple):
+    """What all parts of the weights share, float64.
+
+    Attributes:
+        rises: D, shape (pairs,).
+        push: ‖λ ∂Ω‖² of the tuned penalties' gradients, shape (1,).
+        time: τ, shape (1,).
+        count: Tracked steps, shape (1,), int64.
+    """
+
+    rises: Tensor
+    push: Tensor
+    time: Tensor
+    count: Tensor
+
+    @classmethod
+    def begin(cls, pairs: int, device: torch.device) -> Stiffness:
+        """Nothing known."""
+        zeros = torch.zeros(pairs, dtype=torch.float64, device=device)
+        one = torch.zeros(1, dtype=torch.float64, device=device)
+        return cls(zeros, one, one.clone(), torch.zeros_like(one, dtype=torch.int64))
+
+    def observe(
+        self,
+        secants: Sequence[Secants],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        pushes: Sequence[Tensor],
+        reduce: Reduce,
+    ) -> Stiffness:
+        """Keep the change of the gradient, if the slope has risen along the move (Δg · Δw > 0).
+
+        On a ridge, where it falls, no sensitivity comes to an end.
+
+        Args:
+            secants: Of every part; written in place.
+            params: Weights before the step.
+            grads: Of the penalised training loss there.
+            masks: Which weights take part; None: all.
+            pushes: Gradients of the tuned penalties there.
+            reduce: Sums products over processes that hold parts of the weights.
+        """
+        slot = self.count % len(self.rises)
+        changes, products = [], []
+        for s, p, g, mask in zip(secants, params, grads, masks, strict=True):
+            change, move = g - s.last_grads, p - s.last_params
+            if mask is not None:
+                change = torch.where(mask, change, 0.0)
+            changes.append(change)
+            products.append((change * move).sum())
+            for kept, now in ((s.last_grads, g), (s.last_params, p)):
+                kept.copy_(now if mask is None else torch.where(mask, now, kept))
+        squares = torch.stack([push.square().sum() for push in pushes]).sum()
+        rise, push = reduce(torch.stack([torch.stack(products).sum(), squares])).double().unbind()
+        risen = rise > 0  # false for NaN, at the first step
+        for s, change in zip(secants, changes, strict=True):
+            kept = torch.where(risen, change, 0.0).unsqueeze(0)
+            s.changes.index_copy_(0, slot.to(kept.device), kept)
+        rise = torch.where(risen, rise, 0.0).view(1).to(self.rises)
+        return self._replace(
+            rises=self.rises.index_copy(0, slot, rise),
+            push=push.view(1).to(self.push),
+            count=self.count + 1,
+        )
+
+    def deflated(
+        self,
+        grads: Sequence[Tensor],
+        secants: Sequence[Secants],
+        answers: Sequence[Tensor],
+        memories: float | Tensor,
+        dependent: float,
+        reduce: Reduce,
+    ) -> tuple[list[Tensor], Stiffness]:
+        """The outer gradient without its part along stiff directions, and τ brought up to date.
+
+        Args:
+            grads: The outer gradient, part by part.
+            secants: Of every part.
+            answers: J of the penalties' strengths in log space, summed over penalties.
+            memories: Steps since the last call, in units of the memory of J. J is τ of its memory
+                times the push; τ of the run grows by so many of these.
+            dependent: As in :class:`StiffSettings`.
+            reduce: Sums products over processes that hold parts of the weights.
+        """
+        square = reduce(torch.stack([a.square().sum() for a in answers]).sum()).view(1)
+        recent = (square.to(self.push) / self.push).sqrt().nan_to_num(nan=0.0, posinf=0.0)
+        time = self.time + memories * recent
+        pull = self.rises / torch.maximum(time, recent)
+        left = deflate(grads, [s.changes for s in secants], pull, dependent, reduce)
+        return left, self._replace(time=time)
+
+    def rewound(self) -> Stiffness:
+        """After a return to other weights; each part's secants forget for themselves."""
+        return self._replace(time=torch.zeros_like(self.time), count=torch.zeros_like(self.count))
+
+
+def deflate(
+    grads: Sequence[Tensor],
+    changes: Sequence[Tensor],
+    pull: Tensor,
+    dependent: float = StiffSettings.dependent,
+    reduce: Reduce = lambda products: products,
+) -> list[Tensor]:
+    """``g − Yᵀ (Y Yᵀ + P)⁺ Y g``.
+
+    Args:
+        grads: g, part by part.
+        changes: Y, part by part, shape (pairs, *weights); rows of zeros take nothing off.
+        pull: The diagonal of P = D/τ, shape (pairs,).
+        dependent: As in :class:`StiffSettings`.
+        reduce: Sums products over processes that hold parts of the weights.
+
+    Examples:
+        >>> import torch
+        >>> grads, change = torch.tensor([3.0, 4.0]), torch.tensor([[0.0, 2.0]])
+        >>> deflate([grads], [change], torch.tensor([0.0]))
+        [tensor([3., 0.])]
+        >>> deflate([grads], [change], torch.tensor([4.0]))  # where τ h = ‖Δg‖²/P = 1
+        [tensor([3., 2.])]
+
+    Source: the inverse by Sherman, Morrison and Woodbury; Gur-Ari, Roberts, Dyer 2018 (gradients
+    lie in the few sharpest directions); for hypergradients of penalties, this library.
+    """
+    rows = [y.flatten(1) for y in changes]
+    gram = torch.stack([y @ y.T for y in rows]).sum(0)
+    along = torch.stack([y @ g.flatten() for y, g in zip(rows, grads, strict=True)]).sum(0)
+    both = reduce(torch.cat([gram, along.unsqueeze(1)], dim=1)).to(pull.device, torch.float64)
+    gram, along = both[:, :-1], both[:, -1]
+    matrix = gram + pull.double().nan_to_num(nan=0.0).diag()
+    sizes = matrix.diagonal()
+    unit = torch.where(sizes > 0, sizes.rsqrt(), 0.0)  # changes may differ much in length
+    shares = unit * _solve(matrix * unit.outer(unit), unit * along, dependent)
+    return [g - (shares.to(y) @ y).view_as(g) for y, g in zip(rows, grads, strict=True)]
+
+
+def _solve(matrix: Tensor, right: Tensor, dependent: float) -> Tensor:
+    """Gauss-Jordan elimination of a few rows, those that depend on others left out.
+
+    A solver of torch's would wait for the host on a GPU, which a CUDA graph cannot record. No rows
+    are exchanged: the matrix is positive semi-definite.
+    """
+    system = torch.cat([matrix, right.unsqueeze(1)], dim=1)
+    others = 1 - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    found = []
+    for k in range(len(matrix)):
+        pivot = system[k, k]
+        safe = pivot > dependent
+        row = torch.where(safe, system[k] / torch.where(safe, pivot, 1.0), 0.0)
+        system = system - (others[k] * system[:, k]).unsqueeze(1) * row
+        system = torch.where(others[k].bool().unsqueeze(1), system, row)
+        found.append(safe)
+    return torch.where(torch.stack(found), system[:, -1], 0.0)

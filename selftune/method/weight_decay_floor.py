@@ -1,0 +1,78 @@
+"""The floor under weight decay, below which it does next to nothing.
+
+There its hypergradient is noise, and a decay that has drifted far down is not back in time when
+over-fitting begins. On the floor decay follows the learning rate at a constant η λ, and the
+rate's hypergradient answers for both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from selftune.rules import AbstractRule
+from selftune.schedules import HORIZON, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloorSettings:
+    """Where the floor under weight decay lies.
+
+    Attributes:
+        decoupled: Least Σ η_t λ over a run where weight decay acts on the weights directly.
+        l2: The same where it acts through the gradient, which momentum accumulates: η/(1 − μ)
+            counts.
+        highest_share: The floor is at most this share of the upper bound of weight decay.
+        touching: A decay whose logarithm is this little above the floor's lies on the floor, and
+            follows the rate; below 0 none does.
+    """
+
+    decoupled: float = 0.3
+    l2: float = 0.03
+    highest_share: float = 0.1
+    touching: float = math.log1p(0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightDecayFloor:
+    """The least weight decay, ``λ ≥ s / Σ η_t``: by itself it shrinks weights by e⁻ˢ in a run.
+
+    Args:
+        shrinkage: s.
+        mean: Mean factor of the learning rate's schedule.
+        total_steps: Steps in the run; None: not known, so the steps taken, and 1000 at least.
+        settings: Where it ends, and which decay lies on it.
+
+    Examples:
+        >>> round(WeightDecayFloor(shrinkage=0.3, mean=0.5, total_steps=1000).least(0.01), 6)
+        0.06
+    """
+
+    shrinkage: float
+    mean: float = 1.0
+    total_steps: int | None = None
+    settings: FloorSettings = FloorSettings()
+
+    @classmethod
+    def of(
+        cls, rule: AbstractRule, schedule: Schedule, settings: FloorSettings
+    ) -> WeightDecayFloor | None:
+        """The floor of a rule; None where decay does not shrink weights in proportion."""
+        if not rule.shrinks:
+            return None
+        return cls(
+            shrinkage=settings.decoupled if rule.decoupled else settings.l2,
+            mean=schedule.mean,
+            total_steps=schedule.total_steps,
+            settings=settings,
+        )
+
+    def least(self, rate: Any, steps: int = 0) -> Any:
+        """The least weight decay at a learning rate, a number or a tensor.
+
+        Args:
+            rate: The peak, over 1 − μ where momentum accumulates decay.
+            steps: Steps taken.
+        """
+        return self.shrinkage / (rate * self.mean * (self.total_steps or max(HORIZON, steps)))

@@ -1,0 +1,74 @@
+"""Whole-step estimation: estimators that need more of a step than it computed anyway.
+
+They see the run as a bilevel :class:`~selftune.problem.Problem` and its steps as points of it; how
+gradients at other weights are taken is the driver's affair.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.estimators import AbstractEstimator
+from selftune.problem import Hparams, Point, Problem
+
+log = logging.getLogger("selftune")
+
+
+class WholeSteps:
+    """An estimator along a training run, and what it remembers of it.
+
+    Args:
+        estimator: Observes the steps.
+
+    Attributes:
+        memory: None before the first step and after ``forget``.
+    """
+
+    def __init__(self, estimator: AbstractEstimator) -> None:
+        self.estimator = estimator
+        self.memory: Any = None
+        self._warned: set[str] = set()
+
+    def observe(self, problem: Problem, point: Point, hparams: Hparams) -> None:
+        """Take note of the step from ``point``."""
+        if self.memory is None:
+            problem.products.prepare(point.params, hparams, point.batch)
+            self.memory = self.estimator.init(problem, point, hparams)
+        self.memory = self.estimator.observe(problem, self.memory, point, hparams)
+
+    def estimate(
+        self, problem: Problem, end: Point, hparams: Hparams, grads: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Hypergradients at the end of the last step, along an outer gradient of length 1.
+
+        The outer gradient, taken at the averaged weights, stands for that of the last. Before any
+        step they are NaN, which moves nothing.
+        """
+        if self.memory is None:
+            return {n: torch.full_like(h, torch.nan) for n, h in hparams.items()}
+        length = grads.norm().clamp_min(torch.finfo(grads.dtype).tiny)
+        found, self.memory = self.estimator.solve(
+            problem, self.memory, end, hparams, grads / length
+        )
+        solution = found.solution
+        if solution is not None and "solve" not in self._warned and bool(solution.diverged):
+            self._warned.add("solve")
+            log.warning(
+                "the linear solve diverged and its best iterate is used, with a relative residual "
+                "of %.2g: add damping, or take fewer terms", float(solution.residual),
+            )  # fmt: skip
+        fine = all(bool(torch.isfinite(g).all()) for g in found.grads.values())
+        if not fine and "finite" not in self._warned:
+            self._warned.add("finite")
+            log.warning("hypergradients are not finite, and such steps move nothing: %s",
+                        {n: g.tolist() for n, g in found.grads.items()})  # fmt: skip
+        return found.grads
+
+    def forget(self) -> None:
+        """Begin anew: the run has gone elsewhere."""
+        self.memory = None

@@ -1,0 +1,137 @@
+"""The metrics of a run: hyperparameters, how sure they are, and what tuning costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
+from selftune.monitor.agreement import Agreement
+from selftune.monitor.verdicts import Verdict, judge
+
+SCATTER = 20
+"""Hyperparameter steps whose scatter is the margin of a value."""
+RECENT = 0.9
+"""Memory of the mean validation loss, as of the hypergradients that predict its changes."""
+
+Signals = Mapping[str, tuple[Tensor, Tensor]]
+"""Mean hypergradient and signal-to-noise ratio of each tuned hyperparameter's shifts."""
+
+
+class Metrics:
+    """Turns the state of a run into rows of the log, for both drivers.
+
+    Where tensors or groups differ, margins and verdicts are about the mean of their shifts.
+
+    Args:
+        monitor: The log.
+        scales: Bijections of the tuned hyperparameters, from raw values to values and back.
+
+    Attributes:
+        monitor: The log.
+        course: Mean raw values of each tuned hyperparameter, one a hyperparameter step.
+        trained: The last training loss.
+    """
+
+    def __init__(self, monitor: Monitor, scales: Mapping[str, Any]) -> None:
+        self.monitor = monitor
+        self.course: dict[str, list[float]] = {n: [] for n in scales}
+        self.trained: float | Tensor | None = None
+        self._scales = scales
+        self._agreement = Agreement()
+        self._mean_loss: float | None = None
+
+    def note(self, raw: Mapping[str, Tensor]) -> None:
+        """Take raw values into the course."""
+        for name, shifts in raw.items():
+            self.course[name].append(float(shifts.mean()))
+
+    def hyper_step(
+        self,
+        step: int,
+        loss: float | Tensor,
+        values: Mapping[str, Any],
+        raw: Mapping[str, Tensor],
+        signals: Signals,
+    ) -> None:
+        """Log a hyperparameter step whose raw values were noted.
+
+        Args:
+            step: Training steps taken.
+            loss: The validation loss.
+            values: Hyperparameters by name; a list where tensors differ.
+            raw: Raw values of the tuned ones.
+            signals: Their hypergradients.
+        """
+        rows = self.margins(values)  # before the values: charts want their steps to match
+        rows += hyper_rows(loss, values, signals)
+        if self.trained is not None:
+            rows.append(("gap/val-train", loss - self.trained))
+        outer = float(loss)
+        mean = outer if self._mean_loss is None else self._mean_loss
+        self._mean_loss = RECENT * mean + (1 - RECENT) * outer
+        if signals:
+            grads = torch.cat([mean.view(-1).cpu() for mean, _ in signals.values()]).tolist()
+            places = torch.cat([r.view(-1).cpu() for r in raw.values()]).tolist()
+            rows += self._agreement.look(grads, places, self._mean_loss)
+        self.monitor.scalars(rows, step)
+
+    def margins(self, values: Mapping[str, Any]) -> list[tuple[str, float | Tensor]]:
+        """Rows of how far the last values of each hyperparameter scattered, where it has one."""
+        rows: list[tuple[str, float | Tensor]] = []
+        for name, course in self.course.items():
+            if isinstance(values[name], list) or not course:
+                continue
+            scale = self._scales[name]
+            raw = scale.inverse(torch.tensor(values[name], dtype=torch.float64))
+            spread = torch.tensor(course[-SCATTER:], dtype=torch.float64).std(correction=0)
+            for end, sign in (("low", -1), ("high", 1)):
+                rows.append((f"margin/{name}/{end}", float(scale.forward(raw + sign * spread))))
+        return rows
+
+    def compared(self, averaged: float | Tensor, last: float | Tensor, step: int) -> None:
+        """Log by how much the validation loss differs at the averaged weights and at the last."""
+        self.monitor.scalar("outer/averaged-vs-last", averaged - last, step)
+
+    def verdicts(
+        self,
+        values: Mapping[str, Any],
+        signals: Signals,
+        ends: Callable[[str], tuple[float, float]],
+    ) -> dict[str, Verdict]:
+        """A judgement of each tuned hyperparameter since the run began or was loaded.
+
+        Args:
+            values: Hyperparameters by name.
+            signals: Hypergradients of the tuned ones.
+            ends: Lowest and highest raw values by name.
+        """
+        found = {}
+        for name, course in self.course.items():
+            if not course:
+                continue
+            mean, snr = (float(t.mean()) for t in signals[name])
+            some = values[name] if isinstance(values[name], list) else [values[name]]
+            value = sorted(some)[len(some) // 2]
+            ratio = snr if snr > 0 else math.nan
+            found[name] = judge(name, course, ratio, ends(name), value, mean)
+        return found
+
+    def verdict_rows(self, found: Mapping[str, Verdict], step: int) -> None:
+        """Log verdicts as numbers."""
+        self.monitor.scalars([(f"verdict/{v.name}", float(v.code)) for v in found.values()], step)
+
+    def finish(self, values: Mapping[str, Any], found: Mapping[str, Verdict], step: int) -> None:
+        """Log the hyperparameters at the end, and their verdicts in words."""
+        self.monitor.scalars([(f"end/{n}", v) for n, v in plain_rows(values)], step)
+        if self.monitor.on and found:
+            self.monitor.text("verdicts", sentences(list(found.values())), step)
+
+
+def sentences(verdicts: Sequence[Verdict]) -> str:
+    """Verdicts as a list in Markdown."""
+    return "\n".join(f"- {v.sentence}" for v in verdicts)

@@ -1,0 +1,88 @@
+"""What an optimizer logs of its run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from selftune.method.hyper_optimizer import signal_to_noise
+from selftune.monitor import Metrics, Monitor, Verdict, plain_rows
+from selftune.optim._shifts import Shifts
+
+SPARSE = 20
+"""Hyperparameter steps from one histogram of layers, and from one verdict, to the next."""
+
+
+class OptimizerLog:
+    """The metrics of an optimizer; without a recorder it does nothing.
+
+    Args:
+        monitor: The log.
+        shifts: The tuned hyperparameters.
+    """
+
+    def __init__(self, monitor: Monitor, shifts: Shifts) -> None:
+        self.metrics = Metrics(monitor, {n: h.bijection for n, h in shifts.tuned.items()})
+        self._monitor, self._shifts = monitor, shifts
+        self._noted: float | None = None
+        self._steps = 0
+
+    def begin(self, values: Mapping[str, Any]) -> None:
+        """Log the hyperparameters the run starts with."""
+        self._monitor.begin(dict(plain_rows(values)), self._shifts.names)
+        self._noted = time.monotonic()
+
+    def hyper_step(self, loss: Tensor, values: Mapping[str, Any], step: int, begun: float) -> None:
+        """Log a hyperparameter step that began at a time."""
+        raw = self._raw()
+        self.metrics.note(raw)
+        self.metrics.hyper_step(step, loss, values, raw, self._signals())
+        self._steps += 1
+        if self.due:
+            self._monitor.histograms(values, step)
+            self.metrics.verdict_rows(self.verdicts(values), step)
+        now, before = time.monotonic(), self._noted
+        self._noted = now
+        if before is not None and now > before:  # the share of the time since the last entry
+            self._monitor.scalar("cost/overhead", min((now - begun) / (now - before), 1.0), step)
+
+    @property
+    def due(self) -> bool:
+        """Whether rare entries are to be made at this step."""
+        return self._monitor.on and self._steps % SPARSE == 0
+
+    def finish(self, values: Mapping[str, Any], step: int) -> None:
+        """Log the end of the run."""
+        found = self.verdicts(values)
+        self.metrics.verdict_rows(found, step)
+        self.metrics.finish(values, found, step)
+        self._monitor.histograms(values, step)
+        self._monitor.end("finished")
+
+    def verdicts(self, values: Mapping[str, Any]) -> dict[str, Verdict]:
+        """A judgement of each tuned hyperparameter."""
+        if not self._steps:
+            return {}
+        shifts = self._shifts
+        frame = shifts.frame()
+        low = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory)
+
+        def ends(name: str) -> tuple[float, float]:
+            slots = shifts.hyper.slots(name)
+            return float(low[slots].mean()), float(frame.high[slots].mean())
+
+        return self.metrics.verdicts(values, self._signals(), ends)
+
+    def _raw(self) -> dict[str, Tensor]:
+        return {n: self._shifts.state.raw[self._shifts.hyper.slots(n)] for n in self._shifts.rows}
+
+    def _signals(self) -> dict[str, tuple[Tensor, Tensor]]:
+        state, found = self._shifts.state, {}
+        for name in self._shifts.rows:
+            slots = self._shifts.hyper.slots(name)
+            mean = state.mean[slots]
+            found[name] = mean, signal_to_noise(mean, state.square[slots])
+        return found

@@ -1,0 +1,112 @@
+"""What a tuner logs of its run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from selftune.method.hyper_optimizer import signal_to_noise
+from selftune.monitor import Metrics, Monitor, Verdict
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import RunState, Steps
+
+
+class TunerLog:
+    """The metrics of a tuner; without a recorder it writes nothing.
+
+    Args:
+        steps: The steps.
+        run: Their tensors.
+        snapshots: Know which part of a tensor is a member's.
+        rest: Seconds from one entry to the next, at least.
+    """
+
+    def __init__(self, steps: Steps, run: RunState, snapshots: Snapshots, rest: float) -> None:
+        self._scales = {n: h.bijection for n, h in steps.hyper.hparams.items()}
+        self.metrics = Metrics(Monitor(None), self._scales)
+        self._steps, self._run, self._snapshots = steps, run, snapshots
+        self._rest, self._noted = rest, -math.inf
+        self._plain, self._tuning = [0.0, 0], [0.0, 0]  # seconds and steps without, with tuning
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Take values into the course."""
+        self.metrics.note({n: self._inverse(n, [v]) for n, v in values.items()})
+
+    def resume(self, course: Mapping[str, Sequence[float]]) -> None:
+        """Go on from the values of a run before."""
+        for name, values in course.items():
+            self.metrics.course[name] = self._inverse(name, values).tolist()
+
+    def _inverse(self, name: str, values: Sequence[float]) -> Tensor:
+        return self._scales[name].inverse(torch.tensor(values, dtype=torch.float64))
+
+    def placed(self, step: int, values: Mapping[str, float]) -> None:
+        """Log hyperparameters that something else than a hyperparameter step has set."""
+        monitor = self.metrics.monitor
+        if monitor.on:
+            monitor.scalars(self.metrics.margins(values), step)
+            monitor.scalars([(f"hyper/{n}", v) for n, v in values.items()], step)
+
+    def hyper_step(
+        self, step: int, loss: float, outer: float, values: Mapping[str, float], member: int
+    ) -> None:
+        """Log a hyperparameter step, unless the last entry is too recent.
+
+        Args:
+            step: Steps taken.
+            loss: The training loss.
+            outer: The validation loss.
+            values: Tuned hyperparameters by name.
+            member: The member that is shown.
+        """
+        now, monitor = time.monotonic(), self.metrics.monitor
+        if not monitor.on or now - self._noted < self._rest:
+            return
+        self._noted = now
+        monitor.scalar("train/loss", loss, step)
+        self.metrics.trained = loss
+        state = self._snapshots.part(self._run.hyper.raw, member).cpu()
+        raw = {n: state[i : i + 1] for i, n in enumerate(values)}
+        self.metrics.hyper_step(step, outer, values, raw, self._signals(member))
+        monitor.scalars(self._displacement(member), step)
+        monitor.scalars(self._overhead(), step)
+
+    def verdicts(self, values: Mapping[str, float], member: int) -> dict[str, Verdict]:
+        """A judgement of each tuned hyperparameter."""
+        hparams = self._steps.hyper.hparams
+        signals = self._signals(member)
+        return self.metrics.verdicts(values, signals, lambda name: hparams[name].raw_ends)
+
+    def _signals(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
+        state = self._run.hyper
+        mean, square = (self._snapshots.part(t, member).cpu() for t in (state.mean, state.square))
+        ratio = signal_to_noise(mean, square)
+        names = self._steps.hyper.names
+        return {n: (mean[i : i + 1], ratio[i : i + 1]) for i, n in enumerate(names)}
+
+    def clocked(self, seconds: float, tuned: bool) -> None:
+        """Take the time of a step."""
+        kind = self._tuning if tuned else self._plain
+        kind[0] += seconds
+        kind[1] += 1
+
+    def _overhead(self) -> list[tuple[str, float | Tensor]]:
+        """The share of time that steps took because some of them tune."""
+        (plain, count), (tuning, more) = self._plain, self._tuning
+        self._plain, self._tuning = [0.0, 0], [0.0, 0]
+        if not count or not more:
+            return []
+        return [("cost/overhead", 1 - plain / count * (count + more) / (plain + tuning))]
+
+    def _displacement(self, member: int) -> list[tuple[str, float | Tensor]]:
+        """The displacement ratio of a member's weights."""
+        if not self._run.method.displacement:
+            return []
+        state = tree_map(lambda t: self._snapshots.part(t, member), self._run.method)
+        weights = [self._snapshots.part(w, member) for w in self._run.weights]
+        return [("displacement/ratio", self._steps.method.ratio(state, weights))]

@@ -1,0 +1,94 @@
+"""Snapshots of a run's averaged weights, and the return to the last good ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from selftune._trees import leaves
+from selftune.method import Method
+from selftune.tuner._steps import RunState
+
+
+class Snapshots:
+    """Copies of averaged weights and buffers: the last good ones, and a candidate.
+
+    Args:
+        run: The run, whose tensors may have a leading dimension of members.
+        method: Knows what a rewind forgets.
+        members: Whether they have.
+
+    Attributes:
+        rewound: Called after a return to the good weights.
+    """
+
+    def __init__(self, run: RunState, method: Method, members: bool) -> None:
+        self.run = run
+        self._method, self._members = method, members
+        self.rewound: list[Callable[[], None]] = []
+        self.weights = [t.clone() for t in run.averages]
+        self.buffers = [t.clone() for t in run.average_buffers]
+        self._candidate = [t.clone() for t in self._present()]
+
+    def part(self, tensor: Tensor, member: int) -> Tensor:
+        """A member's part of a tensor of the run."""
+        return tensor[member] if self._members else tensor
+
+    def _present(self) -> list[Tensor]:
+        return [*self.run.averages, *self.run.average_buffers]
+
+    @torch.no_grad()
+    def take(self, kind: str, member: int = 0) -> None:
+        """Take a snapshot as a controller asks for it (:class:`~selftune.control.Action`)."""
+        good, present = [*self.weights, *self.buffers], self._present()
+        if kind == "iterate":
+            present[: len(self.weights)] = self.run.weights
+        pairs = {"candidate": (self._candidate, present), "promote": (good, self._candidate)}
+        target, source = pairs.get(kind, (good, present))
+        parts = [[self.part(t, member) for t in tensors] for tensors in (target, source)]
+        torch._foreach_copy_(parts[0], parts[1])
+
+    @torch.no_grad()
+    def rewind(self, moves: Mapping[str, float], member: int = 0) -> None:
+        """Return to the good weights, begin anew, and move raw hyperparameters."""
+        mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
+        good = [self.part(t, member) for t in self.weights]
+        for weights, then in zip(mine.weights, good, strict=True):
+            weights.copy_(then)
+        for held in (mine.buffers, mine.average_buffers):
+            for tensor, then in zip(held, self.buffers, strict=True):
+                tensor.copy_(self.part(then, member))
+        state = self._method.rewind(mine.method, good, mine.step)
+        hyper, frame = self._method.hyper, self._method.hyper.frame(mine.step.device)
+        raw = state.hyper.raw
+        for name, change in moves.items():
+            raw = hyper.move(raw, name, change, frame)
+        state = state._replace(hyper=state.hyper._replace(raw=raw))
+        for old, new in zip(leaves(mine.method), leaves(state), strict=True):
+            if new is not old:
+                old.copy_(new)
+        mine.since.copy_(mine.step)
+        mine.age.zero_()
+        for call in self.rewound:
+            call()
+
+    @torch.no_grad()
+    def copy(self, source: int, target: int) -> None:
+        """Let one member take over everything from another."""
+        for leaf in [*leaves(self.run), *self.weights, *self.buffers, *self._candidate]:
+            leaf[target].copy_(leaf[source])
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        """Continue from ``state_dict``."""
+        for name, tensors in self.state_dict().items():
+            for tensor, value in zip(tensors, state[name], strict=True):
+                tensor.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshots."""
+        return {"good": self.weights, "buffers": self.buffers, "candidate": self._candidate}

@@ -1,0 +1,346 @@
+"""The steps of a tuner as pure functions of a tree of tensors: gradients, and the method.
+
+A step maps a run to the next::
+
+    run, told = steps.train(run, batch, tracked=True)    # a step of the weights
+    run, told = steps.tune(run, outer_batch)             # a step of the hyperparameters
+
+The same functions run eagerly, compiled into one graph each (``_compiled``) and mapped over a
+population.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from selftune._flat import Layout
+from selftune._gradient import gradient, plainly
+from selftune.estimators import AbstractEstimator
+from selftune.method import HyperState, Method, Moment, Outer, State, propose
+from selftune.update import Clock
+
+Batch = Any
+Passed = tuple[Tensor, list[Tensor], list[Tensor]]
+"""Loss, gradients and next buffers of a pass."""
+
+
+class RunState(NamedTuple):
+    """Everything a run is, as tensors.
+
+    Attributes:
+        method: What the method keeps: weights, averages, sensitivities, hyperparameters.
+        buffers: The model's, as the training passes leave them.
+        average_buffers: Those of the averaged weights, as the validation passes leave them.
+        step: Steps taken in the run, shape (1,).
+        since: Steps at the last fresh start, shape (1,).
+        age: Updates since then, shape (1,).
+    """
+
+    method: State
+    buffers: list[Tensor]
+    average_buffers: list[Tensor]
+    step: Tensor
+    since: Tensor
+    age: Tensor
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights, part by part."""
+        return [p.params for p in self.method.parts]
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """The averaged weights, part by part."""
+        return [p.average for p in self.method.parts]
+
+    @property
+    def hyper(self) -> HyperState:
+        """The tuned hyperparameters."""
+        return self.method.hyper
+
+
+@dataclass(kw_only=True)
+class Steps:
+    """The parts of a step.
+
+    Args:
+        inner: The training objective, a module that takes a batch and returns the loss.
+        outer: The validation objective over the same parameters and buffers.
+        method: What decides where hyperparameters go.
+        options: The rule's options and the hyperparameters that are not tuned.
+        rates: The schedule's factor at each step of the run, shape (steps,), float64.
+        every: Weight steps from one hyperparameter step to the next.
+        autocast: Makes the context of the forward passes.
+        whole: An estimator of whole steps.
+        answers: Names of the hyperparameters that it answers for.
+        layers: Buffers of the objective in which hyperparameters are kept, by name.
+        joined: Whether all parameters, of one dtype, are kept as one vector of which they become
+            views: one operation then does for all tensors, which is what eager steps of small nets
+            consist of.
+
+    Attributes:
+        params: Names of the trained parameters.
+        layout: Of the vector, or None.
+        buffers: Names of the buffers.
+    """
+
+    inner: nn.Module
+    outer: nn.Module
+    method: Method
+    options: Mapping[str, Any]
+    rates: Tensor
+    every: int
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    whole: AbstractEstimator | None = None
+    answers: Sequence[str] = ()
+    layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    joined: bool = False
+
+    def __post_init__(self) -> None:
+        """Look the parameters up."""
+        trained = {n: p for n, p in self.inner.named_parameters() if p.requires_grad}
+        self.params = list(trained)
+        self.layout = Layout(list(trained.values())) if self.joined else None
+        self.buffers = [n for n, _ in self.inner.named_buffers()]
+        self.hyper = self.method.hyper
+        rows = self.method.sensitivities
+        if self.layout is not None:
+            rows.update = rows.update.joined(self.layout)
+        self.update = rows.update
+        coupled = [h for h in self.update.hparams.values() if h.role == "momentum" and h.couples]
+        self._momentum = coupled[0].name if coupled else None
+        self._factors = self.rates.tolist()
+        self._known: tuple[Tensor, int] | None = None
+        self._values: dict[str, Any] = {}
+        self._slopes: dict[str, Any] = {}
+
+    def begin(self, values: Mapping[str, float]) -> RunState:
+        """A run at its start, from the objective's parameters (not copied) and buffers."""
+        named = dict(self.inner.named_parameters())
+        start = {**self.options, **values}
+        device = named[self.params[0]].device
+        if self.layout is None:
+            weights = [named[n].detach() for n in self.params]
+        else:
+            vector = self.layout.flatten([named[n].detach() for n in self.params])
+            weights = [vector]
+            for name, view in zip(self.params, self.layout.views(vector), strict=True):
+                named[name].data = view
+        parts = [self.method.sensitivities.begin(w, start) for w in weights]
+        hyper = HyperState(*(t.to(device) for t in self.hyper.begin(values)))
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        buffers = [b for _, b in self.inner.named_buffers()]
+        state = self.method.begin(parts, hyper, zero)
+        still = [b.clone() for b in buffers]
+        return RunState(state, buffers, still, zero, zero.clone(), zero.clone())
+
+    def views(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor a parameter, of what the run keeps of its weights."""
+        return list(weights) if self.layout is None else self.layout.views(weights[0])
+
+    def release(self) -> None:
+        """Give parameters tensors of their own again, where they are views of one."""
+        named = dict(self.inner.named_parameters())
+        for name in self.params if self.layout is not None else ():
+            named[name].data = named[name].data.clone()
+
+    def observed(self, age: int) -> tuple[bool, bool]:
+        """Whether the step that ends at an age is tracked, and one of the hyperparameters due."""
+        return age % self.method.sensitivities.estimator.stride == 0, age % self.every == 0
+
+    def pulse(self, least: int) -> int:
+        """Steps between two counts of gradients, at tracked steps: at least so many."""
+        stride = self.method.sensitivities.estimator.stride
+        return stride * -(-least // stride)
+
+    # the steps
+
+    def train(self, run: RunState, batch: Batch, *, tracked: bool) -> tuple[RunState, Tensor]:
+        """A step of the weights; returns the next run, and what :meth:`told` tells of the step."""
+        return self.advance(run, self.gradient(run, batch), tracked=tracked)
+
+    def tune(self, run: RunState, batch: Batch) -> tuple[RunState, Tensor]:
+        """A step of the hyperparameters on a validation batch.
+
+        Returns the next run, and a vector of the outer loss, whether hypergradients were finite,
+        and the hyperparameters after the step.
+        """
+        return self.hyper_step(run, self.outer_gradient(run, batch))
+
+    def gradient(self, run: RunState, batch: Batch) -> Passed:
+        """Loss, gradients and next buffers of the training objective."""
+        return self._pass(self.inner, run.weights, run.buffers, batch, self._layers(run))
+
+    def outer_gradient(self, run: RunState, batch: Batch) -> Passed:
+        """Loss, gradients and next buffers of the validation objective, at the average."""
+        params = [p.average.to(p.params.dtype) for p in run.method.parts]
+        return self._pass(self.outer, params, run.average_buffers, batch, self._layers(run))
+
+    def _layers(self, run: RunState) -> dict[str, Tensor]:
+        """The buffers that hold the present values of tuned layers, shape (1,) each."""
+        if not self.layers:
+            return {}
+        dtype = run.method.parts[0].average.dtype
+        values = self.hyper.values(run.hyper.raw)
+        held = {n: v.to(dtype).view(1) for n, v in values.items() if n in self.layers}
+        return {buffer: held[n] for n in held for buffer in self.layers[n]}
+
+    def _pass(
+        self,
+        module: nn.Module,
+        params: list[Tensor],
+        buffers: list[Tensor],
+        batch: Batch,
+        layers: Mapping[str, Tensor],
+    ) -> Passed:
+        def objective(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            held = [b.clone() for b in buffers]  # modules write into them, which must not show
+            tensors = dict(zip(self.params, self.views(params), strict=True))
+            tensors |= {**dict(zip(self.buffers, held, strict=True)), **layers}
+            with self.autocast():
+                loss = functional_call(module, tensors, (batch,))
+            return loss, [tensors[n] for n in self.buffers]  # the same, or what was bound anew
+
+        grads, loss, after = gradient(objective, params)
+        return loss, grads, after
+
+    def advance(
+        self, run: RunState, passed: Passed, *, tracked: bool, rate: float | None = None
+    ) -> tuple[RunState, Tensor]:
+        """The run after a step along gradients, and what :meth:`told` tells of the step.
+
+        A step whose loss, or whose weights afterwards, are not finite is counted and not taken.
+
+        Args:
+            run: Before the step.
+            passed: The training pass.
+            tracked: Whether this step is averaged and pushes the sensitivities.
+            rate: The factor of the learning rate instead of the schedule's.
+        """
+        loss, grads, buffers = passed
+        moments = self._moments(run, rate)
+        update, parts = self.update, run.method.parts
+        found = zip(parts, grads, moments, strict=True)
+        steps = [propose(update, part, grad, moment) for part, grad, moment in found]
+        totals = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
+        fine = torch.isfinite(loss) & torch.isfinite(totals).all()
+        told = self.told(loss, grads if tracked else (), fine)
+        if self._on_host(run):
+            if not bool(fine):
+                return run._replace(step=run.step + 1), told
+        else:
+            steps = [s.masked(fine) for s in steps]
+            moments = [
+                m._replace(share=torch.where(fine, m.share, 0.0), mask=fine) for m in moments
+            ]
+            both = zip(buffers, run.buffers, strict=True)
+            buffers = [torch.where(fine, new, old) for new, old in both]
+        after = run._replace(
+            method=self.method.absorb(run.method, steps, moments, tracked=tracked),
+            buffers=buffers,
+            step=run.step + 1,
+            age=run.age + fine.to(run.age.dtype),
+        )
+        return after, told
+
+    @staticmethod
+    def told(loss: Tensor, grads: Sequence[Tensor], fine: Tensor) -> Tensor:
+        """Loss, whether the step was taken, and how many gradients are not 0; shape (3,), float64.
+
+        The last is NaN where no gradients are given.
+        """
+        alive = torch.full_like(loss, torch.nan, dtype=torch.float64)
+        if grads:
+            alive = torch.stack([torch.count_nonzero(g) for g in grads]).sum()
+        return torch.stack([t.to(torch.float64) for t in (loss, fine, alive)])
+
+    def _on_host(self, run: RunState) -> bool:
+        """Whether the host may look at values at each step: eagerly, on a CPU."""
+        return run.step.device.type == "cpu" and plainly()
+
+    def _moments(self, run: RunState, rate: float | None) -> list[Moment]:
+        """When, and at which hyperparameters, every part takes the step."""
+        rows = self.method.sensitivities
+        rho, stride = rows.averaging.rho, rows.estimator.stride
+        if self._on_host(run):
+            values, slopes = self.numbers(run)
+            step, age = int(run.step), int(run.age)
+            factor = self._factors[min(step, len(self._factors) - 1)] if rate is None else rate
+            share = rows.averaging.weight(step + 1 - int(run.since), stride)
+            moment = Moment(values, slopes, Clock(step, factor, age), share)
+            return [moment] * len(run.method.parts)
+        present = self.hyper.values(run.hyper.raw)
+        derivatives = self.hyper.slopes(present)
+        now = run.step.squeeze(0)
+        even = 1 - stride / (now + 3 - run.since.squeeze(0)).double()
+        share = 1 - even.clamp(0.0, rho**stride)
+        moments = {}
+        for part in run.method.parts:
+            dtype = part.average.dtype
+            if dtype not in moments:
+                last = torch.clamp(run.step, max=len(self.rates) - 1)
+                factor: Any = rate
+                if rate is None:
+                    factor = self.rates.gather(0, last).squeeze(0).to(dtype)
+                clock = Clock(now.to(dtype), factor, run.age.squeeze(0).to(dtype))
+                moments[dtype] = Moment(
+                    {**self.options, **{n: v.to(dtype) for n, v in present.items()}},
+                    {n: s.to(dtype) for n, s in derivatives.items()},
+                    clock, share.to(dtype),
+                )  # fmt: skip
+        return [moments[p.average.dtype] for p in run.method.parts]
+
+    def numbers(self, run: RunState) -> tuple[dict[str, Any], dict[str, float]]:
+        """Values and slopes as numbers; they change at hyperparameter steps alone."""
+        raw = run.hyper.raw
+        if self._known is None or self._known[0] is not raw or self._known[1] != raw._version:
+            self._known = raw, raw._version
+            present = self.hyper.values(raw)
+            self._values = {**self.options, **{n: float(v) for n, v in present.items()}}
+            self._slopes = {n: float(s) for n, s in self.hyper.slopes(present).items()}
+        return self._values, self._slopes
+
+    def hyper_step(
+        self, run: RunState, passed: Passed, answers: Mapping[str, Tensor] | None = None
+    ) -> tuple[RunState, Tensor]:
+        """The run after a step of the hyperparameters; see :meth:`tune`.
+
+        Args:
+            run: Before the step.
+            passed: The validation pass.
+            answers: Hypergradients in raw space from an estimator of whole steps.
+        """
+        loss, grads, buffers = passed
+        state, signal = self.signal(run, grads, answers or {})
+        frame = self.hyper.frame(run.step.device)
+        values = {**self.options, **self.hyper.values(run.hyper.raw)}
+        memory = 1.0 if self._momentum is None else 1 / (1 - values[self._momentum])
+        state = self.method.hyper_step(state, signal, run.weights, frame, run.step, memory=memory)
+        after = run._replace(method=state, average_buffers=buffers)
+        present = self.hyper.values(state.hyper.raw).values()
+        fine = torch.isfinite(signal).all()
+        told = torch.stack([t.to(torch.float64) for t in (loss, fine, *present)])
+        return after, told
+
+    def signal(
+        self, run: RunState, grads: Sequence[Tensor], answers: Mapping[str, Tensor]
+    ) -> tuple[State, Tensor]:
+        """dL/d(raw) of every tuned hyperparameter, shape (hyperparameters,), and the state."""
+        names = self.method.sensitivities.names
+        state, found = run.method, {}
+        if names:
+            values = {**self.options, **self.hyper.values(run.hyper.raw)}
+            outer = Outer(grads, [values] * len(grads), run.step, self.every)
+            state, rows = self.method.hypergradient(run.method, outer)
+            found = dict(zip(names, rows.squeeze(1), strict=True))
+        found |= answers
+        if not found:
+            return state, torch.zeros_like(run.hyper.raw)
+        return state, torch.stack([found[n].to(torch.float64) for n in self.hyper.names])

@@ -1,0 +1,152 @@
+"""Whole-step estimation in a tuner: its run as a bilevel problem, whose loss is a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from selftune._flat import Layout
+from selftune.estimators import AbstractEstimator
+from selftune.method.whole_step import WholeSteps
+from selftune.problem import Hparams, InGraphs, Point
+from selftune.tuner._steps import RunState, Steps
+from selftune.update import Clock
+
+Function = Callable[..., Any]
+
+
+class _Method(nn.Module):
+    """A method of a module as a module of its own, so that it can be called functionally."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *args: Any) -> Any:
+        return getattr(self.module, self.method)(*args)
+
+
+class FunctionalSteps:
+    """The steps of a run, for an estimator that needs more than they computed anyway.
+
+    Args:
+        steps: The run's steps.
+        estimator: Observes them.
+        run: Where it starts.
+
+    Attributes:
+        whole: The estimator with its memory.
+        sees_all: Whether every step is to be observed.
+    """
+
+    def __init__(self, steps: Steps, estimator: AbstractEstimator, run: RunState) -> None:
+        self._steps = steps
+        self._layout = steps.layout or Layout(run.averages)
+        self._dtypes = [t.dtype for t in steps.views(run.weights)]
+        inner = steps.inner
+        splits = hasattr(inner, "predicted") and hasattr(inner, "judged")
+        self._problem = InGraphs(
+            update=steps.update.joined(self._layout),
+            inner_loss=lambda w, h, batch: self._call("forward", w, h, batch),
+            outer_loss=lambda params, batch: params.sum(), options=steps.options,
+            shapes=self._layout.shapes, scales=steps.hyper.hparams,
+            split=(self._predicted, self._judged) if splits else None,
+        )  # fmt: skip
+        # Made here: a module that is made within a graph cannot be called in it.
+        self._halves = {n: _Method(inner, n) for n in ("predicted", "judged") if splits}
+        self.sees_all = estimator.sees_all
+        self.whole = WholeSteps(estimator)
+        self._batch: Any = None  # of the last step
+        self.wrap(lambda function: function)
+
+    def wrap(self, wrap: Callable[[Function], Function]) -> None:
+        """Wrap what the estimator computes."""
+        self._problem.begin(wrap)
+
+    def _predicted(self, params: Tensor, hparams: Hparams, batch: Any) -> Any:
+        return self._call("predicted", params, hparams, batch)
+
+    def _judged(self, predicted: Any, hparams: Hparams, batch: Any) -> Tensor:
+        found: Tensor = self._call("judged", None, hparams, batch, predicted)
+        return found
+
+    def _call(
+        self, method: str, params: Tensor | None, hparams: Hparams, batch: Any, *first: Any
+    ) -> Any:
+        """A method of the training objective at the vector of weights, by default at its own.
+
+        The model's buffers come with the batch.
+        """
+        steps, (batch, buffers) = self._steps, batch
+        tensors = {n: b.clone() for n, b in zip(steps.buffers, buffers, strict=True)}
+        if params is not None:
+            parts = zip(self._layout.views(params), self._dtypes, strict=True)
+            tensors |= zip(steps.params, [p.to(dtype) for p, dtype in parts], strict=True)
+        for name, value in hparams.items():
+            for buffer in steps.layers.get(name, []):
+                tensors[buffer] = value.view(1)
+        module = steps.inner
+        if method != "forward":
+            module = self._halves[method]
+            tensors = {f"module.{n}": t for n, t in tensors.items()}
+        with steps.autocast():
+            return functional_call(module, tensors, (*first, batch))
+
+    # pure: parts of the graphs of steps
+
+    def seen(self, run: RunState) -> tuple[Point, dict[str, Tensor]]:
+        """A copy of where the run is, with buffers in the place of a batch; hyperparameters."""
+        dtype, rates, steps = self._layout.dtype, self._steps.rates, self._steps
+        parts = run.method.parts
+        state = {k: self._layout.flatten([p.rule[k] for p in parts]) for k in parts[0].rule}
+        params = self._layout.flatten(run.weights)
+        last = torch.clamp(run.step, max=len(rates) - 1)
+        rate = rates.gather(0, last).squeeze(0).to(dtype)
+        step, age = (t.squeeze(0).to(dtype) for t in (run.step, run.age))
+        values = {n: v.to(dtype) for n, v in steps.hyper.values(run.hyper.raw).items()}
+        others = {n: v for n, v in values.items() if n not in steps.answers} or None
+        held = [b.clone() for b in run.buffers]
+        point = Point(params, state, held, Clock(step, rate, age), options=others)
+        return point, {n: values[n] for n in steps.answers}
+
+    def joined(self, grads: Sequence[Tensor]) -> Tensor:
+        """Gradients as one vector."""
+        return self._layout.flatten(grads)
+
+    def raw(self, run: RunState, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """dL/d(raw) by name, from dL/d(value)."""
+        hyper = self._steps.hyper
+        slopes = hyper.slopes(hyper.values(run.hyper.raw))
+        return {n: g.to(torch.float64) * slopes[n] for n, g in grads.items()}
+
+    # between the graphs
+
+    def observe(self, point: Point, hparams: Hparams, batch: Any) -> None:
+        """Take note of a step on a batch."""
+        self._batch = batch
+        point = point._replace(batch=(batch, point.batch))
+        self.whole.observe(self._problem, point, hparams)
+
+    def estimate(self, end: Point, hparams: Hparams, grads: Tensor) -> Mapping[str, Tensor]:
+        """Hypergradients along an outer gradient of length 1, at the end of the last step."""
+        end = end._replace(batch=(self._batch, end.batch))
+        return self.whole.estimate(self._problem, end, hparams, grads)
+
+    def shift(self, run: RunState, move: Tensor) -> list[Tensor]:
+        """``J δ`` for a move δ of the hyperparameters in raw space, a tensor a weight.
+
+        Raises:
+            ValueError: The estimator holds no response.
+        """
+        params = self._layout.flatten(run.averages)
+        move = move.to(self._layout.dtype)
+        memory = self.whole.memory
+        if memory is None:
+            shift = torch.zeros_like(params)
+        else:
+            shift = self.whole.estimator.shift(self._problem, memory, params, move)
+        return [shift] if self._steps.layout is not None else self._layout.views(shift)
