@@ -17,146 +17,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import multiprocessing
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
-import selftune as st
-from benchmarks.proof.contenders import Config, SelfTuned, selftune
+from benchmarks.proof.drivers import FACES, SPLITS, STARTS, Run, work
 from benchmarks.proof.rendering import grid, number
-from benchmarks.proof.training import Make, judge, train
-from benchmarks.workloads import SUITE, Batch, Workload
-
-SPLITS = "val", "test"
-START = Config()
-STARTS = {
-    "AdamW": {"lr": START.lr, "beta1": START.beta1, "weight_decay": START.weight_decay},
-    "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0},
-}
-"""Where hyperparameters start, by rule; for both faces."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Losses at the weights that a run ends with.
-
-    Attributes:
-        workload: What was trained.
-        face: ``optimizer`` or ``tuner``.
-        rule: ``AdamW`` or ``SGD``.
-        seed: Of weights and batches.
-        val: Loss over the whole validation set; infinite if it is not finite.
-        test: Loss over the whole test set.
-        seconds: Of training.
-    """
-
-    workload: str
-    face: str
-    rule: str
-    seed: int
-    val: float
-    test: float
-    seconds: float
-
-
-class SelfTunedSGD(SelfTuned):
-    """The same loop around ``st.SGD``.
-
-    Args:
-        workload: What is trained.
-        model: Its model.
-        seed: Of validation batches.
-    """
-
-    def __init__(self, workload: Workload, model: nn.Module, seed: int) -> None:
-        self.workload, self.model, self.joined = workload, model, 1
-        self.optimizer = st.SGD(model, **STARTS["SGD"], total_steps=workload.steps)
-        self.validation = workload.batches("val", seed + 777)
-
-
-class Shuffled:
-    """A loader whose epochs are those of ``workload.batches(split, seed)``.
-
-    The tuner trains on one iterator after the other, and now and then begins another one meanwhile
-    to score the whole split. Such a one leaves the order of the epochs alone: it gives the split as
-    it lies, the examples included that do not fill a batch.
-
-    Args:
-        workload: Whose data.
-        split: Which part of it.
-        seed: Of the order.
-    """
-
-    def __init__(self, workload: Workload, split: str, seed: int) -> None:
-        self.inputs, self.targets = workload.splits[split]
-        self.size = min(workload.batch_size, len(self.inputs))
-        self.generator = torch.Generator().manual_seed(seed)
-        self._read = False  # whether an epoch is under way
-
-    def __len__(self) -> int:
-        return len(self.inputs) // self.size
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._read:
-            yield from zip(self.inputs.split(self.size), self.targets.split(self.size), strict=True)
-            return
-        self._read = True
-        try:
-            order = torch.randperm(len(self.inputs), generator=self.generator)
-            for index in order[: len(self) * self.size].split(self.size):
-                yield self.inputs[index], self.targets[index]
-        finally:  # also where the reader lets go of it
-            self._read = False
-
-
-def by_optimizer(workload: Workload, rule: str, seed: int) -> Run:
-    """One run of an optimizer, as in the proof."""
-    makes: dict[str, Make] = {"AdamW": selftune(START), "SGD": SelfTunedSGD}
-    record = train(workload, "selftune", makes[rule], seed, checkpoints=0)
-    val, test = (record.own[split] for split in SPLITS)
-    return Run(workload.name, "optimizer", rule, seed, val, test, record.seconds)
-
-
-def by_tuner(workload: Workload, rule: str, seed: int) -> Run:
-    """One run of a tuner."""
-    model = workload.model(seed)
-    tuner = st.Tuner(
-        model, workload.criterion, rule=getattr(st.rules, rule)(), hparams=STARTS[rule],
-        compile=False,
-    )  # fmt: skip
-    begun = time.perf_counter()
-    tuner.fit(
-        Shuffled(workload, "train", seed), Shuffled(workload, "val", seed + 777),
-        steps=workload.steps, evaluate_every=workload.steps, progress=False,
-    )  # fmt: skip
-    seconds = time.perf_counter() - begun
-    found = judge(workload, model)
-    return Run(workload.name, "tuner", rule, seed, found["val"], found["test"], seconds)
-
-
-FACES: dict[str, Callable[[Workload, str, int], Run]] = {
-    "optimizer": by_optimizer,
-    "tuner": by_tuner,
-}
-
-
-def work(name: str, face: str, rule: str, seed: int) -> Run:
-    """One run, in a process of its own."""
-    torch.set_num_threads(1)
-    logging.getLogger("selftune").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    return FACES[face](SUITE[name](), rule, seed)
+from benchmarks.workloads import SUITE
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Ours is ``Tuner.fit`` as users call it, four hyperparameters tuned, from one batch that it takes
 from its loader to the next: weight steps, validation passes and hyperparameter steps, reading
 back, guard and log included. The loader itself times it: between blocks of steps it lets the
-baselines take theirs (:mod:`benchmarks.plain`), so that all are interleaved in one run.
+baselines take theirs (:mod:`benchmarks.cost.plain`), so that all are interleaved in one run.
 
     python -m benchmarks.fused [--part time|memory|population] [--rule SGD|AdamW] [--only MLP]
 
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import selftune as st
-from benchmarks import plain
-from benchmarks.nets import NETS, Batch, Net
+from benchmarks.cost import plain
+from benchmarks.cost.nets import NETS, Batch, Net
 
 FOUR = {
     "SGD": ("lr", "decay", "momentum", "weight_decay"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import selftune as st
-from selftune.from_model import flat
+from selftune.functionalize import flat
 from selftune.penalties import L2
 from selftune.problem import Point, Problem
 from selftune.update import Clock, Update

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selftune.from_model import flat
+from selftune.functionalize import flat
 from selftune.products import BACKENDS, Products
 
 

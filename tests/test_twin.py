@@ -55,6 +55,8 @@ RULES: dict[str, tuple[Any, dict[str, float]]] = {
     "AdamW": (st.AdamW, dict(lr=1e-3, weight_decay=1e-2)),
     "SGD": (st.SGD, dict(lr=1e-2, momentum=0.9, weight_decay=1e-4)),
 }
+# At high rates training is chaotic, and rounding errors of 1e-16 grow to 1 within 100 steps.
+BOUNDS = {"AdamW": {"lr": (1e-6, 1e-2)}, "SGD": {"lr": (1e-6, 0.1)}}
 
 
 def job(name: str) -> tuple[nn.Module, list[Batch], Batch]:
@@ -79,7 +81,8 @@ def by_optimizer(name: str, rule: str, **options: Any) -> dict[int, dict[str, Te
     """Hyperparameters and averaged weights at some steps of an optimizer's run."""
     model, train, val = job(name)
     shell, start = RULES[rule]
-    opt, looks = shell(model, total_steps=STEPS, **start, **options), {}
+    opt = shell(model, total_steps=STEPS, bounds=BOUNDS[rule], **start, **options)
+    looks: dict[int, dict[str, Tensor]] = {}
     for step in range(1, STEPS + 1):
         x, y = train[(step - 1) % len(train)]
         opt.zero_grad()
@@ -103,7 +106,7 @@ def by_tuner(name: str, rule: str, **options: Any) -> dict[int, dict[str, Tensor
 
     tuner = st.Tuner(
         model, F.cross_entropy, rule=getattr(st.rules, rule)(), hparams=RULES[rule][1],
-        tangents=None, compile=False, **options,
+        bounds=BOUNDS[rule], tangents=None, compile=False, **options,
     )  # fmt: skip
     tuner.fit(train, [val], steps=STEPS, evaluate_every=20, callbacks=[look], progress=False)
     return looks
@@ -138,6 +141,7 @@ def test_penalties_and_rate_decay_are_tuned_alike() -> None:
     looks: dict[int, dict[str, float]] = {}
     tuner = st.Tuner(
         model, F.cross_entropy, rule=st.rules.SGD(), hparams=other_hparams, tune=tune,
+        bounds=BOUNDS["SGD"],
         tangents=None, compile=False,
     )  # fmt: skip
     tuner.fit(

@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-import selftune as st
+from benchmarks.proof.drivers import SelfTuned
 from benchmarks.proof.training import Contender, Make
 from benchmarks.workloads import Batch, Workload
-from selftune.rules.adam import fitting_beta2
 
 WARM_UP = 0.05
 STATISTICS = 25  # batches by which Schedule-Free's BatchNorm statistics are computed
@@ -243,65 +243,17 @@ class TruncatedUnroll(Contender):
         return {"lr": math.exp(float(self.log_lr.detach()))}
 
 
-class SelfTuned(Contender):
-    """This library's AdamW: one fixed configuration for every workload.
+def selftune(start: Config | None = None, **options: Any) -> Make:
+    """This library's AdamW, from the defaults or from a start.
 
     Args:
-        workload: What is trained.
-        model: Its model.
-        seed: Of validation batches.
-        start: Where hyperparameters start.
-        joined: Validation batches joined into one.
-        options: Of the optimizer.
+        start: Where hyperparameters start; the schedule is our own.
+        options: Of :class:`~benchmarks.proof.drivers.SelfTuned`.
     """
-
-    averages = True
-
-    def __init__(
-        self,
-        workload: Workload,
-        model: nn.Module,
-        seed: int,
-        start: Config,
-        joined: int = 1,
-        **options: Any,
-    ) -> None:
-        self.workload, self.model = workload, model
-        options = {"total_steps": workload.steps, **options}
-        self.optimizer = st.AdamW(
-            model, lr=start.lr, betas=(start.beta1, fitting_beta2(workload.steps)),
-            weight_decay=start.weight_decay,
-            **options,
-        )  # fmt: skip
-        self.joined = joined
-        self.validation = workload.batches("val", seed + 777, joined)
-
-    def step(self, batch: Batch) -> None:
-        """A weight step, then perhaps one of the hyperparameters."""
-        self.optimizer.zero_grad()
-        self.workload.loss(self.model, batch).backward()
-        self.optimizer.step()
-        self.gradients += 1
-        self.optimizer.hyper_step(self._outer)
-
-    def _outer(self) -> torch.Tensor:
-        self.gradients += self.joined
-        return self.workload.loss(self.model, next(self.validation))
-
-    def showing(self) -> Any:
-        """The averaged weights."""
-        return self.optimizer.averaged()
-
-    def ends(self) -> dict[str, float]:
-        """Tuned values."""
-        return dict(self.optimizer.hparams)
-
-
-def selftune(start: Config | None = None, **options: Any) -> Make:
-    """Ours, from the defaults or from a start."""
-    return lambda workload, model, seed: SelfTuned(
-        workload, model, seed, Config() if start is None else start, **options
-    )
+    if start is not None:
+        names = "lr", "beta1", "weight_decay"
+        options = {"start": {n: getattr(start, n) for n in names}, **options}
+    return partial(SelfTuned, **options)
 
 
 METHODS: dict[str, Make] = {

@@ -245,6 +245,11 @@ def make_sweep(
     probe: bool | int | SweepSettings, total_steps: int | None, tuned: Mapping[str, Hparam]
 ) -> LRSweep | None:
     """The sweep of ``probe=``: True, False, a number of steps or settings."""
-    settings = probe if isinstance(probe, SweepSettings) else SweepSettings()
-    steps = settings.steps(total_steps) if probe is True or probe is settings else int(probe)
+    settings, steps = SweepSettings(), 0
+    if isinstance(probe, SweepSettings):
+        settings = probe
+    elif probe is not True:
+        steps = int(probe)
+    if probe is True or probe is settings:
+        steps = settings.steps(total_steps)
     return LRSweep(steps=steps, settings=settings) if steps and "lr" in tuned else None

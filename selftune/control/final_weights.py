@@ -44,7 +44,7 @@ class FinalWeights:
         Examples:
             >>> print(FinalWeights()); print(FinalWeights(position=-0.25))
             the running average
-        25 % of the way from the running average to the last good weights
+            25 % of the way from the running average to the last good weights
         """
         if self.position == 0:
             return "the running average"

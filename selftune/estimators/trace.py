@@ -21,9 +21,9 @@ class Trace(AbstractRows):
     Args:
         discount: γ, from 0 (one step back) to 1 (exact where the loss has no curvature).
         stride: Steps from one that is observed to the next, which stands for all between.
-        closed_forms: Take the response to the learning rate and, in :class:`~selftune.Tuner`, to
-            its decay and a weight decay that shrinks weights from a closed form, with less noise
-            and in less memory, instead of pushing them through each step.
+        closed_forms: Take the sensitivities to the learning rate, to its decay and to a weight
+            decay that shrinks weights from a closed form, with less noise and in less memory,
+            instead of pushing them through each step.
 
     Raises:
         ValueError: A discount outside 0…1, or a stride below 1.

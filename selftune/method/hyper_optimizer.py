@@ -112,7 +112,8 @@ class HyperState(NamedTuple):
     @classmethod
     def begin(cls, raw: Tensor) -> HyperState:
         """Shifts, and no step taken."""
-        return cls(raw, *(torch.zeros_like(raw) for _ in range(4)), raw.new_zeros(1))
+        first, second, mean, square = (torch.zeros_like(raw) for _ in range(4))
+        return cls(raw, first, second, mean, square, raw.new_zeros(1))
 
     def forget(self) -> HyperState:
         """The same shifts, and no step taken."""

@@ -78,13 +78,13 @@ class Stiffness(NamedTuple):
         rises: D, shape (pairs,).
         push: ‖λ ∂Ω‖² of the tuned penalties' gradients, shape (1,).
         time: τ, shape (1,).
-        count: Tracked steps, shape (1,), int64.
+        tracked: Tracked steps, shape (1,), int64.
     """
 
     rises: Tensor
     push: Tensor
     time: Tensor
-    count: Tensor
+    tracked: Tensor
 
     @classmethod
     def begin(cls, pairs: int, device: torch.device) -> Stiffness:
@@ -114,7 +114,7 @@ class Stiffness(NamedTuple):
             pushes: Gradients of the tuned penalties there.
             reduce: Sums products over processes that hold parts of the weights.
         """
-        slot = self.count % len(self.rises)
+        slot = self.tracked % len(self.rises)
         changes, products = [], []
         for s, p, g, mask in zip(secants, params, grads, masks, strict=True):
             change, move = g - s.last_grads, p - s.last_params
@@ -134,7 +134,7 @@ class Stiffness(NamedTuple):
         return self._replace(
             rises=self.rises.index_copy(0, slot, rise),
             push=push.view(1).to(self.push),
-            count=self.count + 1,
+            tracked=self.tracked + 1,
         )
 
     def deflated(
@@ -166,7 +166,9 @@ class Stiffness(NamedTuple):
 
     def rewound(self) -> Stiffness:
         """After a return to other weights; each part's secants forget for themselves."""
-        return self._replace(time=torch.zeros_like(self.time), count=torch.zeros_like(self.count))
+        return self._replace(
+            time=torch.zeros_like(self.time), tracked=torch.zeros_like(self.tracked)
+        )
 
 
 def deflate(

@@ -56,10 +56,10 @@ class WeightDecayFloor:
 
     @classmethod
     def of(
-        cls, rule: AbstractRule, schedule: Schedule, settings: FloorSettings
+        cls, rule: AbstractRule, schedule: Schedule, settings: FloorSettings | None
     ) -> WeightDecayFloor | None:
         """The floor of a rule; None where decay does not shrink weights in proportion."""
-        if not rule.shrinks:
+        if settings is None or not rule.shrinks:
             return None
         return cls(
             shrinkage=settings.decoupled if rule.decoupled else settings.l2,

@@ -117,7 +117,7 @@ class SelfTuningOptimizer(Container):
         if tune is None:
             known_end = total_steps is not None
             tune = [n for n in update.tuned if not (known_end and n == "decay")]
-        floor = settings.floor and WeightDecayFloor.of(update.rule, schedule_, settings.floor)
+        floor = WeightDecayFloor.of(update.rule, schedule_, settings.floor)
         shifts = Shifts(
             update.hparams, tune=tune, size=settings.hyper.size(every, total_steps), per=per,
             bounds=bounds, total_steps=total_steps, floor=floor, settings=settings.hyper,
@@ -250,8 +250,7 @@ class SelfTuningOptimizer(Container):
             self._blocks()
         if not known:
             # Also an early look at what the closure returns; it leaves random streams alone.
-            copies = [t.clone() for t in engine.buffers.average]  # the look leaves no trace in them
-            start = Weights(outer.good.weights, copies)
+            start = Weights(outer.good.weights, engine.buffers.average)
             params = [p for block in engine.blocks for p in block.params]
             with outer.random(), engine.buffers.discovering(params):
                 first, _ = outer.gradients(closure, start)

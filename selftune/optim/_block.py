@@ -189,7 +189,7 @@ class Block:
 
 
 def _tangents(key: str, tangents: Any) -> dict[str, Tensor]:
-    found = {f"{key}/tangent/{i}": t for i, t in enumerate(tangents.params)}
+    found = {f"{key}/{i}": t for i, t in enumerate(tangents.params)}
     return found | {
         f"{key}/{row}/{name}": t for row, s in tangents.state.items() for name, t in s.items()
     }

@@ -88,8 +88,7 @@ class Buffers:
 
         handle = register_module_forward_pre_hook(look)
         known = len(self.good)
-        # A loaded run had its first look before: this pass must not show in its averages.
-        before = [t.clone() for t in self.average] if self._strangers else []
+        before = [t.clone() for t in self.average]  # the look must not show in averages
         try:
             yield
         finally:

@@ -71,8 +71,10 @@ class Container(torch.optim.Optimizer):
         The learning rate is the tuned peak, before schedules.
         """
         with torch.no_grad():
-            if not self._assembly.empty and self._groups.take_up(self.param_groups):
-                self._publish()
+            if not self._assembly.empty:  # before the first step the groups hold the values
+                self._blocks()
+                if self._groups.take_up(self.param_groups):
+                    self._publish()
         return self._groups.present(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:

@@ -204,16 +204,13 @@ class Shifts:
 
     Attributes:
         rows: The tuned hyperparameters by name.
-        hyper: How the shifts step; there once parameters are.
+        hyper: How the shifts step.
         state: The shifts.
         memory: 1/(1 − μ) of heavy-ball momentum, tuned or not.
 
     Raises:
         ValueError: An unknown name in ``tune``, ``per`` or ``bounds``, or an unknown scope.
     """
-
-    hyper: HyperOptimizer
-    state: HyperState
 
     def __init__(
         self,
@@ -240,6 +237,8 @@ class Shifts:
         self._size, self._settings, self._make = size, settings, make
         self.memory = 1.0
         self.rows = {n: Scoped(h, scopes.get(n, "run")) for n, h in self.tuned.items()}
+        self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=self._floor)
+        self.state = HyperState.begin(torch.zeros(len(self.tuned), dtype=torch.float64))
         self.propose: FromOutside | None = None
         self._laid_out = False
 

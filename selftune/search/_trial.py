@@ -17,7 +17,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from selftune.hyperstep import usual_every
+from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
 from selftune.search._space import Space
 from selftune.search.memory import Memory, Task
@@ -150,7 +150,7 @@ class Trainer:
             )
         options = {**self.tuner, **made.tuner}
         if not {"every", "estimator"} & options.keys():  # an estimator's stride goes with ``every``
-            options["every"] = usual_every(self._steps(made))
+            options["every"] = HyperSettings().every(self._steps(made))
         tuner = Tuner(made.model, made.loss_fn or self.loss_fn, seed=self.seed, **options)
         tuner.start_from(self._start(tuner, family, trial))
         options = {"progress": False, **self.length, **self.fit}

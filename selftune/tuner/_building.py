@@ -204,8 +204,9 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         shape=given.schedule, total_steps=total, warmup_steps=min(given.warmup, total - 1)
     )
     rates = torch.tensor([schedule(t) for t in range(total)], dtype=torch.float64, device=device)
-    floored = settings.floor is not None and "weight_decay" not in (given.bounds or {})
-    floor = WeightDecayFloor.of(given.rule, schedule, settings.floor) if floored else None
+    floor = WeightDecayFloor.of(given.rule, schedule, settings.floor)
+    if "weight_decay" in (given.bounds or {}):
+        floor = None
     size = given.hyper_rate
     hyper = HyperOptimizer(
         choose(given.known, names, given.bounds, total),
@@ -213,8 +214,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         settings=settings.hyper, floor=floor,
     )  # fmt: skip
     assigned = given.assignment(total)
-    rows = [n for n in names if n not in assigned.names]
-    rows = [n for n in hyper.names if n in rows]
+    rows = [n for n in hyper.names if n not in assigned.names]
     return Steps(
         inner=given.objective,
         outer=for_tuning(given.objective, plan.every),

@@ -171,7 +171,8 @@ class Fused:
             def train(run: RunState, batch: Batch) -> Tensor:
                 told, point, hparams = advancing(run, batch)
                 if bool(told[1]):  # the step was taken
-                    whole.observe(*kept((point, hparams)), batch)
+                    point, hparams = kept((point, hparams))
+                    whole.observe(point, hparams, batch)
                 return told
 
             return train

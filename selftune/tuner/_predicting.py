@@ -56,8 +56,9 @@ class Predictor:
         for name, values in asked.items():
             if name not in known:
                 raise ValueError(
-                    f"predict({name}=…): its response was not learned, only those of {known}: tune it "
-                    "with estimator=BestResponse(), or BestResponse(update=True) for the update's"
+                    f"predict({name}=…): its response was not learned, only those of {known}: "
+                    "tune it with estimator=BestResponse(), or BestResponse(update=True) for the "
+                    "update's"
                 )
             hparam = steps.hyper.hparams[name]
             if not all(hparam.lower <= v <= hparam.upper for v in values):

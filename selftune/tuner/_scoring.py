@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from selftune.control.final_weights import between
+from selftune.control.final_weights import BACK, between
 from selftune.tuner._data import Stream, alone, size, to_device
 from selftune.tuner._objective import Objective, for_scoring
 from selftune.tuner._snapshots import Snapshots
@@ -24,7 +24,7 @@ Where = tuple[list[Tensor], list[Tensor]]
 """Weights and buffers."""
 FEW = 20  # batches that stand for a validation set without an end
 ENOUGH = 50  # batches that show which of two points is better
-PLACES = -1.0, -0.5, 0.0, 0.5, 1.0  # from the good over the averaged to the last weights
+POSITIONS = *BACK, 0.5, 1.0  # from the last good weights over the average to the last
 
 
 def held(module: nn.Module) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class Scorer:
 
         Halfway from one to the next may be better than both.
         """
-        candidates = [_between(run, good, place) for place in PLACES]
+        candidates = [_between(run, good, place) for place in POSITIONS]
         losses = [scores["loss"] for scores in self._score(candidates, stream, member)]
         losses = [x if math.isfinite(x) else math.inf for x in losses]
         found = min(losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,19 @@ class Snapshots:
         torch._foreach_copy_(parts[0], parts[1])
 
     @torch.no_grad()
-    def rewind(self, moves: Mapping[str, float], member: int = 0) -> None:
-        """Return to the good weights, begin anew, and move raw hyperparameters."""
+    def rewind(
+        self,
+        moves: Mapping[str, float],
+        member: int = 0,
+        raw_before: Sequence[float] | None = None,
+    ) -> None:
+        """Return to the good weights, begin anew, and move raw hyperparameters.
+
+        Args:
+            moves: By how much, by name.
+            member: Of a population.
+            raw_before: Where raw hyperparameters return to before.
+        """
         mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
         good = [self.part(t, member) for t in self.weights]
         for weights, then in zip(mine.weights, good, strict=True):
@@ -65,6 +76,8 @@ class Snapshots:
         state = self._method.rewind(mine.method, good, mine.step)
         hyper, frame = self._method.hyper, self._method.hyper.frame(mine.step.device)
         raw = state.hyper.raw
+        if raw_before is not None:
+            raw = torch.tensor(raw_before, dtype=raw.dtype, device=raw.device)
         for name, change in moves.items():
             raw = hyper.move(raw, name, change, frame)
         state = state._replace(hyper=state.hyper._replace(raw=raw))

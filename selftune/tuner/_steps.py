@@ -170,7 +170,7 @@ class Steps:
         """A step of the hyperparameters on a validation batch.
 
         Returns the next run, and a vector of the outer loss, whether hypergradients were finite,
-        and the hyperparameters after the step.
+        the hyperparameters after the step, and their raw values before it.
         """
         return self.hyper_step(run, self.outer_gradient(run, batch))
 
@@ -272,15 +272,14 @@ class Steps:
         if self._on_host(run):
             values, slopes = self.numbers(run)
             step, age = int(run.step), int(run.age)
-            factor = self._factors[min(step, len(self._factors) - 1)] if rate is None else rate
+            rate = self._factors[min(step, len(self._factors) - 1)] if rate is None else rate
             share = rows.averaging.weight(step + 1 - int(run.since), stride)
-            moment = Moment(values, slopes, Clock(step, factor, age), share)
-            return [moment] * len(run.method.parts)
+            return [Moment(values, slopes, Clock(step, rate, age), share)] * len(run.method.parts)
         present = self.hyper.values(run.hyper.raw)
         derivatives = self.hyper.slopes(present)
         now = run.step.squeeze(0)
         even = 1 - stride / (now + 3 - run.since.squeeze(0)).double()
-        share = 1 - even.clamp(0.0, rho**stride)
+        newest = 1 - even.clamp(0.0, rho**stride)
         moments = {}
         for part in run.method.parts:
             dtype = part.average.dtype
@@ -293,7 +292,7 @@ class Steps:
                 moments[dtype] = Moment(
                     {**self.options, **{n: v.to(dtype) for n, v in present.items()}},
                     {n: s.to(dtype) for n, s in derivatives.items()},
-                    clock, share.to(dtype),
+                    clock, newest.to(dtype),
                 )  # fmt: skip
         return [moments[p.average.dtype] for p in run.method.parts]
 
@@ -318,6 +317,7 @@ class Steps:
             answers: Hypergradients in raw space from an estimator of whole steps.
         """
         loss, grads, buffers = passed
+        before = run.hyper.raw.clone()
         state, signal = self.signal(run, grads, answers or {})
         frame = self.hyper.frame(run.step.device)
         values = {**self.options, **self.hyper.values(run.hyper.raw)}
@@ -327,7 +327,7 @@ class Steps:
         present = self.hyper.values(state.hyper.raw).values()
         fine = torch.isfinite(signal).all()
         told = torch.stack([t.to(torch.float64) for t in (loss, fine, *present)])
-        return after, told
+        return after, torch.cat([told, before])
 
     def signal(
         self, run: RunState, grads: Sequence[Tensor], answers: Mapping[str, Tensor]

@@ -251,7 +251,6 @@ class Training:
         recent = [x for x in history.train_loss[-self.plan.score :] if math.isfinite(x)]
         if scores["loss"] < self.best:
             self.best, self.waited = scores["loss"], 0
-            self.watch.good(self.step, self.watch.leader)
             self._save_best()
         else:
             self.waited += 1

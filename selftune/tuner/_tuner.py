@@ -295,7 +295,8 @@ class Tuner:
             total = length(streams[0], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             plan = Plan(
-                total=total, every=self._given.cadence(total), score=score, save=checkpoint_every or score,
+                total=total, every=self._given.cadence(total), score=score,
+                save=checkpoint_every or score,
                 log=log_every or LOG, rest=0.0 if log_every else REST, patience=patience,
                 picture=pictures_every,
                 compile=self._compile, exploit=self._exploit,

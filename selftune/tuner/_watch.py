@@ -113,9 +113,10 @@ class Watch:
         for at, rows in trained:
             if self._act(step, [self._judge_step(at, m, row) for m, row in enumerate(rows)]):
                 return  # what came after is undone
-        for at, rows in tuned:
+        for _, rows in tuned:
             actions = [self._judge_outer(m, row) for m, row in enumerate(rows)]
-            if self._act(step, actions) and not self._many:
+            raw = [row[2 + len(self._steps.hyper.names) :] for row in rows]
+            if self._act(step, actions, raw) and not self._many:
                 return
 
     def _read(self, told: list[tuple[int, Tensor]]) -> list[tuple[int, list[list[float]]]]:
@@ -133,6 +134,7 @@ class Watch:
         """Note a hyperparameter step in history, log and progress bar."""
         self.leader = min(range(len(rows)), key=self._standing)
         outer, _, *values = rows[self.leader]
+        values = values[: len(self._steps.hyper.names)]
         named = dict(zip(self._steps.hyper.names, values, strict=True))
         self.history.hyper(step, outer, named)
         self.log.note(named)
@@ -151,11 +153,6 @@ class Watch:
         return guard.mean if guard is not None and math.isfinite(guard.mean) else math.inf
 
     # going wrong, and back
-
-    def good(self, step: int, member: int) -> None:
-        """Remember the present averaged weights as good."""
-        self._snapshots.take("average", member)
-        self._good_at[member] = step
 
     def _judge_step(self, step: int, member: int, row: list[float]) -> Action:
         loss, fine, alive = row
@@ -181,11 +178,23 @@ class Watch:
         judged = controller.observe(Hypergradient(bool(finite)))
         return judged if judged.rewind is not None else action
 
-    def _act(self, step: int, actions: Sequence[Action]) -> bool:
-        """Carry out what is asked for each member; whether any was rewound."""
-        return any([self._carry_out(step, m, action) for m, action in enumerate(actions)])
+    def _act(
+        self, step: int, actions: Sequence[Action], raw: Sequence[list[float]] | None = None
+    ) -> bool:
+        """Carry out what is asked for each member; whether any was rewound.
 
-    def _carry_out(self, step: int, member: int, action: Action) -> bool:
+        Args:
+            step: Steps taken.
+            actions: One a member.
+            raw: Raw hyperparameters of each before the step that is judged, which is undone.
+        """
+        found = [
+            self._carry_out(step, m, action, None if raw is None else raw[m])
+            for m, action in enumerate(actions)
+        ]
+        return any(found)
+
+    def _carry_out(self, step: int, member: int, action: Action, raw: list[float] | None) -> bool:
         if action.snapshot:
             self._snapshots.take(action.snapshot, member)
             if action.snapshot == "candidate":
@@ -194,7 +203,7 @@ class Watch:
                 self._good_at[member] = self._candidate_at[member]
         if action.rewind is None:
             return False
-        self._snapshots.rewind(action.rewind, member)
+        self._snapshots.rewind(action.rewind, member, raw)
         self.controllers[member].announce(action, step)
         self._rewound(step, member)
         return True

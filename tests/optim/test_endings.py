@@ -10,13 +10,17 @@ STEPS, BEST = 100, 8.0
 
 
 def climb(
-    validation, guard: bool = True, keeps: float = 0.0, period: int = 1
-) -> tuple[nn.Parameter, st.optim.SelfTuned]:
+    validation,
+    guard: bool = True,
+    keeps: float = 0.0,
+    period: int = 1,
+    recorder: st.monitor.InMemory | None = None,
+) -> tuple[nn.Parameter, st.optim.SelfTuningOptimizer]:
     """A weight that grows by 0.1 a step, to 10, whatever validation says."""
     weight = nn.Parameter(torch.zeros(()))
     opt = st.SGD(
         [weight], lr=0.1, momentum=0.0, tune=(), probe=False, total_steps=STEPS, every=5,
-        schedule="constant", average=st.Average(keeps), guard=guard,
+        schedule="constant", average=st.Average(keeps), guard=guard, log_dir=recorder,
     )  # fmt: skip
     for step in range(1, STEPS + 1):
         opt.zero_grad()
@@ -24,10 +28,11 @@ def climb(
         opt.step()
         if step % period == 0:
             opt.hyper_step(lambda: validation(weight))
+    opt.flush()
     return weight, opt
 
 
-def shown(weight: Tensor, opt: st.optim.SelfTuned) -> float:
+def shown(weight: Tensor, opt: st.optim.SelfTuningOptimizer) -> float:
     with opt.averaged():
         return float(weight.detach())
 
@@ -58,21 +63,24 @@ def test_the_end_lies_where_the_loss_is_lowest_on_the_way_from_the_average(
         return (w - best).square() + 100 * torch.rand(())
 
     torch.manual_seed(0)
-    weight, opt = climb(validation, guard, keeps=0.9, period=10)
-    average = float(opt._engine.blocks[0].average)
+    recorder = st.monitor.InMemory()
+    weight, opt = climb(validation, guard, keeps=0.9, period=10, recorder=recorder)
+    average = float(opt.state[weight]["average"])
+    position = recorder.curve("final/position")[1][-1]
     assert 9.0 < average < 9.3
     if best < 0:  # all ways lead uphill; without a guard there is none back
-        assert opt._engine.ending.onward == (-1.0 if guard else 0.0)
+        assert position == (-1.0 if guard else 0.0)
     elif best < (average + 10.0) / 2:  # the last weights are worse
-        assert opt._engine.ending.onward == expected
+        assert position == expected
     else:
         assert shown(weight, opt) == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_loop_that_always_asks_is_judged_a_step_before_its_end() -> None:
     """The weight moves on by 0.1, and with it what lies at a share of the way."""
-    weight, opt = climb(lambda w: (w - 9.7).square(), keeps=0.9)
-    assert opt._engine.ending.judged == STEPS - 1
+    recorder = st.monitor.InMemory()
+    weight, opt = climb(lambda w: (w - 9.7).square(), keeps=0.9, recorder=recorder)
+    assert recorder.curve("final/position")[0] == [STEPS - 1]
     assert shown(weight, opt) == pytest.approx(9.8, abs=0.02)
 
 
@@ -83,8 +91,9 @@ def test_noise_alone_brings_nothing_back(own: bool) -> None:
     generator = torch.Generator() if own else torch.default_generator
     generator.manual_seed(0)
     for _ in range(30):
-        _, opt = climb(lambda w, g=generator: 5 + (torch.rand((), generator=g) - 0.5) * w)
-        returned += opt._engine.ending.onward < 0
+        recorder = st.monitor.InMemory()
+        climb(lambda w, g=generator: 5 + (torch.rand((), generator=g) - 0.5) * w, recorder=recorder)
+        returned += recorder.curve("final/position")[1][-1] < 0
     assert returned <= 17  # of 30 at 30 %: less likely than 0.2 %
 
 

@@ -1,4 +1,4 @@
-"""Steps taken in place by torch's kernels, which nobody observes. Truth: torch's own optimizer."""
+"""Steps taken in place by torch's kernels, which nobody tracks. Truth: torch's own optimizer."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import selftune as st
-from selftune.optim._block import Block
+from selftune.optim._block import Block  # private: steps in place look like any others
 
 STEPS = 30
 CASES = [
@@ -26,8 +26,8 @@ CASES = [
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every step in place."""
     taken: list[int] = []
-    step = Block.step
-    monkeypatch.setattr(Block, "step", lambda *a: (taken.append(1), step(*a))[1])
+    step = Block.step_in_place
+    monkeypatch.setattr(Block, "step_in_place", lambda *a: (taken.append(1), step(*a))[1])
     return taken
 
 
@@ -48,7 +48,7 @@ def train(net: nn.Module, opt: torch.optim.Optimizer, change=lambda step: None) 
         (loss_of(net) if not opt.defaults.get("maximize") else -loss_of(net)).backward()
         change(step)
         opt.step()
-        if isinstance(opt, st.optim.SelfTuned):
+        if isinstance(opt, st.optim.SelfTuningOptimizer):
             opt.hyper_step(lambda: loss_of(net))
     return torch.cat([p.detach().ravel() for p in net.parameters()])
 

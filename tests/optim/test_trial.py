@@ -1,4 +1,4 @@
-"""What the probe leaves. Truths: gradient descent on ½ w², which diverges above 2, and values."""
+"""What the sweep leaves. Truths: gradient descent on ½ w², which diverges above 2, and values."""
 
 import copy
 from typing import Any
@@ -8,14 +8,17 @@ import torch
 from torch import nn
 
 import selftune as st
-from selftune.probe import Probe
+from selftune.control import LRSweep
 
 
-def descend(lr: float, steps: int, lowest: float) -> tuple[nn.Parameter, st.optim.SelfTuned]:
-    """Steps after a probe that found a descent of ``-lowest``."""
+def descend(
+    lr: float, steps: int, lowest: float
+) -> tuple[nn.Parameter, st.optim.SelfTuningOptimizer]:
+    """Steps after a sweep that found a descent of ``-lowest``."""
     weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
     opt = st.SGD([weight], lr=lr, tune=("lr",), probe=10)
-    opt._engine.probe = Probe(steps=10, ended=True, lowest=lowest)
+    # Private: a real sweep would choose a rate, and a descent, of its own.
+    opt._engine.controller.sweep = LRSweep(steps=10, ended=True, lowest=lowest)
     for _ in range(steps):
         weight.grad = weight.detach().clone()
         opt.step()
@@ -50,13 +53,13 @@ def test_a_rate_that_descends_is_kept() -> None:
 
 
 def test_little_to_lose_is_no_reason() -> None:
-    """Law: where the probe found a descent of 3, adding 1.25 once is less than half."""
+    """Law: where the sweep found a descent of 3, adding 1.25 once is less than half."""
     _, opt = descend(2.5, 2, lowest=-3.0)
     assert opt.hparams["lr"] == pytest.approx(2.5)
 
 
 def begun(beta1: float, **options: Any) -> float:
-    """β₁ of an optimizer right after its probe."""
+    """β₁ of an optimizer right after its sweep."""
     weight = nn.Parameter(torch.ones(2))
     opt = st.AdamW([weight], betas=(beta1, 0.999), probe=10, **options)
     for _ in range(11):
@@ -120,8 +123,8 @@ def test_without_a_known_length_the_usual_beta1_stays() -> None:
     assert begun(0.9) == pytest.approx(0.9)
 
 
-def test_a_beta1_that_is_not_tuned_or_not_probed_stays() -> None:
-    """Law: what is not tuned is the user's, and so is where a run without a probe starts."""
+def test_a_beta1_that_is_not_tuned_or_not_swept_stays() -> None:
+    """Law: what is not tuned is the user's, and so is where a run without a sweep starts."""
     assert begun(0.95, tune=("lr",), total_steps=400) == 0.95
     weight = nn.Parameter(torch.ones(2))
     opt = st.AdamW([weight], betas=(0.9, 0.999), probe=False, total_steps=400)

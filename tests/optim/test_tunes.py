@@ -25,7 +25,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2))
 
 
-def run(make, steps: int = 400, hyper: bool = True) -> tuple[float, st.optim.SelfTuned]:
+def run(make, steps: int = 400, hyper: bool = True) -> tuple[float, st.optim.SelfTuningOptimizer]:
     """Train on batches of 20; the test loss at the averaged weights."""
     train, val, test = task()
     net = network()
@@ -98,7 +98,7 @@ def test_without_validation_the_rate_is_tuned_and_decay_stays(
 
 
 def test_a_blown_up_run_comes_back(caplog: pytest.LogCaptureFixture) -> None:
-    """Started at a rate that overflows, without a probe; said once, and never not finite."""
+    """Started at a rate that overflows, without a sweep; said once, and never not finite."""
     with caplog.at_level(logging.WARNING, "selftune"):
         loss, opt = run(lambda n: st.SGD(n.parameters(), lr=1e4, probe=False))
     assert loss < math.log(2) + 0.05
@@ -108,9 +108,11 @@ def test_a_blown_up_run_comes_back(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_an_explosion_cools_the_rate_and_momentum_more_each_time() -> None:
     """Law: 3, then 9, …, and a shorter memory; a loss that merely worsens halves the rate."""
-    _, opt = run(lambda n: st.SGD(n.parameters(), lr=1e4, momentum=0.9, probe=False), steps=30)
-    assert opt._engine.guard is not None
-    count = opt._engine.guard.rollbacks
+    recorder = st.monitor.InMemory()
+    options: dict[str, Any] = dict(lr=1e4, momentum=0.9, probe=False, log_dir=recorder)
+    _, opt = run(lambda n: st.SGD(n.parameters(), **options), steps=30)
+    opt.flush()
+    count = recorder.curve("guard/events")[1][-1]
     assert count >= 2
     assert opt.hparams["lr"] < 1e4 / 3**count
     assert opt.hparams["momentum"] < 0.8
@@ -150,12 +152,19 @@ def test_a_validation_loss_in_other_units_tunes_alike() -> None:
     assert ends([1.0] * 40)["lr"] > 2e-3
 
 
-@pytest.mark.parametrize(("name", "off"), [("SGD", 0.03), ("AdamW", 1e-4)])
-def test_weight_decay_follows_the_slope_of_the_validation_loss(name: str, off: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "closed", "off"),
+    [("SGD", False, 0.03), ("AdamW", False, 1e-4), ("SGD", True, 0.03), ("AdamW", True, 0.03)],
+)
+def test_weight_decay_follows_the_slope_of_the_validation_loss(
+    name: str, closed: bool, off: float
+) -> None:
     """Finite differences of torch's own optimizer, gradients given, of an outer gradient of 1.
 
-    There is then no curvature to drop but that of SGD's penalty, ηλ of a weight a step.
+    There is then no curvature to drop but that of SGD's penalty, ηλ of a weight a step. The closed
+    form takes the weights as they are for those of all steps.
     """
+    recorder = st.monitor.InMemory()
 
     def trained(make: type, decay: float, **options: Any) -> tuple[nn.Parameter, Any]:
         weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
@@ -170,11 +179,12 @@ def test_weight_decay_follows_the_slope_of_the_validation_loss(name: str, off: f
 
     weight, opt = trained(
         getattr(st, name), 0.1, tune=("weight_decay",), every=8, probe=False, guard=False,
-        estimator=st.Trace(1.0), average=st.Average(0.0),
+        estimator=st.Trace(1.0, closed_forms=closed), average=st.Average(0.0), log_dir=recorder,
     )  # fmt: skip
     opt.hyper_step(lambda: outer(weight))
+    opt.flush()
     plain = getattr(torch.optim, name)
     low, high = (float(outer(trained(plain, 0.1 * math.exp(z))[0].detach())) for z in (-1e-4, 1e-4))
-    found = opt._engine.tuning.signals()["weight_decay"][0]
+    found = recorder.curve("hypergrad/weight_decay/value")[1][0]
     length = 2 * float((weight.detach() - 0.3).norm())
-    assert float(found) == pytest.approx((high - low) / 2e-4 / length, rel=off)
+    assert found == pytest.approx((high - low) / 2e-4 / length, rel=off)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import selftune as st
 from selftune.estimators import AbstractEstimator
-from selftune.optim._following import Following
+from selftune.optim._closures import ClosureSteps  # private: hypergradients are kept inside
 
 SEEING: dict[str, AbstractEstimator] = {
     "Forward": st.Forward(),
@@ -50,14 +50,14 @@ def test_hypergradients_are_those_of_a_plain_loop(
     name: str, per: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
-    before = Following.signal
+    before = ClosureSteps.signal
 
-    def signal(self: Following, block: Any, values: Any, grads: Tensor) -> Tensor:
+    def signal(self: ClosureSteps, block: Any, values: Any, grads: Tensor) -> Tensor:
         found = before(self, block, values, grads)
         seen.append((grads.clone(), found))
         return found
 
-    monkeypatch.setattr(Following, "signal", signal)
+    monkeypatch.setattr(ClosureSteps, "signal", signal)
     model, train = net(), batches(9)
     opt = st.SGD(
         model, lr=0.05, momentum=0.7, weight_decay=0.02, tune=("lr", "weight_decay"), every=8,
@@ -89,7 +89,7 @@ def test_hypergradients_are_those_of_a_plain_loop(
 
             momentum = 0.7 * momentum + torch.func.grad(loss)(w) + h["weight_decay"] * w
             w = w - h["lr"] * momentum
-        return w @ grads
+        return w @ (grads / grads.norm())
 
     truth = torch.func.grad(end)(logs)
     size = max(float(t.abs().max()) for t in truth.values())
@@ -158,7 +158,7 @@ def test_optimizers_from_outside_are_refused() -> None:
 
 
 def test_copies_and_saved_states_go_on() -> None:
-    """They begin to follow anew, and their weights move as before."""
+    """They begin to observe anew, and their weights move as before."""
     model, train = net(), batches(12)
     opt = st.SGD(model, lr=0.05, estimator=st.Unrolled(4), probe=False, every=10**6)
     trained(model, opt, train[:6])
@@ -173,8 +173,10 @@ def test_copies_and_saved_states_go_on() -> None:
         assert torch.equal(mine, theirs)
 
 
-def followed(opt: Any) -> Any:
-    return opt._engine.following
+def signal(opt: Any) -> Tensor:
+    """Hypergradients along an outer gradient of ones: private, since none can be asked for."""
+    block, values = opt._blocks()[0], opt._groups.values(opt.param_groups)[0]
+    return opt._engine.whole.signal(block, values, torch.ones_like(block.part.average))
 
 
 def test_options_that_change_are_those_of_their_step() -> None:
@@ -190,8 +192,7 @@ def test_options_that_change_are_those_of_their_step() -> None:
         for batch in train[:6]:
             trained(model, opt, [batch])
             plan.step()
-        block, values = opt._blocks()[0], opt._groups.values(opt.param_groups)[0]
-        found.append(followed(opt).signal(block, values, torch.ones_like(block.average)))
+        found.append(signal(opt))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-9)
 
 
@@ -256,8 +257,7 @@ def test_implicit_knows_the_step_it_is_at() -> None:
         estimator=st.Implicit(through="update"), guard=False,
     )  # fmt: skip
     trained(model, opt, train[:6])
-    block, values = opt._blocks()[0], opt._groups.values(opt.param_groups)[0]
-    lr, decay = followed(opt).signal(block, values, torch.ones_like(block.average)).flatten()
+    lr, decay = signal(opt).flatten()
     assert float(decay / lr) == pytest.approx(-0.05 * 6 / (1 + 0.05 * 6), rel=0.05)
 
 
@@ -287,7 +287,7 @@ def test_loading_and_unfreezing_begin_anew(per: str) -> None:
         (st.Implicit(), "do not enter the training loss"),
     ],
 )
-def test_what_cannot_follow_a_run_is_refused_at_once(
+def test_what_cannot_observe_a_run_is_refused_at_once(
     estimator: AbstractEstimator, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

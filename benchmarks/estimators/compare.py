@@ -2,10 +2,10 @@
 
 Ours is ``Tuner.fit`` as users call it: SGD with momentum, learning rate and weight decay tuned,
 a hyperparameter step every 20 weight steps with its validation pass, compiled. Between blocks of
-its steps the plain loops (:mod:`benchmarks.plain`) and the other libraries
-(:mod:`benchmarks.peers`) take theirs, so that all are interleaved in one run.
+its steps the plain loops (:mod:`benchmarks.cost.plain`) and the other libraries
+(:mod:`benchmarks.estimators.peers`) take theirs, so that all are interleaved in one run.
 
-    python -m benchmarks.estimators [--part time|peers|equal|many|bias] [--only Forward]
+    python -m benchmarks.estimators.compare [--part time|peers|equal|many|bias] [--only Forward]
 
 ``many`` holds a weight decay for each of a million weights. ``bias`` needs scikit-learn, and
 ``peers`` and ``equal`` the libraries themselves. Typical output is kept in ``docs/benchmarks.md``.
@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import selftune as st
-from benchmarks import plain
+from benchmarks.cost import plain
+from benchmarks.cost.nets import NETS, Batch, Net, mlp
+from benchmarks.estimators.peers import CYCLE, DECAY, LR, MOMENTUM, PEERS, SCALE, TERMS
 from benchmarks.fused import TimedLoader, beside, spread
-from benchmarks.nets import NETS, Batch, Net, mlp
-from benchmarks.peers import CYCLE, DECAY, LR, MOMENTUM, PEERS, SCALE, TERMS
 from selftune.estimators import AbstractEstimator, Exact
 
 NET = "MLP 784-256-256-10, batch 128"

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from benchmarks.nets import Batch, Net
+from benchmarks.cost.nets import Batch, Net
 
 CYCLE, TERMS = 20, 10
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
-from benchmarks.nets import Batch, Net
+from benchmarks.cost.nets import Batch, Net
 
 Step = Callable[[Batch], None]
 OPTIONS = {

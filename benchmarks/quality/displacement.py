@@ -1,11 +1,12 @@
 """How far weights come at fixed learning rates, against random walks of the same moves.
 
-    SELFTUNE_DATA=... python -m benchmarks.travel [--only fashion-vit] [--rates 0.001,0.01]
+    SELFTUNE_DATA=... python -m benchmarks.quality.displacement [--only fashion-vit]
 
-Plain AdamW with linear decay on the suite of the proof, β₁ and β₂ as after a probe. Prints for
-every rate the validation loss at the end (of the running average) over that of the best rate and,
-in brackets, two squared ratios after a third of the run: of the distance from the start to a random
-walk of the same stretches, and S² of ``selftune.travel``, which forgets the start.
+Plain AdamW with linear decay on the suite of the proof, β₁ and β₂ as after a learning-rate sweep.
+Prints for every rate the validation loss at the end (of the running average) over that of the best
+rate and, in brackets, two squared ratios after a third of the run: of the distance from the start
+to a random walk of the same segments, and S² of ``selftune.method.displacement``, which forgets the
+start.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from torch import Tensor
 from benchmarks.proof.training import RunningAverage
 from benchmarks.run import EVERYTHING
 from benchmarks.workloads import SUITE
-from selftune.probe import CALM, LEAST
+from selftune.control import SweepSettings
+from selftune.method import Displacement, DisplacementLimit
+from selftune.method.step import alone
 from selftune.rules.adam import fitting_beta2
-from selftune.travel import Travel
 
 RATES = "0.001,0.003,0.01,0.03,0.1"
 
 Found = tuple[float, float, float]
-"""Validation loss at the end, squared ratios from the start and of ``selftune.travel``."""
+"""Validation loss at the end, and the squared ratios from the start and of the library."""
 
 
 def run(name: str, rate: float, seed: int) -> Found:
@@ -38,7 +40,8 @@ def run(name: str, rate: float, seed: int) -> Found:
     logging.getLogger("selftune").setLevel(logging.ERROR)
     workload = EVERYTHING[name]()
     model, batches = workload.model(seed), workload.batches("train", seed)
-    beta1 = 1 - 1 / max(LEAST, workload.steps / CALM)
+    sweep, limit = SweepSettings(), DisplacementLimit()
+    beta1 = 1 - 1 / max(sweep.least_memory, workload.steps / sweep.calm)
     betas = beta1, fitting_beta2(workload.steps)
     opt = torch.optim.AdamW(model.parameters(), rate, betas=betas, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 - t / workload.steps)
@@ -47,21 +50,22 @@ def run(name: str, rate: float, seed: int) -> Found:
     def weights() -> Tensor:
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    start = centre = mark = weights()
-    travel, squares, ratios = Travel(), 0.0, (1.0, 1.0)
+    start = mark = weights()
+    displacement = Displacement.begin([start], torch.zeros(1, dtype=torch.int64))
+    squares, ratios = 0.0, (1.0, 1.0)
     for step in range(1, workload.steps + 1):
         opt.zero_grad()
         workload.loss(model, next(batches)).backward()
         opt.step()
         schedule.step()
         average.update()
-        if travel.ended(step) and step <= workload.steps // 3:
+        ended = step - int(displacement.since) >= limit.segment
+        if ended and step <= workload.steps // 3:
             after = weights()
-            square = float((after - mark).square().sum())
-            centre = centre.lerp(mark, travel.add(square, step))
-            squares, mark = squares + square, after
-            away = float((after - centre).norm())
-            ratios = float((after - start).square().sum()) / squares, travel.ratio(away) ** 2
+            displacement = displacement.update([after], torch.tensor([step]), limit, alone)
+            squares, mark = squares + float((after - mark).square().sum()), after
+            straight = float((after - start).square().sum()) / squares
+            ratios = straight, float(displacement.square([after], alone))
     with average.showing():
         return workload.evaluate(model, "val"), *ratios
 

@@ -1,8 +1,8 @@
 """Which regularizers only pay over a whole run, so that no gradient of tens of steps finds them.
 
-    python -m benchmarks.horizons [--job text] [--name ar] [--values 0.01,0.1,1,4] [--start 0.01]
+    python -m benchmarks.quality.horizons [--job text] [--name ar] [--values 0.01,0.1,1,4] [--start 0.01]
 
-A plain AdamW run of ``benchmarks.regularizers`` at weak regularizers, linear decay. *Branches*: at
+A plain AdamW run of ``benchmarks.quality.regularizers`` at weak regularizers, linear decay. *Branches*: at
 parts of it one strength is changed, and the validation loss of the averaged weights is taken 25,
 100 and 200 steps later: what a hypergradient over that horizon can see. *Whole*: the loss at the
 end of a run with that strength from its first step. Where the two have opposite order, tuning
@@ -18,7 +18,7 @@ import statistics
 
 import torch
 
-from benchmarks.regularizers import JOBS, Batch, PlainRun, trial
+from benchmarks.quality.regularizers import JOBS, Batch, PlainRun, trial
 
 WEAK = dict(embedding=0.01, input=0.04, dropconnect=0.06, hidden=0.02, output=0.08, ar=0.01,
             tar=0.01, first=0.1, second=0.1, third=0.05, label_smoothing=0.005, translate=0.005,

@@ -5,7 +5,7 @@ responses to learning rate and weight decay from closed forms. Each line undoes 
 the jobs of ``one_run``, the last all; the first is the drop-in optimizer. Printed are validation
 and test loss, means over the seeds with standard error.
 
-    SELFTUNE_DATA=... python -m benchmarks.fused_quality [--seeds 10] [--only digits]
+    SELFTUNE_DATA=... python -m benchmarks.quality.fused_quality [--seeds 10] [--only digits]
 
 Typical output is kept in ``docs/benchmarks.md``.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import selftune as st
-from benchmarks.one_run import DEFAULTS, Outcome, run_self_tuned
+from benchmarks.quality.one_run import DEFAULTS, Outcome, run_self_tuned
 from benchmarks.workloads import WORKLOADS, Batch, Workload
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """What best-response hypernetworks cost, and where the runs that they tune end.
 
-    python -m benchmarks.best_response [--part cost|memory] [--only MLP]
+    python -m benchmarks.cost.best_response [--part cost|memory] [--only MLP]
 
 Cost: a weight step of a tuned run, one hyperparameter step with its validation pass every five
 weight steps included, against the plain eager loop with ``nn.Dropout`` at fixed rates. Loops of
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selftune as st
-from benchmarks.estimators import Scale
+from benchmarks.cost.nets import Batch, Net
+from benchmarks.estimators.compare import Scale
 from benchmarks.fused import TimedLoader, spread
-from benchmarks.nets import Batch, Net
 
 EVERY = 5
 Made = Callable[[Callable[[float, str], nn.Module]], nn.Module]

@@ -1,7 +1,7 @@
 """Model selection: self-tuned runs inside against Optuna over everything, at equal wall time.
 
-    python -m benchmarks.selection [--only digits] [--seeds 3] [--journal FILE]
-    python -m benchmarks.selection --part memory|engine
+    python -m benchmarks.quality.selection [--only digits] [--seeds 3] [--journal FILE]
+    python -m benchmarks.quality.selection --part memory|engine
 
 ``search``: on digits, 8,000 Fashion-MNIST images and three UCI sets, ``selftune.search.select``
 over families (depth, width, dropout, …) against Optuna's TPE with ASHA over the same families *and*

@@ -1,11 +1,11 @@
 """One self-tuned run against a pool of random-search runs.
 
-Baseline: 100 plain torch runs with random hyperparameters (``benchmarks.random_search``),
+Baseline: 100 plain torch runs with random hyperparameters (``benchmarks.quality.random_search``),
 evaluated at the same running average. Ours: one self-tuned run from ordinary defaults (median
 of 5 seeds), and one from each of 10 random starts drawn from the pool's own ranges. Probe and
 hyper steps count as training steps. Rank: the share of the pool that is better.
 
-    SELFTUNE_DATA=... python -m benchmarks.one_run
+    SELFTUNE_DATA=... python -m benchmarks.quality.one_run
 
 Typical output is kept in ``docs/benchmarks.md``.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import selftune as st
-from benchmarks.random_search import SPACES, Start, draw, pool
+from benchmarks.quality.random_search import SPACES, Start, draw, pool
 from benchmarks.workloads import WORKLOADS, Workload
 
 DEFAULTS = {

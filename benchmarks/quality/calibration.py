@@ -1,6 +1,6 @@
 """What a run predicts of other strengths, against training again with them.
 
-    python -m benchmarks.calibration --job images|text [--steps 300]
+    python -m benchmarks.quality.calibration --job images|text [--steps 300]
 
 A run at fixed strengths learns how its weights respond to them. ``Tuner.predict`` then reads the
 validation loss at strengths half a unit of log or odds lower and higher, and plain runs of the
@@ -16,7 +16,7 @@ import logging
 import torch
 
 import selftune as st
-from benchmarks.regularizers import JOBS, RATE, Endless, Job
+from benchmarks.quality.regularizers import JOBS, RATE, Endless, Job
 
 STEP = 0.5  # in raw (log or odds) space
 LR = 3e-3

@@ -1,6 +1,6 @@
 """Draws the pictures of docs/how-to-choose.md and docs/when-it-fails.md into docs/img.
 
-    python -m benchmarks.plots [bias|horizon|chaos|overfit]
+    python -m benchmarks.estimators.plots [bias|horizon|chaos|overfit]
 
 Takes about three minutes in all; needs matplotlib and scikit-learn.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import selftune as st
-from benchmarks import estimators
-from benchmarks.nets import mlp
+from benchmarks.cost.nets import mlp
+from benchmarks.estimators import compare
 from benchmarks.workloads import digits
 
-FOLDER = Path(__file__).parent.parent / "docs" / "img"
+FOLDER = Path(__file__).parents[2] / "docs" / "img"
 F64 = torch.float64
 
 
@@ -39,7 +39,7 @@ def bias() -> None:
     """Cosine of each estimator's hypergradient with the exact one along a run."""
     plt.figure(figsize=(6.4, 3.6))
     plt.gca().set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name, line in estimators.bias().items():
+    for name, line in compare.bias().items():
         plt.plot(range(10, 201, 10), line, label=name, lw=1.3)
     plt.axhline(0, color="grey", lw=0.6)
     plt.xlabel("weight steps")

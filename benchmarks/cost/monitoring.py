@@ -1,8 +1,8 @@
 """What logging costs: a tuner's steps with a log directory against the same without.
 
-    python -m benchmarks.monitoring [--rounds 9]
+    python -m benchmarks.cost.monitoring [--rounds 9]
 
-Nets of :mod:`benchmarks.nets`, four hyperparameters tuned, a hyperparameter step every five steps,
+Nets of :mod:`benchmarks.cost.nets`, four hyperparameters tuned, a hyperparameter step every five steps,
 the default log interval. Runs are interleaved; medians of the time a step, with the quartiles of
 the ratio. Evaluations and checkpoints, which a log directory brings too, are left to the end.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import selftune as st
-from benchmarks.nets import NETS, Net
+from benchmarks.cost.nets import NETS, Net
 
 
 def step_time(net: Net, steps: int, recorder: Any) -> float:

@@ -1,0 +1,1 @@
+"""What a step costs in time and memory, beside plain loops on the same nets."""

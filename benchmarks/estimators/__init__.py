@@ -1,0 +1,1 @@
+"""Hypergradient estimators: their cost, their bias, and other libraries beside them."""
