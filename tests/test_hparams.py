@@ -1,4 +1,4 @@
-"""Hyperparameters and their shifts. Truths: closed forms (exp, log), autograd, and laws."""
+"""Hyperparameters: how they are read, written, bounded and chosen. Truths: laws, torch."""
 
 import math
 from typing import Any
@@ -6,17 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from selftune.bijections import Log, Memory
-from selftune.hparams import DECAY, LR, MOMENTUM, WEIGHT_DECAY, Hparam, Tuned, penalty_hparam
+from selftune import rules
+from selftune.bijections import Log
+from selftune.hparams import LR, MOMENTUM, WEIGHT_DECAY, Hparam, choose, layer_hparam
+from selftune.penalties import L1
 from selftune.rules.adam import BETA1, BETA2
-
-
-def laid_out(
-    hparam: Hparam, values: list[float], groups: list[int] | None = None, scope: str = "run"
-) -> Tuned:
-    tuned = Tuned(hparam, scope)
-    tuned.lay_out(values, list(range(len(values))) if groups is None else groups)
-    return tuned
+from selftune.update import Update
 
 
 def test_betas_are_read_and_written_one_at_a_time() -> None:
@@ -57,24 +52,6 @@ def test_bounds_that_cross_are_refused(lower: float, upper: float) -> None:
     assert LR.bounded(0.1, 0.2).upper == 0.2
 
 
-@pytest.mark.parametrize("hparam", [LR, DECAY, WEIGHT_DECAY, MOMENTUM, BETA1, penalty_hparam("l1")])
-def test_all_zero_starts_from_zero(hparam: Hparam) -> None:
-    """Truth: ``from_zero``, which lies within the bounds and has a slope."""
-    tuned = laid_out(hparam, [0.0, 0.0])
-    assert hparam.lower <= hparam.from_zero <= hparam.upper
-    assert tuned.values().tolist() == pytest.approx([hparam.from_zero] * 2, rel=1e-12)
-    assert (tuned.slopes() > 0).all()
-
-
-@pytest.mark.parametrize("scope", ["run", "group", "tensor"])
-def test_zero_beside_others_stays_exactly_zero(scope: str) -> None:
-    """Law: no shift wakes a segment that is off, and it has no slope."""
-    tuned = laid_out(WEIGHT_DECAY, [0.0, 0.1, 0.0], [0, 1, 1], scope)
-    tuned.shift = torch.full_like(tuned.shift, 2.0)
-    assert tuned.values().tolist() == pytest.approx([0.0, 0.1 * math.exp(2), 0.0], rel=1e-12, abs=0)
-    assert tuned.slopes()[[0, 2]].tolist() == [0.0, 0.0]
-
-
 @pytest.mark.parametrize("hparam", [MOMENTUM, BETA1, BETA2], ids=lambda h: h.name)
 def test_bounds_of_memories(hparam: Hparam) -> None:
     """Law: from 0 on and below 1; others are refused by name, and the scale is told."""
@@ -84,70 +61,57 @@ def test_bounds_of_memories(hparam: Hparam) -> None:
             hparam.bounded(lower, upper)
 
 
-def test_one_shift_keeps_ratios_of_rates_and_of_memories() -> None:
-    """Closed form: Log multiplies all values by e^shift, Memory all 1/(1 − μ)."""
-    rates = laid_out(LR, [0.1, 0.01, 0.1])
-    rates.shift += 0.7
-    torch.testing.assert_close(
-        rates.values(), math.exp(0.7) * torch.tensor([0.1, 0.01, 0.1], dtype=torch.float64)
-    )
-    momenta = laid_out(MOMENTUM, [0.9, 0.5])
-    momenta.shift += 0.7
-    memories = 1 / (1 - momenta.values())
-    want = math.exp(0.7) * torch.tensor([10.0, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(memories, want)
+@pytest.mark.parametrize("hparam", [LR, WEIGHT_DECAY, MOMENTUM, BETA1, BETA2], ids=lambda h: h.name)
+def test_raw_ends_are_where_the_scale_meets_the_bounds(hparam: Hparam) -> None:
+    """Law: forward of inverse."""
+    ends = hparam.bijection.forward(torch.tensor(hparam.raw_ends, dtype=torch.float64))
+    assert ends.tolist() == pytest.approx([hparam.lower, hparam.upper], rel=1e-9)
 
 
-SCOPES = [("run", [0, 0, 0, 0], 1), ("group", [0, 1, 1, 2], 3), ("tensor", [0, 1, 2, 3], 4)]
+HPARAMS = Update(rules.SGD(), (L1(),)).hparams
 
 
-@pytest.mark.parametrize(("scope", "slots", "count"), SCOPES)
-def test_scopes_share_shifts_and_gather_is_their_derivative(
-    scope: str, slots: list[int], count: int
-) -> None:
-    """Truth: autograd of Σ signal · value in the shifts equals gather(signal · slopes)."""
-    tuned = laid_out(MOMENTUM, [0.9, 0.5, 0.0, 0.1], [0, 1, 1, 2], scope)
-    assert tuned.slots.tolist() == slots
-    shift, signal = (torch.randn(n, dtype=torch.float64) for n in (count, 4))
-    on, moving = torch.tensor([0, 1, 3]), shift.clone().requires_grad_()
-    values = Memory().forward(tuned.base[on] + moving[tuned.slots[on]])
-    (want,) = torch.autograd.grad(signal[on] @ values, moving)
-    tuned.shift = shift
-    torch.testing.assert_close(tuned.gather(signal * tuned.slopes()), want)
+def test_those_named_are_chosen_in_one_order_and_within_bounds() -> None:
+    """Law: the order of the update, whatever that of the names."""
+    chosen = choose(HPARAMS, ("l1", "momentum", "lr"), {"lr": (0.1, 1.0)}, 1000)
+    assert list(chosen) == ["lr", "momentum", "l1"]
+    assert chosen["lr"] == LR.bounded(0.1, 1.0)
+    assert chosen["l1"] == HPARAMS["l1"]
 
 
-@pytest.mark.parametrize("scope", ["run", "group", "tensor"])
-def test_rebase_sets_some_segments_and_no_others(scope: str) -> None:
-    """Law: the value set from outside is held at the present shift; 0 turns it off."""
-    tuned = laid_out(LR, [0.1, 0.2, 0.0], [0, 0, 1], scope)
-    tuned.shift = torch.full_like(tuned.shift, -0.4)
-    before = tuned.values()
-    tuned.rebase([1], 0.03, shown=float(before[1]))
-    tuned.rebase([2], 0.03, shown=0.0)
-    assert tuned.values().tolist() == pytest.approx([float(before[0]), 0.03, 0.03], rel=1e-12)
-    tuned.rebase([0], 0.0, shown=float(before[0]))
-    assert tuned.values()[0] == 0
-    assert tuned.slopes()[0] == 0
+@pytest.mark.parametrize(("horizon", "upper"), [(50, 0.9), (1000, 0.98), (10**6, 1 - 2e-5)])
+def test_a_momentum_fits_twenty_times_into_the_run(horizon: int, upper: float) -> None:
+    """Closed form: 1 − 20/T, from 0.9; bounds of the user hold as they are."""
+    assert choose(HPARAMS, ("momentum",), None, horizon)["momentum"].upper == pytest.approx(upper)
+    wide = choose(HPARAMS, ("momentum",), {"momentum": (0.1, 0.9999)}, horizon)
+    assert wide["momentum"].upper == 0.9999
 
 
-def test_lay_out_again_keeps_what_was_tuned() -> None:
-    """Law: old slots keep their shifts, new ones start from 0."""
-    tuned = laid_out(LR, [0.1, 0.2], [0, 1], "group")
-    tuned.shift = torch.tensor([0.5, -0.5], dtype=torch.float64)
-    tuned.lay_out([0.1, 0.2, 0.3], [0, 1, 2])
-    assert tuned.shift.tolist() == [0.5, -0.5, 0.0]
+@pytest.mark.parametrize(
+    ("tune", "bounds", "match"),
+    [
+        ("lr", None, r"tune='lr' must be a sequence of names: \('lr',\)"),
+        (("rate",), None, r"tune='rate' is unknown: use one of \['lr'"),
+        (("lr",), {"rate": (0.0, 1.0)}, r"bounds='rate' is unknown: use one of \['lr'"),
+        (("lr",), {"lr": (1.0, 0.1)}, r"bounds\['lr'\]"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(tune: Any, bounds: Any, match: str) -> None:
+    """Law: a ValueError that names the argument, the name and what there is."""
+    with pytest.raises(ValueError, match=match):
+        choose(HPARAMS, tune, bounds, 1000)
 
 
-@pytest.mark.parametrize(("shift", "edge"), [(9.0, [1.0, 0.1]), (-9.0, [0.1, 0.01])])
-def test_clamp_stops_at_the_first_bound_and_keeps_the_ratio(shift: float, edge: list) -> None:
-    """Closed form: the larger value stops at ``upper``, the smaller at ``lower``; 10 : 1 stays."""
-    tuned = laid_out(LR.bounded(0.01, 1.0), [0.5, 0.05, 0.0])
-    tuned.shift += shift
-    tuned.clamp()
-    assert tuned.values().tolist() == pytest.approx([*edge, 0.0], rel=1e-12)
-
-
-def test_a_start_outside_the_bounds_is_brought_in() -> None:
-    """Closed form: the bound itself."""
-    assert float(laid_out(LR.bounded(0.01, 1.0), [5.0]).values()) == pytest.approx(1.0)
-    assert float(laid_out(LR.bounded(0.01, 1.0), [0.0]).values()) == pytest.approx(0.01)
+def test_roles_say_what_a_hyperparameter_is_for() -> None:
+    """Law: one role each; regularizers are those of the update, and one alone couples to lr."""
+    for rule in (rules.SGD(), rules.Adam(), rules.AdamW(), rules.RMSprop(), rules.Lion()):
+        update = Update(rule, (L1(),))
+        roles = {n: h.role for n, h in update.hparams.items()}
+        assert {n for n, r in roles.items() if r == "regularizer"} == update.regularizers
+        assert [n for n, r in roles.items() if r == "rate"] == ["lr"]
+        couples = [h.couples for h in update.hparams.values() if h.couples]
+        assert couples == ["lr"] * ("momentum" in roles)
+        paces = {h.pace for h in update.hparams.values() if h.role == "momentum"}
+        assert paces <= {MOMENTUM.pace}
+    layer = layer_hparam("rate", Log(), lower=0.1, upper=1.0, from_zero=0.1)
+    assert (layer.role, layer.pace) == ("layer", 2.0)

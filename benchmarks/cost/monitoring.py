@@ -2,9 +2,10 @@
 
     python -m benchmarks.cost.monitoring [--rounds 9]
 
-Nets of :mod:`benchmarks.cost.nets`, four hyperparameters tuned, a hyperparameter step every five steps,
-the default log interval. Runs are interleaved; medians of the time a step, with the quartiles of
-the ratio. Evaluations and checkpoints, which a log directory brings too, are left to the end.
+Nets of :mod:`benchmarks.cost.nets`, four hyperparameters tuned, a hyperparameter step every five
+steps, the default log interval. Runs are interleaved; medians of the time a step, with the
+quartiles of the ratio. Evaluations and checkpoints, which a log directory brings too, are left to
+the end.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Which regularizers only pay over a whole run, so that no gradient of tens of steps finds them.
 
-    python -m benchmarks.quality.horizons [--job text] [--name ar] [--values 0.01,0.1,1,4] [--start 0.01]
+    python -m benchmarks.quality.horizons [--job text] [--name ar] [--values 0.01,0.1,1,4]
 
-A plain AdamW run of ``benchmarks.quality.regularizers`` at weak regularizers, linear decay. *Branches*: at
-parts of it one strength is changed, and the validation loss of the averaged weights is taken 25,
-100 and 200 steps later: what a hypergradient over that horizon can see. *Whole*: the loss at the
-end of a run with that strength from its first step. Where the two have opposite order, tuning
-along gradients within the run ends elsewhere than a search over whole runs.
+A plain AdamW run of ``benchmarks.quality.regularizers`` at weak regularizers, linear decay.
+*Branches*: at parts of it one strength is changed, and the validation loss of the averaged weights
+is taken 25, 100 and 200 steps later: what a hypergradient over that horizon can see. *Whole*: the
+loss at the end of a run with that strength from its first step. Where the two have opposite order,
+tuning along gradients within the run ends elsewhere than a search over whole runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One self-tuned run against searches over the same regularizers.
 
-    python -m benchmarks.quality.regularizers --job images|text [--trials 30] [--seeds 3] [--robust NAME]
+    python -m benchmarks.quality.regularizers --job images|text [--trials 30] [--robust NAME]
 
 ``images``: a CNN on 10,000 Fashion-MNIST images with three dropout rates, label smoothing and four
 augmentations. ``text``: an LSTM on tiny-Shakespeare characters with seven regularizers. Searches

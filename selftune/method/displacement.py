@@ -11,41 +11,14 @@ though it might descend faster at a lower one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from selftune.method.settings import DisplacementLimit
+
 Reduce = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DisplacementLimit:
-    """How far the learning rate may climb, by the squared displacement ratio S².
-
-    Attributes:
-        random_walk: S² up to which weights oscillate and the rate takes no step upwards …
-        drift: … and from which it takes whole steps; in between a share of them.
-        segment: Steps in a segment, at least: longer than the memory of a momentum.
-        free_share: Share of the run in the beginning in which too little is known, and the rate
-            may climb anywhere.
-    """
-
-    random_walk: float = 1.0
-    drift: float = 1.5
-    segment: int = 20
-    free_share: float = 0.1
-
-    def climb(self, square: Tensor) -> Tensor:
-        """The share of a step upwards that is taken at S²; 1 where S² is not known (NaN).
-
-        Examples:
-            >>> DisplacementLimit().climb(torch.tensor([0.5, 1.25, 3.0, float("nan")]))
-            tensor([0.0000, 0.5000, 1.0000, 1.0000])
-        """
-        share = (square - self.random_walk) / (self.drift - self.random_walk)
-        return share.nan_to_num(nan=1.0).clamp(0.0, 1.0)
 
 
 class Displacement(NamedTuple):

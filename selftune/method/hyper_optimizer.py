@@ -9,85 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selftune.hparams import Hparam
+from selftune.method.settings import HyperSettings
 from selftune.method.weight_decay_floor import WeightDecayFloor
-
-
-@dataclass(frozen=True, kw_only=True)
-class HyperSettings:
-    """How often hyperparameters step, and how far.
-
-    Attributes:
-        rate: Size of a step in raw (log or odds) space for every training step since the last.
-        betas: Adam's, of the hypergradients.
-        eps: Adam's.
-        often: Training steps from one hyperparameter step to the next, at least …
-        rare: … and at most.
-        fewest: Hyperparameter steps in a run of known length.
-        short: Training steps in a run below which hyperparameter steps are larger …
-        power: … with this power of the inverse length.
-        recent: Memory of the signal-to-noise ratio: 0.8 is about five hypergradients.
-        sure: How many times the ratio of pure noise makes a step whole.
-        longest: Largest change of a raw value in one step.
-    """
-
-    rate: float = 0.01
-    betas: tuple[float, float] = (0.8, 0.98)
-    eps: float = 1e-8
-    often: int = 5
-    rare: int = 20
-    fewest: int = 30
-    short: int = 1000
-    power: float = 0.5
-    recent: float = 0.8
-    sure: float = 2.0
-    longest: float = 0.3
-
-    def every(self, total_steps: int | None) -> int:
-        """Training steps from one hyperparameter step to the next: a thirtieth of the run.
-
-        Examples:
-            >>> settings = HyperSettings()
-            >>> settings.every(None), settings.every(300), settings.every(10_000)
-            (5, 10, 20)
-        """
-        if total_steps is None:
-            return self.often
-        return max(self.often, min(self.rare, total_steps // self.fewest))
-
-    def size(self, every: int, total_steps: int | None = None) -> float:
-        """The size of a step: rarer ones are larger, so that a run gets as far.
-
-        In a run of T < 1000 steps they are √(1000/T) times as large: short runs have no time for
-        small ones.
-
-        Examples:
-            >>> settings = HyperSettings()
-            >>> settings.size(5), settings.size(1000), settings.size(10, 250)
-            (0.05, 0.2, 0.2)
-        """
-        shorter = 1.0 if total_steps is None else max(1.0, self.short / max(1, total_steps))
-        return self.rate * max(self.often, min(self.rare, every)) * shorter**self.power
-
-    def trust(self, mean: Tensor, square: Tensor) -> Tensor:
-        """The share of a proposed step that is taken: all where hypergradients agree.
-
-        Over hypergradients of pure noise the signal-to-noise ratio is about √((1 − β)/(1 + β));
-        below ``sure`` times that the step shrinks with the square of the ratio.
-        """
-        noise = math.sqrt((1 - self.recent) / (1 + self.recent))
-        return (signal_to_noise(mean, square) / (self.sure * noise)).square().clamp_max(1.0)
 
 
 def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
     """|mean| / root mean square of recent hypergradients: 0 (noise) … 1 (all alike)."""
     return mean.abs() / square.sqrt().clamp_min(1e-300)
+
+
+def trust(mean: Tensor, square: Tensor, settings: HyperSettings) -> Tensor:
+    """The share of a proposed step that is taken: all where hypergradients agree.
+
+    Over hypergradients of pure noise the signal-to-noise ratio is about √((1 − β)/(1 + β)); below
+    ``sure`` times that the step shrinks with the square of the ratio.
+    """
+    noise = math.sqrt((1 - settings.recent) / (1 + settings.recent))
+    return (signal_to_noise(mean, square) / (settings.sure * noise)).square().clamp_max(1.0)
 
 
 class HyperState(NamedTuple):
@@ -251,8 +195,8 @@ class HyperOptimizer:
             signal = self._added(signal, "lr", -tied * self._of(given, "weight_decay"))
         free = self._vector(self._each_name(lambda n: moving is None or n in moving), signal)
         stepped = self._adam(state, signal, free, propose)
-        change = (stepped.raw - state.raw) * self.settings.trust(
-            stepped.mean, stepped.square
+        change = (stepped.raw - state.raw) * trust(
+            stepped.mean, stepped.square, self.settings
         ).maximum(self._vector(self._whole, signal))
         change = change * self._vector(self._pace, signal) * free
         longest = self.settings.longest

@@ -16,34 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from selftune.method.settings import StiffSettings
+
 Reduce = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StiffSettings:
-    """How stiff directions are found.
-
-    Attributes:
-        pairs: Secant pairs kept; 0: outer gradients stay as they are.
-        weights: Weights there must be for each pair: of fewer, a few noisy pairs would leave
-            nothing of a gradient.
-        dependent: Share of a pair's squared length below which it counts as a combination of the
-            others.
-    """
-
-    pairs: int = 4
-    weights: int = 50
-    dependent: float = 1e-5
-
-    def slots(self, weights: int) -> int:
-        """Pairs kept for so many weights in all."""
-        return min(self.pairs, weights // self.weights)
 
 
 class Secants(NamedTuple):

@@ -7,31 +7,12 @@ rate's hypergradient answers for both.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from selftune.method.settings import FloorSettings
 from selftune.rules import AbstractRule
 from selftune.schedules import HORIZON, Schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class FloorSettings:
-    """Where the floor under weight decay lies.
-
-    Attributes:
-        decoupled: Least Σ η_t λ over a run where weight decay acts on the weights directly.
-        l2: The same where it acts through the gradient, which momentum accumulates: η/(1 − μ)
-            counts.
-        highest_share: The floor is at most this share of the upper bound of weight decay.
-        touching: A decay whose logarithm is this little above the floor's lies on the floor, and
-            follows the rate; below 0 none does.
-    """
-
-    decoupled: float = 0.3
-    l2: float = 0.03
-    highest_share: float = 0.1
-    touching: float = math.log1p(0.01)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +33,7 @@ class WeightDecayFloor:
     shrinkage: float
     mean: float = 1.0
     total_steps: int | None = None
-    settings: FloorSettings = FloorSettings()
+    settings: FloorSettings = field(default_factory=FloorSettings)
 
     @classmethod
     def of(

@@ -22,6 +22,7 @@ from selftune.control import (
     ValidationLoss,
 )
 from selftune.method import Average, Displacement, Method, Moment, Outer, State
+from selftune.method.slopes import Slopes
 from selftune.method.stiff_directions import Stiffness
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
@@ -78,7 +79,7 @@ class Engine:
     displacement: Displacement | None = None  # but for what the blocks keep of it
     stiffness: Stiffness | None = None
     training_signal: Tensor | None = None
-    last: list[tuple[Tensor, Tensor]] | None = None
+    slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
     looked: bool = False  # at the first validation batch
 
@@ -281,39 +282,32 @@ class Engine:
 
     # the sweep and the trial
 
+    def _slopes(self, grads: Grads) -> tuple[float, float] | None:
+        weights = [b.weights() for b in self.blocks]
+        return self.slopes.along([g for g, _ in grads], weights, self.reducer.total)
+
     def _sweep_step(self, grads: Grads, values: Sequence[Values]) -> bool:
-        sweep = self.controller.sweep
+        sweep, found = self.controller.sweep, self._slopes(grads)
         assert sweep is not None
-        if sweep.taken:
-            slopes = [
-                g @ (b.weights() - b.part.average)
-                for b, (g, _) in zip(self.blocks, grads, strict=True)
-            ]
-            record = SweepSlope(self._total(slopes), self.shifts.values())
+        if found is not None:
+            record = SweepSlope(found[1], self.shifts.values())
             if self.carry_out(self.controller.observe(record)):
                 self.monitor.scalar("guard/sweep", sweep.choice, self.clock.steps)
                 return True
         rates = [sweep.factor(sweep.taken)] * len(self.blocks)
         moments = self._moments(grads, values, rates)
         steps = self.stepper.move(self.blocks, [g for g, _ in grads], moments)
-        for block, step in zip(self.blocks, steps, strict=True):
-            block.part.average.copy_(step.params)  # not in use yet, it holds the weights before
         self._absorb(steps, moments, grads, tracked=False)
         sweep.taken += 1
         return False
 
     def _trial(self, grads: Grads) -> Action:
         """Whether the rate of the sweep loses the descent of the sweep; then it is cut."""
-        last, self.last = self.last, None
         if not self.controller.on_trial:
+            self.slopes.forget()
             return Action()
-        self.last = [(g.clone(), b.weights()) for b, (g, _) in zip(self.blocks, grads, strict=True)]
-        if last is None or [w.shape for _, w in last] != [w.shape for _, w in self.last]:
-            return Action()  # the first of them, or parameters were added
-        pairs = list(zip(last, self.last, strict=True))
-        start = self._total([g @ (w - v) for (g, v), (_, w) in pairs])
-        end = self._total([h @ (w - v) for (_, v), (h, w) in pairs])
-        return self.controller.observe(TrialSlopes(start, end))
+        found = self._slopes(grads)
+        return Action() if found is None else self.controller.observe(TrialSlopes(*found))
 
     # hyperparameter steps
 
@@ -417,7 +411,8 @@ class Engine:
         if self.whole is not None:
             self.whole.forget()
         self.buffers.restore()
-        self.training_signal, self.last = None, None
+        self.training_signal = None
+        self.slopes.forget()
         self.clock.since = step
         self.shifts.forget()
         self.shifts.move(action.rewind)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selftune.method import Displacement
+from selftune.method.slopes import Slopes
 from selftune.method.stiff_directions import Stiffness
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
@@ -34,7 +35,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "buffers": engine.buffers.state_dict(),
         "looked": engine.looked,
         "training_signal": None if signal is None else signal.clone(),
-        "last": None if engine.last is None else [[t.clone() for t in p] for p in engine.last],
+        "slopes": {n: [t.clone() for t in ts] for n, ts in vars(engine.slopes).items()},
     }
 
 
@@ -50,7 +51,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.controller.load_state_dict(run["controller"])
     signal = run["training_signal"]
     engine.training_signal = None if signal is None else signal.clone()
-    engine.last = None if run["last"] is None else [(g.clone(), w.clone()) for g, w in run["last"]]
+    engine.slopes = Slopes(**{n: [t.clone() for t in ts] for n, ts in run["slopes"].items()})
     engine.buffers.load_state_dict(run["buffers"])
     engine.buffers.expect(p for block in engine.blocks for p in block.params)
     engine.looked = run["looked"]

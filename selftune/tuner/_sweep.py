@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selftune._trees import leaves
 from selftune.control import Action, Controller, SweepSlope, TrialSlopes
+from selftune.method.slopes import Slopes
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import RunState, Steps
 
@@ -27,7 +28,7 @@ class Sweep:
         controller: Decides.
 
     Attributes:
-        last: Gradients and weights of the last step on trial.
+        slopes: Of the last step.
     """
 
     def __init__(
@@ -35,35 +36,31 @@ class Sweep:
     ) -> None:
         self._steps, self._run, self._snapshots = steps, run, snapshots
         self._controller = controller
-        self.last: tuple[list[Tensor], list[Tensor]] | None = None
+        self.slopes = Slopes()
 
     @torch.no_grad()
     def sweep(self, batch: Callable[[], Any]) -> int:
         """Sweep the rate and return to the best weights, at the rate it chose; steps taken."""
         steps, run, sweep = self._steps, self._run, self._controller.sweep
         assert sweep is not None
-        earlier: list[Tensor] = []
         while True:
-            here, passed = self._weights(), steps.gradient(run, batch())
-            if sweep.taken:
+            passed = steps.gradient(run, batch())
+            found = self.slopes.along(passed[1], run.weights)
+            if found is not None:
                 values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
-                record = SweepSlope(_slope(passed[1], earlier, here), values)
-                if self._carry_out(self._controller.observe(record)):
+                if self._carry_out(self._controller.observe(SweepSlope(found[1], values))):
                     return int(run.step)
             rate = sweep.factor(sweep.taken)
             self._write(steps.advance(run, passed, tracked=False, rate=rate))
-            earlier = here
             sweep.taken += 1
 
     @torch.no_grad()
     def trial(self, batch: Any, *, tracked: bool) -> Tensor | None:
         """A step on trial, and what it tells; None where it led uphill, and the rate was cut."""
-        passed, here = self._steps.gradient(self._run, batch), self._weights()
-        before, self.last = self.last, (list(passed[1]), here)
-        if before is not None:
-            slopes = [_slope(g, before[1], here) for g in (before[0], passed[1])]
-            if self._carry_out(self._controller.observe(TrialSlopes(*slopes))):
-                return None
+        passed = self._steps.gradient(self._run, batch)
+        found = self.slopes.along(passed[1], self._run.weights)
+        if found is not None and self._carry_out(self._controller.observe(TrialSlopes(*found))):
+            return None
         return self._write(self._steps.advance(self._run, passed, tracked=tracked))
 
     def _carry_out(self, action: Action) -> bool:
@@ -72,23 +69,14 @@ class Sweep:
             self._snapshots.take(action.snapshot)
         if action.rewind is None:
             return False
-        self.last = None
+        self.slopes.forget()
         self._run.step.add_(1)
         self._snapshots.rewind(action.rewind)
         self._controller.announce(action, int(self._run.step))
         return True
-
-    def _weights(self) -> list[Tensor]:
-        return [w.clone() for w in self._run.weights]
 
     def _write(self, found: tuple[RunState, Tensor]) -> Tensor:
         for old, new in zip(leaves(self._run), leaves(found[0]), strict=True):
             if new is not old:
                 old.copy_(new)
         return found[1]
-
-
-def _slope(grads: Sequence[Tensor], there: Sequence[Tensor], here: Sequence[Tensor]) -> float:
-    """The slope g · Δw along the move from there to here."""
-    moves = zip(grads, there, here, strict=True)
-    return float(sum((g * (now - then)).sum().double() for g, then, now in moves))  # waits once

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from selftune.method.slopes import Slopes
 from selftune.tuner import _checkpoints
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._compiled import Fused
@@ -317,7 +318,7 @@ class Training:
             "ended": self.ended,
             "whole": self._remembered(),
             "snapshots": self.snapshots.state_dict(),
-            "trial": self._sweep.last,
+            "slopes": dict(vars(self._sweep.slopes)),
             "watch": self.watch.state_dict(),
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
@@ -388,7 +389,7 @@ class Training:
                 torch.Tensor, lambda t: t.to(device), state["whole"]
             )
         self.snapshots.load_state_dict(state["snapshots"])
-        self._sweep.last = state["trial"]
+        self._sweep.slopes = Slopes(**state["slopes"])
         self.watch.load_state_dict(state["watch"])
         self.saved_best = best
         self.step, self.best, self.waited = state["numbers"]

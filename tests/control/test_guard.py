@@ -1,5 +1,7 @@
 """The guard. Truths: its definitions on sequences made to be judged, and laws of noise."""
 
+from __future__ import annotations
+
 import copy
 import json
 import math
@@ -7,7 +9,7 @@ import math
 import pytest
 import torch
 
-from selftune.guard import Guard
+from selftune.control import Guard, GuardPolicy
 
 
 def falling(start: float = 2.0, end: float = 0.5, steps: int = 60) -> list[float]:
@@ -18,9 +20,12 @@ def noise(steps: int, seed: int) -> list[float]:
     return torch.randn(steps, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+WINDOW = ["ok", "ok", "candidate", "ok", "promote"]
+
+
 def trained() -> Guard:
     guard = Guard()
-    assert [guard.loss(x) for x in falling()] == ["ok", "ok", "hold", "ok", "best"] * 12
+    assert [guard.validation_loss(x) for x in falling()] == WINDOW * 12
     return guard
 
 
@@ -32,58 +37,69 @@ def test_steady_progress_is_best_all_along() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_losses_that_are_not_finite_are_rolled_back(bad: float) -> None:
+def test_losses_that_are_not_finite_rewind(bad: float) -> None:
     """Law: at once, at the first loss or later, and without a trace in the running mean."""
     guard = trained()
     mean = guard.mean
-    assert guard.loss(bad) == "rollback"
+    assert guard.validation_loss(bad) == "rewind"
     assert guard.mean == mean
-    assert Guard().loss(bad) == "rollback"
+    assert Guard().validation_loss(bad) == "rewind"
 
 
-def test_a_few_bad_gradients_are_skipped() -> None:
+@pytest.mark.parametrize("kind", ["gradient", "hypergradient"])
+def test_a_few_bad_gradients_are_skipped(kind: str) -> None:
     """Law: skipped until ``patience`` in a row; a good one between starts the count anew."""
-    guard, bad = Guard(patience=3), math.inf
-    verdicts = [guard.gradient(x) for x in (1.0, bad, math.nan, 1.0, bad, bad, bad)]
-    assert verdicts == ["ok", "skip", "skip", "ok", "skip", "skip", "rollback"]
-    guard.rolled_back(worsened=False)
-    assert guard.gradient(bad) == "skip"
+    guard = GuardPolicy(patience=3).begin()
+    judge = getattr(guard, kind)
+    verdicts = [judge(finite) for finite in (True, False, False, True, False, False, False)]
+    assert verdicts == ["ok", "skip", "skip", "ok", "skip", "skip", "rewind"]
+    guard.rewound(worsened=False)
+    assert judge(False) == "skip"
+
+
+def test_gradients_and_hypergradients_are_counted_apart() -> None:
+    """Law: training gradients in between, all of them good, do not make hypergradients good."""
+    guard, verdicts = GuardPolicy(patience=3).begin(), []
+    for _ in range(3):
+        assert guard.gradient(True) == "ok"
+        verdicts.append(guard.hypergradient(False))
+    assert verdicts == ["skip", "skip", "rewind"]
 
 
 def test_a_training_loss_may_rise_but_not_explode() -> None:
     """Closed form: the mean over about ten must exceed twice the first; NaN is tolerated twice."""
-    guard = Guard(patience=3)
+    guard = GuardPolicy(patience=3).begin()
     assert {guard.training_loss(x) for x in [1.0] * 20 + [1.9] * 100} == {"ok"}
     assert guard.training_loss(2.8) == "ok"  # one batch off is not the mean
-    assert guard.training_loss(20.0) == "rollback"
-    guard.rolled_back(worsened=False)
+    assert guard.training_loss(20.0) == "rewind"
+    guard.rewound(worsened=False)
     assert guard.training_loss(1.9) == "ok"
     verdicts = [guard.training_loss(x) for x in (math.nan, math.inf, math.nan)]
-    assert verdicts == ["skip", "skip", "rollback"]
+    assert verdicts == ["skip", "skip", "rewind"]
 
 
 def test_a_dead_network_is_noticed() -> None:
     """Law: relative to the liveliest so far, so sparse gradients alone are no alarm."""
-    guard = Guard(patience=2)
-    assert [guard.pulse(s) for s in (0.02, 0.03, 0.02, 0.001, 0.03)] == ["ok"] * 5
-    assert [guard.pulse(s) for s in (0.001, 0.0)] == ["ok", "rollback"]
+    guard = GuardPolicy(patience=2).begin()
+    assert [guard.activity(s) for s in (0.02, 0.03, 0.02, 0.001, 0.03)] == ["ok"] * 5
+    assert [guard.activity(s) for s in (0.001, 0.0)] == ["ok", "rewind"]
 
 
 def test_a_network_that_has_learned_is_not_dead() -> None:
     """Law: where the loss has come down, empty gradients are the end of training."""
     for guard in (trained(), Guard(training_first=1.0, training_mean=0.2)):
-        assert [guard.pulse(s) for s in (0.5, *[0.0] * 5)] == ["ok"] * 6
+        assert [guard.activity(s) for s in (0.5, *[0.0] * 5)] == ["ok"] * 6
 
 
 @pytest.mark.parametrize("first", [2.0, -2.0])
 def test_explosion_from_the_start(first: float) -> None:
     """Closed form: alarm once the mean is above first + |first|, not before."""
-    guard = Guard(sigmas=math.inf)
-    assert guard.loss(first) == "ok"
-    verdicts = []
-    while not verdicts or verdicts[-1] != "rollback":
-        verdicts.append(guard.loss(first + 1.05 * abs(first)))
-        assert (verdicts[-1] == "rollback") == (guard.mean > first + abs(first))
+    guard = GuardPolicy(sigmas=math.inf).begin()
+    assert guard.validation_loss(first) == "ok"
+    verdicts: list[str] = []
+    while not verdicts or verdicts[-1] != "rewind":
+        verdicts.append(guard.validation_loss(first + 1.05 * abs(first)))
+        assert (verdicts[-1] == "rewind") == (guard.mean > first + abs(first))
     assert len(verdicts) > 5
 
 
@@ -93,84 +109,88 @@ def test_worsening_is_noticed_and_a_noisy_plateau_is_not(jump: float, seed: int)
     """Law: after progress of 1.5, noise of 0.05 is no alarm in 500 evaluations; 0.8 more is."""
     guard = Guard()
     for x, e in zip(falling(), noise(60, seed), strict=True):
-        assert guard.loss(x + 0.05 * e) != "rollback"
-    verdicts = [guard.loss(0.5 + jump + 0.05 * e) for e in noise(500, seed + 100)]
-    assert ("rollback" in verdicts) == bool(jump)
+        assert guard.validation_loss(x + 0.05 * e) != "rewind"
+    verdicts = [guard.validation_loss(0.5 + jump + 0.05 * e) for e in noise(500, seed + 100)]
+    assert ("rewind" in verdicts) == bool(jump)
     if jump:
-        assert verdicts.index("rollback") < 20
+        assert verdicts.index("rewind") < 20
 
 
 def test_an_alarm_of_noise_is_not_confirmed() -> None:
     """Law: many batches decide; if they say no, the running mean begins anew."""
     guard = Guard()
     for loss in [2.0] * 3 + [1.0] * 20:
-        guard.loss(loss)
+        guard.validation_loss(loss)
     assert guard.confirms(1.5, 1.0)
     assert guard.confirms(math.nan, 1.0, math.nan)
     assert not copy.copy(guard).confirms(1.5, 1.0, 0.25), "nor what may be chance"
     assert guard.confirms(1.5, 1.0, 0.15)
     assert not guard.confirms(1.01, 1.0)
     assert (guard.best, guard.mean) == (1.0, 1.01)
-    assert "rollback" not in [guard.loss(1.5) for _ in range(5)], "and so does its patience"
-    assert "rollback" in [guard.loss(1.5) for _ in range(30)], "what is known stays known"
+    verdicts = [guard.validation_loss(1.5) for _ in range(5)]
+    assert "rewind" not in verdicts, "and so does its patience"
+    verdicts = [guard.validation_loss(1.5) for _ in range(30)]
+    assert "rewind" in verdicts, "what is known stays known"
 
 
 def test_a_single_outlier_is_no_alarm() -> None:
     """Law: one evaluation far off raises the noise as well as the mean."""
     guard = trained()
-    assert guard.loss(1.5) != "rollback"
-    assert [guard.loss(0.5) for _ in range(20)].count("rollback") == 0
+    assert guard.validation_loss(1.5) != "rewind"
+    assert "rewind" not in [guard.validation_loss(0.5) for _ in range(20)]
 
 
 def test_cooling_grows_for_blow_ups_in_a_row() -> None:
-    """Closed form: 3, 9, 27, … up to the limit; 3 for a loss that worsened; anew after a best."""
-    guard = Guard(limit=4)
-    guard.loss(1.0)
-    factors = [math.exp(guard.rolled_back(worsened=False)) for _ in range(6)]
+    """Closed form: 3, 9, 27, … up to the limit; 2 for a loss that worsened; anew after a best."""
+    guard = GuardPolicy(limit=4).begin()
+    guard.validation_loss(1.0)
+    factors = [math.exp(guard.rewound(worsened=False)) for _ in range(6)]
     assert factors == pytest.approx([3, 9, 27, 81, 81, 81])
-    assert math.exp(guard.rolled_back(worsened=True)) == pytest.approx(2)
-    guard.loss(0.5)
-    assert math.exp(guard.rolled_back(worsened=False)) == pytest.approx(3)
-    assert guard.rollbacks == 8
+    assert math.exp(guard.rewound(worsened=True)) == pytest.approx(2)
+    guard.validation_loss(0.5)
+    assert math.exp(guard.rewound(worsened=False)) == pytest.approx(3)
+    assert guard.rewinds == 8
 
 
-def test_after_a_roll_back_the_good_level_is_no_alarm() -> None:
+def test_after_a_rewind_the_good_level_is_no_alarm() -> None:
     """Law: back at the best weights, losses like the best are judged as such."""
     guard = trained()
-    while guard.loss(1.4) != "rollback":
+    while guard.validation_loss(1.4) != "rewind":
         assert guard.count < 100
-    guard.rolled_back(worsened=True)
-    assert "rollback" not in [guard.loss(guard.best + 0.01) for _ in range(30)]
+    guard.rewound(worsened=True)
+    assert "rewind" not in [guard.validation_loss(guard.best + 0.01) for _ in range(30)]
 
 
 def test_state_round_trip_through_json() -> None:
     """Law: the judgements to come are the same."""
     guard, other = trained(), Guard()
     guard.training_loss(1.0)
-    guard.gradient(math.nan)
+    guard.gradient(False)
+    guard.hypergradient(False)
     other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert other == guard
     to_come = [0.5, 0.7, 1.9, 1.9, 1.9]
-    assert [guard.loss(x) for x in to_come] == [other.loss(x) for x in to_come]
+    verdicts = [[g.validation_loss(x) for x in to_come] for g in (guard, other)]
+    assert verdicts[0] == verdicts[1]
 
 
 @pytest.mark.parametrize("tip", range(38, 43))
 def test_good_weights_do_not_lag_behind_the_lowest_loss(tip: int) -> None:
     """A V with its tip at one of 80 losses: the middle of a window of five is within two of it."""
-    guard = Guard(sigmas=1e9, tolerance=1e9)
-    verdicts = [guard.loss(1.0 + 0.1 * abs(k - tip)) for k in range(80)]
-    last = max(k for k, verdict in enumerate(verdicts) if verdict == "best")
-    held = max(k for k, verdict in enumerate(verdicts[:last]) if verdict == "hold")
+    guard = GuardPolicy(sigmas=1e9, tolerance=1e9).begin()
+    verdicts = [guard.validation_loss(1.0 + 0.1 * abs(k - tip)) for k in range(80)]
+    last = max(k for k, verdict in enumerate(verdicts) if verdict == "promote")
+    held = max(k for k, verdict in enumerate(verdicts[:last]) if verdict == "candidate")
     assert abs(held - tip) <= 2
 
 
-def test_a_window_begins_anew_after_a_roll_back() -> None:
+def test_a_window_begins_anew_after_a_rewind() -> None:
     """Law: weights from before and after it are not judged together."""
     guard = Guard()
     for loss in (1.0, 1.0, 1.0, 1.0):
-        guard.loss(loss)
-    guard.rolled_back(worsened=True)
-    assert [guard.loss(0.5) for _ in range(5)] == ["ok", "ok", "hold", "ok", "best"]
+        guard.validation_loss(loss)
+    guard.rewound(worsened=True)
+    assert [guard.validation_loss(0.5) for _ in range(5)] == WINDOW
     assert guard.lowest == 0.5
 
 
@@ -178,13 +198,13 @@ def test_an_explosion_beside_a_lucky_first_loss_is_not_confirmed() -> None:
     """Law: what is no worse than the good weights has not exploded, nor has what is like it."""
     guard = Guard()
     guard.begin(4.0)
-    assert [guard.loss(8.5), guard.exploded] == ["rollback", True]
+    assert [guard.validation_loss(8.5), guard.exploded] == ["rewind", True]
     assert not guard.confirms(8.4, 8.3, 0.1)
     assert [guard.start, guard.exploded] == [8.3, False]
     for x in noise(300, 0):
-        guard.loss(8.3 + 0.5 * x)  # as noise has it, worsened at most
+        guard.validation_loss(8.3 + 0.5 * x)  # as noise has it, worsened at most
         assert not guard.exploded
-    while guard.loss(60.0) != "rollback":
+    while guard.validation_loss(60.0) != "rewind":
         pass
     assert guard.exploded
     assert guard.confirms(60.0, 8.3, 0.1)
@@ -197,4 +217,10 @@ def test_the_zero_of_training_losses_does_not_matter(zero: float) -> None:
     steady = [2.0 + 0.3 * x - zero for x in noise(500, 1)]
     assert {guard.training_loss(x) for x in steady} == {"ok"}
     blown = [2.0 + 1.5**t - zero for t in range(40)]
-    assert "rollback" in {guard.training_loss(x) for x in blown}
+    assert "rewind" in {guard.training_loss(x) for x in blown}
+
+
+@pytest.mark.parametrize(("horizon", "count"), [(10, 8), (400, 8), (1000, 20), (10**6, 50)])
+def test_alarms_are_judged_by_more_batches_in_longer_runs(horizon: int, count: int) -> None:
+    """The arithmetic by hand: one for fifty steps, from 8 to 50."""
+    assert GuardPolicy().batches(horizon) == count

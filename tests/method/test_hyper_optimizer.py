@@ -14,12 +14,14 @@ from selftune import rules
 from selftune.bijections import Identity, Logit
 from selftune.hparams import LR, Hparam, choose
 from selftune.method import Frame, HyperOptimizer, HyperSettings, HyperState, WeightDecayFloor
+from selftune.method.hyper_optimizer import trust
 from selftune.optim._shifts import FromOutside
 from selftune.penalties import L1
 from selftune.update import Update
 
 SETTINGS = HyperSettings()
 SIZE = 0.05
+SHRINKAGE, TOTAL = 0.3, 500
 
 
 def free(index: int = 0, **known: Any) -> Hparam:
@@ -116,7 +118,7 @@ def test_trust_is_a_quarter_where_hypergradients_are_noise(recent: float) -> Non
     """Closed form: the mean's variance is (1 − β)/(1 + β) of the square's mean; 1 if all agree."""
     settings = HyperSettings(recent=recent)
     mean, square = vector(math.sqrt((1 - recent) / (1 + recent)), 3.0, 0.0), vector(1.0, 9.0, 0.0)
-    torch.testing.assert_close(settings.trust(mean, square), vector(0.25, 1.0, 0.0))
+    torch.testing.assert_close(trust(mean, square, settings), vector(0.25, 1.0, 0.0))
 
 
 def test_no_step_is_longer_than_the_longest() -> None:
@@ -233,40 +235,51 @@ CASES = [
 
 def made(case: Case, floor: WeightDecayFloor | None = None) -> tuple[HyperOptimizer, HyperState]:
     known = Update(case.rule, (L1(1e-4),)).hparams
-    hyper = HyperOptimizer(choose(known, tuple(case.values), None, 500), size=SIZE, floor=floor)
+    hyper = HyperOptimizer(choose(known, tuple(case.values), None, TOTAL), size=SIZE, floor=floor)
     return hyper, hyper.begin(case.values)
 
 
-def by_hand(hyper: HyperOptimizer, raw: Tensor, alone: Twin, before: HyperState, after: HyperState,
-            signal: Tensor) -> Tensor:  # fmt: skip
-    """Raw values after a step, from torch's Adam and the laws of bounds, pace and coupling."""
-    names, values = hyper.names, hyper.values(raw)
-    signal, couples = signal.clone(), {"lr", "momentum"} <= set(hyper.names)
-    if couples:
-        signal[names.index("momentum")] -= signal[names.index("lr")]
-    was = alone.raw.detach().clone()
-    proposed = alone.step(signal) - was
-    raw = raw + (proposed * SETTINGS.trust(after.mean, after.square)).clamp(-0.3, 0.3) * vector(
-        *[h.pace for h in hyper.hparams.values()]
-    )
+def by_hand(
+    hyper: HyperOptimizer, before: HyperState, after: HyperState, signal: Tensor, alone: Twin
+) -> Tensor:
+    """Raw values after a step, from torch's Adam and the laws of pace, bounds, floor, coupling."""
+    at = {name: i for i, name in enumerate(hyper.names)}
+    values, given, signal = hyper.values(before.raw), signal, signal.clone()
     low, high = hyper.frame()[1:]
-    raw = raw.maximum(low).minimum(high)
-    if couples:
+    memory = 1 / (1 - values["momentum"]) if "momentum" in at else 1.0
+    least = SHRINKAGE / (values["lr"] * memory * TOTAL)
+    floored = bool(least < 10.0)  # a tenth of the bound
+    low[at["weight_decay"]] = least.clamp(max=10.0).log()
+    tied = floored and values["weight_decay"] <= 1.01 * least
+    if "momentum" in at:  # it moves at constant lr/(1 − μ)
+        signal[at["momentum"]] -= given[at["lr"]]
+    if tied:  # the rate moves at constant η λ
+        signal[at["lr"]] -= given[at["weight_decay"]]
+    start = alone.raw.detach().clone()
+    change = (alone.step(signal) - start) * trust(after.mean, after.square, SETTINGS)
+    change = change * vector(*[h.pace for h in hyper.hparams.values()])
+    raw = (before.raw + change.clamp(-0.3, 0.3)).maximum(low).minimum(high)
+    low = hyper.frame().low
+    if tied:
+        raw[at["weight_decay"]] -= (raw - before.raw)[at["lr"]]
+        raw = raw.maximum(low).minimum(high)
+    if "momentum" in at:
         now = hyper.values(raw)["momentum"]
-        raw[names.index("lr")] += torch.log((1 - now) / (1 - values["momentum"]))
+        raw[at["lr"]] += torch.log((1 - now) / (1 - values["momentum"]))
     return raw.maximum(low).minimum(high)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: type(c.rule).__name__)
 @pytest.mark.parametrize("seed", range(4))
 def test_steps_written_out(case: Case, seed: int) -> None:
-    """Truth: torch's Adam on the same hypergradients, and the laws of a step without a floor."""
-    hyper, state = made(case)
-    alone, count = Twin(len(hyper.names), adam), len(case.values)
+    """Truth: torch's Adam on the same hypergradients, and the laws of a step; decay may climb."""
+    hyper, state = made(case, WeightDecayFloor(shrinkage=SHRINKAGE, total_steps=TOTAL))
+    alone, count = Twin(len(case.values), adam), len(case.values)
     drift, kicks = noise(1, count, seed=seed)[0], noise(60, count, seed=seed + 9)
     for kick in kicks:
-        after = hyper.step(state, drift + kick, hyper.frame())
-        want = by_hand(hyper, state.raw, alone, state, after, drift + kick)
+        memory = 1 / (1 - hyper.values(state.raw).get("momentum", torch.zeros(())))
+        after = hyper.step(state, drift + kick, hyper.frame(), memory=memory)
+        want = by_hand(hyper, state, after, drift + kick, alone)
         torch.testing.assert_close(after.raw, want, rtol=1e-9, atol=1e-9)
         state = after
 
@@ -286,7 +299,7 @@ def test_slopes_are_the_derivatives_of_values() -> None:
     values = hyper.values(raw)
     for at, name in enumerate(hyper.names):
         (want,) = torch.autograd.grad(values[name], raw, retain_graph=True)
-        assert float(hyper.slopes(values)[name]) == pytest.approx(float(want[at]))
+        torch.testing.assert_close(hyper.slopes(values)[name].detach(), want[at])
 
 
 def test_moves_stop_at_the_bounds() -> None:
@@ -304,7 +317,7 @@ def test_moves_stop_at_the_bounds() -> None:
 @pytest.mark.parametrize("climb", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("slope", [1.0, -1.0])
 def test_a_rate_that_may_not_climb_may_fall(slope: float, climb: float) -> None:
-    """Twin: one that is free; momentum takes the rate along in both."""
+    """Twin: one that is free; penalties move alike in both."""
     case = Case(rules.SGD(), dict(lr=0.1, l1=1e-4))
     (hyper, state), (_, held) = made(case), made(case)
     start = state.raw
@@ -337,7 +350,7 @@ def test_several_shifts_of_one_hyperparameter_step_each_for_itself() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: type(c.rule).__name__)
 def test_it_maps_over_a_population(case: Case) -> None:
     """Twins: each member alone, with a floor under weight decay and rates that may not climb."""
-    hyper, start = made(case, WeightDecayFloor(shrinkage=0.3, total_steps=500))
+    hyper, start = made(case, WeightDecayFloor(shrinkage=SHRINKAGE, total_steps=TOTAL))
     states = [
         start._replace(raw=hyper.move(start.raw, "lr", change, hyper.frame()))
         for change in (0.0, 0.7, 1.4)

@@ -1,6 +1,10 @@
-"""All hyperparameters together. Truths: closed forms, a twin that tunes one alone, and laws."""
+"""Shifts of an optimizer's hyperparameters. Truths: closed forms, autograd, a twin, and laws."""
+
+from __future__ import annotations
 
 import copy
+import io
+import logging
 import math
 from typing import Any
 
@@ -9,29 +13,140 @@ import torch
 from torch import Tensor
 
 from selftune import rules
-from selftune.floor import L2_SHRINKAGE, Floor
+from selftune.bijections import Memory
+from selftune.hparams import DECAY, LR, MOMENTUM, WEIGHT_DECAY, Hparam, penalty_hparam
+from selftune.method import FloorSettings, WeightDecayFloor
+from selftune.optim._shifts import FromOutside, Scoped, Shifts
 from selftune.penalties import L1
-from selftune.tuning import HORIZON, Tuning
+from selftune.rules.adam import BETA1
+from selftune.schedules import HORIZON
 from selftune.update import Update
+
+# one hyperparameter
+
+
+def laid_out(
+    hparam: Hparam, values: list[float], groups: list[int] | None = None, scope: str = "run"
+) -> Scoped:
+    tuned = Scoped(hparam, scope)
+    tuned.lay_out(values, list(range(len(values))) if groups is None else groups)
+    return tuned
+
+
+@pytest.mark.parametrize("hparam", [LR, DECAY, WEIGHT_DECAY, MOMENTUM, BETA1, penalty_hparam("l1")])
+def test_all_zero_starts_from_zero(hparam: Hparam) -> None:
+    """Truth: ``from_zero``, which lies within the bounds and has a slope."""
+    tuned = laid_out(hparam, [0.0, 0.0])
+    assert hparam.lower <= hparam.from_zero <= hparam.upper
+    assert tuned.values().tolist() == pytest.approx([hparam.from_zero] * 2, rel=1e-12)
+    assert (tuned.slopes() > 0).all()
+
+
+@pytest.mark.parametrize("scope", ["run", "group", "tensor"])
+def test_zero_beside_others_stays_exactly_zero(scope: str) -> None:
+    """Law: no shift wakes a segment that is off, and it has no slope."""
+    tuned = laid_out(WEIGHT_DECAY, [0.0, 0.1, 0.0], [0, 1, 1], scope)
+    tuned.shift = torch.full_like(tuned.shift, 2.0)
+    assert tuned.values().tolist() == pytest.approx([0.0, 0.1 * math.exp(2), 0.0], rel=1e-12, abs=0)
+    assert tuned.slopes()[[0, 2]].tolist() == [0.0, 0.0]
+
+
+def test_one_shift_keeps_ratios_of_rates_and_of_memories() -> None:
+    """Closed form: Log multiplies all values by e^shift, Memory all 1/(1 − μ)."""
+    rates = laid_out(LR, [0.1, 0.01, 0.1])
+    rates.shift += 0.7
+    torch.testing.assert_close(
+        rates.values(), math.exp(0.7) * torch.tensor([0.1, 0.01, 0.1], dtype=torch.float64)
+    )
+    momenta = laid_out(MOMENTUM, [0.9, 0.5])
+    momenta.shift += 0.7
+    memories = 1 / (1 - momenta.values())
+    want = math.exp(0.7) * torch.tensor([10.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(memories, want)
+
+
+SCOPES = [("run", [0, 0, 0, 0], 1), ("group", [0, 1, 1, 2], 3), ("tensor", [0, 1, 2, 3], 4)]
+
+
+@pytest.mark.parametrize(("scope", "slots", "count"), SCOPES)
+def test_scopes_share_shifts_and_gather_is_their_derivative(
+    scope: str, slots: list[int], count: int
+) -> None:
+    """Truth: autograd of Σ signal · value in the shifts equals gather(signal · slopes)."""
+    tuned = laid_out(MOMENTUM, [0.9, 0.5, 0.0, 0.1], [0, 1, 1, 2], scope)
+    assert tuned.slots.tolist() == slots
+    shift, signal = (torch.randn(n, dtype=torch.float64) for n in (count, 4))
+    on, moving = torch.tensor([0, 1, 3]), shift.clone().requires_grad_()
+    values = Memory().forward(tuned.base[on] + moving[tuned.slots[on]])
+    (want,) = torch.autograd.grad(signal[on] @ values, moving)
+    tuned.shift = shift
+    torch.testing.assert_close(tuned.gather(signal * tuned.slopes()), want)
+
+
+@pytest.mark.parametrize("scope", ["run", "group", "tensor"])
+def test_rebase_sets_some_segments_and_no_others(scope: str) -> None:
+    """Law: the value set from outside is held at the present shift; 0 turns it off."""
+    tuned = laid_out(LR, [0.1, 0.2, 0.0], [0, 0, 1], scope)
+    tuned.shift = torch.full_like(tuned.shift, -0.4)
+    before = tuned.values()
+    tuned.rebase([1], 0.03, shown=float(before[1]))
+    tuned.rebase([2], 0.03, shown=0.0)
+    assert tuned.values().tolist() == pytest.approx([float(before[0]), 0.03, 0.03], rel=1e-12)
+    tuned.rebase([0], 0.0, shown=float(before[0]))
+    assert tuned.values()[0] == 0
+    assert tuned.slopes()[0] == 0
+
+
+def test_lay_out_again_keeps_what_was_tuned() -> None:
+    """Law: old slots keep their shifts, new ones start from 0."""
+    tuned = laid_out(LR, [0.1, 0.2], [0, 1], "group")
+    tuned.shift = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    tuned.lay_out([0.1, 0.2, 0.3], [0, 1, 2])
+    assert tuned.shift.tolist() == [0.5, -0.5, 0.0]
+
+
+@pytest.mark.parametrize(("shift", "edge"), [(9.0, [1.0, 0.1]), (-9.0, [0.1, 0.01])])
+def test_clamp_stops_at_the_first_bound_and_keeps_the_ratio(
+    shift: float, edge: list[float]
+) -> None:
+    """Closed form: the larger value stops at ``upper``, the smaller at ``lower``; 10 : 1 stays."""
+    tuned = laid_out(LR.bounded(0.01, 1.0), [0.5, 0.05, 0.0])
+    tuned.shift += shift
+    tuned.clamp()
+    assert tuned.values().tolist() == pytest.approx([*edge, 0.0], rel=1e-12)
+
+
+def test_a_start_outside_the_bounds_is_brought_in() -> None:
+    """Closed form: the bound itself."""
+    assert float(laid_out(LR.bounded(0.01, 1.0), [5.0]).values()) == pytest.approx(1.0)
+    assert float(laid_out(LR.bounded(0.01, 1.0), [0.0]).values()) == pytest.approx(0.01)
+
+
+# all together
 
 HPARAMS = Update(rules.SGD(), (L1(),)).hparams
 START = dict(lr=0.1, momentum=0.5, weight_decay=1e-2, decay=1e-3, l1=1e-4)
 
 
-def tuning(
+def shifts(
     *names: str, segments: int = 1, groups: list[int] | None = None, **options: Any
-) -> Tuning:
-    """A tuning of the named hyperparameters, all segments starting alike."""
-    made = Tuning(HPARAMS, tune=names, **options)
+) -> Shifts:
+    """The named hyperparameters, all segments starting alike."""
+    made = Shifts(HPARAMS, tune=names, size=0.05, **options)
     made.lay_out({n: [START[n]] * segments for n in names}, groups or list(range(segments)))
     return made
 
 
-def value(made: Tuning, name: str) -> float:
-    return float(made.rows[name].values()[0])
+def step(made: Shifts, signal: Tensor, moving: list[str] | None = None, **options: Any) -> None:
+    """A step along hypergradients of all tensors."""
+    state = made.hyper.step(
+        made.state, made.gather(signal), made.frame(), memory=made.memory,
+        moving=made.names if moving is None else moving, propose=made.propose, **options,
+    )  # fmt: skip
+    made.take(state)
 
 
-def signal(made: Tuning, **rows: float) -> Tensor:
+def signal(made: Shifts, **rows: float) -> Tensor:
     return torch.tensor([[rows.get(n, 0.0)] for n in made.names], dtype=torch.float64)
 
 
@@ -41,135 +156,233 @@ def test_unknown_names_are_refused(argument: str) -> None:
     wrong: dict[str, Any] = dict(tune=["rate"], per={"rate": "run"}, bounds={"rate": (0, 1)})
     options = dict(tune=["lr"]) | {argument: wrong[argument]}
     with pytest.raises(ValueError, match=rf"{argument}='rate'.*'lr'"):
-        Tuning(HPARAMS, **options)
+        Shifts(HPARAMS, size=0.05, **options)
 
 
 @pytest.mark.parametrize("per", ["layer", {"lr": "layer"}])
 def test_unknown_scopes_are_refused(per: Any) -> None:
     """Law: as above."""
     with pytest.raises(ValueError, match=r"per='layer'.*'tensor'"):
-        Tuning(HPARAMS, tune=["lr"], per=per)
+        Shifts(HPARAMS, tune=["lr"], size=0.05, per=per)
 
 
 def test_names_come_in_one_order() -> None:
-    """Truth: the order of the hyperparameters, which is that of the tangents."""
-    assert tuning("l1", "momentum", "lr").names == ["lr", "momentum", "l1"]
+    """Truth: the order of the hyperparameters, which is that of the sensitivities."""
+    made = shifts("l1", "momentum", "lr")
+    assert made.names == made.hyper.names == ["lr", "momentum", "l1"]
+
+
+def test_a_start_outside_the_bounds_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Law: a warning that names both values."""
+    made = Shifts(HPARAMS, tune=["lr"], size=0.05, bounds={"lr": (0.01, 1.0)})
+    with caplog.at_level(logging.WARNING, "selftune"):
+        made.lay_out({"lr": [5.0]}, [0])
+        made.lay_out({"lr": [5.0, 5.0]}, [0, 0], [0, None])
+    assert [r.message.split(":")[0] for r in caplog.records] == ["lr starts at 1, not 5"]
 
 
 @pytest.mark.parametrize("climb", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("slope", [1.0, -1.0])
-def test_a_rate_that_may_not_climb_may_fall(slope: float, climb: float) -> None:
-    """Twin: a tuning that is free; penalties move alike in both."""
-    free, held = tuning("lr", "l1"), tuning("lr", "l1")
+@pytest.mark.parametrize("per", ["run", "group"])
+def test_a_rate_that_may_not_climb_may_fall(slope: float, climb: float, per: str) -> None:
+    """Twin: one that is free; penalties move alike in both."""
+    free, held = (shifts("lr", "l1", segments=2, per=per) for _ in range(2))
+    rows = torch.full((2, 2), slope)
     for _ in range(5):
-        free.step(signal(free, lr=slope, l1=slope), ["lr", "l1"])
-        held.step(signal(held, lr=slope, l1=slope), ["lr", "l1"], climb=climb)
-    assert value(held, "l1") == value(free, "l1") != START["l1"]
-    way = math.log(value(free, "lr") / START["lr"])
+        step(free, rows)
+        step(held, rows, climb=torch.tensor([climb]))
+    assert held.value("l1") == free.value("l1") != START["l1"]
+    way = math.log(free.value("lr") / START["lr"])
     assert abs(way) > 0.1
     share = climb if slope < 0 else 1.0
-    assert math.log(value(held, "lr") / START["lr"]) == pytest.approx(share * way)
+    assert math.log(held.value("lr") / START["lr"]) == pytest.approx(share * way)
 
 
 @pytest.mark.parametrize("slope", [1.0, -1.0])
 def test_momentum_moves_at_constant_effective_rate(slope: float) -> None:
     """Closed form: lr/(1 − μ) stays where only momentum has a gradient."""
-    made = tuning("lr", "momentum")
-    before = value(made, "lr") / (1 - value(made, "momentum"))
+    made = shifts("lr", "momentum")
+    before = made.value("lr") / (1 - made.value("momentum"))
     for _ in range(20):
-        made.step(signal(made, momentum=slope), made.names)
-    assert abs(value(made, "momentum") - 0.5) > 0.02
-    assert value(made, "lr") / (1 - value(made, "momentum")) == pytest.approx(before, rel=1e-9)
+        step(made, signal(made, momentum=slope))
+    assert abs(made.value("momentum") - 0.5) > 0.02
+    assert made.value("lr") / (1 - made.value("momentum")) == pytest.approx(before, rel=1e-9)
 
 
 def test_effective_rate_moves_as_lr_alone_would() -> None:
-    """Twin: a tuning of lr only; and where lr/(1 − μ) is all that matters momentum stays."""
-    made, alone = tuning("lr", "momentum"), tuning("lr")
-    for step in range(20):
-        slope = 1.0 + math.sin(step)
+    """Twin: lr only; and where lr/(1 − μ) is all that matters momentum stays."""
+    made, alone = shifts("lr", "momentum"), shifts("lr")
+    for turn in range(20):
+        slope = 1.0 + math.sin(turn)
         # the loss depends on log lr − log(1 − μ) only, and −log(1 − μ) is momentum's raw value
-        rows = dict(lr=slope, momentum=slope)
-        made.step(signal(made, **rows), made.names)
-        alone.step(signal(alone, lr=slope), ["lr"])
-    assert value(made, "momentum") == pytest.approx(0.5, rel=1e-9)
-    assert value(made, "lr") == pytest.approx(value(alone, "lr"), rel=1e-9)
-    assert value(made, "lr") < 0.08
+        step(made, signal(made, lr=slope, momentum=slope))
+        step(alone, signal(alone, lr=slope))
+    assert made.value("momentum") == pytest.approx(0.5, rel=1e-9)
+    assert made.value("lr") == pytest.approx(alone.value("lr"), rel=1e-9)
+    assert made.value("lr") < 0.08
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "l1", "decay"])
 def test_each_row_moves_against_its_own_gradient(name: str) -> None:
     """Law: downhill, and the others keep their values."""
     names = ("lr", "weight_decay", "l1", "decay")
-    made = tuning(*names)
-    made.step(signal(made, **{name: -2.0}), made.names)
+    made = shifts(*names)
+    step(made, signal(made, **{name: -2.0}))
     for other in names:
-        assert (value(made, other) > START[other] * 1.01) == (other == name)
-        assert value(made, other) >= START[other] * (1 - 1e-12)
+        assert (made.value(other) > START[other] * 1.01) == (other == name)
+        assert made.value(other) >= START[other] * (1 - 1e-12)
 
 
 def test_only_the_named_ones_move() -> None:
     """Law: a gradient of one that may not move is not looked at."""
-    made = tuning("lr", "weight_decay")
-    made.step(signal(made, lr=1.0, weight_decay=1.0), ["lr"])
-    assert value(made, "weight_decay") == pytest.approx(1e-2, rel=1e-12)
-    assert value(made, "lr") < 0.1
+    made = shifts("lr", "momentum", "weight_decay")
+    step(made, signal(made, lr=1.0, momentum=2.0, weight_decay=1.0), ["lr"])
+    assert made.value("weight_decay") == pytest.approx(1e-2, rel=1e-12)
+    assert made.value("momentum") == pytest.approx(0.5, rel=1e-12)
+    assert made.value("lr") < 0.1
 
 
 def test_signals_of_segments_are_summed_into_what_shares_a_shift() -> None:
     """Closed form of a plain SGD step: −0.01 times the sum; one shift for each group or tensor."""
-    made = tuning(
+    made = shifts(
         "lr", "decay", segments=3, groups=[0, 0, 1], per={"lr": "group", "decay": "tensor"},
         make=lambda raw: torch.optim.SGD(raw, lr=0.01),
     )  # fmt: skip
-    made.step(torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]), made.names)
+    step(made, torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]))
     assert made.rows["lr"].shift.tolist() == pytest.approx([-0.03, -0.04], rel=1e-12)
     assert made.rows["decay"].shift.tolist() == pytest.approx([-0.01, -0.02, -0.04], rel=1e-12)
-    mean, snr = made.signals()["lr"]
-    assert (mean.tolist(), snr.tolist()) == ([3.0, 4.0], [1.0, 1.0])
+    mean = made.state.mean[made.hyper.slots("lr")]
+    assert mean.tolist() == [3.0, 4.0]
+    assert made.state.square.tolist() == made.state.mean.square().tolist()
 
 
-@pytest.mark.parametrize("horizon", [None, 200, 5000])
-def test_weight_decay_does_not_fall_below_what_matters(horizon: int | None) -> None:
+@pytest.mark.parametrize("total", [None, 200, 5000])
+def test_weight_decay_does_not_fall_below_what_matters(total: int | None) -> None:
     """Closed form: s = λ · lr/(1 − μ) · T/2, unless the user's bounds say otherwise."""
-    names = ("lr", "momentum", "weight_decay")
-    under = Floor(shrinkage=L2_SHRINKAGE, mean=0.5, total_steps=horizon)
-    made = tuning(*names, horizon=horizon, floor=under)
+    names, shrinkage = ("lr", "momentum", "weight_decay"), FloorSettings().l2
+    under = WeightDecayFloor(shrinkage=shrinkage, mean=0.5, total_steps=total)
+    made = shifts(*names, total_steps=total, floor=under)
     made.memory = 1 / (1 - 0.5)
     for _ in range(150):
-        made.step(signal(made, weight_decay=1.0), made.names)
-    floor = L2_SHRINKAGE / (value(made, "lr") / 0.5 * (horizon or HORIZON) / 2)
-    assert value(made, "weight_decay") == pytest.approx(floor, rel=1e-9)
-    free = tuning(*names, horizon=horizon, floor=under, bounds={"weight_decay": (1e-5, 1.0)})
+        step(made, signal(made, weight_decay=1.0))
+    least = shrinkage / (made.value("lr") / 0.5 * (total or HORIZON) / 2)
+    assert made.value("weight_decay") == pytest.approx(least, rel=1e-9)
+    free = shifts(*names, total_steps=total, floor=under, bounds={"weight_decay": (1e-5, 1.0)})
     for _ in range(150):
-        free.step(signal(free, weight_decay=1.0), free.names)
-    assert value(free, "weight_decay") == pytest.approx(1e-5, rel=1e-9)
+        step(free, signal(free, weight_decay=1.0))
+    assert free.value("weight_decay") == pytest.approx(1e-5, rel=1e-9)
+
+
+def started_apart(per: str) -> Shifts:
+    """Three groups that start apart, whose decay would fall; one has none."""
+    made = Shifts(
+        HPARAMS, tune=["lr", "weight_decay"], size=0.05, total_steps=1000,
+        floor=WeightDecayFloor(shrinkage=0.3, total_steps=1000),
+        per={"lr": "run", "weight_decay": per},
+    )  # fmt: skip
+    made.lay_out({"lr": [0.1, 0.01, 0.1], "weight_decay": [0.1, 0.2, 0.0]}, [0, 1, 2])
+    falls = torch.tensor([[0.0], [1.0]]).expand(2, 1 if made.shared else 3)
+    for _ in range(150):
+        step(made, falls)
+    return made
+
+
+@pytest.mark.parametrize("per", ["run", "group", "tensor"])
+def test_the_floor_is_that_of_the_lowest_decay_at_the_highest_rate(per: str) -> None:
+    """Closed form: η λ T, of those that are on; each has its own floor where it has a shift."""
+    made = started_apart(per)
+    rates, decays = (made.rows[n].values() for n in ("lr", "weight_decay"))
+    assert float(rates.max() * decays[0] * 1000) == pytest.approx(0.3)
+    assert float(decays[1]) == pytest.approx(float(decays[0]) * (2.0 if per == "run" else 1.0))
+    assert decays[2] == 0
+
+
+@pytest.mark.parametrize("per", ["run", "group", "tensor"])
+def test_a_decay_that_is_switched_on_later_has_the_given_value(per: str) -> None:
+    """Law: what was off has no shift that is not a number."""
+    made = started_apart(per)
+    assert made.state.raw.isfinite().all()
+    made.rows["weight_decay"].rebase([2], 0.05, shown=0.0)
+    assert float(made.rows["weight_decay"].values()[2]) == pytest.approx(0.05)
 
 
 def test_move_adds_in_raw_space_within_bounds() -> None:
     """Closed forms: e^raw for the rate, the bound beyond it, nothing for what is not tuned."""
-    made = tuning("lr", bounds={"lr": (1e-3, 1.0)})
-    made.move("lr", math.log(3))
-    made.move("momentum", 1.0)
-    assert value(made, "lr") == pytest.approx(0.3)
-    made.move("lr", 50.0)
-    assert value(made, "lr") == pytest.approx(1.0)
-    made.step(signal(made, lr=1.0), ["lr"])
-    assert value(made, "lr") < 0.99  # the first gradient inward leaves the bound
+    made = shifts("lr", bounds={"lr": (1e-3, 1.0)})
+    made.move({"lr": math.log(3), "momentum": 1.0})
+    assert made.values() == pytest.approx({"lr": 0.3})
+    made.move({"lr": 50.0})
+    assert made.value("lr") == pytest.approx(1.0)
+    step(made, signal(made, lr=1.0))
+    assert made.value("lr") < 0.99  # the first gradient inward leaves the bound
+
+
+def test_forgetting_keeps_the_shifts() -> None:
+    """Twin: new shifts from the present values, with Adam and with an optimizer from outside."""
+    for make in (None, lambda raw: torch.optim.SGD(raw, lr=0.1, momentum=0.9)):
+        made = shifts("lr", make=make)
+        for slope in (1.0, 0.5, 0.7):
+            step(made, signal(made, lr=slope))
+        fresh = Shifts(HPARAMS, tune=["lr"], size=0.05, make=make)
+        fresh.lay_out({"lr": [made.value("lr")]}, [0])
+        made.forget()
+        for slope in (-1.0, -0.5, 0.7):
+            step(made, signal(made, lr=slope))
+            step(fresh, signal(fresh, lr=slope))
+            assert made.value("lr") == pytest.approx(fresh.value("lr"), rel=1e-12)
+
+
+def adam(raw: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(raw, lr=0.05, betas=(0.8, 0.98))
+
+
+def rmsprop(raw: Any) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(raw, lr=0.01, momentum=0.5)
+
+
+def test_adam_from_outside_is_the_methods_own() -> None:
+    """Twins: the same steps, whoever takes them."""
+    own, outside = shifts("lr", "momentum", "l1"), shifts("lr", "momentum", "l1", make=adam)
+    for row in torch.randn(20, 3, 1, generator=torch.Generator().manual_seed(0)) + 0.5:
+        step(own, row)
+        step(outside, row)
+        assert outside.values() == pytest.approx(own.values(), rel=1e-9)
+
+
+def test_an_optimizer_from_outside_proposes_its_own_steps() -> None:
+    """Truth: the same optimizer on a parameter that follows the shifts."""
+    raw = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    twin, propose = rmsprop([raw]), FromOutside(rmsprop, torch.zeros(2, dtype=torch.float64))
+    for grads in torch.randn(10, 2, generator=torch.Generator().manual_seed(0)).double():
+        before = raw.detach().clone()
+        raw.grad = grads.clone()
+        twin.step()
+        torch.testing.assert_close(propose(before, grads), raw.detach() - before)
+        with torch.no_grad():
+            raw += 1.0  # whatever becomes of a proposal
 
 
 @pytest.mark.parametrize("per", ["run", "tensor"])
-def test_state_round_trip(per: str) -> None:
-    """Law: a tuning continued from its state moves as the other does, bit for bit."""
+@pytest.mark.parametrize("make", [None, rmsprop])
+def test_state_round_trip_through_a_file(per: str, make: Any) -> None:
+    """Law: shifts continued from their state move as the others do, bit for bit."""
     names = ("lr", "momentum", "weight_decay")
-    made, again = (tuning(*names, segments=2, per=per) for _ in range(2))
+    under = WeightDecayFloor(shrinkage=0.03, total_steps=100)
+    made, again = (shifts(*names, segments=2, per=per, make=make, floor=under) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     slopes = torch.randn(20, 3, 1 if per == "run" else 2, generator=generator) + 0.5
-    for step in slopes[:10]:
-        made.step(step, names)
-    again.load_state_dict(copy.deepcopy(made.state_dict()))
-    for step in slopes[10:]:
-        made.step(step, names)
-        again.step(step, names)
+    for row in slopes[:10]:
+        step(made, row)
+    file = io.BytesIO()
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    again.load_state_dict(torch.load(file))
+    kept = copy.deepcopy(again.state_dict())
+    for row in slopes[10:]:
+        step(made, row)
+        step(again, row)
+    torch.testing.assert_close(again.state_dict(), made.state_dict(), rtol=0, atol=0)
     for name in names:
         assert torch.equal(made.rows[name].values(), again.rows[name].values())
-        assert value(made, name) != START[name]
+        assert made.value(name) != START[name]
+        assert not torch.equal(kept["state"]["raw"], made.state.raw)

@@ -1,88 +1,88 @@
 """The weight step by one kernel. Truth: the pure step that it stands for."""
 
+from __future__ import annotations
+
+import math
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from parts import assert_same, batches, made, net, write
+from torch.utils._pytree import tree_map
 
 import selftune as st
-from selftune.bilevel import Bilevel, Run
-from selftune.hypervector import HyperVector
-from selftune.tuner._objective import Objective, for_tuning
-from selftune.unobserved import Unobserved
-from selftune.update import Update
+from selftune.tuner._fast_path import FastPath
+from selftune.tuner._steps import RunState, Steps
 
-RULES = [
+RULES: list[tuple[st.rules.AbstractRule, dict[str, Any]]] = [
     (st.rules.AdamW(), {"weight_decay": 0.1}),
     (st.rules.Adam(), {"amsgrad": True}),
     (st.rules.SGD(), {"momentum": 0.9, "nesterov": True}),
 ]
 
 
-def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    noise = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 4, generator=noise).double(), torch.randn(8, 2, generator=noise).double()
-
-
-def make(rule: st.rules.AbstractRule, options: dict, joined: bool, **kwargs) -> tuple[Bilevel, Run]:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
-    objective = Objective(net.double(), F.mse_loss, None)
-    update, values = Update(rule), {"decay": 0.01, **rule.defaults, **options}
-    bilevel = Bilevel(
-        objective, for_tuning(objective, 2), update,
-        {k: v for k, v in values.items() if k not in ("lr", "weight_decay")},
-        HyperVector(update.hparams, ("lr", "weight_decay"), horizon=100),
-        kwargs.get("estimator", st.Trace(stride=2)), None, st.Average(),
-        torch.linspace(1, 0.5, 20, dtype=torch.float64), joined=joined,
+def steps_of(
+    rule: st.rules.AbstractRule, options: dict[str, Any], joined: bool, stride: int = 2
+) -> tuple[Steps, RunState]:
+    steps, run = made(
+        net(norm=True), rule, tune=("lr", "weight_decay"), values={"decay": 0.01, **options},
+        every=2, estimator=st.Trace(stride=stride), rates=torch.linspace(1, 0.5, 20), horizon=100,
+        joined=joined,
     )  # fmt: skip
-    run = bilevel.init(values)
-    return bilevel, run if joined else tree_map(torch.clone, run)
-
-
-def write(run: Run, after: Run) -> None:
-    for old, new in zip(tree_leaves(run), tree_leaves(after), strict=True):
-        old.copy_(new)
+    return steps, run if joined else tree_map(torch.clone, run)
 
 
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize(("rule", "options"), RULES)
-def test_equals_the_pure_step(rule: st.rules.AbstractRule, options: dict, joined: bool) -> None:
+def test_equals_the_pure_step(
+    rule: st.rules.AbstractRule, options: dict[str, Any], joined: bool
+) -> None:
     """Weights, state, statistics and counts, across steps of the hyperparameters."""
-    (bilevel, run), (twin, other) = (make(rule, options, joined) for _ in range(2))
-    step = Unobserved(bilevel)
-    assert step.serves(bilevel, run)
+    (steps, run), (twin, other) = (steps_of(rule, options, joined) for _ in range(2))
+    fast = FastPath(steps)
+    assert fast.serves(steps, run)
+    before = run.hyper.raw.clone()
     with torch.no_grad():
-        for i in range(12):
+        for i, (batch, outer) in enumerate(zip(batches(12), batches(12, seed=1), strict=True)):
             if i % 4 == 3:
-                write(run, bilevel.tune(run, batch(i), batch(-i))[0])
-                write(other, twin.tune(other, batch(i), batch(-i))[0])
+                for some, state in ((steps, run), (twin, other)):
+                    write(state, some.train(state, batch, tracked=True)[0])
+                    write(state, some.tune(state, outer)[0])
                 continue
-            after, loss = twin.train(other, batch(i))
+            after, told = twin.train(other, batch, tracked=False)
             write(other, after)
-            torch.testing.assert_close(step(run, batch(i)), loss, rtol=1e-9, atol=1e-12)
-    for a, b in zip(tree_leaves(run), tree_leaves(other), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+            assert_same(fast(run, batch), told, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(run.hyper.raw, before)
+    assert_same(run, other, rtol=1e-9, atol=1e-12)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_but_the_count() -> None:
-    bilevel, run = make(*RULES[0], True)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing_but_the_count(where: str) -> None:
+    """Law: the step is counted, and told not to have been taken."""
+    steps, run = steps_of(*RULES[0], True)
     before = tree_map(torch.clone, run)
-    x, y = batch(0)
+    x, y = batches(1)[0]
+    if where == "gradient":  # of a loss that is finite
+        steps.inner.loss_fn = lambda output, target: (output - output).sqrt().sum()
     with torch.no_grad():
-        assert not torch.isfinite(Unobserved(bilevel)(run, (x, y / 0)))
+        told = FastPath(steps)(run, (x, y / 0 if where == "loss" else y))
+    assert told is not None
+    assert math.isfinite(told[0]) == (where == "gradient")
+    assert told[1] == 0
     assert int(run.step) == 1
-    for a, b in zip(tree_leaves(run._replace(step=before.step)), tree_leaves(before), strict=True):
-        assert torch.equal(a, b)
+    assert_same(run._replace(step=before.step), before)
 
 
 def test_what_it_does_not_serve() -> None:
-    bilevel, run = make(*RULES[0], True, estimator=st.Trace())
-    assert not Unobserved.serves(bilevel, run)  # every step is observed
-    bilevel, run = make(st.rules.RMSprop(), {}, True)
+    """Law: steps that are tracked, other dtypes than the average's, and rules without a kernel."""
+    steps, run = steps_of(*RULES[0], True, stride=1)
+    assert not FastPath.serves(steps, run)  # every step is tracked
+    steps, run = made(net().bfloat16(), st.rules.AdamW())
+    assert not FastPath.serves(steps, run)
+    steps, run = steps_of(st.rules.RMSprop(), {}, True)
     with torch.no_grad():
-        assert Unobserved(bilevel)(run, batch(0)) is None  # torch has no kernel
-    bilevel, run = make(st.rules.SGD(), {"momentum": 0.0}, True)
+        assert FastPath(steps)(run, batches(1)[0]) is None  # torch has no kernel
+    steps, run = steps_of(st.rules.SGD(), {"momentum": 0.0}, True)
     with torch.no_grad():
-        assert Unobserved(bilevel)(run, batch(0)) is None
+        assert FastPath(steps)(run, batches(1)[0]) is None
+    assert int(run.step) == 0

@@ -107,7 +107,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "bounds": (dict(bounds={"lr": (1.0, 0.1)}), "bounds"),
     "schedule": (dict(schedule="zigzag"), "zigzag"),
     "population": (dict(population=0), "population=0 must be at least 1"),
-    "stride": (dict(estimator=st.Trace(stride=2)), "stride=5, or stride=1"),
     "metrics": (
         dict(metrics={"a": F.mse_loss}, objective=lambda m, b: m(b)), "metrics need outputs",
     ),
