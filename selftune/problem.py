@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
+from selftune._graphs import Function, Graphs, compile_alone
 from selftune.hparams import Hparam
 from selftune.products import Products
 from selftune.rules._base import State
@@ -19,7 +19,6 @@ from selftune.update import Clock, Update
 Hparams = Mapping[str, Tensor]
 InnerLoss = Callable[[Tensor, Hparams, Any], Tensor]
 OuterLoss = Callable[[Tensor, Any], Tensor]
-Function = Callable[..., Any]
 
 
 class Point(NamedTuple):
@@ -64,6 +63,7 @@ class Problem:
         split: ``inner_loss`` in two, ``outputs(params, hparams, batch)`` and
             ``criterion(outputs, hparams, batch)``, where the Gauss-Newton matrix is asked for.
         backend: How second derivatives are taken (:class:`~selftune.products.Products`).
+        graphs: Compile functions of estimators.
 
     Examples:
         >>> import torch, selftune as st
@@ -89,6 +89,7 @@ class Problem:
     scales: Mapping[str, Hparam] = field(default_factory=dict)
     split: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
     backend: str = "auto"
+    graphs: Graphs | None = None
     products: Products = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -188,11 +189,11 @@ class Problem:
         *_, end = self.points(params, hparams, batches)
         return end
 
-    def graph(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of tensors, always the same under a name: here as it is."""
-        return function
+    def graph(self, name: str, function: Function) -> Function:
+        """A function of tensors, always the same under a name: compiled where that was asked."""
+        return function if self.graphs is None else self.graphs(name, function)
 
-    def compiled(self) -> InGraphs:
+    def compiled(self) -> Problem:
         """The same problem, of which estimators compile what they compute.
 
         Examples:
@@ -202,10 +203,7 @@ class Problem:
             ... )
             >>> fast = problem.compiled()  # for many estimates of the same shapes
         """
-        same = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        found = InGraphs(**same)
-        found.begin(lambda function: torch.compile(_own(function), fullgraph=True))
-        return found
+        return replace(self, graphs=Graphs(compile_alone))
 
     # what hyperparameters do
 
@@ -367,28 +365,3 @@ class Problem:
         nothing = params.new_zeros(()).expand_as(params)
         values = {**self.values(hparams), **(options or {})}
         return self.update.penalised(params, nothing, values)
-
-
-class InGraphs(Problem):
-    """A problem whose estimators' functions are compiled, once a name."""
-
-    def begin(self, wrap: Callable[[Function], Function]) -> None:
-        """Wrap functions from now on."""
-        object.__setattr__(self, "_wrap", wrap)
-        object.__setattr__(self, "_graphs", {})
-
-    def graph(self, name: str, function: Function) -> Function:
-        """The first function of a name, wrapped."""
-        graphs: dict[str, Function] = self._graphs  # type: ignore[attr-defined]
-        if name not in graphs:
-            graphs[name] = self._wrap(function)  # type: ignore[attr-defined]
-        return graphs[name]
-
-
-def _own(function: Function) -> Function:
-    """A function with code of its own: Dynamo keeps only a few graphs for the same code."""
-
-    def run(*args: Any) -> Any:
-        return function(*args)
-
-    return types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)

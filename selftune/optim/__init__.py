@@ -1,7 +1,17 @@
 """Self-tuned optimizers with torch's interface."""
 
 from selftune.optim._base import SelfTuningOptimizer
+from selftune.optim._building import TuningOptions
 from selftune.optim.shells import SGD, Adam, AdamW, Lion, RMSprop
 from selftune.optim.wrapper import SelfTuning
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "RMSprop", "SelfTuning", "SelfTuningOptimizer"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "RMSprop",
+    "SelfTuning",
+    "SelfTuningOptimizer",
+    "TuningOptions",
+]

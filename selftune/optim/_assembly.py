@@ -72,13 +72,13 @@ class Assembly:
             for i, params in enumerate(trained)
             if params
         ]  # fmt: skip
-        engine.lay_out(blocks, slots, by_tensor=not engine.shifts.shared)
+        engine.store.lay_out(blocks, slots, by_tensor=not engine.shifts.shared)
         engine.reducer.sharded = any(is_sharded(p) for b in blocks for p in b.params)
         self._frozen = [p for g in groups for p in g["params"] if p not in state]
 
     def publish(self, groups: Sequence[Group]) -> None:
         """Show tuned values in the parameter groups, and make them ready for the steps."""
-        self._engine.cached = self._groups.publish(groups, self._engine.blocks)
+        self._engine.store.cached = self._groups.publish(groups, self._engine.blocks)
 
 
 def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list[str]:

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selftune.control import Controller, SweepSettings, make_guard, make_sweep
-from selftune.estimators import AbstractEstimator, assign
-from selftune.method import (
-    Average,
-    HyperOptimizer,
-    Method,
-    MethodSettings,
-    Sensitivities,
-    WeightDecayFloor,
-)
-from selftune.monitor import Monitor
 from selftune.optim._assembly import Assembly
-from selftune.optim._buffers import Buffers
-from selftune.optim._closures import Call, ClosureSteps
+from selftune.optim._building import TuningOptions, build
+from selftune.optim._closures import Call
 from selftune.optim._container import Container
-from selftune.optim._engine import ALONE, Engine
+from selftune.optim._engine import ALONE
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._outer import OuterLoss, Weights
-from selftune.optim._reducer import Reducer
-from selftune.optim._shifts import MakeOptimizer, Shifts
-from selftune.optim._stepper import AbstractStepper, Opaque
-from selftune.schedules import Schedule
+from selftune.optim._stepper import AbstractStepper
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
@@ -51,34 +36,7 @@ class SelfTuningOptimizer(Container):
         defaults: torch's options of the optimizer, and ``decay``.
         update: The update whose hyperparameters are tuned.
         stepper: Takes the weight steps.
-        tune: Names of the tuned hyperparameters; by default the rule's own choice, less the
-            learning rate's decay where the horizon is known.
-        per: ``"run"`` (one factor for all), ``"group"`` or ``"tensor"``, for all or by name.
-        bounds: (lowest, highest) values by name.
-        schedule: ``"constant"``, ``"linear"``, ``"cosine"``, ``"wsd"`` or ``"exponential"``; by
-            default linear to 0 if ``total_steps`` is given, else constant.
-        total_steps: Steps in the whole run, if known.
-        warmup_steps: Steps over which the learning rate climbs.
-        estimator: How the sensitivities of weights to hyperparameters are estimated, by default
-            by Trace, which tracks every fourth step or, with a shorter average, more. Trace or
-            OneStep; with any other one, ``step`` takes a closure that keeps its own batch, there is
-            one parameter group, and copies and loaded states begin to observe anew.
-        average: Where the outer loss is measured.
-        hyper_optimizer: Makes a torch optimizer of the raw hyperparameters; by default Adam at
-            0.01 times ``every``, from 0.05 to 0.2, and more in runs of less than 1000 steps.
-        every: Training steps from one hyperparameter step to the next, at least; by default a
-            thirtieth of ``total_steps``, from 5 to 20.
-        probe: Whether the learning rate is swept at the start, or over how many steps, or
-            :class:`~selftune.control.SweepSettings`; a tuned β₁ goes on with a memory of a
-            three-hundredth of the run at most.
-        guard: Whether a run that blows up or worsens goes back to its last good weights, or a
-            policy, such as :class:`~selftune.control.GuardPolicy`.
-        model: The model, if it has BatchNorm and ``params`` is not itself a module.
-        log_dir: Folder for TensorBoard; or a recorder of :mod:`selftune.monitor`, a
-            ``SummaryWriter``, a ``function(values, step)``, or a list of these.
-        distributed: Whether processes train one model together (DDP, FSDP2) and take the same
-            hyperparameter steps; by default, if torch.distributed is initialised.
-        settings: The numbers of the method (:class:`~selftune.method.MethodSettings`).
+        **tuning: Options of :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
     """
 
     def __init__(
@@ -87,76 +45,16 @@ class SelfTuningOptimizer(Container):
         defaults: dict[str, Any],
         update: Update,
         stepper: AbstractStepper,
-        *,
-        tune: Sequence[str] | None = None,
-        per: str | Mapping[str, str] = "run",
-        bounds: Mapping[str, tuple[float, float]] | None = None,
-        schedule: str | None = None,
-        total_steps: int | None = None,
-        warmup_steps: int = 0,
-        estimator: AbstractEstimator | None = None,
-        average: Average | None = None,
-        hyper_optimizer: MakeOptimizer | None = None,
-        every: int | None = None,
-        probe: bool | int | SweepSettings = True,
-        guard: Any = True,
-        model: nn.Module | None = None,
-        log_dir: str | Path | Any | None = None,
-        distributed: bool | None = None,
-        settings: MethodSettings | None = None,
+        **tuning: Any,
     ) -> None:
         if isinstance(params, nn.Module):
-            model, params = params, params.named_parameters()
-        settings = MethodSettings() if settings is None else settings
-        every = settings.hyper.every(total_steps) if every is None else every
-        if every < 1:
-            raise ValueError(f"every={every} must be at least 1")
-        self._schedule = schedule_ = Schedule(
-            shape=schedule, total_steps=total_steps, warmup_steps=warmup_steps
-        )
-        if tune is None:
-            known_end = total_steps is not None
-            tune = [n for n in update.tuned if not (known_end and n == "decay")]
-        floor = WeightDecayFloor.of(update.rule, schedule_, settings.floor)
-        shifts = Shifts(
-            update.hparams, tune=tune, size=settings.hyper.size(every, total_steps), per=per,
-            bounds=bounds, total_steps=total_steps, floor=floor, settings=settings.hyper,
-            make=hyper_optimizer,
-        )  # fmt: skip
+            tuning, params = {**tuning, "model": params}, params.named_parameters()
+        options = TuningOptions(**tuning)
+        self._schedule = options.learning_rate
         self._update = update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
-        averaging = Average() if average is None else average
-        assigned = assign(
-            estimator, update, shifts.names, stride=min(averaging.stride, every), alone=True
-        )
-        whole = assigned.whole
-        if whole is not None and isinstance(update.rule, Opaque):
-            raise ValueError(
-                f"estimator={whole} needs a rule of the library (SGD, Adam, …): another "
-                "optimizer's steps cannot be differentiated; use Trace or OneStep"
-            )
-        rows = shifts.names if whole is None else []
-        reducer, found = Reducer(distributed), make_guard(guard)
-        self._engine = Engine(
-            method=Method(
-                sensitivities=Sensitivities(rows, update, assigned.rows, averaging),
-                hyper=HyperOptimizer({}, size=0.0), settings=settings, horizon=shifts.horizon,
-                guarded=found is not None, total=reducer.total, outer_total=reducer.outer,
-            ),
-            shifts=shifts,
-            controller=Controller(
-                hparams=shifts.tuned, total_steps=total_steps,
-                sweep=make_sweep(probe, total_steps, shifts.tuned), guard=found,
-            ),
-            averaging=averaging,
-            every=every,
-            buffers=Buffers(model, every),
-            monitor=Monitor(log_dir),
-            stepper=stepper,
-            reducer=reducer,
-            regularizers=update.regularizers,
-            whole=None if whole is None else ClosureSteps(whole, update, shifts),
-        )  # fmt: skip
+        self._engine = build(options, update, stepper)
+        shifts = self._engine.shifts
         self._groups = Groups(update, shifts)
         self._assembly = Assembly(self._engine, self._groups)
         self._log = OptimizerLog(self._engine.monitor, shifts)

@@ -108,15 +108,16 @@ class Container(torch.optim.Optimizer):
         self._engine.stepper.adopt(self.state, self.param_groups)
         self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)
-        self._engine.cached = self._groups.cache(self.param_groups, self._engine.blocks)
+        self._engine.store.cached = self._groups.cache(self.param_groups, self._engine.blocks)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: blocks are made anew from the state, schedulers wrap ``step`` anew."""
         with torch.no_grad():
             self._blocks()
         engine = copy.copy(self._engine)
-        engine.blocks = []
-        engine.method = copy.copy(engine.method)
+        engine.store = copy.copy(engine.store)
+        engine.store.blocks = []
+        engine.method = engine.store.method = copy.copy(engine.method)
         if engine.whole is not None:
             engine.whole = engine.whole.anew()
         assembly = self._assembly.over(engine)

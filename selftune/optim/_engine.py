@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,106 +20,52 @@ from selftune.control import (
     TrialSlopes,
     ValidationLoss,
 )
-from selftune.method import Average, Displacement, Method, Moment, Outer, State
+from selftune.method import Outer
 from selftune.method.slopes import Slopes
-from selftune.method.stiff_directions import Stiffness
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._closures import Call, ClosureSteps
-from selftune.optim._groups import Cached
-from selftune.optim._reducer import Reducer
-from selftune.optim._shifts import Shifts
 from selftune.optim._stepper import AbstractStepper
+from selftune.optim._store import Grads, Store
 from selftune.rules._base import Values
 from selftune.update import Clock, Transition
 
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
 ALONE = 50  # steps without a hyper_step after which training gradients serve instead
 
-Grads = Sequence[tuple[Tensor, Sequence[bool] | None]]
-"""Joined gradients of every block, and which of its tensors have one; None: all."""
-
-
-@dataclass(kw_only=True)
-class Counts:
-    """Step counts of a run.
-
-    Attributes:
-        steps: Training steps taken, those of the sweep and skipped ones included.
-        since: Steps at the last fresh start (after the sweep or a rewind).
-        outer: Steps at the last hyperparameter step.
-        last_validation_step: Steps at the last call of ``hyper_step``.
-    """
-
-    steps: int = 0
-    since: int = 0
-    outer: int = 0
-    last_validation_step: int = 0
-
 
 @dataclass(kw_only=True)
 class Engine:
     """The parts of a run and how they act on one another; it knows nothing of torch's interface."""
 
-    method: Method
-    shifts: Shifts
+    store: Store
     controller: Controller
-    averaging: Average
     every: int
     buffers: Buffers
     monitor: Monitor
     stepper: AbstractStepper
-    reducer: Reducer
     regularizers: set[str]
-    clock: Counts = field(default_factory=Counts)
-    blocks: list[Block] = field(default_factory=list)
-    cached: Sequence[Cached] = field(default_factory=list)
-    displacement: Displacement | None = None  # but for what the blocks keep of it
-    stiffness: Stiffness | None = None
     training_signal: Tensor | None = None
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
     looked: bool = False  # at the first validation batch
 
+    def __post_init__(self) -> None:
+        """Name the parts of the store."""
+        store = self.store
+        self.method, self.shifts = store.method, store.shifts
+        self.reducer, self.clock = store.reducer, store.clock
+
+    @property
+    def blocks(self) -> list[Block]:
+        """One for each parameter group that is trained."""
+        return self.store.blocks
+
     @property
     def stride(self) -> int:
         """Steps from one tracked step to the next."""
         return self.method.sensitivities.estimator.stride
-
-    def lay_out(self, blocks: list[Block], slots: int, *, by_tensor: bool) -> None:
-        """Work on other blocks from now on."""
-        self.blocks = blocks
-        self.method.layouts = [b.layout for b in blocks]
-        self.method.by_tensor = by_tensor
-        self.method.hyper = self.shifts.hyper
-        step = torch.full((1,), self.clock.since)
-        if self.displacement is None:
-            self.displacement = Displacement.begin([], step)
-        if self.stiffness is None or len(self.stiffness.rises) != slots:
-            self.stiffness = Stiffness.begin(slots, torch.device("cpu"))
-
-    # the method's state, of which the blocks keep the large parts
-
-    def _state(self) -> State:
-        blocks, method = self.blocks, self.method
-        assert self.displacement is not None
-        assert self.stiffness is not None
-        displacement = self.displacement._replace(
-            centre=[b.centre for b in blocks], mark=[b.mark for b in blocks]
-        )
-        limited = method.guarded and method.settings.displacement is not None
-        secants = [s for b in blocks for s in b.secants]
-        return State(
-            [b.part for b in blocks], self.shifts.state, [displacement] if limited else [],
-            secants, [self.stiffness] if secants else [],
-        )  # fmt: skip
-
-    def _take(self, state: State) -> None:
-        for displacement in state.displacement:
-            self.displacement = displacement._replace(centre=[], mark=[])
-        for stiffness in state.stiffness:
-            self.stiffness = stiffness
 
     # weight steps
 
@@ -169,7 +114,7 @@ class Engine:
                 return self.carry_out(action)
         if self.carry_out(self._trial(grads)):
             return True
-        moments = self._moments(grads, values, rates)
+        moments = self.store.moments(grads, values, rates)
         steps = self.stepper.move(self.blocks, [g for g, _ in grads], moments)
         if self.controller.guard is not None:
             finite = self._finite(steps)
@@ -182,19 +127,9 @@ class Engine:
         if self.whole is not None and call is not None:
             self.whole.observe(self.blocks[0], values[0], grads[0][0], steps[0], call)
         age = self.clock.steps - self.clock.since
-        self._absorb(steps, moments, grads, tracked=age % self.stride == 0)
+        self.store.absorb(steps, moments, grads, tracked=age % self.stride == 0)
         self._blend_buffers()
         return changed
-
-    def _absorb(
-        self, steps: list[Transition], moments: list[Moment], grads: Grads, *, tracked: bool
-    ) -> None:
-        state = self.method.absorb(self._state(), steps, moments, tracked=tracked)
-        self._take(state)
-        for block, part, step, (_, counted) in zip(
-            self.blocks, state.parts, steps, grads, strict=True
-        ):
-            block.write(part, step.moved, counted)
 
     def in_place(self, values: Sequence[Values], rates: Sequence[float]) -> bool:
         """One training step on the fast path; false, and nothing done, if it must be tracked."""
@@ -213,33 +148,6 @@ class Engine:
         self._blend_buffers()
         return True
 
-    def _moments(
-        self, grads: Grads, values: Sequence[Values], rates: Sequence[float]
-    ) -> list[Moment]:
-        """When and at which hyperparameters every block takes the step."""
-        age = self.clock.steps - self.clock.since
-        share = self.averaging.weight(age, self.stride)
-        moments = []
-        for block, cached, value, rate, (_, counted) in zip(
-            self.blocks, self.cached, values, rates, grads, strict=True
-        ):
-            ages, layout = block.ages(), block.layout
-            clock = Clock(self.clock.steps - 1, rate, layout.expand(ages))
-            mask = unit_mask = None
-            if counted is not None:
-                unit_mask = torch.tensor(counted, device=layout.device)
-                full = layout.expand([float(c) for c in counted])
-                mask = full.bool() if isinstance(full, Tensor) else unit_mask.all()
-            unit_values = {**value, **cached.tensor_values}
-            unit_age: Any = ages[0]
-            if any(a != ages[0] for a in ages):
-                unit_age = torch.tensor(ages, dtype=layout.dtype, device=layout.device)
-            unit = Moment(
-                unit_values, cached.tensor_slopes, clock._replace(age=unit_age), share, unit_mask
-            )
-            moments.append(Moment(value, cached.slopes, clock, share, mask, unit))
-        return moments
-
     @property
     def _pulse(self) -> bool:
         return self._counts(self.clock.steps - self.clock.since)
@@ -254,29 +162,24 @@ class Engine:
     def _blend_buffers(self) -> None:
         if self.clock.steps % THINNED == 0:
             age = self.clock.steps - self.clock.since
-            self.buffers.blend(self.averaging.weight(age, THINNED))
+            self.buffers.blend(self.method.sensitivities.averaging.weight(age, THINNED))
 
     def _finite(self, steps: Sequence[Transition]) -> bool:
         """Whether a step may be written; not asked of a GPU at every step, which would wait."""
         if steps[0].moved.is_cuda and not self._pulse:
             return True
-        return math.isfinite(self._total([s.moved.sum() for s in steps]))
-
-    def _total(self, parts: Sequence[Tensor]) -> float:
-        """The sum over blocks, and over processes that hold parts of the parameters."""
-        whole = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
-        return float(self.reducer.total(whole))
+        return math.isfinite(self.store.total([s.moved.sum() for s in steps]))
 
     def _judge(self, grads: Grads) -> Action:
         """Of gradients before the step: whether they are finite, and whether any are left."""
         guard = self.controller.guard
         if guard is None or (grads[0][0].is_cuda and not self._pulse):
             return Action()
-        finite = math.isfinite(self._total([g @ g for g, _ in grads]))
+        finite = math.isfinite(self.store.total([g @ g for g, _ in grads]))
         action = self.controller.observe(Gradient(finite))
         young = self.clock.steps - self.clock.since <= guard.policy.young
         if finite and young and self._pulse:
-            alive = self._total([torch.count_nonzero(g).to(g.dtype) for g, _ in grads])
+            alive = self.store.total([torch.count_nonzero(g).to(g.dtype) for g, _ in grads])
             action = self.controller.observe(Activity(alive))
         return action
 
@@ -295,9 +198,9 @@ class Engine:
                 self.monitor.scalar("guard/sweep", sweep.choice, self.clock.steps)
                 return True
         rates = [sweep.factor(sweep.taken)] * len(self.blocks)
-        moments = self._moments(grads, values, rates)
+        moments = self.store.moments(grads, values, rates)
         steps = self.stepper.move(self.blocks, [g for g, _ in grads], moments)
-        self._absorb(steps, moments, grads, tracked=False)
+        self.store.absorb(steps, moments, grads, tracked=False)
         sweep.taken += 1
         return False
 
@@ -322,7 +225,7 @@ class Engine:
             return False
         if not names or self.clock.last_validation_step or self.clock.steps <= ALONE:
             return False
-        signal = self.method.along(self._state(), self._outer(grads, 0))
+        signal = self.method.along(self.store.state(), self._outer(grads, 0))
         known = self.training_signal
         self.training_signal = signal if known is None else known + signal
         if self.clock.steps - self.clock.outer < self.every:
@@ -332,12 +235,12 @@ class Engine:
         self.training_signal = None
         averages = [b.part.average for b in self.blocks]
         due = self.clock.steps % (10 * self.every) < self.every  # no loss says which are good
-        if due and math.isfinite(self._total([a.sum() for a in averages])):
+        if due and math.isfinite(self.store.total([a.sum() for a in averages])):
             self.carry_out(Action(snapshot="average"))
         return self.tune(signal, names)
 
     def _outer(self, grads: Sequence[Tensor], gone: int) -> Outer:
-        values = [c.tensor_values for c in self.cached]
+        values = [c.tensor_values for c in self.store.cached]
         return Outer(grads, values, self.clock.steps, gone)
 
     def outer_step(
@@ -368,8 +271,8 @@ class Engine:
                 return False
             signal = self.reducer.outer(found)
         else:
-            state, signal = self.method.hypergradient(self._state(), self._outer(grads, gone))
-            self._take(state)
+            state, signal = self.method.hypergradient(self.store.state(), self._outer(grads, gone))
+            self.store.take(state)
         return self.tune(signal, self.shifts.names)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
@@ -380,11 +283,11 @@ class Engine:
             return self.carry_out(action)
         weights, step = [b.weights() for b in self.blocks], self.clock.steps
         state = self.method.hyper_step(
-            self._state(), self.shifts.gather(signal), weights, self.shifts.frame(),
+            self.store.state(), self.shifts.gather(signal), weights, self.shifts.frame(),
             torch.tensor([step]), memory=self.shifts.memory, steps=step,
             moving=names, propose=self.shifts.propose,
         )  # fmt: skip
-        self._take(state)
+        self.store.take(state)
         self.shifts.take(state.hyper)
         if self.monitor.on and state.displacement and "lr" in names:
             self.monitor.scalar("displacement/ratio", self.method.ratio(state, weights), step)
@@ -403,8 +306,8 @@ class Engine:
         if action.rewind is None:
             return False
         good, step = [b.good for b in self.blocks], self.clock.steps
-        state = self.method.rewind(self._state(), good, step)
-        self._take(state)
+        state = self.method.rewind(self.store.state(), good, step)
+        self.store.take(state)
         for block, part in zip(self.blocks, state.parts, strict=True):
             block.rewound(part)
         self.stepper.forget()

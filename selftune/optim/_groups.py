@@ -10,7 +10,8 @@ from torch import Tensor
 
 from selftune.optim._block import Block
 from selftune.optim._checks import check_option
-from selftune.optim._shifts import Scoped, Shifts
+from selftune.optim._scoped import Scoped
+from selftune.optim._shifts import Shifts
 from selftune.update import Update
 
 Group = dict[str, Any]

@@ -29,8 +29,8 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "shifts": engine.shifts.state_dict(),
         "groups": groups.state_dict(),
         "clock": asdict(engine.clock),
-        "displacement": _numbers(engine.displacement),
-        "stiffness": _numbers(engine.stiffness),
+        "displacement": _numbers(engine.store.displacement),
+        "stiffness": _numbers(engine.store.stiffness),
         "controller": engine.controller.state_dict(),
         "buffers": engine.buffers.state_dict(),
         "looked": engine.looked,
@@ -46,8 +46,8 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     for name, value in run["clock"].items():
         setattr(engine.clock, name, value)
     parts = {n: t.clone() for n, t in run["displacement"].items()}
-    engine.displacement = Displacement([], [], **parts)
-    engine.stiffness = Stiffness(**{n: t.clone() for n, t in run["stiffness"].items()})
+    engine.store.displacement = Displacement([], [], **parts)
+    engine.store.stiffness = Stiffness(**{n: t.clone() for n, t in run["stiffness"].items()})
     engine.controller.load_state_dict(run["controller"])
     signal = run["training_signal"]
     engine.training_signal = None if signal is None else signal.clone()

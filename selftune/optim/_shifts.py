@@ -1,20 +1,9 @@
-"""The tuned hyperparameters of an optimizer: values of all tensors, and the shifts they share.
-
-A tuned hyperparameter has a *base* for every parameter tensor, taken from its parameter
-group, and a shared *shift* in raw space that is tuned::
-
-    value[segment] = bijection(raw(base[segment]) + shift[slot(segment)])
-
-With the default scope, ``"run"``, there is one slot, so groups keep the ratio of their
-learning rates (``Log``) while one factor moves them all. ``"group"`` and ``"tensor"`` give
-every parameter group, or every tensor, a shift of its own. A segment is one parameter tensor.
-"""
+"""The tuned hyperparameters of an optimizer and the state of their steps."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,147 +12,12 @@ from torch import Tensor
 
 from selftune.hparams import Hparam, choose
 from selftune.method import Frame, HyperOptimizer, HyperSettings, HyperState, WeightDecayFloor
+from selftune.optim._scoped import SCOPES, Scoped
 from selftune.schedules import HORIZON
 
 log = logging.getLogger("selftune")
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-SCOPES = ("run", "group", "tensor")
-
-
-class Scoped:
-    """One tuned hyperparameter across all parameter tensors.
-
-    Attributes:
-        hparam: Name, scale and bounds.
-        base: Raw values shifted from, one a segment; NaN where the hyperparameter is off.
-        slots: Which shift belongs to each segment.
-        from_zero: Whether every segment started at 0.
-        start: The values last taken, one a segment.
-    """
-
-    def __init__(self, hparam: Hparam, scope: str) -> None:
-        """Start with no segments; ``layout`` sets them."""
-        self.hparam = hparam
-        self.scope = scope
-        self.base = torch.empty(0, dtype=torch.float64)
-        self.slots = torch.empty(0, dtype=torch.long)
-        self.shift = torch.zeros(0, dtype=torch.float64)
-        self.from_zero = False
-        self.start: list[float] = []
-
-    def lay_out(
-        self,
-        values: Sequence[float],
-        groups: Sequence[int],
-        known: Sequence[int | None] | None = None,
-    ) -> None:
-        """Take each segment's value and group; shifts already tuned are kept.
-
-        A value of exactly 0 stays 0 beside others that are not; if all are 0, tuning starts
-        from ``hparam.from_zero``.
-
-        Args:
-            values: The present value of each segment.
-            groups: The parameter group of each segment.
-            known: Where each segment stood before, None for a new one; by default all are new.
-        """
-        start = torch.tensor(values, dtype=torch.float64)
-        if len(self.base) == 0:
-            self.from_zero = not bool(start.any())
-        slots = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
-        self.slots = torch.tensor(list(slots[self.scope]), dtype=torch.long)
-        count = int(self.slots.max()) + 1
-        if count > len(self.shift):
-            grown = torch.zeros(count, dtype=torch.float64)
-            grown[: len(self.shift)] = self.shift
-            self.shift = grown
-        if self.scope == "tensor" and known is not None:
-            shift = torch.zeros(count, dtype=torch.float64)
-            for at, before in enumerate(known):
-                if before is not None:
-                    shift[at] = self.shift[before]
-            self.shift = shift
-        base = self._raw(start) - self.shift[self.slots]
-        if self.from_zero:
-            small = self._raw(torch.full_like(start, self.hparam.from_zero))
-            base = torch.where(start == 0, small, base)
-        for at, before in enumerate(known or []):
-            if before is not None:
-                base[at] = self.base[before]
-        self.base, self.start = base, start.tolist()
-        self._measure()
-        self.clamp()
-
-    def _raw(self, values: Tensor) -> Tensor:
-        off = torch.full_like(values, math.nan)
-        return torch.where(values == 0, off, self.hparam.bijection.inverse(values))
-
-    def rebase(self, segments: Sequence[int], value: float, shown: float) -> None:
-        """Move segments that showed one value to another, which was set from outside."""
-        index = torch.tensor(segments)
-        new, old = self._raw(torch.tensor([value, shown], dtype=torch.float64))
-        moved = self.base[index] + (new - old)
-        self.base[index] = torch.where(moved.isnan(), new - self.shift[self.slots[index]], moved)
-        self._measure()
-
-    def resume(self, base: Tensor, shift: Tensor) -> None:
-        """Continue from saved values."""
-        self.base, self.shift = base.clone(), shift.clone()
-        self._measure()
-
-    @property
-    def shift(self) -> Tensor:
-        """The tuned raw shifts, shape (number of slots,), float64; replaced, never modified."""
-        return self._shift
-
-    @shift.setter
-    def shift(self, value: Tensor) -> None:
-        self._shift = value
-        self._values: Tensor | None = None
-
-    def values(self) -> Tensor:
-        """Constrained values, one a segment; 0 where it is off."""
-        if self._values is None:
-            raw = self.base + self.shift[self.slots]
-            self._values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
-        return self._values
-
-    def slopes(self) -> Tensor:
-        """The derivative of each value in its raw shift; 0 where it is off."""
-        values = self.values()
-        return torch.where(self.base.isnan(), 0.0, self.hparam.bijection.slope(values))
-
-    def gather(self, signal: Tensor) -> Tensor:
-        """Sum per-segment derivatives into the shifts they share."""
-        return torch.zeros_like(self.shift).index_add_(0, self.slots, signal)
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """How far each shift may go before one of its segments leaves the bounds."""
-        low, high = self.hparam.raw_ends
-        return low - self._lowest, high - self._highest
-
-    @property
-    def origin(self) -> Tensor:
-        """The outermost base of each slot: of a regularizer the lowest, else the highest."""
-        found = self._lowest if self.hparam.role == "regularizer" else self._highest
-        return found.nan_to_num(posinf=0.0, neginf=0.0)
-
-    def _measure(self) -> None:
-        """Find the outermost bases of each slot, where those that are off do not count."""
-        self._values = None
-        lowest, highest = (
-            torch.full_like(self.shift, math.inf),
-            torch.full_like(self.shift, -math.inf),
-        )
-        on = ~self.base.isnan()
-        self._lowest = lowest.scatter_reduce(0, self.slots[on], self.base[on], "amin")
-        self._highest = highest.scatter_reduce(0, self.slots[on], self.base[on], "amax")
-
-    def clamp(self) -> None:
-        """Bring the shifts back within the bounds."""
-        low, high = self.bounds()
-        self.shift = self.shift.maximum(low).minimum(high.maximum(low))
 
 
 class FromOutside:

@@ -68,7 +68,7 @@ class SGD(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -98,16 +98,16 @@ class SGD(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "decay": decay,
-            "l1": l1,
-            "maximize": maximize,
-        }
+        options = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            decay=decay,
+            l1=l1,
+            maximize=maximize,
+        )
         super().__init__(params, rules.SGD(), options, penalty, tuning)
 
 
@@ -128,7 +128,7 @@ class Adam(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -158,16 +158,16 @@ class Adam(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = {
-            "lr": lr,
-            "betas": _betas(betas, tuning),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "decay": decay,
-            "l1": l1,
-            "maximize": maximize,
-        }
+        options = dict(
+            lr=lr,
+            betas=_betas(betas, tuning),
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            decay=decay,
+            l1=l1,
+            maximize=maximize,
+        )
         super().__init__(params, rules.Adam(), options, penalty, tuning)
 
 
@@ -188,7 +188,7 @@ class AdamW(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -218,16 +218,16 @@ class AdamW(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = {
-            "lr": lr,
-            "betas": _betas(betas, tuning),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "decay": decay,
-            "l1": l1,
-            "maximize": maximize,
-        }
+        options = dict(
+            lr=lr,
+            betas=_betas(betas, tuning),
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            decay=decay,
+            l1=l1,
+            maximize=maximize,
+        )
         super().__init__(params, rules.AdamW(), options, penalty, tuning)
 
 
@@ -248,7 +248,7 @@ class RMSprop(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -279,17 +279,17 @@ class RMSprop(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "centered": centered,
-            "decay": decay,
-            "l1": l1,
-            "maximize": maximize,
-        }
+        options = dict(
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            decay=decay,
+            l1=l1,
+            maximize=maximize,
+        )
         super().__init__(params, rules.RMSprop(), options, penalty, tuning)
 
 
@@ -308,7 +308,7 @@ class Lion(RuleOptimizer):
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
         maximize: Ascend instead of descend.
-        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         ValueError: An option outside its range, an unknown name, unsuitable parameters.
@@ -336,12 +336,7 @@ class Lion(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "decay": decay,
-            "l1": l1,
-            "maximize": maximize,
-        }
+        options = dict(
+            lr=lr, betas=betas, weight_decay=weight_decay, decay=decay, l1=l1, maximize=maximize
+        )
         super().__init__(params, rules.Lion(), options, penalty, tuning)

@@ -22,7 +22,7 @@ class SelfTuning(SelfTuningOptimizer):
 
     Args:
         inner: The optimizer, freshly made; it is stepped by this one and not by hand.
-        **tuning: What :class:`SelfTuningOptimizer` has: ``tune``, ``total_steps``, ``log_dir``, ….
+        **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
         TypeError: ``inner`` is not a torch optimizer, or is self-tuned already.

@@ -16,7 +16,8 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 5
+VERSION = 6
+"""Of what is kept; 6 is that of the method shared with the optimizers."""
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:
@@ -92,6 +93,10 @@ def read(path: Path) -> dict[str, Any]:
             f"resume: {path} is damaged or no checkpoint of a Tuner ({error}); nothing was "
             "changed. Resume from another file, or start anew in another log_dir"
         ) from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise ValueError(f"resume: {path} is no checkpoint of this version of selftune's Tuner")
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != VERSION:
+        raise ValueError(
+            f"resume: {path} is of version {version}, this selftune's Tuner reads version "
+            f"{VERSION}: finish the run with the selftune that saved it, or start anew"
+        )
     return state

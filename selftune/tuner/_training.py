@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from selftune.method.slopes import Slopes
 from selftune.tuner import _checkpoints
-from selftune.tuner._checkpoints import plain
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
 from selftune.tuner._interrupt import Interruption
@@ -26,6 +23,7 @@ from selftune.tuner._population import Population
 from selftune.tuner._predicting import Predictor
 from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._result import TuningResult, schedule_of
+from selftune.tuner._saving import Parts
 from selftune.tuner._scoring import Scorer
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
@@ -306,42 +304,38 @@ class Training:
 
     # saving
 
+    @property
+    def _parts(self) -> Parts:
+        return Parts(
+            steps=self.steps, fused=self.fused, train=self.train, val=self.val,
+            snapshots=self.snapshots, watch=self.watch, sweep=self._sweep,
+            population=self.population, identity=self.identity,
+        )  # fmt: skip
+
     def save(self) -> None:
         """Write the whole run."""
         if self.folder is None:
             return
         self.watch.digest(self.step)
-        state = {
-            "identity": self.identity,
-            "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
-            "frozen": self._frozen(),
+        own = {
             "ended": self.ended,
-            "whole": self._remembered(),
-            "snapshots": self.snapshots.state_dict(),
-            "slopes": dict(vars(self._sweep.slopes)),
-            "watch": self.watch.state_dict(),
-            "train": self.train.state_dict(),
-            "val": self.val.state_dict(),
             "numbers": [self.step, self.best, self.waited],
-            "population": None if self.population is None else self.population.state_dict(),
             "compile": True if self.fused.compiled else self.plan.compile,
-            "random": snapshot(),
         }
-        _checkpoints.write(self.folder / _checkpoints.LAST, state)
+        _checkpoints.write(self.folder / _checkpoints.LAST, {**self._parts.pack(), **own})
 
-    def _remembered(self) -> Any:
-        """What the estimator remembers; nothing where batches are of types of the user's own.
+    def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
+        """Continue a saved run; a checkpoint of another one is refused before anything changes.
 
-        A checkpoint holds plain containers, so that reading it runs no one's code; a run with
-        other batches begins to follow anew when it is resumed.
+        Args:
+            state: What ``save`` wrote.
+            best: What was saved beside it as the best weights.
         """
-        memory = None if self.fused.whole is None else self.fused.whole.whole.memory
-        return memory if plain(memory) else None
-
-    def _frozen(self) -> dict[str, torch.Tensor]:
-        """Parameters that are not trained, which a resumed run needs all the same."""
-        named = self.steps.inner.named_parameters()
-        return {n: p.detach() for n, p in named if not p.requires_grad}
+        self._parts.unpack(state)
+        self.saved_best, self.ended = best, state["ended"]
+        self.step, self.best, self.waited = state["numbers"]
+        self.plan.compile = state["compile"]
+        self.watch.bar.update(self.step)
 
     def _save_best(self) -> None:
         """Keep the best weights: on disk, or in memory where there is none or it is full."""
@@ -355,50 +349,3 @@ class Training:
         """The weights that the model shows, of a known loss."""
         known = {"step": self.step, "loss": loss, "hparams": self.watch.hparams()}
         return {**self.scorer.state(), **known}
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
-        """Continue a saved run; a checkpoint of another one is refused before anything changes.
-
-        Args:
-            state: What ``save`` wrote.
-            best: What was saved beside it as the best weights.
-        """
-        for key, value in self.identity.items():
-            found = state["identity"].get(key)
-            if found != value:
-                raise ValueError(
-                    f"resume: the checkpoint's {key} is {found}, this run's is {value}: resume "
-                    "with the same model and settings, or start anew in another log_dir"
-                )
-        leaves = tree_leaves(self.fused.run)
-        shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                "resume: the checkpoint's state has other tensors than this run's: resume with the "
-                "same options of rule, penalties and estimator, or start anew in another log_dir"
-            )
-        for leaf, saved in zip(leaves, state["leaves"], strict=True):
-            leaf.copy_(saved)
-        for name, tensor in self._frozen().items():
-            tensor.copy_(state["frozen"][name])
-        self.ended = state["ended"]
-        if self.fused.whole is not None:
-            device = self.fused.run.step.device
-            self.fused.whole.whole.memory = tree_map_only(
-                torch.Tensor, lambda t: t.to(device), state["whole"]
-            )
-        self.snapshots.load_state_dict(state["snapshots"])
-        self._sweep.slopes = Slopes(**state["slopes"])
-        self.watch.load_state_dict(state["watch"])
-        self.saved_best = best
-        self.step, self.best, self.waited = state["numbers"]
-        self.plan.compile = state["compile"]
-        if self.population is not None:
-            self.population.load_state_dict(state["population"])
-        self.train.load_state_dict(state["train"])
-        self.val.load_state_dict(state["val"])
-        restore(state["random"])
-        self.train.settle(state["train"])
-        self.val.settle(state["val"])
-        self.watch.bar.update(self.step)

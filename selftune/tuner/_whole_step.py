@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune._flat import Layout
+from selftune._graphs import Graphs
 from selftune.estimators import AbstractEstimator
 from selftune.method.whole_step import WholeSteps
-from selftune.problem import Hparams, InGraphs, Point
+from selftune.problem import Hparams, Point, Problem
 from selftune.tuner._steps import RunState, Steps
 from selftune.update import Clock
 
@@ -49,7 +51,7 @@ class FunctionalSteps:
         self._dtypes = [t.dtype for t in steps.views(run.weights)]
         inner = steps.inner
         splits = hasattr(inner, "predicted") and hasattr(inner, "judged")
-        self._problem = InGraphs(
+        self._problem = Problem(
             update=steps.update.joined(self._layout),
             inner_loss=lambda w, h, batch: self._call("forward", w, h, batch),
             outer_loss=lambda params, batch: params.sum(), options=steps.options,
@@ -61,11 +63,10 @@ class FunctionalSteps:
         self.sees_all = estimator.sees_all
         self.whole = WholeSteps(estimator)
         self._batch: Any = None  # of the last step
-        self.wrap(lambda function: function)
 
     def wrap(self, wrap: Callable[[Function], Function]) -> None:
         """Wrap what the estimator computes."""
-        self._problem.begin(wrap)
+        self._problem = replace(self._problem, graphs=Graphs(wrap))
 
     def _predicted(self, params: Tensor, hparams: Hparams, batch: Any) -> Any:
         return self._call("predicted", params, hparams, batch)

@@ -51,7 +51,6 @@ def test_the_model_ends_with_the_best_weights() -> None:
 
 def test_the_model_ends_where_validation_is_lowest_from_the_average_to_the_last_weights() -> None:
     """A weight that is on its way from 0 to 100, and validation data that wants another."""
-
     seen: list[float] = []  # the average, at the evaluation that ends a run
 
     def end(wanted: float) -> float:

@@ -8,8 +8,8 @@ import torch
 from jobs import loader, points, same, tuner
 from torch.utils._pytree import tree_leaves
 
-from selftune.guard import Guard
-from selftune.tuner import _training
+from selftune.control import Controller, Guard
+from selftune.tuner import _training  # private, as the next: members do not show outside
 from selftune.tuner._population import KICK, Population
 
 VAL = [points(100, seed=1)]
@@ -29,6 +29,11 @@ class Spied:
         monkeypatch.setattr(_training.Training, "go", spy)
 
 
+def judges(*losses: float) -> list[Controller]:
+    """Of members with these recent validation losses."""
+    return [Controller(hparams={}, guard=Guard(mean=loss)) for loss in losses]
+
+
 def test_one_member_is_no_population(monkeypatch: pytest.MonkeyPatch) -> None:
     spied = Spied(monkeypatch)
     one = tuner(population=1).fit(loader(), VAL, steps=40, progress=False)
@@ -40,7 +45,7 @@ def test_members_start_apart_and_the_first_as_given(monkeypatch: pytest.MonkeyPa
     spied = Spied(monkeypatch)
     tuner(population=5, probe=False).fit(loader(), VAL, steps=1, progress=False)
     training = spied.training
-    rates = training.bilevel.hyper.values(training.fused.run.hyper.raw.T)["lr"]
+    rates = training.steps.hyper.values(training.fused.run.hyper.raw.T)["lr"]
     assert float(rates[0]) == pytest.approx(0.01)
     assert len(set(rates.tolist())) >= 4
     assert float(rates.min()) >= 0.001 * 0.99
@@ -51,31 +56,27 @@ def test_the_worst_go_on_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     spied = Spied(monkeypatch)
     tuner(population=4, probe=False).fit(loader(), VAL, steps=20, progress=False)
     training = spied.training
-    population, good = Population(4), training.good
-    guards = [Guard() for _ in range(4)]
-    for guard, loss in zip(guards, (0.5, 0.2, math.inf, 0.4), strict=True):
-        guard.mean = loss
+    population, controllers = Population(4), judges(0.5, 0.2, math.inf, 0.4)
     before = [leaf.clone() for leaf in tree_leaves(training.fused.run)]
-    population.exploit(good, guards, training.bilevel.hyper)
+    population.exploit(training.snapshots, controllers, training.steps.hyper)
     for new, old in zip(tree_leaves(training.fused.run), before, strict=True):
         kept = [0, 1, 3]
         assert torch.equal(new[kept], old[kept])
         if new is not training.fused.run.hyper.raw:
             assert torch.equal(new[2], old[1])
-    place = training.bilevel.hyper.names.index("lr")
+    place = training.steps.hyper.names.index("lr")
     moved = float(training.fused.run.hyper.raw[2, place] - training.fused.run.hyper.raw[1, place])
     assert abs(moved) == pytest.approx(KICK)
-    assert guards[2].mean == 0.2
-    assert guards[2] is not guards[1]
+    assert controllers[2].guard.mean == 0.2
+    assert controllers[2].guard is not controllers[1].guard
 
 
 def test_equals_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     spied = Spied(monkeypatch)
     tuner(population=2, probe=False).fit(loader(), VAL, steps=5, progress=False)
     before = copy.deepcopy(spied.training.fused.run.hyper.raw)
-    guards = [Guard(), Guard()]
-    guards[0].mean = guards[1].mean = 0.3
-    Population(2).exploit(spied.training.good, guards, spied.training.bilevel.hyper)
+    training = spied.training
+    Population(2).exploit(training.snapshots, judges(0.3, 0.3), training.steps.hyper)
     assert torch.equal(spied.training.fused.run.hyper.raw, before)
 
 

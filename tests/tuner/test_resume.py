@@ -16,7 +16,7 @@ import torch
 from jobs import Dying, Outage, loader, net, points, same, tuner
 
 import selftune as st
-from selftune.fused import Fused
+from selftune.tuner._compiled import Fused  # private: Ctrl-C has to come inside a step
 
 VAL = [points(100, seed=1)]
 
@@ -53,7 +53,7 @@ def test_a_killed_run_resumes_bit_for_bit(died: int, tmp_path: Path) -> None:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "probe": dict(probe=20),
+    "sweep": dict(probe=20),
     "float32 tangents at every step": dict(tangents=None, estimator=None, every=3),
     "population": dict(population=3, exploit_every=20),
     "unrolled": dict(estimator=st.Unrolled(7, checkpoint=3)),
@@ -132,11 +132,11 @@ def test_a_second_ctrl_c_inside_a_step_leaves_the_checkpoint_before(
     """The step may be half written, so what is saved must be the run before it."""
     whole, train = run(None), Fused.train
 
-    def pressed(fused: Fused, batch: Any) -> torch.Tensor:
+    def pressed(fused: Fused, batch: Any, **kind: bool) -> torch.Tensor:
         if int(fused.run.step) == 30:
-            fused.run.weights[0].value.zero_()
+            fused.run.weights[0].zero_()
             raise KeyboardInterrupt
-        return train(fused, batch)
+        return train(fused, batch, **kind)
 
     with monkeypatch.context() as patched:
         patched.setattr(Fused, "train", pressed)

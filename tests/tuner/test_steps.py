@@ -1,96 +1,147 @@
-"""The pure step, against torch.optim, finite differences and hand-derived limits."""
+"""The pure steps, against torch.optim, finite differences and hand-derived limits."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from parts import Batch, assert_same, batches, made, net, write
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import selftune as st
-from selftune.bilevel import Bilevel, Run
-from selftune.hypervector import HyperVector
+from selftune.method import MethodSettings
 from selftune.penalties import L1
-from selftune.tuner._objective import Objective, for_tuning
-from selftune.update import Update
+from selftune.tuner._steps import RunState, Steps
 
-RULES: dict[str, Any] = {
+RULES: dict[str, tuple[st.rules.AbstractRule, dict[str, float]]] = {
     "SGD": (st.rules.SGD(), dict(lr=0.05, momentum=0.9, weight_decay=1e-3)),
     "Adam": (st.rules.Adam(), dict(lr=0.01, weight_decay=1e-3)),
     "AdamW": (st.rules.AdamW(), dict(lr=0.01, weight_decay=0.1)),
     "RMSprop": (st.rules.RMSprop(), dict(lr=0.01, momentum=0.5, weight_decay=1e-3)),
 }
 SHRINKING = torch.linspace(1, 0, 51, dtype=torch.float64)[:-1]
-
-
-def net(norm: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    middle = [nn.BatchNorm1d(6)] if norm else []
-    # A bias before a norm has a gradient of nothing but rounding, which Adam makes large.
-    return nn.Sequential(
-        nn.Linear(4, 6, bias=not norm), *middle, nn.Tanh(), nn.Linear(6, 2)
-    ).double()
-
-
-def batches(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(8, 4, generator=generator).double(),
-         torch.randn(8, 2, generator=generator).double())
-        for _ in range(count)
-    ]  # fmt: skip
+AS_IT_IS = MethodSettings(unit_gradient=False)
 
 
 def make(
-    model: nn.Module,
-    rule: str = "SGD",
-    loss: Any = F.mse_loss,
-    tune: tuple[str, ...] = ("lr",),
-    values: dict[str, float] | None = None,
-    penalties: tuple[Any, ...] = (),
-    **parts: Any,
-) -> tuple[Bilevel, Run]:
+    model: nn.Module, rule: str = "SGD", values: dict[str, float] | None = None, **parts: Any
+) -> tuple[Steps, RunState]:
     step, given = RULES[rule]
-    update = Update(step, penalties)
-    known = {n: 0.0 for n in update.hparams} | dict(step.defaults) | given | (values or {})
-    objective = Objective(model, loss, None)
-    every = parts.pop("every", 5)
-    bilevel = Bilevel(
-        objective, for_tuning(objective, every), update,
-        {k: v for k, v in known.items() if k not in tune},
-        HyperVector(update.hparams, tune, horizon=1000),
-        parts.pop("estimator", st.Trace(stride=every)), parts.pop("storage", None),
-        parts.pop("average", st.Average()), parts.pop("rates", torch.ones(1).double()),
-        **parts,
-    )  # fmt: skip
+    steps, run = made(model, step, values={**given, **(values or {})}, **parts)
     # The first run shares the model's tensors; a copy keeps the tests' models as they are.
-    return bilevel, tree_map(torch.clone, bilevel.init(known))
+    return steps, tree_map(torch.clone, run)
 
 
-@pytest.mark.parametrize("rule", ["SGD", "Adam", "AdamW", "RMSprop"])
+def trained(steps: Steps, run: RunState, data: list[Batch], stride: int = 1) -> RunState:
+    """The run after training steps, each stride-th of them tracked."""
+    for step, batch in enumerate(data, start=1):
+        run, _ = steps.train(run, batch, tracked=step % stride == 0)
+    return run
+
+
+def hypergradients(
+    steps: Steps, run: RunState, grads: list[Tensor] | None = None
+) -> dict[str, float]:
+    """dL/d(raw) by name, along given outer gradients or those of a batch."""
+    if grads is None:
+        _, grads, _ = steps.outer_gradient(run, batches(1, seed=9)[0])
+    signal = steps.signal(run, grads, {})[1]
+    return dict(zip(steps.hyper.names, signal.tolist(), strict=True))
+
+
+@pytest.fixture(params=["eager", "graph"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Numbers that the host looks at, or tensors as in graphs and under torch's transforms."""
+    with torch.set_grad_enabled(request.param == "graph"):
+        yield
+
+
+# the step of the weights
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("rule", list(RULES))
 def test_training_steps_are_those_of_torch_and_the_average_a_running_mean(rule: str) -> None:
+    """Truth: torch's optimizer, and the average by hand, even at first."""
     model = net()
-    bilevel, run = make(model, rule, rates=SHRINKING)
+    steps, run = make(model, rule, rates=SHRINKING)
     opt = getattr(torch.optim, rule)(model.parameters(), **RULES[rule][1])
     peak, average = RULES[rule][1]["lr"], [p.detach().clone() for p in model.parameters()]
     for step, batch in enumerate(batches(50)):
-        observe = step % 5 == 4
-        loss, grads, buffers = bilevel.gradient(run, batch)
-        run = bilevel.advance(run, loss, grads, buffers, observe=observe)
+        tracked = step % 5 == 4
+        run, told = steps.train(run, batch, tracked=tracked)
         opt.param_groups[0]["lr"] = peak * float(SHRINKING[step])
         opt.zero_grad()
-        expected = F.mse_loss(model(batch[0]), batch[1])
-        expected.backward()
+        with torch.enable_grad():
+            expected = F.mse_loss(model(batch[0]), batch[1])
+            expected.backward()
         opt.step()
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
-        share = max(1 - 0.98**5, min(5 / (step + 2), 1))  # evenly at first
-        for mean, param in zip(average, model.parameters(), strict=True):
-            mean.lerp_(param.detach(), share * observe)
-    for weight, param, mean in zip(run.weights, model.parameters(), average, strict=True):
-        torch.testing.assert_close(weight.value, param.detach(), rtol=1e-11, atol=1e-13)
-        torch.testing.assert_close(weight.average, mean, rtol=1e-11, atol=1e-13)
+        assert float(told[0]) == pytest.approx(float(expected.detach()), rel=1e-12)
+        assert told[1] == 1
+        assert math.isnan(told[2]) != tracked
+        share = max(1 - 0.98**5, min(5 / (step + 3), 1))  # evenly at first, but the start twice
+        with torch.no_grad():
+            for mean, param in zip(average, model.parameters(), strict=True):
+                mean.lerp_(param, share * tracked)
+    params = [p.detach() for p in model.parameters()]
+    assert_same(run.weights, params, rtol=1e-11, atol=1e-13)
+    assert_same(run.averages, average, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.usefixtures("way")
+def test_only_what_is_not_zero_counts_as_alive() -> None:
+    """Closed form: two of four inputs are 0, so half of the first layer's weights are dead."""
+    steps, run = make(net())
+    x, y = batches(1)[0]
+    told = steps.train(run, (x * torch.tensor([1.0, 0.0, 1.0, 0.0]), y), tracked=True)[1]
+    assert told[2] == 12 + 6 + 12 + 2
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_eager_steps_are_those_of_graphs(joined: bool) -> None:
+    """Twin: the same steps, taken with numbers or with tensors, joined or not."""
+    runs = []
+    for graph in (False, True):
+        steps, run = make(
+            net(width=60), tune=("lr", "decay", "momentum", "weight_decay"), every=2,
+            values=dict(decay=1e-3), guarded=True, rates=SHRINKING, joined=joined,
+        )  # fmt: skip
+        assert run.method.secants  # weights enough for stiff directions
+        with torch.set_grad_enabled(graph):
+            for step, batch in enumerate(batches(50), start=1):
+                run, _ = steps.train(run, batch, tracked=step % 2 == 0)
+                if step % 2 == 0:
+                    run, _ = steps.tune(run, batches(1, seed=step)[0])
+        runs.append(run)
+    assert_same(*runs, rtol=1e-6, atol=1e-9)
+
+
+def test_joined_weights_step_as_single_ones() -> None:
+    """Twin: one vector of which parameters are views, and one tensor for each."""
+    steps, run = made(net(), RULES["AdamW"][0], joined=True)
+    twin, other = make(net(), "AdamW", values={"weight_decay": 0.01, "lr": 1e-3})
+    views = dict(steps.inner.named_parameters())
+    with torch.no_grad():
+        for step, batch in enumerate(batches(12), start=1):
+            tracked = step % 3 == 0
+            write(run, steps.train(run, batch, tracked=tracked)[0])
+            other, _ = twin.train(other, batch, tracked=tracked)
+            if tracked:
+                write(run, steps.tune(run, batch)[0])
+                other, _ = twin.tune(other, batch)
+    assert_same(steps.views(run.averages), other.averages, rtol=1e-9, atol=1e-12)
+    assert_same([views[n].data for n in steps.params], other.weights, rtol=1e-9, atol=1e-12)
+    steps.release()
+    run.weights[0].zero_()
+    assert all(views[n].any() for n in steps.params), "parameters own their tensors again"
+
+
+# hypergradients
 
 
 def linear(output: Tensor, target: Tensor) -> Tensor:
@@ -99,25 +150,25 @@ def linear(output: Tensor, target: Tensor) -> Tensor:
 
 
 def hypergradient_after(
-    steps: int, raw: Tensor | None, parts: dict[str, Any], *, steady: bool = False
-) -> Any:
-    """Outer loss and hypergradient after some steps at fixed raw hyperparameters."""
+    count: int, raw: Tensor | None, parts: dict[str, Any], *, steady: bool = False
+) -> tuple[float, dict[str, float], Tensor]:
+    """Outer loss, hypergradients and raw values after steps at fixed hyperparameters."""
     model = nn.Linear(4, 2).double()
     with torch.no_grad():
         for i, param in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(i)
             param.copy_(torch.randn(param.shape, generator=generator))
-    bilevel, run = make(model, loss=linear, **parts)
+    steps, run = make(model, loss=linear, settings=AS_IT_IS, **parts)
     if raw is not None:
-        run = run._replace(hyper=run.hyper._replace(raw=raw))
-    for batch in batches(1) * steps if steady else batches(steps):
-        loss, grads, buffers = bilevel.gradient(run, batch)
-        run = bilevel.advance(run, loss, grads, buffers, observe=True)
-    bilevel.outer.loss_fn = F.mse_loss
-    loss, grads, _ = bilevel.outer_gradient(run, batches(1, seed=9)[0])
-    return float(loss), bilevel.hypergradient(run, grads), run.hyper.raw
+        hyper = run.hyper._replace(raw=raw)
+        run = run._replace(method=run.method._replace(hyper=hyper))
+    run = trained(steps, run, batches(1) * count if steady else batches(count))
+    steps.outer.loss_fn = F.mse_loss
+    loss, grads, _ = steps.outer_gradient(run, batches(1, seed=9)[0])
+    return float(loss), hypergradients(steps, run, grads), run.hyper.raw
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("rule", "tune", "values"),
     [
@@ -130,42 +181,56 @@ def hypergradient_after(
 def test_hypergradients_are_finite_differences_where_the_loss_has_no_curvature(
     rule: str, tune: tuple[str, ...], values: dict[str, float]
 ) -> None:
+    """Truth: central differences of the outer loss after whole runs, but for their rounding."""
     parts: dict[str, Any] = dict(rule=rule, tune=tune, values=values, every=1)
     parts["estimator"] = st.Trace(discount=1.0, closed_forms=False)
     _, found, raw = hypergradient_after(30, None, parts)
-    for at in range(len(tune)):
+    for at, name in enumerate(found):
         ends = []
         for sign in (1, -1):
             moved = raw.clone()
             moved[at] += sign * 1e-5
             ends.append(hypergradient_after(30, moved, parts)[0])
-        assert float(found[at]) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+        assert found[name] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
+def test_hypergradients_are_taken_along_an_outer_gradient_of_length_1() -> None:
+    """Closed form: those along the gradient as it is, divided by its length."""
+    found = []
+    for settings in (AS_IT_IS, MethodSettings()):
+        steps, run = make(net(), tune=("lr", "momentum", "weight_decay"), settings=settings)
+        run = trained(steps, run, batches(20), stride=5)
+        _, grads, _ = steps.outer_gradient(run, batches(1, seed=9)[0])
+        found.append(steps.signal(run, grads, {})[1])
+        found.append(steps.signal(run, [1e-6 * g for g in grads], {})[1])
+    length = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    torch.testing.assert_close(found[2], found[0] / length)
+    torch.testing.assert_close(found[1], 1e-6 * found[0])
+    torch.testing.assert_close(found[3], found[2])
 
 
 def test_the_decay_needs_no_row_beside_the_rate() -> None:
+    """Truth: the row itself, in proportion to that of the rate."""
     values = dict(weight_decay=0.0, decay=0.01)
     both = dict(rule="SGD", tune=("lr", "decay"), values=values, every=1, estimator=st.Trace())
     rows = {**both, "estimator": st.Trace(closed_forms=False)}
-    for steps in (50, 300):
-        _, found, _ = hypergradient_after(steps, None, both, steady=True)
-        _, exact, _ = hypergradient_after(steps, None, rows, steady=True)
-        assert float(found[1] / found[0]) == pytest.approx(float(exact[1] / exact[0]), rel=0.12)
+    for count in (50, 300):
+        _, found, _ = hypergradient_after(count, None, both, steady=True)
+        _, exact, _ = hypergradient_after(count, None, rows, steady=True)
+        ratio = exact["decay"] / exact["lr"]
+        assert found["decay"] / found["lr"] == pytest.approx(ratio, rel=0.12)
 
 
 def hypergradients_by_form(
-    rule: str, tune: tuple[str, ...], values: dict[str, float], steps: int, along: str
-) -> list[Tensor]:
+    rule: str, tune: tuple[str, ...], values: dict[str, float], count: int, along: str
+) -> list[dict[str, float]]:
     """Hypergradients by closed forms and by rows, of the same run."""
     found = []
     for closed in (True, False):
         estimator = st.Trace(closed_forms=closed)
-        bilevel, run = make(net(), rule, tune=tune, values=values, every=1, estimator=estimator)
-        for batch in batches(steps):
-            loss, grads, buffers = bilevel.gradient(run, batch)
-            run = bilevel.advance(run, loss, grads, buffers, observe=True)
-        _, grads, _ = bilevel.outer_gradient(run, batches(1, seed=9)[0])
-        vectors = [w.average for w in run.weights] if along == "average" else grads
-        found.append(bilevel.hypergradient(run, vectors))
+        steps, run = make(net(), rule, tune=tune, values=values, every=1, estimator=estimator)
+        run = trained(steps, run, batches(count))
+        found.append(hypergradients(steps, run, run.averages if along == "average" else None))
     return found
 
 
@@ -174,116 +239,154 @@ def test_weight_decay_needs_no_row_where_it_shrinks_weights(rule: str) -> None:
     """Truth: the row itself; equal but for what weights move within the average's reach."""
     tune, values = ("lr", "weight_decay"), dict(lr=1e-3)
     closed, row = hypergradients_by_form(rule, tune, values, 200, "average")
-    assert float(closed[1]) == pytest.approx(float(row[1]), rel=0.05)
+    assert closed["weight_decay"] == pytest.approx(row["weight_decay"], rel=0.05)
 
 
 @pytest.mark.parametrize("rule", list(RULES))
 def test_the_rate_needs_no_row(rule: str) -> None:
     """Truth: the row itself, up to what decay shrinks of it."""
     values = dict(weight_decay=1e-6)
-    for steps in (3, 100):
-        closed, row = hypergradients_by_form(rule, ("lr",), values, steps, "gradient")
-        assert float(closed[0]) == pytest.approx(float(row[0]), rel=1e-4)
+    for count in (3, 100):
+        closed, row = hypergradients_by_form(rule, ("lr",), values, count, "gradient")
+        assert closed["lr"] == pytest.approx(row["lr"], rel=1e-4)
 
 
-def test_observing_every_fifth_step_of_a_steady_run_changes_nothing() -> None:
+def test_tracking_every_fifth_step_of_a_steady_run_changes_nothing() -> None:
+    """Twin: every step is tracked."""
     model = nn.Linear(4, 2).double()
     with torch.no_grad():  # far from 0, where the sign in the L1 gradient would turn
         for param in model.parameters():
             param.add_(100.0)
-    batch = batches(1)[0]
     found = []
     for stride in (1, 5):
-        bilevel, run = make(
+        steps, run = make(
             model, loss=linear, tune=("lr", "momentum", "l1"), penalties=(L1(1e-3),),
-            values=dict(momentum=0.5, weight_decay=0.0), every=stride, average=st.Average(rho=0.0),
+            values=dict(momentum=0.5, weight_decay=0.0, l1=1e-3), every=stride,
+            average=st.Average(rho=0.0),
         )  # fmt: skip
-        for step in range(1, 301):
-            loss, grads, buffers = bilevel.gradient(run, batch)
-            seen = step % stride == 0
-            run = bilevel.advance(run, loss, grads, buffers, observe=seen)
-        found.append(bilevel.hypergradient(run, [torch.ones_like(g) for g in grads]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
+        run = trained(steps, run, batches(1) * 300, stride=stride)
+        found.append(hypergradients(steps, run, [torch.ones_like(w) for w in run.weights]))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
-def test_half_precision_tangents_lose_little() -> None:
+def test_half_precision_sensitivities_lose_little() -> None:
+    """Twin: those in the precision of the weights."""
     found = []
     for storage in (None, torch.bfloat16):
-        bilevel, run = make(
+        steps, run = make(
             net(), tune=("lr", "momentum", "weight_decay"), storage=storage,
             estimator=st.Trace(stride=5),
         )  # fmt: skip
-        for step, batch in enumerate(batches(100), start=1):
-            loss, grads, buffers = bilevel.gradient(run, batch)
-            run = bilevel.advance(run, loss, grads, buffers, observe=step % 5 == 0)
-        _, grads, _ = bilevel.outer_gradient(run, batches(1, seed=9)[0])
-        found.append(bilevel.hypergradient(run, grads))
-    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0)
+        run = trained(steps, run, batches(100), stride=5)
+        found.append(hypergradients(steps, run))
+    assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
-def test_a_step_changes_nothing_it_is_given() -> None:
-    bilevel, run = make(net(norm=True), "AdamW", tune=("lr", "beta1", "weight_decay"))
-    held = tree_map(torch.clone, run)
-    after, told = bilevel.tune(run, *batches(2))
-    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(run), tree_leaves(held), strict=True))
+# the step of the hyperparameters, and what cannot be taken
+
+
+@pytest.mark.usefixtures("way")
+def test_steps_leave_model_and_batches_as_they_are() -> None:
+    """Law: a run is all that they change, and it counts them."""
+    model, data = net(norm=True), batches(2)
+    steps, run = make(model, "AdamW", tune=("lr", "beta1", "weight_decay"))
+    held = tree_map(torch.clone, ([*model.parameters(), *model.buffers()], data, run))
+    middle, told = steps.train(run, data[0], tracked=True)
+    assert told.shape == (3,)
+    after, told = steps.tune(middle, data[1])
+    assert_same(([*model.parameters(), *model.buffers()], data), held[:2])
     assert int(after.step) == int(after.age) == 1
-    assert told.shape == (6,)
-    assert not torch.equal(after.buffers[0], run.buffers[0])
-    assert not torch.equal(after.average_buffers[0], run.average_buffers[0])
+    assert told.shape == (2 + 3 + 3,)
+    values = torch.stack(list(steps.hyper.values(after.hyper.raw).values()))
+    torch.testing.assert_close(told[2:5], values)
+    torch.testing.assert_close(told[5:], held[2].hyper.raw)
+    assert not torch.equal(after.buffers[0], held[2].buffers[0])
+    assert not torch.equal(after.average_buffers[0], held[2].average_buffers[0])
+    assert torch.equal(middle.average_buffers[0], held[2].average_buffers[0])
 
 
-def test_a_loss_that_is_not_finite_is_stepped_over() -> None:
-    bilevel, run = make(net(norm=True))
-    run, _ = bilevel.train(run, batches(1)[0])
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_a_step_that_is_not_finite_is_stepped_over(where: str, tracked: bool) -> None:
+    """Law: it is counted and told, and changes nothing else."""
+    steps, run = make(net(norm=True), tune=("lr", "momentum", "weight_decay"))
+    run = trained(steps, run, batches(3))
+    before = tree_map(torch.clone, run)
     inputs, targets = batches(1)[0]
-    after, loss = bilevel.tune(run, (inputs * math.nan, targets), batches(1)[0])
-    assert math.isnan(float(loss[0]))
-    assert int(after.step) == 2
-    assert int(after.age) == 1
-    before, now = ([w._asdict() for w in r.weights] for r in (run, after))
-    for a, b in zip(tree_leaves(before), tree_leaves(now), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(after.buffers[0], run.buffers[0])
+    if where == "weights":  # a gradient that is not finite, of a loss that is
+        steps.inner.loss_fn = lambda output, target: (output - output).sqrt().sum()
+    batch = (inputs * math.nan, targets) if where == "loss" else (inputs, targets)
+    after, told = steps.train(run, batch, tracked=tracked)
+    assert math.isfinite(told[0]) == (where == "weights")
+    assert told[1] == 0
+    assert (int(after.step), int(after.age)) == (4, 3)
+    assert_same(after._replace(step=before.step, age=before.age), before)
 
 
+@pytest.mark.usefixtures("way")
 def test_outer_gradients_that_are_not_finite_leave_hyperparameters_alone() -> None:
-    bilevel, run = make(net())
-    run, _ = bilevel.train(run, batches(1)[0])
+    """Law: and are told."""
+    steps, run = make(net())
+    run = trained(steps, run, batches(1))
+    raw = run.hyper.raw.clone()
     inputs, targets = batches(1)[0]
-    after, _ = bilevel.tune(run, (inputs, targets), (inputs * math.inf, targets))
-    assert torch.equal(after.hyper.raw, run.hyper.raw)
+    after, told = steps.tune(run, (inputs * math.inf, targets))
+    assert torch.equal(after.hyper.raw, raw)
+    assert told[1] == 0
 
 
 @pytest.mark.parametrize(
-    ("limited", "turns", "climbs"), [(True, False, True), (True, True, False), (False, True, True)]
+    ("guarded", "turns", "climbs"), [(True, False, True), (True, True, False), (False, True, True)]
 )
-def test_the_rate_climbs_where_weights_are_led(limited: bool, turns: bool, climbs: bool) -> None:
+def test_the_rate_climbs_where_weights_drift(guarded: bool, turns: bool, climbs: bool) -> None:
     """Law: hypergradients ask for more at every step; in the first tenth of the run they get it."""
-    bilevel, run = make(net(), tune=("lr",), values={"momentum": 0.0}, limited=limited)
+    steps, run = make(net(), values={"momentum": 0.0}, guarded=guarded)
     rates = []
     for step in range(400):
         slope = -1e-3 if turns and step // 20 % 2 else 1e-3
-        grads = [torch.full_like(w.value, slope) for w in run.weights]
-        run = bilevel.advance(run, torch.ones(()), grads, run.buffers)
+        grads = [torch.full_like(w, slope) for w in run.weights]
+        run, _ = steps.advance(run, (torch.ones(()), grads, run.buffers), tracked=False)
         if step % 5 == 4:
-            run = bilevel.stepped(run, torch.tensor([-1.0]).double(), run.average_buffers)
-            rates.append(float(bilevel.hyper.values(run.hyper.raw)["lr"]))
+            method = steps.method.hyper_step(
+                run.method, torch.tensor([-1.0]), run.weights, steps.hyper.frame(), run.step
+            )
+            run = run._replace(method=method)
+            rates.append(float(steps.hyper.values(run.hyper.raw)["lr"]))
     assert rates[18] > 1.5 * rates[0]
     assert (rates[-1] > 1.5 * rates[25]) == climbs
 
 
-@pytest.mark.parametrize("limited", [True, False])
-def test_a_member_of_a_population_is_a_run_of_its_own(limited: bool) -> None:
-    bilevel, run = make(
-        net(norm=True), "AdamW", tune=("lr", "beta1", "weight_decay"), limited=limited
+def test_answers_of_another_estimator_stand_for_their_names() -> None:
+    """Law: each name's hypergradient is its own estimator's, in the order of the shifts."""
+    steps, run = make(net(), tune=("lr", "weight_decay"))
+    run = trained(steps, run, batches(5))
+    grads = [torch.ones_like(w) for w in run.weights]
+    rows = steps.signal(run, grads, {})[1]
+    answered = steps.signal(run, grads, {"lr": torch.tensor(7.0)})[1]
+    assert answered.tolist() == [7.0, float(rows[1])]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+def test_a_member_of_a_population_is_a_run_of_its_own(rule: str, guarded: bool) -> None:
+    """Twins: each member alone; with weights enough for stiff directions."""
+    memory = "momentum" if rule == "SGD" else "beta1"
+    steps, run = make(
+        net(norm=True, width=20), rule, tune=("lr", memory, "weight_decay"), guarded=guarded
     )
-    other = run._replace(hyper=bilevel.hyper.move(run.hyper, "lr", 1.0))
-    many = tree_map(lambda *t: torch.stack(t), run, other)
-    mapped = torch.func.vmap(bilevel.tune, in_dims=(0, None, None), randomness="different")
-    alone = [run, other]
+    raw = steps.hyper.move(run.hyper.raw, "lr", 1.0, steps.hyper.frame())
+    other = run._replace(method=run.method._replace(hyper=run.hyper._replace(raw=raw)))
+    alone = [tree_map(torch.clone, r) for r in (run, other)]
+    many = tree_map(lambda *t: torch.stack(t), *alone)
+
+    def both(run: RunState, batch: Batch) -> RunState:
+        return steps.tune(steps.train(run, batch, tracked=True)[0], batch)[0]
+
+    mapped = torch.func.vmap(both, in_dims=(0, None), randomness="different")
     for batch in batches(10):
-        many, _ = mapped(many, batch, batch)
-        alone = [bilevel.tune(r, batch, batch)[0] for r in alone]
+        many = mapped(many, batch)
+        alone = [both(r, batch) for r in alone]
     for member, single in enumerate(alone):
-        for a, b in zip(tree_leaves(many), tree_leaves(single), strict=True):
-            torch.testing.assert_close(a[member], b, rtol=1e-7, atol=1e-9)
+        mine = tree_map(lambda t, member=member: t[member], many)
+        assert_same(mine, single, rtol=1e-7, atol=1e-9)

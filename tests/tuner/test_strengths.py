@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import selftune as st
-from selftune.bilevel import Bilevel
+from selftune.tuner._steps import Steps  # private: gradients come from inside a run
 
 
 def net(p: float = 0.2) -> nn.Module:
@@ -66,7 +66,7 @@ def test_half_precision_ends_where_float32_does(name: str) -> None:
     def ends(kind: str) -> dict[str, float]:
         model = net().bfloat16() if kind == "bfloat16" else net()
         made = tuner(model, st.nn.LabelSmoothing(0.1), estimator=ESTIMATORS[name],
-                     amp=kind == "autocast")  # fmt: skip
+                     amp=kind == "autocast", hyper_rate=0.05)  # fmt: skip
         dtype = next(model.parameters()).dtype
         batches = ([(x.to(dtype), y) for x, y in b] for b in (loader(), loader(60, seed=1)))
         torch.manual_seed(1)
@@ -124,14 +124,14 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 def test_the_length_of_outer_gradients_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they grow or shrink along a run, by a law of our own."""
     plain = fit(tuner(tune=("hidden",)))
-    before, count = Bilevel.outer_gradient, iter(range(1000))
+    before, count = Steps.outer_gradient, iter(range(1000))
 
-    def scaled(self: Bilevel, run: Any, batch: Any) -> Any:
+    def scaled(self: Steps, run: Any, batch: Any) -> Any:
         loss, grads, buffers = before(self, run, batch)
         factor = 10.0 ** (next(count) % 5)
         return loss, [factor * g for g in grads], buffers
 
-    monkeypatch.setattr(Bilevel, "outer_gradient", scaled)
+    monkeypatch.setattr(Steps, "outer_gradient", scaled)
     found = fit(tuner(tune=("hidden",)))
     assert next(count) == len(plain.history["hyper_step"]) > 5
     assert found.history["hidden"] == pytest.approx(plain.history["hidden"], rel=1e-4)
@@ -257,19 +257,18 @@ def test_a_predicted_slope_is_the_hypergradient() -> None:
     batches = [(x.double(), y) for x, y in loader()]
     torch.manual_seed(1)
     result = made.fit(batches, batches[:1], steps=40, evaluate_every=40, progress=False)
-    training = made._ended
-    run, followed = training.fused.run, training.fused.followed
+    training = made._ended  # private: a response cannot be asked for by itself
+    steps, run, whole = training.steps, training.fused.run, training.fused.whole
     now, step = result.hparams["hidden"], 1e-5
     odds = torch.logit(torch.tensor(now, dtype=torch.float64))
     up, down = made.predict(hidden=[float(torch.sigmoid(odds + s)) for s in (step, -step)])
-    parts = training.bilevel.parts
-    held = [p.clone().requires_grad_() for p in parts([w.average for w in run.weights])]
-    buffers = dict(zip(training.bilevel.buffers, run.average_buffers, strict=True))
-    objective = training.bilevel.inner.eval()
+    held = [p.clone().requires_grad_() for p in steps.views(run.averages)]
+    buffers = dict(zip(steps.buffers, run.average_buffers, strict=True))
+    objective = steps.inner.eval()
     loss = torch.func.functional_call(
-        objective, buffers | dict(zip(training.bilevel.params, held, strict=True)), (batches[0],)
+        objective, buffers | dict(zip(steps.params, held, strict=True)), (batches[0],)
     )
     grads = torch.autograd.grad(loss, held)
-    shift = parts(followed.shift(run, torch.ones(1, dtype=torch.float64)))
+    shift = steps.views(whole.shift(run, torch.ones(1, dtype=torch.float64)))
     slope = sum(float((g * s).sum()) for g, s in zip(grads, shift, strict=True))
     assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-4)

@@ -91,22 +91,21 @@ def test_a_sweep_ends_at_its_lowest_point_and_every_batch_of_it_is_a_step() -> N
     """Law: the weights are those of the rate it chose, and its last batch took no step."""
     steps, run = made(1e-2)
     sweep, controller = sweeping(steps, run, LRSweep(steps=20), Guard())
-    drawn, weights, batches = [], [], []
+    weights: list[Tensor] = []  # before each batch
 
     def batch() -> tuple[Tensor, Tensor]:
-        batches.append(1)
         weights.append(run.weights[0].clone())
         return BATCH
 
     taken = sweep.sweep(batch)
     known = controller.sweep
     assert known is not None
-    drawn = [known.factor(i) * known.settings.margin for i in range(20)]
-    assert taken == int(run.step) == int(run.since) == len(batches)
+    assert taken == int(run.step) == int(run.since) == len(weights)
     assert int(run.age) == 0
     assert known.taken == taken - 1
-    chosen = min(range(20), key=lambda i: abs(drawn[i] / 1.5**2 - known.choice))
-    assert torch.equal(run.weights[0], weights[chosen + 1])
-    assert float(run.weights[0].abs().max()) == min(float(w.abs().max()) for w in weights)
+    factors = [known.factor(step) / known.settings.margin for step in range(known.taken)]
+    after = weights[1 + factors.index(known.choice)]
+    assert torch.equal(run.weights[0], after)
+    assert float(after.abs().max()) == min(float(w.abs().max()) for w in weights)
     rate = float(steps.hyper.values(run.hyper.raw)["lr"])
     assert rate == pytest.approx(1e-2 * known.choice)

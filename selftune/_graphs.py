@@ -1,0 +1,39 @@
+"""Functions that are compiled once a name."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Function = Callable[..., Any]
+
+
+class Graphs:
+    """Wraps functions, each once a name.
+
+    Args:
+        wrap: Wraps a function, for example into a graph.
+    """
+
+    def __init__(self, wrap: Callable[[Function], Function]) -> None:
+        self._wrap, self._known = wrap, dict[str, Function]()
+
+    def __call__(self, name: str, function: Function) -> Function:
+        """The first function of a name, wrapped."""
+        if name not in self._known:
+            self._known[name] = self._wrap(function)
+        return self._known[name]
+
+
+def compile_alone(function: Function) -> Function:
+    """A compiled function with code of its own: Dynamo keeps only a few graphs for the same."""
+
+    def run(*args: Any) -> Any:
+        return function(*args)
+
+    own = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    compiled: Function = torch.compile(own, fullgraph=True)
+    return compiled

@@ -1,0 +1,160 @@
+"""The options of a self-tuned optimizer, and the engine put together from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from selftune.control import Controller, SweepSettings, make_guard, make_sweep
+from selftune.estimators import AbstractEstimator, assign
+from selftune.method import (
+    Average,
+    Method,
+    MethodSettings,
+    Sensitivities,
+    WeightDecayFloor,
+)
+from selftune.monitor import Monitor
+from selftune.optim._buffers import Buffers
+from selftune.optim._closures import ClosureSteps
+from selftune.optim._engine import Engine
+from selftune.optim._reducer import Reducer
+from selftune.optim._shifts import MakeOptimizer, Shifts
+from selftune.optim._stepper import AbstractStepper, Opaque
+from selftune.optim._store import Store
+from selftune.schedules import Schedule
+from selftune.update import Update
+
+
+@dataclass(kw_only=True)
+class TuningOptions:
+    """How an optimizer tunes itself: keyword arguments of all of them.
+
+    Args:
+        tune: Names of the tuned hyperparameters; by default the rule's own choice, less the
+            learning rate's decay where the horizon is known.
+        per: ``"run"`` (one factor for all), ``"group"`` or ``"tensor"``, for all or by name.
+        bounds: (lowest, highest) values by name.
+        schedule: ``"constant"``, ``"linear"``, ``"cosine"``, ``"wsd"`` or ``"exponential"``; by
+            default linear to 0 if ``total_steps`` is given, else constant.
+        total_steps: Steps in the whole run, if known.
+        warmup_steps: Steps over which the learning rate climbs.
+        estimator: How the sensitivities of weights to hyperparameters are estimated, by default
+            by Trace, which tracks every fourth step or, with a shorter average, more. Trace or
+            OneStep; with any other one, ``step`` takes a closure that keeps its own batch, there is
+            one parameter group, and copies and loaded states begin to observe anew.
+        average: Where the outer loss is measured.
+        hyper_optimizer: Makes a torch optimizer of the raw hyperparameters; by default Adam at
+            0.01 times ``every``, from 0.05 to 0.2, and more in runs of less than 1000 steps.
+        every: Training steps from one hyperparameter step to the next, at least; by default a
+            thirtieth of ``total_steps``, from 5 to 20.
+        probe: Whether the learning rate is swept at the start, or over how many steps, or
+            :class:`~selftune.control.SweepSettings`; a tuned β₁ goes on with a memory of a
+            three-hundredth of the run at most.
+        guard: Whether a run that blows up or worsens goes back to its last good weights, or a
+            policy, such as :class:`~selftune.control.GuardPolicy`.
+        model: The model, if it has BatchNorm and ``params`` is not itself a module.
+        log_dir: Folder for TensorBoard; or a recorder of :mod:`selftune.monitor`, a
+            ``SummaryWriter``, a ``function(values, step)``, or a list of these.
+        distributed: Whether processes train one model together (DDP, FSDP2) and take the same
+            hyperparameter steps; by default, if torch.distributed is initialised.
+        settings: The numbers of the method (:class:`~selftune.method.MethodSettings`).
+    """
+
+    tune: Sequence[str] | None = None
+    per: str | Mapping[str, str] = "run"
+    bounds: Mapping[str, tuple[float, float]] | None = None
+    schedule: str | None = None
+    total_steps: int | None = None
+    warmup_steps: int = 0
+    estimator: AbstractEstimator | None = None
+    average: Average = field(default_factory=Average)
+    hyper_optimizer: MakeOptimizer | None = None
+    every: int | None = None
+    probe: bool | int | SweepSettings = True
+    guard: Any = True
+    model: nn.Module | None = None
+    log_dir: str | Path | Any | None = None
+    distributed: bool | None = None
+    settings: MethodSettings = field(default_factory=MethodSettings)
+
+    def __post_init__(self) -> None:
+        """None is the default of an object, too."""
+        self.average = Average() if self.average is None else self.average
+        self.settings = MethodSettings() if self.settings is None else self.settings
+
+    @cached_property
+    def learning_rate(self) -> Schedule:
+        """The factors of the learning rate."""
+        return Schedule(
+            shape=self.schedule, total_steps=self.total_steps, warmup_steps=self.warmup_steps
+        )
+
+    def cadence(self) -> int:
+        """Training steps from one hyperparameter step to the next."""
+        if self.every is None:
+            return self.settings.hyper.every(self.total_steps)
+        if self.every < 1:
+            raise ValueError(f"every={self.every} must be at least 1")
+        return self.every
+
+
+def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> Engine:
+    """The parts of a run.
+
+    Args:
+        options: How it tunes itself.
+        update: The weight step.
+        stepper: Takes it.
+
+    Raises:
+        ValueError: Options that do not fit one another or the update.
+    """
+    settings, total = options.settings, options.total_steps
+    every, tune = options.cadence(), options.tune
+    if tune is None:  # the rate's own decay only where nothing else anneals
+        tune = [n for n in update.tuned if total is None or n != "decay"]
+    shifts = Shifts(
+        update.hparams, tune=tune, size=settings.hyper.size(every, total), per=options.per,
+        bounds=options.bounds, total_steps=total,
+        floor=WeightDecayFloor.of(update.rule, options.learning_rate, settings.floor),
+        settings=settings.hyper, make=options.hyper_optimizer,
+    )  # fmt: skip
+    assigned = assign(
+        options.estimator, update, shifts.names, stride=min(options.average.stride, every),
+        alone=True,
+    )  # fmt: skip
+    whole = assigned.whole
+    if whole is not None and isinstance(update.rule, Opaque):
+        raise ValueError(
+            f"estimator={whole} needs a rule of the library (SGD, Adam, …): another "
+            "optimizer's steps cannot be differentiated; use Trace or OneStep"
+        )
+    rows = shifts.names if whole is None else []
+    reducer, guard = Reducer(options.distributed), make_guard(options.guard)
+    return Engine(
+        store=Store(
+            method=Method(
+                sensitivities=Sensitivities(rows, update, assigned.rows, options.average),
+                hyper=shifts.hyper, settings=settings, horizon=shifts.horizon,
+                guarded=guard is not None, total=reducer.total, outer_total=reducer.outer,
+            ),
+            shifts=shifts,
+            reducer=reducer,
+        ),
+        controller=Controller(
+            hparams=shifts.tuned, total_steps=total, guard=guard,
+            sweep=make_sweep(options.probe, total, shifts.tuned),
+        ),
+        every=every,
+        buffers=Buffers(options.model, every),
+        monitor=Monitor(options.log_dir),
+        stepper=stepper,
+        regularizers=update.regularizers,
+        whole=None if whole is None else ClosureSteps(whole, update, shifts),
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""The blocks of an optimizer's run, and the method's state over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune.method import Displacement, Method, Moment, State
+from selftune.method.stiff_directions import Stiffness
+from selftune.optim._block import Block
+from selftune.optim._groups import Cached
+from selftune.optim._reducer import Reducer
+from selftune.optim._shifts import Shifts
+from selftune.rules._base import Values
+from selftune.update import Clock, Transition
+
+Grads = Sequence[tuple[Tensor, Sequence[bool] | None]]
+"""Joined gradients of every block, and which of its tensors have one; None: all."""
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """Step counts of a run.
+
+    Attributes:
+        steps: Training steps taken, those of the sweep and skipped ones included.
+        since: Steps at the last fresh start (after the sweep or a rewind).
+        outer: Steps at the last hyperparameter step.
+        last_validation_step: Steps at the last call of ``hyper_step``.
+    """
+
+    steps: int = 0
+    since: int = 0
+    outer: int = 0
+    last_validation_step: int = 0
+
+
+@dataclass(kw_only=True)
+class Store:
+    """Holds the method's state in the blocks, whose tensors torch saves.
+
+    Attributes:
+        method: What decides where hyperparameters go.
+        shifts: The tuned hyperparameters.
+        reducer: Sums over processes.
+        clock: Step counts.
+        blocks: One for each parameter group that is trained.
+        cached: Their tuned values.
+        displacement: Of the weights, but for what the blocks keep of it.
+        stiffness: Of stiff directions.
+    """
+
+    method: Method
+    shifts: Shifts
+    reducer: Reducer
+    clock: Counts = field(default_factory=Counts)
+    blocks: list[Block] = field(default_factory=list)
+    cached: Sequence[Cached] = field(default_factory=list)
+    displacement: Displacement | None = None
+    stiffness: Stiffness | None = None
+
+    def lay_out(self, blocks: list[Block], slots: int, *, by_tensor: bool) -> None:
+        """Work on other blocks from now on."""
+        self.blocks = blocks
+        self.method.layouts = [b.layout for b in blocks]
+        self.method.by_tensor = by_tensor
+        self.method.hyper = self.shifts.hyper
+        step = torch.full((1,), self.clock.since)
+        if self.displacement is None:
+            self.displacement = Displacement.begin([], step)
+        if self.stiffness is None or len(self.stiffness.rises) != slots:
+            self.stiffness = Stiffness.begin(slots, torch.device("cpu"))
+
+    def state(self) -> State:
+        """The method's state."""
+        blocks, method = self.blocks, self.method
+        assert self.displacement is not None
+        assert self.stiffness is not None
+        displacement = self.displacement._replace(
+            centre=[b.centre for b in blocks], mark=[b.mark for b in blocks]
+        )
+        limited = method.guarded and method.settings.displacement is not None
+        secants = [s for b in blocks for s in b.secants]
+        return State(
+            [b.part for b in blocks], self.shifts.state, [displacement] if limited else [],
+            secants, [self.stiffness] if secants else [],
+        )  # fmt: skip
+
+    def take(self, state: State) -> None:
+        """Go on from another state of what is not in the blocks."""
+        for displacement in state.displacement:
+            self.displacement = displacement._replace(centre=[], mark=[])
+        for stiffness in state.stiffness:
+            self.stiffness = stiffness
+
+    def moments(
+        self, grads: Grads, values: Sequence[Values], rates: Sequence[float]
+    ) -> list[Moment]:
+        """When and at which hyperparameters every block takes the step."""
+        rows, age = self.method.sensitivities, self.clock.steps - self.clock.since
+        share = rows.averaging.weight(age, rows.estimator.stride)
+        moments = []
+        for block, cached, value, rate, (_, counted) in zip(
+            self.blocks, self.cached, values, rates, grads, strict=True
+        ):
+            ages, layout = block.ages(), block.layout
+            clock = Clock(self.clock.steps - 1, rate, layout.expand(ages))
+            mask = unit_mask = None
+            if counted is not None:
+                unit_mask = torch.tensor(counted, device=layout.device)
+                full = layout.expand([float(c) for c in counted])
+                mask = full.bool() if isinstance(full, Tensor) else unit_mask.all()
+            unit_values = {**value, **cached.tensor_values}
+            unit_age: Any = ages[0]
+            if any(a != ages[0] for a in ages):
+                unit_age = torch.tensor(ages, dtype=layout.dtype, device=layout.device)
+            unit = Moment(
+                unit_values, cached.tensor_slopes, clock._replace(age=unit_age), share, unit_mask
+            )
+            moments.append(Moment(value, cached.slopes, clock, share, mask, unit))
+        return moments
+
+    def absorb(
+        self, steps: list[Transition], moments: list[Moment], grads: Grads, *, tracked: bool
+    ) -> None:
+        """Take over steps that somebody has proposed, and write the weights."""
+        state = self.method.absorb(self.state(), steps, moments, tracked=tracked)
+        self.take(state)
+        for block, part, step, (_, counted) in zip(
+            self.blocks, state.parts, steps, grads, strict=True
+        ):
+            block.write(part, step.moved, counted)
+
+    def total(self, parts: Sequence[Tensor]) -> float:
+        """The sum over blocks, and over processes that hold parts of the parameters."""
+        whole = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
+        return float(self.reducer.total(whole))

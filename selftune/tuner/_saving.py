@@ -1,0 +1,111 @@
+"""What a checkpoint of a tuner's run holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from selftune.method.slopes import Slopes
+from selftune.tuner._checkpoints import plain
+from selftune.tuner._compiled import Fused
+from selftune.tuner._data import Stream
+from selftune.tuner._population import Population
+from selftune.tuner._randomness import restore, snapshot
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import Steps
+from selftune.tuner._sweep import Sweep
+from selftune.tuner._watch import Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a run that have a state, and what must be the same in a run that goes on."""
+
+    steps: Steps
+    fused: Fused
+    train: Stream
+    val: Stream
+    snapshots: Snapshots
+    watch: Watch
+    sweep: Sweep
+    population: Population | None
+    identity: dict[str, Any]
+
+    def pack(self) -> dict[str, Any]:
+        """Their state as tensors, numbers and plain containers."""
+        return {
+            "identity": self.identity,
+            "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
+            "frozen": self._frozen(),
+            "whole": self._remembered(),
+            "snapshots": self.snapshots.state_dict(),
+            "slopes": dict(vars(self.sweep.slopes)),
+            "watch": self.watch.state_dict(),
+            "train": self.train.state_dict(),
+            "val": self.val.state_dict(),
+            "population": None if self.population is None else self.population.state_dict(),
+            "random": snapshot(),
+        }
+
+    @torch.no_grad()
+    def unpack(self, state: dict[str, Any]) -> None:
+        """Continue from a packed state.
+
+        Raises:
+            ValueError: It is of another run; nothing was changed.
+        """
+        self._check(state)
+        for leaf, saved in zip(tree_leaves(self.fused.run), state["leaves"], strict=True):
+            leaf.copy_(saved)
+        for name, tensor in self._frozen().items():
+            tensor.copy_(state["frozen"][name])
+        if self.fused.whole is not None:
+            device = self.fused.run.step.device
+            self.fused.whole.whole.memory = tree_map_only(
+                Tensor, lambda t: t.to(device), state["whole"]
+            )
+        self.snapshots.load_state_dict(state["snapshots"])
+        self.sweep.slopes = Slopes(**state["slopes"])
+        self.watch.load_state_dict(state["watch"])
+        if self.population is not None:
+            self.population.load_state_dict(state["population"])
+        streams = ((self.train, state["train"]), (self.val, state["val"]))
+        for stream, saved in streams:
+            stream.load_state_dict(saved)
+        restore(state["random"])
+        for stream, saved in streams:
+            stream.settle(saved)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        for key, value in self.identity.items():
+            found = state["identity"].get(key)
+            if found != value:
+                raise ValueError(
+                    f"resume: the checkpoint's {key} is {found}, this run's is {value}: resume "
+                    "with the same model and settings, or start anew in another log_dir"
+                )
+        leaves = tree_leaves(self.fused.run)
+        shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "resume: the checkpoint's state has other tensors than this run's: resume with the "
+                "same options of rule, penalties and estimator, or start anew in another log_dir"
+            )
+
+    def _remembered(self) -> Any:
+        """The memory of an estimator; nothing where batches are of types of the user's own.
+
+        A checkpoint holds plain containers, so that reading it runs no one's code; a run with
+        other batches begins to observe anew when it is resumed.
+        """
+        memory = None if self.fused.whole is None else self.fused.whole.whole.memory
+        return memory if plain(memory) else None
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """Parameters that are not trained, which a resumed run needs all the same."""
+        named = self.steps.inner.named_parameters()
+        return {n: p.detach() for n, p in named if not p.requires_grad}
