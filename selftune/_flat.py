@@ -33,6 +33,14 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
     return target.add_(tensor, alpha=factor)
 
 
+def move_towards(target: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
+    """``target += share · (end − target)``, in place."""
+    if not isinstance(share, Tensor):
+        return target.lerp_(end, share)
+    # vmap has no rule for lerp_ with a tensor
+    return target.copy_(torch.lerp(target.to(end.dtype), end, share.to(end.dtype)))
+
+
 class Layout:
     """Where each tensor of a list lies in the flat vector of them all.
 

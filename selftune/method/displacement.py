@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._flat import move_towards
 from selftune.method.settings import DisplacementLimit
 
 Reduce = Callable[[Tensor], Tensor]
@@ -68,7 +69,7 @@ class Displacement(NamedTuple):
         share = torch.where(ended, 2 / (segments.double() + 1), 0.0)
         more = reduce(_square_distance(weights, self.mark)).to(self.squares)
         for centre, mark, now in zip(self.centre, self.mark, weights, strict=True):
-            centre.lerp_(mark, share.squeeze(0).to(centre))
+            move_towards(centre, mark, share.squeeze(0).to(centre))
             mark.copy_(torch.where(ended.squeeze(0).to(mark.device), now, mark))
         return self._replace(
             squares=self.squares * (1 - share) ** 2 + torch.where(ended, more, 0.0),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._flat import Layout
+from selftune._flat import Layout, move_towards
 from selftune.estimators import AbstractRows
 from selftune.method.averaging import Average
 from selftune.rules._base import AbstractRule, State, geometric
@@ -154,7 +154,7 @@ class Sensitivities:
         self._lead(part, ahead, moment)
         averaged = part.averaged[: len(self.rows)]
         self._push(part.tangents, averaged, self.rows, transition, moment)
-        part.average.lerp_(moved, _to(moment.share, moved))
+        move_towards(part.average, moved, moment.share)
         for unit in part.decay:
             self._shrink(unit, moment.unit or moment)
         return part
@@ -207,7 +207,7 @@ class Sensitivities:
                 old.copy_(new)
         for row, now in zip(averaged, found, strict=False):
             if row.dtype == dtype:
-                row.lerp_(now, _to(moment.share, now))
+                move_towards(row, now, moment.share)
             else:
                 row.copy_(torch.lerp(row.to(dtype), now, _to(moment.share, now)))
 
@@ -299,7 +299,7 @@ def rewind(part: Part, good: Tensor) -> None:
 def _spread(values: Tensor, average: Tensor, layout: Layout | None) -> Tensor:
     """``average`` times a value for each of its tensors."""
     if len(values) == 1 or layout is None:
-        return average * values
+        return average * values[0]  # shape () stays
     parts = layout.views(average)
     return torch.cat([(p * v).reshape(-1) for p, v in zip(parts, values, strict=True)])
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._gradient import plainly
 from selftune.method.settings import StiffSettings
 
 Reduce = Callable[[Tensor], Tensor]
@@ -107,12 +108,17 @@ class Stiffness(NamedTuple):
         squares = torch.stack([push.square().sum() for push in pushes]).sum()
         rise, push = reduce(torch.stack([torch.stack(products).sum(), squares])).double().unbind()
         risen = rise > 0  # false for NaN, at the first step
+        rise = torch.where(risen, rise, 0.0).to(self.rises)
+        here = torch.arange(len(self.rises), device=slot.device) == slot
         for s, change in zip(secants, changes, strict=True):
-            kept = torch.where(risen, change, 0.0).unsqueeze(0)
-            s.changes.index_copy_(0, slot.to(kept.device), kept)
-        rise = torch.where(risen, rise, 0.0).view(1).to(self.rises)
+            kept = torch.where(risen, change, 0.0)
+            if plainly():  # one row instead of all
+                s.changes[int(slot)].copy_(kept)
+            else:
+                row = here.view(-1, *[1] * change.ndim)
+                s.changes.copy_(torch.where(row, kept, s.changes))
         return self._replace(
-            rises=self.rises.index_copy(0, slot, rise),
+            rises=torch.where(here, rise, self.rises),
             push=push.view(1).to(self.push),
             tracked=self.tracked + 1,
         )

@@ -175,14 +175,15 @@ class Scorer:
         run: RunState,
         stream: Stream,
         member: int,
-        good: Snapshots,
+        good: Snapshots | None,
         saved: dict[str, Any] | None,
     ) -> float:
         """Show the best of good, averaged, last and saved weights; returns its loss.
 
-        Halfway from one to the next may be better than both.
+        Positions in between may be better than both ends.
         """
-        candidates = [_between(run, good, place) for place in POSITIONS]
+        positions = POSITIONS if good is not None else [p for p in POSITIONS if p >= 0]
+        candidates = [_between(run, good, position) for position in positions]
         losses = [scores["loss"] for scores in self._score(candidates, stream, member)]
         losses = [x if math.isfinite(x) else math.inf for x in losses]
         found = min(losses)
@@ -200,10 +201,12 @@ def _average(run: RunState) -> Where:
     return run.averages, run.average_buffers
 
 
-def _between(run: RunState, good: Snapshots, place: float) -> Where:
+def _between(run: RunState, good: Snapshots | None, place: float) -> Where:
     """Between the good weights (−1), the average (0) and the last weights (1)."""
-    there = good.weights if place < 0 else run.weights
-    buffers = zip(run.average_buffers, good.buffers if place < 0 else run.buffers, strict=True)
+    there, held = run.weights, run.buffers
+    if good is not None and place < 0:
+        there, held = good.weights, good.buffers
+    buffers = zip(run.average_buffers, held, strict=True)
     weights = zip(run.averages, there, strict=True)
     return (
         [between(a, t, abs(place)) for a, t in weights],

@@ -337,6 +337,8 @@ class Steps:
         state, found = run.method, {}
         if names:
             values = {**self.options, **self.hyper.values(run.hyper.raw)}
+            parts = zip(grads, run.averages, strict=True)
+            grads = [g.to(average.dtype) for g, average in parts]
             outer = Outer(grads, [values] * len(grads), run.step, self.every)
             state, rows = self.method.hypergradient(run.method, outer)
             found = dict(zip(names, rows.squeeze(1), strict=True))

@@ -279,7 +279,9 @@ class Training:
         if saved is None and self.folder is not None and self.best < math.inf:
             path = self.folder / _checkpoints.BEST
             saved = _checkpoints.read(path) if path.exists() else None
-        best = self.scorer.best(self.fused.run, self.val, self.watch.leader, self.snapshots, saved)
+        guarded = self.watch.controllers[0].guard is not None
+        good = self.snapshots if guarded else None
+        best = self.scorer.best(self.fused.run, self.val, self.watch.leader, good, saved)
         if self.folder is not None and best < self.best:
             _checkpoints.write(self.folder / _checkpoints.BEST, self._shown_state(best))
         self.steps.release()

@@ -263,7 +263,7 @@ def test_time_is_the_rate_summed_over_steps(schedule: str, share: float) -> None
         weights.grad = torch.zeros_like(weights)
         opt.step()
         opt.hyper_step(lambda: weights.sum())
-    time = float(opt._engine.stiffness.time)
+    time = float(opt._engine.store.stiffness.time)
     assert time == pytest.approx(1000 * RATE * share, rel=0.1)
 
 
@@ -284,12 +284,12 @@ def test_a_rewind_forgets_changes() -> None:
     weights, opt = trained()
     engine = opt._engine
     assert changes_of(opt).any()
-    assert engine.stiffness.time > 0
+    assert engine.store.stiffness.time > 0
     with torch.no_grad():
         engine.carry_out(Action(rewind={"lr": -1.0}, reason="tried"))
     assert not changes_of(opt).any()
     assert opt.state[weights]["secant/last_grads"].isnan().all()
-    assert engine.stiffness.time == 0
+    assert engine.store.stiffness.time == 0
 
 
 @pytest.mark.gpu

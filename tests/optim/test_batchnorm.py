@@ -167,7 +167,7 @@ def test_the_statistics_of_other_models_are_left_alone() -> None:
             opt.zero_grad()
             loss(net, other, step).backward()
             before = statistics(other)
-            opt.step()  # the probe's end and roll-backs among them
+            opt.step()  # the sweep's end and rewinds among them
             opt.hyper_step(lambda n=net, o=other, s=step: loss(n, o, 500 + s))
             torch.testing.assert_close(statistics(other), before, rtol=0, atol=0)
             with opt.averaged():

@@ -76,7 +76,7 @@ MAKES: dict[str, tuple[Callable, bool, dict]] = {
 )
 @pytest.mark.parametrize("kind", MAKES)
 def test_resumes_bit_for_bit(kind: str, stop: int, via: Callable) -> None:
-    """In the probe and after hyper steps, into a fresh model and optimizer."""
+    """In the sweep and after hyper steps, into a fresh model and optimizer."""
     make, norm, options = MAKES[kind]
     dtype, hyper = options.get("dtype", torch.float32), options.get("hyper", 1)
     net = network(norm, dtype)

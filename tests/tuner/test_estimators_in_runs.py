@@ -91,11 +91,12 @@ def test_hypergradients_are_those_of_a_plain_loop(
     "estimator",
     [
         st.Unrolled(6, checkpoint=2),
-        pytest.param(st.Forward(0.9), marks=pytest.mark.slow),
-        pytest.param(st.Implicit(through="update"), marks=pytest.mark.slow),
+        st.Forward(0.9),
+        st.Implicit(through="update"),
     ],
     ids=lambda e: type(e).__name__,
 )
+@pytest.mark.slow
 def test_compiled_is_eager(estimator: AbstractEstimator) -> None:
     """To rounding, with a shorter last batch in each epoch."""
     found = []

@@ -63,7 +63,7 @@ def test_a_replayed_run_ends_where_the_tuned_run_ends(
     assert difference <= max(spread, 0.15 * statistics.mean(tuned)), (tuned, replayed)
 
 
-def test_steps_that_a_roll_back_undid_are_not_replayed() -> None:
+def test_steps_that_a_rewind_undid_are_not_replayed() -> None:
     """Ten steps at a rate of 1, ten at 5 that were undone from step 8 on, ten at 2."""
     history = History()
     for step, rate in ((0, 1.0), (10, 5.0), (20, 2.0)):

@@ -150,7 +150,7 @@ WORKERS = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from test_resume import run, train_loader
-    result = run(Path(sys.argv[1]), train_loader(num_workers=2), epochs=10**6)
+    result = run(Path(sys.argv[1]), train_loader(num_workers=2), epochs=10**5)
     print(result.ended, len(result.history["train_loss"]) == result.steps)
 """
 
