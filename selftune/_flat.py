@@ -34,11 +34,11 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def move_towards(target: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
-    """``target += share · (end − target)``, in place."""
-    if not isinstance(share, Tensor):
+    """``target += share · (end − target)``, in place, computed in the dtype of ``end``."""
+    if not isinstance(share, Tensor) and target.dtype == end.dtype:
         return target.lerp_(end, share)
     # vmap has no rule for lerp_ with a tensor
-    return target.copy_(torch.lerp(target.to(end.dtype), end, share.to(end.dtype)))
+    return target.copy_(torch.lerp(target.to(end.dtype), end, share))
 
 
 class Layout:

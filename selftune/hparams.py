@@ -25,10 +25,10 @@ class Hparam:
             gradient.
         option: The parameter group's key, where that is not ``name``.
         index: The position within that option, where it is a tuple (``betas``).
-        role: What it does: ``"rate"``, ``"momentum"`` (memory of gradients: shortened by a rewind
-            and, with ``couples`` empty, after the sweep), ``"regularizer"`` (validation data alone
-            can judge it), ``"layer"`` (acts inside the model or the loss, and steps are not scaled
-            down where hypergradients disagree) or ``""``.
+        role: What it does: ``"rate"``, ``"decay"`` (of the rate), ``"momentum"`` (memory of
+            gradients: shortened by a rewind and, with ``couples`` empty, after the sweep),
+            ``"regularizer"`` (validation data alone can judge it), ``"layer"`` (acts inside the
+            model or the loss: steps are not scaled down by noise) or ``""``.
         pace: Relative size of its steps.
         couples: The hyperparameter with which it shares an effective value: heavy-ball momentum
             moves at constant lr/(1 − μ).
@@ -44,6 +44,11 @@ class Hparam:
     role: str = ""
     pace: float = 1.0
     couples: str = ""
+
+    @property
+    def below_one(self) -> bool:
+        """Whether only values below 1 make sense: momenta and smoothing constants."""
+        return isinstance(self.bijection, Memory)
 
     @property
     def raw_ends(self) -> tuple[float, float]:
@@ -84,7 +89,9 @@ class Hparam:
 LR = Hparam(
     name="lr", bijection=Log(), lower=1e-8, upper=1e2, from_zero=1e-3, role="rate"
 )  # fmt: skip
-DECAY = Hparam(name="decay", bijection=Log(), lower=1e-8, upper=1.0, from_zero=1e-5)
+DECAY = Hparam(
+    name="decay", bijection=Log(), lower=1e-8, upper=1.0, from_zero=1e-5, role="decay"
+)  # fmt: skip
 WEIGHT_DECAY = Hparam(
     name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5, role="regularizer"
 )  # fmt: skip
@@ -96,6 +103,11 @@ MOMENTUM = Hparam(
 )  # fmt: skip
 MEMORY = 20
 """How many times the memory 1/(1 − μ) of a tuned momentum must fit into the run."""
+FAMILIES = {
+    "Step": ("lr", "decay", "momentum", "beta1", "beta2", "alpha", "dampening", "eps"),
+    "Regularization": ("weight_decay", "l1", "l2", "elastic", "group"),
+}
+"""Pages of the log that show hyperparameters of the update together."""
 
 
 def penalty_hparam(name: str) -> Hparam:

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from selftune.nn import Tunable
+from selftune.rules.adam import BETA1, BETA2
 
-OPTIONS = {"beta1": ("betas", 0), "beta2": ("betas", 1)}
+OPTIONS = {h.name: (h.option, int(h.index or 0)) for h in (BETA1, BETA2)}
 """Hyperparameters that are one place in a tuple of a parameter group."""
 
 

@@ -232,7 +232,7 @@ def make_guard(guard: Any) -> Guard | None:
     if guard is False or guard is None:
         return None
     policy = GuardPolicy() if guard is True else guard
-    if not hasattr(policy, "begin"):
+    if isinstance(policy, type) or not hasattr(policy, "begin"):
         raise TypeError(
             f"guard={guard!r} must be True, False or a policy, such as "
             "selftune.control.GuardPolicy(patience=5)"

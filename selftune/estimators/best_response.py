@@ -289,4 +289,5 @@ def _range(problem: Problem, name: str) -> tuple[float, float, AbstractBijection
 def _memory(problem: Problem, point: Point, hparams: Hparams) -> Any:
     """β, what the rule keeps of a gradient from one step to the next."""
     values = {**problem.values(hparams), **(point.options or {})}
-    return values.get("momentum", values.get("beta1", 0.0))
+    momenta = (n for n, h in problem.update.hparams.items() if h.role == "momentum")
+    return values.get(next(momenta, ""), 0.0)

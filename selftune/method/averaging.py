@@ -40,10 +40,10 @@ class Average:
         return max(1, min(4, round(0.08 / (1 - self.rho))))
 
     def weight(self, step: int, stride: int = 1) -> float:
-        """The weight ``1 − ρᵏ`` of the newest iterate at a step counted from 0.
+        """The weight ``1 − ρᵏ`` of the newest iterate; at first that of an even average.
 
         Args:
-            step: Steps before.
+            step: Steps since the start with this one; the start counts as two iterates.
             stride: k, steps from one iterate that is averaged to the next.
 
         Examples:

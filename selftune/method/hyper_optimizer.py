@@ -255,9 +255,7 @@ class HyperOptimizer:
         wanted = torch.log(floor.least(rate, steps)).where(rate > 0, -math.inf)
         least = wanted.clamp(math.log(decay.lower), highest)
         least = least - self._of(frame.origin, "weight_decay")
-        low = self._added(
-            frame.low, "weight_decay", least - self._of(frame.low, "weight_decay")
-        ).minimum(frame.high)
+        low = self._put(frame.low, "weight_decay", least).minimum(frame.high)
         if not self.shared:
             return low, None
         above = self._of(raw - low, "weight_decay")
@@ -284,12 +282,12 @@ class HyperOptimizer:
 
     def _added(self, vector: Tensor, name: str, value: Any) -> Tensor:
         """``vector`` with ``value`` added at a name; nothing in place, so that it maps."""
-        place = self._vector(self._each_name(lambda n: n == name), vector)
-        if isinstance(value, Tensor) and value.ndim and len(value) > 1:
-            value = vector.new_zeros(len(vector)).index_copy(
-                0, torch.tensor(list(self._range(name)), device=vector.device), value
-            )
-        return vector + place * value
+        return self._put(vector, name, self._of(vector, name) + value)
+
+    def _put(self, vector: Tensor, name: str, values: Tensor) -> Tensor:
+        """``vector`` with values at a name."""
+        slots = self._slots[name]
+        return torch.cat([vector[: slots.start], values, vector[slots.stop :]])
 
     @staticmethod
     def _vector(numbers: Sequence[float], like: Tensor) -> Tensor:

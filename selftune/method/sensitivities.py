@@ -169,7 +169,7 @@ class Sensitivities:
         stride, discount = self.estimator.stride, self.estimator.discount
         within, kept = geometric(discount, stride) / stride, discount**stride
         for lag, row in zip(part.lag, part.averaged[len(self.rows) :], strict=True):
-            share = _to(moment.share, ahead)
+            share = moment.share
             wide = lag.to(ahead.dtype)
             now = (ahead - wide) * within  # w_t − E_{t−1}
             # E₊ − w̄₊, where E₊ = γᵏ E + (1 − γᵏ) w and w̄₊ = w̄ + share (w − w̄)
@@ -177,7 +177,7 @@ class Sensitivities:
             if moment.mask is not None:  # E stays where weights take no part
                 after = torch.where(moment.mask, after, wide - share * ahead)
             lag.copy_(after)
-            row.copy_(torch.lerp(row.to(now.dtype), now, share))
+            move_towards(row, now, share)
 
     def _push(
         self,
@@ -206,10 +206,7 @@ class Sensitivities:
             if new is not old:
                 old.copy_(new)
         for row, now in zip(averaged, found, strict=False):
-            if row.dtype == dtype:
-                move_towards(row, now, moment.share)
-            else:
-                row.copy_(torch.lerp(row.to(dtype), now, _to(moment.share, now)))
+            move_towards(row, now, moment.share)
 
     def _shrink(self, unit: UnitDecay, moment: Moment) -> None:
         """The weight of 1 takes a step without a gradient, and stays 1."""
@@ -309,8 +306,3 @@ def _copied(tangents: Tangents, dtype: torch.dtype) -> Tangents:
         [t.to(dtype, copy=True) for t in tangents.params],
         {r: {k: v.to(dtype, copy=True) for k, v in s.items()} for r, s in tangents.state.items()},
     )
-
-
-def _to(share: Any, like: Tensor) -> Any:
-    """A weight as ``lerp`` takes it: a number, or a tensor of the same dtype."""
-    return share.to(like.dtype) if isinstance(share, Tensor) else share

@@ -159,7 +159,7 @@ class Method:
         ]
         stiffness = state.stiffness[0].observe(
             state.secants, [s.params for s in steps], [s.grads for s in steps],
-            [m.mask for m in moments], pushes, self.total,
+            [m.mask for m in moments], pushes, self.total, _taken(moments),
         )  # fmt: skip
         return state._replace(stiffness=[stiffness])
 
@@ -269,6 +269,12 @@ class Method:
 
     def _layout(self, index: int) -> Layout | None:
         return self.layouts[index] if self.layouts else None
+
+
+def _taken(moments: Sequence[Moment]) -> Tensor | None:
+    """Whether any part takes the step; None: surely."""
+    masks = [m.mask for m in moments if m.mask is not None and m.mask.ndim == 0]
+    return torch.stack(masks).any() if len(masks) == len(moments) else None
 
 
 def propose(update: Update, part: Part, grads: Tensor, moment: Moment) -> Transition:

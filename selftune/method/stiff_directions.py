@@ -82,6 +82,7 @@ class Stiffness(NamedTuple):
         masks: Sequence[Tensor | None],
         pushes: Sequence[Tensor],
         reduce: Reduce,
+        taken: Tensor | None = None,
     ) -> Stiffness:
         """Keep the change of the gradient, if the slope has risen along the move (Δg · Δw > 0).
 
@@ -94,6 +95,7 @@ class Stiffness(NamedTuple):
             masks: Which weights take part; None: all.
             pushes: Gradients of the tuned penalties there.
             reduce: Sums products over processes that hold parts of the weights.
+            taken: Whether the step is taken; None: it is.
         """
         slot = self.tracked % len(self.rises)
         changes, products = [], []
@@ -110,17 +112,20 @@ class Stiffness(NamedTuple):
         risen = rise > 0  # false for NaN, at the first step
         rise = torch.where(risen, rise, 0.0).to(self.rises)
         here = torch.arange(len(self.rises), device=slot.device) == slot
+        push = push.view(1).to(self.push)
+        if taken is not None:
+            here, push = here & taken.to(here.device), torch.where(taken, push, self.push)
         for s, change in zip(secants, changes, strict=True):
             kept = torch.where(risen, change, 0.0)
-            if plainly():  # one row instead of all
+            if taken is None and plainly() and slot.device.type == "cpu":  # one row, not all
                 s.changes[int(slot)].copy_(kept)
             else:
                 row = here.view(-1, *[1] * change.ndim)
                 s.changes.copy_(torch.where(row, kept, s.changes))
         return self._replace(
             rises=torch.where(here, rise, self.rises),
-            push=push.view(1).to(self.push),
-            tracked=self.tracked + 1,
+            push=push,
+            tracked=self.tracked + (1 if taken is None else taken.to(self.tracked)),
         )
 
     def deflated(
@@ -184,7 +189,7 @@ def deflate(
     Source: the inverse by Sherman, Morrison and Woodbury; Gur-Ari, Roberts, Dyer 2018 (gradients
     lie in the few sharpest directions); for hypergradients of penalties, this library.
     """
-    rows = [y.flatten(1) for y in changes]
+    rows = [y.reshape(len(y), -1) for y in changes]
     gram = torch.stack([y @ y.T for y in rows]).sum(0)
     along = torch.stack([y @ g.flatten() for y, g in zip(rows, grads, strict=True)]).sum(0)
     both = reduce(torch.cat([gram, along.unsqueeze(1)], dim=1)).to(pull.device, torch.float64)

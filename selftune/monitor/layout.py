@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-FAMILIES = {
-    "Step": ("lr", "decay", "momentum", "beta1", "beta2", "alpha", "dampening", "eps"),
-    "Regularization": ("weight_decay", "l1", "l2", "elastic", "group"),
-}
+from selftune.hparams import FAMILIES
+
 STRENGTHS = "Strengths"
 
 

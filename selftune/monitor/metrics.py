@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune.hparams import Hparam
 from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
 from selftune.monitor.agreement import Agreement
 from selftune.monitor.verdicts import Verdict, judge
@@ -29,7 +30,7 @@ class Metrics:
 
     Args:
         monitor: The log.
-        scales: Bijections of the tuned hyperparameters, from raw values to values and back.
+        hparams: The tuned hyperparameters.
 
     Attributes:
         monitor: The log.
@@ -37,11 +38,11 @@ class Metrics:
         trained: The last training loss.
     """
 
-    def __init__(self, monitor: Monitor, scales: Mapping[str, Any]) -> None:
+    def __init__(self, monitor: Monitor, hparams: Mapping[str, Hparam]) -> None:
         self.monitor = monitor
-        self.course: dict[str, list[float]] = {n: [] for n in scales}
+        self.course: dict[str, list[float]] = {n: [] for n in hparams}
         self.trained: float | Tensor | None = None
-        self._scales = scales
+        self._hparams = hparams
         self._agreement = Agreement()
         self._mean_loss: float | None = None
 
@@ -86,7 +87,7 @@ class Metrics:
         for name, course in self.course.items():
             if isinstance(values[name], list) or not course:
                 continue
-            scale = self._scales[name]
+            scale = self._hparams[name].bijection
             raw = scale.inverse(torch.tensor(values[name], dtype=torch.float64))
             spread = torch.tensor(course[-SCATTER:], dtype=torch.float64).std(correction=0)
             for end, sign in (("low", -1), ("high", 1)):
@@ -118,7 +119,8 @@ class Metrics:
             some = values[name] if isinstance(values[name], list) else [values[name]]
             value = sorted(some)[len(some) // 2]
             ratio = snr if snr > 0 else math.nan
-            found[name] = judge(name, course, ratio, ends(name), value, mean)
+            role = self._hparams[name].role
+            found[name] = judge(name, course, ratio, ends(name), value, mean, role)
         return found
 
     def verdict_rows(self, found: Mapping[str, Verdict], step: int) -> None:

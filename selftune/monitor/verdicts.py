@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from selftune.hparams import DECAY, LR, MOMENTUM
+
 KINDS = ("settled", "moving", "noise", "at bound")
 """The scalar of a verdict is its place here."""
 RECENT = 0.2
@@ -20,13 +22,11 @@ NEAR = 0.02
 """How near to a bound counts as at it, in raw space."""
 
 AT_BOUND = {
-    ("lr", "lower"): "training wants to stand still: the net may be over-fitted or broken",
-    ("lr", "upper"): "training wants longer steps than allowed: are gradients nearly zero?",
-    ("momentum", "upper"): "it wants a longer memory than the length of the run allows",
-    ("beta1", "upper"): "it wants a longer memory than the length of the run allows",
-    ("momentum", "lower"): "it wants none: batches may be noisy or the rate high",
-    ("beta1", "lower"): "it wants none: batches may be noisy or the rate high",
-    ("decay", "lower"): "the rate wants to stay up: train longer",
+    (LR.role, "lower"): "training wants to stand still: the net may be over-fitted or broken",
+    (LR.role, "upper"): "training wants longer steps than allowed: are gradients nearly zero?",
+    (MOMENTUM.role, "upper"): "it wants a longer memory than the length of the run allows",
+    (MOMENTUM.role, "lower"): "it wants none: batches may be noisy or the rate high",
+    (DECAY.role, "lower"): "the rate wants to stay up: train longer",
 }
 UNDERFITS = "it does not pay: the net underfits, or validation data are like training data"
 OVERFITS = "more would pay: the net over-fits; get more data or a smaller net"
@@ -59,6 +59,7 @@ def judge(
     ends: tuple[float, float],
     value: float,
     slope: float = math.nan,
+    role: str = "",
 ) -> Verdict:
     """Judge a hyperparameter by its course.
 
@@ -70,6 +71,7 @@ def judge(
         value: What it is now.
         slope: Mean recent hypergradient, which tells whether it pushes against a bound; NaN if
             unknown.
+        role: Of the hyperparameter (:class:`~selftune.hparams.Hparam`).
 
     Examples:
         >>> judge("lr", [0.01 * i for i in range(100)], 0.9, (-9.0, 9.0), 0.02).kind
@@ -85,7 +87,7 @@ validation data are like training data'
     inward = {"lower": slope < 0, "upper": slope > 0}  # it started at a bound, and leaves it
     for side, end in zip(("lower", "upper"), ends, strict=True):
         if math.isfinite(end) and abs(recent[-1] - end) <= NEAR and not inward[side]:
-            return Verdict(name, "at bound", _at_bound(name, side, value))
+            return Verdict(name, "at bound", _at_bound(name, side, value, role))
     drift = recent[-1] - recent[0]
     steps = [b - a for a, b in pairwise(recent)]
     wander = math.sqrt(sum(s * s for s in steps))  # how far steps at random would have led
@@ -98,7 +100,7 @@ validation data are like training data'
     return Verdict(name, "settled", f"{name} has settled at {value:.3g}")
 
 
-def _at_bound(name: str, side: str, value: float) -> str:
+def _at_bound(name: str, side: str, value: float, role: str) -> str:
     default = {"lower": UNDERFITS, "upper": OVERFITS}[side]
-    why = AT_BOUND.get((name, side), default)
+    why = AT_BOUND.get((role, side), default)
     return f"{name} sits at its {side} bound {value:.3g}: {why}"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune.hparams import MOMENTUM, Hparam
+
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -41,20 +43,23 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def check_group(group: Mapping[str, Any], options: Iterable[str]) -> None:
-    """Refuse values of a parameter group's ``options`` that are outside their range."""
-    for key in ("lr", *options):
-        check_option(key, group[key])
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+def check_group(group: Mapping[str, Any], hparams: Iterable[Hparam]) -> None:
+    """Refuse values of a parameter group that are outside their range."""
+    for hparam in hparams:
+        check_option(hparam, group)
+    momentum = group.get(MOMENTUM.name, 0.0)
+    if group.get("nesterov") and (momentum <= 0 or group["dampening"] != 0):
         raise ValueError(
-            f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: "
+            f"nesterov=True with momentum={momentum}, dampening={group['dampening']}: "
             "Nesterov's momentum needs momentum above 0 and dampening=0"
         )
 
 
-def check_option(key: str, value: Any) -> None:
-    """Refuse a hyperparameter's value that is outside its range."""
-    if key == "lr" and not 0 < float(value) < math.inf:
+def check_option(hparam: Hparam, group: Mapping[str, Any]) -> None:
+    """Refuse a hyperparameter's option that is outside its range."""
+    key = hparam.option or hparam.name
+    value = group[key]
+    if hparam.role == "rate" and not 0 < float(value) < math.inf:
         raise ValueError(
             f"lr={float(value)} must be finite and above 0: a learning rate is tuned by ratios. "
             "To hold parameters fixed, leave them out or use requires_grad_(False)"
@@ -62,7 +67,7 @@ def check_option(key: str, value: Any) -> None:
     for number in value if isinstance(value, (tuple, list)) else (value,):
         if not 0 <= float(number) < math.inf:
             raise ValueError(f"{key}={value!r} must be a finite number, 0 or more")
-        if key in ("momentum", "betas", "alpha") and float(number) >= 1:
+        if hparam.below_one and float(number) >= 1:
             raise ValueError(f"{key}={value!r} must be below 1")
 
 

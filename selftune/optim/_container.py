@@ -49,8 +49,7 @@ class Container(torch.optim.Optimizer):
         groups = self.param_groups
         group = groups[-1]
         try:
-            options = {h.option or h.name for h in self._update.hparams.values()}
-            check_group(group, sorted(options))
+            check_group(group, self._update.hparams.values())
             check_params(
                 named
                 for i, g in enumerate(groups)

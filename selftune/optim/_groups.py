@@ -146,8 +146,7 @@ class Groups:
                 value = tuned.hparam.read(group)
                 if shown is not None and value != shown:
                     if value != 0:  # a rate of 0 holds the weights
-                        option = tuned.hparam.option or name
-                        check_option(option, group[option])
+                        check_option(tuned.hparam, group)
                     written.append((name, i, value, shown))
         for name, i, value, shown in written:
             span = self._spans[i]

@@ -25,7 +25,7 @@ class OptimizerLog:
     """
 
     def __init__(self, monitor: Monitor, shifts: Shifts) -> None:
-        self.metrics = Metrics(monitor, {n: h.bijection for n, h in shifts.tuned.items()})
+        self.metrics = Metrics(monitor, shifts.tuned)
         self._monitor, self._shifts = monitor, shifts
         self._noted: float | None = None
         self._steps = 0

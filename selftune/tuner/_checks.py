@@ -48,7 +48,7 @@ def check_hparams(
         if not 0 <= float(value) < math.inf or (name == "lr" and value == 0):
             least = "above 0" if name == "lr" else "0 or more"
             raise ValueError(f"hparams[{name!r}]={value!r} must be finite and {least}")
-        if name in ("momentum", "beta1", "beta2", "alpha") and value >= 1:
+        if any(h.name == name and h.below_one for h in rule.hparams) and value >= 1:
             raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
 
 

@@ -27,8 +27,7 @@ class TunerLog:
     """
 
     def __init__(self, steps: Steps, run: RunState, snapshots: Snapshots, rest: float) -> None:
-        self._scales = {n: h.bijection for n, h in steps.hyper.hparams.items()}
-        self.metrics = Metrics(Monitor(None), self._scales)
+        self.metrics = Metrics(Monitor(None), steps.hyper.hparams)
         self._steps, self._run, self._snapshots = steps, run, snapshots
         self._rest, self._noted = rest, -math.inf
         self._plain, self._tuning = [0.0, 0], [0.0, 0]  # seconds and steps without, with tuning
@@ -43,7 +42,8 @@ class TunerLog:
             self.metrics.course[name] = self._inverse(name, values).tolist()
 
     def _inverse(self, name: str, values: Sequence[float]) -> Tensor:
-        return self._scales[name].inverse(torch.tensor(values, dtype=torch.float64))
+        scale = self._steps.hyper.hparams[name].bijection
+        return scale.inverse(torch.tensor(values, dtype=torch.float64))
 
     def placed(self, step: int, values: Mapping[str, float]) -> None:
         """Log hyperparameters that something else than a hyperparameter step has set."""

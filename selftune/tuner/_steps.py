@@ -323,9 +323,11 @@ class Steps:
         values = {**self.options, **self.hyper.values(run.hyper.raw)}
         memory = 1.0 if self._momentum is None else 1 / (1 - values[self._momentum])
         state = self.method.hyper_step(state, signal, run.weights, frame, run.step, memory=memory)
-        after = run._replace(method=state, average_buffers=buffers)
         present = self.hyper.values(state.hyper.raw).values()
         fine = torch.isfinite(signal).all()
+        both = zip(buffers, run.average_buffers, strict=True)
+        kept = [torch.where(fine, new, old) for new, old in both]
+        after = run._replace(method=state, average_buffers=kept)
         told = torch.stack([t.to(torch.float64) for t in (loss, fine, *present)])
         return after, torch.cat([told, before])
 

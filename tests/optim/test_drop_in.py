@@ -184,3 +184,17 @@ def test_11_eval_and_train_are_never_needed() -> None:
     train(net, opt, 60)
     assert loss_of(net) < start
     assert not net.training
+
+
+def test_12_reading_hparams_builds_nothing_and_shows_what_groups_hold() -> None:
+    """Law: before the first step a group's values are the user's to change."""
+    net = network()
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.3}]
+    opt = st.SGD(groups, lr=0.01, probe=False)
+    assert opt.hparams["lr"] == [0.01, 0.3]
+    opt.param_groups[0]["lr"] = 0.3
+    assert opt.hparams["lr"] == 0.3
+    assert not opt.state
+    train(net, opt, 1, hyper=False)
+    assert opt.hparams["lr"] == pytest.approx(0.3)
+    assert opt.param_groups[0]["lr"] == 0.3

@@ -45,9 +45,11 @@ def test_a_run_that_has_worsened_ends_at_its_good_weights() -> None:
     assert float(weight.detach()) == pytest.approx(10.0, abs=1e-4)
 
 
-def test_a_run_that_still_improves_ends_at_its_average() -> None:
-    weight, opt = climb(lambda w: (w - 20).square())
+def test_a_run_that_still_improves_ends_at_its_average(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "selftune"):
+        weight, opt = climb(lambda w: (w - 20).square())
     assert shown(weight, opt) == pytest.approx(10.0, abs=1e-4)
+    assert [r.message for r in caplog.records] == ["final weights: the running average"]
 
 
 @pytest.mark.parametrize("guard", [True, False])

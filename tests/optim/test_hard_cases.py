@@ -1,5 +1,7 @@
 """Ordinary models and habits that are easily forgotten. Truths: by hand, or torch's own run."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -224,3 +226,39 @@ def test_the_zero_of_a_noisy_loss_does_not_matter(seed: int) -> None:
         assert recorder.curve("guard/events") == ([], [])
         ends.append(opt.hparams["lr"])
     assert ends[0] > 2e-3  # it has climbed
+
+
+def broken(kind: str, every: int = 1) -> tuple[Tensor, list[float], dict[str, Any], Any]:
+    """Weights, steps of rewinds, and hyperparameters of a run that is not finite from step 21 on.
+
+    Args:
+        kind: ``"gradients"`` or ``"hypergradients"``, of a loss that is finite.
+        every: How often.
+    """
+    recorder, weight = st.monitor.InMemory(), nn.Parameter(torch.full((3,), 2.0))
+    opt = st.SGD([weight], lr=0.01, probe=False, every=5, log_dir=recorder)
+    before = opt.hparams
+    for step in range(60):
+        bad = step >= 20 and (step + 1) % every == 0
+        opt.zero_grad()
+        loss = weight.square().sum()
+        zero = (weight - weight).sum()  # the root of which has no slope
+        (loss + zero.sqrt() if bad and kind == "gradients" else loss).backward()
+        opt.step()
+        worse = bad and kind == "hypergradients"
+        opt.hyper_step(
+            lambda w=worse: weight.square().sum() + ((weight - weight).sum().sqrt() if w else 0)
+        )
+        assert bool(weight.isfinite().all())
+    opt.flush()
+    return weight.detach(), recorder.curve("guard/events")[0], opt.hparams, before
+
+
+@pytest.mark.parametrize("kind", ["gradients", "hypergradients"])
+def test_what_is_not_finite_is_left_out_and_three_in_a_row_bring_the_run_back(kind: str) -> None:
+    """Law: every third gradient, or hypergradient, leads nowhere; the third in a row does."""
+    weights, back, after, before = broken(kind, every=3 if kind == "gradients" else 15)
+    assert back == []
+    assert float(weights.abs().max()) < 2.0
+    assert after["lr"] != before["lr"]
+    assert broken(kind)[1][0] == (23 if kind == "gradients" else 35)

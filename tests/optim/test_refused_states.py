@@ -64,3 +64,17 @@ def test_an_unfitting_state_is_refused_whole(kind: str) -> None:
         train(net, opt, range(60, 80))
         ends.append(snapshot(net, opt))
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+def test_a_state_of_another_version_is_refused_by_name() -> None:
+    """Law: the message names both versions, and nothing is touched."""
+    net = network()
+    opt = st.SGD(net.parameters(), lr=0.02)
+    train(net, opt, range(60))
+    state = opt.state_dict()
+    mine = state["param_groups"][0]["selftune"]["version"]
+    state["param_groups"][0]["selftune"]["version"] = 7
+    before = snapshot(net, opt)
+    with pytest.raises(ValueError, match=f"version 7, this selftune reads version {mine}"):
+        opt.load_state_dict(state)
+    torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)

@@ -202,3 +202,62 @@ def test_a_run_that_was_stopped_stays_stopped(tmp_path: Path) -> None:
     assert first.ended == again.ended == "stopped"
     assert again.steps == 30
     assert same(first.best_weights, again.best_weights)
+
+
+def broken(kind: str, every: int) -> st.TuningResult:
+    """A run with losses that are finite, of which one in so many has no gradient.
+
+    Args:
+        kind: ``"training"`` or ``"validation"``.
+        every: How many.
+    """
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        x, y, bad = batch
+        loss = F.cross_entropy(model(x), y)
+        return loss + (loss - loss).sqrt() if bool(bad[0]) else loss
+
+    def batches(mine: bool) -> list[Any]:
+        first = 10  # so many are sound in any case
+        return [
+            (x, y, torch.full_like(y, mine and step >= first and step % every == 0))
+            for step, (x, y) in enumerate(loader(1200))
+        ]
+
+    run = st.Tuner(
+        net(),
+        objective=objective,
+        compile=False,
+        probe=False,
+        hparams={"lr": 0.01},
+        every=1,
+        hyper_rate=0.02,
+    )
+    result = run.fit(
+        batches(kind == "training"), batches(kind == "validation"), steps=60, evaluate_every=60,
+        progress=False,
+    )  # fmt: skip
+    assert all(bool(t.isfinite().all()) for t in result.best_weights.values())
+    return result
+
+
+@pytest.mark.parametrize("kind", ["training", "validation"])
+def test_what_has_no_gradient_is_left_out_and_three_in_a_row_bring_the_run_back(kind: str) -> None:
+    """Law: a third of the gradients, or hypergradients, leads nowhere; three in a row do."""
+    sound = broken(kind, every=3)
+    assert len(sound.history["rollbacks"]) == 0
+    assert sound.history["lr"][-1] != sound.history["lr"][0]
+    assert len(broken(kind, every=1).history["rollbacks"]) > 0
+
+
+CADENCES = [(60, 5), (300, 10), (900, 20)]
+
+
+@pytest.mark.parametrize(("steps", "every"), CADENCES)
+def test_hyperparameters_step_thirty_times_or_every_fifth_to_twentieth_step(
+    steps: int, every: int
+) -> None:
+    """Closed form, of the optimizers too: a thirtieth of the run, from 5 to 20."""
+    run = tuner(nn.Linear(2, 3), probe=False, guard=False)
+    result = run.fit(loader(), VAL, steps=steps, evaluate_every=steps, progress=False)
+    assert result.history["hyper_step"].tolist() == [0, *range(every, steps + 1, every)]
