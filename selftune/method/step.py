@@ -107,7 +107,7 @@ class Method:
             parts,
             hyper,
             [Displacement.begin(params, step)] if limited else [],
-            [Secants.begin(p, slots) for p in params] if slots else [],
+            [Secants.begin(p, slots, self.sensitivities.storage) for p in params] if slots else [],
             [Stiffness.begin(slots, step.device)] if slots else [],
         )
 

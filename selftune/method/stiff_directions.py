@@ -41,9 +41,9 @@ class Secants(NamedTuple):
     last_params: Tensor
 
     @classmethod
-    def begin(cls, params: Tensor, pairs: int) -> Secants:
-        """No pair yet."""
-        zeros = params.new_zeros(pairs, *params.shape)
+    def begin(cls, params: Tensor, pairs: int, storage: torch.dtype | None = None) -> Secants:
+        """No pair yet; pairs are kept in a dtype of their own."""
+        zeros = params.new_zeros(pairs, *params.shape, dtype=storage or params.dtype)
         return cls(zeros, torch.full_like(params, math.nan), params.clone())
 
     def forget(self) -> None:
@@ -121,7 +121,7 @@ class Stiffness(NamedTuple):
                 s.changes[int(slot)].copy_(kept)
             else:
                 row = here.view(-1, *[1] * change.ndim)
-                s.changes.copy_(torch.where(row, kept, s.changes))
+                s.changes.copy_(torch.where(row, kept.to(s.changes.dtype), s.changes))
         return self._replace(
             rises=torch.where(here, rise, self.rises),
             push=push,
@@ -189,7 +189,7 @@ def deflate(
     Source: the inverse by Sherman, Morrison and Woodbury; Gur-Ari, Roberts, Dyer 2018 (gradients
     lie in the few sharpest directions); for hypergradients of penalties, this library.
     """
-    rows = [y.reshape(len(y), -1) for y in changes]
+    rows = [y.reshape(len(y), -1).to(g.dtype) for y, g in zip(changes, grads, strict=True)]
     gram = torch.stack([y @ y.T for y in rows]).sum(0)
     along = torch.stack([y @ g.flatten() for y, g in zip(rows, grads, strict=True)]).sum(0)
     both = reduce(torch.cat([gram, along.unsqueeze(1)], dim=1)).to(pull.device, torch.float64)

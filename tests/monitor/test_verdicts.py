@@ -50,7 +50,8 @@ def test_only_the_last_fifth_counts() -> None:
     ],
 )
 def test_a_bound_is_explained(name: str, end: float, told: str) -> None:
-    assert told in judge(name, [end] * 50, 0.9, FREE, 0.5).sentence
+    role = {"lr": "rate", "beta1": "momentum"}.get(name, name)
+    assert told in judge(name, [end] * 50, 0.9, FREE, 0.5, role=role).sentence
 
 
 def test_what_starts_at_a_bound_and_leaves_it_is_not_at_bound() -> None:
