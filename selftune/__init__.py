@@ -1,8 +1,10 @@
 """Self-tuning training: hyperparameters tuned by gradient during one training run."""
 
 from selftune import (
+    control,
     estimators,
     hypernet,
+    method,
     monitor,
     nn,
     optim,
@@ -55,9 +57,11 @@ __all__ = [
     "Unrolled",
     "Update",
     "as_problem",
+    "control",
     "estimators",
     "hypergradient",
     "hypernet",
+    "method",
     "monitor",
     "nn",
     "optim",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,32 +14,11 @@ from selftune._graphs import Function, Graphs, compile_alone
 from selftune.hparams import Hparam
 from selftune.products import Products
 from selftune.rules._base import State
-from selftune.update import Clock, Update
+from selftune.update import Clock, Point, Update
 
 Hparams = Mapping[str, Tensor]
 InnerLoss = Callable[[Tensor, Hparams, Any], Tensor]
 OuterLoss = Callable[[Tensor, Any], Tensor]
-
-
-class Point(NamedTuple):
-    """Where a run is before a step, and the batch it takes.
-
-    Attributes:
-        params: The weights, shape (N,).
-        state: The rule's state.
-        batch: The training batch of the step.
-        clock: When it is.
-        grads: ∇L_train there, shape (N,), without the update's penalties; None where nobody has
-            computed it yet.
-        options: The rule's options at this step, where they differ from the problem's.
-    """
-
-    params: Tensor
-    state: State
-    batch: Any
-    clock: Clock
-    grads: Tensor | None = None
-    options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

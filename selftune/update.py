@@ -39,6 +39,27 @@ class Clock(NamedTuple):
     age: Any = 0
 
 
+class Point(NamedTuple):
+    """Where a run is before a step, and the batch it takes.
+
+    Attributes:
+        params: The weights, shape (N,).
+        state: The rule's state.
+        batch: The training batch of the step.
+        clock: When it is.
+        grads: ∇L_train there, shape (N,), without the update's penalties; None where nobody has
+            computed it yet.
+        options: The rule's options at this step, where they differ from the problem's.
+    """
+
+    params: Tensor
+    state: State
+    batch: Any
+    clock: Clock
+    grads: Tensor | None = None
+    options: Mapping[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class Update:
     """A rule with its penalties: what turns weights into the next weights.
@@ -281,4 +302,4 @@ def _on(value: Any) -> bool:
     return isinstance(value, Tensor) or value != 0
 
 
-__all__ = ["Clock", "Tangents", "Transition", "Update", "learning_rate", "zero_tangents"]
+__all__ = ["Clock", "Point", "Tangents", "Transition", "Update", "learning_rate", "zero_tangents"]

@@ -265,6 +265,8 @@ class Engine:
             return True
         if not self.shifts.rows:
             return False
+        if not self.reducer.sharded:  # the length is that of the mean gradient
+            grads = [self.reducer.mean(g) for g in grads]
         if self.whole is not None:
             found = self.whole.signal(self.blocks[0], values[0], grads[0])
             if found is None:

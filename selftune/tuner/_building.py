@@ -30,11 +30,12 @@ from selftune.tuner._checks import check_first
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
 from selftune.tuner._objective import Objective, for_tuning
+from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
-from selftune.tuner._training import Plan, Training
+from selftune.tuner._training import Training
 from selftune.tuner._watch import Watch
 from selftune.update import Update
 

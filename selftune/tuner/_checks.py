@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -50,6 +51,20 @@ def check_hparams(
             raise ValueError(f"hparams[{name!r}]={value!r} must be finite and {least}")
         if any(h.name == name and h.below_one for h in rule.hparams) and value >= 1:
             raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
+
+
+def check_fit(callbacks: Any, log_every: int | None, pictures_every: int | None) -> None:
+    """Refuse callbacks and intervals of ``fit`` that cannot be."""
+    if callable(callbacks):
+        raise TypeError(f"callbacks={callbacks!r} must be a sequence: [{callbacks!r}]")
+    for name, interval in (("log_every", log_every), ("pictures_every", pictures_every)):
+        if interval is not None and interval < 1:
+            raise ValueError(f"{name}={interval} must be at least 1")
+    if pictures_every is not None and find_spec("matplotlib") is None:
+        raise ImportError(
+            f"pictures_every={pictures_every} needs matplotlib: pip install matplotlib "
+            "(extra report)"
+        )
 
 
 def check_first(steps: Steps, run: RunState, streams: tuple[Stream, Stream]) -> float:

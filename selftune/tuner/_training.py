@@ -19,6 +19,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._objective import modes_kept
 from selftune.tuner._pictures import picture
+from selftune.tuner._plan import Plan, Progress
 from selftune.tuner._population import Population
 from selftune.tuner._predicting import Predictor
 from selftune.tuner._randomness import restore, snapshot
@@ -38,51 +39,6 @@ FUSED, LAUNCHED = 0.4, 4e-4
 """What compiling saves of an eager step: a share, or seconds a parameter tensor if more."""
 COMPILED = 20.0, 4.0
 """Seconds that compiling takes: at least, and for each parameter tensor (measured on a CPU)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What callbacks are told after each evaluation.
-
-    Attributes:
-        step: Training steps taken.
-        total: Steps in the whole run.
-        epoch: Epochs begun before.
-        train_loss: Mean training loss since the last evaluation.
-        scores: ``loss`` and other metrics over the whole validation set, at the average.
-        hparams: Present hyperparameters.
-    """
-
-    step: int
-    total: int
-    epoch: int
-    train_loss: float
-    scores: dict[str, float]
-    hparams: dict[str, float]
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """How long a run lasts and how often what happens, in steps."""
-
-    total: int
-    every: int
-    score: int
-    save: int
-    log: int
-    rest: float
-    picture: int | None
-    patience: int | None
-    compile: bool | str
-    exploit: int
-
-    def due(self, step: int) -> bool:
-        """Whether something is to be logged at a hyperparameter step."""
-        return step % self.log < self.every
-
-    def falls(self, every: int, step: int) -> bool:
-        """Whether something that happens every so often, and at the end, happens after a step."""
-        return step % every == 0 or step == self.total
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build
-from selftune.tuner._checks import check_hparams, check_model
+from selftune.tuner._checks import check_fit, check_hparams, check_model
 from selftune.tuner._data import Stream, split
-from selftune.tuner._lengths import between_evaluations, length
 from selftune.tuner._objective import LossFn, Objective, modes_kept
+from selftune.tuner._plan import Plan, Progress, between_evaluations, length
 from selftune.tuner._population import Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
-from selftune.tuner._training import Plan, Progress, Training
+from selftune.tuner._training import Training
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
@@ -271,16 +270,7 @@ class Tuner:
                 "fit was called before on this Tuner: make a new Tuner for another run, or go on "
                 "with an interrupted one by resume=True on a new Tuner with the same log_dir"
             )
-        if callable(callbacks):
-            raise TypeError(f"callbacks={callbacks!r} must be a sequence: [{callbacks!r}]")
-        for name, interval in (("log_every", log_every), ("pictures_every", pictures_every)):
-            if interval is not None and interval < 1:
-                raise ValueError(f"{name}={interval} must be at least 1")
-        if pictures_every is not None and find_spec("matplotlib") is None:
-            raise ImportError(
-                f"pictures_every={pictures_every} needs matplotlib: pip install matplotlib "
-                "(extra report)"
-            )
+        check_fit(callbacks, log_every, pictures_every)
         folder = None if log_dir is None else Path(log_dir)
         saved = _checkpoints.find(resume, folder)
         if isinstance(val, (int, float)):

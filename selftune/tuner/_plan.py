@@ -1,0 +1,80 @@
+"""How long a run is, and how often what happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from selftune.tuner._data import Stream
+
+
+def length(train: Stream, epochs: int | None, steps: int | None) -> int:
+    """Steps in the run.
+
+    Raises:
+        ValueError: Not just one of the two lengths is given, it is below 1, or there is no batch.
+    """
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1")
+        return steps
+    assert epochs is not None
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs} must be at least 1")
+    if not train.sized:
+        raise ValueError(f"epochs={epochs} needs train to have a length: pass steps= instead")
+    if len(train) == 0:
+        raise ValueError("train holds no batch: is it empty, or too short for drop_last=True?")
+    return epochs * len(train)
+
+
+def between_evaluations(train: Stream, total: int) -> int:
+    """An epoch, or several where those are many; a tenth of the run where there are none."""
+    score = max(1, len(train) if train.sized else total // 10)
+    return score * max(1, -(-total // (50 * score)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What callbacks are told after each evaluation.
+
+    Attributes:
+        step: Training steps taken.
+        total: Steps in the whole run.
+        epoch: Epochs begun before.
+        train_loss: Mean training loss since the last evaluation.
+        scores: ``loss`` and other metrics over the whole validation set, at the average.
+        hparams: Present hyperparameters.
+    """
+
+    step: int
+    total: int
+    epoch: int
+    train_loss: float
+    scores: dict[str, float]
+    hparams: dict[str, float]
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """How long a run lasts and how often what happens, in steps."""
+
+    total: int
+    every: int
+    score: int
+    save: int
+    log: int
+    rest: float
+    picture: int | None
+    patience: int | None
+    compile: bool | str
+    exploit: int
+
+    def due(self, step: int) -> bool:
+        """Whether something is to be logged at a hyperparameter step."""
+        return step % self.log < self.every
+
+    def falls(self, every: int, step: int) -> bool:
+        """Whether something that happens every so often, and at the end, happens after a step."""
+        return step % every == 0 or step == self.total
