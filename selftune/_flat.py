@@ -33,14 +33,6 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
     return target.add_(tensor, alpha=factor)
 
 
-def move_towards(target: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
-    """``target += share · (end − target)``, in place, computed in the dtype of ``end``."""
-    if not isinstance(share, Tensor) and target.dtype == end.dtype:
-        return target.lerp_(end, share)
-    # vmap has no rule for lerp_ with a tensor
-    return target.copy_(torch.lerp(target.to(end.dtype), end, share))
-
-
 class Layout:
     """Where each tensor of a list lies in the flat vector of them all.
 

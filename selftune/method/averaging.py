@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from selftune._gradient import plainly
+
 
 @dataclass(frozen=True)
 class Average:
@@ -51,3 +56,11 @@ class Average:
             (0.5, 0.02)
         """
         return 1 - min(self.rho**stride, max(0.0, 1 - stride / (step + 2)))
+
+
+def move_towards(average: Tensor, newest: Tensor, share: float | Tensor) -> Tensor:
+    """``average += share · (newest − average)``, in place, computed in the dtype of ``newest``."""
+    if not isinstance(share, Tensor) and average.dtype == newest.dtype and plainly():
+        return average.lerp_(newest, share)
+    # vmap has no rule for lerp_
+    return average.copy_(torch.lerp(average.to(newest.dtype), newest, share))

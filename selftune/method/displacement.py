@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._flat import move_towards
+from selftune.method.averaging import move_towards
 from selftune.method.settings import DisplacementLimit
 
 Reduce = Callable[[Tensor], Tensor]

@@ -6,6 +6,7 @@ end, and the pure step makes some thirty small tensors on the way there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,4 +40,4 @@ def plain(params: list[Tensor], grads: list[Tensor | None]) -> bool:
 
 def finite(grads: list[Tensor]) -> bool:
     """Whether all gradients are finite; waits for a GPU."""
-    return bool(torch.stack(torch._foreach_norm(grads)).sum().isfinite())
+    return math.isfinite(float(torch.stack(torch._foreach_norm(grads)).sum()))

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._flat import Layout, move_towards
+from selftune._flat import Layout
 from selftune.estimators import AbstractRows
-from selftune.method.averaging import Average
+from selftune.method.averaging import Average, move_towards
 from selftune.rules._base import AbstractRule, State, geometric
 from selftune.update import Clock, Tangents, Transition, Update
 
@@ -30,8 +30,8 @@ class Part(NamedTuple):
         average: The running average, where the outer loss is measured (1).
         tangents: Sensitivities of ``params`` and ``rule``, a row each (1 or 2 a row).
         averaged: Sensitivities of ``average``: of the rows, then of the learning rate (1 each).
-        lag: By how much an average that forgets as fast as the sensitivities, E, is ahead of
-            ``average``: for the learning rate, whose sensitivity is ``w − E`` (1); or nothing.
+        recent: E, the average that forgets as fast as the sensitivities, for the learning rate,
+            whose sensitivity is ``w − E`` (1); or nothing.
         decay: The sensitivity of a weight of 1 to a weight decay that shrinks weights in
             proportion, and its average; one for each tensor; or nothing.
     """
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     average: Tensor
     tangents: Tangents
     averaged: list[Tensor]
-    lag: list[Tensor]
+    recent: list[Tensor]
     decay: list[UnitDecay]
 
 
@@ -137,7 +137,7 @@ class Sensitivities:
             params, self.update.rule.init(like, values), like.clone(),
             self._still(self.rows, zeros, values),
             [zeros.clone() for _ in (*self.rows, *self.leads)],
-            [zeros.clone() for _ in self.leads], decay,
+            [like.clone() for _ in self.leads], decay,
         )  # fmt: skip
 
     def _still(self, rows: Sequence[str], zeros: Tensor, values: Mapping[str, Any]) -> Tangents:
@@ -150,8 +150,7 @@ class Sensitivities:
     def observe(self, part: Part, transition: Transition, moment: Moment) -> Part:
         """The part with its average and sensitivities after a step."""
         moved = transition.moved
-        ahead = moved - part.average
-        self._lead(part, ahead, moment)
+        self._lead(part, moved, moment)
         averaged = part.averaged[: len(self.rows)]
         self._push(part.tangents, averaged, self.rows, transition, moment)
         move_towards(part.average, moved, moment.share)
@@ -159,25 +158,18 @@ class Sensitivities:
             self._shrink(unit, moment.unit or moment)
         return part
 
-    def _lead(self, part: Part, ahead: Tensor, moment: Moment) -> None:
+    def _lead(self, part: Part, moved: Tensor, moment: Moment) -> None:
         """The sensitivity to the log of the rate: the displacement, whatever caused it.
 
         With the discount γ, ``J = Σ γʲ (w_{t−j} − w_{t−j−1})`` is ``w_t − E_{t−1}``, E the running
-        average of the weights that keeps γ of itself. Over a stride of k steps it keeps γᵏ, and
-        movement within the stride is discounted evenly.
+        average of the weights that keeps γ of itself. Over a stride of k steps it keeps γᵏ.
         """
-        stride, discount = self.estimator.stride, self.estimator.discount
-        within, kept = geometric(discount, stride) / stride, discount**stride
-        for lag, row in zip(part.lag, part.averaged[len(self.rows) :], strict=True):
-            share = moment.share
-            wide = lag.to(ahead.dtype)
-            now = (ahead - wide) * within  # w_t − E_{t−1}
-            # E₊ − w̄₊, where E₊ = γᵏ E + (1 − γᵏ) w and w̄₊ = w̄ + share (w − w̄)
-            after = kept * wide + (1 - kept - share) * ahead
-            if moment.mask is not None:  # E stays where weights take no part
-                after = torch.where(moment.mask, after, wide - share * ahead)
-            lag.copy_(after)
-            move_towards(row, now, share)
+        kept = self.estimator.discount**self.estimator.stride
+        for recent, row in zip(part.recent, part.averaged[len(self.rows) :], strict=True):
+            move_towards(row, moved - recent, moment.share)
+            mask = moment.mask
+            newer = moved if mask is None else torch.where(mask, moved, recent)
+            move_towards(recent, newer, 1 - kept)
 
     def _push(
         self,
@@ -254,20 +246,22 @@ class Sensitivities:
 
         def along(name: str, vector: Tensor) -> Tensor:
             outer = deflated if deflated is not None and name in self.smooth else grads
-            product = self.estimator.weigh(vector.to(outer.dtype), outer)
+            vector = vector.to(outer.dtype)
             if by_tensor and layout is not None:
-                return layout.sums(product)
-            return product.sum().view(1)
+                return layout.sums(self.estimator.weigh(vector, outer))
+            return torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1)
 
-        found = {
-            row: along(row, vector)
-            for row, vector in zip([*self.rows, *self.leads], part.averaged, strict=True)
-        }
-        for row, unit in zip(self.shrinks, part.decay, strict=True):
-            if by_tensor or len(unit.averaged) == 1:
-                found[row] = unit.averaged * along(row, part.average)
+        rows = [*self.rows, *self.leads]
+        found = {n: along(n, row) for n, row in zip(rows, part.averaged, strict=True)}
+        stride = self.estimator.stride
+        for name in self.leads:  # movement within a stride is discounted evenly
+            found[name] = found[name] * (geometric(self.estimator.discount, stride) / stride)
+        for name, unit in zip(self.shrinks, part.decay, strict=True):
+            value = unit.averaged
+            if by_tensor or len(value) == 1 or bool((value == value[0]).all()):
+                found[name] = (value if by_tensor else value[:1]) * along(name, part.average)
             else:
-                found[row] = along(row, _spread(unit.averaged, part.average, layout))
+                found[name] = along(name, _spread(value, part.average, layout))
         if "decay" in self.names and "decay" not in found:  # d log η/d log α = −αt/(1 + αt)
             lag = self.averaging.rho / (1 - self.averaging.rho)  # of the averaged sensitivity
             time = torch.as_tensor(step, dtype=torch.float64, device=grads.device)
@@ -282,7 +276,9 @@ def rewind(part: Part, good: Tensor) -> None:
     The weights themselves are the driver's to write.
     """
     part.average.copy_(good)
-    stale = [*part.rule.values(), *part.averaged, *part.lag]
+    for recent in part.recent:
+        recent.copy_(good)
+    stale = [*part.rule.values(), *part.averaged]
     trees = [part.tangents]
     for unit in part.decay:
         stale.append(unit.averaged)

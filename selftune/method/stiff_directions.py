@@ -208,13 +208,12 @@ def _solve(matrix: Tensor, right: Tensor, dependent: float) -> Tensor:
     are exchanged: the matrix is positive semi-definite.
     """
     system = torch.cat([matrix, right.unsqueeze(1)], dim=1)
-    others = 1 - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    found = []
+    unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    safe = []
     for k in range(len(matrix)):
         pivot = system[k, k]
-        safe = pivot > dependent
-        row = torch.where(safe, system[k] / torch.where(safe, pivot, 1.0), 0.0)
-        system = system - (others[k] * system[:, k]).unsqueeze(1) * row
-        system = torch.where(others[k].bool().unsqueeze(1), system, row)
-        found.append(safe)
-    return torch.where(torch.stack(found), system[:, -1], 0.0)
+        safe.append(pivot > dependent)
+        row = torch.where(safe[k], system[k] / pivot, 0.0)
+        # Row k becomes system[k]/pivot, the others lose their part in column k.
+        system = system - (system[:, k] - unit[k]).outer(row)
+    return torch.where(torch.stack(safe), system[:, -1], 0.0)

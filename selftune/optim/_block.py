@@ -83,7 +83,7 @@ class Block:
         found |= {"candidate": self.candidate, "good": self.good}
         found |= {"centre": self.centre, "mark": self.mark}
         found |= {f"sensitivity/{i}": t for i, t in enumerate(part.averaged)}
-        found |= {f"lag/{i}": t for i, t in enumerate(part.lag)}
+        found |= {f"recent/{i}": t for i, t in enumerate(part.recent)}
         found |= _tangents("tangent", part.tangents)
         for unit in part.decay:
             found |= {"decay": unit.averaged, **_tangents("decay", unit.tangents)}
@@ -175,7 +175,14 @@ class Block:
     def begin(self) -> None:
         """Take the weights as they are for all that is kept of them."""
         weights = self.weights()
-        kept = (self.part.average, self.candidate, self.good, self.centre, self.mark)
+        kept = (
+            *self.part.recent,
+            self.part.average,
+            self.candidate,
+            self.good,
+            self.centre,
+            self.mark,
+        )
         for flat in (*kept, *(s.last_params for s in self.secants)):
             flat.copy_(weights)
 

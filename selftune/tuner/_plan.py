@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from selftune.tuner._data import Stream
 
+LOG, REST = 50, 0.1
+"""Steps, and at least seconds, from one entry in the log to the next."""
+
 
 def length(train: Stream, epochs: int | None, steps: int | None) -> int:
     """Steps in the run.

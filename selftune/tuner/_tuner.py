@@ -27,7 +27,7 @@ from selftune.tuner._building import Given, build
 from selftune.tuner._checks import check_fit, check_hparams, check_model
 from selftune.tuner._data import Stream, split
 from selftune.tuner._objective import LossFn, Objective, modes_kept
-from selftune.tuner._plan import Plan, Progress, between_evaluations, length
+from selftune.tuner._plan import LOG, REST, Plan, Progress, between_evaluations, length
 from selftune.tuner._population import Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
@@ -35,9 +35,6 @@ from selftune.tuner._training import Training
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
-
-LOG, REST = 50, 0.1
-"""Steps, and at least seconds, from one entry in the log to the next."""
 
 
 class Tuner:
