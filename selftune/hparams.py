@@ -117,9 +117,9 @@ def penalty_hparam(name: str) -> Hparam:
     )
 
 
-def layer_hparam(name: str, bijection: AbstractBijection, **ends: float) -> Hparam:
+def as_layer(hparam: Hparam) -> Hparam:
     """A tuned layer hyperparameter: it has further to go than others, and steps twice as far."""
-    return Hparam(name=name, bijection=bijection, role="layer", pace=2.0, **ends)  # type: ignore[arg-type]
+    return replace(hparam, role="layer", pace=2.0)
 
 
 def choose(

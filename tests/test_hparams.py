@@ -8,7 +8,7 @@ import torch
 
 from selftune import rules
 from selftune.bijections import Log
-from selftune.hparams import LR, MOMENTUM, WEIGHT_DECAY, Hparam, choose, layer_hparam
+from selftune.hparams import LR, MOMENTUM, WEIGHT_DECAY, Hparam, as_layer, choose
 from selftune.penalties import L1
 from selftune.rules.adam import BETA1, BETA2
 from selftune.update import Update
@@ -113,5 +113,5 @@ def test_roles_say_what_a_hyperparameter_is_for() -> None:
         assert couples == ["lr"] * ("momentum" in roles)
         paces = {h.pace for h in update.hparams.values() if h.role == "momentum"}
         assert paces <= {MOMENTUM.pace}
-    layer = layer_hparam("rate", Log(), lower=0.1, upper=1.0, from_zero=0.1)
+    layer = as_layer(Hparam(name="rate", bijection=Log(), lower=0.1, upper=1.0, from_zero=0.1))
     assert (layer.role, layer.pace) == ("layer", 2.0)

@@ -161,8 +161,12 @@ class Controller:
         return self._judged(verdict, "the training loss exploded or is not finite")
 
     def _hypergradient(self, record: Hypergradient) -> Action:
-        verdict = self._guard.hypergradient(record.finite)
-        return self._judged(verdict, "hypergradients are not finite")
+        action = self._judged(
+            self._guard.hypergradient(record.finite), "hypergradients are not finite"
+        )
+        # Sensitivities may have blown up where weights have not: the first time begin anew only.
+        first = action.rewind is not None and self._guard.streak == 1
+        return action._replace(rewind={}) if first else action
 
     def _validation_loss(self, record: ValidationLoss) -> Action:
         guard, loss = self._guard, record.loss
@@ -198,8 +202,10 @@ class Controller:
         """Log a rewind: the first as a warning."""
         if not action.reason or self.guard is None or action.rewind is None:
             return
-        change = "unchanged, since it is not tuned"
-        if "lr" in self.hparams:
+        change = "unchanged"
+        if "lr" not in self.hparams:
+            change = "unchanged, since it is not tuned"
+        elif "lr" in action.rewind:
             change = f"divided by {math.exp(-action.rewind['lr']):.3g}"
         (log.warning if self.guard.rewinds == 1 else log.info)(
             "selftune, step %d: %s; back to the last good weights, learning rate %s",

@@ -65,6 +65,15 @@ class GuardPolicy:
         """A guard at the start of a run."""
         return Guard(policy=self)
 
+    def counts(self, age: int, stride: int) -> bool:
+        """Whether gradients are counted at a step, one of the tracked ones.
+
+        Args:
+            age: Steps since the fresh start.
+            stride: Steps from one tracked step to the next.
+        """
+        return age % (stride * -(-self.pulse // stride)) == 0
+
     def batches(self, horizon: int) -> int:
         """Validation batches that are enough to compare two points of a run."""
         return min(self.most_batches, max(self.fewest_batches, horizon // self.steps_a_batch))

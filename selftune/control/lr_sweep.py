@@ -187,6 +187,8 @@ class LRSweep:
         """
         settings = self.settings
         self.tried += 1
+        if not math.isfinite(start + end):  # the guard's affair
+            return False
         self.lost += (start + end) / 2  # the trapezoidal rule
         if self.tried <= settings.first_steps:
             self.uphill_at_ends += end

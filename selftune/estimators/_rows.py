@@ -12,16 +12,15 @@ from torch import Tensor
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.estimators._directions import Tangent, basis, pushed, still
 from selftune.problem import Hparams, Point, Problem
-from selftune.update import Tangents, Transition, zero_tangents
+from selftune.update import Tangents, Transition
 
 
 class AbstractRows(AbstractEstimator):
     """Keeps the response Jacobian J itself, one row a hyperparameter, without curvature.
 
     A weight then responds to its own hyperparameters only, so that one row serves a learning rate
-    shared by all weights as well as one of each layer. The verbs ``rows``, ``push`` and ``weigh``
-    do for :class:`~selftune.Tuner` and the optimizers what ``init``, ``observe`` and ``estimate``
-    do for a :class:`~selftune.Problem`, from what a step computed anyway.
+    shared by all weights as well as one of each layer. The verb ``push`` does for training runs
+    what ``observe`` does for a :class:`~selftune.Problem`, from what a step computed anyway.
 
     Attributes:
         stride: Steps from one that is observed to the next.
@@ -33,19 +32,11 @@ class AbstractRows(AbstractEstimator):
     discount: float
     closed_forms: bool
 
-    def rows(self, hparams: int, params: Tensor) -> Tangents:
-        """No response yet: zeros of shape (hparams, weights)."""
-        return zero_tangents(hparams, params)
-
     @abstractmethod
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
     ) -> Tangents:
         """The response after a step. The tensors of ``tangents`` are reused: drop the old."""
-
-    def weigh(self, response: Tensor, outer_grads: Tensor) -> Tensor:
-        """Hypergradients of single weights, ``J ∘ ∇w L_val``; sum them over what shares a z."""
-        return response * outer_grads
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Tangent:
         """No response yet."""

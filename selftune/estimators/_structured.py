@@ -69,7 +69,8 @@ class Structured(NamedTuple):
             move: δ, of entries ±σ.
             memory: How much of the speed is left a step later: a number, or a tensor of shape ().
         """
-        unit = move / move.square().mean()
+        # A move of 0, held at a bound, teaches nothing.
+        unit = move / move.square().mean().clamp_min(torch.finfo(move.dtype).tiny)
         speed = memory * self.speed + (1 - memory) * torch.outer(self._lengths(push), unit)
         gains = self.gains + speed + torch.outer(self._lengths(jump), unit)
         if self.free:

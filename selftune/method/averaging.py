@@ -59,8 +59,10 @@ class Average:
 
 
 def move_towards(average: Tensor, newest: Tensor, share: float | Tensor) -> Tensor:
-    """``average += share · (newest − average)``, in place, computed in the dtype of ``newest``."""
+    """``average += share · (newest − average)``, in place, computed in the wider dtype."""
     if not isinstance(share, Tensor) and average.dtype == newest.dtype and plainly():
         return average.lerp_(newest, share)
+    wide = torch.promote_types(average.dtype, newest.dtype)
+    share = share.to(wide) if isinstance(share, Tensor) else share
     # vmap has no rule for lerp_
-    return average.copy_(torch.lerp(average.to(newest.dtype), newest, share))
+    return average.copy_(torch.lerp(average.to(wide), newest.to(wide), share))

@@ -10,6 +10,7 @@ though it might descend faster at a lower one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ class Displacement(NamedTuple):
 
     def square(self, weights: Sequence[Tensor], reduce: Reduce) -> Tensor:
         """S² at weights, shape (1,); NaN before the end of the first segment."""
-        return reduce(_square_distance(weights, self.centre)).to(self.squares) / self.squares
+        found = reduce(_square_distance(weights, self.centre)).to(self.squares)
+        return torch.where(self.squares > 0, found / self.squares, math.nan)
 
     def update(
         self, weights: Sequence[Tensor], step: Tensor, limit: DisplacementLimit, reduce: Reduce

@@ -181,7 +181,7 @@ class HyperOptimizer:
         """
         signal = given = signal.to(torch.float64)
         fine = torch.isfinite(signal).all()
-        low, tied = self._lay_floor(state.raw, frame, memory, steps)
+        low, tied = self.lay_floor(state.raw, frame, memory, steps)
         if moving is not None and "weight_decay" not in moving:
             tied = None
         coupled = self._coupled
@@ -193,15 +193,18 @@ class HyperOptimizer:
             signal = self._added(signal, coupled, -self._of(given, "lr"))
         if tied is not None:  # on the floor the rate takes decay along, at constant η λ
             signal = self._added(signal, "lr", -tied * self._of(given, "weight_decay"))
-        free = self._vector(self._each_name(lambda n: moving is None or n in moving), signal)
+        free: Any = 1.0
+        if moving is not None and not set(self.hparams) <= set(moving):
+            free = self._vector(self._each_name(lambda n: n in moving), signal)
         stepped = self._adam(state, signal, free, propose)
-        change = (stepped.raw - state.raw) * trust(
-            stepped.mean, stepped.square, self.settings
-        ).maximum(self._vector(self._whole, signal))
-        change = change * self._vector(self._pace, signal) * free
+        share = trust(stepped.mean, stepped.square, self.settings)
+        if any(self._whole):
+            share = share.maximum(self._vector(self._whole, signal))
+        change = (stepped.raw - state.raw) * share * self._vector(self._pace, signal) * free
         longest = self.settings.longest
         raw = (state.raw + change.clamp(-longest, longest)).maximum(low).minimum(frame.high)
-        raw = torch.where(free > 0, raw, state.raw)
+        if isinstance(free, Tensor):
+            raw = torch.where(free > 0, raw, state.raw)
         if "lr" in self.hparams:
             rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
             raw = self._added(raw, "lr", (climb - 1) * rise)
@@ -216,21 +219,22 @@ class HyperOptimizer:
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
 
     def _adam(
-        self, state: HyperState, signal: Tensor, free: Tensor, propose: Propose | None
+        self, state: HyperState, signal: Tensor, free: Any, propose: Propose | None
     ) -> HyperState:
         """The state with moments of the hypergradients and the whole proposed step."""
         settings, (beta1, beta2) = self.settings, self.settings.betas
         taken = state.taken + 1
+        signal = signal * free
         weight = (1 - (1 - 1 / taken).clamp_max(settings.recent)) * free
         mean = torch.lerp(state.mean, signal, weight)
         square = torch.lerp(state.square, signal.square(), weight)
-        first = torch.lerp(state.first, signal * free, 1 - beta1)
-        second = torch.lerp(state.second, (signal * free).square(), 1 - beta2)
+        first = torch.lerp(state.first, signal, 1 - beta1)
+        second = torch.lerp(state.second, signal.square(), 1 - beta2)
         if propose is None:
             root = (second / (1 - beta2**taken)).sqrt() + settings.eps
             raw = state.raw - self.size * first / (1 - beta1**taken) / root
         else:
-            raw = state.raw + propose(state.raw, signal * free)
+            raw = state.raw + propose(state.raw, signal)
         return HyperState(raw, first, second, mean, square, taken)
 
     def move(self, raw: Tensor, name: str, change: float | Tensor, frame: Frame) -> Tensor:
@@ -239,11 +243,7 @@ class HyperOptimizer:
             return raw
         return self._added(raw, name, change).maximum(frame.low).minimum(frame.high)
 
-    def lay_floor(self, raw: Tensor, frame: Frame, memory: Any, steps: int = 0) -> Tensor:
-        """The lowest shifts, the floor under weight decay taken into account."""
-        return self._lay_floor(raw, frame, memory, steps)[0]
-
-    def _lay_floor(
+    def lay_floor(
         self, raw: Tensor, frame: Frame, memory: Any, steps: int
     ) -> tuple[Tensor, Tensor | None]:
         """The lowest shifts, and whether weight decay lies on its floor (1 or 0)."""

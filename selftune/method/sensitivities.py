@@ -18,6 +18,8 @@ from selftune.method.averaging import Average, move_towards
 from selftune.rules._base import AbstractRule, State, geometric
 from selftune.update import Clock, Tangents, Transition, Update
 
+DOT = 2**31 - 1  # entries that torch.dot takes at most
+
 
 class Part(NamedTuple):
     """One vector or tensor of weights and everything the method keeps for it.
@@ -248,7 +250,9 @@ class Sensitivities:
             outer = deflated if deflated is not None and name in self.smooth else grads
             vector = vector.to(outer.dtype)
             if by_tensor and layout is not None:
-                return layout.sums(self.estimator.weigh(vector, outer))
+                return layout.sums(vector * outer)
+            if vector.numel() > DOT:
+                return (vector * outer).sum().view(1)
             return torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1)
 
         rows = [*self.rows, *self.leads]

@@ -114,23 +114,6 @@ class Method:
     # the step of the weights
 
     def weight_step(
-        self, state: State, grads: Sequence[Tensor], moments: Sequence[Moment], *, tracked: bool
-    ) -> State:
-        """The state after a step of every part along its gradient.
-
-        Args:
-            state: Before the step.
-            grads: Of the loss without the update's penalties.
-            moments: When the step happens, and at which hyperparameters.
-            tracked: Whether it is averaged and pushes the sensitivities.
-        """
-        steps = [
-            propose(self.sensitivities.update, part, grad, moment)
-            for part, grad, moment in zip(state.parts, grads, moments, strict=True)
-        ]
-        return self.absorb(state, steps, moments, tracked=tracked)
-
-    def absorb(
         self,
         state: State,
         steps: Sequence[Transition],
@@ -138,7 +121,14 @@ class Method:
         *,
         tracked: bool,
     ) -> State:
-        """The state after steps that somebody has proposed."""
+        """The state after a step of every part.
+
+        Args:
+            state: Before the step.
+            steps: By the rule (:func:`propose`), or by another optimizer.
+            moments: When they happen, and at which hyperparameters.
+            tracked: Whether they are averaged and push the sensitivities.
+        """
         if tracked and state.stiffness:
             state = self._secants(state, steps, moments)
         parts = []
@@ -220,8 +210,8 @@ class Method:
         steps: int = 0,
         moving: Sequence[str] | None = None,
         propose: Propose | None = None,
-    ) -> State:
-        """The state after a step of the hyperparameters.
+    ) -> tuple[State, Tensor | None]:
+        """The state after a step of the hyperparameters, and S² where the rate is limited by it.
 
         Args:
             state: Before it.
@@ -235,17 +225,19 @@ class Method:
             propose: An optimizer of the shifts in place of Adam.
         """
         climb: Any = 1.0
+        square = None
         limit = self.settings.displacement
         if state.displacement and limit is not None and (moving is None or "lr" in moving):
             displacement = state.displacement[0].update(weights, step, limit, self.total)
-            climb = limit.climb(displacement.square(weights, self.total))
+            square = displacement.square(weights, self.total)
+            climb = limit.climb(square)
             climb = torch.where(step < self.horizon * limit.free_share, 1.0, climb)
             state = state._replace(displacement=[displacement])
         hyper = self.hyper.step(
             state.hyper, signal.to(state.hyper.raw.device), frame,
             memory=memory, climb=climb, steps=steps, moving=moving, propose=propose,
         )  # fmt: skip
-        return state._replace(hyper=hyper)
+        return state._replace(hyper=hyper), square
 
     def ratio(self, state: State, weights: Sequence[Tensor]) -> float:
         """The displacement ratio S; NaN where it is not known."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selftune.bijections import Log, Logit
-from selftune.hparams import Hparam, layer_hparam
+from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
 
 
 def _share(name: str, start: float) -> Hparam:
-    return layer_hparam(name, Logit(), lower=1e-3, upper=0.95, from_zero=start)
+    return Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.95, from_zero=start)
 
 
 class Noise(Stochastic):
@@ -35,7 +35,7 @@ class Noise(Stochastic):
     """
 
     def __init__(self, value: float = 0.05, name: str = "noise") -> None:
-        hparam = layer_hparam(name, Log(), lower=1e-3, upper=10.0, from_zero=0.05)
+        hparam = Hparam(name=name, bijection=Log(), lower=1e-3, upper=10.0, from_zero=0.05)
         super().__init__(value, hparam)
 
     def change(self, input: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Brightness(_OneAnExample):
     """
 
     def __init__(self, value: float = 0.05, name: str = "brightness") -> None:
-        hparam = layer_hparam(name, Log(), lower=1e-3, upper=10.0, from_zero=0.05)
+        hparam = Hparam(name=name, bijection=Log(), lower=1e-3, upper=10.0, from_zero=0.05)
         super().__init__(value, hparam)
 
     def change(self, input: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Cutout(Stochastic):
     def __init__(
         self, value: float = 0.5, name: str = "cutout", size: float = 0.3, most: int = 4
     ) -> None:
-        hparam = layer_hparam(name, Log(), lower=0.01, upper=float(most), from_zero=0.1)
+        hparam = Hparam(name=name, bijection=Log(), lower=0.01, upper=float(most), from_zero=0.1)
         super().__init__(value, hparam)
         if not 0 < size <= 1:
             raise ValueError(f"size={size} must be above 0 and at most 1")

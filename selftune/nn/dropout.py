@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune.bijections import Logit
-from selftune.hparams import Hparam, layer_hparam
+from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
 
 EDGE = 1e-6
@@ -19,7 +19,7 @@ EDGE = 1e-6
 
 def rate(name: str, start: float = 0.05) -> Hparam:
     """A share of what is dropped."""
-    return layer_hparam(name, Logit(), lower=1e-3, upper=0.95, from_zero=start)
+    return Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.95, from_zero=start)
 
 
 class Dropout(Stochastic):

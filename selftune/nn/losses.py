@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selftune.bijections import Log, Logit
-from selftune.hparams import layer_hparam
+from selftune.hparams import Hparam
 from selftune.nn._base import Tunable
 
 
@@ -37,7 +37,7 @@ class LabelSmoothing(Tunable):
     def __init__(
         self, value: float = 0.1, name: str = "label_smoothing", ignore_index: int = -100
     ) -> None:
-        hparam = layer_hparam(name, Logit(), lower=1e-3, upper=0.9, from_zero=0.02)
+        hparam = Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.9, from_zero=0.02)
         super().__init__(value, hparam)
         self.ignore_index = ignore_index
 
@@ -65,7 +65,7 @@ class _Penalty(Tunable):
     """Passes its input on, and remembers a penalty of it for the loss of this pass."""
 
     def __init__(self, value: float, name: str) -> None:
-        hparam = layer_hparam(name, Log(), lower=1e-6, upper=1e2, from_zero=1e-2)
+        hparam = Hparam(name=name, bijection=Log(), lower=1e-6, upper=1e2, from_zero=1e-2)
         super().__init__(value, hparam)
         self.extra: Tensor | None = None
 

@@ -45,10 +45,12 @@ class Assembly:
         ids = [id(p) for g in groups for p in g["params"]]
         if ids == self._built and not any(p.requires_grad for p in self._frozen):
             return self._engine.blocks
+        if self._built:
+            self._groups.take_up(groups)  # what was written just before
+            self._engine.training_signal = None  # its shape may change
         self._groups.lay_out(groups, _trained(groups, state))
         self.make(groups, state)
         self.publish(groups)
-        self._engine.training_signal = None  # its shape may have changed
         self._built = ids
         return self._engine.blocks
 

@@ -69,6 +69,11 @@ class Block:
         self._stale = False
         self._views: dict[str, list[Tensor]] = {}  # of the rule's state
         self._viewed: Mapping[str, Tensor] = {}
+        known = [e["secant/changes"] for e in entries if "secant/changes" in e]
+        if any(len(changes) != pairs for changes in known):  # the run has grown
+            for entry in entries:
+                for key in [k for k in entry if k.startswith("secant/")]:
+                    del entry[key]
         for key, flat in self._kept().items():
             for entry, view in zip(self._entries, self._split(flat), strict=True):
                 if key in entry:

@@ -116,7 +116,6 @@ class Container(torch.optim.Optimizer):
         engine = copy.copy(self._engine)
         engine.store = copy.copy(engine.store)
         engine.store.blocks = []
-        engine.method = engine.store.method = copy.copy(engine.method)
         if engine.whole is not None:
             engine.whole = engine.whole.anew()
         assembly = self._assembly.over(engine)

@@ -118,9 +118,10 @@ class Engine:
         steps = self.stepper.move(self.blocks, [g for g, _ in grads], moments)
         if self.controller.guard is not None:
             finite = self._finite(steps)
-            action = self.controller.observe(Gradient(finite))
-            if not finite:
-                return self.carry_out(action)
+            if finite is not None:
+                action = self.controller.observe(Gradient(finite))
+                if not finite:
+                    return self.carry_out(action)
         changed = self._train_alone([g for g, _ in grads])
         if self.clock.since == self.clock.steps:  # rewound
             return True
@@ -150,24 +151,19 @@ class Engine:
 
     @property
     def _pulse(self) -> bool:
-        return self._counts(self.clock.steps - self.clock.since)
-
-    def _counts(self, age: int) -> bool:
-        """Whether the guard counts gradients at a step, one of the tracked ones."""
         guard = self.controller.guard
-        return (
-            guard is not None and age % (self.stride * -(-guard.policy.pulse // self.stride)) == 0
-        )
+        age = self.clock.steps - self.clock.since
+        return guard is not None and guard.policy.counts(age, self.stride)
 
     def _blend_buffers(self) -> None:
         if self.clock.steps % THINNED == 0:
             age = self.clock.steps - self.clock.since
             self.buffers.blend(self.method.sensitivities.averaging.weight(age, THINNED))
 
-    def _finite(self, steps: Sequence[Transition]) -> bool:
-        """Whether a step may be written; not asked of a GPU at every step, which would wait."""
+    def _finite(self, steps: Sequence[Transition]) -> bool | None:
+        """Whether a step may be written; None where it is not known, as a GPU would wait."""
         if steps[0].moved.is_cuda and not self._pulse:
-            return True
+            return None
         return math.isfinite(self.store.total([s.moved.sum() for s in steps]))
 
     def _judge(self, grads: Grads) -> Action:
@@ -284,15 +280,15 @@ class Engine:
         if not finite:
             return self.carry_out(action)
         weights, step = [b.weights() for b in self.blocks], self.clock.steps
-        state = self.method.hyper_step(
+        state, square = self.method.hyper_step(
             self.store.state(), self.shifts.gather(signal), weights, self.shifts.frame(),
             torch.tensor([step]), memory=self.shifts.memory, steps=step,
             moving=names, propose=self.shifts.propose,
         )  # fmt: skip
         self.store.take(state)
         self.shifts.take(state.hyper)
-        if self.monitor.on and state.displacement and "lr" in names:
-            self.monitor.scalar("displacement/ratio", self.method.ratio(state, weights), step)
+        if square is not None:
+            self.monitor.scalar("displacement/ratio", square.sqrt(), step)
         return True
 
     def report(self, loss: float) -> bool:

@@ -43,7 +43,7 @@ class OptimizerLog:
         self._steps += 1
         if self.due:
             self._monitor.histograms(values, step)
-            self.metrics.verdict_rows(self.verdicts(values), step)
+            self.metrics.verdict_rows(self.verdicts(values, step), step)
         now, before = time.monotonic(), self._noted
         self._noted = now
         if before is not None and now > before:  # the share of the time since the last entry
@@ -56,19 +56,19 @@ class OptimizerLog:
 
     def finish(self, values: Mapping[str, Any], step: int) -> None:
         """Log the end of the run."""
-        found = self.verdicts(values)
+        found = self.verdicts(values, step)
         self.metrics.verdict_rows(found, step)
         self.metrics.finish(values, found, step)
         self._monitor.histograms(values, step)
         self._monitor.end("finished")
 
-    def verdicts(self, values: Mapping[str, Any]) -> dict[str, Verdict]:
+    def verdicts(self, values: Mapping[str, Any], step: int) -> dict[str, Verdict]:
         """A judgement of each tuned hyperparameter."""
         if not self._steps:
             return {}
         shifts = self._shifts
         frame = shifts.frame()
-        low = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory)
+        low, _ = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory, step)
 
         def ends(name: str) -> tuple[float, float]:
             slots = shifts.hyper.slots(name)

@@ -15,12 +15,14 @@ class Reducer:
 
     Args:
         wanted: Whether processes train together; None: if torch.distributed is initialised.
+
+    Attributes:
         sharded: Whether parameters are DTensors.
     """
 
-    def __init__(self, wanted: bool | None, sharded: bool = False) -> None:
+    def __init__(self, wanted: bool | None) -> None:
         self._wanted = wanted
-        self.sharded = sharded
+        self.sharded = False
 
     @property
     def together(self) -> bool:

@@ -45,13 +45,18 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     groups.load_state_dict(run["groups"])
     for name, value in run["clock"].items():
         setattr(engine.clock, name, value)
-    parts = {n: t.clone() for n, t in run["displacement"].items()}
+    parts = {n: t.to("cpu", copy=True) for n, t in run["displacement"].items()}
     engine.store.displacement = Displacement([], [], **parts)
-    engine.store.stiffness = Stiffness(**{n: t.clone() for n, t in run["stiffness"].items()})
+    device = engine.blocks[0].layout.device
+    engine.store.stiffness = Stiffness(
+        **{n: t.to(device, copy=True) for n, t in run["stiffness"].items()}
+    )
     engine.controller.load_state_dict(run["controller"])
     signal = run["training_signal"]
-    engine.training_signal = None if signal is None else signal.clone()
-    engine.slopes = Slopes(**{n: [t.clone() for t in ts] for n, ts in run["slopes"].items()})
+    engine.training_signal = None if signal is None else signal.to(device, copy=True)
+    engine.slopes = Slopes(
+        **{n: [t.to(device, copy=True) for t in ts] for n, ts in run["slopes"].items()}
+    )
     engine.buffers.load_state_dict(run["buffers"])
     engine.buffers.expect(p for block in engine.blocks for p in block.params)
     engine.looked = run["looked"]
@@ -90,6 +95,9 @@ def check_state(
         average = state["state"].get(index, {}).get("average")
         if isinstance(average, Tensor):
             _match(f"shape of parameter {index}", tuple(average.shape), tuple(param.shape))
+    stiffness = engine.store.stiffness
+    if stiffness is not None:
+        _match("number of secant pairs", len(run["stiffness"]["rises"]), len(stiffness.rises))
     for name, base in run["shifts"]["base"].items():
         have = len(engine.shifts.rows[name].base)
         _match(f"number of tensors for {name!r}", len(base), have)

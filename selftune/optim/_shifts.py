@@ -197,8 +197,8 @@ class Shifts:
         """Continue from ``state_dict``."""
         for name, tuned in self.rows.items():
             shift = state["state"]["raw"][self.hyper.slots(name)]
-            tuned.resume(state["base"][name], shift)
-        self.take(HyperState(**{n: t.clone() for n, t in state["state"].items()}))
+            tuned.resume(state["base"][name].cpu(), shift.cpu())
+        self.take(HyperState(**{n: t.to("cpu", copy=True) for n, t in state["state"].items()}))
         if self.propose is not None:
             self.propose.optimizer.load_state_dict(state["optimizer"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ class Store:
         if self.displacement is None:
             self.displacement = Displacement.begin([], step)
         if self.stiffness is None or len(self.stiffness.rises) != slots:
-            self.stiffness = Stiffness.begin(slots, torch.device("cpu"))
+            self.stiffness = Stiffness.begin(slots, blocks[0].layout.device)
 
     def state(self) -> State:
         """The method's state."""
@@ -109,26 +108,39 @@ class Store:
         ):
             ages, layout = block.ages(), block.layout
             clock = Clock(self.clock.steps - 1, rate, layout.expand(ages))
-            mask = unit_mask = None
-            if counted is not None:
-                unit_mask = torch.tensor(counted, device=layout.device)
-                full = layout.expand([float(c) for c in counted])
-                mask = full.bool() if isinstance(full, Tensor) else unit_mask.all()
-            unit_values = {**value, **cached.tensor_values}
-            unit_age: Any = ages[0]
-            if any(a != ages[0] for a in ages):
-                unit_age = torch.tensor(ages, dtype=layout.dtype, device=layout.device)
-            unit = Moment(
-                unit_values, cached.tensor_slopes, clock._replace(age=unit_age), share, unit_mask
-            )
-            moments.append(Moment(value, cached.slopes, clock, share, mask, unit))
+            moment = Moment(value, cached.slopes, clock, share)
+            differ = (*cached.values.values(), clock.age)
+            if counted is not None or any(isinstance(v, Tensor) for v in differ):
+                moment = self._by_tensor(moment, block, cached, ages, counted)
+            moments.append(moment)
         return moments
+
+    @staticmethod
+    def _by_tensor(
+        moment: Moment,
+        block: Block,
+        cached: Cached,
+        ages: list[float],
+        counted: Sequence[bool] | None,
+    ) -> Moment:
+        """The moment where tensors differ, or some take no part."""
+        layout, mask, unit_mask = block.layout, None, None
+        if counted is not None:
+            unit_mask = torch.tensor(counted, device=layout.device)
+            full = layout.expand([float(c) for c in counted])
+            mask = full.bool() if isinstance(full, Tensor) else unit_mask.all()
+        unit = Moment(
+            {**moment.values, **cached.tensor_values}, cached.tensor_slopes,
+            moment.clock._replace(age=torch.tensor(ages, dtype=layout.dtype, device=layout.device)),
+            moment.share, unit_mask,
+        )  # fmt: skip
+        return moment._replace(mask=mask, unit=unit)
 
     def absorb(
         self, steps: list[Transition], moments: list[Moment], grads: Grads, *, tracked: bool
     ) -> None:
         """Take over steps that somebody has proposed, and write the weights."""
-        state = self.method.absorb(self.state(), steps, moments, tracked=tracked)
+        state = self.method.weight_step(self.state(), steps, moments, tracked=tracked)
         self.take(state)
         for block, part, step, (_, counted) in zip(
             self.blocks, state.parts, steps, grads, strict=True

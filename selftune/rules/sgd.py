@@ -36,14 +36,17 @@ class SGD(AbstractRule):
         return {"momentum_buffer": torch.zeros_like(params)}
 
     def in_place(self, values: Values) -> InPlace | None:
-        """One kernel for all tensors; without momentum it would keep no buffer."""
-        if values["momentum"] == 0:
+        """One kernel for all tensors; without momentum it would keep no buffer.
+
+        Buffers begin at 0, so that no step need be told as the first; only dampening would.
+        """
+        if values["momentum"] == 0 or values["dampening"] != 0:
             return None
         return lambda params, grads, state, steps, rate: torch._fused_sgd_(
             params, grads, state["momentum_buffer"], lr=rate, momentum=values["momentum"],
             dampening=values["dampening"], nesterov=values["nesterov"],
             weight_decay=values["weight_decay"], maximize=values.get("maximize", False),
-            is_first_step=bool(steps[0] == 1),
+            is_first_step=False,
         )  # fmt: skip
 
     def direction(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from selftune.control import Controller, SweepSettings, make_guard, make_sweep
+from selftune.control import Controller, GuardPolicy, SweepSettings, make_guard, make_sweep
 from selftune.estimators import AbstractEstimator, Assignment, assign
 from selftune.hparams import Hparam, choose
 from selftune.method import (
@@ -160,7 +160,8 @@ def build(
         given.objective, given.metrics, val, steps, members is not None, device, autocast
     )
     controllers = [_controller(given, steps, total) for _ in range(members or 1)]
-    compare = partial(scorer.compared, run, snapshots, streams[1])
+    policy = GuardPolicy() if controllers[0].guard is None else controllers[0].guard.policy
+    compare = partial(scorer.compared, run, snapshots, streams[1], policy.batches(total))
     watch = Watch(steps, run, snapshots, controllers, plan.due, plan.rest, compare)
     for controller in controllers:
         if controller.guard is not None:
@@ -192,8 +193,8 @@ def _controller(given: Given, steps: Steps, total: int) -> Controller:
     """What decides on sweep, guard and end of one member."""
     tuned = steps.hyper.hparams
     sweep = make_sweep(given.probe, total, tuned) if given.population is None else None
-    if sweep is not None and sweep.steps > total:
-        raise ValueError(f"probe={sweep.steps} is longer than the run of {total} steps")
+    if sweep is not None and sweep.steps >= total:
+        raise ValueError(f"probe={sweep.steps} leaves no step in a run of {total}")
     guard = make_guard(given.guard) if given.names else None
     return Controller(hparams=tuned, total_steps=total, sweep=sweep, guard=guard)
 

@@ -19,7 +19,6 @@ class FastPath:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
-        self._factors = steps.rates.tolist()
 
     @staticmethod
     def serves(steps: Steps, run: RunState) -> bool:
@@ -45,7 +44,7 @@ class FastPath:
         if bool(fine):
             parts = run.method.parts
             step, age = int(run.step), int(run.age)
-            clock = Clock(step, self._factors[min(step, len(self._factors) - 1)], age)
+            clock = Clock(step, steps.factor(step), age)
             state = {k: [p.rule[k] for p in parts] for k in parts[0].rule}
             ages = [torch.tensor(float(age + 1))] * len(grads)
             kernel(run.weights, grads, state, ages, learning_rate(values, clock))

@@ -59,17 +59,18 @@ class Parts:
             ValueError: It is of another run; nothing was changed.
         """
         self._check(state)
+        device = self.fused.run.step.device
         for leaf, saved in zip(tree_leaves(self.fused.run), state["leaves"], strict=True):
             leaf.copy_(saved)
         for name, tensor in self._frozen().items():
             tensor.copy_(state["frozen"][name])
         if self.fused.whole is not None:
-            device = self.fused.run.step.device
             self.fused.whole.whole.memory = tree_map_only(
                 Tensor, lambda t: t.to(device), state["whole"]
             )
         self.snapshots.load_state_dict(state["snapshots"])
-        self.sweep.slopes = Slopes(**state["slopes"])
+        found = {n: [t.to(device) for t in ts] for n, ts in state["slopes"].items()}
+        self.sweep.slopes = Slopes(**found)
         self.watch.load_state_dict(state["watch"])
         if self.population is not None:
             self.population.load_state_dict(state["population"])

@@ -23,7 +23,6 @@ Metric = Callable[[Any, Any], Tensor | float]
 Where = tuple[list[Tensor], list[Tensor]]
 """Weights and buffers."""
 FEW = 20  # batches that stand for a validation set without an end
-ENOUGH = 50  # batches that show which of two points is better
 POSITIONS = *BACK, 0.5, 1.0  # from the last good weights over the average to the last
 
 
@@ -111,11 +110,11 @@ class Scorer:
         return self._score([(weights, buffers)], stream, 0, most)[0]["loss"]
 
     def compared(
-        self, run: RunState, good: Snapshots, stream: Stream, member: int
+        self, run: RunState, good: Snapshots, stream: Stream, most: int, member: int
     ) -> tuple[float, float]:
-        """Losses at the average and at the good weights, over batches enough to judge."""
+        """Losses at the average and at the good weights, over so many batches at most."""
         points = [_average(run), (good.weights, good.buffers)]
-        now, then = self._score(points, stream, member, ENOUGH)
+        now, then = self._score(points, stream, member, most)
         return now["loss"], then["loss"]
 
     @torch.no_grad()

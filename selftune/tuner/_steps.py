@@ -155,11 +155,6 @@ class Steps:
         """Whether the step that ends at an age is tracked, and one of the hyperparameters due."""
         return age % self.method.sensitivities.estimator.stride == 0, age % self.every == 0
 
-    def pulse(self, least: int) -> int:
-        """Steps between two counts of gradients, at tracked steps: at least so many."""
-        stride = self.method.sensitivities.estimator.stride
-        return stride * -(-least // stride)
-
     # the steps
 
     def train(self, run: RunState, batch: Batch, *, tracked: bool) -> tuple[RunState, Tensor]:
@@ -243,7 +238,7 @@ class Steps:
             both = zip(buffers, run.buffers, strict=True)
             buffers = [torch.where(fine, new, old) for new, old in both]
         after = run._replace(
-            method=self.method.absorb(run.method, steps, moments, tracked=tracked),
+            method=self.method.weight_step(run.method, steps, moments, tracked=tracked),
             buffers=buffers,
             step=run.step + 1,
             age=run.age + fine.to(run.age.dtype),
@@ -272,7 +267,7 @@ class Steps:
         if self._on_host(run):
             values, slopes = self.numbers(run)
             step, age = int(run.step), int(run.age)
-            rate = self._factors[min(step, len(self._factors) - 1)] if rate is None else rate
+            rate = self.factor(step) if rate is None else rate
             share = rows.averaging.weight(step + 1 - int(run.since), stride)
             return [Moment(values, slopes, Clock(step, rate, age), share)] * len(run.method.parts)
         present = self.hyper.values(run.hyper.raw)
@@ -295,6 +290,10 @@ class Steps:
                     clock, newest.to(dtype),
                 )  # fmt: skip
         return [moments[p.average.dtype] for p in run.method.parts]
+
+    def factor(self, step: int) -> float:
+        """The schedule's factor at a step."""
+        return self._factors[min(step, len(self._factors) - 1)]
 
     def numbers(self, run: RunState) -> tuple[dict[str, Any], dict[str, float]]:
         """Values and slopes as numbers; they change at hyperparameter steps alone."""
@@ -322,7 +321,8 @@ class Steps:
         frame = self.hyper.frame(run.step.device)
         values = {**self.options, **self.hyper.values(run.hyper.raw)}
         memory = 1.0 if self._momentum is None else 1 / (1 - values[self._momentum])
-        state = self.method.hyper_step(state, signal, run.weights, frame, run.step, memory=memory)
+        weights = [p.params.to(p.average.dtype) for p in run.method.parts]
+        state, _ = self.method.hyper_step(state, signal, weights, frame, run.step, memory=memory)
         present = self.hyper.values(state.hyper.raw).values()
         fine = torch.isfinite(signal).all()
         both = zip(buffers, run.average_buffers, strict=True)

@@ -13,6 +13,7 @@ from selftune.control import Action, Controller, SweepSlope, TrialSlopes
 from selftune.method.slopes import Slopes
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._whole_step import FunctionalSteps
 
 
 class Sweep:
@@ -26,16 +27,22 @@ class Sweep:
         run: Their tensors.
         snapshots: Get the weights at the lowest sum of slopes.
         controller: Decides.
+        whole: The steps as an estimator of whole steps sees them, or None.
 
     Attributes:
         slopes: Of the last step.
     """
 
     def __init__(
-        self, steps: Steps, run: RunState, snapshots: Snapshots, controller: Controller
+        self,
+        steps: Steps,
+        run: RunState,
+        snapshots: Snapshots,
+        controller: Controller,
+        whole: FunctionalSteps | None = None,
     ) -> None:
         self._steps, self._run, self._snapshots = steps, run, snapshots
-        self._controller = controller
+        self._controller, self._whole = controller, whole
         self.slopes = Slopes()
 
     @torch.no_grad()
@@ -61,7 +68,12 @@ class Sweep:
         found = self.slopes.along(passed[1], self._run.weights)
         if found is not None and self._carry_out(self._controller.observe(TrialSlopes(*found))):
             return None
-        return self._write(self._steps.advance(self._run, passed, tracked=tracked))
+        whole = self._whole
+        seen = None if whole is None else whole.seen(self._run)
+        told = self._write(self._steps.advance(self._run, passed, tracked=tracked))
+        if whole is not None and seen is not None and bool(told[1]):
+            whole.observe(*seen, batch)
+        return told
 
     def _carry_out(self, action: Action) -> bool:
         """Whether the run was rewound; the batch that showed it counts as a step."""

@@ -67,7 +67,10 @@ class Training:
     def __post_init__(self) -> None:
         """Nothing is under way yet."""
         self._clock: list[float] = []
-        self._sweep = Sweep(self.steps, self.fused.run, self.snapshots, self.watch.controllers[0])
+        controller = self.watch.controllers[0]
+        self._sweep = Sweep(
+            self.steps, self.fused.run, self.snapshots, controller, self.fused.whole
+        )
         self._within = False  # a step, so that its tensors may be half written
 
     # the loop
@@ -139,6 +142,7 @@ class Training:
             raise
         with self._stepping(tune=tune):
             if controller.on_trial:
+                self.watch.digest(self.step)  # in the order in which it happened
                 told = self._sweep.trial(batch, tracked=tracked)
                 if told is None:
                     self.watch.cut(step)
@@ -150,6 +154,9 @@ class Training:
             if tune and told is not None and not told.is_cuda:
                 self.watch.digest(step)
                 tune = self.watch.since < step  # or the guard took the run back
+            whole = self.fused.whole
+            if whole is not None and whole.whole.memory is None:
+                tune = False  # no step was seen yet
             if tune:
                 self.watch.tuned(step, self.fused.tune(outer))
         self.watch.read(step)

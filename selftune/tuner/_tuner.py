@@ -16,7 +16,7 @@ from tqdm import tqdm
 from selftune import nn as st_nn
 from selftune.control import SweepSettings, make_guard
 from selftune.estimators import AbstractEstimator
-from selftune.hparams import Hparam, choose
+from selftune.hparams import Hparam, as_layer, choose
 from selftune.method import Average, MethodSettings
 from selftune.monitor import Monitor
 from selftune.penalties import L1, Penalties, as_list
@@ -154,7 +154,7 @@ class Tuner:
         values = {n: 0.0 for n in update.hparams} | dict(rule.defaults)
         values |= {n: f.value for n, f in found.items()}
         values |= {p.name: p.strength for p in penalties} | given
-        known = update.hparams | {n: f.hparam for n, f in found.items()}
+        known = update.hparams | {n: as_layer(f.hparam) for n, f in found.items()}
         names = _names(tune, update, found, schedule)
         members = Population(population, seed) if population != 1 else None
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)

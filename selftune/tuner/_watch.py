@@ -111,13 +111,18 @@ class Watch:
             self._note(at, rows, last)
         self.bar.update(step - self.bar.n)
         for at, rows in trained:
-            if self._act(step, [self._judge_step(at, m, row) for m, row in enumerate(rows)]):
+            later = [self._raw_before(rows) for other, rows in tuned if other >= at]
+            actions = [self._judge_step(at, m, row) for m, row in enumerate(rows)]
+            if self._act(step, actions, later[0] if later else None):
                 return  # what came after is undone
         for _, rows in tuned:
             actions = [self._judge_outer(m, row) for m, row in enumerate(rows)]
-            raw = [row[2 + len(self._steps.hyper.names) :] for row in rows]
-            if self._act(step, actions, raw) and not self._many:
+            if self._act(step, actions, self._raw_before(rows)) and not self._many:
                 return
+
+    def _raw_before(self, rows: list[list[float]]) -> list[list[float]]:
+        """Each member's raw hyperparameters before a hyperparameter step."""
+        return [row[2 + len(self._steps.hyper.names) :] for row in rows]
 
     def _read(self, told: list[tuple[int, Tensor]]) -> list[tuple[int, list[list[float]]]]:
         """Steps and the numbers of each member; from a GPU in one piece, waited for once."""
@@ -163,9 +168,10 @@ class Watch:
         action = controller.observe(Gradient(bool(fine)))
         if action.rewind is None and not self._many:
             action = controller.observe(TrainingLoss(loss))
+        stride = self._steps.method.sensitivities.estimator.stride
         age = step - int(self._snapshots.part(self._run.since, member))
         counted = not math.isnan(alive) and age <= guard.policy.young
-        if action.rewind is None and counted and age % self._steps.pulse(guard.policy.pulse) == 0:
+        if action.rewind is None and counted and guard.policy.counts(age, stride):
             action = controller.observe(Activity(alive))
         return action
 

@@ -348,7 +348,7 @@ def test_the_rate_climbs_where_weights_drift(guarded: bool, turns: bool, climbs:
         grads = [torch.full_like(w, slope) for w in run.weights]
         run, _ = steps.advance(run, (torch.ones(()), grads, run.buffers), tracked=False)
         if step % 5 == 4:
-            method = steps.method.hyper_step(
+            method, _ = steps.method.hyper_step(
                 run.method, torch.tensor([-1.0]), run.weights, steps.hyper.frame(), run.step
             )
             run = run._replace(method=method)
