@@ -38,7 +38,7 @@ class GuardPolicy:
         fewest_batches: Validation batches by which a worsened loss is told from a few unlucky
             ones, at least …
         steps_a_batch: … one for so many steps of the run …
-        most_batches: … and at most.
+        most_batches: … and at most; the tuner, which compares on the same batches, takes as many.
     """
 
     patience: int = 3

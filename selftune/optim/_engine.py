@@ -116,12 +116,11 @@ class Engine:
             return True
         moments = self.store.moments(grads, values, rates)
         steps = self.stepper.move(self.blocks, [g for g, _ in grads], moments)
-        if self.controller.guard is not None:
-            finite = self._finite(steps)
-            if finite is not None:
-                action = self.controller.observe(Gradient(finite))
-                if not finite:
-                    return self.carry_out(action)
+        finite = self._finite(steps)
+        if finite is not None:
+            action = self.controller.observe(Gradient(finite))
+            if not finite:  # the step is left out
+                return self.carry_out(action)
         changed = self._train_alone([g for g, _ in grads])
         if self.clock.since == self.clock.steps:  # rewound
             return True
@@ -169,9 +168,11 @@ class Engine:
     def _judge(self, grads: Grads) -> Action:
         """Of gradients before the step: whether they are finite, and whether any are left."""
         guard = self.controller.guard
-        if guard is None or (grads[0][0].is_cuda and not self._pulse):
+        if grads[0][0].is_cuda and not self._pulse:
             return Action()
         finite = math.isfinite(self.store.total([g @ g for g, _ in grads]))
+        if guard is None:
+            return Action(skip=not finite)
         action = self.controller.observe(Gradient(finite))
         young = self.clock.steps - self.clock.since <= guard.policy.young
         if finite and young and self._pulse:

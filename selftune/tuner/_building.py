@@ -161,7 +161,7 @@ def build(
     )
     controllers = [_controller(given, steps, total) for _ in range(members or 1)]
     policy = GuardPolicy() if controllers[0].guard is None else controllers[0].guard.policy
-    compare = partial(scorer.compared, run, snapshots, streams[1], policy.batches(total))
+    compare = partial(scorer.compared, run, snapshots, streams[1], policy.most_batches)
     watch = Watch(steps, run, snapshots, controllers, plan.due, plan.rest, compare)
     for controller in controllers:
         if controller.guard is not None:
