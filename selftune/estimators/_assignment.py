@@ -34,7 +34,7 @@ def assign(
     layers: Collection[str] = (),
     *,
     stride: int,
-    alone: bool = False,
+    answers_all: bool = False,
     splits: bool = False,
 ) -> Assignment:
     """The hyperparameters a given estimator answers for, and the estimator of the others.
@@ -45,7 +45,7 @@ def assign(
         names: The tuned hyperparameters.
         layers: Names that act inside the model or the loss, of which no row can keep track.
         stride: Of a default: it tracks one step of so many.
-        alone: Whether a given estimator of whole steps answers for everything.
+        answers_all: Whether a given estimator of whole steps answers for everything.
         splits: Whether outputs and their loss can be had apart.
 
     Raises:
@@ -60,12 +60,12 @@ def assign(
     rows: AbstractRows
     if isinstance(given, AbstractRows):
         rows, whole, answers = given, BestResponse() if inside else None, inside
-    elif given.answers_for_update or alone:
+    elif given.answers_for_update or answers_all:
         rows, whole, answers = OneStep(stride=stride), given, list(names)
     else:
         rows, whole, answers = Trace(stride=stride), given, inside
     rows.check(update, [n for n in names if n not in answers], endless=True)
-    if whole is None or not (answers or alone):
+    if whole is None or not (answers or answers_all):
         return Assignment(rows, None, [])
     if whole.needs_outputs and not splits:
         raise ValueError(

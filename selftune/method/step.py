@@ -28,7 +28,7 @@ Reduce = Callable[[Tensor], Tensor]
 SHORTEST = 1e-18  # a gradient that counts as 0: squares of less vanish in float32
 
 
-def alone(products: Tensor) -> Tensor:
+def local_sum(products: Tensor) -> Tensor:
     """Inner products of a process that holds all weights."""
     return products
 
@@ -94,8 +94,8 @@ class Method:
     guarded: bool = True
     layouts: Sequence[Layout | None] = field(default_factory=list)
     by_tensor: bool = False
-    total: Reduce = alone
-    outer_total: Reduce = alone
+    total: Reduce = local_sum
+    outer_total: Reduce = local_sum
 
     def begin(self, parts: list[Part], hyper: HyperState, step: Tensor) -> State:
         """The state at the start of a run."""

@@ -15,7 +15,7 @@ from selftune.optim._assembly import Assembly
 from selftune.optim._building import TuningOptions, build
 from selftune.optim._closures import Call
 from selftune.optim._container import Container
-from selftune.optim._engine import ALONE
+from selftune.optim._engine import STEPS_ALONE
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._outer import OuterLoss, Weights
@@ -284,7 +284,7 @@ class SelfTuningOptimizer(Container):
         if (
             self._advised
             or clock.last_validation_step
-            or clock.steps <= ALONE
+            or clock.steps <= STEPS_ALONE
             or self._engine.whole is not None
         ):
             return
@@ -294,5 +294,5 @@ class SelfTuningOptimizer(Container):
             log.warning(
                 "no hyper_step in %d steps: training gradients tune the learning rate; %s stay as "
                 "given. Call opt.hyper_step(lambda: loss on a validation batch) to tune them.",
-                ALONE, ", ".join(stay),
+                STEPS_ALONE, ", ".join(stay),
             )  # fmt: skip

@@ -127,7 +127,7 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
     )  # fmt: skip
     assigned = assign(
         options.estimator, update, shifts.names, stride=min(options.average.stride, every),
-        alone=True,
+        answers_all=True,
     )  # fmt: skip
     whole = assigned.whole
     if whole is not None and isinstance(update.rule, Opaque):

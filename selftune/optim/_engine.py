@@ -32,7 +32,7 @@ from selftune.rules._base import Values
 from selftune.update import Clock, Transition
 
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
-ALONE = 50  # steps without a hyper_step after which training gradients serve instead
+STEPS_ALONE = 50  # steps without a hyper_step after which training gradients serve instead
 
 
 @dataclass(kw_only=True)
@@ -220,7 +220,7 @@ class Engine:
         names = [n for n in self.shifts.names if n not in self.regularizers]
         if self.whole is not None:  # whose estimates are too dear for every step
             return False
-        if not names or self.clock.last_validation_step or self.clock.steps <= ALONE:
+        if not names or self.clock.last_validation_step or self.clock.steps <= STEPS_ALONE:
             return False
         signal = self.method.along(self.store.state(), self._outer(grads, 0))
         known = self.training_signal

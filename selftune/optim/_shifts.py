@@ -20,7 +20,7 @@ log = logging.getLogger("selftune")
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
-class FromOutside:
+class TorchProposal:
     """Proposes changes of the shifts by any torch optimizer.
 
     Args:
@@ -93,7 +93,7 @@ class Shifts:
         self.rows = {n: Scoped(h, scopes.get(n, "run")) for n, h in self.tuned.items()}
         self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=self._floor)
         self.state = HyperState.begin(torch.zeros(len(self.tuned), dtype=torch.float64))
-        self.propose: FromOutside | None = None
+        self.propose: TorchProposal | None = None
         self._laid_out = False
 
     @property
@@ -132,7 +132,7 @@ class Shifts:
             )  # fmt: skip
             self.state = HyperState.begin(_joined(shifts))
             if self._make is not None:
-                self.propose = FromOutside(self._make, self.state.raw)
+                self.propose = TorchProposal(self._make, self.state.raw)
         frame = self.frame()
         raw = _joined(shifts).maximum(frame.low).minimum(frame.high)
         self.take(self.state._replace(raw=raw))

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selftune.hypernet import SelfTuned
 from selftune.nn import Found
@@ -51,6 +51,22 @@ def check_hparams(
             raise ValueError(f"hparams[{name!r}]={value!r} must be finite and {least}")
         if any(h.name == name and h.below_one for h in rule.hparams) and value >= 1:
             raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
+
+
+def check_options(
+    every: int | None, exploit_every: int, compile: bool | str, model: Any, rule: Any
+) -> None:
+    """Refuse options of a tuner that cannot be, whatever the others."""
+    if every is not None and every < 1:
+        raise ValueError(f"every={every} must be at least 1")
+    if exploit_every < 1:
+        raise ValueError(f"exploit_every={exploit_every} must be at least 1")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
+    if rule is not None and not isinstance(rule, AbstractRule):
+        raise TypeError(f"rule={rule!r} must be a rule, such as st.rules.AdamW()")
 
 
 def check_fit(callbacks: Any, log_every: int | None, pictures_every: int | None) -> None:

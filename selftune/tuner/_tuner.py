@@ -24,7 +24,7 @@ from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build
-from selftune.tuner._checks import check_fit, check_hparams, check_model
+from selftune.tuner._checks import check_fit, check_hparams, check_model, check_options
 from selftune.tuner._data import Stream, split
 from selftune.tuner._objective import LossFn, Objective, modes_kept
 from selftune.tuner._plan import LOG, REST, Plan, Progress, between_evaluations, length
@@ -123,18 +123,9 @@ class Tuner:
         seed: int = 0,
         settings: MethodSettings | None = None,
     ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every={every} must be at least 1")
-        if exploit_every < 1:
-            raise ValueError(f"exploit_every={exploit_every} must be at least 1")
-        if compile not in (True, False, "auto"):
-            raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
+        check_options(every, exploit_every, compile, model, rule)
         if metrics and objective is not None:
             raise ValueError("metrics need outputs and targets, which objective= does not give")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
-        if rule is not None and not isinstance(rule, AbstractRule):
-            raise TypeError(f"rule={rule!r} must be a rule, such as st.rules.AdamW()")
         check_model(model)
         if augment is not None and objective is not None:
             raise ValueError("augment= changes batches for loss_fn=, which objective= replaces")

@@ -15,7 +15,7 @@ from selftune.bijections import Identity, Logit
 from selftune.hparams import LR, Hparam, choose
 from selftune.method import Frame, HyperOptimizer, HyperSettings, HyperState, WeightDecayFloor
 from selftune.method.hyper_optimizer import trust
-from selftune.optim._shifts import FromOutside
+from selftune.optim._shifts import TorchProposal
 from selftune.penalties import L1
 from selftune.update import Update
 
@@ -57,7 +57,7 @@ class Ours:
         self.hyper = HyperOptimizer(hparams, size=SIZE, **options)
         self.state = HyperState.begin(torch.zeros(len(hparams), dtype=torch.float64))
         self.frame = self.hyper.frame()
-        self.propose = None if make is adam else FromOutside(make, self.state.raw)
+        self.propose = None if make is adam else TorchProposal(make, self.state.raw)
 
     def step(self, signal: Tensor, **options: Any) -> Tensor:
         self.state = self.hyper.step(

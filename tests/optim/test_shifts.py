@@ -16,7 +16,7 @@ from selftune import rules
 from selftune.bijections import Memory
 from selftune.hparams import DECAY, LR, MOMENTUM, WEIGHT_DECAY, Hparam, penalty_hparam
 from selftune.method import FloorSettings, WeightDecayFloor
-from selftune.optim._shifts import FromOutside, Scoped, Shifts
+from selftune.optim._shifts import Scoped, Shifts, TorchProposal
 from selftune.penalties import L1
 from selftune.rules.adam import BETA1
 from selftune.schedules import HORIZON
@@ -352,7 +352,7 @@ def test_adam_from_outside_is_the_methods_own() -> None:
 def test_an_optimizer_from_outside_proposes_its_own_steps() -> None:
     """Truth: the same optimizer on a parameter that follows the shifts."""
     raw = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    twin, propose = rmsprop([raw]), FromOutside(rmsprop, torch.zeros(2, dtype=torch.float64))
+    twin, propose = rmsprop([raw]), TorchProposal(rmsprop, torch.zeros(2, dtype=torch.float64))
     for grads in torch.randn(10, 2, generator=torch.Generator().manual_seed(0)).double():
         before = raw.detach().clone()
         raw.grad = grads.clone()
