@@ -51,7 +51,7 @@ def closeness(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("loss", ["ridge", "logistic"])
-@pytest.mark.parametrize("horizon", [1, 5, 50, 400])
+@pytest.mark.parametrize("horizon", [1, 5, 50, pytest.param(400, marks=pytest.mark.slow)])
 def test_exact_ones_equal_autograd_and_differences(loss: str, horizon: int) -> None:
     problem = regression(loss)
     hparams = {"lr": number(0.05), "momentum": number(0.6), "weight_decay": number(0.1)}
@@ -187,7 +187,7 @@ def test_misspelt_hyperparameters_are_named(name: str) -> None:
 @pytest.mark.parametrize(
     "estimator",
     [
-        st.Unrolled(checkpoint=2),
+        pytest.param(st.Unrolled(checkpoint=2), marks=pytest.mark.slow),
         pytest.param(st.Forward(), marks=pytest.mark.slow),
         pytest.param(st.Implicit(through="update", together=3), marks=pytest.mark.slow),
     ],

@@ -249,6 +249,7 @@ def test_an_optimizer_tells_what_the_tuner_tells() -> None:
     assert "lr" in str(recorder.texts[0])
 
 
+@pytest.mark.slow
 def test_ten_thousand_rates(tmp_path: Path) -> None:
     """Law: as many charts as for thirty, and the histogram counts all of them."""
     import torch

@@ -46,6 +46,7 @@ def test_the_penalty_s_hypergradient() -> None:
     assert strength.grad.item() == pytest.approx((up - down) / 2e-5, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_a_distribution() -> None:
     torch.manual_seed(0)
     train, val, test = torch.randn(3, 1000, 2) * torch.tensor([1.0, 0.2]) + 2

@@ -241,6 +241,7 @@ def read(path: Path) -> optuna.Study:
     return optuna.load_study(study_name="selftune", storage=storage_of(path))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_its_trial_only(tmp_path: Path) -> None:
     """Truth: SIGKILL of a process under way; Optuna's record afterwards."""
     script, path = tmp_path / "script.py", tmp_path / "study.journal"
@@ -265,6 +266,7 @@ def test_a_killed_worker_loses_its_trial_only(tmp_path: Path) -> None:
     assert again.state.name == "COMPLETE"
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     script, path = tmp_path / "script.py", tmp_path / "study.journal"
     script.write_text(SCRIPT.format(nap=0.3, trials=4, workers=1))
