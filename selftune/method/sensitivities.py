@@ -127,7 +127,7 @@ class Sensitivities:
         Args:
             params: The weights, taken as they are.
             values: Hyperparameters and options, as numbers.
-            tensors: How many tensors are joined in it, where these are told apart.
+            tensors: How many tensors are joined in it, where each has its own values.
         """
         like = params.to(torch.promote_types(params.dtype, torch.float32))
         zeros = torch.zeros_like(like, dtype=self.storage or like.dtype)
@@ -241,7 +241,7 @@ class Sensitivities:
             moment: Present values of hyperparameters, by name; for each tensor, or for all.
             step: Steps taken.
             layout: Of the tensors that are joined in the part.
-            by_tensor: Whether tensors are told apart.
+            by_tensor: Whether each tensor has its own hypergradient.
             deflated: The outer gradient without its part along stiff directions, by which
                 penalties are judged; None: the same.
         """

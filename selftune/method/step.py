@@ -81,7 +81,7 @@ class Method:
         horizon: Steps the run is taken to last.
         guarded: Whether the run is guarded; where it is not, as in a game of two losses, an
             oscillation may be its way, and the rate is not limited by displacement.
-        layouts: Of the tensors that are joined in each part, where tensors are told apart.
+        layouts: Of the tensors that are joined in each part, where each has its own values.
         by_tensor: Whether hypergradients are wanted for each tensor.
         total: Sums products with training gradients over processes that hold parts of the weights.
         outer_total: The same for outer gradients, of which each process has its own batch.

@@ -142,7 +142,7 @@ class Scoped:
         return found.nan_to_num(posinf=0.0, neginf=0.0)
 
     def _measure(self) -> None:
-        """Find the outermost bases of each slot, where those that are off do not count."""
+        """Find the outermost bases of each slot; hyperparameters that are off do not count."""
         self._values = None
         lowest, highest = (
             torch.full_like(self.shift, math.inf),

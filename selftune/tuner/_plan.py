@@ -40,7 +40,7 @@ def between_evaluations(train: Stream, total: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What callbacks are told after each evaluation.
+    """The state of a run after an evaluation, for callbacks.
 
     Attributes:
         step: Training steps taken.
