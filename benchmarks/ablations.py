@@ -6,9 +6,9 @@ Every change is a few options that both drivers take; each run has the seed of a
 Printed are, for each driver, the mean change of the logarithm of the validation loss over the
 workloads in percent (below 0: the change is better), ± its standard error from pairs of seeds, and
 on how many workloads the change is better. ``--face`` and ``--rule`` choose driver and rule,
-``--only`` workloads; ``--save FILE`` keeps every run as a line of JSON and takes up those that are
-there. A change takes about two minutes with two seeds on two idle cores. The tables are kept in
-``docs/ablations.md``, changes that lost included.
+``--only`` workloads; ``--save FILE`` keeps every run as a line of JSON and skips the runs that it
+holds already. A change takes about two minutes with two seeds on two idle cores. The tables are
+kept in ``docs/ablations.md``, changes that lost included.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def test_bounds_that_cross_are_refused(lower: float, upper: float) -> None:
 
 @pytest.mark.parametrize("hparam", [MOMENTUM, BETA1, BETA2], ids=lambda h: h.name)
 def test_bounds_of_memories(hparam: Hparam) -> None:
-    """Law: from 0 on and below 1; others are refused by name, and the scale is told."""
+    """Law: from 0 on and below 1; others are refused by name, and the error names the scale."""
     assert hparam.bounded(0.0, 0.5).lower == 0.0
     for lower, upper in ((-0.1, 0.9), (0.1, 1.0), (0.1, 1.5)):
         with pytest.raises(ValueError, match=rf"bounds\['{hparam.name}'\].*Memory.*below 1"):

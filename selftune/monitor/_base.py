@@ -18,7 +18,7 @@ class Row(NamedTuple):
 class AbstractRecorder(ABC):
     """Takes a run's log, block by block.
 
-    To make another one only ``scalars`` must be written; what else it is told is left alone then.
+    To make another one only ``scalars`` must be written; the other methods then do nothing.
     Methods may raise OSError: logging then stops, with a warning, and training goes on.
     """
 

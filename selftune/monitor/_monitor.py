@@ -16,7 +16,7 @@ from selftune.monitor.recorders import as_recorder
 log = logging.getLogger("selftune")
 
 DISTINCT = 8
-"""Values of a hyperparameter that are told one by one; of more, their range."""
+"""Up to this many values of a hyperparameter are logged one by one; of more, their range."""
 
 
 class Monitor:

@@ -204,7 +204,7 @@ class Buffers:
             kept.copy_(now)
 
     def keep(self, *, candidate: bool = False) -> None:
-        """Remember the averaged statistics as good, or those that are held."""
+        """Copy the averaged or the candidate statistics into the last-good snapshot."""
         for kept, now in zip(self.good, self.candidate if candidate else self.average, strict=True):
             kept.copy_(now)
 

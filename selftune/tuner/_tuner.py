@@ -232,7 +232,7 @@ class Tuner:
             epochs: Length of the run in passes over ``train``; or
             steps: in weight steps.
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
-            recorder: What else is told of the run: a recorder of :mod:`selftune.monitor`, a
+            recorder: A further receiver of the log: a recorder of :mod:`selftune.monitor`, a
                 ``function(values, step)``, or a list of these.
             callbacks: Called with :class:`Progress` after each evaluation, while the model holds
                 the averaged weights; one that returns True ends the run.

@@ -217,7 +217,7 @@ def test_what_blew_up_goes_on_cooler_and_with_less_momentum(
 
 
 def test_a_rewind_is_told_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    """Law: the first as a warning, later ones as information; nothing else is told."""
+    """Law: the first is logged as a warning, later ones as information; nothing else is logged."""
     controller = made(patience=1)
     with caplog.at_level(logging.INFO, "selftune"):
         controller.announce(Action(skip=True), 1)

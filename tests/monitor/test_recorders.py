@@ -132,7 +132,7 @@ def test_a_session_has_a_start_and_an_end(status: str, tmp_path: Path) -> None:
 
 
 def test_everything_a_tuner_tells(tmp_path: Path) -> None:
-    """Law: the documented tags, at their steps; the end is told too."""
+    """Law: the documented tags, at their steps; the end is recorded too."""
     import torch
 
     torch.manual_seed(0)

@@ -289,7 +289,7 @@ def started_apart(per: str) -> Shifts:
 
 @pytest.mark.parametrize("per", ["run", "group", "tensor"])
 def test_the_floor_is_that_of_the_lowest_decay_at_the_highest_rate(per: str) -> None:
-    """Closed form: η λ T, of those that are on; each has its own floor where it has a shift."""
+    """Closed form: η λ T over the penalties in use; a penalty with a shift has its own floor."""
     made = started_apart(per)
     rates, decays = (made.rows[n].values() for n in ("lr", "weight_decay"))
     assert float(rates.max() * decays[0] * 1000) == pytest.approx(0.3)

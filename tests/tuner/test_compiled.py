@@ -64,7 +64,7 @@ def twins(
 
 
 def follow(fused: Fused, data: list[Batch]) -> list[Tensor]:
-    """What is told of training steps, after each second of which hyperparameters step."""
+    """The log of training steps, with a hyperparameter step after every second one."""
     told = []
     for step, batch in enumerate(data, start=1):
         last = step % 2 == 0

@@ -326,7 +326,7 @@ def test_a_step_that_is_not_finite_is_stepped_over(where: str, tracked: bool) ->
 
 @pytest.mark.usefixtures("way")
 def test_outer_gradients_that_are_not_finite_leave_hyperparameters_alone() -> None:
-    """Law: and are told."""
+    """Law: raw values stay, and the log says that hypergradients were not finite."""
     steps, run = make(net())
     run = trained(steps, run, batches(1))
     raw = run.hyper.raw.clone()
