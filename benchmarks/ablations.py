@@ -75,6 +75,7 @@ PARTS: dict[str, Options] = {
     "no floor under weight decay": method(floor=None),
     "decay on the floor does not follow the rate": floor(touching=-1.0),
     "no unit gradient": method(unit_gradient=False),
+    "run ends at its average": method(final_weights=False),
     "no trust": hyper(sure=1e-9),
     "hyper steps alike in runs of all lengths": hyper(power=0.0),
     "outer loss at the last iterate": {"average": st.Average(0.0)},
@@ -137,7 +138,10 @@ ADAM: dict[str, Options] = {
 }
 """Changes of what SGD does not have."""
 
-L2: dict[str, Options] = {"no stiff directions": method(stiff=StiffSettings(pairs=0))}
+L2: dict[str, Options] = {
+    "no stiff directions": method(stiff=StiffSettings(pairs=0)),
+    "momentum tuned apart from the rate": hyper(coupled=False),
+}
 """Changes of what there is only where weight decay acts through the gradient."""
 
 CHANGES: dict[str, dict[str, Options]] = {

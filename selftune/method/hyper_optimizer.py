@@ -119,7 +119,7 @@ class HyperOptimizer:
         self._pace = self._each(lambda h: h.pace)
         self._whole = self._each(lambda h: float(h.role == "layer"))
         couples = [n for n, h in self.hparams.items() if h.couples in self.hparams]
-        self._coupled = couples[0] if couples and self.shared else None
+        self._coupled = couples[0] if couples and self.shared and self.settings.coupled else None
 
     @property
     def names(self) -> list[str]:

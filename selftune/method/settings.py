@@ -24,6 +24,8 @@ class HyperSettings:
         recent: Memory of the signal-to-noise ratio: 0.8 is about five hypergradients.
         sure: How many times the ratio of pure noise makes a step whole.
         longest: Largest change of a raw value in one step.
+        coupled: Whether heavy-ball momentum moves at constant lr/(1 − μ): both would follow the
+            same effective rate otherwise.
     """
 
     rate: float = 0.01
@@ -37,6 +39,7 @@ class HyperSettings:
     recent: float = 0.8
     sure: float = 2.0
     longest: float = 0.3
+    coupled: bool = True
 
     def every(self, total_steps: int | None) -> int:
         """Training steps from one hyperparameter step to the next: a thirtieth of the run.
@@ -146,6 +149,8 @@ class MethodSettings:
         unit_gradient: Whether hypergradients are taken along an outer gradient of length 1. The
             length shrinks by orders of magnitude as a run converges, and steps whose size follows
             the mean square of past hypergradients would all but end long before the run does.
+        final_weights: Whether a run ends where its validation loss is lowest between the last good
+            weights, the average and the last weights; False: at the average.
 
     Examples:
         >>> from dataclasses import replace
@@ -157,3 +162,4 @@ class MethodSettings:
     floor: FloorSettings | None = field(default_factory=FloorSettings)
     stiff: StiffSettings = field(default_factory=StiffSettings)
     unit_gradient: bool = True
+    final_weights: bool = True

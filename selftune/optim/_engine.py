@@ -78,7 +78,8 @@ class Engine:
         period = clock.steps - clock.last_validation_step
         return (
             step and not final.over(clock.steps, total, self.every),
-            final.due(clock.steps, period, total, self.every),
+            self.method.settings.final_weights
+            and final.due(clock.steps, period, total, self.every),
         )
 
     def begin(self) -> None:

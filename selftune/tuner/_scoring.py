@@ -176,12 +176,13 @@ class Scorer:
         member: int,
         good: Snapshots | None,
         saved: dict[str, Any] | None,
+        positions: Sequence[float] = POSITIONS,
     ) -> float:
         """Show the best of good, averaged, last and saved weights; returns its loss.
 
         Positions in between may be better than both ends.
         """
-        positions = POSITIONS if good is not None else [p for p in POSITIONS if p >= 0]
+        positions = [p for p in positions if p >= 0 or good is not None]
         candidates = [_between(run, good, position) for position in positions]
         losses = [scores["loss"] for scores in self._score(candidates, stream, member)]
         losses = [x if math.isfinite(x) else math.inf for x in losses]

@@ -25,7 +25,7 @@ from selftune.tuner._predicting import Predictor
 from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._saving import Parts
-from selftune.tuner._scoring import Scorer
+from selftune.tuner._scoring import POSITIONS, Scorer
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._sweep import Sweep
@@ -244,7 +244,8 @@ class Training:
             saved = _checkpoints.read(path) if path.exists() else None
         guarded = self.watch.controllers[0].guard is not None
         good = self.snapshots if guarded else None
-        best = self.scorer.best(self.fused.run, self.val, self.watch.leader, good, saved)
+        positions = POSITIONS if self.steps.method.settings.final_weights else (0.0,)
+        best = self.scorer.best(self.fused.run, self.val, self.watch.leader, good, saved, positions)
         if self.folder is not None and best < self.best:
             _checkpoints.write(self.folder / _checkpoints.BEST, self._shown_state(best))
         self.steps.release()
