@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,10 +16,13 @@ from selftune.rules import AdamW
 from selftune.search._candidates import Candidates, builders_of, points_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
+from selftune.search._storage import check_sampler
 from selftune.search._trial import Trainer
 from selftune.search._workers import Payload, crowd, orphans, work
 from selftune.search.families import AbstractFamily
 from selftune.search.memory import Memory, Task
+
+log = logging.getLogger("selftune")
 
 STUDY = "selftune"
 """The name of a study where nobody says."""
@@ -41,6 +45,7 @@ def select(
     pruner: Any = "asha",
     timeout: float | None = None,
     storage: Any = None,
+    trust_storage: bool = False,
     study: str = STUDY,
     workers: int = 1,
     warm_start: bool = True,
@@ -77,6 +82,8 @@ def select(
         timeout: Seconds after which no further trial begins.
         storage: A path (a journal), an address (``sqlite:///…``, ``grpc://host:port``), or one of
             Optuna's storages: the search goes on there, and others may join. By default memory.
+        trust_storage: Whether ``sampler="cmaes"`` may unpickle its state from the storage. Whoever
+            can write to the storage can then run code in this process.
         study: Its name in the storage.
         workers: Processes on this machine.
         warm_start: Whether a run starts from where the best ones of its family ended.
@@ -117,6 +124,7 @@ def select(
     builders = builders_of(candidates, train)
     joined = os.environ.get(JOIN)
     storage = joined or storage
+    check_sampler(sampler, storage, trust_storage=trust_storage)
     folder = None if log_dir is None else Path(log_dir)
     if storage is None and workers > 1:
         storage = (folder or Path(tempfile.mkdtemp(prefix="selftune-"))) / "study.journal"
@@ -160,10 +168,13 @@ def select(
     found = selected(trainer, opened)
     if memory is not None and trainer.task is not None and len(opened.trials) > before:
         schedule = None if found.schedule is None else asdict(found.schedule)
-        memory.remember(
-            replace(trainer.task, family=found.family), found.hparams, value=found.value,
-            params=found.params, schedule=schedule,
-        )  # fmt: skip
+        try:
+            memory.remember(
+                replace(trainer.task, family=found.family), found.hparams, value=found.value,
+                params=found.params, schedule=schedule,
+            )  # fmt: skip
+        except OSError as error:
+            log.warning("memory: this search is not remembered: %s", error)
     return found
 
 

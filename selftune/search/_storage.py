@@ -64,14 +64,15 @@ def storage_of(given: Any) -> BaseStorage:
             return _remote(text)
     path = Path(text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_journal(path)
+    lock = JournalFileOpenLock(text)
+    if not _check_journal(path):
+        _repair(path, lock)
     held = Path(f"{text}.lock")
     if held.exists() and time.time() - held.stat().st_mtime > PATIENCE:
         log.warning(
             "storage=%s has been locked for some time, perhaps by a worker that was killed: the "
             "lock is taken over if it is not released within 30 s", path,
         )  # fmt: skip
-    lock = JournalFileOpenLock(text)
     return JournalStorage(JournalFileBackend(text, lock_obj=lock))
 
 
@@ -92,16 +93,16 @@ def _remote(address: str) -> BaseStorage:
         ) from error
 
 
-def _check_journal(path: Path) -> None:
-    """Refuse what is no journal, before anything is written to it."""
+def _check_journal(path: Path) -> bool:
+    """Refuse what is no journal, before anything is written to it; whether its last line ends."""
     if path.is_dir():
         raise ValueError(f"storage={path} is a folder: pass a file's path in it")
     if not path.exists():
-        return
+        return True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
-                return  # another worker is writing it, or was killed while it did
+                return False  # another worker is writing it, or was killed while it did
             try:
                 entry = json.loads(line)
                 assert "op_code" in entry
@@ -110,6 +111,54 @@ def _check_journal(path: Path) -> None:
                     f"storage={path} is not a journal of Optuna (line {number}): pass another "
                     "path; the file is untouched"
                 ) from None
+    return True
+
+
+def _repair(path: Path, lock: JournalFileOpenLock) -> None:
+    """End a last line that a kill or a full disk left unfinished, or cut it off.
+
+    The next worker would write its line behind it, and a journal with such a line cannot be read.
+    """
+    lock.acquire()  # nobody writes now, so an unfinished line stays unfinished
+    try:
+        if _check_journal(path):
+            return
+        held = path.read_bytes()
+        start = held.rfind(b"\n") + 1
+        try:
+            json.loads(held[start:])
+            whole = held + b"\n"
+        except ValueError:
+            whole = held[:start]
+        backup = path.with_name(f"{path.name}.cut")
+        backup.write_bytes(held)
+        with path.open("r+b") as file:  # in place: other workers may have it open
+            file.write(whole)
+            file.truncate()
+        log.warning(
+            "storage=%s ended within a line, as after a kill or on a full disk: %s; the file as it "
+            "was is kept in %s", path,
+            "the line was whole and is ended" if len(whole) > len(held)
+            else f"its last {len(held) - len(whole)} bytes are cut off", backup,
+        )  # fmt: skip
+    finally:
+        lock.release()
+
+
+def check_sampler(given: Any, storage: Any, *, trust_storage: bool) -> None:
+    """Refuse a sampler that unpickles what a storage holds, unless the storage is trusted."""
+    unpickles = given == "cmaes" or isinstance(given, CmaEsSampler)
+    if unpickles and not trust_storage and not (storage is None or in_memory(storage)):
+        raise ValueError(
+            f"sampler={given!r} with storage={storage}: Optuna's CMA-ES unpickles its state from "
+            "the storage, so whoever can write there can run code here. Pass trust_storage=True "
+            "if nobody else can, or another sampler"
+        )
+
+
+def in_memory(storage: Any) -> bool:
+    """Whether a storage is of this process alone."""
+    return isinstance(storage, InMemoryStorage)
 
 
 def sampler_of(given: Any, seed: int) -> BaseSampler:

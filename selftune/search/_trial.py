@@ -8,6 +8,7 @@ import os
 import socket
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -231,11 +232,20 @@ class Trainer:
         if self.folder is None:
             return
         path = weights_of(self.folder, trial.number)
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        torch.save(result.best_weights, part)
-        part.replace(path)
-        result.schedule.save(path.with_suffix(".json"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(result.best_weights, part)
+            result.schedule.save(path.with_suffix(".json"))
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            log.warning(
+                "trial %d: its weights were not written, and stay in memory: %s", trial.number,
+                error,
+            )  # fmt: skip
+            return
         for number in superseded:
             for old in (".pt", ".json"):
                 weights_of(self.folder, number).with_suffix(old).unlink(missing_ok=True)

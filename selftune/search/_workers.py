@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -128,16 +127,17 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
     """Run trials in several processes; one that dies loses its trial only, which is retried."""
     import cloudpickle
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "payload"
-        path.write_bytes(cloudpickle.dumps(payload))
+    # A file without a name, which no kill can leave behind; each worker maps it.
+    with tempfile.TemporaryFile() as file:
+        cloudpickle.dump(payload, file)
+        file.flush()
         started = 0
 
         def start() -> subprocess.Popen[bytes]:
             nonlocal started
             started += 1
-            command = [sys.executable, "-m", "selftune.search", str(path), str(started)]
-            return subprocess.Popen(command)
+            command = [sys.executable, "-m", "selftune.search", str(started)]
+            return subprocess.Popen(command, stdin=file)
 
         running = [start() for _ in range(min(workers, payload.trials))]
         try:

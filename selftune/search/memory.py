@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from selftune.hparams import Hparam
 from selftune.search._shape import Shape
+
+log = logging.getLogger("selftune")
 
 PRIOR = 0.2
 """Weight of what a run would start from anyway, in units of one run of the same task."""
@@ -150,11 +153,10 @@ class Memory:
         found = []
         for path in sorted(self.path.glob("*.json")):
             try:
-                entry = json.loads(path.read_text())
-                entry["task"] = Task(**entry["task"])
-            except (OSError, ValueError, TypeError, KeyError):
-                continue  # half a file of a full disk is no reason to lose the others
-            found.append(entry)
+                found.append(_entry(json.loads(path.read_text())))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                # Half a file of a full disk is no reason to lose the others.
+                log.warning("memory: %s is left out: %s", path, error)
         return found
 
     def start(
@@ -197,6 +199,35 @@ class Memory:
     def _of(entry: Mapping[str, Any], name: str, task: Task) -> float:
         value = float(entry["hparams"][name])
         return value * task.rate_from(entry["task"]) if name == "lr" else value
+
+
+def _entry(saved: dict[str, Any]) -> dict[str, Any]:
+    """A run as it was saved, checked.
+
+    Raises:
+        ValueError: Something is of another type or size; TypeError, KeyError or AttributeError
+            where the structure is another one.
+    """
+    task, texts = Task(**saved["task"]), ("kind", "task", "family", "rule")
+    for each in fields(Task):
+        value = getattr(task, each.name)
+        if each.name in texts:
+            fine = isinstance(value, str)
+        elif each.name == "noise":
+            fine = value is None or _positive(value)
+        else:
+            fine = _positive(value)
+        if not fine:
+            raise ValueError(f"task: {each.name} is {value!r}")
+    hparams = {str(n): float(v) for n, v in saved["hparams"].items()}
+    if not all(map(math.isfinite, hparams.values())):
+        raise ValueError(f"hparams: {hparams} are not finite")
+    return {**saved, "task": task, "hparams": hparams, "params": dict(saved["params"].items())}
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
 
 
 def _mean(weighed: list[tuple[float, float]], known: Hparam | None) -> float:

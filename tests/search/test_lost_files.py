@@ -1,0 +1,164 @@
+"""Searches on disks that are full, read-only or were cut. Truth: the same search undisturbed."""
+
+import errno
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optuna.samplers import CmaEsSampler
+from torch import nn
+
+from selftune import search
+
+
+def objective(space: search.Space) -> float:
+    return space.suggest_float("x", -1, 1) ** 2
+
+
+def build(space: search.Space) -> nn.Module:
+    width = space.suggest_categorical("width", (2, 4))
+    return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1))
+
+
+def batches() -> list[Any]:
+    x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    return [(a, a.sum(1, keepdim=True)) for a in x.split(16)]
+
+
+def trained(**options: Any) -> search.Selection:
+    data = batches()
+    return search.select(
+        build, data[:2], data[2:], trials=2, steps=8, loss_fn=nn.functional.mse_loss,
+        sampler="random", progress=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [1, 10])
+def test_a_cut_journal_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, missing: int
+) -> None:
+    """As after a kill or on a full disk: what was whole is kept, and so is the file as it was."""
+    path = tmp_path / "study.journal"
+    script = f"""
+from selftune import search
+search.select(lambda space: space.suggest_float("x", -1, 1), trials=3, storage={str(path)!r},
+              progress=False)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)  # a worker that is gone
+    cut = path.read_bytes()[:-missing]
+    path.write_bytes(cut)
+    for trials in (4, 5):  # the line after the cut must be readable, too
+        found = search.select(objective, trials=trials, storage=path, progress=False)
+        assert sum(t.value is not None for t in found.study.trials) == trials
+    for line in path.read_text().splitlines():
+        json.loads(line)
+    assert (tmp_path / "study.journal.cut").read_bytes() == cut
+    assert "ended within a line" in caplog.text
+
+
+def test_a_full_disk_costs_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    found = trained(storage=tmp_path / "study.journal")
+    assert [t.value for t in found.study.trials] == [t.value for t in whole.study.trials]
+    assert found.model is not None
+    assert whole.model is not None
+    for mine, theirs in zip(found.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert "No space left" in caplog.text
+
+
+def test_a_memory_that_cannot_be_written_loses_no_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    found = trained(memory=search.Memory(tmp_path / "file" / "folder"))
+    assert found.model is not None
+    assert "not remembered" in caplog.text
+
+
+TASK = search.Task(
+    kind="table", task="regression", examples=500, inputs=8, outputs=1, steps=1000, batch=32
+)
+WRONG = {
+    "a number for a task": {"task": 3},
+    "a text for a size": {"examples": "many"},
+    "no examples": {"examples": 0},
+    "a list of hyperparameters": {"hparams": [1, 2]},
+    "a hyperparameter that is a text": {"hparams": {"lr": "high"}},
+    "a hyperparameter that is no number": {"hparams": {"lr": float("nan")}},
+    "choices that are a list": {"params": [1]},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_memory_of_wrong_types_is_left_out(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = search.Memory(tmp_path)
+    memory.remember(TASK, {"lr": 0.1}, value=1.0)
+    (file,) = tmp_path.glob("*.json")
+    entry = json.loads(file.read_text())
+    for name, value in WRONG[what].items():
+        (entry if name in entry else entry["task"])[name] = value
+    (tmp_path / "wrong.json").write_text(json.dumps(entry))
+    assert len(memory.runs()) == 1
+    assert memory.start(TASK, {"lr": 0.1})["lr"] == pytest.approx(0.1)
+    assert memory.best(TASK) == []
+    assert "wrong.json is left out" in caplog.text
+
+
+class Trap:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_a_sampler_that_unpickles_a_shared_storage_is_refused(tmp_path: Path) -> None:
+    path, mark = tmp_path / "study.journal", tmp_path / "mark"
+    assert pickle.dumps(Trap(mark))
+    for sampler in ("cmaes", CmaEsSampler()):
+        with pytest.raises(ValueError, match=r"unpickles its state.*trust_storage=True"):
+            search.select(objective, trials=2, storage=path, sampler=sampler, progress=False)
+    assert not path.exists()
+    found = search.select(
+        objective, trials=2, storage=path, sampler="cmaes", trust_storage=True, progress=False
+    )
+    assert len(found.study.trials) == 2
+
+
+def test_workers_leave_no_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What workers are given holds training data: it has no name in the file system at all."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    seen: set[str] = set()
+    real = time.sleep
+
+    def look(seconds: float) -> None:
+        seen.update(p.name for p in tmp_path.rglob("*") if p.is_file())
+        real(seconds)
+
+    monkeypatch.setattr(time, "sleep", look)
+    path = tmp_path / "study.journal"
+    simple = lambda space: space.suggest_float("x", -1, 1)  # noqa: E731 - pickled by value
+    found = search.select(simple, trials=2, storage=path, workers=2, progress=False)
+    assert len(found.study.trials) >= 2
+    assert seen
+    assert all(name.startswith("study.journal") for name in seen)
