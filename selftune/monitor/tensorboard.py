@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ class TensorBoard(AbstractRecorder):
         self._folder = target if isinstance(target, (str, Path)) else None
         self._writer = None if self._folder is not None else target
         self._purge: int | None = None
+        self._close: Callable[[], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied run goes on writing to the same folder; an open writer is not copied."""
-        return {**self.__dict__, "_writer": None}
+        return {**self.__dict__, "_writer": None, "_close": None}
 
     @property
     def writer(self) -> Any:
@@ -47,6 +49,9 @@ class TensorBoard(AbstractRecorder):
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
+            self._purge = None  # one that is opened after this one goes on behind it
+            # Each writer has a thread: it ends with this recorder at the latest.
+            self._close = weakref.finalize(self, self._writer.close)
         return self._writer
 
     def scalars(self, rows: Sequence[Row]) -> None:
@@ -95,13 +100,18 @@ class TensorBoard(AbstractRecorder):
                 file.unlink()
 
     def end(self, status: str) -> None:
-        """Write the session's end.
+        """Write the session's end, and close what was opened here.
 
         In a file of its own: the first end that the dashboard finds counts, and that of a run that
         goes on must be taken back.
         """
-        if not self._whole():
-            return
+        if self._whole():
+            self._end(status)
+        if self._close is not None:
+            self._close()
+            self._writer = self._close = None
+
+    def _end(self, status: str) -> None:
         self.writer.flush()
         from torch.utils.tensorboard import SummaryWriter
 

@@ -81,6 +81,7 @@ class Container(torch.optim.Optimizer):
         with torch.no_grad():
             self._blocks()
         self._engine.stepper.expose(self.state)
+        self._engine.monitor.flush()  # a run that is killed goes on behind these rows
         state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
         groups[0]["selftune"] = pack(self._engine, self._groups, self._kind)
@@ -108,6 +109,7 @@ class Container(torch.optim.Optimizer):
         self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)
         self._engine.store.cached = self._groups.cache(self.param_groups, self._engine.blocks)
+        self._engine.monitor.resume(self._engine.clock.steps)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: blocks are made anew from the state, schedulers wrap ``step`` anew."""

@@ -15,6 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+from selftune._processes import alive
 from selftune.search._storage import RETRIES, open_study, pruner_of, quiet, sampler_of, storage_of
 from selftune.search._trial import Trainer
 
@@ -102,7 +103,7 @@ def orphans(study: optuna.Study, own: int | None = None) -> int:
     count = 0
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, process = trial.user_attrs.get("worker", (None, None))
-        if host != socket.gethostname() or (process != own and _alive(process)):
+        if host != socket.gethostname() or (process != own and alive(process)):
             continue
         study.tell(trial.number, state=TrialState.FAIL)
         retries = trial.user_attrs.get("retries", 0)
@@ -111,16 +112,6 @@ def orphans(study: optuna.Study, own: int | None = None) -> int:
             study.enqueue_trial(trial.params, user_attrs=attrs)
         count += 1
     return count
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from selftune._identity import describe, flatten
 from selftune.control import Controller, GuardPolicy, SweepSettings, make_guard, make_sweep
 from selftune.estimators import AbstractEstimator, Assignment, assign
 from selftune.hparams import Hparam, choose
@@ -176,17 +177,34 @@ def build(
         snapshots=snapshots,
         watch=watch,
         population=population,
-        identity={
-            "parameters": {n: list(p.shape) for n, p in given.objective.model.named_parameters()},
-            "rule": type(given.rule).__name__,
-            "trained parameters": steps.params,
-            "estimator": repr(given.assignment(total)),
-            "tuned hyperparameters": names,
-            "number of steps": total,
-            "every": plan.every,
-            "population": members or 1,
-        },
+        identity=_identity(given, plan, steps),
     )
+
+
+def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
+    """What a run that continues this one must have in common with it."""
+    model = given.objective.model
+    found = {
+        "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
+        "trained parameters": str(steps.params),
+        "model": describe(given.objective),
+        "rule": type(given.rule).__name__,
+        "estimator": describe(given.assignment(plan.total)),
+        "tangents": str(given.tangents),
+        "tuned hyperparameters": str(given.names),
+        "number of steps": plan.total,
+        "every": plan.every,
+        "size of a hyperparameter step": str(given.hyper_rate),
+        "schedule": given.schedule,
+        "warmup_steps": given.warmup,
+        "amp": given.amp,
+        "population": 1 if given.population is None else given.population.size,
+        "bounds": str(dict(given.bounds or {})),
+    }
+    parts = {"average": given.average, "settings": given.settings, "guard": given.guard}
+    for name, part in parts.items():
+        found |= flatten(name, part)
+    return found
 
 
 def _controller(given: Given, steps: Steps, total: int) -> Controller:

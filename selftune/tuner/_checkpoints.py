@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 6
-"""Of what is kept; 6 is that of the method shared with the optimizers."""
+VERSION = 7
+"""Of what is kept; 7 holds all settings of a run."""
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:
@@ -85,10 +87,14 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as held:  # torch writes checksums and does not read them
+            broken = held.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} in it is another")
         with torch.serialization.safe_globals(MEMORIES):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError,
-            ValueError) as error:  # fmt: skip
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError, ValueError,
+            zipfile.BadZipFile, zlib.error, NotImplementedError) as error:  # fmt: skip
         raise ValueError(
             f"resume: {path} is damaged or no checkpoint of a Tuner ({error}); nothing was "
             "changed. Resume from another file, or start anew in another log_dir"

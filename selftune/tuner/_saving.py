@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from selftune._identity import differences
 from selftune.method.slopes import Slopes
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._compiled import Fused
@@ -82,13 +83,12 @@ class Parts:
             stream.settle(saved)
 
     def _check(self, state: dict[str, Any]) -> None:
-        for key, value in self.identity.items():
-            found = state["identity"].get(key)
-            if found != value:
-                raise ValueError(
-                    f"resume: the checkpoint's {key} is {found}, this run's is {value}: resume "
-                    "with the same model and settings, or start anew in another log_dir"
-                )
+        found = differences(state["identity"], self.identity)
+        if found:
+            raise ValueError(
+                f"resume: the checkpoint is of another run: {'; '.join(found)}: resume with the "
+                "same model and settings, or start anew in another log_dir"
+            )
         leaves = tree_leaves(self.fused.run)
         shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
         if shapes[0] != shapes[1]:

@@ -283,6 +283,7 @@ class Training:
         if self.folder is None:
             return
         self.watch.digest(self.step)
+        self.watch.metrics.monitor.flush()  # a run that is killed goes on behind these rows
         own = {
             "ended": self.ended,
             "numbers": [self.step, self.best, self.waited],

@@ -26,6 +26,7 @@ from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build
 from selftune.tuner._checks import check_fit, check_hparams, check_model, check_options
 from selftune.tuner._data import Stream, split
+from selftune.tuner._lock import owned
 from selftune.tuner._objective import LossFn, Objective, modes_kept
 from selftune.tuner._plan import LOG, REST, Plan, Progress, between_evaluations, length
 from selftune.tuner._population import Population
@@ -251,7 +252,8 @@ class Tuner:
         Raises:
             RuntimeError: ``fit`` was called before.
             FileNotFoundError: The checkpoint to resume does not exist.
-            ValueError: Unsuitable data, lengths or checkpoints; nothing was changed.
+            ValueError: Unsuitable data, lengths or checkpoints, or another process writes to
+                ``log_dir``; nothing was changed.
         """
         if self._fitted:
             raise RuntimeError(
@@ -260,13 +262,13 @@ class Tuner:
             )
         check_fit(callbacks, log_every, pictures_every)
         folder = None if log_dir is None else Path(log_dir)
-        saved = _checkpoints.find(resume, folder)
-        if isinstance(val, (int, float)):
-            train, val = split(train, float(val), self._seed)
-        elif val is train:
-            log.warning("val is train: regularization cannot be tuned on the training data")
         objective = self._given.objective
-        with modes_kept(objective):
+        with owned(folder), modes_kept(objective):
+            saved = _checkpoints.find(resume, folder)
+            if isinstance(val, (int, float)):
+                train, val = split(train, float(val), self._seed)
+            elif val is train:
+                log.warning("val is train: regularization cannot be tuned on the training data")
             device = self._device or next(self.model.parameters()).device
             objective.to(device).train()
             streams = Stream(train, "train", device), Stream(val, "val", device, skips=True)

@@ -1,5 +1,11 @@
 """Logs of runs that are resumed or share a folder. Truth: TensorBoard's own reader."""
 
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +61,122 @@ def test_two_writers_share_a_folder(tmp_path: Path) -> None:
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [e.value for e in read.Scalars("a")] == [1.0, 3.0]
     assert [e.value for e in read.Scalars("b")] == [2.0]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import selftune as st
+from selftune.monitor import JSONL
+
+driver, folder, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x = torch.randn(256, 4)
+batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
+net, loss_fn = torch.nn.Linear(4, 1), torch.nn.functional.mse_loss
+recorder = JSONL(folder / "run.jsonl")
+
+def die(step):
+    if step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if driver == "tuner":
+    tuner = st.Tuner(net, loss_fn, compile=False)
+    tuner.fit(
+        batches[:12], batches[12:], epochs=10, progress=False, log_dir=folder, log_every=5,
+        evaluate_every=15, checkpoint_every=30, callbacks=[lambda p: die(p.step)],
+        recorder=recorder, resume=True,
+    )
+else:
+    opt = st.SGD(net, lr=0.01, log_dir=recorder, total_steps=120)
+    path, first = folder / "saved.pt", 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        opt.load_state_dict(saved["opt"])
+        net.load_state_dict(saved["net"])
+        first = saved["step"]
+    for step in range(first, 120):
+        x, y = batches[step % 12]
+        opt.zero_grad()
+        loss_fn(net(x), y).backward()
+        opt.step()
+        opt.hyper_step(lambda: loss_fn(net(batches[12][0]), batches[12][1]))
+        if step + 1 in (30, 60):
+            state = {"opt": opt.state_dict(), "net": net.state_dict(), "step": step + 1}
+            torch.save(state, path)
+        die(step + 1)
+    opt.finish()
+"""
+
+
+@pytest.mark.parametrize("driver", ["tuner", "optimizer"])
+def test_curves_have_no_hole_before_the_checkpoint_of_a_killed_run(
+    driver: str, tmp_path: Path
+) -> None:
+    """Truth: the curves of a run that nobody killed."""
+    curves = []
+    for name, kills in (("killed", (75, 0)), ("whole", (0,))):
+        (tmp_path / name).mkdir()
+        for last in kills:
+            command = [sys.executable, "-c", KILLED, driver, str(tmp_path / name), str(last)]
+            done = subprocess.run(command, check=False)
+            assert done.returncode == (-signal.SIGKILL if last else 0)
+        lines = read_jsonl(tmp_path / name / "run.jsonl")
+        rows = [(r["tag"], r["step"], r["value"]) for r in lines if "value" in r]
+        # Others compare a step with the one before, which a resumed run has not seen.
+        kinds = ("hyper/", "val/", "train/", "score/", "hypergrad/", "guard/", "displacement/")
+        curves.append(sorted(r for r in rows if r[0].startswith(kinds)))
+    assert curves[0] == curves[1]
+    assert {"hyper/lr", "val/loss"} <= {tag for tag, _, _ in curves[0]}
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+@pytest.mark.parametrize("ends", ["finish", "nothing"])
+def test_a_logged_run_leaves_no_thread_and_no_descriptor(ends: str, tmp_path: Path) -> None:
+    def run(number: int) -> None:
+        net = torch.nn.Linear(2, 1)
+        opt = st.SGD(net, lr=0.01, probe=False, log_dir=tmp_path / str(number))
+        for _ in range(12):
+            opt.zero_grad()
+            net(torch.ones(4, 2)).square().mean().backward()
+            opt.step()
+            opt.hyper_step(lambda: net(torch.ones(4, 2)).square().mean())
+        opt.flush()
+        if ends == "finish":
+            opt.finish()
+
+    run(0)
+    gc.collect()
+    threads, files = threading.active_count(), _open_files()
+    for number in range(1, 6):
+        run(number)
+        if ends == "nothing":
+            gc.collect()
+    assert threading.active_count() <= threads
+    assert _open_files() <= files
+    read = EventAccumulator(str(tmp_path / "3")).Reload()
+    assert len(read.Scalars("hyper/lr")) == 2
+
+
+def test_a_fit_leaves_no_thread(tmp_path: Path) -> None:
+    fit(tmp_path / "0")
+    threads, files = threading.active_count(), _open_files()
+    fit(tmp_path / "1")
+    assert threading.active_count() == threads
+    assert _open_files() == files
+
+
+def test_a_recorder_that_has_ended_goes_on_behind_what_it_wrote(tmp_path: Path) -> None:
+    recorder = TensorBoard(tmp_path)
+    recorder.resume(0)
+    for step in (1, 2):
+        recorder.scalars([Row("a", float(step), step)])
+        recorder.end("finished")
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.value for e in read.Scalars("a")] == [1.0, 2.0]

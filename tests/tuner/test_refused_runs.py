@@ -1,6 +1,12 @@
 """Bad input: an error with argument, value and remedy, and nothing is lost."""
 
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +15,11 @@ import torch
 from jobs import loader, net, points, same, tuner
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import WeightedRandomSampler
 
 import selftune as st
+from selftune.tuner._checkpoints import read  # private: a file is read without a run
 
 VAL = [points(100, seed=1)]
 
@@ -170,7 +178,21 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "hyperparameters": (dict(tune=("lr",)), {}, "tuned hyperparameters"),
     "length": ({}, dict(steps=30), "number of steps"),
     "population": (dict(population=2), {}, "population"),
-}
+    "activation": (
+        dict(model=nn.Sequential(*[nn.Tanh() if isinstance(m, nn.ReLU) else m for m in net()])),
+        {}, r"model is \(2\): ReLU\(\) there and \(2\): Tanh\(\) here",
+    ),
+    "schedule": (dict(schedule="cosine"), {}, "schedule is linear there and cosine here"),
+    "bounds": (dict(bounds={"lr": (1e-5, 1.0)}), {}, "bounds"),
+    "amp": (dict(amp=True), {}, "amp is False there and True here"),
+    "settings": (
+        dict(settings=st.method.MethodSettings(unit_gradient=False)), {},
+        r"settings\.unit_gradient is True there and False here",
+    ),
+    "guard": (
+        dict(guard=st.control.GuardPolicy(patience=5)), {}, r"guard\.patience is none there and 5",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(OTHERS))
@@ -182,10 +204,67 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_folder_untouched(
     options, lengths, message = OTHERS[case]
     other = tuner(**options)
     weights = {k: v.clone() for k, v in other.model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"checkpoint's {message}"):
+    with pytest.raises(ValueError, match=f"of another run: .*{message}"):
         fit(log_dir=tmp_path, resume=True, run=other, **lengths)
     assert contents(tmp_path) == before
     assert same(other.model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_flipped_bit_is_refused_or_changes_nothing(place: float, tmp_path: Path) -> None:
+    """Truth: the checkpoint as it was. Some bits of the file are padding, which holds nothing."""
+    fit(log_dir=tmp_path)
+    path, held = tmp_path / "last.pt", _tensors(tmp_path / "last.pt")
+    whole = path.read_bytes()
+    for at in range(int(place * len(whole)), int(place * len(whole)) + 40):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            found = read(path)
+        except ValueError as error:
+            assert "damaged" in str(error)  # noqa: PT017 - either is fine
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(_leaves(found), held, strict=True))
+
+
+def _leaves(state: Any) -> list[Any]:
+    return [t for t in tree_leaves(state) if isinstance(t, torch.Tensor)]
+
+
+def _tensors(path: Path) -> list[Any]:
+    return _leaves(read(path))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from filelock import FileLock
+lock = FileLock(Path(sys.argv[1]) / "run.lock")
+lock.acquire()
+(Path(sys.argv[1]) / "run.owner").write_text(sys.argv[2])
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_that_another_process_writes_to_is_refused_until_it_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "selftune")
+    owner = {"host": socket.gethostname(), "process": os.getppid(), "since": time.time() - 100}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path), json.dumps(owner)], stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=f"being written to by process {os.getppid()} on"):
+            fit(log_dir=tmp_path)
+        assert contents(tmp_path) == before
+        holder.kill()
+    fit(log_dir=tmp_path)
+    assert "did not end its run there" in caplog.text
+    assert not (tmp_path / "run.owner").exists()
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:

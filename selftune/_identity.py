@@ -1,0 +1,52 @@
+"""What a saved run must have in common with one that continues it, as plain data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+
+def flatten(name: str, value: Any) -> dict[str, Any]:
+    """Settings by dotted names, as numbers and texts.
+
+    Examples:
+        >>> from selftune.method import Average
+        >>> flatten("average", Average())
+        {'average.rho': 0.98}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        pairs = [(f.name, getattr(value, f.name)) for f in fields(value)]
+    elif isinstance(value, Mapping):
+        pairs = [(str(k), v) for k, v in value.items()]
+    else:
+        return {name: value if isinstance(value, (bool, int, float, str)) else describe(value)}
+    found: dict[str, Any] = {}
+    for key, part in pairs:
+        found |= flatten(f"{name}.{key}", part)
+    return found or {name: "none"}
+
+
+def describe(value: Any) -> str:
+    """The ``repr`` of an object, without addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """Names under which two of them differ, with both values; long ones by their first other line.
+
+    Examples:
+        >>> differences({"amp": True, "every": 5}, {"amp": False, "every": 5})
+        ['amp is True there and False here']
+    """
+    found = []
+    for name in dict.fromkeys([*mine, *saved]):
+        there, here = (str(side.get(name, "none")) for side in (saved, mine))
+        if there == here:
+            continue
+        lines = zip(f"{there}\n".splitlines(), f"{here}\n".splitlines(), strict=False)
+        first = next(((a, b) for a, b in lines if a != b), (there, here))
+        a, b = (line.strip() for line in first)
+        found.append(f"{name} is {a} there and {b} here")
+    return found

@@ -1,0 +1,16 @@
+"""Processes of this machine."""
+
+from __future__ import annotations
+
+import os
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this number is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
