@@ -96,6 +96,11 @@ class Block:
             found |= {f"secant/{name}": t for name, t in secants._asdict().items()}
         return found
 
+    @property
+    def keys(self) -> set[str]:
+        """What is saved of every parameter, but for the rule's state, which follows its options."""
+        return {"step", *self._kept()} - set(self.part.rule)
+
     def _split(self, flat: Tensor) -> list[Tensor]:
         """Views of a vector, or of one value a tensor."""
         one_each = flat.ndim == 1 and len(flat) == len(self.params) != self.layout.numel

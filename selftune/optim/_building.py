@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from selftune._identity import describe, flatten
 from selftune.control import Controller, SweepSettings, make_guard, make_sweep
 from selftune.estimators import AbstractEstimator, assign
 from selftune.method import (
@@ -95,6 +96,16 @@ class TuningOptions:
             shape=self.schedule, total_steps=self.total_steps, warmup_steps=self.warmup_steps
         )
 
+    def identity(self, estimator: str) -> dict[str, Any]:
+        """Settings that a run must have in common with one that continues it."""
+        found: dict[str, Any] = {
+            "estimator": estimator, "schedule": self.learning_rate.shape,
+            "bounds": str(dict(self.bounds or {})),
+        }  # fmt: skip
+        for name in ("average", "settings", "guard"):
+            found |= flatten(name, getattr(self, name))
+        return found
+
     def cadence(self) -> int:
         """Training steps from one hyperparameter step to the next."""
         if self.every is None:
@@ -157,4 +168,5 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
         stepper=stepper,
         regularizers=update.regularizers,
         whole=None if whole is None else ClosureSteps(whole, update, shifts),
+        identity=options.identity(describe(assigned)),
     )  # fmt: skip

@@ -95,7 +95,7 @@ class Container(torch.optim.Optimizer):
             ValueError: Another rule, set of hyperparameters, number of groups or shapes.
         """
         self._blocks()
-        check_state(state_dict, self._engine, self._kind, self.param_groups)
+        check_state(state_dict, self._engine, self._groups, self._kind, self.param_groups)
         groups = [dict(g) for g in state_dict["param_groups"]]
         run, groups[0]["selftune"] = groups[0]["selftune"], None
         super().load_state_dict({**state_dict, "param_groups": groups})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class Engine:
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
     looked: bool = False  # at the first validation batch
+    identity: Mapping[str, Any] = field(default_factory=dict)  # settings of the run
 
     def __post_init__(self) -> None:
         """Name the parts of the store."""

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._identity import differences
 from selftune.method import Displacement
 from selftune.method.slopes import Slopes
 from selftune.method.stiff_directions import Stiffness
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 12
-"""Of what is kept; 12 is that of the method shared with the tuner."""
+VERSION = 13
+"""Of what is kept; 13 holds the settings of the run."""
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
     return {
         "version": VERSION,
         "rule": rule,
+        "settings": dict(engine.identity),
         "tuned": [f"{n} per {t.scope}" for n, t in engine.shifts.rows.items()],
         "shifts": engine.shifts.state_dict(),
         "groups": groups.state_dict(),
@@ -69,9 +71,16 @@ def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:
 
 
 def check_state(
-    state: Mapping[str, Any], engine: Engine, rule: str, groups: Sequence[Mapping[str, Any]]
+    state: Mapping[str, Any],
+    engine: Engine,
+    groups: Groups,
+    rule: str,
+    mine: Sequence[Mapping[str, Any]],
 ) -> None:
     """Refuse a state of another kind of run before anything is touched."""
+    for key in ("state", "param_groups"):
+        if key not in state:
+            raise ValueError(f"state_dict is not whole: it lacks {key!r}")
     saved = state["param_groups"]
     run = saved[0].get("selftune") if saved else None
     if run is None:
@@ -79,28 +88,66 @@ def check_state(
             "state_dict holds no selftune state: it is a plain torch optimizer's. Start the "
             "self-tuned run from the model's weights alone"
         )
-    if run["version"] != VERSION:
+    if run.get("version") != VERSION:
         raise ValueError(
-            f"state_dict is of version {run['version']}, this selftune reads version {VERSION}: "
-            "finish the run with the selftune that saved it, or start anew from its weights"
+            f"state_dict is of version {run.get('version')}, this selftune reads version "
+            f"{VERSION}: finish the run with the selftune that saved it, or start anew from its "
+            "weights"
         )
-    _match("rule", run["rule"], rule)
-    tuned = [f"{n} per {t.scope}" for n, t in engine.shifts.rows.items()]
-    _match("set of tuned hyperparameters", list(run["tuned"]), tuned)
+    whole = pack(engine, groups, rule)
+    _match("rule", run.get("rule"), rule)
+    found = differences(run.get("settings", {}), whole["settings"])
+    if found:
+        raise ValueError(
+            f"state_dict is of another run: {'; '.join(found)}. Build the optimizer as it was when "
+            "the state was saved"
+        )
+    _match("set of tuned hyperparameters", list(run.get("tuned", ())), whole["tuned"])
+    _complete(run, whole)
     sizes = [len(g["params"]) for g in saved]
-    _match("parameter groups (sizes)", sizes, [len(g["params"]) for g in groups])
-    params = [p for g in groups for p in g["params"]]
+    _match("parameter groups (sizes)", sizes, [len(g["params"]) for g in mine])
+    for index, (there, here) in enumerate(zip(saved, mine, strict=True)):
+        missing = sorted(here.keys() - there.keys() - {"initial_lr", "param_names", "selftune"})
+        if missing:
+            raise ValueError(f"state_dict is not whole: param_groups[{index}] lacks {missing}")
+    params = [p for g in mine for p in g["params"]]
     order = [i for g in saved for i in g["params"]]
+    needed = {id(p): block.keys for block in engine.blocks for p in block.params}
     for index, param in zip(order, params, strict=True):
-        average = state["state"].get(index, {}).get("average")
+        entry = state["state"].get(index, {})
+        average = entry.get("average")
         if isinstance(average, Tensor):
             _match(f"shape of parameter {index}", tuple(average.shape), tuple(param.shape))
+        missing = sorted(needed.get(id(param), set()) - entry.keys())
+        if missing:
+            raise ValueError(f"state_dict is not whole: of parameter {index} it lacks {missing}")
     stiffness = engine.store.stiffness
     if stiffness is not None:
         _match("number of secant pairs", len(run["stiffness"]["rises"]), len(stiffness.rises))
     for name, base in run["shifts"]["base"].items():
         have = len(engine.shifts.rows[name].base)
         _match(f"number of tensors for {name!r}", len(base), have)
+
+
+OPEN = ("groups", "buffers", "training_signal", "slopes", "optimizer")
+"""Parts whose size depends on how far the run is."""
+
+
+def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
+    """Refuse a state without a part that this one would have."""
+    if not isinstance(mine, Mapping):
+        if isinstance(mine, Tensor) != isinstance(saved, Tensor):
+            raise ValueError(
+                f"state_dict is not whole: {where} is a {type(saved).__name__}, which should be a "
+                f"{type(mine).__name__}"
+            )
+        return
+    missing = sorted(mine.keys() - saved.keys()) if isinstance(saved, Mapping) else sorted(mine)
+    if missing:
+        raise ValueError(f"state_dict is not whole: {where} lacks {missing}")
+    for name in mine.keys() - set(OPEN):
+        if saved[name] is not None and mine[name] is not None:
+            _complete(saved[name], mine[name], f"{where}[{name!r}]")
 
 
 def _match(what: str, saved: Any, mine: Any) -> None:

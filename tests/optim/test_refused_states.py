@@ -1,5 +1,7 @@
 """States of another run are refused whole. Truth: a run that was never offered one."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,64 @@ def test_an_unfitting_state_is_refused_whole(kind: str) -> None:
         train(net, opt, range(60, 80))
         ends.append(snapshot(net, opt))
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+def without_a_clock(state: dict) -> None:
+    del state["param_groups"][0]["selftune"]["clock"]
+
+
+def without_shifts(state: dict) -> None:
+    del state["param_groups"][0]["selftune"]["shifts"]["state"]["raw"]
+
+
+def of_another_type(state: dict) -> None:
+    state["param_groups"][0]["selftune"]["displacement"]["squares"] = 3.0
+
+
+def empty(state: dict) -> None:
+    state["state"] = {}
+
+
+def without_an_average(state: dict) -> None:
+    state["state"][1] = {k: v for k, v in state["state"][1].items() if k != "average"}
+
+
+@pytest.mark.parametrize(
+    "damage", [without_a_clock, without_shifts, of_another_type, empty, without_an_average]
+)
+def test_a_state_that_is_not_whole_is_refused_whole(damage: Callable[[dict], None]) -> None:
+    net, source = network(), network()
+    opt, saved = st.SGD(net.parameters(), lr=0.02), st.SGD(source.parameters(), lr=0.05)
+    train(net, opt, range(60))
+    train(source, saved, range(60))
+    state = saved.state_dict()
+    damage(state)
+    before, groups = snapshot(net, opt), [dict(g) for g in opt.param_groups]
+    with pytest.raises(ValueError, match="state_dict is not whole: "):
+        opt.load_state_dict(state)
+    torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)
+    assert [g["lr"] for g in opt.param_groups] == [g["lr"] for g in groups]
+
+
+SETTINGS = {
+    "schedule": dict(schedule="cosine", total_steps=80),
+    "bounds": dict(bounds={"lr": (1e-5, 1.0)}),
+    r"settings\.unit_gradient": dict(settings=st.method.MethodSettings(unit_gradient=False)),
+    r"average\.rho": dict(average=st.Average(0.9)),
+    r"guard\.patience": dict(guard=st.control.GuardPolicy(patience=5)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_state_of_other_settings_is_refused_by_their_name(name: str) -> None:
+    net, other = network(), network()
+    opt, foreign = st.SGD(net, lr=0.02), st.SGD(other, lr=0.02, **SETTINGS[name])
+    train(net, opt, range(60))
+    train(other, foreign, range(60))
+    before = snapshot(net, opt)
+    with pytest.raises(ValueError, match=f"another run: .*{name} is .* there and .* here"):
+        opt.load_state_dict(foreign.state_dict())
+    torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)
 
 
 def test_a_state_of_another_version_is_refused_by_name() -> None:
