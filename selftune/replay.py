@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from selftune._arguments import Number, Whole, check
 from selftune.nn import Tunable
 from selftune.rules.adam import BETA1, BETA2
 
@@ -49,6 +50,17 @@ class TunedSchedule:
     values: Mapping[str, Sequence[Sequence[float]]]
     format: str = field(default="selftune schedule 1", kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check({"steps": Whole(least=1)}, {"steps": self.steps})
+        for name, entries in self.values.items():
+            firsts = [first for first, _ in entries]
+            if not firsts or firsts != sorted(firsts):
+                raise ValueError(f"values[{name!r}] must be pairs (first step, value) in order")
+            for first, value in entries:
+                check({f"values[{name!r}] from step {first}": Number()},
+                      {f"values[{name!r}] from step {first}": value})  # fmt: skip
+
     def at(self, step: int) -> dict[str, float]:
         """All hyperparameters at a step counted from 0; past the end, the last ones."""
         found = {}
@@ -71,8 +83,10 @@ class TunedSchedule:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             return TunedSchedule(**found)
-        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a schedule that was saved by selftune") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a schedule that was saved by selftune ({error})"
+            ) from error
 
 
 class Replay:

@@ -1,5 +1,6 @@
 """Decisions of a run as plain numbers: the sweep of the learning rate, the guard, the end."""
 
+from selftune._arguments import FLAG, NONE, Instance, Kind, OneOf, That, Whole
 from selftune.control.controller import (
     Action,
     Activity,
@@ -18,7 +19,18 @@ from selftune.control.final_weights import FinalWeights
 from selftune.control.guard import Guard, GuardPolicy
 from selftune.control.lr_sweep import LRSweep, SweepSettings
 
+ARGUMENTS: dict[str, Kind] = {
+    "probe": FLAG | Whole(least=2, most=10_000) | OneOf((0,))
+    | Instance((SweepSettings,), "an st.control.SweepSettings"),
+    "guard": NONE | FLAG | That(
+        lambda g: not isinstance(g, type) and hasattr(g, "begin"),
+        "a policy, such as st.control.GuardPolicy(patience=5)",
+    ),
+}  # fmt: skip
+"""What arguments of both drivers may be."""
+
 __all__ = [
+    "ARGUMENTS",
     "Action",
     "Activity",
     "Controller",

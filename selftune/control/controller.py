@@ -250,7 +250,11 @@ def make_guard(guard: Any) -> Guard | None:
 def make_sweep(
     probe: bool | int | SweepSettings, total_steps: int | None, tuned: Mapping[str, Hparam]
 ) -> LRSweep | None:
-    """The sweep of ``probe=``: True, False, a number of steps or settings."""
+    """The sweep of ``probe=``: True, False, a number of steps or settings.
+
+    Raises:
+        ValueError: It leaves no step in the run.
+    """
     settings, steps = SweepSettings(), 0
     if isinstance(probe, SweepSettings):
         settings = probe
@@ -258,4 +262,8 @@ def make_sweep(
         steps = int(probe)
     if probe is True or probe is settings:
         steps = settings.steps(total_steps)
-    return LRSweep(steps=steps, settings=settings) if steps and "lr" in tuned else None
+    if not steps or "lr" not in tuned:
+        return None
+    if total_steps is not None and steps >= total_steps:
+        raise ValueError(f"probe={steps} leaves no step in a run of {total_steps}")
+    return LRSweep(steps=steps, settings=settings)

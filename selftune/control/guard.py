@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from selftune._arguments import Settings
+
 
 @dataclass(frozen=True, kw_only=True)
-class GuardPolicy:
+class GuardPolicy(Settings):
     """When a run is taken back to its last good weights; pass another one as ``guard=``.
 
     Attributes:
@@ -40,6 +42,8 @@ class GuardPolicy:
         steps_a_batch: … one for so many steps of the run …
         most_batches: … and at most; the tuner, which compares on the same batches, takes as many.
     """
+
+    signed = ("momentum",)
 
     patience: int = 3
     explosion: float = 2.0

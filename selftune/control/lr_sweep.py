@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from selftune._arguments import Settings
 from selftune.hparams import Hparam
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings:
+class SweepSettings(Settings):
     """How the learning rate is swept and tried.
 
     Attributes:

@@ -1,5 +1,8 @@
 """The method: pure functions of an explicit state, which both drivers call."""
 
+from collections.abc import Mapping, Sequence
+
+from selftune._arguments import NONE, Instance, Kind, That, Whole
 from selftune.method.averaging import Average
 from selftune.method.displacement import Displacement
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState
@@ -14,7 +17,17 @@ from selftune.method.settings import (
 from selftune.method.step import Method, Outer, State, propose
 from selftune.method.weight_decay_floor import WeightDecayFloor
 
+ARGUMENTS: dict[str, Kind] = {
+    "tune": NONE | That(lambda n: isinstance(n, (Sequence, set, frozenset)), "a sequence of names"),
+    "bounds": NONE | Instance((Mapping,), "(lowest, highest) values by name"),
+    "average": NONE | Instance((Average,), "an st.Average"),
+    "every": NONE | Whole(least=1),
+    "settings": NONE | Instance((MethodSettings,), "an st.method.MethodSettings"),
+}
+"""What arguments of both drivers may be."""
+
 __all__ = [
+    "ARGUMENTS",
     "Average",
     "Displacement",
     "DisplacementLimit",

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from selftune._arguments import Settings
+
 
 @dataclass(frozen=True, kw_only=True)
-class HyperSettings:
+class HyperSettings(Settings):
     """How often hyperparameters step, and how far.
 
     Attributes:
@@ -69,7 +71,7 @@ class HyperSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DisplacementLimit:
+class DisplacementLimit(Settings):
     """How far the learning rate may climb, by the squared displacement ratio S².
 
     Attributes:
@@ -98,7 +100,7 @@ class DisplacementLimit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FloorSettings:
+class FloorSettings(Settings):
     """Where the floor under weight decay lies.
 
     Attributes:
@@ -110,6 +112,8 @@ class FloorSettings:
             follows the rate; below 0 none does.
     """
 
+    signed = ("touching",)
+
     decoupled: float = 0.3
     l2: float = 0.03
     highest_share: float = 0.1
@@ -117,7 +121,7 @@ class FloorSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StiffSettings:
+class StiffSettings(Settings):
     """How stiff directions are found.
 
     Attributes:
@@ -138,7 +142,7 @@ class StiffSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings:
+class MethodSettings(Settings):
     """What decides where a hyperparameter goes.
 
     Attributes:

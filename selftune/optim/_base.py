@@ -60,6 +60,11 @@ class SelfTuningOptimizer(Container):
         self._log = OptimizerLog(self._engine.monitor, shifts)
         self._advised = self._over = False
         super().__init__(params, defaults)
+        if not any(p.requires_grad for g in self.param_groups for p in g["params"]):
+            raise ValueError(
+                "params: none of the parameters requires a gradient: unfreeze some by "
+                "requires_grad_(); others may be frozen, and are left alone"
+            )
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]

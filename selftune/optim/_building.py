@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from selftune import control, method
+from selftune._arguments import FLAG, NONE, TEXT, Instance, Kind, That, check
 from selftune._identity import describe, flatten
 from selftune.control import Controller, SweepSettings, make_guard, make_sweep
 from selftune.estimators import AbstractEstimator, assign
@@ -30,6 +33,18 @@ from selftune.optim._stepper import AbstractStepper, Opaque
 from selftune.optim._store import Store
 from selftune.schedules import Schedule
 from selftune.update import Update
+
+ARGUMENTS: dict[str, Kind] = {
+    **method.ARGUMENTS,
+    **control.ARGUMENTS,
+    "per": TEXT | Instance((Mapping,), "a scope by name"),
+    "total_steps": That(lambda n: n is None or isinstance(n, numbers.Real), "steps, or None"),
+    "hyper_optimizer": That(
+        lambda f: f is None or callable(f), "None or a function that makes a torch optimizer"
+    ),
+    "model": Instance((nn.Module, type(None)), "a module, or None"),
+    "distributed": FLAG | NONE,
+}
 
 
 @dataclass(kw_only=True)
@@ -85,7 +100,8 @@ class TuningOptions:
     settings: MethodSettings = field(default_factory=MethodSettings)
 
     def __post_init__(self) -> None:
-        """None is the default of an object, too."""
+        """Check each; None is the default of an object, too."""
+        check(ARGUMENTS, vars(self))
         self.average = Average() if self.average is None else self.average
         self.settings = MethodSettings() if self.settings is None else self.settings
 
@@ -110,8 +126,6 @@ class TuningOptions:
         """Training steps from one hyperparameter step to the next."""
         if self.every is None:
             return self.settings.hyper.every(self.total_steps)
-        if self.every < 1:
-            raise ValueError(f"every={self.every} must be at least 1")
         return self.every
 
 

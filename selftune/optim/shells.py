@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from selftune import rules
+from selftune._arguments import FLAG, Kind, Number, That, check
 from selftune.optim._base import Params, SelfTuningOptimizer
 from selftune.optim._stepper import RuleStepper
 from selftune.penalties import L1, Penalties, as_list
@@ -17,6 +18,32 @@ from selftune.update import Update
 
 BETAS: tuple[float, float] = (0.9, 0.999)
 """torch's, and where nobody gives any: another tuple of the same numbers was given by somebody."""
+
+
+_PAIR = That(
+    lambda b: isinstance(b, (tuple, list)) and len(b) == 2 and all(map(Number().fits, b)),
+    "two numbers",
+)
+_SCALAR = That(
+    lambda v: Number().fits(v) or (isinstance(v, Tensor) and v.numel() == 1),
+    "a number, or a tensor of one",
+)
+ARGUMENTS: dict[str, Kind] = {
+    "lr": _SCALAR,
+    "momentum": Number(least=0),
+    "betas": _PAIR,
+    "dampening": Number(),
+    "alpha": Number(least=0, below=1),
+    "eps": Number(least=0),
+    "weight_decay": _SCALAR,
+    "decay": _SCALAR,
+    "l1": Number(least=0),
+    "nesterov": FLAG,
+    "amsgrad": FLAG,
+    "centered": FLAG,
+    "maximize": FLAG,
+}
+"""What options may be; ranges of those that can be tuned are checked with their groups."""
 
 
 class RuleOptimizer(SelfTuningOptimizer):
@@ -30,6 +57,7 @@ class RuleOptimizer(SelfTuningOptimizer):
         penalty: Penalties,
         extras: dict[str, Any],
     ) -> None:
+        check(ARGUMENTS, options)
         for name in ("foreach", "fused"):  # torch's choices of kernel; ours are always joined
             extras.pop(name, None)
         for name in ("capturable", "differentiable"):
@@ -42,6 +70,12 @@ class RuleOptimizer(SelfTuningOptimizer):
         options |= {p.name: p.strength for p in listed}
         update = Update(rule, tuple(listed))
         super().__init__(params, options, update, RuleStepper(update), **extras)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of :class:`SelfTuningOptimizer`; options of the group are checked, too."""
+        if isinstance(param_group, Mapping):
+            check(ARGUMENTS, param_group)
+        super().add_param_group(param_group)
 
 
 def _betas(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float, float]:

@@ -211,8 +211,6 @@ def _controller(given: Given, steps: Steps, total: int) -> Controller:
     """What decides on sweep, guard and end of one member."""
     tuned = steps.hyper.hparams
     sweep = make_sweep(given.probe, total, tuned) if given.population is None else None
-    if sweep is not None and sweep.steps >= total:
-        raise ValueError(f"probe={sweep.steps} leaves no step in a run of {total}")
     guard = make_guard(given.guard) if given.names else None
     return Controller(hparams=tuned, total_steps=total, sweep=sweep, guard=guard)
 
@@ -220,9 +218,7 @@ def _controller(given: Given, steps: Steps, total: int) -> Controller:
 def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[], Any]) -> Steps:
     """The steps of weights and hyperparameters."""
     total, names, settings = plan.total, given.names, given.settings
-    schedule = Schedule(
-        shape=given.schedule, total_steps=total, warmup_steps=min(given.warmup, total - 1)
-    )
+    schedule = Schedule(shape=given.schedule, total_steps=total, warmup_steps=given.warmup)
     rates = torch.tensor([schedule(t) for t in range(total)], dtype=torch.float64, device=device)
     floor = WeightDecayFloor.of(given.rule, schedule, settings.floor)
     if "weight_decay" in (given.bounds or {}):

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from selftune import control, method
+from selftune._arguments import (
+    FLAG,
+    NONE,
+    TEXT,
+    Instance,
+    Kind,
+    Number,
+    OneOf,
+    That,
+    Whole,
+    check,
+)
 from selftune.hypernet import SelfTuned
 from selftune.nn import Found
 from selftune.rules import AbstractRule
+from selftune.schedules import SHAPES
 from selftune.tuner._data import Stream
 from selftune.tuner._steps import RunState, Steps
 
@@ -53,32 +68,57 @@ def check_hparams(
             raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
 
 
-def check_options(
-    every: int | None, exploit_every: int, compile: bool | str, model: Any, rule: Any
-) -> None:
-    """Refuse options of a tuner that cannot be, whatever the others."""
-    if every is not None and every < 1:
-        raise ValueError(f"every={every} must be at least 1")
-    if exploit_every < 1:
-        raise ValueError(f"exploit_every={exploit_every} must be at least 1")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile={compile!r} must be True, False or 'auto'")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
-    if rule is not None and not isinstance(rule, AbstractRule):
-        raise TypeError(f"rule={rule!r} must be a rule, such as st.rules.AdamW()")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ARGUMENTS: dict[str, Kind] = {
+    **method.ARGUMENTS,
+    **control.ARGUMENTS,
+    "model": Instance((nn.Module,), "a torch.nn.Module"),
+    "loss_fn": That(lambda f: f is None or callable(f), "None or a function"),
+    "rule": NONE | Instance((AbstractRule,), "a rule, such as st.rules.AdamW()"),
+    "hparams": NONE | Instance((Mapping,), "values by name"),
+    "tangents": NONE | OneOf(FLOATS),
+    "hyper_rate": NONE | Number(above=0),
+    "schedule": OneOf(tuple(sorted(SHAPES))),
+    "warmup_steps": Whole(least=0),
+    "objective": That(lambda f: f is None or callable(f), "None or a function"),
+    "augment": NONE | Instance((nn.Module,), "a module"),
+    "metrics": NONE | That(
+        lambda m: isinstance(m, Mapping) and all(map(callable, m.values())),
+        "functions of output and target by name, {'accuracy': accuracy}",
+    ),
+    "device": NONE | TEXT | Instance((torch.device,), "a torch.device"),
+    "amp": FLAG,
+    "compile": FLAG | OneOf(("auto",)),
+    "population": Whole(least=1),
+    "exploit_every": Whole(least=1),
+    "seed": Whole(),
+}  # fmt: skip
+"""What arguments of a tuner may be."""
+SOME = NONE | Whole(least=1)
+FIT_ARGUMENTS: dict[str, Kind] = {
+    "epochs": SOME,
+    "steps": SOME,
+    "log_dir": NONE | TEXT | Instance((Path,), "a path"),
+    "callbacks": That(
+        lambda c: isinstance(c, Sequence) and all(map(callable, c)), "a sequence of functions, [f]"
+    ),
+    "resume": FLAG | TEXT | Instance((Path,), "a path"),
+    "patience": SOME,
+    "evaluate_every": SOME,
+    "checkpoint_every": SOME,
+    "log_every": SOME,
+    "pictures_every": SOME,
+    "progress": FLAG,
+}
+"""What arguments of ``fit`` may be."""
 
 
-def check_fit(callbacks: Any, log_every: int | None, pictures_every: int | None) -> None:
-    """Refuse callbacks and intervals of ``fit`` that cannot be."""
-    if callable(callbacks):
-        raise TypeError(f"callbacks={callbacks!r} must be a sequence: [{callbacks!r}]")
-    for name, interval in (("log_every", log_every), ("pictures_every", pictures_every)):
-        if interval is not None and interval < 1:
-            raise ValueError(f"{name}={interval} must be at least 1")
-    if pictures_every is not None and find_spec("matplotlib") is None:
+def check_fit(values: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``fit`` that cannot be."""
+    check(FIT_ARGUMENTS, values)
+    if values["pictures_every"] is not None and find_spec("matplotlib") is None:
         raise ImportError(
-            f"pictures_every={pictures_every} needs matplotlib: pip install matplotlib "
+            f"pictures_every={values['pictures_every']} needs matplotlib: pip install matplotlib "
             "(extra report)"
         )
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from selftune import nn as st_nn
-from selftune.control import SweepSettings, make_guard
+from selftune._arguments import check
+from selftune.control import SweepSettings
 from selftune.estimators import AbstractEstimator
 from selftune.hparams import Hparam, as_layer, choose
 from selftune.method import Average, MethodSettings
@@ -24,7 +25,7 @@ from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build
-from selftune.tuner._checks import check_fit, check_hparams, check_model, check_options
+from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model
 from selftune.tuner._data import Stream, split
 from selftune.tuner._lock import owned
 from selftune.tuner._objective import LossFn, Objective, modes_kept
@@ -124,7 +125,7 @@ class Tuner:
         seed: int = 0,
         settings: MethodSettings | None = None,
     ) -> None:
-        check_options(every, exploit_every, compile, model, rule)
+        check(ARGUMENTS, locals())
         if metrics and objective is not None:
             raise ValueError("metrics need outputs and targets, which objective= does not give")
         check_model(model)
@@ -151,7 +152,6 @@ class Tuner:
         members = Population(population, seed) if population != 1 else None
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         choose(known, names, bounds, 1)
-        make_guard(guard)
         self._given = Given(
             objective=whole, rule=rule, update=update, found=found, known=known, values=values,
             chosen=set(given), names=names, bounds=bounds, estimator=estimator, tangents=tangents,
@@ -260,7 +260,7 @@ class Tuner:
                 "fit was called before on this Tuner: make a new Tuner for another run, or go on "
                 "with an interrupted one by resume=True on a new Tuner with the same log_dir"
             )
-        check_fit(callbacks, log_every, pictures_every)
+        check_fit(locals())
         folder = None if log_dir is None else Path(log_dir)
         objective = self._given.objective
         with owned(folder), modes_kept(objective):

@@ -106,7 +106,7 @@ def test_bad_data_is_refused(case: str) -> None:
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "every": (dict(every=0), "every=0 must be at least 1"),
-    "compile": (dict(compile="always"), "compile='always' must be True, False or 'auto'"),
+    "compile": (dict(compile="always"), "compile='always' must be True or False, or 'auto'"),
     "unknown name": (dict(hparams={"learning_rate": 1.0}), "'learning_rate' is not one of SGD"),
     "another rule's": (dict(hparams={"beta1": 0.9}), "'beta1' is not one of SGD"),
     "negative": (dict(hparams={"lr": -1.0}), "must be finite and above 0"),

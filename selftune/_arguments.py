@@ -1,0 +1,206 @@
+"""What arguments may be: one declaration each, and one check for all.
+
+ARGUMENTS = {"every": Whole(least=1) | NONE, "amp": FLAG}
+check(ARGUMENTS, {"every": 0, "amp": True})   # ValueError: every=0 must be …
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+
+class Kind(ABC):
+    """What an argument may be."""
+
+    @abstractmethod
+    def fits(self, value: Any) -> bool:
+        """Whether a value is of this type."""
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value of this type is in the range."""
+        return True
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """In words, behind "must be"."""
+
+    def __or__(self, other: Kind) -> Kind:
+        """Either of two."""
+        return Either(self, other)
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A number in a range; no NaN, and no infinity unless that says "never"."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    finite: bool = True
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is a number; True and False are none."""
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is finite and in the range."""
+        if math.isnan(value) or (self.finite and math.isinf(value)):
+            return False
+        above = self.above == -math.inf or value > self.above
+        below = self.below == math.inf or value < self.below
+        return self.least <= value <= self.most and above and below
+
+    def _range(self) -> str:
+        ends = (
+            ("at least", self.least), ("above", self.above), ("at most", self.most),
+            ("below", self.below),
+        )  # fmt: skip
+        return " and ".join(f"{word} {end:g}" for word, end in ends if math.isfinite(end))
+
+    def __str__(self) -> str:
+        kind = "a finite number" if self.finite else "a number"
+        return f"{kind}, {self._range()}" if self._range() else kind
+
+
+@dataclass(frozen=True)
+class Whole(Number):
+    """A whole number in a range."""
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is a whole number."""
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+    def __str__(self) -> str:
+        return f"{self._range()}, a whole number" if self._range() else "a whole number"
+
+
+@dataclass(frozen=True)
+class OneOf(Kind):
+    """One of some values."""
+
+    values: tuple[Any, ...]
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is hashable as these are."""
+        return isinstance(value, tuple({type(v) for v in self.values}))
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is one of them."""
+        return value in self.values
+
+    def __str__(self) -> str:
+        *others, last = map(repr, self.values)
+        return f"{', '.join(others)} or {last}" if others else last
+
+
+@dataclass(frozen=True)
+class Instance(Kind):
+    """An object of some classes."""
+
+    classes: tuple[type, ...]
+    words: str
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is one."""
+        return isinstance(value, self.classes)
+
+    def __str__(self) -> str:
+        return self.words
+
+
+@dataclass(frozen=True)
+class That(Kind):
+    """What a function says yes to."""
+
+    test: Callable[[Any], bool]
+    words: str
+
+    def fits(self, value: Any) -> bool:
+        """Whether it does."""
+        return self.test(value)
+
+    def __str__(self) -> str:
+        return self.words
+
+
+class Either(Kind):
+    """What one of several kinds allows."""
+
+    def __init__(self, *kinds: Kind) -> None:
+        flat = [k for kind in kinds for k in getattr(kind, "kinds", (kind,))]
+        self.kinds = sorted(flat, key=lambda kind: kind == NONE)  # read last
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is of one of the types."""
+        return any(k.fits(value) for k in self.kinds)
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is in the range of its type."""
+        return any(k.fits(value) and k.holds(value) for k in self.kinds)
+
+    def __str__(self) -> str:
+        return ", or ".join(map(str, self.kinds))
+
+
+FLAG = Instance((bool,), "True or False")
+NONE = Instance((type(None),), "None")
+TEXT = Instance((str,), "a text")
+
+
+def check(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
+    """Refuse values that are not of their kind.
+
+    Args:
+        kinds: By the argument's name.
+        values: Likewise; others are not looked at.
+
+    Raises:
+        TypeError: A value of another type.
+        ValueError: One outside its range.
+
+    Examples:
+        >>> check({"every": Whole(least=1) | NONE}, {"every": 0})
+        Traceback (most recent call last):
+        ValueError: every=0 must be at least 1, a whole number, or None
+    """
+    for name, kind in kinds.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if not kind.fits(value):
+            raise TypeError(f"{name}={_short(value)} must be {kind}")
+        if not kind.holds(value):
+            raise ValueError(f"{name}={_short(value)} must be {kind}")
+
+
+def _short(value: Any) -> str:
+    """Its ``repr``, or of long ones the beginning."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+class Settings:
+    """A frozen dataclass of numbers, which are checked: no NaN, and 0 or more.
+
+    Attributes:
+        signed: Names of those that may be below 0.
+    """
+
+    signed: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check them against the types of their defaults."""
+        for each in fields(self):  # type: ignore[arg-type]
+            least = -math.inf if each.name in self.signed else 0.0
+            kinds: dict[type, Kind] = {
+                bool: FLAG, int: Whole(least=least), float: Number(least=least, finite=False)
+            }  # fmt: skip
+            if type(each.default) in kinds:
+                kind = kinds[type(each.default)]
+                check({each.name: kind}, {each.name: getattr(self, each.name)})
