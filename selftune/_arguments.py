@@ -65,7 +65,7 @@ class Number(Kind):
 
     def __str__(self) -> str:
         kind = "a finite number" if self.finite else "a number"
-        return f"{kind}, {self._range()}" if self._range() else kind
+        return f"{self._range()}, {kind}" if self._range() else kind
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,10 @@ class Either(Kind):
 FLAG = Instance((bool,), "True or False")
 NONE = Instance((type(None),), "None")
 TEXT = Instance((str,), "a text")
+PAIR = That(
+    lambda p: isinstance(p, (tuple, list)) and len(p) == 2 and all(map(Number().fits, p)),
+    "two numbers",
+)
 
 
 def check(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ one tensor in the shape of its parameter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -191,7 +191,8 @@ def as_list(penalty: Penalties) -> list[AbstractPenalty]:
         >>> as_list(L1(0.1)), as_list(None)
         ([L1(strength=0.1)], [])
     """
-    listed = [penalty] if isinstance(penalty, AbstractPenalty) else list(penalty or [])
+    one = isinstance(penalty, AbstractPenalty) or not isinstance(penalty, Iterable)
+    listed = [penalty] if one and penalty is not None else list(penalty or [])
     if not all(isinstance(one, AbstractPenalty) for one in listed):
         raise TypeError(
             f"penalty={penalty!r} must be a penalty or a sequence of them, such as "

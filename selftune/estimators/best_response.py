@@ -13,6 +13,7 @@ from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from selftune._arguments import Number, Whole, check
 from selftune._gradient import pulling
 from selftune.bijections import AbstractBijection, Log
 from selftune.estimators._base import AbstractEstimator, Estimate
@@ -84,12 +85,11 @@ class BestResponse(AbstractEstimator):
         """Check the arguments."""
         if self.curvature not in CURVATURES:
             raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
-        if not 0 < self.scale <= 2:
-            raise ValueError(f"scale={self.scale} must be above 0 and at most 2")
-        if self.every < 1:
-            raise ValueError(f"every={self.every} must be at least 1")
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"discount={self.discount} must be above 0 and at most 1")
+        kinds = {
+            "scale": Number(above=0, most=2), "every": Whole(least=1),
+            "discount": Number(above=0, most=1),
+        }  # fmt: skip
+        check(kinds, vars(self))
 
     @property
     def answers_for_update(self) -> bool:

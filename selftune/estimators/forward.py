@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._arguments import NONE, Number, Whole, check
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.estimators._directions import Bend, Tangent, basis, entries, pushed, still
 from selftune.problem import Hparams, Point, Problem
@@ -62,12 +63,11 @@ class Forward(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not 0 <= self.discount <= 1:
-            raise ValueError(f"discount={self.discount} must be between 0 and 1; 1 is exact")
+        check(
+            {"discount": Number(least=0, most=1), "projections": Whole(least=1) | NONE}, vars(self)
+        )
         if self.curvature not in CURVATURES:
             raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
-        if self.projections is not None and self.projections < 1:
-            raise ValueError(f"projections={self.projections} must be at least 1, or None for all")
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
         """Refuse a matrix that only a problem with its loss in two parts has."""

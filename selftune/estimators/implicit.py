@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._arguments import Whole, check
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.linear_solve import AbstractIteration, AbstractSolver, Neumann, Product, Solution
 from selftune.problem import Hparams, Point, Problem
@@ -64,8 +65,7 @@ class Implicit(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.together < 1:
-            raise ValueError(f"together={self.together} must be at least 1")
+        check({"together": Whole(least=1)}, vars(self))
         if self.through not in ("loss", "update"):
             raise ValueError(f"through={self.through!r} must be 'loss' or 'update'")
         if self.through == "update" and not isinstance(self.solver, Neumann):

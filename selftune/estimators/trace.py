@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from selftune._arguments import Number, Whole, check
 from selftune.estimators._rows import AbstractRows
 from selftune.update import Tangents, Transition
 
@@ -36,11 +37,8 @@ class Trace(AbstractRows):
     closed_forms: bool = True
 
     def __post_init__(self) -> None:
-        """Check the discount."""
-        if not 0 <= self.discount <= 1:
-            raise ValueError(f"discount={self.discount} must be between 0 and 1; 0.9 is usual")
-        if self.stride < 1:
-            raise ValueError(f"stride={self.stride} must be at least 1")
+        """Check the arguments."""
+        check({"discount": Number(least=0, most=1), "stride": Whole(least=1)}, vars(self))
 
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]

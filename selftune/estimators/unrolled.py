@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._arguments import NONE, Whole, check
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.problem import Hparams, Point, Problem
 from selftune.update import Update
@@ -64,10 +65,8 @@ class Unrolled(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        for name in ("horizon", "checkpoint", "share"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        kinds = dict.fromkeys(("horizon", "checkpoint", "share"), Whole(least=1) | NONE)
+        check(kinds, vars(self))
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
         """Refuse to keep all steps of a training run."""

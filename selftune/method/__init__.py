@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from selftune._arguments import NONE, Instance, Kind, That, Whole
+from selftune._arguments import NONE, PAIR, Instance, Kind, That, Whole
 from selftune.method.averaging import Average
 from selftune.method.displacement import Displacement
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState
@@ -19,7 +19,11 @@ from selftune.method.weight_decay_floor import WeightDecayFloor
 
 ARGUMENTS: dict[str, Kind] = {
     "tune": NONE | That(lambda n: isinstance(n, (Sequence, set, frozenset)), "a sequence of names"),
-    "bounds": NONE | Instance((Mapping,), "(lowest, highest) values by name"),
+    "bounds": NONE
+    | That(
+        lambda b: isinstance(b, Mapping) and all(map(PAIR.fits, b.values())),
+        "(lowest, highest) values by name, {'lr': (1e-5, 0.1)}",
+    ),
     "average": NONE | Instance((Average,), "an st.Average"),
     "every": NONE | Whole(least=1),
     "settings": NONE | Instance((MethodSettings,), "an st.method.MethodSettings"),

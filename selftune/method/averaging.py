@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selftune._arguments import Number, check
 from selftune._gradient import plainly
 
 
@@ -31,8 +32,7 @@ class Average:
 
     def __post_init__(self) -> None:
         """Check ρ."""
-        if not 0 <= self.rho < 1:
-            raise ValueError(f"rho={self.rho} must be at least 0 and below 1; 0.98 is usual")
+        check({"rho": Number(least=0, below=1)}, vars(self))
 
     @property
     def stride(self) -> int:

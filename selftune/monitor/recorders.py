@@ -172,8 +172,8 @@ def as_recorder(target: Any) -> AbstractRecorder:
     if callable(target):
         return Listener(target)
     raise TypeError(
-        f"recorder={target!r}: use a folder, a recorder of selftune.monitor, a SummaryWriter, a "
-        "function(values, step), or a list of these"
+        f"log_dir or recorder={target!r}: use a folder, a recorder of selftune.monitor, "
+        "a SummaryWriter, a function(values, step), or a list of these"
     )
 
 

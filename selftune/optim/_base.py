@@ -48,7 +48,7 @@ class SelfTuningOptimizer(Container):
         **tuning: Any,
     ) -> None:
         if isinstance(params, nn.Module):
-            tuning, params = {**tuning, "model": params}, params.named_parameters()
+            tuning, params = {"model": params, **tuning}, params.named_parameters()
         options = TuningOptions(**tuning)
         self._schedule = options.learning_rate
         self._update = update

@@ -37,6 +37,7 @@ from selftune.update import Update
 ARGUMENTS: dict[str, Kind] = {
     **method.ARGUMENTS,
     **control.ARGUMENTS,
+    "schedule": TEXT | NONE,
     "per": TEXT | Instance((Mapping,), "a scope by name"),
     "total_steps": That(lambda n: n is None or isinstance(n, numbers.Real), "steps, or None"),
     "hyper_optimizer": That(

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from selftune import rules
-from selftune._arguments import FLAG, Kind, Number, That, check
+from selftune._arguments import FLAG, PAIR, Kind, Number, That, check
 from selftune.optim._base import Params, SelfTuningOptimizer
+from selftune.optim._building import ARGUMENTS as TUNING
 from selftune.optim._stepper import RuleStepper
 from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule
@@ -20,10 +21,6 @@ BETAS: tuple[float, float] = (0.9, 0.999)
 """torch's, and where nobody gives any: another tuple of the same numbers was given by somebody."""
 
 
-_PAIR = That(
-    lambda b: isinstance(b, (tuple, list)) and len(b) == 2 and all(map(Number().fits, b)),
-    "two numbers",
-)
 _SCALAR = That(
     lambda v: Number().fits(v) or (isinstance(v, Tensor) and v.numel() == 1),
     "a number, or a tensor of one",
@@ -31,7 +28,7 @@ _SCALAR = That(
 ARGUMENTS: dict[str, Kind] = {
     "lr": _SCALAR,
     "momentum": Number(least=0),
-    "betas": _PAIR,
+    "betas": PAIR,
     "dampening": Number(),
     "alpha": Number(least=0, below=1),
     "eps": Number(least=0),
@@ -57,7 +54,7 @@ class RuleOptimizer(SelfTuningOptimizer):
         penalty: Penalties,
         extras: dict[str, Any],
     ) -> None:
-        check(ARGUMENTS, options)
+        check({**ARGUMENTS, **TUNING}, {**options, **extras})
         for name in ("foreach", "fused"):  # torch's choices of kernel; ours are always joined
             extras.pop(name, None)
         for name in ("capturable", "differentiable"):
@@ -80,6 +77,7 @@ class RuleOptimizer(SelfTuningOptimizer):
 
 def _betas(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float, float]:
     """Those that are given, or such as fit a run that is tuned."""
+    check(TUNING, tuning)
     tune = tuning.get("tune")
     if betas is not BETAS or not (tune is None or "lr" in tune):
         return betas

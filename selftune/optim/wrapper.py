@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from selftune._arguments import check
 from selftune.optim._base import SelfTuningOptimizer
+from selftune.optim._building import ARGUMENTS
 from selftune.optim._stepper import InnerStepper, Opaque
 from selftune.update import Update
 
@@ -50,6 +52,7 @@ class SelfTuning(SelfTuningOptimizer):
                 f"inner={type(inner).__name__} evaluates the loss several times a step, so what a "
                 "step did is no direction; use an optimizer whose step() needs no closure"
             )
+        check(ARGUMENTS, tuning)
         per = tuning.get("per", "run")
         if "tensor" in ([per] if isinstance(per, str) else per.values()):
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from selftune._arguments import FLAG, NONE, TEXT, Instance, Kind, Number, That, Whole, check
 from selftune.rules import AdamW
 from selftune.search._candidates import Candidates, builders_of, points_of
 from selftune.search._result import Selection, selected
@@ -28,6 +29,31 @@ STUDY = "selftune"
 """The name of a study where nobody says."""
 JOIN = "SELFTUNE_STORAGE"
 """A variable of the environment: the storage of the search to join (``selftune worker``)."""
+
+
+SOME = Whole(least=1) | NONE
+ARGUMENTS: dict[str, Kind] = {
+    "trials": Whole(least=1),
+    "epochs": SOME,
+    "steps": SOME,
+    "loss_fn": That(lambda f: f is None or callable(f), "a function, or None"),
+    "metric": TEXT,
+    "maximize": FLAG,
+    "timeout": Number(above=0) | NONE,
+    "trust_storage": FLAG,
+    "study": TEXT,
+    "workers": Whole(least=1),
+    "warm_start": FLAG,
+    "memory": Instance((Memory,), "a selftune.search.Memory") | NONE,
+    "patience": SOME,
+    "tuner": Instance((Mapping,), "arguments of st.Tuner by name") | NONE,
+    "fit": Instance((Mapping,), "arguments of Tuner.fit by name") | NONE,
+    "log_dir": TEXT | Instance((Path,), "a path") | NONE,
+    "seed": Whole(),
+    "force": FLAG,
+    "progress": FLAG,
+}
+"""What arguments of ``select`` may be."""
 
 
 def select(
@@ -118,9 +144,7 @@ def select(
         >>> found.params["width"] in (4, 8)
         True
     """
-    for name, number in (("trials", trials), ("workers", workers)):
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+    check(ARGUMENTS, locals())
     builders = builders_of(candidates, train)
     joined = os.environ.get(JOIN)
     storage = joined or storage

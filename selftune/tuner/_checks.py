@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -53,6 +54,8 @@ def check_hparams(
             )
         if isinstance(value, bool):
             continue
+        if not isinstance(value, (numbers.Real, Tensor)):
+            raise TypeError(f"hparams[{name!r}]={value!r} must be a number")
         if name in strengths:
             hparam = strengths[name].hparam
             if not (value == 0 or hparam.lower <= float(value) <= hparam.upper):
@@ -111,6 +114,14 @@ FIT_ARGUMENTS: dict[str, Kind] = {
     "progress": FLAG,
 }
 """What arguments of ``fit`` may be."""
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """A device by name."""
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is unknown: {error}") from error
 
 
 def check_fit(values: Mapping[str, Any]) -> None:

@@ -35,7 +35,8 @@ class Stream:
     ) -> None:
         self.skips = skips
         # Not tried by iter(loader), which would draw from the random streams and start workers.
-        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+        if not iterable or isinstance(loader, (str, bytes)):
             raise TypeError(
                 f"{name}={type(loader).__name__} must be a DataLoader or an iterable of batches"
             )

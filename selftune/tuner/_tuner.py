@@ -25,7 +25,7 @@ from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build
-from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model
+from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
 from selftune.tuner._data import Stream, split
 from selftune.tuner._lock import owned
 from selftune.tuner._objective import LossFn, Objective, modes_kept
@@ -166,7 +166,7 @@ class Tuner:
                 f"population={population} needs an estimator of rows, Trace or OneStep, for all "
                 f"tuned hyperparameters, and {assigned.names} need {assigned.whole}"
             )
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else device_of(device)
         self._compile, self._exploit, self._seed = compile, exploit_every, seed
         self._fitted = False
         self._ended: Training | None = None

@@ -1,0 +1,1 @@
+"""What may go wrong with a run, made to go wrong: ``python -m benchmarks.reliability``."""
