@@ -25,7 +25,7 @@ from benchmarks.run import EVERYTHING
 from benchmarks.workloads import SUITE
 from selftune.control import SweepSettings
 from selftune.method import Displacement, DisplacementLimit
-from selftune.method.step import alone
+from selftune.method.step import local_sum
 from selftune.rules.adam import fitting_beta2
 
 RATES = "0.001,0.003,0.01,0.03,0.1"
@@ -62,10 +62,10 @@ def run(name: str, rate: float, seed: int) -> Found:
         ended = step - int(displacement.since) >= limit.segment
         if ended and step <= workload.steps // 3:
             after = weights()
-            displacement = displacement.update([after], torch.tensor([step]), limit, alone)
+            displacement = displacement.update([after], torch.tensor([step]), limit, local_sum)
             squares, mark = squares + float((after - mark).square().sum()), after
             straight = float((after - start).square().sum()) / squares
-            ratios = straight, float(displacement.square([after], alone))
+            ratios = straight, float(displacement.square([after], local_sum))
     with average.showing():
         return workload.evaluate(model, "val"), *ratios
 
