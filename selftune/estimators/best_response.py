@@ -21,6 +21,8 @@ from selftune.estimators._structured import Structured, unknown
 from selftune.problem import Hparams, Point, Problem
 
 CURVATURES = ("exact", "gauss-newton")
+LEAST = 0.1
+"""Share of a perturbation that a bound must leave of it."""
 FARTHEST = 4.0
 """How many times longer than the weights a response may be: beyond, it has blown up."""
 MOST = 1000
@@ -171,9 +173,12 @@ class BestResponse(AbstractEstimator):
             raw = scale.inverse(h)
             move = self.scale * signs(step, first, h.numel()).to(h.dtype).reshape(h.shape)
             first += h.numel()
-            near[name] = scale.forward(raw + move).clamp(low, high)
-            moved = scale.inverse(near[name]) - raw
-            moves.append(torch.where(torch.isfinite(moved), moved, 0.0).reshape(-1))
+            there = scale.forward(raw + move).clamp(low, high)
+            moved = scale.inverse(there) - raw
+            # Of a move that a bound cuts off there is little but rounding errors to learn from.
+            far = moved.abs() > LEAST * self.scale  # false for NaN
+            near[name] = torch.where(far, there, h)
+            moves.append(torch.where(far, moved, 0.0).reshape(-1))
         return near, torch.cat(moves)
 
     def _gradient(self, problem: Problem, point: Point, shift: Tensor, near: Hparams) -> Tensor:

@@ -37,6 +37,8 @@ WATCHED = 20
 """Eager steps that are timed before it is decided whether to compile."""
 FUSED, LAUNCHED = 0.4, 4e-4
 """What compiling saves of an eager step: a share, or seconds a parameter tensor if more."""
+LONG = 2.0
+"""How many times as long as compiling the rest of the run must be, whatever it would save."""
 COMPILED = 20.0, 4.0
 """Seconds that compiling takes: at least, and for each parameter tensor (measured on a CPU)."""
 
@@ -66,7 +68,7 @@ class Training:
 
     def __post_init__(self) -> None:
         """Nothing is under way yet."""
-        self._clock: list[float] = []
+        self._clock: list[tuple[float, float]] = []
         controller = self.watch.controllers[0]
         self._sweep = Sweep(
             self.steps, self.fused.run, self.snapshots, controller, self.fused.whole
@@ -185,13 +187,16 @@ class Training:
             self.plan.compile = False  # decided: what cannot be compiled is not tried again
             self.fused.compile()
             return
-        self._clock.append(time.perf_counter())
+        # On a busy machine wall time is that of others, with several threads process time counts
+        # each: the shorter one is nearer to what a step takes.
+        self._clock.append((time.perf_counter(), time.process_time()))
         if len(self._clock) == WATCHED + 1:
-            taken = (self._clock[-1] - self._clock[0]) / WATCHED
-            tensors = len(self.steps.params)
+            spans = zip(self._clock[-1], self._clock[0], strict=True)
+            taken = min(end - start for end, start in spans) / WATCHED
+            tensors, left = len(self.steps.params), self.plan.total - self.step
             gain = min(max(FUSED * taken, LAUNCHED * tensors), 0.9 * taken)
-            saved = gain * (self.plan.total - self.step)
-            if saved > COMPILED[0] + COMPILED[1] * tensors:
+            saved, cost = gain * left, COMPILED[0] + COMPILED[1] * tensors
+            if saved > cost and taken * left > LONG * cost:
                 self.fused.compile()
             else:
                 self.plan.compile = False

@@ -68,6 +68,23 @@ def test_a_learning_rate_has_its_response_of_finite_horizon(horizon: int) -> Non
     assert error(jacobian(quadratic, memory, 1)[0], truth) < 0.05
 
 
+@pytest.mark.parametrize("gap", [0.0, 1e-15, 1e-9, 1e-4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_lone_strength_near_its_bound_is_learned_from_the_steps_that_move_it(
+    shape: str, gap: float
+) -> None:
+    """Truth: the closed form; a step that the bound cuts off tells nothing but rounding errors."""
+    problem = ridge(SHAPES[shape], lr=0.1)
+    bound = problem.update.hparams["weight_decay"].bounded(1e-10, 0.2)
+    problem = replace(problem, scales={"weight_decay": bound})
+    strength = {"weight_decay": number(0.2 * (1 - gap))}
+    memory, _ = learned(problem, st.BestResponse(scale=0.2, discount=1.0), strength, 1200)
+    x, y = data(0)
+    hessian = x.T @ x / 20 + 0.2 * torch.eye(6, dtype=torch.float64)
+    truth = -torch.linalg.solve(hessian, 0.2 * torch.linalg.solve(hessian, x.T @ y / 20))
+    assert error(jacobian(problem, memory, 1)[0], truth) < 0.15
+
+
 def ridge(shape: torch.Size, **options: float) -> st.Problem:
     """With its loss in two parts."""
     criterion = lambda out, h, b: (out - b[1]).square().mean() / 2  # noqa: E731
