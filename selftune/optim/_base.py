@@ -151,6 +151,7 @@ class SelfTuningOptimizer(Container):
         outer = OuterLoss(engine)
         with torch.no_grad():
             self._blocks()
+            engine.settle()
         if not known:
             # Also an early look at what the closure returns; it leaves random streams alone.
             start = Weights(outer.good.weights, engine.buffers.average)
@@ -210,6 +211,7 @@ class SelfTuningOptimizer(Container):
         """
         with torch.no_grad():
             self._blocks()
+            self._engine.settle()
         if self._engine.buffers.waiting:
             log.warning(
                 "averaged() before the first training pass of a loaded run: BatchNorm layers are "
@@ -219,6 +221,30 @@ class SelfTuningOptimizer(Container):
         outer = OuterLoss(self._engine)
         with outer.showing(outer.end):
             yield
+
+    def sync(self) -> None:
+        """Take weights that were changed from outside for the averaged and the last good ones.
+
+        After loading, pruning or re-initialising weights in the middle of a run. Without it the
+        average still holds those of before for some 1/(1 − ρ) steps, and a rewind returns to them.
+        Hyperparameters and sensitivities stay. (Weights that are held at exactly 0 by a mask, and
+        parameters that were frozen, need no call: averages follow them.)
+
+        Raises:
+            RuntimeError: It is called inside ``averaged()``.
+
+        Examples:
+            >>> import torch, selftune as st
+            >>> net = torch.nn.Linear(2, 1)
+            >>> opt = st.SGD(net, lr=0.1)
+            >>> net.load_state_dict(torch.nn.Linear(2, 1).state_dict())
+            <All keys matched successfully>
+            >>> opt.sync()
+        """
+        self._outside("sync()")
+        with torch.no_grad():
+            self._blocks()
+            self._engine.sync()
 
     def report(self, loss: Tensor | float) -> None:
         """Tell the training loss, for the log and the guard; optional.

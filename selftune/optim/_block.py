@@ -125,6 +125,18 @@ class Block:
         """
         return self.layout.flatten(self.params, out=self._before)
 
+    def settle(self) -> None:
+        """Let the average follow masks and frozen parameters.
+
+        A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in
+        the average; a parameter that is not trained any more is there as it is.
+        """
+        average = self.part.average
+        average.masked_fill_(self.before() == 0, 0.0)
+        for param, view in zip(self.params, self.layout.views(average), strict=True):
+            if not param.requires_grad:
+                view.copy_(param)
+
     def gradient(self) -> tuple[Tensor, list[bool] | None]:
         """The joined gradients, zeros where there are none, and which there are (None: all).
 

@@ -15,6 +15,7 @@ from selftune.control import (
     Activity,
     Controller,
     Gradient,
+    Guard,
     Hypergradient,
     SweepSlope,
     TrainingLoss,
@@ -91,6 +92,21 @@ class Engine:
         for block in self.blocks:
             block.begin()
         self.buffers.begin()
+
+    def settle(self) -> None:
+        """Let averages follow masks and frozen parameters."""
+        if not self.buffers.shown:
+            for block in self.blocks:
+                block.settle()
+
+    def sync(self) -> None:
+        """Take weights that were changed from outside for averaged and good ones."""
+        self.begin()
+        self.slopes.forget()
+        self.looked = False
+        guard = self.controller.guard
+        if guard is not None:  # losses of other weights are no yardstick
+            self.controller.guard = Guard(policy=guard.policy, rewinds=guard.rewinds)
 
     def train(
         self,
@@ -233,6 +249,7 @@ class Engine:
         self.clock.outer = self.clock.steps
         signal = self.method.unit(self.training_signal, grads, self.reducer.total)
         self.training_signal = None
+        self.settle()
         averages = [b.part.average for b in self.blocks]
         due = self.clock.steps % (10 * self.every) < self.every  # no loss says which are good
         if due and math.isfinite(self.store.total([a.sum() for a in averages])):

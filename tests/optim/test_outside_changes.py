@@ -1,0 +1,101 @@
+"""Masks, frozen layers, weights loaded in the middle. Truth: the weights themselves."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selftune as st
+
+SHELLS = {
+    "SGD": lambda net, **o: st.SGD(net, lr=0.05, momentum=0.9, **o),
+    "AdamW": lambda net, **o: st.AdamW(net, lr=0.01, **o),
+    "NAdam": lambda net, **o: st.SelfTuning(torch.optim.NAdam(net.parameters(), lr=0.01), **o),
+}
+X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+Y = X.sum(1, keepdim=True)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 1))
+
+
+def step(net: nn.Module, opt: st.SGD) -> None:
+    opt.zero_grad()
+    (net(X) - Y).square().mean().backward()
+    opt.step()
+
+
+def tune(net: nn.Module, opt: st.SGD) -> None:
+    opt.hyper_step(lambda: (net(X) - Y).square().mean())
+
+
+def averaged(net: nn.Module, opt: st.SGD) -> dict[str, Tensor]:
+    with opt.averaged():
+        return {n: v.clone() for n, v in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("tuned", [True, False])
+def test_masked_weights_are_zero_in_the_average(shell: str, tuned: bool) -> None:
+    net = network()
+    opt = SHELLS[shell](net, probe=False)
+    mask = torch.rand(net[0].weight.shape, generator=torch.Generator().manual_seed(1)) > 0.8
+    for _ in range(90):
+        step(net, opt)
+        net[0].weight.data *= mask
+        if tuned:
+            tune(net, opt)
+    shown = averaged(net, opt)["0.weight"]
+    assert torch.equal(shown == 0, ~mask)
+    assert (shown[mask] - net[0].weight.detach()[mask]).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_frozen_layer_is_in_the_average_as_it_is(shell: str) -> None:
+    net = network()
+    opt = SHELLS[shell](net, probe=False)
+    for at in range(60):
+        if at == 30:
+            net[0].requires_grad_(False)
+            net[0].weight.grad = net[0].bias.grad = None
+        step(net, opt)
+        tune(net, opt)
+    shown = averaged(net, opt)
+    assert torch.equal(shown["0.weight"], net[0].weight)
+    assert torch.equal(shown["0.bias"], net[0].bias)
+    assert not torch.equal(shown["2.weight"], net[2].weight)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_sync_takes_weights_over(shell: str) -> None:
+    net = network()
+    opt = SHELLS[shell](net, probe=False)
+    for _ in range(60):
+        step(net, opt)
+        tune(net, opt)
+    before = opt.hparams
+    torch.manual_seed(5)
+    net.load_state_dict(other := nn.Sequential(*[*network()]).state_dict())
+    for value in other.values():
+        value.add_(torch.randn_like(value))
+    net.load_state_dict(other)
+    stale = averaged(net, opt)
+    assert not torch.equal(stale["0.weight"], other["0.weight"])
+    opt.sync()
+    shown = averaged(net, opt)
+    assert all(torch.equal(shown[n], other[n]) for n in other)
+    assert opt.hparams == before
+    for _ in range(3):  # an alarm: the run returns to its last good weights, which are these
+        opt.zero_grad()
+        ((net(X) - Y).square().mean() * torch.nan).backward()
+        opt.step()
+    assert all(torch.equal(v, other[n]) for n, v in net.state_dict().items())
+
+
+def test_sync_inside_averaged_is_refused() -> None:
+    net = network()
+    opt = st.SGD(net, lr=0.05)
+    step(net, opt)
+    with opt.averaged(), pytest.raises(RuntimeError, match=r"sync\(\) inside averaged"):
+        opt.sync()
