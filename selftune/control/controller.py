@@ -16,6 +16,7 @@ from selftune.hparams import Hparam
 log = logging.getLogger("selftune")
 
 TOO_HIGH = "the learning rate of the sweep is too high: the trial lost the descent"
+FADED = "units died under a learning rate that has climbed"
 BAD_GRADIENTS = "gradients vanished or are not finite"
 
 
@@ -40,9 +41,17 @@ class Gradient(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """How many weights have a gradient that is not 0."""
+    """How many units are live: rows of weights with a gradient that is not 0.
+
+    Attributes:
+        alive: How many.
+        age: Steps since the last fresh start.
+        climb: How far the learning rate is above the given one, in log.
+    """
 
     alive: float
+    age: int = 0
+    climb: float = 0.0
 
 
 class TrainingLoss(NamedTuple):
@@ -154,7 +163,12 @@ class Controller:
         return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
 
     def _activity(self, record: Activity) -> Action:
-        return self._judged(self._guard.activity(record.alive), BAD_GRADIENTS)
+        verdict = self._guard.activity(record.alive, record.age, record.climb)
+        if verdict != "fade":
+            return self._judged(verdict, BAD_GRADIENTS)
+        action = self._rewind(FADED)  # not below the given rate, at which units were alive
+        cooling = max(action.rewind["lr"], -record.climb)
+        return action._replace(rewind={**action.rewind, "lr": cooling})
 
     def _training_loss(self, record: TrainingLoss) -> Action:
         verdict = self._guard.training_loss(record.loss)

@@ -29,10 +29,13 @@ class GuardPolicy(Settings):
         fresh: Running means of so few evaluations only set the yardstick.
         window: Losses whose mean judges the weights of the middle one. A running mean comes too
             late: it is lowest where the loss has risen again.
-        dead: Share of the most weights with a gradient below which gradients have vanished.
-        pulse: Steps between two counts of weights with a gradient …
+        dead: Share of the most live units below which gradients have vanished.
+        pulse: Steps between two counts of live units …
         young: … and steps from a fresh start in which a network may be found dead. It dies at once
             or not at all; later, no gradient may mean nothing left to learn.
+        capacity: Share of the most live units since a fresh start below which a run whose rate has
+            climbed has lost capacity …
+        climbed: … by so much in log above the given one.
         cool: The rate is divided by it in a rewind, by its square in the next, …
         cool_worsened: … and by this where the validation loss merely worsened.
         momentum: By how much raw values of momenta change where the run blew up: −0.7 about halves
@@ -58,6 +61,8 @@ class GuardPolicy(Settings):
     dead: float = 0.1
     pulse: int = 8
     young: int = 160
+    capacity: float = 0.9
+    climbed: float = 0.4
     cool: float = 3.0
     cool_worsened: float = 2.0
     momentum: float = -0.7
@@ -117,6 +122,8 @@ class Guard:
     missed: int = 0
     quiet: int = 0
     loudest: float = 0.0
+    liveliest: float = 0.0
+    fading: int = 0
     streak: int = 0
     rewinds: int = 0
     exploded: bool = False  # whether the last validation loss exploded, not merely worsened
@@ -136,12 +143,25 @@ class Guard:
             return "ok"
         return "rewind" if self.skipped_hyper >= self.policy.patience else "skip"
 
-    def activity(self, alive: float) -> str:
-        """Judge the number of weights whose gradient is not 0: a dead network has next to none.
+    def activity(self, alive: float, age: int = 0, climb: float = 0.0) -> str:
+        """Judge the number of live units, those with a gradient: a dead network has next to none.
 
         So has one that has learned all there is (a hinge loss at its margin), so a run whose
-        loss has come down is not judged.
+        loss has come down is not judged, unless its learning rate has climbed: too high a rate
+        pushes units to where they have no gradient, and the loss that the others reach looks good.
+
+        Args:
+            alive: How many.
+            age: Steps since the fresh start.
+            climb: How far the rate is above the given one, in log.
         """
+        self.liveliest = max(self.liveliest, alive)
+        faded = alive < self.policy.capacity * self.liveliest and climb > self.policy.climbed
+        self.fading = self.fading + 1 if faded else 0
+        if self.fading >= self.policy.patience:
+            return "fade"
+        if age > self.policy.young:
+            return "ok"
         self.loudest = max(self.loudest, alive)
         self.quiet = self.quiet + 1 if alive < self.policy.dead * self.loudest else 0
         learned = self.first - self.best > 0.1 * abs(self.first) or (
@@ -270,7 +290,8 @@ class Guard:
         self.window, self.total = 0, 0.0
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
-        self.skipped = self.skipped_hyper = self.missed = self.quiet = 0
+        self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
+        self.liveliest = 0.0
         if self.streak >= policy.limit:  # cooling does not help, so the yardstick must be wrong
             self.start = self.mean = math.nan
         if worsened:

@@ -6,6 +6,7 @@ from selftune._arguments import NONE, PAIR, Instance, Kind, That, Whole
 from selftune.method.averaging import Average
 from selftune.method.displacement import Displacement
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState
+from selftune.method.live_units import live_units
 from selftune.method.sensitivities import Moment, Part, Sensitivities
 from selftune.method.settings import (
     DisplacementLimit,
@@ -49,5 +50,6 @@ __all__ = [
     "State",
     "StiffSettings",
     "WeightDecayFloor",
+    "live_units",
     "propose",
 ]

@@ -22,7 +22,7 @@ from selftune.control import (
     TrialSlopes,
     ValidationLoss,
 )
-from selftune.method import Outer
+from selftune.method import Outer, live_units
 from selftune.method.slopes import Slopes
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
@@ -193,10 +193,12 @@ class Engine:
         if guard is None:
             return Action(skip=not finite)
         action = self.controller.observe(Gradient(finite))
-        young = self.clock.steps - self.clock.since <= guard.policy.young
-        if finite and young and self._pulse:
-            alive = self.store.total([torch.count_nonzero(g).to(g.dtype) for g, _ in grads])
-            action = self.controller.observe(Activity(alive))
+        if finite and self._pulse:
+            live = [
+                live_units(b.layout.views(g)) for b, (g, _) in zip(self.blocks, grads, strict=True)
+            ]
+            age, climb = self.clock.steps - self.clock.since, self.shifts.climb
+            action = self.controller.observe(Activity(self.store.total(live), age, climb))
         return action
 
     # the sweep and the trial

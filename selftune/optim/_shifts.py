@@ -180,6 +180,11 @@ class Shifts:
         """The largest present value of a tuned hyperparameter, 0 if it is not tuned."""
         return float(self.rows[name].values().max()) if name in self.rows else 0.0
 
+    @property
+    def climb(self) -> float:
+        """How far the learning rate is above the given one, in log."""
+        return float(self.rows["lr"].shift.max()) if "lr" in self.rows else 0.0
+
     def values(self) -> dict[str, float]:
         """The largest present value of each."""
         return {n: self.value(n) for n in self.rows}

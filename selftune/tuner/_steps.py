@@ -23,7 +23,7 @@ from torch.func import functional_call
 from selftune._flat import Layout
 from selftune._gradient import gradient, plainly
 from selftune.estimators import AbstractEstimator
-from selftune.method import HyperState, Method, Moment, Outer, State, propose
+from selftune.method import HyperState, Method, Moment, Outer, State, live_units, propose
 from selftune.update import Clock
 
 Batch = Any
@@ -120,11 +120,12 @@ class Steps:
         self._known: tuple[Tensor, int] | None = None
         self._values: dict[str, Any] = {}
         self._slopes: dict[str, Any] = {}
+        self.start: dict[str, Any] = {}
 
     def begin(self, values: Mapping[str, float]) -> RunState:
         """A run at its start, from the objective's parameters (not copied) and buffers."""
         named = dict(self.inner.named_parameters())
-        start = {**self.options, **values}
+        self.start = start = {**self.options, **values}
         device = named[self.params[0]].device
         if self.layout is None:
             weights = [named[n].detach() for n in self.params]
@@ -226,7 +227,7 @@ class Steps:
         steps = [propose(update, part, grad, moment) for part, grad, moment in found]
         totals = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
         fine = torch.isfinite(loss) & torch.isfinite(totals).all()
-        told = self.told(loss, grads if tracked else (), fine)
+        told = self.told(loss, self.views(grads) if tracked else (), fine)
         if self._on_host(run):
             if not bool(fine):
                 return run._replace(step=run.step + 1), told
@@ -247,13 +248,13 @@ class Steps:
 
     @staticmethod
     def told(loss: Tensor, grads: Sequence[Tensor], fine: Tensor) -> Tensor:
-        """Loss, whether the step was taken, and how many gradients are not 0; shape (3,), float64.
+        """Loss, whether the step was taken, and how many units are live; shape (3,), float64.
 
         The last is NaN where no gradients are given.
         """
         alive = torch.full_like(loss, torch.nan, dtype=torch.float64)
         if grads:
-            alive = torch.stack([torch.count_nonzero(g) for g in grads]).sum()
+            alive = live_units(grads)
         return torch.stack([t.to(torch.float64) for t in (loss, fine, alive)])
 
     def _on_host(self, run: RunState) -> bool:

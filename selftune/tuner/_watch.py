@@ -170,10 +170,18 @@ class Watch:
             action = controller.observe(TrainingLoss(loss))
         stride = self._steps.method.sensitivities.estimator.stride
         age = step - int(self._snapshots.part(self._run.since, member))
-        counted = not math.isnan(alive) and age <= guard.policy.young
-        if action.rewind is None and counted and guard.policy.counts(age, stride):
-            action = controller.observe(Activity(alive))
+        counted = not math.isnan(alive) and guard.policy.counts(age, stride)
+        if action.rewind is None and counted:
+            action = controller.observe(Activity(alive, age, self._climb(member)))
         return action
+
+    def _climb(self, member: int) -> float:
+        """How far a member's learning rate is above the given one, in log."""
+        hyper = self._steps.hyper
+        if "lr" not in hyper.hparams:
+            return 0.0
+        raw = self._snapshots.part(self._run.hyper.raw, member)[hyper.slots("lr")]
+        return float(raw) - math.log(self._steps.start["lr"])
 
     def _judge_outer(self, member: int, row: list[float]) -> Action:
         outer, finite, *_ = row
