@@ -144,6 +144,17 @@ def test_a_dead_network_is_taken_back() -> None:
     assert "vanished" in found[2].reason
 
 
+@pytest.mark.parametrize("climb", [0.5, 5.0])
+def test_units_that_die_cool_the_rate_but_not_below_the_given_one(climb: float) -> None:
+    """Law: at the given rate they were alive."""
+    controller = made(patience=2)
+    found = [controller.observe(Activity(n, 500, climb)) for n in (100.0, 10.0, 10.0)]
+    assert found[:2] == [Action()] * 2
+    assert found[2].rewind is not None
+    assert found[2].rewind["lr"] == pytest.approx(-min(climb, math.log(3.0)))
+    assert "units died" in found[2].reason
+
+
 def test_a_training_loss_that_explodes_is_taken_back() -> None:
     """Law: at once; one that is no number as often as gradients are."""
     controller = made()

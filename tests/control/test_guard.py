@@ -91,6 +91,19 @@ def test_a_network_that_has_learned_is_not_dead() -> None:
         assert [guard.activity(s) for s in (0.5, *[0.0] * 5)] == ["ok"] * 6
 
 
+def test_units_that_die_under_a_rate_that_has_climbed() -> None:
+    """Law: below a share of the most since the fresh start, several times in a row, for that."""
+    guard = GuardPolicy(patience=2, capacity=0.8).begin()
+    learned = trained()
+    learned.policy = guard.policy
+    for one in (guard, learned):
+        counts = (100.0, 90.0, 79.0, 81.0, 79.0, 78.0)
+        assert [one.activity(n, age=500, climb=1.0) for n in counts] == ["ok"] * 5 + ["fade"]
+        one.rewound(worsened=False)  # what is left is the measure of the next
+        assert [one.activity(n, age=500, climb=1.0) for n in (78.0, 70.0)] == ["ok"] * 2
+        assert [one.activity(n, age=500, climb=0.1) for n in (9.0, 8.0, 7.0)] == ["ok"] * 3
+
+
 @pytest.mark.parametrize("first", [2.0, -2.0])
 def test_explosion_from_the_start(first: float) -> None:
     """Closed form: alarm once the mean is above first + |first|, not before."""

@@ -94,12 +94,14 @@ def test_training_steps_are_those_of_torch_and_the_average_a_running_mean(rule: 
 
 
 @pytest.mark.usefixtures("way")
-def test_only_what_is_not_zero_counts_as_alive() -> None:
-    """Closed form: two of four inputs are 0, so half of the first layer's weights are dead."""
-    steps, run = make(net())
-    x, y = batches(1)[0]
-    told = steps.train(run, (x * torch.tensor([1.0, 0.0, 1.0, 0.0]), y), tracked=True)[1]
-    assert told[2] == 12 + 6 + 12 + 2
+def test_units_that_no_example_switches_on_are_not_live() -> None:
+    """Closed form: a ReLU far below 0 passes no gradient to its row of weights."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(5.0)[:2] = -1e3
+    steps, run = make(model)
+    told = steps.train(run, batches(1)[0], tracked=True)[1]
+    assert told[2] == 4 + 2
 
 
 @pytest.mark.parametrize("joined", [False, True])

@@ -1,0 +1,227 @@
+"""Hostile starts: short runs of every shell from where nobody would begin."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sklearn.datasets import load_diabetes, load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import selftune as st
+
+Data = tuple[Tensor, Tensor]
+PLAIN: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": torch.optim.SGD,
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "RMSprop": torch.optim.RMSprop,
+    "NAdam": torch.optim.NAdam,
+    "Lion": None,  # type: ignore[dict-item] - torch has none
+}
+SHELLS = tuple(PLAIN)
+INITS = ("usual", "large", "tiny", "dead")
+TOLD = ("validation", "training", "nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        seed: Of everything that is drawn.
+        shell: The optimizer.
+        table: ``digits`` or ``diabetes``.
+        lr: Learning rate.
+        options: Further ones.
+        batch: Examples in a step.
+        scale: Of the loss.
+        inputs: Scale of the inputs.
+        init: Of the weights.
+        steps: Of the run.
+        known: Whether the length is told.
+        told: Which losses are: ``validation``, ``training`` or ``nothing``.
+    """
+
+    seed: int
+    shell: str
+    table: str
+    lr: float
+    options: dict[str, float]
+    batch: int
+    scale: float
+    inputs: float
+    init: str
+    steps: int
+    known: bool
+    told: str
+
+
+@dataclass(frozen=True)
+class End:
+    """Test losses at the end, without the scale.
+
+    Attributes:
+        start: Where it began.
+        initial: Before training.
+        plain: Of torch's optimizer; NaN where there is none.
+        ours: At the averaged weights.
+        finite: Whether all weights and hyperparameters are finite.
+        live: Share of hidden units that some test example switches on, plain and ours.
+    """
+
+    start: Start
+    initial: float
+    plain: float
+    ours: float
+    finite: bool
+    live: tuple[float, float]
+
+
+def hostile(count: int, seed: int = 0) -> Iterator[Start]:
+    """Starts from everywhere."""
+    draw = random.Random(seed)
+    for number in range(count):
+        shell = SHELLS[number % len(SHELLS)]
+        options = {"weight_decay": draw.choice((0.0, 0.0, 1e-4, 1e-2, 1.0))}
+        if shell in ("SGD", "RMSprop"):
+            options["momentum"] = draw.choice((0.0, 0.9, 0.99))
+        yield Start(
+            seed=number, shell=shell, table=draw.choice(("digits", "diabetes")),
+            lr=10 ** draw.uniform(-8, 4), options=options, batch=draw.choice((1, 4, 32, 256)),
+            scale=draw.choice((1.0, 1.0, 1e-4, 1e4)), inputs=draw.choice((1.0, 1.0, 30.0, 1e-2)),
+            init=draw.choice((*["usual"] * 3, "large", "tiny", "dead")),
+            steps=draw.choice((120, 200, 300)), known=draw.random() < 0.5, told=draw.choice(TOLD),
+        )  # fmt: skip
+
+
+def ordinary(count: int, shell: str = "SGD") -> Iterator[Start]:
+    """Starts that people use, with which plain training does well."""
+    draw = random.Random(1)
+    for number in range(count):
+        yield Start(
+            seed=number, shell=shell, table="digits",
+            lr=draw.choice((0.02, 0.05, 0.1) if shell == "SGD" else (5e-4, 1e-3, 3e-3)),
+            options={"momentum": 0.9} if shell == "SGD" else {}, batch=32, scale=1.0, inputs=1.0,
+            init="usual", steps=1000, known=number % 2 == 0, told="validation",
+        )  # fmt: skip
+
+
+def data(start: Start) -> tuple[Data, Data, Data, Callable[..., Tensor]]:
+    """Training, validation and test examples, and the loss."""
+    made = load_digits() if start.table == "digits" else load_diabetes()
+    x, y = torch.tensor(made.data, dtype=torch.float32), torch.tensor(made.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    loss: Callable[..., Tensor] = F.cross_entropy
+    if start.table == "digits":
+        x = x / 16
+    else:
+        y = ((y - y.mean()) / y.std()).float().unsqueeze(1)
+        x, loss = (x - x.mean(0)) / x.std(0), F.mse_loss
+    x = x * start.inputs
+    a, b = int(0.6 * len(x)), int(0.8 * len(x))
+    return (x[:a], y[:a]), (x[a:b], y[a:b]), (x[b:], y[b:]), loss
+
+
+def network(start: Start, inputs: int, outputs: int) -> nn.Sequential:
+    """A net with two hidden layers."""
+    torch.manual_seed(start.seed)
+    net = nn.Sequential(
+        nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, outputs)
+    )
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.weight.mul_({"large": 10.0, "tiny": 1e-3}.get(start.init, 1.0))
+        if start.init == "dead":
+            net[0].bias.fill_(-3.0 * start.inputs)
+    return net
+
+
+def live(net: nn.Sequential, x: Tensor) -> float:
+    """Share of hidden units that some example switches on."""
+    found = []
+    with torch.no_grad():
+        for layer in net:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                found.append((x > 0).any(0))
+    return float(torch.cat(found).float().mean())
+
+
+def run(start: Start) -> End:
+    """Both runs."""
+    torch.set_num_threads(1)
+    logging.getLogger("selftune").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    train, val, test, loss_fn = data(start)
+    outputs = 10 if start.table == "digits" else 1
+    ends, lives, finite, initial = [], [], True, math.nan
+    for ours in (False, True):
+        net = network(start, train[0].shape[1], outputs)
+        if not ours:
+            with torch.no_grad():
+                initial = float(loss_fn(net(test[0]), test[1]))
+            if start.shell == "Lion":
+                ends.append(math.nan)
+                lives.append(math.nan)
+                continue
+        optimizer = _optimizer(start, net, ours=ours)
+        _train(start, net, optimizer, train, val, loss_fn, ours=ours)
+        shown = optimizer.averaged() if ours else torch.no_grad()
+        with shown, torch.no_grad():
+            ends.append(float(loss_fn(net(test[0]), test[1])))
+            lives.append(live(net, test[0]))
+            if ours:
+                numbers = [float(v) for v in optimizer.hparams.values()]
+                weights = [p.detach() for p in net.parameters()]
+                finite = all(map(math.isfinite, numbers)) and all(
+                    bool(torch.isfinite(w).all()) for w in weights
+                )
+    return End(start, initial, ends[0], ends[1], finite, (lives[0], lives[1]))
+
+
+def _optimizer(start: Start, net: nn.Module, *, ours: bool) -> Any:
+    options: dict[str, Any] = {"lr": start.lr, **start.options}
+    tuning = {"total_steps": start.steps} if start.known else {}
+    if not ours:
+        return PLAIN[start.shell](net.parameters(), **options)
+    if start.shell == "NAdam":
+        return st.SelfTuning(torch.optim.NAdam(net.parameters(), **options), **tuning)
+    return getattr(st, start.shell)(net, **options, **tuning)
+
+
+def _train(
+    start: Start,
+    net: nn.Module,
+    optimizer: Any,
+    train: Data,
+    val: Data,
+    loss_fn: Callable[..., Tensor],
+    *,
+    ours: bool,
+) -> None:
+    draw = torch.Generator().manual_seed(start.seed)
+
+    def batch(some: Data, size: int) -> Data:
+        index = torch.randint(len(some[0]), (size,), generator=draw)
+        return some[0][index], some[1][index]
+
+    for _ in range(start.steps):
+        x, y = batch(train, start.batch)
+        xv, yv = batch(val, 64)
+        optimizer.zero_grad()
+        loss = start.scale * loss_fn(net(x), y)
+        loss.backward()
+        optimizer.step()
+        if ours and start.told == "validation":
+            optimizer.hyper_step(lambda xv=xv, yv=yv: start.scale * loss_fn(net(xv), yv))
+        elif ours and start.told == "training":
+            optimizer.report(loss)
