@@ -16,15 +16,25 @@ from selftune.hparams import Hparam
 log = logging.getLogger("selftune")
 
 TOO_HIGH = "the learning rate of the sweep is too high: the trial lost the descent"
+PROOF, PROVEN = 10, 0.1
+"""Training losses without an alarm that prove a sweep; or a validation loss that is above the one
+at the start by this share of it at most."""
 FADED = "units died under a learning rate that has climbed"
 BAD_GRADIENTS = "gradients vanished or are not finite"
 
 
 class SweepSlope(NamedTuple):
-    """In the sweep: the slope of the loss at the end of the last step, along it."""
+    """In the sweep: the slope of the loss at the end of the last step, along it.
+
+    Attributes:
+        slope: At the end.
+        values: Present hyperparameters.
+        start: The slope at the start of the step.
+    """
 
     slope: float
     values: Mapping[str, float]
+    start: float = math.nan
 
 
 class TrialSlopes(NamedTuple):
@@ -144,7 +154,7 @@ class Controller:
 
     def _sweep(self, record: SweepSlope) -> Action:
         assert self.sweep is not None
-        lowest = self.sweep.observe(record.slope)
+        lowest = self.sweep.observe(record.slope, record.start)
         moves = None
         if self.sweep.ended:
             moves = self.sweep.moves(record.values, self.hparams, self.total_steps)
@@ -171,8 +181,29 @@ class Controller:
         return action._replace(rewind={**action.rewind, "lr": cooling})
 
     def _training_loss(self, record: TrainingLoss) -> Action:
+        if self.sweeping:
+            self._guard.begin_training(record.loss)
+            return Action()
         verdict = self._guard.training_loss(record.loss)
-        return self._judged(verdict, "the training loss exploded or is not finite")
+        action = self._judged(verdict, "the training loss exploded or is not finite")
+        if action.rewind is not None:
+            return self._undone(action)
+        if self.sweep is not None and self._guard.training_count > PROOF:
+            self.sweep.proven = True
+        return action
+
+    @property
+    def unproven(self) -> bool:
+        """Whether no loss has shown yet that the sweep led downhill; the candidate is the start."""
+        return self.guard is not None and self.sweep is not None and not self.sweep.proven
+
+    def _undone(self, action: Action) -> Action:
+        """A rewind that goes back to before the sweep, if nothing has proven that."""
+        if not self.unproven:
+            return action
+        assert self.sweep is not None
+        self.sweep.proven = True
+        return action._replace(snapshot="promote")
 
     def _hypergradient(self, record: Hypergradient) -> Action:
         action = self._judged(
@@ -184,6 +215,11 @@ class Controller:
 
     def _validation_loss(self, record: ValidationLoss) -> Action:
         guard, loss = self._guard, record.loss
+        if self.unproven and not self.sweeping:
+            assert self.sweep is not None
+            if math.isfinite(loss) and loss > guard.start + PROVEN * abs(guard.start):
+                return self._undone(self._rewind("the sweep led uphill", worsened=True))
+            self.sweep.proven = math.isfinite(loss)
         verdict = guard.validation_loss(loss)
         # A few unlucky batches look like a loss that has worsened, or, beside a lucky first one,
         # exploded.

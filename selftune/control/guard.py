@@ -113,6 +113,7 @@ class Guard:
     window: int = 0
     total: float = 0.0
     lowest: float = math.inf
+    training_start: float = math.nan
     training_first: float = math.nan
     training_mean: float = math.nan
     training_count: int = 0
@@ -182,11 +183,17 @@ class Guard:
         off = loss - self.training_mean
         self.training_mean += weight * off
         if self.training_count <= 10:  # a single batch may be lucky
-            self.training_first = self.training_mean
+            known = (self.training_mean, self.training_start)
+            self.training_first = min(x for x in known if not math.isnan(x))
             self.training_spread += weight * (off * off - self.training_spread)
         noise = self.policy.noise * math.sqrt(self.training_spread)
         exploded = self._exploded(self.training_mean - noise, self.training_first)
         return "rewind" if exploded else "ok"
+
+    def begin_training(self, loss: float) -> None:
+        """Take the first training loss of the run as the yardstick of what follows the sweep."""
+        if math.isnan(self.training_start) and math.isfinite(loss):
+            self.training_start = loss
 
     def begin(self, loss: float) -> None:
         """Take the validation loss at the good weights of the start as the yardstick."""

@@ -35,6 +35,8 @@ class SweepSettings(Settings):
         margin: The chosen rate is the largest descending one divided by this.
         near: How far above the best rate so far, or else at the next one, any descent counts;
             farther above it must be twice as deep.
+        wild: A step whose end is so many times as steep as its start, or as all descent so far, has
+            blown up: the sweep ends before it.
         calm: How many times the memory 1/(1 − β₁) must fit into a run that begins …
         least_memory: … but for so few gradients: runs of some hundred steps end lower with three
             than with the usual ten (docs/ablations.md), which hypergradients are too short-sighted
@@ -53,6 +55,7 @@ class SweepSettings(Settings):
     decades: float = 4.0
     margin: float = 1.5
     near: float = 4.0
+    wild: float = 100.0
     calm: int = 300
     least_memory: float = 3.0
     trial: int = 10
@@ -112,6 +115,8 @@ class LRSweep:
     seen: bool = False
     uphill: int = 0
     ended: bool = False
+    blown: float = math.nan
+    proven: bool = True
     tried: int = 0
     lost: float = 0.0
     uphill_at_ends: float = 0.0
@@ -125,17 +130,23 @@ class LRSweep:
         """The factor of the given rate at a step of the sweep."""
         return 10.0 ** (self.settings.decades * (2 * step / (self.steps - 1) - 1))
 
-    def observe(self, slope: float) -> bool:
+    def observe(self, slope: float, start: float = math.nan) -> bool:
         """Take in the slope at the end of the last step; true where C is the lowest so far.
 
         At rates too small to matter two batches' slopes may differ in sign by chance, so the
         sweep ends only after descent has been seen: three more downhill steps than uphill.
         And where the loss has reached a plateau that large steps do not leave, the sum wanders
         by chance. Further descent counts if it comes at a rate not far above the best so far, or if
-        it is as much again.
+        it is as much again. A slope that is many times as steep as that at the start of the step,
+        or as all descent before, is of a step that went anywhere, downhill or not.
+
+        Args:
+            slope: g · Δw at the end of the step.
+            start: The same at its start; NaN where it is not known.
         """
-        if not math.isfinite(slope):
-            self.ended = True
+        scale = max(abs(start), -self.lowest)  # NaN where the start is
+        if not math.isfinite(slope) or abs(slope) > self.settings.wild * scale:
+            self.ended, self.blown = True, self.factor(self.taken - 1)
             return False
         self.change += slope
         self.balance += 1 if slope < 0 else -1
@@ -147,13 +158,19 @@ class LRSweep:
         near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
         if self.change < self.lowest * (2.0 if rate > near else 1.0):
             self.lowest, self.best = self.change, rate
+            self.proven = False
             return True
         return False
 
     @property
     def choice(self) -> float:
-        """The factor for the given rate; 1, which keeps it, if nothing descended."""
-        return 1.0 if math.isnan(self.best) else self.best / self.settings.margin
+        """The factor for the given rate.
+
+        If nothing descended, 1, which keeps it, or a tenth of what blew the run up.
+        """
+        if math.isnan(self.best):
+            return 1.0 if math.isnan(self.blown) else min(1.0, self.blown / 10)
+        return self.best / self.settings.margin
 
     def moves(
         self, values: Mapping[str, float], hparams: Mapping[str, Hparam], total_steps: int | None

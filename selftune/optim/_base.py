@@ -18,7 +18,7 @@ from selftune.optim._container import Container
 from selftune.optim._engine import STEPS_ALONE
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
-from selftune.optim._outer import OuterLoss, Weights
+from selftune.optim._outer import OuterLoss
 from selftune.optim._stepper import AbstractStepper
 from selftune.update import Update
 
@@ -154,7 +154,7 @@ class SelfTuningOptimizer(Container):
             engine.settle()
         if not known:
             # Also an early look at what the closure returns; it leaves random streams alone.
-            start = Weights(outer.good.weights, engine.buffers.average)
+            start = outer.start
             params = [p for block in engine.blocks for p in block.params]
             with outer.random(), engine.buffers.discovering(params):
                 first, _ = outer.gradients(closure, start)
@@ -257,7 +257,7 @@ class SelfTuningOptimizer(Container):
         engine.monitor.scalar("train/loss", value, engine.clock.steps)
         self._log.metrics.trained = value
         alone = not value.is_cuda and not engine.reducer.together  # no waiting, no disagreeing
-        if engine.controller.sweeping or not engine.blocks or not alone:
+        if not engine.blocks or not alone:
             return
         with torch.no_grad():
             if engine.report(float(value)):

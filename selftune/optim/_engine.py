@@ -211,7 +211,7 @@ class Engine:
         sweep, found = self.controller.sweep, self._slopes(grads)
         assert sweep is not None
         if found is not None:
-            record = SweepSlope(found[1], self.shifts.values())
+            record = SweepSlope(found[1], self.shifts.values(), found[0])
             if self.carry_out(self.controller.observe(record)):
                 self.monitor.scalar("guard/sweep", sweep.choice, self.clock.steps)
                 return True

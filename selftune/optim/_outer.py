@@ -58,6 +58,13 @@ class OuterLoss:
         """The last good weights."""
         return Weights([b.good for b in self.engine.blocks], self.engine.buffers.good)
 
+    @property
+    def start(self) -> Weights:
+        """Where the run began, until the sweep is proven; the statistics are looked for yet."""
+        unproven = self.engine.controller.unproven
+        kept = [b.candidate if unproven else b.good for b in self.engine.blocks]
+        return Weights(kept, self.engine.buffers.average)
+
     def at(self, place: float) -> Weights:
         """Copies between the good weights (−1), the average (0) and those in place (1)."""
         weights = [

@@ -55,7 +55,8 @@ class Sweep:
             found = self.slopes.along(passed[1], run.weights)
             if found is not None:
                 values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
-                if self._carry_out(self._controller.observe(SweepSlope(found[1], values))):
+                record = SweepSlope(found[1], values, found[0])
+                if self._carry_out(self._controller.observe(record)):
                     return int(run.step)
             rate = sweep.factor(sweep.taken)
             self._write(steps.advance(run, passed, tracked=False, rate=rate))
