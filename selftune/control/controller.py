@@ -34,7 +34,7 @@ class SweepSlope(NamedTuple):
 
     slope: float
     values: Mapping[str, float]
-    start: float = math.nan
+    start: float = -math.inf
 
 
 class TrialSlopes(NamedTuple):
@@ -154,8 +154,9 @@ class Controller:
 
     def _sweep(self, record: SweepSlope) -> Action:
         assert self.sweep is not None
+        lowered = self.sweep.lowered
         lowest = self.sweep.observe(record.slope, record.start)
-        moves = None
+        moves: Mapping[str, float] | None = None if self.sweep.lowered == lowered else {}
         if self.sweep.ended:
             moves = self.sweep.moves(record.values, self.hparams, self.total_steps)
             log.info(
@@ -182,7 +183,8 @@ class Controller:
 
     def _training_loss(self, record: TrainingLoss) -> Action:
         if self.sweeping:
-            self._guard.begin_training(record.loss)
+            assert self.sweep is not None
+            self.sweep.alarmed = self._guard.sweeping_loss(record.loss)
             return Action()
         verdict = self._guard.training_loss(record.loss)
         action = self._judged(verdict, "the training loss exploded or is not finite")

@@ -23,6 +23,7 @@ class GuardPolicy(Settings):
         least: … and this share of the first loss above its best.
         limit: Rewinds in a row after which cooling grows no more, and the first loss is measured
             anew.
+        wild: A training loss above the first ones of the sweep by so many times these has blown up.
         memory: Weight of the newest loss in the running means: 0.1 is about ten evaluations.
         noise: How many standard deviations of the first ten training losses may not matter for an
             explosion: the zero of a loss is arbitrary.
@@ -54,6 +55,7 @@ class GuardPolicy(Settings):
     tolerance: float = 0.05
     least: float = 0.02
     limit: int = 10
+    wild: float = 10.0
     memory: float = 0.1
     noise: float = 4.0
     fresh: int = 5
@@ -113,6 +115,7 @@ class Guard:
     window: int = 0
     total: float = 0.0
     lowest: float = math.inf
+    swept: int = 0
     training_start: float = math.nan
     training_first: float = math.nan
     training_mean: float = math.nan
@@ -188,12 +191,30 @@ class Guard:
             self.training_spread += weight * (off * off - self.training_spread)
         noise = self.policy.noise * math.sqrt(self.training_spread)
         exploded = self._exploded(self.training_mean - noise, self.training_first)
-        return "rewind" if exploded else "ok"
+        return "rewind" if exploded or self._wild(self.training_mean) else "ok"
 
-    def begin_training(self, loss: float) -> None:
-        """Take the first training loss of the run as the yardstick of what follows the sweep."""
-        if math.isnan(self.training_start) and math.isfinite(loss):
-            self.training_start = loss
+    def _wild(self, loss: float) -> bool:
+        """Whether a training loss is many times above those at the start, if one is known."""
+        start = self.training_start
+        return loss > start + self.policy.wild * abs(start)
+
+    def sweeping_loss(self, loss: float) -> bool:
+        """Take in a training loss of the sweep; whether it says that the rate is far too high.
+
+        The first few, at its lowest rates, are the yardstick of what follows the sweep.
+        """
+        self.swept += 1
+        if self.swept <= self.policy.patience and math.isfinite(loss):
+            known = -math.inf if math.isnan(self.training_start) else self.training_start
+            self.training_start = max(known, loss)
+        return self._wild(loss) or not math.isfinite(loss)
+
+    @property
+    def lost(self) -> bool:
+        """Whether training losses were told, and are above what they were at the start."""
+        return self.training_mean > self.training_start + self.policy.least * abs(
+            self.training_start
+        )
 
     def begin(self, loss: float) -> None:
         """Take the validation loss at the good weights of the start as the yardstick."""

@@ -20,6 +20,9 @@ from typing import Any
 from selftune._arguments import Settings
 from selftune.hparams import Hparam
 
+FIRST = 3
+"""Steps of a sweep in which only its lowest rates are tried."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings(Settings):
@@ -115,7 +118,10 @@ class LRSweep:
     seen: bool = False
     uphill: int = 0
     ended: bool = False
-    blown: float = math.nan
+    blown: float = 0.0
+    lowered: float = 0.0
+    steepest: float = 0.0
+    alarmed: bool = False
     proven: bool = True
     tried: int = 0
     lost: float = 0.0
@@ -128,9 +134,9 @@ class LRSweep:
 
     def factor(self, step: int) -> float:
         """The factor of the given rate at a step of the sweep."""
-        return 10.0 ** (self.settings.decades * (2 * step / (self.steps - 1) - 1))
+        return 10.0 ** (self.settings.decades * (2 * step / (self.steps - 1) - 1) - self.lowered)
 
-    def observe(self, slope: float, start: float = math.nan) -> bool:
+    def observe(self, slope: float, start: float = -math.inf) -> bool:
         """Take in the slope at the end of the last step; true where C is the lowest so far.
 
         At rates too small to matter two batches' slopes may differ in sign by chance, so the
@@ -142,11 +148,15 @@ class LRSweep:
 
         Args:
             slope: g · Δw at the end of the step.
-            start: The same at its start; NaN where it is not known.
+            start: The same at its start.
         """
-        scale = max(abs(start), -self.lowest)  # NaN where the start is
-        if not math.isfinite(slope) or abs(slope) > self.settings.wild * scale:
-            self.ended, self.blown = True, self.factor(self.taken - 1)
+        # Slopes of steps are in proportion to the rate until one blows up; a few tell how steep.
+        rate, wild = self.factor(self.taken - 1), self.settings.wild
+        self.steepest = max(self.steepest, abs(start) / rate)
+        scale = max(rate * self.steepest, -self.lowest)
+        steep = abs(slope) > (wild if self.taken > FIRST else wild**2) * scale
+        if self.alarmed or steep or not math.isfinite(slope):
+            self._blow_up()
             return False
         self.change += slope
         self.balance += 1 if slope < 0 else -1
@@ -154,13 +164,26 @@ class LRSweep:
         self.uphill = self.uphill + 1 if self.seen and self.change > 0 else 0
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
-        rate = self.factor(self.taken - 1)
+            if self.uphill >= 2:
+                self.blown = self.factor(self.taken - 1)
+            elif self.change > rate * self.steepest:  # uphill all along
+                self.blown = self.factor(0)
         near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
         if self.change < self.lowest * (2.0 if rate > near else 1.0):
             self.lowest, self.best = self.change, rate
             self.proven = False
             return True
         return False
+
+    def _blow_up(self) -> None:
+        """End the sweep, or begin it anew at lower rates where even the first ones are too high."""
+        self.ended = self.taken > FIRST or self.lowered > 0
+        self.blown = self.factor(self.taken - 1)
+        if not self.ended:
+            self.lowered = 2 * self.settings.decades
+            self.taken, self.change, self.lowest, self.best = 0, 0.0, 0.0, math.nan
+            self.balance, self.seen, self.uphill, self.steepest = 0, False, 0, 0.0
+            self.alarmed = False
 
     @property
     def choice(self) -> float:
@@ -169,7 +192,7 @@ class LRSweep:
         If nothing descended, 1, which keeps it, or a tenth of what blew the run up.
         """
         if math.isnan(self.best):
-            return 1.0 if math.isnan(self.blown) else min(1.0, self.blown / 10)
+            return min(1.0, self.blown / 10) if self.blown else 1.0
         return self.best / self.settings.margin
 
     def moves(

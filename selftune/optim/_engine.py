@@ -213,7 +213,8 @@ class Engine:
         if found is not None:
             record = SweepSlope(found[1], self.shifts.values(), found[0])
             if self.carry_out(self.controller.observe(record)):
-                self.monitor.scalar("guard/sweep", sweep.choice, self.clock.steps)
+                if sweep.ended:
+                    self.monitor.scalar("guard/sweep", sweep.choice, self.clock.steps)
                 return True
         rates = [sweep.factor(sweep.taken)] * len(self.blocks)
         moments = self.store.moments(grads, values, rates)
@@ -253,8 +254,13 @@ class Engine:
         self.training_signal = None
         self.settle()
         averages = [b.part.average for b in self.blocks]
+        guard = self.controller.guard
         due = self.clock.steps % (10 * self.every) < self.every  # no loss says which are good
-        if due and math.isfinite(self.store.total([a.sum() for a in averages])):
+        if (
+            due
+            and not (guard is not None and guard.lost)
+            and math.isfinite(self.store.total([a.sum() for a in averages]))
+        ):
             self.carry_out(Action(snapshot="average"))
         return self.tune(signal, names)
 

@@ -126,7 +126,9 @@ class OuterLoss:
     @property
     def end(self) -> Weights:
         """The final weights of the run, if it ended now."""
-        if self.engine.controller.sweeping:  # a sweep is no run to average; its best is kept
+        guard = self.engine.controller.guard
+        lost = guard is not None and guard.lost and not self.engine.clock.last_validation_step
+        if self.engine.controller.sweeping or lost:  # a sweep is no run to average
             return self.good
         position = self.engine.controller.final.position
         return self.average if position == 0 else self.at(position)

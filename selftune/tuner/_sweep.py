@@ -57,7 +57,9 @@ class Sweep:
                 values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
                 record = SweepSlope(found[1], values, found[0])
                 if self._carry_out(self._controller.observe(record)):
-                    return int(run.step)
+                    if sweep.ended:
+                        return int(run.step)
+                    continue
             rate = sweep.factor(sweep.taken)
             self._write(steps.advance(run, passed, tracked=False, rate=rate))
             sweep.taken += 1

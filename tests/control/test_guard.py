@@ -177,6 +177,7 @@ def test_after_a_rewind_the_good_level_is_no_alarm() -> None:
 def test_state_round_trip_through_json() -> None:
     """Law: the judgements to come are the same."""
     guard, other = trained(), Guard()
+    guard.sweeping_loss(1.0)
     guard.training_loss(1.0)
     guard.gradient(False)
     guard.hypergradient(False)
