@@ -140,7 +140,6 @@ ADAM: dict[str, Options] = {
 
 L2: dict[str, Options] = {
     "no stiff directions": method(stiff=StiffSettings(pairs=0)),
-    "momentum tuned apart from the rate": hyper(coupled=False),
 }
 """Changes of what there is only where weight decay acts through the gradient."""
 

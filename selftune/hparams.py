@@ -26,12 +26,12 @@ class Hparam:
         option: The parameter group's key, where that is not ``name``.
         index: The position within that option, where it is a tuple (``betas``).
         role: What it does: ``"rate"``, ``"decay"`` (of the rate), ``"momentum"`` (memory of
-            gradients: shortened by a rewind and, with ``couples`` empty, after the sweep),
+            gradients: shortened by a rewind and, where it averages, after the sweep),
             ``"regularizer"`` (validation data alone can judge it), ``"layer"`` (acts inside the
             model or the loss: steps are not scaled down by noise) or ``""``.
         pace: Relative size of its steps.
-        couples: The hyperparameter with which it shares an effective value: heavy-ball momentum
-            moves at constant lr/(1 − μ).
+        accumulates: Whether it is a heavy-ball momentum, which adds gradients up, so that the
+            effective rate is lr/(1 − μ), rather than averaging them.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Hparam:
     index: int | None = None
     role: str = ""
     pace: float = 1.0
-    couples: str = ""
+    accumulates: bool = False
 
     @property
     def below_one(self) -> bool:
@@ -99,7 +99,7 @@ SLOW = 0.2
 """Relative pace of momenta, which repay patience (ablations)."""
 MOMENTUM = Hparam(
     name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1,
-    role="momentum", pace=SLOW, couples="lr",
+    role="momentum", pace=SLOW, accumulates=True,
 )  # fmt: skip
 MEMORY = 20
 """How many times the memory 1/(1 − μ) of a tuned momentum must fit into the run."""

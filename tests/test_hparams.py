@@ -103,14 +103,14 @@ def test_what_cannot_be_chosen_is_refused(tune: Any, bounds: Any, match: str) ->
 
 
 def test_roles_say_what_a_hyperparameter_is_for() -> None:
-    """Law: one role each; regularizers are those of the update, and one alone couples to lr."""
+    """Law: one role each; regularizers are of the update; heavy-ball momentum accumulates."""
     for rule in (rules.SGD(), rules.Adam(), rules.AdamW(), rules.RMSprop(), rules.Lion()):
         update = Update(rule, (L1(),))
         roles = {n: h.role for n, h in update.hparams.items()}
         assert {n for n, r in roles.items() if r == "regularizer"} == update.regularizers
         assert [n for n, r in roles.items() if r == "rate"] == ["lr"]
-        couples = [h.couples for h in update.hparams.values() if h.couples]
-        assert couples == ["lr"] * ("momentum" in roles)
+        heavy = [h.name for h in update.hparams.values() if h.accumulates]
+        assert heavy == ["momentum"] * (type(rule).__name__ in ("SGD", "RMSprop"))
         paces = {h.pace for h in update.hparams.values() if h.role == "momentum"}
         assert paces <= {MOMENTUM.pace}
     layer = as_layer(Hparam(name="rate", bijection=Log(), lower=0.1, upper=1.0, from_zero=0.1))

@@ -205,7 +205,7 @@ class LRSweep:
             hparams: Their definitions.
             total_steps: Steps in the run, or None.
         """
-        averaging = [n for n, h in hparams.items() if h.role == "momentum" and not h.couples]
+        averaging = [n for n, h in hparams.items() if h.role == "momentum" and not h.accumulates]
         calmed = {n: self.settings.calmed(values[n], total_steps) for n in averaging}
         return {"lr": math.log(self.choice)} | calmed
 

@@ -118,8 +118,6 @@ class HyperOptimizer:
         self._ends = [[h.raw_ends[end] for h in self.hparams.values()] for end in (0, 1)]
         self._pace = self._each(lambda h: h.pace)
         self._whole = self._each(lambda h: float(h.role == "layer"))
-        couples = [n for n, h in self.hparams.items() if h.couples in self.hparams]
-        self._coupled = couples[0] if couples and self.shared and self.settings.coupled else None
 
     @property
     def names(self) -> list[str]:
@@ -184,13 +182,6 @@ class HyperOptimizer:
         low, tied = self.lay_floor(state.raw, frame, memory, steps)
         if moving is not None and "weight_decay" not in moving:
             tied = None
-        coupled = self._coupled
-        if moving is not None and not {coupled, "lr"} <= set(moving):
-            coupled = None
-        if coupled is not None:
-            # Momentum moves at constant lr/(1 − μ), or both would chase the same effective rate:
-            # the raw value of a momentum is −log(1 − μ).
-            signal = self._added(signal, coupled, -self._of(given, "lr"))
         if tied is not None:  # on the floor the rate takes decay along, at constant η λ
             signal = self._added(signal, "lr", -tied * self._of(given, "weight_decay"))
         free: Any = 1.0
@@ -212,9 +203,6 @@ class HyperOptimizer:
             along = -tied * self._of(raw - state.raw, "lr")
             raw = self._added(raw, "weight_decay", along)
             raw = raw.maximum(frame.low).minimum(frame.high)
-        if coupled is not None:
-            drift = self._memory(state.raw, frame, coupled) - self._memory(raw, frame, coupled)
-            raw = self._added(raw, "lr", drift).maximum(frame.low).minimum(frame.high)
         stepped = stepped._replace(raw=raw)
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
 
@@ -261,11 +249,6 @@ class HyperOptimizer:
         above = self._of(raw - low, "weight_decay")
         touches = (above <= floor.settings.touching) & (wanted < highest) & (rate > 0)
         return low, touches.to(raw.dtype)
-
-    def _memory(self, raw: Tensor, frame: Frame, name: str) -> Tensor:
-        """−log(1 − μ), from the value, so that it holds on any scale of the momentum."""
-        bijection = self.hparams[name].bijection
-        return -torch.log1p(-bijection.forward(self._of(frame.origin + raw, name)))
 
     def _each(self, of: Callable[[Hparam], float]) -> list[float]:
         """A number for each shift, by its hyperparameter."""

@@ -26,8 +26,6 @@ class HyperSettings(Settings):
         recent: Memory of the signal-to-noise ratio: 0.8 is about five hypergradients.
         sure: How many times the ratio of pure noise makes a step whole.
         longest: Largest change of a raw value in one step.
-        coupled: Whether heavy-ball momentum moves at constant lr/(1 − μ): both would follow the
-            same effective rate otherwise.
     """
 
     rate: float = 0.01
@@ -41,7 +39,6 @@ class HyperSettings(Settings):
     recent: float = 0.8
     sure: float = 2.0
     longest: float = 0.3
-    coupled: bool = True
 
     def every(self, total_steps: int | None) -> int:
         """Training steps from one hyperparameter step to the next: a thirtieth of the run.

@@ -96,8 +96,7 @@ class Groups:
 
     def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Cached]:
         """Make tuned values ready for the steps, for each block."""
-        coupled = [h for h in self._update.hparams.values() if h.role == "momentum" and h.couples]
-        for hparam in coupled:
+        for hparam in (h for h in self._update.hparams.values() if h.accumulates):
             self._shifts.memory = 1 / (1 - max(hparam.read(groups[i]) for i in self._spans))
         self._cached = [Cached({}, {}, {}, {}) for _ in self._spans]
         for name, tuned in self._shifts.rows.items():

@@ -114,8 +114,8 @@ class Steps:
         if self.layout is not None:
             rows.update = rows.update.joined(self.layout)
         self.update = rows.update
-        coupled = [h for h in self.update.hparams.values() if h.role == "momentum" and h.couples]
-        self._momentum = coupled[0].name if coupled else None
+        heavy = [h.name for h in self.update.hparams.values() if h.accumulates]
+        self._momentum = heavy[0] if heavy else None
         self._factors = self.rates.tolist()
         self._known: tuple[Tensor, int] | None = None
         self._values: dict[str, Any] = {}

@@ -90,6 +90,56 @@ def test_the_sweep_keeps_its_best_iterate_and_ends_where_it_was() -> None:
     assert action.rewind["beta1"] == pytest.approx(math.log(0.1 * 3))
 
 
+def unproven(**policy: float) -> Controller:
+    """A controller whose sweep has ended with weights of its own."""
+    controller = made(sweep=LRSweep(steps=2), **policy)
+    controller.guard.begin(1.0)
+    controller.observe(TrainingLoss(1.0))
+    for taken in (1, 2):
+        controller.sweep.taken = taken
+        controller.observe(SweepSlope(-1.0, VALUES))
+    assert controller.unproven
+    return controller
+
+
+@pytest.mark.parametrize(("loss", "lost"), [(1.05, False), (1.2, True), (7e3, True)])
+def test_a_validation_loss_proves_a_sweep_or_takes_it_back(loss: float, lost: bool) -> None:
+    """Law: the candidate is the start of the run until then; a tenth more is noise."""
+    controller = unproven()
+    action = controller.observe(ValidationLoss(loss, never))
+    assert not controller.unproven
+    assert (action.snapshot == "promote") == (action.rewind is not None) == lost
+    assert controller.observe(ValidationLoss(0.9, never)).rewind is None
+
+
+def test_training_losses_prove_a_sweep_or_take_it_back() -> None:
+    """Law: ten of them without an alarm; one far above the first is an alarm."""
+    controller = unproven()
+    for _ in range(11):
+        assert controller.unproven
+        assert controller.observe(TrainingLoss(0.9)) == Action()
+    assert not controller.unproven
+    controller = unproven()
+    action = controller.observe(TrainingLoss(50.0))
+    assert action.snapshot == "promote"
+    assert action.rewind is not None
+
+
+def test_a_training_loss_ends_a_sweep() -> None:
+    """Law: at the step that follows; the best rate so far stands."""
+    controller = made(sweep=LRSweep(steps=8))
+    for taken in range(1, 6):
+        controller.sweep.taken = taken
+        assert controller.observe(TrainingLoss(1.0)) == Action()
+        assert controller.observe(SweepSlope(-1.0, VALUES)).snapshot == "iterate"
+    best = controller.sweep.best
+    assert controller.observe(TrainingLoss(30.0)) == Action()
+    controller.sweep.taken = 6
+    action = controller.observe(SweepSlope(-1.0, VALUES))
+    assert action.rewind["lr"] == pytest.approx(math.log(best / 1.5))
+    assert not controller.sweeping
+
+
 def test_a_sweep_is_observed_without_a_guard_and_nothing_else_is() -> None:
     """Law: ``guard=None`` takes nothing back, and copies weights in the sweep alone."""
     controller = Controller(hparams=ADAM, sweep=LRSweep(steps=2))

@@ -198,3 +198,61 @@ def test_state_round_trip_through_json() -> None:
         sweep.observe(slope)
     other.load_state_dict(json.loads(json.dumps(sweep.state_dict())))
     assert other == sweep
+
+
+def observed(sweep: LRSweep, *steps: tuple[float, float]) -> list[bool]:
+    """What a sweep says of steps, as slopes at their start and end."""
+    found = []
+    for start, end in steps:
+        sweep.taken += 1
+        found.append(sweep.observe(end, start))
+    return found
+
+
+def growing(count: int) -> list[tuple[float, float]]:
+    """Slopes of steps that descend, in proportion to the rate."""
+    sweep = LRSweep(steps=25)
+    return [(-2.0 * sweep.factor(t), -1.0 * sweep.factor(t)) for t in range(count)]
+
+
+@pytest.mark.parametrize("wild", [-1e9, 1e9])
+def test_a_step_that_ends_far_steeper_than_it_began_has_blown_up(wild: float) -> None:
+    """Closed form: the rate before it, whichever way the slope points."""
+    sweep = LRSweep(steps=25)
+    assert observed(sweep, *growing(8), (-1.0, wild)) == [True] * 8 + [False]
+    assert sweep.ended
+    assert sweep.choice == pytest.approx(sweep.factor(7) / SETTINGS.margin)
+
+
+def test_a_sweep_that_blows_up_at_once_begins_anew_far_lower() -> None:
+    """Closed form: eight decades, once; then a tenth of the rate that blew it up."""
+    sweep = LRSweep(steps=25)
+    first = sweep.factor(0)
+    assert observed(sweep, (-1.0, -1e9)) == [False]
+    assert not sweep.ended
+    assert sweep.taken == 0
+    assert sweep.factor(0) == pytest.approx(first * 1e-8)
+    observed(sweep, (-1.0, 1e9))
+    assert sweep.ended
+    assert sweep.choice == pytest.approx(first * 1e-8 / 10)
+
+
+def test_small_batches_are_not_wild() -> None:
+    """Law: where single gradients differ a hundredfold, a step that ends steeply is no blow-up."""
+    sweep = LRSweep(steps=25)
+    generator = torch.Generator().manual_seed(0)
+    for taken in range(1, 15):
+        sizes = 10 ** torch.empty(2).uniform_(-2, 0, generator=generator)
+        sweep.taken = taken
+        rate = sweep.factor(taken - 1)
+        sweep.observe(-rate * float(sizes[0] * sizes[1]), -rate * float(sizes[0] ** 2))
+        assert not sweep.ended
+
+
+def test_uphill_all_along_is_far_too_high() -> None:
+    """Closed form: a tenth of the lowest rate, instead of the given one."""
+    sweep = LRSweep(steps=8)
+    lowest = sweep.factor(0)
+    observed(sweep, *((-sweep.factor(t), 50 * sweep.factor(t)) for t in range(8)))
+    assert sweep.ended
+    assert sweep.choice == pytest.approx(lowest / 10)

@@ -242,7 +242,7 @@ def made(case: Case, floor: WeightDecayFloor | None = None) -> tuple[HyperOptimi
 def by_hand(
     hyper: HyperOptimizer, before: HyperState, after: HyperState, signal: Tensor, alone: Twin
 ) -> Tensor:
-    """Raw values after a step, from torch's Adam and the laws of pace, bounds, floor, coupling."""
+    """Raw values after a step, from torch's Adam and the laws of pace, bounds and floor."""
     at = {name: i for i, name in enumerate(hyper.names)}
     values, given, signal = hyper.values(before.raw), signal, signal.clone()
     low, high = hyper.frame()[1:]
@@ -251,8 +251,6 @@ def by_hand(
     floored = bool(least < 10.0)  # a tenth of the bound
     low[at["weight_decay"]] = least.clamp(max=10.0).log()
     tied = floored and values["weight_decay"] <= 1.01 * least
-    if "momentum" in at:  # it moves at constant lr/(1 − μ)
-        signal[at["momentum"]] -= given[at["lr"]]
     if tied:  # the rate moves at constant η λ
         signal[at["lr"]] -= given[at["weight_decay"]]
     start = alone.raw.detach().clone()
@@ -263,9 +261,6 @@ def by_hand(
     if tied:
         raw[at["weight_decay"]] -= (raw - before.raw)[at["lr"]]
         raw = raw.maximum(low).minimum(high)
-    if "momentum" in at:
-        now = hyper.values(raw)["momentum"]
-        raw[at["lr"]] += torch.log((1 - now) / (1 - values["momentum"]))
     return raw.maximum(low).minimum(high)
 
 
@@ -331,7 +326,7 @@ def test_a_rate_that_may_not_climb_may_fall(slope: float, climb: float) -> None:
 
 
 def test_several_shifts_of_one_hyperparameter_step_each_for_itself() -> None:
-    """Twins: one alone for each; rates and penalties of groups are not coupled."""
+    """Twins: one alone for each; rates and penalties of groups are apart."""
     known = Update(rules.SGD()).hparams
     names = ("lr", "momentum", "weight_decay")
     hyper = HyperOptimizer(choose(known, names, None, 500), size=SIZE, shifts=[2, 1, 2])

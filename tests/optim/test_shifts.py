@@ -198,38 +198,14 @@ def test_a_rate_that_may_not_climb_may_fall(slope: float, climb: float, per: str
     assert math.log(held.value("lr") / START["lr"]) == pytest.approx(share * way)
 
 
-@pytest.mark.parametrize("slope", [1.0, -1.0])
-def test_momentum_moves_at_constant_effective_rate(slope: float) -> None:
-    """Closed form: lr/(1 − μ) stays where only momentum has a gradient."""
-    made = shifts("lr", "momentum")
-    before = made.value("lr") / (1 - made.value("momentum"))
-    for _ in range(20):
-        step(made, signal(made, momentum=slope))
-    assert abs(made.value("momentum") - 0.5) > 0.02
-    assert made.value("lr") / (1 - made.value("momentum")) == pytest.approx(before, rel=1e-9)
-
-
-def test_effective_rate_moves_as_lr_alone_would() -> None:
-    """Twin: lr only; and where lr/(1 − μ) is all that matters momentum stays."""
-    made, alone = shifts("lr", "momentum"), shifts("lr")
-    for turn in range(20):
-        slope = 1.0 + math.sin(turn)
-        # the loss depends on log lr − log(1 − μ) only, and −log(1 − μ) is momentum's raw value
-        step(made, signal(made, lr=slope, momentum=slope))
-        step(alone, signal(alone, lr=slope))
-    assert made.value("momentum") == pytest.approx(0.5, rel=1e-9)
-    assert made.value("lr") == pytest.approx(alone.value("lr"), rel=1e-9)
-    assert made.value("lr") < 0.08
-
-
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "l1", "decay"])
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "l1", "decay"])
 def test_each_row_moves_against_its_own_gradient(name: str) -> None:
     """Law: downhill, and the others keep their values."""
-    names = ("lr", "weight_decay", "l1", "decay")
+    names = ("lr", "momentum", "weight_decay", "l1", "decay")
     made = shifts(*names)
     step(made, signal(made, **{name: -2.0}))
     for other in names:
-        assert (made.value(other) > START[other] * 1.01) == (other == name)
+        assert (made.value(other) > START[other] * 1.005) == (other == name)
         assert made.value(other) >= START[other] * (1 - 1e-12)
 
 
