@@ -69,11 +69,10 @@ def sweep(**settings: Any) -> Options:
 
 PARTS: dict[str, Options] = {
     "no sweep": {"probe": False},
-    "no trial of the rate of the sweep": sweep(trial=0),
     "no guard": {"guard": False},
     "no displacement limit": method(displacement=None),
     "no floor under weight decay": method(floor=None),
-    "decay on the floor does not follow the rate": floor(touching=-1.0),
+    "no alarm of units that die": {"guard": GuardPolicy(capacity=0.0)},
     "no unit gradient": method(unit_gradient=False),
     "run ends at its average": method(final_weights=False),
     "no trust": hyper(sure=1e-9),
@@ -90,7 +89,7 @@ PARTS: dict[str, Options] = {
 }
 """A row for each part of the method that settings can remove.
 
-Without the guard there is no trial of the rate of the sweep and no displacement limit either.
+Without the guard there is no displacement limit either.
 """
 
 OTHERS: dict[str, Options] = {

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 
 class Kind(ABC):
     """What an argument may be."""
@@ -151,6 +153,10 @@ class Either(Kind):
 FLAG = Instance((bool,), "True or False")
 NONE = Instance((type(None),), "None")
 TEXT = Instance((str,), "a text")
+SCALAR = That(
+    lambda v: Number().fits(v) or (isinstance(v, Tensor) and v.numel() == 1),
+    "a number, or a tensor of one",
+)
 PAIR = That(
     lambda p: isinstance(p, (tuple, list)) and len(p) == 2 and all(map(Number().fits, p)),
     "two numbers",

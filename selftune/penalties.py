@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -191,8 +191,8 @@ def as_list(penalty: Penalties) -> list[AbstractPenalty]:
         >>> as_list(L1(0.1)), as_list(None)
         ([L1(strength=0.1)], [])
     """
-    one = isinstance(penalty, AbstractPenalty) or not isinstance(penalty, Iterable)
-    listed = [penalty] if one and penalty is not None else list(penalty or [])
+    several = isinstance(penalty, Iterable) and not isinstance(penalty, AbstractPenalty)
+    listed: list[Any] = [p for p in (penalty if several else (penalty,)) if p is not None]  # type: ignore[union-attr]
     if not all(isinstance(one, AbstractPenalty) for one in listed):
         raise TypeError(
             f"penalty={penalty!r} must be a penalty or a sequence of them, such as "

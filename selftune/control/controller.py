@@ -15,7 +15,6 @@ from selftune.hparams import Hparam
 
 log = logging.getLogger("selftune")
 
-TOO_HIGH = "the learning rate of the sweep is too high: the trial lost the descent"
 PROOF, PROVEN = 10, 0.1
 """Training losses without an alarm that prove a sweep; or a validation loss that is above the one
 at the start by this share of it at most."""
@@ -35,13 +34,6 @@ class SweepSlope(NamedTuple):
     slope: float
     values: Mapping[str, float]
     start: float = -math.inf
-
-
-class TrialSlopes(NamedTuple):
-    """In the trial: the slopes of the loss at the start and the end of the last step."""
-
-    start: float
-    end: float
 
 
 class Gradient(NamedTuple):
@@ -89,9 +81,7 @@ class Hypergradient(NamedTuple):
     finite: bool
 
 
-Record = (
-    SweepSlope | TrialSlopes | Gradient | Activity | TrainingLoss | ValidationLoss | Hypergradient
-)
+Record = SweepSlope | Gradient | Activity | TrainingLoss | ValidationLoss | Hypergradient
 
 
 class Action(NamedTuple):
@@ -113,7 +103,7 @@ class Action(NamedTuple):
 
 @dataclass(kw_only=True)
 class Controller:
-    """Decides on sweep, trial, guard and final weights of one run.
+    """Decides on sweep, guard and final weights of one run.
 
     Args:
         hparams: The tuned hyperparameters.
@@ -134,16 +124,10 @@ class Controller:
         """Whether the sweep is under way."""
         return self.sweep is not None and not self.sweep.ended
 
-    @property
-    def on_trial(self) -> bool:
-        """Whether the rate of the sweep is on trial."""
-        return self.guard is not None and self.sweep is not None and self.sweep.on_trial
-
     def observe(self, record: Record) -> Action:
         """What follows from a record of the run."""
         decide: Any = {
             SweepSlope: self._sweep,
-            TrialSlopes: self._trial,
             Gradient: self._gradient,
             Activity: self._activity,
             TrainingLoss: self._training_loss,
@@ -164,12 +148,6 @@ class Controller:
             )
         return Action(snapshot="iterate" if lowest else "", rewind=moves)
 
-    def _trial(self, record: TrialSlopes) -> Action:
-        assert self.sweep is not None
-        if self.sweep.judge(record.start, record.end):
-            return self._rewind(TOO_HIGH)
-        return Action()
-
     def _gradient(self, record: Gradient) -> Action:
         return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
 
@@ -177,9 +155,10 @@ class Controller:
         verdict = self._guard.activity(record.alive, record.age, record.climb)
         if verdict != "fade":
             return self._judged(verdict, BAD_GRADIENTS)
-        action = self._rewind(FADED)  # not below the given rate, at which units were alive
-        cooling = max(action.rewind["lr"], -record.climb)
-        return action._replace(rewind={**action.rewind, "lr": cooling})
+        action = self._rewind(FADED)
+        moves = dict(action.rewind or {})
+        moves["lr"] = max(moves["lr"], -record.climb)  # at the given rate units were alive
+        return action._replace(rewind=moves)
 
     def _training_loss(self, record: TrainingLoss) -> Action:
         if self.sweeping:

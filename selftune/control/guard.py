@@ -63,7 +63,7 @@ class GuardPolicy(Settings):
     dead: float = 0.1
     pulse: int = 8
     young: int = 160
-    capacity: float = 0.9
+    capacity: float = 0.7
     climbed: float = 0.4
     cool: float = 3.0
     cool_worsened: float = 2.0

@@ -1,13 +1,11 @@
-"""The learning-rate sweep at the start (a range test), and the trial of the rate it chose.
+"""The learning-rate sweep at the start (a range test).
 
 Over the first few steps the rate climbs by equal ratios through eight decades around the given
 one. After each step the next gradient gives the slope of the loss at the end of that step,
 ``s = g₊ · Δw``, on a batch the step has not seen. While the slope is downhill a longer step
 would have been better; where it turns uphill the rate has gone too far. The sum of the slopes,
 ``C = Σ s``, estimates the change of the loss (a Riemann sum along the path), so the rate at
-which C is lowest is the largest that still descends. It needs no loss and no extra pass. In the
-trial, the next few steps, the rate is cut if it loses much of that descent, or if its first steps
-end far uphill.
+which C is lowest is the largest that still descends. It needs no loss and no extra pass.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ FIRST = 3
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings(Settings):
-    """How the learning rate is swept and tried.
+    """How the learning rate is swept.
 
     Attributes:
         parts: A sweep takes this part of the run …
@@ -44,10 +42,6 @@ class SweepSettings(Settings):
         least_memory: … but for so few gradients: runs of some hundred steps end lower with three
             than with the usual ten (docs/ablations.md), which hypergradients are too short-sighted
             to see. The sweep itself takes the given β₁: with less momentum its slopes are noisier.
-        trial: Steps after the sweep in which the chosen rate must keep the descent.
-        losable: The share of the descent it may lose.
-        first_steps: Steps whose end slopes together …
-        overshoot: … may not lead uphill by so many times the descent.
     """
 
     parts: int = 20
@@ -61,10 +55,6 @@ class SweepSettings(Settings):
     wild: float = 100.0
     calm: int = 300
     least_memory: float = 3.0
-    trial: int = 10
-    losable: float = 0.5
-    first_steps: int = 3
-    overshoot: float = 10.0
 
     def steps(self, total_steps: int | None) -> int:
         """Length of the sweep in a run: 5 % of it, 8 to 100 steps; none in a run under 80.
@@ -100,11 +90,11 @@ class SweepSettings(Settings):
 
 @dataclass(kw_only=True)
 class LRSweep:
-    """The state of a sweep and of its trial: plain numbers, saved with the run.
+    """The state of a sweep: plain numbers, saved with the run.
 
     Args:
         steps: Length of the sweep at most; it ends once the rate is plainly too high.
-        settings: How it is swept and tried.
+        settings: How it is swept.
     """
 
     steps: int
@@ -123,9 +113,6 @@ class LRSweep:
     steepest: float = 0.0
     alarmed: bool = False
     proven: bool = True
-    tried: int = 0
-    lost: float = 0.0
-    uphill_at_ends: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the length."""
@@ -208,36 +195,6 @@ class LRSweep:
         averaging = [n for n, h in hparams.items() if h.role == "momentum" and not h.accumulates]
         calmed = {n: self.settings.calmed(values[n], total_steps) for n in averaging}
         return {"lr": math.log(self.choice)} | calmed
-
-    @property
-    def on_trial(self) -> bool:
-        """Whether the chosen rate is still on trial."""
-        return self.ended and self.lowest < 0 and self.tried < self.settings.trial
-
-    def judge(self, start: float, end: float) -> bool:
-        """Take in a step at the chosen rate; true where the rate is to be cut.
-
-        A rate that descended once, on the way to higher ones, may blow up when it stays: it loses
-        much of the descent, or its first steps end far up the other side of a valley. (The slope at
-        the start is that of the batch that made the step. Where steps are far too long it is so
-        steep that losses look like gains; the slope at the end is of another batch.)
-
-        Args:
-            start: The slope along the step where it begins, g · Δw.
-            end: The slope along it where it ends.
-        """
-        settings = self.settings
-        self.tried += 1
-        if not math.isfinite(start + end):  # the guard's affair
-            return False
-        self.lost += (start + end) / 2  # the trapezoidal rule
-        if self.tried <= settings.first_steps:
-            self.uphill_at_ends += end
-        loses = self.lost > -settings.losable * self.lowest
-        if not (loses or self.uphill_at_ends > -settings.overshoot * self.lowest):
-            return False
-        self.tried, self.lost, self.uphill_at_ends = 0, 0.0, 0.0
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""

@@ -114,7 +114,6 @@ class HyperOptimizer:
         for name, count in zip(self.hparams, counts, strict=True):
             self._slots[name] = slice(start, start + count)
             start += count
-        self.shared = all(c == 1 for c in counts)
         self._ends = [[h.raw_ends[end] for h in self.hparams.values()] for end in (0, 1)]
         self._pace = self._each(lambda h: h.pace)
         self._whole = self._each(lambda h: float(h.role == "layer"))
@@ -177,13 +176,9 @@ class HyperOptimizer:
             moving: Names that have a hypergradient; the others stay. None: all.
             propose: An optimizer in place of Adam.
         """
-        signal = given = signal.to(torch.float64)
+        signal = signal.to(torch.float64)
         fine = torch.isfinite(signal).all()
-        low, tied = self.lay_floor(state.raw, frame, memory, steps)
-        if moving is not None and "weight_decay" not in moving:
-            tied = None
-        if tied is not None:  # on the floor the rate takes decay along, at constant η λ
-            signal = self._added(signal, "lr", -tied * self._of(given, "weight_decay"))
+        low = self.lay_floor(state.raw, frame, memory, steps)
         free: Any = 1.0
         if moving is not None and not set(self.hparams) <= set(moving):
             free = self._vector(self._each_name(lambda n: n in moving), signal)
@@ -199,10 +194,6 @@ class HyperOptimizer:
         if "lr" in self.hparams:
             rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
             raw = self._added(raw, "lr", (climb - 1) * rise)
-        if tied is not None:  # the floor goes where the rate leads it
-            along = -tied * self._of(raw - state.raw, "lr")
-            raw = self._added(raw, "weight_decay", along)
-            raw = raw.maximum(frame.low).minimum(frame.high)
         stepped = stepped._replace(raw=raw)
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
 
@@ -231,24 +222,17 @@ class HyperOptimizer:
             return raw
         return self._added(raw, name, change).maximum(frame.low).minimum(frame.high)
 
-    def lay_floor(
-        self, raw: Tensor, frame: Frame, memory: Any, steps: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """The lowest shifts, and whether weight decay lies on its floor (1 or 0)."""
+    def lay_floor(self, raw: Tensor, frame: Frame, memory: Any, steps: int) -> Tensor:
+        """The lowest shifts."""
         if self._floor is None:
-            return frame.low, None
+            return frame.low
         floor, decay = self._floor, self.hparams["weight_decay"]
         rate = self._of(frame.origin + raw, "lr").exp().max() * memory
         highest = math.log(floor.settings.highest_share * decay.upper)
         wanted = torch.log(floor.least(rate, steps)).where(rate > 0, -math.inf)
         least = wanted.clamp(math.log(decay.lower), highest)
         least = least - self._of(frame.origin, "weight_decay")
-        low = self._put(frame.low, "weight_decay", least).minimum(frame.high)
-        if not self.shared:
-            return low, None
-        above = self._of(raw - low, "weight_decay")
-        touches = (above <= floor.settings.touching) & (wanted < highest) & (rate > 0)
-        return low, touches.to(raw.dtype)
+        return self._put(frame.low, "weight_decay", least).minimum(frame.high)
 
     def _each(self, of: Callable[[Hparam], float]) -> list[float]:
         """A number for each shift, by its hyperparameter."""

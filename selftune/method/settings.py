@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -105,16 +104,11 @@ class FloorSettings(Settings):
         l2: The same where it acts through the gradient, which momentum accumulates: η/(1 − μ)
             counts.
         highest_share: The floor is at most this share of the upper bound of weight decay.
-        touching: A decay whose logarithm is this little above the floor's lies on the floor, and
-            follows the rate; below 0 none does.
     """
-
-    signed = ("touching",)
 
     decoupled: float = 0.3
     l2: float = 0.03
     highest_share: float = 0.1
-    touching: float = math.log1p(0.01)
 
 
 @dataclass(frozen=True, kw_only=True)

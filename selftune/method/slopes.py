@@ -1,4 +1,4 @@
-"""Slopes of the training loss along the last step, for the learning-rate sweep and its trial."""
+"""Slopes of the training loss along the last step, for the learning-rate sweep."""
 
 from __future__ import annotations
 

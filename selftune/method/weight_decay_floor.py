@@ -1,8 +1,7 @@
 """The floor under weight decay, below which it does next to nothing.
 
 There its hypergradient is noise, and a decay that has drifted far down is not back in time when
-over-fitting begins. On the floor decay follows the learning rate at a constant η λ, and the
-rate's hypergradient answers for both.
+over-fitting begins.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class WeightDecayFloor:
         shrinkage: s.
         mean: Mean factor of the learning rate's schedule.
         total_steps: Steps in the run; None: not known, so the steps taken, and 1000 at least.
-        settings: Where it ends, and which decay lies on it.
+        settings: Where it ends.
 
     Examples:
         >>> round(WeightDecayFloor(shrinkage=0.3, mean=0.5, total_steps=1000).least(0.01), 6)

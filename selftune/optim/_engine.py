@@ -19,7 +19,6 @@ from selftune.control import (
     Hypergradient,
     SweepSlope,
     TrainingLoss,
-    TrialSlopes,
     ValidationLoss,
 )
 from selftune.method import Outer, live_units
@@ -131,8 +130,6 @@ class Engine:
             action = self._judge(grads)
             if action.skip:
                 return self.carry_out(action)
-        if self.carry_out(self._trial(grads)):
-            return True
         moments = self.store.moments(grads, values, rates)
         steps = self.stepper.move(self.blocks, [g for g, _ in grads], moments)
         finite = self._finite(steps)
@@ -155,7 +152,7 @@ class Engine:
         step = self.clock.steps + 1
         age = step - self.clock.since
         guard = self.controller.guard
-        if age % self.stride == 0 or self.controller.sweeping or self.controller.on_trial:
+        if age % self.stride == 0 or self.controller.sweeping:
             return False
         if self.whole is not None or not self.clock.last_validation_step:
             return False
@@ -201,7 +198,7 @@ class Engine:
             action = self.controller.observe(Activity(self.store.total(live), age, climb))
         return action
 
-    # the sweep and the trial
+    # the sweep
 
     def _slopes(self, grads: Grads) -> tuple[float, float] | None:
         weights = [b.weights() for b in self.blocks]
@@ -222,14 +219,6 @@ class Engine:
         self.store.absorb(steps, moments, grads, tracked=False)
         sweep.taken += 1
         return False
-
-    def _trial(self, grads: Grads) -> Action:
-        """Whether the rate of the sweep loses the descent of the sweep; then it is cut."""
-        if not self.controller.on_trial:
-            self.slopes.forget()
-            return Action()
-        found = self._slopes(grads)
-        return Action() if found is None else self.controller.observe(TrialSlopes(*found))
 
     # hyperparameter steps
 

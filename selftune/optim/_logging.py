@@ -68,7 +68,7 @@ class OptimizerLog:
             return {}
         shifts = self._shifts
         frame = shifts.frame()
-        low, _ = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory, step)
+        low = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory, step)
 
         def ends(name: str) -> tuple[float, float]:
             slots = shifts.hyper.slots(name)

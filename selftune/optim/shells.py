@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from selftune import rules
-from selftune._arguments import FLAG, PAIR, Kind, Number, That, check
+from selftune._arguments import FLAG, PAIR, SCALAR, Kind, Number, check
 from selftune.optim._base import Params, SelfTuningOptimizer
 from selftune.optim._building import ARGUMENTS as TUNING
 from selftune.optim._stepper import RuleStepper
@@ -21,19 +21,15 @@ BETAS: tuple[float, float] = (0.9, 0.999)
 """torch's, and where nobody gives any: another tuple of the same numbers was given by somebody."""
 
 
-_SCALAR = That(
-    lambda v: Number().fits(v) or (isinstance(v, Tensor) and v.numel() == 1),
-    "a number, or a tensor of one",
-)
 ARGUMENTS: dict[str, Kind] = {
-    "lr": _SCALAR,
+    "lr": SCALAR,
     "momentum": Number(least=0),
     "betas": PAIR,
     "dampening": Number(),
     "alpha": Number(least=0, below=1),
     "eps": Number(least=0),
-    "weight_decay": _SCALAR,
-    "decay": _SCALAR,
+    "weight_decay": SCALAR,
+    "decay": SCALAR,
     "l1": Number(least=0),
     "nesterov": FLAG,
     "amsgrad": FLAG,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from selftune import control, method
 from selftune._arguments import (
     FLAG,
     NONE,
+    SCALAR,
     TEXT,
     Instance,
     Kind,
@@ -54,8 +54,7 @@ def check_hparams(
             )
         if isinstance(value, bool):
             continue
-        if not isinstance(value, (numbers.Real, Tensor)):
-            raise TypeError(f"hparams[{name!r}]={value!r} must be a number")
+        check({f"hparams[{name!r}]": SCALAR}, {f"hparams[{name!r}]": value})
         if name in strengths:
             hparam = strengths[name].hparam
             if not (value == 0 or hparam.lower <= float(value) <= hparam.upper):

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selftune._identity import differences
-from selftune.method.slopes import Slopes
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
@@ -18,7 +17,6 @@ from selftune.tuner._population import Population
 from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
-from selftune.tuner._sweep import Sweep
 from selftune.tuner._watch import Watch
 
 
@@ -32,7 +30,6 @@ class Parts:
     val: Stream
     snapshots: Snapshots
     watch: Watch
-    sweep: Sweep
     population: Population | None
     identity: dict[str, Any]
 
@@ -44,7 +41,6 @@ class Parts:
             "frozen": self._frozen(),
             "whole": self._remembered(),
             "snapshots": self.snapshots.state_dict(),
-            "slopes": dict(vars(self.sweep.slopes)),
             "watch": self.watch.state_dict(),
             "train": self.train.state_dict(),
             "val": self.val.state_dict(),
@@ -70,8 +66,6 @@ class Parts:
                 Tensor, lambda t: t.to(device), state["whole"]
             )
         self.snapshots.load_state_dict(state["snapshots"])
-        found = {n: [t.to(device) for t in ts] for n, ts in state["slopes"].items()}
-        self.sweep.slopes = Slopes(**found)
         self.watch.load_state_dict(state["watch"])
         if self.population is not None:
             self.population.load_state_dict(state["population"])

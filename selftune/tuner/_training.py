@@ -28,7 +28,7 @@ from selftune.tuner._saving import Parts
 from selftune.tuner._scoring import POSITIONS, Scorer
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
-from selftune.tuner._sweep import Sweep
+from selftune.tuner._sweep import sweep
 from selftune.tuner._watch import Watch
 
 log = logging.getLogger("selftune")
@@ -69,10 +69,6 @@ class Training:
     def __post_init__(self) -> None:
         """Nothing is under way yet."""
         self._clock: list[tuple[float, float]] = []
-        controller = self.watch.controllers[0]
-        self._sweep = Sweep(
-            self.steps, self.fused.run, self.snapshots, controller, self.fused.whole
-        )
         self._within = False  # a step, so that its tensors may be half written
 
     # the loop
@@ -127,14 +123,16 @@ class Training:
 
     def _begin(self) -> None:
         """The sweep, and the first note of the hyperparameters."""
-        if self.watch.controllers[0].sweeping:
-            self.step = self._sweep.sweep(self.train.next)
+        controller = self.watch.controllers[0]
+        if controller.sweeping:
+            run, batch = self.fused.run, self.train.next
+            self.step = sweep(self.steps, run, self.snapshots, controller, batch)
             self.watch.history.train_loss += [math.nan] * self.step
         self.watch.begin(self.step)
 
     def _step(self) -> None:
         self._decide()
-        step, controller = self.step + 1, self.watch.controllers[0]
+        step = self.step + 1
         tracked, tune = self.steps.observed(step - self._since)
         batch = self.train.next()
         try:
@@ -143,17 +141,9 @@ class Training:
             self.train.put_back(batch)
             raise
         with self._stepping(tune=tune):
-            if controller.on_trial:
-                self.watch.digest(self.step)  # in the order in which it happened
-                told = self._sweep.trial(batch, tracked=tracked)
-                if told is None:
-                    self.watch.cut(step)
-                    tune = False
-            else:
-                told = self.fused.train(batch, tracked=tracked, last=tune)
-            if told is not None:
-                self.watch.trained(step, told)
-            if tune and told is not None and not told.is_cuda:
+            told = self.fused.train(batch, tracked=tracked, last=tune)
+            self.watch.trained(step, told)
+            if tune and not told.is_cuda:
                 self.watch.digest(step)
                 tune = self.watch.since < step  # or the guard took the run back
             whole = self.fused.whole
@@ -279,7 +269,7 @@ class Training:
     def _parts(self) -> Parts:
         return Parts(
             steps=self.steps, fused=self.fused, train=self.train, val=self.val,
-            snapshots=self.snapshots, watch=self.watch, sweep=self._sweep,
+            snapshots=self.snapshots, watch=self.watch,
             population=self.population, identity=self.identity,
         )  # fmt: skip
 

@@ -89,12 +89,6 @@ class Watch:
         """Take what a hyperparameter step told, unread."""
         self._tuned.append((step, _kept(told)))
 
-    def cut(self, step: int) -> None:
-        """Take note of a step on trial that led uphill, after which the run was rewound."""
-        self.digest(step - 1)
-        self.history.train_loss.append(math.nan)
-        self._rewound(step, 0)
-
     def read(self, step: int) -> None:
         """Read at the end of a step; a GPU is waited for only if a log entry is due."""
         if self._tuned and (not self._tuned[-1][1].is_cuda or self._due(step)):
