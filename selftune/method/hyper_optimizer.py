@@ -178,7 +178,6 @@ class HyperOptimizer:
         """
         signal = signal.to(torch.float64)
         fine = torch.isfinite(signal).all()
-        low = self.lay_floor(state.raw, frame, memory, steps)
         free: Any = 1.0
         if moving is not None and not set(self.hparams) <= set(moving):
             free = self._vector(self._each_name(lambda n: n in moving), signal)
@@ -188,12 +187,13 @@ class HyperOptimizer:
             share = share.maximum(self._vector(self._whole, signal))
         change = (stepped.raw - state.raw) * share * self._vector(self._pace, signal) * free
         longest = self.settings.longest
-        raw = (state.raw + change.clamp(-longest, longest)).maximum(low).minimum(frame.high)
-        if isinstance(free, Tensor):
-            raw = torch.where(free > 0, raw, state.raw)
+        raw = (state.raw + change.clamp(-longest, longest)).maximum(frame.low).minimum(frame.high)
         if "lr" in self.hparams:
             rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
             raw = self._added(raw, "lr", (climb - 1) * rise)
+        raw = raw.maximum(self.lay_floor(raw, frame, memory, steps))
+        if isinstance(free, Tensor):
+            raw = torch.where(free > 0, raw, state.raw)
         stepped = stepped._replace(raw=raw)
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
 

@@ -25,7 +25,6 @@ from selftune.control import (
     SweepSettings,
     SweepSlope,
     TrainingLoss,
-    TrialSlopes,
     ValidationLoss,
     make_guard,
     make_sweep,
@@ -150,25 +149,12 @@ def test_a_sweep_is_observed_without_a_guard_and_nothing_else_is() -> None:
     assert last.snapshot == "iterate"
     assert last.rewind is not None
     assert not controller.sweeping
-    assert not controller.on_trial, "a trial is the guard's affair"
     bad_news: list[Record] = [
-        TrialSlopes(1e9, 1e9), Gradient(False), Activity(0.0), TrainingLoss(math.nan),
+        Gradient(False), Activity(0.0), TrainingLoss(math.nan),
         ValidationLoss(math.nan, never), Hypergradient(False),
     ]  # fmt: skip
     for record in bad_news * 20:
         assert controller.observe(record) == Action()
-
-
-def test_a_trial_that_loses_the_descent_cools_the_rate() -> None:
-    """Twin: the sweep's own judgement of half of a descent of 1."""
-    controller = made(sweep=LRSweep(steps=8, ended=True, lowest=-1.0))
-    assert controller.on_trial
-    assert controller.observe(TrialSlopes(0.3, 0.5)) == Action()
-    action = controller.observe(TrialSlopes(0.3, 0.1))
-    assert action.skip
-    assert action.rewind is not None
-    assert action.rewind["lr"] == pytest.approx(-math.log(3))
-    assert "sweep is too high" in action.reason
 
 
 # the guard

@@ -117,31 +117,6 @@ def test_a_lucky_batch_far_above_is_not_followed() -> None:
     assert sweep.choice == pytest.approx(sweep.factor(12) / 1.5)
 
 
-def test_a_rate_on_trial_may_lose_half_of_the_descent() -> None:
-    """Law: not more, within ten steps; what is not finite is the guard's matter."""
-    sweep = LRSweep(steps=10, ended=True, lowest=-1.0)
-    assert not sweep.judge(0.3, 0.5)
-    assert sweep.judge(0.3, 0.1)
-    assert sweep.on_trial, "the lowered rate is on trial, too"
-    assert not sweep.judge(math.nan, 0.0)
-    for _ in range(9):
-        assert sweep.on_trial
-        assert not sweep.judge(0.0, 0.02)
-    assert not sweep.on_trial
-    assert not LRSweep(steps=10, ended=True).on_trial, "without descent there is nothing to lose"
-    assert not LRSweep(steps=10, lowest=-1.0).on_trial, "nor is there a choice before its end"
-
-
-def test_first_steps_on_trial_may_not_end_far_uphill() -> None:
-    """Law: ten times what was found, however steep the way down seemed to be; later ones may."""
-    sweep = LRSweep(steps=10, ended=True, lowest=-1.0)
-    assert not sweep.judge(-50.0, 9.0)
-    assert sweep.judge(-50.0, 1.5)
-    for _ in range(3):
-        assert not sweep.judge(-50.0, 3.0)
-    assert not sweep.judge(-50.0, 20.0)
-
-
 @pytest.mark.parametrize("slope", [math.nan, math.inf])
 def test_what_is_not_finite_ends_it_and_is_not_chosen(slope: float) -> None:
     """Law: the best before stays the choice."""

@@ -244,24 +244,16 @@ def by_hand(
 ) -> Tensor:
     """Raw values after a step, from torch's Adam and the laws of pace, bounds and floor."""
     at = {name: i for i, name in enumerate(hyper.names)}
-    values, given, signal = hyper.values(before.raw), signal, signal.clone()
-    low, high = hyper.frame()[1:]
+    values, (low, high) = hyper.values(before.raw), hyper.frame()[1:]
     memory = 1 / (1 - values["momentum"]) if "momentum" in at else 1.0
-    least = SHRINKAGE / (values["lr"] * memory * TOTAL)
-    floored = bool(least < 10.0)  # a tenth of the bound
-    low[at["weight_decay"]] = least.clamp(max=10.0).log()
-    tied = floored and values["weight_decay"] <= 1.01 * least
-    if tied:  # the rate moves at constant η λ
-        signal[at["lr"]] -= given[at["weight_decay"]]
     start = alone.raw.detach().clone()
     change = (alone.step(signal) - start) * trust(after.mean, after.square, SETTINGS)
     change = change * vector(*[h.pace for h in hyper.hparams.values()])
     raw = (before.raw + change.clamp(-0.3, 0.3)).maximum(low).minimum(high)
-    low = hyper.frame().low
-    if tied:
-        raw[at["weight_decay"]] -= (raw - before.raw)[at["lr"]]
-        raw = raw.maximum(low).minimum(high)
-    return raw.maximum(low).minimum(high)
+    least = SHRINKAGE / (raw[at["lr"]].exp() * memory * TOTAL)  # at the rate after the step
+    decay = at["weight_decay"]
+    raw[decay] = raw[decay].maximum(least.clamp(max=10.0).log())  # a tenth of the bound
+    return raw
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: type(c.rule).__name__)

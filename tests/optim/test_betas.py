@@ -1,6 +1,5 @@
-"""What the sweep leaves. Truths: gradient descent on ½ w², which diverges above 2, and values."""
+"""The betas that a sweep leaves. Truth: the values."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -8,54 +7,6 @@ import torch
 from torch import nn
 
 import selftune as st
-from selftune.control import LRSweep
-
-
-def descend(
-    lr: float, steps: int, lowest: float
-) -> tuple[nn.Parameter, st.optim.SelfTuningOptimizer]:
-    """Steps after a sweep that found a descent of ``-lowest``."""
-    weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    opt = st.SGD([weight], lr=lr, tune=("lr",), probe=10)
-    # Private: a real sweep would choose a rate, and a descent, of its own.
-    opt._engine.controller.sweep = LRSweep(steps=10, ended=True, lowest=lowest)
-    for _ in range(steps):
-        weight.grad = weight.detach().clone()
-        opt.step()
-    return weight, opt
-
-
-def test_a_rate_that_leads_uphill_is_lowered_from_where_it_began() -> None:
-    """Closed form: from ½·2 the first step at 2.5 adds 1.25, of which it may lose 1."""
-    weight, opt = descend(2.5, 2, lowest=-2.0)
-    assert opt.hparams["lr"] == pytest.approx(2.5 / 3)
-    assert torch.equal(weight.detach(), torch.ones(2, dtype=torch.float64))
-    weight, opt = descend(2.5, 20, lowest=-2.0)
-    assert opt.hparams["lr"] == pytest.approx(2.5 / 3)
-    assert float(weight.detach().abs().max()) < 1e-6
-
-
-def test_a_trial_goes_on_in_a_loaded_run() -> None:
-    """Its second step judges the first one, which was before."""
-    weight, opt = descend(2.5, 1, lowest=-2.0)
-    state = copy.deepcopy(opt.state_dict())
-    again = st.SGD([weight], lr=2.5, tune=("lr",), probe=10)
-    again.load_state_dict(state)
-    weight.grad = weight.detach().clone()
-    again.step()
-    assert again.hparams["lr"] == pytest.approx(2.5 / 3)
-
-
-def test_a_rate_that_descends_is_kept() -> None:
-    """Also where it oscillates: 1.9 is below 2."""
-    _, opt = descend(1.9, 20, lowest=-2.0)
-    assert opt.hparams["lr"] == pytest.approx(1.9)
-
-
-def test_little_to_lose_is_no_reason() -> None:
-    """Law: where the sweep found a descent of 3, adding 1.25 once is less than half."""
-    _, opt = descend(2.5, 2, lowest=-3.0)
-    assert opt.hparams["lr"] == pytest.approx(2.5)
 
 
 def begun(beta1: float, **options: Any) -> float:
