@@ -1,0 +1,38 @@
+"""A slice of the reliability benchmark. Truth: the loss at the start, and plain torch."""
+
+import math
+
+import pytest
+
+pytest.importorskip("sklearn", reason="the data of the benchmark is scikit-learn's")
+
+from benchmarks.reliability.__main__ import worse
+from benchmarks.reliability.starts import hostile, ordinary, run
+
+FEW = [s for s in hostile(1000) if s.seed % 125 == 3]
+
+
+@pytest.mark.parametrize("start", FEW, ids=lambda s: str(s.seed))
+def test_a_hostile_start_ends_finite_and_no_worse_than_it_began(start) -> None:  # type: ignore[no-untyped-def]
+    end = run(start)
+    assert end.finite
+    assert start.told == "nothing" or not worse(end.ours, end.initial)
+
+
+@pytest.mark.slow
+def test_hostile_starts() -> None:
+    ends = [run(s) for s in hostile(1000) if s.seed % 12 == 5]
+    assert all(e.finite for e in ends)
+    told = [e for e in ends if e.start.told != "nothing"]
+    assert not [e for e in told if worse(e.ours, e.initial)]
+    known = [e for e in ends if not math.isnan(e.plain)]
+    assert sum(worse(e.ours, e.plain) for e in known) <= 0.08 * len(known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["SGD", "AdamW"])
+def test_ordinary_starts_are_not_lost(shell: str) -> None:
+    """Law: no run at twice the loss of plain torch, and none much worse on the mean."""
+    ends = [run(s) for s in ordinary(8, shell)]
+    assert not [e for e in ends if e.ours > 2 * e.plain]
+    assert sum(math.log(e.ours / e.plain) for e in ends) / len(ends) < 0.1
