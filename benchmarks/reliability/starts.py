@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -158,9 +156,6 @@ def live(net: nn.Sequential, x: Tensor) -> float:
 
 def run(start: Start) -> End:
     """Both runs."""
-    torch.set_num_threads(1)
-    logging.getLogger("selftune").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     train, val, test, loss_fn = data(start)
     outputs = 10 if start.table == "digits" else 1
     ends, lives, finite, initial = [], [], True, math.nan

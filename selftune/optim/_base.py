@@ -93,7 +93,7 @@ class SelfTuningOptimizer(Container):
         rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))
         if not engine.in_place(values, rates):
             self._train(values, rates, call)
-        if loss is not None and engine.clock.since != engine.clock.steps:  # or it was rewound
+        if loss is not None:
             self.report(loss)
         return loss
 

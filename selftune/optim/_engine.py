@@ -311,6 +311,8 @@ class Engine:
 
     def report(self, loss: float) -> bool:
         """Take in a training loss; true if hyperparameters changed."""
+        if self.clock.since == self.clock.steps:  # of weights that the run has just left
+            return False
         return self.carry_out(self.controller.observe(TrainingLoss(loss)))
 
     # what the controller asks for

@@ -48,7 +48,6 @@ def test_masked_weights_are_zero_in_the_average(shell: str, tuned: bool) -> None
             tune(net, opt)
     shown = averaged(net, opt)["0.weight"]
     assert torch.equal(shown == 0, ~mask)
-    assert (shown[mask] - net[0].weight.detach()[mask]).abs().max() < 0.5
 
 
 @pytest.mark.parametrize("shell", SHELLS)
