@@ -216,6 +216,11 @@ class Controller:
         assert self.guard is not None
         return self.guard
 
+    def restart(self) -> None:
+        """Forget losses: those of other weights are no yardstick."""
+        if self.guard is not None:
+            self.guard = Guard(policy=self.guard.policy, rewinds=self.guard.rewinds)
+
     def _judged(self, verdict: str, reason: str) -> Action:
         if verdict == "rewind":
             return self._rewind(reason)

@@ -208,6 +208,15 @@ class Block:
         for flat in (*kept, *(s.last_params for s in self.secants)):
             flat.copy_(weights)
 
+    def snapshot(self, kind: str) -> None:
+        """Copy weights as a controller asks for it (:class:`~selftune.control.Action`)."""
+        if kind == "candidate":
+            self.candidate.copy_(self.part.average)
+        elif kind == "promote":
+            self.good.copy_(self.candidate)
+        else:
+            self.good.copy_(self.weights() if kind == "iterate" else self.part.average)
+
     def rewound(self, part: Part) -> None:
         """Go on from the good weights, with a fresh rule state."""
         self.part = part._replace(params=part.average.new_empty(0))

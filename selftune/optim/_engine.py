@@ -15,13 +15,12 @@ from selftune.control import (
     Activity,
     Controller,
     Gradient,
-    Guard,
     Hypergradient,
     SweepSlope,
     TrainingLoss,
     ValidationLoss,
 )
-from selftune.method import Outer, live_units
+from selftune.method import Outer
 from selftune.method.slopes import Slopes
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
@@ -94,18 +93,15 @@ class Engine:
 
     def settle(self) -> None:
         """Let averages follow masks and frozen parameters."""
-        if not self.buffers.shown:
-            for block in self.blocks:
-                block.settle()
+        for block in () if self.buffers.shown else self.blocks:
+            block.settle()
 
     def sync(self) -> None:
         """Take weights that were changed from outside for averaged and good ones."""
         self.begin()
         self.slopes.forget()
         self.looked = False
-        guard = self.controller.guard
-        if guard is not None:  # losses of other weights are no yardstick
-            self.controller.guard = Guard(policy=guard.policy, rewinds=guard.rewinds)
+        self.controller.restart()
 
     def train(
         self,
@@ -142,8 +138,7 @@ class Engine:
             return True
         if self.whole is not None and call is not None:
             self.whole.observe(self.blocks[0], values[0], grads[0][0], steps[0], call)
-        age = self.clock.steps - self.clock.since
-        self.store.absorb(steps, moments, grads, tracked=age % self.stride == 0)
+        self.store.absorb(steps, moments, grads, tracked=self._age % self.stride == 0)
         self._blend_buffers()
         return changed
 
@@ -165,15 +160,18 @@ class Engine:
         return True
 
     @property
+    def _age(self) -> int:
+        """Steps since the last fresh start."""
+        return self.clock.steps - self.clock.since
+
+    @property
     def _pulse(self) -> bool:
         guard = self.controller.guard
-        age = self.clock.steps - self.clock.since
-        return guard is not None and guard.policy.counts(age, self.stride)
+        return guard is not None and guard.policy.counts(self._age, self.stride)
 
     def _blend_buffers(self) -> None:
         if self.clock.steps % THINNED == 0:
-            age = self.clock.steps - self.clock.since
-            self.buffers.blend(self.method.sensitivities.averaging.weight(age, THINNED))
+            self.buffers.blend(self.method.sensitivities.averaging.weight(self._age, THINNED))
 
     def _finite(self, steps: Sequence[Transition]) -> bool | None:
         """Whether a step may be written; None where it is not known, as a GPU would wait."""
@@ -191,11 +189,8 @@ class Engine:
             return Action(skip=not finite)
         action = self.controller.observe(Gradient(finite))
         if finite and self._pulse:
-            live = [
-                live_units(b.layout.views(g)) for b, (g, _) in zip(self.blocks, grads, strict=True)
-            ]
-            age, climb = self.clock.steps - self.clock.since, self.shifts.climb
-            action = self.controller.observe(Activity(self.store.total(live), age, climb))
+            live = self.store.live_units(grads)
+            action = self.controller.observe(Activity(live, self._age, self.shifts.climb))
         return action
 
     # the sweep
@@ -345,12 +340,7 @@ class Engine:
 
     def _snapshot(self, kind: str) -> None:
         for block in self.blocks:
-            if kind == "candidate":
-                block.candidate.copy_(block.part.average)
-            elif kind == "promote":
-                block.good.copy_(block.candidate)
-            else:
-                block.good.copy_(block.weights() if kind == "iterate" else block.part.average)
+            block.snapshot(kind)
         if kind == "candidate":
             self.buffers.hold()
         else:

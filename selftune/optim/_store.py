@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from selftune.method import Displacement, Method, Moment, State
+from selftune.method import Displacement, Method, Moment, State, live_units
 from selftune.method.stiff_directions import Stiffness
 from selftune.optim._block import Block
 from selftune.optim._groups import Cached
@@ -151,3 +151,8 @@ class Store:
         """The sum over blocks, and over processes that hold parts of the parameters."""
         whole = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
         return float(self.reducer.total(whole))
+
+    def live_units(self, grads: Grads) -> float:
+        """How many units have a gradient."""
+        pairs = zip(self.blocks, grads, strict=True)
+        return self.total([live_units(b.layout.views(g)) for b, (g, _) in pairs])

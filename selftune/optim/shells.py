@@ -127,15 +127,9 @@ class SGD(RuleOptimizer):
         **tuning: Any,
     ) -> None:
         options = dict(
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            decay=decay,
-            l1=l1,
-            maximize=maximize,
-        )
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, decay=decay, l1=l1, maximize=maximize,
+        )  # fmt: skip
         super().__init__(params, rules.SGD(), options, penalty, tuning)
 
 
@@ -187,15 +181,9 @@ class Adam(RuleOptimizer):
         **tuning: Any,
     ) -> None:
         options = dict(
-            lr=lr,
-            betas=_betas(betas, tuning),
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            decay=decay,
-            l1=l1,
-            maximize=maximize,
-        )
+            lr=lr, betas=_betas(betas, tuning), eps=eps, weight_decay=weight_decay,
+            amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
+        )  # fmt: skip
         super().__init__(params, rules.Adam(), options, penalty, tuning)
 
 
@@ -247,15 +235,9 @@ class AdamW(RuleOptimizer):
         **tuning: Any,
     ) -> None:
         options = dict(
-            lr=lr,
-            betas=_betas(betas, tuning),
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            decay=decay,
-            l1=l1,
-            maximize=maximize,
-        )
+            lr=lr, betas=_betas(betas, tuning), eps=eps, weight_decay=weight_decay,
+            amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
+        )  # fmt: skip
         super().__init__(params, rules.AdamW(), options, penalty, tuning)
 
 
@@ -308,16 +290,9 @@ class RMSprop(RuleOptimizer):
         **tuning: Any,
     ) -> None:
         options = dict(
-            lr=lr,
-            alpha=alpha,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            centered=centered,
-            decay=decay,
-            l1=l1,
-            maximize=maximize,
-        )
+            lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum,
+            centered=centered, decay=decay, l1=l1, maximize=maximize,
+        )  # fmt: skip
         super().__init__(params, rules.RMSprop(), options, penalty, tuning)
 
 

@@ -252,9 +252,7 @@ class Steps:
 
         The last is NaN where no gradients are given.
         """
-        alive = torch.full_like(loss, torch.nan, dtype=torch.float64)
-        if grads:
-            alive = live_units(grads)
+        alive = live_units(grads) if grads else torch.full_like(loss, torch.nan)
         return torch.stack([t.to(torch.float64) for t in (loss, fine, alive)])
 
     def _on_host(self, run: RunState) -> bool:
