@@ -33,7 +33,7 @@ class SweepSlope(NamedTuple):
 
     slope: float
     values: Mapping[str, float]
-    start: float = -math.inf
+    start: float = 0.0
 
 
 class Gradient(NamedTuple):

@@ -36,6 +36,8 @@ class SweepSettings(Settings):
         margin: The chosen rate is the largest descending one divided by this.
         near: How far above the best rate so far, or else at the next one, any descent counts;
             farther above it must be twice as deep.
+        rise: C that counts as uphill, in slopes at the start of the step: at rates too small to
+            matter, slopes of other batches differ in sign by chance, and are small beside that.
         wild: A step whose end is so many times as steep as its start, or as all descent so far, has
             blown up: the sweep ends before it.
         calm: How many times the memory 1/(1 − β₁) must fit into a run that begins …
@@ -52,6 +54,7 @@ class SweepSettings(Settings):
     decades: float = 4.0
     margin: float = 1.5
     near: float = 4.0
+    rise: float = 0.25
     wild: float = 100.0
     calm: int = 300
     least_memory: float = 3.0
@@ -111,6 +114,7 @@ class LRSweep:
     blown: float = 0.0
     lowered: float = 0.0
     steepest: float = 0.0
+    hoped: float = 0.0
     alarmed: bool = False
     proven: bool = True
 
@@ -123,7 +127,7 @@ class LRSweep:
         """The factor of the given rate at a step of the sweep."""
         return 10.0 ** (self.settings.decades * (2 * step / (self.steps - 1) - 1) - self.lowered)
 
-    def observe(self, slope: float, start: float = -math.inf) -> bool:
+    def observe(self, slope: float, start: float = 0.0) -> bool:
         """Take in the slope at the end of the last step; true where C is the lowest so far.
 
         At rates too small to matter two batches' slopes may differ in sign by chance, so the
@@ -135,25 +139,27 @@ class LRSweep:
 
         Args:
             slope: g · Δw at the end of the step.
-            start: The same at its start.
+            start: The same at its start; 0 where it is not known.
         """
         # Slopes of steps are in proportion to the rate until one blows up; a few tell how steep.
         rate, wild = self.factor(self.taken - 1), self.settings.wild
         self.steepest = max(self.steepest, abs(start) / rate)
         scale = max(rate * self.steepest, -self.lowest)
-        steep = abs(slope) > (wild if self.taken > FIRST else wild**2) * scale
+        steep = abs(slope) > (wild if self.taken > FIRST else wild**2) * scale > 0
         if self.alarmed or steep or not math.isfinite(slope):
             self._blow_up()
             return False
         self.change += slope
+        self.hoped += abs(start)
         self.balance += 1 if slope < 0 else -1
         self.seen = self.seen or self.balance >= 3
-        self.uphill = self.uphill + 1 if self.seen and self.change > 0 else 0
+        rising = self.change > self.settings.rise * abs(start)
+        self.uphill = self.uphill + 1 if self.seen and rising else 0
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
             if self.uphill >= 2:
                 self.blown = self.factor(self.taken - 1)
-            elif self.change > rate * self.steepest:  # uphill all along
+            elif self.change > self.settings.rise * self.hoped > 0:  # uphill all along
                 self.blown = self.factor(0)
         near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
         if self.change < self.lowest * (2.0 if rate > near else 1.0):
@@ -170,7 +176,7 @@ class LRSweep:
             self.lowered = 2 * self.settings.decades
             self.taken, self.change, self.lowest, self.best = 0, 0.0, 0.0, math.nan
             self.balance, self.seen, self.uphill, self.steepest = 0, False, 0, 0.0
-            self.alarmed = False
+            self.alarmed, self.hoped = False, 0.0
 
     @property
     def choice(self) -> float:
