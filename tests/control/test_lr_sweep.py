@@ -231,3 +231,13 @@ def test_uphill_all_along_is_far_too_high() -> None:
     observed(sweep, *((-sweep.factor(t), 50 * sweep.factor(t)) for t in range(8)))
     assert sweep.ended
     assert sweep.choice == pytest.approx(lowest / 10)
+
+
+def test_noise_at_rates_too_small_to_matter_does_not_end_it() -> None:
+    """Law: slopes of other batches that are small beside those of the step's own say nothing."""
+    sweep = LRSweep(steps=25)
+    small = [(-sweep.factor(t), 0.1 * sweep.factor(t) * (-1) ** (t < 4)) for t in range(15)]
+    observed(sweep, *small)
+    assert not sweep.ended
+    observed(sweep, *((-sweep.factor(t), 0.9 * sweep.factor(t)) for t in (15, 16)))
+    assert sweep.ended
