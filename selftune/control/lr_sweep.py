@@ -54,7 +54,7 @@ class SweepSettings(Settings):
     decades: float = 4.0
     margin: float = 1.5
     near: float = 4.0
-    rise: float = 0.25
+    rise: float = 0.5
     wild: float = 100.0
     calm: int = 300
     least_memory: float = 3.0
@@ -157,10 +157,7 @@ class LRSweep:
         self.uphill = self.uphill + 1 if self.seen and rising else 0
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
-            if self.uphill >= 2:
-                self.blown = self.factor(self.taken - 1)
-            elif self.change > self.settings.rise * self.hoped > 0:  # uphill all along
-                self.blown = self.factor(0)
+            self.blown = self.factor(self.taken - 1) if self.uphill >= 2 else 0.0
         near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
         if self.change < self.lowest * (2.0 if rate > near else 1.0):
             self.lowest, self.best = self.change, rate
@@ -185,7 +182,9 @@ class LRSweep:
         If nothing descended, 1, which keeps it, or a tenth of what blew the run up.
         """
         if math.isnan(self.best):
-            return min(1.0, self.blown / 10) if self.blown else 1.0
+            uphill = self.change > self.settings.rise * self.hoped > 0  # all along
+            blown = self.factor(0) if uphill else self.blown
+            return min(1.0, blown / 10) if blown else 1.0
         return self.best / self.settings.margin
 
     def moves(
