@@ -10,18 +10,14 @@ nor tuned; a run is worse where its loss is more than 1.1 times the other one.
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import multiprocessing
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-import torch
-
 from benchmarks.faces import row
 from benchmarks.reliability.calls import calls
-from benchmarks.reliability.starts import SHELLS, End, Start, hostile, ordinary, run
+from benchmarks.reliability.starts import SHELLS, End, Start, hostile, ordinary, quiet, run
 
 WORSE = 1.1
 
@@ -34,14 +30,8 @@ def worse(a: float, b: float) -> bool:
 def ends(starts: Sequence[Start], workers: int) -> list[End]:
     """All runs, in processes."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_quiet) as executor:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=quiet) as executor:
         return list(executor.map(run, starts, chunksize=4))
-
-
-def _quiet() -> None:
-    torch.set_num_threads(1)
-    logging.getLogger("selftune").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
 
 
 def line(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +154,13 @@ def live(net: nn.Sequential, x: Tensor) -> float:
             if isinstance(layer, nn.ReLU):
                 found.append((x > 0).any(0))
     return float(torch.cat(found).float().mean())
+
+
+def quiet() -> None:
+    """One thread, and no warnings, in a process of its own."""
+    torch.set_num_threads(1)
+    logging.getLogger("selftune").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def run(start: Start) -> End:
