@@ -23,7 +23,8 @@ class GuardPolicy(Settings):
         least: … and this share of the first loss above its best.
         limit: Rewinds in a row after which cooling grows no more, and the first loss is measured
             anew.
-        wild: A training loss above the first ones of the sweep by so many times these has blown up.
+        wild: A training loss above the first ones of the sweep by so many times these, or their
+            range, has blown up.
         memory: Weight of the newest loss in the running means: 0.1 is about ten evaluations.
         noise: How many standard deviations of the first ten training losses may not matter for an
             explosion: the zero of a loss is arbitrary.
@@ -117,6 +118,7 @@ class Guard:
     lowest: float = math.inf
     swept: int = 0
     training_start: float = math.nan
+    training_low: float = math.inf
     training_first: float = math.nan
     training_mean: float = math.nan
     training_count: int = 0
@@ -191,12 +193,13 @@ class Guard:
             self.training_spread += weight * (off * off - self.training_spread)
         noise = self.policy.noise * math.sqrt(self.training_spread)
         exploded = self._exploded(self.training_mean - noise, self.training_first)
-        return "rewind" if exploded or self._wild(self.training_mean) else "ok"
+        fresh = self.training_count <= 10  # their spread may be that of the explosion
+        return "rewind" if exploded or (fresh and self._wild(self.training_mean)) else "ok"
 
     def _wild(self, loss: float) -> bool:
-        """Whether a training loss is many times above those at the start, if one is known."""
+        """Whether a training loss is many times above those at the start, if they are known."""
         start = self.training_start
-        return loss > start + self.policy.wild * abs(start)
+        return loss > start + self.policy.wild * max(abs(start), start - self.training_low)
 
     def sweeping_loss(self, loss: float) -> bool:
         """Take in a training loss of the sweep; whether it says that the rate is far too high.
@@ -206,7 +209,7 @@ class Guard:
         self.swept += 1
         if self.swept <= self.policy.patience and math.isfinite(loss):
             known = -math.inf if math.isnan(self.training_start) else self.training_start
-            self.training_start = max(known, loss)
+            self.training_start, self.training_low = max(known, loss), min(self.training_low, loss)
         return self._wild(loss) or not math.isfinite(loss)
 
     @property

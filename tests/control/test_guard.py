@@ -238,3 +238,13 @@ def test_the_zero_of_training_losses_does_not_matter(zero: float) -> None:
 def test_alarms_are_judged_by_more_batches_in_longer_runs(horizon: int, count: int) -> None:
     """The arithmetic by hand: one for fifty steps, from 8 to 50."""
     assert GuardPolicy().batches(horizon) == count
+
+
+def test_the_zero_of_a_training_loss_is_arbitrary_after_a_sweep_too() -> None:
+    """Law: losses that scatter about 0 are measured by their scatter, not by what they are."""
+    guard = Guard()
+    assert not any(guard.sweeping_loss(x) for x in (0.001, -0.3, 0.2))
+    assert {guard.training_loss(x) for x in (0.4, 0.8, 0.5, 0.9, 0.7)} == {"ok"}
+    other = Guard()
+    assert not any(other.sweeping_loss(x) for x in (2.0, 2.3, 2.2))
+    assert other.training_loss(40.0) == "rewind"
