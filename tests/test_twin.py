@@ -86,8 +86,10 @@ def by_optimizer(name: str, rule: str, **options: Any) -> dict[int, dict[str, Te
     for step in range(1, STEPS + 1):
         x, y = train[(step - 1) % len(train)]
         opt.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
         opt.step()
+        opt.report(loss)  # the tuner sees every training loss
         opt.hyper_step(lambda: F.cross_entropy(model(val[0]), val[1]))
         if step in LOOKS:
             with opt.averaged():
