@@ -111,6 +111,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["tuner", "optimizer"])
 def test_curves_have_no_hole_before_the_checkpoint_of_a_killed_run(
     driver: str, tmp_path: Path
