@@ -191,8 +191,10 @@ def as_list(penalty: Penalties) -> list[AbstractPenalty]:
         >>> as_list(L1(0.1)), as_list(None)
         ([L1(strength=0.1)], [])
     """
+    if penalty is None:
+        return []
     several = isinstance(penalty, Iterable) and not isinstance(penalty, AbstractPenalty)
-    listed: list[Any] = [p for p in (penalty if several else (penalty,)) if p is not None]  # type: ignore[union-attr]
+    listed: list[Any] = list(penalty) if several else [penalty]
     if not all(isinstance(one, AbstractPenalty) for one in listed):
         raise TypeError(
             f"penalty={penalty!r} must be a penalty or a sequence of them, such as "

@@ -46,7 +46,7 @@ class Start:
         inputs: Scale of the inputs.
         init: Of the weights.
         steps: Of the run.
-        known: Whether the length is told.
+        known: Whether the length is given.
         told: Which losses are: ``validation``, ``training`` or ``nothing``.
     """
 

@@ -148,17 +148,17 @@ def _repair(path: Path, lock: JournalFileOpenLock) -> None:
 def check_sampler(given: Any, storage: Any, *, trust_storage: bool) -> None:
     """Refuse a sampler that unpickles what a storage holds, unless the storage is trusted."""
     unpickles = given == "cmaes" or isinstance(given, CmaEsSampler)
-    if unpickles and not trust_storage and not (storage is None or in_memory(storage)):
+    if (
+        unpickles
+        and not trust_storage
+        and storage is not None
+        and not (isinstance(storage, InMemoryStorage))
+    ):
         raise ValueError(
             f"sampler={given!r} with storage={storage}: Optuna's CMA-ES unpickles its state from "
             "the storage, so whoever can write there can run code here. Pass trust_storage=True "
             "if nobody else can, or another sampler"
         )
-
-
-def in_memory(storage: Any) -> bool:
-    """Whether a storage is of this process alone."""
-    return isinstance(storage, InMemoryStorage)
 
 
 def sampler_of(given: Any, seed: int) -> BaseSampler:

@@ -7,12 +7,13 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from selftune._arguments import NONE, TEXT, Kind, Number, check
 from selftune.hparams import Hparam
 from selftune.search._shape import Shape
 
@@ -24,6 +25,14 @@ NEAR = 1.0
 """Distance of tasks at which a run counts 1/e: sizes a factor of e apart, say."""
 POWER = {"SGD": 1.0, "RMSprop": 0.5, "Adam": 0.5, "AdamW": 0.5, "Lion": 0.5}
 """How the learning rate follows the batch where noise dominates, by rule."""
+
+
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("kind", "task", "family", "rule"), TEXT),
+    **dict.fromkeys(("examples", "inputs", "outputs", "steps", "batch"), Number(above=0)),
+    "noise": Number(above=0) | NONE,
+}
+"""What the fields of a saved task may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,29 +214,14 @@ def _entry(saved: dict[str, Any]) -> dict[str, Any]:
     """A run as it was saved, checked.
 
     Raises:
-        ValueError: Something is of another type or size; TypeError, KeyError or AttributeError
-            where the structure is another one.
+        ValueError: A value outside its range; TypeError, KeyError or AttributeError where types or
+            structure are others.
     """
-    task, texts = Task(**saved["task"]), ("kind", "task", "family", "rule")
-    for each in fields(Task):
-        value = getattr(task, each.name)
-        if each.name in texts:
-            fine = isinstance(value, str)
-        elif each.name == "noise":
-            fine = value is None or _positive(value)
-        else:
-            fine = _positive(value)
-        if not fine:
-            raise ValueError(f"task: {each.name} is {value!r}")
+    task = Task(**saved["task"])
+    check(KINDS, vars(task))
     hparams = {str(n): float(v) for n, v in saved["hparams"].items()}
-    if not all(map(math.isfinite, hparams.values())):
-        raise ValueError(f"hparams: {hparams} are not finite")
+    check(dict.fromkeys(hparams, Number()), hparams)
     return {**saved, "task": task, "hparams": hparams, "params": dict(saved["params"].items())}
-
-
-def _positive(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
 
 
 def _mean(weighed: list[tuple[float, float]], known: Hparam | None) -> float:
