@@ -193,8 +193,9 @@ def as_list(penalty: Penalties) -> list[AbstractPenalty]:
     """
     if penalty is None:
         return []
-    several = isinstance(penalty, Iterable) and not isinstance(penalty, AbstractPenalty)
-    listed: list[Any] = list(penalty) if several else [penalty]
+    given: Any = penalty
+    single = isinstance(given, AbstractPenalty) or not isinstance(given, Iterable)
+    listed = [given] if single else list(given)
     if not all(isinstance(one, AbstractPenalty) for one in listed):
         raise TypeError(
             f"penalty={penalty!r} must be a penalty or a sequence of them, such as "
