@@ -4,7 +4,8 @@
 
 Printed are a row for every question of ``docs/reliability.md`` with what is asked and what was
 found, and with ``--worst N`` the worst runs of each. Losses are of examples that neither trained
-nor tuned; a run is worse where its loss is more than 1.1 times the other one.
+nor tuned; a run is worse where its loss is more than 1.1 times the other one. Plain training against
+itself on other batches shows how often that is chance.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -71,6 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             line(f"ordinary starts, {shell}: worse than plain", "0", some,
                  lambda e: worse(e.ours, e.plain), args.worst)  # fmt: skip
             line("… above twice", "0", some, lambda e: e.ours > 2 * e.plain, args.worst)
+            line("… plain on other batches: worse than plain", "–", some,
+                 lambda e: worse(e.again, e.plain), 0)  # fmt: skip
+            line("… above twice", "–", some, lambda e: e.again > 2 * e.plain, 0)
+            logs = [math.log(e.ours / e.plain) for e in some if math.isfinite(e.ours)]
+            mean = math.exp(statistics.mean(logs))
+            error = mean * statistics.stdev(logs) / math.sqrt(len(logs))
+            print(row(["… mean ratio to plain", "–", f"{mean:.2f} ± {error:.2f}"]), flush=True)
             line("… a tenth more dead units", "0", some,
                  lambda e: e.live[1] < e.live[0] - 0.1, args.worst)  # fmt: skip
     verdicts = [(str(c), c.verdict()) for c in calls()]
