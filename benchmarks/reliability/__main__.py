@@ -4,8 +4,8 @@
 
 Printed are a row for every question of ``docs/reliability.md`` with what is asked and what was
 found, and with ``--worst N`` the worst runs of each. Losses are of examples that neither trained
-nor tuned; a run is worse where its loss is more than 1.1 times the other one. Plain training against
-itself on other batches shows how often that is chance.
+nor tuned; a run is worse where its loss is more than 1.1 times the other one. Plain training
+against itself on other batches shows what is chance.
 """
 
 from __future__ import annotations

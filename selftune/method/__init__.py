@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from selftune._arguments import NONE, PAIR, Instance, Kind, That, Whole
+import torch
+
+from selftune._arguments import NONE, PAIR, Instance, Kind, Number, OneOf, That, Whole
 from selftune.method.averaging import Average
 from selftune.method.displacement import Displacement
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState
@@ -13,11 +15,14 @@ from selftune.method.settings import (
     FloorSettings,
     HyperSettings,
     MethodSettings,
+    SliceSettings,
     StiffSettings,
 )
+from selftune.method.slices import SHARE, Slice
 from selftune.method.step import Method, Outer, State, propose
 from selftune.method.weight_decay_floor import WeightDecayFloor
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ARGUMENTS: dict[str, Kind] = {
     "tune": NONE | That(lambda n: isinstance(n, (Sequence, set, frozenset)), "a sequence of names"),
     "bounds": NONE
@@ -28,11 +33,13 @@ ARGUMENTS: dict[str, Kind] = {
     "average": NONE | Instance((Average,), "an st.Average"),
     "every": NONE | Whole(least=1),
     "settings": NONE | Instance((MethodSettings,), "an st.method.MethodSettings"),
+    "tangents": NONE | Number(above=0, most=1) | OneOf(FLOATS),
 }
 """What arguments of both drivers may be."""
 
 __all__ = [
     "ARGUMENTS",
+    "SHARE",
     "Average",
     "Displacement",
     "DisplacementLimit",
@@ -47,6 +54,8 @@ __all__ = [
     "Outer",
     "Part",
     "Sensitivities",
+    "Slice",
+    "SliceSettings",
     "State",
     "StiffSettings",
     "WeightDecayFloor",

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._flat import Layout
 from selftune.estimators import AbstractRows
 from selftune.method.averaging import Average, move_towards
+from selftune.method.slices import WHOLE, Pieces, Slice
 from selftune.rules._base import AbstractRule, State, geometric
 from selftune.update import Clock, Tangents, Transition, Update
 
@@ -24,16 +24,18 @@ DOT = 2**31 - 1  # entries that torch.dot takes at most
 class Part(NamedTuple):
     """One vector or tensor of weights and everything the method keeps for it.
 
-    Sizes in units of the weights are in brackets.
+    Sizes in units of the weights are in brackets, those of a slice of them in units of the slice.
 
     Attributes:
         params: The weights (1).
         rule: The rule's state (0 to 3).
         average: The running average, where the outer loss is measured (1).
-        tangents: Sensitivities of ``params`` and ``rule``, a row each (1 or 2 a row).
-        averaged: Sensitivities of ``average``: of the rows, then of the learning rate (1 each).
-        recent: E, the average that forgets as fast as the sensitivities, for the learning rate,
-            whose sensitivity is ``w − E`` (1); or nothing.
+        tangents: Sensitivities of ``params`` and ``rule`` over the slice, a row each (1 or 2 a
+            row).
+        averaged: Sensitivities of ``average`` over the slice: of the rows, then of the learning
+            rate (1 each).
+        recent: E, the average that forgets as fast as the sensitivities, over the slice, for the
+            learning rate, whose sensitivity is ``w − E`` (1); or nothing.
         decay: The sensitivity of a weight of 1 to a weight decay that shrinks weights in
             proportion, and its average; one for each tensor; or nothing.
     """
@@ -121,16 +123,20 @@ class Sensitivities:
         self.shrinks = [n for n in names if n == "weight_decay" and n in known]
         self.smooth = [n for n in names if n in update.smooth]
 
-    def begin(self, params: Tensor, values: Mapping[str, Any], tensors: int = 1) -> Part:
+    def begin(
+        self, params: Tensor, values: Mapping[str, Any], cut: Slice = WHOLE, tensors: int = 1
+    ) -> Part:
         """A part at the start of a run, insensitive to everything yet.
 
         Args:
             params: The weights, taken as they are.
             values: Hyperparameters and options, as numbers.
+            cut: The slice whose sensitivities are kept.
             tensors: How many tensors are joined in it, where each has its own values.
         """
         like = params.to(torch.promote_types(params.dtype, torch.float32))
-        zeros = torch.zeros_like(like, dtype=self.storage or like.dtype)
+        kept = cut.take(like)
+        zeros = torch.zeros_like(kept, dtype=self.storage or like.dtype)
         decay = []
         if self.shrinks:
             unit = torch.zeros(tensors, dtype=like.dtype, device=like.device)
@@ -139,7 +145,7 @@ class Sensitivities:
             params, self.update.rule.init(like, values), like.clone(),
             self._still(self.rows, zeros, values),
             [zeros.clone() for _ in (*self.rows, *self.leads)],
-            [like.clone() for _ in self.leads], decay,
+            [kept.clone() for _ in self.leads], decay,
         )  # fmt: skip
 
     def _still(self, rows: Sequence[str], zeros: Tensor, values: Mapping[str, Any]) -> Tangents:
@@ -149,16 +155,13 @@ class Sensitivities:
 
     # at a tracked step; tensors of the part are reused
 
-    def observe(self, part: Part, transition: Transition, moment: Moment) -> Part:
-        """The part with its average and sensitivities after a step."""
-        moved = transition.moved
-        self._lead(part, moved, moment)
+    def observe(self, part: Part, transition: Transition, moment: Moment) -> None:
+        """Take a step of the slice into the sensitivities of a part."""
+        self._lead(part, transition.moved, moment)
         averaged = part.averaged[: len(self.rows)]
         self._push(part.tangents, averaged, self.rows, transition, moment)
-        move_towards(part.average, moved, moment.share)
         for unit in part.decay:
             self._shrink(unit, moment.unit or moment)
-        return part
 
     def _lead(self, part: Part, moved: Tensor, moment: Moment) -> None:
         """The sensitivity to the log of the rate: the displacement, whatever caused it.
@@ -212,14 +215,15 @@ class Sensitivities:
 
     # at a hyperparameter step
 
-    def answers(self, part: Part, layout: Layout | None) -> Tensor:
-        """Sensitivities to the strengths of the penalties, summed over them."""
-        total = torch.zeros_like(part.average)
+    def answers(self, part: Part, pieces: Pieces | None, cut: Slice = WHOLE) -> Tensor:
+        """Sensitivities to the strengths of the penalties over the slice, summed over them."""
+        average = cut.take(part.average)
+        total = torch.zeros_like(average)
         for name, row in zip(self.rows, part.averaged, strict=False):
             if name in self.smooth:
                 total += row.to(total.dtype)
         for unit in part.decay if {*self.shrinks} & {*self.smooth} else []:
-            total += _spread(unit.averaged, part.average, layout)
+            total += _spread(unit.averaged, average, pieces)
         return total
 
     def hypergradient(
@@ -229,7 +233,8 @@ class Sensitivities:
         moment: Mapping[str, Any],
         step: Any,
         *,
-        layout: Layout | None = None,
+        cut: Slice = WHOLE,
+        pieces: Pieces | None = None,
         by_tensor: bool = False,
         deflated: Tensor | None = None,
     ) -> Tensor:
@@ -237,10 +242,11 @@ class Sensitivities:
 
         Args:
             part: The weights.
-            grads: The outer gradient at its average.
+            grads: The outer gradient at its average, over the slice, times its root.
             moment: Present values of hyperparameters, by name; for each tensor, or for all.
             step: Steps taken.
-            layout: Of the tensors that are joined in the part.
+            cut: The slice.
+            pieces: Of the tensors that are joined in the part.
             by_tensor: Whether each tensor has its own hypergradient.
             deflated: The outer gradient without its part along stiff directions, by which
                 penalties are judged; None: the same.
@@ -249,13 +255,13 @@ class Sensitivities:
         def along(name: str, vector: Tensor) -> Tensor:
             outer = deflated if deflated is not None and name in self.smooth else grads
             vector = vector.to(outer.dtype)
-            if by_tensor and layout is not None:
-                return layout.sums(vector * outer)
+            if by_tensor and pieces is not None:
+                return pieces.sums(vector * outer) * cut.root
             if vector.numel() > DOT:
-                return (vector * outer).sum().view(1)
-            return torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1)
+                return (vector * outer).sum().view(1) * cut.root
+            return torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1) * cut.root
 
-        rows = [*self.rows, *self.leads]
+        rows, average = [*self.rows, *self.leads], cut.take(part.average)
         found = {n: along(n, row) for n, row in zip(rows, part.averaged, strict=True)}
         stride = self.estimator.stride
         for name in self.leads:  # movement within a stride is discounted evenly
@@ -263,9 +269,9 @@ class Sensitivities:
         for name, unit in zip(self.shrinks, part.decay, strict=True):
             value = unit.averaged
             if by_tensor or len(value) == 1 or bool((value == value[0]).all()):
-                found[name] = (value if by_tensor else value[:1]) * along(name, part.average)
+                found[name] = (value if by_tensor else value[:1]) * along(name, average)
             else:
-                found[name] = along(name, _spread(value, part.average, layout))
+                found[name] = along(name, _spread(value, average, pieces))
         if "decay" in self.names and "decay" not in found:  # d log η/d log α = −αt/(1 + αt)
             lag = self.averaging.rho / (1 - self.averaging.rho)  # of the averaged sensitivity
             time = torch.as_tensor(step, dtype=torch.float64, device=grads.device)
@@ -274,14 +280,14 @@ class Sensitivities:
         return torch.stack([found[n] for n in self.names])
 
 
-def rewind(part: Part, good: Tensor) -> None:
+def rewind(part: Part, good: Tensor, cut: Slice = WHOLE) -> None:
     """Return the average to good weights in place, with all else as at a fresh start.
 
     The weights themselves are the driver's to write.
     """
     part.average.copy_(good)
     for recent in part.recent:
-        recent.copy_(good)
+        recent.copy_(cut.take(good))
     stale = [*part.rule.values(), *part.averaged]
     trees = [part.tangents]
     for unit in part.decay:
@@ -293,11 +299,11 @@ def rewind(part: Part, good: Tensor) -> None:
         tensor.zero_()
 
 
-def _spread(values: Tensor, average: Tensor, layout: Layout | None) -> Tensor:
+def _spread(values: Tensor, average: Tensor, pieces: Pieces | None) -> Tensor:
     """``average`` times a value for each of its tensors."""
-    if len(values) == 1 or layout is None:
+    if len(values) == 1 or pieces is None:
         return average * values[0]  # shape () stays
-    parts = layout.views(average)
+    parts = pieces.views(average)
     return torch.cat([(p * v).reshape(-1) for p, v in zip(parts, values, strict=True)])
 
 

@@ -133,6 +133,19 @@ class StiffSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SliceSettings(Settings):
+    """How few weights may stand for all where sensitivities are kept.
+
+    Attributes:
+        least: Of a whole model, at least.
+        each: Of each tensor that has hyperparameters of its own, or of a parameter group.
+    """
+
+    least: int = 4096
+    each: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodSettings(Settings):
     """What decides where a hyperparameter goes.
 
@@ -141,6 +154,7 @@ class MethodSettings(Settings):
         displacement: How far the learning rate may climb; None: anywhere.
         floor: Where the floor under weight decay lies; None: there is none.
         stiff: How stiff directions are found.
+        slices: How few weights may stand for all where sensitivities are kept.
         unit_gradient: Whether hypergradients are taken along an outer gradient of length 1. The
             length shrinks by orders of magnitude as a run converges, and steps whose size follows
             the mean square of past hypergradients would all but end long before the run does.
@@ -156,5 +170,6 @@ class MethodSettings(Settings):
     displacement: DisplacementLimit | None = field(default_factory=DisplacementLimit)
     floor: FloorSettings | None = field(default_factory=FloorSettings)
     stiff: StiffSettings = field(default_factory=StiffSettings)
+    slices: SliceSettings = field(default_factory=SliceSettings)
     unit_gradient: bool = True
     final_weights: bool = True

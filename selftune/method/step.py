@@ -7,19 +7,20 @@ passed in are reused for the state that is returned: keep no reference to the ol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from selftune._flat import Layout
 from selftune.method import sensitivities as rows
+from selftune.method.averaging import move_towards
 from selftune.method.displacement import Displacement
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState, Propose
 from selftune.method.sensitivities import Moment, Part, Sensitivities
 from selftune.method.settings import MethodSettings
+from selftune.method.slices import WHOLE, Pieces, Slice
 from selftune.method.stiff_directions import Secants, Stiffness
 from selftune.update import Transition, Update
 
@@ -58,7 +59,7 @@ class Outer(NamedTuple):
     """An outer gradient at the averaged weights, and what belongs to it.
 
     Attributes:
-        grads: Of each part.
+        grads: Of the slice of each part (:meth:`Method.cut`).
         values: Present hyperparameters by name, of each part: for all of its tensors or for each.
         step: Training steps taken.
         gone: Training steps since the last one.
@@ -79,9 +80,11 @@ class Method:
         hyper: Steps the hyperparameters.
         settings: Its numbers.
         horizon: Steps the run is taken to last.
+        slices: Of each part, for which sensitivities are kept; by default all weights.
         guarded: Whether the run is guarded; where it is not, as in a game of two losses, an
             oscillation may be its way, and the rate is not limited by displacement.
-        layouts: Of the tensors that are joined in each part, where each has its own values.
+        pieces: Of the tensors that are joined in the slice of each part, where each has its own
+            values.
         by_tensor: Whether hypergradients are wanted for each tensor.
         total: Sums products with training gradients over processes that hold parts of the weights.
         outer_total: The same for outer gradients, of which each process has its own batch.
@@ -91,16 +94,17 @@ class Method:
     hyper: HyperOptimizer
     settings: MethodSettings
     horizon: int
+    slices: Sequence[Slice] = field(default_factory=list)
     guarded: bool = True
-    layouts: Sequence[Layout | None] = field(default_factory=list)
+    pieces: Sequence[Pieces | None] = field(default_factory=list)
     by_tensor: bool = False
     total: Reduce = local_sum
     outer_total: Reduce = local_sum
 
     def begin(self, parts: list[Part], hyper: HyperState, step: Tensor) -> State:
         """The state at the start of a run."""
-        params = [p.average for p in parts]
-        slots = self.settings.stiff.slots(sum(p.numel() for p in params))
+        params = self.cut([p.average for p in parts])
+        slots = self.settings.stiff.slots(sum(p.average.numel() for p in parts))
         slots = slots if self.sensitivities.smooth else 0
         limited = self.guarded and self.settings.displacement and "lr" in self.hyper.hparams
         return State(
@@ -129,16 +133,33 @@ class Method:
             moments: When they happen, and at which hyperparameters.
             tracked: Whether they are averaged and push the sensitivities.
         """
-        if tracked and state.stiffness:
-            state = self._secants(state, steps, moments)
+        if tracked:
+            state = self.track(state, [c.of(s) for c, s in self._cuts(steps)], moments)
         parts = []
         for part, step, moment in zip(state.parts, steps, moments, strict=True):
-            rule = {name: step.after[name] for name in part.rule}
-            moved = part._replace(params=step.moved.to(part.params.dtype), rule=rule)
             if tracked:
-                moved = self.sensitivities.observe(moved, step, moment)
-            parts.append(moved)
+                move_towards(part.average, step.moved, moment.share)
+            rule = {name: step.after[name] for name in part.rule}
+            parts.append(part._replace(params=step.moved.to(part.params.dtype), rule=rule))
         return state._replace(parts=parts)
+
+    def track(self, state: State, steps: Sequence[Transition], moments: Sequence[Moment]) -> State:
+        """The state whose sensitivities know a step.
+
+        Args:
+            state: Before it; weights and their average are left alone.
+            steps: Of the slice of every part.
+            moments: When they happen, for all weights.
+        """
+        moments = [
+            m if m.mask is None or m.mask.ndim == 0 else m._replace(mask=cut.take(m.mask))
+            for cut, m in self._cuts(moments)
+        ]
+        if state.stiffness:
+            state = self._secants(state, steps, moments)
+        for part, step, moment in zip(state.parts, steps, moments, strict=True):
+            self.sensitivities.observe(part, step, moment)
+        return state
 
     def _secants(
         self, state: State, steps: Sequence[Transition], moments: Sequence[Moment]
@@ -147,11 +168,23 @@ class Method:
         pushes = [
             s.update.penalised(s.params, torch.zeros_like(s.params), s.values, names) for s in steps
         ]
+        params, grads = [s.params for s in steps], [s.grads for s in steps]
+        scaled = [
+            [t if cut.stride == 1 else t * cut.root for cut, t in self._cuts(tensors)]
+            for tensors in (params, grads, pushes)
+        ]
         stiffness = state.stiffness[0].observe(
-            state.secants, [s.params for s in steps], [s.grads for s in steps],
-            [m.mask for m in moments], pushes, self.total, _taken(moments),
+            state.secants, scaled[0], scaled[1], [m.mask for m in moments], scaled[2],
+            self.total, _taken(moments),
         )  # fmt: skip
         return state._replace(stiffness=[stiffness])
+
+    def cut(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        """The slice of every part, times its root."""
+        return [cut.scaled(whole) for cut, whole in self._cuts(wholes)]
+
+    def _cuts(self, of: Sequence[Any]) -> Iterator[tuple[Slice, Any]]:
+        return zip(self.slices or [WHOLE] * len(of), of, strict=True)
 
     # the step of the hyperparameters
 
@@ -163,7 +196,8 @@ class Method:
         deflated: Sequence[Tensor | None] = [None] * len(state.parts)
         if state.stiffness:
             answers = [
-                self.sensitivities.answers(p, self._layout(i)) for i, p in enumerate(state.parts)
+                self.sensitivities.answers(p, self._pieces(i), cut) * cut.root
+                for i, (cut, p) in enumerate(self._cuts(state.parts))
             ]
             memories = outer.gone * (1 - self.sensitivities.estimator.discount)
             deflated, stiffness = state.stiffness[0].deflated(
@@ -180,11 +214,11 @@ class Method:
         found = [
             self.sensitivities.hypergradient(
                 part, grads, values, outer.step,
-                layout=self._layout(i), by_tensor=self.by_tensor,
+                cut=cut, pieces=self._pieces(i), by_tensor=self.by_tensor,
                 deflated=None if deflated is None else deflated[i],
             )
-            for i, (part, grads, values) in enumerate(
-                zip(state.parts, outer.grads, outer.values, strict=True)
+            for i, ((cut, part), grads, values) in enumerate(
+                zip(self._cuts(state.parts), outer.grads, outer.values, strict=True)
             )
         ]  # fmt: skip
         return torch.cat(found, dim=1) if self.by_tensor else torch.stack(found).sum(0)
@@ -216,7 +250,7 @@ class Method:
         Args:
             state: Before it.
             signal: dL/d(raw), shape (shifts,).
-            weights: Present weights of every part.
+            weights: Present weights, of the slice of every part (:meth:`cut`).
             frame: Bounds of the shifts.
             step: Training steps taken, shape (1,).
             memory: 1/(1 − μ) of heavy-ball momentum.
@@ -240,27 +274,27 @@ class Method:
         return state._replace(hyper=hyper), square
 
     def ratio(self, state: State, weights: Sequence[Tensor]) -> float:
-        """The displacement ratio S; NaN where it is not known."""
+        """The displacement ratio S at whole weights; NaN where it is not known."""
         if not state.displacement:
             return float("nan")
-        return float(state.displacement[0].square(weights, self.total).sqrt())
+        return float(state.displacement[0].square(self.cut(weights), self.total).sqrt())
 
     # the way back
 
     def rewind(self, state: State, good: Sequence[Tensor], step: Any) -> State:
         """Return to good weights; sensitivities, rule state and Adam's moments begin anew."""
-        for part, weights in zip(state.parts, good, strict=True):
-            rows.rewind(part, weights)
+        for (cut, part), weights in zip(self._cuts(state.parts), good, strict=True):
+            rows.rewind(part, weights, cut)
         for secants in state.secants:
             secants.forget()
         return state._replace(
             hyper=state.hyper.forget(),
-            displacement=[d.rewound(good, step) for d in state.displacement],
+            displacement=[d.rewound(self.cut(good), step) for d in state.displacement],
             stiffness=[s.rewound() for s in state.stiffness],
         )
 
-    def _layout(self, index: int) -> Layout | None:
-        return self.layouts[index] if self.layouts else None
+    def _pieces(self, index: int) -> Pieces | None:
+        return self.pieces[index] if self.pieces else None
 
 
 def _taken(moments: Sequence[Moment]) -> Tensor | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from selftune._flat import Layout
+from selftune.method.slices import Slice, choose
 from selftune.optim._block import Block
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Group, Groups
@@ -66,10 +68,11 @@ class Assembly:
         sensitivities = engine.method.sensitivities
         weights = sum(p.numel() for params in trained for p in params)
         slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
+        cuts = self._slices(trained)
         blocks = [
             Block(
                 params, names(groups, i, params), [state[p] for p in params],
-                sensitivities, self._groups.options(groups[i]), slots,
+                sensitivities, self._groups.options(groups[i]), cuts.pop(0), slots,
             )
             for i, params in enumerate(trained)
             if params
@@ -77,6 +80,14 @@ class Assembly:
         engine.store.lay_out(blocks, slots, by_tensor=not engine.shifts.shared)
         engine.reducer.sharded = any(is_sharded(p) for b in blocks for p in b.params)
         self._frozen = [p for g in groups for p in g["params"] if p not in state]
+
+    def _slices(self, trained: Sequence[Sequence[Tensor]]) -> list[Slice]:
+        engine = self._engine
+        scopes = {tuned.scope for tuned in engine.shifts.rows.values()}
+        return choose(
+            [Layout(params).shapes for params in trained if params],
+            engine.share, engine.method.settings.slices, by_tensor="tensor" in scopes,
+        )  # fmt: skip
 
     def publish(self, groups: Sequence[Group]) -> None:
         """Show tuned values in the parameter groups, and make them ready for the steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,11 @@ from selftune.optim._assembly import Assembly
 from selftune.optim._building import TuningOptions, build
 from selftune.optim._closures import Call
 from selftune.optim._container import Container
-from selftune.optim._engine import STEPS_ALONE
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._outer import OuterLoss
 from selftune.optim._stepper import AbstractStepper
+from selftune.optim._weight_steps import STEPS_ALONE, WeightSteps
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
@@ -91,25 +91,12 @@ class SelfTuningOptimizer(Container):
             self._publish()
         values = self._groups.values(self.param_groups)
         rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))
-        if not engine.in_place(values, rates):
-            self._train(values, rates, call)
+        if WeightSteps(engine, values, rates, call).take():
+            self._publish()
+        self._advise()
         if loss is not None:
             self.report(loss)
         return loss
-
-    def _train(
-        self, values: Sequence[dict[str, Any]], rates: Sequence[float], call: Call | None
-    ) -> None:
-        blocks = self._engine.blocks
-        grads = [
-            (-g if v.get("maximize") else g, m)
-            for b, v, (g, m) in zip(blocks, values, [b.gradient() for b in blocks], strict=True)
-        ]
-        if call is not None and grads[0][1] is not None:
-            raise ValueError("estimator: every parameter needs a gradient at every step")
-        if self._engine.train(grads, values, rates, call):
-            self._publish()
-        self._advise()
 
     def hyper_step(self, closure: Closure) -> Tensor | None:
         """Step the hyperparameters on a validation loss, measured at the averaged weights.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selftune._flat import Layout
+from selftune._flat import Layout, local
 from selftune.method import Part, Sensitivities, fast_path
+from selftune.method.slices import Pieces, Slice
 from selftune.method.stiff_directions import Secants
 from selftune.optim._checks import check_gradient
 from selftune.rules._base import InPlace
@@ -31,6 +33,7 @@ class Block:
         entries: Their state dictionaries.
         sensitivities: Say what is kept for them.
         values: Hyperparameters and options of the group.
+        cut: The slice whose sensitivities are kept.
         pairs: Secant pairs to keep.
 
     Attributes:
@@ -49,10 +52,12 @@ class Block:
         entries: Entries,
         sensitivities: Sensitivities,
         values: Mapping[str, Any],
+        cut: Slice,
         pairs: int,
     ) -> None:
         self.params = list(params)
-        self.layout = Layout(params)
+        self.layout, self.cut = Layout(params), cut
+        self.pieces = Pieces(cut.counts(self.layout.sizes))
         self._names = list(names)
         self._entries = list(entries)
         steps = [e["step"] if "step" in e else torch.zeros(()) for e in entries]
@@ -61,11 +66,15 @@ class Block:
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
         weights = self.weights()
-        self._before, self._grads = torch.empty_like(weights), torch.empty_like(weights)
-        self.part = sensitivities.begin(weights, values, tensors=len(self.params))
+        self._scratch: dict[str, Tensor] = {}
+        starts = itertools.accumulate(self.layout.sizes[:-1], initial=0)
+        self._firsts = [(cut.stride // 2 - start) % cut.stride for start in starts]
+        self._averages: list[Tensor] | None = None
+        self.part = sensitivities.begin(weights, values, cut, tensors=len(self.params))
         self.good, self.candidate = weights.clone(), weights.clone()
-        self.centre, self.mark = weights.clone(), weights.clone()
-        self.secants = [Secants.begin(weights, pairs)] if pairs else []
+        kept = cut.scaled(weights)
+        self.centre, self.mark = kept.clone(), kept.clone()
+        self.secants = [Secants.begin(kept, pairs)] if pairs else []
         self._stale = False
         self._views: dict[str, list[Tensor]] = {}  # of the rule's state
         self._viewed: Mapping[str, Tensor] = {}
@@ -74,37 +83,38 @@ class Block:
             for entry in entries:
                 for key in [k for k in entry if k.startswith("secant/")]:
                     del entry[key]
-        for key, flat in self._kept().items():
-            for entry, view in zip(self._entries, self._split(flat), strict=True):
+        for key, views in self._kept().items():
+            for entry, view in zip(self._entries, views, strict=True):
                 if key in entry:
                     view.copy_(entry[key])
                 entry[key] = view
         self.part = self.part._replace(params=weights.new_empty(0))
 
-    def _kept(self) -> dict[str, Tensor]:
-        """All that is saved, by key."""
+    def _kept(self) -> dict[str, Sequence[Tensor]]:
+        """All that is saved, by key: a view for every parameter."""
         part = self.part
-        found = dict(part.rule) | {"average": part.average}
-        found |= {"candidate": self.candidate, "good": self.good}
-        found |= {"centre": self.centre, "mark": self.mark}
-        found |= {f"sensitivity/{i}": t for i, t in enumerate(part.averaged)}
-        found |= {f"recent/{i}": t for i, t in enumerate(part.recent)}
-        found |= _tangents("tangent", part.tangents)
-        for unit in part.decay:
-            found |= {"decay": unit.averaged, **_tangents("decay", unit.tangents)}
+        wholes = dict(part.rule) | {"average": part.average}
+        wholes |= {"candidate": self.candidate, "good": self.good}
+        kept = {"centre": self.centre, "mark": self.mark}
+        kept |= {f"sensitivity/{i}": t for i, t in enumerate(part.averaged)}
+        kept |= {f"recent/{i}": t for i, t in enumerate(part.recent)}
+        kept |= _tangents("tangent", part.tangents)
         for secants in self.secants:
-            found |= {f"secant/{name}": t for name, t in secants._asdict().items()}
-        return found
+            kept |= {f"secant/{name}": t for name, t in secants._asdict().items()}
+        ones: dict[str, Tensor] = {}  # one number for each parameter
+        for unit in part.decay:
+            ones |= {"decay": unit.averaged, **_tangents("decay", unit.tangents)}
+        views = self.layout.views if self.cut.stride == 1 else self.pieces.views
+        return (
+            {k: self.layout.views(t) for k, t in wholes.items()}
+            | {k: views(t) for k, t in kept.items()}
+            | {k: t.unbind() for k, t in ones.items()}
+        )
 
     @property
     def keys(self) -> set[str]:
         """What is saved of every parameter, but for the rule's state, which follows its options."""
         return {"step", *self._kept()} - set(self.part.rule)
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        """Views of a vector, or of one value a tensor."""
-        one_each = flat.ndim == 1 and len(flat) == len(self.params) != self.layout.numel
-        return list(flat.unbind()) if one_each else self.layout.views(flat)
 
     def sync(self) -> None:
         """Show the rule's state to torch; done only when someone looks."""
@@ -123,7 +133,31 @@ class Block:
 
         Fresh memory for whole copies of a model, at every step, costs more than the arithmetic.
         """
-        return self.layout.flatten(self.params, out=self._before)
+        return self.layout.flatten(self.params, out=self._kept_memory("weights"))
+
+    def _kept_memory(self, use: str) -> Tensor:
+        """A vector that is used again."""
+        if use not in self._scratch:
+            self._scratch[use] = self.part.average.new_empty(self.layout.numel)
+        return self._scratch[use]
+
+    def slice(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The slice of tensors like the parameters, as the slice of the vector of them all."""
+        if self.cut.stride == 1:
+            return self.layout.flatten(tensors)
+        pairs = zip(map(local, tensors), self._firsts, strict=True)
+        parts = [t.detach().reshape(-1)[first :: self.cut.stride] for t, first in pairs]
+        return torch.cat(parts).to(self.layout.dtype)
+
+    def scaled(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The same times the root of the slice."""
+        return self.slice(tensors) if self.cut.stride == 1 else self.slice(tensors) * self.cut.root
+
+    def average_towards(self, share: float) -> None:
+        """Take the parameters into their average, in place."""
+        if self._averages is None:
+            self._averages = self.layout.views(self.part.average)
+        torch._foreach_lerp_(self._averages, self.params, share)
 
     def settle(self) -> None:
         """Let the average follow masks and frozen parameters.
@@ -148,7 +182,7 @@ class Block:
                 check_gradient(name, grad)
         present = [g for g in grads if g is not None]
         if len(present) == len(grads):
-            return self.layout.flatten(present, out=self._grads), None
+            return self.layout.flatten(present, out=self._kept_memory("gradients")), None
         filled = [
             torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)
         ]
@@ -197,16 +231,13 @@ class Block:
     def begin(self) -> None:
         """Take the weights as they are for all that is kept of them."""
         weights = self.weights()
-        kept = (
-            *self.part.recent,
-            self.part.average,
-            self.candidate,
-            self.good,
-            self.centre,
-            self.mark,
-        )
-        for flat in (*kept, *(s.last_params for s in self.secants)):
+        for flat in (self.part.average, self.candidate, self.good):
             flat.copy_(weights)
+        for flat in self.part.recent:
+            flat.copy_(self.cut.take(weights))
+        scaled = self.cut.scaled(weights)
+        for flat in (self.centre, self.mark, *(s.last_params for s in self.secants)):
+            flat.copy_(scaled)
 
     def snapshot(self, kind: str) -> None:
         """Copy weights as a controller asks for it (:class:`~selftune.control.Action`)."""

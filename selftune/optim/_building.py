@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from selftune import control, method
@@ -23,6 +24,7 @@ from selftune.method import (
     Sensitivities,
     WeightDecayFloor,
 )
+from selftune.method.slices import SHARE, wanted
 from selftune.monitor import Monitor
 from selftune.optim._buffers import Buffers
 from selftune.optim._closures import ClosureSteps
@@ -81,6 +83,9 @@ class TuningOptions:
         distributed: Whether processes train one model together (DDP, FSDP2) and take the same
             hyperparameter steps; by default, if torch.distributed is initialised.
         settings: The numbers of the method (:class:`~selftune.method.MethodSettings`).
+        tangents: The share of the weights whose sensitivities are kept, in (0, 1], rounded up to
+            one of n; of models below a few thousand weights all are. Or a dtype in which those of
+            all weights are kept.
     """
 
     tune: Sequence[str] | None = None
@@ -99,6 +104,7 @@ class TuningOptions:
     log_dir: str | Path | Any | None = None
     distributed: bool | None = None
     settings: MethodSettings = field(default_factory=MethodSettings)
+    tangents: float | torch.dtype | None = SHARE
 
     def __post_init__(self) -> None:
         """Check each; None is the default of an object, too."""
@@ -117,7 +123,7 @@ class TuningOptions:
         """Settings that a run must have in common with one that continues it."""
         found: dict[str, Any] = {
             "estimator": estimator, "schedule": self.learning_rate.shape,
-            "bounds": str(dict(self.bounds or {})),
+            "bounds": str(dict(self.bounds or {})), "tangents": str(self.tangents),
         }  # fmt: skip
         for name in ("average", "settings", "guard"):
             found |= flatten(name, getattr(self, name))
@@ -162,11 +168,14 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
             "optimizer's steps cannot be differentiated; use Trace or OneStep"
         )
     rows = shifts.names if whole is None else []
+    share, storage = wanted(options.tangents, update, whole)
     reducer, guard = Reducer(options.distributed), make_guard(options.guard)
     return Engine(
         store=Store(
             method=Method(
-                sensitivities=Sensitivities(rows, update, assigned.rows, options.average),
+                sensitivities=Sensitivities(
+                    rows, update, assigned.rows, options.average, storage
+                ),
                 hyper=shifts.hyper, settings=settings, horizon=shifts.horizon,
                 guarded=guard is not None, total=reducer.total, outer_total=reducer.outer,
             ),
@@ -182,6 +191,7 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
         monitor=Monitor(options.log_dir),
         stepper=stepper,
         regularizers=update.regularizers,
+        share=share,
         whole=None if whole is None else ClosureSteps(whole, update, shifts),
         identity=options.identity(describe(assigned)),
     )  # fmt: skip

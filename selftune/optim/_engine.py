@@ -1,4 +1,4 @@
-"""What happens in an optimizer's run: weight steps, sweep, hyperparameter steps and rewinds."""
+"""What happens in an optimizer's run between its weight steps: tuning, snapshots and rewinds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from torch import Tensor
 
 from selftune.control import (
     Action,
-    Activity,
     Controller,
-    Gradient,
     Hypergradient,
-    SweepSlope,
     TrainingLoss,
     ValidationLoss,
 )
@@ -25,19 +22,19 @@ from selftune.method.slopes import Slopes
 from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
-from selftune.optim._closures import Call, ClosureSteps
+from selftune.optim._closures import ClosureSteps
 from selftune.optim._stepper import AbstractStepper
-from selftune.optim._store import Grads, Store
+from selftune.optim._store import Store
 from selftune.rules._base import Values
-from selftune.update import Clock, Transition
-
-THINNED = 5  # steps between two samples of BatchNorm statistics in their average
-STEPS_ALONE = 50  # steps without a hyper_step after which training gradients serve instead
 
 
 @dataclass(kw_only=True)
 class Engine:
-    """The parts of a run and how they act on one another; it knows nothing of torch's interface."""
+    """The parts of a run and how they act on one another; it knows nothing of torch's interface.
+
+    Attributes:
+        share: Of the weights whose sensitivities are kept, at least.
+    """
 
     store: Store
     controller: Controller
@@ -46,6 +43,7 @@ class Engine:
     monitor: Monitor
     stepper: AbstractStepper
     regularizers: set[str]
+    share: float = 1.0
     training_signal: Tensor | None = None
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
@@ -67,8 +65,6 @@ class Engine:
     def stride(self) -> int:
         """Steps from one tracked step to the next."""
         return self.method.sensitivities.estimator.stride
-
-    # weight steps
 
     def due(self, total: int | None) -> tuple[bool, bool]:
         """Whether a hyperparameter step is due, and judging the end of a run of so many steps."""
@@ -103,130 +99,19 @@ class Engine:
         self.looked = False
         self.controller.restart()
 
-    def train(
-        self,
-        grads: Grads,
-        values: Sequence[Values],
-        rates: Sequence[float],
-        call: Call | None = None,
-    ) -> bool:
-        """One training step from gradients; true if hyperparameters changed.
-
-        Args:
-            grads: Of every block.
-            values: Options and hyperparameters of every block.
-            rates: The schedule's factor of every block.
-            call: Gives gradients at other weights, to an estimator that needs them.
-        """
-        self.clock.steps += 1
-        if self.controller.sweeping:
-            return self._sweep_step(grads, values)
-        # A step that cannot be taken back is judged before, any other only if it went wrong.
-        if self.stepper.commits or self._pulse:
-            action = self._judge(grads)
-            if action.skip:
-                return self.carry_out(action)
-        moments = self.store.moments(grads, values, rates)
-        steps = self.stepper.move(self.blocks, [g for g, _ in grads], moments)
-        finite = self._finite(steps)
-        if finite is not None:
-            action = self.controller.observe(Gradient(finite))
-            if not finite:  # the step is left out
-                return self.carry_out(action)
-        changed = self._train_alone([g for g, _ in grads])
-        if self.clock.since == self.clock.steps:  # rewound
-            return True
-        if self.whole is not None and call is not None:
-            self.whole.observe(self.blocks[0], values[0], grads[0][0], steps[0], call)
-        self.store.absorb(steps, moments, grads, tracked=self._age % self.stride == 0)
-        self._blend_buffers()
-        return changed
-
-    def in_place(self, values: Sequence[Values], rates: Sequence[float]) -> bool:
-        """One training step on the fast path; false, and nothing done, if it must be tracked."""
-        step = self.clock.steps + 1
-        age = step - self.clock.since
-        guard = self.controller.guard
-        if age % self.stride == 0 or self.controller.sweeping:
-            return False
-        if self.whole is not None or not self.clock.last_validation_step:
-            return False
-        if not self.stepper.in_place(self.blocks, values, [Clock(step - 1, r) for r in rates]):
-            return False
-        self.clock.steps = step
-        if guard is not None:
-            guard.skipped = 0
-        self._blend_buffers()
-        return True
-
-    @property
-    def _age(self) -> int:
-        """Steps since the last fresh start."""
-        return self.clock.steps - self.clock.since
-
-    @property
-    def _pulse(self) -> bool:
-        guard = self.controller.guard
-        return guard is not None and guard.policy.counts(self._age, self.stride)
-
-    def _blend_buffers(self) -> None:
-        if self.clock.steps % THINNED == 0:
-            self.buffers.blend(self.method.sensitivities.averaging.weight(self._age, THINNED))
-
-    def _finite(self, steps: Sequence[Transition]) -> bool | None:
-        """Whether a step may be written; None where it is not known, as a GPU would wait."""
-        if steps[0].moved.is_cuda and not self._pulse:
-            return None
-        return math.isfinite(self.store.total([s.moved.sum() for s in steps]))
-
-    def _judge(self, grads: Grads) -> Action:
-        """Of gradients before the step: whether they are finite, and whether any are left."""
-        guard = self.controller.guard
-        if grads[0][0].is_cuda and not self._pulse:
-            return Action()
-        finite = math.isfinite(self.store.total([g @ g for g, _ in grads]))
-        if guard is None:
-            return Action(skip=not finite)
-        action = self.controller.observe(Gradient(finite))
-        if finite and self._pulse:
-            live = self.store.live_units(grads)
-            action = self.controller.observe(Activity(live, self._age, self.shifts.climb))
-        return action
-
-    # the sweep
-
-    def _slopes(self, grads: Grads) -> tuple[float, float] | None:
-        weights = [b.weights() for b in self.blocks]
-        return self.slopes.along([g for g, _ in grads], weights, self.reducer.total)
-
-    def _sweep_step(self, grads: Grads, values: Sequence[Values]) -> bool:
-        sweep, found = self.controller.sweep, self._slopes(grads)
-        assert sweep is not None
-        if found is not None:
-            record = SweepSlope(found[1], self.shifts.values(), found[0])
-            if self.carry_out(self.controller.observe(record)):
-                if sweep.ended:
-                    self.monitor.scalar("guard/sweep", sweep.choice, self.clock.steps)
-                return True
-        rates = [sweep.factor(sweep.taken)] * len(self.blocks)
-        moments = self.store.moments(grads, values, rates)
-        steps = self.stepper.move(self.blocks, [g for g, _ in grads], moments)
-        self.store.absorb(steps, moments, grads, tracked=False)
-        sweep.taken += 1
-        return False
-
     # hyperparameter steps
 
-    def _train_alone(self, grads: Sequence[Tensor]) -> bool:
-        """Let this training gradient, at the averaged sensitivities, stand for a validation one.
+    def train_alone(self, grads: Sequence[Tensor]) -> bool:
+        """Let a training gradient, at the averaged sensitivities, stand for a validation one.
 
         It comes from a batch that the sensitivities have not seen, so within the first epoch it is
         an unbiased outer gradient; a regularizer it cannot judge.
+
+        Args:
+            grads: Of the slice of every block.
         """
         names = [n for n in self.shifts.names if n not in self.regularizers]
-        if self.whole is not None:  # whose estimates are too dear for every step
-            return False
-        if not names or self.clock.last_validation_step or self.clock.steps <= STEPS_ALONE:
+        if self.whole is not None or not names:  # whole estimates are too dear for every step
             return False
         signal = self.method.along(self.store.state(), self._outer(grads, 0))
         known = self.training_signal
@@ -292,7 +177,7 @@ class Engine:
         action = self.controller.observe(Hypergradient(finite))
         if not finite:
             return self.carry_out(action)
-        weights, step = [b.weights() for b in self.blocks], self.clock.steps
+        weights, step = [b.scaled(b.params) for b in self.blocks], self.clock.steps
         state, square = self.method.hyper_step(
             self.store.state(), self.shifts.gather(signal), weights, self.shifts.frame(),
             torch.tensor([step]), memory=self.shifts.memory, steps=step,

@@ -14,7 +14,7 @@ from selftune.method import Moment, fast_path, propose
 from selftune.optim._block import Block
 from selftune.rules import AbstractRule
 from selftune.rules._base import State, Values
-from selftune.update import Clock, Transition, Update, learning_rate
+from selftune.update import Transition, Update, learning_rate
 
 
 class AbstractStepper(ABC):
@@ -34,11 +34,20 @@ class AbstractStepper(ABC):
     ) -> list[Transition]:
         """The weight step of every block; the parameters may be left unwritten."""
 
-    def in_place(
-        self, blocks: Sequence[Block], values: Sequence[Values], clocks: Sequence[Clock]
-    ) -> bool:
-        """Take an untracked step by torch's kernels; false, and nothing done, if it cannot be."""
-        return False
+    @abstractmethod
+    def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
+        """Gradients of every block, if ``step`` can be taken from them as they are; else None."""
+
+    @abstractmethod
+    def step(
+        self,
+        blocks: Sequence[Block],
+        grads: Sequence[Sequence[Tensor]],
+        moments: Sequence[Moment],
+        *,
+        tracked: bool,
+    ) -> list[Transition]:
+        """Step the parameters in place; returns the steps of their slices, if tracked."""
 
     def forget(self) -> None:  # noqa: B027 - blocks keep all of a rule's state
         """Drop the state, for a fresh start."""
@@ -73,23 +82,40 @@ class RuleStepper(AbstractStepper):
             for block, grad, moment in zip(blocks, grads, moments, strict=True)
         ]  # fmt: skip
 
-    def in_place(
-        self, blocks: Sequence[Block], values: Sequence[Values], clocks: Sequence[Clock]
-    ) -> bool:
-        """By torch's fused kernels, where all gradients are there and finite."""
-        kernels = [fast_path.kernel(self._update, v) for v in values]
-        if None in kernels:
-            return False
-        found = [b.plain_gradients() for b in blocks]
-        if None in found or not fast_path.finite([g for part in found for g in part or []]):
-            return False
-        for block, kernel, grads, value, clock in zip(
-            blocks, kernels, found, values, clocks, strict=True
-        ):
+    def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
+        """Where torch has a kernel for the rule, and all gradients are there and finite."""
+        if any(fast_path.kernel(self._update, v) is None for v in values):
+            return None
+        return _plain_gradients(blocks)
+
+    def step(
+        self,
+        blocks: Sequence[Block],
+        grads: Sequence[Sequence[Tensor]],
+        moments: Sequence[Moment],
+        *,
+        tracked: bool,
+    ) -> list[Transition]:
+        """By torch's fused kernels."""
+        steps = [
+            self._of_slice(block, block.slice(g), moment)
+            for block, g, moment in zip(blocks, grads, moments, strict=True)
+            if tracked
+        ]
+        for block, g, (values, _, clock, *_) in zip(blocks, grads, moments, strict=True):
+            kernel = fast_path.kernel(self._update, values)
             assert kernel is not None
-            assert grads is not None
-            block.step_in_place(kernel, grads, float(learning_rate(value, clock)))
-        return True
+            block.step_in_place(kernel, list(g), float(learning_rate(values, clock)))
+        return steps
+
+    def _of_slice(self, block: Block, grads: Tensor, moment: Moment) -> Transition:
+        cut, (values, _, clock, *_) = block.cut, moment
+        if isinstance(clock.age, Tensor):
+            clock = clock._replace(age=cut.take(clock.age))
+        # Copies: the kernel writes over the state, and sensitivities are pushed from what it was.
+        rule = {name: cut.take(state).clone() for name, state in block.part.rule.items()}
+        grads = -grads if values.get("maximize") else grads
+        return self._update.observed(block.slice(block.params), grads, rule, values, clock)[2]
 
 
 class Opaque(AbstractRule):
@@ -141,6 +167,26 @@ class InnerStepper(AbstractStepper):
     ) -> list[Transition]:
         """``d + λ w = (w − w₊)/η``, with the tuned η and λ shown to the inner optimizer."""
         before = [b.before() for b in blocks]
+        rates = self._shown_step(moments)
+        return [
+            self._seen(grad, old, block.weights(), rate, moment)
+            for block, grad, old, rate, moment in zip(
+                blocks, grads, before, rates, moments, strict=True
+            )
+        ]
+
+    def _seen(
+        self, grads: Tensor, old: Tensor, moved: Tensor, rate: float, moment: Moment
+    ) -> Transition:
+        """The step, from weights before and after it."""
+        total = (old - moved) / max(rate, 1e-30)
+        direction = total - moment.values["weight_decay"] * old
+        return Transition(
+            self._update, old, grads, {}, moment.values, moment.clock, direction, total, {}, moved
+        )
+
+    def _shown_step(self, moments: Sequence[Moment]) -> list[float]:
+        """A step of the inner optimizer with the tuned values in its groups; returns the rates."""
         rates = [float(learning_rate(m.values, m.clock)) for m in moments]
         shown = [(g["lr"], g["weight_decay"]) for g in self._inner.param_groups]
         for moment, rate in zip(moments, rates, strict=True):
@@ -151,17 +197,32 @@ class InnerStepper(AbstractStepper):
         finally:
             for group, (lr, decay) in zip(self._inner.param_groups, shown, strict=True):
                 group["lr"], group["weight_decay"] = lr, decay
-        transitions = []
-        for block, old, rate, grad, (values, _, clock, *_) in zip(
-            blocks, before, rates, grads, moments, strict=True
-        ):
-            moved = block.weights()
-            total = (old - moved) / max(rate, 1e-30)
-            direction = total - values["weight_decay"] * old
-            transitions.append(
-                Transition(self._update, old, grad, {}, values, clock, direction, total, {}, moved)
+        return rates
+
+    def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
+        """Where all gradients are there and finite, and strengths are numbers."""
+        strengths = [(v["lr"], v["weight_decay"], v["decay"]) for v in values]
+        if any(isinstance(x, Tensor) for found in strengths for x in found):
+            return None
+        return _plain_gradients(blocks)
+
+    def step(
+        self,
+        blocks: Sequence[Block],
+        grads: Sequence[Sequence[Tensor]],
+        moments: Sequence[Moment],
+        *,
+        tracked: bool,
+    ) -> list[Transition]:
+        """By the inner optimizer, as ``move``."""
+        before = [b.slice(b.params) for b in blocks if tracked]
+        rates = self._shown_step(moments)
+        return [
+            self._seen(block.slice(g), old, block.slice(block.params), rate, moment)
+            for block, g, old, rate, moment in zip(
+                blocks if tracked else (), grads, before, rates, moments, strict=False
             )
-        return transitions
+        ]
 
     def _step(self) -> None:
         """The inner step without its hook wrapper, so that global step hooks fire once."""
@@ -183,3 +244,11 @@ class InnerStepper(AbstractStepper):
             if "inner" in entry:
                 self._inner.state[param] = dict(entry["inner"])
         self._inner.param_groups = groups
+
+
+def _plain_gradients(blocks: Sequence[Block]) -> list[list[Tensor]] | None:
+    """All gradients, if they are there, such as torch's kernels take, and finite."""
+    found = [grads for b in blocks if (grads := b.plain_gradients()) is not None]
+    if len(found) < len(blocks) or not fast_path.finite([g for grads in found for g in grads]):
+        return None
+    return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from selftune.method import Displacement, Method, Moment, State, live_units
+from selftune.method import Displacement, Method, Moment, State
 from selftune.method.stiff_directions import Stiffness
 from selftune.optim._block import Block
 from selftune.optim._groups import Cached
@@ -17,8 +17,10 @@ from selftune.optim._shifts import Shifts
 from selftune.rules._base import Values
 from selftune.update import Clock, Transition
 
-Grads = Sequence[tuple[Tensor, Sequence[bool] | None]]
-"""Joined gradients of every block, and which of its tensors have one; None: all."""
+Counted = Sequence[bool] | None
+"""Which tensors of a block have a gradient; None: all."""
+Grads = Sequence[tuple[Tensor, Counted]]
+"""Joined gradients of every block, and which of its tensors have one."""
 
 
 @dataclass(kw_only=True)
@@ -65,7 +67,8 @@ class Store:
     def lay_out(self, blocks: list[Block], slots: int, *, by_tensor: bool) -> None:
         """Work on other blocks from now on."""
         self.blocks = blocks
-        self.method.layouts = [b.layout for b in blocks]
+        self.method.slices = [b.cut for b in blocks]
+        self.method.pieces = [b.pieces for b in blocks]
         self.method.by_tensor = by_tensor
         self.method.hyper = self.shifts.hyper
         step = torch.full((1,), self.clock.since)
@@ -97,14 +100,14 @@ class Store:
             self.stiffness = stiffness
 
     def moments(
-        self, grads: Grads, values: Sequence[Values], rates: Sequence[float]
+        self, counts: Sequence[Counted], values: Sequence[Values], rates: Sequence[float]
     ) -> list[Moment]:
         """When and at which hyperparameters every block takes the step."""
         rows, age = self.method.sensitivities, self.clock.steps - self.clock.since
         share = rows.averaging.weight(age, rows.estimator.stride)
         moments = []
-        for block, cached, value, rate, (_, counted) in zip(
-            self.blocks, self.cached, values, rates, grads, strict=True
+        for block, cached, value, rate, counted in zip(
+            self.blocks, self.cached, values, rates, counts, strict=True
         ):
             ages, layout = block.ages(), block.layout
             clock = Clock(self.clock.steps - 1, rate, layout.expand(ages))
@@ -137,22 +140,20 @@ class Store:
         return moment._replace(mask=mask, unit=unit)
 
     def absorb(
-        self, steps: list[Transition], moments: list[Moment], grads: Grads, *, tracked: bool
+        self,
+        steps: list[Transition],
+        moments: list[Moment],
+        counts: Sequence[Counted],
+        *,
+        tracked: bool,
     ) -> None:
         """Take over steps that somebody has proposed, and write the weights."""
         state = self.method.weight_step(self.state(), steps, moments, tracked=tracked)
         self.take(state)
-        for block, part, step, (_, counted) in zip(
-            self.blocks, state.parts, steps, grads, strict=True
-        ):
+        for block, part, step, counted in zip(self.blocks, state.parts, steps, counts, strict=True):
             block.write(part, step.moved, counted)
 
     def total(self, parts: Sequence[Tensor]) -> float:
         """The sum over blocks, and over processes that hold parts of the parameters."""
         whole = parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
         return float(self.reducer.total(whole))
-
-    def live_units(self, grads: Grads) -> float:
-        """How many units have a gradient."""
-        pairs = zip(self.blocks, grads, strict=True)
-        return self.total([live_units(b.layout.views(g)) for b, (g, _) in pairs])

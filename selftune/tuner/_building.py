@@ -24,6 +24,7 @@ from selftune.method import (
     Sensitivities,
     WeightDecayFloor,
 )
+from selftune.method.slices import wanted
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
@@ -61,7 +62,7 @@ class Given:
         names: Those that are tuned.
         bounds: (lowest, highest) values by name.
         estimator: The user's estimator, or None.
-        tangents: The dtype sensitivities are kept in.
+        tangents: The share of the weights whose sensitivities are kept, or a dtype.
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next, or None.
         hyper_rate: Size of one, or None.
@@ -85,7 +86,7 @@ class Given:
     names: list[str]
     bounds: Mapping[str, tuple[float, float]] | None
     estimator: AbstractEstimator | None
-    tangents: torch.dtype | None
+    tangents: float | torch.dtype | None
     average: Average
     every: int | None
     hyper_rate: float | None
@@ -231,12 +232,13 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     )  # fmt: skip
     assigned = given.assignment(total)
     rows = [n for n in hyper.names if n not in assigned.names]
+    share, storage = wanted(given.tangents, given.update, assigned.whole)
     return Steps(
         inner=given.objective,
         outer=for_tuning(given.objective, plan.every),
         method=Method(
             sensitivities=Sensitivities(
-                rows, given.update, assigned.rows, given.average, given.tangents
+                rows, given.update, assigned.rows, given.average, storage
             ),
             hyper=hyper, settings=settings, horizon=total, guarded=make_guard(given.guard)
             is not None,
@@ -246,6 +248,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         every=plan.every,
         autocast=autocast,
         whole=assigned.whole,
+        share=share,
         answers=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.found.items() if n in names},
         joined=plan.compile is not True and given.population is None and _small(given.objective),

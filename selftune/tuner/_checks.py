@@ -70,7 +70,6 @@ def check_hparams(
             raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
 
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ARGUMENTS: dict[str, Kind] = {
     **method.ARGUMENTS,
     **control.ARGUMENTS,
@@ -78,7 +77,6 @@ ARGUMENTS: dict[str, Kind] = {
     "loss_fn": That(lambda f: f is None or callable(f), "None or a function"),
     "rule": NONE | Instance((AbstractRule,), "a rule, such as st.rules.AdamW()"),
     "hparams": NONE | Instance((Mapping,), "values by name"),
-    "tangents": NONE | OneOf(FLOATS),
     "hyper_rate": NONE | Number(above=0),
     "schedule": OneOf(tuple(sorted(SHAPES))),
     "warmup_steps": Whole(least=0),

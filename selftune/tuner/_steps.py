@@ -24,6 +24,7 @@ from selftune._flat import Layout
 from selftune._gradient import gradient, plainly
 from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, live_units, propose
+from selftune.method.slices import choose
 from selftune.update import Clock
 
 Batch = Any
@@ -84,6 +85,7 @@ class Steps:
         joined: Whether all parameters, of one dtype, are kept as one vector of which they become
             views: one operation then does for all tensors, which is what eager steps of small nets
             consist of.
+        share: Of the weights whose sensitivities are kept.
 
     Attributes:
         params: Names of the trained parameters.
@@ -102,6 +104,7 @@ class Steps:
     answers: Sequence[str] = ()
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joined: bool = False
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         """Look the parameters up."""
@@ -114,6 +117,11 @@ class Steps:
         if self.layout is not None:
             rows.update = rows.update.joined(self.layout)
         self.update = rows.update
+        shapes = [[p.shape] for p in trained.values()]
+        self.method.slices = choose(
+            shapes if self.layout is None else [self.layout.shapes],
+            self.share, self.method.settings.slices,
+        )  # fmt: skip
         heavy = [h.name for h in self.update.hparams.values() if h.accumulates]
         self._momentum = heavy[0] if heavy else None
         self._factors = self.rates.tolist()
@@ -134,7 +142,8 @@ class Steps:
             weights = [vector]
             for name, view in zip(self.params, self.layout.views(vector), strict=True):
                 named[name].data = view
-        parts = [self.method.sensitivities.begin(w, start) for w in weights]
+        cuts = zip(weights, self.method.slices, strict=True)
+        parts = [self.method.sensitivities.begin(w, start, cut) for w, cut in cuts]
         hyper = HyperState(*(t.to(device) for t in self.hyper.begin(values)))
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         buffers = [b for _, b in self.inner.named_buffers()]
@@ -320,7 +329,7 @@ class Steps:
         frame = self.hyper.frame(run.step.device)
         values = {**self.options, **self.hyper.values(run.hyper.raw)}
         memory = 1.0 if self._momentum is None else 1 / (1 - values[self._momentum])
-        weights = [p.params.to(p.average.dtype) for p in run.method.parts]
+        weights = self.method.cut([p.params.to(p.average.dtype) for p in run.method.parts])
         state, _ = self.method.hyper_step(state, signal, weights, frame, run.step, memory=memory)
         present = self.hyper.values(state.hyper.raw).values()
         fine = torch.isfinite(signal).all()
@@ -340,7 +349,7 @@ class Steps:
             values = {**self.options, **self.hyper.values(run.hyper.raw)}
             parts = zip(grads, run.averages, strict=True)
             grads = [g.to(average.dtype) for g, average in parts]
-            outer = Outer(grads, [values] * len(grads), run.step, self.every)
+            outer = Outer(self.method.cut(grads), [values] * len(grads), run.step, self.every)
             state, rows = self.method.hypergradient(run.method, outer)
             found = dict(zip(names, rows.squeeze(1), strict=True))
         found |= answers

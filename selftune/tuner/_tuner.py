@@ -18,7 +18,7 @@ from selftune._arguments import check
 from selftune.control import SweepSettings
 from selftune.estimators import AbstractEstimator
 from selftune.hparams import Hparam, as_layer, choose
-from selftune.method import Average, MethodSettings
+from selftune.method import SHARE, Average, MethodSettings
 from selftune.monitor import Monitor
 from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule, AdamW
@@ -57,7 +57,9 @@ class Tuner:
             ``Trace``, which tracks every fourth step or, with a shorter average, more, and by
             :class:`BestResponse` for layers of :mod:`selftune.nn`. Any of
             :mod:`selftune.estimators`.
-        tangents: The dtype sensitivities are kept in; bfloat16 halves their memory.
+        tangents: The share of the weights whose sensitivities are kept, in (0, 1], rounded up to
+            one of n; of models below a few thousand weights all are. Or a dtype in which those of
+            all weights are kept.
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next; by default a thirtieth of the
             run, from 5 to 20.
@@ -106,7 +108,7 @@ class Tuner:
         penalty: Penalties = None,
         bounds: Mapping[str, tuple[float, float]] | None = None,
         estimator: AbstractEstimator | None = None,
-        tangents: torch.dtype | None = torch.bfloat16,
+        tangents: float | torch.dtype | None = SHARE,
         average: Average | None = None,
         every: int | None = None,
         hyper_rate: float | None = None,

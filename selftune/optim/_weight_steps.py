@@ -1,0 +1,237 @@
+"""The weight steps of an optimizer's run: in place where they can be, pure where they cannot.
+
+In place torch's kernel, or another optimizer, steps the parameters as they are, and a tracked step
+is recorded over slices of them alone; nothing of the size of the weights is made. The pure step
+serves the rest: gradients that are missing or not finite, half precision, GPUs and shards,
+penalties, a hyperparameter for each tensor, and estimators that need whole steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from selftune.control import Action, Activity, Gradient, SweepSlope
+from selftune.method import Moment, live_units
+from selftune.optim._block import Block
+from selftune.optim._closures import Call
+from selftune.optim._engine import Engine
+from selftune.optim._store import Grads
+from selftune.rules._base import Values
+from selftune.update import Clock, Transition
+
+THINNED = 5  # steps between two samples of BatchNorm statistics in their average
+STEPS_ALONE = 50  # steps without a hyper_step after which training gradients serve instead
+
+
+class WeightSteps:
+    """Takes weight steps, those of the sweep included.
+
+    Args:
+        engine: Of the run.
+        values: Options and hyperparameters of every block.
+        rates: The schedule's factor of every block.
+        call: Gives gradients at other weights, to an estimator that needs them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        values: Sequence[Values],
+        rates: Sequence[float],
+        call: Call | None = None,
+    ) -> None:
+        self._engine, self._store, self._call = engine, engine.store, call
+        self._values, self._rates = values, rates
+        self._grads: Grads = []
+
+    def take(self) -> bool:
+        """One training step from the gradients in ``.grad``; true if hyperparameters changed."""
+        engine = self._engine
+        found = None
+        if engine.whole is None:
+            found = engine.stepper.ready(engine.blocks, self._values)
+        if found is None:
+            self._gather()  # refuses what cannot be used, before anything is counted
+        engine.clock.steps += 1
+        if engine.controller.sweeping:
+            return self._sweep(found)
+        if found is None:
+            return self._pure()
+        if self._pulse:
+            action = self._observe_activity([g for grads in found for g in grads])
+            if action.skip:
+                return engine.carry_out(action)
+        if engine.controller.guard is not None:
+            engine.controller.guard.skipped = 0
+        changed = self._alone(found)
+        if engine.clock.since == engine.clock.steps:  # rewound
+            return True
+        self._in_place(found, tracked=self._age % engine.stride == 0)
+        self._blend_buffers()
+        return changed
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return self._engine.blocks
+
+    @property
+    def _age(self) -> int:
+        """Steps since the last fresh start."""
+        return self._engine.clock.steps - self._engine.clock.since
+
+    @property
+    def _pulse(self) -> bool:
+        guard = self._engine.controller.guard
+        return guard is not None and guard.policy.counts(self._age, self._engine.stride)
+
+    def _observe_activity(self, grads: Sequence[Tensor]) -> Action:
+        live = self._store.total([live_units(grads)])
+        record = Activity(live, self._age, self._engine.shifts.climb)
+        return self._engine.controller.observe(record)
+
+    def _blend_buffers(self) -> None:
+        engine = self._engine
+        if engine.clock.steps % THINNED == 0:
+            averaging = engine.method.sensitivities.averaging
+            engine.buffers.blend(averaging.weight(self._age, THINNED))
+
+    def _alone(self, grads: Sequence[Sequence[Tensor]]) -> bool:
+        """Let training gradients stand for validation ones, where there are none."""
+        engine = self._engine
+        if engine.clock.last_validation_step or engine.clock.steps <= STEPS_ALONE:
+            return False
+        return engine.train_alone(
+            [
+                block.scaled(g) * _sign(v)
+                for block, g, v in zip(self._blocks, grads, self._values, strict=True)
+            ]
+        )
+
+    # in place
+
+    def _in_place(
+        self,
+        grads: Sequence[Sequence[Tensor]],
+        *,
+        tracked: bool,
+        rates: Sequence[float] | None = None,
+    ) -> None:
+        rates = self._rates if rates is None else rates
+        engine = self._engine
+        if not tracked:
+            step = engine.clock.steps - 1
+            pairs = zip(self._values, rates, strict=True)
+            moments = [Moment(v, {}, Clock(step, rate), 0.0) for v, rate in pairs]
+            engine.stepper.step(self._blocks, grads, moments, tracked=False)
+            return
+        moments = self._store.moments([None] * len(grads), self._values, rates)
+        steps = engine.stepper.step(self._blocks, grads, moments, tracked=True)
+        self._store.take(engine.method.track(self._store.state(), steps, moments))
+        for block, moment in zip(self._blocks, moments, strict=True):
+            block.average_towards(moment.share)
+
+    # pure
+
+    def _gather(self) -> None:
+        """Joined gradients of every block, and which tensors have one."""
+        found = [b.gradient() for b in self._blocks]
+        self._grads = [
+            (-g if v.get("maximize") else g, counted)
+            for v, (g, counted) in zip(self._values, found, strict=True)
+        ]
+        if self._call is not None and self._grads[0][1] is not None:
+            raise ValueError("estimator: every parameter needs a gradient at every step")
+
+    def _move(self, rates: Sequence[float]) -> tuple[list[Moment], list[Transition]]:
+        moments = self._store.moments([c for _, c in self._grads], self._values, rates)
+        return moments, self._engine.stepper.move(
+            self._blocks, [g for g, _ in self._grads], moments
+        )
+
+    def _pure(self) -> bool:
+        engine, grads = self._engine, self._grads
+        # A step that cannot be taken back is judged before, any other only if it went wrong.
+        if engine.stepper.commits or self._pulse:
+            action = self._judge()
+            if action.skip:
+                return engine.carry_out(action)
+        moments, steps = self._move(self._rates)
+        finite = self._finite(steps)
+        if finite is not None:
+            action = engine.controller.observe(Gradient(finite))
+            if not finite:  # the step is left out
+                return engine.carry_out(action)
+        changed = False
+        if not engine.clock.last_validation_step and engine.clock.steps > STEPS_ALONE:
+            changed = engine.train_alone(engine.method.cut([g for g, _ in grads]))
+        if engine.clock.since == engine.clock.steps:  # rewound
+            return True
+        if engine.whole is not None and self._call is not None:
+            engine.whole.observe(
+                self._blocks[0], self._values[0], grads[0][0], steps[0], self._call
+            )
+        tracked = self._age % engine.stride == 0
+        self._store.absorb(steps, moments, [c for _, c in grads], tracked=tracked)
+        self._blend_buffers()
+        return changed
+
+    def _finite(self, steps: Sequence[Transition]) -> bool | None:
+        """Whether a step may be written; None where it is not known, as a GPU would wait."""
+        if steps[0].moved.is_cuda and not self._pulse:
+            return None
+        return math.isfinite(self._store.total([s.moved.sum() for s in steps]))
+
+    def _judge(self) -> Action:
+        """Of gradients before the step: whether they are finite, and whether any are left."""
+        controller, grads = self._engine.controller, self._grads
+        if grads[0][0].is_cuda and not self._pulse:
+            return Action()
+        finite = math.isfinite(self._store.total([g @ g for g, _ in grads]))
+        if controller.guard is None:
+            return Action(skip=not finite)
+        action = controller.observe(Gradient(finite))
+        if finite and self._pulse:
+            pairs = zip(self._blocks, grads, strict=True)
+            action = self._observe_activity([t for b, (g, _) in pairs for t in b.layout.views(g)])
+        return action
+
+    # the sweep
+
+    def _sweep(self, found: Sequence[Sequence[Tensor]] | None) -> bool:
+        engine, sweep = self._engine, self._engine.controller.sweep
+        assert sweep is not None
+        slopes = self._slopes(found)
+        if slopes is not None:
+            record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0])
+            if engine.carry_out(engine.controller.observe(record)):
+                if sweep.ended:
+                    engine.monitor.scalar("guard/sweep", sweep.choice, engine.clock.steps)
+                return True
+        rates = [sweep.factor(sweep.taken)] * len(self._blocks)
+        if found is not None:
+            self._in_place(found, tracked=False, rates=rates)
+        else:
+            moments, steps = self._move(rates)
+            self._store.absorb(steps, moments, [c for _, c in self._grads], tracked=False)
+        sweep.taken += 1
+        return False
+
+    def _slopes(self, found: Sequence[Sequence[Tensor]] | None) -> tuple[float, float] | None:
+        engine = self._engine
+        weights = [b.scaled(b.params) for b in self._blocks]
+        if found is None:
+            grads = engine.method.cut([g for g, _ in self._grads])
+        else:
+            grads = [
+                b.scaled(g) * _sign(v)
+                for b, g, v in zip(self._blocks, found, self._values, strict=True)
+            ]
+        return engine.slopes.along(grads, weights, engine.reducer.total)
+
+
+def _sign(values: Values) -> float:
+    """Of gradients: training may maximize."""
+    return -1.0 if values.get("maximize") else 1.0
