@@ -141,10 +141,9 @@ class SelfTuningOptimizer(Container):
             engine.settle()
         if not known:
             # Also an early look at what the closure returns; it leaves random streams alone.
-            start = outer.start
             params = [p for block in engine.blocks for p in block.params]
             with outer.random(), engine.buffers.discovering(params):
-                first, _ = outer.gradients(closure, start)
+                first = outer.first(closure)
             engine.buffers.passed()
             if not engine.looked:
                 self._begin(first)
@@ -167,7 +166,7 @@ class SelfTuningOptimizer(Container):
     def _tune(self, outer: OuterLoss, closure: Closure) -> Tensor:
         engine, clock = self._engine, self._engine.clock
         begun = time.monotonic()
-        loss, grads = outer.gradients(closure, outer.average)
+        loss, grads = outer.gradients(closure)
         engine.buffers.passed()
         loss = engine.reducer.mean(loss)
         if not bool(torch.isfinite(loss)):
@@ -196,6 +195,10 @@ class SelfTuningOptimizer(Container):
             >>> with opt.averaged():
             ...     output = net(torch.ones(1, 2))
         """
+        blocks = self._engine.blocks
+        if blocks and blocks[0].exchanged:  # inside a closure of hyper_step
+            yield
+            return
         with torch.no_grad():
             self._blocks()
             self._engine.settle()
@@ -206,7 +209,7 @@ class SelfTuningOptimizer(Container):
                 "st.SGD(model, ...), or model="
             )
         outer = OuterLoss(self._engine)
-        with outer.showing(outer.end):
+        with outer.showing(outer.end, live=outer.end == 0):
             yield
 
     def sync(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selftune._flat import Layout, local
+from selftune.control.final_weights import between
 from selftune.method import Part, Sensitivities, fast_path
 from selftune.method.slices import Pieces, Slice
 from selftune.method.stiff_directions import Secants
@@ -38,6 +39,7 @@ class Block:
 
     Attributes:
         part: What the method keeps; its ``params`` are empty between steps.
+        averages: The average, a view for every parameter.
         good: The last good weights.
         candidate: Weights that may prove to be good.
         centre: Of the displacement.
@@ -69,13 +71,12 @@ class Block:
         self._scratch: dict[str, Tensor] = {}
         starts = itertools.accumulate(self.layout.sizes[:-1], initial=0)
         self._firsts = [(cut.stride // 2 - start) % cut.stride for start in starts]
-        self._averages: list[Tensor] | None = None
         self.part = sensitivities.begin(weights, values, cut, tensors=len(self.params))
         self.good, self.candidate = weights.clone(), weights.clone()
         kept = cut.scaled(weights)
         self.centre, self.mark = kept.clone(), kept.clone()
         self.secants = [Secants.begin(kept, pairs)] if pairs else []
-        self._stale = False
+        self._stale = self.exchanged = False
         self._views: dict[str, list[Tensor]] = {}  # of the rule's state
         self._viewed: Mapping[str, Tensor] = {}
         known = [e["secant/changes"] for e in entries if "secant/changes" in e]
@@ -83,6 +84,7 @@ class Block:
             for entry in entries:
                 for key in [k for k in entry if k.startswith("secant/")]:
                     del entry[key]
+        self.averages = self.layout.views(self.part.average)
         for key, views in self._kept().items():
             for entry, view in zip(self._entries, views, strict=True):
                 if key in entry:
@@ -153,11 +155,51 @@ class Block:
         """The same times the root of the slice."""
         return self.slice(tensors) if self.cut.stride == 1 else self.slice(tensors) * self.cut.root
 
+    # other weights in place
+
+    def copies(self) -> list[Tensor]:
+        """Of the parameters as they are now."""
+        return [local(p).detach().clone() for p in self.params]
+
+    def put(self, weights: Sequence[Tensor]) -> None:
+        """Write weights into the parameters."""
+        torch._foreach_copy_([local(p) for p in self.params], list(weights))
+
+    def exchange(self) -> None:
+        """Swap the parameters with their average, one after the other."""
+        self.exchanged = not self.exchanged
+        for param, view in zip(self.params, self.averages, strict=True):
+            held = param.clone()
+            param.copy_(view)
+            view.copy_(held)
+
+    def show(self, place: float | None, weights: Sequence[Tensor]) -> None:
+        """Write other weights into the parameters.
+
+        Args:
+            place: -1 the good weights, 0 the average, 1 ``weights``; None where the run began.
+            weights: Those in place.
+        """
+        if place is None:
+            self.put(self.layout.views(self.candidate))
+            return
+        others = weights if place > 0 else self.layout.views(self.good)
+        params = map(local, self.params)
+        for param, view, other in zip(params, self.averages, others, strict=True):
+            param.copy_(between(view, other, abs(place)))
+
+    def slopes(self, grads: Sequence[Tensor]) -> Tensor:
+        """``g · Δw`` on the ways from the good weights to the average and on to those in place."""
+        good, found = self.layout.views(self.good), []
+        tensors = zip(map(local, grads), map(local, self.params), self.averages, good, strict=True)
+        for grad, param, view, then in tensors:
+            grad = grad.to(view.dtype)
+            found.append(torch.stack([(grad * (view - then)).sum(), (grad * (param - view)).sum()]))
+        return torch.stack(found).sum(0)
+
     def average_towards(self, share: float) -> None:
         """Take the parameters into their average, in place."""
-        if self._averages is None:
-            self._averages = self.layout.views(self.part.average)
-        torch._foreach_lerp_(self._averages, self.params, share)
+        torch._foreach_lerp_(self.averages, self.params, share)
 
     def settle(self) -> None:
         """Let the average follow masks and frozen parameters.
@@ -165,10 +207,10 @@ class Block:
         A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in
         the average; a parameter that is not trained any more is there as it is.
         """
-        average = self.part.average
-        average.masked_fill_(self.before() == 0, 0.0)
-        for param, view in zip(self.params, self.layout.views(average), strict=True):
-            if not param.requires_grad:
+        for param, view in zip(map(local, self.params), self.averages, strict=True):
+            if param.requires_grad:
+                view.masked_fill_(param == 0, 0.0)
+            else:
                 view.copy_(param)
 
     def gradient(self) -> tuple[Tensor, list[bool] | None]:

@@ -140,7 +140,7 @@ class Engine:
     def outer_step(
         self,
         loss: float,
-        grads: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
         values: Sequence[Values],
         compare: Callable[[], tuple[float, float, float]],
     ) -> bool:
@@ -148,7 +148,7 @@ class Engine:
 
         Args:
             loss: The outer loss.
-            grads: Its gradients, of every block.
+            grads: Its gradients, of every block a tensor for each parameter.
             values: Options and hyperparameters of every block.
             compare: Mean losses at the averaged and at the good weights, over many batches, and
                 the standard error of their difference.
@@ -159,17 +159,22 @@ class Engine:
             return True
         if not self.shifts.rows:
             return False
-        if not self.reducer.sharded:  # the length is that of the mean gradient
-            grads = [self.reducer.mean(g) for g in grads]
         if self.whole is not None:
-            found = self.whole.signal(self.blocks[0], values[0], grads[0])
+            joined = self._mean(self.blocks[0].layout.flatten(grads[0]))
+            found = self.whole.signal(self.blocks[0], values[0], joined)
             if found is None:
                 return False
             signal = self.reducer.outer(found)
         else:
-            state, signal = self.method.hypergradient(self.store.state(), self._outer(grads, gone))
+            pairs = zip(self.blocks, grads, strict=True)
+            outer = self._outer([self._mean(b.scaled(g)) for b, g in pairs], gone)
+            state, signal = self.method.hypergradient(self.store.state(), outer)
             self.store.take(state)
         return self.tune(signal, self.shifts.names)
+
+    def _mean(self, grads: Tensor) -> Tensor:
+        """Over processes, so that the length is that of the mean gradient; not of shards."""
+        return grads if self.reducer.sharded else self.reducer.mean(grads)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
         """Step the named hyperparameters, unless the hypergradient is not finite."""

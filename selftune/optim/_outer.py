@@ -8,12 +8,11 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from selftune.control.final_weights import BACK, between
+from selftune.control.final_weights import BACK
 from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
 from selftune.optim._engine import Engine
@@ -22,25 +21,18 @@ from selftune.optim._reducer import is_sharded
 log = logging.getLogger("selftune")
 
 Closure = Callable[[], Tensor]
+Gradients = list[list[Tensor]]
+"""Of every block, a tensor for each parameter."""
 RARER = 200
 """Steps of the run for every batch of which slopes are taken at its end, at each place."""
-
-
-class Weights(NamedTuple):
-    """Weights at which the validation loss can be taken.
-
-    Attributes:
-        weights: Of every block.
-        statistics: Of normalisation layers; passes in training mode write into them.
-    """
-
-    weights: Sequence[Tensor]
-    statistics: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class OuterLoss:
     """Calls the user's closure with other weights in place.
+
+    Where these lie is a number: -1 the last good weights, 0 the average, 1 those in place, or
+    between two of them; None: where the run began.
 
     Args:
         engine: Holds the weights and the statistics of BatchNorm.
@@ -48,54 +40,75 @@ class OuterLoss:
 
     engine: Engine
 
-    @property
-    def average(self) -> Weights:
-        """The averaged weights."""
-        return Weights([b.part.average for b in self.engine.blocks], self.engine.buffers.average)
+    @contextmanager
+    def showing(self, place: float | None, *, live: bool = False) -> Iterator[None]:
+        """Other weights and their statistics in place, for a while.
 
-    @property
-    def good(self) -> Weights:
-        """The last good weights."""
-        return Weights([b.good for b in self.engine.blocks], self.engine.buffers.good)
-
-    @property
-    def start(self) -> Weights:
-        """Where the run began, until the sweep is proven; the statistics are looked for yet."""
-        unproven = self.engine.controller.unproven
-        kept = [b.candidate if unproven else b.good for b in self.engine.blocks]
-        return Weights(kept, self.engine.buffers.average)
-
-    def at(self, place: float) -> Weights:
-        """Copies between the good weights (−1), the average (0) and those in place (1)."""
-        weights = [
-            between(b.part.average, b.good if place < 0 else b.weights(), abs(place))
-            for b in self.engine.blocks
-        ]
-        return Weights(weights, self.engine.buffers.at(place))
+        Args:
+            place: Where.
+            live: Whether the statistics are the average's, in which passes leave their trace.
+        """
+        blocks = self.engine.blocks
+        with torch.no_grad():
+            kept = [b.copies() for b in blocks]
+            for block, weights in zip(blocks, kept, strict=True):
+                block.show(place, weights)
+        buffers = self.engine.buffers
+        try:
+            with self._statistics(buffers.average if live else buffers.at(place or 0.0)):
+                yield
+        finally:
+            with torch.no_grad():
+                for block, weights in zip(blocks, kept, strict=True):
+                    block.put(weights)
 
     @contextmanager
-    def showing(self, point: Weights) -> Iterator[None]:
-        """Other weights and statistics in place, for a while."""
-        blocks, buffers = self.engine.blocks, self.engine.buffers
-        outermost = not buffers.shown
+    def _average(self) -> Iterator[None]:
+        """The average in place, exchanged for the weights: nothing of their size is made."""
+        blocks = self.engine.blocks
+        if not all(b.layout.native for b in blocks):
+            with self.showing(0.0, live=True):
+                yield
+            return
         with torch.no_grad():
-            kept = [b.weights() for b in blocks]
-            for block, flat in zip(blocks, point.weights, strict=True):
-                block.layout.write(flat, block.params)
-            if outermost:
-                buffers.exchange(point.statistics)
+            for block in blocks:
+                block.exchange()
+        try:
+            with self._statistics(self.engine.buffers.average):
+                yield
+        finally:
+            with torch.no_grad():
+                for block in blocks:
+                    block.exchange()
+
+    @contextmanager
+    def _statistics(self, statistics: Sequence[Tensor]) -> Iterator[None]:
+        """Statistics of normalisation layers in place; passes in training mode write into them."""
+        buffers = self.engine.buffers
+        outermost = not buffers.shown
+        if outermost:
+            with torch.no_grad():
+                buffers.exchange(statistics)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for block, flat in zip(blocks, kept, strict=True):
-                    block.layout.write(flat, block.params)
-                if outermost:
-                    buffers.exchange(point.statistics)
+            if outermost:
+                with torch.no_grad():
+                    buffers.exchange(statistics)
 
-    def gradients(self, closure: Closure, point: Weights) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its joined gradients."""
-        with self.showing(point), self.engine.buffers.apart(), torch.enable_grad():
+    def gradients(self, closure: Closure) -> tuple[Tensor, Gradients]:
+        """The loss at the average, and its gradients."""
+        return self._gradients(closure, self._average())
+
+    def first(self, closure: Closure) -> Tensor:
+        """The loss where the run began; after a sweep that is proven, at the good weights."""
+        place = None if self.engine.controller.unproven else -1.0
+        return self._gradients(closure, self.showing(place, live=True))[0]
+
+    def _gradients(
+        self, closure: Closure, shown: AbstractContextManager[None]
+    ) -> tuple[Tensor, Gradients]:
+        with shown, self.engine.buffers.apart(), torch.enable_grad():
             loss = _asked(closure)
             check_outer_loss(loss)
             return loss.detach(), outer_gradients(loss, self.engine.blocks)
@@ -116,7 +129,7 @@ class OuterLoss:
 
     def check_finite(self, closure: Closure) -> None:
         """Tell a closure that is never finite from weights that have blown up."""
-        good, _ = self.gradients(closure, self.at(-1.0))
+        good, _ = self._gradients(closure, self.showing(-1.0))
         if not bool(torch.isfinite(self.engine.reducer.mean(good))):
             raise ValueError(
                 f"closure returned {float(good)} at the last good weights too; check the "
@@ -124,14 +137,13 @@ class OuterLoss:
             )
 
     @property
-    def end(self) -> Weights:
+    def end(self) -> float:
         """The final weights of the run, if it ended now."""
         guard = self.engine.controller.guard
         lost = guard is not None and guard.lost and not self.engine.clock.last_validation_step
         if self.engine.controller.sweeping or lost:  # a sweep is no run to average
-            return self.good
-        position = self.engine.controller.final.position
-        return self.average if position == 0 else self.at(position)
+            return -1.0
+        return self.engine.controller.final.position
 
     def judge_end(self, closure: Closure) -> None:
         """Find the final weights of the run."""
@@ -153,12 +165,11 @@ class OuterLoss:
         guard = self.engine.controller.guard
         assert guard is not None
         count = guard.policy.batches(self.engine.shifts.horizon)
-        points = self.average, self.good
-        found: list[list[float]] = [[] for _ in points]
+        found: list[list[float]] = [[], []]
         with self.random():  # around all of them: a closure may draw its batches at random
             for _ in range(count):  # in turns: batches differ
-                for point, losses in zip(points, found, strict=True):
-                    with self.showing(point):
+                for place, losses in zip((0.0, -1.0), found, strict=True):
+                    with self.showing(place):
                         losses.append(float(self.engine.reducer.mean(self._value(closure))))
         now, then = map(statistics.fmean, found)
         if not (math.isfinite(now) and math.isfinite(then)):
@@ -171,18 +182,13 @@ class OuterLoss:
         Returns:
             Shape (places, 2, batches), float64.
         """
-        blocks = self.engine.blocks
-        ways = (
-            [b.part.average - b.good for b in blocks],
-            [b.weights() - b.part.average for b in blocks],
-        )
         found = []
         with self.random():
             for _ in range(max(2, self.engine.shifts.horizon // RARER)):
-                for place in places:  # copies: passes leave no trace in statistics
-                    grads = self.gradients(closure, self.at(place))[1]
-                    along = [[g @ w for g, w in zip(grads, way, strict=True)] for way in ways]
-                    found.append(torch.stack([torch.stack(a).sum() for a in along]))
+                for place in places:
+                    _, grads = self._gradients(closure, self.showing(place))
+                    ways = [b.slopes(g) for b, g in zip(self.engine.blocks, grads, strict=True)]
+                    found.append(torch.stack(ways).sum(0))
         slopes = self.engine.reducer.outer(torch.stack(found)).to("cpu", torch.float64)
         return slopes.view(-1, len(places), 2).movedim(0, -1)
 
@@ -197,8 +203,8 @@ def _asked(closure: Closure) -> Tensor:
         ) from error
 
 
-def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
-    """The joined gradients of every block, zeros where the loss does not depend on a parameter.
+def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> Gradients:
+    """The gradients of every block, zeros where the loss does not depend on a parameter.
 
     Raises:
         ValueError: The loss depends on none of them.
@@ -206,9 +212,7 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
     grads = _gradients(loss, [p for b in blocks for p in b.params])
     check_dependence(list(grads.values()))
     return [
-        b.layout.flatten(
-            [torch.zeros_like(p) if (g := grads.get(p)) is None else g for p in b.params]
-        )
+        [torch.zeros_like(p) if (g := grads.get(p)) is None else g for p in b.params]
         for b in blocks
     ]
 
