@@ -89,8 +89,8 @@ class Action(NamedTuple):
 
     Attributes:
         skip: Leave out the step at hand.
-        snapshot: First of all copy weights: ``"iterate"`` or ``"average"`` to the good ones,
-            ``"candidate"`` the average to the candidate, ``"promote"`` the candidate to the good.
+        snapshot: First of all copy weights to the good ones: ``"iterate"`` those in place,
+            ``"average"`` the average, ``"start"`` those of the start of the run.
         rewind: Then return to the good weights and begin anew, with raw values moved by so much.
         reason: Why, for the log; empty where the rewind is part of the plan.
     """
@@ -175,7 +175,7 @@ class Controller:
 
     @property
     def unproven(self) -> bool:
-        """Whether no loss has shown yet that the sweep led downhill; the candidate is the start."""
+        """Whether no loss has shown yet that the sweep led downhill."""
         return self.guard is not None and self.sweep is not None and not self.sweep.proven
 
     def _undone(self, action: Action) -> Action:
@@ -184,7 +184,7 @@ class Controller:
             return action
         assert self.sweep is not None
         self.sweep.proven = True
-        return action._replace(snapshot="promote")
+        return action._replace(snapshot="start")
 
     def _hypergradient(self, record: Hypergradient) -> Action:
         action = self._judged(
@@ -209,7 +209,7 @@ class Controller:
             return self._rewind(
                 f"the validation loss has {how}, to {loss:.4g}", worsened=not guard.exploded
             )
-        return Action(snapshot=verdict) if verdict in ("candidate", "promote") else Action()
+        return Action(snapshot=verdict) if verdict == "average" else Action()
 
     @property
     def _guard(self) -> Guard:

@@ -29,7 +29,7 @@ class GuardPolicy(Settings):
         noise: How many standard deviations of the first ten training losses may not matter for an
             explosion: the zero of a loss is arbitrary.
         fresh: Running means of so few evaluations only set the yardstick.
-        window: Losses whose mean judges the weights of the middle one. A running mean comes too
+        window: Losses whose mean judges the weights at the last of them. A running mean comes too
             late: it is lowest where the loss has risen again.
         dead: Share of the most live units below which gradients have vanished.
         pulse: Steps between two counts of live units …
@@ -95,9 +95,8 @@ class GuardPolicy(Settings):
 class Guard:
     """Watches gradients and losses; its state is plain numbers, saved with the run.
 
-    Every judgement is one of ``"ok"``, ``"candidate"`` (later losses will show whether these
-    weights are good), ``"promote"`` (the candidate weights are the best so far), ``"skip"``
-    (ignore this step) and ``"rewind"`` (return to the last good weights).
+    Every judgement is one of ``"ok"``, ``"average"`` (the averaged weights are the best so far),
+    ``"skip"`` (ignore this step) and ``"rewind"`` (return to the last good weights).
 
     Args:
         policy: When a run is taken back.
@@ -265,17 +264,17 @@ class Guard:
         return self._windowed(loss, bar)
 
     def _windowed(self, loss: float, bar: float) -> str:
-        """Whether weights become the candidate, or the candidate is the best so far."""
+        """Whether the averaged weights are the best so far."""
         size = self.policy.window
         self.window, self.total = self.window + 1, self.total + loss
         if self.window < size:
-            return "candidate" if self.window == (size + 1) // 2 else "ok"
+            return "ok"
         mean = self.total / size
         self.window, self.total = 0, 0.0
         if mean >= min(self.lowest, bar):
             return "ok"
         self.lowest = mean
-        return "promote"
+        return "average"
 
     def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
         """Whether losses over many batches bear out that the validation loss has worsened.

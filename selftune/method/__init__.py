@@ -19,6 +19,7 @@ from selftune.method.settings import (
     StiffSettings,
 )
 from selftune.method.slices import SHARE, Slice
+from selftune.method.snapshots import SNAPSHOTS
 from selftune.method.step import Method, Outer, State, propose
 from selftune.method.weight_decay_floor import WeightDecayFloor
 
@@ -33,6 +34,7 @@ ARGUMENTS: dict[str, Kind] = {
     "average": NONE | Instance((Average,), "an st.Average"),
     "every": NONE | Whole(least=1),
     "settings": NONE | Instance((MethodSettings,), "an st.method.MethodSettings"),
+    "snapshots": NONE | OneOf(SNAPSHOTS),
     "tangents": NONE | Number(above=0, most=1) | OneOf(FLOATS),
 }
 """What arguments of both drivers may be."""

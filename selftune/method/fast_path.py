@@ -1,7 +1,7 @@
-"""The step that nobody tracks, in place by one kernel of torch.
+"""The step in place by one kernel of torch.
 
-Most steps of a run are of this kind: nothing is needed of them but where weights and rule state
-end, and the pure step makes some thirty small tensors on the way there.
+Nothing is needed of most steps but where weights and rule state end, and the pure step makes some
+thirty tensors on the way there. Of a tracked step these are made for a slice of the weights only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.rules._base import InPlace
-from selftune.update import Update
+from selftune.method.sensitivities import Moment
+from selftune.method.slices import Slice
+from selftune.rules._base import InPlace, State
+from selftune.update import Transition, Update
 
 
 def kernel(update: Update, values: Mapping[str, Any]) -> InPlace | None:
@@ -27,6 +29,25 @@ def kernel(update: Update, values: Mapping[str, Any]) -> InPlace | None:
     if update.penalties or any(isinstance(v, Tensor) for v in values.values()):
         return None
     return update.rule.in_place(values)
+
+
+def of_slice(
+    update: Update, cut: Slice, tensors: tuple[Tensor, Tensor, State], moment: Moment
+) -> Transition:
+    """The step of a slice, before the kernel writes over what it begins with.
+
+    Args:
+        update: The weight step.
+        cut: The slice.
+        tensors: Copies of the slice of weights and gradients, and the whole rule state.
+        moment: When it happens, for all weights.
+    """
+    params, grads, rule = tensors
+    values, _, clock, *_ = moment
+    if isinstance(clock.age, Tensor) and clock.age.ndim:
+        clock = clock._replace(age=cut.take(clock.age))
+    rule = {name: cut.take(state).clone() for name, state in rule.items()}
+    return update.observed(params, grads, rule, values, clock)[2]
 
 
 def plain(params: list[Tensor], grads: list[Tensor | None]) -> bool:

@@ -134,7 +134,7 @@ class Method:
             tracked: Whether they are averaged and push the sensitivities.
         """
         if tracked:
-            state = self.track(state, [c.of(s) for c, s in self._cuts(steps)], moments)
+            state = self.track(state, [c.of(s) for c, s in self.cuts(steps)], moments)
         parts = []
         for part, step, moment in zip(state.parts, steps, moments, strict=True):
             if tracked:
@@ -153,7 +153,7 @@ class Method:
         """
         moments = [
             m if m.mask is None or m.mask.ndim == 0 else m._replace(mask=cut.take(m.mask))
-            for cut, m in self._cuts(moments)
+            for cut, m in self.cuts(moments)
         ]
         if state.stiffness:
             state = self._secants(state, steps, moments)
@@ -170,7 +170,7 @@ class Method:
         ]
         params, grads = [s.params for s in steps], [s.grads for s in steps]
         scaled = [
-            [t if cut.stride == 1 else t * cut.root for cut, t in self._cuts(tensors)]
+            [t if cut.stride == 1 else t * cut.root for cut, t in self.cuts(tensors)]
             for tensors in (params, grads, pushes)
         ]
         stiffness = state.stiffness[0].observe(
@@ -181,9 +181,10 @@ class Method:
 
     def cut(self, wholes: Sequence[Tensor]) -> list[Tensor]:
         """The slice of every part, times its root."""
-        return [cut.scaled(whole) for cut, whole in self._cuts(wholes)]
+        return [cut.scaled(whole) for cut, whole in self.cuts(wholes)]
 
-    def _cuts(self, of: Sequence[Any]) -> Iterator[tuple[Slice, Any]]:
+    def cuts(self, of: Sequence[Any]) -> Iterator[tuple[Slice, Any]]:
+        """Every part's slice beside something of it."""
         return zip(self.slices or [WHOLE] * len(of), of, strict=True)
 
     # the step of the hyperparameters
@@ -197,7 +198,7 @@ class Method:
         if state.stiffness:
             answers = [
                 self.sensitivities.answers(p, self._pieces(i), cut) * cut.root
-                for i, (cut, p) in enumerate(self._cuts(state.parts))
+                for i, (cut, p) in enumerate(self.cuts(state.parts))
             ]
             memories = outer.gone * (1 - self.sensitivities.estimator.discount)
             deflated, stiffness = state.stiffness[0].deflated(
@@ -218,7 +219,7 @@ class Method:
                 deflated=None if deflated is None else deflated[i],
             )
             for i, ((cut, part), grads, values) in enumerate(
-                zip(self._cuts(state.parts), outer.grads, outer.values, strict=True)
+                zip(self.cuts(state.parts), outer.grads, outer.values, strict=True)
             )
         ]  # fmt: skip
         return torch.cat(found, dim=1) if self.by_tensor else torch.stack(found).sum(0)
@@ -283,7 +284,7 @@ class Method:
 
     def rewind(self, state: State, good: Sequence[Tensor], step: Any) -> State:
         """Return to good weights; sensitivities, rule state and Adam's moments begin anew."""
-        for (cut, part), weights in zip(self._cuts(state.parts), good, strict=True):
+        for (cut, part), weights in zip(self.cuts(state.parts), good, strict=True):
             rows.rewind(part, weights, cut)
         for secants in state.secants:
             secants.forget()

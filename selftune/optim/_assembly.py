@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selftune._flat import Layout
 from selftune.method.slices import Slice, choose
+from selftune.method.snapshots import choose as choose_snapshots
 from selftune.optim._block import Block
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Group, Groups
@@ -68,11 +69,11 @@ class Assembly:
         sensitivities = engine.method.sensitivities
         weights = sum(p.numel() for params in trained for p in params)
         slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
-        cuts = self._slices(trained)
+        cuts, where = self._slices(trained), choose_snapshots(engine.snapshots, weights)
         blocks = [
             Block(
                 params, names(groups, i, params), [state[p] for p in params],
-                sensitivities, self._groups.options(groups[i]), cuts.pop(0), slots,
+                sensitivities, self._groups.options(groups[i]), cuts.pop(0), slots, where,
             )
             for i, params in enumerate(trained)
             if params

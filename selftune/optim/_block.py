@@ -13,6 +13,7 @@ from selftune._flat import Layout, local
 from selftune.control.final_weights import between
 from selftune.method import Part, Sensitivities, fast_path
 from selftune.method.slices import Pieces, Slice
+from selftune.method.snapshots import copy
 from selftune.method.stiff_directions import Secants
 from selftune.optim._checks import check_gradient
 from selftune.rules._base import InPlace
@@ -36,12 +37,13 @@ class Block:
         values: Hyperparameters and options of the group.
         cut: The slice whose sensitivities are kept.
         pairs: Secant pairs to keep.
+        snapshots: Where the last good weights are kept.
 
     Attributes:
         part: What the method keeps; its ``params`` are empty between steps.
         averages: The average, a view for every parameter.
         good: The last good weights.
-        candidate: Weights that may prove to be good.
+        start: Weights of the start, until the run is known to lead downhill from there; or None.
         centre: Of the displacement.
         mark: Of the displacement.
         secants: Of stiff directions; or nothing.
@@ -56,6 +58,7 @@ class Block:
         values: Mapping[str, Any],
         cut: Slice,
         pairs: int,
+        snapshots: str,
     ) -> None:
         self.params = list(params)
         self.layout, self.cut = Layout(params), cut
@@ -72,7 +75,8 @@ class Block:
         starts = itertools.accumulate(self.layout.sizes[:-1], initial=0)
         self._firsts = [(cut.stride // 2 - start) % cut.stride for start in starts]
         self.part = sensitivities.begin(weights, values, cut, tensors=len(self.params))
-        self.good, self.candidate = weights.clone(), weights.clone()
+        self.good = copy(weights, snapshots)
+        self.start: Tensor | None = copy(weights, snapshots)
         kept = cut.scaled(weights)
         self.centre, self.mark = kept.clone(), kept.clone()
         self.secants = [Secants.begin(kept, pairs)] if pairs else []
@@ -96,7 +100,7 @@ class Block:
         """All that is saved, by key: a view for every parameter."""
         part = self.part
         wholes = dict(part.rule) | {"average": part.average}
-        wholes |= {"candidate": self.candidate, "good": self.good}
+        wholes |= {"good": self.good}
         kept = {"centre": self.centre, "mark": self.mark}
         kept |= {f"sensitivity/{i}": t for i, t in enumerate(part.averaged)}
         kept |= {f"recent/{i}": t for i, t in enumerate(part.recent)}
@@ -181,7 +185,7 @@ class Block:
             weights: Those in place.
         """
         if place is None:
-            self.put(self.layout.views(self.candidate))
+            self.put(self.layout.views(self.good if self.start is None else self.start))
             return
         others = weights if place > 0 else self.layout.views(self.good)
         params = map(local, self.params)
@@ -273,8 +277,9 @@ class Block:
     def begin(self) -> None:
         """Take the weights as they are for all that is kept of them."""
         weights = self.weights()
-        for flat in (self.part.average, self.candidate, self.good):
-            flat.copy_(weights)
+        for flat in (self.part.average, self.good, self.start):
+            if flat is not None:
+                flat.copy_(weights)
         for flat in self.part.recent:
             flat.copy_(self.cut.take(weights))
         scaled = self.cut.scaled(weights)
@@ -283,12 +288,12 @@ class Block:
 
     def snapshot(self, kind: str) -> None:
         """Copy weights as a controller asks for it (:class:`~selftune.control.Action`)."""
-        if kind == "candidate":
-            self.candidate.copy_(self.part.average)
-        elif kind == "promote":
-            self.good.copy_(self.candidate)
-        else:
-            self.good.copy_(self.weights() if kind == "iterate" else self.part.average)
+        if kind == "iterate":
+            self.good.copy_(self.weights())
+        elif kind == "average":
+            self.good.copy_(self.part.average)
+        elif self.start is not None:
+            self.good.copy_(self.start)
 
     def rewound(self, part: Part) -> None:
         """Go on from the good weights, with a fresh rule state."""

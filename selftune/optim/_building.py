@@ -84,8 +84,9 @@ class TuningOptions:
             hyperparameter steps; by default, if torch.distributed is initialised.
         settings: The numbers of the method (:class:`~selftune.method.MethodSettings`).
         tangents: The share of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            one of n; of models below a few thousand weights all are. Or a dtype in which those of
-            all weights are kept.
+            one of n, and 4,096 of them at least; or a dtype in which those of all are kept.
+        snapshots: Where the last good weights are kept: ``"device"``, exactly, beside the weights;
+            ``"host"``, in the memory of the CPU; ``"bf16"``, the default from 65,536 weights on.
     """
 
     tune: Sequence[str] | None = None
@@ -105,6 +106,7 @@ class TuningOptions:
     distributed: bool | None = None
     settings: MethodSettings = field(default_factory=MethodSettings)
     tangents: float | torch.dtype | None = SHARE
+    snapshots: str | None = None
 
     def __post_init__(self) -> None:
         """Check each; None is the default of an object, too."""
@@ -124,6 +126,7 @@ class TuningOptions:
         found: dict[str, Any] = {
             "estimator": estimator, "schedule": self.learning_rate.shape,
             "bounds": str(dict(self.bounds or {})), "tangents": str(self.tangents),
+            "snapshots": self.snapshots,
         }  # fmt: skip
         for name in ("average", "settings", "guard"):
             found |= flatten(name, getattr(self, name))
@@ -192,6 +195,7 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
         stepper=stepper,
         regularizers=update.regularizers,
         share=share,
+        snapshots=options.snapshots,
         whole=None if whole is None else ClosureSteps(whole, update, shifts),
         identity=options.identity(describe(assigned)),
     )  # fmt: skip

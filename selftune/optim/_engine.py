@@ -34,6 +34,7 @@ class Engine:
 
     Attributes:
         share: Of the weights whose sensitivities are kept, at least.
+        snapshots: Where the last good weights are kept.
     """
 
     store: Store
@@ -44,6 +45,7 @@ class Engine:
     stepper: AbstractStepper
     regularizers: set[str]
     share: float = 1.0
+    snapshots: str | None = None
     training_signal: Tensor | None = None
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
@@ -208,7 +210,8 @@ class Engine:
             self._snapshot(action.snapshot)
         if action.rewind is None:
             return False
-        good, step = [b.good for b in self.blocks], self.clock.steps
+        good = [b.good.to(b.part.average) for b in self.blocks]
+        step = self.clock.steps
         state = self.method.rewind(self.store.state(), good, step)
         self.store.take(state)
         for block, part in zip(self.blocks, state.parts, strict=True):
@@ -231,7 +234,7 @@ class Engine:
     def _snapshot(self, kind: str) -> None:
         for block in self.blocks:
             block.snapshot(kind)
-        if kind == "candidate":
-            self.buffers.hold()
-        else:
-            self.buffers.keep(candidate=kind == "promote")
+        self.buffers.keep(start=kind == "start")
+        if kind == "average" and not self.controller.unproven:
+            for block in self.blocks:
+                block.start = None

@@ -98,7 +98,7 @@ class RuleStepper(AbstractStepper):
     ) -> list[Transition]:
         """By torch's fused kernels."""
         steps = [
-            self._of_slice(block, block.slice(g), moment)
+            fast_path.of_slice(self._update, block.cut, _tensors(block, g, moment), moment)
             for block, g, moment in zip(blocks, grads, moments, strict=True)
             if tracked
         ]
@@ -107,15 +107,6 @@ class RuleStepper(AbstractStepper):
             assert kernel is not None
             block.step_in_place(kernel, list(g), float(learning_rate(values, clock)))
         return steps
-
-    def _of_slice(self, block: Block, grads: Tensor, moment: Moment) -> Transition:
-        cut, (values, _, clock, *_) = block.cut, moment
-        if isinstance(clock.age, Tensor):
-            clock = clock._replace(age=cut.take(clock.age))
-        # Copies: the kernel writes over the state, and sensitivities are pushed from what it was.
-        rule = {name: cut.take(state).clone() for name, state in block.part.rule.items()}
-        grads = -grads if values.get("maximize") else grads
-        return self._update.observed(block.slice(block.params), grads, rule, values, clock)[2]
 
 
 class Opaque(AbstractRule):
@@ -252,3 +243,10 @@ def _plain_gradients(blocks: Sequence[Block]) -> list[list[Tensor]] | None:
     if len(found) < len(blocks) or not fast_path.finite([g for grads in found for g in grads]):
         return None
     return found
+
+
+def _tensors(block: Block, grads: Sequence[Tensor], moment: Moment) -> tuple[Tensor, Tensor, State]:
+    """What the step of a block's slice begins with; training may maximize."""
+    some = block.slice(grads)
+    some = -some if moment.values.get("maximize") else some
+    return block.slice(block.params), some, block.part.rule

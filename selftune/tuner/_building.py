@@ -24,7 +24,9 @@ from selftune.method import (
     Sensitivities,
     WeightDecayFloor,
 )
+from selftune.method.slices import choose as choose_slices
 from selftune.method.slices import wanted
+from selftune.method.snapshots import choose as choose_snapshots
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
@@ -63,6 +65,7 @@ class Given:
         bounds: (lowest, highest) values by name.
         estimator: The user's estimator, or None.
         tangents: The share of the weights whose sensitivities are kept, or a dtype.
+        snapshots: Where the last good weights are kept.
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next, or None.
         hyper_rate: Size of one, or None.
@@ -87,6 +90,7 @@ class Given:
     bounds: Mapping[str, tuple[float, float]] | None
     estimator: AbstractEstimator | None
     tangents: float | torch.dtype | None
+    snapshots: str | None
     average: Average
     every: int | None
     hyper_rate: float | None
@@ -154,7 +158,8 @@ def build(
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
-    snapshots = Snapshots(run, steps.method, members is not None)
+    where = choose_snapshots(given.snapshots, sum(t.numel() for t in run.averages))
+    snapshots = Snapshots(run, steps.method, members is not None, where)
     fused = Fused(steps, run, members)
     if fused.whole is not None:
         snapshots.rewound.append(fused.whole.whole.forget)
@@ -192,6 +197,7 @@ def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
         "rule": type(given.rule).__name__,
         "estimator": describe(given.assignment(plan.total)),
         "tangents": str(given.tangents),
+        "snapshots": given.snapshots,
         "tuned hyperparameters": str(given.names),
         "number of steps": plan.total,
         "every": plan.every,
@@ -233,6 +239,9 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     assigned = given.assignment(total)
     rows = [n for n in hyper.names if n not in assigned.names]
     share, storage = wanted(given.tangents, given.update, assigned.whole)
+    joined = plan.compile is not True and given.population is None and _small(given.objective)
+    shapes = [p.shape for p in given.objective.parameters() if p.requires_grad]
+    parts = [shapes] if joined else [[shape] for shape in shapes]
     return Steps(
         inner=given.objective,
         outer=for_tuning(given.objective, plan.every),
@@ -240,18 +249,18 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
             sensitivities=Sensitivities(
                 rows, given.update, assigned.rows, given.average, storage
             ),
-            hyper=hyper, settings=settings, horizon=total, guarded=make_guard(given.guard)
-            is not None,
+            hyper=hyper, settings=settings, horizon=total,
+            slices=choose_slices(parts, share, settings.slices),
+            guarded=make_guard(given.guard) is not None,
         ),
         options={k: v for k, v in given.values.items() if k not in (*names, *given.found)},
         rates=rates,
         every=plan.every,
         autocast=autocast,
         whole=assigned.whole,
-        share=share,
         answers=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.found.items() if n in names},
-        joined=plan.compile is not True and given.population is None and _small(given.objective),
+        joined=joined,
     )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 7
-"""Of what is kept; 7 holds all settings of a run."""
+VERSION = 8
+"""Of what is kept; 8 keeps sensitivities of a slice of the weights."""
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:

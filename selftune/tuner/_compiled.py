@@ -49,7 +49,9 @@ class Fused:
         self.compiled = False
         self._eager = self._graphs(lambda step: step)
         if population is None and FastPath.serves(steps, run):
-            self._eager["plain"] = _either(FastPath(steps), self._eager["plain"])
+            for kind in ("plain", "tracked"):
+                quick = FastPath(steps, tracked=kind == "tracked")
+                self._eager[kind] = _either(quick, self._eager[kind])
         self._exact: dict[str, Step] = {}
         self._any: dict[str, Step] = {}
         self._shapes: dict[str, Any] = {}

@@ -1,30 +1,32 @@
-"""The eager weight step that nobody tracks, by one kernel of torch."""
+"""The eager weight step by one kernel of torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from selftune.method import fast_path
+from selftune._trees import leaves
+from selftune.method import Moment, fast_path
+from selftune.method.averaging import move_towards
 from selftune.tuner._steps import Batch, RunState, Steps
-from selftune.update import Clock, learning_rate
+from selftune.update import Clock, Transition, learning_rate
 
 
 class FastPath:
-    """Takes the untracked step in place: the same numbers, up to rounding, in less time.
+    """Takes a step in place: the same numbers, up to rounding, in less time and memory.
 
     Args:
         steps: The steps.
+        tracked: Whether the step is averaged and pushes the sensitivities.
     """
 
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
+    def __init__(self, steps: Steps, *, tracked: bool = False) -> None:
+        self._steps, self._tracked = steps, tracked
 
     @staticmethod
     def serves(steps: Steps, run: RunState) -> bool:
-        """Whether steps are left untracked, and weights are such as torch's kernels take."""
-        untracked = steps.method.sensitivities.estimator.stride > 1 and steps.whole is None
-        return untracked and all(
+        """Whether no estimator sees whole steps, and weights are such as torch's kernels take."""
+        return steps.whole is None and all(
             p.params.device.type == "cpu"
             and p.params.dtype == p.average.dtype
             and p.params.is_contiguous()
@@ -45,11 +47,38 @@ class FastPath:
             parts = run.method.parts
             step, age = int(run.step), int(run.age)
             clock = Clock(step, steps.factor(step), age)
+            seen = self._before(run, grads) if self._tracked else None
             state = {k: [p.rule[k] for p in parts] for k in parts[0].rule}
             ages = [torch.tensor(float(age + 1))] * len(grads)
             kernel(run.weights, grads, state, ages, learning_rate(values, clock))
+            if seen is not None:
+                self._after(run, *seen)
             for old, new in zip(run.buffers, buffers, strict=True):
                 old.copy_(new)
             run.age.add_(1)
         run.step.add_(1)
-        return steps.told(loss, (), fine)
+        return steps.told(loss, steps.views(grads) if self._tracked else (), fine)
+
+    def _before(self, run: RunState, grads: list[Tensor]) -> tuple[list[Transition], list[Moment]]:
+        """The steps of the slices, and when they happen."""
+        steps, moments = self._steps, self._steps.moments(run)
+        cuts = zip(steps.method.cuts(run.method.parts), grads, moments, strict=True)
+        found = [
+            fast_path.of_slice(
+                steps.update,
+                cut,
+                (cut.take(part.params).clone(), cut.take(grad), part.rule),
+                moment,
+            )
+            for (cut, part), grad, moment in cuts
+        ]
+        return found, moments
+
+    def _after(self, run: RunState, found: list[Transition], moments: list[Moment]) -> None:
+        """Take the steps into averages and sensitivities."""
+        after = self._steps.method.track(run.method, found, moments)
+        for old, new in zip(leaves(run.method), leaves(after), strict=True):
+            if new is not old:
+                old.copy_(new)
+        for part, moment in zip(run.method.parts, moments, strict=True):
+            move_towards(part.average, part.params, moment.share)

@@ -67,7 +67,7 @@ class Population:
         for member in worst:
             if member == best or not means[member] > means[best]:
                 continue
-            snapshots.copy(best, member)
+            snapshots.copy_member(best, member)
             controllers[member].guard = copy.deepcopy(guards[best])
             kick = KICK if torch.rand((), generator=self._generator) < 0.5 else -KICK
             raw = snapshots.run.hyper.raw[member]

@@ -11,28 +11,34 @@ from torch.utils._pytree import tree_map
 
 from selftune._trees import leaves
 from selftune.method import Method
+from selftune.method.snapshots import copy
 from selftune.tuner._steps import RunState
 
 
 class Snapshots:
-    """Copies of averaged weights and buffers: the last good ones, and a candidate.
+    """Copies of weights and buffers: the last good ones, and those of the start for a while.
 
     Args:
         run: The run, whose tensors may have a leading dimension of members.
         method: Knows what a rewind forgets.
         members: Whether they have.
+        where: They are kept (:mod:`selftune.method.snapshots`).
 
     Attributes:
+        weights: The last good ones.
+        buffers: Those that belong to them.
+        start: Weights and buffers of the start, until the run is known to lead downhill from
+            there; or nothing.
         rewound: Called after a return to the good weights.
     """
 
-    def __init__(self, run: RunState, method: Method, members: bool) -> None:
+    def __init__(self, run: RunState, method: Method, members: bool, where: str = "device") -> None:
         self.run = run
         self._method, self._members = method, members
         self.rewound: list[Callable[[], None]] = []
-        self.weights = [t.clone() for t in run.averages]
+        self.weights = [copy(t, where) for t in run.averages]
         self.buffers = [t.clone() for t in run.average_buffers]
-        self._candidate = [t.clone() for t in self._present()]
+        self.start = [] if members else [t.clone() for t in (*self.weights, *self.buffers)]
 
     def part(self, tensor: Tensor, member: int) -> Tensor:
         """A member's part of a tensor of the run."""
@@ -47,10 +53,13 @@ class Snapshots:
         good, present = [*self.weights, *self.buffers], self._present()
         if kind == "iterate":
             present[: len(self.weights)] = self.run.weights
-        pairs = {"candidate": (self._candidate, present), "promote": (good, self._candidate)}
-        target, source = pairs.get(kind, (good, present))
-        parts = [[self.part(t, member) for t in tensors] for tensors in (target, source)]
-        torch._foreach_copy_(parts[0], parts[1])
+        source = self.start if kind == "start" and self.start else present
+        for target, tensor in zip(good, source, strict=True):
+            self.part(target, member).copy_(self.part(tensor, member))
+
+    def drop_start(self) -> None:
+        """Keep the weights of the start no longer."""
+        self.start = []
 
     @torch.no_grad()
     def rewind(
@@ -67,7 +76,9 @@ class Snapshots:
             raw_before: Where raw hyperparameters return to before.
         """
         mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
-        good = [self.part(t, member) for t in self.weights]
+        averages = [p.average for p in mine.method.parts]
+        pairs = zip(self.weights, averages, strict=True)
+        good = [self.part(t, member).to(average) for t, average in pairs]
         for weights, then in zip(mine.weights, good, strict=True):
             weights.copy_(then)
         for held in (mine.buffers, mine.average_buffers):
@@ -90,18 +101,19 @@ class Snapshots:
             call()
 
     @torch.no_grad()
-    def copy(self, source: int, target: int) -> None:
+    def copy_member(self, source: int, target: int) -> None:
         """Let one member take over everything from another."""
-        for leaf in [*leaves(self.run), *self.weights, *self.buffers, *self._candidate]:
+        for leaf in [*leaves(self.run), *self.weights, *self.buffers]:
             leaf[target].copy_(leaf[source])
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Continue from ``state_dict``."""
+        self.start = self.start if state["start"] else []
         for name, tensors in self.state_dict().items():
             for tensor, value in zip(tensors, state[name], strict=True):
                 tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshots."""
-        return {"good": self.weights, "buffers": self.buffers, "candidate": self._candidate}
+        return {"good": self.weights, "buffers": self.buffers, "start": self.start}

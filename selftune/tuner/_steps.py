@@ -24,7 +24,6 @@ from selftune._flat import Layout
 from selftune._gradient import gradient, plainly
 from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, live_units, propose
-from selftune.method.slices import choose
 from selftune.update import Clock
 
 Batch = Any
@@ -85,7 +84,6 @@ class Steps:
         joined: Whether all parameters, of one dtype, are kept as one vector of which they become
             views: one operation then does for all tensors, which is what eager steps of small nets
             consist of.
-        share: Of the weights whose sensitivities are kept.
 
     Attributes:
         params: Names of the trained parameters.
@@ -104,7 +102,6 @@ class Steps:
     answers: Sequence[str] = ()
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joined: bool = False
-    share: float = 1.0
 
     def __post_init__(self) -> None:
         """Look the parameters up."""
@@ -117,11 +114,6 @@ class Steps:
         if self.layout is not None:
             rows.update = rows.update.joined(self.layout)
         self.update = rows.update
-        shapes = [[p.shape] for p in trained.values()]
-        self.method.slices = choose(
-            shapes if self.layout is None else [self.layout.shapes],
-            self.share, self.method.settings.slices,
-        )  # fmt: skip
         heavy = [h.name for h in self.update.hparams.values() if h.accumulates]
         self._momentum = heavy[0] if heavy else None
         self._factors = self.rates.tolist()
@@ -142,8 +134,8 @@ class Steps:
             weights = [vector]
             for name, view in zip(self.params, self.layout.views(vector), strict=True):
                 named[name].data = view
-        cuts = zip(weights, self.method.slices, strict=True)
-        parts = [self.method.sensitivities.begin(w, start, cut) for w, cut in cuts]
+        rows = self.method.sensitivities
+        parts = [rows.begin(w, start, cut) for cut, w in self.method.cuts(weights)]
         hyper = HyperState(*(t.to(device) for t in self.hyper.begin(values)))
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         buffers = [b for _, b in self.inner.named_buffers()]
@@ -230,7 +222,7 @@ class Steps:
             rate: The factor of the learning rate instead of the schedule's.
         """
         loss, grads, buffers = passed
-        moments = self._moments(run, rate)
+        moments = self.moments(run, rate)
         update, parts = self.update, run.method.parts
         found = zip(parts, grads, moments, strict=True)
         steps = [propose(update, part, grad, moment) for part, grad, moment in found]
@@ -268,7 +260,7 @@ class Steps:
         """Whether the host may look at values at each step: eagerly, on a CPU."""
         return run.step.device.type == "cpu" and plainly()
 
-    def _moments(self, run: RunState, rate: float | None) -> list[Moment]:
+    def moments(self, run: RunState, rate: float | None = None) -> list[Moment]:
         """When, and at which hyperparameters, every part takes the step."""
         rows = self.method.sensitivities
         rho, stride = rows.averaging.rho, rows.estimator.stride

@@ -58,8 +58,9 @@ class Tuner:
             :class:`BestResponse` for layers of :mod:`selftune.nn`. Any of
             :mod:`selftune.estimators`.
         tangents: The share of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            one of n; of models below a few thousand weights all are. Or a dtype in which those of
-            all weights are kept.
+            one of n, and 4,096 of them at least; or a dtype in which those of all are kept.
+        snapshots: Where the last good weights are kept: ``"device"``, exactly, beside the weights;
+            ``"host"``, in the memory of the CPU; ``"bf16"``, the default from 65,536 weights on.
         average: Where the outer loss is measured.
         every: Weight steps from one hyperparameter step to the next; by default a thirtieth of the
             run, from 5 to 20.
@@ -109,6 +110,7 @@ class Tuner:
         bounds: Mapping[str, tuple[float, float]] | None = None,
         estimator: AbstractEstimator | None = None,
         tangents: float | torch.dtype | None = SHARE,
+        snapshots: str | None = None,
         average: Average | None = None,
         every: int | None = None,
         hyper_rate: float | None = None,
@@ -156,11 +158,11 @@ class Tuner:
         choose(known, names, bounds, 1)
         self._given = Given(
             objective=whole, rule=rule, update=update, found=found, known=known, values=values,
-            chosen=set(given), names=names, bounds=bounds, estimator=estimator, tangents=tangents,
-            average=Average() if average is None else average, every=every, hyper_rate=hyper_rate,
-            schedule=schedule, warmup=warmup_steps, probe=probe, guard=guard,
-            metrics=dict(metrics or {}), amp=amp, population=members,
-            settings=MethodSettings() if settings is None else settings,
+            chosen=set(given), names=names, bounds=bounds, estimator=estimator,
+            tangents=tangents, snapshots=snapshots, every=every, hyper_rate=hyper_rate,
+            average=Average() if average is None else average, schedule=schedule, probe=probe,
+            guard=guard, warmup=warmup_steps, metrics=dict(metrics or {}), amp=amp,
+            population=members, settings=MethodSettings() if settings is None else settings,
         )  # fmt: skip
         assigned = self._given.assignment(None)
         if assigned.whole is not None and members is not None:

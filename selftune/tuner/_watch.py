@@ -66,8 +66,7 @@ class Watch:
         self.bar: tqdm[Any] = tqdm(disable=True)
         self._steps, self._run, self._snapshots = steps, run, snapshots
         self._due, self._compare = due, compare
-        self._good_at = [0] * len(controllers)  # steps after which weights were good …
-        self._candidate_at = [0] * len(controllers)  # … or are to be found good
+        self._good_at = [0] * len(controllers)  # steps after which weights were good
         self._trained: list[tuple[int, Tensor]] = []
         self._tuned: list[tuple[int, Tensor]] = []
         self._looked = 0.0
@@ -205,10 +204,9 @@ class Watch:
     def _carry_out(self, step: int, member: int, action: Action, raw: list[float] | None) -> bool:
         if action.snapshot:
             self._snapshots.take(action.snapshot, member)
-            if action.snapshot == "candidate":
-                self._candidate_at[member] = step
-            else:
-                self._good_at[member] = self._candidate_at[member]
+            self._good_at[member] = 0 if action.snapshot == "start" else step
+            if action.snapshot == "average" and not self.controllers[member].unproven:
+                self._snapshots.drop_start()
         if action.rewind is None:
             return False
         self._snapshots.rewind(action.rewind, member, raw)
@@ -262,7 +260,6 @@ class Watch:
             "leader": self.leader,
             "since": self.since,
             "good_at": self._good_at,
-            "candidate_at": self._candidate_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -271,7 +268,7 @@ class Watch:
         for controller, saved in zip(self.controllers, state["controllers"], strict=True):
             controller.load_state_dict(saved)
         self.leader, self.since = state["leader"], state["since"]
-        self._good_at, self._candidate_at = state["good_at"], state["candidate_at"]
+        self._good_at = state["good_at"]
         self.log.resume(self.history.hparams)
 
 
