@@ -106,9 +106,10 @@ def by_tuner(name: str, rule: str, **options: Any) -> dict[int, dict[str, Tensor
         if progress.step in LOOKS:
             looks[progress.step] = found(model, progress.hparams)
 
+    options = {"tangents": None, **options}
     tuner = st.Tuner(
         model, F.cross_entropy, rule=getattr(st.rules, rule)(), hparams=RULES[rule][1],
-        bounds=BOUNDS[rule], tangents=None, compile=False, **options,
+        bounds=BOUNDS[rule], compile=False, **options,
     )  # fmt: skip
     tuner.fit(train, [val], steps=STEPS, evaluate_every=20, callbacks=[look], progress=False)
     return looks
@@ -133,6 +134,20 @@ def test_both_drivers_follow_the_same_trajectory(name: str, rule: str) -> None:
         assert step < LOOKS[-1] or max(statistics[:2], default=0.0) < 1e-5
         worst = max(off, key=off.__getitem__)
         assert off[worst] < 1e-9, f"step {step}, {worst}: {off[worst]:.1e} apart"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_slices_are_the_same_in_both(rule: str) -> None:
+    """Sensitivities of every seventh weight, of a model far below where all would be kept."""
+    few = st.method.MethodSettings(slices=st.method.SliceSettings(least=1))
+    options = dict(tangents=1 / 7, settings=few, probe=False)
+    one, other = by_optimizer("mlp", rule, **options), by_tuner("mlp", rule, **options)
+    whole = by_optimizer("mlp", rule, probe=False)
+    for step in LOOKS:
+        off = {key: difference(other[step][key], value) for key, value in one[step].items()}
+        assert max(off.values()) < 1e-9, (step, off)
+    last = LOOKS[-1]
+    assert any(one[last][key] != whole[last][key] for key in whole[last] if "hparams" in key)
 
 
 def test_penalties_and_rate_decay_are_tuned_alike() -> None:

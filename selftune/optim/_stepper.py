@@ -52,6 +52,11 @@ class AbstractStepper(ABC):
     def forget(self) -> None:  # noqa: B027 - blocks keep all of a rule's state
         """Drop the state, for a fresh start."""
 
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        """What it keeps beside the blocks, by parameter."""
+        return {}
+
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
         """Put the state where it is saved."""
 
@@ -223,6 +228,11 @@ class InnerStepper(AbstractStepper):
     def forget(self) -> None:
         """Clear the inner optimizer's state, which it makes anew at its next step."""
         self._inner.state.clear()
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        """The inner optimizer's."""
+        return self._inner.state
 
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Show the inner state of each parameter under ``inner``."""

@@ -1,0 +1,120 @@
+"""What a self-tuned optimizer keeps beside the weights, of which size and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune.optim._block import Block
+
+
+class Entry(NamedTuple):
+    """One kind of memory.
+
+    Attributes:
+        name: What is kept.
+        size: Bytes.
+        why: What for.
+    """
+
+    name: str
+    size: int
+    why: str
+
+
+class Memory(NamedTuple):
+    """A table of what an optimizer keeps; print it.
+
+    Attributes:
+        weights: Bytes of the trained parameters.
+        entries: What is kept beside them.
+    """
+
+    weights: int
+    entries: list[Entry]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all entries."""
+        return sum(e.size for e in self.entries)
+
+    def __str__(self) -> str:
+        rows = [("kept", "MB", "÷ weights", "why")]
+        every = [*self.entries, Entry("in all", self.total, "beside the weights")]
+        for name, size, why in every:
+            rows.append((name, f"{size / 1e6:.2f}", f"{size / self.weights:.2f}", why))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            f"{name:<{widths[0]}}  {size:>{widths[1]}}  {share:>{widths[2]}}  {why}"
+            for name, size, share, why in rows
+        )
+
+
+def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
+    """What is kept for blocks.
+
+    Args:
+        blocks: Of the run.
+        inner: The state of an optimizer from outside.
+    """
+    blocks = list(blocks)
+    kinds = {
+        "rule state": (_rule(blocks, inner), "as torch's optimizer keeps it"),
+        "average": ((b.part.average for b in blocks), "where the validation loss is measured"),
+        "sensitivities": (_rows(blocks), f"of {_share(blocks)} of the weights, to hyperparameters"),
+        "displacement": ((t for b in blocks for t in (b.centre, b.mark)), "limits the rate"),
+        "stiff directions": (
+            (t for b in blocks for s in b.secants for t in s), "for weight decay and penalties"
+        ),
+        "last good weights": (_good(blocks), "to return to when a run blows up or worsens"),
+    }  # fmt: skip
+    entries = [Entry(name, _bytes(tensors), why) for name, (tensors, why) in kinds.items()]
+    weights = _bytes(p for b in blocks for p in b.params)
+    return Memory(weights, [e for e in entries if e.size])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _share(blocks: list[Block]) -> str:
+    kept, weights = (sum(sizes) for sizes in zip(
+        *((sum(b.pieces.sizes), b.layout.numel) for b in blocks), strict=True
+    ))  # fmt: skip
+    return "all" if kept == weights else f"1/{weights / kept:.0f}"
+
+
+def _rule(blocks: list[Block], inner: Iterable[Tensor]) -> Iterator[Tensor]:
+    for block in blocks:
+        yield from block.part.rule.values()
+    yield from inner
+
+
+def _rows(blocks: list[Block]) -> Iterator[Tensor]:
+    for block in blocks:
+        part = block.part
+        yield from (*part.averaged, *part.recent, *part.tangents.params)
+        for state in part.tangents.state.values():
+            yield from state.values()
+
+
+def _good(blocks: list[Block]) -> Iterator[Tensor]:
+    for block in blocks:
+        yield block.good
+        if block.start is not None:
+            yield block.start
+
+
+def tensors_of(state: object) -> Iterator[Tensor]:
+    """All tensors of a state, however deep."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from tensors_of(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from tensors_of(value)

@@ -1,0 +1,97 @@
+"""What an optimizer keeps. Truths: bytes counted in its state, and runs that keep it exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selftune as st
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def trained(shell: str, steps: int = 30, **options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(50, 1600), nn.Tanh(), nn.Linear(1600, 1))
+    extra = {"momentum": 0.9} if shell == "SGD" else {}
+    opt = getattr(st, shell)(net, lr=1e-3, **extra, **options)
+    for _ in range(steps):
+        opt.zero_grad()
+        net(torch.randn(4, 50)).square().mean().backward()
+        opt.step()
+        opt.hyper_step(lambda: net(torch.randn(4, 50)).square().mean())
+    return net, opt
+
+
+@pytest.mark.parametrize(("shell", "most"), [("AdamW", 1.8), ("SGD", 2.2)])
+def test_the_table_is_what_the_state_holds_and_that_is_little(shell: str, most: float) -> None:
+    """Bytes counted in ``opt.state``; torch keeps weights and one or two tensors of their size."""
+    net, opt = trained(shell, probe=False)
+    while any(b.start is not None for b in opt._engine.blocks):  # kept until the run is proven
+        opt._engine.carry_out(st.control.controller.Action(snapshot="average"))
+    table = opt.memory()
+    held = [t for entry in opt.state.values() for t in entry.values() if t.ndim]
+    assert abs(table.total - bytes_of(held)) < 1000  # numbers for each tensor
+    weights = sum(p.numel() for p in net.parameters()) * 4
+    assert table.weights == weights
+    plain = {"AdamW": 3, "SGD": 2}[shell] * weights
+    assert (table.total + weights) / plain < most
+    assert "last good weights" in str(table)
+    assert "of 1/19 of the weights" in str(table)
+
+
+def test_the_state_of_an_optimizer_from_outside_counts() -> None:
+    """Adafactor's factored moments: rows and columns, not the size of the weights."""
+    net = nn.Linear(100, 100)
+    opt = st.SelfTuning(torch.optim.Adafactor(net.parameters()))
+    for _ in range(3):
+        opt.zero_grad()
+        net(torch.randn(4, 100)).square().mean().backward()
+        opt.step()
+    rule = next(e for e in opt.memory().entries if e.name == "rule state")
+    inner = [t for e in opt.state_dict()["state"].values() for t in e["inner"].values()]
+    assert rule.size == sum(t.numel() * t.element_size() for t in inner)
+    assert rule.size < 2000
+
+
+def test_last_good_weights_are_kept_as_asked() -> None:
+    """Exactly; in bfloat16, to three digits; small models exactly by default."""
+    ends = {}
+    for where in ("device", "host", "bf16", None):
+        _, opt = trained("AdamW", snapshots=where)
+        ends[where] = opt._engine.blocks[0].good.clone()
+    assert torch.equal(ends["device"], ends["host"])
+    assert ends["bf16"].dtype == torch.bfloat16
+    assert torch.equal(ends["bf16"], ends[None])
+    assert torch.equal(ends["device"].bfloat16(), ends["bf16"])
+    small = st.AdamW(nn.Linear(4, 4))
+    small.memory()
+    assert small._engine.blocks[0].good.dtype == torch.float32
+
+
+def test_a_run_goes_on_exactly_from_what_was_restored() -> None:
+    """Law: weights and average after a rewind are the kept ones, all three alike."""
+    net, opt = trained("AdamW", snapshots="bf16", probe=False)
+    block = opt._engine.blocks[0]
+    good = block.good.float()
+    for _ in range(3):
+        for param in net.parameters():
+            param.grad = torch.full_like(param, torch.nan)
+        opt.step()
+    assert torch.equal(block.weights(), good)
+    assert torch.equal(block.part.average, good)
+
+
+def test_a_wrong_place_is_refused() -> None:
+    for make in (
+        lambda: st.AdamW(nn.Linear(2, 1), snapshots="disk"),
+        lambda: st.Tuner(nn.Linear(2, 1), nn.functional.mse_loss, snapshots="disk"),
+    ):
+        with pytest.raises(ValueError, match="snapshots='disk' must be 'device', 'host' or 'bf16'"):
+            make()
