@@ -16,6 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 import selftune as st
 from benchmarks.workloads import small_cnn
 
+Batch = tuple[Tensor, Tensor]
 OPTIONS = {
     "SGD": dict(lr=0.01, momentum=0.9, weight_decay=1e-4),
     "AdamW": dict(lr=1e-3, weight_decay=1e-2),
@@ -34,9 +36,9 @@ TUNED = {
 }
 
 
-def plain(name: str, batch: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], int]:
+def plain(name: str, batch: Batch) -> tuple[Callable[[], None], int]:
     """A training step with torch's optimizer, and the bytes of weights and state."""
-    model = small_cnn()
+    model = small_cnn().to(batch[0].device)
     opt = getattr(torch.optim, name)(model.parameters(), **OPTIONS[name])
 
     def step() -> None:
@@ -48,11 +50,13 @@ def plain(name: str, batch: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], 
     return step, held(model, opt)
 
 
-def tuned(name: str, batch: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], int]:
+def tuned(name: str, batch: Batch, **options: Any) -> tuple[Callable[[], None], int]:
     """The same with four hyperparameters tuned."""
-    model = small_cnn()
+    model = small_cnn().to(batch[0].device)
     make = getattr(st, name)
-    opt = make(model.parameters(), **OPTIONS[name], tune=TUNED[name], probe=False, decay=1e-5)
+    opt = make(
+        model.parameters(), **OPTIONS[name], tune=TUNED[name], probe=False, decay=1e-5, **options
+    )
 
     def step() -> None:
         opt.zero_grad()
@@ -60,7 +64,7 @@ def tuned(name: str, batch: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], 
         opt.step()
         opt.hyper_step(lambda: F.cross_entropy(model(batch[0]), batch[1]))
 
-    for _ in range(6):
+    for _ in range(40):  # the weights of the start are kept no longer
         step()
     return step, held(model, opt)
 
@@ -75,14 +79,24 @@ def held(model: nn.Module, opt: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=10, help="steps a block")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    batch = torch.randn(100, 1, 28, 28), torch.randint(10, (100,))
+    batch = (
+        torch.randn(100, 1, 28, 28, device=args.device),
+        torch.randint(10, (100,), device=args.device),
+    )
     print(
         "| optimizer | torch, ms a step | ours, ms a step | ratio (quartiles) | memory of weights "
         "and state, torch → ours |\n|---|---|---|---|---|"
@@ -95,6 +109,7 @@ def main() -> None:
                 start = time.perf_counter()
                 for _ in range(args.steps):
                     step()
+                synchronize(batch[0].device)
                 taken.append(1e3 * (time.perf_counter() - start) / args.steps)
         ratios = [b / a for a, b in zip(times[base], times[ours], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
