@@ -124,7 +124,13 @@ class Sensitivities:
         self.smooth = [n for n in names if n in update.smooth]
 
     def begin(
-        self, params: Tensor, values: Mapping[str, Any], cut: Slice = WHOLE, tensors: int = 1
+        self,
+        params: Tensor,
+        values: Mapping[str, Any],
+        cut: Slice = WHOLE,
+        tensors: int = 1,
+        *,
+        fresh: bool = False,
     ) -> Part:
         """A part at the start of a run, insensitive to everything yet.
 
@@ -133,6 +139,7 @@ class Sensitivities:
             values: Hyperparameters and options, as numbers.
             cut: The slice whose sensitivities are kept.
             tensors: How many tensors are joined in it, where each has its own values.
+            fresh: Whether the weights are a copy, which may become the average.
         """
         like = params.to(torch.promote_types(params.dtype, torch.float32))
         kept = cut.take(like)
@@ -142,7 +149,7 @@ class Sensitivities:
             unit = torch.zeros(tensors, dtype=like.dtype, device=like.device)
             decay = [UnitDecay(self._still(self.shrinks, unit, values), unit.clone())]
         return Part(
-            params, self.update.rule.init(like, values), like.clone(),
+            params, self.update.rule.init(like, values), like if fresh else like.clone(),
             self._still(self.rows, zeros, values),
             [zeros.clone() for _ in (*self.rows, *self.leads)],
             [kept.clone() for _ in self.leads], decay,

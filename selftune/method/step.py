@@ -290,7 +290,10 @@ class Method:
             secants.forget()
         return state._replace(
             hyper=state.hyper.forget(),
-            displacement=[d.rewound(self.cut(good), step) for d in state.displacement],
+            displacement=[
+                d.rewound(self.cut([p.average for p in state.parts]), step)
+                for d in state.displacement
+            ],
             stiffness=[s.rewound() for s in state.stiffness],
         )
 

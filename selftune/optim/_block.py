@@ -19,6 +19,7 @@ from selftune.optim._checks import check_gradient
 from selftune.rules._base import InPlace
 
 Entries = Sequence[dict[str, Any]]
+FEW = 2**20  # weights that are exchanged at a time
 
 
 class Block:
@@ -74,7 +75,9 @@ class Block:
         self._scratch: dict[str, Tensor] = {}
         starts = itertools.accumulate(self.layout.sizes[:-1], initial=0)
         self._firsts = [(cut.stride // 2 - start) % cut.stride for start in starts]
-        self.part = sensitivities.begin(weights, values, cut, tensors=len(self.params))
+        tensors = len(self.params)
+        self.part = sensitivities.begin(weights, values, cut, tensors=tensors, fresh=True)
+        weights = self.part.average
         self.good = copy(weights, snapshots)
         self.start: Tensor | None = copy(weights, snapshots)
         kept = cut.scaled(weights)
@@ -149,15 +152,20 @@ class Block:
 
     def slice(self, tensors: Sequence[Tensor]) -> Tensor:
         """The slice of tensors like the parameters, as the slice of the vector of them all."""
-        if self.cut.stride == 1:
-            return self.layout.flatten(tensors)
-        pairs = zip(map(local, tensors), self._firsts, strict=True)
-        parts = [t.detach().reshape(-1)[first :: self.cut.stride] for t, first in pairs]
-        return torch.cat(parts).to(self.layout.dtype)
+        return self.joined([self.piece(i, t) for i, t in enumerate(tensors)])
+
+    def piece(self, index: int, tensor: Tensor) -> Tensor:
+        """A view of the slice of a tensor like the parameter of that number."""
+        return local(tensor).detach().reshape(-1)[self._firsts[index] :: self.cut.stride]
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The slice of the vector, from those of all tensors."""
+        return torch.cat(list(pieces)).to(self.layout.dtype)
 
     def scaled(self, tensors: Sequence[Tensor]) -> Tensor:
         """The same times the root of the slice."""
-        return self.slice(tensors) if self.cut.stride == 1 else self.slice(tensors) * self.cut.root
+        kept = self.slice(tensors)
+        return kept if self.cut.stride == 1 else kept * self.cut.root
 
     # other weights in place
 
@@ -170,12 +178,18 @@ class Block:
         torch._foreach_copy_([local(p) for p in self.params], list(weights))
 
     def exchange(self) -> None:
-        """Swap the parameters with their average, one after the other."""
+        """Swap the parameters with their average, a few at a time."""
         self.exchanged = not self.exchanged
         for param, view in zip(self.params, self.averages, strict=True):
-            held = param.clone()
-            param.copy_(view)
-            view.copy_(held)
+            both = (param, view)
+            if param.is_contiguous():
+                parts = [t.view(-1).split(FEW) for t in both]
+            else:
+                parts = [(t,) for t in both]
+            for some, others in zip(*parts, strict=True):
+                held = some.clone()
+                some.copy_(others)
+                others.copy_(held)
 
     def show(self, place: float | None, weights: Sequence[Tensor]) -> None:
         """Write other weights into the parameters.
@@ -192,14 +206,18 @@ class Block:
         for param, view, other in zip(params, self.averages, others, strict=True):
             param.copy_(between(view, other, abs(place)))
 
-    def slopes(self, grads: Sequence[Tensor]) -> Tensor:
-        """``g · Δw`` on the ways from the good weights to the average and on to those in place."""
-        good, found = self.layout.views(self.good), []
-        tensors = zip(map(local, grads), map(local, self.params), self.averages, good, strict=True)
-        for grad, param, view, then in tensors:
-            grad = grad.to(view.dtype)
-            found.append(torch.stack([(grad * (view - then)).sum(), (grad * (param - view)).sum()]))
-        return torch.stack(found).sum(0)
+    def slopes(self, index: int, grad: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """A parameter's ``g · Δw`` on the ways from good weights to the average, and to others.
+
+        Args:
+            index: Its number.
+            grad: g.
+            weights: The others, a tensor for each parameter.
+        """
+        average, good = self.averages[index], self.layout.views(self.good)[index]
+        grad = local(grad).to(average.dtype)
+        ways = average - good, weights[index] - average
+        return torch.stack([(grad * way).sum() for way in ways])
 
     def average_towards(self, share: float) -> None:
         """Take the parameters into their average, in place."""
@@ -276,20 +294,24 @@ class Block:
 
     def begin(self) -> None:
         """Take the weights as they are for all that is kept of them."""
-        weights = self.weights()
         for flat in (self.part.average, self.good, self.start):
             if flat is not None:
-                flat.copy_(weights)
+                self._fill(flat)
+        kept, scaled = self.slice(self.params), self.scaled(self.params)
         for flat in self.part.recent:
-            flat.copy_(self.cut.take(weights))
-        scaled = self.cut.scaled(weights)
+            flat.copy_(kept)
         for flat in (self.centre, self.mark, *(s.last_params for s in self.secants)):
             flat.copy_(scaled)
+
+    def _fill(self, flat: Tensor) -> None:
+        """Copy the parameters into a vector, one after the other."""
+        for param, view in zip(self.params, self.layout.views(flat), strict=True):
+            view.copy_(local(param))
 
     def snapshot(self, kind: str) -> None:
         """Copy weights as a controller asks for it (:class:`~selftune.control.Action`)."""
         if kind == "iterate":
-            self.good.copy_(self.weights())
+            self._fill(self.good)
         elif kind == "average":
             self.good.copy_(self.part.average)
         elif self.start is not None:

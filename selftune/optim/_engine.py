@@ -150,7 +150,7 @@ class Engine:
 
         Args:
             loss: The outer loss.
-            grads: Its gradients, of every block a tensor for each parameter.
+            grads: Its gradients, of every block what :meth:`taken` kept of each parameter's.
             values: Options and hyperparameters of every block.
             compare: Mean losses at the averaged and at the good weights, over many batches, and
                 the standard error of their difference.
@@ -169,10 +169,14 @@ class Engine:
             signal = self.reducer.outer(found)
         else:
             pairs = zip(self.blocks, grads, strict=True)
-            outer = self._outer([self._mean(b.scaled(g)) for b, g in pairs], gone)
+            outer = self._outer([self._mean(b.joined(g) * b.cut.root) for b, g in pairs], gone)
             state, signal = self.method.hypergradient(self.store.state(), outer)
             self.store.take(state)
         return self.tune(signal, self.shifts.names)
+
+    def taken(self, block: Block, index: int, grad: Tensor) -> Tensor:
+        """What is needed of a parameter's outer gradient: a slice, or all for whole steps."""
+        return grad if self.whole is not None else block.piece(index, grad).clone()
 
     def _mean(self, grads: Tensor) -> Tensor:
         """Over processes, so that the length is that of the mean gradient; not of shards."""
@@ -210,8 +214,7 @@ class Engine:
             self._snapshot(action.snapshot)
         if action.rewind is None:
             return False
-        good = [b.good.to(b.part.average) for b in self.blocks]
-        step = self.clock.steps
+        good, step = [b.good for b in self.blocks], self.clock.steps
         state = self.method.rewind(self.store.state(), good, step)
         self.store.take(state)
         for block, part in zip(self.blocks, state.parts, strict=True):

@@ -6,8 +6,10 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,10 @@ from selftune.optim._reducer import is_sharded
 log = logging.getLogger("selftune")
 
 Closure = Callable[[], Tensor]
-Gradients = list[list[Tensor]]
-"""Of every block, a tensor for each parameter."""
+Taken = list[list[Tensor]]
+"""Of every block, what was taken of the gradient of each parameter."""
+Take = Callable[[Block, int, Tensor], Tensor]
+"""Takes what is needed of a gradient: the block, the parameter's number in it, and the gradient."""
 RARER = 200
 """Steps of the run for every batch of which slopes are taken at its end, at each place."""
 
@@ -41,8 +45,10 @@ class OuterLoss:
     engine: Engine
 
     @contextmanager
-    def showing(self, place: float | None, *, live: bool = False) -> Iterator[None]:
-        """Other weights and their statistics in place, for a while.
+    def showing(
+        self, place: float | None, *, live: bool = False
+    ) -> Iterator[Sequence[Sequence[Tensor]]]:
+        """Other weights and their statistics in place, for a while; gives copies of the present.
 
         Args:
             place: Where.
@@ -56,7 +62,7 @@ class OuterLoss:
         buffers = self.engine.buffers
         try:
             with self._statistics(buffers.average if live else buffers.at(place or 0.0)):
-                yield
+                yield kept
         finally:
             with torch.no_grad():
                 for block, weights in zip(blocks, kept, strict=True):
@@ -96,22 +102,29 @@ class OuterLoss:
                 with torch.no_grad():
                     buffers.exchange(statistics)
 
-    def gradients(self, closure: Closure) -> tuple[Tensor, Gradients]:
-        """The loss at the average, and its gradients."""
-        return self._gradients(closure, self._average())
+    def gradients(self, closure: Closure) -> tuple[Tensor, Taken]:
+        """The loss at the average, and what the engine needs of its gradients."""
+        return self._gradients(closure, self._average(), self.engine.taken)
 
     def first(self, closure: Closure) -> Tensor:
         """The loss where the run began; after a sweep that is proven, at the good weights."""
-        place = None if self.engine.controller.unproven else -1.0
-        return self._gradients(closure, self.showing(place, live=True))[0]
+        engine = self.engine
+        age = engine.clock.steps - engine.clock.since
+        shown: AbstractContextManager[Any] = self._average()
+        if not engine.controller.sweeping and age >= engine.stride:  # the average has moved
+            shown = self.showing(None if engine.controller.unproven else -1.0, live=True)
+        return self._gradients(closure, shown)[0]
 
     def _gradients(
-        self, closure: Closure, shown: AbstractContextManager[None]
-    ) -> tuple[Tensor, Gradients]:
+        self,
+        closure: Closure,
+        shown: AbstractContextManager[Any],
+        take: Take | None = None,
+    ) -> tuple[Tensor, Taken]:
         with shown, self.engine.buffers.apart(), torch.enable_grad():
             loss = _asked(closure)
             check_outer_loss(loss)
-            return loss.detach(), outer_gradients(loss, self.engine.blocks)
+            return loss.detach(), outer_gradients(loss, self.engine.blocks, take or _nothing)
 
     def random(self) -> AbstractContextManager[None]:
         """Leaves the random streams alone."""
@@ -186,11 +199,19 @@ class OuterLoss:
         with self.random():
             for _ in range(max(2, self.engine.shifts.horizon // RARER)):
                 for place in places:
-                    _, grads = self._gradients(closure, self.showing(place))
-                    ways = [b.slopes(g) for b, g in zip(self.engine.blocks, grads, strict=True)]
-                    found.append(torch.stack(ways).sum(0))
-        slopes = self.engine.reducer.outer(torch.stack(found)).to("cpu", torch.float64)
-        return slopes.view(-1, len(places), 2).movedim(0, -1)
+                    found.append(self._slopes_at(closure, place))
+        sums = self.engine.reducer.outer(torch.stack(found)).to("cpu", torch.float64)
+        return sums.view(-1, len(places), 2).movedim(0, -1)
+
+    def _slopes_at(self, closure: Closure, place: float) -> Tensor:
+        with self.showing(place) as weights:
+            kept = {id(b): w for b, w in zip(self.engine.blocks, weights, strict=True)}
+
+            def along(block: Block, index: int, grad: Tensor) -> Tensor:
+                return block.slopes(index, grad, kept[id(block)])
+
+            found = self._gradients(closure, nullcontext(), along)[1]
+        return torch.stack([s for slopes in found for s in slopes]).sum(0)
 
 
 def _asked(closure: Closure) -> Tensor:
@@ -203,29 +224,44 @@ def _asked(closure: Closure) -> Tensor:
         ) from error
 
 
-def outer_gradients(loss: Tensor, blocks: Sequence[Block]) -> Gradients:
-    """The gradients of every block, zeros where the loss does not depend on a parameter.
+def _nothing(block: Block, index: int, grad: Tensor) -> Tensor:
+    return grad.new_empty(0)
+
+
+def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take) -> Taken:
+    """What is taken of the gradients of every block, of zeros where the loss does not depend.
+
+    A gradient is let go as soon as that is taken, so that they never lie side by side.
 
     Raises:
-        ValueError: The loss depends on none of them.
+        ValueError: The loss depends on none of the parameters.
     """
-    grads = _gradients(loss, [p for b in blocks for p in b.params])
-    check_dependence(list(grads.values()))
-    return [
-        [torch.zeros_like(p) if (g := grads.get(p)) is None else g for p in b.params]
-        for b in blocks
-    ]
+    places = {p: (b, i) for b in blocks for i, p in enumerate(b.params)}
+    found: dict[Tensor, Tensor] = {}
+
+    def seen(param: Tensor, grad: Tensor) -> Tensor:
+        found[param] = take(*places[param], grad.detach())
+        return grad.new_zeros(()).expand_as(grad)  # in place of it, and of no size
+
+    _differentiate(loss, [p for p in places if p.requires_grad], seen)
+    check_dependence([found.get(p) for p in places])
+    for param, (block, index) in places.items():
+        if param not in found:
+            found[param] = take(block, index, torch.zeros_like(param))
+    return [[found[p] for p in b.params] for b in blocks]
 
 
-def _gradients(loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
-    """Gradients of a loss that leave ``.grad`` as it was.
+def _differentiate(
+    loss: Tensor, leaves: Sequence[Tensor], seen: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Show gradients of a loss, which leave ``.grad`` as it was.
 
     Sharded parameters get theirs only through ``backward``, whose hooks reduce them.
     """
-    leaves = [p for p in params if p.requires_grad]
     if not any(is_sharded(p) for p in leaves):
+        handles = [p.register_hook(partial(seen, p)) for p in leaves]
         try:
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+            torch.autograd.grad(loss, leaves, allow_unused=True)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -233,13 +269,18 @@ def _gradients(loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor | 
                 "closure returned a loss whose graph is gone: return it without calling "
                 "backward, hyper_step takes its gradient"
             ) from error
-        return dict(zip(leaves, found, strict=True))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return
     kept = [p.grad for p in leaves]
     for param in leaves:
         param.grad = None
     try:
         loss.backward()
-        return {p: p.grad for p in leaves}
+        for param in leaves:
+            if param.grad is not None:
+                seen(param, param.grad)
     finally:
         for param, grad in zip(leaves, kept, strict=True):
             param.grad = grad

@@ -76,9 +76,7 @@ class Snapshots:
             raw_before: Where raw hyperparameters return to before.
         """
         mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
-        averages = [p.average for p in mine.method.parts]
-        pairs = zip(self.weights, averages, strict=True)
-        good = [self.part(t, member).to(average) for t, average in pairs]
+        good = [self.part(t, member) for t in self.weights]
         for weights, then in zip(mine.weights, good, strict=True):
             weights.copy_(then)
         for held in (mine.buffers, mine.average_buffers):
