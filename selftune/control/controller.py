@@ -90,7 +90,7 @@ class Action(NamedTuple):
     Attributes:
         skip: Leave out the step at hand.
         snapshot: First of all copy weights to the good ones: ``"iterate"`` those in place,
-            ``"average"`` the average, ``"start"`` those of the start of the run.
+            ``"average"`` the average.
         rewind: Then return to the good weights and begin anew, with raw values moved by so much.
         reason: Why, for the log; empty where the rewind is part of the plan.
     """
@@ -99,6 +99,14 @@ class Action(NamedTuple):
     snapshot: str = ""
     rewind: Mapping[str, float] | None = None
     reason: str = ""
+
+    @property
+    def planned(self) -> bool:
+        """Whether a rewind belongs to the sweep, in which the average stays where the run began.
+
+        It then becomes the last good weights, until a loss proves that the sweep led downhill.
+        """
+        return self.rewind is not None and not self.reason
 
 
 @dataclass(kw_only=True)
@@ -140,13 +148,16 @@ class Controller:
         assert self.sweep is not None
         lowered = self.sweep.lowered
         lowest = self.sweep.observe(record.slope, record.start)
-        moves: Mapping[str, float] | None = None if self.sweep.lowered == lowered else {}
+        snapshot = "iterate" if lowest else ""
+        moves: Mapping[str, float] | None = None
+        if self.sweep.lowered != lowered:  # from the start again
+            snapshot, moves = "average", {}
         if self.sweep.ended:
             moves = self.sweep.moves(record.values, self.hparams, self.total_steps)
             log.info(
                 "sweep: %d steps, learning rate times %.3g", self.sweep.taken, self.sweep.choice
             )
-        return Action(snapshot="iterate" if lowest else "", rewind=moves)
+        return Action(snapshot=snapshot, rewind=moves)
 
     def _gradient(self, record: Gradient) -> Action:
         return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
@@ -169,22 +180,23 @@ class Controller:
         action = self._judged(verdict, "the training loss exploded or is not finite")
         if action.rewind is not None:
             return self._undone(action)
-        if self.sweep is not None and self._guard.training_count > PROOF:
+        if self.unproven and self._guard.training_count > PROOF:
+            assert self.sweep is not None
             self.sweep.proven = True
+            return action if self._guard.lost else action._replace(snapshot="average")
         return action
 
     @property
     def unproven(self) -> bool:
-        """Whether no loss has shown yet that the sweep led downhill."""
+        """Whether no loss has shown yet that the sweep led downhill; good weights are the start."""
         return self.guard is not None and self.sweep is not None and not self.sweep.proven
 
     def _undone(self, action: Action) -> Action:
-        """A rewind that goes back to before the sweep, if nothing has proven that."""
-        if not self.unproven:
-            return action
-        assert self.sweep is not None
-        self.sweep.proven = True
-        return action._replace(snapshot="start")
+        """A rewind, which goes back to before the sweep if nothing has proven that."""
+        if self.unproven:
+            assert self.sweep is not None
+            self.sweep.proven = True
+        return action
 
     def _hypergradient(self, record: Hypergradient) -> Action:
         action = self._judged(
@@ -195,12 +207,13 @@ class Controller:
         return action._replace(rewind={}) if first else action
 
     def _validation_loss(self, record: ValidationLoss) -> Action:
-        guard, loss = self._guard, record.loss
+        guard, loss, proof = self._guard, record.loss, False
         if self.unproven and not self.sweeping:
             assert self.sweep is not None
             if math.isfinite(loss) and loss > guard.start + PROVEN * abs(guard.start):
                 return self._undone(self._rewind("the sweep led uphill", worsened=True))
             self.sweep.proven = math.isfinite(loss)
+            proof = loss <= guard.start
         verdict = guard.validation_loss(loss)
         # A few unlucky batches look like a loss that has worsened, or, beside a lucky first one,
         # exploded.
@@ -209,7 +222,7 @@ class Controller:
             return self._rewind(
                 f"the validation loss has {how}, to {loss:.4g}", worsened=not guard.exploded
             )
-        return Action(snapshot=verdict) if verdict == "average" else Action()
+        return Action(snapshot="average") if proof or verdict == "average" else Action()
 
     @property
     def _guard(self) -> Guard:

@@ -265,8 +265,8 @@ class SelfTuningOptimizer(Container):
             average            0.20       1.00  where the validation loss is measured
             sensitivities      0.09       0.45  of 1/11 of the weights, to hyperparameters
             displacement       0.04       0.18  limits the rate
-            last good weights  0.40       2.00  to return to when a run blows up or worsens
-            in all             1.13       5.64  beside the weights
+            last good weights  0.20       1.00  to return to when a run blows up or worsens
+            in all             0.93       4.64  beside the weights
         """
         with torch.no_grad():
             blocks = self._blocks()

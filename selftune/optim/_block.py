@@ -44,7 +44,6 @@ class Block:
         part: What the method keeps; its ``params`` are empty between steps.
         averages: The average, a view for every parameter.
         good: The last good weights.
-        start: Weights of the start, until the run is known to lead downhill from there; or None.
         centre: Of the displacement.
         mark: Of the displacement.
         secants: Of stiff directions; or nothing.
@@ -79,7 +78,6 @@ class Block:
         self.part = sensitivities.begin(weights, values, cut, tensors=tensors, fresh=True)
         weights = self.part.average
         self.good = copy(weights, snapshots)
-        self.start: Tensor | None = copy(weights, snapshots)
         kept = cut.scaled(weights)
         self.centre, self.mark = kept.clone(), kept.clone()
         self.secants = [Secants.begin(kept, pairs)] if pairs else []
@@ -191,16 +189,13 @@ class Block:
                 some.copy_(others)
                 others.copy_(held)
 
-    def show(self, place: float | None, weights: Sequence[Tensor]) -> None:
+    def show(self, place: float, weights: Sequence[Tensor]) -> None:
         """Write other weights into the parameters.
 
         Args:
-            place: -1 the good weights, 0 the average, 1 ``weights``; None where the run began.
+            place: -1 the good weights, 0 the average, 1 ``weights``.
             weights: Those in place.
         """
-        if place is None:
-            self.put(self.layout.views(self.good if self.start is None else self.start))
-            return
         others = weights if place > 0 else self.layout.views(self.good)
         params = map(local, self.params)
         for param, view, other in zip(params, self.averages, others, strict=True):
@@ -294,9 +289,8 @@ class Block:
 
     def begin(self) -> None:
         """Take the weights as they are for all that is kept of them."""
-        for flat in (self.part.average, self.good, self.start):
-            if flat is not None:
-                self._fill(flat)
+        for flat in (self.part.average, self.good):
+            self._fill(flat)
         kept, scaled = self.slice(self.params), self.scaled(self.params)
         for flat in self.part.recent:
             flat.copy_(kept)
@@ -312,15 +306,23 @@ class Block:
         """Copy weights as a controller asks for it (:class:`~selftune.control.Action`)."""
         if kind == "iterate":
             self._fill(self.good)
-        elif kind == "average":
+        else:
             self.good.copy_(self.part.average)
-        elif self.start is not None:
-            self.good.copy_(self.start)
+
+    def go_back(self, *, start_is_good: bool) -> None:
+        """Return weights and average to the last good ones.
+
+        Args:
+            start_is_good: Whether the average, which is where the run began, becomes those.
+        """
+        self.layout.write(self.good, self.params)
+        if start_is_good:
+            self.good.copy_(self.part.average)
+        self._fill(self.part.average)
 
     def rewound(self, part: Part) -> None:
-        """Go on from the good weights, with a fresh rule state."""
+        """Go on with a fresh rule state."""
         self.part = part._replace(params=part.average.new_empty(0))
-        self.layout.write(self.good, self.params)
         self._stale = True
         self._steps.zero_()
         self._ages, self._lead = [0.0] * len(self._ages), 0

@@ -35,7 +35,6 @@ class Buffers:
         self.layers: list[nn.Module] = []
         self.foreign: list[nn.Module] = []
         self.average: list[Tensor] = []
-        self.start: list[Tensor] = []
         self.good: list[Tensor] = []
         self._every = every
         self.shown = False
@@ -56,7 +55,7 @@ class Buffers:
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
-                for kept in (self.average, self.start, self.good):
+                for kept in (self.average, self.good):
                     kept += [t.clone() for t in _statistics(layer)]
 
     @contextmanager
@@ -194,13 +193,13 @@ class Buffers:
 
     def begin(self) -> None:
         """Take the modules' statistics as they are for averaged and good ones."""
-        for kept in (self.average, self.start, self.good):
+        for kept in (self.average, self.good):
             for tensor, now in zip(kept, self.tensors(), strict=True):
                 tensor.copy_(now)
 
-    def keep(self, *, start: bool = False) -> None:
-        """Copy the averaged statistics, or those of the start, into the last-good snapshot."""
-        for kept, now in zip(self.good, self.start if start else self.average, strict=True):
+    def keep(self) -> None:
+        """Copy the averaged statistics into the last-good snapshot."""
+        for kept, now in zip(self.good, self.average, strict=True):
             kept.copy_(now)
 
     def restore(self, first: int = 0) -> None:
@@ -211,12 +210,11 @@ class Buffers:
                 tensor.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged and good statistics, and those of the start."""
+        """The averaged and good statistics."""
         if self._saved is not None:
             return self._saved
         return {
             "average": [t.clone() for t in self.average],
-            "start": [t.clone() for t in self.start],
             "good": [t.clone() for t in self.good],
             "own": self._own,
             "foreign": len(self.foreign),
@@ -226,7 +224,7 @@ class Buffers:
         """Continue from ``state_dict``; before the layers are found, it waits for them."""
         self._saved = None if self.layers or not state["average"] else state
         self._own, self._strangers = state["own"], state["foreign"]
-        for name in ("average", "start", "good"):
+        for name in ("average", "good"):
             mine, saved = getattr(self, name), state[name]
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 for tensor, value in zip(mine, saved, strict=True):

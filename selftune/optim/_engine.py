@@ -214,8 +214,11 @@ class Engine:
             self._snapshot(action.snapshot)
         if action.rewind is None:
             return False
-        good, step = [b.good for b in self.blocks], self.clock.steps
-        state = self.method.rewind(self.store.state(), good, step)
+        step = self.clock.steps
+        for block in self.blocks:
+            block.go_back(start_is_good=action.planned)
+        averages = [b.part.average for b in self.blocks]
+        state = self.method.rewind(self.store.state(), averages, step)
         self.store.take(state)
         for block, part in zip(self.blocks, state.parts, strict=True):
             block.rewound(part)
@@ -237,7 +240,4 @@ class Engine:
     def _snapshot(self, kind: str) -> None:
         for block in self.blocks:
             block.snapshot(kind)
-        self.buffers.keep(start=kind == "start")
-        if kind == "average" and not self.controller.unproven:
-            for block in self.blocks:
-                block.start = None
+        self.buffers.keep()

@@ -69,7 +69,9 @@ def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
         "stiff directions": (
             (t for b in blocks for s in b.secants for t in s), "for weight decay and penalties"
         ),
-        "last good weights": (_good(blocks), "to return to when a run blows up or worsens"),
+        "last good weights": (
+            (b.good for b in blocks), "to return to when a run blows up or worsens"
+        ),
     }  # fmt: skip
     entries = [Entry(name, _bytes(tensors), why) for name, (tensors, why) in kinds.items()]
     weights = _bytes(p for b in blocks for p in b.params)
@@ -99,13 +101,6 @@ def _rows(blocks: list[Block]) -> Iterator[Tensor]:
         yield from (*part.averaged, *part.recent, *part.tangents.params)
         for state in part.tangents.state.values():
             yield from state.values()
-
-
-def _good(blocks: list[Block]) -> Iterator[Tensor]:
-    for block in blocks:
-        yield block.good
-        if block.start is not None:
-            yield block.start
 
 
 def tensors_of(state: object) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ class OuterLoss:
     """Calls the user's closure with other weights in place.
 
     Where these lie is a number: -1 the last good weights, 0 the average, 1 those in place, or
-    between two of them; None: where the run began.
+    between two of them.
 
     Args:
         engine: Holds the weights and the statistics of BatchNorm.
@@ -45,9 +45,7 @@ class OuterLoss:
     engine: Engine
 
     @contextmanager
-    def showing(
-        self, place: float | None, *, live: bool = False
-    ) -> Iterator[Sequence[Sequence[Tensor]]]:
+    def showing(self, place: float, *, live: bool = False) -> Iterator[Sequence[Sequence[Tensor]]]:
         """Other weights and their statistics in place, for a while; gives copies of the present.
 
         Args:
@@ -61,7 +59,7 @@ class OuterLoss:
                 block.show(place, weights)
         buffers = self.engine.buffers
         try:
-            with self._statistics(buffers.average if live else buffers.at(place or 0.0)):
+            with self._statistics(buffers.average if live else buffers.at(place)):
                 yield kept
         finally:
             with torch.no_grad():
@@ -107,12 +105,12 @@ class OuterLoss:
         return self._gradients(closure, self._average(), self.engine.taken)
 
     def first(self, closure: Closure) -> Tensor:
-        """The loss where the run began; after a sweep that is proven, at the good weights."""
+        """The loss where the run began, or at the good weights if that was long ago."""
         engine = self.engine
         age = engine.clock.steps - engine.clock.since
         shown: AbstractContextManager[Any] = self._average()
         if not engine.controller.sweeping and age >= engine.stride:  # the average has moved
-            shown = self.showing(None if engine.controller.unproven else -1.0, live=True)
+            shown = self.showing(-1.0, live=True)
         return self._gradients(closure, shown)[0]
 
     def _gradients(

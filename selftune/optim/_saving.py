@@ -36,7 +36,6 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "controller": engine.controller.state_dict(),
         "buffers": engine.buffers.state_dict(),
         "looked": engine.looked,
-        "start": [b.start.clone() for b in engine.blocks if b.start is not None],
         "training_signal": None if signal is None else signal.clone(),
         "slopes": {n: [t.clone() for t in ts] for n, ts in vars(engine.slopes).items()},
     }
@@ -63,8 +62,6 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.buffers.load_state_dict(run["buffers"])
     engine.buffers.expect(p for block in engine.blocks for p in block.params)
     engine.looked = run["looked"]
-    for number, block in enumerate(engine.blocks):
-        block.start = run["start"][number].to(block.good, copy=True) if run["start"] else None
 
 
 def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:
@@ -132,7 +129,7 @@ def check_state(
         _match(f"number of tensors for {name!r}", len(base), have)
 
 
-OPEN = ("groups", "buffers", "start", "training_signal", "slopes", "optimizer")
+OPEN = ("groups", "buffers", "training_signal", "slopes", "optimizer")
 """Parts whose size depends on how far the run is."""
 
 

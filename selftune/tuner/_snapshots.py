@@ -16,7 +16,7 @@ from selftune.tuner._steps import RunState
 
 
 class Snapshots:
-    """Copies of weights and buffers: the last good ones, and those of the start for a while.
+    """Copies of weights and buffers: the last good ones.
 
     Args:
         run: The run, whose tensors may have a leading dimension of members.
@@ -27,8 +27,6 @@ class Snapshots:
     Attributes:
         weights: The last good ones.
         buffers: Those that belong to them.
-        start: Weights and buffers of the start, until the run is known to lead downhill from
-            there; or nothing.
         rewound: Called after a return to the good weights.
     """
 
@@ -38,7 +36,6 @@ class Snapshots:
         self.rewound: list[Callable[[], None]] = []
         self.weights = [copy(t, where) for t in run.averages]
         self.buffers = [t.clone() for t in run.average_buffers]
-        self.start = [] if members else [t.clone() for t in (*self.weights, *self.buffers)]
 
     def part(self, tensor: Tensor, member: int) -> Tensor:
         """A member's part of a tensor of the run."""
@@ -53,13 +50,8 @@ class Snapshots:
         good, present = [*self.weights, *self.buffers], self._present()
         if kind == "iterate":
             present[: len(self.weights)] = self.run.weights
-        source = self.start if kind == "start" and self.start else present
-        for target, tensor in zip(good, source, strict=True):
+        for target, tensor in zip(good, present, strict=True):
             self.part(target, member).copy_(self.part(tensor, member))
-
-    def drop_start(self) -> None:
-        """Keep the weights of the start no longer."""
-        self.start = []
 
     @torch.no_grad()
     def rewind(
@@ -67,6 +59,8 @@ class Snapshots:
         moves: Mapping[str, float],
         member: int = 0,
         raw_before: Sequence[float] | None = None,
+        *,
+        start_is_good: bool = False,
     ) -> None:
         """Return to the good weights, begin anew, and move raw hyperparameters.
 
@@ -74,15 +68,20 @@ class Snapshots:
             moves: By how much, by name.
             member: Of a population.
             raw_before: Where raw hyperparameters return to before.
+            start_is_good: Whether the average, which is where the run began, becomes the good
+                weights.
         """
         mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
-        good = [self.part(t, member) for t in self.weights]
-        for weights, then in zip(mine.weights, good, strict=True):
+        kept = [self.part(t, member) for t in self.weights]
+        for weights, average, then in zip(mine.weights, mine.averages, kept, strict=True):
             weights.copy_(then)
+            if start_is_good:
+                then.copy_(average)
+            average.copy_(weights)
         for held in (mine.buffers, mine.average_buffers):
             for tensor, then in zip(held, self.buffers, strict=True):
                 tensor.copy_(self.part(then, member))
-        state = self._method.rewind(mine.method, good, mine.step)
+        state = self._method.rewind(mine.method, mine.averages, mine.step)
         hyper, frame = self._method.hyper, self._method.hyper.frame(mine.step.device)
         raw = state.hyper.raw
         if raw_before is not None:
@@ -107,11 +106,10 @@ class Snapshots:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Continue from ``state_dict``."""
-        self.start = self.start if state["start"] else []
         for name, tensors in self.state_dict().items():
             for tensor, value in zip(tensors, state[name], strict=True):
                 tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshots."""
-        return {"good": self.weights, "buffers": self.buffers, "start": self.start}
+        return {"good": self.weights, "buffers": self.buffers}

@@ -204,9 +204,7 @@ class Watch:
     def _carry_out(self, step: int, member: int, action: Action, raw: list[float] | None) -> bool:
         if action.snapshot:
             self._snapshots.take(action.snapshot, member)
-            self._good_at[member] = 0 if action.snapshot == "start" else step
-            if action.snapshot == "average" and not self.controllers[member].unproven:
-                self._snapshots.drop_start()
+            self._good_at[member] = step
         if action.rewind is None:
             return False
         self._snapshots.rewind(action.rewind, member, raw)

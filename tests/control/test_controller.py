@@ -103,24 +103,32 @@ def unproven(**policy: float) -> Controller:
 
 @pytest.mark.parametrize(("loss", "lost"), [(1.05, False), (1.2, True), (7e3, True)])
 def test_a_validation_loss_proves_a_sweep_or_takes_it_back(loss: float, lost: bool) -> None:
-    """Law: a rewind goes back to the start of the run until then; a tenth more is noise."""
+    """Law: a tenth more than at the start, which is good until then, is noise."""
     controller = unproven()
     action = controller.observe(ValidationLoss(loss, never))
     assert not controller.unproven
-    assert (action.snapshot == "start") == (action.rewind is not None) == lost
+    assert action.snapshot == ""
+    assert (action.rewind is not None) == lost
     assert controller.observe(ValidationLoss(0.9, never)).rewind is None
+
+
+def test_weights_are_good_as_soon_as_a_loss_proves_the_sweep() -> None:
+    """Law: they are no worse than the start, which was good."""
+    controller = unproven()
+    assert controller.observe(ValidationLoss(0.99, never)) == Action(snapshot="average")
 
 
 def test_training_losses_prove_a_sweep_or_take_it_back() -> None:
     """Law: ten of them without an alarm; one far above the first is an alarm."""
     controller = unproven()
-    for _ in range(11):
-        assert controller.unproven
+    for _ in range(10):
         assert controller.observe(TrainingLoss(0.9)) == Action()
+        assert controller.unproven
+    assert controller.observe(TrainingLoss(0.9)) == Action(snapshot="average")
     assert not controller.unproven
     controller = unproven()
     action = controller.observe(TrainingLoss(50.0))
-    assert action.snapshot == "start"
+    assert action.snapshot == ""
     assert action.rewind is not None
 
 
