@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -93,3 +94,65 @@ def test_a_wrong_place_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="snapshots='disk' must be 'device', 'host' or 'bf16'"):
             make()
+
+
+def test_a_closure_sees_the_average_and_leaves_no_trace() -> None:
+    """Law: weights and average change places, also where the closure fails or looks itself."""
+    net, opt = trained("AdamW", probe=False, every=1)
+    net(torch.randn(4, 50)).square().mean().backward()
+    opt.step()
+    with opt.averaged():
+        average = [p.detach().clone() for p in net.parameters()]
+    weights = [p.detach().clone() for p in net.parameters()]
+    seen: list[Tensor] = []
+
+    def closure(*, fails: bool = False) -> Tensor:
+        with opt.averaged():
+            seen[:] = [p.detach().clone() for p in net.parameters()]
+        if fails:
+            raise KeyError("of the user")
+        return net(torch.ones(2, 50)).square().mean()
+
+    def same(some: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(net.parameters(), some, strict=True))
+
+    with pytest.raises(KeyError, match="of the user"):
+        opt.hyper_step(lambda: closure(fails=True))
+    assert same(weights)
+    opt.hyper_step(closure)
+    assert same(weights)
+    assert all(torch.equal(a, b) for a, b in zip(seen, average, strict=True))
+    with opt.averaged():
+        assert same(average)
+
+
+def test_outer_gradients_never_lie_side_by_side() -> None:
+    """Count of live tensors of a parameter's size while the validation loss is differentiated."""
+    layers = [nn.Linear(200, 200, bias=False) for _ in range(12)]
+    net = nn.Sequential(*layers)
+    opt = st.AdamW(net, probe=False, every=1)
+    net(torch.randn(2, 200)).square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+    alive: list[int] = []
+    handles = [layer.weight.register_hook(lambda g: alive.append(matrices())) for layer in layers]
+    opt.hyper_step(lambda: net(torch.randn(2, 200)).square().mean())  # looks at the start first
+    net(torch.randn(2, 200)).square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+    alive.clear()
+    before = matrices()
+    opt.hyper_step(lambda: net(torch.randn(2, 200)).square().mean())
+    for handle in handles:
+        handle.remove()
+    assert len(alive) == 12
+    assert max(alive) <= before + 2  # the gradient at hand
+
+
+def matrices() -> int:
+    """How many tensors of the layers' size have memory of their own."""
+    found = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    large = {
+        t.untyped_storage().data_ptr() for t in found if t.untyped_storage().nbytes() >= 160_000
+    }
+    return len(large)
