@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from selftune.method.settings import SliceSettings
+from selftune.method.slices import choose
+
+SHARE, LARGE = 1 / 10, SliceSettings(least=1, each=256)
+"""Of large tensors so many weights are enough, and all of small ones, whose slopes are steep."""
+
 
 @dataclass
 class Slopes:
-    """Gradients and weights of the last step, part by part; nothing before the first.
+    """Gradients and weights of the last step, tensor by tensor; nothing before the first.
+
+    Of large tensors these are slices, whose slopes estimate those of the whole.
 
     Attributes:
         grads: Gradients at its start.
@@ -30,15 +38,20 @@ class Slopes:
         """The slopes g · Δw at the start and at the end of the step that led here.
 
         Args:
-            grads: Gradients here, of a batch that the step has not seen; copied.
-            weights: Weights here; copied.
+            grads: Gradients here, of a batch that the step has not seen.
+            weights: Weights here.
             reduce: Sums products over processes that hold parts of the weights.
 
         Returns:
             None at the first step, or where parts were added.
         """
         before = Slopes(self.grads, self.weights)
-        self.grads, self.weights = [g.clone() for g in grads], [w.clone() for w in weights]
+        cuts = choose([[w.shape] for w in weights], SHARE, LARGE)
+        grads, weights = (
+            [_kept(cut.scaled(t)) for cut, t in zip(cuts, tensors, strict=True)]
+            for tensors in (grads, weights)
+        )
+        self.grads, self.weights = grads, weights
         if [w.shape for w in before.weights] != [w.shape for w in weights]:
             return None
         moves = [now - then for then, now in zip(before.weights, weights, strict=True)]
@@ -52,3 +65,8 @@ class Slopes:
     def forget(self) -> None:
         """Begin anew."""
         self.grads, self.weights = [], []
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy, in float32 at least."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from selftune._flat import local
 from selftune.control import Action, Activity, Gradient, SweepSlope
 from selftune.method import Moment, live_units
 from selftune.optim._block import Block
@@ -221,13 +222,15 @@ class WeightSteps:
 
     def _slopes(self, found: Sequence[Sequence[Tensor]] | None) -> tuple[float, float] | None:
         engine = self._engine
-        weights = [b.scaled(b.params) for b in self._blocks]
+        weights = [local(p) for b in self._blocks for p in b.params]
         if found is None:
-            grads = engine.method.cut([g for g, _ in self._grads])
+            pairs = zip(self._blocks, self._grads, strict=True)
+            grads = [t for b, (g, _) in pairs for t in b.layout.views(g)]
         else:
             grads = [
-                b.scaled(g) * _sign(v)
-                for b, g, v in zip(self._blocks, found, self._values, strict=True)
+                -g if v.get("maximize") else g
+                for v, part in zip(self._values, found, strict=True)
+                for g in part
             ]
         return engine.slopes.along(grads, weights, engine.reducer.total)
 

@@ -41,7 +41,7 @@ def sweep(
     assert state is not None
     while not state.ended:
         passed = steps.gradient(run, batch())
-        found = slopes.along(steps.method.cut(passed[1]), steps.method.cut(run.weights))
+        found = slopes.along(steps.views(passed[1]), steps.views(run.weights))
         if found is not None:
             values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
             action = controller.observe(SweepSlope(found[1], values, found[0]))
