@@ -93,6 +93,8 @@ Without the guard there is no displacement limit either.
 """
 
 OTHERS: dict[str, Options] = {
+    "sensitivities of all weights": {"tangents": None, "snapshots": "device"},
+    "sensitivities of a twentieth of the weights": {"tangents": 1 / 20},
     "average over 12 steps": {"average": st.Average(0.92)},
     "average over 25 steps": {"average": st.Average(0.96)},
     "average over 100 steps": {"average": st.Average(0.99)},

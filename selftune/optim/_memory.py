@@ -79,7 +79,14 @@ def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(_size(t) for t in tensors)
+
+
+def _size(tensor: Tensor) -> int:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None or type(tensor) is Tensor:
+        return tensor.numel() * tensor.element_size()
+    return sum(_size(getattr(tensor, name)) for name in flatten()[0])  # 8-bit state, say
 
 
 def _share(blocks: list[Block]) -> str:

@@ -184,15 +184,15 @@ class InnerStepper(AbstractStepper):
     def _shown_step(self, moments: Sequence[Moment]) -> list[float]:
         """A step of the inner optimizer with the tuned values in its groups; returns the rates."""
         rates = [float(learning_rate(m.values, m.clock)) for m in moments]
-        shown = [(g["lr"], g["weight_decay"]) for g in self._inner.param_groups]
+        shown = [(_number(g["lr"]), g["weight_decay"]) for g in self._inner.param_groups]
         for moment, rate in zip(moments, rates, strict=True):
             group = self._inner.param_groups[moment.values["index"]]
-            group["lr"], group["weight_decay"] = rate, moment.values["weight_decay"]
+            _show(group, rate, moment.values["weight_decay"])
         try:
             self._step()
         finally:
             for group, (lr, decay) in zip(self._inner.param_groups, shown, strict=True):
-                group["lr"], group["weight_decay"] = lr, decay
+                _show(group, lr, decay)
         return rates
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
@@ -245,6 +245,20 @@ class InnerStepper(AbstractStepper):
             if "inner" in entry:
                 self._inner.state[param] = dict(entry["inner"])
         self._inner.param_groups = groups
+
+
+def _number(rate: Any) -> Any:
+    """A copy of a rate that is kept in a tensor."""
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def _show(group: dict[str, Any], rate: Any, decay: Any) -> None:
+    """Write into a group; a rate in a tensor (torchao, ``capturable``) stays in it."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+    group["weight_decay"] = decay
 
 
 def _plain_gradients(blocks: Sequence[Block]) -> list[list[Tensor]] | None:

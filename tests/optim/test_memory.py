@@ -59,6 +59,26 @@ def test_the_state_of_an_optimizer_from_outside_counts() -> None:
     assert rule.size < 2000
 
 
+def test_a_rate_in_a_tensor_stays_in_it() -> None:
+    """Twin: the same optimizer with a number (torchao's refuse a rate that is none)."""
+    ends = []
+    for rate in (torch.tensor(0.1), 0.1):
+        torch.manual_seed(0)
+        net = nn.Linear(5, 1)
+        inner = torch.optim.SGD(net.parameters(), lr=rate)
+        opt = st.SelfTuning(inner, probe=False)
+        held = inner.param_groups[0]["lr"]
+        for _ in range(12):
+            opt.zero_grad()
+            net(torch.randn(4, 5)).square().mean().backward()
+            opt.step()
+            opt.hyper_step(lambda net=net: net(torch.randn(4, 5)).square().mean())
+        assert isinstance(inner.param_groups[0]["lr"], type(rate))
+        assert inner.param_groups[0]["lr"] is held or isinstance(rate, float)
+        ends.append([float(v) for v in (*net.weight.detach().flatten(), opt.hparams["lr"])])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+
+
 def test_last_good_weights_are_kept_as_asked() -> None:
     """Exactly; in bfloat16, to three digits; small models exactly by default."""
     ends = {}
