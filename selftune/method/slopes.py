@@ -11,7 +11,7 @@ from torch import Tensor
 from selftune.method.settings import SliceSettings
 from selftune.method.slices import choose
 
-SHARE, LARGE = 1 / 10, SliceSettings(least=1, each=256)
+SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
 """Of large tensors so many weights are enough, and all of small ones, whose slopes are steep."""
 
 
@@ -46,7 +46,9 @@ class Slopes:
             None at the first step, or where parts were added.
         """
         before = Slopes(self.grads, self.weights)
-        cuts = choose([[w.shape] for w in weights], SHARE, LARGE)
+        shares = [min(SHARE, MOST / max(1, w.numel())) for w in weights]
+        pairs = zip(weights, shares, strict=True)
+        cuts = [choose([[w.shape]], share, LARGE)[0] for w, share in pairs]
         grads, weights = (
             [_kept(cut.scaled(t)) for cut, t in zip(cuts, tensors, strict=True)]
             for tensors in (grads, weights)
