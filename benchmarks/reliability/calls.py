@@ -46,6 +46,8 @@ TUNING: dict[str, tuple[Any, ...]] = {
     "log_dir": (3, 2.5, object()),
     "distributed": ("no", 3, []),
     "settings": (3, "fast", {}, st.method.MethodSettings),
+    "tangents": (torch.int8, "bf16", 16, 0.0, -0.5, NAN, True),
+    "snapshots": ("disk", 3, True),
     "hyper_rate": SIZE,
     "nothing_like_it": (1,),
 }  # fmt: skip
@@ -69,6 +71,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 TUNER: dict[str, tuple[Any, ...]] = {
     **{n: v for n, v in TUNING.items() if n in (
         "tune", "bounds", "estimator", "average", "every", "probe", "guard", "settings",
+        "tangents", "snapshots",
         "nothing_like_it",
     )},
     "model": (3, "net", nn.Linear, nn.Identity()),
@@ -79,7 +82,6 @@ TUNER: dict[str, tuple[Any, ...]] = {
         {"beta1": 1.0}, {"weight_decay": INF},
     ),
     "penalty": (3, "l1", object()),
-    "tangents": (torch.int8, "bf16", 16),
     "hyper_rate": (NAN, -1.0, 0.0, "0.1"),
     "schedule": ("cosin", 3, None),
     "warmup_steps": (-1, 2.5, NAN, "5"),
