@@ -105,6 +105,7 @@ class Guard:
     policy: GuardPolicy = GuardPolicy()
 
     start: float = math.nan
+    origin: float = math.nan  # the first start: nothing above it is good, also where it is new
     excess: float = 0.0  # above the start without an alarm, since it once proved to be noise
     first: float = math.nan
     mean: float = math.nan
@@ -218,10 +219,16 @@ class Guard:
             self.training_start
         )
 
+    @property
+    def stuck(self) -> bool:
+        """Whether rewinds in a row led to nothing better, however much the rate was cut."""
+        return self.streak >= self.policy.limit
+
     def begin(self, loss: float) -> None:
         """Take the validation loss at the good weights of the start as the yardstick."""
         if math.isnan(self.start) and math.isfinite(loss):
             self.start = loss
+            self.origin = loss if math.isnan(self.origin) else self.origin
 
     def validation_loss(self, loss: float) -> str:
         """Judge a loss at the outer point by its running mean.
@@ -255,7 +262,7 @@ class Guard:
         if self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
             return "rewind"
         # The first means set the yardstick; only weights that beat the start are good.
-        bar = self.start + policy.least * abs(self.start)
+        bar = self.origin + policy.least * abs(self.origin)
         better = self.mean < min(self.best, bar)
         if better or self.count <= policy.fresh:
             self.best, self.best_error = self.mean, error
@@ -296,6 +303,7 @@ class Guard:
         if self.exploded:  # the yardstick was a lucky batch, or noise beside a loss near 0
             above = self.mean - max(self.start, good)
             self.start, self.exploded = max(self.start, good), False
+            self.origin = max(self.origin, good)
             self.excess = max(self.excess, policy.explosion * above)
         self.best = self.lowest = min(now, good)
         self.best_error = 0.0
@@ -322,7 +330,7 @@ class Guard:
         self.training_count = 0
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
         self.liveliest = 0.0
-        if self.streak >= policy.limit:  # cooling does not help, so the yardstick must be wrong
+        if self.stuck:  # cooling does not help, so the yardstick must be wrong
             self.start = self.mean = math.nan
         if worsened:
             return math.log(policy.cool_worsened)

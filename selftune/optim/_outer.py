@@ -152,7 +152,8 @@ class OuterLoss:
         """The final weights of the run, if it ended now."""
         guard = self.engine.controller.guard
         lost = guard is not None and guard.lost and not self.engine.clock.last_validation_step
-        if self.engine.controller.sweeping or lost:  # a sweep is no run to average
+        stuck = guard is not None and guard.stuck
+        if self.engine.controller.sweeping or lost or stuck:  # a sweep is no run to average
             return -1.0
         return self.engine.controller.final.position
 

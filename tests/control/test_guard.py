@@ -247,3 +247,19 @@ def test_the_zero_of_a_training_loss_is_arbitrary_after_a_sweep_too() -> None:
     other = Guard()
     assert not any(other.sweeping_loss(x) for x in (2.0, 2.3, 2.2))
     assert other.training_loss(40.0) == "rewind"
+
+
+def test_nothing_above_the_start_is_ever_good() -> None:
+    """Law: also where rewinds in a row have had the first loss measured anew."""
+    guard = Guard()
+    guard.begin(1.0)
+    for _ in range(guard.policy.limit):
+        assert guard.validation_loss(1e6) == "rewind"
+        guard.rewound(worsened=False)
+    assert guard.stuck
+    verdicts = {guard.validation_loss(1e3 - k) for k in range(20)}
+    assert "average" not in verdicts
+    assert guard.stuck
+    found = [guard.validation_loss(0.5) for _ in range(120)]
+    assert "average" in found
+    assert not guard.stuck
