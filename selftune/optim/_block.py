@@ -224,11 +224,11 @@ class Block:
         A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in
         the average; a parameter that is not trained any more is there as it is.
         """
-        for param, view in zip(map(local, self.params), self.averages, strict=True):
-            if param.requires_grad:
-                view.masked_fill_(param == 0, 0.0)
+        for param, view in zip(self.params, self.averages, strict=True):
+            if param.requires_grad:  # a shard would not say
+                view.masked_fill_(local(param) == 0, 0.0)
             else:
-                view.copy_(param)
+                view.copy_(local(param))
 
     def gradient(self) -> tuple[Tensor, list[bool] | None]:
         """The joined gradients, zeros where there are none, and which there are (None: all).
