@@ -150,6 +150,8 @@ class Block:
 
     def slice(self, tensors: Sequence[Tensor]) -> Tensor:
         """The slice of tensors like the parameters, as the slice of the vector of them all."""
+        if self.cut.stride == 1:
+            return self.layout.flatten(tensors)
         return self.joined([self.piece(i, t) for i, t in enumerate(tensors)])
 
     def piece(self, index: int, tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from selftune.method import Moment, fast_path, propose
 from selftune.optim._block import Block
 from selftune.rules import AbstractRule
-from selftune.rules._base import State, Values
+from selftune.rules._base import InPlace, State, Values
 from selftune.update import Transition, Update, learning_rate
 
 
@@ -73,7 +73,12 @@ class RuleStepper(AbstractStepper):
 
     def __init__(self, update: Update) -> None:
         self._update = update
+        self._kernels: list[InPlace] = []  # for the step that is ready
         self.name = type(update.rule).__name__
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: kernels are found anew for each step."""
+        return {**self.__dict__, "_kernels": []}
 
     def move(
         self, blocks: Sequence[Block], grads: Sequence[Tensor], moments: Sequence[Moment]
@@ -89,9 +94,9 @@ class RuleStepper(AbstractStepper):
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
         """Where torch has a kernel for the rule, and all gradients are there and finite."""
-        if any(fast_path.kernel(self._update, v) is None for v in values):
-            return None
-        return _plain_gradients(blocks)
+        found = [fast_path.kernel(self._update, v) for v in values]
+        self._kernels = [kernel for kernel in found if kernel is not None]
+        return _plain_gradients(blocks) if len(self._kernels) == len(found) else None
 
     def step(
         self,
@@ -107,10 +112,11 @@ class RuleStepper(AbstractStepper):
             for block, g, moment in zip(blocks, grads, moments, strict=True)
             if tracked
         ]
-        for block, g, (values, _, clock, *_) in zip(blocks, grads, moments, strict=True):
-            kernel = fast_path.kernel(self._update, values)
-            assert kernel is not None
+        for block, kernel, g, (values, _, clock, *_) in zip(
+            blocks, self._kernels, grads, moments, strict=True
+        ):
             block.step_in_place(kernel, list(g), float(learning_rate(values, clock)))
+        self._kernels = []
         return steps
 
 
