@@ -278,7 +278,7 @@ class Guard:
             return "ok"
         mean = self.total / size
         self.window, self.total = 0, 0.0
-        if mean >= min(self.lowest, bar):
+        if mean >= min(self.lowest, bar) or self.fading:  # weights with dead units look good
             return "ok"
         self.lowest = mean
         return "average"
