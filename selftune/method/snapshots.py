@@ -10,11 +10,11 @@ SMALL = 2**16
 """Weights of a model below which a copy costs nothing, and is exact by default."""
 
 
-def choose(snapshots: str | None, weights: int) -> str:
+def resolve(snapshots: str | None, weights: int) -> str:
     """Where copies are kept, by default: in bfloat16, and exactly those of a small model.
 
     Examples:
-        >>> choose(None, 1000), choose(None, 10**6), choose("host", 10**6)
+        >>> resolve(None, 1000), resolve(None, 10**6), resolve("host", 10**6)
         ('device', 'bf16', 'host')
     """
     return snapshots or ("device" if weights < SMALL else "bf16")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selftune._flat import Layout
 from selftune.method.slices import Slice, choose
-from selftune.method.snapshots import choose as choose_snapshots
+from selftune.method.snapshots import resolve
 from selftune.optim._block import Block
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Group, Groups
@@ -69,7 +69,7 @@ class Assembly:
         sensitivities = engine.method.sensitivities
         weights = sum(p.numel() for params in trained for p in params)
         slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
-        cuts, where = self._slices(trained), choose_snapshots(engine.snapshots, weights)
+        cuts, where = self._slices(trained), resolve(engine.snapshots, weights)
         blocks = [
             Block(
                 params, names(groups, i, params), [state[p] for p in params],

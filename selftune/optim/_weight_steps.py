@@ -104,12 +104,15 @@ class WeightSteps:
         engine = self._engine
         if engine.clock.last_validation_step or engine.clock.steps <= STEPS_ALONE:
             return False
-        return engine.train_alone(
-            [
-                block.scaled(g) * _sign(v)
-                for block, g, v in zip(self._blocks, grads, self._values, strict=True)
-            ]
-        )
+        pairs = zip(self._blocks, self._descending(grads), strict=True)
+        return engine.train_alone([block.scaled(g) for block, g in pairs])
+
+    def _descending(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Gradients of what is minimized, block by block: training may maximize."""
+        return [
+            [-g for g in some] if v.get("maximize") else list(some)
+            for v, some in zip(self._values, grads, strict=True)
+        ]
 
     # in place
 
@@ -227,14 +230,5 @@ class WeightSteps:
             pairs = zip(self._blocks, self._grads, strict=True)
             grads = [t for b, (g, _) in pairs for t in b.layout.views(g)]
         else:
-            grads = [
-                -g if v.get("maximize") else g
-                for v, part in zip(self._values, found, strict=True)
-                for g in part
-            ]
+            grads = [g for some in self._descending(found) for g in some]
         return engine.slopes.along(grads, weights, engine.reducer.total)
-
-
-def _sign(values: Values) -> float:
-    """Of gradients: training may maximize."""
-    return -1.0 if values.get("maximize") else 1.0

@@ -26,7 +26,7 @@ from selftune.method import (
 )
 from selftune.method.slices import choose as choose_slices
 from selftune.method.slices import wanted
-from selftune.method.snapshots import choose as choose_snapshots
+from selftune.method.snapshots import resolve
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
@@ -158,7 +158,7 @@ def build(
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
-    where = choose_snapshots(given.snapshots, sum(t.numel() for t in run.averages))
+    where = resolve(given.snapshots, sum(t.numel() for t in run.averages))
     snapshots = Snapshots(run, steps.method, members is not None, where)
     fused = Fused(steps, run, members)
     if fused.whole is not None:
