@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
+FEW = 2**20  # values that are exchanged at a time
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -31,6 +32,20 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
     if isinstance(factor, Tensor):
         return target.addcmul_(tensor, factor.to(target.dtype).expand_as(tensor))
     return target.add_(tensor, alpha=factor)
+
+
+def swap(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Exchange the values of tensors with others', a few at a time."""
+    for tensor, other in zip(tensors, others, strict=True):
+        both = (tensor, other)
+        if tensor.is_contiguous():
+            parts = [t.view(-1).split(FEW) for t in both]
+        else:
+            parts = [(t,) for t in both]
+        for some, those in zip(*parts, strict=True):
+            held = some.clone()
+            some.copy_(those)
+            those.copy_(held)
 
 
 class Layout:

@@ -8,6 +8,7 @@ validation batch, and costs a fortieth of the memory and of the time.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +30,12 @@ class Slice:
 
     Attributes:
         stride: Weights from one kept to the next; 1: all are kept.
+        shards: Where this process holds a shard of each tensor alone: its size, and the place of
+            its first kept weight. The shards together keep what one process keeps of the whole.
     """
 
     stride: int = 1
+    shards: tuple[tuple[int, int], ...] = ()
 
     @property
     def root(self) -> float:
@@ -42,7 +46,18 @@ class Slice:
         """The kept weights, as a view; all of them in their own shape where all are kept."""
         if self.stride == 1:
             return whole
+        if self.shards:
+            parts = whole.split([size for size, _ in self.shards])
+            places = [first for _, first in self.shards]
+            return torch.cat([p[at :: self.stride] for p, at in zip(parts, places, strict=True)])
         return whole.reshape(-1)[self.stride // 2 :: self.stride]
+
+    def firsts(self, sizes: Sequence[int]) -> list[int]:
+        """The place of the first kept weight in each of the tensors that are joined in a part."""
+        if self.shards:
+            return [first for _, first in self.shards]
+        starts = itertools.accumulate(sizes[:-1], initial=0)
+        return [(self.stride // 2 - start) % self.stride for start in starts]
 
     def scaled(self, whole: Tensor) -> Tensor:
         """The kept weights times √stride; inner products of such estimate those of the whole.
@@ -56,13 +71,10 @@ class Slice:
 
     def counts(self, sizes: Sequence[int]) -> list[int]:
         """How many are kept of each of the tensors that are joined in a part."""
-        found, start = [], 0
-        for size in sizes:
-            first, last = ((at - self.stride // 2 + self.stride - 1) // self.stride
-                           for at in (start, start + size))  # fmt: skip
-            found.append(max(0, last) - max(0, first))
-            start += size
-        return found
+        return [
+            len(range(first, size, self.stride))
+            for first, size in zip(self.firsts(sizes), sizes, strict=True)
+        ]
 
     def of(self, step: Transition) -> Transition:
         """The step of the kept weights."""

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from selftune._flat import Layout
 from selftune.method.slices import Slice, choose
 from selftune.method.snapshots import resolve
 from selftune.optim._block import Block
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Group, Groups
 from selftune.optim._reducer import is_sharded
+from selftune.optim._shards import by_rows, shard
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -85,10 +85,14 @@ class Assembly:
     def _slices(self, trained: Sequence[Sequence[Tensor]]) -> list[Slice]:
         engine = self._engine
         scopes = {tuned.scope for tuned in engine.shifts.rows.values()}
-        return choose(
-            [Layout(params).shapes for params in trained if params],
+        cuts = choose(
+            [[p.shape for p in params] for params in trained if params],
             engine.share, engine.method.settings.slices, by_tensor="tensor" in scopes,
         )  # fmt: skip
+        return [
+            shard(cut, params) if all(map(by_rows, params)) else Slice()
+            for cut, params in zip(cuts, filter(None, trained), strict=True)
+        ]
 
     def publish(self, groups: Sequence[Group]) -> None:
         """Show tuned values in the parameter groups, and make them ready for the steps."""

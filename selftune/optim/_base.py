@@ -84,6 +84,7 @@ class SelfTuningOptimizer(Container):
         if self._idle():
             # Their state is what checkpointing wants; nothing is tuned yet.
             self._assembly.make(self.param_groups, self.state)
+            self._engine.stepper.make_state()
             return loss
         engine, blocks = self._engine, self._blocks()
         if all(p.grad is None for b in blocks for p in b.params):

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selftune._flat import Layout, local
+from selftune._flat import Layout, local, swap
 from selftune.control.final_weights import between
 from selftune.method import Part, Sensitivities, fast_path
 from selftune.method.slices import Pieces, Slice
 from selftune.method.snapshots import copy
 from selftune.method.stiff_directions import Secants
 from selftune.optim._checks import check_gradient
+from selftune.optim._shards import Rows, whole
 from selftune.rules._base import InPlace
 
 Entries = Sequence[dict[str, Any]]
-FEW = 2**20  # weights that are exchanged at a time
 
 
 class Block:
@@ -44,8 +43,7 @@ class Block:
         part: What the method keeps; its ``params`` are empty between steps.
         averages: The average, a view for every parameter.
         good: The last good weights.
-        centre: Of the displacement.
-        mark: Of the displacement.
+        centre, mark: Of the displacement.
         secants: Of stiff directions; or nothing.
     """
 
@@ -72,8 +70,7 @@ class Block:
             entry["step"] = step
         weights = self.weights()
         self._scratch: dict[str, Tensor] = {}
-        starts = itertools.accumulate(self.layout.sizes[:-1], initial=0)
-        self._firsts = [(cut.stride // 2 - start) % cut.stride for start in starts]
+        self._firsts = cut.firsts(self.layout.sizes)
         tensors = len(self.params)
         self.part = sensitivities.begin(weights, values, cut, tensors=tensors, fresh=True)
         weights = self.part.average
@@ -91,30 +88,55 @@ class Block:
                     del entry[key]
         self.averages = self.layout.views(self.part.average)
         for key, views in self._kept().items():
-            for entry, view in zip(self._entries, views, strict=True):
+            for index, (entry, view) in enumerate(zip(self._entries, views, strict=True)):
                 if key in entry:
-                    view.copy_(entry[key])
+                    view.copy_(self._loaded(index, entry[key], view))
                 entry[key] = view
         self.part = self.part._replace(params=weights.new_empty(0))
 
-    def _kept(self) -> dict[str, Sequence[Tensor]]:
-        """All that is saved, by key: a view for every parameter."""
+    def _rows(self, index: int) -> Rows:
+        return Rows(self.params[index], self.cut.stride, self._firsts[index])
+
+    def _loaded(self, index: int, value: Tensor, view: Tensor) -> Tensor:
+        """This process's part of something that was saved of a parameter."""
+        value = local(value)
+        return value if value.shape == view.shape else self._rows(index).load(value)
+
+    def saved(self) -> list[dict[str, Tensor]]:
+        """What is kept of each parameter, as it is saved."""
+        self.sync()
+        found: list[dict[str, Tensor]] = [{} for _ in self.params]
+        wholes = {k: self.layout.views(t) for k, t in self._wholes().items()}
+        for key, views in (wholes | self._pieces()).items():
+            by_rows = self.cut.stride > 1 and key not in wholes
+            for i, (param, entry, view) in enumerate(zip(self.params, found, views, strict=True)):
+                entry[key] = self._rows(i).save(view) if by_rows else whole(param, view)
+        return found
+
+    def _wholes(self) -> dict[str, Tensor]:
+        """What is kept of all weights."""
+        return {**self.part.rule, "average": self.part.average, "good": self.good}
+
+    def _pieces(self) -> dict[str, list[Tensor]]:
+        """What is kept of the slice, a view for every parameter."""
         part = self.part
-        wholes = dict(part.rule) | {"average": part.average}
-        wholes |= {"good": self.good}
         kept = {"centre": self.centre, "mark": self.mark}
         kept |= {f"sensitivity/{i}": t for i, t in enumerate(part.averaged)}
         kept |= {f"recent/{i}": t for i, t in enumerate(part.recent)}
         kept |= _tangents("tangent", part.tangents)
         for secants in self.secants:
             kept |= {f"secant/{name}": t for name, t in secants._asdict().items()}
-        ones: dict[str, Tensor] = {}  # one number for each parameter
-        for unit in part.decay:
-            ones |= {"decay": unit.averaged, **_tangents("decay", unit.tangents)}
         views = self.layout.views if self.cut.stride == 1 else self.pieces.views
+        return {k: views(t) for k, t in kept.items()}
+
+    def _kept(self) -> dict[str, Sequence[Tensor]]:
+        """All that is saved, by key: a view for every parameter."""
+        ones: dict[str, Tensor] = {}  # one number for each parameter
+        for unit in self.part.decay:
+            ones |= {"decay": unit.averaged, **_tangents("decay", unit.tangents)}
         return (
-            {k: self.layout.views(t) for k, t in wholes.items()}
-            | {k: views(t) for k, t in kept.items()}
+            {k: self.layout.views(t) for k, t in self._wholes().items()}
+            | self._pieces()
             | {k: t.unbind() for k, t in ones.items()}
         )
 
@@ -180,16 +202,7 @@ class Block:
     def exchange(self) -> None:
         """Swap the parameters with their average, a few at a time."""
         self.exchanged = not self.exchanged
-        for param, view in zip(self.params, self.averages, strict=True):
-            both = (param, view)
-            if param.is_contiguous():
-                parts = [t.view(-1).split(FEW) for t in both]
-            else:
-                parts = [(t,) for t in both]
-            for some, others in zip(*parts, strict=True):
-                held = some.clone()
-                some.copy_(others)
-                others.copy_(held)
+        swap(self.params, self.averages)
 
     def show(self, place: float, weights: Sequence[Tensor]) -> None:
         """Write other weights into the parameters.
@@ -233,10 +246,7 @@ class Block:
                 view.copy_(local(param))
 
     def gradient(self) -> tuple[Tensor, list[bool] | None]:
-        """The joined gradients, zeros where there are none, and which there are (None: all).
-
-        They lie in memory that is used again at the next step.
-        """
+        """The joined gradients, in memory that is used again, and which there are (None: all)."""
         grads = [p.grad for p in self.params]
         for name, grad in zip(self._names, grads, strict=True):
             if grad is not None and grad.is_sparse:
@@ -255,10 +265,14 @@ class Block:
         if self._viewed is not rule:
             self._views = {k: self.layout.views(v) for k, v in rule.items()}
             self._viewed = rule
-        self._steps.add_(1)
-        self._lead += 1
+        self.count()
         kernel(self.params, grads, self._views, [e["step"] for e in self._entries], rate)
         self._stale = True
+
+    def count(self) -> None:
+        """Count a step that all parameters took."""
+        self._steps.add_(1)
+        self._lead += 1
 
     def plain_gradients(self) -> list[Tensor] | None:
         """Gradients of all parameters as they are, if torch's kernels can take them."""
@@ -283,8 +297,7 @@ class Block:
         self._stale = True
         self.layout.write(moved, self.params)
         if counted is None:
-            self._steps.add_(1)
-            self._lead += 1
+            self.count()
         else:
             self._steps.add_(torch.tensor(counted))
             self._ages = [a + c for a, c in zip(self._ages, counted, strict=True)]

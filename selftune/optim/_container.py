@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
-from selftune.optim._saving import check_state, pack, unpack
+from selftune.optim._saving import check_state, pack, to_bytes, unpack
 from selftune.update import Update
 
 
@@ -29,17 +30,25 @@ class Container(torch.optim.Optimizer):
     _engine: Engine
     _groups: Groups
     _assembly: Assembly
+    _state: Any
 
     @property
     def state(self) -> Any:
         """Per-parameter state, brought up to date when it is looked at."""
         for block in self._engine.blocks:
             block.sync()
-        return self.__dict__["state"]
+        return self._state
 
     @state.setter
     def state(self, value: Any) -> None:
-        self.__dict__["state"] = value
+        self._state = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's; wrappers that delegate attributes find the state by another name."""
+        own = dict(state)
+        if "state" in own:  # torch writes it past the property
+            own["_state"] = own.pop("state")
+        super().__setstate__(own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, also in the middle of a run; what is tuned already stays tuned."""
@@ -84,8 +93,14 @@ class Container(torch.optim.Optimizer):
         self._engine.monitor.flush()  # a run that is killed goes on behind these rows
         state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
-        groups[0]["selftune"] = pack(self._engine, self._groups, self._kind)
-        return {**state, "param_groups": groups}
+        groups[0]["selftune"] = to_bytes(pack(self._engine, self._groups, self._kind))
+        entries = dict(state["state"])
+        order = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        places = {p: index for index, p in enumerate(order)}
+        for block in self._engine.blocks:
+            for param, saved in zip(block.params, block.saved(), strict=True):
+                entries[places[param]] = {**entries[places[param]], **saved}
+        return {**state, "state": entries, "param_groups": groups}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -94,10 +109,12 @@ class Container(torch.optim.Optimizer):
         Raises:
             ValueError: Another rule, set of hyperparameters, number of groups or shapes.
         """
-        self._blocks()
-        check_state(state_dict, self._engine, self._groups, self._kind, self.param_groups)
+        # Not _blocks(): a distributed checkpoint has been read into the tensors of state_dict(),
+        # which are averages of this run, and must not be begun again.
+        self._assembly.current(self.param_groups, self.state)
+        run = check_state(state_dict, self._engine, self._groups, self._kind, self.param_groups)
         groups = [dict(g) for g in state_dict["param_groups"]]
-        run, groups[0]["selftune"] = groups[0]["selftune"], None
+        groups[0]["selftune"] = None
         super().load_state_dict({**state_dict, "param_groups": groups})
         # torch casts state to the parameters' dtype; sensitivities of bfloat16 weights are float32.
         saved_order = [i for g in state_dict["param_groups"] for i in g["params"]]
@@ -127,7 +144,7 @@ class Container(torch.optim.Optimizer):
     # inside
 
     def _blocks(self) -> list[Block]:
-        blocks = self._assembly.current(self.param_groups, self.__dict__["state"])
+        blocks = self._assembly.current(self.param_groups, self._state)
         if self._engine.clock.steps == 0:  # until then weights may still be loaded
             self._engine.begin()
         return blocks

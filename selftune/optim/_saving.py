@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -16,13 +18,37 @@ from selftune.method.stiff_directions import Stiffness
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 
-VERSION = 14
-"""Of what is kept; 14 keeps sensitivities of a slice of the weights."""
+VERSION = 15
+"""Of what is kept; 15 keeps as one value what is not of a parameter."""
+
+
+def to_bytes(run: Mapping[str, Any]) -> bytes:
+    """A packed run as one value: distributed checkpoints take dictionaries apart by their keys."""
+    file = io.BytesIO()
+    torch.save(run, file)
+    return file.getvalue()
+
+
+def from_bytes(run: Any) -> dict[str, Any]:
+    """The packed run.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        found: dict[str, Any] = torch.load(io.BytesIO(run), weights_only=True)
+    except (TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            "state_dict is not whole: param_groups[0]['selftune'] holds no run of selftune "
+            f"({error})"
+        ) from error
+    return found
 
 
 def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
     """The engine's state as tensors, numbers and strings, which ``weights_only`` loads."""
     signal = engine.training_signal
+    slopes = {} if engine.reducer.sharded else vars(engine.slopes)  # every rank has its own
     return {
         "version": VERSION,
         "rule": rule,
@@ -37,7 +63,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "buffers": engine.buffers.state_dict(),
         "looked": engine.looked,
         "training_signal": None if signal is None else signal.clone(),
-        "slopes": {n: [t.clone() for t in ts] for n, ts in vars(engine.slopes).items()},
+        "slopes": {n: [t.clone() for t in ts] for n, ts in slopes.items()},
     }
 
 
@@ -76,18 +102,18 @@ def check_state(
     groups: Groups,
     rule: str,
     mine: Sequence[Mapping[str, Any]],
-) -> None:
-    """Refuse a state of another kind of run before anything is touched."""
+) -> dict[str, Any]:
+    """The packed run of a state; one of another kind is refused before anything is touched."""
     for key in ("state", "param_groups"):
         if key not in state:
             raise ValueError(f"state_dict is not whole: it lacks {key!r}")
     saved = state["param_groups"]
-    run = saved[0].get("selftune") if saved else None
-    if run is None:
+    if not saved or saved[0].get("selftune") is None:
         raise ValueError(
             "state_dict holds no selftune state: it is a plain torch optimizer's. Start the "
             "self-tuned run from the model's weights alone"
         )
+    run = from_bytes(saved[0]["selftune"])
     if run.get("version") != VERSION:
         raise ValueError(
             f"state_dict is of version {run.get('version')}, this selftune reads version "
@@ -127,6 +153,7 @@ def check_state(
     for name, base in run["shifts"]["base"].items():
         have = len(engine.shifts.rows[name].base)
         _match(f"number of tensors for {name!r}", len(base), have)
+    return run
 
 
 OPEN = ("groups", "buffers", "training_signal", "slopes", "optimizer")

@@ -57,6 +57,9 @@ class AbstractStepper(ABC):
         """What it keeps beside the blocks, by parameter."""
         return {}
 
+    def make_state(self) -> None:  # noqa: B027 - blocks make that of a rule
+        """Make the state from gradients of 0 at a rate of 0, to be loaded into."""
+
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
         """Put the state where it is saved."""
 
@@ -219,6 +222,8 @@ class InnerStepper(AbstractStepper):
         """By the inner optimizer, as ``move``."""
         before = [b.slice(b.params) for b in blocks if tracked]
         rates = self._shown_step(moments)
+        for block in blocks:
+            block.count()
         return [
             self._seen(block.slice(g), old, block.slice(block.params), rate, moment)
             for block, g, old, rate, moment in zip(
@@ -230,6 +235,10 @@ class InnerStepper(AbstractStepper):
         """The inner step without its hook wrapper, so that global step hooks fire once."""
         step = type(self._inner).step
         getattr(step, "__wrapped__", step)(self._inner)
+
+    def make_state(self) -> None:
+        """Let the inner optimizer make its own, which leaves the weights alone."""
+        self._step()
 
     def forget(self) -> None:
         """Clear the inner optimizer's state, which it makes anew at its next step."""

@@ -1,6 +1,8 @@
 """States of another run are refused whole. Truth: a run that was never offered one."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -68,16 +70,35 @@ def test_an_unfitting_state_is_refused_whole(kind: str) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
 
 
+@contextmanager
+def run_of(state: dict) -> Iterator[dict]:
+    """What is not of a parameter, to be changed."""
+    group = state["param_groups"][0]
+    run = torch.load(io.BytesIO(group["selftune"]), weights_only=True)
+    yield run
+    file = io.BytesIO()
+    torch.save(run, file)
+    group["selftune"] = file.getvalue()
+
+
 def without_a_clock(state: dict) -> None:
-    del state["param_groups"][0]["selftune"]["clock"]
+    with run_of(state) as run:
+        del run["clock"]
 
 
 def without_shifts(state: dict) -> None:
-    del state["param_groups"][0]["selftune"]["shifts"]["state"]["raw"]
+    with run_of(state) as run:
+        del run["shifts"]["state"]["raw"]
 
 
 def of_another_type(state: dict) -> None:
-    state["param_groups"][0]["selftune"]["displacement"]["squares"] = 3.0
+    with run_of(state) as run:
+        run["displacement"]["squares"] = 3.0
+
+
+def cut_off(state: dict) -> None:
+    group = state["param_groups"][0]
+    group["selftune"] = group["selftune"][:-100]
 
 
 def empty(state: dict) -> None:
@@ -89,7 +110,8 @@ def without_an_average(state: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [without_a_clock, without_shifts, of_another_type, empty, without_an_average]
+    "damage",
+    [without_a_clock, without_shifts, of_another_type, cut_off, empty, without_an_average],
 )
 def test_a_state_that_is_not_whole_is_refused_whole(damage: Callable[[dict], None]) -> None:
     net, source = network(), network()
@@ -132,8 +154,8 @@ def test_a_state_of_another_version_is_refused_by_name() -> None:
     opt = st.SGD(net.parameters(), lr=0.02)
     train(net, opt, range(60))
     state = opt.state_dict()
-    mine = state["param_groups"][0]["selftune"]["version"]
-    state["param_groups"][0]["selftune"]["version"] = 7
+    with run_of(state) as run:
+        mine, run["version"] = run["version"], 7
     before = snapshot(net, opt)
     with pytest.raises(ValueError, match=f"version 7, this selftune reads version {mine}"):
         opt.load_state_dict(state)
