@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from selftune.optim._assembly import Assembly
 from selftune.optim._building import TuningOptions, build
 from selftune.optim._closures import Call
-from selftune.optim._container import Container
+from selftune.optim._evaluation import EvaluationMode
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._memory import Memory, of, tensors_of
@@ -29,7 +28,7 @@ Params = nn.Module | Iterable[Any]
 Closure = Callable[[], Tensor]
 
 
-class SelfTuningOptimizer(Container):
+class SelfTuningOptimizer(EvaluationMode):
     """A torch optimizer whose hyperparameters tune themselves by gradient.
 
     Args:
@@ -113,10 +112,11 @@ class SelfTuningOptimizer(Container):
                 of the guard or the end of the run is judged.
 
         Returns:
-            The loss, detached, or None if no step was due.
+            The loss, detached, or None if no step was due, or no training step has been taken yet
+            (accumulation, or a ``GradScaler`` that skipped the first one).
 
         Raises:
-            RuntimeError: No training step has been taken yet, or inside ``averaged()``.
+            RuntimeError: Inside ``averaged()``.
             TypeError: The closure does not return a tensor.
             ValueError: The loss is not a scalar, has no graph, depends on no parameter, or is
                 not finite at the last good weights either; nothing is changed.
@@ -129,9 +129,7 @@ class SelfTuningOptimizer(Container):
             )
         engine, clock = self._engine, self._engine.clock
         if clock.steps == 0:
-            raise RuntimeError(
-                "hyper_step came before any step(): take at least one training step first"
-            )
+            return None
         due, ends = engine.due(self._schedule.total_steps)
         known = engine.looked and engine.buffers.complete
         if known and not due and not ends:
@@ -182,37 +180,6 @@ class SelfTuningOptimizer(Container):
             if self._log.due and not engine.reducer.together:
                 self._log.metrics.compared(loss, outer.value(closure), clock.steps)
         return loss
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The averaged weights, and their BatchNorm statistics, for evaluating and saving.
-
-        At the end of a run of known length, the best on the way from the last good weights over
-        these to the last ones, by slopes of the validation loss.
-
-        Examples:
-            >>> import selftune as st
-            >>> net = torch.nn.Linear(2, 1)
-            >>> opt = st.SGD(net, lr=0.1)
-            >>> with opt.averaged():
-            ...     output = net(torch.ones(1, 2))
-        """
-        blocks = self._engine.blocks
-        if blocks and blocks[0].exchanged:  # inside a closure of hyper_step
-            yield
-            return
-        with torch.no_grad():
-            self._blocks()
-            self._engine.settle()
-        if self._engine.buffers.waiting:
-            log.warning(
-                "averaged() before the first training pass of a loaded run: BatchNorm layers are "
-                "not found yet and keep the training weights' statistics. Pass the model: "
-                "st.SGD(model, ...), or model="
-            )
-        outer = OuterLoss(self._engine)
-        with outer.showing(outer.end, live=outer.end == 0):
-            yield
 
     def sync(self) -> None:
         """Take weights that were changed from outside for the averaged and the last good ones.
@@ -300,10 +267,6 @@ class SelfTuningOptimizer(Container):
                 "sees whole steps: put all parameters in one group, or use Trace or OneStep"
             )
         return Call(closure, blocks[0], engine.buffers.tensors)
-
-    def _outside(self, what: str) -> None:
-        if self._engine.buffers.shown:
-            raise RuntimeError(f"{what} inside averaged() would be lost: leave the block first")
 
     def _idle(self) -> bool:
         """Whether this is the empty step by which checkpointing makes torch create state."""

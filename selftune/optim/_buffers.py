@@ -42,6 +42,7 @@ class Buffers:
         self._own = False  # whether validation passes gather the averaged weights' statistics
         self._counts: list[Tensor] = []  # batches taken in, by the statistics shown
         self._gathered: list[Tensor] = []  # whether the last pass at them took in more
+        self._others: Sequence[Tensor] = []  # the training statistics, while others are shown
         self._saved: dict[str, Any] | None = None
         self._strangers = 0  # foreign layers of a saved run
         if module is not None:
@@ -159,6 +160,7 @@ class Buffers:
         change more slowly, so a layer's momentum m is 1 − (1 − m)^(every/2) while they are shown.
         """
         self.shown = not self.shown
+        self._others = others if self.shown else []
         if not self.shown:
             known = zip(self._counts, self._batches(), strict=False)  # layers may have been found
             self._gathered = [before != now for before, now in known]
@@ -210,11 +212,13 @@ class Buffers:
                 tensor.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged and good statistics."""
+        """The averaged and good statistics; also those of training, while others are shown."""
         if self._saved is not None:
             return self._saved
+        average = self.tensors() if self._others is self.average else self.average
         return {
-            "average": [t.clone() for t in self.average],
+            "training": [t.clone() for t in self._others],
+            "average": [t.clone() for t in average],
             "good": [t.clone() for t in self.good],
             "own": self._own,
             "foreign": len(self.foreign),
@@ -224,8 +228,9 @@ class Buffers:
         """Continue from ``state_dict``; before the layers are found, it waits for them."""
         self._saved = None if self.layers or not state["average"] else state
         self._own, self._strangers = state["own"], state["foreign"]
-        for name in ("average", "good"):
-            mine, saved = getattr(self, name), state[name]
+        owned = {"average": self.average, "good": self.good, "training": self.tensors()}
+        for name, mine in owned.items():
+            saved = state[name]
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 for tensor, value in zip(mine, saved, strict=True):
                     tensor.copy_(value)

@@ -45,8 +45,12 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def check_group(group: Mapping[str, Any], hparams: Iterable[Hparam]) -> None:
     """Refuse values of a parameter group that are outside their range."""
+    known = set()
     for hparam in hparams:
         check_option(hparam, group)
+        known.add(hparam.name)
+    if MOMENTUM.name not in known:  # whatever another optimizer calls so is its own
+        return
     momentum = group.get(MOMENTUM.name, 0.0)
     if group.get("nesterov") and (momentum <= 0 or group["dampening"] != 0):
         raise ValueError(

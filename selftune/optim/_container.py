@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._flat import local
 from selftune.optim._assembly import Assembly, names
 from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
@@ -86,7 +87,16 @@ class Container(torch.optim.Optimizer):
         return self._groups.present(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the run's own state in its first parameter group."""
+        """As torch's, with the run's own state in its first parameter group.
+
+        While averaged weights are shown (``averaged()``, ``eval()``) also the training weights.
+
+        Raises:
+            RuntimeError: Inside the closure of ``hyper_step``.
+        """
+        shown = self._engine.shown
+        if shown is None and self._engine.buffers.shown:
+            raise RuntimeError("state_dict() inside the closure of hyper_step: call it after it")
         with torch.no_grad():
             self._blocks()
         self._engine.stepper.expose(self.state)
@@ -100,11 +110,17 @@ class Container(torch.optim.Optimizer):
         for block in self._engine.blocks:
             for param, saved in zip(block.params, block.saved(), strict=True):
                 entries[places[param]] = {**entries[places[param]], **saved}
+        for param, weights in () if shown is None else shown.saved():
+            entries[places[param]]["training"] = weights
         return {**state, "state": entries, "param_groups": groups}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run, bit for bit on the CPU; a state that does not fit is refused whole.
+
+        A state that was saved while averaged weights were shown puts the training weights into the
+        model, whose own state is to be loaded before. Loading ends ``averaged()`` and ``eval()``:
+        training weights come back, unless the model's were loaded meanwhile.
 
         Raises:
             ValueError: Another rule, set of hyperparameters, number of groups or shapes.
@@ -113,6 +129,9 @@ class Container(torch.optim.Optimizer):
         # which are averages of this run, and must not be begun again.
         self._assembly.current(self.param_groups, self.state)
         run = check_state(state_dict, self._engine, self._groups, self._kind, self.param_groups)
+        shown, self._engine.shown = self._engine.shown, None
+        if shown is not None:
+            shown.back(keep=shown.changed)
         groups = [dict(g) for g in state_dict["param_groups"]]
         groups[0]["selftune"] = None
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -121,7 +140,10 @@ class Container(torch.optim.Optimizer):
         params = [p for g in self.param_groups for p in g["params"]]
         for index, param in zip(saved_order, params, strict=True):
             if index in state_dict["state"]:
-                self.state[param] = dict(state_dict["state"][index])
+                entry = dict(state_dict["state"][index])
+                if "training" in entry:
+                    local(param).copy_(local(entry.pop("training")))
+                self.state[param] = entry
         self._engine.stepper.adopt(self.state, self.param_groups)
         self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)

@@ -23,6 +23,7 @@ from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._closures import ClosureSteps
+from selftune.optim._shown import Shown
 from selftune.optim._stepper import AbstractStepper
 from selftune.optim._store import Store
 from selftune.rules._base import Values
@@ -50,6 +51,7 @@ class Engine:
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
     looked: bool = False  # at the first validation batch
+    shown: Shown | None = None  # by ``averaged`` or ``eval``
     identity: Mapping[str, Any] = field(default_factory=dict)  # settings of the run
 
     def __post_init__(self) -> None:

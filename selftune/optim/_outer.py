@@ -19,6 +19,7 @@ from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
 from selftune.optim._engine import Engine
 from selftune.optim._reducer import is_sharded
+from selftune.optim._shown import Shown
 
 log = logging.getLogger("selftune")
 
@@ -52,53 +53,22 @@ class OuterLoss:
             place: Where.
             live: Whether the statistics are the average's, in which passes leave their trace.
         """
-        blocks = self.engine.blocks
-        with torch.no_grad():
-            kept = [b.copies() for b in blocks]
-            for block, weights in zip(blocks, kept, strict=True):
-                block.show(place, weights)
-        buffers = self.engine.buffers
+        shown = Shown(self.engine.blocks, self.engine.buffers, place, live=live)
         try:
-            with self._statistics(buffers.average if live else buffers.at(place)):
-                yield kept
+            yield shown.kept
         finally:
-            with torch.no_grad():
-                for block, weights in zip(blocks, kept, strict=True):
-                    block.put(weights)
+            shown.back()
 
     @contextmanager
     def _average(self) -> Iterator[None]:
-        """The average in place, exchanged for the weights: nothing of their size is made."""
+        """The average in place, exchanged for the weights where that can be."""
         blocks = self.engine.blocks
-        if not all(b.layout.native for b in blocks):
-            with self.showing(0.0, live=True):
-                yield
-            return
-        with torch.no_grad():
-            for block in blocks:
-                block.exchange()
-        try:
-            with self._statistics(self.engine.buffers.average):
-                yield
-        finally:
-            with torch.no_grad():
-                for block in blocks:
-                    block.exchange()
-
-    @contextmanager
-    def _statistics(self, statistics: Sequence[Tensor]) -> Iterator[None]:
-        """Statistics of normalisation layers in place; passes in training mode write into them."""
-        buffers = self.engine.buffers
-        outermost = not buffers.shown
-        if outermost:
-            with torch.no_grad():
-                buffers.exchange(statistics)
+        exchanged = all(b.layout.native for b in blocks)
+        shown = Shown(blocks, self.engine.buffers, 0.0, live=True, exchanged=exchanged)
         try:
             yield
         finally:
-            if outermost:
-                with torch.no_grad():
-                    buffers.exchange(statistics)
+            shown.back()
 
     def gradients(self, closure: Closure) -> tuple[Tensor, Taken]:
         """The loss at the average, and what the engine needs of its gradients."""
@@ -255,9 +225,10 @@ def _differentiate(
 ) -> None:
     """Show gradients of a loss, which leave ``.grad`` as it was.
 
-    Sharded parameters get theirs only through ``backward``, whose hooks reduce them.
+    Sharded parameters get theirs only through ``backward``, whose hooks reduce them; so do those
+    inside a reentrant activation checkpoint, which calls ``backward`` itself.
     """
-    if not any(is_sharded(p) for p in leaves):
+    if not any(is_sharded(p) for p in leaves) and not _reentrant(loss):
         handles = [p.register_hook(partial(seen, p)) for p in leaves]
         try:
             torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -283,3 +254,17 @@ def _differentiate(
     finally:
         for param, grad in zip(leaves, kept, strict=True):
             param.grad = grad
+
+
+def _reentrant(loss: Tensor) -> bool:
+    """Whether a reentrant activation checkpoint is part of the graph."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False

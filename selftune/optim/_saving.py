@@ -62,6 +62,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "controller": engine.controller.state_dict(),
         "buffers": engine.buffers.state_dict(),
         "looked": engine.looked,
+        "shown": engine.shown is not None,
         "training_signal": None if signal is None else signal.clone(),
         "slopes": {n: [t.clone() for t in ts] for n, ts in slopes.items()},
     }
@@ -144,7 +145,10 @@ def check_state(
         average = entry.get("average")
         if isinstance(average, Tensor):
             _match(f"shape of parameter {index}", tuple(average.shape), tuple(param.shape))
-        missing = sorted(needed.get(id(param), set()) - entry.keys())
+        wanted = needed.get(id(param), set())
+        if wanted and run["shown"]:
+            wanted = wanted | {"training"}
+        missing = sorted(wanted - entry.keys())
         if missing:
             raise ValueError(f"state_dict is not whole: of parameter {index} it lacks {missing}")
     stiffness = engine.store.stiffness

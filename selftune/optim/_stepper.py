@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -258,7 +259,7 @@ class InnerStepper(AbstractStepper):
         """Take the inner state of each parameter from ``inner``."""
         for param, entry in state.items():
             if "inner" in entry:
-                self._inner.state[param] = dict(entry["inner"])
+                self._inner.state[param] = copy.deepcopy(entry["inner"])  # it steps in place
         self._inner.param_groups = groups
 
 

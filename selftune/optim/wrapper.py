@@ -27,7 +27,8 @@ class SelfTuning(SelfTuningOptimizer):
         **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
-        TypeError: ``inner`` is not a torch optimizer, or is self-tuned already.
+        TypeError: ``inner`` is not a torch optimizer, is self-tuned already, or needs a closure or
+            second derivatives.
         ValueError: A parameter group of ``inner`` has no ``lr``, or ``per="tensor"``.
 
     Examples:
@@ -51,6 +52,11 @@ class SelfTuning(SelfTuningOptimizer):
             raise TypeError(
                 f"inner={type(inner).__name__} evaluates the loss several times a step, so what a "
                 "step did is no direction; use an optimizer whose step() needs no closure"
+            )
+        if getattr(inner, "is_second_order", False):
+            raise TypeError(
+                f"inner={type(inner).__name__} differentiates the gradients again, which a step "
+                "without their graph cannot do; use an optimizer of first order"
             )
         check(ARGUMENTS, tuning)
         per = tuning.get("per", "run")

@@ -90,13 +90,6 @@ def test_a_wrong_closure_changes_nothing(case: str, first: bool) -> None:
         torch.testing.assert_close(later_state(net, opt), later_state(*start()), rtol=0, atol=0)
 
 
-def test_hyper_step_before_any_step() -> None:
-    net = nn.Linear(3, 1)
-    opt = st.SGD(net.parameters())
-    with pytest.raises(RuntimeError, match=r"hyper_step came before any step.*first"):
-        opt.hyper_step(lambda: net(X).mean())
-
-
 def test_sparse_gradients() -> None:
     net = nn.Embedding(5, 2, sparse=True)
     opt = st.SGD(net.named_parameters())

@@ -123,3 +123,30 @@ def test_maximize_tunes_as_minimizing_the_negative_does(probe: bool) -> None:
             opt.step()
         ends.append(opt.hparams)
     assert ends[0] == ends[1]
+
+
+def test_hyper_steps_before_the_first_step_are_none() -> None:
+    """A scaler skips the first steps, and gradients are accumulated over three batches.
+
+    Truth: the run whose hyper_steps begin with the first step.
+    """
+
+    def run(early: bool) -> tuple[dict, Tensor]:
+        net = network()
+        opt = st.SGD(net.parameters(), lr=0.001, every=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(90):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).double()
+            scaler.scale(net(x).square().mean()).backward()
+            if step == 2:
+                net[0].weight.grad.fill_(torch.inf)
+            if step % 3 == 2:
+                scaler.step(opt)
+                scaler.update()
+                opt.zero_grad()
+            if early or step >= 5:
+                found = opt.hyper_step(lambda x=x: net(x).square().mean())
+                assert step >= 5 or found is None
+        return opt.hparams, weights(net)
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)

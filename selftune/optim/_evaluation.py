@@ -1,0 +1,112 @@
+"""Evaluation at the averaged weights: for a block, or until training goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from selftune.optim._container import Container
+from selftune.optim._outer import OuterLoss
+from selftune.optim._shown import Shown
+
+log = logging.getLogger("selftune")
+
+
+class EvaluationMode(Container):
+    """Puts the averaged weights into the model, and the training weights back."""
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights, and their BatchNorm statistics, for evaluating and saving.
+
+        At the end of a run of known length, the best on the way from the last good weights over
+        these to the last ones, by slopes of the validation loss. ``state_dict()`` in the block
+        holds the training weights as well, and loading it restores them.
+
+        Raises:
+            RuntimeError: The weights were changed in the block, by ``load_state_dict`` of the
+                model, say; the training weights are back.
+
+        Examples:
+            >>> import selftune as st
+            >>> net = torch.nn.Linear(2, 1)
+            >>> opt = st.SGD(net, lr=0.1)
+            >>> with opt.averaged():
+            ...     output = net(torch.ones(1, 2))
+        """
+        if self._engine.buffers.shown:  # after eval(), or inside a closure of hyper_step
+            yield
+            return
+        self.eval()
+        try:
+            yield
+        finally:
+            changed = self._leave()
+        if changed:
+            self._refuse_changes("averaged()")
+
+    def eval(self) -> None:
+        """Put the averaged weights into the model, as in :meth:`averaged`, until ``train()``.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Inside the closure of ``hyper_step``.
+
+        Examples:
+            >>> import selftune as st
+            >>> net = torch.nn.Linear(2, 1)
+            >>> opt = st.SGD(net, lr=0.1)
+            >>> opt.eval()
+            >>> output = net(torch.ones(1, 2))
+            >>> opt.train()
+        """
+        engine = self._engine
+        if engine.shown is not None:
+            return
+        self._outside("eval()")
+        with torch.no_grad():
+            self._blocks()
+            engine.settle()
+        if engine.buffers.waiting:
+            log.warning(
+                "averaged() before the first training pass of a loaded run: BatchNorm layers are "
+                "not found yet and keep the training weights' statistics. Pass the model: "
+                "st.SGD(model, ...), or model="
+            )
+        end = OuterLoss(engine).end
+        engine.shown = Shown(engine.blocks, engine.buffers, end, live=end == 0)
+
+    def train(self) -> None:
+        """Put the training weights back after ``eval()``; a second call does nothing.
+
+        Raises:
+            RuntimeError: The weights were changed after ``eval()``; the training weights are back.
+        """
+        if self._leave():
+            self._refuse_changes("eval()")
+
+    def _leave(self) -> bool:
+        """Put the training weights back; true if the others were changed meanwhile."""
+        shown, self._engine.shown = self._engine.shown, None
+        if shown is None:
+            return False
+        changed = shown.changed
+        shown.back()
+        return changed
+
+    def _refuse_changes(self, where: str) -> None:
+        raise RuntimeError(
+            f"weights were changed after {where} had put averaged ones in place; the change is "
+            "lost, the training weights are back. Load a model's state before, or after train()"
+        )
+
+    def _outside(self, what: str) -> None:
+        if self._engine.buffers.shown:
+            raise RuntimeError(
+                f"{what} inside averaged() would be lost, as after eval(): leave the block, or "
+                "call train(), first"
+            )

@@ -1,0 +1,83 @@
+"""Any optimizer of torch is tuned from outside, or refused. Truth: its own steps; descent."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import selftune as st
+
+REFUSED = {
+    "LBFGS": "evaluates the loss several times",
+    "SparseAdam": "does not support dense gradients",
+}
+NAMES = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
+)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 2, bias=False)
+    return nn.Sequential(*layers)  # Muon takes matrices only
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+    return x, (x.sum(1) > 0).long()
+
+
+def train(net: nn.Module, opt: torch.optim.Optimizer, steps: int) -> float:
+    for step in range(steps):
+        x, y = batch(step)
+        opt.zero_grad()
+        cross_entropy(net(x), y).backward()
+        opt.step()
+        if isinstance(opt, st.SelfTuning):
+            xv, yv = batch(10_000 + step)
+            opt.hyper_step(lambda xv=xv, yv=yv: cross_entropy(net(xv), yv))
+    with opt.averaged() if isinstance(opt, st.SelfTuning) else torch.no_grad():
+        x, y = batch(-1)
+        return cross_entropy(net(x), y).item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tunes(name: str) -> None:
+    net = network()
+    inner = getattr(torch.optim, name)(net.parameters(), lr=1e-3)
+    if name in REFUSED:
+        with pytest.raises((TypeError, RuntimeError), match=REFUSED[name]):
+            train(net, st.SelfTuning(inner), 2)
+        return
+    before = train(net, st.SelfTuning(inner), 0)
+    opt = st.SelfTuning(inner, total_steps=150)
+    after = train(net, opt, 150)
+    assert after < 0.7 * before
+    assert opt.hparams["lr"] != pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in REFUSED])
+def test_steps_as_the_inner_optimizer_where_nothing_is_tuned(name: str) -> None:
+    ends = []
+    for wrapped in (False, True):
+        net = network()
+        opt: Any = getattr(torch.optim, name)(net.parameters(), lr=1e-3)
+        if wrapped:
+            opt = st.SelfTuning(opt, tune=(), probe=False, guard=False)
+        train(net, opt, 20)
+        ends.append(nn.utils.parameters_to_vector(net.parameters()).detach())
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_an_optimizer_of_second_order_is_refused_by_name() -> None:
+    class Newton(torch.optim.SGD):
+        is_second_order = True
+
+    with pytest.raises(TypeError, match="Newton differentiates the gradients again"):
+        st.SelfTuning(Newton(network().parameters(), lr=0.1))
