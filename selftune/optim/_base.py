@@ -58,7 +58,7 @@ class SelfTuningOptimizer(EvaluationMode):
         self._groups = Groups(update, shifts)
         self._assembly = Assembly(self._engine, self._groups)
         self._log = OptimizerLog(self._engine.monitor, shifts)
-        self._advised = self._over = False
+        self._advised = self._over = self._twice = False
         super().__init__(params, defaults)
         if not any(p.requires_grad for g in self.param_groups for p in g["params"]):
             raise ValueError(
@@ -66,6 +66,7 @@ class SelfTuningOptimizer(EvaluationMode):
                 "requires_grad_(); others may be frozen, and are left alone"
             )
 
+    @torch._disable_dynamo  # as torch's optimizers: kernels and controller run eagerly
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """Take a weight step, as torch's optimizers do; returns the closure's loss.
@@ -92,13 +93,16 @@ class SelfTuningOptimizer(EvaluationMode):
             self._publish()
         values = self._groups.values(self.param_groups)
         rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))
-        if WeightSteps(engine, values, rates, call).take():
+        step = WeightSteps(engine, values, rates, call)
+        if step.take():
             self._publish()
+        self._groups.show_rates(self.param_groups, step.factors, engine.clock.steps - 1)
         self._advise()
         if loss is not None:
             self.report(loss)
         return loss
 
+    @torch._disable_dynamo
     def hyper_step(self, closure: Closure) -> Tensor | None:
         """Step the hyperparameters on a validation loss, measured at the averaged weights.
 
@@ -277,6 +281,13 @@ class SelfTuningOptimizer(EvaluationMode):
 
     def _advise(self) -> None:
         clock, total = self._engine.clock, self._schedule.total_steps
+        if self._groups.annealed and not self._twice and self._schedule.shape != "constant":
+            self._twice = True
+            log.warning(
+                "a torch scheduler lowers the learning rate and so does schedule=%r of "
+                "total_steps=%d: it anneals twice. Pass schedule=\"constant\", or leave the "
+                "scheduler out.", self._schedule.shape, total,
+            )  # fmt: skip
         if total is not None and clock.steps > total + self._engine.every and not self._over:
             self._over = True
             if self._schedule(clock.steps) == 0:

@@ -71,7 +71,9 @@ class Container(torch.optim.Optimizer):
         for key, value in group.items():
             if isinstance(value, Tensor):  # groups share their defaults' tensors
                 group[key] = value.detach().clone()
-        groups[0].setdefault("selftune", None)  # flattened checkpoints look for the key here
+        groups[0].setdefault("selftune", None)  # flattened checkpoints look for keys here
+        for key in ("peak_lr", "applied_lr"):
+            group.setdefault(key, float(group["lr"]))
 
     @property
     def hparams(self) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune.hparams import DECAY, LR
 from selftune.optim._block import Block
 from selftune.optim._checks import check_option
 from selftune.optim._scoped import Scoped
 from selftune.optim._shifts import Shifts
+from selftune.schedules import inverse_time
 from selftune.update import Update
 
 Group = dict[str, Any]
@@ -44,11 +46,16 @@ class Groups:
 
     Once a torch scheduler is attached (it leaves ``initial_lr``), a group's ``lr`` is the
     scheduler's to write: it starts from the scheduler's value, and the tuned factor multiplies
-    it unseen. Any other value that is written from outside becomes the present value.
+    it unseen. Any other value that is written from outside becomes the present value. Without a
+    scheduler a tuned ``lr`` shows the rate of the last step: the tuned peak, which is ``peak_lr``,
+    times the schedule's factor. ``applied_lr`` is the rate of the last step in every case.
 
     Args:
         update: Names and scales of all hyperparameters.
         shifts: The tuned ones.
+
+    Attributes:
+        annealed: Whether a torch scheduler has lowered a rate.
     """
 
     def __init__(self, update: Update, shifts: Shifts) -> None:
@@ -58,7 +65,9 @@ class Groups:
         self._spans: dict[int, slice] = {}
         self._shown: dict[str, dict[int, float]] = {n: {} for n in shifts.rows}
         self._scheduled: dict[int, float] = {}
+        self._factors: dict[int, float] = {}  # of the peaks, at the last step
         self._cached: list[Cached] = []
+        self._highest, self.annealed = 0.0, False  # by a torch scheduler
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
         """Take start values from the groups; parameters known already keep theirs."""
@@ -113,14 +122,37 @@ class Groups:
         for name, tuned in self._shifts.rows.items():
             values = tuned.values().tolist()
             for i, span in self._spans.items():
-                group, mine = groups[i], values[span]
-                if name == "lr" and "initial_lr" in group:
-                    continue
-                mean = mine[0] if min(mine) == max(mine) else sum(mine) / len(mine)
+                group, mean = groups[i], _mean(values[span])
+                if name == "lr":
+                    group["peak_lr"] = mean
+                    mean *= self._factors.get(i, 1.0)
+                    if "initial_lr" in group:
+                        continue
                 if not self._same(name, i, mean):
                     tuned.hparam.write(group, mean)
                 self._shown[name][i] = tuned.hparam.read(group)
         return self.cache(groups, blocks)
+
+    def show_rates(self, groups: Sequence[Group], factors: Sequence[float], step: int) -> None:
+        """Show the learning rates of a step.
+
+        Args:
+            groups: The parameter groups.
+            factors: Of the peaks, by schedule or sweep, for every block.
+            step: Its number, from 0.
+        """
+        tuned = self._shifts.rows.get("lr")
+        peaks = None if tuned is None else tuned.values().tolist()
+        for (i, span), factor in zip(self._spans.items(), factors, strict=True):
+            group = groups[i]
+            peak = LR.read(group) if peaks is None else _mean(peaks[span])
+            factor *= inverse_time(DECAY.read(group), step)
+            group["peak_lr"], group["applied_lr"] = peak, peak * factor
+            if tuned is None or "initial_lr" in group:
+                continue
+            self._factors[i] = factor
+            tuned.hparam.write(group, peak * factor)
+            self._shown["lr"][i] = tuned.hparam.read(group)
 
     def _same(self, name: str, index: int, value: float) -> bool:
         """Whether the group shows a value already, up to a rounding of the scale's inverse."""
@@ -173,7 +205,10 @@ class Groups:
         for i in self._spans:
             group = groups[i]
             if "lr" in self._shifts.rows and "initial_lr" in group:
-                rates.append(factor * float(group["lr"]) / self._shown["lr"][i])
+                rate = float(group["lr"])
+                self._highest = max(self._highest, rate)
+                self.annealed = self.annealed or rate < self._highest
+                rates.append(factor * rate / self._shown["lr"][i])
             else:
                 rates.append(factor)
         return rates
@@ -192,9 +227,15 @@ class Groups:
     def state_dict(self) -> dict[str, Any]:
         """What was shown, and what schedulers started from."""
         shown = {n: dict(v) for n, v in self._shown.items()}
-        return {"shown": shown, "scheduled": dict(self._scheduled)}
+        return {"shown": shown, "scheduled": dict(self._scheduled), "factors": dict(self._factors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self._shown = {n: dict(v) for n, v in state["shown"].items()}
         self._scheduled = dict(state["scheduled"])
+        self._factors = dict(state["factors"])
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of a group's tensors, which mostly agree."""
+    return values[0] if min(values) == max(values) else sum(values) / len(values)

@@ -48,6 +48,11 @@ class WeightSteps:
         self._values, self._rates = values, rates
         self._grads: Grads = []
 
+    @property
+    def factors(self) -> Sequence[float]:
+        """What the peaks of the learning rates were multiplied by, for every block."""
+        return self._rates
+
     def take(self) -> bool:
         """One training step from the gradients in ``.grad``; true if hyperparameters changed."""
         engine = self._engine
@@ -116,15 +121,8 @@ class WeightSteps:
 
     # in place
 
-    def _in_place(
-        self,
-        grads: Sequence[Sequence[Tensor]],
-        *,
-        tracked: bool,
-        rates: Sequence[float] | None = None,
-    ) -> None:
-        rates = self._rates if rates is None else rates
-        engine = self._engine
+    def _in_place(self, grads: Sequence[Sequence[Tensor]], *, tracked: bool) -> None:
+        engine, rates = self._engine, self._rates
         if not tracked:
             step = engine.clock.steps - 1
             pairs = zip(self._values, rates, strict=True)
@@ -149,8 +147,8 @@ class WeightSteps:
         if self._call is not None and self._grads[0][1] is not None:
             raise ValueError("estimator: every parameter needs a gradient at every step")
 
-    def _move(self, rates: Sequence[float]) -> tuple[list[Moment], list[Transition]]:
-        moments = self._store.moments([c for _, c in self._grads], self._values, rates)
+    def _move(self) -> tuple[list[Moment], list[Transition]]:
+        moments = self._store.moments([c for _, c in self._grads], self._values, self._rates)
         return moments, self._engine.stepper.move(
             self._blocks, [g for g, _ in self._grads], moments
         )
@@ -162,7 +160,7 @@ class WeightSteps:
             action = self._judge()
             if action.skip:
                 return engine.carry_out(action)
-        moments, steps = self._move(self._rates)
+        moments, steps = self._move()
         finite = self._finite(steps)
         if finite is not None:
             action = engine.controller.observe(Gradient(finite))
@@ -214,11 +212,11 @@ class WeightSteps:
                 if sweep.ended:
                     engine.monitor.scalar("guard/sweep", sweep.choice, engine.clock.steps)
                 return True
-        rates = [sweep.factor(sweep.taken)] * len(self._blocks)
+        self._rates = [sweep.factor(sweep.taken)] * len(self._blocks)
         if found is not None:
-            self._in_place(found, tracked=False, rates=rates)
+            self._in_place(found, tracked=False)
         else:
-            moments, steps = self._move(rates)
+            moments, steps = self._move()
             self._store.absorb(steps, moments, [c for _, c in self._grads], tracked=False)
         sweep.taken += 1
         return False

@@ -96,3 +96,70 @@ def test_schedulers_multiply_the_tuned_rate(name: str, look: bool) -> None:
         scheduler.step(*([float(weight.detach())] if name == "plateau" else []))
         opt.hyper_step(lambda: weight.sum())
     assert opt.hparams["lr"] > 1.2 * start
+
+
+OWN = {
+    "constant": {},
+    "linear": dict(total_steps=60),
+    "warm-up, cosine": dict(total_steps=60, warmup_steps=12, schedule="cosine"),
+    "decay": dict(decay=0.1),
+    "not tuned": dict(total_steps=60, tune=()),
+    "scheduler": dict(scheduler=True),
+}
+
+
+@pytest.mark.parametrize("probe", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_groups_show_the_rate_that_is_applied(name: str, probe: bool) -> None:
+    """By hand: a step of SGD moves a weight whose gradient is 1 by the rate that is applied."""
+    options = dict(OWN[name])
+    scheduled = options.pop("scheduler", False)
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    options = {"tune": ("lr", "decay"), **options}
+    opt = st.SGD([weight], lr=0.01, momentum=0.0, weight_decay=0.0, probe=probe, **options)
+    scheduler = schedulers.StepLR(opt, 7, 0.3) if scheduled else None
+    for _ in range(60):
+        before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+        opt.step()
+        group = opt.param_groups[0]
+        if float(weight.detach()) >= float(before):  # rewound
+            continue
+        applied = float(before - weight.detach())
+        assert group["applied_lr"] == pytest.approx(applied, rel=1e-9)
+        if not (scheduled or name == "not tuned"):
+            assert group["lr"] == pytest.approx(applied, rel=1e-9)
+        peak = opt.hparams["lr"]
+        assert group["peak_lr"] == pytest.approx(peak)
+        opt.hyper_step(lambda: weight.sum())
+        if scheduler is not None:
+            scheduler.step()
+
+
+def test_a_rate_written_during_a_schedule_is_the_rate_then() -> None:
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = st.SGD([weight], lr=0.01, momentum=0.0, probe=False, tune=("lr",), total_steps=100)
+    for step in range(50):
+        weight.grad = torch.ones_like(weight)
+        if step == 49:
+            opt.param_groups[0]["lr"] = 10 * opt.param_groups[0]["lr"]
+            before, peak = weight.detach().clone(), opt.hparams["lr"]
+        opt.step()
+    assert peak == pytest.approx(0.1, rel=1e-6)
+    assert float(before - weight.detach()) == pytest.approx(0.1 * 0.51, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", [None, "cosine", "constant"])
+@pytest.mark.parametrize("name", ["step", "cosine", "lambda"])
+def test_annealing_twice_is_named_once(
+    name: str, schedule: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warm-up (lambda) does not anneal; torch's others do, beside ours unless it is constant."""
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = st.SGD([weight], lr=0.01, momentum=0.0, probe=False, total_steps=40, schedule=schedule)
+    scheduler = SCHEDULERS[name](opt)
+    for _ in range(20):
+        weight.grad = torch.ones_like(weight)
+        opt.step()
+        scheduler.step()
+    found = [r for r in caplog.records if "anneals twice" in r.getMessage()]
+    assert len(found) == (name != "lambda" and schedule != "constant")

@@ -150,3 +150,17 @@ def test_hyper_steps_before_the_first_step_are_none() -> None:
         return opt.hparams, weights(net)
 
     torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
+
+
+def test_a_compiled_step_is_the_step() -> None:
+    def run(compiled: bool) -> Tensor:
+        net = network()
+        opt = st.AdamW(net.parameters(), lr=0.01)
+        step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+        for at in range(30):
+            opt.zero_grad()
+            gradients(net, at)
+            step()
+        return weights(net)
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
