@@ -72,7 +72,7 @@ class SelfTuningOptimizer(EvaluationMode):
         """Take a weight step, as torch's optimizers do; returns the closure's loss.
 
         Raises:
-            RuntimeError: It is called inside ``averaged()``.
+            RuntimeError: Inside ``averaged()``, or parameters differ between processes.
             ValueError: A sparse gradient; nothing is changed.
         """
         self._outside("step()")
@@ -89,6 +89,8 @@ class SelfTuningOptimizer(EvaluationMode):
         engine, blocks = self._engine, self._blocks()
         if all(p.grad is None for b in blocks for p in b.params):
             return loss
+        if engine.clock.steps == 0:
+            engine.reducer.check_alike([p for b in blocks for p in b.params])
         if self._groups.take_up(self.param_groups):
             self._publish()
         values = self._groups.values(self.param_groups)
@@ -120,7 +122,7 @@ class SelfTuningOptimizer(EvaluationMode):
             (accumulation, or a ``GradScaler`` that skipped the first one).
 
         Raises:
-            RuntimeError: Inside ``averaged()``.
+            RuntimeError: Inside ``averaged()``, or another process does not call it at all.
             TypeError: The closure does not return a tensor.
             ValueError: The loss is not a scalar, has no graph, depends on no parameter, or is
                 not finite at the last good weights either; nothing is changed.
@@ -139,6 +141,8 @@ class SelfTuningOptimizer(EvaluationMode):
         if known and not due and not ends:
             clock.last_validation_step = clock.steps
             return None
+        if not engine.looked:
+            engine.reducer.meet(clock.steps)
         outer = OuterLoss(engine)
         with torch.no_grad():
             self._blocks()

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from selftune._flat import local
+
+PATIENCE = 20
+"""Seconds that a process waits for the others at its first validation loss."""
 
 
 class Reducer:
@@ -23,6 +33,7 @@ class Reducer:
     def __init__(self, wanted: bool | None) -> None:
         self._wanted = wanted
         self.sharded = False
+        self._digest = 0
 
     @property
     def together(self) -> bool:
@@ -30,6 +41,55 @@ class Reducer:
         if self._wanted is False or not dist.is_available() or not dist.is_initialized():
             return False
         return dist.get_world_size() > 1
+
+    def check_alike(self, params: Sequence[Tensor]) -> None:
+        """Refuse to train together what is not the same on all processes.
+
+        Raises:
+            RuntimeError: Parameters differ in shapes, or, where they are not sharded, in values.
+        """
+        if not self.together:
+            return
+        known = [[*p.shape] for p in params], self._sum(params)
+        digest = int.from_bytes(hashlib.sha256(repr(known).encode()).digest()[:7], "big")
+        self._digest = digest
+        ends = torch.tensor([digest, -digest], device=local(params[0]).device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if int(ends[0]) != -int(ends[1]):
+            raise RuntimeError(
+                f"params on rank {dist.get_rank()} are not those of the other processes, so that "
+                "hyperparameters would differ too. Send rank 0's weights to all at the start, as "
+                "DistributedDataParallel does; in place of ZeroRedundancyOptimizer, which gives "
+                "every process some of them, shard by torch.distributed.fsdp.fully_shard; or "
+                "pass distributed=False, and every process tunes for itself"
+            )
+
+    def _sum(self, params: Sequence[Tensor]) -> float:
+        if self.sharded:
+            return 0.0
+        return math.fsum(float(p.detach().double().sum()) for p in params)
+
+    def meet(self, step: int) -> None:
+        """Wait for the other processes at the first validation loss.
+
+        Raises:
+            RuntimeError: Some do not come.
+        """
+        if not self.together:
+            return
+        rank, ranks = dist.get_rank(), range(dist.get_world_size())
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"selftune/{self._digest}/{step}/{r}" for r in ranks]
+        store.set(keys[rank], "here")
+        try:
+            store.wait(keys, timedelta(seconds=PATIENCE))
+        except RuntimeError as error:  # of the kind dist.DistStoreError
+            absent = [r for r in ranks if not store.check([keys[r]])]
+            raise RuntimeError(
+                f"hyper_step was called on rank {rank}, after {step} steps, and not on "
+                f"{', '.join(f'rank {r}' for r in absent)} within {PATIENCE} s: call it on every "
+                "process, each with its own validation batch"
+            ) from error
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over processes."""

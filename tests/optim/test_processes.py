@@ -1,0 +1,110 @@
+"""Processes that train together. Truth: one process on all the data; errors that name ranks."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import selftune as st
+
+pytestmark = pytest.mark.slow  # two processes that each import torch
+MAKES: dict[str, Callable[[nn.Module], Any]] = {
+    "SGD": lambda net: st.SGD(net, lr=0.01, momentum=0.5),
+    "AdamW": lambda net: st.AdamW(net, lr=0.003),
+    "sliced": lambda net: st.SGD(net, lr=0.01, momentum=0.9, tangents=1 / 4),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 130), nn.Tanh(), nn.Linear(130, 130), nn.Linear(130, 2))
+
+
+def train(net: nn.Module, opt: Any, steps: int, validate: bool = True) -> dict[str, Any]:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for step in range(steps):
+        x, xv = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(step)).double()
+        x, xv = x[rank::world], xv[rank::world]
+        opt.zero_grad()
+        cross_entropy(net(x), (x.sum(1) > 0).long()).backward()
+        opt.step()
+        if validate:
+            opt.hyper_step(lambda xv=xv: cross_entropy(net(xv), (xv.sum(1) > 0.3).long()))
+    return dict(opt.hparams)
+
+
+def refused(call: Callable[[], Any]) -> list[Any]:
+    begun = time.monotonic()
+    try:
+        call()
+    except RuntimeError as error:
+        return [str(error), time.monotonic() - begun]
+    return ["nothing", 0.0]
+
+
+def two(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), USE_LIBUV="0")
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    found: dict[str, Any] = {}
+    for name, make in MAKES.items():
+        net = network().double()
+        found[name] = train(DistributedDataParallel(net), make(net), 100)
+
+    net = network().double()
+    zero = ZeroRedundancyOptimizer(net.parameters(), st.SGD, lr=0.01)
+    model = DistributedDataParallel(net)
+    cross_entropy(model(torch.ones(4, 4).double()), torch.zeros(4).long()).backward()
+    found["zero"] = refused(zero.step)
+
+    net = network().double()
+    with torch.no_grad():
+        net[0].weight += rank
+    opt = st.SGD(net, lr=0.01)
+    cross_entropy(net(torch.ones(4, 4).double()), torch.zeros(4).long()).backward()
+    found["weights"] = refused(opt.step)
+    found["alone"] = train(net, st.SGD(net, lr=0.01, distributed=False), 3)
+
+    net = network().double()
+    opt, model = st.SGD(net, lr=0.01), DistributedDataParallel(net)
+    train(model, opt, 5, validate=False)
+    found["one rank"] = refused(lambda: train(model, opt, 1, validate=rank == 0))
+    torch.save(found, folder / f"{rank}.pt")
+    os._exit(0)  # the other rank may hang in what was never answered
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = mp.spawn(two, (port, tmp_path), nprocs=2, join=False)
+    for process in context.processes:
+        process.join(240)
+    zero, one = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
+    for name, make in MAKES.items():
+        net = network().double()
+        want = train(net, make(net), 100)
+        assert zero[name] == one[name]
+        assert want["lr"] != pytest.approx(0.01)
+        for key, value in want.items():
+            assert zero[name][key] == pytest.approx(value, rel=1e-6)
+    for found in (zero, one):
+        assert "params on rank" in found["zero"][0]
+        assert "params on rank" in found["weights"][0]
+        assert "fully_shard" in found["zero"][0]
+    message, seconds = zero["one rank"]
+    assert "hyper_step was called on rank 0" in message
+    assert "not on rank 1 within" in message
+    assert seconds < 30
