@@ -1,20 +1,39 @@
-"""One of several workers: ``python -m selftune.search NUMBER``, started by ``select``."""
+"""Workers of a search.
+
+``python -m selftune.search worker --storage ADDRESS SCRIPT …`` runs a script as one more worker of
+the search that it makes; ``python -m selftune.search NUMBER`` is started by ``select`` itself.
+"""
 
 from __future__ import annotations
 
+import argparse
 import mmap
 import pickle
 import sys
+from pathlib import Path
 
-from selftune.search._workers import Payload, work
+from selftune.search._workers import Payload, join, work
 
 
 def main() -> None:
     """Run trials until there are enough."""
-    # Standard input is a file that all workers share, so it is mapped and not read.
-    with mmap.mmap(sys.stdin.fileno(), 0, access=mmap.ACCESS_READ) as held:
-        payload: Payload = pickle.loads(held)
-    work(payload, payload.open(int(sys.argv[1])))
+    if sys.argv[1:] and sys.argv[1].isdecimal():
+        # Standard input is a file that all workers share, so it is mapped and not read.
+        with mmap.mmap(sys.stdin.fileno(), 0, access=mmap.ACCESS_READ) as held:
+            payload: Payload = pickle.loads(held)
+        work(payload, payload.open(int(sys.argv[1])))
+        return
+    parser = argparse.ArgumentParser(prog="python -m selftune.search")
+    worker = parser.add_subparsers(required=True).add_parser(
+        "worker", help="run a script as one more worker of the search that it makes"
+    )
+    worker.add_argument("--storage", required=True, help="of the search: a path or an address")
+    worker.add_argument("script", help="a Python file that calls selftune.search.select")
+    worker.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
+    args = parser.parse_args()
+    if not Path(args.script).is_file():
+        parser.error(f"{args.script}: no such file")
+    join(args.storage, args.script, args.rest)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 from tqdm import tqdm
 
 from selftune._arguments import FLAG, NONE, TEXT, Instance, Kind, Number, That, Whole, check
@@ -17,9 +18,9 @@ from selftune.rules import AdamW
 from selftune.search._candidates import Candidates, builders_of, points_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
-from selftune.search._storage import check_sampler
+from selftune.search._storage import check_sampler, persist
 from selftune.search._trial import Trainer
-from selftune.search._workers import Payload, crowd, orphans, work
+from selftune.search._workers import JOIN, Payload, crowd, orphans, work
 from selftune.search.families import AbstractFamily
 from selftune.search.memory import Memory, Task
 
@@ -27,8 +28,6 @@ log = logging.getLogger("selftune")
 
 STUDY = "selftune"
 """The name of a study where nobody says."""
-JOIN = "SELFTUNE_STORAGE"
-"""A variable of the environment: the storage of the search to join (``selftune worker``)."""
 
 
 SOME = Whole(least=1) | NONE
@@ -179,17 +178,13 @@ def select(
         sampler=sampler, pruner=pruner, timeout=timeout,
     )  # fmt: skip
     opened = payload.open(os.getpid() if joined else 0)
-    orphans(opened)
-    before = len(opened.trials)
-    if trainer.memory is not None and trainer.task is not None and not before:
-        for params in trainer.memory.best(trainer.task):
-            opened.enqueue_trial(params, skip_if_exists=True)
+    before = persist(lambda: _begin(trainer, opened), opened)
     with tqdm(total=trials, disable=not progress, unit="trial") as bar:
         if workers > 1:
             crowd(payload, opened, workers, bar)
         else:
             work(payload, opened, bar)
-    found = selected(trainer, opened)
+    found = persist(lambda: selected(trainer, opened), opened)
     if memory is not None and trainer.task is not None and len(opened.trials) > before:
         schedule = None if found.schedule is None else asdict(found.schedule)
         try:
@@ -200,6 +195,16 @@ def select(
         except OSError as error:
             log.warning("memory: this search is not remembered: %s", error)
     return found
+
+
+def _begin(trainer: Trainer, study: optuna.Study) -> int:
+    """Ask for what lost workers had, and what a memory knows; returns how many trials there are."""
+    orphans(study)
+    before = len(study.trials)
+    if trainer.memory is not None and trainer.task is not None and not before:
+        for params in trainer.memory.best(trainer.task):
+            study.enqueue_trial(params, skip_if_exists=True)
+    return before
 
 
 def task_of(train: Any, epochs: int | None, steps: int | None, tuner: Mapping[str, Any]) -> Task:

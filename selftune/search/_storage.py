@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.pruners import SuccessiveHalvingPruner as Halving
 from optuna.samplers import (
@@ -33,7 +34,7 @@ from optuna.storages import (
     RetryHeartbeatStaleTrialCallback,
 )
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 log = logging.getLogger("selftune")
 
@@ -41,6 +42,9 @@ BEAT, GRACE, RETRIES = 30, 120, 2
 """Seconds between two signs of life, until a worker is taken for dead; how often it is retried."""
 PATIENCE = 5
 """Seconds a journal may be locked before that is worth telling."""
+AWAY, PAUSE = 60, 0.2
+"""Seconds a database may be away, and between two attempts to reach it."""
+T = TypeVar("T")
 PRUNERS = ("asha", "hyperband", "median", "none")
 
 
@@ -83,14 +87,60 @@ def _remote(address: str) -> BaseStorage:
     again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
     try:
         return RDBStorage(
-            address, heartbeat_interval=BEAT, grace_period=GRACE,
-            heartbeat_stale_trial_callback=again,
+            address, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=BEAT,
+            grace_period=GRACE, heartbeat_stale_trial_callback=again,
         )  # fmt: skip
+    except ImportError as error:
+        raise ImportError(
+            f"storage={address} needs a driver of its database that is not installed "
+            f"({error.__context__}); for PostgreSQL: pip install 'selftune[postgres]'"
+        ) from error
     except OperationalError as error:
+        if error.connection_invalidated:
+            raise StorageInternalError(f"the connection to {address} was lost") from error
         raise ValueError(
             f"storage={address} cannot be opened ({error.orig}): if another program holds it, wait "
             "for that or pass another address; it is untouched"
         ) from error
+
+
+def persist(call: Callable[[], T], study: optuna.Study | None = None) -> T:
+    """Call, and again where the connection to a database was lost, until it is back.
+
+    Args:
+        call: What is called.
+        study: Whose storage it uses.
+
+    Raises:
+        Exception: Anything else, or the database has been away for ``AWAY`` seconds.
+    """
+    until = math.inf
+    while True:
+        try:
+            if study is not None and until < math.inf:
+                study._storage.remove_session()
+                study.get_trials(deepcopy=False)
+                until = math.inf  # it answers
+            return call()
+        except Exception as error:
+            lost = disconnected(error)
+            if lost is None:
+                raise
+            until = min(until, time.monotonic() + AWAY)
+            if time.monotonic() > until:
+                raise
+            log.warning("the connection to the storage was lost (%s); trying again", lost)
+            time.sleep(PAUSE)
+
+
+def disconnected(error: BaseException | None) -> str | None:
+    """How a connection was lost, if that led to an error; or two workers made tables at once."""
+    while error is not None:
+        made = isinstance(error, IntegrityError) and "create table" in str(error.statement).lower()
+        if isinstance(error, DBAPIError) and (error.connection_invalidated or made):
+            return str(error.orig).strip()
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _check_journal(path: Path) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
 from selftune.search._space import Space
+from selftune.search._storage import disconnected
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
 
@@ -102,6 +103,8 @@ class Trainer:
         except optuna.TrialPruned:
             raise
         except Exception as error:
+            if disconnected(error):  # not the candidate's failure: another trial takes its place
+                raise
             family = trial.user_attrs.get("family", "?")
             told = f"{type(error).__name__}: {error}"
             trial.set_user_attr("error", told)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -16,9 +19,19 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from selftune._processes import alive
-from selftune.search._storage import RETRIES, open_study, pruner_of, quiet, sampler_of, storage_of
+from selftune.search._storage import (
+    RETRIES,
+    open_study,
+    persist,
+    pruner_of,
+    quiet,
+    sampler_of,
+    storage_of,
+)
 from selftune.search._trial import Trainer
 
+JOIN = "SELFTUNE_STORAGE"
+"""A variable of the environment: the storage of the search to join."""
 LOOK = 0.2
 """Seconds between two looks at the workers."""
 
@@ -49,6 +62,9 @@ class Payload:
 
     def open(self, worker: int = 0) -> optuna.Study:
         """The study, with a sampler whose draws are this worker's and this call's."""
+        return persist(lambda: self._open(worker))
+
+    def _open(self, worker: int) -> optuna.Study:
         sampler = sampler_of(self.sampler, self.trainer.seed)
         storage = storage_of(self.storage)
         study = open_study(storage, self.study, sampler, pruner_of(self.pruner), self.about)
@@ -71,16 +87,33 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
         if enough():
             study.stop()
 
-    if enough():
-        return
-    try:
-        with quiet():
+    def rounds() -> None:
+        orphans(study, os.getpid())  # where the connection was lost
+        if not enough():
             study.optimize(
                 payload.trainer.attempt, callbacks=[after], catch=(Exception,),
                 timeout=payload.timeout,
             )  # fmt: skip
+
+    try:
+        with quiet():
+            persist(rounds, study)
     except KeyboardInterrupt:
         orphans(study, os.getpid())
+
+
+def join(storage: str, script: str, rest: Sequence[str]) -> None:
+    """Run a script as one more worker of the search that it makes.
+
+    Args:
+        storage: Of the search: a path or an address.
+        script: A Python file that calls ``select``.
+        rest: Its own arguments.
+    """
+    os.environ[JOIN] = storage
+    sys.argv = [script, *rest]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def taken(study: optuna.Study) -> list[FrozenTrial]:
@@ -137,10 +170,10 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
                 for process in [p for p in running if p.poll() is not None]:
                     running.remove(process)
                     lost = process.returncode != 0
-                    orphans(study)
+                    persist(lambda: orphans(study), study)
                     if lost and started < workers + RETRIES * payload.trials:
                         running.append(start())
-                done = [t for t in taken(study) if t.state.is_finished()]
+                done = persist(lambda: [t for t in taken(study) if t.state.is_finished()], study)
                 bar.update(len(done) - bar.n)
         except KeyboardInterrupt:
             pass

@@ -1,0 +1,111 @@
+"""A search over a PostgreSQL server. Truths: what was asked for, what was killed."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+
+from selftune import search
+
+TOOLS = [Path(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
+psycopg = pytest.importorskip("psycopg", reason="needs the extra postgres")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not TOOLS, reason="needs Debian's package postgresql"),
+]
+SCRIPT = """
+import sys, time
+from selftune import search
+
+def objective(space):
+    x = space.suggest_float("x", -1, 1)
+    time.sleep(0.2)
+    return x * x
+
+if __name__ == "__main__":
+    search.select(objective, trials=40, sampler="random", storage=sys.argv[1], progress=False)
+"""
+
+
+def as_owner(folder: Path, *command: str) -> None:
+    """Run as a user that a server may be run by."""
+    if os.getuid() == 0:
+        owner = pwd.getpwnam("postgres")
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+        command = ("runuser", "-u", "postgres", "--", *command)
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = Path("/tmp") / f"selftune-postgres-{os.getpid()}"  # readable by its owner
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    tools, data = TOOLS[-1], str(folder / "data")
+    try:
+        as_owner(folder, str(tools / "initdb"), "-D", data, "-A", "trust", "-U", "tuner")
+        control = [str(tools / "pg_ctl"), "-D", data, "-w"]
+        options = f"-p {port} -k {folder} -c fsync=off"
+        as_owner(folder, *control, "-o", options, "-l", str(folder / "log"), "start")
+        yield f"postgresql://tuner@localhost:{port}/postgres"
+        as_owner(folder, *control, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder)
+
+
+def trials(address: str) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="selftune", storage=address).trials
+
+
+def test_nothing_is_lost_but_the_trial_of_a_killed_worker(server: str, tmp_path: Path) -> None:
+    """Twenty times all connections are cut, and six times a worker is killed."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "selftune.search", "worker", "--storage", server, str(script)]
+    command.append(server)
+    workers = [subprocess.Popen(command) for _ in range(2)]
+    kills = cuts = 0
+    admin = psycopg.connect(server, autocommit=True)
+    until = time.monotonic() + 240
+    while any(w.poll() is None for w in workers) and time.monotonic() < until:
+        time.sleep(0.4)
+        with admin.cursor() as cursor:
+            cursor.execute("select to_regclass('trials')")
+            if cursor.fetchone() == (None,):
+                continue
+            cursor.execute("select count(*) from trials where state = 'COMPLETE'")
+            done = cursor.fetchone()[0]
+            if done and cuts < 20:
+                cursor.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity "
+                    "where pid <> pg_backend_pid() and backend_type = 'client backend'"
+                )
+                cuts += 1
+        if done > 5 * (kills + 1) and kills < 6:
+            workers[0].send_signal(signal.SIGKILL)
+            workers[0].wait()
+            workers = [workers[1], subprocess.Popen(command)]
+            kills += 1
+    admin.close()
+    assert cuts == 20
+    assert kills == 6
+    assert [w.wait(60) for w in workers] == [0, 0]
+    ends = [t.state.name for t in trials(server)]
+    assert ends.count("COMPLETE") >= 40
+    assert ends.count("COMPLETE") + ends.count("FAIL") == len(ends)
+    assert ends.count("FAIL") <= kills + 2 * cuts  # each its trial only, of two workers at most
+    best = search.select(
+        lambda space: 0.0, trials=40, sampler="random", storage=server, progress=False
+    )
+    assert best.value == min(t.value for t in trials(server) if t.value is not None)
