@@ -31,6 +31,7 @@ class InMemory(AbstractRecorder):
         self.texts: list[tuple[str, str, int]] = []
         self.hparams: dict[str, float] = {}
         self.status = ""
+        self._last: list[Row] = []
 
     def scalars(self, rows: Sequence[Row]) -> None:
         """Keep them."""
@@ -44,9 +45,15 @@ class InMemory(AbstractRecorder):
         """Keep it."""
         self.texts.append((tag, text, step))
 
+    def last(self, rows: Sequence[Row]) -> None:
+        """Keep them."""
+        self.rows += rows
+        self._last += rows
+
     def resume(self, step: int) -> None:
-        """Forget later rows."""
-        self.rows = [r for r in self.rows if r.step <= step]
+        """Forget later rows, and the end."""
+        self.rows = [r for r in self.rows if r.step <= step and r not in self._last]
+        self._last = []
 
     def end(self, status: str) -> None:
         """Keep it."""
@@ -75,6 +82,11 @@ class JSONL(AbstractRecorder):
         """Append them."""
         self._append([{"tag": t, "value": _finite(v), "step": s} for t, v, s in rows])
 
+    def last(self, rows: Sequence[Row]) -> None:
+        """Append them, with ``"end": true``."""
+        lines = [{"tag": t, "value": _finite(v), "step": s, "end": True} for t, v, s in rows]
+        self._append(lines)
+
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """Append a line ``{"hparams": …, "tuned": …}``."""
         known = {n: _finite(v) for n, v in hparams.items()}
@@ -91,7 +103,7 @@ class JSONL(AbstractRecorder):
         kept = [
             row
             for row in read_jsonl(self.path)
-            if row.get("step", 0) <= step and "status" not in row
+            if row.get("step", 0) <= step and not {"status", "end"} & row.keys()
         ]
         fresh = self.path.with_suffix(".tmp")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -186,6 +198,10 @@ class Several(AbstractRecorder):
     def scalars(self, rows: Sequence[Row]) -> None:
         """To all."""
         self._each("scalars", rows)
+
+    def last(self, rows: Sequence[Row]) -> None:
+        """To all."""
+        self._each("last", rows)
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """To all."""

@@ -14,6 +14,7 @@ from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
+from selftune.optim._logging import OptimizerLog
 from selftune.optim._saving import check_state, pack, unpack
 from selftune.update import Update
 
@@ -28,6 +29,7 @@ class Container(torch.optim.Optimizer):
     _kind: str
     _engine: Engine
     _groups: Groups
+    _log: OptimizerLog
     _assembly: Assembly
 
     @property
@@ -84,7 +86,7 @@ class Container(torch.optim.Optimizer):
         self._engine.monitor.flush()  # a run that is killed goes on behind these rows
         state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
-        groups[0]["selftune"] = pack(self._engine, self._groups, self._kind)
+        groups[0]["selftune"] = pack(self._engine, self._groups, self._log, self._kind)
         return {**state, "param_groups": groups}
 
     @torch.no_grad()
@@ -95,7 +97,8 @@ class Container(torch.optim.Optimizer):
             ValueError: Another rule, set of hyperparameters, number of groups or shapes.
         """
         self._blocks()
-        check_state(state_dict, self._engine, self._groups, self._kind, self.param_groups)
+        whole = pack(self._engine, self._groups, self._log, self._kind)
+        check_state(state_dict, self._engine, whole, self.param_groups)
         groups = [dict(g) for g in state_dict["param_groups"]]
         run, groups[0]["selftune"] = groups[0]["selftune"], None
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -109,6 +112,7 @@ class Container(torch.optim.Optimizer):
         self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)
         self._engine.store.cached = self._groups.cache(self.param_groups, self._engine.blocks)
+        self._log.load_state_dict(run["log"])
         self._engine.monitor.resume(self._engine.clock.steps)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from selftune.method.slopes import Slopes
 from selftune.method.stiff_directions import Stiffness
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
+from selftune.optim._logging import OptimizerLog
 
-VERSION = 14
-"""Of what is kept; 14 keeps sensitivities of a slice of the weights."""
+VERSION = 15
+"""Of what is kept; 15 keeps what later entries of the log depend on."""
 
 
-def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
-    """The engine's state as tensors, numbers and strings, which ``weights_only`` loads."""
+def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[str, Any]:
+    """The run's state as tensors, numbers and strings, which ``weights_only`` loads."""
     signal = engine.training_signal
     return {
         "version": VERSION,
@@ -37,6 +38,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "buffers": engine.buffers.state_dict(),
         "looked": engine.looked,
         "training_signal": None if signal is None else signal.clone(),
+        "log": log.state_dict(),
         "slopes": {n: [t.clone() for t in ts] for n, ts in vars(engine.slopes).items()},
     }
 
@@ -73,11 +75,20 @@ def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:
 def check_state(
     state: Mapping[str, Any],
     engine: Engine,
-    groups: Groups,
-    rule: str,
+    whole: Mapping[str, Any],
     mine: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Refuse a state of another kind of run before anything is touched."""
+    """Refuse a state of another kind of run before anything is touched.
+
+    Args:
+        state: What is to be loaded.
+        engine: That it is for.
+        whole: What the engine packs itself.
+        mine: The optimizer's parameter groups.
+
+    Raises:
+        ValueError: It does not fit, or a part is missing.
+    """
     for key in ("state", "param_groups"):
         if key not in state:
             raise ValueError(f"state_dict is not whole: it lacks {key!r}")
@@ -94,8 +105,7 @@ def check_state(
             f"{VERSION}: finish the run with the selftune that saved it, or start anew from its "
             "weights"
         )
-    whole = pack(engine, groups, rule)
-    _match("rule", run.get("rule"), rule)
+    _match("rule", run.get("rule"), whole["rule"])
     found = differences(run.get("settings", {}), whole["settings"])
     if found:
         raise ValueError(

@@ -18,8 +18,8 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 8
-"""Of what is kept; 8 keeps sensitivities of a slice of the weights."""
+VERSION = 9
+"""Of what is kept; 9 keeps what later entries of the log depend on."""
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:
