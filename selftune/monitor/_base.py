@@ -22,6 +22,10 @@ class AbstractRecorder(ABC):
     Methods may raise OSError: logging then stops, with a warning, and training goes on.
     """
 
+    def __str__(self) -> str:
+        """Where it writes, for warnings."""
+        return type(self).__name__
+
     @abstractmethod
     def scalars(self, rows: Sequence[Row]) -> None:
         """Take a block of numbers."""

@@ -113,7 +113,7 @@ class Monitor:
         try:
             write()
         except OSError as error:
-            log.warning("logging stopped, training goes on: %s", error)
+            log.warning("%s: logging stopped, training goes on: %s", self.recorder, error)
             self.recorder = NoRecorder()
 
 

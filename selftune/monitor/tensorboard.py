@@ -45,6 +45,9 @@ class TensorBoard(AbstractRecorder):
         """A copied run goes on writing to the same folder; an open writer is not copied."""
         return {**self.__dict__, "_writer": None, "_close": None}
 
+    def __str__(self) -> str:
+        return type(self).__name__ if self._folder is None else str(self._folder)
+
     @property
     def writer(self) -> Any:
         """Opened when something is first written."""

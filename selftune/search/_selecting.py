@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from selftune.rules import AdamW
 from selftune.search._candidates import Candidates, builders_of, points_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
-from selftune.search._storage import check_sampler
+from selftune.search._storage import check_sampler, writable
 from selftune.search._trial import Trainer
 from selftune.search._workers import Payload, crowd, orphans, work
 from selftune.search.families import AbstractFamily
@@ -178,13 +179,16 @@ def select(
         trainer=trainer, about=about, storage=storage, study=study, trials=trials,
         sampler=sampler, pruner=pruner, timeout=timeout,
     )  # fmt: skip
-    opened = payload.open(os.getpid() if joined else 0)
-    orphans(opened)
+    worker = os.getpid() if joined else 0
+    with writable(storage, lambda: payload.open(worker)):
+        opened = payload.open(worker)
+        orphans(opened)
     before = len(opened.trials)
     if trainer.memory is not None and trainer.task is not None and not before:
         for params in trainer.memory.best(trainer.task):
             opened.enqueue_trial(params, skip_if_exists=True)
-    with tqdm(total=trials, disable=not progress, unit="trial") as bar:
+    mark = partial(opened.set_user_attr, "selftune", about)
+    with writable(storage, mark), tqdm(total=trials, disable=not progress, unit="trial") as bar:
         if workers > 1:
             crowd(payload, opened, workers, bar)
         else:

@@ -15,12 +15,14 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
 from selftune.search._space import Space
+from selftune.search._storage import Unwritable
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
 
@@ -101,6 +103,8 @@ class Trainer:
             return self(trial)
         except optuna.TrialPruned:
             raise
+        except StorageInternalError as error:
+            raise Unwritable from error
         except Exception as error:
             family = trial.user_attrs.get("family", "?")
             told = f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,15 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from selftune._processes import alive
-from selftune.search._storage import RETRIES, open_study, pruner_of, quiet, sampler_of, storage_of
+from selftune.search._storage import (
+    RETRIES,
+    Unwritable,
+    open_study,
+    pruner_of,
+    quiet,
+    sampler_of,
+    storage_of,
+)
 from selftune.search._trial import Trainer
 
 LOOK = 0.2
@@ -81,6 +90,10 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
             )  # fmt: skip
     except KeyboardInterrupt:
         orphans(study, os.getpid())
+    except Unwritable:
+        with suppress(Exception):  # the trial that was running is tried again
+            orphans(study, os.getpid())
+        raise
 
 
 def taken(study: optuna.Study) -> list[FrozenTrial]:

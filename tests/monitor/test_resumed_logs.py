@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, metadata
 
 import selftune as st
-from selftune.monitor import JSONL, InMemory, Row, TensorBoard, read_jsonl
+from selftune.monitor import JSONL, InMemory, Monitor, Row, TensorBoard, read_jsonl, reading
 
 
 def fit(folder: Path, callbacks: Any = (), **options: Any) -> Any:
@@ -265,3 +265,39 @@ def test_a_recorder_that_has_ended_goes_on_behind_what_it_wrote(tmp_path: Path) 
         recorder.end("finished")
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [e.value for e in read.Scalars("a")] == [1.0, 2.0]
+
+
+def test_a_cut_event_file_is_read_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = TensorBoard(tmp_path)
+    recorder.scalars([Row("a", 1.0, step) for step in range(20)])
+    recorder.end("finished")
+    assert len(reading.read(tmp_path).curves["a"][0]) == 20
+    assert not caplog.records
+    path = min(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:-100])
+    assert 10 < len(reading.read(tmp_path).curves["a"][0]) < 20
+    assert f"{path} is damaged, or cut" in caplog.text
+
+
+def test_a_file_of_something_else_is_kept_beside_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text("my notes\n")
+    JSONL(path).scalars([Row("a", 1.0, 1)])
+    held = path.read_bytes()
+    JSONL(path).resume(1)
+    assert [r["tag"] for r in read_jsonl(path)] == ["a"]
+    assert (tmp_path / "run.jsonl.cut").read_bytes() == held
+    assert "run.jsonl.cut" in caplog.text
+
+
+def test_a_log_that_stops_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "run.jsonl"
+    monitor = Monitor([JSONL(path)])
+    monitor.scalar("a", 1.0, 1)
+    monitor.flush()
+    assert f"{path}: logging stopped" in caplog.text
