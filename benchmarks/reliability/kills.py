@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import selftune as st
-from benchmarks.reliability.processes import Broken, Child, apart, warm_up
+from benchmarks.reliability.processes import Broken, Child, apart, scratch, warm_up
 
 Curves = dict[str, list[tuple[int, float]]]
 Job = Callable[[int, Path], str]
@@ -77,8 +76,13 @@ def digest(tree: Any) -> str:
     return found.hexdigest()
 
 
-def tuned(save: int, folder: Path) -> str:
-    """A run of the tuner with everything random in it, begun or gone on with."""
+def tuned(save: int, folder: Path, stop: int | None = None) -> str:
+    """A run of the tuner with everything random in it, begun or gone on with, perhaps stopped."""
+
+    def look(progress: Any) -> None:
+        if stop is not None and progress.step >= stop:
+            raise KeyboardInterrupt
+
     torch.manual_seed(3)
     tuner = st.Tuner(
         net(), F.cross_entropy, rule=st.rules.SGD(), hparams={"lr": 0.01, "momentum": 0.9},
@@ -87,12 +91,13 @@ def tuned(save: int, folder: Path) -> str:
     result = tuner.fit(
         batches(205, 0), batches(60, 1), epochs=EPOCHS, log_dir=folder, log_every=5,
         evaluate_every=11, checkpoint_every=11 * save, resume=True, progress=False,
+        callbacks=[look],
     )  # fmt: skip
     schedule = result.schedule.values
     return digest([result.history, result.best_weights, schedule, result.hparams, result.best_loss])
 
 
-def looped(shell: str, save: int, folder: Path) -> str:
+def looped(shell: str, save: int, folder: Path, stop: int | None = None) -> str:
     """A loop of one's own, which saves as torch users do and begins anew where nothing is saved."""
     torch.manual_seed(3)
     model = net()
@@ -107,7 +112,7 @@ def looped(shell: str, save: int, folder: Path) -> str:
         opt.load_state_dict(saved["opt"])
         torch.set_rng_state(saved["random"])
         step = saved["step"]
-    while step < total:
+    while step < (total if stop is None else stop):
         for x, y in train:
             opt.zero_grad()
             loss = F.cross_entropy(model(x), y)
@@ -196,8 +201,8 @@ class Whole:
 
 def whole(kind: str, save: int, folder: Path) -> Whole:
     """Run it."""
-    with tempfile.TemporaryDirectory() as place:
-        warm_up(partial(JOBS[kind], save, Path(place)))
+    with scratch() as place:
+        warm_up(partial(JOBS[kind], save, place))
     begun = time.monotonic()
     found = apart(partial(JOBS[kind], save, folder))
     seconds = time.monotonic() - begun
@@ -232,12 +237,12 @@ def kills(count: int) -> list[Killed]:
     found = []
     for kind, share in (("Tuner", count - count // 2), ("SGD", count // 4),
                         ("AdamW", count // 2 - count // 4)):  # fmt: skip
-        with tempfile.TemporaryDirectory() as place:
+        with scratch() as place:
             truths: dict[int, Whole] = {}
             for seed in range(share):
-                save, folder = SAVES[seed % len(SAVES)], Path(place) / str(seed)
+                save, folder = SAVES[seed % len(SAVES)], place / str(seed)
                 if save not in truths:
-                    truths[save] = whole(kind, save, Path(place) / f"whole {save}")
+                    truths[save] = whole(kind, save, place / f"whole {save}")
                 folder.mkdir()
                 found.append(kill(kind, seed, save, truths[save], folder))
                 shutil.rmtree(folder)

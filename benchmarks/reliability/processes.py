@@ -7,11 +7,13 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,3 +102,11 @@ def warm_up(work: Callable[[], Any]) -> None:
         if name not in sys.modules:
             with suppress(Exception):  # modules that others make up
                 importlib.import_module(name)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder, in memory where that can be had: a kill leaves the same there as on a disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
