@@ -4,10 +4,10 @@
         [--starts 1000] [--ordinary 100] [--kills 100] [--searches 100] [--files 100]
         [--logged 200]
 
-Without names all parts are run. Printed are a row for every question of ``docs/reliability.md`` with
-what is asked and what is now, and with ``--worst N`` some runs behind each. Losses are of examples
-that neither trained nor tuned; a run is worse where its loss is more than 1.1 times the other one.
-Plain training against itself on other batches shows what is chance.
+Without names all parts are run. Printed are a row for every question of ``docs/reliability.md``
+with what is asked and what is now, and with ``--worst N`` some runs behind each. Losses are of
+examples that neither trained nor tuned; a run is worse where its loss is more than 1.1 times the
+other one. Plain training against itself on other batches shows what is chance.
 """
 
 from __future__ import annotations

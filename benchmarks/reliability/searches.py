@@ -80,8 +80,8 @@ def objective(place: Path, space: search.Space) -> float:
     return x * x
 
 
-def trained(place: Path, space: search.Space) -> nn.Module:
-    """A model whose run leaves a line when it is built."""
+def built(place: Path, space: search.Space) -> nn.Module:
+    """A model, whose weights are kept beside the storage."""
     width = space.suggest_categorical("width", (2, 3, 4, 5))
     return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1))
 
@@ -107,7 +107,7 @@ def run(kind: str, workers: int, models: bool, place: Path) -> None:
             train=batches[:2], val=batches[2:], steps=8, loss_fn=F.mse_loss, log_dir=place / "runs",
             tuner=dict(compile=False, probe=False),
         )  # fmt: skip
-    made: Callable[..., Any] = partial(trained if models else objective, place)
+    made: Callable[..., Any] = partial(built if models else objective, place)
     with patch.object(subprocess, "Popen", Forked):
         search.select(
             made, trials=TRIALS, sampler="random", storage=storage(kind, place), workers=workers,
@@ -156,8 +156,9 @@ def kill(kind: str, victim: str, models: bool, seconds: float, seed: int, place:
         time.sleep(after)
         running = _children(child.process)
         if running:
-            hit = {draw.choice(running)}
-            os.kill(hit.copy().pop(), signal.SIGKILL)
+            chosen = draw.choice(running)
+            os.kill(chosen, signal.SIGKILL)
+            hit = {chosen}
         try:
             child.result()
         except Broken as error:

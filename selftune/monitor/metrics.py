@@ -119,7 +119,7 @@ class Metrics:
         signals: Signals,
         ends: Callable[[str], tuple[float, float]],
     ) -> dict[str, Verdict]:
-        """A judgement of each tuned hyperparameter since the run began or was loaded.
+        """A judgement of each tuned hyperparameter since the run began.
 
         Args:
             values: Hyperparameters by name.

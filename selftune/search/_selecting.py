@@ -20,7 +20,7 @@ from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
 from selftune.search._storage import check_sampler, writable
 from selftune.search._trial import Trainer
-from selftune.search._workers import Payload, crowd, orphans, work
+from selftune.search._workers import Payload, crowd, settle, work
 from selftune.search.families import AbstractFamily
 from selftune.search.memory import Memory, Task
 
@@ -182,17 +182,17 @@ def select(
     worker = os.getpid() if joined else 0
     with writable(storage, lambda: payload.open(worker)):
         opened = payload.open(worker)
-        orphans(opened)
+        settle(opened)
     before = len(opened.trials)
     if trainer.memory is not None and trainer.task is not None and not before:
         for params in trainer.memory.best(trainer.task):
             opened.enqueue_trial(params, skip_if_exists=True)
     mark = partial(opened.set_user_attr, "selftune", about)
     with writable(storage, mark), tqdm(total=trials, disable=not progress, unit="trial") as bar:
-        if workers > 1:
-            crowd(payload, opened, workers, bar)
-        else:
-            work(payload, opened, bar)
+        run = partial(crowd, workers=workers) if workers > 1 else work
+        ended = run(payload, opened, bar=bar)
+        if ended and settle(opened):  # a worker was killed before it began
+            run(payload, opened, bar=bar)
     found = selected(trainer, opened)
     if memory is not None and trainer.task is not None and len(opened.trials) > before:
         schedule = None if found.schedule is None else asdict(found.schedule)

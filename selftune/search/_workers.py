@@ -30,6 +30,8 @@ from selftune.search._trial import Trainer
 
 LOOK = 0.2
 """Seconds between two looks at the workers."""
+SIGN = 5.0
+"""Seconds in which a worker writes its name to a trial that it has asked for; then it is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,8 @@ class Payload:
         return study
 
 
-def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) -> None:
-    """Run trials until there are enough."""
+def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) -> bool:
+    """Run trials until there are enough; false if Ctrl-C came before."""
 
     def enough() -> bool:
         done = taken(study)
@@ -81,7 +83,7 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
             study.stop()
 
     if enough():
-        return
+        return True
     try:
         with quiet():
             study.optimize(
@@ -90,10 +92,12 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
             )  # fmt: skip
     except KeyboardInterrupt:
         orphans(study, os.getpid())
+        return False
     except Unwritable:
         with suppress(Exception):  # the trial that was running is tried again
             orphans(study, os.getpid())
         raise
+    return True
 
 
 def taken(study: optuna.Study) -> list[FrozenTrial]:
@@ -127,8 +131,34 @@ def orphans(study: optuna.Study, own: int | None = None) -> int:
     return count
 
 
-def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -> None:
-    """Run trials in several processes; one that dies loses its trial only, which is retried."""
+def settle(study: optuna.Study) -> int:
+    """Take trials from workers that are gone, also from one that has not signed its trial yet.
+
+    Returns:
+        How many of the latter there were; waits only where a trial has no worker.
+    """
+    orphans(study)
+    first, until = unsigned(study), time.monotonic() + SIGN
+    while first and time.monotonic() < until:
+        time.sleep(LOOK)
+        first &= unsigned(study)
+    for number in first:
+        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    return len(first)
+
+
+def unsigned(study: optuna.Study) -> set[int]:
+    """Numbers of running trials that no worker has written its name to."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return {t.number for t in running if "worker" not in t.user_attrs}
+
+
+def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -> bool:
+    """Run trials in several processes; one that dies loses its trial only, which is retried.
+
+    Returns:
+        False if Ctrl-C came before there were enough.
+    """
     import cloudpickle
 
     # A file without a name, which no kill can leave behind; each worker maps it.
@@ -156,10 +186,11 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
                 done = [t for t in taken(study) if t.state.is_finished()]
                 bar.update(len(done) - bar.n)
         except KeyboardInterrupt:
-            pass
+            return False
         finally:
             for process in running:
                 process.terminate()
             for process in running:
                 process.wait()
             orphans(study)
+    return True

@@ -17,6 +17,7 @@ from optuna.samplers import CmaEsSampler
 from torch import nn
 
 from selftune import search
+from selftune.search import _workers  # private: how long is waited
 
 
 def objective(space: search.Space) -> float:
@@ -227,3 +228,20 @@ search.select(lambda space: space.suggest_float("x", -1, 1), trials=4, progress=
     command = [sys.executable, "-c", script]
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
+
+
+def test_a_trial_that_no_worker_signed_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between asking for a trial and beginning it."""
+    path = tmp_path / "study.journal"
+    first = search.select(objective, trials=2, storage=path, progress=False)
+    first.study.ask()
+    monkeypatch.setattr(_workers, "SIGN", 0.5)
+    found = search.select(objective, trials=3, storage=path, progress=False)
+    assert [t.state.name for t in found.study.trials] == [
+        "COMPLETE",
+        "COMPLETE",
+        "FAIL",
+        "COMPLETE",
+    ]
