@@ -30,8 +30,11 @@ from selftune.search._trial import Trainer
 
 LOOK = 0.2
 """Seconds between two looks at the workers."""
-SIGN = 5.0
-"""Seconds in which a worker writes its name to a trial that it has asked for; then it is gone."""
+SIGN = 30.0
+"""Seconds in which a worker writes its name to a trial that it has asked for; then it is gone.
+
+Samplers that draw all values at once do so before, which may take a while.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
