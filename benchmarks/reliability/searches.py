@@ -47,7 +47,7 @@ class Forked:
             try:
                 os.dup2(stdin.fileno(), 0)
                 quiet()
-                with patch("sys.argv", command[2:]):
+                with patch("sys.argv", command[2:]), patch("sys.stdin", os.fdopen(0)):
                     worker()
                 os._exit(0)
             finally:
