@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from selftune._arguments import Number, Whole, check
+from selftune._files import write_text
 from selftune.nn import Tunable
 from selftune.rules.adam import BETA1, BETA2
 
@@ -70,8 +71,12 @@ class TunedSchedule:
         return found
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write JSON."""
-        Path(path).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        """Write JSON.
+
+        Raises:
+            OSError: It cannot be written; a file that was there stays.
+        """
+        write_text(Path(path), json.dumps(asdict(self)))
 
     @staticmethod
     def load(path: str | PathLike[str]) -> TunedSchedule:
@@ -85,7 +90,8 @@ class TunedSchedule:
             return TunedSchedule(**found)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is not a schedule that was saved by selftune ({error})"
+                f"{path} is not a schedule that was saved by selftune ({error}): pass another "
+                "file, or save the schedule of the run anew"
             ) from error
 
 

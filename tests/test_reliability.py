@@ -1,12 +1,18 @@
 """A slice of the reliability benchmark. Truth: the loss at the start, and plain torch."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("sklearn", reason="the data of the benchmark is scikit-learn's")
+pytest.importorskip("optuna", reason="searches are killed")
 
 from benchmarks.reliability.__main__ import worse
+from benchmarks.reliability.files import files
+from benchmarks.reliability.kills import kills
+from benchmarks.reliability.logged import growth
+from benchmarks.reliability.searches import searches
 from benchmarks.reliability.starts import hostile, ordinary, run
 
 FEW = [s for s in hostile(1000) if s.seed % 125 == 3]
@@ -36,3 +42,36 @@ def test_ordinary_starts_are_not_lost(shell: str) -> None:
     ends = [run(s) for s in ordinary(8, shell)]
     assert not [e for e in ends if e.ours > 3 * e.plain]
     assert sum(math.log(e.ours / e.plain) for e in ends) / len(ends) < 0.3
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_whole_ones() -> None:
+    """Truth: the run that nobody kills; a slice of the hundred."""
+    found = kills(4)
+    assert len(found) == 4
+    assert not [k for k in found if not k.same or k.wrong]
+
+
+@pytest.mark.slow
+def test_killed_searches_lose_the_running_trial_alone() -> None:
+    found = searches(4)
+    assert len(found) == 4
+    assert not [s for s in found if s.lost]
+
+
+@pytest.mark.slow
+def test_files_in_trouble_are_kept_or_refused() -> None:
+    """A slice of the hundred, without what no checksum sees: the user's own ``torch.load``."""
+    found = files(20)
+    assert len(found) == 20
+    assert not [(c.file, c.trouble, v) for c, v in found
+                if v and (c.file, c.trouble) != ("optimizer state", "flipped")]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in /proc")
+def test_logged_runs_leave_nothing() -> None:
+    more = growth(20)
+    assert more.threads <= 0
+    assert more.descriptors <= 0
+    assert more.megabytes <= 3

@@ -1,6 +1,7 @@
 """A tuned trajectory on a plain torch optimizer."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,19 @@ def test_a_file_that_is_no_schedule_is_refused(tmp_path: Path, content: str) -> 
     (tmp_path / "s.json").write_text(content)
     with pytest.raises(ValueError, match=r"s\.json is not a schedule"):
         TunedSchedule.load(tmp_path / "s.json")
+
+
+def test_a_schedule_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    """A limit on the size of files makes the system refuse a write in the middle."""
+    path = tmp_path / "schedule.json"
+    before = TunedSchedule(rule="SGD", steps=4, values={"lr": [[0, 0.1]]})
+    before.save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"schedule\.json was not written .*free space"):
+            TunedSchedule(rule="SGD", steps=4, values={"lr": [[0, 0.1]] * 900}).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert TunedSchedule.load(path) == before
+    assert list(tmp_path.iterdir()) == [path]

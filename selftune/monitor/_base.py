@@ -22,6 +22,10 @@ class AbstractRecorder(ABC):
     Methods may raise OSError: logging then stops, with a warning, and training goes on.
     """
 
+    def __str__(self) -> str:
+        """Where it writes, for warnings."""
+        return type(self).__name__
+
     @abstractmethod
     def scalars(self, rows: Sequence[Row]) -> None:
         """Take a block of numbers."""
@@ -38,8 +42,12 @@ class AbstractRecorder(ABC):
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:  # noqa: B027
         """Take how values are spread, for example learning rates of layers."""
 
+    def last(self, rows: Sequence[Row]) -> None:
+        """Take the numbers of the end, which a run that is resumed writes anew."""
+        self.scalars(rows)
+
     def resume(self, step: int) -> None:  # noqa: B027
-        """Forget what was written after a step: the run goes on from there."""
+        """Forget the end and what was written after a step: the run goes on from there."""
 
     def end(self, status: str) -> None:  # noqa: B027
         """Take note of the end: ``"finished"``, ``"stopped"``, ``"interrupted"``, ``"failed"``."""

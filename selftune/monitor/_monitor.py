@@ -56,6 +56,13 @@ class Monitor:
         for tag, value in rows:
             self.scalar(tag, value, step)
 
+    def last(self, rows: Iterable[tuple[str, float]], step: int) -> None:
+        """Write numbers of the end, which a run that is resumed writes anew."""
+        block = [Row(tag, float(value), step) for tag, value in rows]
+        if self.on and block:
+            self.flush()
+            self._try(lambda: self.recorder.last(block))
+
     def flush(self) -> None:
         """Write what is buffered."""
         rows, self._rows = self._rows, []
@@ -106,7 +113,7 @@ class Monitor:
         try:
             write()
         except OSError as error:
-            log.warning("logging stopped, training goes on: %s", error)
+            log.warning("%s: logging stopped, training goes on: %s", self.recorder, error)
             self.recorder = NoRecorder()
 
 

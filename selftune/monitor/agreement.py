@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class Agreement:
@@ -22,6 +23,18 @@ class Agreement:
     def __init__(self, looks: int = 20) -> None:
         self._pairs: deque[tuple[float, float]] = deque(maxlen=looks)
         self._last: tuple[list[float], float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain containers."""
+        raw, loss = self._last or (None, None)
+        return {"pairs": [[*pair] for pair in self._pairs], "raw": raw, "loss": loss}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self._pairs.clear()
+        self._pairs.extend((p, r) for p, r in state["pairs"])
+        raw = state["raw"]
+        self._last = None if raw is None else (list(raw), float(state["loss"]))
 
     def look(
         self, grads: Sequence[float], raw: Sequence[float], loss: float

@@ -46,6 +46,21 @@ class Metrics:
         self._agreement = Agreement()
         self._mean_loss: float | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What entries compare themselves with, as plain containers."""
+        return {
+            "course": {name: list(values) for name, values in self.course.items()},
+            "trained": None if self.trained is None else float(self.trained),
+            "mean_loss": self._mean_loss,
+            "agreement": self._agreement.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self.course.update({name: list(values) for name, values in state["course"].items()})
+        self.trained, self._mean_loss = state["trained"], state["mean_loss"]
+        self._agreement.load_state_dict(state["agreement"])
+
     def note(self, raw: Mapping[str, Tensor]) -> None:
         """Take raw values into the course."""
         for name, shifts in raw.items():
@@ -104,7 +119,7 @@ class Metrics:
         signals: Signals,
         ends: Callable[[str], tuple[float, float]],
     ) -> dict[str, Verdict]:
-        """A judgement of each tuned hyperparameter since the run began or was loaded.
+        """A judgement of each tuned hyperparameter since the run began.
 
         Args:
             values: Hyperparameters by name.
@@ -127,9 +142,13 @@ class Metrics:
         """Log verdicts as numbers."""
         self.monitor.scalars([(f"verdict/{v.name}", float(v.code)) for v in found.values()], step)
 
+    def last_verdicts(self, found: Mapping[str, Verdict], step: int) -> None:
+        """Log those of the end, which a run that is resumed judges anew."""
+        self.monitor.last([(f"verdict/{v.name}", float(v.code)) for v in found.values()], step)
+
     def finish(self, values: Mapping[str, Any], found: Mapping[str, Verdict], step: int) -> None:
         """Log the hyperparameters at the end, and their verdicts in words."""
-        self.monitor.scalars([(f"end/{n}", v) for n, v in plain_rows(values)], step)
+        self.monitor.last([(f"end/{n}", v) for n, v in plain_rows(values)], step)
         if self.monitor.on and found:
             self.monitor.text("verdicts", sentences(list(found.values())), step)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from selftune.monitor.recorders import read_jsonl
 from selftune.monitor.report import Curve, Line, line
 from selftune.monitor.verdicts import KINDS
+
+log = logging.getLogger("selftune")
 
 
 @dataclass
@@ -74,6 +77,29 @@ def read(folder: str | Path) -> Log:
         )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    for file in [path] if events_file else sorted(path.glob("events.out.tfevents.*")):
+        _check(file)
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     return Log({t: ([e.step for e in es], [e.value for e in es]) for t, es in curves.items()})
+
+
+def _check(file: Path) -> None:
+    """Warn of an event file that TensorBoard reads a part of only, without a word."""
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    reader, count = PyRecordReader_New(str(file)), 0
+    try:
+        while True:
+            reader.GetNext()
+            count += 1
+    except OutOfRangeError:
+        if count:
+            return
+    except DataLossError:
+        pass
+    log.warning(
+        "%s is damaged, or cut as after a kill: what follows its first %d records is left out",
+        file, count,
+    )  # fmt: skip

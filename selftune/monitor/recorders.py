@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selftune._files import write_text
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor.tensorboard import TensorBoard
 
@@ -31,6 +32,7 @@ class InMemory(AbstractRecorder):
         self.texts: list[tuple[str, str, int]] = []
         self.hparams: dict[str, float] = {}
         self.status = ""
+        self._last: list[Row] = []
 
     def scalars(self, rows: Sequence[Row]) -> None:
         """Keep them."""
@@ -44,9 +46,15 @@ class InMemory(AbstractRecorder):
         """Keep it."""
         self.texts.append((tag, text, step))
 
+    def last(self, rows: Sequence[Row]) -> None:
+        """Keep them."""
+        self.rows += rows
+        self._last += rows
+
     def resume(self, step: int) -> None:
-        """Forget later rows."""
-        self.rows = [r for r in self.rows if r.step <= step]
+        """Forget later rows, and the end."""
+        self.rows = [r for r in self.rows if r.step <= step and r not in self._last]
+        self._last = []
 
     def end(self, status: str) -> None:
         """Keep it."""
@@ -71,9 +79,17 @@ class JSONL(AbstractRecorder):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def scalars(self, rows: Sequence[Row]) -> None:
         """Append them."""
         self._append([{"tag": t, "value": _finite(v), "step": s} for t, v, s in rows])
+
+    def last(self, rows: Sequence[Row]) -> None:
+        """Append them, with ``"end": true``."""
+        lines = [{"tag": t, "value": _finite(v), "step": s, "end": True} for t, v, s in rows]
+        self._append(lines)
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """Append a line ``{"hparams": …, "tuned": …}``."""
@@ -85,17 +101,35 @@ class JSONL(AbstractRecorder):
         self._append([{"tag": tag, "text": text, "step": step}])
 
     def resume(self, step: int) -> None:
-        """Leave out lines of later steps, the end, and a last one that a kill cut short."""
+        """Leave out lines of later steps, the end, and a last one that a kill cut short.
+
+        A file that holds anything else is kept beside it, with a warning.
+        """
         if not self.path.exists():
             return
+        self._check()
         kept = [
             row
             for row in read_jsonl(self.path)
-            if row.get("step", 0) <= step and "status" not in row
+            if row.get("step", 0) <= step and not {"status", "end"} & row.keys()
         ]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        fresh.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def _check(self) -> None:
+        """Keep a file that was cut, or is another's, as it was."""
+        held = self.path.read_bytes()
+        lines = held.decode("utf-8", errors="replace").splitlines()
+        if lines and len(read_jsonl(self.path)) == len(lines):
+            return
+        if not held:
+            log.warning("%s is empty: its curves begin here, the run goes on", self.path)
+            return
+        backup = self.path.with_name(f"{self.path.name}.cut")
+        backup.write_bytes(held)
+        log.warning(
+            "%s holds lines that are no rows of a log, or were cut, as after a kill: they are left "
+            "out; the file as it was is kept in %s", self.path, backup,
+        )  # fmt: skip
 
     def end(self, status: str) -> None:
         """Append a line ``{"status": …}``."""
@@ -183,9 +217,16 @@ class Several(AbstractRecorder):
     def __init__(self, recorders: Sequence[AbstractRecorder]) -> None:
         self.recorders = list(recorders)
 
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.recorders))
+
     def scalars(self, rows: Sequence[Row]) -> None:
         """To all."""
         self._each("scalars", rows)
+
+    def last(self, rows: Sequence[Row]) -> None:
+        """To all."""
+        self._each("last", rows)
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """To all."""
@@ -216,7 +257,7 @@ class Several(AbstractRecorder):
             try:
                 getattr(recorder, method)(*args)
             except OSError as error:
-                self.recorders.remove(recorder)
-                if not self.recorders:
+                if len(self.recorders) == 1:
                     raise
-                log.warning("%s no longer logs: %s", type(recorder).__name__, error)
+                self.recorders.remove(recorder)
+                log.warning("%s no longer logs: %s", recorder, error)

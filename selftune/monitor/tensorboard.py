@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from selftune._processes import alive
 from selftune.monitor._base import AbstractRecorder, Row
 from selftune.monitor.layout import layout
 
@@ -22,7 +25,8 @@ class TensorBoard(AbstractRecorder):
 
     The session's start is written at the beginning and its end at the end, in the run's own
     folder, without a description of the experiment: the dashboard then shows the union of all
-    runs' columns.
+    runs' columns. A run that begins in the folder of one that was killed replaces its curves;
+    beside a run that has ended, or that goes on, it adds its own.
 
     Args:
         target: A folder; or a ``SummaryWriter``, or anything with its ``add_scalar`` and ``flush``.
@@ -34,11 +38,15 @@ class TensorBoard(AbstractRecorder):
         self._folder = target if isinstance(target, (str, Path)) else None
         self._writer = None if self._folder is not None else target
         self._purge: int | None = None
+        self._last: list[Row] = []
         self._close: Callable[[], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied run goes on writing to the same folder; an open writer is not copied."""
         return {**self.__dict__, "_writer": None, "_close": None}
+
+    def __str__(self) -> str:
+        return type(self).__name__ if self._folder is None else str(self._folder)
 
     @property
     def writer(self) -> Any:
@@ -48,6 +56,10 @@ class TensorBoard(AbstractRecorder):
                 raise OSError("a copied run does not keep the writer it was given")
             from torch.utils.tensorboard import SummaryWriter
 
+            if self._purge is None and _killed(Path(self._folder)):
+                self._purge = 0
+            if self._purge is not None:
+                _wait(Path(self._folder))
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
             self._purge = None  # one that is opened after this one goes on behind it
             # Each writer has a thread: it ends with this recorder at the latest.
@@ -59,6 +71,13 @@ class TensorBoard(AbstractRecorder):
         for tag, value, step in rows:
             self.writer.add_scalar(tag, value, step)
         self.writer.flush()
+
+    def last(self, rows: Sequence[Row]) -> None:
+        """Keep them for the file of the end, which a run that is resumed takes back."""
+        if self._folder is None:
+            self.scalars(rows)
+        else:
+            self._last += rows
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """Write the session's start and the layout of the custom scalars."""
@@ -100,7 +119,7 @@ class TensorBoard(AbstractRecorder):
                 file.unlink()
 
     def end(self, status: str) -> None:
-        """Write the session's end, and close what was opened here.
+        """Write the session's end and the numbers of the end, and close what was opened here.
 
         In a file of its own: the first end that the dashboard finds counts, and that of a run that
         goes on must be taken back.
@@ -124,6 +143,9 @@ class TensorBoard(AbstractRecorder):
         well = status in ("finished", "stopped")
         code = api_pb2.STATUS_SUCCESS if well else api_pb2.STATUS_FAILURE
         end = SessionEndInfo(status=code, end_time_secs=time.time())
+        for tag, number, step in self._last:
+            ending.add_scalar(tag, number, step)
+        self._last = []
         _session(ending, metadata.SESSION_END_INFO_TAG, session_end_info=end)
         ending.flush()
         if ending is not self.writer:
@@ -132,6 +154,26 @@ class TensorBoard(AbstractRecorder):
     def _whole(self) -> bool:
         """Whether it is a SummaryWriter; something like one takes scalars only."""
         return self._folder is not None or hasattr(self._writer, "file_writer")
+
+
+def _wait(folder: Path) -> None:
+    """Wait until a new file is read after those there: their names begin with the second."""
+    names = [file.name.split(".")[3:4] for file in folder.glob("events.out.tfevents.*")]
+    newest = max((int(n[0]) for n in names if n and n[0].isdigit()), default=0)
+    while newest == int(time.time()):
+        time.sleep(0.05)
+
+
+def _killed(folder: Path) -> bool:
+    """Whether a folder holds the log of a run that was killed, and no other.
+
+    All its files are of processes of this machine that are gone, and none of them is of an end.
+    """
+    names = [file.name for file in folder.glob("events.out.tfevents.*")]
+    found = [re.fullmatch(r"events\.out\.tfevents\.\d+\.(.+)\.(\d+)\.\d+", n) for n in names]
+    return bool(names) and all(
+        m is not None and m[1] == socket.gethostname() and not alive(int(m[2])) for m in found
+    )
 
 
 def _session(writer: Any, tag: str, **info: Any) -> None:

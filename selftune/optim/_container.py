@@ -16,6 +16,7 @@ from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
+from selftune.optim._logging import OptimizerLog
 from selftune.optim._saving import check_state, pack, to_bytes, unpack
 from selftune.update import Update
 
@@ -30,6 +31,7 @@ class Container(torch.optim.Optimizer):
     _kind: str
     _engine: Engine
     _groups: Groups
+    _log: OptimizerLog
     _assembly: Assembly
     _state: Any
 
@@ -105,7 +107,7 @@ class Container(torch.optim.Optimizer):
         self._engine.monitor.flush()  # a run that is killed goes on behind these rows
         state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
-        groups[0]["selftune"] = to_bytes(pack(self._engine, self._groups, self._kind))
+        groups[0]["selftune"] = to_bytes(self._packed())
         entries = dict(state["state"])
         order = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
         places = {p: index for index, p in enumerate(order)}
@@ -115,6 +117,9 @@ class Container(torch.optim.Optimizer):
         for param, weights in () if shown is None else shown.saved():
             entries[places[param]]["training"] = weights
         return {**state, "state": entries, "param_groups": groups}
+
+    def _packed(self) -> dict[str, Any]:
+        return pack(self._engine, self._groups, self._log, self._kind)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,7 +135,7 @@ class Container(torch.optim.Optimizer):
         # Not _blocks(): a distributed checkpoint has been read into the tensors of state_dict(),
         # which are averages of this run, and must not be begun again.
         self._assembly.current(self.param_groups, self.state)
-        run = check_state(state_dict, self._engine, self._groups, self._kind, self.param_groups)
+        run = check_state(state_dict, self._engine, self._packed(), self.param_groups)
         shown, self._engine.shown = self._engine.shown, None
         if shown is not None:
             shown.back(keep=shown.changed)
@@ -150,6 +155,7 @@ class Container(torch.optim.Optimizer):
         self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)
         self._engine.store.cached = self._groups.cache(self.param_groups, self._engine.blocks)
+        self._log.load_state_dict(run["log"])
         self._engine.monitor.resume(self._engine.clock.steps)
 
     def __getstate__(self) -> dict[str, Any]:

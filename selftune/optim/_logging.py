@@ -49,6 +49,15 @@ class OptimizerLog:
         if before is not None and now > before:  # the share of the time since the last entry
             self._monitor.scalar("cost/overhead", min((now - begun) / (now - before), 1.0), step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What later entries depend on, as plain containers."""
+        return {"steps": self._steps, "metrics": self.metrics.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self._steps = state["steps"]
+        self.metrics.load_state_dict(state["metrics"])
+
     @property
     def due(self) -> bool:
         """Whether rare entries are to be made at this step."""
@@ -57,7 +66,7 @@ class OptimizerLog:
     def finish(self, values: Mapping[str, Any], step: int) -> None:
         """Log the end of the run."""
         found = self.verdicts(values, step)
-        self.metrics.verdict_rows(found, step)
+        self.metrics.last_verdicts(found, step)
         self.metrics.finish(values, found, step)
         self._monitor.histograms(values, step)
         self._monitor.end("finished")

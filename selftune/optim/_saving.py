@@ -17,9 +17,10 @@ from selftune.method.slopes import Slopes
 from selftune.method.stiff_directions import Stiffness
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
+from selftune.optim._logging import OptimizerLog
 
 VERSION = 15
-"""Of what is kept; 15 keeps as one value what is not of a parameter."""
+"""Of what is kept; 15 keeps as one value what is not of a parameter, the log's state with it."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -45,8 +46,8 @@ def from_bytes(run: Any) -> dict[str, Any]:
     return found
 
 
-def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
-    """The engine's state as tensors, numbers and strings, which ``weights_only`` loads."""
+def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[str, Any]:
+    """The run's state as tensors, numbers and strings, which ``weights_only`` loads."""
     signal = engine.training_signal
     slopes = {} if engine.reducer.sharded else vars(engine.slopes)  # every rank has its own
     return {
@@ -64,6 +65,7 @@ def pack(engine: Engine, groups: Groups, rule: str) -> dict[str, Any]:
         "looked": engine.looked,
         "shown": engine.shown is not None,
         "training_signal": None if signal is None else signal.clone(),
+        "log": log.state_dict(),
         "slopes": {n: [t.clone() for t in ts] for n, ts in slopes.items()},
     }
 
@@ -100,11 +102,20 @@ def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:
 def check_state(
     state: Mapping[str, Any],
     engine: Engine,
-    groups: Groups,
-    rule: str,
+    whole: Mapping[str, Any],
     mine: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The packed run of a state; one of another kind is refused before anything is touched."""
+    """The packed run of a state; one of another kind is refused before anything is touched.
+
+    Args:
+        state: What is to be loaded.
+        engine: That it is for.
+        whole: What the engine packs itself.
+        mine: The optimizer's parameter groups.
+
+    Raises:
+        ValueError: It does not fit, or a part is missing.
+    """
     for key in ("state", "param_groups"):
         if key not in state:
             raise ValueError(f"state_dict is not whole: it lacks {key!r}")
@@ -121,8 +132,7 @@ def check_state(
             f"{VERSION}: finish the run with the selftune that saved it, or start anew from its "
             "weights"
         )
-    whole = pack(engine, groups, rule)
-    _match("rule", run.get("rule"), rule)
+    _match("rule", run.get("rule"), whole["rule"])
     found = differences(run.get("settings", {}), whole["settings"])
     if found:
         raise ValueError(

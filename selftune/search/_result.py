@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import torch
 from optuna.trial import FixedTrial, TrialState
 from torch import nn
 
 from selftune.replay import TunedSchedule
 from selftune.search._trial import Candidate, Trainer, finished, weights_of
+from selftune.tuner._checkpoints import load  # its checksums are compared
 
 log = logging.getLogger("selftune")
 
@@ -71,7 +71,10 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
     made = trainer.build(asked, family)
     schedule = None
     if isinstance(made, Candidate):
-        schedule = _fill(trainer, best.number, family, made)
+        schedule = _fill(trainer, best.number, made)
+        if schedule is None:
+            made = trainer.build(asked, family)
+            schedule = trainer.run(made, family, None).schedule
     return Selection(
         model=made.model.eval() if isinstance(made, Candidate) else None,
         value=float(study.best_value),
@@ -83,15 +86,22 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
     )
 
 
-def _fill(trainer: Trainer, number: int, family: str, made: Candidate) -> TunedSchedule:
-    """Put the trial's weights into its model; returns its schedule."""
+def _fill(trainer: Trainer, number: int, made: Candidate) -> TunedSchedule | None:
+    """Put the trial's weights into its model; returns its schedule, or None if they are lost."""
     if number in trainer.kept:
         result = trainer.kept[number]
         made.model.load_state_dict(result.best_weights)
         return result.schedule
     path = None if trainer.folder is None else weights_of(trainer.folder, number)
     if path is not None and path.exists():
-        made.model.load_state_dict(torch.load(path, weights_only=True))
-        return TunedSchedule.load(path.with_suffix(".json"))
+        try:
+            made.model.load_state_dict(load(path))
+            return TunedSchedule.load(path.with_suffix(".json"))
+        except (ValueError, RuntimeError, TypeError, OSError) as error:
+            log.warning(
+                "%s: the weights of trial %d cannot be read (%s): it is trained again", path,
+                number, error,
+            )  # fmt: skip
+            return None
     log.warning("the weights of trial %d are elsewhere: it is trained again", number)
-    return trainer.run(made, family, None).schedule
+    return None

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from selftune.rules import AdamW
 from selftune.search._candidates import Candidates, builders_of, points_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
-from selftune.search._storage import check_sampler, persist
+from selftune.search._storage import check_sampler, persist, writable
 from selftune.search._trial import Trainer
-from selftune.search._workers import JOIN, Payload, crowd, orphans, work
+from selftune.search._workers import JOIN, Payload, crowd, settle, work
 from selftune.search.families import AbstractFamily
 from selftune.search.memory import Memory, Task
 
@@ -177,13 +178,16 @@ def select(
         trainer=trainer, about=about, storage=storage, study=study, trials=trials,
         sampler=sampler, pruner=pruner, timeout=timeout,
     )  # fmt: skip
-    opened = payload.open(os.getpid() if joined else 0)
-    before = persist(lambda: _begin(trainer, opened), opened)
-    with tqdm(total=trials, disable=not progress, unit="trial") as bar:
-        if workers > 1:
-            crowd(payload, opened, workers, bar)
-        else:
-            work(payload, opened, bar)
+    worker = os.getpid() if joined else 0
+    with writable(storage, lambda: payload.open(worker)):
+        opened = payload.open(worker)
+        before = persist(lambda: _begin(trainer, opened), opened)
+    mark = partial(opened.set_user_attr, "selftune", about)
+    with writable(storage, mark), tqdm(total=trials, disable=not progress, unit="trial") as bar:
+        run = partial(crowd, workers=workers) if workers > 1 else work
+        ended = run(payload, opened, bar=bar)
+        if ended and persist(lambda: settle(opened), opened):  # killed before it began
+            run(payload, opened, bar=bar)
     found = persist(lambda: selected(trainer, opened), opened)
     if memory is not None and trainer.task is not None and len(opened.trials) > before:
         schedule = None if found.schedule is None else asdict(found.schedule)
@@ -199,7 +203,7 @@ def select(
 
 def _begin(trainer: Trainer, study: optuna.Study) -> int:
     """Ask for what lost workers had, and what a memory knows; returns how many trials there are."""
-    orphans(study)
+    settle(study)
     before = len(study.trials)
     if trainer.memory is not None and trainer.task is not None and not before:
         for params in trainer.memory.best(trainer.task):

@@ -34,7 +34,7 @@ from optuna.storages import (
     RetryHeartbeatStaleTrialCallback,
 )
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
 
 log = logging.getLogger("selftune")
 
@@ -80,7 +80,8 @@ def storage_of(given: Any) -> BaseStorage:
     return JournalStorage(JournalFileBackend(text, lock_obj=lock))
 
 
-def _remote(address: str) -> BaseStorage:
+def _remote(address: str, times: int = 5) -> BaseStorage:
+    """A storage by its address; new tables are tried a few times."""
     if address.startswith("grpc://"):
         host, _, port = address.removeprefix("grpc://").partition(":")
         return GrpcStorageProxy(host=host, port=int(port or 13000))
@@ -95,9 +96,13 @@ def _remote(address: str) -> BaseStorage:
             f"storage={address} needs a driver of its database that is not installed "
             f"({error.__context__}); for PostgreSQL: pip install 'selftune[postgres]'"
         ) from error
-    except OperationalError as error:
+    except DatabaseError as error:
         if error.connection_invalidated:
             raise StorageInternalError(f"the connection to {address} was lost") from error
+        racing = isinstance(error, IntegrityError) or "already exists" in str(error.orig)
+        if times and racing:  # another worker makes its tables
+            time.sleep(0.2)
+            return _remote(address, times - 1)
         raise ValueError(
             f"storage={address} cannot be opened ({error.orig}): if another program holds it, wait "
             "for that or pass another address; it is untouched"
@@ -253,6 +258,42 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+class Unwritable(BaseException):
+    """A storage failed inside a trial; no Exception, which Optuna would take for the trial's."""
+
+
+@contextmanager
+def writable(storage: Any, write: Callable[[], object]) -> Iterator[None]:
+    """Say so where a search ends because nothing can be written to its storage.
+
+    Optuna then raises errors of many kinds: where one may come from elsewhere, writing is tried.
+
+    Args:
+        storage: As it was given.
+        write: Writes something to it that is there already.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, AssertionError, Unwritable, StorageInternalError, SQLAlchemyError) as error:
+        why: BaseException = error
+        if isinstance(error, (OSError, AssertionError)):
+            try:
+                write()
+            except (OSError, StorageInternalError, SQLAlchemyError) as again:
+                why = again
+            else:
+                raise
+        while why.__cause__ is not None:
+            why = why.__cause__
+        raise OSError(
+            f"storage={storage} cannot be written to ({why}): free space there, or pass another "
+            "one; trials that are in it stay"
+        ) from error
 
 
 def open_study(

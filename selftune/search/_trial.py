@@ -15,13 +15,14 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
 from selftune.search._space import Space
-from selftune.search._storage import disconnected
+from selftune.search._storage import Unwritable, disconnected
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
 
@@ -105,6 +106,8 @@ class Trainer:
         except Exception as error:
             if disconnected(error):  # not the candidate's failure: another trial takes its place
                 raise
+            if isinstance(error, StorageInternalError):
+                raise Unwritable from error
             family = trial.user_attrs.get("family", "?")
             told = f"{type(error).__name__}: {error}"
             trial.set_user_attr("error", told)

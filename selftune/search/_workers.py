@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from selftune._processes import alive
 from selftune.search._storage import (
     RETRIES,
+    Unwritable,
     open_study,
     persist,
     pruner_of,
@@ -34,6 +36,11 @@ JOIN = "SELFTUNE_STORAGE"
 """A variable of the environment: the storage of the search to join."""
 LOOK = 0.2
 """Seconds between two looks at the workers."""
+SIGN = 30.0
+"""Seconds in which a worker writes its name to a trial that it has asked for; then it is gone.
+
+Samplers that draw all values at once do so before, which may take a while.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +81,8 @@ class Payload:
         return study
 
 
-def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) -> None:
-    """Run trials until there are enough."""
+def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) -> bool:
+    """Run trials until there are enough; false if Ctrl-C came before."""
 
     def enough() -> bool:
         done = taken(study)
@@ -87,8 +94,13 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
         if enough():
             study.stop()
 
+    begun = False
+
     def rounds() -> None:
-        orphans(study, os.getpid())  # where the connection was lost
+        nonlocal begun
+        if begun:  # the connection was lost, and a trial with it
+            orphans(study, os.getpid())
+        begun = True
         if not enough():
             study.optimize(
                 payload.trainer.attempt, callbacks=[after], catch=(Exception,),
@@ -100,6 +112,12 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
             persist(rounds, study)
     except KeyboardInterrupt:
         orphans(study, os.getpid())
+        return False
+    except Unwritable:
+        with suppress(Exception):  # the trial that was running is tried again
+            orphans(study, os.getpid())
+        raise
+    return True
 
 
 def join(storage: str, script: str, rest: Sequence[str]) -> None:
@@ -147,8 +165,34 @@ def orphans(study: optuna.Study, own: int | None = None) -> int:
     return count
 
 
-def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -> None:
-    """Run trials in several processes; one that dies loses its trial only, which is retried."""
+def settle(study: optuna.Study) -> int:
+    """Take trials from workers that are gone, also from one that has not signed its trial yet.
+
+    Returns:
+        How many of the latter there were; waits only where a trial has no worker.
+    """
+    orphans(study)
+    first, until = unsigned(study), time.monotonic() + SIGN
+    while first and time.monotonic() < until:
+        time.sleep(LOOK)
+        first &= unsigned(study)
+    for number in first:
+        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    return len(first)
+
+
+def unsigned(study: optuna.Study) -> set[int]:
+    """Numbers of running trials that no worker has written its name to."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return {t.number for t in running if "worker" not in t.user_attrs}
+
+
+def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -> bool:
+    """Run trials in several processes; one that dies loses its trial only, which is retried.
+
+    Returns:
+        False if Ctrl-C came before there were enough.
+    """
     import cloudpickle
 
     # A file without a name, which no kill can leave behind; each worker maps it.
@@ -176,10 +220,11 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
                 done = persist(lambda: [t for t in taken(study) if t.state.is_finished()], study)
                 bar.update(len(done) - bar.n)
         except KeyboardInterrupt:
-            pass
+            return False
         finally:
             for process in running:
                 process.terminate()
             for process in running:
                 process.wait()
             orphans(study)
+    return True

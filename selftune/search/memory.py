@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from selftune._arguments import NONE, TEXT, Kind, Number, check
+from selftune._files import write_text
 from selftune.hparams import Hparam
 from selftune.search._shape import Shape
 
@@ -152,10 +153,7 @@ class Memory:
             "task": asdict(task), "hparams": dict(hparams), "value": value,
             "params": dict(params or {}), "schedule": schedule,
         }  # fmt: skip
-        path = self.path / f"{uuid.uuid4().hex}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(entry))
-        part.replace(path)
+        write_text(self.path / f"{uuid.uuid4().hex}.json", json.dumps(entry))
 
     def runs(self) -> list[dict[str, Any]]:
         """What is remembered."""

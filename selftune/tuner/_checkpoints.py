@@ -18,8 +18,8 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 8
-"""Of what is kept; 8 keeps sensitivities of a slice of the weights."""
+VERSION = 9
+"""Of what is kept; 9 keeps what later entries of the log depend on."""
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:
@@ -77,6 +77,24 @@ def plain(tree: Any) -> bool:
     return type(tree) in (tuple, list, *MEMORIES) and all(plain(v) for v in tree)
 
 
+def load(path: Path) -> Any:
+    """What torch saved to a file, after its checksums.
+
+    Raises:
+        ValueError: It is damaged, or no file of torch's.
+    """
+    try:
+        with zipfile.ZipFile(path) as held:  # torch writes checksums and does not read them
+            broken = held.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} in it is another")
+        with torch.serialization.safe_globals(MEMORIES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError, ValueError,
+            zipfile.BadZipFile, zlib.error, NotImplementedError) as error:  # fmt: skip
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content.
 
@@ -87,14 +105,8 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
     try:
-        with zipfile.ZipFile(path) as held:  # torch writes checksums and does not read them
-            broken = held.testzip()
-        if broken is not None:
-            raise ValueError(f"the checksum of {broken} in it is another")
-        with torch.serialization.safe_globals(MEMORIES):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError, ValueError,
-            zipfile.BadZipFile, zlib.error, NotImplementedError) as error:  # fmt: skip
+        state = load(path)
+    except ValueError as error:
         raise ValueError(
             f"resume: {path} is damaged or no checkpoint of a Tuner ({error}); nothing was "
             "changed. Resume from another file, or start anew in another log_dir"

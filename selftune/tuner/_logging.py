@@ -36,11 +36,6 @@ class TunerLog:
         """Take values into the course."""
         self.metrics.note({n: self._inverse(n, [v]) for n, v in values.items()})
 
-    def resume(self, course: Mapping[str, Sequence[float]]) -> None:
-        """Go on from the values of a run before."""
-        for name, values in course.items():
-            self.metrics.course[name] = self._inverse(name, values).tolist()
-
     def _inverse(self, name: str, values: Sequence[float]) -> Tensor:
         scale = self._steps.hyper.hparams[name].bijection
         return scale.inverse(torch.tensor(values, dtype=torch.float64))

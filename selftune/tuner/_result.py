@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from selftune._files import write_text
 from selftune.monitor import Verdict
 from selftune.monitor.report import MOST, Curve, line, page, table
 from selftune.replay import TunedSchedule
@@ -145,7 +146,7 @@ class TuningResult:
         if target is not None:
             target.mkdir(parents=True, exist_ok=True)
             title = f"{self.steps} steps, {self.ended}, validation loss {self.best_loss:.4g}"
-            (target / "report.html").write_text(page(title, lines, self._panels(steps)), "utf-8")
+            write_text(target / "report.html", page(title, lines, self._panels(steps)))
             self.schedule.save(target / "schedule.json")
         return table(lines)
 

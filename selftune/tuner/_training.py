@@ -247,7 +247,7 @@ class Training:
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
         self.watch.metrics.finish(known, verdicts, self.step)
-        self.watch.metrics.monitor.scalar("final/loss", best, self.step)
+        self.watch.metrics.monitor.last([("final/loss", best)], self.step)
         return TuningResult(
             history=history.arrays(),
             best_weights={

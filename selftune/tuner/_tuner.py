@@ -293,6 +293,8 @@ class Tuner:
             targets = [t for t in (log_dir, recorder) if t is not None]
             monitor = training.watch.metrics.monitor = Monitor(targets or None)
             training.folder = folder
+            if resume and saved is None:
+                monitor.resume(-1)  # a run that was killed before its first checkpoint
             if saved is None:
                 monitor.begin(training.watch.hparams(), training.steps.hyper.names)
             else:

@@ -258,6 +258,7 @@ class Watch:
             "leader": self.leader,
             "since": self.since,
             "good_at": self._good_at,
+            "metrics": self.metrics.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -267,7 +268,7 @@ class Watch:
             controller.load_state_dict(saved)
         self.leader, self.since = state["leader"], state["since"]
         self._good_at = state["good_at"]
-        self.log.resume(self.history.hparams)
+        self.metrics.load_state_dict(state["metrics"])
 
 
 def _kept(told: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Logs of runs that are resumed or share a folder. Truth: TensorBoard's own reader."""
 
+import copy
 import gc
 import os
 import signal
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, metadata
 
 import selftune as st
-from selftune.monitor import JSONL, Row, TensorBoard, read_jsonl
+from selftune.monitor import JSONL, InMemory, Monitor, Row, TensorBoard, read_jsonl, reading
 
 
 def fit(folder: Path, callbacks: Any = (), **options: Any) -> Any:
@@ -51,6 +52,91 @@ def test_a_resumed_run_goes_on_with_the_same_curves(tmp_path: Path) -> None:
     data = EventAccumulator(str(tmp_path / "twice")).Reload().PluginTagToContent("hparams")
     end = metadata.parse_session_end_info_plugin_data(data["_hparams_/session_end_info"])
     assert end.status == api_pb2.STATUS_SUCCESS, "its first end was taken back"
+
+
+def test_the_end_of_a_run_that_is_resumed_is_not_doubled(tmp_path: Path) -> None:
+    for _ in range(2):
+        fit(tmp_path, resume=True)
+    read = EventAccumulator(str(tmp_path)).Reload()
+    lines = read_jsonl(tmp_path / "run.jsonl")
+    for tag in ("end/lr", "final/loss"):
+        assert [e.step for e in read.Scalars(tag)] == [120]
+        assert [r["step"] for r in lines if r.get("tag") == tag] == [120]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_its_curves_anew(
+    tmp_path: Path,
+) -> None:
+    def die(progress: Any) -> None:
+        raise ZeroDivisionError("a defect of the user's")
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "twice", [die], checkpoint_every=60, resume=True)
+    fit(tmp_path / "twice", checkpoint_every=60, resume=True)
+    fit(tmp_path / "once", checkpoint_every=60)
+    assert curves(tmp_path / "twice") == curves(tmp_path / "once")
+
+
+def curves(folder: Path) -> str:
+    """All curves without times, from event files and from lines; as text, for NaN is itself."""
+    read = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = [t for t in read.Tags()["scalars"] if not t.startswith("cost/")]
+    lines = [r for r in read_jsonl(folder / "run.jsonl") if "value" in r]
+    return "\n".join(
+        f"{t} {[(e.step, e.value) for e in read.Scalars(t)]}"
+        f" {[(r['step'], r['value']) for r in lines if r['tag'] == t]}"
+        for t in tags
+    )
+
+
+def looped(recorder: Any, last: int, state: Any = None) -> Any:
+    """A loop of one's own to a step, perhaps from a state; returns the state there."""
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(4, 1), torch.randn(64, 4)
+    opt = st.SGD(net, lr=0.01, log_dir=recorder, total_steps=200, probe=False)
+    first = 0
+    if state is not None:
+        first = state["step"]
+        net.load_state_dict(state["net"])
+        opt.load_state_dict(state["opt"])
+    for _ in range(first, last):
+        opt.zero_grad()
+        loss = (net(x[:32]) - x[:32].sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        opt.step()
+        opt.report(loss)
+        opt.hyper_step(lambda: (net(x[32:]) - x[32:].sum(1, keepdim=True)).square().mean())
+    opt.flush()
+    state = {"step": last, "net": net.state_dict(), "opt": opt.state_dict()}
+    return copy.deepcopy(state)
+
+
+def test_a_loaded_optimizer_writes_the_same_curves(tmp_path: Path) -> None:
+    """Also those that compare an entry with earlier ones: margins, agreement, verdicts."""
+    whole, cut = InMemory(), InMemory()
+    looped(whole, 200)
+    looped(cut, 200, looped(cut, 110))
+    rows = [[r for r in one.rows if not r.tag.startswith("cost/")] for one in (whole, cut)]
+    assert {"response/agreement", "margin/lr/low", "verdict/lr"} <= {r.tag for r in rows[0]}
+    assert repr(rows[0]) == repr(rows[1])  # for NaN is itself
+
+
+def test_a_run_in_the_folder_of_a_killed_one_replaces_its_curves(tmp_path: Path) -> None:
+    script = f"""
+import os, signal
+from selftune.monitor import Row, TensorBoard
+TensorBoard({str(tmp_path)!r}).scalars([Row("a", float(s), s) for s in range(5)])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], check=False)
+    recorder = TensorBoard(tmp_path)
+    recorder.scalars([Row("a", 7.0, s) for s in range(3)])
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("a")] == [(s, 7.0) for s in range(3)]
+    recorder.end("finished")
+    TensorBoard(tmp_path).scalars([Row("b", 8.0, 1)])  # beside one that has ended
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert len(read.Scalars("a")) == 3
 
 
 def test_two_writers_share_a_folder(tmp_path: Path) -> None:
@@ -126,9 +212,7 @@ def test_curves_have_no_hole_before_the_checkpoint_of_a_killed_run(
             assert done.returncode == (-signal.SIGKILL if last else 0)
         lines = read_jsonl(tmp_path / name / "run.jsonl")
         rows = [(r["tag"], r["step"], r["value"]) for r in lines if "value" in r]
-        # Others compare a step with the one before, which a resumed run has not seen.
-        kinds = ("hyper/", "val/", "train/", "score/", "hypergrad/", "guard/", "displacement/")
-        curves.append(sorted(r for r in rows if r[0].startswith(kinds)))
+        curves.append(sorted(r for r in rows if not r[0].startswith("cost/")))
     assert curves[0] == curves[1]
     assert {"hyper/lr", "val/loss"} <= {tag for tag, _, _ in curves[0]}
 
@@ -181,3 +265,39 @@ def test_a_recorder_that_has_ended_goes_on_behind_what_it_wrote(tmp_path: Path) 
         recorder.end("finished")
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [e.value for e in read.Scalars("a")] == [1.0, 2.0]
+
+
+def test_a_cut_event_file_is_read_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = TensorBoard(tmp_path)
+    recorder.scalars([Row("a", 1.0, step) for step in range(20)])
+    recorder.end("finished")
+    assert len(reading.read(tmp_path).curves["a"][0]) == 20
+    assert not caplog.records
+    path = min(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:-100])
+    assert 10 < len(reading.read(tmp_path).curves["a"][0]) < 20
+    assert f"{path} is damaged, or cut" in caplog.text
+
+
+def test_a_file_of_something_else_is_kept_beside_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text("my notes\n")
+    JSONL(path).scalars([Row("a", 1.0, 1)])
+    held = path.read_bytes()
+    JSONL(path).resume(1)
+    assert [r["tag"] for r in read_jsonl(path)] == ["a"]
+    assert (tmp_path / "run.jsonl.cut").read_bytes() == held
+    assert "run.jsonl.cut" in caplog.text
+
+
+def test_a_log_that_stops_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "run.jsonl"
+    monitor = Monitor([JSONL(path)])
+    monitor.scalar("a", 1.0, 1)
+    monitor.flush()
+    assert f"{path}: logging stopped" in caplog.text

@@ -3,6 +3,7 @@
 import errno
 import json
 import pickle
+import resource
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from optuna.samplers import CmaEsSampler
 from torch import nn
 
 from selftune import search
+from selftune.search import _workers  # private: how long is waited
 
 
 def objective(space: search.Space) -> float:
@@ -162,3 +164,84 @@ def test_workers_leave_no_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(found.study.trials) >= 2
     assert seen
     assert all(name.startswith("study.journal") for name in seen)
+
+
+def damaged(path: Path, how: str) -> None:
+    held = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(held[: len(held) // 2])
+    elif how == "flipped":  # a weight: torch reads it without its checksum
+        at = held.index(b"data/0") + 200
+        path.write_bytes(held[:at] + bytes([held[at] ^ 64]) + held[at + 1 :])
+    else:
+        torch.save({"model": {}}, path)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "another's"])
+def test_damaged_weights_of_a_search_are_trained_again(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained(storage=tmp_path / "study.journal", warm_start=False)
+    (path,) = (tmp_path / "study.journal.runs" / "weights").glob("*.pt")
+    damaged(path, how)
+    again = trained(storage=tmp_path / "study.journal", warm_start=False)
+    assert again.model is not None
+    assert whole.model is not None
+    for mine, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert "trained again" in caplog.text
+
+
+def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    path.write_text("these are my notes")
+    with pytest.raises(ValueError, match=r"study\.db cannot be opened.*pass another address"):
+        search.select(objective, trials=1, storage=f"sqlite:///{path}", progress=False)
+    assert path.read_text() == "these are my notes"
+
+
+@pytest.mark.parametrize("kind", ["journal", "SQLite"])
+def test_a_storage_on_a_full_disk_is_told_by_name(tmp_path: Path, kind: str) -> None:
+    """A limit on the size of files makes the system refuse a write in the middle."""
+    path = tmp_path / "study"
+    storage = path if kind == "journal" else f"sqlite:///{path}"
+    search.select(objective, trials=2, storage=storage, progress=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+    try:
+        with pytest.raises(OSError, match=r"study cannot be written to .*free space") as told:
+            search.select(objective, trials=60, storage=storage, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(told.value)
+    found = search.select(objective, trials=60, storage=storage, progress=False)
+    assert len([t for t in found.study.trials if t.value is not None]) == 60
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_database(tmp_path: Path) -> None:
+    script = f"""
+from selftune import search
+search.select(lambda space: space.suggest_float("x", -1, 1), trials=4, progress=False,
+              storage="sqlite:///{tmp_path}/study.db")
+"""
+    command = [sys.executable, "-c", script]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+
+
+def test_a_trial_that_no_worker_signed_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between asking for a trial and beginning it."""
+    path = tmp_path / "study.journal"
+    first = search.select(objective, trials=2, storage=path, progress=False)
+    first.study.ask()
+    monkeypatch.setattr(_workers, "SIGN", 0.5)
+    found = search.select(objective, trials=3, storage=path, progress=False)
+    assert [t.state.name for t in found.study.trials] == [
+        "COMPLETE",
+        "COMPLETE",
+        "FAIL",
+        "COMPLETE",
+    ]
