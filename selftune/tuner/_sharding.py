@@ -85,7 +85,7 @@ class Shard:
             return batch[part] if batch.ndim else batch
         if hasattr(batch, "items"):
             return {k: self._of(v, part, count) for k, v in batch.items()}
-        if isinstance(batch, (tuple, list)):
+        if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):
             if not any(isinstance(b, (Tensor, np.ndarray, dict, tuple, list)) for b in batch):
                 return batch[part] if len(batch) == count else batch
             found = [self._of(b, part, count) for b in batch]
