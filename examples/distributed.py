@@ -13,8 +13,9 @@ On several machines the same command on each of them, with the address of any on
     torchrun --nnodes 2 --nproc-per-node gpu --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         examples/distributed.py --device cuda
 
-Without torchrun the script trains in one process, to the same hyperparameters. Ctrl-C saves and ends;
-the same command goes on from there, with any number of ranks.
+Without torchrun the script trains in one process, to nearly the same hyperparameters (BatchNorm
+normalises by each rank's part of a batch; without it they are equal up to rounding). Ctrl-C saves
+and ends; the same command goes on from there, with any number of ranks.
 """
 
 import argparse

@@ -79,8 +79,9 @@ class Tuner:
             (:class:`selftune.nn.Augment` or one of its parts).
         metrics: Functions of (output, target) by name, averaged over the validation set.
         parallel: ``"ddp"`` to train on all ranks that ``torchrun`` has started: each takes its part
-            of every batch, and gradients, losses and BatchNorm's statistics are averaged
-            (:doc:`distributed`). The first rank alone writes logs and checkpoints.
+            of every batch, and gradients, losses and BatchNorm's running statistics are averaged.
+            The first rank alone writes logs and checkpoints. (Not ``"fsdp"``: for sharded weights
+            use :class:`selftune.AdamW` in a loop of one's own.)
         device: Where to train; by default where the model is. With ``parallel``, a GPU is the one
             of the rank.
         amp: Whether forward passes run in bfloat16 where that is safe.
