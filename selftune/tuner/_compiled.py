@@ -220,13 +220,14 @@ class Fused:
             return steps.hyper_step(run, passed)
 
         def parted(passing: Step, step: Step) -> Step:
-            passing, stepping = wrap_pass(mapped(passing, 1)), wrap(_in_place(mapped(step, 0)))
+            stepping = wrap(_in_place(mapped(step, 0)))
             return lambda run, batch: stepping(run, *steps.group.mean(passing, run, batch))
 
+        train, val = (wrap_pass(mapped(p, 1)) for p in (steps.train_pass, steps.val_pass))
         return {
-            "plain": parted(steps.train_pass, plain),
-            "tracked": parted(steps.train_pass, tracked),
-            "tune": parted(steps.val_pass, tune),
+            "plain": parted(train, plain),
+            "tracked": parted(train, tracked),
+            "tune": parted(val, tune),
         }
 
 

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._data import Stream, alone, size, to_device
 from selftune.tuner._objective import Objective, for_scoring
+from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import RunState, Steps
 
@@ -80,7 +81,8 @@ class Scorer:
         self._module = _Scores(for_scoring(objective), metrics)
         self._names = [f"objective.{n}" for n in params]
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
-        self._batches: Iterable[Any] = alone(batches)
+        own = alone(batches)
+        self._batches: Iterable[Any] = steady(own) if steps.group.together else own
         self._few: list[Any] = []  # of batches that come only once
         self._members = members
         self._device = device

@@ -49,11 +49,9 @@ class Shard:
         groups = getattr(loader, "batch_sampler", None)
         indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
         if not indexed or groups is None or loader.num_workers == 0:
-            return _Parts(loader, self._cut)
-        parts = vars(loader)  # a copy of the user's; DataLoader refuses assignments
-        parts["batch_sampler"] = _Indices(groups, self._bounds)
-        parts["worker_init_fn"] = _Worker(self._rank, loader.worker_init_fn)
-        return loader
+            return _Parts(steady(loader), self._cut)
+        vars(loader)["batch_sampler"] = _Indices(groups, self._bounds)  # DataLoader refuses to set
+        return steady(loader, self._rank)
 
     def _bounds(self, count: int) -> slice:
         """Which of so many examples are this rank's."""
@@ -98,6 +96,13 @@ class Shard:
         )
 
 
+def steady(loader: Any, rank: int = 0) -> Any:
+    """A copied loader whose workers leave Ctrl-C to the rank, and draw other numbers on each."""
+    if isinstance(loader, DataLoader):
+        vars(loader)["worker_init_fn"] = _Worker(rank, loader.worker_init_fn)
+    return loader
+
+
 class _Parts:
     """Parts of the batches of a loader."""
 
@@ -131,16 +136,17 @@ class _Indices:
 
 
 class _Worker:
-    """Lets workers draw other numbers on each rank, and leaves Ctrl-C to the rank itself."""
+    """What the workers of a rank begin with."""
 
     def __init__(self, rank: int, then: Callable[[int], None] | None) -> None:
         self._rank, self._then = rank, then
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        seed = (torch.initial_seed() + (self._rank << 32)) % 2**63
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002 - users' data sets use it
+        if self._rank:
+            seed = (torch.initial_seed() + (self._rank << 32)) % 2**63
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002 - data sets use it
         if self._then is not None:
             self._then(worker)

@@ -207,6 +207,8 @@ class Training:
             saved, cost = gain * left, COMPILED[0] + COMPILED[1] * tensors
             pays = saved > cost and taken * left > LONG * cost
             if self.group.from_first(lambda: pays):
+                if self.group.together:
+                    self.save()  # torchrun kills ranks that compile for 30 s after Ctrl-C
                 self.fused.compile()
             else:
                 self.plan.compile = False

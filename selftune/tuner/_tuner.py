@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -272,8 +273,8 @@ class Tuner:
         check_fit(locals())
         folder = None if log_dir is None else Path(log_dir)
         objective, group = self._given.objective, self._given.group
-        mine = folder if group.first else None
-        with quiet(not group.first), owned(mine), modes_kept(objective):
+        with quiet(not group.first), ExitStack() as held, modes_kept(objective):
+            group.from_first(lambda: held.enter_context(owned(folder)))
             saved = group.from_first(lambda: _checkpoints.find(resume, folder))
             group.share_streams()
             if isinstance(val, (int, float)):

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import selftune as st
+from selftune.tuner._group import join  # private: its streams of random numbers
+from selftune.tuner._lock import owned
 from selftune.tuner._sharding import Shard  # private: every kind of batch
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -109,8 +112,19 @@ def rank(number: int, port: int, folder: Path) -> None:
     with pytest.raises(Outage):
         JOBS["dropout"](folder / "random", died=47, parallel="ddp")
     found["random again"] = JOBS["dropout"](folder / "random", parallel="ddp", resume=True)
+    group, cpu = join("ddp", torch.device("cpu"))
+    group.seed(cpu)
+    mean = group.mean(lambda run, batch: (torch.rand(()), [torch.rand(2)], []), None, torch.ones(3))
+    found["draws"] = group.gather(group._stream), mean[1][0], torch.rand(2)
     found["refused"] = [refusal(case, number) for case in REFUSED.values()]
+    found["refused"].append(refusal(lambda number: locked(number, folder), number))
     torch.save(found, folder / f"{number}.pt")
+
+
+def locked(number: int, folder: Path) -> None:
+    """Another process writes to the folder, of which only the first rank knows."""
+    with owned(folder / "locked") if number == 0 else nullcontext():
+        train(net(), folder / "locked", parallel="ddp")
 
 
 def refusal(case: Callable[[int], Any], number: int) -> str:
@@ -216,10 +230,35 @@ def test_one_rank_writes(folder: Path, both: list[dict[str, Any]]) -> None:
     assert second["rows"] == 0
 
 
+def test_ranks_draw_other_numbers_from_their_own_streams_alone(both: list[dict[str, Any]]) -> None:
+    for (one, two), mean, _ in (found["draws"] for found in both):
+        assert not torch.equal(one, two)
+        assert torch.equal(mean, both[0]["draws"][1])
+    assert torch.equal(both[0]["draws"][2], both[1]["draws"][2])
+
+
 @pytest.mark.parametrize("number", range(len(REFUSED)))
 def test_what_ranks_cannot_do_is_refused_on_all(number: int, both: list[dict[str, Any]]) -> None:
     for found in both:
         assert list(REFUSED)[number] in found["refused"][number]
+        assert "is being written to by process" in found["refused"][-1]
+
+
+def compiled(number: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+    found = [train(net(), parallel="ddp", compile=c) for c in (False, True)]
+    torch.save(found, folder / f"{number}.pt")
+
+
+@pytest.mark.slow
+def test_compiled_ranks_agree_with_eager_ones_to_rounding(tmp_path: Path) -> None:
+    mp.spawn(compiled, (free_port(), tmp_path), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (0, 1))
+    assert_close(one[1], two[1], rtol=0, atol=0)
+    assert_close(one[1], one[0], **ROUNDING)
 
 
 ENDLESS = """
