@@ -231,7 +231,7 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
 
 @contextmanager
 def quiet(silent: bool) -> Iterator[None]:
-    """Keep the log of this process to errors, since another one tells the same."""
+    """Log nothing but errors on this rank, since the first one logs the same."""
 
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR

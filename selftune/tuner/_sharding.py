@@ -69,7 +69,9 @@ class Shard:
     def _cut(self, batch: Any) -> Any:
         batch = dict(batch.items()) if hasattr(batch, "items") else batch
         arrays = [t for t in tree_leaves(batch) if isinstance(t, (Tensor, np.ndarray)) and t.ndim]
-        count = len(arrays[0]) if arrays else 1
+        if not arrays and not isinstance(batch, (tuple, list)):
+            return self._of(batch, slice(None), 1)  # refused
+        count = len(arrays[0] if arrays else batch)
         return self._of(batch, self._bounds(count), count)
 
     def _of(self, batch: Any, part: slice, count: int) -> Any:

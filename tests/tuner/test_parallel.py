@@ -340,6 +340,8 @@ def test_batches_of_every_kind_are_divided() -> None:
     assert one["more"][1] + two["more"][1] == ["a", "b", "c", "d", "e"]
     assert one["more"][2] == two["more"][2] == 3
     assert one["name"] == "train"
+    texts = [next(iter(Shard("train", rank, 2)([["a", "b", "c"]]))) for rank in (0, 1)]
+    assert texts == [["a"], ["b", "c"]]
 
 
 def test_batches_that_cannot_be_divided_are_refused() -> None:
@@ -348,3 +350,5 @@ def test_batches_that_cannot_be_divided_are_refused() -> None:
         next(iter(Shard("val", 0, 2)([(torch.ones(4, 3), torch.ones(3, 4))])))
     with pytest.raises(ValueError, match="PackedSequence in a batch cannot be divided"):
         next(iter(Shard("val", 0, 2)([(packed, torch.ones(2))])))
+    with pytest.raises(ValueError, match="object in a batch cannot be divided"):
+        next(iter(Shard("val", 0, 2)([object()])))
