@@ -224,7 +224,11 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
                 "script by torchrun --nproc-per-node 2 script.py, or leave parallel= out"
             )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun --max-restarts keeps its store, where gloo would find addresses of the dead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"selftune, attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
         atexit.register(_leave)
     return Group(dist.get_rank(), dist.get_world_size()), device
 

@@ -47,6 +47,7 @@ def train(
     *,
     size: int = 201,
     died: int | None = None,
+    killed: bool = False,
     workers: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def train(
     batches: Any = loader(size, 0, batch_size=20, num_workers=workers)
     if died is not None:
         batches = Dying(batches, died)
+    fit["callbacks"] = [lambda progress: killed and os.kill(os.getpid(), signal.SIGKILL)]
     rows: list[Any] = []
     fit["recorder"] = lambda values, step: rows.append(step)
     result = tuner.fit(batches, loader(61, 1, batch_size=16), log_dir=folder, **fit)
@@ -318,6 +320,30 @@ def test_ctrl_c_on_any_rank_ends_all_after_the_same_step(
     assert [each.returncode for each in endless] == [0, 0]
     assert outputs[0] == outputs[1]
     assert outputs[0] == f"ended after {torch.load(tmp_path / 'last.pt')['numbers'][0]}\n"
+
+
+RESTARTED = """
+    import os, sys, torch
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_parallel import net, train
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    train(net(), folder / "run", parallel="ddp", resume=True, killed=first and rank == 1)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(RESTARTED.format(tests=str(Path(__file__).parent))))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*launch, f"--master-port={free_port()}", "--max-restarts=1", script, tmp_path]
+    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    step, best, _ = torch.load(tmp_path / "run" / "last.pt")["numbers"]
+    train(net(), tmp_path / "whole")
+    whole = torch.load(tmp_path / "whole" / "last.pt")["numbers"]
+    assert (step, best) == (STEPS, pytest.approx(whole[1], rel=ROUNDING["rtol"]))
 
 
 def test_it_is_refused_outside_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
