@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +30,15 @@ from selftune.method.snapshots import resolve
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
-from selftune.tuner._checks import check_first
+from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
+from selftune.tuner._group import Group
 from selftune.tuner._objective import Objective, for_tuning
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._scoring import Metric, Scorer
+from selftune.tuner._sharding import shard
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._training import Training
@@ -77,6 +79,7 @@ class Given:
         amp: Whether passes run in bfloat16.
         population: Runs trained at once, or None.
         settings: The numbers of the method.
+        group: The ranks.
     """
 
     objective: Objective
@@ -102,6 +105,7 @@ class Given:
     amp: bool
     population: Population | None
     settings: MethodSettings
+    group: Group
 
     def cadence(self, total: int | None) -> int:
         """Weight steps from one hyperparameter step to the next."""
@@ -114,6 +118,59 @@ class Given:
             stride=min(self.average.stride, self.cadence(total)),
             splits=self.objective.splits,
         )  # fmt: skip
+
+
+def tuned_names(
+    tune: Sequence[str] | None, update: Update, found: Mapping[str, Found], schedule: str
+) -> list[str]:
+    """Names of the tuned hyperparameters; α only where nothing else anneals."""
+    if tune is not None:
+        if isinstance(tune, str):
+            raise ValueError(f"tune={tune!r} must be a sequence: ({tune!r},)")
+        return list(tune)
+    return [*(n for n in update.tuned if n != "decay" or schedule == "constant"), *found]
+
+
+def check_together(given: Given) -> None:
+    """Refuse estimators of whole steps in a population or on several ranks.
+
+    Raises:
+        ValueError: They are named.
+    """
+    members, ranks, assigned = given.population, given.group.size, given.assignment(None)
+    if assigned.whole is not None and members is not None:
+        raise ValueError(
+            f"population={members.size} needs an estimator of rows, Trace or OneStep, for all "
+            f"tuned hyperparameters, and {assigned.names} need {assigned.whole}"
+        )
+    if ranks > 1 and assigned.whole is not None:
+        raise ValueError(
+            f'parallel="ddp" on {ranks} ranks needs an estimator of rows, Trace or OneStep, for '
+            f"all tuned hyperparameters, and {assigned.names} need {assigned.whole}: leave them "
+            "out of tune=, or train on one rank"
+        )
+    if ranks > 1 and members is not None:
+        raise ValueError(
+            f'population={members.size} cannot be trained with parallel="ddp" on {ranks} ranks: '
+            "pass population=1, or train on one rank"
+        )
+
+
+def open_streams(train: Any, val: Any, device: torch.device, given: Given) -> tuple[Stream, Stream]:
+    """Training and validation batches, of which each rank gets its part.
+
+    Raises:
+        ValueError: Ranks begin with different models or data.
+    """
+    group = given.group
+    parts = [shard(name, group.rank, group.size) for name in ("train", "val")]
+    streams = (
+        Stream(train, "train", device, shard=parts[0]),
+        Stream(val, "val", device, skips=True, shard=parts[1]),
+    )
+    check_ranks(group, given.objective, streams)
+    group.seed(device)
+    return streams
 
 
 def build(
@@ -261,6 +318,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         answers=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.found.items() if n in names},
         joined=joined,
+        group=given.group,
     )  # fmt: skip
 
 

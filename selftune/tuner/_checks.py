@@ -30,7 +30,8 @@ from selftune.hypernet import SelfTuned
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
-from selftune.tuner._data import Stream
+from selftune.tuner._data import Stream, size
+from selftune.tuner._group import Group, digest
 from selftune.tuner._steps import RunState, Steps
 
 
@@ -86,6 +87,7 @@ ARGUMENTS: dict[str, Kind] = {
         lambda m: isinstance(m, Mapping) and all(map(callable, m.values())),
         "functions of output and target by name, {'accuracy': accuracy}",
     ),
+    "parallel": NONE | OneOf(("ddp", "fsdp")),
     "device": NONE | TEXT | Instance((torch.device,), "a torch.device"),
     "amp": FLAG,
     "compile": FLAG | OneOf(("auto",)),
@@ -149,7 +151,7 @@ def check_first(steps: Steps, run: RunState, streams: tuple[Stream, Stream]) -> 
                 loss = module(batch)
             _check_loss(loss, name)
             _check_dependence(loss, name, module)
-            value = float(loss.detach())
+            value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
             if not any(bool(g.any()) for g in passed(run, batch)[1]):
                 raise ValueError(
@@ -157,6 +159,35 @@ def check_first(steps: Steps, run: RunState, streams: tuple[Stream, Stream]) -> 
                     "the model that it is given, and not another? Are all units dead?"
                 )
     return value
+
+
+def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Stream]) -> None:
+    """Refuse ranks that begin with another model or other data than the first."""
+    if not group.together:
+        return
+    tensors = [*objective.parameters(), *objective.buffers()]
+    group.check_same(
+        "weights and buffers of the model", digest(tensors),
+        "make it after torch.manual_seed(0), or load the same file on all ranks",
+    )  # fmt: skip
+    group.check_same(
+        "lengths of train and val", [len(s) if s.sized else None for s in streams],
+        "pass the loaders that one process would take, of which each rank takes its part",
+    )  # fmt: skip
+    group.check_same(
+        "the generators of train and val", digest(s for stream in streams for s in stream.own()),
+        "seed them alike on all ranks",
+    )  # fmt: skip
+
+
+def check_agreement(run: RunState, group: Group) -> None:
+    """Refuse to go on where weights or hyperparameters of ranks have come apart."""
+    if not group.together:
+        return
+    group.check_same(
+        "weights and hyperparameters", digest([*run.weights, run.hyper.raw]),
+        "ranks must compute alike: are their machines of one kind, with one version of torch?",
+    )  # fmt: skip
 
 
 def check_model(model: torch.nn.Module) -> None:

@@ -32,7 +32,8 @@ class Fused:
     and hyperparameter step, with no Python between. The graph is made for the shapes of the first
     batch; a batch of another shape (the last of an epoch) takes the same step eagerly, and where
     those are many a second graph for any shape is made. If the model itself cannot be compiled, its
-    passes run eagerly and the rest stays compiled.
+    passes run eagerly and the rest stays compiled. With several ranks there are two graphs, for the
+    model's pass and for the rest, and the all-reduce of gradients between them.
 
     Args:
         steps: The steps.
@@ -72,6 +73,12 @@ class Fused:
             for leaf in tensors:
                 torch._dynamo.mark_static_address(leaf)
         log.info("compiling the training step: up to a minute, and quick once it is cached")
+        if self._steps.group.together:
+            self._exact = self._parted(
+                lambda step: _compile(step, device, dynamic=False),
+                lambda passing: _for_shapes(passing, device),
+            )
+            return
         self._exact = self._graphs(lambda step: _compile(step, device, dynamic=False))
         self._any = self._graphs(lambda step: _compile(step, device, dynamic=True))
         if self.whole is not None:
@@ -106,7 +113,8 @@ class Fused:
         first = kind not in self._shapes
         if first:
             self._shapes[kind] = shapes
-        if shapes == self._shapes[kind]:
+        # Ranks whose batches differ in shape must round alike: one graph takes all their steps.
+        if shapes == self._shapes[kind] or self._steps.group.together:
             return self._compiled(kind, first, batch)
         self._odd += 1
         step = self._any if self._odd > max(ODD, SHARE * self._taken) else self._eager
@@ -196,8 +204,10 @@ class Fused:
 
         return {"seen plain": seen(False), "seen tracked": seen(True), "tune": tune}
 
-    def _parted(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
-        """Every kind of step with the model's passes left as they are and the rest wrapped."""
+    def _parted(
+        self, wrap: Callable[[Step], Step], wrap_pass: Callable[[Step], Step] = lambda step: step
+    ) -> dict[str, Step]:
+        """Every kind of step in two parts: the model's pass, by default as it is, and the rest."""
         steps, mapped = self._steps, self._mapped
 
         def plain(run: RunState, *passed: Any) -> Any:
@@ -209,14 +219,15 @@ class Fused:
         def tune(run: RunState, *passed: Any) -> Any:
             return steps.hyper_step(run, passed)
 
-        def parted(gradient: Step, step: Step) -> Step:
-            passing, stepping = mapped(gradient, 1), wrap(_in_place(mapped(step, 0)))
-            return lambda run, batch: stepping(run, *passing(run, batch))
+        def parted(passing: Step, step: Step) -> Step:
+            stepping = wrap(_in_place(mapped(step, 0)))
+            return lambda run, batch: stepping(run, *steps.group.mean(passing, run, batch))
 
+        train, val = (wrap_pass(mapped(p, 1)) for p in (steps.train_pass, steps.val_pass))
         return {
-            "plain": parted(steps.gradient, plain),
-            "tracked": parted(steps.gradient, tracked),
-            "tune": parted(steps.outer_gradient, tune),
+            "plain": parted(train, plain),
+            "tracked": parted(train, tracked),
+            "tune": parted(val, tune),
         }
 
 

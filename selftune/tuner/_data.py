@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,10 +28,17 @@ class Stream:
         name: What to call it in errors.
         device: Where batches go. To a GPU they travel one ahead, while it computes.
         skips: Whether to leave out a last batch of one example, which BatchNorm cannot take.
+        shard: Makes the loader yield this rank's part of each batch.
     """
 
     def __init__(
-        self, loader: Iterable[Any], name: str, device: torch.device, *, skips: bool = False
+        self,
+        loader: Iterable[Any],
+        name: str,
+        device: torch.device,
+        *,
+        skips: bool = False,
+        shard: Callable[[Any], Any] | None = None,
     ) -> None:
         self.skips = skips
         # Not tried by iter(loader), which would draw from the random streams and start workers.
@@ -41,7 +48,7 @@ class Stream:
                 f"{name}={type(loader).__name__} must be a DataLoader or an iterable of batches"
             )
         self.once = isinstance(loader, Iterator)  # a generator: it cannot be started again
-        self._loader = alone(loader)
+        self._loader = alone(loader) if shard is None else shard(alone(loader))
         self._name = name
         self._usual = 0  # examples in the first batch
         self._device = device
@@ -143,8 +150,12 @@ class Stream:
         found = [getattr(h, "generator", None) for h in holders]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
+    def own(self) -> list[Tensor]:
+        """States of the loader's own generators."""
+        return [g.get_state() for g in self._generators()]
+
     def _randomness(self) -> dict[str, Any]:
-        return {"all": snapshot(), "own": [g.get_state() for g in self._generators()]}
+        return {"all": snapshot(), "own": self.own()}
 
     def _restore(self, state: dict[str, Any]) -> None:
         restore(state["all"])
@@ -152,8 +163,7 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""
-        own = [g.get_state() for g in self._generators()]
-        return {"epoch": self.epoch, "taken": self.taken, "start": self._start, "own": own,
+        return {"epoch": self.epoch, "taken": self.taken, "start": self._start, "own": self.own(),
                 "usual": self._usual}  # fmt: skip
 
     def settle(self, state: dict[str, Any]) -> None:

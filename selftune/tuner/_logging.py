@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from selftune.method.hyper_optimizer import signal_to_noise
 from selftune.monitor import Metrics, Monitor, Verdict
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import RunState, Steps
+
+
+def monitor_of(targets: Sequence[Any], writes: bool) -> Monitor:
+    """The monitor of a rank; what is logged is computed on all ranks, and written by one."""
+    return Monitor((list(targets) if writes else [_discard]) if targets else None)
+
+
+def _discard(values: Mapping[str, float], step: int) -> None:
+    """A recorder that keeps nothing."""
 
 
 class TunerLog:

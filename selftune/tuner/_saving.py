@@ -46,6 +46,7 @@ class Parts:
             "val": self.val.state_dict(),
             "population": None if self.population is None else self.population.state_dict(),
             "random": snapshot(),
+            "ranks": self.steps.group.streams(self.fused.run.step.device),
         }
 
     @torch.no_grad()
@@ -75,6 +76,7 @@ class Parts:
         restore(state["random"])
         for stream, saved in streams:
             stream.settle(saved)
+        self.steps.group.load_streams(state.get("ranks", []), device)
 
     def _check(self, state: dict[str, Any]) -> None:
         found = differences(state["identity"], self.identity)

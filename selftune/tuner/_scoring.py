@@ -16,6 +16,7 @@ from torch.func import functional_call
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._data import Stream, alone, size, to_device
 from selftune.tuner._objective import Objective, for_scoring
+from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import RunState, Steps
 
@@ -51,7 +52,7 @@ class _Scores(nn.Module):
 
 
 class Scorer:
-    """Evaluates, and shows averaged weights in the model.
+    """Evaluates, each rank every so many batches, and shows averaged weights in the model.
 
     Args:
         objective: The training objective, around the user's model.
@@ -75,12 +76,13 @@ class Scorer:
     ) -> None:
         self.model, self._objective = objective.model, objective
         named, params = dict(objective.named_parameters()), steps.params
-        self._views = steps.views
+        self._views, self._group = steps.views, steps.group
         self._tensors = [named[n].detach() for n in params] + list(objective.buffers())
         self._module = _Scores(for_scoring(objective), metrics)
         self._names = [f"objective.{n}" for n in params]
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
-        self._batches: Iterable[Any] = alone(batches)
+        own = alone(batches)
+        self._batches: Iterable[Any] = steady(own) if steps.group.together else own
         self._few: list[Any] = []  # of batches that come only once
         self._members = members
         self._device = device
@@ -128,7 +130,8 @@ class Scorer:
             found = zip(self._tensors, [*self._views(weights), *buffers], strict=True)
             parts = [self._part(t, member).to(held.dtype) for held, t in found]
             there.append(dict(zip(names, parts, strict=True)))
-        batches: Iterable[Any] = islice(self._batches, most if stream.sized else FEW)
+        group, limit = self._group, most if stream.sized else FEW
+        batches: Iterable[Any] = islice(self._batches, group.rank, limit, group.size)
         if stream.once:
             self._few = self._few or [stream.next() for _ in range(FEW)]
             batches = self._few
@@ -143,7 +146,18 @@ class Scorer:
                 for name, value in scores.items():
                     value = torch.as_tensor(value, dtype=torch.float64).detach() * size(batch)
                     adding[name] = adding[name] + value if name in adding else value
-        return [{name: float(value) / total for name, value in s.items()} for s in sums]
+        numbers = [{name: float(value) for name, value in s.items()} for s in sums]
+        everywhere = group.gather((total, numbers))
+        group.share_streams()  # from which metrics may have drawn
+        total = sum(count for count, _ in everywhere)
+        known = dict.fromkeys(name for _, found in everywhere for name in found[0])
+        return [
+            {
+                name: sum(found[i].get(name, 0.0) for _, found in everywhere) / total
+                for name in known
+            }
+            for i in range(len(points))
+        ]
 
     @contextmanager
     def shown(self, run: RunState, member: int) -> Iterator[None]:

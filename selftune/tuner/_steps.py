@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from selftune._flat import Layout
-from selftune._gradient import gradient, plainly
+from selftune._gradient import plainly
 from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, live_units, propose
+from selftune.nn import Stochastic
+from selftune.tuner._group import Group
+from selftune.tuner._passes import APART, Passed, Passes
 from selftune.update import Clock
 
 Batch = Any
-Passed = tuple[Tensor, list[Tensor], list[Tensor]]
-"""Loss, gradients and next buffers of a pass."""
 
 
 class RunState(NamedTuple):
@@ -84,6 +84,7 @@ class Steps:
         joined: Whether all parameters, of one dtype, are kept as one vector of which they become
             views: one operation then does for all tensors, which is what eager steps of small nets
             consist of.
+        group: The ranks, over whose batches gradients are averaged.
 
     Attributes:
         params: Names of the trained parameters.
@@ -102,6 +103,7 @@ class Steps:
     answers: Sequence[str] = ()
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joined: bool = False
+    group: Group = field(default_factory=Group)
 
     def __post_init__(self) -> None:
         """Look the parameters up."""
@@ -109,6 +111,10 @@ class Steps:
         self.params = list(trained)
         self.layout = Layout(list(trained.values())) if self.joined else None
         self.buffers = [n for n, _ in self.inner.named_buffers()]
+        modules = self.inner.named_modules()
+        keys = {f"{n}.key" for n, m in modules if isinstance(m, Stochastic)}
+        own = {n: self.group.rank * APART for n in keys if self.group.rank}
+        self._pass = Passes(self.params, self.buffers, self.views, self.autocast, own)
         self.hyper = self.method.hyper
         rows = self.method.sensitivities
         if self.layout is not None:
@@ -172,11 +178,19 @@ class Steps:
         return self.hyper_step(run, self.outer_gradient(run, batch))
 
     def gradient(self, run: RunState, batch: Batch) -> Passed:
-        """Loss, gradients and next buffers of the training objective."""
-        return self._pass(self.inner, run.weights, run.buffers, batch, self._layers(run))
+        """Loss, gradients and next buffers of the training objective, over all ranks."""
+        return self.group.mean(self.train_pass, run, batch)
 
     def outer_gradient(self, run: RunState, batch: Batch) -> Passed:
-        """Loss, gradients and next buffers of the validation objective, at the average."""
+        """Loss, gradients and next buffers of the validation objective, over all ranks."""
+        return self.group.mean(self.val_pass, run, batch)
+
+    def train_pass(self, run: RunState, batch: Batch) -> Passed:
+        """:meth:`gradient` on this rank's part of the batch."""
+        return self._pass(self.inner, run.weights, run.buffers, batch, self._layers(run))
+
+    def val_pass(self, run: RunState, batch: Batch) -> Passed:
+        """:meth:`outer_gradient` on this rank's part of the batch, at the average."""
         params = [p.average.to(p.params.dtype) for p in run.method.parts]
         return self._pass(self.outer, params, run.average_buffers, batch, self._layers(run))
 
@@ -188,25 +202,6 @@ class Steps:
         values = self.hyper.values(run.hyper.raw)
         held = {n: v.to(dtype).view(1) for n, v in values.items() if n in self.layers}
         return {buffer: held[n] for n in held for buffer in self.layers[n]}
-
-    def _pass(
-        self,
-        module: nn.Module,
-        params: list[Tensor],
-        buffers: list[Tensor],
-        batch: Batch,
-        layers: Mapping[str, Tensor],
-    ) -> Passed:
-        def objective(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            held = [b.clone() for b in buffers]  # modules write into them, which must not show
-            tensors = dict(zip(self.params, self.views(params), strict=True))
-            tensors |= {**dict(zip(self.buffers, held, strict=True)), **layers}
-            with self.autocast():
-                loss = functional_call(module, tensors, (batch,))
-            return loss, [tensors[n] for n in self.buffers]  # the same, or what was bound anew
-
-        grads, loss, after = gradient(objective, params)
-        return loss, grads, after
 
     def advance(
         self, run: RunState, passed: Passed, *, tracked: bool, rate: float | None = None

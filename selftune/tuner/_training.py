@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from selftune.tuner import _checkpoints
+from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
+from selftune.tuner._group import Group
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._objective import modes_kept
 from selftune.tuner._pictures import picture
@@ -70,6 +72,12 @@ class Training:
         """Nothing is under way yet."""
         self._clock: list[tuple[float, float]] = []
         self._within = False  # a step, so that its tensors may be half written
+        self.group.asks = lambda: self.interruption.asked
+
+    @property
+    def group(self) -> Group:
+        """The ranks that train together."""
+        return self.steps.group
 
     # the loop
 
@@ -88,11 +96,12 @@ class Training:
                         self._picture()
                     if ended == "stopped" or self.plan.falls(self.plan.save, self.step):
                         self.save()
-                    if self.interruption.asked:
+                    if self._asked():
                         raise KeyboardInterrupt
             except (KeyboardInterrupt, RuntimeError) as error:
                 # The same Ctrl-C ends a loader's workers, which then ends the loader.
-                if isinstance(error, RuntimeError) and not self.interruption.asked:
+                ended_loader = self.interruption.asked and not self.group.together
+                if isinstance(error, RuntimeError) and not ended_loader:
                     raise
                 ended = "interrupted"
                 self._break_off()
@@ -100,6 +109,16 @@ class Training:
         self.watch.metrics.monitor.flush()
         self.watch.bar.close()
         return ended
+
+    def _asked(self) -> bool:
+        """Whether Ctrl-C was pressed; with several ranks, on which all ranks agree.
+
+        A GPU is waited for only at steps of the hyperparameters.
+        """
+        if not self.group.together:
+            return self.interruption.asked
+        on_gpu = self.fused.run.step.is_cuda and self.step % self.plan.every
+        return not on_gpu and self.group.asked()
 
     def _picture(self) -> None:
         """Pictures for the log, which leave the run's random streams alone."""
@@ -186,7 +205,10 @@ class Training:
             tensors, left = len(self.steps.params), self.plan.total - self.step
             gain = min(max(FUSED * taken, LAUNCHED * tensors), 0.9 * taken)
             saved, cost = gain * left, COMPILED[0] + COMPILED[1] * tensors
-            if saved > cost and taken * left > LONG * cost:
+            pays = saved > cost and taken * left > LONG * cost
+            if self.group.from_first(lambda: pays):
+                if self.group.together:
+                    self.save()  # torchrun kills ranks that compile for 30 s after Ctrl-C
                 self.fused.compile()
             else:
                 self.plan.compile = False
@@ -196,6 +218,7 @@ class Training:
 
     def _evaluate(self) -> Progress:
         self.watch.digest(self.step)
+        check_agreement(self.fused.run, self.group)
         metrics, leader = self.watch.metrics, self.watch.leader
         monitor = metrics.monitor
         scores, last = self.scorer.score(self.fused.run, self.val, leader, last=monitor.on)
@@ -229,20 +252,18 @@ class Training:
             shown = self.scorer.shown(self.fused.run, self.watch.leader)
             with shown, modes_kept(self.scorer.model):
                 stop |= any([bool(call(progress)) for call in self.callbacks])
-        return "stopped" if stop else "finished"
+            self.group.share_streams()  # from which callbacks may have drawn
+        return "stopped" if self.group.any(stop) else "finished"
 
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and sum the run up."""
-        saved = self.saved_best
-        if saved is None and self.folder is not None and self.best < math.inf:
-            path = self.folder / _checkpoints.BEST
-            saved = _checkpoints.read(path) if path.exists() else None
+        saved = self.group.from_first(self._read_best)
         guarded = self.watch.controllers[0].guard is not None
         good = self.snapshots if guarded else None
         positions = POSITIONS if self.steps.method.settings.final_weights else (0.0,)
         best = self.scorer.best(self.fused.run, self.val, self.watch.leader, good, saved, positions)
-        if self.folder is not None and best < self.best:
-            _checkpoints.write(self.folder / _checkpoints.BEST, self._shown_state(best))
+        if self._writes is not None and best < self.best:
+            _checkpoints.write(self._writes / _checkpoints.BEST, self._shown_state(best))
         self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
@@ -260,10 +281,22 @@ class Training:
             steps=self.step,
             ended=ended,
             verdicts=verdicts,
-            folder=self.folder,
+            folder=self._writes,
         )
 
+    def _read_best(self) -> dict[str, Any] | None:
+        """The best weights that were saved, from memory or from disk."""
+        if self.saved_best is not None or self.folder is None or self.best == math.inf:
+            return self.saved_best
+        path = self.folder / _checkpoints.BEST
+        return _checkpoints.read(path) if path.exists() else None
+
     # saving
+
+    @property
+    def _writes(self) -> Path | None:
+        """The folder, on the rank that writes to it."""
+        return self.folder if self.group.first else None
 
     @property
     def _parts(self) -> Parts:
@@ -284,7 +317,9 @@ class Training:
             "numbers": [self.step, self.best, self.waited],
             "compile": True if self.fused.compiled else self.plan.compile,
         }
-        _checkpoints.write(self.folder / _checkpoints.LAST, {**self._parts.pack(), **own})
+        state = {**self._parts.pack(), **own}
+        if self._writes is not None:
+            _checkpoints.write(self._writes / _checkpoints.LAST, state)
 
     def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
         """Continue a saved run; a checkpoint of another one is refused before anything changes.
@@ -301,9 +336,11 @@ class Training:
 
     def _save_best(self) -> None:
         """Keep the best weights: on disk, or in memory where there is none or it is full."""
+        if not self.group.first:
+            return
         with self.scorer.shown(self.fused.run, self.watch.leader):
             state = self._shown_state(self.best)
-        folder = self.folder
+        folder = self._writes
         written = folder is not None and _checkpoints.write(folder / _checkpoints.BEST, state)
         self.saved_best = None if written else state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from selftune.control import SweepSettings
 from selftune.estimators import AbstractEstimator
 from selftune.hparams import Hparam, as_layer, choose
 from selftune.method import SHARE, Average, MethodSettings
-from selftune.monitor import Monitor
 from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
-from selftune.tuner._building import Given, build
+from selftune.tuner._building import Given, build, check_together, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
-from selftune.tuner._data import Stream, split
+from selftune.tuner._data import split
+from selftune.tuner._group import Group, join, quiet
 from selftune.tuner._lock import owned
+from selftune.tuner._logging import monitor_of
 from selftune.tuner._objective import LossFn, Objective, modes_kept
 from selftune.tuner._plan import LOG, REST, Plan, Progress, between_evaluations, length
 from selftune.tuner._population import Population
@@ -77,7 +79,12 @@ class Tuner:
         augment: Changes inputs, or inputs and targets, of training batches on the device
             (:class:`selftune.nn.Augment` or one of its parts).
         metrics: Functions of (output, target) by name, averaged over the validation set.
-        device: Where to train; by default where the model is.
+        parallel: ``"ddp"`` to train on all ranks that ``torchrun`` has started: each takes its part
+            of every batch, and gradients, losses and BatchNorm's running statistics are averaged.
+            The first rank alone writes logs and checkpoints. (Not ``"fsdp"``: for sharded weights
+            use :class:`selftune.AdamW` in a loop of one's own.)
+        device: Where to train; by default where the model is. With ``parallel``, a GPU is the one
+            of the rank.
         amp: Whether forward passes run in bfloat16 where that is safe.
         compile: True, False, or ``"auto"``: where the run is long enough to repay it.
         population: Members trained at once from different hyperparameters.
@@ -121,6 +128,7 @@ class Tuner:
         objective: Callable[[nn.Module, Any], Tensor] | None = None,
         augment: nn.Module | None = None,
         metrics: Mapping[str, Metric] | None = None,
+        parallel: str | None = None,
         device: str | torch.device | None = None,
         amp: bool = False,
         compile: bool | str = "auto",
@@ -138,6 +146,9 @@ class Tuner:
         if augment is not None and not isinstance(augment, st_nn.Augment):
             augment = st_nn.Augment(augment)
         self.model = model
+        group, self._device = Group(), None if device is None else device_of(device)
+        if parallel is not None:
+            group, self._device = join(parallel, self._device or next(model.parameters()).device)
         rule = AdamW() if rule is None else rule
         whole = Objective(model, loss_fn, objective, augment)
         found = st_nn.tunables(whole)
@@ -152,7 +163,7 @@ class Tuner:
         values |= {n: f.value for n, f in found.items()}
         values |= {p.name: p.strength for p in penalties} | given
         known = update.hparams | {n: as_layer(f.hparam) for n, f in found.items()}
-        names = _names(tune, update, found, schedule)
+        names = tuned_names(tune, update, found, schedule)
         members = Population(population, seed) if population != 1 else None
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         choose(known, names, bounds, 1)
@@ -163,14 +174,9 @@ class Tuner:
             average=Average() if average is None else average, schedule=schedule, probe=probe,
             guard=guard, warmup=warmup_steps, metrics=dict(metrics or {}), amp=amp,
             population=members, settings=MethodSettings() if settings is None else settings,
+            group=group,
         )  # fmt: skip
-        assigned = self._given.assignment(None)
-        if assigned.whole is not None and members is not None:
-            raise ValueError(
-                f"population={population} needs an estimator of rows, Trace or OneStep, for all "
-                f"tuned hyperparameters, and {assigned.names} need {assigned.whole}"
-            )
-        self._device = None if device is None else device_of(device)
+        check_together(self._given)
         self._compile, self._exploit, self._seed = compile, exploit_every, seed
         self._fitted = False
         self._ended: Training | None = None
@@ -266,16 +272,18 @@ class Tuner:
             )
         check_fit(locals())
         folder = None if log_dir is None else Path(log_dir)
-        objective = self._given.objective
-        with owned(folder), modes_kept(objective):
-            saved = _checkpoints.find(resume, folder)
+        objective, group = self._given.objective, self._given.group
+        with quiet(not group.first), ExitStack() as held, modes_kept(objective):
+            group.from_first(lambda: held.enter_context(owned(folder)))
+            saved = group.from_first(lambda: _checkpoints.find(resume, folder))
+            group.share_streams()
             if isinstance(val, (int, float)):
                 train, val = split(train, float(val), self._seed)
             elif val is train:
                 log.warning("val is train: regularization cannot be tuned on the training data")
             device = self._device or next(self.model.parameters()).device
             objective.to(device).train()
-            streams = Stream(train, "train", device), Stream(val, "val", device, skips=True)
+            streams = open_streams(train, val, device, self._given)
             total = length(streams[0], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             plan = Plan(
@@ -287,11 +295,13 @@ class Tuner:
             )  # fmt: skip
             training = build(self._given, plan, streams, val, device, saved is None)
             training.callbacks = callbacks
-            training.watch.bar = tqdm(total=total, disable=not progress, unit="step")
+            training.watch.bar = tqdm(
+                total=total, disable=not (progress and group.first), unit="step"
+            )
             if saved is not None:
                 training.load(*saved)
             targets = [t for t in (log_dir, recorder) if t is not None]
-            monitor = training.watch.metrics.monitor = Monitor(targets or None)
+            monitor = training.watch.metrics.monitor = monitor_of(targets, group.first)
             training.folder = folder
             if resume and saved is None:
                 monitor.resume(-1)  # a run that was killed before its first checkpoint
@@ -338,14 +348,3 @@ class Tuner:
         if self._ended is None:
             raise RuntimeError("predict reads what a run has learned: call fit first")
         return self._ended.predictor.predict(values)
-
-
-def _names(
-    tune: Sequence[str] | None, update: Update, found: Mapping[str, st_nn.Found], schedule: str
-) -> list[str]:
-    """Names of the tuned hyperparameters; α only where nothing else anneals."""
-    if tune is not None:
-        if isinstance(tune, str):
-            raise ValueError(f"tune={tune!r} must be a sequence: ({tune!r},)")
-        return list(tune)
-    return [*(n for n in update.tuned if n != "decay" or schedule == "constant"), *found]

@@ -1,0 +1,264 @@
+"""The processes of a data-parallel run: the mean of their passes, and what they agree on."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from selftune.tuner._data import size
+from selftune.tuner._passes import Passed
+from selftune.tuner._randomness import restore, snapshot
+
+log = logging.getLogger("selftune")
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)
+"""Longest wait for another rank, which may be compiling; one that is gone is noticed at once."""
+SAMPLED = 1024
+"""Values of a tensor that its digest is made of."""
+
+
+class Group:
+    """The ranks that train one model, each on its part of every batch.
+
+    Everything that is decided from reduced numbers is decided alike on all ranks, so weights and
+    hyperparameters stay identical without being sent. A process on its own is a group of size 1,
+    whose methods return their arguments as they are.
+
+    Args:
+        rank: Of this process.
+        size: Number of processes.
+
+    Attributes:
+        asks: Whether this rank asks for the end of the run; sent with every pass.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self.asks: Callable[[], bool] = lambda: False
+        self._asked: Tensor | None = None  # of any rank, since the start
+        self._stream = torch.get_rng_state()  # of dropout and augmentation on this rank
+
+    @property
+    def together(self) -> bool:
+        """Whether there are other ranks."""
+        return self.size > 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes logs, checkpoints and progress."""
+        return self.rank == 0
+
+    # the mean of passes
+
+    def mean(self, passing: Callable[..., Passed], run: Any, batch: Any) -> Passed:
+        """The pass over the batches of all ranks: means weighted by examples, in one all-reduce.
+
+        Random numbers are drawn from a stream of the rank's own, while all others in the process
+        (shuffling, above all) stay the same on all ranks. Floating-point buffers, such as the
+        running statistics of BatchNorm, are averaged as well.
+
+        Args:
+            passing: Loss, gradients and buffers of this rank's part of the batch.
+            run: Passed on to it.
+            batch: Likewise.
+        """
+        if not self.together:
+            return passing(run, batch)
+        with self._own_stream():
+            loss, grads, buffers = passing(run, batch)
+        floating = [b for b in buffers if b.is_floating_point()]
+        wanted = [*grads, *floating, loss]
+        head = loss.new_tensor([float(self.asks()), 1.0], dtype=torch.float32)
+        flat = torch.cat([*(t.reshape(-1) for t in wanted), head]).mul_(size(batch))
+        with self._exchange():
+            dist.all_reduce(flat)
+        asked, count = flat[-2].clone(), flat[-1].clone()
+        self._asked = asked if self._asked is None else torch.maximum(self._asked, asked)
+        pieces = flat.div_(count)[:-2].split([t.numel() for t in wanted])
+        means = [p.view(t.shape).to(t.dtype) for p, t in zip(pieces, wanted, strict=True)]
+        reduced = iter(means[len(grads) : -1])
+        after = [next(reduced) if b.is_floating_point() else b for b in buffers]
+        return means[-1], means[: len(grads)], after
+
+    def asked(self) -> bool:
+        """Whether any rank has asked for the end of the run; the same answer on all ranks."""
+        return self._asked is not None and bool(self._asked)
+
+    # numbers and objects
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on all of them."""
+        if not self.together:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._exchange():
+            dist.all_gather_object(found, value)
+        return found
+
+    def average(self, value: float, weight: float) -> float:
+        """The weighted mean over ranks."""
+        if not self.together:
+            return value
+        found = self.gather((value, weight))
+        return sum(v * w for v, w in found) / sum(w for _, w in found)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any rank."""
+        return any(self.gather(flag))
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What a function returns, or raises, on the first rank, where alone it is called."""
+        if not self.together:
+            return function()
+        found: list[Any] = [None, None]
+        if self.first:
+            try:
+                found[0] = function()
+            except Exception as error:
+                found[1] = error
+        with self._exchange():
+            dist.broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def check_same(self, what: str, value: Any, remedy: str) -> None:
+        """Refuse to go on where a value differs from that of the first rank.
+
+        Raises:
+            ValueError: On all ranks.
+        """
+        values = self.gather(value)
+        differ = [rank for rank, other in enumerate(values) if other != values[0]]
+        if differ:
+            raise ValueError(f"{what} of rank {differ[0]} differ from those of rank 0: {remedy}")
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} ends: another rank is gone, or did not answer "
+                f"within {TIMEOUT} (see its output). The last checkpoint is kept: start the script "
+                "again with resume=True"
+            ) from error
+
+    # random streams
+
+    def share_streams(self) -> None:
+        """Draw on from where the first rank is; streams of a GPU stay the rank's own."""
+        if self.together:
+            state = self.from_first(snapshot)
+            state.pop("cuda", None)
+            restore(state)
+
+    def seed(self, device: torch.device) -> None:
+        """Begin streams of this rank's own, which depend on the state of the shared one."""
+        if not self.together:
+            return
+        number = (digest([torch.get_rng_state()]) << 16) + self.rank
+        self._stream = torch.Generator().manual_seed(number).get_state()
+        if device.type == "cuda":
+            torch.cuda.manual_seed(number)
+
+    def streams(self, device: torch.device) -> list[list[Tensor]]:
+        """The state of every rank's own streams, for a checkpoint; empty for one process."""
+        if not self.together:
+            return []
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return self.gather([self._stream, *cuda])
+
+    def load_streams(self, saved: list[list[Tensor]], device: torch.device) -> None:
+        """Go on with saved streams, or with new ones if they are of another number of ranks."""
+        if len(saved) != self.size:
+            self.seed(device)
+            return
+        self._stream, *cuda = saved[self.rank]
+        if cuda and device.type == "cuda":
+            torch.cuda.set_rng_state(cuda[0], device)
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        shared = torch.get_rng_state()
+        torch.set_rng_state(self._stream)
+        try:
+            yield
+        finally:
+            self._stream = torch.get_rng_state()
+            torch.set_rng_state(shared)
+
+
+def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
+    """The group of this process, and its device; a group that is not there yet is initialised.
+
+    Raises:
+        ValueError: There is neither a process group nor torchrun's environment, or the way to
+            train in parallel is not supported.
+    """
+    if parallel == "fsdp":
+        raise ValueError(
+            'parallel="fsdp" is not supported, st.Tuner keeps whole weights on each rank: pass '
+            'parallel="ddp", or use st.AdamW in a loop of your own after fully_shard(model)'
+        )
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if n not in os.environ]
+        if not dist.is_available() or missing:
+            raise ValueError(
+                f"parallel={parallel!r} needs one process a rank, and there is neither an "
+                f"initialised process group nor {', '.join(missing)} in the environment: start the "
+                "script by torchrun --nproc-per-node 2 script.py, or leave parallel= out"
+            )
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun --max-restarts keeps its store, where gloo would find addresses of the dead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"selftune, attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        atexit.register(_leave)
+    return Group(dist.get_rank(), dist.get_world_size()), device
+
+
+@contextmanager
+def quiet(silent: bool) -> Iterator[None]:
+    """Log nothing but errors on this rank, since the first one logs the same."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    if silent:
+        log.addFilter(is_error)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_error)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def digest(tensors: Iterable[Tensor]) -> int:
+    """A checksum of shapes, dtypes and up to 1,024 values of each tensor."""
+    found = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // SAMPLED)].cpu().contiguous()
+        found = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), found)
+        found = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), found)
+    return found

@@ -1,0 +1,154 @@
+"""A rank's part of the batches that a single process would draw."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+
+def shard(name: str, rank: int, ranks: int) -> Shard | None:
+    """What a loader of that name yields to a rank; None: all of it, to a single process."""
+    return Shard(name, rank, ranks) if ranks > 1 else None
+
+
+class Shard:
+    """Makes loaders yield this rank's part of each batch.
+
+    With worker processes, a DataLoader over a data set with indices loads nothing but the part.
+    Other loaders are read whole on every rank, with the same random numbers, and their batches are
+    cut along the first dimension.
+
+    A last batch that would leave a rank without an example, or with a single one (which BatchNorm
+    cannot take) where it usually has more, is taken whole by all ranks: the mean is the same.
+
+    Args:
+        name: What to call the loader in errors.
+        rank: Of this process.
+        ranks: Number of processes.
+    """
+
+    def __init__(self, name: str, rank: int, ranks: int) -> None:
+        self._name, self._rank, self._ranks = name, rank, ranks
+        self._usual = 0  # examples in the first batch
+
+    def __call__(self, loader: Any) -> Any:
+        """The loader of this rank's parts."""
+        if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            raise ValueError(
+                f"{self._name} has a DistributedSampler: pass the DataLoader that one process "
+                "would take, since the tuner gives each rank its part of every batch"
+            )
+        groups = getattr(loader, "batch_sampler", None)
+        indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+        if not indexed or groups is None or loader.num_workers == 0:
+            return _Parts(steady(loader), self._cut)
+        vars(loader)["batch_sampler"] = _Indices(groups, self._bounds)  # DataLoader refuses to set
+        return steady(loader, self._rank)
+
+    def _bounds(self, count: int) -> slice:
+        """Which of so many examples are this rank's."""
+        self._usual = self._usual or count
+        if self._usual < self._ranks:
+            raise ValueError(
+                f"{self._name}: batches of {self._usual} cannot be divided among {self._ranks} "
+                "ranks: raise the batch size, of which each rank takes its part, or use fewer ranks"
+            )
+        if count // self._ranks < min(2, self._usual // self._ranks):
+            return slice(None)
+        ends = (count * r // self._ranks for r in (self._rank, self._rank + 1))
+        return slice(*ends)
+
+    def _cut(self, batch: Any) -> Any:
+        batch = dict(batch.items()) if hasattr(batch, "items") else batch
+        arrays = [t for t in tree_leaves(batch) if isinstance(t, (Tensor, np.ndarray)) and t.ndim]
+        if not arrays and not isinstance(batch, (tuple, list)):
+            return self._of(batch, slice(None), 1)  # refused
+        count = len(arrays[0] if arrays else batch)
+        return self._of(batch, self._bounds(count), count)
+
+    def _of(self, batch: Any, part: slice, count: int) -> Any:
+        if isinstance(batch, (Tensor, np.ndarray)):
+            if batch.ndim and len(batch) != count:
+                raise ValueError(
+                    f"{self._name}: a batch of {count} examples holds a tensor of shape "
+                    f"{tuple(batch.shape)}, which cannot be divided along its first dimension: "
+                    "pass a DataLoader with num_workers=1 or more, whose indices are divided"
+                )
+            return batch[part] if batch.ndim else batch
+        if hasattr(batch, "items"):
+            return {k: self._of(v, part, count) for k, v in batch.items()}
+        if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):
+            if not any(isinstance(b, (Tensor, np.ndarray, dict, tuple, list)) for b in batch):
+                return batch[part] if len(batch) == count else batch
+            found = [self._of(b, part, count) for b in batch]
+            return type(batch)(*found) if hasattr(batch, "_fields") else type(batch)(found)
+        if isinstance(batch, (str, bytes, int, float, type(None))):
+            return batch
+        raise ValueError(
+            f"{self._name}: a {type(batch).__name__} in a batch cannot be divided among ranks: "
+            "pass a DataLoader with num_workers=1 or more, whose indices are divided"
+        )
+
+
+def steady(loader: Any, rank: int = 0) -> Any:
+    """A copied loader whose workers leave Ctrl-C to the rank, and draw other numbers on each."""
+    if isinstance(loader, DataLoader):
+        vars(loader)["worker_init_fn"] = _Worker(rank, loader.worker_init_fn)
+    return loader
+
+
+class _Parts:
+    """Parts of the batches of a loader."""
+
+    def __init__(self, loader: Any, cut: Callable[[Any], Any]) -> None:
+        self._loader, self._cut = loader, cut
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._cut, self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class _Indices:
+    """Parts of the indices of each batch."""
+
+    def __init__(self, groups: Any, bounds: Callable[[int], slice]) -> None:
+        self._groups, self._bounds = groups, bounds
+        self.sampler = getattr(groups, "sampler", None)
+        self.generator = getattr(groups, "generator", None)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[Any]:
+        for indices in map(list, self._groups):
+            yield indices[self._bounds(len(indices))]
+
+
+class _Worker:
+    """What the workers of a rank begin with."""
+
+    def __init__(self, rank: int, then: Callable[[int], None] | None) -> None:
+        self._rank, self._then = rank, then
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self._rank:
+            seed = (torch.initial_seed() + (self._rank << 32)) % 2**63
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002 - data sets use it
+        if self._then is not None:
+            self._then(worker)

@@ -1,0 +1,347 @@
+"""Two gloo ranks. Truth: one process on the whole batches, to rounding in float64."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from jobs import Dying, Outage, points
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import selftune as st
+from selftune.tuner._group import join  # private: its streams of random numbers
+from selftune.tuner._lock import owned
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+STEPS = 100
+
+
+def loader(count: int, seed: int, **options: Any) -> DataLoader[Any]:
+    x, y = points(count, seed)
+    return DataLoader(TensorDataset(x.double(), y), shuffle=True, **options)
+
+
+def net(*middle: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 16), *middle, nn.Tanh(), nn.Linear(16, 3)).double()
+
+
+def train(
+    model: nn.Module,
+    folder: Path | None = None,
+    *,
+    size: int = 201,
+    died: int | None = None,
+    killed: bool = False,
+    workers: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """100 steps on shuffled batches of 20, of which the last of an epoch holds one example."""
+    torch.manual_seed(3)
+    fit = dict(steps=STEPS, evaluate_every=25, checkpoint_every=10, progress=False)
+    fit["resume"] = options.pop("resume", False)
+    given = dict(hparams={"lr": 0.01, "weight_decay": 1e-3}, rule=st.rules.SGD(), compile=False)
+    tuner = st.Tuner(model, F.cross_entropy, **(given | options))
+    batches: Any = loader(size, 0, batch_size=20, num_workers=workers)
+    if died is not None:
+        batches = Dying(batches, died)
+    fit["callbacks"] = [lambda progress: killed and os.kill(os.getpid(), signal.SIGKILL)]
+    rows: list[Any] = []
+    fit["recorder"] = lambda values, step: rows.append(step)
+    result = tuner.fit(batches, loader(61, 1, batch_size=16), log_dir=folder, **fit)
+    return {
+        "hparams": {n: torch.as_tensor(v) for n, v in result.history.items()},
+        "weights": result.best_weights,
+        "loss": result.best_loss,
+        "stream": torch.get_rng_state(),
+        "rows": len(rows),
+        "folder": result.folder,
+    }
+
+
+def cut(folder: Path, **options: Any) -> None:
+    """The first 47 steps, of which a checkpoint holds 40."""
+    with pytest.raises(Outage):
+        train(net(), folder, died=47, **options)
+
+
+def random_net() -> nn.Module:
+    torch.manual_seed(1)  # of the layer's counter
+    return net(nn.Dropout(0.3), st.nn.Dropout(0.1))
+
+
+TUNED = ("lr", "weight_decay")
+JOBS: dict[str, Callable[..., Any]] = {
+    "SGD": lambda folder, **o: train(net(), folder, **o),
+    "AdamW, a smaller last batch": lambda folder, **o: train(
+        net(), folder, size=205, rule=st.rules.AdamW(), **o
+    ),
+    "workers": lambda folder, **o: train(net(), folder, size=2005, workers=1, **o),
+    "dropout": lambda folder, **o: train(random_net(), folder, tune=TUNED, **o),
+    "norm": lambda folder, **o: train(net(nn.BatchNorm1d(16)), folder, size=203, **o),
+}
+EQUAL = list(JOBS)[:3]
+
+
+def launched(number: int, port: int) -> None:
+    """The environment that torchrun would give a rank."""
+    torch.set_num_threads(1)
+    known = dict(RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(known)
+
+
+def rank(number: int, port: int, folder: Path) -> None:
+    """Everything that two ranks are to do, in one process each."""
+    launched(number, port)
+    found = {name: job(folder / name, parallel="ddp") for name, job in JOBS.items()}
+    cut(folder / "to two", parallel="ddp")
+    cut(folder / "to one", parallel="ddp")
+    found["two again"] = train(net(), folder / "to two", parallel="ddp", resume=True)
+    found["from one"] = train(net(), folder / "of one", parallel="ddp", resume=True)
+    with pytest.raises(Outage):
+        JOBS["dropout"](folder / "random", died=47, parallel="ddp")
+    found["random again"] = JOBS["dropout"](folder / "random", parallel="ddp", resume=True)
+    group, cpu = join("ddp", torch.device("cpu"))
+    group.seed(cpu)
+    mean = group.mean(lambda run, batch: (torch.rand(()), [torch.rand(2)], []), None, torch.ones(3))
+    found["draws"] = group.gather(group._stream), mean[1][0], torch.rand(2)
+    found["refused"] = [refusal(case, number) for case in REFUSED.values()]
+    found["refused"].append(refusal(lambda number: locked(number, folder), number))
+    torch.save(found, folder / f"{number}.pt")
+
+
+def locked(number: int, folder: Path) -> None:
+    """Another process writes to the folder, of which only the first rank knows."""
+    with owned(folder / "locked") if number == 0 else nullcontext():
+        train(net(), folder / "locked", parallel="ddp")
+
+
+def refusal(case: Callable[[int], Any], number: int) -> str:
+    try:
+        case(number)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def small_batches(number: int) -> None:
+    tuner = st.Tuner(net(), F.cross_entropy, parallel="ddp")
+    tuner.fit(loader(20, 0, batch_size=1), loader(8, 1), steps=5, progress=False)
+
+
+def other_models(number: int) -> None:
+    model = net()
+    model[0].weight.data[number, 0] += 1.0
+    train(model, parallel="ddp")
+
+
+def other_data(number: int) -> None:
+    train(net(), parallel="ddp", size=205 + 40 * number)
+
+
+def sampler(number: int) -> None:
+    data = TensorDataset(*points(64))
+    batches = DataLoader(data, 8, sampler=DistributedSampler(data))
+    st.Tuner(net(), F.cross_entropy, parallel="ddp").fit(batches, batches, steps=5)
+
+
+REFUSED: dict[str, Callable[[int], Any]] = {
+    "train: batches of 1 cannot be divided among 2 ranks": small_batches,
+    "weights and buffers of the model of rank 1 differ": other_models,
+    "lengths of train and val of rank 1 differ": other_data,
+    "train has a DistributedSampler": sampler,
+    "needs an estimator of rows": lambda _: train(net(st.nn.Dropout(0.1)), parallel="ddp"),
+    "population=2 cannot be trained": lambda _: train(net(), parallel="ddp", population=2),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    """What two ranks found."""
+    cut(folder / "of one")
+    mp.spawn(rank, (free_port(), folder), nprocs=2)
+    return [torch.load(folder / f"{number}.pt", weights_only=False) for number in (0, 1)]
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
+    for part in ("hparams", "weights"):
+        torch.testing.assert_close(one[part], other[part], equal_nan=True, **tolerance)
+    assert one["loss"] == pytest.approx(other["loss"], rel=max(tolerance.values()))
+
+
+ROUNDING = dict(rtol=1e-7, atol=1e-9)  # of float64 sums in another order, over 100 steps
+
+
+@pytest.mark.parametrize("job", EQUAL)
+def test_two_ranks_follow_one_process_on_whole_batches(
+    job: str, both: list[dict[str, Any]]
+) -> None:
+    alone = JOBS[job](None)
+    assert both[0][job]["hparams"]["lr"][-1] != pytest.approx(0.01)
+    assert_close(both[0][job], alone, **ROUNDING)
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_ranks_agree_bit_for_bit(job: str, both: list[dict[str, Any]]) -> None:
+    assert_close(both[0][job], both[1][job], rtol=0, atol=0)
+    assert torch.equal(both[0][job]["stream"], both[1][job]["stream"])
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks(
+    folder: Path, both: list[dict[str, Any]]
+) -> None:
+    whole = both[0]["SGD"]
+    assert_close(both[0]["two again"], whole, rtol=0, atol=0)
+    assert_close(both[0]["from one"], whole, **ROUNDING)
+    assert_close(train(net(), folder / "to one", resume=True), whole, **ROUNDING)
+
+
+def test_random_numbers_of_each_rank_are_saved(both: list[dict[str, Any]]) -> None:
+    assert_close(both[0]["random again"], both[0]["dropout"], rtol=0, atol=0)
+
+
+def test_one_rank_writes(folder: Path, both: list[dict[str, Any]]) -> None:
+    first, second = (found["SGD"] for found in both)
+    assert first["folder"] == folder / "SGD"
+    assert second["folder"] is None
+    assert first["rows"] > 0
+    assert second["rows"] == 0
+
+
+def test_ranks_draw_other_numbers_from_their_own_streams_alone(both: list[dict[str, Any]]) -> None:
+    for (one, two), mean, _ in (found["draws"] for found in both):
+        assert not torch.equal(one, two)
+        assert torch.equal(mean, both[0]["draws"][1])
+    assert torch.equal(both[0]["draws"][2], both[1]["draws"][2])
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_what_ranks_cannot_do_is_refused_on_all(number: int, both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert list(REFUSED)[number] in found["refused"][number]
+        assert "is being written to by process" in found["refused"][-1]
+
+
+def compiled(number: int, port: int, folder: Path) -> None:
+    launched(number, port)
+    found = [train(net(), parallel="ddp", compile=c) for c in (False, True)]
+    torch.save(found, folder / f"{number}.pt")
+
+
+@pytest.mark.slow
+def test_compiled_ranks_agree_with_eager_ones_to_rounding(tmp_path: Path) -> None:
+    mp.spawn(compiled, (free_port(), tmp_path), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (0, 1))
+    assert_close(one[1], two[1], rtol=0, atol=0)
+    assert_close(one[1], one[0], **ROUNDING)
+
+
+ENDLESS = """
+    import logging, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    logging.basicConfig(level="WARNING")
+    import test_parallel
+    test_parallel.STEPS = 10**6
+    found = test_parallel.train(
+        test_parallel.net(), Path(sys.argv[1]), parallel="ddp", probe=False
+    )
+    print("ended after", len(found["hparams"]["train_loss"]))
+"""
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two ranks on a long run that has written a checkpoint."""
+    script = textwrap.dedent(ENDLESS.format(tests=str(Path(__file__).parent)))
+    known = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
+    command, pipe = [sys.executable, "-c", script, str(tmp_path)], subprocess.PIPE
+    places = [{**os.environ, **known, "RANK": str(number)} for number in range(2)]
+    ranks = [subprocess.Popen(command, text=True, env=e, stdout=pipe, stderr=pipe) for e in places]
+    until = time.monotonic() + 100
+    while not (tmp_path / "last.pt").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    yield ranks
+    for each in ranks:
+        each.kill()
+        each.communicate()
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
+    lost: int, endless: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    endless[lost].kill()
+    _, errors = endless[1 - lost].communicate(timeout=20)
+    assert endless[1 - lost].returncode == 1
+    assert f"rank {1 - lost} of 2 ends: another rank is gone" in errors
+    assert torch.load(tmp_path / "last.pt")["numbers"][0] >= 10
+
+
+@pytest.mark.parametrize("pressed", [[0, 1], pytest.param([1], marks=pytest.mark.slow)])
+def test_ctrl_c_on_any_rank_ends_all_after_the_same_step(
+    pressed: list[int], endless: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    for number in pressed:
+        endless[number].send_signal(signal.SIGINT)
+    outputs = [each.communicate(timeout=20)[0] for each in endless]
+    assert [each.returncode for each in endless] == [0, 0]
+    assert outputs[0] == outputs[1]
+    assert outputs[0] == f"ended after {torch.load(tmp_path / 'last.pt')['numbers'][0]}\n"
+
+
+RESTARTED = """
+    import os, sys, torch
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_parallel import net, train
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    train(net(), folder / "run", parallel="ddp", resume=True, killed=first and rank == 1)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(RESTARTED.format(tests=str(Path(__file__).parent))))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*launch, f"--master-port={free_port()}", "--max-restarts=1", script, tmp_path]
+    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    train(net(), tmp_path / "whole")
+    found = [torch.load(tmp_path / name / "last.pt")["numbers"] for name in ("run", "whole")]
+    assert found[0] == pytest.approx(found[1], rel=ROUNDING["rtol"])
+
+
+def test_it_is_refused_outside_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(
+        ValueError, match=r"parallel='ddp' .* torchrun --nproc-per-node 2 script.py"
+    ):
+        st.Tuner(net(), F.cross_entropy, parallel="ddp")
+    with pytest.raises(ValueError, match=r'parallel="fsdp" is not supported.*use st.AdamW'):
+        st.Tuner(net(), F.cross_entropy, parallel="fsdp")
