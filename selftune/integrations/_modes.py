@@ -35,8 +35,8 @@ def provide_modes() -> None:
         load(self, state)
         vars(self).pop(KEPT, None)
         kept = state["param_groups"][0]["selftune"].get(KEPT)
-        if kept is not None:
-            _write(self, kept)
+        if kept is not None:  # in eval mode again: the model may be loaded before or after this
+            vars(self)[KEPT] = [[t.clone() for t in tensors] for tensors in kept]
 
     kind.eval, kind.train = _eval, _train
     kind.state_dict, kind.load_state_dict = state_dict, load_state_dict

@@ -73,6 +73,7 @@ class SelfTuning(Callback):
             )
         self._batches = ValidationBatches(loaders, self._seed)
         self._seen = trainer.global_step
+        self._hide()  # a state that was saved while averaged weights were shown is loaded so
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -139,9 +140,8 @@ class SelfTuning(Callback):
         self._shown = True
 
     def _hide(self) -> None:
-        if self._shown:
-            self._opt.train()
-            self._shown = False
+        self._opt.train()
+        self._shown = False
 
     def _fits(self, trainer: Trainer) -> bool:
         return self._opt is not None and trainer.state.fn == TrainerFn.FITTING

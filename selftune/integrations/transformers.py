@@ -39,6 +39,7 @@ class SelfTuningCallback(TrainerCallback):
         self._trainer, self._given, self._seed = trainer, batches, seed
         self._opt: Any = None
         self._batches: ValidationBatches | None = None
+        self._unlogged: Tensor | None = None  # the last validation loss
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,8 +70,10 @@ class SelfTuningCallback(TrainerCallback):
         assert self._batches is not None
         batches = self._batches.at(state.global_step)
         loss = self._opt.hyper_step(lambda: self._value(next(batches)))
-        if loss is not None and control.should_log:
-            self._trainer.log(logged(self._opt, loss))
+        self._unlogged = loss if loss is not None else self._unlogged
+        if control.should_log and self._unlogged is not None:
+            self._trainer.log(logged(self._opt, self._unlogged))
+            self._unlogged = None
         if control.should_evaluate or control.should_save:
             self._opt.eval()
 

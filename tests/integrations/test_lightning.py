@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -252,7 +253,8 @@ def test_refusals(tmp_path: Path) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """Truth: DistributedDataParallel by hand, in the script; the ranks agree."""
     script = Path(__file__).with_name("lightning_ddp.py")
-    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300, env=environment)
     one, two, by_hand = (torch.load(tmp_path / f"{n}.pt") for n in ("0", "1", "by-hand-0"))
     assert one["hparams"] == two["hparams"] == by_hand["hparams"]
     assert equal(one["weights"], two["weights"])
