@@ -82,9 +82,9 @@ def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
 
     def draw(random: Random) -> Any:
         chosen = random.sample(indices, size or 1)
-        order: Any = {"batch_size": None, "sampler": chosen} if size is None else {
-            "batch_sampler": [chosen]
-        }
+        order: Any = (
+            {"batch_size": None, "sampler": chosen} if size is None else {"batch_sampler": [chosen]}
+        )
         # A generator of its own: iterating over a DataLoader draws from the global one.
         one: DataLoader[Any] = DataLoader(
             loader.dataset, collate_fn=loader.collate_fn, generator=torch.Generator(), **order
@@ -100,7 +100,7 @@ def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:
         return list(sampler.indices)
     source = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
     if isinstance(sampler, WHOLE) and source is loader.dataset:
-        return range(len(loader.dataset))  # type: ignore[arg-type]
+        return range(len(loader.dataset))
     return None
 
 

@@ -62,16 +62,19 @@ class SelfTuning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the validation batches."""
-        loaders: Any = trainer.val_dataloaders if self._given is None else self._given
-        if self._given is None and isinstance(loaders, (list, tuple, dict)):
-            values = list(loaders.values() if isinstance(loaders, dict) else loaders)
-            loaders = values[0] if values else None
-        if loaders is None:
+        loader: Any = self._given
+        if loader is None:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()  # else only before a validation
+            loaders = trainer.val_dataloaders
+            loader = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders
+            if isinstance(loaders, (list, tuple)):
+                loader = loaders[0] if loaders else None
+        if loader is None:
             raise ValueError(
                 "no validation loader: pass fit(..., val_dataloaders=) with a validation_step, or "
                 "SelfTuning(batches)"
             )
-        self._batches = ValidationBatches(loaders, self._seed)
+        self._batches = ValidationBatches(loader, self._seed)
         self._seen = trainer.global_step
         self._hide()  # a state that was saved while averaged weights were shown is loaded so
 

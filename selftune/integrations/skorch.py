@@ -43,7 +43,8 @@ class HyperStep(Callback):
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         """Find the optimizer."""
-        self.opt_, self.batches_ = unwrap(net.optimizer_), None
+        self.opt_ = unwrap(net.optimizer_)
+        self.batches_: ValidationBatches | None = None
 
     def on_epoch_begin(
         self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any
@@ -53,7 +54,8 @@ class HyperStep(Callback):
             return
         if self.batches is None and dataset_valid is None:
             raise ValueError(
-                "train_split=None leaves no validation data: pass train_split, or HyperStep(batches)"
+                "train_split=None leaves no validation data: pass train_split=, or "
+                "HyperStep(batches)"
             )
         loader = self.batches
         if loader is None:

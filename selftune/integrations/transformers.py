@@ -66,7 +66,7 @@ class SelfTuningCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Step the hyperparameters; show the averaged weights to what comes before the next step."""
+        """Step the hyperparameters; show the averaged weights to evaluation and checkpoint."""
         assert self._batches is not None
         batches = self._batches.at(state.global_step)
         loss = self._opt.hyper_step(lambda: self._value(next(batches)))

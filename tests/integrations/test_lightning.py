@@ -98,7 +98,7 @@ def test_as_the_loop_by_hand(tmp_path: Path, lightning: Any, by_hand: Any) -> No
 
 
 def test_16_mixed_on_the_cpu(tmp_path: Path) -> None:
-    """Truth: finite weights and a tuned rate. Lightning has float16 on a CPU by its plugin alone."""
+    """Truth: finite weights and a tuned rate. Lightning's plugin has float16 on a CPU, not it."""
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     module = Net()
@@ -220,7 +220,7 @@ class Plain(LightningModule):
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="AdamW.*self-tuned"):
+    with pytest.raises(ValueError, match=r"AdamW.*self-tuned"):
         fit(Plain(), tmp_path)
 
     class Two(Net):
