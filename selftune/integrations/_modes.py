@@ -31,10 +31,10 @@ def provide_modes() -> None:
         return state
 
     @torch.no_grad()
-    def load_state_dict(self: Any, state: dict[str, Any]) -> None:
-        load(self, state)
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
         vars(self).pop(KEPT, None)
-        kept = state["param_groups"][0]["selftune"].get(KEPT)
+        kept = state_dict["param_groups"][0]["selftune"].get(KEPT)
         if kept is not None:  # in eval mode again: the model may be loaded before or after this
             vars(self)[KEPT] = [[t.clone() for t in tensors] for tensors in kept]
 

@@ -133,9 +133,9 @@ def dcp_round_trip(folder: Path) -> None:
     model, fresh = network(), network()
     opt, loaded = tuned(model), tuned(fresh)
     steps(model, opt)
-    dcp.save({"opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=folder)
+    dcp.save({"opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=folder, no_dist=True)
     state = {"opt": get_optimizer_state_dict(fresh, loaded)}
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     set_optimizer_state_dict(fresh, loaded, state["opt"])
@@ -267,9 +267,9 @@ def checkpointing(reentrant: bool, folder: Path) -> None:
 def skipped_first_step(folder: Path) -> None:
     """A scaler's first step overflows: hyper_step has nothing to do."""
     model = network()
-    opt, scaler = tuned(model), torch.amp.GradScaler("cpu", init_scale=1e40)
+    opt, scaler = tuned(model), torch.amp.GradScaler("cpu", init_scale=2.0**120)
     x, y = dataset(16, 3).tensors
-    scaler.scale(loss_of(model, (x, y))).backward()
+    scaler.scale(1e5 * loss_of(model, (x, y))).backward()
     scaler.step(opt)
     scaler.update()
     assert opt.hyper_step(lambda: loss_of(model, (x, y))) is None
@@ -342,9 +342,10 @@ def compiled_step(folder: Path) -> None:
     x, y = dataset(16, 3).tensors
     loss_of(model, (x, y)).backward()
     try:
-        torch.compile(opt.step, backend="eager")()
+        torch.compile(opt.step, backend="aot_eager")()
     except (RuntimeError, TypeError) as error:
-        assert "compile" in str(error)
+        assert "torch.compile" in str(error)
+        assert "INTERNAL ASSERT" not in str(error)
 
 
 # processes
@@ -357,7 +358,6 @@ def ranked(name: str, folder: Path) -> None:
     mp.spawn(RANKED[name], (PORT(), str(folder)), nprocs=2)
 
 
-UNION = "two ranks differ from one process on the union"
 ROWS = [
     Row(what="Lightning: clipping, accumulation, bf16-mixed", truth="the loop by hand, bit for bit",
         check="test_lightning.py::test_as_the_loop_by_hand"),
@@ -436,7 +436,7 @@ ROWS = [
     Row(what="an annealing scheduler beside `total_steps`", truth="a warning",
         check=annealed_twice, pending="no warning"),
     Row(what="a constant scheduler beside `total_steps`", truth="the run without, bit for bit",
-        check=constant_scheduler, pending="not followed"),
+        check=constant_scheduler),
     Row(what="learning-rate monitors", truth="`param_groups` show the rate that is applied",
         check=shown_rate, pending="the peak is shown"),
     Row(what="`torch.compile(opt.step)`", truth="it runs, or a refusal", check=compiled_step,
@@ -446,7 +446,7 @@ ROWS = [
     Row(what="FSDP2, two ranks: full optimizer state", truth="hyperparameters equal",
         check=partial(ranked, "fsdp2"), pending="KeyError", slow=True),
     Row(what="DDP, two ranks: 100 steps", truth="one process on the union, to 1e-6",
-        check=partial(ranked, "union"), pending=UNION, slow=True),
+        check=partial(ranked, "union"), slow=True),
     Row(what="DDP: `hyper_step` on one rank only", truth="an error within seconds",
         check=partial(ranked, "one rank"), pending="hangs until the timeout", slow=True),
     Row(what="ZeroRedundancyOptimizer", truth="ranks agree, or a refusal",
@@ -463,6 +463,7 @@ def marked(row: Row) -> Any:
     return pytest.param(row, id=re.sub(r"[^\w]+", "-", row.what), marks=marks)
 
 
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 @pytest.mark.parametrize("row", [marked(row) for row in ROWS if callable(row.check)])
 def test_row(row: Row, tmp_path: Path) -> None:
     assert callable(row.check)

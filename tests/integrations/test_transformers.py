@@ -40,12 +40,10 @@ def rows(size: int, seed: int) -> list[dict[str, Any]]:
 
 
 class Made(Trainer):
-    """Its optimizer knows the model, so that BatchNorm is known from the start."""
+    """Its optimizer is called with the model, so that BatchNorm is known from the start."""
 
-    def create_optimizer(self, model: Any = None) -> Any:
-        if self.optimizer is None:
-            self.optimizer = tuned(self.model)
-        return self.optimizer
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, optimizer_cls_and_kwargs=(lambda: tuned, {}))
 
 
 def trainer(folder: Path, kind: type = Made, callbacks: Any = (), **options: Any) -> Any:
