@@ -1,20 +1,21 @@
 """What the callbacks of frameworks cost beside ``hyper_step`` called by hand.
 
-    python -m benchmarks.cost.callbacks [--rounds 15] [--only lightning]
+    python -m benchmarks.cost.callbacks [--rounds 5] [--only lightning]
 
-Three runs of the same self-tuned steps (AdamW, a hyperparameter step every five steps): the plain
-loop without a framework; the framework with a hook of one line that calls ``hyper_step`` on the
-next batch of a validation loader; the framework with our callback, which draws the batch by
-(seed, step), switches modes, moves, casts and logs. Rounds are interleaved; times are those of the
-process, on one thread, since the machine is shared. The callback's overhead
-is (callback − by hand), and the ratio (plain + overhead) ÷ plain: the target is 1.05 at most. The
-last column, callback ÷ by hand, is in the framework's own time. Evaluations and checkpoints are
-left out. Typical output is kept in ``docs/integrations/index.md``.
+AdamW, a hyperparameter step every five steps. In one run of the framework, blocks of steps take
+turns: a hook of one line that calls ``hyper_step`` on the next batch of a validation loader, and
+our callback, which draws the batch by (seed, step), switches modes, moves and casts. The callback's
+overhead is the difference of neighbouring blocks, and its ratio (plain + overhead) ÷ plain, where
+plain is the loop without a framework, in runs between these: the target is 1.05 at most. The last
+column, callback ÷ by hand, is in the framework's own time. Times are those of the process, on one
+thread, since the machine is shared. Evaluations and checkpoints are left out. Typical output is
+kept in ``docs/integrations/index.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import statistics
 import tempfile
@@ -31,26 +32,22 @@ import selftune as st
 from benchmarks.cost.nets import NETS, Net
 from benchmarks.fused import spread
 
-STEPS, FIRST = 110, 10  # of a run; the first are not timed
-Value = Callable[[], Tensor]
+BLOCK = 20  # steps
+PAIRS = 10  # of blocks in a run, the first of which warms up
+STEPS = 2 * BLOCK * PAIRS
 
 
-class Timed(Dataset):
-    """Training batches, and the process time when each was asked for."""
+class Batches(Dataset):
+    """Training batches, again and again."""
 
     def __init__(self, net: Net) -> None:
-        self.batches, self.seen = net.batches[:-2], [0.0] * 0
+        self.batches = net.batches[:-2]
 
     def __len__(self) -> int:
         return STEPS
 
     def __getitem__(self, index: int) -> Any:
-        self.seen.append(time.process_time())
         return self.batches[index % len(self.batches)]
-
-    def step(self) -> float:
-        """Milliseconds a step."""
-        return 1e3 * (self.seen[STEPS - 1] - self.seen[FIRST]) / (STEPS - 1 - FIRST)
 
 
 class Run:
@@ -58,37 +55,53 @@ class Run:
 
     def __init__(self, net: Net) -> None:
         torch.manual_seed(0)
-        self.net, self.model, self.train = net, net.make(), Timed(net)
+        self.net, self.model, self.train = net, net.make(), Batches(net)
         x, y = net.batches[-1]
         self.val = DataLoader(TensorDataset(x, y), batch_size=len(x))
         self.opt = st.AdamW(self.model, lr=1e-3, every=5, probe=False)
         self.loader = DataLoader(self.train, batch_size=None)
-        self.drawn = self.stream()
+        self.drawn, self.marks = self.stream(), [0.0] * 0
 
     def stream(self) -> Iterator[Any]:
+        """Validation batches, without an end."""
         while True:
             yield from self.val
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Of training and validation batches."""
         return self.net.loss(model(batch[0]), batch[1])
 
     def by_hand(self) -> None:
         """One line of a user's hook."""
         self.opt.hyper_step(lambda: self.loss(self.model, next(self.drawn)))
 
+    def hook(self, ours: Callable[[], Any]) -> None:
+        """After a step: by hand, or by our callback, in turns."""
+        if len(self.marks) // BLOCK % 2:
+            ours()
+        else:
+            self.by_hand()
+        self.marks.append(time.process_time())
 
-def plain(run: Run, ours: bool) -> None:
+    def blocks(self) -> list[tuple[float, float]]:
+        """Milliseconds a step, of every pair of blocks but the first."""
+        ends = self.marks[BLOCK - 1 :: BLOCK]
+        times = [1e3 * (b - a) / BLOCK for a, b in itertools.pairwise(ends)]
+        return list(zip(times[1::2], times[2::2], strict=False))
+
+
+def plain(run: Run) -> None:
     """The loop without a framework."""
     for batch in run.loader:
         run.opt.zero_grad()
         run.loss(run.model, batch).backward()
         run.opt.step()
-        run.by_hand()
+        run.hook(run.by_hand)
 
 
-def lightning(run: Run, ours: bool) -> None:
+def lightning(run: Run) -> None:
     """Lightning's Trainer."""
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
     from selftune.integrations.lightning import SelfTuning
 
@@ -105,21 +118,21 @@ def lightning(run: Run, ours: bool) -> None:
         def configure_optimizers(self) -> Any:
             return run.opt
 
-    class Hook(Callback):
+    class Turns(SelfTuning):
         def on_train_batch_end(self, *args: Any) -> None:
-            run.by_hand()
+            run.hook(lambda: super(Turns, self).on_train_batch_end(*args))
 
     trainer = Trainer(
-        callbacks=[SelfTuning() if ours else Hook()], max_epochs=1, accelerator="cpu", logger=False,
+        callbacks=[Turns()], max_epochs=1, accelerator="cpu", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         num_sanity_val_steps=0, check_val_every_n_epoch=10,
     )  # fmt: skip
     trainer.fit(Module(), run.loader, run.val)
 
 
-def transformers(run: Run, ours: bool) -> None:
+def transformers(run: Run) -> None:
     """Hugging Face's Trainer."""
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from selftune.integrations.transformers import SelfTuningCallback
 
@@ -131,9 +144,9 @@ def transformers(run: Run, ours: bool) -> None:
         def forward(self, x: Tensor, labels: Tensor) -> Any:
             return {"loss": run.loss(self.model, (x, labels))}
 
-    class Hook(TrainerCallback):
+    class Turns(SelfTuningCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            run.by_hand()
+            run.hook(lambda: super(Turns, self).on_step_end(*args, **kwargs))
 
     def named(rows: list[Any]) -> Any:
         if len(rows) == 1:  # a whole batch
@@ -154,20 +167,19 @@ def transformers(run: Run, ours: bool) -> None:
         )  # fmt: skip
         loader = DataLoader(run.val.dataset, batch_size=run.val.batch_size, collate_fn=named)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(SelfTuningCallback(trainer, loader) if ours else Hook())
+        trainer.add_callback(Turns(trainer, loader))
         trainer.train()
 
 
-def skorch(run: Run, ours: bool) -> None:
+def skorch(run: Run) -> None:
     """A net of skorch."""
     from skorch import NeuralNet
-    from skorch.callbacks import Callback
 
     from selftune.integrations.skorch import HyperStep
 
-    class Hook(Callback):
-        def on_batch_end(self, net: Any, training: bool = False, **kwargs: Any) -> None:
-            run.by_hand()
+    class Turns(HyperStep):
+        def on_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            run.hook(lambda: super(Turns, self).on_batch_end(*args, **kwargs))
 
     class Made(NeuralNet):
         def initialize_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,16 +191,20 @@ def skorch(run: Run, ours: bool) -> None:
 
     net = Made(
         run.model, nn.Identity, iterator_train__batch_size=None, max_epochs=1, train_split=None,
-        callbacks=[HyperStep(run.val) if ours else Hook()], verbose=0,
+        callbacks=[Turns(run.val)], verbose=0,
     )  # fmt: skip
     net.fit(run.train)
 
 
-def ignite(run: Run, ours: bool) -> None:
+def ignite(run: Run) -> None:
     """An engine of Ignite."""
-    from ignite.engine import Engine, Events
+    from ignite.engine import Engine
 
     from selftune.integrations.ignite import HyperStep
+
+    class Turns(HyperStep):
+        def _hyper_step(self, engine: Engine) -> None:
+            run.hook(lambda: super(Turns, self)._hyper_step(engine))
 
     def update(engine: Engine, batch: Any) -> None:
         run.opt.zero_grad()
@@ -196,37 +212,37 @@ def ignite(run: Run, ours: bool) -> None:
         run.opt.step()
 
     trainer = Engine(update)
-    if ours:
-        HyperStep(run.opt, run.model, run.val, run.loss).attach(trainer)
-    else:
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: run.by_hand())
+    Turns(run.opt, run.model, run.val, run.loss).attach(trainer)
     trainer.run(run.loader)
 
 
 FRAMEWORKS = (lightning, transformers, skorch, ignite)
 
 
-def measure(net: Net, framework: Callable[[Run, bool], None], rounds: int) -> str:
+def measure(net: Net, framework: Callable[[Run], None], rounds: int) -> str:
     """A row of the table, but for names."""
-    ways = {"plain": (plain, False), "by hand": (framework, False), "ours": (framework, True)}
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, (loop, ours) in ways.items():
+    alone: list[float] = []
+    pairs: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        for loop in (plain, framework):
             run = Run(net)
-            loop(run, ours)
-            if turn:  # the first warms up
-                found[name].append(run.train.step())
-    loops = list(zip(*found.values(), strict=True))
-    added = spread([(p + ours - hand) / p for p, hand, ours in loops])
-    inside = spread([ours / hand for _, hand, ours in loops])
-    middle = [f"{statistics.median(times):.2f}" for times in found.values()]
+            loop(run)
+            if loop is plain:
+                alone += [time for pair in run.blocks() for time in pair]
+            else:
+                pairs += run.blocks()
+    base = statistics.median(alone)
+    ours, hand = zip(*pairs, strict=True)
+    added = spread([(base + o - h) / base for o, h in pairs])
+    inside = spread([o / h for o, h in pairs])
+    middle = [f"{statistics.median(times):.2f}" for times in (alone, hand, ours)]
     return f"{' | '.join(middle)} | {added} | {inside}"
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="a framework")
     args = parser.parse_args()
     torch.set_num_threads(1)
