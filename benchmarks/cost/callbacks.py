@@ -84,7 +84,7 @@ class Run:
         self.marks.append(time.process_time())
 
     def blocks(self) -> list[tuple[float, float]]:
-        """Milliseconds a step, of every pair of blocks but the first."""
+        """Milliseconds a step by hand and by our callback, of all pairs of blocks but the first."""
         ends = self.marks[BLOCK - 1 :: BLOCK]
         times = [1e3 * (b - a) / BLOCK for a, b in itertools.pairwise(ends)]
         return list(zip(times[1::2], times[2::2], strict=False))
@@ -232,9 +232,9 @@ def measure(net: Net, framework: Callable[[Run], None], rounds: int) -> str:
             else:
                 pairs += run.blocks()
     base = statistics.median(alone)
-    ours, hand = zip(*pairs, strict=True)
-    added = spread([(base + o - h) / base for o, h in pairs])
-    inside = spread([o / h for o, h in pairs])
+    hand, ours = zip(*pairs, strict=True)
+    added = spread([(base + o - h) / base for h, o in pairs])
+    inside = spread([o / h for h, o in pairs])
     middle = [f"{statistics.median(times):.2f}" for times in (alone, hand, ours)]
     return f"{' | '.join(middle)} | {added} | {inside}"
 

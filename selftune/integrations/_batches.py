@@ -57,7 +57,8 @@ class ValidationBatches:
         """
         if self._draw is None:
             assert self._stream is not None
-            yield from self._stream
+            while True:  # not ``yield from``: that would close the stream with this step
+                yield next(self._stream)
         else:
             random = Random(f"{self._seed} {_rank()} {step}")
             while True:
@@ -82,14 +83,11 @@ def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
 
     def draw(random: Random) -> Any:
         chosen = random.sample(indices, size or 1)
-        order: Any = (
-            {"batch_size": None, "sampler": chosen} if size is None else {"batch_sampler": [chosen]}
-        )
-        # A generator of its own: iterating over a DataLoader draws from the global one.
-        one: DataLoader[Any] = DataLoader(
-            loader.dataset, collate_fn=loader.collate_fn, generator=torch.Generator(), **order
-        )
-        return next(iter(one))
+        if size is None:  # the dataset's items are batches
+            return loader.collate_fn(loader.dataset[chosen[0]])
+        together = getattr(loader.dataset, "__getitems__", None)  # as torch's own fetcher does
+        examples = [loader.dataset[i] for i in chosen] if together is None else together(chosen)
+        return loader.collate_fn(examples)
 
     return draw
 

@@ -75,7 +75,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
         time.sleep(12)
         return
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank.* 1"):
+    with pytest.raises(RuntimeError, match=r"rank.* 1"):
         opt.hyper_step(lambda: loss_of(model, (x, y)))
     assert time.monotonic() - start < 10
 

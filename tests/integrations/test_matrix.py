@@ -492,6 +492,7 @@ def marked(row: Row) -> Any:
     return pytest.param(row, id=re.sub(r"[^\w]+", "-", row.what), marks=marks)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp, of one process
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 @pytest.mark.parametrize("row", [marked(row) for row in ROWS if callable(row.check)])
 def test_row(row: Row, tmp_path: Path) -> None:
