@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from tasks import copied, loss_of, network, train_loader, tuned, val_loader
 from test_lightning import Net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from selftune.integrations import ValidationBatches
-from selftune.integrations.lightning import SelfTuning
 
 
 def share(loader: DataLoader[Any], rank: int) -> DataLoader[Any]:
@@ -47,6 +45,10 @@ def by_hand(rank: int) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Save how both end."""
+    from lightning.pytorch import Trainer
+
+    from selftune.integrations.lightning import SelfTuning
+
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel("ERROR")
     module = Net()

@@ -20,7 +20,7 @@ try:
 
     from selftune.integrations.skorch import HyperStep
 except ModuleNotFoundError:
-    pass
+    NeuralNetClassifier = object
 
 
 class Net(NeuralNetClassifier):
