@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._flat import local
 from selftune.optim._assembly import Assembly, names
 from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
@@ -18,6 +17,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._saving import check_state, pack, to_bytes, unpack
+from selftune.optim._shown import Restored
 from selftune.update import Update
 
 
@@ -114,7 +114,7 @@ class Container(torch.optim.Optimizer):
         for block in self._engine.blocks:
             for param, saved in zip(block.params, block.saved(), strict=True):
                 entries[places[param]] = {**entries[places[param]], **saved}
-        for param, weights in () if shown is None else shown.saved():
+        for param, weights in self._engine.training_weights():
             entries[places[param]]["training"] = weights
         return {**state, "state": entries, "param_groups": groups}
 
@@ -126,8 +126,9 @@ class Container(torch.optim.Optimizer):
         """Continue a run, bit for bit on the CPU; a state that does not fit is refused whole.
 
         A state that was saved while averaged weights were shown puts the training weights into the
-        model, whose own state is to be loaded before. Loading ends ``averaged()`` and ``eval()``:
-        training weights come back, unless the model's were loaded meanwhile.
+        model; where the model's own state is loaded after it, ``train()`` does so. Loading ends
+        ``averaged()`` and ``eval()``: training weights come back, unless the model's were loaded
+        meanwhile.
 
         Raises:
             ValueError: Another rule, set of hyperparameters, number of groups or shapes.
@@ -147,13 +148,14 @@ class Container(torch.optim.Optimizer):
         params = [p for g in self.param_groups for p in g["params"]]
         for index, param in zip(saved_order, params, strict=True):
             if index in state_dict["state"]:
-                entry = dict(state_dict["state"][index])
-                if "training" in entry:
-                    local(param).copy_(local(entry.pop("training")))
-                self.state[param] = entry
+                self.state[param] = dict(state_dict["state"][index])
+        training = {p: e.pop("training") for p, e in self._state.items() if "training" in e}
         self._engine.stepper.adopt(self.state, self.param_groups)
         self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)
+        buffers = self._engine.buffers
+        held = Restored([*training], [*training.values()], buffers) if training else None
+        self._engine.restored = held
         self._engine.store.cached = self._groups.cache(self.param_groups, self._engine.blocks)
         self._log.load_state_dict(run["log"])
         self._engine.monitor.resume(self._engine.clock.steps)

@@ -23,7 +23,7 @@ from selftune.monitor import Monitor
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._closures import ClosureSteps
-from selftune.optim._shown import Shown
+from selftune.optim._shown import Restored, Shown
 from selftune.optim._stepper import AbstractStepper
 from selftune.optim._store import Store
 from selftune.rules._base import Values
@@ -52,6 +52,7 @@ class Engine:
     whole: ClosureSteps | None = None
     looked: bool = False  # at the first validation batch
     shown: Shown | None = None  # by ``averaged`` or ``eval``
+    restored: Restored | None = None  # by ``load_state_dict``, until training goes on
     identity: Mapping[str, Any] = field(default_factory=dict)  # settings of the run
 
     def __post_init__(self) -> None:
@@ -102,6 +103,14 @@ class Engine:
         self.slopes.forget()
         self.looked = False
         self.controller.restart()
+
+    def training_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter and its training weights, where others are in place."""
+        if self.shown is not None:
+            return self.shown.saved()
+        if self.restored is not None and self.restored.overwritten:
+            return self.restored.saved()
+        return []
 
     # hyperparameter steps
 

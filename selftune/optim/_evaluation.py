@@ -67,6 +67,7 @@ class EvaluationMode(Container):
         engine = self._engine
         if engine.shown is not None:
             return
+        self._restore()
         self._outside("eval()")
         with torch.no_grad():
             self._blocks()
@@ -81,13 +82,22 @@ class EvaluationMode(Container):
         engine.shown = Shown(engine.blocks, engine.buffers, end, live=end == 0)
 
     def train(self) -> None:
-        """Put the training weights back after ``eval()``; a second call does nothing.
+        """Put the training weights back after ``eval()``, or after a state saved then was loaded.
+
+        A second call does nothing.
 
         Raises:
             RuntimeError: The weights were changed after ``eval()``; the training weights are back.
         """
+        self._restore()
         if self._leave():
             self._refuse_changes("eval()")
+
+    def _restore(self) -> None:
+        """Put loaded training weights back where the model's state was loaded after them."""
+        restored, self._engine.restored = self._engine.restored, None
+        if restored is not None and restored.overwritten:
+            restored.put()
 
     def _leave(self) -> bool:
         """Put the training weights back; true if the others were changed meanwhile."""
@@ -105,6 +115,13 @@ class EvaluationMode(Container):
         )
 
     def _outside(self, what: str) -> None:
+        restored, self._engine.restored = self._engine.restored, None
+        if restored is not None and restored.overwritten:
+            self._engine.restored = restored
+            raise RuntimeError(
+                f"{what} at averaged weights: the model's state was loaded after the optimizer's, "
+                "which holds the training weights; call train() first, to go on from these"
+            )
         if self._engine.buffers.shown:
             raise RuntimeError(
                 f"{what} inside averaged() would be lost, as after eval(): leave the block, or "

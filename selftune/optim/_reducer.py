@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selftune._flat import local
 
-PATIENCE = 20
+PATIENCE = 10
 """Seconds that a process waits for the others at its first validation loss."""
 
 

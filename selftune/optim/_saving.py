@@ -63,7 +63,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "controller": engine.controller.state_dict(),
         "buffers": engine.buffers.state_dict(),
         "looked": engine.looked,
-        "shown": engine.shown is not None,
+        "shown": bool(engine.training_weights()),
         "training_signal": None if signal is None else signal.clone(),
         "log": log.state_dict(),
         "slopes": {n: [t.clone() for t in ts] for n, ts in slopes.items()},

@@ -96,7 +96,8 @@ class Rows:
         """Row and column of each kept weight, and the most that a row keeps."""
         part, length = _rows(self.param), _length(self.param)
         start, end = part.start * length, part.stop * length
-        index = torch.arange(start + self.first, end, self.stride)
+        first = start + self.first
+        index = torch.arange(first, max(first, end), self.stride)
         row = index // length
         # The first kept weight of a row is the first place from its start on that is one.
         before = (index - row * length) // self.stride

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,11 +56,11 @@ class Shown:
     def _count(self) -> list[int]:
         return [local(p)._version for b in self._blocks for p in b.params]
 
-    def saved(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def saved(self) -> list[tuple[Tensor, Tensor]]:
         """Each parameter, and its training weights as they are saved."""
-        for block, weights in zip(self._blocks, self.kept, strict=True):
-            for param, value in zip(block.params, weights, strict=True):
-                yield param, whole(param, value)
+        pairs = zip(self._blocks, self.kept, strict=True)
+        both = [b for block, kept in pairs for b in zip(block.params, kept, strict=True)]
+        return [(param, whole(param, value)) for param, value in both]
 
     @property
     def changed(self) -> bool:
@@ -83,3 +83,40 @@ class Shown:
                 block.exchange()
         for block, weights in zip(self._blocks, self.kept, strict=False):
             block.put(weights)
+
+
+class Restored:
+    """Training weights of a loaded state, put into the model now and again as training goes on.
+
+    The model's own state, with averaged weights, may be loaded before or after the optimizer's.
+
+    Args:
+        params: The parameters.
+        weights: Their training weights.
+        buffers: Have taken up the training statistics, of layers that are known.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], weights: Sequence[Tensor], buffers: Buffers
+    ) -> None:
+        self._pairs = list(zip(params, weights, strict=True))
+        self._params, self._weights = [local(p) for p in params], [local(w) for w in weights]
+        self._buffers, self._statistics = buffers, [t.clone() for t in buffers.tensors()]
+        self.put()
+
+    def saved(self) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter, and its training weights as they are saved."""
+        return self._pairs
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Put the training weights, and their statistics, into the model."""
+        torch._foreach_copy_(self._params, self._weights)
+        for tensor, value in zip(self._buffers.tensors(), self._statistics, strict=False):
+            tensor.copy_(value)
+        self._versions = [p._version for p in self._params]
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the weights were changed since."""
+        return [p._version for p in self._params] != self._versions

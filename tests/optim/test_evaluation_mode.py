@@ -103,13 +103,20 @@ def test_a_state_saved_at_averaged_weights_holds_the_training_weights(
             state = by_torch_save({"model": net.state_dict(), "opt": opt.state_dict()})
     train(net, opt, range(half, 60))
     want = end(net, opt)
-    for evaluating in (False, True):
+    for evaluating, model_first in ((False, True), (True, True), (False, False)):
         net = network()
         opt = MAKES[name](net)
         if evaluating:
             opt.eval()
-        net.load_state_dict(state["model"])
+        if model_first:
+            net.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
+        if not model_first:
+            net.load_state_dict(state["model"])
+            for call, given in ((opt.step, []), (opt.hyper_step, [print])):
+                with pytest.raises(RuntimeError, match=r"call train\(\) first"):
+                    call(*given)
+            opt.train()
         got = weights(net)
         kept = {k: v for k, v in training.items() if "running" not in k and "num" not in k}
         check({k: got[k] for k in kept}, kept)  # statistics may wait for their layers

@@ -1,0 +1,120 @@
+"""Validation batches drawn by (seed, step), so that a resumed run needs no saved position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from random import Random
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
+
+WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
+"""Samplers that visit every example, and their ``data_source`` or ``dataset``."""
+
+
+class ValidationBatches:
+    """Draws the validation batches of a training step.
+
+    A batch is a uniform sample without replacement of the loader's dataset, or of the indices of
+    its ``SubsetRandomSampler``, put together by the loader's ``collate_fn``. It depends on (seed,
+    rank, step) alone. Loaders whose examples cannot be addressed (iterable datasets, samplers and
+    batch samplers of another class) are read in their own order, again and again; a resumed run
+    begins to read at their start.
+
+    Args:
+        loader: A DataLoader, or any iterable of batches.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: The loader has no batches.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> batches = ValidationBatches(DataLoader(range(100), batch_size=3))
+        >>> next(batches.at(7)).tolist() == next(batches.at(7)).tolist()
+        True
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int = 0) -> None:
+        self._seed = seed
+        self._draw = _sampled(loader)
+        self._stream = None if self._draw is not None else _endless(loader)
+
+    def at(self, *step: int) -> Iterator[Any]:
+        """The batches of a step, without an end.
+
+        Args:
+            *step: Its number; or several numbers, such as epoch and batch.
+        """
+        if self._draw is None:
+            assert self._stream is not None
+            while True:  # not ``yield from``: that would close the stream with this step
+                yield next(self._stream)
+        else:
+            random = Random(f"{self._seed} {_rank()} {step}")
+            while True:
+                yield self._draw(random)
+
+
+def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
+    """A function that draws a batch; None if examples cannot be addressed."""
+    if isinstance(loader, Sequence) and loader:
+        return lambda random: loader[random.randrange(len(loader))]
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    batched: Any = loader.batch_sampler
+    while hasattr(batched, "batch_sampler"):  # Accelerate shards batch samplers by wrapping them
+        batched = batched.batch_sampler
+    if batched is not None and type(batched) is not BatchSampler:
+        return None
+    indices = _indices(loader, loader.sampler if batched is None else batched.sampler)
+    if not indices:
+        return None
+    size = None if batched is None else min(batched.batch_size, len(indices))
+
+    def draw(random: Random) -> Any:
+        chosen = random.sample(indices, size or 1)
+        if size is None:  # the dataset's items are batches
+            return loader.collate_fn(loader.dataset[chosen[0]])
+        together = getattr(loader.dataset, "__getitems__", None)  # as torch's own fetcher does
+        examples = [loader.dataset[i] for i in chosen] if together is None else together(chosen)
+        return loader.collate_fn(examples)
+
+    return draw
+
+
+def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:
+    """The examples a sampler visits; None if it does not say."""
+    if type(sampler) is SubsetRandomSampler:
+        return list(sampler.indices)
+    source = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
+    if isinstance(sampler, WHOLE) and source is loader.dataset:
+        return range(len(loader.dataset))
+    return None
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(
+                "the validation loader has no more batches: pass a DataLoader, or an iterable "
+                "that can be iterated over again"
+            )
+
+
+def _rank() -> int:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if together else 0

@@ -1,0 +1,67 @@
+"""The self-tuned optimizer inside a framework's wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from selftune.optim import SelfTuningOptimizer
+
+WRAPPED = ("_optimizer", "optimizer")
+"""Attributes under which wrappers of Lightning, Fabric and Accelerate keep the optimizer."""
+
+
+def unwrap(optimizer: Any) -> Any:
+    """Return the self-tuned optimizer inside wrappers of Lightning, Fabric or Accelerate.
+
+    Args:
+        optimizer: A self-tuned optimizer, or a wrapper around one.
+
+    Raises:
+        TypeError: There is no self-tuned optimizer inside.
+
+    Examples:
+        >>> import torch, selftune as st
+        >>> opt = st.AdamW(torch.nn.Linear(2, 1))
+        >>> unwrap(opt) is opt
+        True
+    """
+    found = _inside(optimizer)
+    if isinstance(found, SelfTuningOptimizer):
+        return found
+    raise TypeError(
+        f"optimizer={type(found).__name__} is not self-tuned: use st.AdamW, st.SGD, … or "
+        "st.SelfTuning(inner)"
+    )
+
+
+def only(optimizers: Iterable[Any]) -> Any:
+    """Return the one self-tuned optimizer among several.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    inner = [_inside(optimizer) for optimizer in optimizers]
+    tuned = [optimizer for optimizer in inner if isinstance(optimizer, SelfTuningOptimizer)]
+    if len(tuned) == 1:
+        return tuned[0]
+    if not tuned:
+        raise ValueError(
+            f"none of the optimizers ({', '.join(type(o).__name__ for o in inner)}) is "
+            "self-tuned: use st.AdamW, st.SGD, … or st.SelfTuning(inner)"
+        )
+    raise ValueError(
+        f"{len(tuned)} self-tuned optimizers: which validation loss tunes which is yours to say; "
+        "drop this callback and call hyper_step of each in the training step"
+    )
+
+
+def _inside(optimizer: Any) -> Any:
+    """Follow wrappers' attributes; a wrapper may claim the class of what it wraps."""
+    while True:
+        wrapped = [vars(optimizer)[n] for n in WRAPPED if n in vars(optimizer)]
+        if not wrapped or not isinstance(wrapped[0], torch.optim.Optimizer):
+            return optimizer
+        optimizer = wrapped[0]

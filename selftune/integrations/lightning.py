@@ -1,0 +1,190 @@
+"""Lightning: one callback beside a self-tuned optimizer of ``configure_optimizers``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torchmetrics import Metric
+
+from selftune.integrations._batches import ValidationBatches
+from selftune.integrations._evaluating import evaluating
+from selftune.integrations._logged import logged
+from selftune.integrations._unwrapping import only
+
+RAW = "current_model_state"
+"""Key of the training weights in a checkpoint, as in Lightning's ``WeightAveraging``."""
+
+
+class SelfTuning(Callback):
+    """Calls ``hyper_step`` after optimizer steps, and shows averaged weights to validation.
+
+    Validation, checkpoints (``state_dict``) and the module after ``fit`` have the averaged weights;
+    a checkpoint holds the training weights beside them, and a resumed run goes on from these.
+    The loss is ``validation_step``'s, or ``training_step``'s if that returns none, with the module
+    in ``eval()``; what these log, and the torchmetrics they update, is as it was afterwards.
+
+    Args:
+        batches: Validation batches that tune, by default the first of the trainer's validation
+            loaders. Batches of loaders over a map-style dataset are drawn by (seed, step).
+        loss: ``loss(module, batch)``, in place of the module's own.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: At the start of training: not exactly one optimizer is self-tuned, or there
+            are no validation batches.
+
+    Examples:
+        >>> trainer = Trainer(callbacks=[SelfTuning()], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any] | None = None,
+        *,
+        loss: Callable[[LightningModule, Any], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._given, self._loss, self._seed = batches, loss or _module_loss, seed
+        self._opt: Any = None
+        self._batches: ValidationBatches | None = None
+        self._seen = 0  # optimizer steps
+        self._shown = False  # averaged weights
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the optimizer."""
+        self._opt, self._shown = only(trainer.optimizers), False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the validation batches."""
+        loader: Any = self._given
+        if loader is None:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()  # else only before a validation
+            loaders = trainer.val_dataloaders
+            loader = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders
+            if isinstance(loaders, (list, tuple)):
+                loader = loaders[0] if loaders else None
+        if loader is None:
+            raise ValueError(
+                "no validation loader: pass fit(..., val_dataloaders=) with a validation_step, or "
+                "SelfTuning(batches)"
+            )
+        self._batches = ValidationBatches(loader, self._seed)
+        self._seen = trainer.global_step
+        self._hide()  # a state that was saved while averaged weights were shown is loaded so
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Step the hyperparameters, unless gradients are being accumulated."""
+        step = trainer.global_step
+        if step == self._seen:
+            return
+        self._seen = step
+        assert self._batches is not None
+        batches = self._batches.at(step)
+        loss = self._opt.hyper_step(lambda: self._value(trainer, pl_module, next(batches)))
+        if loss is not None:
+            values = logged(self._opt, loss)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step)
+
+    def _value(self, trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
+        strategy, precision = trainer.strategy, trainer.precision_plugin
+        batch = strategy.batch_to_device(precision.convert_input(batch), dataloader_idx=0)
+        with precision.val_step_context(), evaluating(module), _silent(module):
+            return self._loss(module, batch)
+
+    # averaged weights: from a validation, or the end, until the next training batch
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the averaged weights."""
+        if self._fits(trainer):
+            self._show()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Put the training weights back."""
+        self._hide()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the averaged weights in the module."""
+        self._show()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the averaged weights as ``state_dict``, the training weights beside them."""
+        if not self._fits(trainer):
+            return
+        names, shown = checkpoint["state_dict"].keys(), self._shown
+        for key, switch in ((RAW, self._hide), ("state_dict", self._show)):
+            switch()
+            state = trainer.strategy.lightning_module_state_dict()
+            checkpoint[key] = {n: _copy(t) for n, t in state.items() if n in names}
+        if not shown:
+            self._hide()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on from the training weights."""
+        if trainer.state.fn == TrainerFn.FITTING and RAW in checkpoint:
+            pl_module.load_state_dict(checkpoint[RAW], strict=pl_module.strict_loading)
+
+    def _show(self) -> None:
+        self._opt.eval()
+        self._shown = True
+
+    def _hide(self) -> None:
+        self._opt.train()
+        self._shown = False
+
+    def _fits(self, trainer: Trainer) -> bool:
+        return self._opt is not None and trainer.state.fn == TrainerFn.FITTING
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _module_loss(module: LightningModule, batch: Any) -> Tensor:
+    """The loss of ``validation_step``, or of ``training_step``."""
+    for name in ("validation_step", "training_step"):
+        step: Any = getattr(module, name)
+        numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        found = step(batch, 0) if numbered else step(batch)
+        loss = found.get("loss") if isinstance(found, dict) else found
+        if isinstance(loss, Tensor):
+            return loss
+    raise ValueError(
+        "neither validation_step nor training_step returned a loss: return one, or pass "
+        "SelfTuning(loss=lambda module, batch: ...)"
+    )
+
+
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    """Log nothing, and leave torchmetrics as they are."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    kept = [{n: _state(v) for n, v in vars(m).items()} for m in metrics]
+    vars(module)["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del vars(module)["log"]
+        for metric, values in zip(metrics, kept, strict=True):
+            vars(metric).update(values)
+
+
+def _state(value: Any) -> Any:
+    """A copy of what a metric updates in place."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return list(value) if isinstance(value, list) else value

@@ -1,0 +1,96 @@
+"""skorch: one callback beside a self-tuned optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from skorch.callbacks import Callback
+from skorch.dataset import unpack_data
+from torch import Tensor
+
+from selftune.integrations._batches import ValidationBatches
+from selftune.integrations._evaluating import evaluating
+from selftune.integrations._unwrapping import unwrap
+
+
+class HyperStep(Callback):
+    """Calls ``hyper_step`` after training batches, and shows averaged weights to validation.
+
+    Scores, checkpoints' modules and the fitted net have the averaged weights; a saved optimizer
+    holds the training weights, and training goes on from these. The loss is the net's, with its
+    module in ``eval()``.
+
+    Args:
+        batches: Validation batches that tune, by default of the net's ``train_split``.
+        seed: Of their draws.
+
+    Raises:
+        TypeError: The net's optimizer is not self-tuned.
+        ValueError: ``train_split=None``, and no batches are given.
+
+    Examples:
+        >>> import torch, selftune as st
+        >>> from skorch import NeuralNetRegressor
+        >>> net = NeuralNetRegressor(
+        ...     torch.nn.Linear(3, 1), optimizer=st.AdamW, callbacks=[HyperStep()], verbose=0
+        ... )
+        >>> predicted = net.fit(torch.ones(20, 3), torch.ones(20, 1)).predict(torch.ones(2, 3))
+    """
+
+    def __init__(self, batches: Iterable[Any] | None = None, seed: int = 0) -> None:
+        self.batches, self.seed = batches, seed
+
+    def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        """Find the optimizer."""
+        self.opt_ = unwrap(net.optimizer_)
+        self.batches_: ValidationBatches | None = None
+
+    def on_epoch_begin(
+        self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any
+    ) -> None:
+        """Find the validation batches."""
+        if self.batches_ is not None:
+            return
+        if self.batches is None and dataset_valid is None:
+            raise ValueError(
+                "train_split=None leaves no validation data: pass train_split=, or "
+                "HyperStep(batches)"
+            )
+        loader = self.batches
+        if loader is None:
+            loader = net.get_iterator(dataset_valid, training=False)
+        self.batches_ = ValidationBatches(loader, self.seed)
+
+    def on_batch_begin(
+        self, net: Any, batch: Any = None, training: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Show the averaged weights to validation, the training weights to training."""
+        if training:
+            self.opt_.train()
+        else:
+            self.opt_.eval()
+
+    def on_batch_end(
+        self, net: Any, batch: Any = None, training: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Step the hyperparameters after a training batch."""
+        if not training:
+            return
+        assert self.batches_ is not None
+        batches = self.batches_.at(len(net.history), len(net.history[-1]["batches"]))
+
+        def loss() -> Tensor:
+            inputs, target = unpack_data(next(batches))
+            with evaluating(net.module_):
+                found: Tensor = net.get_loss(net.infer(inputs), target, X=inputs, training=False)
+            return found
+
+        self.opt_.hyper_step(loss)
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Record the hyperparameters; show the averaged weights, also where nothing validates."""
+        self.opt_.eval()
+        for name, value in self.opt_.hparams.items():
+            if isinstance(value, float):
+                net.history.record(f"hyper_{name}", value)

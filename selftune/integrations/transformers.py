@@ -1,0 +1,89 @@
+"""Hugging Face Trainer: one callback beside a self-tuned optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from selftune.integrations._batches import ValidationBatches
+from selftune.integrations._evaluating import evaluating
+from selftune.integrations._logged import logged
+from selftune.integrations._unwrapping import unwrap
+
+
+class SelfTuningCallback(TrainerCallback):
+    """Calls ``hyper_step`` after optimizer steps, and shows averaged weights to evaluations.
+
+    Evaluations, checkpoints' models and the model after ``train`` have the averaged weights;
+    ``optimizer.pt`` holds the training weights, and a resumed run goes on from these. The loss is
+    the trainer's ``compute_loss`` with the model in ``eval()``. Hyperparameters are logged where
+    the trainer logs.
+
+    Args:
+        trainer: The trainer it is added to, whose optimizer is self-tuned, by
+            ``optimizer_cls_and_kwargs=(st.AdamW, {...})`` or ``optimizers=``.
+        batches: Validation batches that tune, by default of ``trainer.get_eval_dataloader()``.
+        seed: Of their draws; by default ``args.seed``.
+
+    Raises:
+        TypeError: At the start of training: the optimizer is not self-tuned.
+        ValueError: At the start of training: no evaluation dataset, or several.
+    """
+
+    def __init__(
+        self, trainer: Trainer, batches: Iterable[Any] | None = None, *, seed: int | None = None
+    ) -> None:
+        self._trainer, self._given, self._seed = trainer, batches, seed
+        self._opt: Any = None
+        self._batches: ValidationBatches | None = None
+        self._unlogged: Tensor | None = None  # the last validation loss
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find optimizer and validation batches."""
+        self._opt = unwrap(self._trainer.optimizer)
+        loader: Any = self._given
+        if loader is None:
+            datasets = self._trainer.eval_dataset
+            if datasets is None or isinstance(datasets, dict):
+                raise ValueError(
+                    f"eval_dataset={'several datasets' if datasets else None}: pass "
+                    "Trainer(eval_dataset=one dataset), or SelfTuningCallback(trainer, batches)"
+                )
+            loader = self._trainer.get_eval_dataloader()
+        self._batches = ValidationBatches(loader, args.seed if self._seed is None else self._seed)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the training weights back."""
+        self._opt.train()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Step the hyperparameters; show the averaged weights to evaluation and checkpoint."""
+        assert self._batches is not None
+        batches = self._batches.at(state.global_step)
+        loss = self._opt.hyper_step(lambda: self._value(next(batches)))
+        self._unlogged = loss if loss is not None else self._unlogged
+        if control.should_log and self._unlogged is not None:
+            self._trainer.log(logged(self._opt, self._unlogged))
+            self._unlogged = None
+        if control.should_evaluate or control.should_save:
+            self._opt.eval()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the averaged weights, also at the end of the run."""
+        self._opt.eval()
+
+    def _value(self, batch: Any) -> Tensor:
+        trainer, model = self._trainer, self._trainer.model
+        with evaluating(model), trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, trainer._prepare_inputs(batch))

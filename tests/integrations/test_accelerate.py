@@ -1,0 +1,100 @@
+"""Accelerate. Truth: the same loop by hand, bit for bit; an uninterrupted run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tasks import averaged, equal, loss_of, needs, network, run, train_loader, tuned, val_loader
+
+from selftune.integrations import ValidationBatches, unwrap
+
+pytestmark = needs("accelerate")
+try:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+except ModuleNotFoundError:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Accelerate keeps its settings in the process."""
+    for kind in (AcceleratorState, GradientState, PartialState):
+        kind._reset_state()
+    yield
+    for kind in (AcceleratorState, GradientState, PartialState):
+        kind._reset_state()
+
+
+class Run:
+    """As users write it."""
+
+    def __init__(self, clip: float | None = None, **options: Any) -> None:
+        self.accelerator, self.clip = Accelerator(cpu=True, **options), clip
+        model = network()
+        self.model, self.opt, self.train, self.val = self.accelerator.prepare(
+            model, tuned(model), train_loader(), val_loader()
+        )
+        self.batches, self.step = ValidationBatches(self.val), 0
+
+    def epochs(self, number: int) -> Run:
+        opt = unwrap(self.opt)
+        for _ in range(number):
+            for batch in self.train:
+                with self.accelerator.accumulate(self.model):
+                    self.model.train()
+                    self.accelerator.backward(loss_of(self.model, batch))
+                    if self.clip is not None and self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                    self.opt.step()
+                    self.opt.zero_grad()
+                if self.accelerator.sync_gradients:
+                    self.step += 1
+                    drawn = self.batches.at(self.step)
+
+                    def value(drawn: Iterator[Any] = drawn) -> torch.Tensor:
+                        self.model.eval()
+                        return loss_of(self.model, next(drawn))
+
+                    opt.hyper_step(value)
+        return self
+
+
+@pytest.mark.parametrize(
+    ("options", "by_hand"),
+    [
+        ({}, {}),
+        ({"gradient_accumulation_steps": 2}, {"accumulate": 2}),
+        ({"clip": 0.1}, {"clip": 0.1}),
+        ({"mixed_precision": "bf16"}, {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}),
+    ],
+    ids=["plain", "accumulation", "clipping", "bf16"],
+)
+def test_as_the_loop_by_hand(options: Any, by_hand: Any) -> None:
+    done = Run(**options).epochs(4)
+    model = network()
+    opt = tuned(model)
+    expected = run(model, opt, **by_hand)
+    assert unwrap(done.opt).hparams == opt.hparams
+    assert equal(averaged(done.accelerator.unwrap_model(done.model), unwrap(done.opt)), expected)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, evaluating: bool) -> None:
+    """``save_state`` and ``load_state``; also of a state saved while averaged weights are shown."""
+    whole, half = Run().epochs(4), Run().epochs(2)
+    if evaluating:
+        half.opt.eval()
+    half.accelerator.save_state(str(tmp_path))
+    rest = Run()
+    rest.accelerator.load_state(str(tmp_path))
+    rest.step = half.step
+    rest.opt.train()
+    rest.epochs(2)
+    assert unwrap(rest.opt).hparams == unwrap(whole.opt).hparams
+    ends = [averaged(r.accelerator.unwrap_model(r.model), unwrap(r.opt)) for r in (rest, whole)]
+    assert equal(*ends)

@@ -1,0 +1,105 @@
+"""Validation batches by (seed, step). Truth: sets of indices; the loader's own order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+import selftune as st
+from selftune.integrations import ValidationBatches, unwrap
+
+NUMBERS: Any = range(50)
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    def drawn(seed: int, step: int) -> list[list[int]]:
+        batches = ValidationBatches(DataLoader(NUMBERS, batch_size=8), seed).at(step)
+        return [next(batches).tolist() for _ in range(3)]
+
+    assert drawn(0, 5) == drawn(0, 5)
+    assert len({str(drawn(*key)) for key in ((0, 5), (0, 6), (1, 5))}) == 3
+    assert all(len(set(batch)) == 8 for batch in drawn(0, 5))
+
+
+def test_every_example_is_drawn() -> None:
+    batches = ValidationBatches(DataLoader(NUMBERS, batch_size=8))
+    seen = {n for step in range(200) for n in next(batches.at(step)).tolist()}
+    assert seen == set(NUMBERS)
+
+
+def test_global_random_numbers_are_left_alone() -> None:
+    batches = ValidationBatches(DataLoader(NUMBERS, batch_size=8, shuffle=True))
+    before = torch.get_rng_state()
+    next(batches.at(1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("indices", [[3, 4, 5], torch.tensor([3, 4, 5])])
+def test_only_the_examples_of_a_split(indices: Any) -> None:
+    loaders = (
+        DataLoader(NUMBERS, batch_size=2, sampler=SubsetRandomSampler(indices)),
+        DataLoader(Subset(NUMBERS, [3, 4, 5]), batch_size=2),
+    )
+    for loader in loaders:
+        batches = ValidationBatches(loader)
+        assert {int(n) for s in range(40) for n in next(batches.at(s))} == {3, 4, 5}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(range(5))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(Stream(), batch_size=2),
+        DataLoader(NUMBERS, batch_sampler=[[0, 1], [2, 3], [4]]),
+        (b for b in [torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4])]),
+    ],
+    ids=["iterable dataset", "batch sampler", "generator"],
+)
+def test_what_cannot_be_addressed_is_read_in_order(loader: Any) -> None:
+    batches = ValidationBatches(loader)
+    assert [next(batches.at(s)).tolist() for s in range(3)] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_sampler_of_another_class_is_asked_itself() -> None:
+    """Truth: the only index with a weight."""
+    sampler = WeightedRandomSampler([0.0] * 7 + [1.0] + [0.0] * 42, 4)
+    batches = ValidationBatches(DataLoader(NUMBERS, batch_size=2, sampler=sampler))
+    assert next(batches.at(0)).tolist() == [7, 7]
+
+
+def test_sizes() -> None:
+    small = DataLoader(range(3), batch_size=8)  # type: ignore[arg-type]
+    assert sorted(next(ValidationBatches(small).at(0)).tolist()) == [0, 1, 2]
+    whole = DataLoader([torch.zeros(4), torch.ones(4)], batch_size=None)  # type: ignore[arg-type]
+    assert next(ValidationBatches(whole).at(0)).shape == (4,)
+    given = DataLoader(NUMBERS, batch_sampler=BatchSampler(SequentialSampler(NUMBERS), 6, False))
+    assert len(next(ValidationBatches(given).at(0))) == 6
+    assert next(ValidationBatches([torch.ones(2)]).at(0)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("loader", [[], iter([]), DataLoader([], batch_size=2)])
+def test_no_batches(loader: Any) -> None:
+    with pytest.raises(ValueError, match="no more batches"):
+        next(ValidationBatches(loader).at(0))
+
+
+def test_unwrap_refuses_a_plain_optimizer() -> None:
+    with pytest.raises(TypeError, match="SGD is not self-tuned"):
+        unwrap(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+    opt = st.SelfTuning(torch.optim.NAdam([torch.zeros(1, requires_grad=True)]))
+    assert unwrap(opt) is opt

@@ -1,0 +1,261 @@
+"""Lightning. Truth: the same loop by hand, bit for bit; an uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tasks import (
+    copied,
+    equal,
+    loss_of,
+    needs,
+    network,
+    run,
+    score,
+    train_loader,
+    tuned,
+    val_loader,
+)
+
+pytestmark = needs("lightning")
+try:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from torchmetrics.classification import MulticlassAccuracy
+
+    from selftune.integrations.lightning import RAW, SelfTuning
+except ModuleNotFoundError:
+    LightningModule = object
+
+
+class Net(LightningModule):
+    """As users write it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.net, self.options = network(), options
+        self.accuracy = MulticlassAccuracy(2)
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = loss_of(self.net, batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = loss_of(self.net, batch)
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.log("val_loss", loss)
+        self.log("accuracy", self.accuracy)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return tuned(self.net, **self.options)
+
+
+def trainer(folder: Path, *callbacks: Any, epochs: int = 4, **options: Any) -> Any:
+    return Trainer(
+        callbacks=[SelfTuning(), *callbacks], max_epochs=epochs, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        **{"enable_checkpointing": bool(callbacks), "logger": False, **options},
+    )  # fmt: skip
+
+
+def fit(module: Any, folder: Path, *callbacks: Any, **options: Any) -> Any:
+    found = trainer(folder, *callbacks, **options)
+    found.fit(module, train_loader(), val_loader())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lightning", "by_hand"),
+    [
+        ({}, {}),
+        ({"accumulate_grad_batches": 2}, {"accumulate": 2}),
+        ({"gradient_clip_val": 0.1}, {"clip": 0.1}),
+        (
+            {"precision": "bf16-mixed"},
+            {"autocast": lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)},
+        ),
+    ],
+    ids=["plain", "accumulation", "clipping", "bf16-mixed"],
+)
+def test_as_the_loop_by_hand(tmp_path: Path, lightning: Any, by_hand: Any) -> None:
+    module = Net()
+    done = fit(module, tmp_path, **lightning)
+    model = network()
+    opt = tuned(model)
+    weights = run(model, opt, **by_hand)
+    assert opt.hparams["lr"] != 0.01
+    assert done.optimizers[0].hparams == opt.hparams
+    assert equal(copied(module.net), weights)
+
+
+def test_16_mixed_on_the_cpu(tmp_path: Path) -> None:
+    """Truth: finite weights and a tuned rate. Lightning's plugin has float16 on a CPU, not it."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    module = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    done = fit(module, tmp_path, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    assert done.optimizers[0].hparams["lr"] != 0.01
+    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_score_is_that_of_the_weights_in_the_file(tmp_path: Path, weights_only: bool) -> None:
+    saver = ModelCheckpoint(
+        tmp_path, monitor="val_loss", save_top_k=-1, save_weights_only=weights_only
+    )
+    fit(Net(), tmp_path, saver)
+    assert len(saver.best_k_models) == 4
+    for path, found in saver.best_k_models.items():
+        state = torch.load(path, weights_only=True)["state_dict"]
+        weights = {n.removeprefix("net."): t for n, t in state.items() if n.startswith("net.")}
+        assert score(network(), weights) == pytest.approx(float(found), rel=1e-6)
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, at: int) -> None:
+    whole, half, rest = Net(), Net(), Net()
+    end = fit(whole, tmp_path)
+    fit(half, tmp_path, ModelCheckpoint(tmp_path, save_last=True), epochs=at)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert not equal(saved[RAW], saved["state_dict"])
+    resumed = trainer(tmp_path, ModelCheckpoint(tmp_path, save_last=True))
+    resumed.fit(rest, train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert equal(copied(rest), copied(whole))
+    assert resumed.optimizers[0].hparams == end.optimizers[0].hparams
+
+
+def test_saved_after_the_end_too(tmp_path: Path) -> None:
+    """Truth: the state that the run's own checkpoint of its last step holds."""
+    done = fit(Net(), tmp_path, ModelCheckpoint(tmp_path, save_last=True))
+    done.save_checkpoint(tmp_path / "after.ckpt")
+    last, after = (torch.load(tmp_path / f, weights_only=True) for f in ("last.ckpt", "after.ckpt"))
+    assert equal(last["state_dict"], after["state_dict"])
+    assert equal(last[RAW], after[RAW])
+
+
+def test_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """Truth: the by-hand run at that step."""
+    fit(Net(), tmp_path, ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1),
+        val_check_interval=4)  # fmt: skip
+    model = network()
+    opt = tuned(model)
+    weights = run(model, opt, epochs=1)
+    saved = torch.load(next(tmp_path.glob("*step=6.ckpt")), weights_only=True)
+    state = {n.removeprefix("net."): t for n, t in saved["state_dict"].items() if n[:4] == "net."}
+    assert equal(state, weights)
+    raw = {n.removeprefix("net."): t for n, t in saved[RAW].items() if n[:4] == "net."}
+    assert equal(raw, copied(model))
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    module = Net()
+    stopper = EarlyStopping("val_loss", min_delta=10.0, patience=1)
+    done = fit(module, tmp_path, stopper, enable_checkpointing=False)
+    assert done.current_epoch == 2
+    model = network()
+    assert equal(copied(module.net), run(model, tuned(model), epochs=2))
+
+
+def test_hyper_steps_leave_logs_and_metrics_alone(tmp_path: Path) -> None:
+    """Truth: the accuracy counted by hand, on exactly the validation set."""
+    counts = []
+
+    class Watched(Net):
+        def on_validation_epoch_end(self) -> None:
+            counts.append(int(self.accuracy.tp.sum() + self.accuracy.fn.sum()))
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            assert self.trainer.callback_metrics.get("hyper") is None
+
+    fit(Watched(), tmp_path, num_sanity_val_steps=0)
+    assert counts == [60] * 4
+
+
+def test_logs_hyperparameters(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    done = fit(Net(), tmp_path, logger=logger, log_every_n_steps=1)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("hyper/lr")
+    values = [float(r.split(",")[column]) for r in rows[1:] if r.split(",")[column]]
+    assert values[-1] == pytest.approx(done.optimizers[0].hparams["lr"])
+
+
+def test_training_step_where_validation_step_returns_nothing(tmp_path: Path) -> None:
+    class Quiet(Net):
+        def validation_step(self, batch: Any) -> None:
+            self.log("val_loss", loss_of(self.net, batch))
+
+    module = Quiet()
+    fit(module, tmp_path)
+    model = network()
+    assert equal(copied(module.net), run(model, tuned(model)))
+
+
+class Plain(LightningModule):
+    """A plain optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def training_step(self, batch: Any) -> Any:
+        return loss_of(self.net, batch)
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"AdamW.*self-tuned"):
+        fit(Plain(), tmp_path)
+
+    class Two(Net):
+        def configure_optimizers(self) -> Any:
+            return [tuned(self.net), tuned(self.net)]
+
+        automatic_optimization = False
+
+    with pytest.raises(ValueError, match="2 self-tuned optimizers"):
+        fit(Two(), tmp_path)
+
+    class Unvalidated(Net):
+        validation_step = None
+
+    with pytest.raises(ValueError, match="no validation loader"):
+        trainer(tmp_path).fit(Unvalidated(), train_loader())
+
+    class Lossless(Net):
+        def validation_step(self, batch: Any) -> Any:
+            return None
+
+        def training_step(self, batch: Any) -> Any:
+            return loss_of(self.net, batch) if self.training else None
+
+    with pytest.raises(ValueError, match="neither validation_step nor training_step"):
+        fit(Lossless(), tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """Truth: DistributedDataParallel by hand, in the script; the ranks agree."""
+    script = Path(__file__).with_name("lightning_ddp.py")
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300, env=environment)
+    one, two, by_hand = (torch.load(tmp_path / f"{n}.pt") for n in ("0", "1", "by-hand-0"))
+    assert one["hparams"] == two["hparams"] == by_hand["hparams"]
+    assert equal(one["weights"], two["weights"])
+    assert equal(one["weights"], by_hand["weights"])

@@ -1,0 +1,158 @@
+"""Hugging Face Trainer. Truth: the same loop by hand, bit for bit; an uninterrupted run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tasks import copied, dataset, equal, needs, network, run, score, tuned
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import selftune as st
+
+pytestmark = needs("transformers")
+try:
+    from safetensors.torch import load_file
+    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+    from selftune.integrations.transformers import SelfTuningCallback
+except ModuleNotFoundError:
+    Trainer = object
+
+
+class Net(nn.Module):
+    """A model as Trainer wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Any, labels: Any) -> Any:
+        logits = self.net(x)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+def rows(size: int, seed: int) -> list[dict[str, Any]]:
+    return [{"x": x, "labels": int(y)} for x, y in dataset(size, seed)]
+
+
+class Made(Trainer):
+    """Its optimizer is called with the model, so that BatchNorm is known from the start."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, optimizer_cls_and_kwargs=(lambda: tuned, {}))
+
+
+def trainer(folder: Path, kind: type = Made, callbacks: Any = (), **options: Any) -> Any:
+    defaults = dict(
+        num_train_epochs=4, per_device_train_batch_size=16, per_device_eval_batch_size=20,
+        lr_scheduler_type="constant", max_grad_norm=0.0, eval_strategy="epoch", use_cpu=True,
+        save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
+        seed=0, logging_strategy="no",
+    )  # fmt: skip
+    made = kind(
+        model=Net(),
+        args=TrainingArguments(output_dir=str(folder), **(defaults | options)),
+        train_dataset=rows(96, 0), eval_dataset=rows(60, 1), callbacks=list(callbacks),
+    )  # fmt: skip
+    made.add_callback(SelfTuningCallback(made))
+    return made
+
+
+def weights(state: dict[str, Any]) -> dict[str, Any]:
+    return {n.removeprefix("net."): t for n, t in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "by_hand"),
+    [
+        ({}, {}),
+        ({"gradient_accumulation_steps": 2}, {"accumulate": 2}),
+        ({"max_grad_norm": 0.1}, {"clip": 0.1}),
+        ({"bf16": True}, {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}),
+    ],
+    ids=["plain", "accumulation", "clipping", "bf16"],
+)
+def test_as_the_loop_by_hand(tmp_path: Path, options: Any, by_hand: Any) -> None:
+    done = trainer(tmp_path, **options)
+    done.train()
+    model = network()
+    opt = tuned(model)
+    expected = run(model, opt, **by_hand)
+    assert opt.hparams["lr"] != 0.01
+    assert done.optimizer.optimizer.hparams == opt.hparams
+    assert equal(copied(done.model.net), expected)
+
+
+def test_score_is_that_of_the_weights_in_the_file(tmp_path: Path) -> None:
+    done = trainer(tmp_path, save_strategy="epoch")
+    done.train()
+    scores = {r["step"]: r["eval_loss"] for r in done.state.log_history if "eval_loss" in r}
+    assert list(scores) == [6, 12, 18, 24]
+    for step, found in scores.items():
+        state = weights(load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors"))
+        assert score(network(), state) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [10, 12, 16])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, step: int) -> None:
+    """Saved at evaluations (12), and apart from them."""
+    options: Any = dict(save_strategy="steps", save_steps=step)
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    rest = trainer(tmp_path / "rest", **options)
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert rest.optimizer.optimizer.hparams == whole.optimizer.optimizer.hparams
+    assert equal(copied(rest.model), copied(whole.model))
+
+
+def test_best_model_at_the_end(tmp_path: Path) -> None:
+    done = trainer(
+        tmp_path, save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="loss",
+        callbacks=[EarlyStoppingCallback(1, early_stopping_threshold=10.0)],
+    )  # fmt: skip
+    done.train()
+    assert done.state.global_step == 12
+    best = load_file(Path(done.state.best_model_checkpoint) / "model.safetensors")
+    assert equal(copied(done.model), best)
+    assert done.evaluate()["eval_loss"] == pytest.approx(done.state.best_metric, rel=1e-6)
+    assert equal(copied(done.model), best)
+
+
+def test_through_optimizer_cls_and_kwargs(tmp_path: Path) -> None:
+    """Truth: the same groups by hand."""
+    args = dict(lr=0.01, total_steps=24, every=2)
+
+    class Given(Trainer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, optimizer_cls_and_kwargs=(st.AdamW, dict(args)))
+
+    done = trainer(tmp_path, Given, weight_decay=0.1)
+    done.train()
+    model = network()
+    named = list(model.named_parameters())
+    decayed, others = ([p for n, p in named if ("bias" in n) == bias] for bias in (False, True))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    opt = st.AdamW(groups, **args)
+    expected = run(model, opt)
+    assert done.optimizer.optimizer.hparams == opt.hparams
+    assert equal(copied(done.model.net), expected)
+
+
+def test_logs_hyperparameters(tmp_path: Path) -> None:
+    done = trainer(tmp_path, logging_strategy="steps", logging_steps=4)
+    done.train()
+    found = [r["hyper/lr"] for r in done.state.log_history if "hyper/lr" in r]
+    assert found[-1] == pytest.approx(done.optimizer.optimizer.hparams["lr"])
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="AdamW is not self-tuned"):
+        trainer(tmp_path, Trainer).train()
+    several = trainer(tmp_path)
+    several.eval_dataset = {"a": rows(4, 2), "b": rows(4, 3)}
+    with pytest.raises(ValueError, match="several datasets"):
+        several.train()
