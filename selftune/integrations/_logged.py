@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def logged(opt: Any, loss: Tensor) -> dict[str, float]:
-    """Return the validation loss and every hyperparameter, ``hyper/lr`` for one; groups numbered.
+    """Return the validation loss, every hyperparameter, and the learning rate that is applied.
+
+    ``hyper/lr`` is the tuned peak, ``lr`` the rate of the last step, schedules included; groups
+    that differ are numbered.
 
     Args:
         opt: The self-tuned optimizer.
@@ -20,4 +23,7 @@ def logged(opt: Any, loss: Tensor) -> dict[str, float]:
             found |= {f"hyper/{name}/{i}": float(v) for i, v in enumerate(value)}
         else:
             found[f"hyper/{name}"] = float(value)
-    return found
+    rates = [float(group["applied_lr"]) for group in opt.param_groups]
+    if len(set(rates)) == 1:
+        return found | {"lr": rates[0]}
+    return found | {f"lr/{i}": rate for i, rate in enumerate(rates)}
