@@ -9,11 +9,13 @@ import pytest
 from tasks import needs
 
 PAGES = Path(__file__).parents[2] / "docs" / "integrations"
-NAMES = ("lightning", "transformers", "accelerate", "skorch", "ignite")
+NAMES = ("lightning", "transformers", "accelerate", "skorch", "ignite", "adapters")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # advice of the frameworks for real runs
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs("integrations" if n == "adapters" else n)) for n in NAMES]
+)
 def test_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = PAGES / f"{name}.md"
