@@ -17,7 +17,7 @@ from torch import nn
 import selftune as st
 
 
-def PORT() -> int:
+def a_port() -> int:
     """A free one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from matrix_ranks import PORT, RANKED
+from matrix_ranks import RANKED, a_port
 from tasks import dataset, equal, loss_of, needs, network, tuned
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -382,7 +382,7 @@ def ranked(name: str, folder: Path) -> None:
     """Two processes."""
     if not dist.is_gloo_available():
         pytest.skip("needs gloo")
-    mp.spawn(RANKED[name], (PORT(), str(folder)), nprocs=2)
+    mp.spawn(RANKED[name], (a_port(), str(folder)), nprocs=2)
 
 
 ROWS = [
