@@ -107,10 +107,11 @@ class Block:
         self.sync()
         found: list[dict[str, Tensor]] = [{} for _ in self.params]
         wholes = {k: self.layout.views(t) for k, t in self._wholes().items()}
+        rows = [self._rows(i) for i in range(len(found))]
         for key, views in (wholes | self._pieces()).items():
             by_rows = self.cut.stride > 1 and key not in wholes
-            for i, (param, entry, view) in enumerate(zip(self.params, found, views, strict=True)):
-                entry[key] = self._rows(i).save(view) if by_rows else whole(param, view)
+            for row, entry, view in zip(rows, found, views, strict=True):
+                entry[key] = row.save(view) if by_rows else whole(row.param, view)
         return found
 
     def _wholes(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class Rows:
     stride: int
     first: int
 
+    @cached_property
     def _places(self) -> tuple[Tensor, Tensor, int]:
         """Row and column of each kept weight, and the most that a row keeps."""
         part, length = _rows(self.param), _length(self.param)
@@ -105,7 +107,7 @@ class Rows:
 
     def save(self, kept: Tensor) -> Tensor:
         """The kept weights, shape (…, kept), as (…, rows, most kept in a row)."""
-        row, column, width = self._places()
+        row, column, width = self._places
         rows = _rows(self.param)
         shape = (self.param.shape[0] if self.param.ndim else 1, width)
         table = kept.new_zeros((*kept.shape[:-1], len(rows), width))
@@ -116,5 +118,5 @@ class Rows:
 
     def load(self, table: Tensor) -> Tensor:
         """The kept weights from what ``save`` made of them."""
-        row, column, _ = self._places()
+        row, column, _ = self._places
         return local(table)[..., row, column]
