@@ -71,8 +71,7 @@ class Block:
         weights = self.weights()
         self._scratch: dict[str, Tensor] = {}
         self._firsts = cut.firsts(self.layout.sizes)
-        tensors = len(self.params)
-        self.part = sensitivities.begin(weights, values, cut, tensors=tensors, fresh=True)
+        self.part = sensitivities.begin(weights, values, cut, tensors=len(params), fresh=True)
         weights = self.part.average
         self.good = copy(weights, snapshots)
         kept = cut.scaled(weights)
@@ -99,8 +98,8 @@ class Block:
 
     def _loaded(self, index: int, value: Tensor, view: Tensor) -> Tensor:
         """This process's part of something that was saved of a parameter."""
-        value = local(value)
-        return value if value.shape == view.shape else self._rows(index).load(value)
+        same = local(value).shape == view.shape
+        return local(value) if same else self._rows(index).load(value)
 
     def saved(self) -> list[dict[str, Tensor]]:
         """What is kept of each parameter, as it is saved."""
@@ -109,9 +108,9 @@ class Block:
         wholes = {k: self.layout.views(t) for k, t in self._wholes().items()}
         rows = [self._rows(i) for i in range(len(found))]
         for key, views in (wholes | self._pieces()).items():
-            by_rows = self.cut.stride > 1 and key not in wholes
+            sliced = self.cut.stride > 1 and key not in wholes
             for row, entry, view in zip(rows, found, views, strict=True):
-                entry[key] = row.save(view) if by_rows else whole(row.param, view)
+                entry[key] = row.save(view) if sliced else whole(row.param, view)
         return found
 
     def _wholes(self) -> dict[str, Tensor]:
