@@ -70,20 +70,34 @@ class Groups:
         self._highest, self.annealed = 0.0, False  # by a torch scheduler
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
-        """Take start values from the groups; parameters known already keep theirs."""
+        """Take start values from the groups; parameters known already keep theirs.
+
+        A group's options are the start values of parameters that join the run with it, as if they
+        had been there from the first step. Parameters that join a group in the run take its
+        present values, which its options show.
+        """
         known = {id(p): at for at, p in enumerate(self._params)}
         self._params = [p for params in trained for p in params]
         owner = [i for i, params in enumerate(trained) for _ in params]
+        present = {
+            name: {i: _mean(tuned.values()[span].tolist()) for i, span in self._spans.items()}
+            for name, tuned in self._shifts.rows.items()
+        }
+        siblings = [self._spans[i].start if i in self._spans else None for i in owner]
+        values = {
+            name: [
+                present[name][i] if i in self._spans else self._start(name, tuned, groups[i])
+                for i in owner
+            ]
+            for name, tuned in self._shifts.rows.items()
+        }
         start, self._spans = 0, {}
         for i, params in enumerate(trained):
             if params:
                 self._spans[i] = slice(start, start + len(params))
             start += len(params)
-        values = {
-            name: [self._start(name, tuned, groups[i]) for i in owner]
-            for name, tuned in self._shifts.rows.items()
-        }
-        self._shifts.lay_out(values, owner, [known.get(id(p)) for p in self._params])
+        places = [known.get(id(p)) for p in self._params]
+        self._shifts.lay_out(values, owner, places, siblings)
 
     def _start(self, name: str, tuned: Scoped, group: Group) -> float:
         scheduled = name == "lr" and "initial_lr" in group

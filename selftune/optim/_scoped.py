@@ -49,41 +49,52 @@ class Scoped:
         values: Sequence[float],
         groups: Sequence[int],
         known: Sequence[int | None] | None = None,
+        siblings: Sequence[int | None] | None = None,
     ) -> None:
-        """Take each segment's value and group; shifts already tuned are kept.
+        """Take each segment's value and group; bases and shifts of known segments are kept.
 
         A value of exactly 0 stays 0 beside others that are not; if all are 0, tuning starts
-        from ``hparam.from_zero``.
+        from ``hparam.from_zero``. The values of the first layout are where the run starts. A
+        segment that joins later keeps its ratio to those: its value is multiplied by the run's
+        factor, that of its slot or the geometric mean of all.
 
         Args:
-            values: The present value of each segment.
+            values: Of each segment: those given; of one that joins a group in the run, that of
+                the group.
             groups: The parameter group of each segment.
             known: Where each segment stood before, None for a new one; by default all are new.
+            siblings: Where a segment of the same group stood before, None for a new group.
         """
         start = torch.tensor(values, dtype=torch.float64)
-        if len(self.base) == 0:
+        before = [None] * len(values) if known is None else known
+        first = len(self.base) == 0
+        if first:
             self.from_zero = not bool(start.any())
-        slots = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
-        self.slots = torch.tensor(list(slots[self.scope]), dtype=torch.long)
-        count = int(self.slots.max()) + 1
-        if count > len(self.shift):
-            grown = torch.zeros(count, dtype=torch.float64)
-            grown[: len(self.shift)] = self.shift
-            self.shift = grown
-        if self.scope == "tensor" and known is not None:
-            shift = torch.zeros(count, dtype=torch.float64)
-            for at, before in enumerate(known):
-                if before is not None:
-                    shift[at] = self.shift[before]
-            self.shift = shift
-        base = self._raw(start) - self.shift[self.slots]
+        scopes = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
+        slots = list(scopes[self.scope])
+        mean = 0.0 if first else float(self.shift[self.slots].mean())
+        shift = torch.full((max(slots) + 1,), mean, dtype=torch.float64)
+        for at, place in enumerate(before):
+            if place is not None:
+                shift[slots[at]] = self.shift[self.slots[place]]
+        base = self._raw(start)
         if self.from_zero:
             small = self._raw(torch.full_like(start, self.hparam.from_zero))
             base = torch.where(start == 0, small, base)
-        for at, before in enumerate(known or []):
-            if before is not None:
-                base[at] = self.base[before]
-        self.base, self.start = base, start.tolist()
+        low, high = self.hparam.raw_ends
+        for at, place in enumerate(before):
+            sibling = None if siblings is None else siblings[at]
+            if place is not None:
+                base[at] = self.base[place]
+            elif sibling is not None:
+                if self.scope == "tensor":  # the present value, at a shift of its own
+                    shift[at] = (base[at] - self.base[sibling]).nan_to_num(0.0)
+                base[at] = self.base[sibling]
+            elif not first:  # others are not moved to bring it within its bounds
+                slot = shift[slots[at]]
+                base[at] = base[at].clamp(low - slot, high - slot)
+        self.slots = torch.tensor(slots, dtype=torch.long)
+        self.shift, self.base, self.start = shift, base, start.tolist()
         self._measure()
         self.clamp()
 

@@ -111,11 +111,12 @@ class Shifts:
         values: Mapping[str, Sequence[float]],
         groups: Sequence[int],
         known: Sequence[int | None] | None = None,
+        siblings: Sequence[int | None] | None = None,
     ) -> None:
         """Take values and groups of all segments; see :meth:`Scoped.lay_out`."""
         sizes = [len(t.shift) for t in self.rows.values()]
         for name, tuned in self.rows.items():
-            tuned.lay_out(values[name], groups, known)
+            tuned.lay_out(values[name], groups, known, siblings)
             given, present = max(values[name]), float(tuned.values().max())
             if not self._laid_out and given > 0 and abs(present / given - 1) > 1e-9:
                 log.warning(
