@@ -170,6 +170,8 @@ class SelfTuningOptimizer(EvaluationMode):
             engine.controller.guard.begin(float(engine.reducer.mean(first)))
         engine.looked = True
         self._log.begin(self.hparams)
+        if engine.shifts.wake():
+            self._publish()
 
     def _tune(self, outer: OuterLoss, closure: Closure) -> Tensor:
         engine, clock = self._engine, self._engine.clock
@@ -308,7 +310,8 @@ class SelfTuningOptimizer(EvaluationMode):
         ):
             return
         self._advised = True
-        stay = sorted(self._update.regularizers & set(self._engine.shifts.names))
+        shifts = self._engine.shifts
+        stay = sorted(self._update.regularizers & set(shifts.names) | set(shifts.asleep))
         if stay:
             log.warning(
                 "no hyper_step in %d steps: training gradients tune the learning rate; %s stay as "

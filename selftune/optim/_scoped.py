@@ -31,6 +31,8 @@ class Scoped:
         base: Raw values shifted from, one a segment; NaN where the hyperparameter is off.
         slots: Which shift belongs to each segment.
         from_zero: Whether every segment started at 0.
+        asleep: Which segments stay at 0, as given, until ``wake``; one bool each.
+        waiting: Whether ``wake`` has yet to come.
         start: The values last taken, one a segment.
     """
 
@@ -42,6 +44,8 @@ class Scoped:
         self.slots = torch.empty(0, dtype=torch.long)
         self.shift = torch.zeros(0, dtype=torch.float64)
         self.from_zero = False
+        self.asleep = torch.empty(0, dtype=torch.bool)
+        self.waiting = hparam.role not in ("rate", "decay")  # training alone tunes these
         self.start: list[float] = []
 
     def lay_out(
@@ -54,9 +58,11 @@ class Scoped:
         """Take each segment's value and group; bases and shifts of known segments are kept.
 
         A value of exactly 0 stays 0 beside others that are not; if all are 0, tuning starts
-        from ``hparam.from_zero``. The values of the first layout are where the run starts. A
-        segment that joins later keeps its ratio to those: its value is multiplied by the run's
-        factor, that of its slot or the geometric mean of all.
+        from ``hparam.from_zero`` once a validation loss has arrived (``wake``).
+
+        The values of the first layout are where the run starts. A segment that joins later keeps
+        its ratio to those: its value is multiplied by the run's factor, that of its slot or the
+        geometric mean of all.
 
         Args:
             values: Of each segment: those given; of one that joins a group in the run, that of
@@ -95,6 +101,7 @@ class Scoped:
                 base[at] = base[at].clamp(low - slot, high - slot)
         self.slots = torch.tensor(slots, dtype=torch.long)
         self.shift, self.base, self.start = shift, base, start.tolist()
+        self.asleep = (start == 0) & base.isfinite() & self.waiting
         self._measure()
         self.clamp()
 
@@ -102,17 +109,26 @@ class Scoped:
         off = torch.full_like(values, math.nan)
         return torch.where(values == 0, off, self.hparam.bijection.inverse(values))
 
+    def wake(self) -> bool:
+        """Tune from now on what was given as 0; true if values change."""
+        changed, self.waiting = bool(self.asleep.any()), False
+        self.asleep = torch.zeros_like(self.asleep)
+        self._values = None
+        return changed
+
     def rebase(self, segments: Sequence[int], value: float, shown: float) -> None:
         """Move segments that showed one value to another, which was set from outside."""
         index = torch.tensor(segments)
         new, old = self._raw(torch.tensor([value, shown], dtype=torch.float64))
         moved = self.base[index] + (new - old)
         self.base[index] = torch.where(moved.isnan(), new - self.shift[self.slots[index]], moved)
+        self.asleep[index] = False
         self._measure()
 
-    def resume(self, base: Tensor, shift: Tensor) -> None:
+    def resume(self, base: Tensor, shift: Tensor, asleep: Tensor, waiting: bool) -> None:
         """Continue from saved values."""
         self.base, self.shift = base.clone(), shift.clone()
+        self.asleep, self.waiting = asleep.clone(), waiting
         self._measure()
 
     @property
@@ -129,13 +145,15 @@ class Scoped:
         """Constrained values, one a segment; 0 where it is off."""
         if self._values is None:
             raw = self.base + self.shift[self.slots]
-            self._values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
+            values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
+            self._values = values.masked_fill(self.asleep, 0.0)
         return self._values
 
     def slopes(self) -> Tensor:
         """The derivative of each value in its raw shift; 0 where it is off."""
         values = self.values()
-        return torch.where(self.base.isnan(), 0.0, self.hparam.bijection.slope(values))
+        off = self.base.isnan() | self.asleep
+        return torch.where(off, 0.0, self.hparam.bijection.slope(values))
 
     def gather(self, signal: Tensor) -> Tensor:
         """Sum per-segment derivatives into the shifts they share."""

@@ -117,7 +117,7 @@ class Shifts:
         sizes = [len(t.shift) for t in self.rows.values()]
         for name, tuned in self.rows.items():
             tuned.lay_out(values[name], groups, known, siblings)
-            given, present = max(values[name]), float(tuned.values().max())
+            given, present = max(values[name]), self.value(name)
             if not self._laid_out and given > 0 and abs(present / given - 1) > 1e-9:
                 log.warning(
                     "%s starts at %.4g, not %.4g: its bounds are %.4g to %.4g; pass bounds= for "
@@ -137,6 +137,15 @@ class Shifts:
         frame = self.frame()
         raw = _joined(shifts).maximum(frame.low).minimum(frame.high)
         self.take(self.state._replace(raw=raw))
+
+    @property
+    def asleep(self) -> list[str]:
+        """Names of those that were given as 0 and stay there until a validation loss arrives."""
+        return [n for n, t in self.rows.items() if bool(t.asleep.any())]
+
+    def wake(self) -> bool:
+        """Tune what was given as 0, too, from now on; true if values change."""
+        return any([tuned.wake() for tuned in self.rows.values()])
 
     def frame(self) -> Frame:
         """Where the shifts are measured from, and their bounds."""
@@ -196,6 +205,7 @@ class Shifts:
         return {
             "state": {n: t.clone() for n, t in self.state._asdict().items()},
             "base": {n: t.base.clone() for n, t in self.rows.items()},
+            "asleep": {n: (t.asleep.clone(), t.waiting) for n, t in self.rows.items()},
             "optimizer": copy.deepcopy(outside),
         }
 
@@ -203,7 +213,8 @@ class Shifts:
         """Continue from ``state_dict``."""
         for name, tuned in self.rows.items():
             shift = state["state"]["raw"][self.hyper.slots(name)]
-            tuned.resume(state["base"][name].cpu(), shift.cpu())
+            asleep, waiting = state["asleep"][name]
+            tuned.resume(state["base"][name].cpu(), shift.cpu(), asleep.cpu(), waiting)
         self.take(HyperState(**{n: t.to("cpu", copy=True) for n, t in state["state"].items()}))
         if self.propose is not None:
             self.propose.optimizer.load_state_dict(state["optimizer"])

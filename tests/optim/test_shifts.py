@@ -37,6 +37,11 @@ def laid_out(
 def test_all_zero_starts_from_zero(hparam: Hparam) -> None:
     """Truth: ``from_zero``, which lies within the bounds and has a slope."""
     tuned = laid_out(hparam, [0.0, 0.0])
+    if hparam.role not in ("rate", "decay"):
+        assert tuned.values().tolist() == [0.0, 0.0]
+        assert not tuned.slopes().any()
+        assert tuned.wake()
+    assert not tuned.wake()
     assert hparam.lower <= hparam.from_zero <= hparam.upper
     assert tuned.values().tolist() == pytest.approx([hparam.from_zero] * 2, rel=1e-12)
     assert (tuned.slopes() > 0).all()
