@@ -159,6 +159,18 @@ class Controller:
             )
         return Action(snapshot=snapshot, rewind=moves)
 
+    def leave_sweep(self) -> Action:
+        """Return to the start at the given rate: somebody else moves the learning rate."""
+        assert self.sweep is not None
+        self.sweep.leave()
+        log.warning(
+            "the learning rate in param_groups is raised from outside (a scheduler with a warm-up, "
+            "such as OneCycleLR, or the training loop), which the learning-rate sweep of the first "
+            "steps would multiply: no sweep, the run begins at the given rate. probe=False says "
+            "the same without this warning"
+        )
+        return Action(snapshot="average", rewind={})
+
     def _gradient(self, record: Gradient) -> Action:
         return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
 

@@ -175,6 +175,11 @@ class LRSweep:
             self.balance, self.seen, self.uphill, self.steepest = 0, False, 0, 0.0
             self.alarmed, self.hoped = False, 0.0
 
+    def leave(self) -> None:
+        """End the sweep without a choice."""
+        self.ended = self.proven = True
+        self.best, self.blown, self.lowest = math.nan, 0.0, 0.0
+
     @property
     def choice(self) -> float:
         """The factor for the given rate.

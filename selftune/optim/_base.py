@@ -95,7 +95,7 @@ class SelfTuningOptimizer(EvaluationMode):
             self._publish()
         values = self._groups.values(self.param_groups)
         rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))
-        step = WeightSteps(engine, values, rates, call)
+        step = WeightSteps(engine, values, rates, call, raised=self._groups.raised)
         if step.take():
             self._publish()
         self._groups.show_rates(self.param_groups, step.factors, engine.clock.steps - 1)

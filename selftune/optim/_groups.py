@@ -56,6 +56,8 @@ class Groups:
 
     Attributes:
         annealed: Whether a torch scheduler has lowered a rate.
+        raised: Whether a torch scheduler has raised a rate, as in a warm-up, or somebody else has
+            written one since the first step.
     """
 
     def __init__(self, update: Update, shifts: Shifts) -> None:
@@ -67,7 +69,8 @@ class Groups:
         self._scheduled: dict[int, float] = {}
         self._factors: dict[int, float] = {}  # of the peaks, at the last step
         self._cached: list[Cached] = []
-        self._highest, self.annealed = 0.0, False  # by a torch scheduler
+        self._seen: dict[int, float] = {}  # last rate of a torch scheduler
+        self.annealed = self.raised = False
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
         """Take start values from the groups; parameters known already keep theirs.
@@ -197,6 +200,7 @@ class Groups:
             span = self._spans[i]
             self._shifts.rows[name].rebase(range(span.start, span.stop), value, shown)
             self._shown[name][i] = value
+            self.raised = self.raised or (name == "lr" and i in self._factors)
         changed = [self._take_scheduler(*each) for each in scheduled]
         return bool(written) or any(changed)
 
@@ -220,8 +224,10 @@ class Groups:
             group = groups[i]
             if "lr" in self._shifts.rows and "initial_lr" in group:
                 rate = float(group["lr"])
-                self._highest = max(self._highest, rate)
-                self.annealed = self.annealed or rate < self._highest
+                last = self._seen.get(i, rate)
+                self.annealed = self.annealed or rate < last
+                self.raised = self.raised or rate > last
+                self._seen[i] = rate
                 rates.append(factor * rate / self._shown["lr"][i])
             else:
                 rates.append(factor)

@@ -113,7 +113,7 @@ class Scoped:
         """Tune from now on what was given as 0; true if values change."""
         changed, self.waiting = bool(self.asleep.any()), False
         self.asleep = torch.zeros_like(self.asleep)
-        self._values = None
+        self._measure()
         return changed
 
     def rebase(self, segments: Sequence[int], value: float, shown: float) -> None:
@@ -145,8 +145,8 @@ class Scoped:
         """Constrained values, one a segment; 0 where it is off."""
         if self._values is None:
             raw = self.base + self.shift[self.slots]
-            values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
-            self._values = values.masked_fill(self.asleep, 0.0)
+            found = self.hparam.bijection.forward(raw).nan_to_num(0.0)
+            self._values = found.masked_fill(self.asleep, 0.0)
         return self._values
 
     def slopes(self) -> Tensor:
