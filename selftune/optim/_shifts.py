@@ -55,6 +55,7 @@ class Shifts:
         floor: Under weight decay, where the user sets no bounds; None: there is none.
         settings: How far steps go.
         make: Builds a torch optimizer of the shifts; None: Adam, as part of the method.
+        label: Of the optimizer, in messages.
 
     Attributes:
         rows: The tuned hyperparameters by name.
@@ -78,6 +79,7 @@ class Shifts:
         floor: WeightDecayFloor | None = None,
         settings: HyperSettings | None = None,
         make: MakeOptimizer | None = None,
+        label: str = "selftune",
     ) -> None:
         scopes = dict.fromkeys(hparams, per) if isinstance(per, str) else dict(per)
         self.total_steps, self.horizon = total_steps, total_steps or HORIZON
@@ -89,7 +91,7 @@ class Shifts:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
         self._floor = None if "weight_decay" in (bounds or {}) else floor
         self._size, self._settings, self._make = size, settings, make
-        self.memory = 1.0
+        self.memory, self._label = 1.0, label
         self.rows = {n: Scoped(h, scopes.get(n, "run")) for n, h in self.tuned.items()}
         self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=self._floor)
         self.state = HyperState.begin(torch.zeros(len(self.tuned), dtype=torch.float64))
@@ -120,8 +122,9 @@ class Shifts:
             given, present = max(values[name]), self.value(name)
             if not self._laid_out and given > 0 and abs(present / given - 1) > 1e-9:
                 log.warning(
-                    "%s starts at %.4g, not %.4g: its bounds are %.4g to %.4g; pass bounds= for "
-                    "others", name, present, given, tuned.hparam.lower, tuned.hparam.upper,
+                    "%s: %s starts at %.4g, not %.4g: its bounds are %.4g to %.4g; pass bounds= "
+                    "for others", self._label, name, present, given,
+                    tuned.hparam.lower, tuned.hparam.upper,
                 )  # fmt: skip
         shifts = [t.shift for t in self.rows.values()]
         moved = known is not None and known != list(range(len(known)))
