@@ -119,6 +119,7 @@ class Controller:
         sweep: The learning-rate sweep, or None.
         guard: The guard, or None.
         final: Where the run ends.
+        label: Of the optimizer, in messages.
     """
 
     hparams: Mapping[str, Hparam]
@@ -126,6 +127,7 @@ class Controller:
     sweep: LRSweep | None = None
     guard: Guard | None = None
     final: FinalWeights = field(default_factory=FinalWeights)
+    label: str = "selftune"
 
     @property
     def sweeping(self) -> bool:
@@ -155,9 +157,24 @@ class Controller:
         if self.sweep.ended:
             moves = self.sweep.moves(record.values, self.hparams, self.total_steps)
             log.info(
-                "sweep: %d steps, learning rate times %.3g", self.sweep.taken, self.sweep.choice
+                "%s: sweep of %d steps, learning rate times %.3g",
+                self.label,
+                self.sweep.taken,
+                self.sweep.choice,
             )
         return Action(snapshot=snapshot, rewind=moves)
+
+    def leave_sweep(self) -> Action:
+        """Return to the start at the given rate: somebody else moves the learning rate."""
+        assert self.sweep is not None
+        self.sweep.leave()
+        log.warning(
+            "%s: the learning rate in param_groups is raised from outside (a scheduler with a "
+            "warm-up, such as OneCycleLR, or the training loop), which the learning-rate sweep of "
+            "the first steps would multiply: no sweep, the run begins at the given rate. "
+            "probe=False says the same without this warning", self.label,
+        )  # fmt: skip
+        return Action(snapshot="average", rewind={})
 
     def _gradient(self, record: Gradient) -> Action:
         return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
@@ -257,8 +274,8 @@ class Controller:
         elif "lr" in action.rewind:
             change = f"divided by {math.exp(-action.rewind['lr']):.3g}"
         (log.warning if self.guard.rewinds == 1 else log.info)(
-            "selftune, step %d: %s; back to the last good weights, learning rate %s",
-            step, action.reason, change,
+            "%s, step %d: %s; back to the last good weights, learning rate %s",
+            self.label, step, action.reason, change,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -311,7 +328,14 @@ def make_sweep(
         steps = int(probe)
     if probe is True or probe is settings:
         steps = settings.steps(total_steps)
-    if not steps or "lr" not in tuned:
+    if "lr" not in tuned or not probe:
+        return None
+    if not steps:
+        log.warning(
+            "a run of %d steps is too short to sweep the learning rate, which takes %d or more: it "
+            "starts as given. probe=False says the same without this warning",
+            total_steps, settings.fewest,
+        )  # fmt: skip
         return None
     if total_steps is not None and steps >= total_steps:
         raise ValueError(f"probe={steps} leaves no step in a run of {total_steps}")

@@ -49,7 +49,7 @@ class SweepSettings(Settings):
     parts: int = 20
     shortest: int = 8
     longest: int = 100
-    fewest: int = 80
+    fewest: int = 20
     unknown: int = 25
     decades: float = 4.0
     margin: float = 1.5
@@ -60,11 +60,11 @@ class SweepSettings(Settings):
     least_memory: float = 3.0
 
     def steps(self, total_steps: int | None) -> int:
-        """Length of the sweep in a run: 5 % of it, 8 to 100 steps; none in a run under 80.
+        """Length of the sweep in a run: 5 % of it, 8 to 100 steps; none in a run under 20.
 
         Examples:
             >>> settings = SweepSettings()
-            >>> settings.steps(None), settings.steps(79), settings.steps(100), settings.steps(1000)
+            >>> settings.steps(None), settings.steps(19), settings.steps(20), settings.steps(1000)
             (25, 0, 8, 50)
         """
         if total_steps is None:
@@ -174,6 +174,11 @@ class LRSweep:
             self.taken, self.change, self.lowest, self.best = 0, 0.0, 0.0, math.nan
             self.balance, self.seen, self.uphill, self.steepest = 0, False, 0, 0.0
             self.alarmed, self.hoped = False, 0.0
+
+    def leave(self) -> None:
+        """End the sweep without a choice."""
+        self.ended = self.proven = True
+        self.best, self.blown, self.lowest = math.nan, 0.0, 0.0
 
     @property
     def choice(self) -> float:

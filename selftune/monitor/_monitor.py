@@ -27,13 +27,14 @@ class Monitor:
 
     Args:
         target: Where to, see :func:`~selftune.monitor.as_recorder`.
+        name: Of what is logged, where several share a target; None: there is one.
     """
 
     block = 100
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Any, name: str | None = None) -> None:
         """Nothing is opened before the first block is written."""
-        self.recorder = as_recorder(target)
+        self.recorder = as_recorder(target, name)
         self._rows: list[tuple[str, Any, int]] = []
 
     @property

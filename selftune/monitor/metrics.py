@@ -97,10 +97,19 @@ class Metrics:
         self.monitor.scalars(rows, step)
 
     def margins(self, values: Mapping[str, Any]) -> list[tuple[str, float | Tensor]]:
-        """Rows of how far the last values of each hyperparameter scattered, where it has one."""
+        """Rows of the band around each tuned hyperparameter: how far its last values scattered.
+
+        Where groups or layers differ, ``hyper/<name>`` is their median and the band their range, so
+        that the chart of the hyperparameter has the same tags in every run.
+        """
         rows: list[tuple[str, float | Tensor]] = []
         for name, course in self.course.items():
-            if isinstance(values[name], list) or not course:
+            if isinstance(values[name], list):
+                low, *_, high = ordered = sorted(values[name])
+                rows += [(f"margin/{name}/low", low), (f"margin/{name}/high", high)]
+                rows.append((f"hyper/{name}", ordered[len(ordered) // 2]))
+                continue
+            if not course:
                 continue
             scale = self._hparams[name].bijection
             raw = scale.inverse(torch.tensor(values[name], dtype=torch.float64))

@@ -11,6 +11,8 @@ from selftune.monitor.report import Curve, Line, line
 from selftune.monitor.verdicts import KINDS
 
 log = logging.getLogger("selftune")
+PARTS = ("0", "median")
+"""Last part of the first tag of a hyperparameter whose groups or layers differ."""
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Log:
         for tag, curve in sorted(self.curves.items()):
             if tag.startswith("hyper/"):
                 name = tag.removeprefix("hyper/")
+                if any(f"{tag}/{part}" in self.curves for part in PARTS):
+                    continue  # its groups or layers have rows of their own
                 end = self.curves.get(f"end/{name}")
                 if end:
                     curve = ([*curve[0], end[0][-1]], [*curve[1], end[1][-1]])

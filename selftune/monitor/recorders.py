@@ -185,18 +185,53 @@ class Listener(AbstractRecorder):
             self.function(values, step)
 
 
-def as_recorder(target: Any) -> AbstractRecorder:
+class Named(AbstractRecorder):
+    """Hands everything on under the name of one of several optimizers: ``name/hyper/lr``."""
+
+    def __init__(self, recorder: AbstractRecorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
+
+    def scalars(self, rows: Sequence[Row]) -> None:
+        """With longer tags."""
+        self.recorder.scalars([Row(f"{self.name}/{r.tag}", r.value, r.step) for r in rows])
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """With a longer tag."""
+        self.recorder.text(f"{self.name}/{tag}", text, step)
+
+    def figure(self, tag: str, figure: Any, step: int) -> None:
+        """With a longer tag."""
+        self.recorder.figure(f"{self.name}/{tag}", figure, step)
+
+    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
+        """With a longer tag."""
+        self.recorder.histogram(f"{self.name}/{tag}", values, step)
+
+    def resume(self, step: int) -> None:
+        """As it is."""
+        self.recorder.resume(step)
+
+
+def as_recorder(target: Any, name: str | None = None) -> AbstractRecorder:
     """A recorder of whatever was given as ``log_dir=`` or ``recorder=``.
 
     Args:
         target: None, a folder, a recorder, a ``SummaryWriter`` or what is like one, a function
             of values and step, or a sequence of these.
+        name: Of one of several optimizers with this target: a folder of that name within a folder,
+            tags that begin with it elsewhere.
 
     Raises:
         TypeError: Something else.
     """
     if target is None:
         return NoRecorder()
+    if name is not None:
+        if isinstance(target, (str, Path)):
+            return TensorBoard(Path(target) / name)
+        if isinstance(target, Sequence):
+            return Several([as_recorder(one, name) for one in target])
+        return Named(as_recorder(target), name)
     if isinstance(target, AbstractRecorder):
         return target
     if isinstance(target, (str, Path)) or hasattr(target, "add_scalar"):

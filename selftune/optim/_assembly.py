@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from selftune._flat import local
 from selftune.method.slices import Slice, choose
 from selftune.method.snapshots import resolve
 from selftune.optim._block import Block
@@ -17,6 +18,11 @@ from selftune.optim._reducer import is_sharded
 from selftune.optim._shards import by_rows, shard
 
 State = MutableMapping[Tensor, dict[str, Any]]
+
+SLICED = {"centre", "mark", "sensitivity", "recent", "tangent", "secant"}
+"""What is kept of the slice of a parameter; the first part of its key."""
+SCALED = {"centre", "mark"}
+"""What of it is multiplied by the root of the slice."""
 
 
 class Assembly:
@@ -51,7 +57,9 @@ class Assembly:
         if self._built:
             self._groups.take_up(groups)  # what was written just before
             self._engine.training_signal = None  # its shape may change
-        self._groups.lay_out(groups, _trained(groups, state))
+        trained = _trained(groups, state)
+        self._recut(trained, state)
+        self._groups.lay_out(groups, trained)
         self.make(groups, state)
         self.publish(groups)
         self._built = ids
@@ -93,6 +101,29 @@ class Assembly:
             shard(cut, params) if all(map(by_rows, params)) else Slice()
             for cut, params in zip(cuts, filter(None, trained), strict=True)
         ]
+
+    def _recut(self, trained: Sequence[Sequence[Tensor]], state: State) -> None:
+        """Carry over what is kept of slices where parameters that join the run change these.
+
+        Sensitivities of a slice that is not part of the one before begin anew.
+        """
+        before = {
+            id(p): (block.cut, first, block.keys)
+            for block in self._engine.blocks
+            for p, first in zip(block.params, block.cut.firsts(block.layout.sizes), strict=True)
+        }
+        for params, cut in zip(filter(None, trained), self._slices(trained), strict=True):
+            firsts = cut.firsts([local(p).numel() for p in params])
+            for param, first in zip(params, firsts, strict=True):
+                old, place, keys = before.get(id(param), (cut, first, set()))
+                if (old.stride, place) == (cut.stride, first):
+                    continue
+                entry = state[param]
+                for key in [k for k in keys if k.split("/")[0] in SLICED and k in entry]:
+                    whole = entry.pop(key)
+                    if old.stride == 1 and not key.startswith("secant"):
+                        kept = whole.reshape(-1)[first :: cut.stride]
+                        entry[key] = kept * cut.root if key in SCALED else kept.clone()
 
     def publish(self, groups: Sequence[Group]) -> None:
         """Show tuned values in the parameter groups, and make them ready for the steps."""

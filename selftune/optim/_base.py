@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune.optim._assembly import Assembly
-from selftune.optim._building import TuningOptions, build
+from selftune.optim._building import TuningOptions, build, check_names
 from selftune.optim._closures import Call
 from selftune.optim._evaluation import EvaluationMode
 from selftune.optim._groups import Groups
@@ -49,6 +50,7 @@ class SelfTuningOptimizer(EvaluationMode):
     ) -> None:
         if isinstance(params, nn.Module):
             tuning, params = {"model": params, **tuning}, params.named_parameters()
+        check_names(type(self), tuning)
         options = TuningOptions(**tuning)
         self._schedule = options.learning_rate
         self._update = update
@@ -95,7 +97,7 @@ class SelfTuningOptimizer(EvaluationMode):
             self._publish()
         values = self._groups.values(self.param_groups)
         rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))
-        step = WeightSteps(engine, values, rates, call)
+        step = WeightSteps(engine, values, rates, call, raised=self._groups.raised)
         if step.take():
             self._publish()
         self._groups.show_rates(self.param_groups, step.factors, engine.clock.steps - 1)
@@ -166,10 +168,13 @@ class SelfTuningOptimizer(EvaluationMode):
 
     def _begin(self, first: Tensor) -> None:
         engine = self._engine
+        loss = float(engine.reducer.mean(first))
         if engine.controller.guard is not None:
-            engine.controller.guard.begin(float(engine.reducer.mean(first)))
+            engine.controller.guard.begin(loss)
         engine.looked = True
         self._log.begin(self.hparams)
+        if math.isfinite(loss) and engine.shifts.wake():
+            self._publish()
 
     def _tune(self, outer: OuterLoss, closure: Closure) -> Tensor:
         engine, clock = self._engine, self._engine.clock
@@ -180,6 +185,8 @@ class SelfTuningOptimizer(EvaluationMode):
         if not bool(torch.isfinite(loss)):
             outer.check_finite(closure)
         with torch.no_grad():
+            if engine.shifts.wake():
+                self._publish()
             values = self._groups.values(self.param_groups)
             if engine.outer_step(float(loss), grads, values, lambda: outer.compared(closure)):
                 self._publish()
@@ -288,17 +295,17 @@ class SelfTuningOptimizer(EvaluationMode):
         if self._groups.annealed and not self._twice and self._schedule.shape != "constant":
             self._twice = True
             log.warning(
-                "a torch scheduler lowers the learning rate and so does schedule=%r of "
+                "%s: a torch scheduler lowers the learning rate and so does schedule=%r of "
                 "total_steps=%d: it anneals twice. Pass schedule=\"constant\", or leave the "
-                "scheduler out.", self._schedule.shape, total,
+                "scheduler out.", self._engine.label, self._schedule.shape, total,
             )  # fmt: skip
         if total is not None and clock.steps > total + self._engine.every and not self._over:
             self._over = True
             if self._schedule(clock.steps) == 0:
                 log.warning(
-                    "step %d is past total_steps=%d, where the %s schedule holds the learning rate "
-                    "at 0: weights stay as they are. Pass total_steps= of the whole run.",
-                    clock.steps, total, self._schedule.shape,
+                    "%s: step %d is past total_steps=%d, where the %s schedule holds the learning "
+                    "rate at 0: weights stay as they are. Pass total_steps= of the whole run.",
+                    self._engine.label, clock.steps, total, self._schedule.shape,
                 )  # fmt: skip
         if (
             self._advised
@@ -308,10 +315,11 @@ class SelfTuningOptimizer(EvaluationMode):
         ):
             return
         self._advised = True
-        stay = sorted(self._update.regularizers & set(self._engine.shifts.names))
+        shifts = self._engine.shifts
+        stay = sorted(self._update.regularizers & set(shifts.names) | set(shifts.asleep))
         if stay:
             log.warning(
-                "no hyper_step in %d steps: training gradients tune the learning rate; %s stay as "
-                "given. Call opt.hyper_step(lambda: loss on a validation batch) to tune them.",
-                STEPS_ALONE, ", ".join(stay),
+                "%s: no hyper_step in %d steps: training gradients tune the learning rate; %s stay "
+                "as given. Call opt.hyper_step(lambda: loss on a validation batch) to tune them.",
+                self._engine.label, STEPS_ALONE, ", ".join(stay),
             )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ ARGUMENTS: dict[str, Kind] = {
     ),
     "model": Instance((nn.Module, type(None)), "a module, or None"),
     "distributed": FLAG | NONE,
+    "name": TEXT | NONE,
 }
 
 
@@ -78,6 +81,8 @@ class TuningOptions:
         guard: Whether a run that blows up or worsens goes back to its last good weights, or a
             policy, such as :class:`~selftune.control.GuardPolicy`.
         model: The model, if it has BatchNorm and ``params`` is not itself a module.
+        name: Of this optimizer in messages, and in the log where several share one: a folder of
+            that name in ``log_dir``, or tags that begin with it. By default messages say the rule.
         log_dir: Folder for TensorBoard; or a recorder of :mod:`selftune.monitor`, a
             ``SummaryWriter``, a ``function(values, step)``, or a list of these.
         distributed: Whether processes train one model together (DDP, FSDP2) and take the same
@@ -107,6 +112,7 @@ class TuningOptions:
     settings: MethodSettings = field(default_factory=MethodSettings)
     tangents: float | torch.dtype | None = SHARE
     snapshots: str | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         """Check each; None is the default of an object, too."""
@@ -139,6 +145,22 @@ class TuningOptions:
         return self.every
 
 
+def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
+    """Refuse options that there are not, and say which one may be meant.
+
+    Raises:
+        TypeError: There is one.
+    """
+    known = [f.name for f in fields(TuningOptions)]
+    wrong = next((name for name in given if name not in known), None)
+    if wrong is None:
+        return
+    own = [n for n in inspect.signature(optimizer).parameters if n not in ("params", "tuning")]
+    near = difflib.get_close_matches(wrong, [*known, *own], 1)
+    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join([*own, *known])}"
+    raise TypeError(f"{optimizer.__name__} has no argument {wrong}={given[wrong]!r}: {hint}")
+
+
 def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> Engine:
     """The parts of a run.
 
@@ -150,7 +172,7 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
     Raises:
         ValueError: Options that do not fit one another or the update.
     """
-    settings, total = options.settings, options.total_steps
+    settings, total, label = options.settings, options.total_steps, options.name or stepper.name
     every, tune = options.cadence(), options.tune
     if tune is None:  # the rate's own decay only where nothing else anneals
         tune = [n for n in update.tuned if total is None or n != "decay"]
@@ -158,7 +180,7 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
         update.hparams, tune=tune, size=settings.hyper.size(every, total), per=options.per,
         bounds=options.bounds, total_steps=total,
         floor=WeightDecayFloor.of(update.rule, options.learning_rate, settings.floor),
-        settings=settings.hyper, make=options.hyper_optimizer,
+        settings=settings.hyper, make=options.hyper_optimizer, label=label,
     )  # fmt: skip
     assigned = assign(
         options.estimator, update, shifts.names, stride=min(options.average.stride, every),
@@ -187,11 +209,12 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
         ),
         controller=Controller(
             hparams=shifts.tuned, total_steps=total, guard=guard,
-            sweep=make_sweep(options.probe, total, shifts.tuned),
+            sweep=make_sweep(options.probe, total, shifts.tuned), label=label,
         ),
         every=every,
         buffers=Buffers(options.model, every),
-        monitor=Monitor(options.log_dir),
+        monitor=Monitor(options.log_dir, options.name),
+        label=label,
         stepper=stepper,
         regularizers=update.regularizers,
         share=share,

@@ -36,6 +36,7 @@ class Engine:
     Attributes:
         share: Of the weights whose sensitivities are kept, at least.
         snapshots: Where the last good weights are kept.
+        label: Of the optimizer, in messages.
     """
 
     store: Store
@@ -47,6 +48,7 @@ class Engine:
     regularizers: set[str]
     share: float = 1.0
     snapshots: str | None = None
+    label: str = "selftune"
     training_signal: Tensor | None = None
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None

@@ -74,9 +74,10 @@ class EvaluationMode(Container):
             engine.settle()
         if engine.buffers.waiting:
             log.warning(
-                "averaged() before the first training pass of a loaded run: BatchNorm layers are "
-                "not found yet and keep the training weights' statistics. Pass the model: "
-                "st.SGD(model, ...), or model="
+                "%s: averaged() before the first training pass of a loaded run: BatchNorm layers "
+                "are not found yet and keep the training weights' statistics. Pass the model: "
+                "st.SGD(model, ...), or model=",
+                engine.label,
             )
         end = OuterLoss(engine).end
         engine.shown = Shown(engine.blocks, engine.buffers, end, live=end == 0)

@@ -56,6 +56,8 @@ class Groups:
 
     Attributes:
         annealed: Whether a torch scheduler has lowered a rate.
+        raised: Whether a torch scheduler has raised a rate, as in a warm-up, or somebody else has
+            written one since the first step.
     """
 
     def __init__(self, update: Update, shifts: Shifts) -> None:
@@ -67,23 +69,38 @@ class Groups:
         self._scheduled: dict[int, float] = {}
         self._factors: dict[int, float] = {}  # of the peaks, at the last step
         self._cached: list[Cached] = []
-        self._highest, self.annealed = 0.0, False  # by a torch scheduler
+        self._seen: dict[int, float] = {}  # last rate of a torch scheduler
+        self.annealed = self.raised = False
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
-        """Take start values from the groups; parameters known already keep theirs."""
+        """Take start values from the groups; parameters known already keep theirs.
+
+        A group's options are the start values of parameters that join the run with it, as if they
+        had been there from the first step. Parameters that join a group in the run take its
+        present values, which its options show.
+        """
         known = {id(p): at for at, p in enumerate(self._params)}
         self._params = [p for params in trained for p in params]
         owner = [i for i, params in enumerate(trained) for _ in params]
+        present = {
+            name: {i: _mean(tuned.values()[span].tolist()) for i, span in self._spans.items()}
+            for name, tuned in self._shifts.rows.items()
+        }
+        siblings = [self._spans[i].start if i in self._spans else None for i in owner]
+        values = {
+            name: [
+                present[name][i] if i in self._spans else self._start(name, tuned, groups[i])
+                for i in owner
+            ]
+            for name, tuned in self._shifts.rows.items()
+        }
         start, self._spans = 0, {}
         for i, params in enumerate(trained):
             if params:
                 self._spans[i] = slice(start, start + len(params))
             start += len(params)
-        values = {
-            name: [self._start(name, tuned, groups[i]) for i in owner]
-            for name, tuned in self._shifts.rows.items()
-        }
-        self._shifts.lay_out(values, owner, [known.get(id(p)) for p in self._params])
+        places = [known.get(id(p)) for p in self._params]
+        self._shifts.lay_out(values, owner, places, siblings)
 
     def _start(self, name: str, tuned: Scoped, group: Group) -> float:
         scheduled = name == "lr" and "initial_lr" in group
@@ -183,6 +200,7 @@ class Groups:
             span = self._spans[i]
             self._shifts.rows[name].rebase(range(span.start, span.stop), value, shown)
             self._shown[name][i] = value
+            self.raised = self.raised or (name == "lr" and i in self._factors)
         changed = [self._take_scheduler(*each) for each in scheduled]
         return bool(written) or any(changed)
 
@@ -206,8 +224,10 @@ class Groups:
             group = groups[i]
             if "lr" in self._shifts.rows and "initial_lr" in group:
                 rate = float(group["lr"])
-                self._highest = max(self._highest, rate)
-                self.annealed = self.annealed or rate < self._highest
+                last = self._seen.get(i, rate)
+                self.annealed = self.annealed or rate < last
+                self.raised = self.raised or rate > last
+                self._seen[i] = rate
                 rates.append(factor * rate / self._shown["lr"][i])
             else:
                 rates.append(factor)

@@ -32,6 +32,13 @@ RARER = 200
 """Steps of the run for every batch of which slopes are taken at its end, at each place."""
 
 
+OLD_LOSS = (
+    "closure returned a loss that was computed before it was called, at other weights: hyper_step "
+    "measures the validation loss at the averaged weights, so the closure must run the model "
+    "itself: opt.hyper_step(lambda: loss_fn(model(x), y))"
+)
+
+
 @dataclass(frozen=True)
 class OuterLoss:
     """Calls the user's closure with other weights in place.
@@ -137,7 +144,7 @@ class OuterLoss:
             slopes = self._slopes(closure, (*BACK, 1.0))
             final.judge(step, slopes[-2:, 1], slopes[:-1, 0])
         engine.monitor.scalar("final/position", final.position, step)
-        log.info("final weights: %s", final)
+        log.info("%s: final weights: %s", engine.label, final)
 
     def compared(self, closure: Closure) -> tuple[float, float, float]:
         """Mean losses at averaged and at good weights, and the standard error of their difference.
@@ -184,13 +191,24 @@ class OuterLoss:
 
 
 def _asked(closure: Closure) -> Tensor:
+    mark = _next_node()
     try:
-        return closure()
+        loss = closure()
     except StopIteration as error:
         raise RuntimeError(
             "closure ran out of validation batches (StopIteration): draw them from a stream "
             "without an end, such as itertools.cycle(batches), or begin its loader anew"
         ) from error
+    if isinstance(loss, Tensor) and getattr(loss.grad_fn, "_sequence_nr", lambda: mark)() < mark:
+        raise RuntimeError(OLD_LOSS)
+    return loss
+
+
+def _next_node() -> int:
+    """A number that autograd gives to no node made before; rises with every node of a thread."""
+    with torch.enable_grad():
+        node = torch.zeros((), requires_grad=True).view(()).grad_fn
+    return int(getattr(node, "_sequence_nr", lambda: 0)())
 
 
 def _nothing(block: Block, index: int, grad: Tensor) -> Tensor:
@@ -233,11 +251,13 @@ def _differentiate(
         try:
             torch.autograd.grad(loss, leaves, allow_unused=True)
         except RuntimeError as error:
+            if "inplace operation" in str(error):  # weights have been exchanged since
+                raise RuntimeError(OLD_LOSS) from error
             if "second time" not in str(error):
                 raise
             raise RuntimeError(
-                "closure returned a loss whose graph is gone: return it without calling "
-                "backward, hyper_step takes its gradient"
+                "closure returned a loss whose graph is gone: it must run the model at every call; "
+                "return it without calling backward, hyper_step takes its gradient"
             ) from error
         finally:
             for handle in handles:

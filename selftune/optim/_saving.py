@@ -19,8 +19,8 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 15
-"""Of what is kept; 15 keeps as one value what is not of a parameter, the log's state with it."""
+VERSION = 16
+"""Of what is kept; 16 knows which hyperparameters stay at 0 until a validation loss arrives."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:

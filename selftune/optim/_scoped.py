@@ -31,6 +31,8 @@ class Scoped:
         base: Raw values shifted from, one a segment; NaN where the hyperparameter is off.
         slots: Which shift belongs to each segment.
         from_zero: Whether every segment started at 0.
+        asleep: Which segments stay at 0, as given, until ``wake``; one bool each.
+        waiting: Whether ``wake`` has yet to come.
         start: The values last taken, one a segment.
     """
 
@@ -42,6 +44,8 @@ class Scoped:
         self.slots = torch.empty(0, dtype=torch.long)
         self.shift = torch.zeros(0, dtype=torch.float64)
         self.from_zero = False
+        self.asleep = torch.empty(0, dtype=torch.bool)
+        self.waiting = hparam.role not in ("rate", "decay")  # training alone tunes these
         self.start: list[float] = []
 
     def lay_out(
@@ -49,41 +53,55 @@ class Scoped:
         values: Sequence[float],
         groups: Sequence[int],
         known: Sequence[int | None] | None = None,
+        siblings: Sequence[int | None] | None = None,
     ) -> None:
-        """Take each segment's value and group; shifts already tuned are kept.
+        """Take each segment's value and group; bases and shifts of known segments are kept.
 
         A value of exactly 0 stays 0 beside others that are not; if all are 0, tuning starts
-        from ``hparam.from_zero``.
+        from ``hparam.from_zero`` once a validation loss has arrived (``wake``).
+
+        The values of the first layout are where the run starts. A segment that joins later keeps
+        its ratio to those: its value is multiplied by the run's factor, that of its slot or the
+        geometric mean of all.
 
         Args:
-            values: The present value of each segment.
+            values: Of each segment: those given; of one that joins a group in the run, that of
+                the group.
             groups: The parameter group of each segment.
             known: Where each segment stood before, None for a new one; by default all are new.
+            siblings: Where a segment of the same group stood before, None for a new group.
         """
         start = torch.tensor(values, dtype=torch.float64)
-        if len(self.base) == 0:
+        before = [None] * len(values) if known is None else known
+        first = len(self.base) == 0
+        if first:
             self.from_zero = not bool(start.any())
-        slots = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
-        self.slots = torch.tensor(list(slots[self.scope]), dtype=torch.long)
-        count = int(self.slots.max()) + 1
-        if count > len(self.shift):
-            grown = torch.zeros(count, dtype=torch.float64)
-            grown[: len(self.shift)] = self.shift
-            self.shift = grown
-        if self.scope == "tensor" and known is not None:
-            shift = torch.zeros(count, dtype=torch.float64)
-            for at, before in enumerate(known):
-                if before is not None:
-                    shift[at] = self.shift[before]
-            self.shift = shift
-        base = self._raw(start) - self.shift[self.slots]
+        scopes = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
+        slots = list(scopes[self.scope])
+        mean = 0.0 if first else float(self.shift[self.slots].mean())
+        shift = torch.full((max(slots) + 1,), mean, dtype=torch.float64)
+        for at, place in enumerate(before):
+            if place is not None:
+                shift[slots[at]] = self.shift[self.slots[place]]
+        base = self._raw(start)
         if self.from_zero:
             small = self._raw(torch.full_like(start, self.hparam.from_zero))
             base = torch.where(start == 0, small, base)
-        for at, before in enumerate(known or []):
-            if before is not None:
-                base[at] = self.base[before]
-        self.base, self.start = base, start.tolist()
+        low, high = self.hparam.raw_ends
+        for at, place in enumerate(before):
+            sibling = None if siblings is None else siblings[at]
+            if place is not None:
+                base[at] = self.base[place]
+            elif sibling is not None:
+                if self.scope == "tensor":  # the present value, at a shift of its own
+                    shift[at] = (base[at] - self.base[sibling]).nan_to_num(0.0)
+                base[at] = self.base[sibling]
+            elif not first:  # others are not moved to bring it within its bounds
+                slot = shift[slots[at]]
+                base[at] = base[at].clamp(low - slot, high - slot)
+        self.slots = torch.tensor(slots, dtype=torch.long)
+        self.shift, self.base, self.start = shift, base, start.tolist()
+        self.asleep = (start == 0) & base.isfinite() & self.waiting
         self._measure()
         self.clamp()
 
@@ -91,17 +109,26 @@ class Scoped:
         off = torch.full_like(values, math.nan)
         return torch.where(values == 0, off, self.hparam.bijection.inverse(values))
 
+    def wake(self) -> bool:
+        """Tune from now on what was given as 0; true if values change."""
+        changed, self.waiting = bool(self.asleep.any()), False
+        self.asleep = torch.zeros_like(self.asleep)
+        self._measure()
+        return changed
+
     def rebase(self, segments: Sequence[int], value: float, shown: float) -> None:
         """Move segments that showed one value to another, which was set from outside."""
         index = torch.tensor(segments)
         new, old = self._raw(torch.tensor([value, shown], dtype=torch.float64))
         moved = self.base[index] + (new - old)
         self.base[index] = torch.where(moved.isnan(), new - self.shift[self.slots[index]], moved)
+        self.asleep[index] = False
         self._measure()
 
-    def resume(self, base: Tensor, shift: Tensor) -> None:
+    def resume(self, base: Tensor, shift: Tensor, asleep: Tensor, waiting: bool) -> None:
         """Continue from saved values."""
         self.base, self.shift = base.clone(), shift.clone()
+        self.asleep, self.waiting = asleep.clone(), waiting
         self._measure()
 
     @property
@@ -118,13 +145,15 @@ class Scoped:
         """Constrained values, one a segment; 0 where it is off."""
         if self._values is None:
             raw = self.base + self.shift[self.slots]
-            self._values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
+            found = self.hparam.bijection.forward(raw).nan_to_num(0.0)
+            self._values = found.masked_fill(self.asleep, 0.0)
         return self._values
 
     def slopes(self) -> Tensor:
         """The derivative of each value in its raw shift; 0 where it is off."""
         values = self.values()
-        return torch.where(self.base.isnan(), 0.0, self.hparam.bijection.slope(values))
+        off = self.base.isnan() | self.asleep
+        return torch.where(off, 0.0, self.hparam.bijection.slope(values))
 
     def gather(self, signal: Tensor) -> Tensor:
         """Sum per-segment derivatives into the shifts they share."""

@@ -55,6 +55,7 @@ class Shifts:
         floor: Under weight decay, where the user sets no bounds; None: there is none.
         settings: How far steps go.
         make: Builds a torch optimizer of the shifts; None: Adam, as part of the method.
+        label: Of the optimizer, in messages.
 
     Attributes:
         rows: The tuned hyperparameters by name.
@@ -78,6 +79,7 @@ class Shifts:
         floor: WeightDecayFloor | None = None,
         settings: HyperSettings | None = None,
         make: MakeOptimizer | None = None,
+        label: str = "selftune",
     ) -> None:
         scopes = dict.fromkeys(hparams, per) if isinstance(per, str) else dict(per)
         self.total_steps, self.horizon = total_steps, total_steps or HORIZON
@@ -89,7 +91,7 @@ class Shifts:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
         self._floor = None if "weight_decay" in (bounds or {}) else floor
         self._size, self._settings, self._make = size, settings, make
-        self.memory = 1.0
+        self.memory, self._label = 1.0, label
         self.rows = {n: Scoped(h, scopes.get(n, "run")) for n, h in self.tuned.items()}
         self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=self._floor)
         self.state = HyperState.begin(torch.zeros(len(self.tuned), dtype=torch.float64))
@@ -111,16 +113,18 @@ class Shifts:
         values: Mapping[str, Sequence[float]],
         groups: Sequence[int],
         known: Sequence[int | None] | None = None,
+        siblings: Sequence[int | None] | None = None,
     ) -> None:
         """Take values and groups of all segments; see :meth:`Scoped.lay_out`."""
         sizes = [len(t.shift) for t in self.rows.values()]
         for name, tuned in self.rows.items():
-            tuned.lay_out(values[name], groups, known)
-            given, present = max(values[name]), float(tuned.values().max())
+            tuned.lay_out(values[name], groups, known, siblings)
+            given, present = max(values[name]), self.value(name)
             if not self._laid_out and given > 0 and abs(present / given - 1) > 1e-9:
                 log.warning(
-                    "%s starts at %.4g, not %.4g: its bounds are %.4g to %.4g; pass bounds= for "
-                    "others", name, present, given, tuned.hparam.lower, tuned.hparam.upper,
+                    "%s: %s starts at %.4g, not %.4g: its bounds are %.4g to %.4g; pass bounds= "
+                    "for others", self._label, name, present, given,
+                    tuned.hparam.lower, tuned.hparam.upper,
                 )  # fmt: skip
         shifts = [t.shift for t in self.rows.values()]
         moved = known is not None and known != list(range(len(known)))
@@ -136,6 +140,15 @@ class Shifts:
         frame = self.frame()
         raw = _joined(shifts).maximum(frame.low).minimum(frame.high)
         self.take(self.state._replace(raw=raw))
+
+    @property
+    def asleep(self) -> list[str]:
+        """Names of those that were given as 0 and stay there until a validation loss arrives."""
+        return [n for n, t in self.rows.items() if bool(t.asleep.any())]
+
+    def wake(self) -> bool:
+        """Tune what was given as 0, too, from now on; true if values change."""
+        return any([tuned.wake() for tuned in self.rows.values()])
 
     def frame(self) -> Frame:
         """Where the shifts are measured from, and their bounds."""
@@ -195,6 +208,7 @@ class Shifts:
         return {
             "state": {n: t.clone() for n, t in self.state._asdict().items()},
             "base": {n: t.base.clone() for n, t in self.rows.items()},
+            "asleep": {n: (t.asleep.clone(), t.waiting) for n, t in self.rows.items()},
             "optimizer": copy.deepcopy(outside),
         }
 
@@ -202,7 +216,8 @@ class Shifts:
         """Continue from ``state_dict``."""
         for name, tuned in self.rows.items():
             shift = state["state"]["raw"][self.hyper.slots(name)]
-            tuned.resume(state["base"][name].cpu(), shift.cpu())
+            asleep, waiting = state["asleep"][name]
+            tuned.resume(state["base"][name].cpu(), shift.cpu(), asleep.cpu(), waiting)
         self.take(HyperState(**{n: t.to("cpu", copy=True) for n, t in state["state"].items()}))
         if self.propose is not None:
             self.propose.optimizer.load_state_dict(state["optimizer"])

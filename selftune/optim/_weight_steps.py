@@ -35,6 +35,7 @@ class WeightSteps:
         values: Options and hyperparameters of every block.
         rates: The schedule's factor of every block.
         call: Gives gradients at other weights, to an estimator that needs them.
+        raised: Whether somebody else raises the learning rate, which the sweep gives way to.
     """
 
     def __init__(
@@ -43,8 +44,11 @@ class WeightSteps:
         values: Sequence[Values],
         rates: Sequence[float],
         call: Call | None = None,
+        *,
+        raised: bool = False,
     ) -> None:
         self._engine, self._store, self._call = engine, engine.store, call
+        self._raised = raised
         self._values, self._rates = values, rates
         self._grads: Grads = []
 
@@ -205,6 +209,8 @@ class WeightSteps:
     def _sweep(self, found: Sequence[Sequence[Tensor]] | None) -> bool:
         engine, sweep = self._engine, self._engine.controller.sweep
         assert sweep is not None
+        if self._raised and sweep.taken:
+            return engine.carry_out(engine.controller.leave_sweep())
         slopes = self._slopes(found)
         if slopes is not None:
             record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0])

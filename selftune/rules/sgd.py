@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -36,11 +37,13 @@ class SGD(AbstractRule):
         return {"momentum_buffer": torch.zeros_like(params)}
 
     def in_place(self, values: Values) -> InPlace | None:
-        """One kernel for all tensors; without momentum it would keep no buffer.
+        """One kernel for all tensors; torch's keeps no buffer without momentum.
 
         Buffers begin at 0, so that no step need be told as the first; only dampening would.
         """
-        if values["momentum"] == 0 or values["dampening"] != 0:
+        if values["momentum"] == 0:
+            return partial(_plain, values)
+        if values["dampening"] != 0:
             return None
         return lambda params, grads, state, steps, rate: torch._fused_sgd_(
             params, grads, state["momentum_buffer"], lr=rate, momentum=values["momentum"],
@@ -90,6 +93,24 @@ class SGD(AbstractRule):
         if grads_dot is not None:
             direction_dot += grads_dot
         return direction_dot, {"momentum_buffer": dot}
+
+
+def _plain(
+    values: Values,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]],
+    steps: Any,
+    rate: float,
+) -> None:
+    """A step without momentum, ``b₊ = g + λ w``, ``w₊ = w − η b₊``, of all tensors at once."""
+    buffers = list(state["momentum_buffer"])
+    torch._foreach_copy_(buffers, list(grads))
+    if values.get("maximize", False):
+        torch._foreach_neg_(buffers)
+    if values["weight_decay"] != 0:
+        torch._foreach_add_(buffers, list(params), alpha=values["weight_decay"])
+    torch._foreach_add_(list(params), buffers, alpha=-rate)
 
 
 def _fresh(grads: Tensor, values: Values, age: Any) -> Tensor:

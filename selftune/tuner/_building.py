@@ -276,7 +276,9 @@ def _controller(given: Given, steps: Steps, total: int) -> Controller:
     tuned = steps.hyper.hparams
     sweep = make_sweep(given.probe, total, tuned) if given.population is None else None
     guard = make_guard(given.guard) if given.names else None
-    return Controller(hparams=tuned, total_steps=total, sweep=sweep, guard=guard)
+    return Controller(
+        hparams=tuned, total_steps=total, sweep=sweep, guard=guard, label="Tuner"
+    )  # fmt: skip
 
 
 def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[], Any]) -> Steps:

@@ -85,7 +85,7 @@ ARGUMENTS: dict[str, Kind] = {
     "augment": NONE | Instance((nn.Module,), "a module"),
     "metrics": NONE | That(
         lambda m: isinstance(m, Mapping) and all(map(callable, m.values())),
-        "functions of output and target by name, {'accuracy': accuracy}",
+        "a dictionary of functions of output and target by name, {'accuracy': accuracy}",
     ),
     "parallel": NONE | OneOf(("ddp", "fsdp")),
     "device": NONE | TEXT | Instance((torch.device,), "a torch.device"),

@@ -290,8 +290,9 @@ def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoa
         raise ValueError(f"val={share} must be between 0 and 1, or a loader of validation batches")
     if not isinstance(train, DataLoader) or train.batch_size is None:
         raise ValueError(
-            f"val={share} splits the data set of a DataLoader with a batch_size, and train is a "
-            f"{type(train).__name__}: pass validation batches as val= instead"
+            f"val={share} (0.1 where no val is given) sets a part of the data set of a DataLoader "
+            f"with a batch_size aside, and train is a {type(train).__name__}: pass validation "
+            "batches too, fit(train, val), or such a DataLoader"
         )
     try:
         total = len(train.dataset)  # type: ignore[arg-type]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from selftune.tuner._data import Stream
 
-LOG, REST = 50, 0.1
-"""Steps, and at least seconds, from one entry in the log to the next."""
+LOG, REST, ENTRIES = 50, 0.1, 20
+"""Steps, and at least seconds, from one entry in the log to the next; and the number of entries in
+a run too short for so many, whatever they cost."""
 
 
 def length(train: Stream, epochs: int | None, steps: int | None) -> int:
@@ -36,6 +37,20 @@ def between_evaluations(train: Stream, total: int) -> int:
     """An epoch, or several where those are many; a tenth of the run where there are none."""
     score = max(1, len(train) if train.sized else total // 10)
     return score * max(1, -(-total // (50 * score)))
+
+
+def between_entries(total: int, given: int | None) -> tuple[int, float]:
+    """Steps, and at least seconds, from one entry in the log to the next.
+
+    Examples:
+        >>> between_entries(10_000, None), between_entries(60, None), between_entries(60, 10)
+        ((50, 0.1), (3, 0.0), (10, 0.0))
+    """
+    if given is not None:
+        return given, 0.0
+    if total < ENTRIES * LOG:
+        return max(1, total // ENTRIES), 0.0
+    return LOG, REST
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from selftune.tuner._group import Group, join, quiet
 from selftune.tuner._lock import owned
 from selftune.tuner._logging import monitor_of
 from selftune.tuner._objective import LossFn, Objective, modes_kept
-from selftune.tuner._plan import LOG, REST, Plan, Progress, between_evaluations, length
+from selftune.tuner._plan import Plan, Progress, between_entries, between_evaluations, length
 from selftune.tuner._population import Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
@@ -253,7 +253,8 @@ class Tuner:
                 an epoch, or several where those are many.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two entries in the log; by default 50, or a tenth of a second
-                where that is longer, so that logging costs next to nothing.
+                where that is longer, so that logging costs next to nothing; in a run of less
+                than 1,000 steps a twentieth of it.
             pictures_every: Steps between two what-if pictures in the log, one more at the end:
                 the loss that is predicted around each hyperparameter whose response is learned
                 (:class:`BestResponse`). Each costs tens of validation batches. By default none.
@@ -286,11 +287,11 @@ class Tuner:
             streams = open_streams(train, val, device, self._given)
             total = length(streams[0], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
+            spacing, rest = between_entries(total, log_every)
             plan = Plan(
                 total=total, every=self._given.cadence(total), score=score,
                 save=checkpoint_every or score,
-                log=log_every or LOG, rest=0.0 if log_every else REST, patience=patience,
-                picture=pictures_every,
+                log=spacing, rest=rest, patience=patience, picture=pictures_every,
                 compile=self._compile, exploit=self._exploit,
             )  # fmt: skip
             training = build(self._given, plan, streams, val, device, saved is None)

@@ -70,6 +70,7 @@ class Watch:
         self._trained: list[tuple[int, Tensor]] = []
         self._tuned: list[tuple[int, Tensor]] = []
         self._looked = 0.0
+        self._last_losses: dict[int, list[list[float]]] = {}  # of the training steps last read
 
     @property
     def metrics(self) -> Metrics:
@@ -99,9 +100,10 @@ class Watch:
         tuned, self._tuned = self._read(self._tuned), []
         for _, rows in trained:
             self.history.train_loss.append(min(loss for loss, *_ in rows))
-        last = dict(trained)
+        if trained:  # on a CPU a training step is read before its hyperparameter step
+            self._last_losses = dict(trained)
         for at, rows in tuned:
-            self._note(at, rows, last)
+            self._note(at, rows)
         self.bar.update(step - self.bar.n)
         for at, rows in trained:
             later = [self._raw_before(rows) for other, rows in tuned if other >= at]
@@ -128,7 +130,7 @@ class Watch:
         rows = values if self._many else [[row] for row in values]
         return list(zip([at for at, _ in told], rows, strict=True))
 
-    def _note(self, step: int, rows: list[list[float]], trained: dict[int, Any]) -> None:
+    def _note(self, step: int, rows: list[list[float]]) -> None:
         """Note a hyperparameter step in history, log and progress bar."""
         self.leader = min(range(len(rows)), key=self._standing)
         outer, _, *values = rows[self.leader]
@@ -136,7 +138,8 @@ class Watch:
         named = dict(zip(self._steps.hyper.names, values, strict=True))
         self.history.hyper(step, outer, named)
         self.log.note(named)
-        loss = trained[step][self.leader][0] if step in trained else math.nan
+        known = self._last_losses.get(step)
+        loss = math.nan if known is None else known[self.leader][0]
         if self._due(step):
             self.log.hyper_step(step, loss, outer, named, self.leader)
         now = time.monotonic()

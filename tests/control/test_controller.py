@@ -346,7 +346,7 @@ def test_sweeps_are_made_of_a_switch_a_length_or_settings() -> None:
     """Truth: ``SweepSettings.steps``, or the number given; none where the rate is not tuned."""
     assert make_sweep(True, 1000, ADAM) == LRSweep(steps=50)
     assert make_sweep(True, None, ADAM) == LRSweep(steps=25)
-    assert make_sweep(True, 79, ADAM) is None
+    assert make_sweep(True, 19, ADAM) is None
     assert make_sweep(33, 79, ADAM) == LRSweep(steps=33)
     assert make_sweep(False, 1000, ADAM) is make_sweep(0, 1000, ADAM) is None
     settings = SweepSettings(parts=10, decades=2.0)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import selftune as st
 from selftune import rules
 from selftune.control import LRSweep, SweepSettings
 from selftune.hparams import Hparam
@@ -130,7 +131,7 @@ def test_what_is_not_finite_ends_it_and_is_not_chosen(slope: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "length"), [(None, 25), (10, 0), (79, 0), (80, 8), (400, 20), (10**6, 100)]
+    ("total", "length"), [(None, 25), (10, 0), (19, 0), (80, 8), (400, 20), (10**6, 100)]
 )
 def test_length_is_five_percent_within_limits(total: int | None, length: int) -> None:
     """Truth: the arithmetic by hand."""
@@ -241,3 +242,22 @@ def test_noise_at_rates_too_small_to_matter_does_not_end_it() -> None:
     assert not sweep.ended
     observed(sweep, *((-sweep.factor(t), 0.9 * sweep.factor(t)) for t in (15, 16)))
     assert sweep.ended
+
+
+@pytest.mark.parametrize(("steps", "swept"), [(19, False), (20, True), (64, True), (79, True)])
+def test_a_short_run_is_swept_or_says_that_it_is_not(
+    steps: int, swept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: a start a thousandfold too low does not end where it began; or a warning is given."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 1)
+    x = torch.randn(64, 4)
+    opt = st.SGD(net.parameters(), lr=1e-5, momentum=0.9, total_steps=steps)
+    for step in range(steps):
+        opt.zero_grad()
+        part = x[8 * (step % 8) :][:8]
+        (net(part) - part.sum(1, keepdim=True)).square().mean().backward()
+        opt.step()
+    assert (opt.hparams["lr"] > 1e-4) == swept
+    told = [r.getMessage() for r in caplog.records if "too short" in r.getMessage()]
+    assert len(told) == (not swept)

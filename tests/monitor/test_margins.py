@@ -1,11 +1,19 @@
 """The charts of hyperparameters with margins. Law: value, low and high have the same steps."""
 
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selftune as st
 from selftune.monitor import InMemory
+from selftune.monitor.layout import layout
+from selftune.monitor.reading import read
 
 Batch = tuple[Tensor, Tensor]
 
@@ -48,3 +56,68 @@ def test_of_an_optimizer() -> None:
         opt.hyper_step(lambda: F.mse_loss(model(batches[8][0]), batches[8][1]))
     opt.finish()
     assert_drawn(log)
+
+
+# event files, as TensorBoard reads them
+
+
+def tuner(steps: int, folder: Path, **options: Any) -> None:
+    model, batches = job()
+    tuner = st.Tuner(model, F.mse_loss, compile=False)
+    tuner.fit(batches[:8], batches[8:], steps=steps, log_dir=folder, progress=False)
+
+
+def optimizer(steps: int, folder: Path, split: bool = False, **options: Any) -> None:
+    model, batches = job()
+    groups = [{"params": [p], "lr": 1e-2 / (i + 1)} for i, p in enumerate(model.parameters())]
+    params = groups if split else model.parameters()
+    opt = st.AdamW(params, total_steps=steps, log_dir=folder, **options)
+    for step in range(steps):
+        x, y = batches[step % 8]
+        opt.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.report(loss)
+        opt.hyper_step(lambda: F.mse_loss(model(batches[8][0]), batches[8][1]))
+    opt.finish()
+
+
+def curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {tag: ([e.step for e in es], [e.value for e in es]) for tag, es in found.items()}
+
+
+@pytest.mark.parametrize("steps", [60, 300, 1200])
+@pytest.mark.parametrize("face", [tuner, optimizer])
+def test_every_chart_of_a_hyperparameter_draws(face: Any, steps: int, tmp_path: Path) -> None:
+    for seed in range(2):
+        torch.manual_seed(seed)
+        face(steps, tmp_path / str(seed))
+        found = curves(tmp_path / str(seed))
+        assert_charts_draw(found)
+        losses = found["train/loss"][1]
+        assert len(losses) >= 5
+        assert all(map(math.isfinite, losses))
+        assert len(found["val/loss"][0]) >= 5
+
+
+@pytest.mark.parametrize("options", [{"split": True}, {"per": "group", "split": True}])
+def test_charts_draw_where_groups_differ(options: dict[str, Any], tmp_path: Path) -> None:
+    optimizer(300, tmp_path, **options)
+    found = curves(tmp_path)
+    assert_charts_draw(found)
+    assert "hyper/lr/1" in found
+    names = [line.name for line in read(tmp_path).lines()]
+    assert names.count("lr/0") == names.count("lr/1") == 1
+    assert "lr" not in names
+
+
+def assert_charts_draw(found: dict[str, tuple[list[int], list[float]]]) -> None:
+    for page in layout(["lr", "beta1", "weight_decay"]).values():
+        for kind, tags in page.values():
+            if kind == "Margin":
+                value, low, high = (found[t][0] for t in tags)
+                assert value == low == high
+                assert value

@@ -49,7 +49,7 @@ def test_a_run_that_still_improves_ends_at_its_average(caplog: pytest.LogCapture
     with caplog.at_level("INFO", "selftune"):
         weight, opt = climb(lambda w: (w - 20).square())
     assert shown(weight, opt) == pytest.approx(10.0, abs=1e-4)
-    assert [r.message for r in caplog.records] == ["final weights: the running average"]
+    assert [r.message for r in caplog.records] == ["SGD: final weights: the running average"]
 
 
 @pytest.mark.parametrize("guard", [True, False])

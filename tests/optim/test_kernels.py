@@ -13,7 +13,7 @@ CASES = [
     (st.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.01), True),
     (st.SGD, dict(lr=0.05, momentum=0.9, nesterov=True), True),
     (st.SGD, dict(lr=0.05, momentum=0.8, dampening=0.5), False),
-    (st.SGD, dict(lr=0.05), False),
+    (st.SGD, dict(lr=0.05), True),
     (st.Adam, dict(lr=0.01, weight_decay=0.1), True),
     (st.Adam, dict(lr=0.01, amsgrad=True, betas=(0.8, 0.9)), True),
     (st.AdamW, dict(lr=0.01, weight_decay=0.3), True),

@@ -163,3 +163,76 @@ def test_annealing_twice_is_named_once(
         scheduler.step()
     found = [r for r in caplog.records if "anneals twice" in r.getMessage()]
     assert len(found) == (name != "lambda" and schedule != "constant")
+
+
+WARM_UPS = {
+    "one cycle": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=120),
+    "linear": lambda o: schedulers.LinearLR(o, 0.1, total_iters=30),
+    "lambda": lambda o: schedulers.LambdaLR(o, lambda t: min(1.0, (t + 1) / 30)),
+}
+
+
+class Loop:
+    """A training loop that writes a warm-up itself."""
+
+    def __init__(self, opt: torch.optim.Optimizer) -> None:
+        self.opt, self.taken = opt, 0
+        self.write()
+
+    def write(self) -> None:
+        for group in self.opt.param_groups:
+            group["lr"] = 0.1 * min(1.0, (self.taken + 1) / 30)
+
+    def step(self) -> None:
+        self.taken += 1
+        self.write()
+
+
+@pytest.mark.parametrize("name", [*WARM_UPS, "loop"])
+def test_a_warm_up_skips_the_sweep_and_says_so_once(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By hand: the rate applied is the scheduler's, and the tuned factor is still 1."""
+    net = network()
+    opt = st.SGD(net.parameters(), lr=0.1, momentum=0.9, tune=("lr",), guard=False)
+    scheduler = (WARM_UPS | {"loop": Loop})[name](opt)
+    for step in range(40):
+        opt.zero_grad()
+        gradients(net, step)
+        opt.step()
+        group = opt.param_groups[0]
+        if step > 1:
+            assert group["applied_lr"] == pytest.approx(float(group["lr"]), rel=1e-6)
+        scheduler.step()
+    told = [r for r in caplog.records if "no sweep" in r.getMessage()]
+    assert len(told) == 1
+    if name != "loop":  # a loop that writes at every step decides alone
+        assert opt.hparams["lr"] == pytest.approx(opt.param_groups[0]["initial_lr"])
+
+
+def test_a_scheduler_that_only_lowers_the_rate_leaves_the_sweep(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = network()
+    opt = st.SGD(net.parameters(), lr=1e-6, momentum=0.9, guard=False)
+    scheduler = schedulers.CosineAnnealingLR(opt, 1000)
+    for step in range(40):
+        opt.zero_grad()
+        gradients(net, step)
+        opt.step()
+        scheduler.step()
+    assert not [r for r in caplog.records if "no sweep" in r.getMessage()]
+    assert opt.hparams["lr"] > 1e-4
+
+
+def test_groups_of_two_rates_are_not_taken_for_annealed(caplog: pytest.LogCaptureFixture) -> None:
+    net = network()
+    groups = [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters()}]
+    opt = st.SGD(groups, lr=0.01, probe=False, total_steps=40)
+    scheduler = schedulers.StepLR(opt, 100)
+    for step in range(5):
+        opt.zero_grad()
+        gradients(net, step)
+        opt.step()
+        scheduler.step()
+    assert not [r for r in caplog.records if "anneals twice" in r.getMessage()]

@@ -37,6 +37,11 @@ def laid_out(
 def test_all_zero_starts_from_zero(hparam: Hparam) -> None:
     """Truth: ``from_zero``, which lies within the bounds and has a slope."""
     tuned = laid_out(hparam, [0.0, 0.0])
+    if hparam.role not in ("rate", "decay"):
+        assert tuned.values().tolist() == [0.0, 0.0]
+        assert not tuned.slopes().any()
+        assert tuned.wake()
+    assert not tuned.wake()
     assert hparam.lower <= hparam.from_zero <= hparam.upper
     assert tuned.values().tolist() == pytest.approx([hparam.from_zero] * 2, rel=1e-12)
     assert (tuned.slopes() > 0).all()
@@ -98,11 +103,11 @@ def test_rebase_sets_some_segments_and_no_others(scope: str) -> None:
 
 
 def test_lay_out_again_keeps_what_was_tuned() -> None:
-    """Law: old slots keep their shifts, new ones start from 0."""
+    """Law: old slots keep their shifts, new ones start from the mean of these."""
     tuned = laid_out(LR, [0.1, 0.2], [0, 1], "group")
-    tuned.shift = torch.tensor([0.5, -0.5], dtype=torch.float64)
-    tuned.lay_out([0.1, 0.2, 0.3], [0, 1, 2])
-    assert tuned.shift.tolist() == [0.5, -0.5, 0.0]
+    tuned.shift = torch.tensor([0.5, -0.1], dtype=torch.float64)
+    tuned.lay_out([0.1, 0.2, 0.3], [0, 1, 2], [0, 1, None])
+    assert tuned.shift.tolist() == pytest.approx([0.5, -0.1, 0.2])
 
 
 @pytest.mark.parametrize(("shift", "edge"), [(9.0, [1.0, 0.1]), (-9.0, [0.1, 0.01])])
@@ -178,7 +183,8 @@ def test_a_start_outside_the_bounds_is_told_once(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, "selftune"):
         made.lay_out({"lr": [5.0]}, [0])
         made.lay_out({"lr": [5.0, 5.0]}, [0, 0], [0, None])
-    assert [r.message.split(":")[0] for r in caplog.records] == ["lr starts at 1, not 5"]
+    assert [r.message.split(":")[0] for r in caplog.records] == ["selftune"]
+    assert "lr starts at 1, not 5" in caplog.text
 
 
 @pytest.mark.parametrize("climb", [1.0, 0.25, 0.0])

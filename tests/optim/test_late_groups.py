@@ -1,0 +1,116 @@
+"""Parameters that join a run. Truth: the ratios given, and the weights they join with."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import selftune as st
+
+BODY, HEAD = 1e-6, 1e-5
+"""Learning rates given, a hundredfold and more below a good one."""
+
+
+class FineTuning:
+    """A body whose weights are given, and a head on it that is trained first."""
+
+    def __init__(self, width: int = 32, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width))
+        self.head = nn.Linear(width, 3)
+        self.net = nn.Sequential(self.body, nn.ReLU(), self.head)
+        self.x = torch.randn(512, 8)
+        self.y = self.x[:, :3].abs()
+        self.body.requires_grad_(False)
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.body.parameters()), "lr": BODY},
+            {"params": list(self.head.parameters()), "lr": HEAD},
+        ]
+        self.opt = st.AdamW(groups, total_steps=400, **options)
+
+    def loss(self, part: Tensor) -> Tensor:
+        return F.mse_loss(self.net(self.x[part]), self.y[part])
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.opt.zero_grad()
+            self.loss(torch.randint(0, 448, (32,))).backward()
+            self.opt.step()
+            self.opt.hyper_step(lambda: self.loss(torch.arange(448, 512)))
+
+
+def test_a_group_that_is_unfrozen_keeps_its_ratio_to_the_others() -> None:
+    job = FineTuning()
+    job.train(150)
+    moved = job.opt.hparams
+    assert moved["lr"] > 100 * HEAD
+    before = job.loss(torch.arange(448, 512)).item()
+    job.body.requires_grad_(True)
+    body, head = job.opt.hparams["lr"]
+    assert head == moved["lr"]
+    assert body / head == pytest.approx(BODY / HEAD, rel=1e-9)
+    assert job.opt.hparams["beta1"] == moved["beta1"]  # given alike, and so alike
+    job.train(150)
+    assert job.loss(torch.arange(448, 512)).item() < before
+
+
+@pytest.mark.parametrize("per", ["run", "group", "tensor"])
+def test_a_group_that_is_added_takes_up_the_factor_of_the_run(per: str) -> None:
+    job = FineTuning(per=per)
+    job.train(150)
+    values = job.opt.hparams["lr"]
+    moved = torch.tensor(values if isinstance(values, list) else [values]).log().mean().exp()
+    late = nn.Linear(3, 3)
+    job.net.append(late)
+    job.opt.add_param_group({"params": late.parameters(), "lr": 0.3 * HEAD})
+    assert job.opt.hparams["lr"][-1] == pytest.approx(0.3 * float(moved), rel=1e-6)
+    job.train(20)
+
+
+def test_parameters_that_join_a_group_take_its_present_values() -> None:
+    """The applied rate, which the schedule has annealed, is not their peak."""
+    job = FineTuning()
+    groups = [{"params": list(job.net.parameters()), "lr": HEAD}]
+    job.opt = st.AdamW(groups, total_steps=400)
+    job.train(300)
+    moved = job.opt.hparams
+    job.body.requires_grad_(True)
+    assert job.opt.hparams == moved
+
+
+def test_averages_good_weights_and_age_begin_where_they_join() -> None:
+    job = FineTuning()
+    job.train(100)
+    with torch.no_grad():
+        for param in job.body.parameters():
+            param.add_(1.0)  # loaded while the group is frozen
+    joined = [p.clone() for p in job.body.parameters()]
+    job.body.requires_grad_(True)
+    state = job.opt.state_dict()["state"]  # makes the run's state of them
+    for place, weights in enumerate(joined):
+        entry = state[place]
+        assert float(entry["step"]) == 0
+        assert torch.equal(entry["average"], weights)
+        assert torch.equal(entry["good"], weights)
+    job.train(10)
+    assert float(job.opt.state[job.body[0].weight]["step"]) == 10
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("width", [40, 150])
+def test_the_slice_may_change_where_parameters_join(width: int, grouped: bool) -> None:
+    """Larger nets keep sensitivities of a smaller share: those of the head are cut to it."""
+    job = FineTuning(width)
+    job.net.insert(2, nn.Linear(width, width))
+    if not grouped:
+        job.opt = st.AdamW(job.net.parameters(), lr=HEAD, total_steps=400)
+    job.train(120)
+    job.net.append(nn.Linear(3, 500))
+    job.net.append(nn.Linear(500, 3))
+    job.body.requires_grad_(True)
+    job.opt.add_param_group({"params": job.net[4:].parameters()})
+    before = job.loss(torch.arange(448, 512)).item()
+    job.train(200)
+    assert job.loss(torch.arange(448, 512)).item() < before
