@@ -44,6 +44,7 @@ TUNING: dict[str, tuple[Any, ...]] = {
     "guard": ("no", 3, [], st.control.GuardPolicy),
     "model": (3, "net", nn.Linear),
     "log_dir": (3, 2.5, object()),
+    "name": (3, 2.5, object()),
     "distributed": ("no", 3, []),
     "settings": (3, "fast", {}, st.method.MethodSettings),
     "tangents": (torch.int8, "bf16", 16, 0.0, -0.5, NAN, True),
@@ -89,6 +90,7 @@ TUNER: dict[str, tuple[Any, ...]] = {
     "augment": (3, "flip"),
     "metrics": (3, "accuracy", [len], {"accuracy": 3}),
     "device": (3.5, "abacus", []),
+    "parallel": ("dp", 2, True, [], "fsdp", "ddp"),  # without torchrun
     "amp": FLAG,
     "compile": ("always", 2, None),
     "population": COUNT,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Slice:
     """
 
     stride: int = 1
-    shards: tuple[tuple[int, int], ...] = ()
+    shards: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     @property
     def root(self) -> float:
