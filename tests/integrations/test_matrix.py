@@ -18,10 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
-from matrix_ranks import RANKED, a_port
 from tasks import dataset, equal, loss_of, needs, network, tuned
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -378,13 +375,6 @@ def compiled_step(folder: Path) -> None:
 # processes
 
 
-def ranked(name: str, folder: Path) -> None:
-    """Two processes."""
-    if not dist.is_gloo_available():
-        pytest.skip("needs gloo")
-    mp.spawn(RANKED[name], (a_port(), str(folder)), nprocs=2)
-
-
 ROWS = [
     Row(what="Lightning: clipping, accumulation, bf16-mixed", truth="the loop by hand, bit for bit",
         check="test_lightning.py::test_as_the_loop_by_hand"),
@@ -464,14 +454,14 @@ ROWS = [
     Row(what="`torch.compile(opt.step)`", truth="it runs, or a refusal", check=compiled_step),
     Row(what="`dcp.save`, `dcp.load`, one process", truth="hyperparameters and averages equal",
         check=dcp_round_trip),
-    Row(what="FSDP2, two ranks: full optimizer state", truth="hyperparameters equal",
-        check=partial(ranked, "fsdp2"), slow=True),
+    Row(what="FSDP2, two ranks: full optimizer state", truth="the uninterrupted run, bit for bit",
+        check="../optim/test_distributed_checkpoints.py::test_shards_go_on_also_on_other_ranks"),
     Row(what="DDP, two ranks: 100 steps", truth="one process on the union, to 1e-6",
-        check=partial(ranked, "union"), slow=True),
+        check="../optim/test_processes.py::test_two_processes"),
     Row(what="DDP: `hyper_step` on one rank only", truth="an error within seconds",
-        check=partial(ranked, "one rank"), slow=True),
-    Row(what="ZeroRedundancyOptimizer", truth="a sentence", check=partial(ranked, "zero"),
-        refused=True, slow=True),
+        check="../optim/test_processes.py::test_two_processes"),
+    Row(what="ZeroRedundancyOptimizer", truth="a sentence", refused=True,
+        check="../optim/test_processes.py::test_two_processes"),
 ]  # fmt: skip
 
 

@@ -32,8 +32,11 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 130), nn.Tanh(), nn.Linear(130, 130), nn.Linear(130, 2))
 
 
-def train(net: nn.Module, opt: Any, steps: int, validate: bool = True) -> dict[str, Any]:
+def train(
+    net: nn.Module, opt: Any, steps: int, *, validate: bool = True, bare: bool = False
+) -> dict[str, Any]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    outer = net.module if bare else net
     for step in range(steps):
         x, xv = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(step)).double()
         x, xv = x[rank::world], xv[rank::world]
@@ -41,7 +44,7 @@ def train(net: nn.Module, opt: Any, steps: int, validate: bool = True) -> dict[s
         cross_entropy(net(x), (x.sum(1) > 0).long()).backward()
         opt.step()
         if validate:
-            opt.hyper_step(lambda xv=xv: cross_entropy(net(xv), (xv.sum(1) > 0.3).long()))
+            opt.hyper_step(lambda xv=xv: cross_entropy(outer(xv), (xv.sum(1) > 0.3).long()))
     return dict(opt.hparams)
 
 
@@ -62,6 +65,8 @@ def two(rank: int, port: int, folder: Path) -> None:
     for name, make in MAKES.items():
         net = network().double()
         found[name] = train(DistributedDataParallel(net), make(net), 100)
+        net = network().double()
+        found[f"{name}, bare"] = train(DistributedDataParallel(net), make(net), 100, bare=True)
 
     net = network().double()
     zero = ZeroRedundancyOptimizer(net.parameters(), st.SGD, lr=0.01)
@@ -96,10 +101,11 @@ def test_two_processes(tmp_path: Path) -> None:
     for name, make in MAKES.items():
         net = network().double()
         want = train(net, make(net), 100)
-        assert zero[name] == one[name]
         assert want["lr"] != pytest.approx(0.01)
-        for key, value in want.items():
-            assert zero[name][key] == pytest.approx(value, rel=1e-6)
+        for run in (name, f"{name}, bare"):  # validated with the wrapped model, and without
+            assert zero[run] == one[run]
+            for key, value in want.items():
+                assert zero[run][key] == pytest.approx(value, rel=1e-6)
     for found in (zero, one):
         assert "params on rank" in found["zero"][0]
         assert "params on rank" in found["weights"][0]
