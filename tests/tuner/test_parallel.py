@@ -25,7 +25,10 @@ import selftune as st
 from selftune.tuner._group import join  # private: its streams of random numbers
 from selftune.tuner._lock import owned
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.slow,  # processes that each import torch
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
+]
 STEPS = 100
 
 
@@ -252,7 +255,6 @@ def compiled(number: int, port: int, folder: Path) -> None:
     torch.save(found, folder / f"{number}.pt")
 
 
-@pytest.mark.slow
 def test_compiled_ranks_agree_with_eager_ones_to_rounding(tmp_path: Path) -> None:
     mp.spawn(compiled, (free_port(), tmp_path), nprocs=2)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (0, 1))
@@ -291,7 +293,7 @@ def endless(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         each.communicate()
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
     lost: int, endless: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -302,7 +304,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
     assert torch.load(tmp_path / "last.pt")["numbers"][0] >= 10
 
 
-@pytest.mark.parametrize("pressed", [[0, 1], pytest.param([1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pressed", [[0, 1], [1]])
 def test_ctrl_c_on_any_rank_ends_all_after_the_same_step(
     pressed: list[int], endless: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -325,7 +327,6 @@ RESTARTED = """
 """
 
 
-@pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(RESTARTED.format(tests=str(Path(__file__).parent))))
