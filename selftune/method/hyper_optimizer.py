@@ -186,6 +186,7 @@ class HyperOptimizer:
         if any(self._whole):
             share = share.maximum(self._vector(self._whole, signal))
         change = (stepped.raw - state.raw) * share * self._vector(self._pace, signal) * free
+        change = self._shrunk(change)
         longest = self.settings.longest
         raw = (state.raw + change.clamp(-longest, longest)).maximum(frame.low).minimum(frame.high)
         if "lr" in self.hparams:
@@ -196,6 +197,15 @@ class HyperOptimizer:
             raw = torch.where(free > 0, raw, state.raw)
         stepped = stepped._replace(raw=raw)
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
+
+    def _shrunk(self, change: Tensor) -> Tensor:
+        """Shifts of one hyperparameter move by their mean change and a share of what is apart."""
+        apart = self.settings.apart
+        for name in self.hparams if apart < 1 else ():
+            own = self._of(change, name)
+            if len(own) > 1:
+                change = self._put(change, name, own.mean().lerp(own, apart))
+        return change
 
     def _adam(
         self, state: HyperState, signal: Tensor, free: Any, propose: Propose | None

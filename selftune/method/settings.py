@@ -25,6 +25,8 @@ class HyperSettings(Settings):
         recent: Memory of the signal-to-noise ratio: 0.8 is about five hypergradients.
         sure: How many times the ratio of pure noise makes a step whole.
         longest: Largest change of a raw value in one step.
+        apart: Where a hyperparameter has a value for each group or tensor: the share of their
+            changes beyond the mean one, in which all take part. Each has less data than all have.
     """
 
     rate: float = 0.01
@@ -38,6 +40,7 @@ class HyperSettings(Settings):
     recent: float = 0.8
     sure: float = 2.0
     longest: float = 0.3
+    apart: float = 0.1
 
     def every(self, total_steps: int | None) -> int:
         """Training steps from one hyperparameter step to the next: a thirtieth of the run.
