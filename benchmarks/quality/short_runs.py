@@ -44,6 +44,7 @@ def loss(workload: Workload, rule: str, start: float, steps: int, probe: int, se
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     seeds = range(parser.parse_args().seeds)
