@@ -18,8 +18,8 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 8
-"""Of what is kept; 8 keeps sensitivities of a slice of the weights."""
+VERSION = 9
+"""Of what is kept; 9 keeps starting values, and the schedule that was followed."""
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:

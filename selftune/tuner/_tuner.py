@@ -241,7 +241,8 @@ class Tuner:
                 ``function(values, step)``, or a list of these.
             callbacks: Called with :class:`Progress` after each evaluation, while the model holds
                 the averaged weights; one that returns True ends the run.
-            resume: True to go on from ``log_dir/last.pt`` if it exists; or a checkpoint's path.
+            resume: True to go on from ``log_dir/last.pt`` if it exists, for longer than a finished
+                run if there are more ``epochs`` or ``steps``; or a checkpoint's path.
             patience: Evaluations without a better validation loss before the run ends.
             evaluate_every: Steps between evaluations over the whole validation set; by default
                 an epoch, or several where those are many.
