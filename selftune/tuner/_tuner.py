@@ -248,8 +248,7 @@ class Tuner:
                 an epoch, or several where those are many.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two entries in the log; by default 50, or a tenth of a second
-                where that is longer, so that logging costs next to nothing; in a run of less
-                than 1,000 steps a twentieth of it.
+                where that is longer; in a run of less than 1,000 steps a twentieth of it.
             pictures_every: Steps between two what-if pictures in the log, one more at the end:
                 the loss that is predicted around each hyperparameter whose response is learned
                 (:class:`BestResponse`). Each costs tens of validation batches. By default none.
