@@ -7,10 +7,11 @@ the second is the same loop with ``st.SGD`` in place of ``torch.optim.SGD`` and 
 it validation batches, run once from the default rate. All keep the weights that were best on the
 validation images.
 
-The test loss of the self-tuned run is 25 % below that at the default rate on the default seed (21 to
-37 % on seeds 0 to 5), and 2 % below the best of the three on it (below on five seeds of six, 12 % in
-the mean). With ``--optimizer AdamW``, whose default rate happens to be nearly the best one, it is 30 %
-below the best of three on the default seed, and 4 % above and level with it on the next two.
+The test loss of the self-tuned run is 25 % below that at the default rate on the default seed (21
+to 37 % on seeds 0 to 5), and 2 % below the best of the three on it (below on five seeds of six,
+12 % in the mean). With ``--optimizer AdamW``, whose default rate happens to be nearly the best one,
+it is 30 % below the best of three on the default seed, and 4 % above and level with it on the next
+two.
 
     python examples/digits.py [--optimizer SGD] [--lr 0.01] [--steps 2000] [--quick]
 """
