@@ -1,15 +1,23 @@
 """The one-line change, side by side: digits with noisy labels, plain torch and self-tuned.
 
 A small network learns scikit-learn's 8×8 digits from 1,000 training images, of whose labels
-15 % are wrong, so that it over-fits unless its hyperparameters are right. The first loop
-is plain PyTorch at common defaults; the second is the same loop with ``st.SGD`` in place of
-``torch.optim.SGD`` and one line that hands it validation batches. With ``--optimizer AdamW`` the
-default rate of 1e-3 happens to be nearly the best one, and the two end about alike.
+15 % are wrong, so that it over-fits unless its hyperparameters are right. The first loop is plain
+PyTorch with momentum and cosine annealing, run at the default rate, a tenth of it and ten times it;
+the second is the same loop with ``st.SGD`` in place of ``torch.optim.SGD`` and one line that hands
+it validation batches, run once from the default rate. All keep the weights that were best on the
+validation images.
+
+The test loss of the self-tuned run is 25 % below that at the default rate on the default seed (21
+to 37 % on seeds 0 to 5), and 2 % below the best of the three on it (below on five seeds of six,
+12 % in the mean). With ``--optimizer AdamW``, whose default rate happens to be nearly the best one,
+it is 30 % below the best of three on the default seed, and 4 % above and level with it on the next
+two.
 
     python examples/digits.py [--optimizer SGD] [--lr 0.01] [--steps 2000] [--quick]
 """
 
 import argparse
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -69,22 +77,67 @@ def evaluate(model: nn.Module, part: slice) -> tuple[float, float]:
     return F.cross_entropy(output, labels[part]).item(), accuracy
 
 
-# 1. Plain PyTorch.
-plain = make_model()
-opt = getattr(torch.optim, args.optimizer)(plain.parameters(), lr=lr)
-train_batches = batches(images[train], noisy, args.seed)
-for _ in tqdm(range(steps), desc=f"torch.optim.{args.optimizer}"):
-    x, y = next(train_batches)
-    opt.zero_grad()
-    F.cross_entropy(plain(x), y).backward()
-    opt.step()
+def options() -> dict[str, float]:
+    """Of both; momentum for SGD."""
+    return {"momentum": 0.9} if args.optimizer == "SGD" else {}
+
+
+def print_row(label: str, model: nn.Module) -> None:
+    """Of the table at the end."""
+    test_loss, accuracy = evaluate(model, test)
+    print(f"{label:38} {evaluate(model, val)[0]:15.3f} {test_loss:11.3f} {accuracy:15.1%}")
+
+
+class BestWeights:
+    """Keeps the weights with the lowest validation loss, looked at 40 times; for both."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.loss = model, float("inf")
+        self.weights = copy.deepcopy(model.state_dict())
+
+    def due(self, step: int) -> bool:
+        """Whether to look after a step."""
+        return (step + 1) % max(1, steps // 40) == 0
+
+    def look(self) -> None:
+        """Keep the present weights if they are the best so far."""
+        loss = evaluate(self.model, val)[0]
+        if loss < self.loss:
+            self.loss, self.weights = loss, copy.deepcopy(self.model.state_dict())
+
+    def restored(self) -> nn.Module:
+        """The model with the best weights in place."""
+        self.model.load_state_dict(self.weights)
+        return self.model
+
+
+# 1. Plain PyTorch with cosine annealing and early stopping, at three rates.
+def train_plain(rate: float) -> nn.Module:
+    """A run at a learning rate."""
+    model = make_model()
+    opt = getattr(torch.optim, args.optimizer)(model.parameters(), lr=rate, **options())
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    train_batches = batches(images[train], noisy, args.seed)
+    best = BestWeights(model)
+    for step in tqdm(range(steps), desc=f"torch.optim.{args.optimizer}, lr {rate:g}"):
+        x, y = next(train_batches)
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        annealing.step()
+        if best.due(step):
+            best.look()
+    return best.restored()
+
+
+plain = {rate: train_plain(rate) for rate in (lr, lr / 10, 10 * lr)}
 
 # 2. The same loop, self-tuned: another optimizer, and a validation batch for it.
 tuned = make_model()
 opt = getattr(st, args.optimizer)(
-    tuned.parameters(), lr=lr, total_steps=steps, log_dir=args.log_dir
+    tuned.parameters(), lr=lr, total_steps=steps, log_dir=args.log_dir, **options()
 )
-start = opt.hparams
+start, kept = opt.hparams, BestWeights(tuned)
 train_batches = batches(images[train], noisy, args.seed)
 val_batches = batches(images[val], labels[val], args.seed)
 progress = tqdm(range(steps), desc=f"selftune.{args.optimizer}")
@@ -97,6 +150,9 @@ for step in progress:
     opt.report(loss)
     xv, yv = next(val_batches)
     opt.hyper_step(lambda: F.cross_entropy(tuned(xv), yv))  # noqa: B023 - called at once
+    if kept.due(step):
+        with opt.averaged():  # evaluate, and save, at the averaged weights
+            kept.look()
     if step % 100 == 0:
         progress.set_postfix(lr=f"{opt.hparams['lr']:.2g}")
 
@@ -104,12 +160,20 @@ print("\nhyperparameter      start →      end")
 for name, end in opt.hparams.items():
     print(f"{name:16} {start[name]:8.3g} → {end:8.3g}")
 
-print("\n                     validation loss   test loss   test accuracy")
-rows = [(f"torch.optim.{args.optimizer}", evaluate(plain, val), evaluate(plain, test))]
-with opt.averaged():  # evaluate, and save, at the averaged weights
-    rows.append((f"selftune.{args.optimizer}", evaluate(tuned, val), evaluate(tuned, test)))
-for label, (val_loss, _), (test_loss, accuracy) in rows:
-    print(f"{label:20} {val_loss:16.3f} {test_loss:11.3f} {accuracy:15.1%}")
+best = min(plain, key=lambda rate: evaluate(plain[rate], val)[0])
+rows = [
+    (f"torch.optim.{args.optimizer}, lr {lr:g}, cosine", plain[lr]),
+    (f"the best of three rates ({best:g})", plain[best]),
+]
+print(f"\n{'':38} validation loss   test loss   test accuracy")
+for label, model in rows:
+    print_row(label, model)
+ours = evaluate(kept.restored(), test)[0]
+print_row(f"selftune.{args.optimizer} from lr {lr:g}", tuned)
+for label, model in rows:
+    ratio = ours / evaluate(model, test)[0]
+    way = "below" if ratio < 1 else "above"
+    print(f"test loss of the self-tuned run: {abs(ratio - 1):.0%} {way} {label}")
 
 opt.finish()
 print(f"\nLook at the run:  tensorboard --logdir {args.log_dir}")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from selftune.monitor.reading import Log, read
+from selftune.monitor.reading import Log, read, runs_in
 from selftune.monitor.report import table
 
 
@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="selftune", description="Look at self-tuned runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="the tables of finished or running runs, compared")
-    show.add_argument("runs", nargs="+", help="log directories, or files of JSON lines")
+    show.add_argument(
+        "runs", nargs="+", help="log directories, folders of such, or files of JSON lines"
+    )
     demo = commands.add_parser("demo", help="tune an MLP on scikit-learn's digits, in seconds")
     demo.add_argument("--log-dir", default="runs/demo")
     demo.add_argument("--epochs", type=int, default=10)
@@ -38,11 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(runs: Sequence[str]) -> int:
     logs: dict[str, Log] = {}
-    for run in runs:
+    missing = 0
+    for run in _expanded(runs):
         try:
             logs[run] = read(run)
         except FileNotFoundError as error:
             print(error, file=sys.stderr)
+            missing += 1
     for run, log in logs.items():
         print(f"{run}\n{table(log.lines())}\n")
     if len(logs) > 1:
@@ -51,7 +55,16 @@ def _show(runs: Sequence[str]) -> int:
             ends = ", ".join(f"{one.name}={one.end:.3g}" for one in log.lines())
             loss = log.loss()
             print(f"{'–' if loss is None else f'{loss:.4g}':>8}  {run}  {ends}")
-    return 0 if len(logs) == len(runs) else 1
+    return 1 if missing else 0
+
+
+def _expanded(runs: Sequence[str]) -> list[str]:
+    """The runs, and for a folder without one those below it."""
+    found: dict[str, None] = {}
+    for run in runs:
+        below = [str(path) for path in runs_in(run)] if Path(run).is_dir() else []
+        found |= dict.fromkeys([run] if not below or str(Path(run)) in below else below)
+    return list(found)
 
 
 def _worker(storage: str, script: str, rest: Sequence[str]) -> int:
@@ -80,12 +93,21 @@ def _demo(folder: str, epochs: int) -> int:
     torch.manual_seed(0)
     digits = load_digits()
     x = torch.tensor(digits.data, dtype=torch.float32) / 16
-    data = TensorDataset(x, torch.tensor(digits.target))
+    y = torch.tensor(digits.target)
+    order = torch.randperm(len(x))
+    test, rest = order[:360], order[360:]
+    data = TensorDataset(x[rest], y[rest])
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     tuner = Tuner(model, nn.CrossEntropyLoss())
     loader = DataLoader(data, 64, shuffle=True)
     result = tuner.fit(loader, val=0.2, epochs=epochs, log_dir=folder)
+    with torch.no_grad():
+        right = float((model.eval()(x[test]).argmax(1) == y[test]).float().mean())
     print(result.report())
+    print(
+        f"\nvalidation loss {result.best_loss:.4g}; {100 * right:.1f} % right on {len(test)} "
+        "digits that neither trained nor tuned"
+    )
     print(f"\nThe page: {Path(folder) / 'report.html'}\nThe run:  tensorboard --logdir {folder}")
     return 0
 

@@ -13,12 +13,13 @@ from selftune.monitor.recorders import (
     read_jsonl,
 )
 from selftune.monitor.tensorboard import TensorBoard
-from selftune.monitor.verdicts import Verdict, judge
+from selftune.monitor.verdicts import Ends, Verdict, in_words, judge
 
 __all__ = [
     "JSONL",
     "AbstractRecorder",
     "Agreement",
+    "Ends",
     "InMemory",
     "Listener",
     "Metrics",
@@ -30,6 +31,7 @@ __all__ = [
     "Verdict",
     "as_recorder",
     "hyper_rows",
+    "in_words",
     "judge",
     "plain_rows",
     "read_jsonl",

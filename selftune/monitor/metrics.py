@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selftune.bijections import AbstractBijection
 from selftune.hparams import Hparam
 from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
 from selftune.monitor.agreement import Agreement
-from selftune.monitor.verdicts import Verdict, judge
+from selftune.monitor.verdicts import Ends, Verdict, judge
 
 SCATTER = 20
 """Hyperparameter steps whose scatter is the margin of a value."""
@@ -126,14 +128,14 @@ class Metrics:
         self,
         values: Mapping[str, Any],
         signals: Signals,
-        ends: Callable[[str], tuple[float, float]],
+        ends: Callable[[str], Ends],
     ) -> dict[str, Verdict]:
         """A judgement of each tuned hyperparameter since the run began.
 
         Args:
             values: Hyperparameters by name.
             signals: Hypergradients of the tuned ones.
-            ends: Lowest and highest raw values by name.
+            ends: How far each may go, by name.
         """
         found = {}
         for name, course in self.course.items():
@@ -143,8 +145,10 @@ class Metrics:
             some = values[name] if isinstance(values[name], list) else [values[name]]
             value = sorted(some)[len(some) // 2]
             ratio = snr if snr > 0 else math.nan
-            role = self._hparams[name].role
-            found[name] = judge(name, course, ratio, ends(name), value, mean, role)
+            role, scale = self._hparams[name].role, self._hparams[name].bijection
+
+            forward = partial(_value, scale, value, course[-1])
+            found[name] = judge(name, course, ratio, ends(name), value, mean, role, forward)
         return found
 
     def verdict_rows(self, found: Mapping[str, Verdict], step: int) -> None:
@@ -160,6 +164,12 @@ class Metrics:
         self.monitor.last([(f"end/{n}", v) for n, v in plain_rows(values)], step)
         if self.monitor.on and found:
             self.monitor.text("verdicts", sentences(list(found.values())), step)
+
+
+def _value(scale: AbstractBijection, now: float, last: float, raw: float) -> float:
+    """The value at a point of the course, whose last point is the value now."""
+    here = scale.inverse(torch.tensor(now, dtype=torch.float64))
+    return float(scale.forward(here + (raw - last)))
 
 
 def sentences(verdicts: Sequence[Verdict]) -> str:

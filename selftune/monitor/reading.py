@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from selftune.monitor.recorders import read_jsonl
 from selftune.monitor.report import Curve, Line, line
-from selftune.monitor.verdicts import KINDS
+from selftune.monitor.verdicts import KINDS, in_words
 
 log = logging.getLogger("selftune")
 PARTS = ("0", "median")
@@ -21,9 +22,11 @@ class Log:
 
     Attributes:
         curves: Steps and values by tag.
+        sentences: Of the verdicts at the end of the run, by the hyperparameter's name.
     """
 
     curves: dict[str, Curve] = field(default_factory=dict)
+    sentences: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[Line]:
         """Rows of the report, a hyperparameter each."""
@@ -43,7 +46,9 @@ class Log:
                     (),
                 )  # fmt: skip
                 unjudged = "ended" if end else "running"
-                told = KINDS[int(codes[-1])] if codes else unjudged
+                told = self.sentences.get(name) or self.sentences.get(whole) or unjudged
+                if codes and told == unjudged:
+                    told = in_words(name, KINDS[int(codes[-1])], curve[1][-1])
                 found.append(line(name, curve, told))
         return found
 
@@ -73,8 +78,9 @@ def read(folder: str | Path) -> Log:
             steps, values = found.setdefault(row["tag"], ([], []))
             steps.append(row["step"])
             values.append(row["value"])
+        texts = [r["text"] for r in read_jsonl(path) if r.get("tag") == "verdicts"]
         if found:
-            return Log(dict(found))
+            return Log(dict(found), _by_name(texts))
     if not events_file and not list(path.glob("events.out.tfevents.*")):
         raise FileNotFoundError(
             f"{path}: no log of a run there: pass a log_dir, or a file that JSONL wrote"
@@ -85,7 +91,23 @@ def read(folder: str | Path) -> Log:
         _check(file)
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    return Log({t: ([e.step for e in es], [e.value for e in es]) for t, es in curves.items()})
+    numbers: dict[str, Curve] = {
+        t: ([e.step for e in es], [e.value for e in es]) for t, es in curves.items()
+    }
+    told = [t for t in events.Tags()["tensors"] if t.startswith("verdicts/")]
+    texts = [e.tensor_proto.string_val[0].decode() for t in told for e in events.Tensors(t)]
+    return Log(numbers, _by_name(texts))
+
+
+def runs_in(folder: str | Path) -> list[Path]:
+    """The folders with event files in a folder and below it, in order of their names."""
+    return sorted({path.parent for path in Path(folder).rglob("events.out.tfevents.*")})
+
+
+def _by_name(texts: Sequence[str]) -> dict[str, str]:
+    """The sentences of the last list of verdicts, by their first word."""
+    lines = [t.removeprefix("- ") for t in texts[-1].splitlines()] if texts else []
+    return {one.split(" ", 1)[0]: one for one in lines}
 
 
 def _check(file: Path) -> None:

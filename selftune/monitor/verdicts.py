@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from selftune.hparams import DECAY, LR, MOMENTUM
 
@@ -18,6 +19,11 @@ MOVED = 0.1
 """In raw (log or odds) space: less is no movement."""
 CLEAR = 0.46
 """Signal-to-noise ratio below which steps are held back: twice that of pure noise."""
+LATE = 1 / 3
+"""The share of a run in which a hyperparameter must not have gone ``FAR`` to have settled."""
+FAR, LOOSE = 0.4, 0.25
+"""In raw space: half as much again, in the last third; a quarter, among recent values."""
+LONGER = "start the next run from there, or train longer"
 NEAR = 0.02
 """How near to a bound counts as at it, in raw space."""
 
@@ -26,7 +32,7 @@ AT_BOUND = {
     (LR.role, "upper"): "training wants longer steps than allowed: are gradients nearly zero?",
     (MOMENTUM.role, "upper"): "it wants a longer memory than the length of the run allows",
     (MOMENTUM.role, "lower"): "it wants none: batches may be noisy or the rate high",
-    (DECAY.role, "lower"): "the rate wants to stay up: train longer",
+    (DECAY.role, "lower"): "the rate wants to stay up",
 }
 UNDERFITS = "it does not pay: the net underfits, or validation data are like training data"
 OVERFITS = "more would pay: the net over-fits; get more data or a smaller net"
@@ -52,14 +58,29 @@ class Verdict:
         return KINDS.index(self.kind)
 
 
+class Ends(NamedTuple):
+    """How far a hyperparameter may go, in raw values.
+
+    Attributes:
+        low: Lowest.
+        high: Highest.
+        floored: Whether the lowest is a floor that the run lays, not a bound.
+    """
+
+    low: float
+    high: float
+    floored: bool = False
+
+
 def judge(
     name: str,
     raw: Sequence[float],
     snr: float,
-    ends: tuple[float, float],
+    ends: Ends,
     value: float,
     slope: float = math.nan,
     role: str = "",
+    forward: Callable[[float], float] = math.exp,
 ) -> Verdict:
     """Judge a hyperparameter by its course.
 
@@ -67,37 +88,76 @@ def judge(
         name: Of the hyperparameter.
         raw: Its raw values, one a hyperparameter step.
         snr: Signal-to-noise ratio of its recent hypergradients, or NaN if unknown.
-        ends: Lowest and highest raw value.
+        ends: How far it may go.
         value: What it is now.
         slope: Mean recent hypergradient, which tells whether it pushes against a bound; NaN if
             unknown.
         role: Of the hyperparameter (:class:`~selftune.hparams.Hparam`).
+        forward: The value of a raw value.
 
     Examples:
-        >>> judge("lr", [0.01 * i for i in range(100)], 0.9, (-9.0, 9.0), 0.02).kind
-        'moving'
-        >>> judge("weight_decay", [-9.2] * 100, 0.3, (-9.2, 2.0), 1e-4).sentence
+        >>> rising = [0.01 * i for i in range(100)]
+        >>> print(judge("lr", rising, 0.9, Ends(-9.0, 9.0), 2.7).sentence)
+        lr rose at the end, from 2.23 to 2.7: start the next run from there, or train longer
+        >>> judge("weight_decay", [-9.2] * 100, 0.3, Ends(-9.2, 2.0), 1e-4).sentence
         'weight_decay sits at its lower bound 0.0001: it does not pay: the net underfits, or \
 validation data are like training data'
     """
-    count = min(len(raw), max(LEAST, round(RECENT * len(raw))))
-    recent = list(raw[-count:])
+    recent, late = _tail(raw, RECENT), _tail(raw, LATE)
     if not recent:
         return Verdict(name, "settled", f"{name} stayed at {value:.3g}: no step was taken")
     inward = {"lower": slope < 0, "upper": slope > 0}  # it started at a bound, and leaves it
-    for side, end in zip(("lower", "upper"), ends, strict=True):
+    for side, end in zip(("lower", "upper"), ends[:2], strict=True):
         if math.isfinite(end) and abs(recent[-1] - end) <= NEAR and not inward[side]:
-            return Verdict(name, "at bound", _at_bound(name, side, value, role))
-    drift = recent[-1] - recent[0]
+            floored = side == "lower" and ends.floored
+            told = _at_floor(name, value) if floored else _at_bound(name, side, value, role)
+            return Verdict(name, "at bound", told)
+
+    def went(course: Sequence[float]) -> str:
+        way = "rose" if course[-1] > course[0] else "fell"
+        return f"{name} {way} at the end, from {forward(course[0]):.3g} to {value:.3g}"
+
+    drift, change = recent[-1] - recent[0], late[-1] - late[0]
+    spread = max(recent) - min(recent)
     steps = [b - a for a, b in pairwise(recent)]
     wander = math.sqrt(sum(s * s for s in steps))  # how far steps at random would have led
     if abs(drift) > max(MOVED, 2 * wander) or (abs(drift) > MOVED and snr > 2 * CLEAR):
-        way = "rising" if drift > 0 else "falling"
-        return Verdict(name, "moving", f"{name} is still {way}, now {value:.3g}: train longer")
-    if snr < CLEAR and max(recent) - min(recent) > MOVED:
+        return Verdict(name, "moving", f"{went(recent)}: {LONGER}")
+    noisy = snr < CLEAR and spread > MOVED
+    if spread > LOOSE and abs(change) > FAR and not noisy:
+        return Verdict(name, "moving", f"{went(late)}: {LONGER}")
+    if spread > LOOSE or noisy:
         told = f"{name} wanders around {value:.3g}: its hypergradients are mostly noise"
         return Verdict(name, "noise", told + "; larger validation batches would tell more")
+    if abs(change) > FAR:
+        since = f"{name} went from {forward(late[0]):.3g} to {value:.3g} in the last third"
+        return Verdict(name, "settled", f"{since} of the run, and has stayed there")
     return Verdict(name, "settled", f"{name} has settled at {value:.3g}")
+
+
+def in_words(name: str, kind: str, value: float) -> str:
+    """A sentence of a verdict of which only the kind is known, as of a run that is under way.
+
+    Examples:
+        >>> in_words("lr", "moving", 0.02)
+        'lr is moving, now at 0.02'
+    """
+    words = {
+        "settled": "has settled at", "moving": "is moving, now at", "noise": "wanders around",
+        "at bound": "sits at its bound",
+    }  # fmt: skip
+    return f"{name} {words[kind]} {value:.3g}"
+
+
+def _tail(raw: Sequence[float], share: float) -> list[float]:
+    return list(raw[-max(LEAST, round(share * len(raw))) :])
+
+
+def _at_floor(name: str, value: float) -> str:
+    return (
+        f"{name} lies on its floor {value:.3g}, the least that matters in a run of this length at "
+        "this learning rate: validation asks for no more"
+    )
 
 
 def _at_bound(name: str, side: str, value: float, role: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -90,7 +91,9 @@ class Buffers:
         known = len(self.good)
         before = [t.clone() for t in self.average]  # the look must not show in averages
         try:
-            yield
+            with warnings.catch_warnings():  # a compiled model calls it twice, which is harmless
+                warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
+                yield
         finally:
             handle.remove()
             self.restore(known)

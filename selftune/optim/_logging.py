@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from selftune.method.hyper_optimizer import signal_to_noise
-from selftune.monitor import Metrics, Monitor, Verdict, plain_rows
+from selftune.monitor import Ends, Metrics, Monitor, Verdict, plain_rows
 from selftune.optim._shifts import Shifts
 
 SPARSE = 20
@@ -79,9 +79,11 @@ class OptimizerLog:
         frame = shifts.frame()
         low = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory, step)
 
-        def ends(name: str) -> tuple[float, float]:
+        def ends(name: str) -> Ends:
+            # The course is of shifts, and so are these.
             slots = shifts.hyper.slots(name)
-            return float(low[slots].mean()), float(frame.high[slots].mean())
+            floored = bool((low[slots] > frame.low[slots]).any())
+            return Ends(float(low[slots].mean()), float(frame.high[slots].mean()), floored)
 
         return self.metrics.verdicts(values, self._signals(), ends)
 

@@ -39,6 +39,14 @@ class Selection:
     schedule: TunedSchedule | None
     study: optuna.Study
 
+    def __repr__(self) -> str:
+        values = {**self.params, **{n: f"{v:.3g}" for n, v in self.hparams.items()}}
+        named = ", ".join(f"{n}={v}" for n, v in values.items())
+        return (
+            f"Selection({self.family}, {self.value:.4g} on the validation data, best of "
+            f"{len(self.study.trials)} trials; {named})"
+        )
+
     def table(self) -> str:
         """The trials, best first."""
         states = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}

@@ -37,6 +37,7 @@ from selftune.tuner._group import Group
 from selftune.tuner._objective import Objective, for_tuning
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
+from selftune.tuner._resuming import LENGTH
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._sharding import shard
 from selftune.tuner._snapshots import Snapshots
@@ -256,7 +257,7 @@ def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
         "tangents": str(given.tangents),
         "snapshots": given.snapshots,
         "tuned hyperparameters": str(given.names),
-        "number of steps": plan.total,
+        LENGTH: plan.total,
         "every": plan.every,
         "size of a hyperparameter step": str(given.hyper_rate),
         "schedule": given.schedule,

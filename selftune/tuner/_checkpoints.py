@@ -19,7 +19,7 @@ log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
 VERSION = 9
-"""Of what is kept; 9 keeps what later entries of the log depend on."""
+"""Of what is kept; 9 keeps what the log depends on, starting values and the schedule."""
 
 
 def write(path: Path, state: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from selftune.method.hyper_optimizer import signal_to_noise
-from selftune.monitor import Metrics, Monitor, Verdict
+from selftune.monitor import Ends, Metrics, Monitor, Verdict
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import RunState, Steps
 
@@ -83,9 +83,17 @@ class TunerLog:
 
     def verdicts(self, values: Mapping[str, float], member: int) -> dict[str, Verdict]:
         """A judgement of each tuned hyperparameter."""
-        hparams = self._steps.hyper.hparams
-        signals = self._signals(member)
-        return self.metrics.verdicts(values, signals, lambda name: hparams[name].raw_ends)
+        hyper = self._steps.hyper
+        frame, raw = hyper.frame(), self._snapshots.part(self._run.hyper.raw, member).cpu()
+        steps = int(self._snapshots.part(self._run.step, member))
+        low = hyper.lay_floor(raw, frame, self._steps.memory(values), steps)
+
+        def ends(name: str) -> Ends:
+            slots = hyper.slots(name)
+            floored = bool((low[slots] > frame.low[slots]).any())
+            return Ends(float(low[slots].mean()), float(frame.high[slots].mean()), floored)
+
+        return self.metrics.verdicts(values, self._signals(member), ends)
 
     def _signals(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
         state = self._run.hyper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,17 @@ class Parts:
         }
 
     @torch.no_grad()
-    def unpack(self, state: dict[str, Any]) -> None:
+    def unpack(self, state: dict[str, Any], but: Sequence[str] = ()) -> None:
         """Continue from a packed state.
+
+        Args:
+            state: What ``pack`` returned.
+            but: Names of what may differ between the runs.
 
         Raises:
             ValueError: It is of another run; nothing was changed.
         """
-        self._check(state)
+        self._check(state, but)
         device = self.fused.run.step.device
         for leaf, saved in zip(tree_leaves(self.fused.run), state["leaves"], strict=True):
             leaf.copy_(saved)
@@ -78,8 +83,12 @@ class Parts:
             stream.settle(saved)
         self.steps.group.load_streams(state.get("ranks", []), device)
 
-    def _check(self, state: dict[str, Any]) -> None:
-        found = differences(state["identity"], self.identity)
+    def _check(self, state: dict[str, Any], but: Sequence[str]) -> None:
+        saved, mine = (
+            {n: v for n, v in side.items() if n not in but}
+            for side in (state["identity"], self.identity)
+        )
+        found = differences(saved, mine)
         if found:
             raise ValueError(
                 f"resume: the checkpoint is of another run: {'; '.join(found)}: resume with the "

@@ -120,8 +120,6 @@ class Steps:
         if self.layout is not None:
             rows.update = rows.update.joined(self.layout)
         self.update = rows.update
-        heavy = [h.name for h in self.update.hparams.values() if h.accumulates]
-        self._momentum = heavy[0] if heavy else None
         self._factors = self.rates.tolist()
         self._known: tuple[Tensor, int] | None = None
         self._values: dict[str, Any] = {}
@@ -300,6 +298,10 @@ class Steps:
             self._slopes = {n: float(s) for n, s in self.hyper.slopes(present).items()}
         return self._values, self._slopes
 
+    def memory(self, values: Mapping[str, Any]) -> Any:  # 1/(1 − μ) of heavy-ball momentum
+        heavy = [n for n, h in self.update.hparams.items() if h.accumulates]
+        return 1 / (1 - values[heavy[0]]) if heavy else 1.0
+
     def hyper_step(
         self, run: RunState, passed: Passed, answers: Mapping[str, Tensor] | None = None
     ) -> tuple[RunState, Tensor]:
@@ -310,13 +312,11 @@ class Steps:
             passed: The validation pass.
             answers: Hypergradients in raw space from an estimator of whole steps.
         """
-        loss, grads, buffers = passed
-        before = run.hyper.raw.clone()
+        (loss, grads, buffers), before = passed, run.hyper.raw.clone()
         state, signal = self.signal(run, grads, answers or {})
-        frame = self.hyper.frame(run.step.device)
-        values = {**self.options, **self.hyper.values(run.hyper.raw)}
-        memory = 1.0 if self._momentum is None else 1 / (1 - values[self._momentum])
         weights = self.method.cut([p.params.to(p.average.dtype) for p in run.method.parts])
+        memory = self.memory({**self.options, **self.hyper.values(run.hyper.raw)})
+        frame = self.hyper.frame(run.step.device)
         state, _ = self.method.hyper_step(state, signal, weights, frame, run.step, memory=memory)
         present = self.hyper.values(state.hyper.raw).values()
         fine = torch.isfinite(signal).all()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selftune.tuner import _checkpoints
+from selftune.tuner import _checkpoints, _resuming
 from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
@@ -315,6 +315,8 @@ class Training:
         own = {
             "ended": self.ended,
             "numbers": [self.step, self.best, self.waited],
+            "starts": self._starts,
+            "rates": self.steps.rates.clone(),
             "compile": True if self.fused.compiled else self.plan.compile,
         }
         state = {**self._parts.pack(), **own}
@@ -328,11 +330,31 @@ class Training:
             state: What ``save`` wrote.
             best: What was saved beside it as the best weights.
         """
-        self._parts.unpack(state)
+        longer = _resuming.extends(state, self.identity)
+        self._parts.unpack(state, _resuming.FOLLOWS if longer else ())
         self.saved_best, self.ended = best, state["ended"]
         self.step, self.best, self.waited = state["numbers"]
         self.plan.compile = state["compile"]
         self.watch.bar.update(self.step)
+        rates = self.steps.rates  # of a run that was made longer: as they were until then
+        rates[: len(state["rates"])].copy_(state["rates"])
+        _resuming.name_changes(state, self._starts, self.watch.hparams())
+        _resuming.announce(state, self.plan.total, longer=longer)
+        if longer:
+            self._extend()
+
+    def _extend(self) -> None:
+        """Go on from the average of a run that has finished."""
+        for member, controller in enumerate(self.watch.controllers):
+            self.snapshots.take("average", member)
+            self.snapshots.rewind({}, member)
+            controller.final.forget()
+        self.watch.begin(self.step)
+
+    @property
+    def _starts(self) -> dict[str, float]:
+        """Where tuned hyperparameters started, by name."""
+        return {n: float(self.steps.start[n]) for n in self.steps.hyper.names}
 
     def _save_best(self) -> None:
         """Keep the best weights: on disk, or in memory where there is none or it is full."""

@@ -247,14 +247,14 @@ class Tuner:
                 ``function(values, step)``, or a list of these.
             callbacks: Called with :class:`Progress` after each evaluation, while the model holds
                 the averaged weights; one that returns True ends the run.
-            resume: True to go on from ``log_dir/last.pt`` if it exists; or a checkpoint's path.
+            resume: True to go on from ``log_dir/last.pt`` if it exists, for longer than a finished
+                run if there are more ``epochs`` or ``steps``; or a checkpoint's path.
             patience: Evaluations without a better validation loss before the run ends.
             evaluate_every: Steps between evaluations over the whole validation set; by default
                 an epoch, or several where those are many.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two entries in the log; by default 50, or a tenth of a second
-                where that is longer, so that logging costs next to nothing; in a run of less
-                than 1,000 steps a twentieth of it.
+                where that is longer; in a run of less than 1,000 steps a twentieth of it.
             pictures_every: Steps between two what-if pictures in the log, one more at the end:
                 the loss that is predicted around each hyperparameter whose response is learned
                 (:class:`BestResponse`). Each costs tens of validation batches. By default none.

@@ -120,3 +120,40 @@ tuner.fit(batches[:12], batches[12:], epochs=10, progress=False, log_dir={str(tm
     assert log.loss() is not None
     assert {one.name for one in log.lines()} == {"lr", "beta1", "weight_decay"}
     assert max(log.curves["hyper/lr"][0]) >= 40
+
+
+def test_the_console_shows_sentences_and_looks_into_folders(finished: Any, capsys: Any) -> None:
+    for path in (finished.folder, finished.folder / "run.jsonl", finished.folder.parent):
+        assert main(["show", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert str(path if path.suffix else finished.folder) in out
+        for verdict in finished.verdicts.values():
+            assert verdict.sentence in out
+
+
+def test_a_run_under_way_has_sentences_too(tmp_path: Path, capsys: Any) -> None:
+    running = JSONL(tmp_path / "running.jsonl")
+    rows = [("hyper/lr", 0.5), ("verdict/lr", 1.0), ("hyper/l1", 0.25)]
+    running.scalars([st.monitor.Row(tag, value, 5) for tag, value in rows])
+    assert main(["show", str(running.path)]) == 0
+    out = capsys.readouterr().out
+    assert "lr is moving, now at 0.5" in out
+    assert "running" in out
+
+
+def test_the_demo_ends_with_a_score(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("sklearn")
+    assert main(["demo", "--epochs", "1", "--log-dir", str(tmp_path / "demo")]) == 0
+    found = re.search(r"([\d.]+) % right on 360 digits", capsys.readouterr().out)
+    assert found is not None
+    assert float(found[1]) > 50
+
+
+def test_weight_decay_on_its_floor_says_so() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 4)
+    batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
+    model = torch.nn.Linear(4, 1)
+    tuner = st.Tuner(model, torch.nn.functional.mse_loss, compile=False)
+    result = tuner.fit(batches[:12], batches[12:], epochs=20, progress=False)
+    assert "lies on its floor" in result.verdicts["weight_decay"].sentence

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from selftune.monitor import Agreement, judge
+from selftune.monitor import Agreement, Ends, judge
 from selftune.monitor.verdicts import KINDS
 
-FREE = (-9.0, 9.0)
+FREE = Ends(-9.0, 9.0)
 
 
 def noise(count: int, size: float) -> list[float]:
@@ -26,6 +26,7 @@ def noise(count: int, size: float) -> list[float]:
         ("at bound", [max(-9.0, -0.2 * i) for i in range(100)], 0.9),
         ("at bound", [8.99] * 100, 0.9),
         ("settled", [], math.nan),
+        ("moving", [0.0] * 60 + [0.015 * i + 0.08 * (-1) ** i for i in range(60)], 0.6),
     ],
 )
 def test_courses_are_judged(kind: str, raw: list[float], snr: float) -> None:
@@ -72,3 +73,18 @@ def test_agreement_by_hand() -> None:
     assert rows["response/predicted"] == pytest.approx(-1.0)
     assert rows["response/agreement"] == pytest.approx(1.0 / math.sqrt(1.0 * 2.0))
     assert "response/agreement" in dict(agreement.look([1.0, 1.0], [math.nan, 0.0], 3.0))
+
+
+def test_sentences_do_not_contradict_the_course() -> None:
+    """By hand: what it says of the end beside where the run began."""
+    up_then_down = [0.05 * i for i in range(80)] + [4.0 - 0.02 * i for i in range(20)]
+    fell = judge("lr", up_then_down, 0.9, FREE, math.exp(up_then_down[-1]))
+    assert (fell.kind, "still" in fell.sentence) == ("moving", False)
+    assert f"fell at the end, from {math.exp(4.0):.3g} to {math.exp(3.62):.3g}" in fell.sentence
+    floored = judge("weight_decay", [0.05 * i for i in range(40)], 0.9, Ends(1.95, 9.0, True), 7.0)
+    assert floored.kind == "at bound"
+    assert "lies on its floor 7" in floored.sentence
+    doubled = [0.0] * 60 + [0.035 * i for i in range(20)] + [0.7] * 20
+    late = judge("dropout", doubled, 0.6, FREE, math.exp(0.7))
+    assert late.kind == "settled"
+    assert "went from 1.28 to 2.01 in the last third" in late.sentence

@@ -98,6 +98,15 @@ def test_a_candidate_that_raises_fails_alone(caplog: pytest.LogCaptureFixture) -
         search.select({"broken": broken}, train, val, trials=2, **QUICK)
 
 
+def test_a_selection_prints_a_line() -> None:
+    train, val = data()
+    found = search.select(build, train, val, trials=2, sampler="random", **QUICK)
+    told = repr(found)
+    assert "\n" not in told
+    assert len(told) < 300
+    assert f"{found.value:.4g} on the validation data, best of 2 trials" in told
+
+
 def test_a_metric_that_is_nan_fails() -> None:
     values = itertools.cycle([math.nan, 1.0])
     found = search.select(lambda space: next(values), trials=4, progress=False)

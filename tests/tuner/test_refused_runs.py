@@ -176,7 +176,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "model": (dict(model=nn.Sequential(nn.Linear(2, 3))), {}, "parameters"),
     "rule": (dict(rule=st.rules.AdamW(), hparams={}), {}, "rule"),
     "hyperparameters": (dict(tune=("lr",)), {}, "tuned hyperparameters"),
-    "length": ({}, dict(steps=30), "number of steps"),
+    "length": ({}, dict(steps=10), "number of steps"),
     "population": (dict(population=2), {}, "population"),
     "activation": (
         dict(model=nn.Sequential(*[nn.Tanh() if isinstance(m, nn.ReLU) else m for m in net()])),

@@ -218,3 +218,58 @@ def test_a_finished_run_resumes_to_the_same_result(tmp_path: Path) -> None:
 
 def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
     assert_same(run(tmp_path / "new", resume=True), run(None))
+
+
+@pytest.mark.parametrize("population", [1, 3])
+def test_a_finished_run_is_made_longer(
+    population: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Truths: the run before, whose course stays; the average; the longer run's schedule."""
+    options: dict[str, Any] = dict(population=population) if population > 1 else {}
+    short = run(tmp_path, **options)
+    longer = run(tmp_path, resume=True, epochs=12, **options)
+    assert longer.ended == "finished"
+    assert longer.steps == 2 * short.steps == len(longer.history["train_loss"])
+    before = len(short.history["train_loss"])
+    assert same({"": longer.history["train_loss"][:before]}, {"": short.history["train_loss"]})
+    assert longer.best_loss <= short.best_loss
+    told = [r.getMessage() for r in caplog.records if "goes on from its average" in r.getMessage()]
+    assert len(told) == 1
+    assert f"of {short.steps} steps" in told[0]
+    assert f"to step {longer.steps}" in told[0]
+    rates = dict(map(tuple, longer.schedule.values["lr"]))
+    for step, rate in short.schedule.values["lr"] if population == 1 else ():
+        assert rates[step] == rate
+    if population == 1 and not len(longer.history["rollbacks"]):
+        ended, begun = (longer.schedule.at(short.schedule.steps + i)["lr"] for i in (-1, 0))
+        assert begun > 10 * ended  # annealed, and then anew
+    assert_same(run(tmp_path, resume=True, epochs=12, **options), longer)
+
+
+def test_a_run_made_longer_resumes_bit_for_bit(tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        run(tmp_path / name)
+    whole = run(tmp_path / "whole", resume=True, epochs=12)
+    with pytest.raises(Outage):
+        run(tmp_path / "cut", Dying(train_loader(), 20), resume=True, epochs=12)
+    assert_same(run(tmp_path / "cut", resume=True, epochs=12), whole)
+
+
+def test_a_run_that_has_not_finished_keeps_its_length(tmp_path: Path) -> None:
+    with pytest.raises(Outage):
+        run(tmp_path, Dying(train_loader(), 30))
+    with pytest.raises(ValueError, match="number of steps"):
+        run(tmp_path, resume=True, epochs=12)
+
+
+def test_resuming_says_where_and_names_a_changed_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Outage):
+        run(tmp_path, Dying(train_loader(), 30))
+    changed = {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-4}
+    result = run(tmp_path, resume=True, hparams=changed)
+    told = [r.getMessage() for r in caplog.records]
+    assert any(f"resumed at step 28 of {result.steps}" in t for t in told)
+    (named,) = (t for t in told if "is not taken" in t)
+    assert named.startswith("resume: lr=0.5 is not taken: the run, which began at 0.01, goes on")
