@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -156,8 +156,11 @@ def check_together(given: Given) -> None:
         )
 
 
-def open_streams(train: Any, val: Any, device: torch.device, given: Given) -> tuple[Stream, Stream]:
-    """Training and validation batches, of which each rank gets its part.
+@contextmanager
+def open_streams(
+    train: Any, val: Any, device: torch.device, given: Given
+) -> Iterator[tuple[Stream, Stream]]:
+    """Training and validation batches, of which each rank gets its part, and their workers' end.
 
     Raises:
         ValueError: Ranks begin with different models or data.
@@ -168,9 +171,13 @@ def open_streams(train: Any, val: Any, device: torch.device, given: Given) -> tu
         Stream(train, "train", device, shard=parts[0]),
         Stream(val, "val", device, skips=True, shard=parts[1]),
     )
-    check_ranks(group, given.objective, streams)
-    group.seed(device)
-    return streams
+    try:
+        check_ranks(group, given.objective, streams)
+        group.seed(device)
+        yield streams
+    finally:
+        for stream in streams:
+            stream.close()
 
 
 def build(
