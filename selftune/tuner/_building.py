@@ -218,18 +218,17 @@ def build(
                 "%s starts at %.3g, since the given %.3g is outside its bounds",
                 name, value, given.values[name],
             )  # fmt: skip
-    start = check_first(steps, run, streams) if new else math.nan
+    mapped = members is not None
+    start = check_first(steps, run, streams, mapped=mapped) if new else math.nan
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
     where = resolve(given.snapshots, sum(t.numel() for t in run.averages))
-    snapshots = Snapshots(run, steps.method, members is not None, where)
+    snapshots = Snapshots(run, steps.method, mapped, where)
     fused = Fused(steps, run, members)
     if fused.whole is not None:
         snapshots.rewound.append(fused.whole.whole.forget)
-    scorer = Scorer(
-        given.objective, given.metrics, val, steps, members is not None, device, autocast
-    )
+    scorer = Scorer(given.objective, given.metrics, val, steps, mapped, device, autocast)
     controllers = [_controller(given, steps, total) for _ in range(members or 1)]
     policy = GuardPolicy() if controllers[0].guard is None else controllers[0].guard.policy
     compare = partial(scorer.compared, run, snapshots, streams[1], policy.most_batches)
