@@ -12,7 +12,9 @@ from benchmarks.reliability.__main__ import worse
 from benchmarks.reliability.files import files
 from benchmarks.reliability.kills import kills
 from benchmarks.reliability.logged import growth
+from benchmarks.reliability.ranks import ranks
 from benchmarks.reliability.searches import searches
+from benchmarks.reliability.servers import ABSENT, servers
 from benchmarks.reliability.starts import hostile, ordinary, run
 
 FEW = [s for s in hostile(1000) if s.seed % 125 == 3]
@@ -57,6 +59,22 @@ def test_killed_searches_lose_the_running_trial_alone() -> None:
     found = searches(4)
     assert len(found) == 4
     assert not [s for s in found if s.lost]
+
+
+@pytest.mark.slow
+def test_killed_ranks_go_on_from_the_last_checkpoint() -> None:
+    """Truth: two ranks that nobody kills; a slice of the twenty."""
+    found = ranks(4)
+    assert len(found) == 4
+    assert all(k.same and k.noticed for k in found)
+    assert not [k for k in found if k.lost is not None and k.lost > k.most]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
+def test_killed_workers_and_cut_connections_lose_the_running_trials_alone() -> None:
+    kills, cuts = servers(3)
+    assert not [k for k in [*kills, *cuts] if k.lost]
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Runs that are made to go wrong: starts, wrong calls, kills, files in trouble, many logs.
 
-    python -m benchmarks.reliability [starts ordinary calls kills searches files logged]
-        [--starts 1000] [--ordinary 100] [--kills 100] [--searches 100] [--files 100]
-        [--logged 200]
+    python -m benchmarks.reliability [starts ordinary calls kills searches processes files logged]
+        [--starts 1000] [--ordinary 100] [--kills 100] [--searches 100] [--processes 20]
+        [--files 100] [--logged 200]
 
 Without names all parts are run. Printed are a row for every question of ``docs/reliability.md``
 with what is asked and what is now, and with ``--worst N`` some runs behind each. Losses are of
@@ -24,7 +24,9 @@ from benchmarks.reliability.calls import calls
 from benchmarks.reliability.files import files
 from benchmarks.reliability.kills import kills
 from benchmarks.reliability.logged import growth
+from benchmarks.reliability.ranks import ranks
 from benchmarks.reliability.searches import searches
+from benchmarks.reliability.servers import ABSENT, servers
 from benchmarks.reliability.starts import SHELLS, End, Start, hostile, ordinary, quiet, run
 
 WORSE = 1.1
@@ -118,6 +120,25 @@ def searched(args: argparse.Namespace) -> None:
     count("killed searches: more lost than the running trial", "0", lost, len(found), args.worst)
 
 
+def ended(args: argparse.Namespace) -> None:
+    """Ranks and workers that are killed, and connections that are cut."""
+    found = ranks(args.processes)
+    other = [k for k in found if not k.same]
+    count("killed ranks: not bit for bit the whole run", "0", other, len(found), args.worst)
+    more = [k for k in found if k.lost is not None and k.lost > k.most]
+    count("… more steps lost than since the last checkpoint", "0", more, len(found), args.worst)
+    deaf = [k for k in found if not k.noticed]
+    count("… whose other rank went on waiting", "0", deaf, len(found), args.worst)
+    killed = "killed workers of a search on PostgreSQL: more lost than the running trial"
+    cut = "… connections cut: more lost than the running trials"
+    if ABSENT:
+        print(row([killed, "0", ABSENT]), row([cut, "0", ABSENT]), sep="\n", flush=True)
+        return
+    kills, cuts = servers(args.processes)
+    count(killed, "0", [k for k in kills if k.lost], len(kills), args.worst)
+    count(cut, "0", [c for c in cuts if c.lost], len(cuts), args.worst)
+
+
 def troubled(args: argparse.Namespace) -> None:
     """Files in trouble."""
     found = files(args.files)
@@ -139,6 +160,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "calls": wrong_calls,
     "kills": killed,
     "searches": searched,
+    "processes": ended,
     "files": troubled,
     "logged": many,
 }
@@ -152,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ordinary", type=int, default=100)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--searches", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=20)
     parser.add_argument("--files", type=int, default=100)
     parser.add_argument("--logged", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)

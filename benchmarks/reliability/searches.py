@@ -92,7 +92,9 @@ def _leave(place: Path, x: float) -> None:
 
 
 def storage(kind: str, place: Path) -> str:
-    """Where a study is."""
+    """Where a study is, of a kind or at an address."""
+    if kind.startswith("postgresql:"):
+        return kind
     return f"sqlite:///{place}/study.db" if kind == "sqlite" else f"{place}/study.journal"
 
 
@@ -166,15 +168,14 @@ def kill(kind: str, victim: str, models: bool, seconds: float, seed: int, place:
     else:
         child.killed(after)
         hit = {child.process}
-    known = apart(partial(_complete, kind, place))
+    known = apart(partial(complete, kind, place))
     try:
         apart(work)
     except Broken as error:
         return Search(kind, victim, models, after, (str(error),))
     finally:
         _end(child.process)
-    lost = apart(partial(_lost, kind, place, known, hit))
-    return Search(kind, victim, models, after, tuple(lost))
+    return Search(kind, victim, models, after, tuple(apart(partial(lost, kind, place, known, hit))))
 
 
 def _children(process: int) -> list[int]:
@@ -198,12 +199,27 @@ def _end(group: int) -> None:
     raise RuntimeError(f"workers of {group} do not end")
 
 
-def _complete(kind: str, place: Path) -> dict[int, float | None]:
+def complete(kind: str, place: Path) -> dict[int, float | None]:
+    """Values of the trials that are complete, by number."""
     return {t.number: t.value for t in record(kind, place) if t.state.name == "COMPLETE"}
 
 
-def _lost(kind: str, place: Path, known: dict[int, float | None], hit: set[int]) -> list[str]:
-    """What a storage lacks at the end."""
+def lost(
+    kind: str,
+    place: Path,
+    known: dict[int, float | None],
+    hit: set[int],
+    failing: int | None = None,
+) -> list[str]:
+    """What a storage lacks at the end.
+
+    Args:
+        kind: Of the storage, or its address.
+        place: Where trials left their lines.
+        known: What was complete before.
+        hit: Processes that were killed.
+        failing: Trials that may have failed; by default one for each of these.
+    """
     trials, wrong = record(kind, place), []
     values = {t.number: t.value for t in trials if t.state.name in ("COMPLETE", "PRUNED")}
     for number, value in known.items():
@@ -214,8 +230,9 @@ def _lost(kind: str, place: Path, known: dict[int, float | None], hit: set[int])
     states = [t.state.name for t in trials]
     again = {t.user_attrs.get("instead of") for t in trials}
     failed = [t for t in trials if t.state.name == "FAIL"]
-    if len(failed) > len(hit):
-        wrong.append(f"{len(failed)} trials failed of {len(hit)} processes that were killed")
+    failing = len(hit) if failing is None else failing
+    if len(failed) > failing:
+        wrong.append(f"{len(failed)} trials failed, of which {failing} were running")
     wrong += [f"trial {t.number} is not tried again" for t in failed
               if t.params and t.number not in again]  # fmt: skip
     wrong += [f"{states.count('RUNNING')} trials still run"] * ("RUNNING" in states)

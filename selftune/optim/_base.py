@@ -191,7 +191,8 @@ class SelfTuningOptimizer(EvaluationMode):
             if engine.outer_step(float(loss), grads, values, lambda: outer.compared(closure)):
                 self._publish()
             if engine.monitor.on:
-                self._log.hyper_step(loss, self.hparams, clock.steps, begun)
+                groups = self.param_groups
+                self._log.hyper_step(loss, self.hparams, groups, clock.steps, begun)
             if self._log.due and not engine.reducer.together:
                 self._log.metrics.compared(loss, outer.value(closure), clock.steps)
         return loss

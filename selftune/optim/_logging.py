@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from selftune.method.hyper_optimizer import signal_to_noise
 from selftune.monitor import Ends, Metrics, Monitor, Verdict, plain_rows
+from selftune.monitor._monitor import DISTINCT
 from selftune.optim._shifts import Shifts
 
 SPARSE = 20
 """Hyperparameter steps from one histogram of layers, and from one verdict, to the next."""
+
+
+def rate_rows(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """The rate that each parameter group was stepped at, or their range where groups are many.
+
+    Args:
+        groups: Parameter groups; of a single one there are no rows.
+    """
+    rates = [(str(g.get("name", i)), g["applied_lr"]) for i, g in enumerate(groups)
+             if "applied_lr" in g]  # fmt: skip
+    if len(rates) < 2:
+        return []
+    if len(rates) > DISTINCT:
+        ordered = sorted(rate for _, rate in rates)
+        ends = (("lowest", 0), ("median", len(ordered) // 2), ("highest", -1))
+        rates = [(end, ordered[at]) for end, at in ends]
+    elif len(dict(rates)) < len(rates):  # names are not unique
+        rates = [(str(i), rate) for i, (_, rate) in enumerate(rates)]
+    return [(f"lr/{name}", float(rate)) for name, rate in rates]
 
 
 class OptimizerLog:
@@ -35,9 +55,17 @@ class OptimizerLog:
         self._monitor.begin(dict(plain_rows(values)), self._shifts.names)
         self._noted = time.monotonic()
 
-    def hyper_step(self, loss: Tensor, values: Mapping[str, Any], step: int, begun: float) -> None:
-        """Log a hyperparameter step that began at a time."""
+    def hyper_step(
+        self,
+        loss: Tensor,
+        values: Mapping[str, Any],
+        groups: Sequence[Mapping[str, Any]],
+        step: int,
+        begun: float,
+    ) -> None:
+        """Log a hyperparameter step that began at a time, and the rates of the last weight step."""
         raw = self._raw()
+        self._monitor.scalars(rate_rows(groups), step)
         self.metrics.note(raw)
         self.metrics.hyper_step(step, loss, values, raw, self._signals())
         self._steps += 1

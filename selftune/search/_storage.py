@@ -87,7 +87,7 @@ def _remote(address: str, times: int = 5) -> BaseStorage:
         return GrpcStorageProxy(host=host, port=int(port or 13000))
     again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
     try:
-        return RDBStorage(
+        storage = RDBStorage(
             address, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=BEAT,
             grace_period=GRACE, heartbeat_stale_trial_callback=again,
         )  # fmt: skip
@@ -107,6 +107,10 @@ def _remote(address: str, times: int = 5) -> BaseStorage:
             f"storage={address} cannot be opened ({error.orig}): if another program holds it, wait "
             "for that or pass another address; it is untouched"
         ) from error
+    beat = storage.record_heartbeat
+    # Optuna calls it in a thread, which ends with the first error: the trial would seem dead.
+    vars(storage)["record_heartbeat"] = lambda trial_id: persist(partial(beat, trial_id))
+    return storage
 
 
 def persist(call: Callable[[], T], study: optuna.Study | None = None) -> T:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -157,8 +157,11 @@ def check_together(given: Given) -> None:
         )
 
 
-def open_streams(train: Any, val: Any, device: torch.device, given: Given) -> tuple[Stream, Stream]:
-    """Training and validation batches, of which each rank gets its part.
+@contextmanager
+def open_streams(
+    train: Any, val: Any, device: torch.device, given: Given
+) -> Iterator[tuple[Stream, Stream]]:
+    """Training and validation batches, of which each rank gets its part, and their workers' end.
 
     Raises:
         ValueError: Ranks begin with different models or data.
@@ -169,9 +172,13 @@ def open_streams(train: Any, val: Any, device: torch.device, given: Given) -> tu
         Stream(train, "train", device, shard=parts[0]),
         Stream(val, "val", device, skips=True, shard=parts[1]),
     )
-    check_ranks(group, given.objective, streams)
-    group.seed(device)
-    return streams
+    try:
+        check_ranks(group, given.objective, streams)
+        group.seed(device)
+        yield streams
+    finally:
+        for stream in streams:
+            stream.close()
 
 
 def build(
@@ -212,18 +219,17 @@ def build(
                 "%s starts at %.3g, since the given %.3g is outside its bounds",
                 name, value, given.values[name],
             )  # fmt: skip
-    start = check_first(steps, run, streams) if new else math.nan
+    mapped = members is not None
+    start = check_first(steps, run, streams, mapped=mapped) if new else math.nan
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
     where = resolve(given.snapshots, sum(t.numel() for t in run.averages))
-    snapshots = Snapshots(run, steps.method, members is not None, where)
+    snapshots = Snapshots(run, steps.method, mapped, where)
     fused = Fused(steps, run, members)
     if fused.whole is not None:
         snapshots.rewound.append(fused.whole.whole.forget)
-    scorer = Scorer(
-        given.objective, given.metrics, val, steps, members is not None, device, autocast
-    )
+    scorer = Scorer(given.objective, given.metrics, val, steps, mapped, device, autocast)
     controllers = [_controller(given, steps, total) for _ in range(members or 1)]
     policy = GuardPolicy() if controllers[0].guard is None else controllers[0].guard.policy
     compare = partial(scorer.compared, run, snapshots, streams[1], policy.most_batches)

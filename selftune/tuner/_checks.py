@@ -133,8 +133,16 @@ def check_fit(values: Mapping[str, Any]) -> None:
         )
 
 
-def check_first(steps: Steps, run: RunState, streams: tuple[Stream, Stream]) -> float:
+def check_first(
+    steps: Steps, run: RunState, streams: tuple[Stream, Stream], *, mapped: bool
+) -> float:
     """Try both objectives on their first batches, which changes nothing; the validation loss.
+
+    Args:
+        steps: Compute them.
+        run: At its start.
+        streams: Training and validation batches.
+        mapped: Whether members of a population are trained, by ``torch.func``.
 
     Raises:
         TypeError: A loss that is no tensor.
@@ -146,14 +154,17 @@ def check_first(steps: Steps, run: RunState, streams: tuple[Stream, Stream]) -> 
     passes = (("train", steps.inner), ("val", steps.outer))
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
-        with torch.random.fork_rng(devices), steps.autocast(), _held(module):
+        held = _held(module), _explained()
+        with torch.random.fork_rng(devices), steps.autocast(), held[0], held[1]:
             with torch.enable_grad():
                 loss = module(batch)
             _check_loss(loss, name)
             _check_dependence(loss, name, module)
             value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
-            if not any(bool(g.any()) for g in passed(run, batch)[1]):
+            with torch.set_grad_enabled(mapped or steps.whole is not None):  # by torch.func then
+                grads = passed(run, batch)[1]
+            if not any(bool(g.any()) for g in grads):
                 raise ValueError(
                     f"the gradient of the loss on the first {name} batch is 0: does objective= use "
                     "the model that it is given, and not another? Are all units dead?"
@@ -216,6 +227,27 @@ def _held(module: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, old in zip(module.buffers(), before, strict=True):
                 buffer.copy_(old)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Says what to do about activation checkpoints that cannot be differentiated."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise ValueError(
+                "model: st.Tuner cannot differentiate activation checkpoints of the reentrant "
+                "kind: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or train by "
+                "st.AdamW in a loop of your own, which takes both kinds"
+            ) from error
+        if "saved tensor hooks" in str(error):
+            raise ValueError(
+                "model: activation checkpoints, and other hooks of saved tensors, need "
+                "population=1 and an estimator of rows, Trace or OneStep, for all tuned "
+                "hyperparameters: leave others out of tune=, or train without checkpoints"
+            ) from error
+        raise
 
 
 def _check_loss(loss: Any, name: str) -> None:

@@ -137,6 +137,7 @@ class Fused:
 
     def _fall_back(self, reason: str) -> None:
         """Leave the model's passes eager; if that was so already, leave everything."""
+        torch._C._autograd._saved_tensors_hooks_enable()  # a graph that failed leaves them off
         self.compiled = not self._apart and self.whole is None
         if not self.compiled:
             log.warning("the training step stays eager from here: %s", reason)

@@ -1,4 +1,4 @@
-"""Batches: endless streams at a position that can be saved, and splits."""
+"""Batches: endless streams at a position that can be saved."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, random_split
+from torch.utils.data import DataLoader
 
+from selftune.tuner._checkpoints import plain
 from selftune.tuner._randomness import restore, snapshot
 
 log = logging.getLogger("selftune")
@@ -21,12 +22,15 @@ class Stream:
     """Batches of a loader, epoch after epoch, on the device.
 
     A saved position is the state of all random streams at the epoch's start and the number of
-    batches taken since: the same shuffling follows, and the same random transforms.
+    batches taken since, which are read again: the same shuffling follows, and the same random
+    transforms. A loader with ``state_dict`` and ``load_state_dict`` (torchdata's
+    ``StatefulDataLoader``) goes on from its own state instead, and nothing is read again.
 
     Args:
         loader: A DataLoader or any iterable of batches.
         name: What to call it in errors.
-        device: Where batches go. To a GPU they travel one ahead, while it computes.
+        device: Where batches go. To a GPU they travel one ahead, while it computes, unless the
+            loader has a state, which would be one ahead too.
         skips: Whether to leave out a last batch of one example, which BatchNorm cannot take.
         shard: Makes the loader yield this rank's part of each batch.
     """
@@ -48,10 +52,14 @@ class Stream:
                 f"{name}={type(loader).__name__} must be a DataLoader or an iterable of batches"
             )
         self.once = isinstance(loader, Iterator)  # a generator: it cannot be started again
-        self._loader = alone(loader) if shard is None else shard(alone(loader))
+        self._own = alone(loader)
+        self._loader = self._own if shard is None else shard(self._own)
         self._name = name
+        known = ("state_dict", "load_state_dict")
+        self._stateful = all(callable(getattr(self._loader, n, None)) for n in known)
         self._usual = 0  # examples in the first batch
         self._device = device
+        self._ahead = device.type == "cuda" and not self._stateful
         self._batches: Iterator[Any] | None = None
         self._waiting: list[Any] = []  # a batch that was looked at
         self._start: dict[str, Any] = {}
@@ -122,7 +130,7 @@ class Stream:
     def _begin(self) -> None:
         self._start = self._randomness()
         self._batches, self.taken = iter(self._loader), 0
-        if self._device.type == "cuda":
+        if self._ahead:
             self._batches = _ahead(self._batches, self._device)
 
     def _fetch(self) -> Any:
@@ -130,7 +138,16 @@ class Stream:
         if self._waiting:
             return self._waiting.pop()
         batch = next(self._batches)
-        return batch if self._device.type == "cuda" else to_device(batch, self._device)
+        return batch if self._ahead else to_device(batch, self._device)
+
+    def close(self) -> None:
+        """End the loader's workers.
+
+        Garbage collection would take five seconds for each: it ends the queue that they wait at
+        before the iterator that tells them to end.
+        """
+        self._batches = None
+        end_workers(self._own)
 
     def _check(self, batch: Any) -> None:
         found = structure(batch)
@@ -164,7 +181,14 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """The position."""
         return {"epoch": self.epoch, "taken": self.taken, "start": self._start, "own": self.own(),
-                "usual": self._usual}  # fmt: skip
+                "usual": self._usual, "loader": self._place()}  # fmt: skip
+
+    def _place(self) -> Any:
+        """The loader's own state; None where it has none that a checkpoint can hold."""
+        if not self._stateful or self._batches is None or self._waiting:
+            return None
+        place = self._loader.state_dict()
+        return copy.deepcopy(place) if plain(place) else None
 
     def settle(self, state: dict[str, Any]) -> None:
         """Put the loader's own generators where they were when the state was taken."""
@@ -182,8 +206,21 @@ class Stream:
         self.epoch, taken, self._usual = state["epoch"], state["taken"], state["usual"]
         if not state["start"]:
             return
+        place = state.get("loader")
+        if place is None and getattr(self._own, "persistent_workers", False):
+            self._begin()  # starts the workers, which draws a seed that later epochs do not draw
         self._restore(state["start"])
+        if place is not None and not self._stateful:
+            raise ValueError(
+                f"resume: {self._name} had a state_dict when the run was saved, and has none now: "
+                "resume with the same loader"
+            )
+        if place is not None:
+            self._loader.load_state_dict(place)
         self._begin()
+        if place is not None:
+            self.taken = taken
+            return
         for _ in range(taken):
             try:
                 self._check(self._fetch())
@@ -269,6 +306,12 @@ def alone(loader: Any) -> Any:
     return own
 
 
+def end_workers(loader: Any) -> None:
+    """Let go of the iterator that a loader with persistent workers keeps."""
+    if isinstance(loader, DataLoader):
+        vars(loader)["_iterator"] = None
+
+
 def size(batch: Any) -> int:
     """Examples in a batch: the first dimension of its first tensor."""
     if isinstance(batch, Tensor):
@@ -277,55 +320,3 @@ def size(batch: Any) -> int:
     if isinstance(parts, (str, bytes)) or not isinstance(parts, Iterable):
         return 1
     return next((size(p) for p in parts if isinstance(p, (Tensor, dict, tuple))), 1)
-
-
-def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """A loader's data set in two at random: for training, and ``share`` of it for validation.
-
-    Raises:
-        ValueError: Not a DataLoader over a data set with a length, a sampler of its own, or
-            nothing left on a side.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"val={share} must be between 0 and 1, or a loader of validation batches")
-    if not isinstance(train, DataLoader) or train.batch_size is None:
-        raise ValueError(
-            f"val={share} (0.1 where no val is given) sets a part of the data set of a DataLoader "
-            f"with a batch_size aside, and train is a {type(train).__name__}: pass validation "
-            "batches too, fit(train, val), or such a DataLoader"
-        )
-    try:
-        total = len(train.dataset)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(
-            f"val={share} needs a data set with a length: pass validation batches as val= instead"
-        ) from None
-    drawn = type(train.sampler) is RandomSampler and (
-        train.sampler.replacement or train.sampler.num_samples != total
-    )
-    if drawn or type(train.sampler) not in (RandomSampler, SequentialSampler):
-        raise ValueError(
-            f"val={share} cannot keep the order of sampler={type(train.sampler).__name__}: split "
-            "the data set yourself and pass validation batches as val="
-        )
-    held = round(share * total)
-    if not 0 < held < total:
-        raise ValueError(
-            f"val={share} of {total} examples leaves {held} to validate and {total - held} to "
-            "train on: pass another share, or validation batches"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    rest, chosen = random_split(train.dataset, [total - held, held], generator)
-
-    def loader(data: Any, shuffle: bool, drop_last: bool) -> DataLoader[Any]:
-        return DataLoader(
-            data, batch_size=train.batch_size, shuffle=shuffle, num_workers=train.num_workers,
-            collate_fn=train.collate_fn, pin_memory=train.pin_memory, drop_last=drop_last,
-            worker_init_fn=train.worker_init_fn, generator=train.generator,
-            persistent_workers=train.persistent_workers, timeout=train.timeout,
-            prefetch_factor=train.prefetch_factor,
-            multiprocessing_context=train.multiprocessing_context,
-        )  # fmt: skip
-
-    shuffled = isinstance(train.sampler, RandomSampler)
-    return loader(rest, shuffled, train.drop_last), loader(chosen, True, False)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 
-from selftune._gradient import gradient
+from selftune._gradient import gradient, plainly
 
 Passed = tuple[Tensor, list[Tensor], list[Tensor]]
 """Loss, gradients and next buffers of a pass."""
@@ -53,18 +55,37 @@ class Passes:
             batch: Passed to the objective.
             layers: Buffers with another value, by name.
         """
+        tensors: dict[str, Tensor] = {}
 
-        def objective(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def loss_at(params: list[Tensor], call: Callable[..., Tensor]) -> Tensor:
             held = [b.clone() for b in buffers]  # modules write into them, which must not show
-            tensors = dict(zip(self.params, self.views(params), strict=True))
-            tensors |= {**dict(zip(self.buffers, held, strict=True)), **layers}
+            tensors.update(zip(self.params, self.views(params), strict=True))
+            tensors.update({**dict(zip(self.buffers, held, strict=True)), **layers})
             for name, ahead in self.counters.items():
                 tensors[name].add_(ahead)
             with self.autocast():
-                loss = functional_call(module, tensors, (batch,))
+                return call(module, tensors, (batch,))
+
+        def whole(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            loss = loss_at(params, functional_call)
             return loss, [tensors[n] for n in self.buffers]  # the same, or what was bound anew
 
-        grads, loss, after = gradient(objective, params)
+        if plainly():
+            # Activation checkpoints run the module again in the backward pass, on these tensors.
+            with ExitStack() as bound:
+                call = partial(_call_bound, bound)
+                grads, loss, _ = gradient(lambda w: (loss_at(w, call), ()), params)
+            after = [tensors[n].detach() for n in self.buffers]
+        else:
+            grads, loss, after = gradient(whole, params)
         for name, ahead in self.counters.items():
             after[self.buffers.index(name)].sub_(ahead)
         return loss, grads, after
+
+
+def _call_bound(
+    bound: ExitStack, module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...]
+) -> Any:
+    """``functional_call``, whose tensors stay the module's until the stack is closed."""
+    bound.enter_context(_reparametrize_module(module, tensors, tie_weights=True))
+    return module(*args)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune.control.final_weights import BACK, between
-from selftune.tuner._data import Stream, alone, size, to_device
+from selftune.tuner._data import Stream, alone, end_workers, size, to_device
 from selftune.tuner._objective import Objective, for_scoring
 from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
@@ -83,10 +83,15 @@ class Scorer:
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
         own = alone(batches)
         self._batches: Iterable[Any] = steady(own) if steps.group.together else own
+        self._own = own
         self._few: list[Any] = []  # of batches that come only once
         self._members = members
         self._device = device
         self._autocast = autocast
+
+    def close(self) -> None:
+        """End the loader's persistent workers; they begin anew where they are needed again."""
+        end_workers(self._own)
 
     def _part(self, tensor: Tensor, member: int) -> Tensor:
         return tensor[member] if self._members else tensor

@@ -26,7 +26,6 @@ from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build, check_together, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
-from selftune.tuner._data import split
 from selftune.tuner._group import Group, join, quiet
 from selftune.tuner._lock import owned
 from selftune.tuner._logging import monitor_of
@@ -35,6 +34,7 @@ from selftune.tuner._plan import Plan, Progress, between_entries, between_evalua
 from selftune.tuner._population import Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
+from selftune.tuner._splitting import split
 from selftune.tuner._training import Training
 from selftune.update import Update
 
@@ -284,7 +284,7 @@ class Tuner:
                 log.warning("val is train: regularization cannot be tuned on the training data")
             device = self._device or next(self.model.parameters()).device
             objective.to(device).train()
-            streams = open_streams(train, val, device, self._given)
+            streams = held.enter_context(open_streams(train, val, device, self._given))
             total = length(streams[0], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             spacing, rest = between_entries(total, log_every)
@@ -295,6 +295,7 @@ class Tuner:
                 compile=self._compile, exploit=self._exploit,
             )  # fmt: skip
             training = build(self._given, plan, streams, val, device, saved is None)
+            held.callback(training.scorer.close)
             training.callbacks = callbacks
             training.watch.bar = tqdm(
                 total=total, disable=not (progress and group.first), unit="step"

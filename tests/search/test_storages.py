@@ -9,6 +9,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import DBAPIError
 
 from selftune import search
 from selftune.search._storage import BEAT, GRACE, storage_of
@@ -25,6 +27,25 @@ def test_a_database(tmp_path: Path) -> None:
     study = optuna.load_study(study_name="selftune", storage=address)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4
     assert storage_of(address).get_heartbeat_interval() == BEAT < GRACE
+
+
+def test_a_sign_of_life_outlives_a_lost_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, other workers would take a long trial for dead and fail it."""
+    beats, beat = [], optuna.storages.RDBStorage.record_heartbeat
+
+    def cut(storage: optuna.storages.RDBStorage, trial: int) -> None:
+        beats.append(trial)
+        if len(beats) == 1:
+            gone = DBAPIError("insert", {}, Exception("gone"), connection_invalidated=True)
+            raise StorageInternalError("commit") from gone
+        beat(storage, trial)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "record_heartbeat", cut)
+    address = f"sqlite:///{tmp_path / 'study.db'}"
+    search.select(objective, trials=1, storage=address, progress=False)
+    assert beats == [1, 1]
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
