@@ -118,3 +118,9 @@ def read(path: Path) -> dict[str, Any]:
             f"{VERSION}: finish the run with the selftune that saved it, or start anew"
         )
     return state
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """The best weights that were saved in a folder, if any were."""
+    path = folder / BEST
+    return read(path) if path.exists() else None

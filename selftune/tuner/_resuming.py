@@ -6,6 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._watch import Watch
+
 log = logging.getLogger("selftune")
 
 LENGTH = "number of steps"
@@ -61,3 +64,12 @@ def name_changes(
                 "For another start begin anew, in another log_dir",
                 name, starts[name], before, present.get(name, before),
             )  # fmt: skip
+
+
+def extend(watch: Watch, snapshots: Snapshots, step: int) -> None:
+    """Go on from the average of a run that has finished."""
+    for member, controller in enumerate(watch.controllers):
+        snapshots.take("average", member)
+        snapshots.rewind({}, member)
+        controller.final.forget()
+    watch.begin(step)

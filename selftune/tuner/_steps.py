@@ -151,6 +151,11 @@ class Steps:
         """One tensor a parameter, of what the run keeps of its weights."""
         return list(weights) if self.layout is None else self.layout.views(weights[0])
 
+    @property
+    def starts(self) -> dict[str, float]:
+        """Where tuned hyperparameters started, by name."""
+        return {n: float(self.start[n]) for n in self.hyper.names}
+
     def release(self) -> None:
         """Give parameters tensors of their own again, where they are views of one."""
         named = dict(self.inner.named_parameters())

@@ -20,6 +20,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._group import Group
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._objective import modes_kept
+from selftune.tuner._payoff import WATCHED, payoff
 from selftune.tuner._pictures import picture
 from selftune.tuner._plan import Plan, Progress
 from selftune.tuner._population import Population
@@ -34,15 +35,6 @@ from selftune.tuner._sweep import sweep
 from selftune.tuner._watch import Watch
 
 log = logging.getLogger("selftune")
-
-WATCHED = 20
-"""Eager steps that are timed before it is decided whether to compile."""
-FUSED, LAUNCHED = 0.4, 4e-4
-"""What compiling saves of an eager step: a share, or seconds a parameter tensor if more."""
-LONG = 2.0
-"""How many times as long as compiling the rest of the run must be, whatever it would save."""
-COMPILED = 20.0, 4.0
-"""Seconds that compiling takes: at least, and for each parameter tensor (measured on a CPU)."""
 
 
 @dataclass(kw_only=True)
@@ -196,16 +188,10 @@ class Training:
             self.plan.compile = False  # decided: what cannot be compiled is not tried again
             self.fused.compile()
             return
-        # On a busy machine wall time is that of others, with several threads process time counts
-        # each: the shorter one is nearer to what a step takes.
         self._clock.append((time.perf_counter(), time.process_time()))
         if len(self._clock) == WATCHED + 1:
-            spans = zip(self._clock[-1], self._clock[0], strict=True)
-            taken = min(end - start for end, start in spans) / WATCHED
-            tensors, left = len(self.steps.params), self.plan.total - self.step
-            gain = min(max(FUSED * taken, LAUNCHED * tensors), 0.9 * taken)
-            saved, cost = gain * left, COMPILED[0] + COMPILED[1] * tensors
-            pays = saved > cost and taken * left > LONG * cost
+            left, tensors = self.plan.total - self.step, len(self.steps.params)
+            pays, saved = payoff(self._clock[0], self._clock[-1], left, tensors)
             if self.group.from_first(lambda: pays):
                 if self.group.together:
                     self.save()  # torchrun kills ranks that compile for 30 s after Ctrl-C
@@ -288,8 +274,7 @@ class Training:
         """The best weights that were saved, from memory or from disk."""
         if self.saved_best is not None or self.folder is None or self.best == math.inf:
             return self.saved_best
-        path = self.folder / _checkpoints.BEST
-        return _checkpoints.read(path) if path.exists() else None
+        return _checkpoints.read_best(self.folder)
 
     # saving
 
@@ -315,7 +300,7 @@ class Training:
         own = {
             "ended": self.ended,
             "numbers": [self.step, self.best, self.waited],
-            "starts": self._starts,
+            "starts": self.steps.starts,
             "rates": self.steps.rates.clone(),
             "compile": True if self.fused.compiled else self.plan.compile,
         }
@@ -338,23 +323,10 @@ class Training:
         self.watch.bar.update(self.step)
         rates = self.steps.rates  # of a run that was made longer: as they were until then
         rates[: len(state["rates"])].copy_(state["rates"])
-        _resuming.name_changes(state, self._starts, self.watch.hparams())
+        _resuming.name_changes(state, self.steps.starts, self.watch.hparams())
         _resuming.announce(state, self.plan.total, longer=longer)
         if longer:
-            self._extend()
-
-    def _extend(self) -> None:
-        """Go on from the average of a run that has finished."""
-        for member, controller in enumerate(self.watch.controllers):
-            self.snapshots.take("average", member)
-            self.snapshots.rewind({}, member)
-            controller.final.forget()
-        self.watch.begin(self.step)
-
-    @property
-    def _starts(self) -> dict[str, float]:
-        """Where tuned hyperparameters started, by name."""
-        return {n: float(self.steps.start[n]) for n in self.steps.hyper.names}
+            _resuming.extend(self.watch, self.snapshots, self.step)
 
     def _save_best(self) -> None:
         """Keep the best weights: on disk, or in memory where there is none or it is full."""
@@ -362,8 +334,7 @@ class Training:
             return
         with self.scorer.shown(self.fused.run, self.watch.leader):
             state = self._shown_state(self.best)
-        folder = self._writes
-        written = folder is not None and _checkpoints.write(folder / _checkpoints.BEST, state)
+        written = self._writes and _checkpoints.write(self._writes / _checkpoints.BEST, state)
         self.saved_best = None if written else state
 
     def _shown_state(self, loss: float) -> dict[str, Any]:

@@ -194,8 +194,7 @@ class Tuner:
     def start_from(self, values: Mapping[str, float]) -> list[str]:
         """Start tuned hyperparameters where another run ended; others are left as they are.
 
-        The learning rate is where the probe starts from. Values outside the bounds are moved to
-        them.
+        The sweep starts from the learning rate; values outside the bounds are moved to them.
 
         Args:
             values: By name, as in ``TuningResult.hparams``.
@@ -255,9 +254,9 @@ class Tuner:
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two entries in the log; by default 50, or a tenth of a second
                 where that is longer; in a run of less than 1,000 steps a twentieth of it.
-            pictures_every: Steps between two what-if pictures in the log, one more at the end:
-                the loss that is predicted around each hyperparameter whose response is learned
-                (:class:`BestResponse`). Each costs tens of validation batches. By default none.
+            pictures_every: Steps between two what-if pictures in the log, by default none: the loss
+                predicted around each hyperparameter whose response is learned. Each costs tens of
+                validation batches.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -268,8 +267,8 @@ class Tuner:
         """
         if self._fitted:
             raise RuntimeError(
-                "fit was called before on this Tuner: make a new Tuner for another run, or go on "
-                "with an interrupted one by resume=True on a new Tuner with the same log_dir"
+                "fit was called before on this Tuner: make a new one, with resume=True and the "
+                "same log_dir to go on with an interrupted run"
             )
         check_fit(locals())
         folder = None if log_dir is None else Path(log_dir)
