@@ -322,8 +322,7 @@ class Tuner:
     def predict(self, **values: Sequence[float]) -> NDArray[Any]:
         """The validation loss at other hyperparameters, read off the hypernetwork.
 
-        ``L_val(w̄ + J (z' − z))`` over the validation set, J the response that the run has
-        learned: a linear picture of where training would have ended, good near the present values.
+        ``L_val(w̄ + J (z' − z))`` over the validation set, J the response that the run has learned.
 
         Args:
             values: Of one or two hyperparameters by name, whose response was learned
