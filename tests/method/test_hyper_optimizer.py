@@ -321,7 +321,10 @@ def test_several_shifts_of_one_hyperparameter_step_each_for_itself() -> None:
     """Twins: one alone for each; rates and penalties of groups are apart."""
     known = Update(rules.SGD()).hparams
     names = ("lr", "momentum", "weight_decay")
-    hyper = HyperOptimizer(choose(known, names, None, 500), size=SIZE, shifts=[2, 1, 2])
+    hyper = HyperOptimizer(
+        choose(known, names, None, 500), size=SIZE, shifts=[2, 1, 2],
+        settings=HyperSettings(apart=1.0),
+    )  # fmt: skip
     origin = vector(-2.3, -3.0, 2.3, -9.2, -7.0)
     frame = Frame(origin, torch.full_like(origin, -20), torch.full_like(origin, 20))
     state = HyperState.begin(torch.zeros_like(origin))
@@ -332,6 +335,17 @@ def test_several_shifts_of_one_hyperparameter_step_each_for_itself() -> None:
         torch.testing.assert_close(state.raw, want)
     raw = hyper.move(state.raw, "weight_decay", vector(0.5, -0.5), frame)
     torch.testing.assert_close(raw - state.raw, vector(0.0, 0.0, 0.0, 0.5, -0.5))
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.1, 1.0])
+def test_shifts_of_one_hyperparameter_move_by_their_mean_and_a_share_apart(apart: float) -> None:
+    """Closed form, of the first step: it is of the same size for each, by the gradient's sign."""
+    tuned = choose(Update(rules.SGD()).hparams, ("lr",), None, 500)
+    hyper = HyperOptimizer(tuned, size=SIZE, shifts=[3], settings=HyperSettings(apart=apart))
+    frame = Frame(*(torch.full((3,), end, dtype=torch.float64) for end in (0.0, -20.0, 20.0)))
+    state = hyper.step(HyperState.begin(torch.zeros_like(frame.low)), vector(1, 2, -3), frame)
+    alone, mean = vector(-1, -1, 1) * SIZE, -SIZE / 3
+    torch.testing.assert_close(state.raw, mean + apart * (alone - mean))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: type(c.rule).__name__)
