@@ -5,10 +5,20 @@ import torch
 from torch import Tensor
 
 from selftune._flat import Layout
-from selftune.penalties import L1, L2, AbstractPenalty, Elastic, Group, Joined, ProximalL1
+from selftune.penalties import (
+    GATE_AXES,
+    L1,
+    L2,
+    AbstractPenalty,
+    Elastic,
+    Gates,
+    Group,
+    Joined,
+    ProximalL1,
+)
 
-ALL = [L1(), ProximalL1(), L2(), Elastic(), Group()]
-SHAPES: list[tuple[int, ...]] = [(5,), (3, 4), (2, 3, 2, 2), ()]
+ALL = [L1(), ProximalL1(), L2(), Elastic(), Group(), Gates()]
+SHAPES: list[tuple[int, ...]] = [(5,), (3, 4), (2, 3, 2, 2), (4, *GATE_AXES), ()]
 
 
 def name(thing: object) -> str:
@@ -87,3 +97,20 @@ def test_joined_equals_a_loop_over_tensors(penalty: AbstractPenalty) -> None:
     (want,) = torch.autograd.grad(value, flat)
     torch.testing.assert_close(joined.gradient(flat.detach()), want)
     assert joined.name == penalty.name
+
+
+@pytest.mark.parametrize("threshold", [0.4, "one a weight"])
+def test_joined_gates_alone_are_thresholded(threshold: float | str) -> None:
+    """Truth: soft-thresholding of the gates' part; all else as it is, and free."""
+    tensors = [weights(5), weights(4, *GATE_AXES), weights(3, 2)]
+    layout = Layout(tensors)
+    flat, joined = layout.flatten(tensors), Joined(penalty=Gates(), layout=layout)
+    by = flat.roll(1).abs() if isinstance(threshold, str) else torch.tensor(threshold)
+    moved = joined.prox(flat, by)
+    want = flat.clone()
+    want[5:9] = ProximalL1.prox(flat[5:9], by[5:9] if by.ndim else by)
+    torch.testing.assert_close(moved, want, rtol=0, atol=0)
+    assert (moved[5:9] == 0).any()
+    assert torch.equal(joined.free(moved), ((moved != 0) | (torch.arange(15) < 5)
+                                            | (torch.arange(15) >= 9)).double())  # fmt: skip
+    assert joined.proximal
