@@ -4,7 +4,7 @@ A convolutional net that is wider than 5,000 images of Fashion-MNIST need, train
 gradient evaluations in each row:
 
 - *wide*: as it is;
-- *gates, λ tuned*: a gate on each unit, `penalties.Gates(0.3)`, λ tuned on validation data like
+- *gates, λ tuned*: a gate on each unit, `penalties.Gates(0.003)`, λ tuned on validation data like
   the rate, then `structure.prune`;
 - *gates, λ ≥ …*: the same with a lower bound of λ, which says how much smaller a net is wanted;
 - *magnitude*: the wide net for two thirds of the steps, then `torch.nn.utils.prune.ln_structured`
@@ -12,7 +12,7 @@ gradient evaluations in each row:
 
 Means ± standard deviations over the seeds; "kept" are the shares of the wide net's.
 
-    SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 3] [--steps 600] [--least 0.3]
+    SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 3] [--steps 600] [--least 0.003]
 
 RESULTS
 """
@@ -36,6 +36,8 @@ import selftune as st
 
 WIDTHS = (24, 48, 96)
 TRAIN, VAL, BATCH = 5000, 1000, 64
+START = 3e-3
+"""λ at the start."""
 
 
 class Data:
@@ -134,10 +136,10 @@ def wide(data: Data, steps: int) -> tuple[nn.Sequential, float]:
 def gates(data: Data, steps: int, least: float | None) -> tuple[nn.Sequential, float, float]:
     """The pruned model, its accuracy, and λ at the end."""
     model = net(gates=True)
-    groups = st.structure.parameter_groups(model)
+    groups = st.structure.parameter_groups(model, lr=3e-2)
     opt = st.AdamW(
         groups, lr=3e-3, weight_decay=0.01, total_steps=steps, model=model,
-        penalty=st.penalties.Gates(max(0.3, least or 0.0)),
+        penalty=st.penalties.Gates(max(START, least or 0.0)),
         bounds=None if least is None else {"gates": (least, 100.0)},
     )  # fmt: skip
     train(opt, model, data, steps)
@@ -181,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--least", type=float, default=0.3)
+    parser.add_argument("--least", type=float, default=0.003)
     args = parser.parse_args()
     rows: dict[str, list[tuple[float, tuple[int, ...], float]]] = {}
 

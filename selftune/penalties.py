@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class AbstractPenalty(ABC):
     elementwise: ClassVar[bool] = True
     """Whether Ω is a sum over single weights, so that tensors may be joined."""
     proximal: ClassVar[bool] = False
-    """Whether it acts through ``prox`` in place of its gradient (:class:`Proximal`)."""
+    """Whether it acts through ``prox`` in place of its gradient."""
 
     @abstractmethod
     def value(self, params: Tensor) -> Tensor:
@@ -42,23 +42,6 @@ class AbstractPenalty(ABC):
     @abstractmethod
     def gradient(self, params: Tensor) -> Tensor:
         """A (sub)gradient of Ω, in the shape of ``params``."""
-
-
-class Proximal(Protocol):
-    """What a penalty with ``proximal = True`` has besides."""
-
-    @property
-    def name(self) -> str:
-        """The name of its strength."""
-
-    def gradient(self, params: Tensor) -> Tensor:
-        """−∂prox/∂threshold at weights after the step."""
-
-    def prox(self, params: Tensor, threshold: Tensor | float) -> Tensor:
-        """argmin_x ½ ‖x − w‖² + threshold · Ω(x)."""
-
-    def free(self, params: Tensor) -> Tensor:
-        """∂prox/∂w at weights after the step: 0 where they are held at 0, else 1."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +87,6 @@ class ProximalL1(AbstractPenalty):
         """sign(w) · max(|w| − threshold, 0)."""
         return params.sign() * torch.relu(params.abs() - threshold)
 
-    @staticmethod
-    def free(params: Tensor) -> Tensor:
-        """0 where a weight is 0, else 1."""
-        return params.sign().abs()
-
 
 GATE_AXES = (1, 1, 1, 1, 1)
 """Shape of a gate after its units. No parameter of torch has six dimensions, so a penalty, which is
@@ -127,23 +105,23 @@ def is_gate(shape: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class Gates(AbstractPenalty):
-    """Ω = Σ|g| over the gates g of :mod:`selftune.structure` alone, by soft-thresholding.
+    """Ω = Σ|g| over the gates of :mod:`selftune.structure` alone, through its subgradient sign(g).
 
     A gate scales all that a unit or layer passes on, so that this is a group penalty of it: a gate
-    that a step leaves below η_t λ is exactly 0, and its unit can be removed. Other parameters are
-    left alone.
-    Source: on the scales of BatchNorm, Liu et al. 2017 (network slimming), eq. 1; by the proximal
-    map, Huang & Wang 2018 (sparse structure selection), eq. 8.
+    whose loss falls by less than λ for each unit of its opening goes to 0. Other parameters are
+    left alone. By its gradient, not by soft-thresholding: in front of a norm, or of weights that
+    grow in turn, the loss does not depend on the scale of the gates, and thresholds of the size of
+    a rule's step close all of them, whereas gradients grow as gates shrink.
+    Source: on the scales of BatchNorm, Liu et al. 2017 (network slimming), eq. 1.
 
     Examples:
         >>> gate, weight = torch.tensor([0.5, -0.1]).view(2, 1, 1, 1, 1, 1), torch.ones(3)
-        >>> Gates().prox(gate, 0.2).flatten(), Gates().prox(weight, 0.2)
-        (tensor([0.3000, -0.0000]), tensor([1., 1., 1.]))
+        >>> Gates().gradient(gate).flatten(), Gates().gradient(weight)
+        (tensor([ 1., -1.]), tensor([0., 0., 0.]))
     """
 
     name = "gates"
     elementwise = False
-    proximal = True
 
     def value(self, params: Tensor) -> Tensor:
         """Σ|g|."""
@@ -152,16 +130,6 @@ class Gates(AbstractPenalty):
     def gradient(self, params: Tensor) -> Tensor:
         """sign(g), 0 at 0 and of other parameters."""
         return params.sign() if is_gate(params.shape) else torch.zeros_like(params)
-
-    @staticmethod
-    def prox(params: Tensor, threshold: Tensor | float) -> Tensor:
-        """sign(g) · max(|g| − threshold, 0); other parameters as they are."""
-        return ProximalL1.prox(params, threshold) if is_gate(params.shape) else params
-
-    @staticmethod
-    def free(params: Tensor) -> Tensor:
-        """0 where a gate is 0, else 1."""
-        return params.sign().abs() if is_gate(params.shape) else torch.ones_like(params)
 
 
 @dataclass(frozen=True)
@@ -237,11 +205,6 @@ class Joined(AbstractPenalty):
         """The name of the penalty it applies."""
         return self.penalty.name
 
-    @property
-    def proximal(self) -> bool:  # type: ignore[override]
-        """Whether the penalty it applies is."""
-        return self.penalty.proximal
-
     def value(self, params: Tensor) -> Tensor:
         """The sum of Ω over the tensors."""
         return torch.stack([self.penalty.value(p) for p in self._tensors(params)]).sum()
@@ -250,21 +213,6 @@ class Joined(AbstractPenalty):
         """The gradients of all tensors, joined."""
         parts = [self.penalty.gradient(p) for p in self._tensors(params)]
         return torch.cat([p.reshape(-1) for p in parts])
-
-    def prox(self, params: Tensor, threshold: Tensor | float) -> Tensor:
-        """The proximal maps of all tensors, joined."""
-        penalty: Any = self.penalty
-        tensors = self._tensors(params)
-        thresholds: Sequence[Any] = [threshold] * len(tensors)
-        if isinstance(threshold, Tensor) and threshold.numel() == params.numel() > 1:
-            thresholds = self._tensors(threshold)  # one a weight
-        parts = [penalty.prox(p, t) for p, t in zip(tensors, thresholds, strict=True)]
-        return torch.cat([p.reshape(-1) for p in parts])
-
-    def free(self, params: Tensor) -> Tensor:
-        """Whether weights are free, of all tensors, joined."""
-        penalty: Any = self.penalty
-        return torch.cat([penalty.free(p).reshape(-1) for p in self._tensors(params)])
 
     def _tensors(self, params: Tensor) -> list[Tensor]:
         return [params] if self.layout is None else self.layout.views(params)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selftune._flat import Layout, add_to, plus
 from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
-from selftune.penalties import L2, AbstractPenalty, Joined, Proximal
+from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1
 from selftune.rules._base import AbstractRule, State, Values, geometric
 from selftune.schedules import inverse_time
 
@@ -108,8 +108,8 @@ class Update:
         return set(self._smooth_terms)
 
     @property
-    def _prox(self) -> list[Proximal]:
-        return [cast(Proximal, p) for p in self.penalties if p.proximal]
+    def _prox(self) -> list[ProximalL1]:
+        return [p for p in self.penalties if isinstance(p, ProximalL1)]
 
     def joined(self, layout: Layout) -> Update:
         """The same update for the flat vector of ``layout``, where penalties need whole tensors."""
@@ -258,7 +258,7 @@ class Transition(NamedTuple):
                 dot, state[name] = self._direction_tangent(name, slope, before, discount, steps)
                 add_to(row, dot, -gain * rate)
         for penalty in update._prox:
-            self._push_prox(tangents.params, penalty, gain, slopes)
+            self._push_prox(tangents.params, penalty.name, gain, slopes)
         return Tangents(tangents.params, state)
 
     def _direction_tangent(
@@ -276,13 +276,13 @@ class Transition(NamedTuple):
         )
 
     def _push_prox(
-        self, rows: Iterable[Tensor], penalty: Proximal, gain: Any, slopes: Mapping[str, Any]
+        self, rows: Iterable[Tensor], name: str, gain: Any, slopes: Mapping[str, Any]
     ) -> None:
         """Soft-thresholding at η λ: zeroed weights respond to nothing, the others to η and λ."""
-        name, sign, free = penalty.name, penalty.gradient(self.moved), penalty.free(self.moved)
+        sign = self.moved.sign()
         rate = gain * learning_rate(self.values, self.clock)
         for row, (other, slope) in zip(rows, slopes.items(), strict=True):
-            row.mul_(free)
+            row.mul_(sign.abs())
             if other == name:
                 row.sub_(sign * (rate * slope))
             elif other == "lr":

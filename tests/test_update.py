@@ -10,17 +10,16 @@ from torch import Tensor
 from selftune import rules
 from selftune._flat import Layout
 from selftune.bijections import Log
-from selftune.penalties import GATE_AXES, L1, L2, Gates, Group, Joined, ProximalL1
+from selftune.penalties import L1, L2, Group, ProximalL1
 from selftune.update import Clock, Tangents, Transition, Update, learning_rate, zero_tangents
 
 N = 12
 OPTIONS = dict(dampening=0.1, nesterov=False, eps=1e-6, amsgrad=False, centered=False)
 VALUES: dict[str, Any] = OPTIONS | dict(
     lr=0.1, decay=0.2, weight_decay=0.05, momentum=0.7, beta1=0.8, beta2=0.95, alpha=0.9,
-    l1=3.0, l2=0.3, gates=3.0,
+    l1=3.0, l2=0.3,
 )  # fmt: skip
 CLOCK = Clock(step=3, rate=0.5, age=4)
-GATES = Joined(penalty=Gates(), layout=Layout([torch.ones(4, *GATE_AXES), torch.ones(8)]))
 RULES = ["SGD", "Nesterov", "Adam", "AMSGrad", "AdamW", "RMSprop", "Lion"]
 
 
@@ -81,11 +80,7 @@ def copied(t: Tangents) -> Tangents:
 
 @pytest.mark.parametrize("discount", [1.0, 0.0])
 @pytest.mark.parametrize("per_weight", [False, True])
-@pytest.mark.parametrize(
-    "penalties",
-    [(L1(), L2()), (ProximalL1(), L2()), (GATES, L2())],
-    ids=["smooth", "prox", "gates"],
-)
+@pytest.mark.parametrize("penalties", [(L1(), L2()), (ProximalL1(), L2())], ids=["smooth", "prox"])
 @pytest.mark.parametrize("kind", RULES)
 def test_push_equals_jacfwd(kind: str, penalties: tuple, per_weight: bool, discount: float) -> None:
     """Every row, from random tangents (γ = 1), and of the last step alone (γ = 0)."""
@@ -159,3 +154,12 @@ def test_names_of_what_can_be_tuned() -> None:
     assert update.regularizers == {"weight_decay", "l1", "group"}
     with pytest.raises(ValueError, match="share a name"):
         Update(rules.SGD(), (L1(), ProximalL1()))
+
+
+def test_penalties_of_whole_tensors_are_tried_on_one_weight() -> None:
+    """Law: which states respond does not depend on how tensors are joined."""
+    update, (_, _, _, values, _), _ = case("AdamW", (Group(),))
+    values["group"] = 0.1
+    joined = update.joined(Layout([random(0, 3, 2), random(1, 5)]))
+    rows = ["lr", "group"]
+    assert joined.tangent_state(rows, values) == update.tangent_state(rows, values)

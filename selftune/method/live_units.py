@@ -7,15 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from selftune.penalties import is_gate
-
 
 def live_units(grads: Sequence[Tensor]) -> Tensor:
     """How many units have a gradient: rows of matrices (output units, channels) that are not 0.
 
     A ReLU that no example switches on passes none to its row. Where all parameters are vectors,
-    their entries count. Where there are gates (:mod:`selftune.structure`), they alone count: a
-    closed gate holds back its unit's gradient, but has one itself as long as the unit is live.
+    their entries count.
 
     Args:
         grads: Gradients in the shapes of the parameters.
@@ -27,6 +24,5 @@ def live_units(grads: Sequence[Tensor]) -> Tensor:
         >>> int(live_units([torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 3.0]]), torch.ones(5)]))
         2
     """
-    shaped = [g for g in grads if is_gate(g.shape)] or [g for g in grads if g.ndim >= 2]
-    matrices = [g.flatten(1) for g in shaped] or [g.reshape(-1, 1) for g in grads]
+    matrices = [g.flatten(1) for g in grads if g.ndim >= 2] or [g.reshape(-1, 1) for g in grads]
     return torch.stack([(m != 0).any(1).sum() for m in matrices]).sum().float()

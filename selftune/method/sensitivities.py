@@ -7,7 +7,6 @@ estimator. Three have a closed form where curvature is dropped, and need none (:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -216,9 +215,8 @@ class Sensitivities:
     def _shrink(self, unit: UnitDecay, moment: Moment) -> None:
         """The weight of 1 takes a step without a gradient, and stays 1."""
         one, zeros = torch.ones_like(unit.averaged), torch.zeros_like(unit.averaged)
-        bare = replace(self.update, penalties=())  # which may need whole tensors, and matter not
         transition = Transition(
-            bare, one, zeros, {}, moment.values, moment.clock, zeros, zeros, {}, one
+            self.update, one, zeros, {}, moment.values, moment.clock, zeros, zeros, {}, one
         )
         self._push(unit.tangents, [unit.averaged], self.shrinks, transition, moment)
 
