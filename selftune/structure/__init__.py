@@ -1,5 +1,6 @@
-"""The structure of a network as hyperparameters: units and layers that gates close."""
+"""Discrete hyperparameters of one run: units and layers that gates close, and the batch size."""
 
+from selftune.structure.batches import Batches
 from selftune.structure.gates import (
     AbstractGated,
     Gate,
@@ -8,11 +9,14 @@ from selftune.structure.gates import (
     open_gates,
     parameter_groups,
 )
+from selftune.structure.noise_scale import NoiseScale
 from selftune.structure.pruning import prune
 
 __all__ = [
     "AbstractGated",
+    "Batches",
     "Gate",
+    "NoiseScale",
     "Optional",
     "gated",
     "open_gates",
