@@ -12,7 +12,7 @@ gradient evaluations in each row:
 
 Means ± standard deviations over the seeds; "kept" are the shares of the wide net's.
 
-    SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 3] [--steps 600] [--least 0.003]
+    SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 0 1 2] [--steps 600] [--least 0.003]
 
 RESULTS
 """
@@ -20,6 +20,8 @@ RESULTS
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -34,7 +36,7 @@ from torch.nn.utils import prune as torch_prune
 
 import selftune as st
 
-WIDTHS = (24, 48, 96)
+WIDTHS, LAYERS = (24, 48, 96), (0, 5, 11)
 TRAIN, VAL, BATCH = 5000, 1000, 64
 START = 3e-3
 """λ at the start."""
@@ -121,7 +123,7 @@ def size(units: tuple[int, ...]) -> tuple[int, int]:
 
 def units(model: nn.Sequential) -> tuple[int, ...]:
     """Rows of the hidden layers that are not all 0."""
-    return tuple(int(model[i].weight.flatten(1).any(1).sum()) for i in (0, 5, 11))
+    return tuple(int(model[i].weight.flatten(1).any(1).sum()) for i in LAYERS)
 
 
 def wide(data: Data, steps: int) -> tuple[nn.Sequential, float]:
@@ -151,71 +153,61 @@ def gates(data: Data, steps: int, least: float | None) -> tuple[nn.Sequential, f
 
 def magnitude(data: Data, steps: int, kept: tuple[int, ...]) -> tuple[nn.Sequential, float]:
     """The wide net, cut to the units of largest norm, and trained on."""
-    model = net(gates=False)
-    first = steps * 2 // 3
+    model, first = net(gates=False), steps * 2 // 3
     opt = st.AdamW(model, lr=3e-3, weight_decay=0.01, total_steps=first)
     train(opt, model, data, first)
     opt.eval()
-    with torch.no_grad():
-        for i, width, count in zip((0, 5, 11), WIDTHS, kept, strict=True):
-            layer = model[i]
-            torch_prune.ln_structured(layer, "weight", width - count, n=2, dim=0)
-            gone = ~layer.weight_mask.flatten(1).any(1)
-            for vector in (layer.bias, *(model[i + 1].parameters() if i < 11 else ())):
-                torch_prune.custom_from_mask(
-                    layer if vector is layer.bias else model[i + 1],
-                    "bias" if vector.shape == layer.bias.shape and vector is layer.bias
-                    else next(n for n, p in model[i + 1].named_parameters() if p is vector),
-                    (~gone).float(),
-                )  # fmt: skip
+    masked: list[tuple[nn.Module, str]] = []
+    for i, width, count in zip(LAYERS, WIDTHS, kept, strict=True):
+        layer, norm = model[i], model[i + 1]
+        torch_prune.ln_structured(layer, "weight", width - count, n=2, dim=0)
+        units = layer.weight_mask.flatten(1).any(1).float()  # type: ignore[union-attr,operator]
+        rest = [(layer, "bias")]
+        if isinstance(norm, nn.BatchNorm2d):
+            rest += [(norm, "weight"), (norm, "bias")]
+        for module, name in rest:
+            torch_prune.custom_from_mask(module, name, units)
+        masked += [(layer, "weight"), *rest]
     fine = st.AdamW(model, lr=1e-3, weight_decay=0.01, total_steps=steps - first)
     train(fine, model, data, steps - first)
     with fine.averaged():
-        for module in model:
-            for name in [n[:-5] for n in dict(module.named_buffers()) if n.endswith("_mask")]:
-                masked = getattr(module, f"{name}_orig") * getattr(module, f"{name}_mask")
-                setattr(module, name, masked.detach())
-        return model, accuracy(model, data)
+        for module, name in masked:
+            torch_prune.remove(module, name)
+        return copy.deepcopy(model), accuracy(model, data)
 
 
 def main() -> None:
     """Train, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--least", type=float, default=0.003)
     args = parser.parse_args()
+    steps, least = args.steps, args.least
     rows: dict[str, list[tuple[float, tuple[int, ...], float]]] = {}
 
-    def add(name: str, seed: int, run: Callable[[Data], tuple[Any, ...]]) -> tuple[int, ...]:
+    def add(name: str, seed: int, run: Callable[[Data], Any]) -> tuple[int, ...]:
         torch.manual_seed(seed)
         model, right, *strength = run(Data(seed))
         left = units(model)
-        rows.setdefault(name, []).append(
-            (right, left, *strength) if strength else (right, left, 0.0)
-        )
-        print(f"seed {seed}  {name:24} {right:.2f} %  units {left}  {strength}", flush=True)
+        rows.setdefault(name, []).append((right, left, strength[0] if strength else math.nan))
+        print(f"seed {seed}: {name}, {right:.2f} %, units {left}, λ {strength}", flush=True)
         return left
 
-    for seed in range(args.seeds):
-        add("wide", seed, lambda d: wide(d, args.steps))
-        for name, least in (("gates, λ tuned", None), (f"gates, λ ≥ {args.least:g}", args.least)):
-            left = add(name, seed, lambda d, b=least: gates(d, args.steps, b))  # type: ignore[misc]
-            add(f"magnitude, as {name}", seed, lambda d, k=left: magnitude(d, args.steps, k))  # type: ignore[misc]
-    print("\n| | test accuracy, % | parameters kept | multiply-adds kept | units | λ at the end |")
+    for seed in args.seeds:
+        add("wide", seed, lambda d: wide(d, steps))
+        add("gates, λ tuned", seed, lambda d: gates(d, steps, None))
+        left = add(f"gates, λ ≥ {least:g}", seed, lambda d: gates(d, steps, least))
+        add("magnitude", seed, lambda d, k=left: magnitude(d, steps, k))  # type: ignore[misc]
+    print("\n| | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |")
     print("|---|---|---|---|---|---|")
     whole = size(WIDTHS)
     for name, found in rows.items():
-        shares = [[size(left)[i] / whole[i] for _, left, _ in found] for i in (0, 1)]
-        means = " / ".join(
-            f"{statistics.mean(k):.0f}" for k in zip(*(f[1] for f in found), strict=True)
-        )
-        cells = [
-            _spread([f[0] for f in found], 2),
-            *(_spread([100 * s for s in k], 0) + " %" for k in shares),
-        ]
-        strength = statistics.mean(f[2] for f in found)
-        print(f"| {name} | {' | '.join(cells)} | {means} | {strength:.3g} |")
+        shares = [[100 * size(left)[i] / whole[i] for _, left, _ in found] for i in (0, 1)]
+        means = [statistics.mean(k) for k in zip(*(left for _, left, _ in found), strict=True)]
+        cells = [_spread([right for right, _, _ in found], 2), *(_spread(s, 0) for s in shares)]
+        cells += [" / ".join(f"{m:.0f}" for m in means)]
+        print(f"| {name} | {' | '.join(cells)} | {statistics.mean(f[2] for f in found):.2g} |")
 
 
 def _spread(values: list[float], digits: int) -> str:
