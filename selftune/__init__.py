@@ -11,6 +11,7 @@ from selftune import (
     penalties,
     rules,
     schedules,
+    structure,
     testing,
     tuner,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "replay",
     "rules",
     "schedules",
+    "structure",
     "testing",
     "tuner",
 ]

@@ -105,7 +105,7 @@ MEMORY = 20
 """How many times the memory 1/(1 − μ) of a tuned momentum must fit into the run."""
 FAMILIES = {
     "Step": ("lr", "decay", "momentum", "beta1", "beta2", "alpha", "dampening", "eps"),
-    "Regularization": ("weight_decay", "l1", "l2", "elastic", "group"),
+    "Regularization": ("weight_decay", "l1", "l2", "elastic", "group", "gates"),
 }
 """Pages of the log that show hyperparameters of the update together."""
 

@@ -88,6 +88,50 @@ class ProximalL1(AbstractPenalty):
         return params.sign() * torch.relu(params.abs() - threshold)
 
 
+GATE_AXES = (1, 1, 1, 1, 1)
+"""Shape of a gate after its units. No parameter of torch has six dimensions, so a penalty, which is
+given one tensor and no name, knows gates by theirs: joined, sharded or mapped over a population."""
+
+
+def is_gate(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this shape gates units or layers (:mod:`selftune.structure`).
+
+    Examples:
+        >>> is_gate((64, 1, 1, 1, 1, 1)), is_gate((64, 32, 3, 3))
+        (True, False)
+    """
+    return tuple(shape[1:]) == GATE_AXES
+
+
+@dataclass(frozen=True)
+class Gates(AbstractPenalty):
+    """Ω = Σ|g| over the gates of :mod:`selftune.structure` alone, through its subgradient sign(g).
+
+    A gate scales all that a unit or layer passes on, so that this is a group penalty of it: a gate
+    whose loss falls by less than λ for each unit of its opening goes to 0. Other parameters are
+    left alone. By its gradient, not by soft-thresholding: in front of a norm, or of weights that
+    grow in turn, the loss does not depend on the scale of the gates, and thresholds of the size of
+    a rule's step close all of them, whereas gradients grow as gates shrink.
+    Source: on the scales of BatchNorm, Liu et al. 2017 (network slimming), eq. 1.
+
+    Examples:
+        >>> gate, weight = torch.tensor([0.5, -0.1]).view(2, 1, 1, 1, 1, 1), torch.ones(3)
+        >>> Gates().gradient(gate).flatten(), Gates().gradient(weight)
+        (tensor([ 1., -1.]), tensor([0., 0., 0.]))
+    """
+
+    name = "gates"
+    elementwise = False
+
+    def value(self, params: Tensor) -> Tensor:
+        """Σ|g|."""
+        return params.abs().sum() if is_gate(params.shape) else params.sum() * 0
+
+    def gradient(self, params: Tensor) -> Tensor:
+        """sign(g), 0 at 0 and of other parameters."""
+        return params.sign() if is_gate(params.shape) else torch.zeros_like(params)
+
+
 @dataclass(frozen=True)
 class L2(AbstractPenalty):
     """Ω(w) = ½ Σw², whose gradient is w: torch's ``weight_decay`` when it is not decoupled."""

@@ -125,7 +125,9 @@ class Update:
         if not state:
             return {}
         numbers = {h: float(values[h]) for h in self.hparams}
-        transition = self.observed(weight, weight, state, {**values, **numbers}, Clock(0))[2]
+        penalties = (p.penalty if isinstance(p, Joined) else p for p in self.penalties)
+        single = replace(self, penalties=tuple(penalties))
+        transition = single.observed(weight, weight, state, {**values, **numbers}, Clock(0))[2]
         tangents = transition.push(zero_tangents(len(rows), weight), dict.fromkeys(rows, 1.0), 0.0)
         return {row: set(found) for row, found in tangents.state.items()}
 

@@ -5,10 +5,20 @@ import torch
 from torch import Tensor
 
 from selftune._flat import Layout
-from selftune.penalties import L1, L2, AbstractPenalty, Elastic, Group, Joined, ProximalL1
+from selftune.penalties import (
+    GATE_AXES,
+    L1,
+    L2,
+    AbstractPenalty,
+    Elastic,
+    Gates,
+    Group,
+    Joined,
+    ProximalL1,
+)
 
-ALL = [L1(), ProximalL1(), L2(), Elastic(), Group()]
-SHAPES: list[tuple[int, ...]] = [(5,), (3, 4), (2, 3, 2, 2), ()]
+ALL = [L1(), ProximalL1(), L2(), Elastic(), Group(), Gates()]
+SHAPES: list[tuple[int, ...]] = [(5,), (3, 4), (2, 3, 2, 2), (4, *GATE_AXES), ()]
 
 
 def name(thing: object) -> str:
@@ -87,3 +97,13 @@ def test_joined_equals_a_loop_over_tensors(penalty: AbstractPenalty) -> None:
     (want,) = torch.autograd.grad(value, flat)
     torch.testing.assert_close(joined.gradient(flat.detach()), want)
     assert joined.name == penalty.name
+
+
+def test_gates_alone_are_penalised() -> None:
+    """By hand: Σ|g| of the gates; whatever has another shape counts 0."""
+    tensors = [weights(5), weights(4, *GATE_AXES), weights(3, 2)]
+    layout = Layout(tensors)
+    joined, flat = Joined(penalty=Gates(), layout=layout), layout.flatten(tensors)
+    assert float(joined.value(flat)) == pytest.approx(float(tensors[1].abs().sum()))
+    want = torch.cat([torch.zeros(5), tensors[1].sign().flatten(), torch.zeros(6)])
+    assert torch.equal(joined.gradient(flat), want.double())

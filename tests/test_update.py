@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from selftune import rules
+from selftune._flat import Layout
 from selftune.bijections import Log
 from selftune.penalties import L1, L2, Group, ProximalL1
 from selftune.update import Clock, Tangents, Transition, Update, learning_rate, zero_tangents
@@ -153,3 +154,12 @@ def test_names_of_what_can_be_tuned() -> None:
     assert update.regularizers == {"weight_decay", "l1", "group"}
     with pytest.raises(ValueError, match="share a name"):
         Update(rules.SGD(), (L1(), ProximalL1()))
+
+
+def test_penalties_of_whole_tensors_are_tried_on_one_weight() -> None:
+    """Law: which states respond does not depend on how tensors are joined."""
+    update, (_, _, _, values, _), _ = case("AdamW", (Group(),))
+    values["group"] = 0.1
+    joined = update.joined(Layout([random(0, 3, 2), random(1, 5)]))
+    rows = ["lr", "group"]
+    assert joined.tangent_state(rows, values) == update.tangent_state(rows, values)

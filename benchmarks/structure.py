@@ -1,0 +1,219 @@
+"""Units closed by gates against magnitude pruning: parameters, multiply-adds and test accuracy.
+
+A convolutional net that is wider than 5,000 images of Fashion-MNIST need, trained for as many
+gradient evaluations in each row:
+
+- *wide*: as it is;
+- *gates, λ tuned*: a gate on each unit, `penalties.Gates(0.003)`, λ tuned on validation data like
+  the rate, then `structure.prune`;
+- *gates, λ ≥ …*: the same with a lower bound of λ, which says how much smaller a net is wanted;
+- *magnitude*: the wide net for two thirds of the steps, then `torch.nn.utils.prune.ln_structured`
+  down to as many units a layer as the row above it has, and fine-tuning for the last third.
+
+Means ± standard deviations over the seeds; "kept" are the shares of the wide net's.
+
+    SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 0 1 2] [--steps 600] [--least 0.003]
+
+RESULTS
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune as torch_prune
+
+import selftune as st
+
+WIDTHS, LAYERS = (24, 48, 96), (0, 5, 11)
+TRAIN, VAL, BATCH = 5000, 1000, 64
+START = 3e-3
+"""λ at the start."""
+
+
+class Data:
+    """Images of Fashion-MNIST: a random subset for training and validation, and the test set."""
+
+    def __init__(self, seed: int) -> None:
+        file = np.load(Path(os.environ["SELFTUNE_DATA"]) / "fashion_mnist.npz")
+        generator = torch.Generator().manual_seed(seed)
+        pick = torch.randperm(len(file["x_train"]), generator=generator)[: TRAIN + VAL].numpy()
+        self.x, self.y = self._tensors(file["x_train"][pick], file["y_train"][pick])
+        self.test = self._tensors(file["x_test"], file["y_test"])
+        self._generator = generator
+
+    @staticmethod
+    def _tensors(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        return (torch.from_numpy(x).float() / 255 - 0.286)[:, None] / 0.353, torch.from_numpy(
+            y
+        ).long()
+
+    def batch(self, val: bool = False) -> tuple[Tensor, Tensor]:
+        """A random batch."""
+        size, start = (VAL, TRAIN) if val else (TRAIN, 0)
+        pick = start + torch.randint(
+            size, (2 * BATCH if val else BATCH,), generator=self._generator
+        )
+        return self.x[pick], self.y[pick]
+
+
+def net(gates: bool) -> nn.Sequential:
+    """Two convolutions and a hidden layer, with a gate after each or without."""
+    a, b, c = WIDTHS
+
+    def gate(units: int) -> nn.Module:
+        return st.structure.Gate(units) if gates else nn.Identity()
+
+    return nn.Sequential(
+        nn.Conv2d(1, a, 3, padding=1), nn.BatchNorm2d(a), nn.ReLU(), gate(a), nn.MaxPool2d(2),
+        nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), gate(b), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(49 * b, c), nn.ReLU(), gate(c), nn.Linear(c, 10),
+    )  # fmt: skip
+
+
+def train(opt: st.AdamW, model: nn.Module, data: Data, steps: int) -> None:
+    """A loop of one's own."""
+
+    def closure() -> Tensor:
+        x, y = data.batch(val=True)
+        return F.cross_entropy(model(x), y)
+
+    for _ in range(steps):
+        x, y = data.batch()
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.report(loss)
+        opt.hyper_step(closure)
+
+
+def accuracy(model: nn.Module, data: Data) -> float:
+    """On the test set, in percent."""
+    model.eval()
+    x, y = data.test
+    with torch.no_grad():
+        right = sum(
+            int((model(a).argmax(1) == b).sum())
+            for a, b in zip(x.split(1000), y.split(1000), strict=True)
+        )
+    model.train()
+    return 100 * right / len(y)
+
+
+def size(units: tuple[int, ...]) -> tuple[int, int]:
+    """Parameters and multiply-adds of the net with so many units a layer."""
+    a, b, c = units
+    weights = (9 * a, 9 * a * b, 49 * b * c, 10 * c)
+    others = a + 2 * a + b + 2 * b + c + 10  # biases and norms
+    multiplied = 784 * weights[0] + 196 * weights[1] + weights[2] + weights[3]
+    return sum(weights) + others, multiplied
+
+
+def units(model: nn.Sequential) -> tuple[int, ...]:
+    """Rows of the hidden layers that are not all 0."""
+    return tuple(int(model[i].weight.flatten(1).any(1).sum()) for i in LAYERS)
+
+
+def wide(data: Data, steps: int) -> tuple[nn.Sequential, float]:
+    """All units."""
+    model = net(gates=False)
+    opt = st.AdamW(model, lr=3e-3, weight_decay=0.01, total_steps=steps)
+    train(opt, model, data, steps)
+    with opt.averaged():
+        return model, accuracy(model, data)
+
+
+def gates(data: Data, steps: int, least: float | None) -> tuple[nn.Sequential, float, float]:
+    """The pruned model, its accuracy, and λ at the end."""
+    model = net(gates=True)
+    groups = st.structure.parameter_groups(model, lr=3e-2)
+    opt = st.AdamW(
+        groups, lr=3e-3, weight_decay=0.01, total_steps=steps, model=model,
+        penalty=st.penalties.Gates(max(START, least or 0.0)),
+        bounds=None if least is None else {"gates": (least, 100.0)},
+    )  # fmt: skip
+    train(opt, model, data, steps)
+    with opt.averaged():
+        pruned = st.structure.prune(model, data.x[:2])
+    assert isinstance(pruned, nn.Sequential)
+    return pruned, accuracy(pruned, data), float(opt.hparams["gates"])
+
+
+def magnitude(data: Data, steps: int, kept: tuple[int, ...]) -> tuple[nn.Sequential, float]:
+    """The wide net, cut to the units of largest norm, and trained on."""
+    model, first = net(gates=False), steps * 2 // 3
+    opt = st.AdamW(model, lr=3e-3, weight_decay=0.01, total_steps=first)
+    train(opt, model, data, first)
+    opt.eval()
+    masked: list[tuple[nn.Module, str]] = []
+    for i, width, count in zip(LAYERS, WIDTHS, kept, strict=True):
+        layer, norm = model[i], model[i + 1]
+        torch_prune.ln_structured(layer, "weight", width - count, n=2, dim=0)
+        units = layer.weight_mask.flatten(1).any(1).float()  # type: ignore[union-attr,operator]
+        rest = [(layer, "bias")]
+        if isinstance(norm, nn.BatchNorm2d):
+            rest += [(norm, "weight"), (norm, "bias")]
+        for module, name in rest:
+            torch_prune.custom_from_mask(module, name, units)
+        masked += [(layer, "weight"), *rest]
+    fine = st.AdamW(model, lr=1e-3, weight_decay=0.01, total_steps=steps - first)
+    train(fine, model, data, steps - first)
+    with fine.averaged():
+        for module, name in masked:
+            torch_prune.remove(module, name)
+        return copy.deepcopy(model), accuracy(model, data)
+
+
+def main() -> None:
+    """Train, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--least", type=float, default=0.003)
+    args = parser.parse_args()
+    steps, least = args.steps, args.least
+    rows: dict[str, list[tuple[float, tuple[int, ...], float]]] = {}
+
+    def add(name: str, seed: int, run: Callable[[Data], Any]) -> tuple[int, ...]:
+        torch.manual_seed(seed)
+        model, right, *strength = run(Data(seed))
+        left = units(model)
+        rows.setdefault(name, []).append((right, left, strength[0] if strength else math.nan))
+        print(f"seed {seed}: {name}, {right:.2f} %, units {left}, λ {strength}", flush=True)
+        return left
+
+    for seed in args.seeds:
+        add("wide", seed, lambda d: wide(d, steps))
+        add("gates, λ tuned", seed, lambda d: gates(d, steps, None))
+        left = add(f"gates, λ ≥ {least:g}", seed, lambda d: gates(d, steps, least))
+        add("magnitude", seed, lambda d, k=left: magnitude(d, steps, k))  # type: ignore[misc]
+    print("\n| | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |")
+    print("|---|---|---|---|---|---|")
+    whole = size(WIDTHS)
+    for name, found in rows.items():
+        shares = [[100 * size(left)[i] / whole[i] for _, left, _ in found] for i in (0, 1)]
+        means = [statistics.mean(k) for k in zip(*(left for _, left, _ in found), strict=True)]
+        cells = [_spread([right for right, _, _ in found], 2), *(_spread(s, 0) for s in shares)]
+        cells += [" / ".join(f"{m:.0f}" for m in means)]
+        print(f"| {name} | {' | '.join(cells)} | {statistics.mean(f[2] for f in found):.2g} |")
+
+
+def _spread(values: list[float], digits: int) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Follows units through the graph of a model: which layers share them, and where they are 0."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+
+from selftune.structure._units import Channels, Units
+from selftune.structure.gates import Gate
+
+POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+)  # fmt: skip
+ELEMENTWISE = (
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
+    nn.Mish, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Softsign, nn.Softshrink,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+)  # fmt: skip
+"""Modules that act on each element, and leave 0 at 0."""
+SHIFTING = (nn.Sigmoid, nn.Softplus, nn.Hardsigmoid, nn.LogSigmoid)
+"""Modules that act on each element, and do not leave 0 at 0."""
+SAME: set[Any] = {
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.tanh,
+    F.hardtanh, F.hardswish, F.dropout, F.dropout1d, F.dropout2d, torch.relu, torch.tanh,
+    torch.abs, torch.clone, "relu", "tanh", "abs", "clone", "contiguous", "relu_", "float",
+}  # fmt: skip
+SHIFTED: set[Any] = {torch.sigmoid, F.sigmoid, F.softplus, "sigmoid", torch.exp, "exp"}
+POOLED: set[Any] = {
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+}  # fmt: skip
+SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_"}
+PRODUCTS: set[Any] = {operator.mul, operator.imul, operator.truediv, torch.mul, "mul", "mul_"}
+RESHAPES: set[Any] = {torch.flatten, torch.reshape, "flatten", "reshape", "view", "unflatten"}
+MEANS: set[Any] = {torch.mean, torch.sum, torch.amax, "mean", "sum", "amax"}
+CATS: set[Any] = {torch.cat, torch.concat}
+SIZES: set[Any] = {getattr, "size", "dim", len, "numel"}
+"""Operations that read a shape, which fits itself to the units."""
+
+
+class Follower(fx.Interpreter):
+    """Runs a model on an example, and notes the units of every value.
+
+    Attributes:
+        units: All units, and what they take with them.
+        channels: Those of the value of each node; None where it has none, or they must stay.
+    """
+
+    def __init__(self, graph: fx.GraphModule, threshold: float) -> None:
+        super().__init__(graph)
+        self.units = Units()
+        self.channels: dict[fx.Node, Channels | None] = {}
+        self._threshold = threshold
+        self._values: dict[fx.Node, Any] = {}
+        self._shared = _shared(graph)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run it, then follow its units."""
+        value = self._values[n] = super().run_node(n)
+        found = None
+        if n.op == "output":
+            self.units.need(*self._of(n.args))
+        elif n.op == "call_module":
+            found = self._module(n, value)
+        elif n.op in ("call_function", "call_method"):
+            found = self._operation(n, value)
+        self.channels[n] = found
+        return value
+
+    def _of(self, args: Any) -> list[Channels | None]:
+        """The units of all nodes among arguments."""
+        return [self.channels[a] for a in tree_leaves(args) if isinstance(a, fx.Node)]
+
+    def _unknown(self, node: fx.Node) -> None:
+        """Keep all units that come here: nothing is known of what becomes of them."""
+        self.units.need(*self._of((node.args, node.kwargs)))
+
+    # modules
+
+    def _module(self, node: fx.Node, value: Any) -> Channels | None:
+        path = str(node.target)
+        module = self.fetch_attr(path)
+        found = self._of((node.args, node.kwargs))
+        given = found[0] if len(found) == 1 else None
+        if isinstance(module, nn.Linear):
+            return self._layer(node, module, given, value.ndim - 1)
+        if isinstance(module, _ConvNd) and not module.transposed:
+            return self._convolution(node, module, given, value)
+        if given is None:
+            self._unknown(node)
+            return None
+        if isinstance(module, Gate) and given.axis == module.dim % value.ndim:
+            self.units.cut(path, module, "gates", 0, given.ids)
+            closed = module.closed(self._threshold).to(given.zero.device)
+            return Channels(given.axis, given.ids, given.zero | closed)
+        if isinstance(module, _BatchNorm) and given.axis == 1:
+            return self._batch_norm(path, module, given)
+        if isinstance(module, ELEMENTWISE):
+            return given
+        if isinstance(module, SHIFTING):
+            return Channels(given.axis, given.ids, torch.zeros_like(given.zero))
+        if isinstance(module, POOLS) and isinstance(value, Tensor):
+            return self._resized(node, given, value)
+        if isinstance(module, (nn.Flatten, nn.Unflatten)):
+            return self._reshaped(node, given, value)
+        self._unknown(node)
+        return None
+
+    def _layer(
+        self, node: fx.Node, module: nn.Module, given: Channels | None, axis: int
+    ) -> Channels:
+        """A layer with a row for each unit it makes and a column for each that it reads."""
+        path = str(node.target)
+        linear = isinstance(module, nn.Linear)
+        ins, outs = ("in_features", "out_features") if linear else ("in_channels", "out_channels")
+        if given is not None and given.axis == axis:
+            self.units.cut(path, module, "weight", 1, given.ids, [ins])
+            self.units.use(given)
+        else:
+            self._unknown(node)
+        size = getattr(module, outs)
+        made = Channels(axis, self.units.new(size), torch.zeros(size, dtype=torch.bool))
+        self.units.cut(path, module, "weight", 0, made.ids, [outs])
+        self.units.cut(path, module, "bias", 0, made.ids)
+        if id(module.weight) in self._shared or id(module.bias) in self._shared:
+            self.units.need(given, made)
+        return made
+
+    def _convolution(
+        self, node: fx.Node, module: _ConvNd, given: Channels | None, value: Tensor
+    ) -> Channels | None:
+        axis = value.ndim - len(module.kernel_size) - 1
+        if module.groups == 1:
+            return self._layer(node, module, given, axis)
+        depthwise = module.groups == module.in_channels == module.out_channels
+        if given is None or not depthwise or given.axis != axis:
+            self._unknown(node)
+            return None
+        sizes = ["in_channels", "out_channels", "groups"]
+        self.units.cut(str(node.target), module, "weight", 0, given.ids, sizes)
+        self.units.cut(str(node.target), module, "bias", 0, given.ids)
+        still = torch.ones_like(given.zero) if module.bias is None else module.bias.cpu() == 0
+        return Channels(axis, given.ids, given.zero & still)
+
+    def _batch_norm(self, path: str, module: _BatchNorm, given: Channels) -> Channels:
+        """A closed unit is 0 afterwards only if the norm leaves 0 at 0."""
+        for at, name in enumerate(("weight", "bias", "running_mean", "running_var")):
+            sizes = ["num_features"] if at == 0 or name == "running_mean" else []
+            self.units.cut(path, module, name, 0, given.ids, sizes)
+        if module.running_mean is None:
+            self.units.need(given)
+            return given
+        at_zero = F.batch_norm(
+            torch.zeros_like(module.running_mean)[None], module.running_mean, module.running_var,
+            module.weight, module.bias, eps=module.eps,
+        )  # fmt: skip
+        return Channels(1, given.ids, given.zero & (at_zero[0] == 0).cpu())
+
+    # functions and methods
+
+    def _operation(self, node: fx.Node, value: Any) -> Channels | None:
+        target = node.target
+        if target in SIZES:
+            return None
+        found = self._of((node.args, node.kwargs))
+        if not any(c is not None for c in found) or not isinstance(value, Tensor):
+            self._unknown(node)
+            return None
+        given = found[0]
+        rules: list[tuple[set[Any], Callable[[fx.Node, Channels, Tensor], Channels | None]]] = [
+            (SAME, lambda n, c, v: c),
+            (SHIFTED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
+            (POOLED, self._resized),
+            (RESHAPES, self._reshaped),
+            (MEANS, self._mean),
+        ]
+        for targets, rule in rules:
+            if target in targets and given is not None and found[1:].count(None) == len(found) - 1:
+                return rule(node, given, value)
+        if target in SUMS:
+            return self._sum(node, value)
+        if target in PRODUCTS:
+            return self._product(node, value)
+        if target in CATS:
+            return self._cat(node, value)
+        self._unknown(node)
+        return None
+
+    def _resized(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
+        """Pooling: all axes after the units' may change."""
+        before = self._values[node.all_input_nodes[0]].shape
+        if value.shape[: given.axis + 1] == before[: given.axis + 1]:
+            return given
+        self._unknown(node)
+        return None
+
+    def _reshaped(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
+        """The same order in another shape: axes before, of, and after the units' are found again.
+
+        ``(N, C, H, W)`` to ``(N, C·H·W)``: each unit is repeated H·W times.
+        """
+        before, after = self._values[node.all_input_nodes[0]].shape, value.shape
+        lead = math.prod(before[: given.axis])
+        for axis in range(len(after)):
+            repeats = after[axis] / before[given.axis]
+            if math.prod(after[:axis]) == lead and repeats.is_integer() and repeats >= 1:
+                times = int(repeats)
+                ids = [u for u in given.ids for _ in range(times)]
+                return Channels(axis, ids, given.zero.repeat_interleave(times))
+        self._unknown(node)
+        return None
+
+    def _mean(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
+        """A reduction over other axes."""
+        args: dict[str, Any] = dict(zip(("input", "dim", "keepdim"), node.args, strict=False))
+        args |= node.kwargs
+        ndim = self._values[node.all_input_nodes[0]].ndim
+        dims = args.get("dim")
+        axes = [d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))]
+        if given.axis in axes:
+            self._unknown(node)
+            return None
+        gone = 0 if args.get("keepdim") else sum(a < given.axis for a in axes)
+        return Channels(given.axis - gone, given.ids, given.zero)
+
+    def _operands(self, node: fx.Node, value: Tensor) -> tuple[list[Channels], list[Any]]:
+        """Operands with units along one axis of the result, and the other ones."""
+        those, others = [], []
+        for arg in (*node.args, *node.kwargs.values()):
+            channels = self.channels[arg] if isinstance(arg, fx.Node) else None
+            shape = getattr(self._values.get(arg) if isinstance(arg, fx.Node) else arg, "shape", ())
+            if channels is not None and len(shape) == value.ndim:
+                those.append(channels)
+            else:
+                others.append(arg)
+        return those, others
+
+    def _sum(self, node: fx.Node, value: Tensor) -> Channels | None:
+        """Units that are added are one, and 0 where both are."""
+        those, others = self._operands(node, value)
+        if others or len({(c.axis, len(c.ids)) for c in those}) != 1:
+            self._unknown(node)
+            return None
+        zero = torch.ones_like(those[0].zero)
+        for one in those:
+            self.units.join(those[0].ids, one.ids)
+            zero = zero & one.zero
+        return Channels(those[0].axis, those[0].ids, zero)
+
+    def _product(self, node: fx.Node, value: Tensor) -> Channels | None:
+        """Units that are multiplied are one, and 0 where either is."""
+        those, others = self._operands(node, value)
+        numbers = all(isinstance(o, (int, float)) for o in others)
+        quotient = node.target is operator.truediv and len(those) > 1
+        if not numbers or quotient or len({(c.axis, len(c.ids)) for c in those}) != 1:
+            self._unknown(node)
+            return None
+        zero = torch.zeros_like(those[0].zero)
+        for one in those:
+            self.units.join(those[0].ids, one.ids)
+            zero = zero | one.zero
+        return Channels(those[0].axis, those[0].ids, zero)
+
+    def _cat(self, node: fx.Node, value: Tensor) -> Channels | None:
+        """Units behind one another, or beside one another along another axis."""
+        args: dict[str, Any] = dict(zip(("tensors", "dim"), node.args, strict=False))
+        args |= node.kwargs
+        parts: Sequence[Any] = args["tensors"]
+        axis = args.get("dim", 0) % value.ndim
+        ids: list[int] = []
+        zeros: list[Tensor] = []
+        for part in parts:
+            channels = self.channels[part]
+            if channels is None or channels.axis != axis:
+                self._unknown(node)
+                return None
+            ids += channels.ids
+            zeros.append(channels.zero)
+        return Channels(axis, ids, torch.cat(zeros))
+
+
+def _shared(graph: fx.GraphModule) -> set[int]:
+    """Parameters that several modules have, such as tied weights: their units stay."""
+    owners: dict[int, set[int]] = {}
+    modules: Mapping[str, nn.Module] = dict(graph.named_modules())
+    for module in modules.values():
+        for param in module._parameters.values():
+            if param is not None:
+                owners.setdefault(id(param), set()).add(id(module))
+    return {param for param, held in owners.items() if len(held) > 1}

@@ -1,0 +1,170 @@
+"""Takes gates out of a model: their factors go into the weights of a neighbouring layer."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from selftune.structure._channels import POOLS, Follower
+from selftune.structure.gates import Gate, Optional
+
+THROUGH = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+)  # fmt: skip
+"""Modules with f(g x) = g f(x)."""
+THROUGH_POSITIVE = (nn.ReLU, nn.LeakyReLU, *POOLS)
+"""Those for which that holds where g ≥ 0."""
+
+
+def fold(follower: Follower, graph: fx.GraphModule, model: nn.Module) -> None:
+    """Replace every gate by an identity, or, where no neighbour can take it, by its factors."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in list(modules.items()):
+        if isinstance(module, Gate):
+            factors, nodes = module.gates.detach().flatten(), calls.get(path, [])
+            owned = sum(other is module for other in modules.values()) == 1 and len(nodes) == 1
+            done = bool((factors == 1).all()) or (
+                owned and (_back(nodes[0], module, follower, calls, modules)
+                           or _forward(nodes[0], module, follower, calls, modules))
+            )  # fmt: skip
+            plain = nn.Identity() if done else scaled(factors.clone(), module.dim, nodes)
+            model.set_submodule(path, plain)
+
+
+def _back(
+    node: fx.Node, gate: Gate, follower: Follower,
+    calls: dict[str, list[fx.Node]], modules: dict[str, nn.Module],
+) -> bool:  # fmt: skip
+    """Into the rows of the layer before it."""
+    factors, at = gate.gates.detach().flatten(), node
+    while True:
+        if len(at.all_input_nodes) != 1:
+            return False
+        (at,) = at.all_input_nodes
+        module = modules.get(str(at.target)) if at.op == "call_module" else None
+        if module is None or len(at.users) > 1:
+            return False
+        through = THROUGH if bool((factors < 0).any()) else (*THROUGH, *THROUGH_POSITIVE)
+        if not isinstance(module, through):
+            break
+    if not _alone(at, calls, modules) or not _same_axis(follower, at, node):
+        return False
+    takes = isinstance(module, (nn.Linear, _ConvNd)) and not getattr(module, "transposed", False)
+    if takes or (isinstance(module, _BatchNorm) and module.affine):
+        _scale(module, "weight", factors, 0)
+        _scale(module, "bias", factors, 0)
+        return True
+    return False
+
+
+def _forward(
+    node: fx.Node, gate: Gate, follower: Follower,
+    calls: dict[str, list[fx.Node]], modules: dict[str, nn.Module],
+) -> bool:  # fmt: skip
+    """Into the columns of the layer after it."""
+    at = node
+    while True:
+        if len(at.users) != 1:
+            return False
+        before, at = at, next(iter(at.users))
+        module = modules.get(str(at.target)) if at.op == "call_module" else None
+        if module is None:
+            return False
+        if not isinstance(module, THROUGH):
+            break
+    if not _alone(at, calls, modules) or not _same_axis(follower, before, node):
+        return False
+    channels, ndim = follower.channels[node], follower._values[before].ndim
+    takes = isinstance(module, nn.Linear) and channels is not None and channels.axis == ndim - 1
+    if isinstance(module, _ConvNd) and not module.transposed and module.groups == 1:
+        takes = channels is not None and channels.axis == ndim - len(module.kernel_size) - 1
+    if takes:
+        assert module is not None
+        _scale(module, "weight", gate.gates.detach().flatten(), 1)
+    return takes
+
+
+def _alone(node: fx.Node, calls: dict[str, list[fx.Node]], modules: dict[str, nn.Module]) -> bool:
+    """Whether a layer is called once, and its parameters are its own."""
+    module = modules[str(node.target)]
+    params = {id(p) for p in module.parameters(recurse=False)}
+    owners = [m for m in set(modules.values()) for p in m._parameters.values() if id(p) in params]
+    names = [name for name, other in modules.items() if other is module]
+    return len(calls[str(node.target)]) == 1 and len(names) == 1 and {*owners} <= {module}
+
+
+def _same_axis(follower: Follower, one: fx.Node, other: fx.Node) -> bool:
+    a, b = follower.channels[one], follower.channels[other]
+    return a is not None and b is not None and (a.axis, len(a.ids)) == (b.axis, len(b.ids))
+
+
+def _scale(module: nn.Module, name: str, factors: Tensor, axis: int) -> None:
+    tensor = getattr(module, name)
+    if tensor is not None:
+        shape = [1] * tensor.ndim
+        shape[axis] = len(factors)
+        with torch.no_grad():
+            tensor.mul_(factors.view(shape).to(tensor.dtype))
+
+
+def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
+    """A module of torch alone that multiplies by factors along a dimension."""
+    shapes = {len(n.meta["shape"]) for n in nodes} or {dim + 1 if dim >= 0 else -dim}
+    ndim = shapes.pop()
+    shape = [1] * ndim
+    shape[dim] = len(factors)
+    root = nn.Module()
+    root.register_buffer("factors", factors.view(shape))
+    graph = fx.Graph()
+    given = graph.placeholder("input")
+    product = graph.call_function(operator.mul, (given, graph.get_attr("factors")))
+    graph.output(product)
+    return fx.GraphModule(root, graph, "Scale")
+
+
+def replace_optionals(model: nn.Module, threshold: float) -> list[str]:
+    """Replace every Optional by an identity, or by its sum as a module of torch alone.
+
+    Returns the names of those that were removed.
+    """
+    removed: list[str] = []
+    plains: dict[int, nn.Module] = {}
+    optionals = [
+        (path, m) for path, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, Optional)
+    ]  # fmt: skip
+    for path, module in reversed(optionals):  # inner ones first
+        closed = bool(module.closed(threshold).all())
+        if closed:
+            removed.append(path)
+        if id(module) not in plains:
+            plains[id(module)] = nn.Identity() if closed else _sum(module)
+        model.set_submodule(path, plains[id(module)])
+    return removed[::-1]
+
+
+def _sum(optional: Optional) -> nn.Module:
+    gate = float(optional.gates)
+    if gate == 1 and not optional.residual:
+        return optional.block
+    root = nn.Module()
+    root.add_module("block", optional.block)
+    graph = fx.Graph()
+    given = graph.placeholder("input")
+    output = graph.call_module("block", (given,))
+    if not optional.residual:
+        kept = graph.call_function(operator.mul, (given, 1 - gate))
+        given = kept
+    if gate != 1:
+        output = graph.call_function(operator.mul, (output, gate))
+    graph.output(graph.call_function(operator.add, (given, output)))
+    return fx.GraphModule(root, graph, "Residual")

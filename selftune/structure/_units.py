@@ -1,0 +1,132 @@
+"""Which entries of which parameters belong to one unit, over all layers that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The units along one axis of a value.
+
+    Attributes:
+        axis: The axis, from 0.
+        ids: The unit of each position.
+        zero: Whether it is 0 for every input, shape (positions,), bool.
+    """
+
+    axis: int
+    ids: list[int]
+    zero: Tensor
+
+
+@dataclass
+class Cut:
+    """A tensor of a module with an axis of units.
+
+    Attributes:
+        module: The module.
+        name: Of its parameter or buffer.
+        axis: The axis.
+        ids: The unit of each position.
+        sizes: Attributes of the module that hold the length of the axis.
+        path: The module's name in the model.
+    """
+
+    module: nn.Module
+    name: str
+    axis: int
+    ids: list[int]
+    sizes: Sequence[str]
+    path: str
+
+
+@dataclass
+class Units:
+    """Units of a model, as sets of joined ids.
+
+    Units that are added to one another, or that share a parameter, are one. A unit can be removed
+    if each of its users sees 0 there.
+
+    Attributes:
+        cuts: What a unit takes with it, by tensor and axis.
+    """
+
+    cuts: dict[tuple[int, int], Cut] = field(default_factory=dict)
+    _parents: list[int] = field(default_factory=list)
+    _used: set[int] = field(default_factory=set)
+    _needed: set[int] = field(default_factory=set)
+
+    def new(self, count: int) -> list[int]:
+        """Ids of new units."""
+        start = len(self._parents)
+        self._parents.extend(range(start, start + count))
+        return list(range(start, start + count))
+
+    def root(self, unit: int) -> int:
+        """The id that stands for all that are joined with this one."""
+        while self._parents[unit] != unit:
+            self._parents[unit] = unit = self._parents[self._parents[unit]]
+        return unit
+
+    def join(self, some: Sequence[int], others: Sequence[int]) -> None:
+        """Make units one, pair by pair."""
+        for a, b in zip(some, others, strict=True):
+            self._parents[self.root(a)] = self.root(b)
+
+    def use(self, channels: Channels) -> None:
+        """A layer with a column for each unit reads them: one that is not 0 is needed."""
+        for unit, zero in zip(channels.ids, channels.zero.tolist(), strict=True):
+            (self._used if zero else self._needed).add(unit)
+
+    def need(self, *values: Channels | None) -> None:
+        """Something that cannot do without any of its units reads them."""
+        for value in values:
+            self._needed.update(() if value is None else value.ids)
+
+    def cut(
+        self, path: str, module: nn.Module, name: str, axis: int, ids: list[int],
+        sizes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Note that a tensor has an axis of units; one that is met again joins them."""
+        tensor = getattr(module, name)
+        if tensor is None:
+            return
+        known = self.cuts.setdefault(
+            (id(tensor), axis), Cut(module, name, axis, ids, sizes, path)
+        )  # fmt: skip
+        self.join(known.ids, ids)
+
+    def removed(self, warn: Callable[[str], None]) -> set[int]:
+        """The units that can go, by root; of every axis at least one stays.
+
+        Args:
+            warn: Is told the name of a module all of whose units could go.
+        """
+        needed = {self.root(u) for u in self._needed}
+        gone = {self.root(u) for u in self._used} - needed
+        told: set[str] = set()
+        for cut in self.cuts.values():
+            if all(self.root(u) in gone for u in cut.ids):
+                gone.discard(self.root(cut.ids[0]))
+                if cut.path not in told:
+                    warn(cut.path)
+                told.add(cut.path)
+        return gone
+
+    def remove(self, gone: set[int]) -> None:
+        """Cut all tensors down to the units that stay."""
+        for cut in self.cuts.values():
+            keep = torch.tensor([i for i, u in enumerate(cut.ids) if self.root(u) not in gone])
+            tensor = getattr(cut.module, cut.name)
+            if len(keep) < len(cut.ids):
+                smaller = tensor.detach().index_select(cut.axis, keep.to(tensor.device)).clone()
+                if isinstance(tensor, nn.Parameter):
+                    smaller = nn.Parameter(smaller, tensor.requires_grad)
+                setattr(cut.module, cut.name, smaller)
+            for size in cut.sizes:
+                setattr(cut.module, size, len(keep))

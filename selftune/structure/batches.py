@@ -1,0 +1,129 @@
+"""Batches that grow with the gradient noise scale."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from selftune.structure.noise_scale import NoiseScale
+
+log = logging.getLogger("selftune")
+
+
+class Batches(Sampler[list[int]]):
+    """Shuffled batches for ``DataLoader(dataset, batch_sampler=…)``, resized between epochs.
+
+    At the start of an epoch the size is the power of two nearest to the noise scale, within bounds,
+    and within a factor of two of the size before. Early in a run the noise scale is small, and
+    small batches make more of each example; later it grows, and large ones cost no more examples.
+
+    Args:
+        dataset: Of known length.
+        start: Size in the first epoch.
+        most: Largest size, as memory allows.
+        least: Smallest size; by default ``start``.
+        scale: Estimates the noise scale; by default a new one, which is ``batches.scale``.
+        drop_last: Whether an incomplete last batch is left out.
+        seed: Of the order, another one in each epoch.
+
+    Attributes:
+        size: Of the batches of this epoch.
+        scale: The noise scale, which the training loop feeds.
+        epoch: Epochs begun.
+
+    Raises:
+        ValueError: Sizes that do not fit one another or the data.
+
+    Examples:
+        >>> batches = Batches(range(1000), start=32, most=256)
+        >>> [len(batch) for batch in batches][:2], len(batches)
+        ([32, 32], 32)
+        >>> batches.scale.observe(1 + 60 / 16, 1 + 60 / 32, 16, 32)  # a noise scale of 60
+        >>> len(next(iter(batches)))
+        64
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        start: int = 32,
+        most: int = 1024,
+        *,
+        least: int | None = None,
+        scale: NoiseScale | None = None,
+        drop_last: bool = False,
+        seed: int = 0,
+    ) -> None:
+        least = start if least is None else least
+        if not 1 <= least <= start <= most:
+            raise ValueError(
+                f"least={least}, start={start}, most={most} must be in this order, from 1 on"
+            )
+        try:
+            count = len(dataset)
+        except TypeError as error:
+            raise ValueError(
+                f"dataset={type(dataset).__name__} has no length: batches of a stream cannot be "
+                "resized here; accumulate gradients by scale.value instead"
+            ) from error
+        if count == 0:
+            raise ValueError("dataset is empty")
+        self.size, self.epoch = start, 0
+        self.scale = NoiseScale() if scale is None else scale
+        self._count, self._least, self._most = count, least, min(most, max(count, start))
+        self._drop_last, self._seed = drop_last, seed
+
+    def __len__(self) -> int:
+        """Batches in an epoch of the present size."""
+        whole = self._count // self.size
+        return whole if self._drop_last else math.ceil(self._count / self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """A new epoch, at a new size."""
+        self._resize()
+        self.epoch += 1
+        generator = torch.Generator().manual_seed(self._seed * 2**20 + self.epoch)
+        order, size = torch.randperm(self._count, generator=generator).tolist(), self.size
+        end = self._count - (self._count % size if self._drop_last else 0)
+        return (order[i : min(i + size, end)] for i in range(0, end, size))
+
+    def _resize(self) -> None:
+        noise = self.scale.value
+        if math.isnan(noise):
+            return
+        wanted = 2.0 ** round(math.log2(min(max(noise, 1.0), 2.0 * self.size)))
+        wanted = min(max(wanted, self.size / 2), 2 * self.size)
+        size = int(min(max(wanted, self._least), self._most))
+        if size != self.size:
+            log.info(
+                "batches of %d examples instead of %d: the noise scale is %.3g",
+                size, self.size, noise,
+            )  # fmt: skip
+        self.size = size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Size, epoch and noise scale; an epoch that was not finished begins anew.
+
+        Save it between epochs.
+        """
+        return {"size": self.size, "epoch": self.epoch, "scale": self.scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the next epoch after ``state_dict``.
+
+        Raises:
+            ValueError: A size outside the bounds.
+        """
+        size = int(state["size"])
+        if not self._least <= size <= self._most:
+            raise ValueError(
+                f"state has batches of {size} examples, and these are from {self._least} to "
+                f"{self._most}: pass the same least= and most="
+            )
+        self.size, self.epoch = size, int(state["epoch"])
+        self.scale.load_state_dict(state["scale"])

@@ -1,0 +1,158 @@
+"""Gates: one factor for each unit or layer, which a penalty can bring to exactly 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selftune.penalties import GATE_AXES
+
+
+class AbstractGated(nn.Module):
+    """A module with gates.
+
+    Attributes:
+        gates: The factors g, 1 at the start, shape (units, 1, 1, 1, 1, 1), by which
+            :class:`selftune.penalties.Gates` knows them.
+    """
+
+    gates: nn.Parameter
+
+    def __init__(self, units: int) -> None:
+        if units < 1:
+            raise ValueError(f"units={units} must be 1 at least")
+        super().__init__()
+        self.gates = nn.Parameter(torch.ones(units, *GATE_AXES))
+
+    def closed(self, threshold: float = 0.0) -> Tensor:
+        """Which gates are closed, |g| ≤ threshold; shape (units,), bool."""
+        return self.gates.detach().flatten().abs() <= threshold
+
+
+class Gate(AbstractGated):
+    """``y = g · x``, a factor for each hidden unit or channel.
+
+    It stands after the unit's activation, or after the layer or norm that makes the unit. Any
+    optimizer trains the gates; :class:`selftune.penalties.Gates` closes some of them, and
+    :func:`prune` removes what is closed.
+
+    Args:
+        units: Number of units.
+        dim: Their dimension in the input: 1 for channels and for the units of a batch of vectors,
+            −1 where a sequence or a grid comes before the units.
+
+    Raises:
+        ValueError: An input with another number of units.
+
+    Examples:
+        >>> gate = Gate(3)
+        >>> with torch.no_grad():
+        ...     gate.gates[1] = 0.0
+        >>> gate(torch.ones(1, 3)).tolist()
+        [[1.0, 0.0, 1.0]]
+    """
+
+    def __init__(self, units: int, dim: int = 1) -> None:
+        super().__init__(units)
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Each unit times its gate."""
+        if not -input.ndim <= self.dim < input.ndim or input.shape[self.dim] != len(self.gates):
+            raise ValueError(
+                f"Gate({len(self.gates)}, dim={self.dim}) got an input of shape "
+                f"{tuple(input.shape)}: its dimension {self.dim} must be the number of units"
+            )
+        shape = [1] * input.ndim
+        shape[self.dim] = len(self.gates)
+        return input * self.gates.view(shape)
+
+    def extra_repr(self) -> str:
+        """Units, dimension."""
+        return f"{len(self.gates)}, dim={self.dim}"
+
+
+class Optional(AbstractGated):
+    """``y = x + g · block(x)``, a block that can be removed: one gate for all of it.
+
+    Args:
+        block: A module whose output has the shape of its input.
+        residual: Whether the block is the branch of a residual connection, which is added here.
+            If not, the block is a layer of its own, and ``y = x + g · (block(x) − x)``: itself
+            where the gate is 1, and nothing where it is 0.
+
+    Raises:
+        ValueError: A block whose output has another shape.
+
+    Examples:
+        >>> layer = Optional(torch.nn.Linear(2, 2), residual=False)
+        >>> with torch.no_grad():
+        ...     layer.gates[0] = 0.0
+        >>> layer(torch.ones(1, 2)).tolist()
+        [[1.0, 1.0]]
+    """
+
+    def __init__(self, block: nn.Module, residual: bool = True) -> None:
+        super().__init__(1)
+        self.block, self.residual = block, residual
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, with as much of the block as its gate lets through."""
+        output = self.block(input)
+        if output.shape != input.shape:
+            raise ValueError(
+                f"Optional: the block turns shape {tuple(input.shape)} into "
+                f"{tuple(output.shape)}; only a block that keeps the shape can be removed"
+            )
+        gate = self.gates.view(())
+        return input + gate * (output if self.residual else output - input)
+
+    def extra_repr(self) -> str:
+        """Whether the block is a residual branch."""
+        return f"residual={self.residual}"
+
+
+def gated(model: nn.Module) -> Iterator[tuple[str, AbstractGated]]:
+    """Names and modules with gates; a module used at several places comes once."""
+    for name, module in model.named_modules():
+        if isinstance(module, AbstractGated):
+            yield name, module
+
+
+def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: weights, and gates without weight decay.
+
+    Args:
+        model: A model with gates.
+        options: Of the gates' group, such as a learning rate of their own.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Gate(8), nn.Linear(8, 1))
+        >>> [len(group["params"]) for group in parameter_groups(net)]
+        [4, 1]
+    """
+    gates = [module.gates for _, module in gated(model)]
+    held = {id(g) for g in gates}
+    weights = [p for p in model.parameters() if id(p) not in held]
+    return [{"params": weights}, {"params": gates, "weight_decay": 0.0, **options}]
+
+
+def open_gates(model: nn.Module, threshold: float = 0.0) -> dict[str, tuple[int, int]]:
+    """How many gates are open, and how many there are, by module: for logs and callbacks.
+
+    Args:
+        model: A model with gates.
+        threshold: A gate is closed if |g| is not above it.
+
+    Examples:
+        >>> open_gates(nn.Sequential(nn.Linear(4, 8), Gate(8)))
+        {'1': (8, 8)}
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in gated(model):
+        closed: Sequence[bool] = module.closed(threshold).tolist()
+        found[name] = (len(closed) - sum(closed), len(closed))
+    return found

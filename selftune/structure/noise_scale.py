@@ -1,0 +1,139 @@
+"""The gradient noise scale: the batch size beyond which larger batches bring little."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NoiseScale:
+    """``B = tr Σ / ‖G‖²``, from gradients of micro-batches and of the batch they make up.
+
+    Σ is the covariance of the gradient of one example and G its mean. A gradient over b examples
+    has ``E ‖g_b‖² = ‖G‖² + tr Σ / b``, so that two sizes give both::
+
+        ‖G‖² ≈ (b_big ‖g_big‖² − b_small ‖g_small‖²) / (b_big − b_small)
+        tr Σ ≈ (‖g_small‖² − ‖g_big‖²) / (1/b_small − 1/b_big)
+
+    Each is averaged over steps before the ratio is taken, which is biased else. Batches of B
+    examples take about twice as many steps as one would with batches without noise, and twice as
+    many examples as with batches of one.
+
+    Where gradients are accumulated, they cost no further pass, and one copy of the gradients::
+
+        for x, y in parts:                          # k parts of equal size
+            (loss_fn(model(x), y) / k).backward()
+            scale.micro_batch(model.parameters())
+        scale.whole_batch(examples)                 # before the optimizer clears the gradients
+
+    Args:
+        memory: Steps over which both estimates are averaged.
+
+    Raises:
+        ValueError: A memory below 1.
+
+    Examples:
+        >>> scale = NoiseScale()
+        >>> scale.observe(1 + 6 / 2, 1 + 6 / 8, 2, 8)  # ‖G‖² = 1 and tr Σ = 6
+        >>> round(scale.value, 6)
+        6.0
+
+    Source: McCandlish et al. 2018, appendix A.1.
+    """
+
+    def __init__(self, memory: float = 50.0) -> None:
+        if not memory >= 1:
+            raise ValueError(f"memory={memory} must be 1 step at least")
+        self.memory = float(memory)
+        self._signal, self._noise, self._weight = 0.0, 0.0, 0.0
+        self._sum: list[Tensor] | None = None
+        self._norms: list[Tensor] = []
+
+    @property
+    def value(self) -> float:
+        """B in examples: NaN before the first observation, inf while noise hides the gradient."""
+        if self._weight == 0:
+            return math.nan
+        if self._signal <= 0:
+            return math.inf
+        return max(0.0, self._noise / self._signal)
+
+    def observe(
+        self, small: float | Tensor, big: float | Tensor, small_size: int, big_size: int
+    ) -> None:
+        """Take a step into account.
+
+        Args:
+            small: ‖g_small‖², the mean over the micro-batches, or over data-parallel ranks.
+            big: ‖g_big‖², of the mean of their gradients.
+            small_size: Examples in each micro-batch.
+            big_size: Examples in the whole batch.
+
+        Raises:
+            ValueError: Sizes between which there is no difference.
+        """
+        if not 1 <= small_size < big_size:
+            raise ValueError(
+                f"small_size={small_size} and big_size={big_size}: a micro-batch must be smaller "
+                "than the batch; split each batch into two parts at least"
+            )
+        a, b = float(small), float(big)
+        if not (math.isfinite(a) and math.isfinite(b)):
+            return  # a step that is left out
+        signal = (big_size * b - small_size * a) / (big_size - small_size)
+        noise = (a - b) / (1 / small_size - 1 / big_size)
+        share = 1 / self.memory
+        self._signal += share * (signal - self._signal)
+        self._noise += share * (noise - self._noise)
+        self._weight += share * (1 - self._weight)
+
+    def micro_batch(self, params: Iterable[Tensor]) -> None:
+        """Look at ``.grad`` after the backward pass of a micro-batch, of its mean loss over k."""
+        grads = [p.grad for p in params if p.grad is not None]
+        before = self._sum
+        if before is not None and len(before) != len(grads):
+            raise ValueError(
+                f"{len(grads)} parameters have gradients after this micro-batch, and "
+                f"{len(before)} after the one before: use the same parameters in each"
+            )
+        with torch.no_grad():
+            parts = [g.clone() for g in grads] if before is None else [
+                g - s for g, s in zip(grads, before, strict=True)
+            ]  # fmt: skip
+            self._norms.append(_squared_norm(parts))
+            self._sum = parts if before is None else [g.clone() for g in grads]
+
+    def whole_batch(self, size: int) -> None:
+        """All micro-batches of a step of so many examples were looked at.
+
+        Raises:
+            ValueError: Fewer than two micro-batches, or sizes that are not equal.
+        """
+        count, total = len(self._norms), self._sum
+        if count < 2 or total is None or size % count:
+            self._sum, self._norms = None, []
+            raise ValueError(
+                f"size={size} examples in {count} micro-batches: two at least, of equal size, are "
+                "needed. Call micro_batch after the backward pass of each"
+            )
+        # .grad holds the sum of g_i / k, so that a part is g_i / k and the sum is g_big
+        small = torch.stack(self._norms).mean() * count**2
+        self._sum, self._norms = None, []
+        self.observe(small, _squared_norm(total), size // count, size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both averages."""
+        return {"signal": self._signal, "noise": self._noise, "weight": self._weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self._signal, self._noise = float(state["signal"]), float(state["noise"])
+        self._weight = float(state["weight"])
+
+
+def _squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([t.detach().double().square().sum() for t in tensors]).sum()

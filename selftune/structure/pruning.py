@@ -1,0 +1,172 @@
+"""Removes what gates have closed: a smaller dense model with the same outputs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from selftune.structure._channels import Follower
+from selftune.structure._folding import fold, replace_optionals
+from selftune.structure.gates import Gate, Optional, gated
+
+log = logging.getLogger("selftune")
+
+TOLERANCE = 1e-5
+"""Largest difference of outputs, relative to the largest output, or 1 if that is below."""
+
+
+class _Tracer(fx.Tracer):
+    """Traces into the user's modules, and takes torch's and gates as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Gate) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # A slice of an nn.Sequential is a new module, which the model does not have a name for.
+        if isinstance(m, nn.Sequential):
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Module:
+    """A smaller plain model, with the outputs that ``model`` has once closed gates are exactly 0.
+
+    Units whose gates are closed are cut out of all layers that share them: rows of the layer that
+    makes them, entries of norms, columns of the layers that read them. Units that are added to
+    others (residual connections) go where every summand is closed, and are 0 otherwise. The factors
+    of open gates go into the weights beside them, so that modules of torch alone remain; closed
+    :class:`Optional` blocks become identities. A gate that can close nothing that can be removed
+    (before a LayerNorm, in front of ``nn.LSTM``) keeps its factors, and its units.
+
+    The graph is that of ``torch.fx.symbolic_trace``: control flow that depends on values cannot be
+    followed. Shapes written as numbers in ``forward`` (``x.view(-1, 512)``) do not fit the smaller
+    model; write ``x.flatten(1)``.
+
+    Args:
+        model: With gates. It is left as it is.
+        example: An input, or a tuple of inputs; of the size that the model is meant for, where its
+            layers depend on it.
+        threshold: A gate is closed if |g| is not above it. Running averages of gates, which is what
+            runs end with, are exactly 0 only some hundred steps after the gates themselves.
+
+    Returns:
+        A copy of the model with smaller layers, in the model's mode.
+
+    Raises:
+        ValueError: A model without gates, an example that does not fit, a graph that cannot be
+            traced.
+        RuntimeError: The smaller model fails, or has other outputs.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Gate(8), nn.Linear(8, 1))
+        >>> with torch.no_grad():
+        ...     net[2].gates[2:] = 0.0
+        >>> prune(net, torch.zeros(1, 4))
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+          (1): ReLU()
+          (2): Identity()
+          (3): Linear(in_features=2, out_features=1, bias=True)
+        )
+    """
+    if isinstance(model, (Gate, Optional)):
+        raise ValueError(f"model is a {type(model).__name__} itself: pass the model it is part of")
+    if not any(True for _ in gated(model)):
+        raise ValueError(
+            "model has no gates: put selftune.structure.Gate after the units that may be removed, "
+            "or selftune.structure.Optional around blocks"
+        )
+    inputs = example if isinstance(example, tuple) else (example,)
+    modes = {name: module.training for name, module in model.named_modules()}
+    pruned = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for _, module in gated(pruned):
+            module.gates[module.closed(threshold)] = 0.0
+        before = _call(pruned, inputs)
+        replace_optionals(pruned, 0.0)
+        if any(isinstance(m, Gate) for m in pruned.modules()):
+            _remove(pruned, inputs)
+        _check(before, pruned, inputs)
+    for name, module in pruned.named_modules():
+        module.training = modes.get(name, model.training)
+    return pruned
+
+
+def _call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    try:
+        return model(*inputs)
+    except Exception as error:
+        shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        raise ValueError(
+            f"example of shape {', '.join(map(str, shapes))} does not fit the model: {error}"
+        ) from error
+
+
+def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Fold gates and cut closed units out, in place."""
+    try:
+        traced = _Tracer().trace(model)
+    except Exception as error:
+        raise ValueError(
+            f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
+            "gates, or take control flow that depends on values out of forward"
+        ) from error
+    graph = fx.GraphModule(model, traced)
+    follower = Follower(graph, 0.0)
+    follower.run(*inputs)
+    for node, value in follower._values.items():
+        node.meta["shape"] = getattr(value, "shape", ())
+    units = follower.units
+    gone = units.removed(
+        lambda path: log.warning("%s: all units are closed; one is kept", path or "the model")
+    )
+    _name_kept(follower, gone)
+    units.remove(gone)
+    fold(follower, graph, model)
+
+
+def _name_kept(follower: Follower, gone: set[int]) -> None:
+    """Name gates that have closed units which stay, since other layers need them."""
+    kept: list[str] = []
+    for cut in follower.units.cuts.values():
+        if isinstance(cut.module, Gate):
+            closed = cut.module.closed().tolist()
+            stay = sum(
+                c and follower.units.root(u) not in gone
+                for c, u in zip(closed, cut.ids, strict=True)
+            )
+            kept += [f"{cut.path} ({stay})"] * (stay > 0)
+    if kept:
+        log.info(
+            "closed units that stay, as layers that share them need them, or as the last one: %s",
+            ", ".join(kept),
+        )
+
+
+def _check(before: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    try:
+        after = model(*inputs)
+    except Exception as error:
+        raise RuntimeError(
+            f"the smaller model fails: {error}. Shapes written as numbers in forward do not fit "
+            "it: write x.flatten(1) for x.view(-1, 512)"
+        ) from error
+    pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
+    for old, new in pairs:
+        if not isinstance(old, Tensor) or not old.is_floating_point():
+            continue
+        allowed = TOLERANCE * max(1.0, float(old.abs().max())) if old.numel() else 0.0
+        if old.dtype in (torch.float16, torch.bfloat16):
+            allowed *= 1e3
+        same = old.shape == new.shape
+        worst = float((old - new).abs().max()) if same and old.numel() else 0.0
+        if not same or not worst <= allowed:
+            raise RuntimeError(
+                f"the smaller model has other outputs (shape {tuple(new.shape)}, largest "
+                f"difference {worst:.2g}): its forward does something that cannot be followed"
+            )
