@@ -111,6 +111,7 @@ class TuningResult:
         steps: Training steps taken.
         ended: Why it ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
         verdicts: What became of each tuned hyperparameter, by name.
+        why: How each tuned hyperparameter came to its value, a line each.
         folder: The run's ``log_dir``, or None.
     """
 
@@ -122,6 +123,7 @@ class TuningResult:
     steps: int
     ended: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    why: str = ""
     folder: Path | None = None
 
     def report(self, folder: str | Path | None = None) -> str:
@@ -131,7 +133,8 @@ class TuningResult:
             folder: Where to; by default the run's ``log_dir``, and nowhere without one.
 
         Returns:
-            A row for each tuned hyperparameter: start, end, between which steps it moved, verdict.
+            A row for each tuned hyperparameter: start, end, between which steps it moved, verdict;
+            and below the rows how each came to its value.
 
         Raises:
             OSError: The files cannot be written.
@@ -145,9 +148,11 @@ class TuningResult:
         if target is not None:
             target.mkdir(parents=True, exist_ok=True)
             title = f"{self.steps} steps, {self.ended}, validation loss {self.best_loss:.4g}"
-            (target / "report.html").write_text(page(title, lines, self._panels(steps)), "utf-8")
+            (target / "report.html").write_text(
+                page(title, lines, self._panels(steps), self.why), "utf-8"
+            )
             self.schedule.save(target / "schedule.json")
-        return table(lines)
+        return f"{table(lines)}\n\n{self.why}"
 
     def _panels(self, steps: list[int]) -> dict[str, dict[str, Curve]]:
         """What the report draws."""
