@@ -45,6 +45,7 @@ TUNING: dict[str, tuple[Any, ...]] = {
     "model": (3, "net", nn.Linear),
     "log_dir": (3, 2.5, object()),
     "distributed": ("no", 3, []),
+    "name": (3, True, []),
     "settings": (3, "fast", {}, st.method.MethodSettings),
     "tangents": (torch.int8, "bf16", 16, 0.0, -0.5, NAN, True),
     "snapshots": ("disk", 3, True),
