@@ -72,6 +72,11 @@ class Hparam:
         else:
             group[key] = value
 
+    def moved(self, value: float, change: float) -> float:
+        """The value after a change of its raw value, within the bounds."""
+        raw = self.bijection.inverse(torch.tensor(value, dtype=torch.float64)) + change
+        return min(max(float(self.bijection.forward(raw)), self.lower), self.upper)
+
     def bounded(self, lower: float, upper: float) -> Hparam:
         """The same hyperparameter within other bounds."""
         if not lower < upper:

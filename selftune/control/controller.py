@@ -120,6 +120,9 @@ class Controller:
         guard: The guard, or None.
         final: Where the run ends.
         label: Of the optimizer, in messages.
+
+    Attributes:
+        swept, rewinds: Values that the sweep set; step, factor of the rate and reason of rewinds.
     """
 
     hparams: Mapping[str, Hparam]
@@ -128,6 +131,8 @@ class Controller:
     guard: Guard | None = None
     final: FinalWeights = field(default_factory=FinalWeights)
     label: str = "selftune"
+    swept: dict[str, float] = field(default_factory=dict)
+    rewinds: list[tuple[int, float, str]] = field(default_factory=list)
 
     @property
     def sweeping(self) -> bool:
@@ -156,6 +161,7 @@ class Controller:
             snapshot, moves = "average", {}
         if self.sweep.ended:
             moves = self.sweep.moves(record.values, self.hparams, self.total_steps)
+            self.swept = {n: self.hparams[n].moved(record.values[n], m) for n, m in moves.items()}
             log.info(
                 "%s: sweep of %d steps, learning rate times %.3g",
                 self.label,
@@ -171,8 +177,8 @@ class Controller:
         log.warning(
             "%s: the learning rate in param_groups is raised from outside (a scheduler with a "
             "warm-up, such as OneCycleLR, or the training loop), which the learning-rate sweep of "
-            "the first steps would multiply: no sweep, the run begins at the given rate. "
-            "probe=False says the same without this warning", self.label,
+            "the first steps would multiply: no sweep, the run begins at the given rate. Pass "
+            "probe=False to say the same", self.label,
         )  # fmt: skip
         return Action(snapshot="average", rewind={})
 
@@ -268,11 +274,11 @@ class Controller:
         """Log a rewind: the first as a warning."""
         if not action.reason or self.guard is None or action.rewind is None:
             return
-        change = "unchanged"
+        factor = math.exp(action.rewind.get("lr", 0.0))
+        self.rewinds.append((step, factor, action.reason))
+        change = f"divided by {1 / factor:.3g}" if factor != 1 else "unchanged"
         if "lr" not in self.hparams:
             change = "unchanged, since it is not tuned"
-        elif "lr" in action.rewind:
-            change = f"divided by {math.exp(-action.rewind['lr']):.3g}"
         (log.warning if self.guard.rewinds == 1 else log.info)(
             "%s, step %d: %s; back to the last good weights, learning rate %s",
             self.label, step, action.reason, change,
@@ -281,10 +287,12 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""
         parts = {"sweep": self.sweep, "guard": self.guard, "final": self.final}
-        return {n: None if p is None else p.state_dict() for n, p in parts.items()}
+        own = {"swept": dict(self.swept), "rewinds": [list(r) for r in self.rewinds]}
+        return {n: None if p is None else p.state_dict() for n, p in parts.items()} | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``; without a saved sweep it is over."""
+        self.swept, self.rewinds = dict(state["swept"]), [tuple(r) for r in state["rewinds"]]
         if self.sweep is not None:
             if state["sweep"] is None:
                 self.sweep.ended = True

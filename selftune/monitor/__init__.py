@@ -3,6 +3,7 @@
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
 from selftune.monitor.agreement import Agreement
+from selftune.monitor.explanation import Course
 from selftune.monitor.metrics import Metrics, sentences
 from selftune.monitor.recorders import (
     JSONL,
@@ -19,6 +20,7 @@ __all__ = [
     "JSONL",
     "AbstractRecorder",
     "Agreement",
+    "Course",
     "Ends",
     "InMemory",
     "Listener",

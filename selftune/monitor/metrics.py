@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -148,7 +149,8 @@ class Metrics:
             role, scale = self._hparams[name].role, self._hparams[name].bijection
 
             forward = partial(_value, scale, value, course[-1])
-            found[name] = judge(name, course, ratio, ends(name), value, mean, role, forward)
+            judged = judge(name, course, ratio, ends(name), value, mean, role, forward)
+            found[name] = replace(judged, snr=ratio)
         return found
 
     def verdict_rows(self, found: Mapping[str, Verdict], step: int) -> None:
@@ -159,11 +161,14 @@ class Metrics:
         """Log those of the end, which a run that is resumed judges anew."""
         self.monitor.last([(f"verdict/{v.name}", float(v.code)) for v in found.values()], step)
 
-    def finish(self, values: Mapping[str, Any], found: Mapping[str, Verdict], step: int) -> None:
-        """Log the hyperparameters at the end, and their verdicts in words."""
+    def finish(
+        self, values: Mapping[str, Any], found: Mapping[str, Verdict], step: int, why: str
+    ) -> None:
+        """Log the hyperparameters at the end, their verdicts in words, and how they came there."""
         self.monitor.last([(f"end/{n}", v) for n, v in plain_rows(values)], step)
         if self.monitor.on and found:
             self.monitor.text("verdicts", sentences(list(found.values())), step)
+            self.monitor.text("why", "\n".join(f"- {line}" for line in why.splitlines()), step)
 
 
 def _value(scale: AbstractBijection, now: float, last: float, raw: float) -> float:

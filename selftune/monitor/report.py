@@ -84,13 +84,16 @@ def _way(one: Line) -> float:
     return abs(one.end - one.start)
 
 
-def page(title: str, lines: Sequence[Line], panels: Mapping[str, Mapping[str, Curve]]) -> str:
+def page(
+    title: str, lines: Sequence[Line], panels: Mapping[str, Mapping[str, Curve]], why: str = ""
+) -> str:
     """A page of HTML with everything in it.
 
     Args:
         title: Its heading.
         lines: Rows of the table.
         panels: Curves by name, by the title of the plot they are drawn in.
+        why: How each hyperparameter came to its value, a line each.
     """
     head = "".join(f"<th>{c}</th>" for c in ("", "start", "end", "moved", "verdict"))
     body = "".join(
@@ -105,6 +108,7 @@ def page(title: str, lines: Sequence[Line], panels: Mapping[str, Mapping[str, Cu
         "td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
         "img{width:48%;margin:.5%}</style>"
         f"<h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>"
+        + "".join(f"<p>{html.escape(line)}</p>" for line in why.splitlines())
         + "".join(_image(name, curves) for name, curves in panels.items())
         + "</html>\n"
     )

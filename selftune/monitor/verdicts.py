@@ -46,11 +46,15 @@ class Verdict:
         name: Of the hyperparameter.
         kind: ``"settled"``, ``"moving"``, ``"noise"`` or ``"at bound"``.
         sentence: What a person would say.
+        snr: Signal-to-noise ratio of its recent hypergradients, or NaN if unknown.
+        floored: Whether a floor set its value.
     """
 
     name: str
     kind: str
     sentence: str
+    snr: float = math.nan
+    floored: bool = False
 
     @property
     def code(self) -> int:
@@ -111,7 +115,7 @@ validation data are like training data'
         if math.isfinite(end) and abs(recent[-1] - end) <= NEAR and not inward[side]:
             floored = side == "lower" and ends.floored
             told = _at_floor(name, value) if floored else _at_bound(name, side, value, role)
-            return Verdict(name, "at bound", told)
+            return Verdict(name, "at bound", told, floored=floored)
 
     def went(course: Sequence[float]) -> str:
         way = "rose" if course[-1] > course[0] else "fell"

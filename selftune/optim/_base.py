@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftune.monitor import Course
 from selftune.optim._assembly import Assembly
 from selftune.optim._building import TuningOptions, build, check_names
 from selftune.optim._closures import Call
@@ -256,13 +257,32 @@ class SelfTuningOptimizer(EvaluationMode):
             blocks = self._blocks()
         return of(blocks, tensors_of(dict(self._engine.stepper.state)))
 
+    def explain(self) -> str:
+        """How each tuned hyperparameter came to its value: a line each, from recorded facts.
+
+        Examples:
+            >>> import torch, selftune as st
+            >>> print(st.SGD(torch.nn.Linear(2, 1), lr=0.1, tune=("lr",), total_steps=90).explain())
+            lr: given 0.1 → unchanged → annealed by a linear schedule
+        """
+        values, controller = self.hparams, self._engine.controller
+        with torch.no_grad():
+            self._blocks()
+        rows = self._engine.shifts.rows
+        course = Course(
+            given={n: t.given for n, t in rows.items()}, swept=controller.swept,
+            rewinds=controller.rewinds, annealed=str(self._schedule.shape),
+        )  # fmt: skip
+        present = {n: float(t.values().median()) for n, t in rows.items()}
+        return course.explain(present, self._log.verdicts(values, self._engine.clock.steps))
+
     def flush(self) -> None:
         """Write what is buffered for the log; writing goes on by itself in blocks."""
         self._engine.monitor.flush()
 
     def finish(self) -> None:
         """Tell the log where hyperparameters ended and that the run is over; optional."""
-        self._log.finish(self.hparams, self._engine.clock.steps)
+        self._log.finish(self.hparams, self._engine.clock.steps, self.explain())
 
     # inside
 

@@ -91,11 +91,11 @@ class OptimizerLog:
         """Whether rare entries are to be made at this step."""
         return self._monitor.on and self._steps % SPARSE == 0
 
-    def finish(self, values: Mapping[str, Any], step: int) -> None:
-        """Log the end of the run."""
+    def finish(self, values: Mapping[str, Any], step: int, why: str) -> None:
+        """Log the end of the run, and how it came about."""
         found = self.verdicts(values, step)
         self.metrics.last_verdicts(found, step)
-        self.metrics.finish(values, found, step)
+        self.metrics.finish(values, found, step, why)
         self._monitor.histograms(values, step)
         self._monitor.end("finished")
 

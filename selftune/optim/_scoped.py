@@ -34,6 +34,7 @@ class Scoped:
         asleep: Which segments stay at 0, as given, until ``wake``; one bool each.
         waiting: Whether ``wake`` has yet to come.
         start: The values last taken, one a segment.
+        given: The median of those that the run began with.
     """
 
     def __init__(self, hparam: Hparam, scope: str) -> None:
@@ -47,6 +48,7 @@ class Scoped:
         self.asleep = torch.empty(0, dtype=torch.bool)
         self.waiting = hparam.role not in ("rate", "decay")  # training alone tunes these
         self.start: list[float] = []
+        self.given = 0.0
 
     def lay_out(
         self,
@@ -76,6 +78,7 @@ class Scoped:
         first = len(self.base) == 0
         if first:
             self.from_zero = not bool(start.any())
+            self.given = float(start.median())
         scopes = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
         slots = list(scopes[self.scope])
         mean = 0.0 if first else float(self.shift[self.slots].mean())

@@ -112,6 +112,7 @@ class TuningResult:
         steps: Training steps taken.
         ended: Why it ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
         verdicts: What became of each tuned hyperparameter, by name.
+        why: How each tuned hyperparameter came to its value, a line each.
         folder: The run's ``log_dir``, or None.
     """
 
@@ -123,6 +124,7 @@ class TuningResult:
     steps: int
     ended: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    why: str = ""
     folder: Path | None = None
 
     def report(self, folder: str | Path | None = None) -> str:
@@ -132,7 +134,8 @@ class TuningResult:
             folder: Where to; by default the run's ``log_dir``, and nowhere without one.
 
         Returns:
-            A row for each tuned hyperparameter: start, end, between which steps it moved, verdict.
+            A row for each tuned hyperparameter: start, end, between which steps it moved, verdict;
+            and below the rows how each came to its value.
 
         Raises:
             OSError: The files cannot be written.
@@ -146,9 +149,9 @@ class TuningResult:
         if target is not None:
             target.mkdir(parents=True, exist_ok=True)
             title = f"{self.steps} steps, {self.ended}, validation loss {self.best_loss:.4g}"
-            write_text(target / "report.html", page(title, lines, self._panels(steps)))
+            write_text(target / "report.html", page(title, lines, self._panels(steps), self.why))
             self.schedule.save(target / "schedule.json")
-        return table(lines)
+        return f"{table(lines)}\n\n{self.why}"
 
     def _panels(self, steps: list[int]) -> dict[str, dict[str, Curve]]:
         """What the report draws."""

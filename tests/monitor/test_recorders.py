@@ -245,7 +245,7 @@ def test_an_optimizer_tells_what_the_tuner_tells() -> None:
     shares = recorder.curve("cost/overhead")[1]
     assert min(shares) > 0
     assert max(shares) < 1
-    assert [tag for tag, *_ in recorder.texts] == ["verdicts"]
+    assert [tag for tag, *_ in recorder.texts] == ["verdicts", "why"]
     assert "lr" in str(recorder.texts[0])
 
 

@@ -31,7 +31,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_table_is_the_history(finished: Any) -> None:
-    rows = [row.split() for row in finished.report().splitlines()[1:]]
+    text, why = finished.report().split("\n\n")
+    assert why == finished.why
+    rows = [row.split() for row in text.splitlines()[1:]]
     assert [row[0] for row in rows] == ["lr", "beta1", "weight_decay"]
     for row in rows:
         course = finished.history[row[0]]

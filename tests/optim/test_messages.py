@@ -111,4 +111,6 @@ def test_a_name_begins_the_tags_of_other_recorders() -> None:
     tags = {r.tag.partition("/")[0] for r in log.rows}
     assert tags == {"generator", "critic"}
     assert log.curve("critic/hyper/lr")[0]
-    assert {tag for tag, _, _ in log.texts} == {"generator/verdicts", "critic/verdicts"}
+    assert {tag for tag, _, _ in log.texts} == {
+        f"{name}/{text}" for name in ("generator", "critic") for text in ("verdicts", "why")
+    }

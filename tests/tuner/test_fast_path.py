@@ -18,6 +18,7 @@ RULES: list[tuple[st.rules.AbstractRule, dict[str, Any]]] = [
     (st.rules.AdamW(), {"weight_decay": 0.1}),
     (st.rules.Adam(), {"amsgrad": True}),
     (st.rules.SGD(), {"momentum": 0.9, "nesterov": True}),
+    (st.rules.SGD(), {"momentum": 0.0}),
 ]
 
 
@@ -80,7 +81,7 @@ def test_what_it_does_not_serve() -> None:
     steps, run = steps_of(st.rules.RMSprop(), {}, True)
     with torch.no_grad():
         assert FastPath(steps)(run, batches(1)[0]) is None  # torch has no kernel
-    steps, run = steps_of(st.rules.SGD(), {"momentum": 0.0}, True)
+    steps, run = steps_of(st.rules.SGD(), {"momentum": 0.9, "dampening": 0.5}, True)
     with torch.no_grad():
         assert FastPath(steps)(run, batches(1)[0]) is None
     assert int(run.step) == 0
