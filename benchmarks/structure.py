@@ -14,7 +14,14 @@ Means ± standard deviations over the seeds; "kept" are the shares of the wide n
 
     SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 0 1 2] [--steps 600] [--least 0.003]
 
-RESULTS
+Typical output (two shared cores, torch 2.13):
+
+    | | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |
+    |---|---|---|---|---|---|
+    | wide | 88.02 ± 0.12 | 100 ± 0 | 100 ± 0 | 24 / 48 / 96 | – |
+    | gates, λ tuned | 87.44 ± 0.33 | 72 ± 3 | 97 ± 0 | 24 / 48 / 68 | 0.0013 |
+    | gates, λ ≥ 0.003 | 87.38 ± 0.15 | 42 ± 2 | 65 ± 6 | 20 / 38 / 49 | 0.0034 |
+    | magnitude | 87.07 ± 0.29 | 42 ± 2 | 65 ± 6 | 20 / 38 / 49 | – |
 """
 
 from __future__ import annotations
@@ -207,7 +214,9 @@ def main() -> None:
         means = [statistics.mean(k) for k in zip(*(left for _, left, _ in found), strict=True)]
         cells = [_spread([right for right, _, _ in found], 2), *(_spread(s, 0) for s in shares)]
         cells += [" / ".join(f"{m:.0f}" for m in means)]
-        print(f"| {name} | {' | '.join(cells)} | {statistics.mean(f[2] for f in found):.2g} |")
+        strength = statistics.mean(f[2] for f in found)
+        shown = "–" if math.isnan(strength) else f"{strength:.2g}"
+        print(f"| {name} | {' | '.join(cells)} | {shown} |")
 
 
 def _spread(values: list[float], digits: int) -> str:

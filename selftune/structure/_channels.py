@@ -55,6 +55,7 @@ class Follower(fx.Interpreter):
     Attributes:
         units: All units, and what they take with them.
         channels: Those of the value of each node; None where it has none, or they must stay.
+        values: The value of each node on the example.
     """
 
     def __init__(self, graph: fx.GraphModule, threshold: float) -> None:
@@ -62,12 +63,12 @@ class Follower(fx.Interpreter):
         self.units = Units()
         self.channels: dict[fx.Node, Channels | None] = {}
         self._threshold = threshold
-        self._values: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}
         self._shared = _shared(graph)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run it, then follow its units."""
-        value = self._values[n] = super().run_node(n)
+        value = self.values[n] = super().run_node(n)
         found = None
         if n.op == "output":
             self.units.need(*self._of(n.args))
@@ -199,7 +200,7 @@ class Follower(fx.Interpreter):
 
     def _resized(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
         """Pooling: all axes after the units' may change."""
-        before = self._values[node.all_input_nodes[0]].shape
+        before = self.values[node.all_input_nodes[0]].shape
         if value.shape[: given.axis + 1] == before[: given.axis + 1]:
             return given
         self._unknown(node)
@@ -210,7 +211,7 @@ class Follower(fx.Interpreter):
 
         ``(N, C, H, W)`` to ``(N, C·H·W)``: each unit is repeated H·W times.
         """
-        before, after = self._values[node.all_input_nodes[0]].shape, value.shape
+        before, after = self.values[node.all_input_nodes[0]].shape, value.shape
         lead = math.prod(before[: given.axis])
         for axis in range(len(after)):
             repeats = after[axis] / before[given.axis]
@@ -225,7 +226,7 @@ class Follower(fx.Interpreter):
         """A reduction over other axes."""
         args: dict[str, Any] = dict(zip(("input", "dim", "keepdim"), node.args, strict=False))
         args |= node.kwargs
-        ndim = self._values[node.all_input_nodes[0]].ndim
+        ndim = self.values[node.all_input_nodes[0]].ndim
         dims = args.get("dim")
         axes = [d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))]
         if given.axis in axes:
@@ -239,7 +240,7 @@ class Follower(fx.Interpreter):
         those, others = [], []
         for arg in (*node.args, *node.kwargs.values()):
             channels = self.channels[arg] if isinstance(arg, fx.Node) else None
-            shape = getattr(self._values.get(arg) if isinstance(arg, fx.Node) else arg, "shape", ())
+            shape = getattr(self.values.get(arg) if isinstance(arg, fx.Node) else arg, "shape", ())
             if channels is not None and len(shape) == value.ndim:
                 those.append(channels)
             else:

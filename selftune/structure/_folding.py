@@ -83,7 +83,7 @@ def _forward(
             break
     if not _alone(at, calls, modules) or not _same_axis(follower, before, node):
         return False
-    channels, ndim = follower.channels[node], follower._values[before].ndim
+    channels, ndim = follower.channels[node], follower.values[before].ndim
     takes = isinstance(module, nn.Linear) and channels is not None and channels.axis == ndim - 1
     if isinstance(module, _ConvNd) and not module.transposed and module.groups == 1:
         takes = channels is not None and channels.axis == ndim - len(module.kernel_size) - 1

@@ -119,7 +119,7 @@ def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     graph = fx.GraphModule(model, traced)
     follower = Follower(graph, 0.0)
     follower.run(*inputs)
-    for node, value in follower._values.items():
+    for node, value in follower.values.items():
         node.meta["shape"] = getattr(value, "shape", ())
     units = follower.units
     gone = units.removed(
