@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from selftune.monitor import Course, Verdict
 from selftune.tuner import _checkpoints, _resuming
 from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
@@ -254,7 +253,7 @@ class Training:
         self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
-        why = self._explanation(verdicts)
+        why = self.watch.why(self.steps.starts, self.identity["schedule"], verdicts)
         log.info("%s", why)
         self.watch.metrics.finish(known, verdicts, self.step, why)
         self.watch.metrics.monitor.last([("final/loss", best)], self.step)
@@ -273,16 +272,6 @@ class Training:
             why=why,
             folder=self._writes,
         )
-
-    def _explanation(self, verdicts: Mapping[str, Verdict]) -> str:
-        """How each hyperparameter came to its value; of a population, its leader's."""
-        controller = self.watch.controllers[self.watch.leader]
-        course = Course(
-            given=self.steps.starts, swept=controller.swept, rewinds=controller.rewinds,
-            annealed=self.identity["schedule"],
-        )  # fmt: skip
-        known = self.watch.hparams()
-        return course.explain({n: known[n] for n in self.steps.starts}, verdicts)
 
     def _read_best(self) -> dict[str, Any] | None:
         """The best weights that were saved, from memory or from disk."""

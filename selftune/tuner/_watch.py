@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from selftune.control import (
     TrainingLoss,
     ValidationLoss,
 )
-from selftune.monitor import Metrics, Verdict
+from selftune.monitor import Course, Metrics, Verdict
 from selftune.tuner._logging import TunerLog
 from selftune.tuner._result import History
 from selftune.tuner._snapshots import Snapshots
@@ -231,6 +231,21 @@ class Watch:
         self.note(step)
 
     # the present hyperparameters
+
+    def why(self, given: Mapping[str, float], schedule: Any, found: Mapping[str, Verdict]) -> str:
+        """How each hyperparameter came to its value; of a population, its leader's.
+
+        Args:
+            given: Where they started.
+            schedule: Of the learning rate.
+            found: Their verdicts.
+        """
+        controller = self.controllers[self.leader]
+        course = Course(
+            given=given, swept=controller.swept, rewinds=controller.rewinds, annealed=schedule
+        )
+        known = self.hparams()
+        return course.explain({n: known[n] for n in given}, found)
 
     def verdicts(self) -> dict[str, Verdict]:
         """A judgement of each tuned hyperparameter so far."""
