@@ -267,7 +267,7 @@ class Tuner:
         """
         if self._fitted:
             raise RuntimeError(
-                "fit was called before on this Tuner: make a new one, with resume=True and the "
+                "fit was called before on this Tuner: make a new Tuner, with resume=True and the "
                 "same log_dir to go on with an interrupted run"
             )
         check_fit(locals())

@@ -15,7 +15,7 @@ from torch import Tensor
 from selftune import rules
 from selftune.bijections import Memory
 from selftune.hparams import DECAY, LR, MOMENTUM, WEIGHT_DECAY, Hparam, penalty_hparam
-from selftune.method import FloorSettings, WeightDecayFloor
+from selftune.method import FloorSettings, HyperSettings, WeightDecayFloor
 from selftune.optim._shifts import Scoped, Shifts, TorchProposal
 from selftune.penalties import L1
 from selftune.rules.adam import BETA1
@@ -228,7 +228,7 @@ def test_signals_of_segments_are_summed_into_what_shares_a_shift() -> None:
     """Closed form of a plain SGD step: −0.01 times the sum; one shift for each group or tensor."""
     made = shifts(
         "lr", "decay", segments=3, groups=[0, 0, 1], per={"lr": "group", "decay": "tensor"},
-        make=lambda raw: torch.optim.SGD(raw, lr=0.01),
+        make=lambda raw: torch.optim.SGD(raw, lr=0.01), settings=HyperSettings(apart=1.0),
     )  # fmt: skip
     step(made, torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]))
     assert made.rows["lr"].shift.tolist() == pytest.approx([-0.03, -0.04], rel=1e-12)
