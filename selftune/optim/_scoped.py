@@ -114,6 +114,8 @@ class Scoped:
 
     def wake(self) -> bool:
         """Tune from now on what was given as 0; true if values change."""
+        if not self.waiting:
+            return False
         changed, self.waiting = bool(self.asleep.any()), False
         self.asleep = torch.zeros_like(self.asleep)
         self._measure()

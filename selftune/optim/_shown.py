@@ -51,10 +51,9 @@ class Shown:
         if not self._buffers.shown:
             self._statistics = self._buffers.average if live else self._buffers.at(place)
             self._buffers.exchange(self._statistics)
-        self._versions = self._count()
-
-    def _count(self) -> list[int]:
-        return [local(p)._version for b in self._blocks for p in b.params]
+        # Only copies may be asked whether they changed: exchanges are made at hyperparameter steps.
+        self._params = [local(p) for b in self._blocks for p in b.params] if self.kept else []
+        self._versions = _versions(self._params)
 
     def saved(self) -> list[tuple[Tensor, Tensor]]:
         """Each parameter, and its training weights as they are saved."""
@@ -65,7 +64,7 @@ class Shown:
     @property
     def changed(self) -> bool:
         """Whether the weights in place were changed from outside."""
-        return self._versions != self._count()
+        return _versions(self._params) != self._versions
 
     @torch.no_grad()
     def back(self, *, keep: bool = False) -> None:
@@ -114,9 +113,14 @@ class Restored:
         torch._foreach_copy_(self._params, self._weights)
         for tensor, value in zip(self._buffers.tensors(), self._statistics, strict=False):
             tensor.copy_(value)
-        self._versions = [p._version for p in self._params]
+        self._versions = _versions(self._params)
 
     @property
     def overwritten(self) -> bool:
         """Whether the weights were changed since."""
-        return [p._version for p in self._params] != self._versions
+        return _versions(self._params) != self._versions
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Numbers that rise with every change in place."""
+    return [t._version for t in tensors]
