@@ -19,7 +19,7 @@ import torch
 
 import selftune as st
 from benchmarks.proof.rendering import grid
-from benchmarks.quality.shells import cell
+from benchmarks.quality.shells import cell, tuned
 from benchmarks.workloads import SUITE, Workload
 from selftune.method import HyperSettings, MethodSettings
 
@@ -29,19 +29,12 @@ SHARES = (1.0, 0.3, 0.1)
 def losses(workload: Workload, seed: int, per: str, apart: float) -> tuple[float, float]:
     """Validation and test loss of a run."""
     model = workload.model(seed)
-    train, val = workload.batches("train", seed), workload.batches("val", seed, 2)
     layers = [list(m.parameters(recurse=False)) for m in model.modules()]
     opt = st.AdamW(
         [{"params": params} for params in layers if params], lr=1e-3, per=per,
         total_steps=workload.steps, settings=MethodSettings(hyper=HyperSettings(apart=apart)),
     )  # fmt: skip
-    for _ in range(workload.steps):
-        opt.zero_grad()
-        workload.loss(model, next(train)).backward()
-        opt.step()
-        opt.hyper_step(lambda: workload.loss(model, next(val)))
-    with opt.averaged():
-        return workload.evaluate(model, "val"), workload.evaluate(model, "test")
+    return tuned(workload, model, opt, seed)
 
 
 def main() -> None:

@@ -50,15 +50,20 @@ SHELLS: dict[str, tuple[Make, Make, float, tuple[float, ...]]] = {
 def ours(workload: Workload, make: Make, lr: float, seed: int) -> float:
     """The validation loss of a self-tuned run, at its averaged weights."""
     model = workload.model(seed)
-    train, val = workload.batches("train", seed), workload.batches("val", seed, 2)
     opt = make(model.parameters(), lr=lr, total_steps=workload.steps)
+    return finite(tuned(workload, model, opt, seed)[0])
+
+
+def tuned(workload: Workload, model: nn.Module, opt: Any, seed: int) -> tuple[float, float]:
+    """Validation and test loss of a run, at its averaged weights."""
+    train, val = workload.batches("train", seed), workload.batches("val", seed, 2)
     for _ in range(workload.steps):
         opt.zero_grad()
         workload.loss(model, next(train)).backward()
         opt.step()
         opt.hyper_step(lambda: workload.loss(model, next(val)))
     with opt.averaged():
-        return finite(workload.evaluate(model, "val"))
+        return workload.evaluate(model, "val"), workload.evaluate(model, "test")
 
 
 def best(workload: Workload, make: Make, rates: Sequence[float], seed: int) -> float:
