@@ -1,10 +1,6 @@
 """A search over a PostgreSQL server. Truths: what was asked for, what was killed."""
 
-import os
-import pwd
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,13 +10,13 @@ from pathlib import Path
 import optuna
 import pytest
 
+from benchmarks.reliability import servers
 from selftune import search
 
-TOOLS = [Path(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
 psycopg = pytest.importorskip("psycopg", reason="needs the extra postgres")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not TOOLS, reason="needs Debian's package postgresql"),
+    pytest.mark.skipif(bool(servers.ABSENT), reason=servers.ABSENT or "a server is here"),
 ]
 SCRIPT = """
 import sys, time
@@ -36,32 +32,10 @@ if __name__ == "__main__":
 """
 
 
-def as_owner(folder: Path, *command: str) -> None:
-    """Run as a user that a server may be run by."""
-    if os.getuid() == 0:
-        owner = pwd.getpwnam("postgres")
-        os.chown(folder, owner.pw_uid, owner.pw_gid)
-        command = ("runuser", "-u", "postgres", "--", *command)
-    subprocess.run(command, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = Path("/tmp") / f"selftune-postgres-{os.getpid()}"  # readable by its owner
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    tools, data = TOOLS[-1], str(folder / "data")
-    try:
-        as_owner(folder, str(tools / "initdb"), "-D", data, "-A", "trust", "-U", "tuner")
-        control = [str(tools / "pg_ctl"), "-D", data, "-w"]
-        options = f"-p {port} -k {folder} -c fsync=off"
-        as_owner(folder, *control, "-o", options, "-l", str(folder / "log"), "start")
-        yield f"postgresql://tuner@localhost:{port}/postgres"
-        as_owner(folder, *control, "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder)
+def server() -> Iterator[str]:
+    with servers.server() as address:
+        yield f"{address}/postgres"
 
 
 def trials(address: str) -> list[optuna.trial.FrozenTrial]:
