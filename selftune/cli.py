@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,10 +69,9 @@ def _worker(storage: str, script: str, rest: Sequence[str]) -> int:
     if not Path(script).is_file():
         print(f"{script}: no such file", file=sys.stderr)
         return 1
-    os.environ["SELFTUNE_STORAGE"] = storage
-    sys.argv = [script, *rest]
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    from selftune.search._workers import join  # an extra
+
+    join(storage, script, rest)
     return 0
 
 

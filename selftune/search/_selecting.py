@@ -21,7 +21,7 @@ from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
 from selftune.search._storage import check_sampler, persist, writable
 from selftune.search._trial import Trainer
-from selftune.search._workers import JOIN, Payload, crowd, settle, work
+from selftune.search._workers import JOIN, Payload, crowd, reclaim, work
 from selftune.search.families import AbstractFamily
 from selftune.search.memory import Memory, Task
 
@@ -186,7 +186,7 @@ def select(
     with writable(storage, mark), tqdm(total=trials, disable=not progress, unit="trial") as bar:
         run = partial(crowd, workers=workers) if workers > 1 else work
         ended = run(payload, opened, bar=bar)
-        if ended and persist(lambda: settle(opened), opened):  # killed before it began
+        if ended and persist(lambda: reclaim(opened), opened):  # killed before it began
             run(payload, opened, bar=bar)
     found = persist(lambda: selected(trainer, opened), opened)
     if memory is not None and trainer.task is not None and len(opened.trials) > before:
@@ -203,7 +203,7 @@ def select(
 
 def _begin(trainer: Trainer, study: optuna.Study) -> int:
     """Ask for what lost workers had, and what a memory knows; returns how many trials there are."""
-    settle(study)
+    reclaim(study)
     before = len(study.trials)
     if trainer.memory is not None and trainer.task is not None and not before:
         for params in trainer.memory.best(trainer.task):

@@ -80,8 +80,8 @@ def storage_of(given: Any) -> BaseStorage:
     return JournalStorage(JournalFileBackend(text, lock_obj=lock))
 
 
-def _remote(address: str, times: int = 5) -> BaseStorage:
-    """A storage by its address; new tables are tried a few times."""
+def _remote(address: str) -> BaseStorage:
+    """A storage by its address."""
     if address.startswith("grpc://"):
         host, _, port = address.removeprefix("grpc://").partition(":")
         return GrpcStorageProxy(host=host, port=int(port or 13000))
@@ -97,12 +97,8 @@ def _remote(address: str, times: int = 5) -> BaseStorage:
             f"({error.__context__}); for PostgreSQL: pip install 'selftune[postgres]'"
         ) from error
     except DatabaseError as error:
-        if error.connection_invalidated:
-            raise StorageInternalError(f"the connection to {address} was lost") from error
-        racing = isinstance(error, IntegrityError) or "already exists" in str(error.orig)
-        if times and racing:  # another worker makes its tables
-            time.sleep(0.2)
-            return _remote(address, times - 1)
+        if transient(error):
+            raise
         raise ValueError(
             f"storage={address} cannot be opened ({error.orig}): if another program holds it, wait "
             "for that or pass another address; it is untouched"
@@ -114,7 +110,7 @@ def _remote(address: str, times: int = 5) -> BaseStorage:
 
 
 def persist(call: Callable[[], T], study: optuna.Study | None = None) -> T:
-    """Call, and again where the connection to a database was lost, until it is back.
+    """Call, and again after errors of a database that are transient.
 
     Args:
         call: What is called.
@@ -132,22 +128,24 @@ def persist(call: Callable[[], T], study: optuna.Study | None = None) -> T:
                 until = math.inf  # it answers
             return call()
         except Exception as error:
-            lost = disconnected(error)
-            if lost is None:
+            why = transient(error)
+            if why is None:
                 raise
             until = min(until, time.monotonic() + AWAY)
             if time.monotonic() > until:
                 raise
-            log.warning("the connection to the storage was lost (%s); trying again", lost)
+            log.warning("storage: %s; trying again", why)
             time.sleep(PAUSE)
 
 
-def disconnected(error: BaseException | None) -> str | None:
-    """How a connection was lost, if that led to an error; or two workers made tables at once."""
+def transient(error: BaseException | None) -> str | None:
+    """What led to an error and passes: a lost connection, or tables that another worker makes."""
     while error is not None:
-        made = isinstance(error, IntegrityError) and "create table" in str(error.statement).lower()
-        if isinstance(error, DBAPIError) and (error.connection_invalidated or made):
-            return str(error.orig).strip()
+        if isinstance(error, DBAPIError):
+            making = "create table" in str(error.statement).lower()
+            racing = isinstance(error, IntegrityError) or "already exists" in str(error.orig)
+            if error.connection_invalidated or (making and racing):
+                return str(error.orig).strip()
         error = error.__cause__ or error.__context__
     return None
 

@@ -22,7 +22,7 @@ from torch import nn
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
 from selftune.search._space import Space
-from selftune.search._storage import Unwritable, disconnected
+from selftune.search._storage import Unwritable, transient
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
 
@@ -104,7 +104,7 @@ class Trainer:
         except optuna.TrialPruned:
             raise
         except Exception as error:
-            if disconnected(error):  # not the candidate's failure: another trial takes its place
+            if transient(error):  # not the candidate's failure: another trial takes its place
                 raise
             if isinstance(error, StorageInternalError):
                 raise Unwritable from error

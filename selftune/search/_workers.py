@@ -165,7 +165,7 @@ def orphans(study: optuna.Study, own: int | None = None) -> int:
     return count
 
 
-def settle(study: optuna.Study) -> int:
+def reclaim(study: optuna.Study) -> int:
     """Take trials from workers that are gone, also from one that has not signed its trial yet.
 
     Returns:

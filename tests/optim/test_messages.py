@@ -1,4 +1,4 @@
-"""What a wrong call is told, and which optimizer speaks. Truth: the remedy, and the name given."""
+"""Messages of wrong calls and warnings. Truth: they hold the remedy and the optimizer's name."""
 
 import logging
 from collections.abc import Callable

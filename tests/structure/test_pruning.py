@@ -112,7 +112,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-def settled(make: Callable[[], nn.Module], seed: int = 0, share: float = 0.5) -> nn.Module:
+def half_closed(make: Callable[[], nn.Module], seed: int = 0, share: float = 0.5) -> nn.Module:
     """A model with random statistics and gates, of which a share is closed."""
     torch.manual_seed(seed)
     model = make()
@@ -137,7 +137,7 @@ def size(model: nn.Module) -> int:
 def test_outputs_are_those_of_the_gated_model(name: str, seed: int) -> None:
     """Truth: the gated model, on other inputs than the example, of another batch size."""
     make, inputs = MODELS[name]
-    model = settled(make, seed)
+    model = half_closed(make, seed)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     pruned = prune(model, inputs())
     x = inputs().repeat_interleave(2, 0)
@@ -153,14 +153,14 @@ def test_outputs_are_those_of_the_gated_model(name: str, seed: int) -> None:
 def test_a_smaller_model_trains_as_the_gated_one_with_closed_gates(name: str) -> None:
     """Law: parameters of the smaller model are parameters, and gradients flow into all of them."""
     make, inputs = MODELS[name]
-    pruned = prune(settled(make), inputs()).train()
+    pruned = prune(half_closed(make), inputs()).train()
     pruned(inputs()).square().sum().backward()
     assert all(p.grad is not None for p in pruned.parameters())
 
 
 def test_sizes_by_hand() -> None:
     """Count: 8 channels to 3, 10 to 2 of 16 pixels each, 7 units to 4."""
-    model = settled(cnn, share=0.0)
+    model = half_closed(cnn, share=0.0)
     gates = [m for m in model.modules() if isinstance(m, Gate)]
     with torch.no_grad():
         for gate, count in zip(gates, (3, 2, 4), strict=True):
@@ -176,7 +176,7 @@ def test_sizes_by_hand() -> None:
 
 def test_shared_channels_go_where_every_summand_is_closed() -> None:
     """Count: channels of the stream that are closed in stem and both blocks."""
-    model = settled(ResNet, share=0.0)
+    model = half_closed(ResNet, share=0.0)
     with torch.no_grad():
         model.gate.gates[[0, 1, 2]] = 0.0
         model.blocks[0].last.gates[[0, 1, 3]] = 0.0
@@ -190,7 +190,7 @@ def test_shared_channels_go_where_every_summand_is_closed() -> None:
 
 def test_units_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
     """A gate of one summand alone removes nothing, and the log says which."""
-    model = settled(ResNet, share=0.0)
+    model = half_closed(ResNet, share=0.0)
     with torch.no_grad():
         model.gate.gates[[0, 1]] = 0.0
     with caplog.at_level(logging.INFO, "selftune"):
@@ -201,7 +201,7 @@ def test_units_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_gate_before_a_norm_that_moves_zero_keeps_its_units() -> None:
     """Truth: the gated model; a closed channel is a constant after BatchNorm, not 0."""
-    model = settled(lambda: nn.Sequential(
+    model = half_closed(lambda: nn.Sequential(
         nn.Conv2d(1, 4, 3), Gate(4), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, padding=1)))  # fmt: skip
     pruned = prune(model, torch.zeros(IMAGE))
     x = torch.randn(IMAGE)
@@ -212,7 +212,7 @@ def test_a_gate_before_a_norm_that_moves_zero_keeps_its_units() -> None:
 def test_everything_closed_leaves_one_unit_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = settled(mlp, share=1.1)
+    model = half_closed(mlp, share=1.1)
     with caplog.at_level(logging.WARNING, "selftune"):
         pruned = prune(model, torch.zeros(3, 5))
     assert (pruned[0].out_features, pruned[4].out_features) == (1, 1)
@@ -246,7 +246,7 @@ def test_layers_and_gates_that_are_used_twice() -> None:
             return self.head(self.gate(self.hidden(self.embed(x))))
 
     for make, x in ((Shared, torch.randn(3, 4)), (Tied, torch.randint(7, (3, 5)))):
-        model = settled(make, 1)
+        model = half_closed(make, 1)
         pruned = prune(model, x)
         torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-5)
     assert pruned.head.in_features == 6
@@ -254,7 +254,7 @@ def test_layers_and_gates_that_are_used_twice() -> None:
 
 def test_the_threshold_closes_traces_of_gates() -> None:
     """Truth: the model with these gates at exactly 0."""
-    model = settled(mlp, share=0.0)
+    model = half_closed(mlp, share=0.0)
     with torch.no_grad():
         model[2].gates[:5] = 0.009
         pruned = prune(model, torch.zeros(3, 5))
@@ -268,14 +268,14 @@ def test_the_threshold_closes_traces_of_gates() -> None:
 def test_it_goes_through_export(name: str) -> None:
     """Truth: the smaller model itself."""
     make, inputs = MODELS[name]
-    pruned, x = prune(settled(make), inputs()), inputs()
+    pruned, x = prune(half_closed(make), inputs()), inputs()
     exported = torch.export.export(pruned, (x,))
     torch.testing.assert_close(exported.module()(x), pruned(x))
 
 
 def test_it_loads_where_the_library_is_not_installed(tmp_path: Path) -> None:
     """Truth: a Python process in which the library cannot be imported."""
-    model, x = settled(optional), torch.randn(3, 4)
+    model, x = half_closed(optional), torch.randn(3, 4)
     pruned = prune(model, x)
     torch.save((pruned, x, pruned(x)), tmp_path / "model.pt")
     code = (
@@ -289,7 +289,7 @@ def test_it_loads_where_the_library_is_not_installed(tmp_path: Path) -> None:
 
 def test_a_state_dict_fits_a_plain_model_of_the_smaller_size() -> None:
     """Truth: a plain model written by hand."""
-    model, x = settled(mlp), torch.randn(3, 5)
+    model, x = half_closed(mlp), torch.randn(3, 5)
     pruned, buffer = prune(model, x), io.BytesIO()
     torch.save(pruned.state_dict(), buffer)
     buffer.seek(0)
@@ -305,7 +305,7 @@ def test_a_state_dict_fits_a_plain_model_of_the_smaller_size() -> None:
 
 
 def test_modes_and_training_flags_are_kept() -> None:
-    model = settled(mlp).train()
+    model = half_closed(mlp).train()
     model[3].eval()
     model[0].weight.requires_grad_(False)
     pruned = prune(model, torch.zeros(3, 5))
@@ -316,7 +316,7 @@ def test_modes_and_training_flags_are_kept() -> None:
 
 def test_copies_are_independent() -> None:
     """Law: training the smaller model leaves the gated one alone."""
-    model = settled(optional)
+    model = half_closed(optional)
     twin = copy.deepcopy(model)
     pruned = prune(model, torch.zeros(3, 4))
     with torch.no_grad():
