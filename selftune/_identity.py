@@ -1,11 +1,18 @@
-"""What a saved run must have in common with one that continues it, as plain data."""
+"""What a run must have in common with one that continues it, and with other processes of it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLED = 1024
+"""Values of a tensor that its digest is made of."""
 
 
 def flatten(name: str, value: Any) -> dict[str, Any]:
@@ -49,4 +56,16 @@ def differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
         first = next(((a, b) for a, b in lines if a != b), (there, here))
         a, b = (line.strip() for line in first)
         found.append(f"{name} is {a} there and {b} here")
+    return found
+
+
+def digest(tensors: Iterable[Tensor], *, values: bool = True) -> int:
+    """A checksum of shapes, dtypes and, if wanted, up to 1,024 values of each tensor."""
+    found = 0
+    for tensor in tensors:
+        found = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), found)
+        if values:
+            flat = tensor.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // SAMPLED)].cpu().contiguous()
+            found = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), found)
     return found

@@ -19,10 +19,8 @@ from selftune.optim._shards import by_rows, shard
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
-SLICED = {"centre", "mark", "sensitivity", "recent", "tangent", "secant"}
-"""What is kept of the slice of a parameter; the first part of its key."""
 SCALED = {"centre", "mark"}
-"""What of it is multiplied by the root of the slice."""
+"""What is kept of the slice of a parameter times the root of the slice."""
 
 
 class Assembly:
@@ -108,7 +106,7 @@ class Assembly:
         Sensitivities of a slice that is not part of the one before begin anew.
         """
         before = {
-            id(p): (block.cut, first, block.keys)
+            id(p): (block.cut, first, block.sliced)
             for block in self._engine.blocks
             for p, first in zip(block.params, block.cut.firsts(block.layout.sizes), strict=True)
         }
@@ -119,7 +117,7 @@ class Assembly:
                 if (old.stride, place) == (cut.stride, first):
                     continue
                 entry = state[param]
-                for key in [k for k in keys if k.split("/")[0] in SLICED and k in entry]:
+                for key in keys & entry.keys():
                     whole = entry.pop(key)
                     if old.stride == 1 and not key.startswith("secant"):
                         kept = whole.reshape(-1)[first :: cut.stride]

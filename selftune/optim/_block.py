@@ -45,6 +45,7 @@ class Block:
         good: The last good weights.
         centre, mark: Of the displacement.
         secants: Of stiff directions; or nothing.
+        sliced: Keys of what is kept of the slice alone.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Block:
         kept = cut.scaled(weights)
         self.centre, self.mark = kept.clone(), kept.clone()
         self.secants = [Secants.begin(kept, pairs)] if pairs else []
-        self._stale = self.exchanged = False
+        self._stale = False
         self._views: dict[str, list[Tensor]] = {}  # of the rule's state
         self._viewed: Mapping[str, Tensor] = {}
         known = [e["secant/changes"] for e in entries if "secant/changes" in e]
@@ -92,23 +93,23 @@ class Block:
                     view.copy_(self._loaded(index, entry[key], view))
                 entry[key] = view
         self.part = self.part._replace(params=weights.new_empty(0))
+        self.sliced = set(self._pieces())
 
     def _rows(self, index: int) -> Rows:
         return Rows(self.params[index], self.cut.stride, self._firsts[index])
 
     def _loaded(self, index: int, value: Tensor, view: Tensor) -> Tensor:
         """This process's part of something that was saved of a parameter."""
-        same = local(value).shape == view.shape
-        return local(value) if same else self._rows(index).load(value)
+        return local(value) if local(value).shape == view.shape else self._rows(index).load(value)
 
     def saved(self) -> list[dict[str, Tensor]]:
         """What is kept of each parameter, as it is saved."""
         self.sync()
-        found: list[dict[str, Tensor]] = [{} for _ in self.params]
         wholes = {k: self.layout.views(t) for k, t in self._wholes().items()}
-        rows = [self._rows(i) for i in range(len(found))]
+        rows = [self._rows(i) for i in range(len(self.params))]
+        found: list[dict[str, Tensor]] = [{} for _ in rows]
         for key, views in (wholes | self._pieces()).items():
-            sliced = self.cut.stride > 1 and key not in wholes
+            sliced = self.cut.stride > 1 and key in self.sliced
             for row, entry, view in zip(rows, found, views, strict=True):
                 entry[key] = row.save(view) if sliced else whole(row.param, view)
         return found
@@ -200,8 +201,7 @@ class Block:
         torch._foreach_copy_([local(p) for p in self.params], list(weights))
 
     def exchange(self) -> None:
-        """Swap the parameters with their average, a few at a time."""
-        self.exchanged = not self.exchanged
+        """Swap the parameters with their average."""
         swap(self.params, self.averages)
 
     def show(self, place: float, weights: Sequence[Tensor]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -12,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selftune._flat import local
+from selftune._identity import digest
 
 PATIENCE = 10
 """Seconds that a process waits for the others at its first validation loss."""
@@ -50,10 +49,8 @@ class Reducer:
         """
         if not self.together:
             return
-        known = [[*p.shape] for p in params], self._sum(params)
-        digest = int.from_bytes(hashlib.sha256(repr(known).encode()).digest()[:7], "big")
-        self._digest = digest
-        ends = torch.tensor([digest, -digest], device=local(params[0]).device)
+        self._digest = digest(params, values=not self.sharded)
+        ends = torch.tensor([self._digest, -self._digest], device=local(params[0]).device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if int(ends[0]) != -int(ends[1]):
             raise RuntimeError(
@@ -63,11 +60,6 @@ class Reducer:
                 "every process some of them, shard by torch.distributed.fsdp.fully_shard; or "
                 "pass distributed=False, and every process tunes for itself"
             )
-
-    def _sum(self, params: Sequence[Tensor]) -> float:
-        if self.sharded:
-            return 0.0
-        return math.fsum(float(p.detach().double().sum()) for p in params)
 
     def meet(self, step: int) -> None:
         """Wait for the other processes at the first validation loss.

@@ -26,12 +26,13 @@ from selftune._arguments import (
     Whole,
     check,
 )
+from selftune._identity import digest
 from selftune.hypernet import SelfTuned
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
 from selftune.tuner._data import Stream, size
-from selftune.tuner._group import Group, digest
+from selftune.tuner._group import Group
 from selftune.tuner._steps import RunState, Steps
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from selftune._identity import digest
 from selftune.tuner._data import size
 from selftune.tuner._passes import Passed
 from selftune.tuner._randomness import restore, snapshot
@@ -24,8 +24,6 @@ log = logging.getLogger("selftune")
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 """Longest wait for another rank, which may be compiling; one that is gone is noticed at once."""
-SAMPLED = 1024
-"""Values of a tensor that its digest is made of."""
 
 
 class Group:
@@ -251,14 +249,3 @@ def quiet(silent: bool) -> Iterator[None]:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def digest(tensors: Iterable[Tensor]) -> int:
-    """A checksum of shapes, dtypes and up to 1,024 values of each tensor."""
-    found = 0
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // SAMPLED)].cpu().contiguous()
-        found = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), found)
-        found = zlib.crc32(values.view(torch.uint8).numpy().tobytes(), found)
-    return found
