@@ -5,7 +5,8 @@
 
 One run of ``st.AdamW``, or ``st.SGD`` (momentum 0.9), with ``per="group"`` (a group for each layer)
 and with ``per="tensor"``, at several shares of the changes beyond the mean one
-(``HyperSettings.apart``), over the run of the same seed with ``per="run"``. Printed are geometric means of the ratios of validation and test
+(``HyperSettings.apart``), over the run of the same seed with ``per="run"``. Printed are geometric
+means of the ratios of validation and test
 losses over workloads and seeds, with their standard errors.
 """
 
