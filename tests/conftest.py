@@ -1,5 +1,11 @@
 """Options of the suite."""
 
+import os
+
+# The nets of the tests are so small that threads would only wait for one another, above all where
+# two suites run side by side; read by torch when it is imported, and by processes of a test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 

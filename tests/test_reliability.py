@@ -1,7 +1,11 @@
 """A slice of the reliability benchmark. Truth: the loss at the start, and plain torch."""
 
 import math
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +20,17 @@ from benchmarks.reliability.ranks import ranks
 from benchmarks.reliability.searches import searches
 from benchmarks.reliability.servers import ABSENT, servers
 from benchmarks.reliability.starts import hostile, ordinary, run
+
+
+def fresh(work: Callable[[int], Any], count: int) -> Any:
+    """What a function returns in a process that never trained: it forks, and this one may not.
+
+    The threads that training leaves (OpenMP's, autograd's) are missing in a forked child,
+    which then ends by a signal or never.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, count).result()
+
 
 FEW = [s for s in hostile(1000) if s.seed % 125 == 3]
 
@@ -49,14 +64,14 @@ def test_ordinary_starts_are_not_lost(shell: str) -> None:
 @pytest.mark.slow
 def test_killed_runs_end_as_whole_ones() -> None:
     """Truth: the run that nobody kills; a slice of the hundred."""
-    found = kills(4)
+    found = fresh(kills, 4)
     assert len(found) == 4
     assert not [k for k in found if not k.same or k.wrong]
 
 
 @pytest.mark.slow
 def test_killed_searches_lose_the_running_trial_alone() -> None:
-    found = searches(4)
+    found = fresh(searches, 4)
     assert len(found) == 4
     assert not [s for s in found if s.lost]
 
@@ -64,7 +79,7 @@ def test_killed_searches_lose_the_running_trial_alone() -> None:
 @pytest.mark.slow
 def test_killed_ranks_go_on_from_the_last_checkpoint() -> None:
     """Truth: two ranks that nobody kills; a slice of the twenty."""
-    found = ranks(4)
+    found = fresh(ranks, 4)
     assert len(found) == 4
     assert all(k.same and k.noticed for k in found)
     assert not [k for k in found if k.lost is not None and k.lost > k.most]
@@ -73,14 +88,14 @@ def test_killed_ranks_go_on_from_the_last_checkpoint() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
 def test_killed_workers_and_cut_connections_lose_the_running_trials_alone() -> None:
-    kills, cuts = servers(3)
+    kills, cuts = fresh(servers, 3)
     assert not [k for k in [*kills, *cuts] if k.lost]
 
 
 @pytest.mark.slow
 def test_files_in_trouble_are_kept_or_refused() -> None:
     """A slice of the hundred, without what no checksum sees: the user's own ``torch.load``."""
-    found = files(20)
+    found = fresh(files, 20)
     assert len(found) == 20
     assert not [(c.file, c.trouble, v) for c, v in found
                 if v and (c.file, c.trouble) != ("optimizer state", "flipped")]  # fmt: skip
@@ -89,7 +104,7 @@ def test_files_in_trouble_are_kept_or_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in /proc")
 def test_logged_runs_leave_nothing() -> None:
-    more = growth(20)
+    more = fresh(growth, 20)
     assert more.threads <= 0
     assert more.descriptors <= 0
     assert more.megabytes <= 3

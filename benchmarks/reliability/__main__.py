@@ -126,7 +126,7 @@ def ended(args: argparse.Namespace) -> None:
     other = [k for k in found if not k.same]
     count("killed ranks: not bit for bit the whole run", "0", other, len(found), args.worst)
     more = [k for k in found if k.lost is not None and k.lost > k.most]
-    count("… more steps lost than since the last checkpoint", "0", more, len(found), args.worst)
+    count("… more lost than the failed step (or sweep)", "0", more, len(found), args.worst)
     deaf = [k for k in found if not k.noticed]
     count("… whose other rank went on waiting", "0", deaf, len(found), args.worst)
     killed = "killed workers of a search on PostgreSQL: more lost than the running trial"

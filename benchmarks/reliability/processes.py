@@ -42,6 +42,7 @@ class Child:
         """Fork a process that calls a function.
 
         The parent must run no thread: it never trains, and uses one thread of torch.
+        (Of a parent that trained, a child may end by a signal, or never.)
         """
         torch.set_num_threads(1)
         reading, writing = os.pipe()
@@ -81,7 +82,10 @@ class Child:
                 whole, answer = pickle.load(file)
             except EOFError:
                 whole, answer = False, "the process ended without a result"
-        os.waitpid(self.process, 0)
+        _, status = os.waitpid(self.process, 0)
+        if os.WIFSIGNALED(status):
+            name = signal.Signals(os.WTERMSIG(status)).name
+            whole, answer = False, f"the process ended by {name}"
         if not whole:
             raise Broken(answer)
         return answer

@@ -87,7 +87,7 @@ class Kill:
         save: Steps from one checkpoint to the next.
         after: Seconds until the kill.
         lost: Whole steps behind the last checkpoint; None where the run had ended before.
-        most: What it may be: steps between two checkpoints; before the first one, the sweep's too.
+        most: What it may be: one step; before the end of the sweep, the sweep's.
         noticed: Whether the other rank ended with the error that names the remedy.
         same: Whether the run that went on ends as the one that nobody killed.
     """
@@ -116,7 +116,7 @@ def kill(seed: int, seconds: float, whole: tuple[str, int], folder: Path) -> Kil
         ends = [rank.result() for rank in started(save, folder)]
     except Broken as error:
         ends = [(str(error), 0)]
-    lost, most = max(0, steps - saved) if killed else None, save + (0 if saved else whole[1])
+    lost, most = max(0, steps - saved) if killed else None, 1 + (0 if saved else whole[1])
     return Kill(victim, save, after, lost, most, noticed, ends == [whole] * RANKS)
 
 

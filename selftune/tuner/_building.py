@@ -174,7 +174,7 @@ def open_streams(
     )
     try:
         check_ranks(group, given.objective, streams)
-        group.seed(device)
+        group.seed()
         yield streams
     finally:
         for stream in streams:

@@ -18,16 +18,21 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
-VERSION = 9
-"""Of what is kept; 9 keeps what the log depends on, starting values and the schedule."""
+VERSION = 10
+"""Of what is kept; 10 keeps the part of a step that is due, and no rank's random streams."""
 
 
-def write(path: Path, state: dict[str, Any]) -> bool:
+def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
     """Write a checkpoint in one move; true if it was written.
 
     If the disk refuses, the one before stays and training goes on.
+
+    Args:
+        path: Of the checkpoint.
+        state: Its content.
+        suffix: Of the file until it is whole; another one for each process that writes.
     """
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

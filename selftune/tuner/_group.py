@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +25,10 @@ log = logging.getLogger("selftune")
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 """Longest wait for another rank, which may be compiling; one that is gone is noticed at once."""
+
+
+class RankLost(RuntimeError):
+    """Another rank is gone: a collective failed, before anything was written."""
 
 
 class Group:
@@ -45,7 +50,7 @@ class Group:
         self.rank, self.size = rank, size
         self.asks: Callable[[], bool] = lambda: False
         self._asked: Tensor | None = None  # of any rank, since the start
-        self._stream = torch.get_rng_state()  # of dropout and augmentation on this rank
+        self._start = self._passes = 0  # which decide the random numbers of a pass
 
     @property
     def together(self) -> bool:
@@ -62,18 +67,22 @@ class Group:
     def mean(self, passing: Callable[..., Passed], run: Any, batch: Any) -> Passed:
         """The pass over the batches of all ranks: means weighted by examples, in one all-reduce.
 
-        Random numbers are drawn from a stream of the rank's own, while all others in the process
-        (shuffling, above all) stay the same on all ranks. Floating-point buffers, such as the
-        running statistics of BatchNorm, are averaged as well.
+        Dropout and augmentation draw other numbers on each rank: the generator is seeded by
+        (run, pass, rank) for the pass, so that a checkpoint needs no rank's state. All other random
+        numbers in the process (shuffling, above all) stay the same on all ranks. Floating-point
+        buffers, such as the running statistics of BatchNorm, are averaged as well.
 
         Args:
             passing: Loss, gradients and buffers of this rank's part of the batch.
             run: Passed on to it.
             batch: Likewise.
+
+        Raises:
+            RankLost: Another rank did not take part.
         """
         if not self.together:
             return passing(run, batch)
-        with self._own_stream():
+        with self._seeded():
             loss, grads, buffers = passing(run, batch)
         floating = [b for b in buffers if b.is_floating_point()]
         wanted = [*grads, *floating, loss]
@@ -81,6 +90,7 @@ class Group:
         flat = torch.cat([*(t.reshape(-1) for t in wanted), head]).mul_(size(batch))
         with self._exchange():
             dist.all_reduce(flat)
+        self._passes += 1
         asked, count = flat[-2].clone(), flat[-1].clone()
         self._asked = asked if self._asked is None else torch.maximum(self._asked, asked)
         pieces = flat.div_(count)[:-2].split([t.numel() for t in wanted])
@@ -147,10 +157,10 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(
+            raise RankLost(
                 f"rank {self.rank} of {self.size} ends: another rank is gone, or did not answer "
-                f"within {TIMEOUT} (see its output). The last checkpoint is kept: start the script "
-                "again with resume=True"
+                f"within {TIMEOUT} (see its output). With log_dir the run is saved up to here: "
+                "start the script again with resume=True"
             ) from error
 
     # random streams
@@ -162,39 +172,26 @@ class Group:
             state.pop("cuda", None)
             restore(state)
 
-    def seed(self, device: torch.device) -> None:
-        """Begin streams of this rank's own, which depend on the state of the shared one."""
-        if not self.together:
-            return
-        number = (digest([torch.get_rng_state()]) << 16) + self.rank
-        self._stream = torch.Generator().manual_seed(number).get_state()
-        if device.type == "cuda":
-            torch.cuda.manual_seed(number)
+    def seed(self) -> None:
+        """Begin the random numbers of passes, which depend on the state of the shared stream."""
+        self._start, self._passes = digest([torch.get_rng_state()]), 0
 
-    def streams(self, device: torch.device) -> list[list[Tensor]]:
-        """The state of every rank's own streams, for a checkpoint; empty for one process."""
-        if not self.together:
-            return []
-        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-        return self.gather([self._stream, *cuda])
+    def state_dict(self) -> dict[str, int]:
+        """What decides the random numbers of the passes that follow."""
+        return {"start": self._start, "passes": self._passes}
 
-    def load_streams(self, saved: list[list[Tensor]], device: torch.device) -> None:
-        """Go on with saved streams, or with new ones if they are of another number of ranks."""
-        if len(saved) != self.size:
-            self.seed(device)
-            return
-        self._stream, *cuda = saved[self.rank]
-        if cuda and device.type == "cuda":
-            torch.cuda.set_rng_state(cuda[0], device)
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on with the random numbers of a saved run, on any number of ranks."""
+        self._start, self._passes = state["start"], state["passes"]
 
     @contextmanager
-    def _own_stream(self) -> Iterator[None]:
+    def _seeded(self) -> Iterator[None]:
         shared = torch.get_rng_state()
-        torch.set_rng_state(self._stream)
+        drawn = np.random.SeedSequence((self._start, self._passes, self.rank)).generate_state(1)
+        torch.manual_seed(int(drawn[0]))
         try:
             yield
         finally:
-            self._stream = torch.get_rng_state()
             torch.set_rng_state(shared)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps instead of within one."""
+"""Ctrl-C, or torchrun's SIGTERM, between two steps instead of within one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from types import FrameType
 
 
 class Interruption:
-    """Whether Ctrl-C was pressed; the second time it interrupts at once."""
+    """Whether Ctrl-C was pressed; the second time it interrupts at once.
 
-    def __init__(self) -> None:
+    Args:
+        terminating: Whether SIGTERM asks for the end as well, which torchrun sends to all ranks
+            when it is ended, and to the others when one has failed.
+    """
+
+    def __init__(self, terminating: bool = False) -> None:
         self.asked = False
+        self._signals = (signal.SIGINT, signal.SIGTERM) if terminating else (signal.SIGINT,)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -26,8 +32,9 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, self._hear)
+        before = [signal.signal(number, self._hear) for number in self._signals]
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in zip(self._signals, before, strict=True):
+                signal.signal(number, handler)

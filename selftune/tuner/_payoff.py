@@ -1,8 +1,17 @@
-"""Whether compiling a run saves more than it takes."""
+"""When to compile a run: if that saves more than it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from selftune.tuner._compiled import Fused
+from selftune.tuner._group import Group
+from selftune.tuner._plan import Plan
+
+log = logging.getLogger("selftune")
 
 WATCHED = 20
 """Eager steps that are timed before it is decided whether to compile."""
@@ -32,3 +41,46 @@ def payoff(
     gain = min(max(FUSED * taken, LAUNCHED * tensors), 0.9 * taken)
     saved, cost = gain * left, COMPILED[0] + COMPILED[1] * tensors
     return saved > cost and taken * left > LONG * cost, saved
+
+
+@dataclass
+class Compiling:
+    """Compiles a run if asked to, or if its first eager steps say that it will pay.
+
+    Args:
+        plan: Says whether it is to be compiled.
+        fused: What is compiled.
+        group: The ranks, which decide alike.
+        save: Writes a checkpoint.
+    """
+
+    plan: Plan
+    fused: Fused
+    group: Group
+    save: Callable[[], None]
+    _clock: list[tuple[float, float]] = field(default_factory=list)
+
+    def decide(self, step: int, tensors: int) -> None:
+        """Compile from this step on, or not.
+
+        Args:
+            step: Steps taken.
+            tensors: Number of parameter tensors.
+        """
+        if self.plan.compile is False or self.fused.compiled:
+            return
+        if self.plan.compile is True:
+            self.plan.compile = False  # decided: what cannot be compiled is not tried again
+            self.fused.compile()
+            return
+        self._clock.append((time.perf_counter(), time.process_time()))
+        if len(self._clock) <= WATCHED:
+            return
+        pays, saved = payoff(self._clock[0], self._clock[-1], self.plan.total - step, tensors)
+        if self.group.from_first(lambda: pays):
+            if self.group.together:
+                self.save()  # torchrun kills ranks that compile for 30 s after Ctrl-C
+            self.fused.compile()
+        else:
+            self.plan.compile = False
+            log.info("not compiled: it would save about %.0f s", saved)

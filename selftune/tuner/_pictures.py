@@ -6,6 +6,7 @@ import torch
 
 from selftune.monitor import pictures
 from selftune.tuner._predicting import Predictor
+from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._watch import Watch
 
 AROUND = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
@@ -17,7 +18,18 @@ BATCHES = 10
 
 
 def picture(watch: Watch, predictor: Predictor, step: int) -> None:
-    """Write the predicted losses around each hyperparameter, and a map of two of them."""
+    """Write the predicted losses around each hyperparameter, and a map of two of them.
+
+    The run's random streams are left alone.
+    """
+    if watch.metrics.monitor.on:
+        watch.digest(step)
+        streams = snapshot()
+        _draw(watch, predictor, step)
+        restore(streams)
+
+
+def _draw(watch: Watch, predictor: Predictor, step: int) -> None:
     known, courses = predictor.steps.hyper.hparams, watch.history.hparams
     raw = {n: torch.tensor(c) for n, c in watch.metrics.course.items() if n in predictor.names}
     names = sorted(raw, key=lambda n: -float(raw[n].max() - raw[n].min()))[:MOST]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,11 @@ class History:
         self.val_loss.append(loss)
         for name, value in values.items():
             self.hparams.setdefault(name, []).append(value)
+
+    def mean_loss(self, steps: int) -> float:
+        """Mean training loss of the last steps; NaN where none is known."""
+        known = [loss for loss in self.train_loss[-steps:] if math.isfinite(loss)]
+        return sum(known) / len(known) if known else math.nan
 
     def score(self, step: int, scores: dict[str, float]) -> None:
         """Note an evaluation."""

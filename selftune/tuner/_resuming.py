@@ -11,6 +11,8 @@ from selftune.tuner._watch import Watch
 
 log = logging.getLogger("selftune")
 
+WEIGHTS, HYPER, SCORES = "weights", "hyperparameters", "scores"
+"""The parts of a step, one of which a run goes on with: tensors are written at its end alone."""
 LENGTH = "number of steps"
 """Of the whole run, in what a run must have in common with one that continues it."""
 FOLLOWS = (LENGTH, "every")
@@ -26,6 +28,7 @@ def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
     """
     length = state["identity"].get(LENGTH, 0)
     over = state["ended"] == "finished" and state["numbers"][0] >= length
+    over = over and state["due"] == WEIGHTS
     return bool(over and identity[LENGTH] > length)
 
 

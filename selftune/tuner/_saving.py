@@ -43,12 +43,15 @@ class Parts:
             "whole": self._remembered(),
             "snapshots": self.snapshots.state_dict(),
             "watch": self.watch.state_dict(),
-            "train": self.train.state_dict(),
-            "val": self.val.state_dict(),
             "population": None if self.population is None else self.population.state_dict(),
-            "random": snapshot(),
-            "ranks": self.steps.group.streams(self.fused.run.step.device),
+            **self.position(),
+            "group": self.steps.group.state_dict(),
         }
+
+    def position(self) -> dict[str, Any]:
+        """Where batches and random numbers are."""
+        train, val = self.train.state_dict(), self.val.state_dict()
+        return {"train": train, "val": val, "random": snapshot()}
 
     @torch.no_grad()
     def unpack(self, state: dict[str, Any], but: Sequence[str] = ()) -> None:
@@ -81,7 +84,7 @@ class Parts:
         restore(state["random"])
         for stream, saved in streams:
             stream.settle(saved)
-        self.steps.group.load_streams(state.get("ranks", []), device)
+        self.steps.group.load_state_dict(state["group"])
 
     def _check(self, state: dict[str, Any], but: Sequence[str]) -> None:
         saved, mine = (

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from selftune.tuner import _checkpoints, _resuming
 from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
-from selftune.tuner._group import Group
+from selftune.tuner._group import Group, RankLost
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._objective import modes_kept
-from selftune.tuner._payoff import WATCHED, payoff
+from selftune.tuner._payoff import Compiling
 from selftune.tuner._pictures import picture
 from selftune.tuner._plan import Plan, Progress
 from selftune.tuner._population import Population
 from selftune.tuner._predicting import Predictor
-from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._result import TuningResult, schedule_of
+from selftune.tuner._resuming import HYPER, SCORES, WEIGHTS
 from selftune.tuner._saving import Parts
 from selftune.tuner._scoring import POSITIONS, Scorer
 from selftune.tuner._snapshots import Snapshots
@@ -58,12 +58,14 @@ class Training:
     waited: int = 0
     ended: str = "finished"
     saved_best: dict[str, Any] | None = None
-    interruption: Interruption = field(default_factory=Interruption)
 
     def __post_init__(self) -> None:
         """Nothing is under way yet."""
-        self._clock: list[tuple[float, float]] = []
+        self.due = WEIGHTS  # the part of a step with which the run goes on
+        self.interruption = Interruption(terminating=self.group.together)
+        self._compiling = Compiling(self.plan, self.fused, self.group, self.save)
         self._within = False  # a step, so that its tensors may be half written
+        self._position: dict[str, Any] = {}
         self.group.asks = lambda: self.interruption.asked
 
     @property
@@ -80,16 +82,26 @@ class Training:
             try:
                 if self.step == 0:
                     self._begin()
-                while self.step < self.plan.total and ended == "finished":
-                    self._step()
+                self._reach(self.due)
+                while (self.step < self.plan.total or self.due == SCORES) and ended == "finished":
+                    if self.due != SCORES:
+                        self._step()
                     if self.plan.falls(self.plan.score, self.step):
-                        ended = self.ended = self._stop(self._evaluate())
+                        self._reach(SCORES)
+                        scores = self._evaluate()
+                        self._reach(WEIGHTS)
+                        ended = self.ended = self._stop(scores)
                     if self.plan.picture and self.plan.falls(self.plan.picture, self.step):
-                        self._picture()
+                        picture(self.watch, self.predictor, self.step)
+                    self._reach(WEIGHTS)
                     if ended == "stopped" or self.plan.falls(self.plan.save, self.step):
                         self.save()
                     if self._asked():
                         raise KeyboardInterrupt
+            except RankLost:
+                if self._position:  # the sweep is over
+                    self.save(everywhere=True)
+                raise
             except (KeyboardInterrupt, RuntimeError) as error:
                 # The same Ctrl-C ends a loader's workers, which then ends the loader.
                 ended_loader = self.interruption.asked and not self.group.together
@@ -97,10 +109,19 @@ class Training:
                     raise
                 ended = "interrupted"
                 self._break_off()
-        self.watch.digest(self.step)
-        self.watch.metrics.monitor.flush()
-        self.watch.bar.close()
+        self.watch.close(self.step)
         return ended
+
+    def _reach(self, due: str) -> None:
+        """Go on with a part of a step.
+
+        If another rank is lost in it, this rank has written nothing yet, but has drawn batches and
+        random numbers: the run is saved as it was here.
+        """
+        self.due, self._position = due, self._now()
+
+    def _now(self) -> dict[str, Any]:
+        return self._parts.position() if self.group.together else {}
 
     def _asked(self) -> bool:
         """Whether Ctrl-C was pressed; with several ranks, on which all ranks agree.
@@ -111,14 +132,6 @@ class Training:
             return self.interruption.asked
         on_gpu = self.fused.run.step.is_cuda and self.step % self.plan.every
         return not on_gpu and self.group.asked()
-
-    def _picture(self) -> None:
-        """Pictures for the log, which leave the run's random streams alone."""
-        if self.watch.metrics.monitor.on:
-            self.watch.digest(self.step)
-            streams = snapshot()
-            picture(self.watch, self.predictor, self.step)
-            restore(streams)
 
     @property
     def predictor(self) -> Predictor:
@@ -142,34 +155,40 @@ class Training:
         self.watch.begin(self.step)
 
     def _step(self) -> None:
-        self._decide()
-        step = self.step + 1
-        tracked, tune = self.steps.observed(step - self._since)
-        batch = self.train.next()
+        step, tracked, tune, batch = self.step + 1, False, True, None
+        if self.due == WEIGHTS:
+            self._compiling.decide(self.step, len(self.steps.params))
+            since = 0 if self.population is not None else self.watch.since
+            tracked, tune = self.steps.observed(step - since)  # members keep one time
+            batch = self.train.next()
+        between = self._now()
         try:
             outer = self.val.next() if tune else None
         except BaseException:
-            self.train.put_back(batch)
+            if self.due == WEIGHTS:
+                self.train.put_back(batch)
             raise
         with self._stepping(tune=tune):
-            told = self.fused.train(batch, tracked=tracked, last=tune)
-            self.watch.trained(step, told)
-            if tune and not told.is_cuda:
-                self.watch.digest(step)
-                tune = self.watch.since < step  # or the guard took the run back
-            whole = self.fused.whole
-            if whole is not None and whole.whole.memory is None:
-                tune = False  # no step was seen yet
+            if self.due == WEIGHTS:
+                tune = self._step_weights(step, batch, tracked, tune)
             if tune:
+                self.due, self._position = HYPER, between
                 self.watch.tuned(step, self.fused.tune(outer))
         self.watch.read(step)
         if self.population is not None and tune and step % self.plan.exploit < self.plan.every:
             self.population.exploit(self.snapshots, self.watch.controllers, self.steps.hyper)
 
-    @property
-    def _since(self) -> int:
-        """Steps at the last fresh start; members of a population keep one time."""
-        return 0 if self.population is not None else self.watch.since
+    def _step_weights(self, step: int, batch: Any, tracked: bool, tune: bool) -> bool:
+        """A weight step; returns whether a step of the hyperparameters follows."""
+        told = self.fused.train(batch, tracked=tracked, last=tune)
+        self.watch.trained(step, told)
+        if tune and not told.is_cuda:
+            self.watch.digest(step)
+            tune = self.watch.since < step  # or the guard took the run back
+        whole = self.fused.whole
+        if whole is not None and whole.whole.memory is None:
+            tune = False  # no step was seen yet
+        return tune
 
     @contextmanager
     def _stepping(self, tune: bool = False) -> Iterator[None]:
@@ -180,61 +199,37 @@ class Training:
         self._within = False
         self.watch.log.clocked(time.perf_counter() - begun, tune)
 
-    def _decide(self) -> None:
-        """Compile if asked to, or if the first eager steps say that it will pay."""
-        if self.plan.compile is False or self.fused.compiled:
-            return
-        if self.plan.compile is True:
-            self.plan.compile = False  # decided: what cannot be compiled is not tried again
-            self.fused.compile()
-            return
-        self._clock.append((time.perf_counter(), time.process_time()))
-        if len(self._clock) == WATCHED + 1:
-            left, tensors = self.plan.total - self.step, len(self.steps.params)
-            pays, saved = payoff(self._clock[0], self._clock[-1], left, tensors)
-            if self.group.from_first(lambda: pays):
-                if self.group.together:
-                    self.save()  # torchrun kills ranks that compile for 30 s after Ctrl-C
-                self.fused.compile()
-            else:
-                self.plan.compile = False
-                log.info("not compiled: it would save about %.0f s", saved)
-
     # evaluation
 
-    def _evaluate(self) -> Progress:
+    def _evaluate(self) -> dict[str, float]:
+        """Losses and metrics over the whole validation set, noted and logged."""
         self.watch.digest(self.step)
         check_agreement(self.fused.run, self.group)
         metrics, leader = self.watch.metrics, self.watch.leader
-        monitor = metrics.monitor
-        scores, last = self.scorer.score(self.fused.run, self.val, leader, last=monitor.on)
-        history = self.watch.history
-        history.score(self.step, scores)
-        monitor.scalars([(f"score/{n}", v) for n, v in scores.items()], self.step)
-        if monitor.on:
+        scores, last = self.scorer.score(self.fused.run, self.val, leader, last=metrics.monitor.on)
+        better = scores["loss"] < self.best
+        if better:
+            self._save_best(scores["loss"])
+            self.group.any(False)  # the first rank has written them, or was lost before
+        self.best, self.waited = (scores["loss"], 0) if better else (self.best, self.waited + 1)
+        if not math.isfinite(scores["loss"]):
+            log.warning("step %d: the validation loss is %s", self.step, scores["loss"])
+        self.watch.history.score(self.step, scores)
+        metrics.monitor.scalars([(f"score/{n}", v) for n, v in scores.items()], self.step)
+        if metrics.monitor.on:
             metrics.compared(scores["loss"], last, self.step)
             metrics.verdict_rows(self.watch.verdicts(), self.step)
-        recent = [x for x in history.train_loss[-self.plan.score :] if math.isfinite(x)]
-        if scores["loss"] < self.best:
-            self.best, self.waited = scores["loss"], 0
-            self._save_best()
-        else:
-            self.waited += 1
-            if not math.isfinite(scores["loss"]):
-                log.warning("step %d: the validation loss is %s", self.step, scores["loss"])
-        return Progress(
-            step=self.step,
-            total=self.plan.total,
-            epoch=self.train.epoch,
-            train_loss=sum(recent) / len(recent) if recent else math.nan,
-            scores=scores,
-            hparams=self.watch.hparams(),
-        )
+        return scores
 
-    def _stop(self, progress: Progress) -> str:
+    def _stop(self, scores: dict[str, float]) -> str:
         """``"stopped"`` if patience is over or a callback asks for it."""
         stop = self.plan.patience is not None and self.waited >= self.plan.patience
         if self.callbacks:
+            loss = self.watch.history.mean_loss(self.plan.score)
+            progress = Progress(
+                step=self.step, total=self.plan.total, epoch=self.train.epoch, train_loss=loss,
+                scores=scores, hparams=self.watch.hparams(),
+            )  # fmt: skip
             shown = self.scorer.shown(self.fused.run, self.watch.leader)
             with shown, modes_kept(self.scorer.model):
                 stop |= any([bool(call(progress)) for call in self.callbacks])
@@ -294,22 +289,24 @@ class Training:
             population=self.population, identity=self.identity,
         )  # fmt: skip
 
-    def save(self) -> None:
-        """Write the whole run."""
+    def save(self, everywhere: bool = False) -> None:
+        """Write the whole run; on the first rank, or ``everywhere`` because that may be gone."""
         if self.folder is None:
             return
         self.watch.digest(self.step)
         self.watch.metrics.monitor.flush()  # a run that is killed goes on behind these rows
         own = {
             "ended": self.ended,
+            "due": self.due,
             "numbers": [self.step, self.best, self.waited],
             "starts": self.steps.starts,
             "rates": self.steps.rates.clone(),
             "compile": True if self.fused.compiled else self.plan.compile,
         }
-        state = {**self._parts.pack(), **own}
-        if self._writes is not None:
-            _checkpoints.write(self._writes / _checkpoints.LAST, state)
+        state = {**self._parts.pack(), **self._position, **own}
+        suffix = f".{self.group.rank}.partial" if everywhere else ".partial"
+        if everywhere or self.group.first:
+            _checkpoints.write(self.folder / _checkpoints.LAST, state, suffix)
 
     def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
         """Continue a saved run; a checkpoint of another one is refused before anything changes.
@@ -320,7 +317,7 @@ class Training:
         """
         longer = _resuming.extends(state, self.identity)
         self._parts.unpack(state, _resuming.FOLLOWS if longer else ())
-        self.saved_best, self.ended = best, state["ended"]
+        self.saved_best, self.ended, self.due = best, state["ended"], state["due"]
         self.step, self.best, self.waited = state["numbers"]
         self.plan.compile = state["compile"]
         self.watch.bar.update(self.step)
@@ -331,12 +328,12 @@ class Training:
         if longer:
             _resuming.extend(self.watch, self.snapshots, self.step)
 
-    def _save_best(self) -> None:
+    def _save_best(self, loss: float) -> None:
         """Keep the best weights: on disk, or in memory where there is none or it is full."""
         if not self.group.first:
             return
         with self.scorer.shown(self.fused.run, self.watch.leader):
-            state = self._shown_state(self.best)
+            state = self._shown_state(loss)
         written = self._writes and _checkpoints.write(self._writes / _checkpoints.BEST, state)
         self.saved_best = None if written else state
 

@@ -224,6 +224,12 @@ class Watch:
             self._good_at[member] = self.since = step
         self.note(step)
 
+    def close(self, step: int) -> None:
+        """Read and show everything up to the end of the run."""
+        self.digest(step)
+        self.metrics.monitor.flush()
+        self.bar.close()
+
     def begin(self, step: int) -> None:
         """Note the start of the run, perhaps after a sweep."""
         self.since = step

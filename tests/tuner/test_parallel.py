@@ -117,10 +117,16 @@ def rank(number: int, port: int, folder: Path) -> None:
     with pytest.raises(Outage):
         JOBS["dropout"](folder / "random", died=47, parallel="ddp")
     found["random again"] = JOBS["dropout"](folder / "random", parallel="ddp", resume=True)
-    group, cpu = join("ddp", torch.device("cpu"))
-    group.seed(cpu)
-    mean = group.mean(lambda run, batch: (torch.rand(()), [torch.rand(2)], []), None, torch.ones(3))
-    found["draws"] = group.gather(group._stream), mean[1][0], torch.rand(2)
+    group, _ = join("ddp", torch.device("cpu"))
+    group.seed()
+    drawn = []
+
+    def passing(run: None, batch: torch.Tensor) -> Any:
+        drawn.append(torch.rand(2))
+        return drawn[-1].sum(), [drawn[-1]], []
+
+    mean = group.mean(passing, None, torch.ones(3))
+    found["draws"] = group.gather(drawn[0]), mean[1][0], torch.rand(2)
     found["refused"] = [refusal(case, number) for case in REFUSED.values()]
     found["refused"].append(refusal(lambda number: locked(number, folder), number))
     torch.save(found, folder / f"{number}.pt")
@@ -223,7 +229,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(
     assert_close(train(net(), folder / "to one", resume=True), whole, **ROUNDING)
 
 
-def test_random_numbers_of_each_rank_are_saved(both: list[dict[str, Any]]) -> None:
+def test_resumed_ranks_draw_the_same_random_numbers(both: list[dict[str, Any]]) -> None:
     assert_close(both[0]["random again"], both[0]["dropout"], rtol=0, atol=0)
 
 
@@ -238,6 +244,7 @@ def test_one_rank_writes(folder: Path, both: list[dict[str, Any]]) -> None:
 def test_ranks_draw_other_numbers_from_their_own_streams_alone(both: list[dict[str, Any]]) -> None:
     for (one, two), mean, _ in (found["draws"] for found in both):
         assert not torch.equal(one, two)
+        torch.testing.assert_close(mean, (one + two) / 2)
         assert torch.equal(mean, both[0]["draws"][1])
     assert torch.equal(both[0]["draws"][2], both[1]["draws"][2])
 
@@ -304,12 +311,13 @@ def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
     assert torch.load(tmp_path / "last.pt")["numbers"][0] >= 10
 
 
-@pytest.mark.parametrize("pressed", [[0, 1], [1]])
-def test_ctrl_c_on_any_rank_ends_all_after_the_same_step(
-    pressed: list[int], endless: list[subprocess.Popen[str]], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ranks", [[0, 1], [1]])
+def test_ctrl_c_and_torchruns_sigterm_end_all_ranks_after_the_same_step(
+    ranks: list[int], number: int, endless: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    for number in pressed:
-        endless[number].send_signal(signal.SIGINT)
+    for each in ranks:
+        endless[each].send_signal(number)
     outputs = [each.communicate(timeout=20)[0] for each in endless]
     assert [each.returncode for each in endless] == [0, 0]
     assert outputs[0] == outputs[1]
