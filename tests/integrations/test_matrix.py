@@ -419,7 +419,7 @@ ROWS = [
           truth="the optimizer's own", check=partial(check, usable))
       for name, check in (("Lightning's wrapper", wrapped_by_lightning),
                           ("Fabric's wrapper", wrapped_by_fabric))),
-    Row(what="Accelerate's wrapper: `wrapper.hparams`", truth="an AttributeError that names `unwrap`",
+    Row(what="Accelerate's wrapper: `wrapper.hparams`", truth="an error that names `unwrap`",
         check=refused_by_accelerate, refused=True),
     Row(what="`st.SelfTuning`: every optimizer of torch but Muon",
         truth="the inner optimizer, bit for bit",
