@@ -175,10 +175,9 @@ class Controller:
         assert self.sweep is not None
         self.sweep.leave()
         log.warning(
-            "%s: the learning rate in param_groups is raised from outside (a scheduler with a "
-            "warm-up, such as OneCycleLR, or the training loop), which the learning-rate sweep of "
-            "the first steps would multiply: no sweep, the run begins at the given rate. Pass "
-            "probe=False to say the same", self.label,
+            "%s: a scheduler with a warm-up (such as OneCycleLR), or the training loop, raises the "
+            "learning rate in param_groups: the learning-rate sweep is skipped, and the run starts "
+            "at the given rate. Pass probe=False to avoid this warning", self.label,
         )  # fmt: skip
         return Action(snapshot="average", rewind={})
 
@@ -340,8 +339,8 @@ def make_sweep(
         return None
     if not steps:
         log.warning(
-            "a run of %d steps is too short to sweep the learning rate, which takes %d or more: it "
-            "starts as given. probe=False says the same without this warning",
+            "a run of %d steps is too short for the learning-rate sweep, which needs %d or more: "
+            "the run starts at the given rate. Pass probe=False to avoid this warning",
             total_steps, settings.fewest,
         )  # fmt: skip
         return None
