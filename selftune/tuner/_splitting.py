@@ -19,8 +19,8 @@ def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoa
         raise ValueError(f"val={share} must be between 0 and 1, or a loader of validation batches")
     if not isinstance(train, DataLoader) or train.batch_size is None:
         raise ValueError(
-            f"val={share} (default: 0.1) splits the data set of a DataLoader with a batch_size, and "
-            f"train is a {type(train).__name__}: pass validation batches too, fit(train, val), or "
+            f"val={share} (default: 0.1) splits the data set of a DataLoader with a batch_size, "
+            f"and train is a {type(train).__name__}: pass validation batches too, fit(train, val), or "
             "such a DataLoader"
         )
     try:

@@ -69,7 +69,7 @@ class Tuner:
             between 0.05 and 0.2, and larger in runs of fewer than 1000 steps.
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps of the linear warm-up of the learning rate.
-        probe: True for a learning-rate sweep at the start, False for none, the number of its
+        probe: True for a learning-rate sweep at the start, False for none, its number of
             steps, or :class:`~selftune.control.SweepSettings`. After the sweep the memory of a
             tuned β₁ is at most a three-hundredth of the run.
         guard: True to rewind to the last good weights when the run diverges or its loss worsens,
@@ -248,14 +248,13 @@ class Tuner:
             resume: True to continue from ``log_dir/last.pt`` if it exists, or the path of a
                 checkpoint. With more ``epochs`` or ``steps`` a finished run is extended.
             patience: Evaluations without a better validation loss before the run ends.
-            evaluate_every: Steps between evaluations over the whole validation set; by default one
-                epoch, or several if the run has many.
+            evaluate_every: Steps between evaluations over the validation set; by default an epoch
+                or more.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two log entries; by default 50, but at least a tenth of a
                 second; a twentieth of the run if that has fewer than 1,000 steps.
-            pictures_every: Steps between two what-if pictures in the log; by default none. They
-                show the predicted loss around each hyperparameter with a learned sensitivity, and
-                cost tens of validation batches.
+            pictures_every: Steps between two pictures of predicted losses around each learned
+                hyperparameter; by default none. Each costs tens of validation batches.
             progress: Whether to show a progress bar.
 
         Raises:
