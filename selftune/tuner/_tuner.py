@@ -248,8 +248,7 @@ class Tuner:
             resume: True to continue from ``log_dir/last.pt`` if it exists, or the path of a
                 checkpoint. With more ``epochs`` or ``steps`` a finished run is extended.
             patience: Evaluations without a better validation loss before the run ends.
-            evaluate_every: Steps between evaluations over the validation set; by default an epoch
-                or more.
+            evaluate_every: Steps between evaluations over ``val``; by default an epoch or more.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two log entries; by default 50, but at least a tenth of a
                 second; a twentieth of the run if that has fewer than 1,000 steps.
