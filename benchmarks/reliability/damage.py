@@ -20,8 +20,8 @@ Damage = Callable[[Path, random.Random], None]
 Around = Callable[[Path], AbstractContextManager[None]]
 REMEDIES = (
     "another", "pass ", "start anew", "wait for", "resume from", "free ", "use ", "goes on",
-    "left out", "kept", "Start the", "stay", "trained again", "delete", "is not remembered",
-    "no longer logs",
+    "continue", "left out", "kept", "Start the", "stay", "trained again", "delete",
+    "is not remembered", "no longer logs",
 )  # fmt: skip
 """Words of which a sentence has one that says what to do, or what is done instead."""
 

@@ -30,7 +30,7 @@ SAVES = (1, 7)
 """Steps from one checkpoint to the next."""
 PATIENCE = 10.0
 """Seconds until a rank that did not notice is ended, as torchrun ends it."""
-GONE = "another rank is gone"
+GONE = "another rank has died"
 
 
 class Noted:

@@ -1,4 +1,4 @@
-"""Decisions of a run as plain numbers: the sweep of the learning rate, the guard, the end."""
+"""Decisions of a run from plain numbers: learning-rate sweep, guard and final weights."""
 
 from selftune._arguments import FLAG, NONE, Instance, Kind, OneOf, That, Whole
 from selftune.control.controller import (

@@ -1,4 +1,4 @@
-"""The controller: plain numbers of a run in, what the driver does next out."""
+"""The controller: plain numbers of a run in, an action of the driver out."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ BAD_GRADIENTS = "gradients vanished or are not finite"
 
 
 class SweepSlope(NamedTuple):
-    """In the sweep: the slope of the loss at the end of the last step, along it.
+    """In the sweep: the slope of the loss along the last step, at its end.
 
     Attributes:
-        slope: At the end.
-        values: Present hyperparameters.
+        slope: The slope at the end of the step.
+        values: Current hyperparameters.
         start: The slope at the start of the step.
     """
 
@@ -37,18 +37,18 @@ class SweepSlope(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """Whether a training gradient, and the weights it leads to, are finite."""
+    """Whether a training gradient, and the weights after its step, are finite."""
 
     finite: bool
 
 
 class Activity(NamedTuple):
-    """How many units are live: rows of weights with a gradient that is not 0.
+    """The number of live units: rows of weights with a non-zero gradient.
 
     Attributes:
-        alive: How many.
-        age: Steps since the last fresh start.
-        climb: How far the learning rate is above the given one, in log.
+        alive: Number of live units.
+        age: Steps since the last restart.
+        climb: Log of the learning rate divided by the given one.
     """
 
     alive: float
@@ -66,9 +66,9 @@ class ValidationLoss(NamedTuple):
     """The loss of a validation batch at the outer point.
 
     Attributes:
-        loss: Of one batch.
-        compare: Mean losses at the outer point and at the good weights over many batches, and
-            perhaps the standard error of their difference.
+        loss: The loss of one batch.
+        compare: Returns mean losses at the outer point and at the good weights over many
+            batches, optionally with the standard error of their difference.
     """
 
     loss: float
@@ -85,14 +85,14 @@ Record = SweepSlope | Gradient | Activity | TrainingLoss | ValidationLoss | Hype
 
 
 class Action(NamedTuple):
-    """What a driver does; nothing by default.
+    """The action of a driver; nothing by default.
 
     Attributes:
-        skip: Leave out the step at hand.
-        snapshot: First of all copy weights to the good ones: ``"iterate"`` those in place,
-            ``"average"`` the average.
-        rewind: Then return to the good weights and begin anew, with raw values moved by so much.
-        reason: Why, for the log; empty where the rewind is part of the plan.
+        skip: Skip the current step.
+        snapshot: First copy weights to the good ones: ``"iterate"`` for the current weights,
+            ``"average"`` for the average.
+        rewind: Then return to the good weights and restart, with these changes of raw values.
+        reason: The reason for the log; empty if the rewind belongs to the sweep.
     """
 
     skip: bool = False
@@ -102,9 +102,10 @@ class Action(NamedTuple):
 
     @property
     def planned(self) -> bool:
-        """Whether a rewind belongs to the sweep, in which the average stays where the run began.
+        """Whether a rewind belongs to the sweep.
 
-        It then becomes the last good weights, until a loss proves that the sweep led downhill.
+        During the sweep the average stays at the initial weights. These become the last good
+        weights until a loss confirms that the sweep decreased it.
         """
         return self.rewind is not None and not self.reason
 
@@ -118,11 +119,11 @@ class Controller:
         total_steps: Steps in the run, or None.
         sweep: The learning-rate sweep, or None.
         guard: The guard, or None.
-        final: Where the run ends.
+        final: The selection of the final weights.
         label: Of the optimizer, in messages.
 
     Attributes:
-        swept, rewinds: Values that the sweep set; step, factor of the rate and reason of rewinds.
+        swept, rewinds: Values set by the sweep; step, factor of the rate and reason of each rewind.
     """
 
     hparams: Mapping[str, Hparam]
@@ -136,11 +137,11 @@ class Controller:
 
     @property
     def sweeping(self) -> bool:
-        """Whether the sweep is under way."""
+        """Whether the sweep is in progress."""
         return self.sweep is not None and not self.sweep.ended
 
     def observe(self, record: Record) -> Action:
-        """What follows from a record of the run."""
+        """Return the action for a record of the run."""
         decide: Any = {
             SweepSlope: self._sweep,
             Gradient: self._gradient,
@@ -171,14 +172,13 @@ class Controller:
         return Action(snapshot=snapshot, rewind=moves)
 
     def leave_sweep(self) -> Action:
-        """Return to the start at the given rate: somebody else moves the learning rate."""
+        """Return to the start and the given rate, because something else sets the learning rate."""
         assert self.sweep is not None
         self.sweep.leave()
         log.warning(
-            "%s: the learning rate in param_groups is raised from outside (a scheduler with a "
-            "warm-up, such as OneCycleLR, or the training loop), which the learning-rate sweep of "
-            "the first steps would multiply: no sweep, the run begins at the given rate. Pass "
-            "probe=False to say the same", self.label,
+            "%s: a scheduler with a warm-up (such as OneCycleLR), or the training loop, raises the "
+            "learning rate in param_groups: the learning-rate sweep is skipped, and the run starts "
+            "at the given rate. Pass probe=False to avoid this warning", self.label,
         )  # fmt: skip
         return Action(snapshot="average", rewind={})
 
@@ -211,11 +211,11 @@ class Controller:
 
     @property
     def unproven(self) -> bool:
-        """Whether no loss has shown yet that the sweep led downhill; good weights are the start."""
+        """Whether no loss has confirmed the sweep yet; the good weights are the initial ones."""
         return self.guard is not None and self.sweep is not None and not self.sweep.proven
 
     def _undone(self, action: Action) -> Action:
-        """A rewind, which goes back to before the sweep if nothing has proven that."""
+        """A rewind, to before the sweep if no loss has confirmed it."""
         if self.unproven:
             assert self.sweep is not None
             self.sweep.proven = True
@@ -253,7 +253,7 @@ class Controller:
         return self.guard
 
     def restart(self) -> None:
-        """Forget losses: those of other weights are no yardstick."""
+        """Forget losses, because those of other weights are not comparable."""
         if self.guard is not None:
             self.guard = Guard(policy=self.guard.policy, rewinds=self.guard.rewinds)
 
@@ -263,7 +263,7 @@ class Controller:
         return Action(skip=verdict == "skip")
 
     def _rewind(self, reason: str, *, worsened: bool = False) -> Action:
-        """Cool the rate; where the run blew up, momenta too."""
+        """Divide the learning rate, and reduce momenta if the run diverged."""
         moves = {"lr": -self._guard.rewound(worsened=worsened)}
         if not worsened:
             momenta = [n for n, h in self.hparams.items() if h.role == "momentum"]
@@ -304,10 +304,10 @@ class Controller:
 
 
 def make_guard(guard: Any) -> Guard | None:
-    """The guard of ``guard=``: True, False or a policy.
+    """Make the guard from ``guard=``: True, False or a policy.
 
     Raises:
-        TypeError: Something else.
+        TypeError: ``guard`` is something else.
     """
     if guard is False or guard is None:
         return None
@@ -324,10 +324,10 @@ def make_guard(guard: Any) -> Guard | None:
 def make_sweep(
     probe: bool | int | SweepSettings, total_steps: int | None, tuned: Mapping[str, Hparam]
 ) -> LRSweep | None:
-    """The sweep of ``probe=``: True, False, a number of steps or settings.
+    """Make the sweep from ``probe=``: True, False, a number of steps or settings.
 
     Raises:
-        ValueError: It leaves no step in the run.
+        ValueError: The sweep is as long as the run.
     """
     settings, steps = SweepSettings(), 0
     if isinstance(probe, SweepSettings):
@@ -340,8 +340,8 @@ def make_sweep(
         return None
     if not steps:
         log.warning(
-            "a run of %d steps is too short to sweep the learning rate, which takes %d or more: it "
-            "starts as given. probe=False says the same without this warning",
+            "a run of %d steps is too short for the learning-rate sweep, which needs %d or more: "
+            "the run starts at the given rate. Pass probe=False to avoid this warning",
             total_steps, settings.fewest,
         )  # fmt: skip
         return None

@@ -21,16 +21,16 @@ _REST = torch.tensor(
 
 @dataclass(kw_only=True)
 class FinalWeights:
-    """The position of the final weights between the last good ones, the average and the last.
+    """The position of the final weights between last good weights, average and last iterate.
 
-    The average lags behind the weights, which costs where these still descend and helps where
-    they have gone on to fit noise; where they have done so for long, the good weights are
-    better. The losses of these positions differ by less than those of batches do; the slopes from
-    one position to the next do not, and their integral shows where the loss is lowest.
+    The average lags behind the weights. This is worse while the weights still descend, and better
+    once they fit noise; if they have done so for long, the last good weights are the best. The
+    losses at these positions differ by less than the noise between batches, but the slopes
+    between them are precise enough, and their integral gives the position of lowest loss.
 
     Attributes:
-        position: −1 the last good weights, 0 the average, 1 the last weights.
-        judged: Steps taken when it was found; 0: not yet.
+        position: −1 for the last good weights, 0 for the average, 1 for the last iterate.
+        judged: Steps taken when the position was selected; 0 if it was not.
 
     Source: Simpson's rule; for the end of a run, this library.
     """
@@ -52,33 +52,33 @@ class FinalWeights:
         return f"{100 * abs(self.position):.0f} % of the way from the running average to {end}"
 
     def due(self, steps: int, period: int, total: int | None, every: int) -> bool:
-        """Whether this may be the last call before the run is over.
+        """Whether this may be the last call before the end of the run.
 
         Args:
-            steps: Taken so far.
-            period: Since the last call, and so probably to the next.
-            total: Steps in the run; None: not known.
-            every: Steps after which a judgement is worth renewing.
+            steps: Steps taken.
+            period: Steps since the last call, and so probably until the next.
+            total: Steps in the run; None if unknown.
+            every: Least steps between two selections.
         """
         near = total is not None and steps <= total <= steps + period
         return near and (self.judged == 0 or steps - self.judged >= every)
 
     def over(self, steps: int, total: int | None, every: int) -> bool:
-        """Whether it is judged and the run is over before another hyperparameter step matters.
+        """Whether the position is selected and the run ends before the next hyperparameter step.
 
-        That step might also promote other weights, which the position counts from.
+        That step could change the last good weights, to which the position refers.
         """
         return self.judged > 0 and total is not None and 0 <= total - steps < every
 
     def judge(self, steps: int, forth: Tensor, back: Tensor | None = None) -> None:
-        """Find the position.
+        """Select the position.
 
         Args:
-            steps: Taken so far.
-            forth: Slopes of the validation loss on the way from the average to the last weights,
-                at both, shape (2, batches).
-            back: Slopes on the way from the good weights to the average, at ``BACK``, shape
-                (5, batches); None: there are no good weights.
+            steps: Steps taken.
+            forth: Slopes of the validation loss from the average to the last iterate, at both ends,
+                shape (2, batches).
+            back: Slopes from the last good weights to the average, at ``BACK``, shape (5, batches);
+                None if there are no good weights.
         """
         start, end = forth.mean(1).tolist()
         self.judged, self.position = steps, parabola_minimum(start, end)
@@ -96,7 +96,7 @@ class FinalWeights:
             self.position = BACK[best]
 
     def forget(self) -> None:
-        """The run goes on, and ends at its average."""
+        """Reset the position to the average, when the run continues."""
         self.judged, self.position = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class FinalWeights:
 
 
 def between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """A copy between two tensors; exact at both ends, also where the other holds NaN.
+    """A copy between two tensors; exact at both ends, even if the other contains NaN.
 
     Examples:
         >>> between(torch.zeros(1), torch.ones(1), 0.25)
@@ -123,10 +123,9 @@ def between(start: Tensor, end: Tensor, share: float) -> Tensor:
 
 
 def parabola_minimum(start: float, end: float) -> float:
-    """Where between 0 and 1 a parabola with these slopes at 0 and 1 is lowest, going downhill.
+    """Minimum in [0, 1] of a parabola with these slopes at 0 and 1, if it descends.
 
-    0 if it ends as high as it began or higher: a loss that turns so soon is no parabola, and there
-    is little to gain.
+    0 if the parabola is not lower at 1 than at 0, because there is then little to gain.
 
     Examples:
         >>> parabola_minimum(-1.0, 0.5), parabola_minimum(-1.0, 1.0)
@@ -138,7 +137,7 @@ def parabola_minimum(start: float, end: float) -> float:
 
 
 def rise(start: float, end: float, share: float) -> float:
-    """By how much such a parabola has risen at a share of the way.
+    """Change of such a parabola from 0 to a position.
 
     Examples:
         >>> rise(-1.0, 1.0, 0.5)

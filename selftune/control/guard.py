@@ -1,4 +1,4 @@
-"""The guard: notices a run that has blown up, died or begun to over-fit."""
+"""The guard: detects a run that diverges, whose units die, or that overfits."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from selftune._arguments import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class GuardPolicy(Settings):
-    """When a run is taken back to its last good weights; pass another one as ``guard=``.
+    """The thresholds of the guard; pass a modified one as ``guard=``.
 
     Attributes:
-        patience: Consecutive non-finite gradients, hypergradients or training losses, or
-            near-empty gradients, that are tolerated.
-        explosion: The smoothed loss has exploded once it exceeds the first by this factor.
-        sigmas: The smoothed validation loss has worsened when it is this many standard errors …
-        tolerance: … and this share of the progress made …
-        least: … and this share of the first loss above its best.
-        limit: Rewinds in a row after which cooling grows no more, and the first loss is measured
-            anew.
-        wild: A training loss above the first ones of the sweep by so many times these, or their
-            range, has blown up.
-        memory: Weight of the newest loss in the running means: 0.1 is about ten evaluations.
-        noise: How many standard deviations of the first ten training losses may not matter for an
-            explosion: the zero of a loss is arbitrary.
-        fresh: Running means of so few evaluations only set the yardstick.
-        window: Losses whose mean judges the weights at the last of them. A running mean comes too
-            late: it is lowest where the loss has risen again.
-        dead: Share of the most live units below which gradients have vanished.
-        pulse: Steps between two counts of live units …
-        young: … and steps from a fresh start in which a network may be found dead. It dies at once
-            or not at all; later, no gradient may mean nothing left to learn.
-        capacity: Share of the most live units since a fresh start below which a run whose rate has
-            climbed has lost capacity …
-        climbed: … by so much in log above the given one.
-        cool: The rate is divided by it in a rewind, by its square in the next, …
-        cool_worsened: … and by this where the validation loss merely worsened.
-        momentum: By how much raw values of momenta change where the run blew up: −0.7 about halves
-            the memory 1/(1 − μ).
-        fewest_batches: Validation batches by which a worsened loss is told from a few unlucky
-            ones, at least …
-        steps_a_batch: … one for so many steps of the run …
-        most_batches: … and at most; the tuner, which compares on the same batches, takes as many.
+        patience: Number of consecutive alarms before a rewind: gradients, hypergradients or
+            training losses that are not finite, or vanishing gradients.
+        explosion: The smoothed training loss has exploded if it exceeds the first by this factor.
+        sigmas: The smoothed validation loss has worsened if it exceeds its best by this many
+            standard errors, and by ``tolerance`` and ``least``.
+        tolerance: Share of the progress made so far.
+        least: Share of the first loss.
+        limit: Number of consecutive rewinds after which the division of the rate grows no further
+            and the first loss is measured again.
+        wild: A training loss has diverged if it exceeds the first losses of the sweep by this
+            multiple of their value or range.
+        memory: Weight of the newest loss in running means: 0.1 covers about ten evaluations.
+        noise: Rises below this many standard deviations of the first ten training losses are no
+            explosion, because the zero of a loss is arbitrary.
+        fresh: The first evaluations, which only set the reference.
+        window: Number of losses whose mean judges the weights at the last of them. A running mean
+            lags: its minimum is at weights whose loss has risen again.
+        dead: Gradients have vanished below this share of the maximum number of live units.
+        pulse: Steps between two counts of live units.
+        young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
+            gradient may mean that training has converged.
+        capacity: If the rate has risen by ``climbed``, a share of live units below this, relative
+            to their maximum since the last restart, is an alarm.
+        climbed: Least log of the learning rate divided by the given one.
+        cool: Divisor of the rate in a rewind; its powers in consecutive rewinds.
+        cool_worsened: Divisor of the rate if only the validation loss worsened.
+        momentum: Change of the raw values of momenta if the run diverged: −0.7 about halves the
+            memory 1/(1 − μ).
+        fewest_batches: Least number of validation batches that confirm a worsened loss.
+        steps_a_batch: Steps of the run for each such batch.
+        most_batches: Largest number of such batches. The tuner, which compares on the same
+            batches, always uses this number.
     """
 
     signed = ("momentum",)
@@ -74,32 +75,32 @@ class GuardPolicy(Settings):
     most_batches: int = 50
 
     def begin(self) -> Guard:
-        """A guard at the start of a run."""
+        """The guard of a new run."""
         return Guard(policy=self)
 
     def counts(self, age: int, stride: int) -> bool:
-        """Whether gradients are counted at a step, one of the tracked ones.
+        """Whether live units are counted at a tracked step.
 
         Args:
-            age: Steps since the fresh start.
-            stride: Steps from one tracked step to the next.
+            age: Steps since the last restart.
+            stride: Steps between two tracked steps.
         """
         return age % (stride * -(-self.pulse // stride)) == 0
 
     def batches(self, horizon: int) -> int:
-        """Validation batches that are enough to compare two points of a run."""
+        """Number of validation batches for comparing two points of a run."""
         return min(self.most_batches, max(self.fewest_batches, horizon // self.steps_a_batch))
 
 
 @dataclass(kw_only=True)
 class Guard:
-    """Watches gradients and losses; its state is plain numbers, saved with the run.
+    """Monitors gradients and losses; its state is plain numbers, saved with the run.
 
-    Every judgement is one of ``"ok"``, ``"average"`` (the averaged weights are the best so far),
+    Each judgement is one of ``"ok"``, ``"average"`` (the averaged weights are the best so far),
     ``"skip"`` (ignore this step) and ``"rewind"`` (return to the last good weights).
 
     Args:
-        policy: When a run is taken back.
+        policy: The thresholds.
     """
 
     policy: GuardPolicy = GuardPolicy()
@@ -135,7 +136,7 @@ class Guard:
     exploded: bool = False  # whether the last validation loss exploded, not merely worsened
 
     def gradient(self, finite: bool) -> str:
-        """Judge a training gradient, or the weights it leads to."""
+        """Judge a training gradient, or the weights after its step."""
         if finite:
             self.skipped = 0
             return "ok"
@@ -150,16 +151,16 @@ class Guard:
         return "rewind" if self.skipped_hyper >= self.policy.patience else "skip"
 
     def activity(self, alive: float, age: int = 0, climb: float = 0.0) -> str:
-        """Judge the number of live units, those with a gradient: a dead network has next to none.
+        """Judge the number of live units, which is nearly 0 in a dead network.
 
-        So has one that has learned all there is (a hinge loss at its margin), so a run whose
-        loss has come down is not judged, unless its learning rate has climbed: too high a rate
-        pushes units to where they have no gradient, and the loss that the others reach looks good.
+        It is also nearly 0 in a converged network (a hinge loss at its margin). A run whose loss
+        has decreased is therefore judged only if its learning rate has risen: too high a rate moves
+        units to where they have no gradient, although the loss of the others looks good.
 
         Args:
-            alive: How many.
-            age: Steps since the fresh start.
-            climb: How far the rate is above the given one, in log.
+            alive: Number of live units.
+            age: Steps since the last restart.
+            climb: Log of the learning rate divided by the given one.
         """
         self.liveliest = max(self.liveliest, alive)
         faded = alive < self.policy.capacity * self.liveliest and climb > self.policy.climbed
@@ -202,9 +203,9 @@ class Guard:
         return loss > start + self.policy.wild * max(abs(start), start - self.training_low)
 
     def sweeping_loss(self, loss: float) -> bool:
-        """Take in a training loss of the sweep; whether it says that the rate is far too high.
+        """Record a training loss of the sweep; return whether the rate is far too high.
 
-        The first few, at its lowest rates, are the yardstick of what follows the sweep.
+        The first few, at the lowest rates, are the reference for losses after the sweep.
         """
         self.swept += 1
         if self.swept <= self.policy.patience and math.isfinite(loss):
@@ -214,18 +215,18 @@ class Guard:
 
     @property
     def lost(self) -> bool:
-        """Whether training losses were told, and are above what they were at the start."""
+        """Whether training losses were reported, and are higher than at the start."""
         return self.training_mean > self.training_start + self.policy.least * abs(
             self.training_start
         )
 
     @property
     def stuck(self) -> bool:
-        """Whether rewinds in a row led to nothing better, however much the rate was cut."""
+        """Whether consecutive rewinds brought no improvement at any rate."""
         return self.streak >= self.policy.limit
 
     def begin(self, loss: float) -> None:
-        """Take the validation loss at the good weights of the start as the yardstick."""
+        """Use the validation loss at the initial good weights as the reference."""
         if math.isnan(self.start) and math.isfinite(loss):
             self.start = loss
             self.origin = loss if math.isnan(self.origin) else self.origin
@@ -233,8 +234,8 @@ class Guard:
     def validation_loss(self, loss: float) -> str:
         """Judge a loss at the outer point by its running mean.
 
-        The lowest of many noisy means lies below the truth, and the first few have no error to
-        speak of: both means' errors count, and no alarm is given before ten evaluations.
+        The minimum of many noisy means is biased downwards, and the error of the first few is
+        unknown: the errors of both means are used, and there is no alarm before ten evaluations.
         """
         policy = self.policy
         self.exploded = not math.isfinite(loss)
@@ -284,14 +285,14 @@ class Guard:
         return "average"
 
     def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
-        """Whether losses over many batches bear out that the validation loss has worsened.
+        """Whether losses over many batches confirm that the validation loss has worsened.
 
-        If not, the alarm was one of the noise: the running mean begins anew from these losses.
+        If not, the alarm was noise, and the running mean restarts from these losses.
 
         Args:
-            now: At the present outer point.
-            good: At the good weights, over the same batches or as many others.
-            error: Standard error of their difference; 0 where batches are the same.
+            now: Loss at the current outer point.
+            good: Loss at the good weights, over the same batches or as many others.
+            error: Standard error of their difference; 0 if the batches are the same.
         """
         policy = self.policy
         first = self.start if math.isnan(self.first) else self.first
@@ -316,10 +317,10 @@ class Guard:
         return mean > first + (self.policy.explosion - 1) * max(abs(first), 1e-6)
 
     def rewound(self, *, worsened: bool) -> float:
-        """Count a rewind; returns by how much, in log lr, to cool.
+        """Count a rewind; return the reduction of the learning rate in log.
 
-        A loss that merely worsened cools by a factor of 2; blow-ups in a row cool by 3, 9, 27, …
-        so that a run cannot be rewound for ever.
+        If the loss only worsened, the rate is divided by 2; consecutive divergences divide it by
+        3, 9, 27, …, so that a run is not rewound endlessly.
         """
         policy = self.policy
         self.rewinds += 1

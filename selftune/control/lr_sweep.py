@@ -1,11 +1,11 @@
 """The learning-rate sweep at the start (a range test).
 
-Over the first few steps the rate climbs by equal ratios through eight decades around the given
+Over the first few steps the rate rises by equal ratios through eight decades around the given
 one. After each step the next gradient gives the slope of the loss at the end of that step,
-``s = g₊ · Δw``, on a batch the step has not seen. While the slope is downhill a longer step
-would have been better; where it turns uphill the rate has gone too far. The sum of the slopes,
-``C = Σ s``, estimates the change of the loss (a Riemann sum along the path), so the rate at
-which C is lowest is the largest that still descends. It needs no loss and no extra pass.
+``s = g₊ · Δw``, on a new batch. While the slope is negative a longer step would have been better;
+once it is positive the rate is too high. The sum of the slopes, ``C = Σ s``, estimates the change
+of the loss (a Riemann sum along the path), so the rate at which C is lowest is the largest that
+still descends. The sweep needs no loss and no extra pass.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ FIRST = 3
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings(Settings):
-    """How the learning rate is swept.
+    """Settings of the learning-rate sweep.
 
     Attributes:
-        parts: A sweep takes this part of the run …
-        shortest: … with so many steps at least …
-        longest: … and at most.
-        fewest: Steps in a run below which there is no sweep.
+        parts: The sweep takes one step in this many of the run.
+        shortest: Least number of steps of the sweep.
+        longest: Largest number of steps of the sweep.
+        fewest: Runs of fewer steps have no sweep.
         unknown: Length of the sweep in a run of unknown length.
-        decades: Reach of the sweep on either side of the given rate.
-        margin: The chosen rate is the largest descending one divided by this.
-        near: How far above the best rate so far, or else at the next one, any descent counts;
-            farther above it must be twice as deep.
-        rise: C that counts as uphill, in slopes at the start of the step: at rates too small to
-            matter, slopes of other batches differ in sign by chance, and are small beside that.
-        wild: A step whose end is so many times as steep as its start, or as all descent so far, has
-            blown up: the sweep ends before it.
-        calm: How many times the memory 1/(1 − β₁) must fit into a run that begins …
-        least_memory: … but for so few gradients: runs of some hundred steps end lower with three
-            than with the usual ten (docs/ablations.md), which hypergradients are too short-sighted
-            to see. The sweep itself takes the given β₁: with less momentum its slopes are noisier.
+        decades: Range of the sweep on either side of the given rate.
+        margin: The selected rate is the largest descending one divided by this.
+        near: Up to this factor above the best rate so far, or at the next rate, any descent
+            counts; farther above, the sum must be twice as low.
+        rise: Threshold of C for an increase, in units of the slope at the start of the step. At
+            very low rates slopes on different batches differ in sign by chance, but are small.
+        wild: A step has diverged if its final slope is this many times its initial one, or all
+            descent so far; the sweep ends before it.
+        calm: The memory 1/(1 − β₁) must fit this many times into the run after the sweep.
+        least_memory: Least such memory. Runs of a few hundred steps end lower with three gradients
+            than with the usual ten (docs/ablations.md), which short-horizon hypergradients cannot
+            show. The sweep itself uses the given β₁, because its slopes are noisier with less
+            momentum.
     """
 
     parts: int = 20
@@ -60,7 +61,7 @@ class SweepSettings(Settings):
     least_memory: float = 3.0
 
     def steps(self, total_steps: int | None) -> int:
-        """Length of the sweep in a run: 5 % of it, 8 to 100 steps; none in a run under 20.
+        """Length of the sweep: 5 % of the run, 8 to 100 steps; 0 in runs of fewer than 20 steps.
 
         Examples:
             >>> settings = SweepSettings()
@@ -74,11 +75,11 @@ class SweepSettings(Settings):
         return max(self.shortest, min(self.longest, total_steps // self.parts))
 
     def calmed(self, beta1: float, total_steps: int | None) -> float:
-        """How far the raw value of β₁ is moved after a sweep; 0 if its memory is short enough.
+        """Change of the raw value of β₁ after a sweep; 0 if its memory is short enough.
 
         Args:
-            beta1: Its value.
-            total_steps: Steps in the run; where they are not known it stays.
+            beta1: Value of β₁.
+            total_steps: Steps in the run; if None, β₁ does not change.
 
         Examples:
             >>> settings = SweepSettings()
@@ -96,8 +97,8 @@ class LRSweep:
     """The state of a sweep: plain numbers, saved with the run.
 
     Args:
-        steps: Length of the sweep at most; it ends once the rate is plainly too high.
-        settings: How it is swept.
+        steps: Largest length of the sweep; it ends earlier once the rate is clearly too high.
+        settings: Settings of the sweep.
     """
 
     steps: int
@@ -124,22 +125,21 @@ class LRSweep:
             raise ValueError(f"probe={self.steps} must be at least 2 steps, or False for none")
 
     def factor(self, step: int) -> float:
-        """The factor of the given rate at a step of the sweep."""
+        """Factor of the given rate at a step of the sweep."""
         return 10.0 ** (self.settings.decades * (2 * step / (self.steps - 1) - 1) - self.lowered)
 
     def observe(self, slope: float, start: float = 0.0) -> bool:
-        """Take in the slope at the end of the last step; true where C is the lowest so far.
+        """Record the slope at the end of the last step; true if C is the lowest so far.
 
-        At rates too small to matter two batches' slopes may differ in sign by chance, so the
-        sweep ends only after descent has been seen: three more downhill steps than uphill.
-        And where the loss has reached a plateau that large steps do not leave, the sum wanders
-        by chance. Further descent counts if it comes at a rate not far above the best so far, or if
-        it is as much again. A slope that is many times as steep as that at the start of the step,
-        or as all descent before, is of a step that went anywhere, downhill or not.
+        At very low rates slopes on different batches may differ in sign by chance, so the sweep
+        ends only after a descent: three more negative slopes than positive ones. On a plateau that
+        large steps do not leave, the sum fluctuates by chance, so a further descent counts only at
+        a rate close to the best one so far, or if the sum is twice as low. A step whose final slope
+        is many times its initial slope, or all descent so far, has diverged, whatever its sign.
 
         Args:
             slope: g · Δw at the end of the step.
-            start: The same at its start; 0 where it is not known.
+            start: The same at its start; 0 if unknown.
         """
         # Slopes of steps are in proportion to the rate until one blows up; a few tell how steep.
         rate, wild = self.factor(self.taken - 1), self.settings.wild
@@ -166,7 +166,7 @@ class LRSweep:
         return False
 
     def _blow_up(self) -> None:
-        """End the sweep, or begin it anew at lower rates where even the first ones are too high."""
+        """End the sweep, or restart it at lower rates if even the first ones are too high."""
         self.ended = self.taken > FIRST or self.lowered > 0
         self.blown = self.factor(self.taken - 1)
         if not self.ended:
@@ -182,9 +182,9 @@ class LRSweep:
 
     @property
     def choice(self) -> float:
-        """The factor for the given rate.
+        """Factor of the given rate.
 
-        If nothing descended, 1, which keeps it, or a tenth of what blew the run up.
+        If no step descended: 1, or a tenth of the factor at which the run diverged.
         """
         if math.isnan(self.best):
             uphill = self.change > self.settings.rise * self.hoped > 0  # all along
@@ -195,10 +195,10 @@ class LRSweep:
     def moves(
         self, values: Mapping[str, float], hparams: Mapping[str, Hparam], total_steps: int | None
     ) -> dict[str, float]:
-        """By how much raw values change at the end, by name.
+        """Changes of raw values at the end of the sweep, by name.
 
         Args:
-            values: Present values of the tuned hyperparameters.
+            values: Current values of the tuned hyperparameters.
             hparams: Their definitions.
             total_steps: Steps in the run, or None.
         """

@@ -1,4 +1,4 @@
-"""Hypergradient estimators: how the weights respond to each hyperparameter."""
+"""Hypergradient estimators: the sensitivities of the weights to the hyperparameters."""
 
 from typing import Any
 

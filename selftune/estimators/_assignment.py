@@ -1,4 +1,4 @@
-"""Which estimator answers for which hyperparameter of a run."""
+"""The assignment of hyperparameters to estimators."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Assignment(NamedTuple):
     """The estimators of a run.
 
     Attributes:
-        rows: Keeps a row for each hyperparameter of the update that ``whole`` does not answer for.
-        whole: Sees whole steps; or None.
-        names: The hyperparameters that ``whole`` answers for.
+        rows: Estimator with a row for each hyperparameter of the update not assigned to ``whole``.
+        whole: Estimator of whole steps, or None.
+        names: The hyperparameters assigned to ``whole``.
     """
 
     rows: AbstractRows
@@ -37,20 +37,21 @@ def assign(
     answers_all: bool = False,
     splits: bool = False,
 ) -> Assignment:
-    """The hyperparameters a given estimator answers for, and the estimator of the others.
+    """Assign hyperparameters to a given estimator, and the others to a default one.
 
     Args:
         given: The user's estimator; None: ``Trace``.
         update: The weight step.
         names: The tuned hyperparameters.
-        layers: Names that act inside the model or the loss, of which no row can keep track.
-        stride: Of a default: it tracks one step of so many.
-        answers_all: Whether a given estimator of whole steps answers for everything.
-        splits: Whether outputs and their loss can be had apart.
+        layers: Names that act inside the model or the loss, which estimators of rows do not
+            support.
+        stride: Steps between two tracked ones, for a default estimator.
+        answers_all: Whether a given estimator of whole steps gets all hyperparameters.
+        splits: Whether outputs and their loss can be computed separately.
 
     Raises:
-        TypeError: No estimator.
-        ValueError: A hyperparameter that its estimator cannot answer for.
+        TypeError: ``given`` is not an estimator.
+        ValueError: An estimator does not support a hyperparameter assigned to it.
     """
     given = Trace(stride=stride) if given is None else given
     if not isinstance(given, AbstractEstimator):

@@ -18,12 +18,12 @@ log = logging.getLogger("selftune")
 
 
 class Estimate(NamedTuple):
-    """Hypergradients, and how much they are to be trusted.
+    """Hypergradients with their variance and the solver's result.
 
     Attributes:
         grads: dL_val/dh by name, in the shapes of the hyperparameters.
-        variance: Of the whole vector, summed over its entries, where the estimate is random.
-        solution: What the linear solver found, where there is one.
+        variance: Total variance, summed over all entries, if the estimate is random.
+        solution: Result of the linear solver, if there is one.
         windows: For each name, the hypergradients of a window of steps each, shape
             (windows, …), where one is shared by a window (:class:`~selftune.Unrolled`).
     """
@@ -35,15 +35,15 @@ class Estimate(NamedTuple):
 
 
 class AbstractEstimator(ABC):
-    """Watches weight steps and tells how an outer loss at their end responds to hyperparameters.
+    """Observes weight steps and estimates the gradient of an outer loss in the hyperparameters.
 
     All three verbs are pure functions of tensors, and ``estimate`` is linear in the outer
     gradients.
 
     Attributes:
-        sees_all: Whether it must observe every step, or the last before an estimate is enough.
-        answers_for_update: Whether, in training runs, it answers for hyperparameters of the update
-            too, or only for those inside the model and the loss.
+        sees_all: Whether it must observe every step, or only the last one before an estimate.
+        answers_for_update: Whether, in training runs, it also estimates hyperparameters of the
+            update, or only those inside the model and the loss.
         needs_outputs: Whether it needs the loss in two parts, outputs and a criterion of them.
     """
 
@@ -51,7 +51,7 @@ class AbstractEstimator(ABC):
 
     @property
     def answers_for_update(self) -> bool:
-        """Whether it answers for hyperparameters of the update in training runs."""
+        """Whether it estimates hyperparameters of the update in training runs."""
         return True
 
     @property
@@ -62,24 +62,24 @@ class AbstractEstimator(ABC):
     def check(  # noqa: B027 - most can do all
         self, update: Update, names: Sequence[str], *, endless: bool = False
     ) -> None:
-        """Refuse what it cannot do.
+        """Raise an error for unsupported hyperparameters.
 
         Args:
             update: The weight step.
             names: The hyperparameters asked for.
-            endless: Whether it is to follow a training run, which knows no ``Problem.split``.
+            endless: Whether it is used in a training run, without ``Problem.split``.
 
         Raises:
-            ValueError: What that is, and what to do.
+            ValueError: A hyperparameter is unsupported; the message names the remedy.
         """
 
     @abstractmethod
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Any:
-        """What is remembered before the first step."""
+        """The memory before the first step."""
 
     @abstractmethod
     def observe(self, problem: Problem, memory: Any, point: Point, hparams: Hparams) -> Any:
-        """What is remembered after the step from ``point``, which is about to be taken."""
+        """The memory after the step from ``point``, called before the step is taken."""
 
     @abstractmethod
     def estimate(
@@ -89,30 +89,30 @@ class AbstractEstimator(ABC):
 
         Args:
             problem: The bilevel problem.
-            memory: What was remembered of the steps.
-            end: Where they led.
+            memory: The memory of the steps.
+            end: The point after the last step.
             hparams: The hyperparameters.
             outer_grads: ∇L_val there, shape (N,).
         """
 
     def shift(self, problem: Problem, memory: Any, params: Tensor, move: Tensor) -> Tensor:
-        """``J δ``, how weights would differ at other hyperparameters, shape (N,).
+        """``J δ``, the predicted change of the weights at other hyperparameters, shape (N,).
 
         Args:
             problem: The bilevel problem.
-            memory: What was remembered of the steps.
+            memory: The memory of the steps.
             params: The weights, shape (N,).
-            move: δ in raw (log or odds) space, shape (entries of all hyperparameters,).
+            move: δ in raw (log or log-odds) space, shape (entries of all hyperparameters,).
 
         Raises:
-            ValueError: It holds no response to predict with.
+            ValueError: The estimator does not keep J.
         """
-        raise ValueError(f"{self} holds no response to predict with: use BestResponse")
+        raise ValueError(f"{self} keeps no sensitivities to predict with: use BestResponse")
 
     def solve(
         self, problem: Problem, memory: Any, end: Point, hparams: Hparams, outer_grads: Tensor
     ) -> tuple[Estimate, Any]:
-        """``estimate``, and what is remembered of it."""
+        """``estimate``, and the memory after it."""
         return self.estimate(problem, memory, end, hparams, outer_grads), memory
 
 
@@ -128,14 +128,14 @@ def hypergradient(
 
     Args:
         problem: The bilevel problem.
-        estimator: How it is estimated.
+        estimator: The estimator.
         params: The weights at the start, shape (N,).
-        hparams: The hyperparameters asked for, by name.
-        batches: Of training, one a step.
-        outer_batch: Of validation.
+        hparams: The hyperparameters by name.
+        batches: Training batches, one for each step.
+        outer_batch: The validation batch.
 
     Raises:
-        ValueError: A hyperparameter that influences nothing, named.
+        ValueError: A hyperparameter has no influence; the message names it.
 
     Examples:
         >>> import torch, selftune as st

@@ -16,7 +16,7 @@ from selftune.rules._base import State
 
 
 class Tangent(NamedTuple):
-    """How weights and state respond along each direction.
+    """Sensitivities of weights and state along each direction.
 
     Attributes:
         params: Shape (directions, N).
@@ -51,7 +51,7 @@ def entries(rows: Tensor, hparams: Hparams) -> dict[str, Tensor]:
 
 
 def still(point: Point, moving: dict[str, Tensor]) -> Tangent:
-    """No response yet."""
+    """Tangents of zero."""
     count = len(next(iter(moving.values())))
 
     def zeros(tensor: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def pushed(
 
 
 def over_rows(problem: Problem, push: Callable[..., Any], rows: tuple[Any, ...]) -> Any:
-    """A function mapped over directions; one after the other where torch cannot map the model."""
+    """A function mapped over directions, or looped over them if torch cannot map the model."""
     products = problem.products
     if products.mapped:
         try:

@@ -1,4 +1,4 @@
-"""Estimators that drop the curvature: each weight responds for itself."""
+"""Estimators without curvature, whose sensitivities are elementwise."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from selftune.update import Tangents, Transition
 
 
 class AbstractRows(AbstractEstimator):
-    """Keeps the response Jacobian J itself, one row a hyperparameter, without curvature.
+    """Keeps the sensitivity Jacobian J, one row for each hyperparameter, without curvature.
 
-    A weight then responds to its own hyperparameters only, so that one row serves a learning rate
-    shared by all weights as well as one of each layer. The verb ``push`` does for training runs
-    what ``observe`` does for a :class:`~selftune.Problem`, from what a step computed anyway.
+    A weight is then sensitive to its own hyperparameters only, so one row serves both a learning
+    rate common to all weights and one for each layer. In training runs ``push`` replaces
+    ``observe``, and uses only values already computed in the step.
 
     Attributes:
-        stride: Steps from one that is observed to the next.
-        discount: γ, what a step keeps of the response before it.
-        closed_forms: Whether responses are taken from a closed form where they have one.
+        stride: Steps between two observed ones.
+        discount: γ, the factor of the previous sensitivity in a step.
+        closed_forms: Whether to use closed forms of sensitivities where they exist.
     """
 
     stride: int
@@ -36,10 +36,10 @@ class AbstractRows(AbstractEstimator):
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
     ) -> Tangents:
-        """The response after a step. The tensors of ``tangents`` are reused: drop the old."""
+        """The sensitivities after a step. Reuses the tensors of ``tangents``: drop the old ones."""
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Tangent:
-        """No response yet."""
+        """Sensitivities of zero."""
         return still(start, self._moving(problem, hparams))
 
     @staticmethod
@@ -56,7 +56,7 @@ class AbstractRows(AbstractEstimator):
         return moving
 
     def observe(self, problem: Problem, memory: Tangent, point: Point, hparams: Hparams) -> Tangent:
-        """Push through the step by differentiating the update; the stride does not count here."""
+        """Propagate through the step by differentiating the update; the stride is not used here."""
         problem.products.prepare(point.params, hparams, point.batch)
         mixed = problem.mixed(point, hparams)
         bend = lambda v, moving: mixed(moving)  # noqa: E731
@@ -65,7 +65,7 @@ class AbstractRows(AbstractEstimator):
     def estimate(
         self, problem: Problem, memory: Tangent, end: Point, hparams: Hparams, outer_grads: Tensor
     ) -> Estimate:
-        """``J ∘ ∇L_val``, summed over what shares a hyperparameter."""
+        """``J ∘ ∇L_val``, summed over the weights that share a hyperparameter."""
         rows = iter(memory.params * outer_grads)
         inside = [n for n in hparams if n in problem.update.hparams]
         found = {n: problem.gather(n, next(rows), hparams[n]) for n in inside}

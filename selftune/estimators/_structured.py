@@ -1,8 +1,8 @@
-"""A response Jacobian of low memory: the weights' own structure, scaled row by row.
+"""A structured sensitivity Jacobian: a matrix of the weights' shape, scaled row by row.
 
 For a matrix W of shape (out, …), ``J δ = diag(U δ) V``: V has the shape of W and is shared by all
-hyperparameters, U has shape (out, hyperparameters). A vector responds freely, ``J δ = C δ``. That
-is as much memory as the weights once more, whatever the number of hyperparameters.
+hyperparameters, U has shape (out, hyperparameters). For a vector ``J δ = C δ`` is unconstrained.
+The memory is that of one more copy of the weights, for any number of hyperparameters.
 
 Source: MacKay et al. 2019, equation 14; Bae & Grosse 2020, section 3.3.
 """
@@ -19,12 +19,12 @@ SHARPEST = 0.2
 
 
 class Structured(NamedTuple):
-    """The response of one parameter tensor.
+    """The sensitivity of one parameter tensor.
 
     Attributes:
         gains: U, shape (out, hyperparameters); or C, shape (numel, hyperparameters), of a vector.
         rows: V, the rows of length 1, shape (out, rest); or of shape (numel, 0) for a vector.
-        speed: By how much ``gains`` go on to change at each step, of the same shape.
+        speed: Momentum of ``gains``, of the same shape.
     """
 
     gains: Tensor
@@ -33,7 +33,7 @@ class Structured(NamedTuple):
 
     @property
     def free(self) -> bool:
-        """Whether each entry responds for itself."""
+        """Whether each entry has its own sensitivity."""
         return self.rows.shape[1] == 0
 
     def along(self, move: Tensor, shape: torch.Size) -> Tensor:
@@ -55,7 +55,7 @@ class Structured(NamedTuple):
         return along.reshape(-1) if self.free else (self.rows * along.view_as(self.rows)).sum(1)
 
     def learned(self, push: Tensor, jump: Tensor, move: Tensor, memory: Any) -> Structured:
-        """After a step towards ``J δ + push + jump`` along δ.
+        """The sensitivity after a step towards ``J δ + push + jump`` along δ.
 
         Lengths follow a jump at once, and a push bit by bit, as the weights follow a gradient
         through momentum: along one hyperparameter the response is then stable where training is,
@@ -96,11 +96,11 @@ class Structured(NamedTuple):
 
 
 def unknown(param: Tensor, hparams: int) -> Structured:
-    """No response yet, along rows that are drawn, always the same.
+    """Sensitivities of zero, along random rows from a fixed seed.
 
     Args:
-        param: The parameter; one with fewer than two dimensions responds freely.
-        hparams: How many hyperparameters.
+        param: The parameter; with fewer than two dimensions its sensitivity is unconstrained.
+        hparams: Number of hyperparameters.
     """
     if param.ndim < 2:
         still = param.new_zeros(param.numel(), hparams)

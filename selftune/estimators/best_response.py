@@ -1,4 +1,4 @@
-"""A hypernetwork whose inputs are the hyperparameters, learned from what perturbed steps do."""
+"""A hypernetwork with the hyperparameters as inputs, learned from perturbed steps."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ MOST = 1000
 
 
 class Response(NamedTuple):
-    """What is known of how the weights respond.
+    """The learned sensitivity of the weights.
 
     Attributes:
-        tensors: Of each parameter tensor, in units of raw hyperparameters.
-        steps: Observed so far, shape (1,).
+        tensors: Sensitivity of each parameter tensor, in units of raw hyperparameters.
+        steps: Number of observed steps, shape (1,).
     """
 
     tensors: list[Structured]
@@ -43,35 +43,36 @@ class Response(NamedTuple):
 
 @dataclass(frozen=True)
 class BestResponse(AbstractEstimator):
-    """The weights as a function of the hyperparameters, ``w(z + δ) = w + J δ``, learned.
+    """A learned model of the weights as a function of hyperparameters, ``w(z + δ) = w + J δ``.
 
-    At each observed step one perturbed step is taken beside the real one, from ``w + J δ`` at
-    ``z + δ``, on the same batch and with the same draws, and J moves towards where it led::
+    Each observed step is accompanied by a perturbed step from ``w + J δ`` at ``z + δ``, on the same
+    batch and with the same random numbers, and J is fitted to the difference::
 
         J₊ δ  ←  U(w + J δ, ∇L(w + J δ; z + δ), z + δ) − U(w, ∇L(w; z), z)
 
-    That is the recursion of :class:`Forward` along one random direction, so that one gradient a
-    step serves all hyperparameters together: those of the objective, which at equilibrium gives
-    the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, whose response is one of finite
-    horizon. J is structured (a matrix ``diag(U δ) V`` for each weight matrix, free for vectors),
-    which takes the memory of the weights once more, whatever the number of hyperparameters.
+    This is the recursion of :class:`Forward` along one random direction, so one additional
+    gradient for each step serves all hyperparameters: those of the objective, for which J converges
+    to the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, for which J is a sensitivity of
+    finite horizon. J is structured (``diag(U δ) V`` for a weight matrix, unconstrained for
+    vectors) and takes the memory of one more copy of the weights, for any number of
+    hyperparameters.
 
-    Perturbations are finite, so that what has no derivative (a dropped unit, a hole that is cut)
-    is learned too. Draws are the same where they come from :mod:`selftune.nn`.
+    Perturbations are finite, so operations without a derivative (dropping a unit, cutting a hole)
+    are supported. Random numbers are the same in both steps if they come from :mod:`selftune.nn`.
 
     Args:
-        curvature: ``"exact"``, the gradient at the perturbed weights; or ``"gauss-newton"``, that
-            of the linearised network as in Δ-STN, which is never indefinite and costs a forward
-            pass more.
-        scale: σ, how far hyperparameters are perturbed in raw (log or odds) space.
+        curvature: ``"exact"`` for the gradient at the perturbed weights, or ``"gauss-newton"`` for
+            that of the linearised network as in Δ-STN, which is never indefinite and costs one
+            more forward pass.
+        scale: σ, size of the perturbations in raw (log or log-odds) space.
         update: In training runs, whether hyperparameters of the update are inputs of the
-            hypernetwork too; otherwise :class:`Trace` follows them.
-        every: Steps from one that is observed to the next.
-        discount: What J keeps of itself in a step. At 1 it is the response of the whole run, and
-            in noisy runs mostly noise: differences of gradients add up over steps.
+            hypernetwork too; otherwise :class:`Trace` estimates them.
+        every: Steps between two observed ones.
+        discount: Factor of J in each step. With 1 J is the sensitivity over the whole run, and in
+            noisy runs mostly noise, because differences of gradients accumulate.
 
     Raises:
-        ValueError: An unknown curvature, or numbers outside their range.
+        ValueError: The curvature is unknown, or a number is outside its range.
 
     Source: MacKay et al. 2019 (STN) and Bae & Grosse 2020 (Δ-STN) for the structure and the
     centred, linearised form.
@@ -100,11 +101,11 @@ class BestResponse(AbstractEstimator):
 
     @property
     def needs_outputs(self) -> bool:
-        """The Gauss-Newton matrix does."""
+        """True for the Gauss-Newton matrix."""
         return self.curvature == "gauss-newton"
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Response:
-        """No response yet."""
+        """Sensitivities of zero."""
         count = sum(h.numel() for h in hparams.values())
         if count > MOST:
             raise ValueError(
@@ -134,7 +135,7 @@ class BestResponse(AbstractEstimator):
     def _begun(
         self, problem: Problem, memory: Response, point: Point, hparams: Hparams
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Where the perturbed step starts."""
+        """The start of the perturbed step."""
         near, move = self._perturbed(problem, hparams, memory.steps)
         return near, move, self.shift(problem, memory, point.params, move)
 
@@ -147,7 +148,7 @@ class BestResponse(AbstractEstimator):
         start: tuple[dict[str, Tensor], Tensor, Tensor],
         grads: Tensor,
     ) -> Response:
-        """The response after what the perturbed step did."""
+        """The sensitivity after the perturbed step."""
         near, move, shift = start
         push, jump = self._change(problem, point, (shift, grads), hparams, near)
         jump = self.discount * jump - (1 - self.discount) * shift
@@ -166,7 +167,7 @@ class BestResponse(AbstractEstimator):
     def _perturbed(
         self, problem: Problem, hparams: Hparams, step: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Hyperparameters near the present ones, and how far that is in raw space."""
+        """Perturbed hyperparameters, and their distance in raw space."""
         near, moves, first = {}, [], 1
         for name, h in hparams.items():
             low, high, scale = _range(problem, name)
@@ -195,9 +196,10 @@ class BestResponse(AbstractEstimator):
         hparams: Hparams,
         near: Hparams,
     ) -> tuple[Tensor, Tensor]:
-        """What the perturbed step moves its weights more than the step: in time, and at once.
+        """Difference between the perturbed step and the step: over time, and at once.
 
-        The rule's state is that of the step. What gradients differ by goes on to act through it.
+        Both use the rule's state of the step, through which differences of gradients continue to
+        act.
         """
         (shift, grads), own = perturbed, problem.gradient(point, hparams)
         beside = point._replace(params=point.params + shift)
@@ -239,12 +241,12 @@ class BestResponse(AbstractEstimator):
 def signs(step: Tensor, first: int, count: int) -> Tensor:
     """Rows of the Walsh matrix at a step, ±1: over a period any two of them are uncorrelated.
 
-    What is learned of one hyperparameter then hides nothing of another for longer than a period.
+    The effects of two hyperparameters are then separated within a period.
 
     Args:
         step: Shape (1,), int64.
         first: The first row; row 0 is always 1.
-        count: How many.
+        count: Number of rows.
     """
     bits = step & torch.arange(first, first + count, device=step.device)
     for fold in (32, 16, 8, 4, 2, 1):
@@ -256,9 +258,9 @@ def linearised_gradient(problem: Problem, point: Point, shift: Tensor, near: Hpa
     """``∂f/∂wᵀ ∇criterion(f(w; h) + ∂f/∂w · shift)``, of the network linearised at the weights.
 
     Args:
-        problem: With its loss in two parts.
+        problem: A problem with its loss in two parts.
         point: The weights w, and the batch.
-        shift: Of the weights.
+        shift: Displacement of the weights.
         near: The hyperparameters h.
 
     Source: Bae & Grosse 2020, equation 13.
@@ -292,7 +294,7 @@ def _range(problem: Problem, name: str) -> tuple[float, float, AbstractBijection
 
 
 def _memory(problem: Problem, point: Point, hparams: Hparams) -> Any:
-    """β, what the rule keeps of a gradient from one step to the next."""
+    """β, the rule's momentum of gradients."""
     values = {**problem.values(hparams), **(point.options or {})}
     momenta = (n for n, h in problem.update.hparams.items() if h.role == "momentum")
     return values.get(next(momenta, ""), 0.0)

@@ -1,4 +1,4 @@
-"""The whole truth about a short run: reverse mode through every step, and differences."""
+"""Reference estimators for short runs: reverse mode through every step, finite differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Run = tuple[Point, ...]
 
 
 class AbstractReference(AbstractEstimator):
-    """Keeps the start and all batches, and runs again."""
+    """Keeps the start and all batches, and repeats the run."""
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Run:
         """No steps yet."""
@@ -44,9 +44,9 @@ class AbstractReference(AbstractEstimator):
 
 @dataclass(frozen=True)
 class Exact(AbstractReference):
-    """``dL_val(w_T(h))/dh`` by autograd through all T steps: the reference of the others.
+    """``dL_val(w_T(h))/dh`` by autograd through all T steps: the reference for other estimators.
 
-    Memory grows with T times what a step computes; meant for short runs and tests.
+    Memory grows with T; meant for short runs and tests.
 
     Source: Maclaurin et al. 2015; Franceschi et al. 2017, section 3.1.
     """
@@ -64,10 +64,10 @@ class Exact(AbstractReference):
 
 @dataclass(frozen=True)
 class FiniteDifference(AbstractReference):
-    """``∇L_val · (w_T(h + ε) − w_T(h − ε)) / 2ε``: independent of any differentiation.
+    """``∇L_val · (w_T(h + ε) − w_T(h − ε)) / 2ε``: independent of autograd.
 
     Args:
-        relative_step: ε over |h|; the error is of order ε², the rounding of order 1e-16/ε.
+        relative_step: ε over |h|; the error is of order ε², the rounding error of order 1e-16/ε.
     """
 
     relative_step: float = 1e-5

@@ -1,4 +1,4 @@
-"""Exact forward mode: the response of all weights, pushed through each step with curvature."""
+"""Forward mode with curvature: sensitivities of all weights, propagated through each step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECENT = 0.9
 
 
 class ForwardMemory(NamedTuple):
-    """Tangents, and the running diagonal of the curvature where it stands for all of it.
+    """Tangents, and the running diagonal of the curvature if it replaces the whole.
 
     Attributes:
         tangent: Of weights and state along each direction.
@@ -35,22 +35,23 @@ class ForwardMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class Forward(AbstractEstimator):
-    """``J₊ = γ (∂U/∂(w,s)) J + ∂U/∂h``, the Hessian included: exact if γ = 1 and all is exact.
+    """``J₊ = γ (∂U/∂(w,s)) J + ∂U/∂h`` with the Hessian: exact for γ = 1 and exact curvature.
 
-    It needs one product with the Hessian for each entry of the hyperparameters at each step, and
-    memory for as many copies of weights and state. With ``projections`` p it follows p random
-    directions ν ∈ {−1, 1}^d instead, whatever the number of entries d: ``(1/p) Σ (∇L_val · Jν) ν``
-    is unbiased, with a total variance of (d − 1) ‖∇h‖² / p.
+    It needs one Hessian-vector product for each entry of the hyperparameters at each step, and
+    memory for as many copies of weights and state. With ``projections`` p it uses p random
+    directions ν ∈ {−1, 1}^d instead, for any number of entries d: ``(1/p) Σ (∇L_val · Jν) ν`` is
+    unbiased, with a total variance of (d − 1) ‖∇h‖² / p.
 
     Args:
-        discount: γ; below 1 it is damped where the exact recursion would blow up.
+        discount: γ; below 1 it damps a recursion that would otherwise diverge.
         curvature: ``"exact"``; ``"gauss-newton"`` (positive, needs ``Problem.split``);
-            ``"diagonal"`` (a running mean of ξ ∘ Hξ, one product a step); ``"none"``.
-        projections: How many random directions, or None for all.
-        seed: Of the directions.
+            ``"diagonal"`` (a running mean of ξ ∘ Hξ, one product for each step); ``"none"``.
+        projections: Number of random directions, or None for all.
+        seed: Seed of the directions.
 
     Raises:
-        ValueError: A discount outside 0…1, an unknown curvature, fewer than one projection.
+        ValueError: The discount is outside 0…1, the curvature is unknown, or there is no
+            projection.
 
     Source: Franceschi et al. 2017, section 3.2 (RTHO); the projections: Silver et al. 2022;
     the diagonal: Bekas et al. 2007.
@@ -70,7 +71,7 @@ class Forward(AbstractEstimator):
             raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
-        """Refuse a matrix that only a problem with its loss in two parts has."""
+        """Raise an error for a matrix that needs the loss in two parts."""
         if endless and self.curvature == "gauss-newton":
             raise ValueError(
                 "curvature='gauss-newton' needs the loss in two parts, Problem(split=…), which "
@@ -78,7 +79,7 @@ class Forward(AbstractEstimator):
             )
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> ForwardMemory:
-        """No response yet."""
+        """Tangents of zero."""
         moving = basis(hparams) if self.projections is None else self._signs(hparams)
         diagonal = torch.zeros_like(start.params) if self.curvature == "diagonal" else None
         return ForwardMemory(still(start, moving), diagonal)
@@ -96,7 +97,7 @@ class Forward(AbstractEstimator):
     def observe(
         self, problem: Problem, memory: ForwardMemory, point: Point, hparams: Hparams
     ) -> ForwardMemory:
-        """Push through the step, curvature included."""
+        """Propagate through the step, including curvature."""
         problem.products.prepare(point.params, hparams, point.batch)
         observe = problem.graph("observe", partial(self._observe, problem))
         found: ForwardMemory = observe(memory, point, hparams)

@@ -1,4 +1,4 @@
-"""Implicit differentiation: the response of where training ends, by a linear solve."""
+"""Implicit differentiation at the end of training, by a linear solve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selftune.update import Update
 
 
 class ImplicitMemory(NamedTuple):
-    """What an implicit estimate starts from.
+    """The memory of an implicit estimate.
 
     Attributes:
         batch: The last training batch.
@@ -30,28 +30,28 @@ class ImplicitMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class Implicit(AbstractEstimator):
-    """``dL_val/dh = −vᵀ ∂F/∂h`` where ``(∂F/∂w)ᵀ v = ∇L_val`` and F is 0 where training ends.
+    """``dL_val/dh = −vᵀ ∂F/∂h`` with ``(∂F/∂w)ᵀ v = ∇L_val``; F is 0 at the end of training.
 
-    Constant memory, whatever the number of hyperparameters; right in so far as training has
-    converged. Two choices of F:
+    Constant memory for any number of hyperparameters; accurate once training has converged. Two
+    choices of F:
 
-    - ``through="loss"``: ``F = ∇L_train`` with its penalties. For everything that is part of the
-      loss, coupled weight decay included.
-    - ``through="update"``: ``F = (w, s) − U(w, s)``, the fixed point of the update. For learning
-      rates, momentum and decoupled weight decay too: at the very end a rate has no influence, and
-      before it the rate that gets there faster has.
+    - ``through="loss"``: ``F = ∇L_train`` with its penalties. For all hyperparameters of the loss,
+      including coupled weight decay.
+    - ``through="update"``: ``F = (w, s) − U(w, s)``, the fixed point of the update. Also for
+      learning rates, momentum and decoupled weight decay: at convergence a rate has no influence,
+      and before it a rate that converges faster is better.
 
     Args:
         solver: A :class:`~selftune.Neumann`, :class:`~selftune.CG` or :class:`~selftune.Nystrom`;
-            through the update Neumann with scale 1, whose terms look back one step each.
+            through the update only Neumann with scale 1, each of whose terms is one step.
         through: ``"loss"`` or ``"update"``.
-        together: Rounds of the solver in one graph, where it is compiled: more are faster, fewer
-            compile faster and need less memory.
-        warm: Start each solve from the last one's solution, which is kept (one-pass).
+        together: Rounds of the solver in one compiled graph: more run faster, fewer compile faster
+            and need less memory.
+        warm: Start each solve from the last solution (one-pass).
 
     Raises:
-        ValueError: An unknown ``through``; a solver that needs a symmetric matrix through the
-            update; hyperparameters that do not enter the training loss, through the loss.
+        ValueError: ``through`` is unknown; with ``"update"``, the solver needs a symmetric matrix;
+            with ``"loss"``, a hyperparameter does not enter the training loss.
 
     Source: Lorraine et al. 2020; Clarke et al. 2022 (update, one-pass); Hataya & Yamada 2023.
     """
@@ -75,12 +75,12 @@ class Implicit(AbstractEstimator):
             )
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> ImplicitMemory:
-        """Nothing to start from."""
+        """The empty memory."""
         self.check(problem.update, list(hparams))
         return ImplicitMemory(None, None)
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
-        """Refuse hyperparameters of which the loss knows nothing."""
+        """Raise an error for hyperparameters that do not enter the loss."""
         apart = set(update.hparams) - update.smooth
         idle = [n for n in names if n in apart]
         if self.through == "loss" and idle:
@@ -104,7 +104,7 @@ class Implicit(AbstractEstimator):
         hparams: Hparams,
         outer_grads: Tensor,
     ) -> Estimate:
-        """Solve, and pull the solution back to the hyperparameters."""
+        """Solve, and multiply the solution by ∂F/∂h."""
         return self.solve(problem, memory, end, hparams, outer_grads)[0]
 
     def solve(
@@ -115,7 +115,7 @@ class Implicit(AbstractEstimator):
         hparams: Hparams,
         outer_grads: Tensor,
     ) -> tuple[Estimate, ImplicitMemory]:
-        """``estimate``, and the memory that the next one starts from."""
+        """``estimate``, and the memory for the next one."""
         point = end._replace(batch=memory.batch)
         run = self._loss if self.through == "loss" else self._update
         start = memory.adjoint if self.warm else None
@@ -171,7 +171,7 @@ class Implicit(AbstractEstimator):
         rhs: Tensor,
         start: Tensor | None,
     ) -> Estimate:
-        """Solve, in graphs of several rounds, which share passes of the model."""
+        """Solve, in graphs of several rounds that share passes of the model."""
         solver = self._scaled(at[0].params.numel())
         if not isinstance(solver, AbstractIteration):
             times = problem.graph("times", lambda point, h, v: matrix(point, h)(v))
@@ -209,8 +209,8 @@ class Implicit(AbstractEstimator):
     def _scaled(self, weights: int) -> AbstractSolver:
         """The solver; through the update a series of the steps themselves.
 
-        The adjoints of the rule's state are in units of its own, of squared gradients say, so
-        that the series is judged by the weights' alone.
+        The adjoints of the rule's state have other units, such as squared gradients, so the series
+        is judged by those of the weights only.
         """
         if self.through == "update" and isinstance(self.solver, Neumann):
             return replace(self.solver, scale=self.solver.scale or 1.0, head=weights)

@@ -1,4 +1,4 @@
-"""The response to the last step only."""
+"""Sensitivity to the last step only."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from selftune.update import Tangents, Transition
 
 @dataclass(frozen=True)
 class OneStep(AbstractRows):
-    """``J₊ = ∂U/∂z``: what this step's hyperparameters did to the weights, nothing older.
+    """``J₊ = ∂U/∂z``: the effect of the last step's hyperparameters on the weights.
 
-    Greedy: it sees no consequence beyond one step, so on its own it shrinks the learning rate
-    too early (short-horizon bias, Wu et al. 2018).
+    Greedy: with a horizon of one step it lowers the learning rate too early (short-horizon bias,
+    Wu et al. 2018).
 
     Args:
-        stride: Steps from one that is observed to the next.
+        stride: Steps between two observed ones.
         closed_forms: As in :class:`~selftune.estimators.Trace`.
 
     Source: Baydin et al. 2018, eq. 5; Chandra et al. 2022.
@@ -31,5 +31,5 @@ class OneStep(AbstractRows):
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
     ) -> Tangents:
-        """Forget, then add what this step contributes."""
+        """Replace the sensitivities by the contribution of this step."""
         return transition.push(tangents, slopes, 0.0)

@@ -13,21 +13,21 @@ from selftune.update import Tangents, Transition
 
 @dataclass(frozen=True)
 class Trace(AbstractRows):
-    """``J₊ = γ (∂U/∂(w,s)) J + ∂U/∂z``: forward mode with the Hessian dropped.
+    """``J₊ = γ (∂U/∂(w,s)) J + ∂U/∂z``: forward mode without the Hessian.
 
-    The discount γ stands in for the contraction that the dropped Hessian brings, so J reaches
-    back about 1/(1 − γ) steps. Cost: a few elementwise operations and one vector of the size
-    of the weights for each hyperparameter; no second derivatives, so any model works.
+    The discount γ replaces the contraction by the Hessian, so J covers about 1/(1 − γ) steps. Cost:
+    a few elementwise operations and one vector of the size of the weights for each hyperparameter.
+    It needs no second derivatives, so it works with any model.
 
     Args:
-        discount: γ, from 0 (one step back) to 1 (exact where the loss has no curvature).
-        stride: Steps from one that is observed to the next, which stands for all between.
-        closed_forms: Take the sensitivities to the learning rate, to its decay and to a weight
-            decay that shrinks weights from a closed form, with less noise and in less memory,
-            instead of pushing them through each step.
+        discount: γ, from 0 (horizon of one step) to 1 (exact for a loss without curvature).
+        stride: Steps between two observed ones; each represents all steps since the last one.
+        closed_forms: Use closed forms of the sensitivities to the learning rate, its decay and a
+            weight decay that shrinks weights, with less noise and memory, instead of propagating
+            them through each step.
 
     Raises:
-        ValueError: A discount outside 0…1, or a stride below 1.
+        ValueError: The discount is outside 0…1, or the stride is below 1.
 
     Source: Sutton 1992 (IDBD); Donini et al. 2020 (MARTHE), eq. 8.
     """
@@ -43,5 +43,5 @@ class Trace(AbstractRows):
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
     ) -> Tangents:
-        """Discount, push through the update, add what this step contributes."""
+        """Discount, propagate through the update, and add the contribution of this step."""
         return transition.push(tangents, slopes, self.discount, self.stride)

@@ -1,4 +1,4 @@
-"""Truncated reverse mode: back through the last steps of training."""
+"""Truncated reverse mode through the last steps of training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Passed(NamedTuple):
     """A step that was taken.
 
     Attributes:
-        point: Before it; where it is no checkpoint, only its batch and clock.
+        point: The point before the step; without a checkpoint only its batch and clock.
         hparams: Its hyperparameters.
     """
 
@@ -36,24 +36,23 @@ class Passed(NamedTuple):
 
 @dataclass(frozen=True)
 class Unrolled(AbstractEstimator):
-    """``dL_val/dh`` through the last K steps, backwards: exact if these are all.
+    """``dL_val/dh`` by reverse mode through the last K steps: exact if these are all.
 
-    One product with the Hessian a step, whatever the number of hyperparameters; memory for
-    weights, gradients and rule state of K steps, or with ``checkpoint`` c of K/c steps and c more
-    while they are gone through, at the price of taking each step once more.
+    One Hessian-vector product for each step and any number of hyperparameters. Memory for weights,
+    gradients and rule state of K steps; with ``checkpoint`` c of K/c steps, plus c more during the
+    reverse pass, and each step is computed once more.
 
-    With ``share`` W, steps are also seen as windows of W that share a value each, and the
-    hypergradient of each window, the mean over its steps, is in ``Estimate.windows``: for
-    schedules that are tuned as a whole, not greedily.
+    With ``share`` W, ``Estimate.windows`` also contains the hypergradient of each window of W
+    steps, the mean over its steps: for schedules that are tuned as a whole, not greedily.
 
     Args:
         horizon: K, or None for all steps.
-        checkpoint: The weights of each c-th step are kept, the others computed again.
+        checkpoint: c: the weights of each c-th step are kept, the others computed again.
         share: W, or None.
 
     Raises:
-        ValueError: A number below 1.
-        MemoryError: More memory than there is, found before the first step.
+        ValueError: A number is below 1.
+        MemoryError: The horizon does not fit into memory; raised before the first step.
 
     Source: Franceschi et al. 2017, section 3.1; truncation: Shaban et al. 2019; checkpoints:
     Chen et al. 2016; sharing: Micaelli & Storkey 2021, eq. 6.
@@ -69,7 +68,7 @@ class Unrolled(AbstractEstimator):
         check(kinds, vars(self))
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
-        """Refuse to keep all steps of a training run."""
+        """Raise an error for an unlimited horizon in a training run."""
         if endless and self.horizon is None:
             raise ValueError("horizon=None keeps every step of a run: give Unrolled a horizon")
 
@@ -81,7 +80,7 @@ class Unrolled(AbstractEstimator):
         return (kept + again) * sum(t.numel() * t.element_size() for t in tensors)
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> tuple[Passed, ...]:
-        """No steps yet; says what they will need."""
+        """The empty memory; logs the memory of the horizon."""
         needed, there = self.memory(start), _free(start.params.device)
         if self.horizon is not None:
             log.info(
@@ -99,7 +98,7 @@ class Unrolled(AbstractEstimator):
     def observe(
         self, problem: Problem, memory: tuple[Passed, ...], point: Point, hparams: Hparams
     ) -> tuple[Passed, ...]:
-        """Keep the step; forget what lies before the horizon."""
+        """Store the step, and drop steps before the horizon."""
         problem.products.prepare(point.params, hparams, point.batch)
         if self.checkpoint == 1:
             memory = (*memory, Passed(point, dict(hparams)))
@@ -122,7 +121,7 @@ class Unrolled(AbstractEstimator):
         hparams: Hparams,
         outer_grads: Tensor,
     ) -> Estimate:
-        """Back through the steps."""
+        """Reverse mode through the stored steps."""
         cotangent = (outer_grads, {k: torch.zeros_like(v) for k, v in end.state.items()})
 
         def last(point: Point, values: Hparams, cotangent: Any) -> dict[str, Tensor]:
@@ -151,7 +150,7 @@ class Unrolled(AbstractEstimator):
 
     @staticmethod
     def _stretches(memory: tuple[Passed, ...]) -> list[list[Passed]]:
-        """The steps from one checkpoint to the next."""
+        """The steps between two checkpoints."""
         found: list[list[Passed]] = []
         for passed in memory:
             if passed.point.params.numel():
@@ -161,7 +160,7 @@ class Unrolled(AbstractEstimator):
 
     @staticmethod
     def _points(problem: Problem, stretch: list[Passed]) -> list[tuple[Point, Hparams]]:
-        """Points of a stretch, those between checkpoints computed again."""
+        """Points of a segment; those between checkpoints are computed again."""
         step, gradient = problem.graph("step", problem.step), problem.graph("g", problem.gradient)
         point = stretch[0].point
         points: list[tuple[Point, Hparams]] = [(point, stretch[0].hparams)]
@@ -174,7 +173,7 @@ class Unrolled(AbstractEstimator):
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that are free there."""
+    """Free bytes on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     known = Path("/proc/meminfo")

@@ -1,4 +1,4 @@
-"""Best-response hypernetworks: hyperparameters as inputs of the network, in loops of one's own."""
+"""Best-response hypernetworks for custom loops: hyperparameters as inputs of the network."""
 
 from selftune.hypernet._places import Report
 from selftune.hypernet.conversion import SelfTuned, convert

@@ -1,4 +1,4 @@
-"""Which parameters of a model can respond, where they are used, and which cannot."""
+"""The parameters of a model with learned sensitivities, and where they are used."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from selftune.hypernet._terms import WHOLE, term_of
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a model's parameters.
+    """The result of a conversion for each parameter.
 
     Attributes:
-        responding: Names of those that respond to the hyperparameters.
-        plain: Names of those that do not, with the reason.
-        per_example: Whether every example has a perturbation of its own.
+        responding: Names of parameters with sensitivities to the hyperparameters.
+        plain: Names of the others, with the reason.
+        per_example: Whether each example has its own perturbation.
     """
 
     responding: tuple[str, ...]
@@ -31,7 +31,7 @@ class Report:
 
 
 class Place:
-    """A parameter that responds: where it is used and where its response is kept."""
+    """A parameter with a sensitivity: its layer, and the place of its sensitivity."""
 
     def __init__(self, name: str, param: nn.Parameter) -> None:
         self.name, self.shape = name, param.shape
@@ -40,10 +40,10 @@ class Place:
 
 
 def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
-    """The parameters that can respond, those that cannot, and whether an example at a time can.
+    """Parameters that can and cannot have sensitivities; whether each example can have its own.
 
     Raises:
-        ValueError: A parameter shared between layers of which only some can respond.
+        ValueError: A parameter is shared between layers of which only some are supported.
     """
     found: dict[int, Place] = {}
     plain: dict[str, str] = {}
@@ -74,5 +74,5 @@ def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
 
 
 def _host(model: nn.Module, path: str) -> nn.Module:
-    """The module, or that whose parametrization it is part of."""
+    """The module, or the module whose parametrization it is part of."""
     return model.get_submodule(path.partition(".parametrizations")[0] if path else "")

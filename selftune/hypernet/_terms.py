@@ -1,4 +1,4 @@
-"""What a response adds to a layer's output where each example has its own perturbation."""
+"""Terms that sensitivities add to a layer's output, if each example has its own perturbation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def transposed(layer: _ConvTransposeNd, x: Tensor, known: Known, delta: Tensor) 
 
 
 def embedding(layer: nn.Embedding, words: Tensor, known: Known, delta: Tensor) -> Tensor:
-    """Each word's row, as long as its gain."""
+    """Each word's row, scaled by its gain."""
     gains, rows = known["weight"]
     own = torch.einsum("b...n,bn->b...", F.embedding(words, gains), delta)
     if layer.padding_idx is not None:
@@ -123,12 +123,12 @@ WHOLE = (nn.RNNBase, nn.MultiheadAttention)
 
 
 def term_of(module: nn.Module) -> Term | None:
-    """What a layer's response adds, if it can have one for each example."""
+    """The term of a layer, if it supports one for each example."""
     return next((term for kind, term in TERMS.items() if isinstance(module, kind)), None)
 
 
 def primal(x: Any) -> Any:
-    """A tensor without the tangent it may have, and held constant."""
+    """A tensor without its tangent, as a constant."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     return forward_ad.unpack_dual(x).primal.detach()

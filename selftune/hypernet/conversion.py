@@ -1,4 +1,4 @@
-"""An existing model as a hypernetwork whose inputs are its hyperparameters."""
+"""Conversion of a model to a hypernetwork whose inputs are its hyperparameters."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ def convert(
     perturb: str = "auto",
     scale: float = 0.5,
 ) -> SelfTuned:
-    """A model that is called as before and whose weights respond to its hyperparameters.
+    """Convert a model to one whose weights are a function of its hyperparameters.
 
     ``w(z + δ) = w + diag(U δ) V`` for each weight matrix and ``w + C δ`` for each vector, δ the
-    perturbation of the raw hyperparameters. Linear, convolutions, transposed ones, embeddings,
-    BatchNorm, GroupNorm, LayerNorm, RNN, GRU, LSTM and MultiheadAttention respond, tied and
-    parametrised weights too; what is not known stays plain and is named in ``report``.
+    perturbation of the raw hyperparameters. The converted model is called like the original.
+    Supported are Linear, (transposed) convolutions, embeddings, BatchNorm, GroupNorm, LayerNorm,
+    RNN, GRU, LSTM, MultiheadAttention, tied and parametrised weights; other layers stay unchanged
+    and are listed in ``report``.
 
     Args:
-        model: Any module, which is not copied.
+        model: Any module; it is not copied.
         hparams: Start values by name, of strengths in :mod:`selftune.nn` layers, or of penalties
             that the loss reads by ``net.value(name)``. By default all strengths of the layers.
-        perturb: ``"example"`` gives every example a perturbation of its own, ``"batch"`` all the
-            same; ``"auto"`` the former where all layers can. Penalties have one a batch.
-        scale: σ the perturbations start with, in raw (log or odds) space.
+        perturb: ``"example"`` for a separate perturbation of each example, ``"batch"`` for a common
+            one; ``"auto"`` for the former if all layers support it. Penalties have one for each
+            batch.
+        scale: Initial σ of the perturbations, in raw (log or log-odds) space.
 
     Raises:
-        ValueError: Nothing to tune, values outside their bounds, layers that cannot respond.
+        ValueError: There is nothing to tune, a value is outside its bounds, or no layer is
+            supported.
 
     Examples:
         >>> import torch, selftune as st
@@ -92,10 +95,10 @@ class SelfTuned(nn.Module):
 
     Attributes:
         model: The model.
-        report: What responds.
+        report: The parameters with sensitivities.
         raw: The unconstrained hyperparameters z, shape (hyperparameters,).
         spread: log σ of the perturbations, shape (hyperparameters,).
-        unit: In which U and C take δ: then they learn as fast as the weights, at the same rate.
+        unit: Unit of δ in U and C, such that they learn as fast as the weights.
     """
 
     def __init__(
@@ -138,7 +141,7 @@ class SelfTuned(nn.Module):
     # what users call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
+        """The output of the model."""
         if not self.training and not self._tuning:
             self._present = self._values(self.raw.detach())
             return self.model(*args, **kwargs)
@@ -146,28 +149,28 @@ class SelfTuned(nn.Module):
         return self.at(delta, args, kwargs)
 
     def weights(self) -> Iterator[nn.Parameter]:
-        """The model's parameters and those of the response: for the optimizer of the weights."""
+        """Parameters of the model and of the sensitivities, for the optimizer of the weights."""
         yield from self.model.parameters()
         yield from self.response_parameters()
 
     def response_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the response alone."""
+        """Parameters of the sensitivities only."""
         yield from self.gains.values()
         yield from self.rows.values()
 
     def hyper_parameters(self) -> list[nn.Parameter]:
-        """Raw hyperparameters and their spread: for the optimizer of the hyperparameters."""
+        """Raw hyperparameters and their spread, for the optimizer of the hyperparameters."""
         return [self.raw, self.spread]
 
     def hparams(self) -> dict[str, float]:
-        """The present hyperparameters by name."""
+        """The current hyperparameters by name."""
         return {n: float(v) for n, v in self._values(self.raw.detach()).items()}
 
     def value(self, name: str) -> Tensor:
-        """A hyperparameter as it was in the last pass, perturbed while training, shape ().
+        """The value of a hyperparameter in the last pass, perturbed while training, shape ().
 
         Raises:
-            ValueError: An unknown name, or one that differs from example to example.
+            ValueError: The name is unknown, or its value differs between examples.
         """
         if name not in self._known:
             raise ValueError(f"name={name!r} is unknown: use one of {list(self._known)}")
@@ -181,10 +184,10 @@ class SelfTuned(nn.Module):
     def tuning(self) -> Iterator[None]:
         """Passes on validation data: in evaluation mode, and differentiable in the hyperparameters.
 
-        The modes of all modules are put back at the end.
+        The modes of all modules are restored at the end.
 
         Raises:
-            ValueError: A hyperparameter that no layer has and that the loss never read.
+            ValueError: A hyperparameter belongs to no layer and was not read by the loss.
         """
         idle = [n for n, b in self._buffers_of.items() if not b and n not in self._read]
         if idle:
@@ -202,11 +205,11 @@ class SelfTuned(nn.Module):
                 module.training = training
 
     def entropy(self) -> Tensor:
-        """Of the perturbations, ``Σ log σ`` up to a constant, to be added to what is maximised."""
+        """Entropy of the perturbations, ``Σ log σ`` up to a constant; subtract it from the loss."""
         return self.spread.sum()
 
     def revert(self) -> nn.Module:
-        """The plain model with the present hyperparameters in its layers."""
+        """The original model, with the current hyperparameters in its layers."""
         values = self._values(self.raw.detach())
         buffers = dict(self.model.named_buffers())
         for name, places in self._buffers_of.items():
@@ -219,10 +222,11 @@ class SelfTuned(nn.Module):
     # a pass
 
     def perturbation(self, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """δ of this pass, and the hyperparameters there.
+        """δ of this pass, and the perturbed hyperparameters.
 
         While training, δ is constant; while tuning, hyperparameters and spread act through it.
-        Strengths have one value an example where the model can, penalties one a pass.
+        Strengths have one value for each example if the model supports it, penalties one for each
+        pass.
         """
         batch = _batch_size(args, kwargs) if self.report.per_example else 1
         draw = torch.randn(batch, len(self.raw), dtype=self.raw.dtype, device=self.raw.device)
@@ -244,13 +248,13 @@ class SelfTuned(nn.Module):
     def at(
         self, delta: Tensor, args: Any, kwargs: Any, tensors: Mapping[str, Tensor] | None = None
     ) -> Any:
-        """The model with weights at ``w + J δ`` and its strengths where they are.
+        """The output of the model with weights ``w + J δ`` and the current strengths.
 
         Args:
             delta: Shape (batch, hyperparameters) or (hyperparameters,).
-            args: Of the model.
-            kwargs: Of the model.
-            tensors: Parameters in place of those that δ would give.
+            args: Arguments of the model.
+            kwargs: Keyword arguments of the model.
+            tensors: Parameters instead of those for δ.
         """
         held = self.strengths() if self.training else {}
         if delta.ndim == 1:
@@ -270,7 +274,7 @@ class SelfTuned(nn.Module):
         return found
 
     def moved(self, delta: Tensor) -> dict[str, Tensor]:
-        """The parameters that respond at ``w + J δ``, by name."""
+        """The parameters ``w + J δ`` by name."""
         named = dict(self.model.named_parameters())
         move = delta / self.unit
         found = {}
@@ -317,7 +321,7 @@ class SelfTuned(nn.Module):
 
     @contextmanager
     def linearised(self) -> Iterator[None]:
-        """Passes at δ = 0 of which only the tangents in δ matter to the response."""
+        """Passes at δ = 0, of which the sensitivities only use the tangents in δ."""
         self._linear = True
         try:
             yield
@@ -325,7 +329,7 @@ class SelfTuned(nn.Module):
             self._linear = False
 
     def centred(self, args: Any, kwargs: Any) -> Any:
-        """A training pass at the hyperparameters and weights themselves."""
+        """A training pass at the unperturbed hyperparameters and weights."""
         self._present = self._values(self.raw.detach())
         return torch.func.functional_call(self.model, self.strengths(), args, kwargs)
 

@@ -1,4 +1,4 @@
-"""Gradients of Δ-STN: weights at the centre, the response on the linearised network."""
+"""Gradients of Δ-STN: weights at the unperturbed point, sensitivities on the linearised network."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from selftune.nn import Stochastic
 def delta_backward(
     net: SelfTuned, loss: Callable[[Any], Tensor], *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Add the gradients of Δ-STN to ``.grad``, in place of ``loss(net(…)).backward()``.
+    """Add the gradients of Δ-STN to ``.grad``, instead of ``loss(net(…)).backward()``.
 
-    The weights get those of the loss at the centre, ``∇L(f(x; w); z)``, and the response those of
-    ``L(f(x; w) + ∂f/∂w J δ; z + δ)`` with w held constant: value and tangent come from one pass
-    by forward-mode differentiation, which skips the response's branch in the value, where it is 0,
-    and the weights' gradients on the way back. Layers without forward derivatives (LSTM on a
-    CPU) take differences of outputs.
+    The weights get the gradients of the loss at the unperturbed point, ``∇L(f(x; w); z)``, and the
+    sensitivities those of ``L(f(x; w) + ∂f/∂w J δ; z + δ)`` with w held constant. One pass in
+    forward mode computes value and tangent. Layers without forward derivatives (LSTM on a CPU) use
+    differences of outputs.
 
     Args:
         net: The converted model, in training mode.
-        loss: Of the model's output; may read ``net.value(name)``.
-        args: Of the model.
-        kwargs: Of the model.
+        loss: Function of the model's output; may read ``net.value(name)``.
+        args: Arguments of the model.
+        kwargs: Keyword arguments of the model.
 
     Returns:
-        The loss at the centre, detached.
+        The loss at the unperturbed point, detached.
 
     Raises:
         ValueError: The model is in evaluation mode.
@@ -78,7 +77,7 @@ def _near(part: Any) -> Tensor:
 
 
 def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) -> None:
-    """The gradient in all weights of the linearised network, then in what their response is."""
+    """The gradient in all weights of the linearised network, then in the sensitivities."""
     named = dict(net.model.named_parameters())
     moves = {p.name: net.along(p, delta).detach() for p in net._places}
     held = {n: named[n].detach().requires_grad_() for n in moves}

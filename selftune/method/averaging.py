@@ -1,4 +1,4 @@
-"""The outer point: where the validation loss is measured."""
+"""The outer point, at which the validation loss is measured."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from selftune._gradient import plainly
 class Average:
     """A running average of the iterates, ``w̄₊ = ρ w̄ + (1 − ρ) w``.
 
-    A greedy hypergradient wants a small learning rate at once, because that removes gradient
-    noise now. At the average the noise is gone already, so what it sees there is progress.
-    The first iterates are averaged evenly: ρ is capped by 1 − 1/(t + 2) at step t.
+    At the last iterate a greedy hypergradient always lowers the learning rate, because that
+    removes gradient noise at once. At the average the noise is already averaged out, so the
+    hypergradient measures progress. The first iterates are averaged evenly: at step t, ρ is at most
+    1 − 1/(t + 2).
 
     Args:
-        rho: ρ; the average reaches back about 1/(1 − ρ) steps. 0 is the last iterate.
+        rho: ρ; the average covers about 1/(1 − ρ) steps. 0 is the last iterate.
 
     Raises:
-        ValueError: ρ outside [0, 1).
+        ValueError: ρ is outside [0, 1).
 
     Source: Polyak & Juditsky 1992; as an outer point, this library.
     """
@@ -36,7 +37,7 @@ class Average:
 
     @property
     def stride(self) -> int:
-        """Steps from one iterate to the next that are enough for this average, at most 4.
+        """Steps between two averaged iterates that suffice for this average, at most 4.
 
         Examples:
             >>> Average().stride, Average(0.0).stride
@@ -45,11 +46,11 @@ class Average:
         return max(1, min(4, round(0.08 / (1 - self.rho))))
 
     def weight(self, step: int, stride: int = 1) -> float:
-        """The weight ``1 − ρᵏ`` of the newest iterate; at first that of an even average.
+        """The weight ``1 − ρᵏ`` of the newest iterate; at the start that of an even average.
 
         Args:
             step: Steps since the start with this one; the start counts as two iterates.
-            stride: k, steps from one iterate that is averaged to the next.
+            stride: k, steps between two averaged iterates.
 
         Examples:
             >>> Average().weight(0), round(Average().weight(1000), 2)

@@ -1,11 +1,11 @@
-"""The displacement ratio: whether a higher learning rate would lead further.
+"""The displacement ratio: whether weights drift or oscillate.
 
-Moves that point at random lead away like a random walk, whose squared distance is the sum of the
-moves' squares. Weights that have come further follow a drift, and longer steps would lead them
-further still; weights that have come less far oscillate, and longer steps would only add noise.
-The hypergradient of the learning rate does not see this: it is the weights' displacement against
-the slope of the validation loss, and asks for higher rates as long as the average descends at all,
-though it might descend faster at a lower one.
+In a random walk the squared displacement is the sum of the squared moves. Weights with a larger
+displacement drift, and a higher learning rate would make them progress faster; weights with a
+smaller one oscillate, and a higher rate would only add noise. The hypergradient of the learning
+rate does not distinguish these cases: it is the inner product of the displacement and the slope of
+the validation loss, and asks for a higher rate as long as the average descends, even if a lower
+rate would descend faster.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Displacement(NamedTuple):
-    """The weights' displacement from their past, against a random walk.
+    """The displacement of the weights, relative to a random walk.
 
     The ratio is ``S = ‖w − c‖ / √(Σ aⱼ² ‖Δⱼ‖²)`` with ``aⱼ = j (j + 1) / (k (k + 1))``. The moves
-    Δ₁ … Δₖ are segments of some twenty steps, and c is the mean of where they began, the j-th in
-    proportion to j, so that ``w − c = Σ aⱼ Δⱼ``: the longer ago a move was, the less it counts.
-    Where few batches make an epoch, their noise cancels within it, which looks like an oscillation
-    from step to step, but not from segment to segment.
+    Δ₁ … Δₖ are segments of about twenty steps, and c is the mean of their starting points, the j-th
+    weighted by j, so that ``w − c = Σ aⱼ Δⱼ``: older moves count less. With few batches in an
+    epoch, their noise cancels within the epoch, which looks like an oscillation between steps, but
+    not between segments.
 
     Attributes:
-        centre: c, one tensor a part of the weights.
+        centre: c, one tensor for each part of the weights.
         mark: Weights at the end of the last segment, likewise.
         squares: The sum under the root, shape (1,), float64.
         since: Steps taken at the end of the last segment, shape (1,).
         segments: k, shape (1,).
 
-    Source: the distance over gradients of Ivgi et al. 2023 (DoG), by whose rule such a ratio, of
-    steps and from the start, is 1; as a limit, and of segments, this library.
+    Source: Ivgi et al. 2023 (DoG) keep a similar ratio, of steps and from the start, at 1; its use
+    as a limit, with segments, is of this library.
     """
 
     centre: list[Tensor]
@@ -51,7 +51,7 @@ class Displacement(NamedTuple):
 
     @classmethod
     def begin(cls, weights: Sequence[Tensor], step: Tensor) -> Displacement:
-        """At the start of a run, or of its continuation after a rewind."""
+        """The state at the start of a run, or after a rewind."""
         centre, mark = ([w.clone() for w in weights] for _ in range(2))
         squares, segments = torch.zeros_like(step, dtype=torch.float64), torch.zeros_like(step)
         return cls(centre, mark, squares, step.clone(), segments)
@@ -64,7 +64,7 @@ class Displacement(NamedTuple):
     def update(
         self, weights: Sequence[Tensor], step: Tensor, limit: DisplacementLimit, reduce: Reduce
     ) -> Displacement:
-        """Take in weights; where a segment has ended, another begins. Tensors are reused."""
+        """Update by the current weights; start a new segment if one has ended. Reuses tensors."""
         ended = step - self.since >= limit.segment
         segments = self.segments + ended
         # Where the segment began enters c with weight 2/(k + 1): the j-th counts by its number.
@@ -80,7 +80,7 @@ class Displacement(NamedTuple):
         )
 
     def rewound(self, weights: Sequence[Tensor], step: Any) -> Displacement:
-        """From new weights on; tensors are reused."""
+        """Restart from new weights; reuses tensors."""
         for place in (self.centre, self.mark):
             for tensor, now in zip(place, weights, strict=True):
                 tensor.copy_(now)

@@ -1,7 +1,7 @@
 """The step in place by one kernel of torch.
 
-Nothing is needed of most steps but where weights and rule state end, and the pure step makes some
-thirty tensors on the way there. Of a tracked step these are made for a slice of the weights only.
+Most steps only need the new weights and rule state, while the pure step allocates about thirty
+tensors. In tracked steps these are allocated for a slice of the weights only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from selftune.update import Transition, Update
 
 
 def kernel(update: Update, values: Mapping[str, Any]) -> InPlace | None:
-    """The kernel that takes the update's step at these values, if there is one.
+    """The kernel for the update's step at these values, or None.
 
     Args:
         update: The weight step.
-        values: Hyperparameters and options: numbers; a value a tensor has no kernel.
+        values: Hyperparameters and options as numbers; values for each tensor have no kernel.
     """
     if update.penalties or any(isinstance(v, Tensor) for v in values.values()):
         return None
@@ -34,13 +34,13 @@ def kernel(update: Update, values: Mapping[str, Any]) -> InPlace | None:
 def of_slice(
     update: Update, cut: Slice, tensors: tuple[Tensor, Tensor, State], moment: Moment
 ) -> Transition:
-    """The step of a slice, before the kernel writes over what it begins with.
+    """The step of a slice, computed before the kernel overwrites its inputs.
 
     Args:
         update: The weight step.
         cut: The slice.
         tensors: Copies of the slice of weights and gradients, and the whole rule state.
-        moment: When it happens, for all weights.
+        moment: Time and hyperparameters of the step, for all weights.
     """
     params, grads, rule = tensors
     values, _, clock, *_ = moment
@@ -51,7 +51,7 @@ def of_slice(
 
 
 def plain(params: list[Tensor], grads: list[Tensor | None]) -> bool:
-    """Whether kernels can take tensors as they are: dense, whole, of one layout with the state."""
+    """Whether kernels support the tensors: dense, whole, with the layout of the state."""
     return all(
         g is not None and not g.is_sparse and g.dtype == p.dtype
         and g.is_contiguous() and p.is_contiguous()

@@ -1,8 +1,8 @@
-"""The step of the hyperparameters: Adam on raw values, held to what is significant.
+"""The step of the hyperparameters: Adam on raw values, scaled by the signal-to-noise ratio.
 
 Raw values are kept as *shifts*: a hyperparameter's value is the bijection of an origin plus its
-shift. A run with one value each has origins of 0; where parameter groups start apart, each keeps
-its distance from the shift they share.
+shift. With one value for each hyperparameter the origins are 0; parameter groups with different
+starts have different origins and a common shift.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
 
 
 def trust(mean: Tensor, square: Tensor, settings: HyperSettings) -> Tensor:
-    """The share of a proposed step that is taken: all where hypergradients agree.
+    """The factor of a proposed step: 1 where hypergradients agree.
 
-    Over hypergradients of pure noise the signal-to-noise ratio is about √((1 − β)/(1 + β)); below
-    ``sure`` times that the step shrinks with the square of the ratio.
+    For pure noise the signal-to-noise ratio is about √((1 − β)/(1 + β)); below ``sure`` times that
+    the step is scaled by the square of the ratio.
     """
     noise = math.sqrt((1 - settings.recent) / (1 + settings.recent))
     return (signal_to_noise(mean, square) / (settings.sure * noise)).square().clamp_max(1.0)
 
 
 class HyperState(NamedTuple):
-    """Shifts and what their steps remember, each of shape (shifts,), float64.
+    """Shifts and the state of their steps, each of shape (shifts,), float64.
 
     Attributes:
         raw: The shifts.
@@ -65,10 +65,10 @@ class HyperState(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Where shifts are measured from, each of shape (shifts,), float64.
+    """Origin and bounds of the shifts, each of shape (shifts,), float64.
 
     Attributes:
-        origin: Raw values at a shift of 0; of several that share one, the highest, and of weight
+        origin: Raw values at a shift of 0; if several share a shift, the highest, and for weight
             decay the lowest.
         low: Lowest shifts.
         high: Highest shifts.
@@ -84,14 +84,14 @@ Propose = Callable[[Tensor, Tensor], Tensor]
 
 
 class HyperOptimizer:
-    """Which hyperparameters are tuned, and how their shifts step: pure functions of tensors.
+    """The tuned hyperparameters and the step of their shifts, as pure functions of tensors.
 
     Args:
         hparams: The tuned hyperparameters by name.
-        size: Size of a step in raw (log or odds) space.
-        settings: How far steps go.
-        floor: Under weight decay; None: there is none.
-        shifts: How many each has; by default one.
+        size: Size of a step in raw (log or log-odds) space.
+        settings: Settings of the steps.
+        floor: The weight decay floor, or None.
+        shifts: Number of shifts of each hyperparameter; by default one.
 
     Attributes:
         hparams: The tuned hyperparameters by name, in the order of the shifts.
@@ -124,11 +124,11 @@ class HyperOptimizer:
         return list(self.hparams)
 
     def slots(self, name: str) -> slice:
-        """Where a hyperparameter's shifts lie."""
+        """The slots of a hyperparameter's shifts."""
         return self._slots[name]
 
     def frame(self, device: torch.device | str = "cpu") -> Frame:
-        """Of shifts that are raw values themselves."""
+        """The frame of shifts that are raw values."""
         low, high = (torch.tensor(e, dtype=torch.float64, device=device) for e in self._ends)
         return Frame(torch.zeros_like(low), low, high)
 
@@ -161,9 +161,9 @@ class HyperOptimizer:
         moving: Sequence[str] | None = None,
         propose: Propose | None = None,
     ) -> HyperState:
-        """One step against hypergradients; if any is not finite, none moves anything.
+        """One step against the hypergradients; none is taken if any of them is not finite.
 
-        Nothing saturates at a bound: a hyperparameter leaves it at the first step that points
+        Bounds do not saturate: a hyperparameter leaves a bound at the first step that points
         inward.
 
         Args:
@@ -171,10 +171,10 @@ class HyperOptimizer:
             signal: dL/d(raw), shape (shifts,).
             frame: Bounds of the shifts.
             memory: 1/(1 − μ) of heavy-ball momentum, 1 without.
-            climb: How much of a step of the learning rate is taken where it rises.
+            climb: Factor of a step that raises the learning rate.
             steps: Training steps taken, for a floor of unknown horizon.
-            moving: Names that have a hypergradient; the others stay. None: all.
-            propose: An optimizer in place of Adam.
+            moving: Names with a hypergradient; the others do not change. None: all.
+            propose: An optimizer instead of Adam.
         """
         signal = signal.to(torch.float64)
         fine = torch.isfinite(signal).all()
@@ -199,7 +199,7 @@ class HyperOptimizer:
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
 
     def _shrunk(self, change: Tensor) -> Tensor:
-        """Shifts of one hyperparameter move by their mean change and a share of what is apart."""
+        """Each shift of a hyperparameter takes the mean change plus a share of its deviation."""
         apart = self.settings.apart
         for name in self.hparams if apart < 1 else ():
             own = self._of(change, name)
@@ -233,7 +233,7 @@ class HyperOptimizer:
         return self._added(raw, name, change).maximum(frame.low).minimum(frame.high)
 
     def lay_floor(self, raw: Tensor, frame: Frame, memory: Any, steps: int) -> Tensor:
-        """The lowest shifts."""
+        """The lowest shifts, with the weight decay floor."""
         if self._floor is None:
             return frame.low
         floor, decay = self._floor, self.hparams["weight_decay"]

@@ -1,4 +1,4 @@
-"""Live units: those through which a gradient still flows."""
+"""Live units: units with a non-zero gradient."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def live_units(grads: Sequence[Tensor]) -> Tensor:
-    """How many units have a gradient: rows of matrices (output units, channels) that are not 0.
+    """Number of units with a gradient: non-zero rows of matrices (output units, channels).
 
-    A ReLU that no example switches on passes none to its row. Where all parameters are vectors,
-    their entries count.
+    A ReLU that no example activates has a zero row. If all parameters are vectors, their entries
+    are counted.
 
     Args:
         grads: Gradients in the shapes of the parameters.

@@ -1,7 +1,7 @@
-"""How the averaged weights respond to the hyperparameters: ``J̄``, row by row.
+"""Sensitivities ``J̄`` of the averaged weights to the hyperparameters, row by row.
 
-Most sensitivities are rows of the size of the weights, pushed through each tracked step by the
-estimator. Three have a closed form where curvature is dropped, and need none (:func:`closed`).
+Most sensitivities are rows of the size of the weights, which the estimator propagates through each
+tracked step. Without curvature three have a closed form and need no row (:func:`closed`).
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ DOT = 2**31 - 1  # entries that torch.dot takes at most
 
 
 class Part(NamedTuple):
-    """One vector or tensor of weights and everything the method keeps for it.
+    """One vector or tensor of weights with its state.
 
     Sizes in units of the weights are in brackets, those of a slice of them in units of the slice.
 
     Attributes:
         params: The weights (1).
         rule: The rule's state (0 to 3).
-        average: The running average, where the outer loss is measured (1).
-        tangents: Sensitivities of ``params`` and ``rule`` over the slice, a row each (1 or 2 a
-            row).
+        average: The running average, at which the outer loss is measured (1).
+        tangents: Sensitivities of ``params`` and ``rule`` over the slice (1 or 2 for each row).
         averaged: Sensitivities of ``average`` over the slice: of the rows, then of the learning
             rate (1 each).
-        recent: E, the average that forgets as fast as the sensitivities, over the slice, for the
+        recent: E, the average with the discount of the sensitivities, over the slice, for the
             learning rate, whose sensitivity is ``w − E`` (1); or nothing.
         decay: The sensitivity of a weight of 1 to a weight decay that shrinks weights in
             proportion, and its average; one for each tensor; or nothing.
@@ -50,7 +49,7 @@ class Part(NamedTuple):
 
 
 class UnitDecay(NamedTuple):
-    """What stands for the row of weight decay, each of shape (tensors,).
+    """The scalars that replace the row of weight decay, each of shape (tensors,).
 
     Attributes:
         tangents: The sensitivity of a weight of 1 and of the rule's state there.
@@ -62,15 +61,15 @@ class UnitDecay(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """What is the same for all weights of a part at a step: numbers, or tensors that broadcast.
+    """Values common to all weights of a part at a step: numbers, or tensors that broadcast.
 
     Attributes:
         values: Hyperparameters and options.
         slopes: The derivatives of the tuned hyperparameters in their raw values.
-        clock: When the step happens.
+        clock: Time of the step.
         share: The weight of this iterate in the running averages; 0 if the step is not taken.
         mask: Which weights take part in the step, or whether any does; None: all.
-        unit: The same for one weight a tensor, where that differs: values, slopes, age.
+        unit: The same for one weight of each tensor, if tensors differ: values, slopes, age.
     """
 
     values: Mapping[str, Any]
@@ -84,9 +83,9 @@ class Moment(NamedTuple):
 def closed(names: Sequence[str], rule: AbstractRule, estimator: AbstractRows) -> set[str]:
     """Hyperparameters whose sensitivity has a closed form.
 
-    - To the log of the rate it is the weights' own displacement.
-    - The rate's decay α acts through the rate alone.
-    - To a decay that shrinks weights it is in proportion to them.
+    - To the log of the rate: the displacement of the weights.
+    - To the rate's decay α: proportional to that, because α acts through the rate only.
+    - To a weight decay that shrinks weights: proportional to the weights.
     """
     if not estimator.closed_forms:
         return set()
@@ -100,8 +99,8 @@ class Sensitivities:
     Args:
         names: The tuned hyperparameters of the update.
         update: The weight step.
-        estimator: Pushes the rows through a step. Its stride is the number of steps from one that
-            is tracked to the next.
+        estimator: Propagates the rows through a step. Its stride is the number of steps between
+            two tracked ones.
         averaging: The outer point, sampled at the tracked steps.
         storage: The dtype of rows; None: that of the weights, float32 at least.
     """
@@ -132,13 +131,13 @@ class Sensitivities:
         *,
         fresh: bool = False,
     ) -> Part:
-        """A part at the start of a run, insensitive to everything yet.
+        """A part at the start of a run, with sensitivities of 0.
 
         Args:
-            params: The weights, taken as they are.
+            params: The weights, not copied.
             values: Hyperparameters and options, as numbers.
             cut: The slice whose sensitivities are kept.
-            tensors: How many tensors are joined in it, where each has its own values.
+            tensors: Number of concatenated tensors, if each has its own values.
             fresh: Whether the weights are a copy, which may become the average.
         """
         like = params.to(torch.promote_types(params.dtype, torch.float32))
@@ -163,7 +162,7 @@ class Sensitivities:
     # at a tracked step; tensors of the part are reused
 
     def observe(self, part: Part, transition: Transition, moment: Moment) -> None:
-        """Take a step of the slice into the sensitivities of a part."""
+        """Update the sensitivities of a part by a step of its slice."""
         self._lead(part, transition.moved, moment)
         averaged = part.averaged[: len(self.rows)]
         self._push(part.tangents, averaged, self.rows, transition, moment)
@@ -171,7 +170,7 @@ class Sensitivities:
             self._shrink(unit, moment.unit or moment)
 
     def _lead(self, part: Part, moved: Tensor, moment: Moment) -> None:
-        """The sensitivity to the log of the rate: the displacement, whatever caused it.
+        """The sensitivity to the log of the rate: the displacement.
 
         With the discount γ, ``J = Σ γʲ (w_{t−j} − w_{t−j−1})`` is ``w_t − E_{t−1}``, E the running
         average of the weights that keeps γ of itself. Over a stride of k steps it keeps γᵏ.
@@ -191,7 +190,7 @@ class Sensitivities:
         transition: Transition,
         moment: Moment,
     ) -> None:
-        """Push rows through the step and take them into their averages."""
+        """Propagate rows through the step and update their averages."""
         if not rows:
             return
         dtype, mask = transition.params.dtype, moment.mask
@@ -250,13 +249,12 @@ class Sensitivities:
         Args:
             part: The weights.
             grads: The outer gradient at its average, over the slice, times its root.
-            moment: Present values of hyperparameters, by name; for each tensor, or for all.
+            moment: Current values of hyperparameters by name, for each tensor or for all.
             step: Steps taken.
             cut: The slice.
-            pieces: Of the tensors that are joined in the part.
+            pieces: Places of the concatenated tensors of the part.
             by_tensor: Whether each tensor has its own hypergradient.
-            deflated: The outer gradient without its part along stiff directions, by which
-                penalties are judged; None: the same.
+            deflated: The outer gradient without stiff directions, for penalties; None: the same.
         """
 
         def along(name: str, vector: Tensor) -> Tensor:
@@ -288,9 +286,9 @@ class Sensitivities:
 
 
 def rewind(part: Part, good: Tensor, cut: Slice = WHOLE) -> None:
-    """Return the average to good weights in place, with all else as at a fresh start.
+    """Reset the average to good weights in place, and the rest to its initial state.
 
-    The weights themselves are the driver's to write.
+    The driver writes the weights themselves.
     """
     part.average.copy_(good)
     for recent in part.recent:

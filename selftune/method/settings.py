@@ -1,4 +1,4 @@
-"""The numbers that make up the method, as frozen settings; an ablation passes others."""
+"""The numbers of the method as frozen settings, which ablations vary."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from selftune._arguments import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class HyperSettings(Settings):
-    """How often hyperparameters step, and how far.
+    """Interval and size of the hyperparameter steps.
 
     Attributes:
-        rate: Size of a step in raw (log or odds) space for every training step since the last.
-        betas: Adam's, of the hypergradients.
-        eps: Adam's.
-        often: Training steps from one hyperparameter step to the next, at least …
-        rare: … and at most.
-        fewest: Hyperparameter steps in a run of known length.
-        short: Training steps in a run below which hyperparameter steps are larger …
-        power: … with this power of the inverse length.
-        recent: Memory of the signal-to-noise ratio: 0.8 is about five hypergradients.
-        sure: How many times the ratio of pure noise makes a step whole.
+        rate: Step size in raw (log or log-odds) space for each training step since the last
+            hyperparameter step.
+        betas: β₁ and β₂ of Adam on the hypergradients.
+        eps: ε of Adam.
+        often: Least number of training steps between two hyperparameter steps.
+        rare: Largest number of training steps between two hyperparameter steps.
+        fewest: Number of hyperparameter steps in a run of known length.
+        short: In runs of fewer training steps, hyperparameter steps are larger.
+        power: Exponent of that factor, ``(short / length) ** power``.
+        recent: Decay of the running means of the signal-to-noise ratio: 0.8 covers about five
+            hypergradients.
+        sure: Steps are scaled down if the signal-to-noise ratio is below this multiple of that of
+            pure noise.
         longest: Largest change of a raw value in one step.
-        apart: Where a hyperparameter has a value for each group or tensor: the share of their
-            changes beyond the mean one, in which all take part. Each has less data than all have.
+        apart: If a hyperparameter has a value for each group or tensor: each takes the mean change
+            plus this share of its deviation from the mean, because its hypergradient is noisier.
     """
 
     rate: float = 0.01
@@ -43,7 +46,7 @@ class HyperSettings(Settings):
     apart: float = 0.1
 
     def every(self, total_steps: int | None) -> int:
-        """Training steps from one hyperparameter step to the next: a thirtieth of the run.
+        """Training steps between two hyperparameter steps: a thirtieth of the run.
 
         Examples:
             >>> settings = HyperSettings()
@@ -55,10 +58,9 @@ class HyperSettings(Settings):
         return max(self.often, min(self.rare, total_steps // self.fewest))
 
     def size(self, every: int, total_steps: int | None = None) -> float:
-        """The size of a step: rarer ones are larger, so that a run gets as far.
+        """The size of a step, proportional to the interval between steps.
 
-        In a run of T < 1000 steps they are √(1000/T) times as large: short runs have no time for
-        small ones.
+        In a run of T < 1000 steps it is multiplied by √(1000/T).
 
         Examples:
             >>> settings = HyperSettings()
@@ -71,14 +73,13 @@ class HyperSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DisplacementLimit(Settings):
-    """How far the learning rate may climb, by the squared displacement ratio S².
+    """The limit on rises of the learning rate, by the squared displacement ratio S².
 
     Attributes:
-        random_walk: S² up to which weights oscillate and the rate takes no step upwards …
-        drift: … and from which it takes whole steps; in between a share of them.
-        segment: Steps in a segment, at least: longer than the memory of a momentum.
-        free_share: Share of the run in the beginning in which too little is known, and the rate
-            may climb anywhere.
+        random_walk: Up to this S² weights oscillate, and the rate does not rise.
+        drift: From this S² on steps upwards are complete; in between they are scaled.
+        segment: Least number of steps in a segment, above the memory of a momentum.
+        free_share: Share of the run at the start in which the rate is not limited.
     """
 
     random_walk: float = 1.0
@@ -87,7 +88,7 @@ class DisplacementLimit(Settings):
     free_share: float = 0.1
 
     def climb(self, square: Tensor) -> Tensor:
-        """The share of a step upwards that is taken at S²; 1 where S² is not known (NaN).
+        """The factor of a step upwards at S²; 1 if S² is unknown (NaN).
 
         Examples:
             >>> import torch
@@ -100,12 +101,11 @@ class DisplacementLimit(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class FloorSettings(Settings):
-    """Where the floor under weight decay lies.
+    """The weight decay floor.
 
     Attributes:
-        decoupled: Least Σ η_t λ over a run where weight decay acts on the weights directly.
-        l2: The same where it acts through the gradient, which momentum accumulates: η/(1 − μ)
-            counts.
+        decoupled: Least Σ η_t λ over a run if weight decay is decoupled.
+        l2: The same if it acts through the gradient; with momentum η/(1 − μ) replaces η.
         highest_share: The floor is at most this share of the upper bound of weight decay.
     """
 
@@ -116,14 +116,14 @@ class FloorSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class StiffSettings(Settings):
-    """How stiff directions are found.
+    """Estimation of stiff directions.
 
     Attributes:
-        pairs: Secant pairs kept; 0: outer gradients stay as they are.
-        weights: Weights there must be for each pair: of fewer, a few noisy pairs would leave
-            nothing of a gradient.
-        dependent: Share of a pair's squared length below which it counts as a combination of the
-            others.
+        pairs: Number of secant pairs; 0 for no deflation.
+        weights: Least number of weights for each pair: with fewer, noisy pairs would remove the
+            whole gradient.
+        dependent: A pair whose residual has less than this share of its squared length counts as
+            a combination of the others.
     """
 
     pairs: int = 4
@@ -131,17 +131,18 @@ class StiffSettings(Settings):
     dependent: float = 1e-5
 
     def slots(self, weights: int) -> int:
-        """Pairs kept for so many weights in all."""
+        """Number of pairs for a total number of weights."""
         return min(self.pairs, weights // self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceSettings(Settings):
-    """How few weights may stand for all where sensitivities are kept.
+    """Least sizes of the slice of weights with sensitivities.
 
     Attributes:
-        least: Of a whole model, at least.
-        each: Of each tensor that has hyperparameters of its own, or of a parameter group.
+        least: Least number of weights in the whole model.
+        each: Least number of weights in a parameter group, or in a tensor with its own
+            hyperparameters.
     """
 
     least: int = 4096
@@ -150,19 +151,19 @@ class SliceSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings(Settings):
-    """What decides where a hyperparameter goes.
+    """The settings of the method.
 
     Attributes:
-        hyper: How often hyperparameters step, and how far.
-        displacement: How far the learning rate may climb; None: anywhere.
-        floor: Where the floor under weight decay lies; None: there is none.
-        stiff: How stiff directions are found.
-        slices: How few weights may stand for all where sensitivities are kept.
-        unit_gradient: Whether hypergradients are taken along an outer gradient of length 1. The
-            length shrinks by orders of magnitude as a run converges, and steps whose size follows
-            the mean square of past hypergradients would all but end long before the run does.
-        final_weights: Whether a run ends where its validation loss is lowest between the last good
-            weights, the average and the last weights; False: at the average.
+        hyper: Interval and size of the hyperparameter steps.
+        displacement: The limit on rises of the learning rate, or None.
+        floor: The weight decay floor, or None.
+        stiff: Estimation of stiff directions.
+        slices: Least sizes of the slice of weights with sensitivities.
+        unit_gradient: Whether the outer gradient is divided by its length. The length shrinks by
+            orders of magnitude as a run converges, and without the division Adam's steps would
+            nearly stop.
+        final_weights: Whether the final weights are selected by the validation loss, between the
+            last good weights, the average and the last iterate; False for the average.
 
     Examples:
         >>> from dataclasses import replace

@@ -1,9 +1,9 @@
 """The slice of the weights whose sensitivities are kept.
 
-Sensitivities without curvature are elementwise: each weight responds for itself. Those of a few
-weights are exact, then, and their inner products with an outer gradient estimate those of all
-weights without bias. A fortieth of the weights is as good as all of them, within the noise of one
-validation batch, and costs a fortieth of the memory and of the time.
+Sensitivities without curvature are elementwise. Those of a slice are therefore exact, and their
+inner product with an outer gradient is an unbiased estimate of that over all weights. A fortieth of
+the weights is as good as all of them, within the noise of one validation batch, and takes a
+fortieth of the memory and the time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class Slice:
     """Every ``stride``-th weight of a part, from the middle of the first stride on.
 
     Attributes:
-        stride: Weights from one kept to the next; 1: all are kept.
-        shards: Where this process holds a shard of each tensor alone: its size, and the place of
-            its first kept weight. The shards together keep what one process keeps of the whole.
+        stride: Distance between two weights of the slice; 1 for all weights.
+        shards: If this process holds a shard of each tensor: the size of the shard, and the
+            position of its first weight in the slice. All shards together have the slice of the
+            whole tensor.
     """
 
     stride: int = 1
@@ -39,11 +40,11 @@ class Slice:
 
     @property
     def root(self) -> float:
-        """√stride: factor of a slice whose squared length estimates that of the whole."""
+        """√stride: with this factor the squared length of a slice estimates that of the whole."""
         return math.sqrt(self.stride)
 
     def take(self, whole: Tensor) -> Tensor:
-        """The kept weights, as a view; all of them in their own shape where all are kept."""
+        """The weights of the slice, as a view; with stride 1 the tensor itself."""
         if self.stride == 1:
             return whole
         if self.shards:
@@ -53,14 +54,14 @@ class Slice:
         return whole.reshape(-1)[self.stride // 2 :: self.stride]
 
     def firsts(self, sizes: Sequence[int]) -> list[int]:
-        """The place of the first kept weight in each of the tensors that are joined in a part."""
+        """Position of the first weight of the slice in each concatenated tensor."""
         if self.shards:
             return [first for _, first in self.shards]
         starts = itertools.accumulate(sizes[:-1], initial=0)
         return [(self.stride // 2 - start) % self.stride for start in starts]
 
     def scaled(self, whole: Tensor) -> Tensor:
-        """The kept weights times √stride; inner products of such estimate those of the whole.
+        """The slice times √stride; inner products of such slices estimate those of the whole.
 
         Examples:
             >>> x = torch.arange(16.0)
@@ -70,14 +71,14 @@ class Slice:
         return whole if self.stride == 1 else self.take(whole) * self.root
 
     def counts(self, sizes: Sequence[int]) -> list[int]:
-        """How many are kept of each of the tensors that are joined in a part."""
+        """Number of weights of the slice in each concatenated tensor."""
         return [
             len(range(first, size, self.stride))
             for first, size in zip(self.firsts(sizes), sizes, strict=True)
         ]
 
     def of(self, step: Transition) -> Transition:
-        """The step of the kept weights."""
+        """The step of the slice."""
         if self.stride == 1:
             return step
         size = step.params.numel()
@@ -102,20 +103,20 @@ WHOLE = Slice()
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where each tensor lies in the slice of a vector of them all.
+    """Positions of the tensors in the slice of their concatenation.
 
     Attributes:
-        sizes: Kept weights of each.
+        sizes: Number of weights of each.
     """
 
     sizes: Sequence[int]
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Each tensor's part of a slice; leading dimensions are kept."""
+        """Each tensor's part of a slice; leading dimensions stay."""
         return list(flat.split(list(self.sizes), dim=-1))
 
     def sums(self, flat: Tensor) -> Tensor:
-        """Sum over each tensor's part: shape (…, kept) to (…, tensors)."""
+        """Sum over each tensor's part: shape (…, slice) to (…, tensors)."""
         return torch.stack([p.sum(-1) for p in self.views(flat)], dim=-1)
 
 
@@ -126,16 +127,16 @@ def choose(
     *,
     by_tensor: bool = False,
 ) -> list[Slice]:
-    """The slice of every part.
+    """Choose the slice of each part.
 
-    A stride that divides the length of a row would keep the same columns of all rows, so strides
-    have no factor in common with a dimension but the first.
+    A stride that divides the length of a row would select the same columns of all rows, so strides
+    are coprime to all dimensions except the first.
 
     Args:
-        parts: Shapes of the tensors that are joined in each.
-        share: Of all weights that is kept at least.
-        settings: How few weights may be kept.
-        by_tensor: Whether every tensor has hyperparameters of its own.
+        parts: Shapes of the concatenated tensors of each part.
+        share: Least share of the weights.
+        settings: Least sizes.
+        by_tensor: Whether each tensor has its own hyperparameters.
 
     Examples:
         >>> linear = [torch.Size((1024, 784)), torch.Size((1024,))]
@@ -161,15 +162,15 @@ def choose(
 def wanted(
     tangents: float | torch.dtype | None, update: Update, whole: object | None
 ) -> tuple[float, torch.dtype | None]:
-    """The share of the weights whose sensitivities are kept, and their dtype; None: the weights'.
+    """Share of the weights with sensitivities, and their dtype (None: that of the weights).
 
     Args:
-        tangents: A share, or the dtype of all.
+        tangents: A share, or a dtype for all weights.
         update: The weight step.
         whole: The estimator of whole steps, if there is one.
 
     Raises:
-        ValueError: A share of what is needed whole.
+        ValueError: A share is given, but all sensitivities are needed.
     """
     if tangents is None or isinstance(tangents, torch.dtype):
         return 1.0, tangents

@@ -17,9 +17,9 @@ SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
 
 @dataclass
 class Slopes:
-    """Gradients and weights of the last step, tensor by tensor; nothing before the first.
+    """Gradients and weights of the last step, one for each tensor; empty before the first.
 
-    Of large tensors these are slices, whose slopes estimate those of the whole.
+    Large tensors are represented by slices, whose slopes estimate those of the whole.
 
     Attributes:
         grads: Gradients at its start.
@@ -35,15 +35,15 @@ class Slopes:
         weights: Sequence[Tensor],
         reduce: Callable[[Tensor], Tensor] = lambda products: products,
     ) -> tuple[float, float] | None:
-        """The slopes g · Δw at the start and at the end of the step that led here.
+        """The slopes g · Δw at the start and at the end of the last step.
 
         Args:
-            grads: Gradients here, of a batch that the step has not seen.
-            weights: Weights here.
+            grads: Gradients at the current weights, on a new batch.
+            weights: The current weights.
             reduce: Sums products over processes that hold parts of the weights.
 
         Returns:
-            None at the first step, or where parts were added.
+            None at the first step, or if parts were added.
         """
         before = Slopes(self.grads, self.weights)
         shares = [min(SHARE, MOST / max(1, w.numel())) for w in weights]

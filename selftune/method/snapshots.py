@@ -1,4 +1,4 @@
-"""Where the last good weights are kept: a copy of the model for a rare event."""
+"""Storage of the last good weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SMALL = 2**16
 
 
 def resolve(snapshots: str | None, weights: int) -> str:
-    """Where copies are kept, by default: in bfloat16, and exactly those of a small model.
+    """The storage, by default bfloat16, or exact for a small model.
 
     Examples:
         >>> resolve(None, 1000), resolve(None, 10**6), resolve("host", 10**6)
@@ -21,12 +21,12 @@ def resolve(snapshots: str | None, weights: int) -> str:
 
 
 def copy(weights: Tensor, snapshots: str) -> Tensor:
-    """A copy to keep, into which others can be written.
+    """A copy, into which later snapshots can be written.
 
     Args:
-        weights: Of which.
-        snapshots: ``"device"``: beside them; ``"host"``: in the memory of the CPU; ``"bf16"``: in
-            bfloat16, to three digits, where they are float32 or float64.
+        weights: The weights to copy.
+        snapshots: ``"device"`` for an exact copy on the device, ``"host"`` for an exact copy in the
+            CPU's memory, ``"bf16"`` for bfloat16 (three digits) if they are float32 or float64.
     """
     if snapshots == "host" and weights.device.type != "cpu":
         kept = torch.empty_like(weights, device="cpu", pin_memory=weights.is_cuda)

@@ -1,8 +1,8 @@
-"""The method: one step of the weights, one of the hyperparameters, and the way back.
+"""The method: a step of the weights, a step of the hyperparameters, and a rewind.
 
-Both drivers call these functions: the optimizers eagerly on the joined tensors of each parameter
-group, the tuner compiled into one graph with its model's passes. Tensors of the state that is
-passed in are reused for the state that is returned: keep no reference to the old one.
+Both drivers call these functions: the optimizers eagerly on the concatenated tensors of each
+parameter group, the tuner compiled into one graph with its model's passes. The returned state
+reuses the tensors of the given one: keep no reference to the old state.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ SHORTEST = 1e-18  # a gradient that counts as 0: squares of less vanish in float
 
 
 def local_sum(products: Tensor) -> Tensor:
-    """Inner products of a process that holds all weights."""
+    """Inner products in a process that holds all weights."""
     return products
 
 
 class State(NamedTuple):
-    """Everything the method keeps of a run, as tensors none of which is without a dimension.
+    """The state of the method, as tensors with at least one dimension.
 
-    (torch 2.13's CPU compiler passes those to its kernels by value and loses what is written to
-    them, see ``tests/tuner/test_compiled.py``.)
+    (torch 2.13's CPU compiler passes 0-dimensional tensors to its kernels by value, so writes to
+    them are lost, see ``tests/tuner/test_compiled.py``.)
 
     Attributes:
-        parts: The weights and what is kept for each part of them.
+        parts: The weights and their state, part by part.
         hyper: The tuned hyperparameters.
-        displacement: Where the learning rate is limited by it; or nothing.
-        secants: Of each part, where penalties are tuned; or nothing.
-        stiffness: The same for all parts; or nothing.
+        displacement: State of the displacement limit, or None.
+        secants: Secant pairs of each part, if penalties are tuned.
+        stiffness: State of the stiff directions common to all parts, or None.
     """
 
     parts: list[Part]
@@ -56,13 +56,13 @@ class State(NamedTuple):
 
 
 class Outer(NamedTuple):
-    """An outer gradient at the averaged weights, and what belongs to it.
+    """An outer gradient at the averaged weights.
 
     Attributes:
-        grads: Of the slice of each part (:meth:`Method.cut`).
-        values: Present hyperparameters by name, of each part: for all of its tensors or for each.
+        grads: Gradient over the slice of each part (:meth:`Method.cut`).
+        values: Current hyperparameters of each part by name, for all of its tensors or for each.
         step: Training steps taken.
-        gone: Training steps since the last one.
+        gone: Training steps since the last outer gradient.
     """
 
     grads: Sequence[Tensor]
@@ -73,21 +73,22 @@ class Outer(NamedTuple):
 
 @dataclass(kw_only=True)
 class Method:
-    """The parts of the method, bound to what is trained.
+    """The method for given hyperparameters and weights.
 
     Args:
         sensitivities: Track the average of the weights and its sensitivities.
         hyper: Steps the hyperparameters.
-        settings: Its numbers.
-        horizon: Steps the run is taken to last.
-        slices: Of each part, for which sensitivities are kept; by default all weights.
-        guarded: Whether the run is guarded; where it is not, as in a game of two losses, an
-            oscillation may be its way, and the rate is not limited by displacement.
-        pieces: Of the tensors that are joined in the slice of each part, where each has its own
-            values.
-        by_tensor: Whether hypergradients are wanted for each tensor.
+        settings: Numbers of the method.
+        horizon: Assumed length of the run in steps.
+        slices: Slice of each part with sensitivities; by default all weights.
+        guarded: Whether the run has a guard. Without one, as in a game of two losses, weights may
+            oscillate by design, and the displacement limit is off.
+        pieces: Positions of the concatenated tensors in the slice of each part, if each tensor has
+            its own values.
+        by_tensor: Whether to compute hypergradients for each tensor.
         total: Sums products with training gradients over processes that hold parts of the weights.
-        outer_total: The same for outer gradients, of which each process has its own batch.
+        outer_total: The same for outer gradients, which come from a different batch in each
+            process.
     """
 
     sensitivities: Sensitivities
@@ -129,9 +130,9 @@ class Method:
 
         Args:
             state: Before the step.
-            steps: By the rule (:func:`propose`), or by another optimizer.
-            moments: When they happen, and at which hyperparameters.
-            tracked: Whether they are averaged and push the sensitivities.
+            steps: Steps of the rule (:func:`propose`), or of another optimizer.
+            moments: Time and hyperparameters of the steps.
+            tracked: Whether the steps update averages and sensitivities.
         """
         if tracked:
             state = self.track(state, [c.of(s) for c, s in self.cuts(steps)], moments)
@@ -144,12 +145,12 @@ class Method:
         return state._replace(parts=parts)
 
     def track(self, state: State, steps: Sequence[Transition], moments: Sequence[Moment]) -> State:
-        """The state whose sensitivities know a step.
+        """The state with sensitivities updated by a step.
 
         Args:
-            state: Before it; weights and their average are left alone.
-            steps: Of the slice of every part.
-            moments: When they happen, for all weights.
+            state: Before the step; weights and their average do not change.
+            steps: Steps of the slice of every part.
+            moments: Time and hyperparameters of the steps, for all weights.
         """
         moments = [
             m if m.mask is None or m.mask.ndim == 0 else m._replace(mask=cut.take(m.mask))
@@ -184,7 +185,7 @@ class Method:
         return [cut.scaled(whole) for cut, whole in self.cuts(wholes)]
 
     def cuts(self, of: Sequence[Any]) -> Iterator[tuple[Slice, Any]]:
-        """Every part's slice beside something of it."""
+        """Pairs of each part's slice and a value for that part."""
         return zip(self.slices or [WHOLE] * len(of), of, strict=True)
 
     # the step of the hyperparameters
@@ -192,7 +193,7 @@ class Method:
     def hypergradient(self, state: State, outer: Outer) -> tuple[State, Tensor]:
         """dL/d(raw) along an outer gradient of length 1, shape (hyperparameters, tensors or 1).
 
-        Also the state, in which the time that stiff directions have had is brought up to date.
+        Also returns the state with the updated time of the stiff directions.
         """
         deflated: Sequence[Tensor | None] = [None] * len(state.parts)
         if state.stiffness:
@@ -211,7 +212,7 @@ class Method:
     def along(
         self, state: State, outer: Outer, deflated: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """Hypergradients along a gradient as it is, whose length may be summed."""
+        """Hypergradients along an unnormalised gradient."""
         found = [
             self.sensitivities.hypergradient(
                 part, grads, values, outer.step,
@@ -225,7 +226,7 @@ class Method:
         return torch.cat(found, dim=1) if self.by_tensor else torch.stack(found).sum(0)
 
     def unit(self, signal: Tensor, grads: Sequence[Tensor], reduce: Reduce) -> Tensor:
-        """Hypergradients of a gradient of length 1, from those along the gradient as it is."""
+        """Normalised hypergradients, from those along an unnormalised gradient."""
         signal = reduce(signal)
         if not self.settings.unit_gradient:
             return signal
@@ -246,18 +247,18 @@ class Method:
         moving: Sequence[str] | None = None,
         propose: Propose | None = None,
     ) -> tuple[State, Tensor | None]:
-        """The state after a step of the hyperparameters, and S² where the rate is limited by it.
+        """The state after a hyperparameter step, and S² if the displacement limit is on.
 
         Args:
-            state: Before it.
+            state: Before the step.
             signal: dL/d(raw), shape (shifts,).
-            weights: Present weights, of the slice of every part (:meth:`cut`).
+            weights: Current weights of the slice of every part (:meth:`cut`).
             frame: Bounds of the shifts.
             step: Training steps taken, shape (1,).
             memory: 1/(1 − μ) of heavy-ball momentum.
             steps: Training steps taken, as a number, for a floor of unknown horizon.
-            moving: Names that may move; None: all.
-            propose: An optimizer of the shifts in place of Adam.
+            moving: Names that may change; None: all.
+            propose: An optimizer of the shifts instead of Adam.
         """
         climb: Any = 1.0
         square = None
@@ -275,7 +276,7 @@ class Method:
         return state._replace(hyper=hyper), square
 
     def ratio(self, state: State, weights: Sequence[Tensor]) -> float:
-        """The displacement ratio S at whole weights; NaN where it is not known."""
+        """The displacement ratio S at whole weights; NaN if unknown."""
         if not state.displacement:
             return float("nan")
         return float(state.displacement[0].square(self.cut(weights), self.total).sqrt())
@@ -283,7 +284,7 @@ class Method:
     # the way back
 
     def rewind(self, state: State, good: Sequence[Tensor], step: Any) -> State:
-        """Return to good weights; sensitivities, rule state and Adam's moments begin anew."""
+        """Return to good weights, and reset sensitivities, rule state and Adam's moments."""
         for (cut, part), weights in zip(self.cuts(state.parts), good, strict=True):
             rows.rewind(part, weights, cut)
         for secants in state.secants:
@@ -302,13 +303,13 @@ class Method:
 
 
 def _taken(moments: Sequence[Moment]) -> Tensor | None:
-    """Whether any part takes the step; None: surely."""
+    """Whether any part takes the step; None if all do."""
     masks = [m.mask for m in moments if m.mask is not None and m.mask.ndim == 0]
     return torch.stack(masks).any() if len(masks) == len(moments) else None
 
 
 def propose(update: Update, part: Part, grads: Tensor, moment: Moment) -> Transition:
-    """The step of a part by the update's rule: pure; weights outside the mask stay."""
+    """The step of a part by the update's rule (pure); weights outside the mask do not change."""
     dtype = part.average.dtype
     step = update.observed(
         part.params.to(dtype), grads.to(dtype), part.rule, moment.values, moment.clock

@@ -1,15 +1,16 @@
-"""The outer gradient without its part along stiff directions, for the hypergradient of penalties.
+"""Deflation of the outer gradient along stiff directions, for hypergradients of penalties.
 
-A sensitivity without curvature lets weights answer to a penalty Ω as long as they are pushed,
-``J = −τ ∂Ω``, where τ is the time, in units of the learning rate. In truth the training loss pulls
-them back, ``J = −(1/τ + H)⁻¹ ∂Ω``: along a direction of curvature h the answer ends after 1/h. An
-outer gradient is longest along just these stiff directions, where a penalty does nothing in the
-long run. So τ is that of the whole run up to now, η summed over steps.
+Without curvature the sensitivity of the weights to a penalty Ω grows with time, ``J = −τ ∂Ω``,
+where τ is η summed over the steps of the run. In fact the training loss opposes it,
+``J = −(1/τ + H)⁻¹ ∂Ω``: along a direction of curvature h it stops growing after 1/h. The outer
+gradient is longest along exactly these stiff directions, where a penalty has no effect in the long
+run.
 
-Stiff directions come for nothing: over moves Δw training gradients change by ``Δg = H Δw``, most
-along sharp directions. With the last of these secant pairs as rows of Y, the outer gradient is
-deflated to ``g − Yᵀ (Y Yᵀ + D/τ)⁻¹ Y g``, D the diagonal of ``Δg · Δw``. That is the inverse above
-for ``H = Yᵀ D⁻¹ Y``: along stiff directions nothing is left, along flat ones all.
+Stiff directions are estimated at no extra pass: over moves Δw training gradients change by
+``Δg = H Δw``, mostly along stiff directions. With the last of these secant pairs as rows of Y, the
+outer gradient is deflated to ``g − Yᵀ (Y Yᵀ + D/τ)⁻¹ Y g``, where D is the diagonal of
+``Δg · Δw``. This is the inverse above for ``H = Yᵀ D⁻¹ Y``: it removes components along stiff
+directions and keeps those along flat ones.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Secants(NamedTuple):
     """The last changes of the training gradient over one part of the weights.
 
     Attributes:
-        changes: Y, shape (pairs, *weights); zeros where there is none.
+        changes: Y, shape (pairs, *weights); unused rows are 0.
         last_grads: The gradient at the last tracked step; NaN before the first.
         last_params: The weights there.
     """
@@ -42,18 +43,18 @@ class Secants(NamedTuple):
 
     @classmethod
     def begin(cls, params: Tensor, pairs: int, storage: torch.dtype | None = None) -> Secants:
-        """No pair yet; pairs are kept in a dtype of their own."""
+        """The state without pairs; pairs have a dtype of their own."""
         zeros = params.new_zeros(pairs, *params.shape, dtype=storage or params.dtype)
         return cls(zeros, torch.full_like(params, math.nan), params.clone())
 
     def forget(self) -> None:
-        """As at the beginning, in place."""
+        """Reset in place."""
         self.changes.zero_()
         self.last_grads.fill_(math.nan)
 
 
 class Stiffness(NamedTuple):
-    """What all parts of the weights share, float64.
+    """State common to all parts of the weights, float64.
 
     Attributes:
         rises: D, shape (pairs,).
@@ -69,7 +70,7 @@ class Stiffness(NamedTuple):
 
     @classmethod
     def begin(cls, pairs: int, device: torch.device) -> Stiffness:
-        """Nothing known."""
+        """The initial state."""
         zeros = torch.zeros(pairs, dtype=torch.float64, device=device)
         one = torch.zeros(1, dtype=torch.float64, device=device)
         return cls(zeros, one, one.clone(), torch.zeros_like(one, dtype=torch.int64))
@@ -84,14 +85,14 @@ class Stiffness(NamedTuple):
         reduce: Reduce,
         taken: Tensor | None = None,
     ) -> Stiffness:
-        """Keep the change of the gradient, if the slope has risen along the move (Δg · Δw > 0).
+        """Store the change of the gradient if the curvature along the move is positive.
 
-        On a ridge, where it falls, no sensitivity comes to an end.
+        Along directions of negative curvature sensitivities do not stop growing.
 
         Args:
             secants: Of every part; written in place.
             params: Weights before the step.
-            grads: Of the penalised training loss there.
+            grads: Gradients of the penalised training loss there.
             masks: Which weights take part; None: all.
             pushes: Gradients of the tuned penalties there.
             reduce: Sums products over processes that hold parts of the weights.
@@ -137,7 +138,7 @@ class Stiffness(NamedTuple):
         dependent: float,
         reduce: Reduce,
     ) -> tuple[list[Tensor], Stiffness]:
-        """The outer gradient without its part along stiff directions, and τ brought up to date.
+        """The deflated outer gradient, and the state with τ updated.
 
         Args:
             grads: The outer gradient, part by part.
@@ -156,7 +157,7 @@ class Stiffness(NamedTuple):
         return left, self._replace(time=time)
 
     def rewound(self) -> Stiffness:
-        """After a return to other weights; each part's secants forget for themselves."""
+        """The state after a rewind; secants of each part are reset separately."""
         return self._replace(
             time=torch.zeros_like(self.time), tracked=torch.zeros_like(self.tracked)
         )
@@ -173,7 +174,7 @@ def deflate(
 
     Args:
         grads: g, part by part.
-        changes: Y, part by part, shape (pairs, *weights); rows of zeros take nothing off.
+        changes: Y, part by part, shape (pairs, *weights); rows of zeros have no effect.
         pull: The diagonal of P = D/τ, shape (pairs,).
         dependent: As in :class:`StiffSettings`.
         reduce: Sums products over processes that hold parts of the weights.
@@ -202,10 +203,10 @@ def deflate(
 
 
 def _solve(matrix: Tensor, right: Tensor, dependent: float) -> Tensor:
-    """Gauss-Jordan elimination of a few rows, those that depend on others left out.
+    """Gauss-Jordan elimination of a few rows, skipping dependent ones.
 
-    A solver of torch's would wait for the host on a GPU, which a CUDA graph cannot record. No rows
-    are exchanged: the matrix is positive semi-definite.
+    torch's solvers synchronise with the host on a GPU, which a CUDA graph cannot record. No
+    pivoting is needed, because the matrix is positive semi-definite.
     """
     system = torch.cat([matrix, right.unsqueeze(1)], dim=1)
     unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

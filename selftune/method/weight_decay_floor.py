@@ -1,7 +1,7 @@
-"""The floor under weight decay, below which it does next to nothing.
+"""The weight decay floor, below which weight decay has hardly any effect.
 
-There its hypergradient is noise, and a decay that has drifted far down is not back in time when
-over-fitting begins.
+There its hypergradient is noise, and a weight decay that has drifted far below does not recover in
+time when overfitting begins.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from selftune.schedules import HORIZON, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class WeightDecayFloor:
-    """The least weight decay, ``λ ≥ s / Σ η_t``: by itself it shrinks weights by e⁻ˢ in a run.
+    """The least weight decay, ``λ ≥ s / Σ η_t``, which shrinks weights by e⁻ˢ in a run.
 
     Args:
         shrinkage: s.
         mean: Mean factor of the learning rate's schedule.
-        total_steps: Steps in the run; None: not known, so the steps taken, and 1000 at least.
-        settings: Where it ends.
+        total_steps: Steps in the run; if None, the steps taken, but at least 1000.
+        settings: Settings of the floor.
 
     Examples:
         >>> round(WeightDecayFloor(shrinkage=0.3, mean=0.5, total_steps=1000).least(0.01), 6)
@@ -38,7 +38,7 @@ class WeightDecayFloor:
     def of(
         cls, rule: AbstractRule, schedule: Schedule, settings: FloorSettings | None
     ) -> WeightDecayFloor | None:
-        """The floor of a rule; None where decay does not shrink weights in proportion."""
+        """The floor of a rule, or None if weight decay does not shrink weights in proportion."""
         if settings is None or not rule.shrinks:
             return None
         return cls(

@@ -1,7 +1,7 @@
-"""Whole-step estimation: estimators that need more of a step than it computed anyway.
+"""Whole-step estimation: estimators that need more than the values computed in a step.
 
-They see the run as a bilevel :class:`~selftune.problem.Problem` and its steps as points of it; how
-gradients at other weights are taken is the driver's affair.
+They treat the run as a bilevel :class:`~selftune.problem.Problem` and its steps as points of it.
+The driver computes gradients at other weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger("selftune")
 
 
 class WholeSteps:
-    """An estimator along a training run, and what it remembers of it.
+    """An estimator along a training run, with its memory.
 
     Args:
         estimator: Observes the steps.
@@ -35,7 +35,7 @@ class WholeSteps:
         self._warned: set[str] = set()
 
     def observe(self, problem: Problem, point: Point, hparams: Hparams) -> None:
-        """Take note of the step from ``point``."""
+        """Observe the step from ``point``."""
         if self.memory is None:
             problem.products.prepare(point.params, hparams, point.batch)
             self.memory = self.estimator.init(problem, point, hparams)
@@ -46,8 +46,8 @@ class WholeSteps:
     ) -> Mapping[str, Tensor]:
         """Hypergradients at the end of the last step, along an outer gradient of length 1.
 
-        The outer gradient, taken at the averaged weights, stands for that of the last. Before any
-        step they are NaN, which moves nothing.
+        The outer gradient at the averaged weights replaces that at the last iterate. Before any
+        step the hypergradients are NaN, and no hyperparameter step is taken.
         """
         if self.memory is None:
             return {n: torch.full_like(h, torch.nan) for n, h in hparams.items()}
@@ -65,10 +65,10 @@ class WholeSteps:
         fine = all(bool(torch.isfinite(g).all()) for g in found.grads.values())
         if not fine and "finite" not in self._warned:
             self._warned.add("finite")
-            log.warning("hypergradients are not finite, and such steps move nothing: %s",
+            log.warning("hypergradients are not finite, so the hyperparameters do not change: %s",
                         {n: g.tolist() for n, g in found.grads.items()})  # fmt: skip
         return found.grads
 
     def forget(self) -> None:
-        """Begin anew: the run has gone elsewhere."""
+        """Reset the memory, after a rewind."""
         self.memory = None

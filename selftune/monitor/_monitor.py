@@ -114,7 +114,7 @@ class Monitor:
         try:
             write()
         except OSError as error:
-            log.warning("%s: logging stopped, training goes on: %s", self.recorder, error)
+            log.warning("%s: logging stopped, training continues: %s", self.recorder, error)
             self.recorder = NoRecorder()
 
 

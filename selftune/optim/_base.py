@@ -31,13 +31,13 @@ Closure = Callable[[], Tensor]
 
 
 class SelfTuningOptimizer(EvaluationMode):
-    """A torch optimizer whose hyperparameters tune themselves by gradient.
+    """A torch optimizer that tunes its hyperparameters by gradient.
 
     Args:
         params: A module, parameters, named parameters or parameter groups, as for torch.
         defaults: torch's options of the optimizer, and ``decay``.
-        update: The update whose hyperparameters are tuned.
-        stepper: Takes the weight steps.
+        update: The update rule, with its hyperparameters and penalties.
+        stepper: Computes the weight steps.
         **tuning: Options of :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
     """
 
@@ -66,17 +66,17 @@ class SelfTuningOptimizer(EvaluationMode):
         if not any(p.requires_grad for g in self.param_groups for p in g["params"]):
             raise ValueError(
                 "params: none of the parameters requires a gradient: unfreeze some by "
-                "requires_grad_(); others may be frozen, and are left alone"
+                "requires_grad_(); the others may stay frozen"
             )
 
     @torch._disable_dynamo  # as torch's optimizers: kernels and controller run eagerly
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
-        """Take a weight step, as torch's optimizers do; returns the closure's loss.
+        """Take a weight step, as torch's optimizers do, and return the closure's loss.
 
         Raises:
             RuntimeError: Inside ``averaged()``, or parameters differ between processes.
-            ValueError: A sparse gradient; nothing is changed.
+            ValueError: A gradient is sparse; nothing is changed.
         """
         self._outside("step()")
         loss = None
@@ -109,26 +109,26 @@ class SelfTuningOptimizer(EvaluationMode):
 
     @torch._disable_dynamo
     def hyper_step(self, closure: Closure) -> Tensor | None:
-        """Step the hyperparameters on a validation loss, measured at the averaged weights.
+        """Step the hyperparameters along the gradient of a validation loss at the averaged weights.
 
-        May be called as often as validation batches are at hand: fewer than ``every`` training
-        steps after the last one, and during the start-up probe, it returns at once. Gradients
-        in ``.grad`` are left alone.
+        You may call it after every training step. It returns at once if fewer than ``every``
+        training steps have passed since the last hyperparameter step, and during the learning-rate
+        sweep. It does not change ``.grad``.
 
         Args:
-            closure: Returns the validation loss, a scalar with its graph; no backward. It is
-                minimized, also where training maximizes, and called more than once where an alarm
-                of the guard or the end of the run is judged.
+            closure: Returns the validation loss, a scalar with its graph, without calling
+                ``backward``. The loss is minimized, also under ``maximize=True``. The closure is
+                called more than once when the guard checks an alarm, and at the end of the run.
 
         Returns:
-            The loss, detached, or None if no step was due, or no training step has been taken yet
-            (accumulation, or a ``GradScaler`` that skipped the first one).
+            The loss, detached; None if no hyperparameter step is due or no training step has been
+            taken yet (gradient accumulation, or a ``GradScaler`` that skipped the first step).
 
         Raises:
-            RuntimeError: Inside ``averaged()``, or another process does not call it at all.
+            RuntimeError: Called inside ``averaged()``, or not called by another process.
             TypeError: The closure does not return a tensor.
-            ValueError: The loss is not a scalar, has no graph, depends on no parameter, or is
-                not finite at the last good weights either; nothing is changed.
+            ValueError: The loss is not a scalar, has no graph, does not depend on the parameters,
+                or is not finite, even at the last good weights; nothing is changed.
         """
         self._outside("hyper_step()")
         if not callable(closure):
@@ -199,15 +199,15 @@ class SelfTuningOptimizer(EvaluationMode):
         return loss
 
     def sync(self) -> None:
-        """Take weights that were changed from outside for the averaged and the last good ones.
+        """Copy the current weights to the averaged and the last good weights.
 
-        After loading, pruning or re-initialising weights in the middle of a run. Without it the
-        average still holds those of before for some 1/(1 − ρ) steps, and a rewind returns to them.
-        Hyperparameters and sensitivities stay. (Weights that are held at exactly 0 by a mask, and
-        parameters that were frozen, need no call: averages follow them.)
+        Call it after loading, pruning or re-initialising weights during a run. Otherwise the
+        average contains the previous weights for about 1/(1 − ρ) steps, and a rewind returns to
+        them. Hyperparameters and sensitivities do not change. Weights that a mask holds at exactly
+        0, and frozen parameters, need no call, because the averages follow them.
 
         Raises:
-            RuntimeError: It is called inside ``averaged()``.
+            RuntimeError: Called inside ``averaged()``.
 
         Examples:
             >>> import torch, selftune as st
@@ -223,10 +223,10 @@ class SelfTuningOptimizer(EvaluationMode):
             self._engine.sync()
 
     def report(self, loss: Tensor | float) -> None:
-        """Tell the training loss, for the log and the guard; optional.
+        """Pass the training loss to the log and the guard; optional.
 
-        ``step(closure)`` does so by itself. A loss that is not finite three times in a row, or
-        explodes, rolls back.
+        ``step(closure)`` does so automatically. The run rewinds to the last good weights if the
+        loss explodes, or is not finite three times in a row.
         """
         engine = self._engine
         value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
@@ -240,7 +240,7 @@ class SelfTuningOptimizer(EvaluationMode):
                 self._publish()
 
     def memory(self) -> Memory:
-        """What is kept beside the weights: a table of names, sizes and reasons.
+        """Memory used besides the weights: a table of names, sizes and reasons.
 
         Examples:
             >>> import torch, selftune as st
@@ -251,14 +251,14 @@ class SelfTuningOptimizer(EvaluationMode):
             sensitivities      0.09       0.45  of 1/11 of the weights, to hyperparameters
             displacement       0.04       0.18  limits the rate
             last good weights  0.20       1.00  to return to when a run blows up or worsens
-            in all             0.93       4.64  beside the weights
+            total              0.93       4.64  besides the weights
         """
         with torch.no_grad():
             blocks = self._blocks()
         return of(blocks, tensors_of(dict(self._engine.stepper.state)))
 
     def explain(self) -> str:
-        """How each tuned hyperparameter came to its value: a line each, from recorded facts.
+        """Explain the value of each tuned hyperparameter in one line, from the recorded run.
 
         Examples:
             >>> import torch, selftune as st
@@ -277,11 +277,11 @@ class SelfTuningOptimizer(EvaluationMode):
         return course.explain(present, self._log.verdicts(values, self._engine.clock.steps))
 
     def flush(self) -> None:
-        """Write what is buffered for the log; writing goes on by itself in blocks."""
+        """Write buffered log entries now; otherwise they are written in blocks."""
         self._engine.monitor.flush()
 
     def finish(self) -> None:
-        """Tell the log where hyperparameters ended and that the run is over; optional."""
+        """Log the final hyperparameters and the end of the run; optional."""
         self._log.finish(self.hparams, self._engine.clock.steps, self.explain())
 
     # inside
@@ -316,16 +316,16 @@ class SelfTuningOptimizer(EvaluationMode):
         if self._groups.annealed and not self._twice and self._schedule.shape != "constant":
             self._twice = True
             log.warning(
-                "%s: a torch scheduler lowers the learning rate and so does schedule=%r of "
-                "total_steps=%d: it anneals twice. Pass schedule=\"constant\", or leave the "
-                "scheduler out.", self._engine.label, self._schedule.shape, total,
+                "%s: a torch scheduler lowers the learning rate, and so does schedule=%r with "
+                "total_steps=%d: the rate is annealed twice. Pass schedule=\"constant\", or "
+                "remove the scheduler.", self._engine.label, self._schedule.shape, total,
             )  # fmt: skip
         if total is not None and clock.steps > total + self._engine.every and not self._over:
             self._over = True
             if self._schedule(clock.steps) == 0:
                 log.warning(
-                    "%s: step %d is past total_steps=%d, where the %s schedule holds the learning "
-                    "rate at 0: weights stay as they are. Pass total_steps= of the whole run.",
+                    "%s: step %d is past total_steps=%d, where the %s schedule has a learning rate "
+                    "of 0, so the weights do not change. Pass total_steps= of the whole run.",
                     self._engine.label, clock.steps, total, self._schedule.shape,
                 )  # fmt: skip
         if (
@@ -340,7 +340,7 @@ class SelfTuningOptimizer(EvaluationMode):
         stay = sorted(self._update.regularizers & set(shifts.names) | set(shifts.asleep))
         if stay:
             log.warning(
-                "%s: no hyper_step in %d steps: training gradients tune the learning rate; %s stay "
-                "as given. Call opt.hyper_step(lambda: loss on a validation batch) to tune them.",
+                "%s: no hyper_step in %d steps: training gradients tune the learning rate; not "
+                "tuned: %s. Call opt.hyper_step(lambda: loss on a validation batch) to tune all.",
                 self._engine.label, STEPS_ALONE, ", ".join(stay),
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The options of a self-tuned optimizer, and the engine put together from them."""
+"""The options of a self-tuned optimizer, and the engine built from them."""
 
 from __future__ import annotations
 
@@ -55,43 +55,46 @@ ARGUMENTS: dict[str, Kind] = {
 
 @dataclass(kw_only=True)
 class TuningOptions:
-    """How an optimizer tunes itself: keyword arguments of all of them.
+    """Options of the tuning: keyword arguments of all self-tuned optimizers.
 
     Args:
-        tune: Names of the tuned hyperparameters; by default the rule's own choice, less the
-            learning rate's decay where the horizon is known.
-        per: ``"run"`` (one factor for all), ``"group"`` or ``"tensor"``, for all or by name.
+        tune: Names of the tuned hyperparameters; by default those of the rule, without the
+            learning rate's decay if the length of the run is known.
+        per: Scope of a tuned value: ``"run"`` (one factor for all groups), ``"group"`` or
+            ``"tensor"``; one for all hyperparameters, or a dictionary by name.
         bounds: (lowest, highest) values by name.
         schedule: ``"constant"``, ``"linear"``, ``"cosine"``, ``"wsd"`` or ``"exponential"``; by
             default linear to 0 if ``total_steps`` is given, else constant.
         total_steps: Steps in the whole run, if known.
-        warmup_steps: Steps over which the learning rate climbs.
-        estimator: How the sensitivities of weights to hyperparameters are estimated, by default
-            by Trace, which tracks every fourth step or, with a shorter average, more. Trace or
-            OneStep; with any other one, ``step`` takes a closure that keeps its own batch, there is
-            one parameter group, and copies and loaded states begin to observe anew.
-        average: Where the outer loss is measured.
-        hyper_optimizer: Makes a torch optimizer of the raw hyperparameters; by default Adam at
-            0.01 times ``every``, from 0.05 to 0.2, and more in runs of less than 1000 steps.
-        every: Training steps from one hyperparameter step to the next, at least; by default a
-            thirtieth of ``total_steps``, from 5 to 20.
-        probe: Whether the learning rate is swept at the start, or over how many steps, or
-            :class:`~selftune.control.SweepSettings`; a tuned β₁ goes on with a memory of a
-            three-hundredth of the run at most.
-        guard: Whether a run that blows up or worsens goes back to its last good weights, or a
-            policy, such as :class:`~selftune.control.GuardPolicy`.
-        model: The model, if it has BatchNorm and ``params`` is not itself a module.
-        name: Of this optimizer in messages, and in the log where several share one: a folder of
-            that name in ``log_dir``, or tags that begin with it. By default messages say the rule.
+        warmup_steps: Steps of the linear warm-up of the learning rate.
+        estimator: Estimates the sensitivities of the weights to the hyperparameters. By default
+            ``Trace``, which tracks one step in four, or more with a short average; ``OneStep`` is
+            used in the same way. The others need ``step(closure)`` with a closure that keeps its
+            own batch, and a single parameter group; copies and loaded states restart them.
+        average: The running average at which the validation loss is measured.
+        hyper_optimizer: Function from a list of raw hyperparameters to a torch optimizer; by
+            default Adam with a rate of 0.01 times ``every``, between 0.05 and 0.2, and higher in
+            runs of fewer than 1000 steps.
+        every: Least number of training steps between two hyperparameter steps; by default a
+            thirtieth of ``total_steps``, between 5 and 20.
+        probe: True for a learning-rate sweep at the start, False for none, the number of its
+            steps, or :class:`~selftune.control.SweepSettings`. After the sweep the memory of a
+            tuned β₁ is at most a three-hundredth of the run.
+        guard: True to rewind to the last good weights when the run diverges or its loss worsens,
+            False for no guard, or a policy, such as :class:`~selftune.control.GuardPolicy`.
+        model: The model, if it has BatchNorm and ``params`` is not a module.
+        name: Name of this optimizer in messages (by default that of the rule) and in the log: a
+            subfolder of ``log_dir``, or a prefix of the tags.
         log_dir: Folder for TensorBoard; or a recorder of :mod:`selftune.monitor`, a
             ``SummaryWriter``, a ``function(values, step)``, or a list of these.
-        distributed: Whether processes train one model together (DDP, FSDP2) and take the same
-            hyperparameter steps; by default, if torch.distributed is initialised.
-        settings: The numbers of the method (:class:`~selftune.method.MethodSettings`).
-        tangents: The share of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            one of n, and 4,096 of them at least; or a dtype in which those of all are kept.
-        snapshots: Where the last good weights are kept: ``"device"``, exactly, beside the weights;
-            ``"host"``, in the memory of the CPU; ``"bf16"``, the default from 65,536 weights on.
+        distributed: Whether all processes train one model (DDP, FSDP2) and take the same
+            hyperparameter steps; by default True if torch.distributed is initialised.
+        settings: Numbers of the method (:class:`~selftune.method.MethodSettings`).
+        tangents: Share of the weights whose sensitivities are kept, in (0, 1], rounded up to
+            1/n, with a minimum of 4,096 weights; or a dtype, in which those of all weights are
+            kept.
+        snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
+            CPU's memory) or ``"bf16"``, the default from 65,536 weights on.
     """
 
     tune: Sequence[str] | None = None
@@ -115,20 +118,20 @@ class TuningOptions:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        """Check each; None is the default of an object, too."""
+        """Check each option; None selects the default."""
         check(ARGUMENTS, vars(self))
         self.average = Average() if self.average is None else self.average
         self.settings = MethodSettings() if self.settings is None else self.settings
 
     @cached_property
     def learning_rate(self) -> Schedule:
-        """The factors of the learning rate."""
+        """The schedule of the learning rate."""
         return Schedule(
             shape=self.schedule, total_steps=self.total_steps, warmup_steps=self.warmup_steps
         )
 
     def identity(self, estimator: str) -> dict[str, Any]:
-        """Settings that a run must have in common with one that continues it."""
+        """Settings that must be equal in a run and in its continuation."""
         found: dict[str, Any] = {
             "estimator": estimator, "schedule": self.learning_rate.shape,
             "bounds": str(dict(self.bounds or {})), "tangents": str(self.tangents),
@@ -139,17 +142,17 @@ class TuningOptions:
         return found
 
     def cadence(self) -> int:
-        """Training steps from one hyperparameter step to the next."""
+        """Training steps between two hyperparameter steps."""
         if self.every is None:
             return self.settings.hyper.every(self.total_steps)
         return self.every
 
 
 def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
-    """Refuse options that there are not, and say which one may be meant.
+    """Raise an error for an unknown option, and name the closest known one.
 
     Raises:
-        TypeError: There is one.
+        TypeError: An option is unknown.
     """
     known = [f.name for f in fields(TuningOptions)]
     wrong = next((name for name in given if name not in known), None)
@@ -162,15 +165,15 @@ def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
 
 
 def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> Engine:
-    """The parts of a run.
+    """Build the engine of a run.
 
     Args:
-        options: How it tunes itself.
-        update: The weight step.
-        stepper: Takes it.
+        options: Options of the tuning.
+        update: The update rule.
+        stepper: Computes the weight steps.
 
     Raises:
-        ValueError: Options that do not fit one another or the update.
+        ValueError: Options contradict one another or the update rule.
     """
     settings, total, label = options.settings, options.total_steps, options.name or stepper.name
     every, tune = options.cadence(), options.tune

@@ -20,7 +20,7 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
     seen: dict[int, str] = {}
     for name, param in named:
         if id(param) in seen:
-            raise ValueError(f"params: {name} is {seen[id(param)]} given twice; pass it once")
+            raise ValueError(f"params: {name} is {seen[id(param)]}, passed twice; pass it once")
         seen[id(param)] = name
         if param.is_complex():
             raise ValueError(f"params: {name} is complex ({param.dtype}); use torch.view_as_real")
@@ -96,7 +96,7 @@ def check_outer_loss(loss: Any) -> None:
     if not loss.requires_grad:
         raise ValueError(
             "closure returned a loss without a graph (detached, or computed under no_grad); "
-            "return it with its graph: its gradient is what tunes"
+            "return it with its graph, which hyper_step differentiates"
         )
 
 

@@ -1,4 +1,4 @@
-"""What torch wants of an optimizer: groups, state, saving and copies."""
+"""The interface of a torch optimizer: groups, state, saving and copies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Container(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """Per-parameter state, brought up to date when it is looked at."""
+        """Per-parameter state, updated on access."""
         for block in self._engine.blocks:
             block.sync()
         return self._state
@@ -54,7 +54,7 @@ class Container(torch.optim.Optimizer):
         super().__setstate__(own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, also in the middle of a run; what is tuned already stays tuned."""
+        """Add a parameter group, at any time; tuned values of the other groups do not change."""
         with warnings.catch_warnings():  # torch only warns of parameters given twice
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
             super().add_param_group(param_group)
@@ -79,7 +79,7 @@ class Container(torch.optim.Optimizer):
 
     @property
     def hparams(self) -> dict[str, Any]:
-        """Present values of all hyperparameters; a list of groups', or tensors', that differ.
+        """Current values of all hyperparameters; a list if groups or tensors differ.
 
         The learning rate is the tuned peak, before schedules.
         """
@@ -93,10 +93,10 @@ class Container(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the run's own state in its first parameter group.
 
-        While averaged weights are shown (``averaged()``, ``eval()``) also the training weights.
+        Inside ``averaged()`` and after ``eval()`` it also contains the training weights.
 
         Raises:
-            RuntimeError: Inside the closure of ``hyper_step``.
+            RuntimeError: Called inside the closure of ``hyper_step``.
         """
         shown = self._engine.shown
         if shown is None and self._engine.buffers.shown:
@@ -123,15 +123,16 @@ class Container(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run, bit for bit on the CPU; a state that does not fit is refused whole.
+        """Continue a run, bit for bit on a CPU.
 
-        A state that was saved while averaged weights were shown puts the training weights into the
-        model; where the model's own state is loaded after it, ``train()`` does so. Loading ends
-        ``averaged()`` and ``eval()``: training weights come back, unless the model's were loaded
-        meanwhile.
+        A state saved inside ``averaged()``, or after ``eval()``, restores the training weights in
+        the model; if the model's state is loaded after it, ``train()`` does so. Loading ends
+        ``averaged()`` and ``eval()``: the training weights are restored, unless the model's state
+        was loaded in between.
 
         Raises:
-            ValueError: Another rule, set of hyperparameters, number of groups or shapes.
+            ValueError: The state has another rule, other hyperparameters, groups or shapes; nothing
+                is loaded.
         """
         # Not _blocks(): a distributed checkpoint has been read into the tensors of state_dict(),
         # which are averages of this run, and must not be begun again.

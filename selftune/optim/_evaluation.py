@@ -1,4 +1,4 @@
-"""Evaluation at the averaged weights: for a block, or until training goes on."""
+"""Evaluation at the averaged weights: within a block, or until training continues."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ log = logging.getLogger("selftune")
 
 
 class EvaluationMode(Container):
-    """Puts the averaged weights into the model, and the training weights back."""
+    """Exchanges training weights and averaged weights in the model."""
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights, and their BatchNorm statistics, for evaluating and saving.
+        """Evaluate and save at the averaged weights, with their BatchNorm statistics.
 
-        At the end of a run of known length, the best on the way from the last good weights over
-        these to the last ones, by slopes of the validation loss. ``state_dict()`` in the block
-        holds the training weights as well, and loading it restores them.
+        At the end of a run of known length these are the final weights: the best position between
+        the last good weights, the average and the last iterate, by slopes of the validation loss.
+        ``state_dict()`` in the block also contains the training weights; loading it restores them.
 
         Raises:
-            RuntimeError: The weights were changed in the block, by ``load_state_dict`` of the
-                model, say; the training weights are back.
+            RuntimeError: The weights were changed in the block, for example by the model's
+                ``load_state_dict``; the training weights have been restored.
 
         Examples:
             >>> import selftune as st
@@ -54,7 +54,7 @@ class EvaluationMode(Container):
         A second call does nothing.
 
         Raises:
-            RuntimeError: Inside the closure of ``hyper_step``.
+            RuntimeError: Called inside the closure of ``hyper_step``.
 
         Examples:
             >>> import selftune as st
@@ -83,12 +83,13 @@ class EvaluationMode(Container):
         engine.shown = Shown(engine.blocks, engine.buffers, end, live=end == 0)
 
     def train(self) -> None:
-        """Put the training weights back after ``eval()``, or after a state saved then was loaded.
+        """Restore the training weights after ``eval()``, or after loading a state saved then.
 
         A second call does nothing.
 
         Raises:
-            RuntimeError: The weights were changed after ``eval()``; the training weights are back.
+            RuntimeError: The weights were changed after ``eval()``; the training weights have
+                been restored.
         """
         self._restore()
         if self._leave():
@@ -111,8 +112,9 @@ class EvaluationMode(Container):
 
     def _refuse_changes(self, where: str) -> None:
         raise RuntimeError(
-            f"weights were changed after {where} had put averaged ones in place; the change is "
-            "lost, the training weights are back. Load a model's state before, or after train()"
+            f"weights were changed after {where} had put averaged weights in place; the change "
+            "is lost, and the training weights are restored. Load a model's state "
+            "before, or after train()"
         )
 
     def _outside(self, what: str) -> None:
@@ -121,7 +123,7 @@ class EvaluationMode(Container):
             self._engine.restored = restored
             raise RuntimeError(
                 f"{what} at averaged weights: the model's state was loaded after the optimizer's, "
-                "which holds the training weights; call train() first, to go on from these"
+                "which holds the training weights; call train() first to restore them"
             )
         if self._engine.buffers.shown:
             raise RuntimeError(

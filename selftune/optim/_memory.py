@@ -1,4 +1,4 @@
-"""What a self-tuned optimizer keeps beside the weights, of which size and why."""
+"""Memory of a self-tuned optimizer besides the weights: names, sizes and reasons."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from selftune.optim._block import Block
 
 
 class Entry(NamedTuple):
-    """One kind of memory.
+    """One row of the memory table.
 
     Attributes:
-        name: What is kept.
+        name: Of the state.
         size: Bytes.
-        why: What for.
+        why: Its use.
     """
 
     name: str
@@ -26,11 +26,11 @@ class Entry(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """A table of what an optimizer keeps; print it.
+    """The memory of an optimizer as a printable table.
 
     Attributes:
         weights: Bytes of the trained parameters.
-        entries: What is kept beside them.
+        entries: The state besides them.
     """
 
     weights: int
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 
     def __str__(self) -> str:
         rows = [("kept", "MB", "÷ weights", "why")]
-        every = [*self.entries, Entry("in all", self.total, "beside the weights")]
+        every = [*self.entries, Entry("total", self.total, "besides the weights")]
         for name, size, why in every:
             rows.append((name, f"{size / 1e6:.2f}", f"{size / self.weights:.2f}", why))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -54,11 +54,11 @@ class Memory(NamedTuple):
 
 
 def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
-    """What is kept for blocks.
+    """The memory of the state of blocks.
 
     Args:
         blocks: Of the run.
-        inner: The state of an optimizer from outside.
+        inner: State of a wrapped optimizer.
     """
     blocks = list(blocks)
     kinds = {

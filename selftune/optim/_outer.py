@@ -256,8 +256,8 @@ def _differentiate(
             if "second time" not in str(error):
                 raise
             raise RuntimeError(
-                "closure returned a loss whose graph is gone: it must run the model at every call; "
-                "return it without calling backward, hyper_step takes its gradient"
+                "closure returned a loss whose graph has been freed: run the model inside the "
+                "closure, and return the loss without calling backward"
             ) from error
         finally:
             for handle in handles:

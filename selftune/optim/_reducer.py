@@ -54,11 +54,11 @@ class Reducer:
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if int(ends[0]) != -int(ends[1]):
             raise RuntimeError(
-                f"params on rank {dist.get_rank()} are not those of the other processes, so that "
-                "hyperparameters would differ too. Send rank 0's weights to all at the start, as "
-                "DistributedDataParallel does; in place of ZeroRedundancyOptimizer, which gives "
-                "every process some of them, shard by torch.distributed.fsdp.fully_shard; or "
-                "pass distributed=False, and every process tunes for itself"
+                f"params on rank {dist.get_rank()} differ from those of other processes, so "
+                "hyperparameters would differ too. Broadcast rank 0's weights at the start, as "
+                "DistributedDataParallel does; instead of ZeroRedundancyOptimizer, which gives "
+                "each process only some parameters, use torch.distributed.fsdp.fully_shard; or "
+                "pass distributed=False to tune in each process separately"
             )
 
     def meet(self, step: int) -> None:

@@ -40,7 +40,7 @@ def from_bytes(run: Any) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(io.BytesIO(run), weights_only=True)
     except (TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            "state_dict is not whole: param_groups[0]['selftune'] holds no run of selftune "
+            "state_dict is incomplete: param_groups[0]['selftune'] holds no run of selftune "
             f"({error})"
         ) from error
     return found
@@ -118,7 +118,7 @@ def check_state(
     """
     for key in ("state", "param_groups"):
         if key not in state:
-            raise ValueError(f"state_dict is not whole: it lacks {key!r}")
+            raise ValueError(f"state_dict is incomplete: it lacks {key!r}")
     saved = state["param_groups"]
     if not saved or saved[0].get("selftune") is None:
         raise ValueError(
@@ -146,7 +146,7 @@ def check_state(
     for index, (there, here) in enumerate(zip(saved, mine, strict=True)):
         missing = sorted(here.keys() - there.keys() - {"initial_lr", "param_names", "selftune"})
         if missing:
-            raise ValueError(f"state_dict is not whole: param_groups[{index}] lacks {missing}")
+            raise ValueError(f"state_dict is incomplete: param_groups[{index}] lacks {missing}")
     params = [p for g in mine for p in g["params"]]
     order = [i for g in saved for i in g["params"]]
     needed = {id(p): block.keys for block in engine.blocks for p in block.params}
@@ -160,7 +160,7 @@ def check_state(
             wanted = wanted | {"training"}
         missing = sorted(wanted - entry.keys())
         if missing:
-            raise ValueError(f"state_dict is not whole: of parameter {index} it lacks {missing}")
+            raise ValueError(f"state_dict is incomplete: of parameter {index} it lacks {missing}")
     stiffness = engine.store.stiffness
     if stiffness is not None:
         _match("number of secant pairs", len(run["stiffness"]["rises"]), len(stiffness.rises))
@@ -179,13 +179,13 @@ def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
     if not isinstance(mine, Mapping):
         if isinstance(mine, Tensor) != isinstance(saved, Tensor):
             raise ValueError(
-                f"state_dict is not whole: {where} is a {type(saved).__name__}, which should be a "
+                f"state_dict is incomplete: {where} is a {type(saved).__name__}, which should be a "
                 f"{type(mine).__name__}"
             )
         return
     missing = sorted(mine.keys() - saved.keys()) if isinstance(saved, Mapping) else sorted(mine)
     if missing:
-        raise ValueError(f"state_dict is not whole: {where} lacks {missing}")
+        raise ValueError(f"state_dict is incomplete: {where} lacks {missing}")
     for name in mine.keys() - set(OPEN):
         if saved[name] is not None and mine[name] is not None:
             _complete(saved[name], mine[name], f"{where}[{name!r}]")

@@ -40,7 +40,7 @@ ARGUMENTS: dict[str, Kind] = {
 
 
 class RuleOptimizer(SelfTuningOptimizer):
-    """A self-tuned optimizer whose weight step is a rule of the library."""
+    """A self-tuned optimizer with an update rule of the library."""
 
     def __init__(
         self,
@@ -65,14 +65,14 @@ class RuleOptimizer(SelfTuningOptimizer):
         super().__init__(params, options, update, RuleStepper(update), **extras)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of :class:`SelfTuningOptimizer`; options of the group are checked, too."""
+        """As :class:`SelfTuningOptimizer`; checks the group's options too."""
         if isinstance(param_group, Mapping):
             check(ARGUMENTS, param_group)
         super().add_param_group(param_group)
 
 
 def _betas(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float, float]:
-    """Those that are given, or such as fit a run that is tuned."""
+    """The given β₁ and β₂, or defaults that depend on the length of the run."""
     check(TUNING, tuning)
     tune = tuning.get("tune")
     if betas is not BETAS or not (tune is None or "lr" in tune):
@@ -81,17 +81,17 @@ def _betas(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float
 
 
 class SGD(RuleOptimizer):
-    """``torch.optim.SGD`` with hyperparameters that tune themselves.
+    """``torch.optim.SGD`` with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, momentum, weight decay, and decay where the horizon is unknown.
+    Tuned by default: lr, momentum, weight decay; decay too if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        momentum: μ.
-        dampening: τ.
+        momentum: Momentum μ.
+        dampening: Dampening τ.
         weight_decay: L2 penalty, added to the gradient.
-        nesterov: Nesterov's momentum.
+        nesterov: Use Nesterov's momentum.
         decay: α of the learning rate's decay 1/(1 + αt).
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
@@ -99,7 +99,7 @@ class SGD(RuleOptimizer):
         **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
-        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+        ValueError: An option is outside its range, or parameters are unsuitable.
 
     Examples:
         >>> import torch, selftune as st
@@ -134,16 +134,16 @@ class SGD(RuleOptimizer):
 
 
 class Adam(RuleOptimizer):
-    """``torch.optim.Adam`` with hyperparameters that tune themselves.
+    """``torch.optim.Adam`` with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, β₁, weight decay, and decay where the horizon is unknown.
+    Tuned by default: lr, β₁, weight decay; decay too if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        betas: β₁ and β₂. Where they are not given, ``total_steps`` is and the rate is tuned, β₂
-            remembers a twentieth of the run, from 100 gradients (0.99) to 1000 (0.999).
-        eps: ε.
+        betas: β₁ and β₂. If they are not given, ``total_steps`` is known and the rate is tuned,
+            β₂ has a memory of a twentieth of the run, from 100 gradients (0.99) to 1000 (0.999).
+        eps: ε, added to the denominator.
         weight_decay: L2 penalty, added to the gradient.
         amsgrad: Use the largest second moment so far.
         decay: α of the learning rate's decay 1/(1 + αt).
@@ -153,7 +153,7 @@ class Adam(RuleOptimizer):
         **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
-        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+        ValueError: An option is outside its range, or parameters are unsuitable.
 
     Examples:
         >>> import torch, selftune as st
@@ -188,16 +188,16 @@ class Adam(RuleOptimizer):
 
 
 class AdamW(RuleOptimizer):
-    """``torch.optim.AdamW`` with hyperparameters that tune themselves.
+    """``torch.optim.AdamW`` with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, β₁, weight decay, and decay where the horizon is unknown.
+    Tuned by default: lr, β₁, weight decay; decay too if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        betas: β₁ and β₂. Where they are not given, ``total_steps`` is and the rate is tuned, β₂
-            remembers a twentieth of the run, from 100 gradients (0.99) to 1000 (0.999).
-        eps: ε.
+        betas: β₁ and β₂. If they are not given, ``total_steps`` is known and the rate is tuned,
+            β₂ has a memory of a twentieth of the run, from 100 gradients (0.99) to 1000 (0.999).
+        eps: ε, added to the denominator.
         weight_decay: Decoupled weight decay.
         amsgrad: Use the largest second moment so far.
         decay: α of the learning rate's decay 1/(1 + αt).
@@ -207,7 +207,7 @@ class AdamW(RuleOptimizer):
         **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
-        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+        ValueError: An option is outside its range, or parameters are unsuitable.
 
     Examples:
         >>> import torch, selftune as st
@@ -242,17 +242,17 @@ class AdamW(RuleOptimizer):
 
 
 class RMSprop(RuleOptimizer):
-    """``torch.optim.RMSprop`` with hyperparameters that tune themselves.
+    """``torch.optim.RMSprop`` with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, momentum, weight decay, and decay where the horizon is unknown.
+    Tuned by default: lr, momentum, weight decay; decay too if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
         alpha: Smoothing constant of the mean square.
-        eps: ε.
+        eps: ε, added to the denominator.
         weight_decay: L2 penalty, added to the gradient.
-        momentum: μ.
+        momentum: Momentum μ.
         centered: Subtract the squared mean gradient.
         decay: α of the learning rate's decay 1/(1 + αt).
         l1: Strength of an L1 penalty.
@@ -261,7 +261,7 @@ class RMSprop(RuleOptimizer):
         **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
-        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+        ValueError: An option is outside its range, or parameters are unsuitable.
 
     Examples:
         >>> import torch, selftune as st
@@ -297,10 +297,10 @@ class RMSprop(RuleOptimizer):
 
 
 class Lion(RuleOptimizer):
-    """``torch.optim.Lion`` with hyperparameters that tune themselves.
+    """The Lion optimizer with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, weight decay, and decay where the horizon is unknown. torch has no Lion;
-    the signature is the authors' (Chen et al. 2023).
+    Tuned by default: lr, weight decay; decay too if ``total_steps`` is unknown. torch has no Lion;
+    the signature is that of the authors (Chen et al. 2023).
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
@@ -314,7 +314,7 @@ class Lion(RuleOptimizer):
         **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
-        ValueError: An option outside its range, an unknown name, unsuitable parameters.
+        ValueError: An option is outside its range, or parameters are unsuitable.
 
     Examples:
         >>> import torch, selftune as st

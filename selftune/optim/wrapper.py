@@ -1,4 +1,4 @@
-"""Self-tuning for optimizers the library has no rule for."""
+"""Self-tuning for other optimizers, by wrapping them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from selftune.update import Update
 
 
 class SelfTuning(SelfTuningOptimizer):
-    """Tunes the learning rate and weight decay of any torch optimizer from the outside.
+    """Wraps any torch optimizer and tunes its learning rate and weight decay.
 
-    The inner optimizer takes its own steps; what a step did to the weights is the direction,
-    ``d + λ w = (w − w₊)/η``. The step is taken to be proportional to the learning rate, and
-    weight decay to act as decoupled; for an optimizer that adds it to the gradient this gives
-    the sign and not the size, and steps of the hyperparameters do not depend on the size.
+    The inner optimizer takes its own steps. The direction is computed from the weights before and
+    after each step, ``d + λ w = (w − w₊)/η``. This assumes that the step is proportional to the
+    learning rate and that weight decay is decoupled. If the optimizer adds weight decay to the
+    gradient, the hypergradient has the right sign but not the right size; hyperparameter steps do
+    not depend on the size.
 
     Args:
-        inner: The optimizer, freshly made; it is stepped by this one and not by hand.
+        inner: A new optimizer. Do not call its ``step`` yourself.
         **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
@@ -50,13 +51,13 @@ class SelfTuning(SelfTuningOptimizer):
         closure = inspect.signature(type(inner).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
-                f"inner={type(inner).__name__} evaluates the loss several times a step, so what a "
-                "step did is no direction; use an optimizer whose step() needs no closure"
+                f"inner={type(inner).__name__} evaluates the loss several times a step, so its "
+                "steps have no single direction; use an optimizer whose step() needs no closure"
             )
         if getattr(inner, "is_second_order", False):
             raise TypeError(
-                f"inner={type(inner).__name__} differentiates the gradients again, which a step "
-                "without their graph cannot do; use an optimizer of first order"
+                f"inner={type(inner).__name__} needs second derivatives, for which gradients "
+                "have no graph here; use a first-order optimizer"
             )
         check(ARGUMENTS, tuning)
         per = tuning.get("per", "run")

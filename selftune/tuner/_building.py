@@ -1,4 +1,4 @@
-"""The parts of a tuner's run, put together."""
+"""Building a tuner's run from its parts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ JOINED = 2**22
 
 @dataclass(kw_only=True)
 class Given:
-    """What a tuner was given, whatever its data.
+    """The arguments of a tuner, independent of its data.
 
     Attributes:
         objective: The model with its training loss.
@@ -189,18 +189,18 @@ def build(
     device: torch.device,
     new: bool,
 ) -> Training:
-    """Put a run together.
+    """Build a run.
 
     Args:
         given: What the tuner was given.
-        plan: Its length, and how often what happens.
+        plan: Its length and intervals.
         streams: Training and validation batches.
         val: The validation set.
         device: Where to train.
-        new: Whether it begins, rather than goes on from a checkpoint.
+        new: Whether it starts, rather than continues from a checkpoint.
 
     Raises:
-        ValueError: Data, bounds or lengths that do not fit.
+        ValueError: Data, bounds or lengths are inconsistent.
     """
     total, names, population = plan.total, given.names, given.population
     autocast: Callable[[], Any] = nullcontext

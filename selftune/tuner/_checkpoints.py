@@ -1,4 +1,4 @@
-"""Saved runs on disk: written whole or not at all."""
+"""Checkpoints on disk, written atomically."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ VERSION = 10
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
-    """Write a checkpoint in one move; true if it was written.
+    """Write a checkpoint atomically; true if it was written.
 
-    If the disk refuses, the one before stays and training goes on.
+    If the disk is full, the previous checkpoint stays and training continues.
 
     Args:
         path: Of the checkpoint.
         state: Its content.
-        suffix: Of the file until it is whole; another one for each process that writes.
+        suffix: Of the file until it is complete; different for each process that writes.
     """
     partial = path.with_suffix(suffix)
     try:
@@ -43,17 +43,17 @@ def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        log.warning("%s was not written, training goes on: %s", path, error)
+        log.warning("%s was not written, training continues: %s", path, error)
         return False
     return True
 
 
 def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
-    """The checkpoint to go on from, if any, and the best weights beside it.
+    """Find the checkpoint to resume from, if any, and the best weights next to it.
 
     Raises:
-        FileNotFoundError: The checkpoint that was named does not exist.
-        ValueError: It is damaged, nobody said where it is, or it was not asked for.
+        FileNotFoundError: The named checkpoint does not exist.
+        ValueError: It is damaged, no folder was given, or the folder has one and resume is False.
     """
     last = None if folder is None else folder / LAST
     if not isinstance(resume, bool):
@@ -64,7 +64,7 @@ def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
         return None
     elif not resume:
         raise ValueError(
-            f"log_dir={folder} holds a run already: pass resume=True to go on with it, or "
+            f"log_dir={folder} already contains a run: pass resume=True to continue it, or "
             "another folder"
         )
     assert last is not None
@@ -73,7 +73,7 @@ def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
 
 
 def plain(tree: Any) -> bool:
-    """Whether a tree is of tensors, numbers and containers that ``read`` knows."""
+    """Whether a tree contains only tensors, numbers and containers supported by ``read``."""
     kinds = (torch.Tensor, int, float, str, bool, type(None))
     if isinstance(tree, kinds):
         return True
@@ -83,16 +83,16 @@ def plain(tree: Any) -> bool:
 
 
 def load(path: Path) -> Any:
-    """What torch saved to a file, after its checksums.
+    """Load a file saved by torch, after checking its checksums.
 
     Raises:
-        ValueError: It is damaged, or no file of torch's.
+        ValueError: It is damaged, or was not saved by torch.
     """
     try:
         with zipfile.ZipFile(path) as held:  # torch writes checksums and does not read them
             broken = held.testzip()
         if broken is not None:
-            raise ValueError(f"the checksum of {broken} in it is another")
+            raise ValueError(f"the checksum of {broken} does not match")
         with torch.serialization.safe_globals(MEMORIES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError, ValueError,
@@ -101,10 +101,10 @@ def load(path: Path) -> Any:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content.
+    """Read a checkpoint.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: It does not exist.
         ValueError: It is damaged, or of another version.
     """
     if not path.is_file():
@@ -126,6 +126,6 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """The best weights that were saved in a folder, if any were."""
+    """Read the best weights saved in a folder, if any."""
     path = folder / BEST
     return read(path) if path.exists() else None

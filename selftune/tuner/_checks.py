@@ -1,4 +1,4 @@
-"""What is refused before training begins, with the argument, the value and the remedy."""
+"""Checks before training: errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from selftune.tuner._steps import RunState, Steps
 def check_hparams(
     given: Mapping[str, Any], rule: AbstractRule, strengths: Mapping[str, Found]
 ) -> None:
-    """Refuse unknown names and values outside their range."""
+    """Raise an error for unknown names and values outside their range."""
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
     clash = names & set(strengths)
     if clash:
@@ -125,7 +125,7 @@ def device_of(device: str | torch.device) -> torch.device:
 
 
 def check_fit(values: Mapping[str, Any]) -> None:
-    """Refuse arguments of ``fit`` that cannot be."""
+    """Raise an error for invalid arguments of ``fit``."""
     check(FIT_ARGUMENTS, values)
     if values["pictures_every"] is not None and find_spec("matplotlib") is None:
         raise ImportError(
@@ -137,7 +137,7 @@ def check_fit(values: Mapping[str, Any]) -> None:
 def check_first(
     steps: Steps, run: RunState, streams: tuple[Stream, Stream], *, mapped: bool
 ) -> float:
-    """Try both objectives on their first batches, which changes nothing; the validation loss.
+    """Evaluate both objectives on their first batches without side effects; return the loss.
 
     Args:
         steps: Compute them.
@@ -146,8 +146,8 @@ def check_first(
         mapped: Whether members of a population are trained, by ``torch.func``.
 
     Raises:
-        TypeError: A loss that is no tensor.
-        ValueError: A loss that is no scalar, not finite, or does not depend on the parameters.
+        TypeError: A loss is not a tensor.
+        ValueError: A loss is not a scalar, is not finite, or does not depend on the parameters.
     """
     device = run.step.device
     devices = [device] if device.type == "cuda" else []
@@ -167,14 +167,14 @@ def check_first(
                 grads = passed(run, batch)[1]
             if not any(bool(g.any()) for g in grads):
                 raise ValueError(
-                    f"the gradient of the loss on the first {name} batch is 0: does objective= use "
-                    "the model that it is given, and not another? Are all units dead?"
+                    f"the gradient of the loss on the first {name} batch is 0: objective= must "
+                    "use the model that it gets as its argument; or all units are dead"
                 )
     return value
 
 
 def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Stream]) -> None:
-    """Refuse ranks that begin with another model or other data than the first."""
+    """Raise an error if a rank's model or data differ from those of the first rank."""
     if not group.together:
         return
     tensors = [*objective.parameters(), *objective.buffers()]
@@ -193,7 +193,7 @@ def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Strea
 
 
 def check_agreement(run: RunState, group: Group) -> None:
-    """Refuse to go on where weights or hyperparameters of ranks have come apart."""
+    """Raise an error if weights or hyperparameters of ranks differ."""
     if not group.together:
         return
     group.check_same(
@@ -203,15 +203,15 @@ def check_agreement(run: RunState, group: Group) -> None:
 
 
 def check_model(model: torch.nn.Module) -> None:
-    """Refuse models with nothing to train, or what torch.func cannot follow."""
+    """Raise an error for models without trainable parameters, or unsupported by torch.func."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "model has no parameter that requires a gradient: unfreeze some by requires_grad_()"
         )
     if isinstance(model, SelfTuned):
         raise ValueError(
-            "model is converted for a loop of one's own, and the tuner follows layers of "
-            "selftune.nn by itself: pass the plain model, or model.revert()"
+            "model was converted by st.hypernet.convert, for your own loop; the tuner tunes layers "
+            "of selftune.nn without it: pass the plain model, or model.revert()"
         )
     for name, module in model.named_modules():
         if getattr(module, "sparse", False):
@@ -232,7 +232,7 @@ def _held(module: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Says what to do about activation checkpoints that cannot be differentiated."""
+    """Explains errors from activation checkpoints that cannot be differentiated."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Batches: endless streams at a position that can be saved."""
+"""Endless streams of batches whose position can be saved."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ log = logging.getLogger("selftune")
 class Stream:
     """Batches of a loader, epoch after epoch, on the device.
 
-    A saved position is the state of all random streams at the epoch's start and the number of
-    batches taken since, which are read again: the same shuffling follows, and the same random
-    transforms. A loader with ``state_dict`` and ``load_state_dict`` (torchdata's
-    ``StatefulDataLoader``) goes on from its own state instead, and nothing is read again.
+    A saved position consists of all random states at the start of the epoch and the number of
+    batches taken since. On loading, these batches are read again, with the same shuffling and the
+    same random transforms. A loader with ``state_dict`` and ``load_state_dict`` (torchdata's
+    ``StatefulDataLoader``) continues from its own state instead.
 
     Args:
         loader: A DataLoader or any iterable of batches.
-        name: What to call it in errors.
-        device: Where batches go. To a GPU they travel one ahead, while it computes, unless the
-            loader has a state, which would be one ahead too.
-        skips: Whether to leave out a last batch of one example, which BatchNorm cannot take.
+        name: Its name in errors.
+        device: Device of the batches. On a GPU the next batch is copied in advance, unless the
+            loader has a state, which would then be ahead too.
+        skips: Whether to skip a last batch of one example, which BatchNorm does not support.
         shard: Makes the loader yield this rank's part of each batch.
     """
 

@@ -1,4 +1,4 @@
-"""The processes of a data-parallel run: the mean of their passes, and what they agree on."""
+"""The processes of a data-parallel run, and the reductions over them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class RankLost(RuntimeError):
 class Group:
     """The ranks that train one model, each on its part of every batch.
 
-    Everything that is decided from reduced numbers is decided alike on all ranks, so weights and
-    hyperparameters stay identical without being sent. A process on its own is a group of size 1,
-    whose methods return their arguments as they are.
+    All ranks decide from the same reduced numbers, so weights and hyperparameters stay identical
+    without being sent. A single process is a group of size 1, whose methods return their arguments
+    unchanged.
 
     Args:
         rank: Of this process.
         size: Number of processes.
 
     Attributes:
-        asks: Whether this rank asks for the end of the run; sent with every pass.
+        asks: Whether this rank requests the end of the run; sent with every pass.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -142,7 +142,7 @@ class Group:
         return found[0]
 
     def check_same(self, what: str, value: Any, remedy: str) -> None:
-        """Refuse to go on where a value differs from that of the first rank.
+        """Raise an error if a value differs from that of the first rank.
 
         Raises:
             ValueError: On all ranks.
@@ -158,7 +158,7 @@ class Group:
             yield
         except RuntimeError as error:
             raise RankLost(
-                f"rank {self.rank} of {self.size} ends: another rank is gone, or did not answer "
+                f"rank {self.rank} of {self.size} ends: another rank has died, or did not answer "
                 f"within {TIMEOUT} (see its output). With log_dir the run is saved up to here: "
                 "start the script again with resume=True"
             ) from error

@@ -24,7 +24,7 @@ WAIT = 10.0
 
 @contextmanager
 def owned(folder: Path | None) -> Iterator[None]:
-    """A run's folder for this process alone; the system frees it when the process ends.
+    """Lock a run's folder for this process; the system releases the lock when the process ends.
 
     Raises:
         ValueError: Another process writes to it.
@@ -38,7 +38,7 @@ def owned(folder: Path | None) -> Iterator[None]:
         lock = FileLock(folder / LOCK)
         _acquire(lock, folder)
     except OSError as error:  # a file system without locks, or a read-only one
-        log.warning("log_dir=%s cannot be locked, see that nobody else writes to it: %s",
+        log.warning("log_dir=%s cannot be locked; make sure that no other process writes to it: %s",
                     folder, error)  # fmt: skip
         yield
         return
@@ -54,7 +54,7 @@ def owned(folder: Path | None) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
-    """Take the lock, or say who has it."""
+    """Take the lock, or name its owner in an error."""
     until = time.monotonic() + WAIT
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What turns a batch into a loss."""
+"""The loss of a batch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Objective(nn.Module):
     """A model with its loss as one module, so that both are called with the same parameters.
 
     A tuple ``(*inputs, target)`` becomes ``loss_fn(model(*inputs), target)``. A dictionary
-    gives its target by one of the usual names and the rest as keyword arguments; without a
-    ``loss_fn`` the model is given all of it and returns the loss itself, as an attribute or
-    item ``loss``.
+    has the target under one of the usual names, and the other entries are keyword arguments;
+    without a ``loss_fn`` the model gets all entries and returns the loss as an attribute or item
+    ``loss``.
 
     Args:
         model: The model.
         loss_fn: The loss of outputs and targets.
-        objective: ``objective(model, batch)``, in place of all that.
+        objective: ``objective(model, batch)``, used instead.
         augment: Changes the first input and the target of training batches that are tuples.
     """
 

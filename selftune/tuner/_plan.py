@@ -1,4 +1,4 @@
-"""How long a run is, and how often what happens."""
+"""The length of a run, and the intervals of its events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def length(train: Stream, epochs: int | None, steps: int | None) -> int:
     """Steps in the run.
 
     Raises:
-        ValueError: Not just one of the two lengths is given, it is below 1, or there is no batch.
+        ValueError: None or both lengths are given, the length is below 1, or there is no batch.
     """
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
@@ -34,13 +34,13 @@ def length(train: Stream, epochs: int | None, steps: int | None) -> int:
 
 
 def between_evaluations(train: Stream, total: int) -> int:
-    """An epoch, or several where those are many; a tenth of the run where there are none."""
+    """Steps between evaluations: one epoch, several in long runs, or a tenth of the run."""
     score = max(1, len(train) if train.sized else total // 10)
     return score * max(1, -(-total // (50 * score)))
 
 
 def between_entries(total: int, given: int | None) -> tuple[int, float]:
-    """Steps, and at least seconds, from one entry in the log to the next.
+    """Steps between log entries, and the least number of seconds.
 
     Examples:
         >>> between_entries(10_000, None), between_entries(60, None), between_entries(60, 10)
@@ -60,10 +60,10 @@ class Progress:
     Attributes:
         step: Training steps taken.
         total: Steps in the whole run.
-        epoch: Epochs begun before.
+        epoch: Index of the current epoch, from 0.
         train_loss: Mean training loss since the last evaluation.
         scores: ``loss`` and other metrics over the whole validation set, at the average.
-        hparams: Present hyperparameters.
+        hparams: Current hyperparameters.
     """
 
     step: int
@@ -76,7 +76,7 @@ class Progress:
 
 @dataclass(kw_only=True)
 class Plan:
-    """How long a run lasts and how often what happens, in steps."""
+    """The length of a run and the intervals of its events, in steps."""
 
     total: int
     every: int
@@ -90,9 +90,9 @@ class Plan:
     exploit: int
 
     def due(self, step: int) -> bool:
-        """Whether something is to be logged at a hyperparameter step."""
+        """Whether a log entry is due at a hyperparameter step."""
         return step % self.log < self.every
 
     def falls(self, every: int, step: int) -> bool:
-        """Whether something that happens every so often, and at the end, happens after a step."""
+        """Whether an event with an interval, and at the end, is due after a step."""
         return step % every == 0 or step == self.total

@@ -1,4 +1,4 @@
-"""Several runs in one graph, of which the worst start again from the best."""
+"""Several runs in one graph; the worst members copy the best."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Population:
 
     Args:
         size: M.
-        seed: Of starting values and kicks, a stream of its own.
+        seed: Of the stream of random starting values and perturbations.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -59,7 +59,7 @@ class Population:
     def exploit(
         self, snapshots: Snapshots, controllers: list[Controller], hyper: HyperOptimizer
     ) -> None:
-        """Replace the worst members by copies of the best: weights and all that is kept of them."""
+        """Replace the worst members by copies of the best: weights and all state."""
         guards = [c.guard for c in controllers]
         means = [g.mean if g is not None and math.isfinite(g.mean) else math.inf for g in guards]
         order = sorted(range(self.size), key=means.__getitem__)
@@ -72,7 +72,7 @@ class Population:
             kick = KICK if torch.rand((), generator=self._generator) < 0.5 else -KICK
             raw = snapshots.run.hyper.raw[member]
             raw.copy_(hyper.move(raw, "lr", kick, hyper.frame(raw.device)))
-            log.info("member %d goes on from member %d", member, best)
+            log.info("member %d copies member %d", member, best)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The stream of random numbers."""

@@ -1,4 +1,4 @@
-"""What the validation loss would be at other hyperparameters, without training again."""
+"""Prediction of the validation loss at other hyperparameters, without retraining."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selftune.tuner._steps import Steps
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """Reads validation losses at other hyperparameters off a run.
+    """Predicts validation losses at other hyperparameters of a run.
 
     Args:
         steps: The run's steps.
@@ -34,7 +34,7 @@ class Predictor:
 
     @property
     def names(self) -> list[str]:
-        """Hyperparameters whose response was learned."""
+        """Hyperparameters with a learned sensitivity."""
         return [] if self.fused.whole is None else list(self.steps.answers)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a run leaves behind."""
+"""The results of a run."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ class History:
 def schedule_of(
     history: History, run: Steps, known: Mapping[str, float], steps: int
 ) -> TunedSchedule:
-    """What every hyperparameter was after the probe, the rate with its schedule and decay.
+    """The values of all hyperparameters after the sweep; the rate includes schedule and decay.
 
-    Steps that a roll-back undid are left out, from the good weights to the return.
+    Steps undone by a rewind are left out.
 
     Args:
-        history: Of the run.
-        run: Its steps.
+        history: History of the run.
+        run: Steps of the run.
         known: All hyperparameters at the end.
-        steps: How many were taken.
+        steps: Number of steps taken.
     """
     start = history.hyper_step[0] if history.hyper_step else 0
     changes = {n: dict(zip(history.hyper_step, v, strict=True)) for n, v in history.hparams.items()}
@@ -102,23 +102,24 @@ def schedule_of(
 
 @dataclass(frozen=True, kw_only=True)
 class TuningResult:
-    """A finished, or interrupted, run.
+    """The result of a finished or interrupted run.
 
     Attributes:
-        history: Arrays by name. ``train_loss``, one a training step; ``val_loss`` and every
-            hyperparameter, one a hyperparameter step, which are at ``hyper_step``;
-            ``score/loss`` and other metrics over the whole validation set, at ``score_step``;
-            ``rollbacks``, the steps at which the guard went back.
+        history: Arrays by name. ``train_loss`` has one entry for each training step; ``val_loss``
+            and every hyperparameter have one for each step in ``hyper_step``; ``score/loss`` and
+            other metrics over the whole validation set have one for each step in ``score_step``;
+            ``rollbacks`` contains the steps of rewinds.
         best_weights: The model's state_dict at the averaged weights with the lowest validation
-            loss, which the model holds now.
-        best_loss: That loss, over the whole validation set. It tuned the run: judge on other data.
+            loss. The model holds these weights.
+        best_loss: Their loss over the whole validation set. It was used for tuning, so report
+            results on other data.
         hparams: All hyperparameters at the end; the learning rate is the tuned peak.
-        schedule: The tuned trajectory, for :func:`selftune.replay`, without probe and without steps
-            that a roll-back undid.
+        schedule: The trajectory of the tuned hyperparameters, for :func:`selftune.replay`, without
+            the sweep and without steps undone by a rewind.
         steps: Training steps taken.
-        ended: Why it ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
-        verdicts: What became of each tuned hyperparameter, by name.
-        why: How each tuned hyperparameter came to its value, a line each.
+        ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
+        verdicts: A verdict on each tuned hyperparameter, by name.
+        why: An explanation of each tuned hyperparameter's value, one line each.
         folder: The run's ``log_dir``, or None.
     """
 
@@ -134,14 +135,15 @@ class TuningResult:
     folder: Path | None = None
 
     def report(self, folder: str | Path | None = None) -> str:
-        """The table of the run; also writes ``report.html`` and ``schedule.json``.
+        """Return a table of the run, and write ``report.html`` and ``schedule.json``.
 
         Args:
-            folder: Where to; by default the run's ``log_dir``, and nowhere without one.
+            folder: Folder of the files; by default the run's ``log_dir``. Without either, none is
+                written.
 
         Returns:
-            A row for each tuned hyperparameter: start, end, between which steps it moved, verdict;
-            and below the rows how each came to its value.
+            A row for each tuned hyperparameter (start, end, steps between which it moved, verdict),
+            followed by an explanation of each value.
 
         Raises:
             OSError: The files cannot be written.

@@ -1,4 +1,4 @@
-"""Going on with a saved run: as it was, or longer."""
+"""Resuming a saved run, with the same or a greater length."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FOLLOWS = (LENGTH, "every")
 
 
 def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether a finished run is to go on for more steps.
+    """Whether a finished run is to be extended.
 
     Args:
         state: A checkpoint.
-        identity: Of the run that is to go on.
+        identity: Of the resumed run.
     """
     length = state["identity"].get(LENGTH, 0)
     over = state["ended"] == "finished" and state["numbers"][0] >= length
@@ -33,18 +33,18 @@ def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
 
 
 def announce(state: Mapping[str, Any], total: int, *, longer: bool) -> None:
-    """Log where a run goes on.
+    """Log the step from which a run continues.
 
     Args:
         state: Its checkpoint.
         total: Steps in the whole run.
-        longer: Whether it had finished, and is made longer.
+        longer: Whether a finished run is extended.
     """
     step, length = state["numbers"][0], state["identity"][LENGTH]
     if longer:
         log.warning(
-            "resume: a finished run of %d steps goes on from its average to step %d; the learning "
-            "rate anneals anew, as in a run of that length", length, total,
+            "resume: a finished run of %d steps continues from its average to step %d; the "
+            "learning rate is annealed again, as in a run of that length", length, total,
         )  # fmt: skip
     else:
         log.warning("resumed at step %d of %d", step, total)
@@ -53,24 +53,24 @@ def announce(state: Mapping[str, Any], total: int, *, longer: bool) -> None:
 def name_changes(
     state: Mapping[str, Any], starts: Mapping[str, float], present: Mapping[str, float]
 ) -> None:
-    """Log starting values that differ from those of the saved run, which goes on from its own.
+    """Log starting values that differ from those of the saved run and are ignored.
 
     Args:
         state: Its checkpoint.
         starts: Starting values by name.
-        present: Values now, by name.
+        present: Current values by name.
     """
     for name, before in state["starts"].items():
         if name in starts and starts[name] != before:
             log.warning(
-                "resume: %s=%.4g is not taken: the run, which began at %.4g, goes on from %.4g. "
-                "For another start begin anew, in another log_dir",
+                "resume: %s=%.4g is ignored: the run started at %.4g and continues from %.4g. "
+                "For another start use another log_dir",
                 name, starts[name], before, present.get(name, before),
             )  # fmt: skip
 
 
 def extend(watch: Watch, snapshots: Snapshots, step: int) -> None:
-    """Go on from the average of a run that has finished."""
+    """Extend a finished run from its averaged weights."""
     for member, controller in enumerate(watch.controllers):
         snapshots.take("average", member)
         snapshots.rewind({}, member)

@@ -1,4 +1,4 @@
-"""What a checkpoint of a tuner's run holds."""
+"""The contents of a checkpoint of a tuner's run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from selftune.tuner._watch import Watch
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a run that have a state, and what must be the same in a run that goes on."""
+    """The parts of a run with a state, and the settings that must be equal to resume it."""
 
     steps: Steps
     fused: Fused
@@ -59,10 +59,10 @@ class Parts:
 
         Args:
             state: What ``pack`` returned.
-            but: Names of what may differ between the runs.
+            but: Names of settings that may differ.
 
         Raises:
-            ValueError: It is of another run; nothing was changed.
+            ValueError: It belongs to another run; nothing was changed.
         """
         self._check(state, but)
         device = self.fused.run.step.device

@@ -1,4 +1,4 @@
-"""A data set in two: for training, and a share of it for validation."""
+"""Splitting a data set into training and validation parts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, rando
 
 
 def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """A loader's data set in two at random: for training, and ``share`` of it for validation.
+    """Split a loader's data set at random: ``share`` of it for validation, the rest for training.
 
     Raises:
-        ValueError: Not a DataLoader over a data set with a length, a sampler of its own, or
-            nothing left on a side.
+        ValueError: ``train`` is not a DataLoader over a data set with a length, has a custom
+            sampler, or a part would be empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"val={share} must be between 0 and 1, or a loader of validation batches")
     if not isinstance(train, DataLoader) or train.batch_size is None:
         raise ValueError(
-            f"val={share} (0.1 where no val is given) sets a part of the data set of a DataLoader "
-            f"with a batch_size aside, and train is a {type(train).__name__}: pass validation "
-            "batches too, fit(train, val), or such a DataLoader"
+            f"val={share} (default: 0.1) splits the data set of a DataLoader with a batch_size, "
+            f"and train is a {type(train).__name__}: pass validation batches too, fit(train, val), "
+            "or such a DataLoader"
         )
     try:
         total = len(train.dataset)  # type: ignore[arg-type]

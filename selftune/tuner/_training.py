@@ -1,4 +1,4 @@
-"""One run of a tuner: the loop, and what is decided between its steps."""
+"""One run of a tuner: the loop, and the decisions between its steps."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Training:
 
     def _break_off(self) -> None:
         if self._within:
-            log.warning("interrupted inside step %d: the checkpoint before it stays", self.step + 1)
+            log.warning("interrupted inside step %d: the last checkpoint stays", self.step + 1)
             return
         log.warning("interrupted after step %d: saving and ending", self.step)
         self.save()
@@ -237,7 +237,7 @@ class Training:
         return "stopped" if self.group.any(stop) else "finished"
 
     def finish(self, ended: str) -> TuningResult:
-        """Leave the best weights in the model and sum the run up."""
+        """Leave the best weights in the model and return the result."""
         saved = self.group.from_first(self._read_best)
         guarded = self.watch.controllers[0].guard is not None
         good = self.snapshots if guarded else None
@@ -309,11 +309,11 @@ class Training:
             _checkpoints.write(self.folder / _checkpoints.LAST, state, suffix)
 
     def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
-        """Continue a saved run; a checkpoint of another one is refused before anything changes.
+        """Continue a saved run; a checkpoint of another run raises an error, without changes.
 
         Args:
             state: What ``save`` wrote.
-            best: What was saved beside it as the best weights.
+            best: The best weights saved next to it.
         """
         longer = _resuming.extends(state, self.identity)
         self._parts.unpack(state, _resuming.FOLLOWS if longer else ())

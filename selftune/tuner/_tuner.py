@@ -1,4 +1,4 @@
-"""The tuner: it owns model, data, logging and checkpoints, and trains in fused steps."""
+"""The tuner: it runs the training loop, with logs and checkpoints, in fused steps."""
 
 from __future__ import annotations
 
@@ -42,58 +42,57 @@ log = logging.getLogger("selftune")
 
 
 class Tuner:
-    """Trains a model and its hyperparameters together, in one compiled graph a step.
+    """Trains a model and its hyperparameters together, with one compiled graph for each step.
 
     Args:
         model: Any module.
         loss_fn: ``loss_fn(output, target)``; batches are ``(*inputs, target)`` or dictionaries
             with a key ``target``, ``targets``, ``label``, ``labels`` or ``y``. None if the model
             returns its own loss.
-        rule: How weights step; AdamW by default.
+        rule: The update rule; AdamW by default.
         hparams: Starting values and options by name, for example
-            ``dict(lr=1e-3, momentum=0.9, l1=1e-6)``; the rule's defaults for the others.
-        tune: Names of the tuned hyperparameters; by default the rule's choice and all penalties.
+            ``dict(lr=1e-3, momentum=0.9, l1=1e-6)``; the others have the rule's defaults.
+        tune: Names of the tuned hyperparameters; by default those of the rule and all penalties.
         penalty: Further penalties (:mod:`selftune.penalties`).
         bounds: (lowest, highest) values by name.
-        estimator: How the sensitivities of weights to hyperparameters are estimated; by default by
-            ``Trace``, which tracks every fourth step or, with a shorter average, more, and by
-            :class:`BestResponse` for layers of :mod:`selftune.nn`. Any of
-            :mod:`selftune.estimators`.
-        tangents: The share of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            one of n, and 4,096 of them at least; or a dtype in which those of all are kept.
-        snapshots: Where the last good weights are kept: ``"device"``, exactly, beside the weights;
-            ``"host"``, in the memory of the CPU; ``"bf16"``, the default from 65,536 weights on.
-        average: Where the outer loss is measured.
-        every: Weight steps from one hyperparameter step to the next; by default a thirtieth of the
-            run, from 5 to 20.
+        estimator: Estimates the sensitivities of the weights to the hyperparameters: one of
+            :mod:`selftune.estimators`. By default ``Trace``, which tracks one step in four, or more
+            with a short average, and :class:`BestResponse` for layers of :mod:`selftune.nn`.
+        tangents: Share of the weights whose sensitivities are kept, in (0, 1], rounded up to 1/n,
+            with a minimum of 4,096 weights; or a dtype, in which those of all weights are kept.
+        snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
+            CPU's memory) or ``"bf16"``, the default from 65,536 weights on.
+        average: The running average at which the validation loss is measured.
+        every: Weight steps between two hyperparameter steps; by default a thirtieth of the run,
+            between 5 and 20.
         hyper_rate: Size of a hyperparameter step in log space; by default 0.01 times ``every``,
-            from 0.05 to 0.2, and more in runs of less than 1000 steps.
+            between 0.05 and 0.2, and larger in runs of fewer than 1000 steps.
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
-        warmup_steps: Steps over which the learning rate climbs.
-        probe: Whether the learning rate is swept at the start, or over how many steps, or
-            :class:`~selftune.control.SweepSettings`; a tuned β₁ goes on with a memory of a
-            three-hundredth of the run at most.
-        guard: Whether a run that blows up or worsens goes back to its last good weights, or a
-            policy, such as :class:`~selftune.control.GuardPolicy`.
-        objective: ``objective(model, batch)``, the loss in place of ``loss_fn``.
-        augment: Changes inputs, or inputs and targets, of training batches on the device
-            (:class:`selftune.nn.Augment` or one of its parts).
+        warmup_steps: Steps of the linear warm-up of the learning rate.
+        probe: True for a learning-rate sweep at the start, False for none, its number of
+            steps, or :class:`~selftune.control.SweepSettings`. After the sweep the memory of a
+            tuned β₁ is at most a three-hundredth of the run.
+        guard: True to rewind to the last good weights when the run diverges or its loss worsens,
+            False for no guard, or a policy, such as :class:`~selftune.control.GuardPolicy`.
+        objective: ``objective(model, batch)`` returns the loss, instead of ``loss_fn``.
+        augment: Augmentation of training batches on the device (:class:`selftune.nn.Augment` or
+            one of its parts).
         metrics: Functions of (output, target) by name, averaged over the validation set.
-        parallel: ``"ddp"`` to train on all ranks that ``torchrun`` has started: each takes its part
-            of every batch, and gradients, losses and BatchNorm's running statistics are averaged.
-            The first rank alone writes logs and checkpoints. (Not ``"fsdp"``: for sharded weights
-            use :class:`selftune.AdamW` in a loop of one's own.)
-        device: Where to train; by default where the model is. With ``parallel``, a GPU is the one
-            of the rank.
-        amp: Whether forward passes run in bfloat16 where that is safe.
-        compile: True, False, or ``"auto"``: where the run is long enough to repay it.
-        population: Members trained at once from different hyperparameters.
-        exploit_every: Steps after which the worst members start again from the best.
-        seed: Of the split and of the population's starts.
-        settings: The numbers of the method (:class:`~selftune.method.MethodSettings`).
+        parallel: ``"ddp"`` to train on all ranks started by ``torchrun``. Each rank takes its part
+            of every batch; gradients, losses and BatchNorm's running statistics are averaged. Only
+            the first rank writes logs and checkpoints. ``"fsdp"`` is not supported: for sharded
+            weights use :class:`selftune.AdamW` in your own loop.
+        device: Device of the run; by default that of the model. With ``parallel`` each rank uses
+            its own GPU.
+        amp: Run forward passes in bfloat16 autocast.
+        compile: True, False, or ``"auto"`` to compile if the run is long enough to repay it.
+        population: Number of members trained at once from different hyperparameters.
+        exploit_every: Steps between two exchanges, in which the worst members copy the best.
+        seed: Seed of the validation split and of the population's starting values.
+        settings: Numbers of the method (:class:`~selftune.method.MethodSettings`).
 
     Raises:
-        ValueError: An unknown name or an unsuitable value.
+        ValueError: A name is unknown, or a value is unsuitable.
 
     Examples:
         >>> import torch, selftune as st
@@ -183,31 +182,31 @@ class Tuner:
 
     @property
     def starts(self) -> dict[str, float]:
-        """Where tuned hyperparameters start, by name."""
+        """Starting values of the tuned hyperparameters, by name."""
         return {n: float(self._given.values[n]) for n in self._given.names}
 
     @property
     def scales(self) -> dict[str, Hparam]:
-        """Scale and bounds of tuned hyperparameters, by name."""
+        """Scale and bounds of the tuned hyperparameters, by name."""
         return {n: self._given.known[n] for n in self._given.names}
 
     def start_from(self, values: Mapping[str, float]) -> list[str]:
-        """Start tuned hyperparameters where another run ended; others are left as they are.
+        """Start tuned hyperparameters from the values of another run; the others do not change.
 
-        The sweep starts from the learning rate; values outside the bounds are moved to them.
+        The learning-rate sweep starts from the new rate. Values outside the bounds are clamped.
 
         Args:
-            values: By name, as in ``TuningResult.hparams``.
+            values: Values by name, as in ``TuningResult.hparams``.
 
         Returns:
-            The names that were taken.
+            Names of the hyperparameters that were set.
 
         Raises:
             RuntimeError: ``fit`` was called before.
-            ValueError: A value that is not finite.
+            ValueError: A value is not finite.
         """
         if self._fitted:
-            raise RuntimeError("start_from came after fit: call it before")
+            raise RuntimeError("start_from was called after fit: call it before")
         taken = [n for n in self._given.names if n in values]
         for name in taken:
             if not math.isfinite(values[name]):
@@ -234,41 +233,39 @@ class Tuner:
         pictures_every: int | None = None,
         progress: bool = True,
     ) -> TuningResult:
-        """Train to the end and leave the best weights in the model.
+        """Train, and leave the weights with the lowest validation loss in the model.
 
         Args:
             train: A DataLoader, or any iterable of batches.
-            val: Validation batches, or the share of the training data to set aside for it.
-            epochs: Length of the run in passes over ``train``; or
-            steps: in weight steps.
+            val: Validation batches, or the share of the training data to use for validation.
+            epochs: Length of the run in passes over ``train``. Pass either this or ``steps``.
+            steps: Length of the run in weight steps.
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
-            recorder: A further receiver of the log: a recorder of :mod:`selftune.monitor`, a
+            recorder: Additional receiver of log entries: a recorder of :mod:`selftune.monitor`, a
                 ``function(values, step)``, or a list of these.
             callbacks: Called with :class:`Progress` after each evaluation, while the model holds
                 the averaged weights; one that returns True ends the run.
-            resume: True to go on from ``log_dir/last.pt`` if it exists, for longer than a finished
-                run if there are more ``epochs`` or ``steps``; or a checkpoint's path.
+            resume: True to continue from ``log_dir/last.pt`` if it exists, or the path of a
+                checkpoint. With more ``epochs`` or ``steps`` a finished run is extended.
             patience: Evaluations without a better validation loss before the run ends.
-            evaluate_every: Steps between evaluations over the whole validation set; by default
-                an epoch, or several where those are many.
+            evaluate_every: Steps between evaluations over ``val``; by default an epoch or more.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
-            log_every: Steps between two entries in the log; by default 50, or a tenth of a second
-                where that is longer; in a run of less than 1,000 steps a twentieth of it.
-            pictures_every: Steps between two what-if pictures in the log, by default none: the loss
-                predicted around each hyperparameter whose response is learned. Each costs tens of
-                validation batches.
+            log_every: Steps between two log entries; by default 50, but at least a tenth of a
+                second; a twentieth of the run if that has fewer than 1,000 steps.
+            pictures_every: Steps between two pictures of predicted losses around each learned
+                hyperparameter; by default none. Each costs tens of validation batches.
             progress: Whether to show a progress bar.
 
         Raises:
             RuntimeError: ``fit`` was called before.
             FileNotFoundError: The checkpoint to resume does not exist.
-            ValueError: Unsuitable data, lengths or checkpoints, or another process writes to
+            ValueError: Data, length or checkpoint are unsuitable, or another process writes to
                 ``log_dir``; nothing was changed.
         """
         if self._fitted:
             raise RuntimeError(
-                "fit was called before on this Tuner: make a new Tuner, with resume=True and the "
-                "same log_dir to go on with an interrupted run"
+                "fit was already called on this Tuner: make a new Tuner; to continue an "
+                "interrupted run, pass resume=True and the same log_dir to its fit"
             )
         check_fit(locals())
         folder = None if log_dir is None else Path(log_dir)
@@ -320,20 +317,23 @@ class Tuner:
             return result
 
     def predict(self, **values: Sequence[float]) -> NDArray[Any]:
-        """The validation loss at other hyperparameters, read off the hypernetwork.
+        """Predict the validation loss at other hyperparameters by the hypernetwork.
 
-        ``L_val(w̄ + J (z' − z))`` over the validation set, J the response that the run has learned.
+        ``L_val(w̄ + J (z' − z))`` over the validation set; J is the learned sensitivity of the
+        weights.
 
         Args:
-            values: Of one or two hyperparameters by name, whose response was learned
-                (:class:`BestResponse`): all strengths, and with ``update=True`` the update's.
+            values: Values of one or two hyperparameters by name. Their sensitivity must have been
+                learned (:class:`BestResponse`): all strengths and, with ``update=True``, the
+                hyperparameters of the update.
 
         Returns:
             Losses, shape (values,) or (values of the first, values of the second).
 
         Raises:
             RuntimeError: ``fit`` was not called yet.
-            ValueError: A hyperparameter without a response, or values outside their bounds.
+            ValueError: The sensitivity of a hyperparameter was not learned, or a value is outside
+                its bounds.
 
         Examples:
             >>> import torch, selftune as st
@@ -346,5 +346,5 @@ class Tuner:
             (3,)
         """
         if self._ended is None:
-            raise RuntimeError("predict reads what a run has learned: call fit first")
+            raise RuntimeError("predict needs the sensitivities learned by a run: call fit first")
         return self._ended.predictor.predict(values)

@@ -1,4 +1,4 @@
-"""What steps tell: read in blocks, noted, shown, and judged by the controllers."""
+"""Outputs of the steps: read in blocks, recorded, displayed, and passed to the controllers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOOK = 0.2  # seconds between two looks at the progress bar's text
 
 
 class Watch:
-    """Keeps the history of a run, shows it, and carries out what its controllers ask for.
+    """Keeps and displays the history of a run, and carries out its controllers' actions.
 
     Args:
         steps: The steps.

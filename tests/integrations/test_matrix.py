@@ -1,4 +1,4 @@
-"""The framework matrix: every row holds, or is refused by a sentence; none is silent.
+"""The framework matrix: every row holds, or raises an error that says why; none is silent.
 
 A row names its check here, or the test that is it. Rows that wait for the optimizers are strict
 xfails. The table is printed in docs/integrations/index.md. Truth: named by each row.
@@ -39,9 +39,9 @@ class Row:
 
     Attributes:
         what: It, in words.
-        truth: What it is held to.
+        truth: Its comparison.
         check: The check; or the name of the test that is it.
-        refused: Whether a sentence refuses it.
+        refused: Whether it raises an error that says why.
         slow: Whether it takes seconds.
     """
 
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def state(self) -> str:
-        return "refused by a sentence" if self.refused else "holds"
+        return "refused" if self.refused else "holds"
 
 
 # pieces
@@ -419,14 +419,14 @@ ROWS = [
           truth="the optimizer's own", check=partial(check, usable))
       for name, check in (("Lightning's wrapper", wrapped_by_lightning),
                           ("Fabric's wrapper", wrapped_by_fabric))),
-    Row(what="Accelerate's wrapper: `wrapper.hparams`", truth="its AttributeError: `unwrap` it",
+    Row(what="Accelerate's wrapper: `wrapper.hparams`", truth="an error that names `unwrap`",
         check=refused_by_accelerate, refused=True),
     Row(what="`st.SelfTuning`: every optimizer of torch but Muon",
         truth="the inner optimizer, bit for bit",
         check=partial(inside_selftuning, torch_optimizers, lambda n: n not in ("Muon", "LBFGS"))),
     Row(what="`st.SelfTuning(torch.optim.Muon)`", truth="the inner optimizer, bit for bit",
         check=partial(inside_selftuning, torch_optimizers, lambda n: n == "Muon")),
-    Row(what="`st.SelfTuning(torch.optim.LBFGS)`", truth="a sentence", check=lbfgs, refused=True),
+    Row(what="`st.SelfTuning(torch.optim.LBFGS)`", truth="a refusal", check=lbfgs, refused=True),
     Row(what="`st.SelfTuning`: timm's optimizers", truth="the inner one, bit for bit",
         check=partial(inside_selftuning, timm_optimizers, lambda n: True), slow=True),
     Row(what="`st.SelfTuning`: torchao's Adam in 8 and 4 bits and fp8",
@@ -460,7 +460,7 @@ ROWS = [
         check="../optim/test_processes.py::test_two_processes"),
     Row(what="DDP: `hyper_step` on one rank only", truth="an error within seconds",
         check="../optim/test_processes.py::test_two_processes"),
-    Row(what="ZeroRedundancyOptimizer", truth="a sentence", refused=True,
+    Row(what="ZeroRedundancyOptimizer", truth="a refusal", refused=True,
         check="../optim/test_processes.py::test_two_processes"),
 ]  # fmt: skip
 
@@ -489,7 +489,7 @@ def test_rows_that_are_tests_elsewhere_exist() -> None:
 
 
 def table() -> str:
-    lines = ["| behaviour | held to | |", "|---|---|---|"]
+    lines = ["| behaviour | compared with | result |", "|---|---|---|"]
     return "\n".join(lines + [f"| {r.what} | {r.truth} | {r.state} |" for r in ROWS]) + "\n"
 
 

@@ -91,7 +91,7 @@ def test_a_full_disk_stops_logging_with_one_warning(
         monitor.flush()
     assert writer.calls == working + 1
     assert [r.getMessage() for r in caplog.records] == [
-        "TensorBoard: logging stopped, training goes on: no space left on device"
+        "TensorBoard: logging stopped, training continues: no space left on device"
     ]
     assert not monitor.on
 

@@ -65,7 +65,7 @@ CLOSURES: dict[str, tuple[Callable, type, list[str]]] = {
     "foreign": (lambda n: param().sum(), ValueError, ["closure", "does not depend", "model"]),
     "raises": (fail, KeyError, ["user's"]),
     "tuple": (lambda n: (n(X).mean(), X), TypeError, ["closure", "tuple", "alone"]),
-    "backward": (lambda n: went_back(n), RuntimeError, ["closure", "backward", "return it"]),
+    "backward": (lambda n: went_back(n), RuntimeError, ["closure", "backward", "return the loss"]),
     "no batch left": (lambda n: next(iter(())), RuntimeError, ["closure", "stream", "cycle"]),
 }
 

@@ -79,5 +79,5 @@ def test_an_optimizer_of_second_order_is_refused_by_name() -> None:
     class Newton(torch.optim.SGD):
         is_second_order = True
 
-    with pytest.raises(TypeError, match="Newton differentiates the gradients again"):
+    with pytest.raises(TypeError, match="Newton needs second derivatives"):
         st.SelfTuning(Newton(network().parameters(), lr=0.1))

@@ -121,7 +121,7 @@ def test_a_state_that_is_not_whole_is_refused_whole(damage: Callable[[dict], Non
     state = saved.state_dict()
     damage(state)
     before, groups = snapshot(net, opt), [dict(g) for g in opt.param_groups]
-    with pytest.raises(ValueError, match="state_dict is not whole: "):
+    with pytest.raises(ValueError, match="state_dict is incomplete: "):
         opt.load_state_dict(state)
     torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)
     assert [g["lr"] for g in opt.param_groups] == [g["lr"] for g in groups]

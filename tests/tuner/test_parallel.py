@@ -307,7 +307,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
     endless[lost].kill()
     _, errors = endless[1 - lost].communicate(timeout=20)
     assert endless[1 - lost].returncode == 1
-    assert f"rank {1 - lost} of 2 ends: another rank is gone" in errors
+    assert f"rank {1 - lost} of 2 ends: another rank has died" in errors
     assert torch.load(tmp_path / "last.pt")["numbers"][0] >= 10
 
 

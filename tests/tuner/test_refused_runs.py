@@ -270,7 +270,7 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_it_is_gone(
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     fit(log_dir=tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="holds a run already: pass resume=True"):
+    with pytest.raises(ValueError, match="already contains a run: pass resume=True"):
         fit(log_dir=tmp_path)
     assert contents(tmp_path) == before
 

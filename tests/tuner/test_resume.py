@@ -233,7 +233,9 @@ def test_a_finished_run_is_made_longer(
     before = len(short.history["train_loss"])
     assert same({"": longer.history["train_loss"][:before]}, {"": short.history["train_loss"]})
     assert longer.best_loss <= short.best_loss
-    told = [r.getMessage() for r in caplog.records if "goes on from its average" in r.getMessage()]
+    told = [
+        r.getMessage() for r in caplog.records if "continues from its average" in r.getMessage()
+    ]
     assert len(told) == 1
     assert f"of {short.steps} steps" in told[0]
     assert f"to step {longer.steps}" in told[0]
@@ -271,5 +273,5 @@ def test_resuming_says_where_and_names_a_changed_start(
     result = run(tmp_path, resume=True, hparams=changed)
     told = [r.getMessage() for r in caplog.records]
     assert any(f"resumed at step 28 of {result.steps}" in t for t in told)
-    (named,) = (t for t in told if "is not taken" in t)
-    assert named.startswith("resume: lr=0.5 is not taken: the run, which began at 0.01, goes on")
+    (named,) = (t for t in told if "is ignored" in t)
+    assert named.startswith("resume: lr=0.5 is ignored: the run started at 0.01 and continues")
