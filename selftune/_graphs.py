@@ -1,4 +1,4 @@
-"""Functions that are compiled once a name."""
+"""Functions compiled once for each name."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Function = Callable[..., Any]
 
 
 class Graphs:
-    """Wraps functions, each once a name.
+    """Wraps functions, once for each name.
 
     Args:
-        wrap: Wraps a function, for example into a graph.
+        wrap: Wraps a function, for example by compiling it.
     """
 
     def __init__(self, wrap: Callable[[Function], Function]) -> None:
         self._wrap, self._known = wrap, dict[str, Function]()
 
     def __call__(self, name: str, function: Function) -> Function:
-        """The first function of a name, wrapped."""
+        """The wrapped first function of a name."""
         if name not in self._known:
             self._known[name] = self._wrap(function)
         return self._known[name]
