@@ -24,6 +24,6 @@ def write_text(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
         raise OSError(
             error.errno,
-            f"{path} was not written ({error.strerror}); the previous file stays: free space there, "
-            "or pass another place",
+            f"{path} was not written ({error.strerror}); the previous file stays: free space "
+            "there, or pass another place",
         ) from error
