@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interruption:
-    """Whether Ctrl-C was pressed; the second time it interrupts at once.
+    """Records Ctrl-C; the second one interrupts at once.
 
     Args:
         terminating: Whether SIGTERM asks for the end as well, which torchrun sends to all ranks
@@ -28,7 +28,7 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens inside the block; only the main thread can."""
+        """Handle Ctrl-C inside the block, in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -28,13 +28,13 @@ def payoff(
 ) -> tuple[bool, float]:
     """Whether compiling pays, and about how many seconds it saves.
 
-    On a busy machine wall time is that of others, with several threads process time counts each:
-    the shorter one is nearer to what a step takes.
+    Wall time includes other processes on a busy machine, and process time sums over threads; the
+    shorter of the two is the better estimate.
 
     Args:
         begun: Wall and process time before ``WATCHED`` eager steps.
         ended: The same after them.
-        left: Steps that are left in the run.
+        left: Remaining steps of the run.
         tensors: Number of parameter tensors.
     """
     taken = min(end - start for start, end in zip(begun, ended, strict=True)) / WATCHED

@@ -1,4 +1,4 @@
-"""Pictures of a run for the log: what it predicts around where its hyperparameters are."""
+"""Pictures of predicted losses around the current hyperparameters, for the log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCHES = 10
 
 
 def picture(watch: Watch, predictor: Predictor, step: int) -> None:
-    """Write the predicted losses around each hyperparameter, and a map of two of them.
+    """Log the predicted losses around each hyperparameter, and a map of two of them.
 
     The run's random streams are left alone.
     """

@@ -75,7 +75,7 @@ class Population:
             log.info("member %d copies member %d", member, best)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The stream of random numbers."""
+        """The state of the random stream."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
