@@ -29,7 +29,7 @@ class Graphs:
 
 
 def compile_alone(function: Function) -> Function:
-    """A compiled function with code of its own: Dynamo keeps only a few graphs for the same."""
+    """A compiled function with a separate code object, because Dynamo limits the graphs of each."""
 
     def run(*args: Any) -> Any:
         return function(*args)

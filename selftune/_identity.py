@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SAMPLED = 1024
-"""Values of a tensor that its digest is made of."""
+"""Number of values of a tensor in its digest."""
 
 
 def flatten(name: str, value: Any) -> dict[str, Any]:

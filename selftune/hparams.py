@@ -100,13 +100,13 @@ WEIGHT_DECAY = Hparam(
     name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5, role="regularizer"
 )  # fmt: skip
 SLOW = 0.2
-"""Relative pace of momenta, which repay patience (ablations)."""
+"""Relative step size of momenta (see ablations)."""
 MOMENTUM = Hparam(
     name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1,
     role="momentum", pace=SLOW, accumulates=True,
 )  # fmt: skip
 MEMORY = 20
-"""How many times the memory 1/(1 − μ) of a tuned momentum must fit into the run."""
+"""The memory 1/(1 − μ) of a tuned momentum must fit this many times into the run."""
 FAMILIES = {
     "Step": ("lr", "decay", "momentum", "beta1", "beta2", "alpha", "dampening", "eps"),
     "Regularization": ("weight_decay", "l1", "l2", "elastic", "group", "gates"),

@@ -31,9 +31,9 @@ class AbstractPenalty(ABC):
     name: ClassVar[str]
     """The name of its strength among the hyperparameters."""
     elementwise: ClassVar[bool] = True
-    """Whether Ω is a sum over single weights, so that tensors may be joined."""
+    """Whether Ω is a sum over single weights, so that tensors can be concatenated."""
     proximal: ClassVar[bool] = False
-    """Whether it acts through ``prox`` in place of its gradient."""
+    """Whether it acts through ``prox`` instead of its gradient."""
 
     @abstractmethod
     def value(self, params: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class ProximalL1(AbstractPenalty):
 
 
 GATE_AXES = (1, 1, 1, 1, 1)
-"""Shape of a gate after its units. No parameter of torch has six dimensions, so a penalty, which is
-given one tensor and no name, knows gates by theirs: joined, sharded or mapped over a population."""
+"""Trailing dimensions of a gate. No parameter of torch has six dimensions, so a penalty, which gets
+only a tensor, recognises gates by shape: concatenated, sharded or mapped over a population."""
 
 
 def is_gate(shape: Sequence[int]) -> bool:

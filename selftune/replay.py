@@ -27,7 +27,7 @@ from selftune.nn import Tunable
 from selftune.rules.adam import BETA1, BETA2
 
 OPTIONS = {h.name: (h.option, int(h.index or 0)) for h in (BETA1, BETA2)}
-"""Hyperparameters that are one place in a tuple of a parameter group."""
+"""Hyperparameters that are elements of a tuple in a parameter group."""
 
 
 @dataclass(frozen=True, kw_only=True)

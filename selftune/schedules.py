@@ -17,9 +17,9 @@ from torch import Tensor
 Scalar = TypeVar("Scalar", float, Tensor)
 
 HORIZON = 1000
-"""Steps a run is taken to last where nobody says."""
+"""Assumed number of steps in a run of unknown length."""
 POINTS = 1000
-"""Steps at most that the mean of a schedule is taken over."""
+"""Largest number of steps in the mean of a schedule."""
 
 
 def inverse_time(decay: Scalar, step: Any) -> Scalar:

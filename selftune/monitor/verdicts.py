@@ -11,21 +11,21 @@ from typing import NamedTuple
 from selftune.hparams import DECAY, LR, MOMENTUM
 
 KINDS = ("settled", "moving", "noise", "at bound")
-"""The scalar of a verdict is its place here."""
+"""The number of a verdict is its index here."""
 RECENT = 0.2
-"""The share of a run's hyperparameter steps that is judged, at least ``LEAST`` of them."""
+"""Share of a run's hyperparameter steps that is judged, with a minimum of ``LEAST`` steps."""
 LEAST = 20
 MOVED = 0.1
-"""In raw (log or odds) space: less is no movement."""
+"""Least change in raw space that counts as movement."""
 CLEAR = 0.46
-"""Signal-to-noise ratio below which steps are held back: twice that of pure noise."""
+"""Signal-to-noise ratio below which steps are scaled down: twice that of pure noise."""
 LATE = 1 / 3
-"""The share of a run in which a hyperparameter must not have gone ``FAR`` to have settled."""
+"""A settled hyperparameter has changed less than ``FAR`` in this share of the run."""
 FAR, LOOSE = 0.4, 0.25
-"""In raw space: half as much again, in the last third; a quarter, among recent values."""
+"""Limits of changes in raw space in the last third, and among recent values."""
 LONGER = "start the next run from there, or train longer"
 NEAR = 0.02
-"""How near to a bound counts as at it, in raw space."""
+"""Largest distance from a bound that counts as at the bound, in raw space."""
 
 AT_BOUND = {
     (LR.role, "lower"): "tuning asks for a lower rate: the network may overfit or be broken",

@@ -14,7 +14,7 @@ from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
 
 EDGE = 1e-6
-"""How near to 0 and 1 a rate's odds are still computed."""
+"""Least distance of a rate from 0 and 1 in its odds."""
 
 
 def rate(name: str, start: float = 0.05) -> Hparam:

@@ -20,7 +20,7 @@ from selftune.optim._shards import by_rows, shard
 State = MutableMapping[Tensor, dict[str, Any]]
 
 SCALED = {"centre", "mark"}
-"""What is kept of the slice of a parameter times the root of the slice."""
+"""Keys of state over the slice that is scaled by √stride."""
 
 
 class Assembly:

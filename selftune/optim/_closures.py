@@ -21,7 +21,7 @@ from selftune.update import Clock, Transition, Update
 log = logging.getLogger("selftune")
 
 CHANGED = 0.3
-"""Share by which the gradient of a closure may differ from what it was at the same weights."""
+"""Largest relative change of the gradient of a closure at the same weights."""
 
 
 class Call:

@@ -14,7 +14,7 @@ from selftune.monitor._monitor import DISTINCT
 from selftune.optim._shifts import Shifts
 
 SPARSE = 20
-"""Hyperparameter steps from one histogram of layers, and from one verdict, to the next."""
+"""Hyperparameter steps between two histograms of layers, and between two verdicts."""
 
 
 def rate_rows(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:

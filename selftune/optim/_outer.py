@@ -25,11 +25,11 @@ log = logging.getLogger("selftune")
 
 Closure = Callable[[], Tensor]
 Taken = list[list[Tensor]]
-"""Of every block, what was taken of the gradient of each parameter."""
+"""For every block, the needed part of the gradient of each parameter."""
 Take = Callable[[Block, int, Tensor], Tensor]
-"""Takes what is needed of a gradient: the block, the parameter's number in it, and the gradient."""
+"""Selects the needed part, from the block, the index of the parameter and its gradient."""
 RARER = 200
-"""Steps of the run for every batch of which slopes are taken at its end, at each place."""
+"""Steps of the run for each batch of slopes at its end, at each position."""
 
 
 OLD_LOSS = (

@@ -20,7 +20,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 16
-"""Of what is kept; 16 knows which hyperparameters stay at 0 until a validation loss arrives."""
+"""Version of the state; 16 includes hyperparameters that stay 0 until a validation loss."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -171,7 +171,7 @@ def check_state(
 
 
 OPEN = ("groups", "buffers", "training_signal", "slopes", "optimizer")
-"""Parts whose size depends on how far the run is."""
+"""Parts whose size depends on the progress of the run."""
 
 
 def _complete(saved: Any, mine: Any, where: str = "its run") -> None:

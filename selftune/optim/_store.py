@@ -20,7 +20,7 @@ from selftune.update import Clock, Transition
 Counted = Sequence[bool] | None
 """Which tensors of a block have a gradient; None: all."""
 Grads = Sequence[tuple[Tensor, Counted]]
-"""Joined gradients of every block, and which of its tensors have one."""
+"""Concatenated gradients of every block, and which of its tensors have one."""
 
 
 @dataclass(kw_only=True)

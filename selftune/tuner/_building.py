@@ -49,7 +49,7 @@ from selftune.update import Update
 log = logging.getLogger("selftune")
 
 JOINED = 2**22
-"""Weights up to which eager runs keep them in one vector."""
+"""Largest number of weights that eager runs keep in one vector."""
 
 
 @dataclass(kw_only=True)

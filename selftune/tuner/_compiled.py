@@ -22,7 +22,7 @@ log = logging.getLogger("selftune")
 
 Step = Callable[..., Any]
 ODD, SHARE = 20, 0.25
-"""Batches of other shapes run eagerly, until there are this many and they are this share."""
+"""Batches of other shapes run eagerly, up to this number and this share of all."""
 
 
 class Fused:

@@ -24,11 +24,11 @@ log = logging.getLogger("selftune")
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
-"""Longest wait for another rank, which may be compiling; one that is gone is noticed at once."""
+"""Longest wait for another rank, which may be compiling; a dead rank is detected at once."""
 
 
 class RankLost(RuntimeError):
-    """Another rank is gone: a collective failed, before anything was written."""
+    """Another rank has died: a collective failed, before anything was written."""
 
 
 class Group:
@@ -67,9 +67,9 @@ class Group:
     def mean(self, passing: Callable[..., Passed], run: Any, batch: Any) -> Passed:
         """The pass over the batches of all ranks: means weighted by examples, in one all-reduce.
 
-        Dropout and augmentation draw other numbers on each rank: the generator is seeded by
-        (run, pass, rank) for the pass, so that a checkpoint needs no rank's state. All other random
-        numbers in the process (shuffling, above all) stay the same on all ranks. Floating-point
+        Dropout and augmentation use different random numbers on each rank: for each pass the
+        generator is seeded by (run, pass, rank), so a checkpoint needs no rank's state. All other
+        random numbers, such as those of shuffling, are the same on all ranks. Floating-point
         buffers, such as the running statistics of BatchNorm, are averaged as well.
 
         Args:
@@ -173,15 +173,15 @@ class Group:
             restore(state)
 
     def seed(self) -> None:
-        """Begin the random numbers of passes, which depend on the state of the shared stream."""
+        """Seed the random numbers of passes from the state of the shared stream."""
         self._start, self._passes = digest([torch.get_rng_state()]), 0
 
     def state_dict(self) -> dict[str, int]:
-        """What decides the random numbers of the passes that follow."""
+        """The state of the random numbers of later passes."""
         return {"start": self._start, "passes": self._passes}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with the random numbers of a saved run, on any number of ranks."""
+        """Continue the random numbers of a saved run, on any number of ranks."""
         self._start, self._passes = state["start"], state["passes"]
 
     @contextmanager

@@ -17,7 +17,7 @@ from selftune._gradient import gradient, plainly
 Passed = tuple[Tensor, list[Tensor], list[Tensor]]
 """Loss, gradients and next buffers of a pass."""
 APART = 2**24
-"""How far the counters of random numbers of two ranks are from each other."""
+"""Distance between the random-number counters of two ranks."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._watch import Watch
 
 AROUND = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
-"""Raw distances from the present value at which the loss is predicted."""
+"""Raw distances from the current value at which the loss is predicted."""
 MOST = 12
-"""Hyperparameters that are drawn: those that moved most."""
+"""Number of drawn hyperparameters, those with the largest changes."""
 BATCHES = 10
-"""Validation batches a point is judged by."""
+"""Validation batches for each point."""
 
 
 def picture(watch: Watch, predictor: Predictor, step: int) -> None:

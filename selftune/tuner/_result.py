@@ -40,7 +40,7 @@ class History:
             self.hparams.setdefault(name, []).append(value)
 
     def mean_loss(self, steps: int) -> float:
-        """Mean training loss of the last steps; NaN where none is known."""
+        """Mean training loss of the last steps; NaN if there are none."""
         known = [loss for loss in self.train_loss[-steps:] if math.isfinite(loss)]
         return sum(known) / len(known) if known else math.nan
 

@@ -113,10 +113,10 @@ class Training:
         return ended
 
     def _reach(self, due: str) -> None:
-        """Go on with a part of a step.
+        """Start a part of a step.
 
         If another rank is lost in it, this rank has written nothing yet, but has drawn batches and
-        random numbers: the run is saved as it was here.
+        random numbers: the state saved is that of this point.
         """
         self.due, self._position = due, self._now()
 
@@ -179,7 +179,7 @@ class Training:
             self.population.exploit(self.snapshots, self.watch.controllers, self.steps.hyper)
 
     def _step_weights(self, step: int, batch: Any, tracked: bool, tune: bool) -> bool:
-        """A weight step; returns whether a step of the hyperparameters follows."""
+        """Take a weight step; return whether a hyperparameter step follows."""
         told = self.fused.train(batch, tracked=tracked, last=tune)
         self.watch.trained(step, told)
         if tune and not told.is_cuda:
@@ -202,7 +202,7 @@ class Training:
     # evaluation
 
     def _evaluate(self) -> dict[str, float]:
-        """Losses and metrics over the whole validation set, noted and logged."""
+        """Evaluate losses and metrics over the whole validation set, and log them."""
         self.watch.digest(self.step)
         check_agreement(self.fused.run, self.group)
         metrics, leader = self.watch.metrics, self.watch.leader
@@ -290,7 +290,7 @@ class Training:
         )  # fmt: skip
 
     def save(self, everywhere: bool = False) -> None:
-        """Write the whole run; on the first rank, or ``everywhere`` because that may be gone."""
+        """Write a checkpoint on the first rank, or ``everywhere`` because that may have died."""
         if self.folder is None:
             return
         self.watch.digest(self.step)
