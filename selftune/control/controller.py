@@ -18,7 +18,7 @@ log = logging.getLogger("selftune")
 PROOF, PROVEN = 10, 0.1
 """Number of training losses without an alarm that confirm a sweep; or a validation loss at most
 this share above the initial one."""
-FADED = "units died under a learning rate that has climbed"
+FADED = "units died after the learning rate had risen"
 BAD_GRADIENTS = "gradients vanished or are not finite"
 
 
