@@ -1,4 +1,4 @@
-"""What arguments may be: one declaration each, and one check for all.
+"""Valid values of arguments: one declaration for each, and one check for all.
 
 ARGUMENTS = {"every": Whole(least=1) | NONE, "amp": FLAG}
 check(ARGUMENTS, {"every": 0, "amp": True})   # ValueError: every=0 must be …
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Kind(ABC):
-    """What an argument may be."""
+    """A kind of valid values."""
 
     @abstractmethod
     def fits(self, value: Any) -> bool:
@@ -29,7 +29,7 @@ class Kind(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """In words, behind "must be"."""
+        """In words, after "must be"."""
 
     def __or__(self, other: Kind) -> Kind:
         """Either of two."""
@@ -38,7 +38,7 @@ class Kind(ABC):
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A number in a range; no NaN, and no infinity unless that says "never"."""
+    """A number in a range, not NaN, and finite unless infinity is allowed."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -47,7 +47,7 @@ class Number(Kind):
     finite: bool = True
 
     def fits(self, value: Any) -> bool:
-        """Whether it is a number; True and False are none."""
+        """Whether it is a number; True and False are not."""
         return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
     def holds(self, value: Any) -> bool:
@@ -118,7 +118,7 @@ class Instance(Kind):
 
 @dataclass(frozen=True)
 class That(Kind):
-    """What a function says yes to."""
+    """Values accepted by a function."""
 
     test: Callable[[Any], bool]
     words: str
@@ -132,7 +132,7 @@ class That(Kind):
 
 
 class Either(Kind):
-    """What one of several kinds allows."""
+    """Values of one of several kinds."""
 
     def __init__(self, *kinds: Kind) -> None:
         flat = [k for kind in kinds for k in getattr(kind, "kinds", (kind,))]
@@ -164,15 +164,15 @@ PAIR = That(
 
 
 def check(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
-    """Refuse values that are not of their kind.
+    """Raise an error for values that are not of their kind.
 
     Args:
-        kinds: By the argument's name.
-        values: Likewise; others are not looked at.
+        kinds: Kinds by the arguments' names.
+        values: Values by name; names without a kind are ignored.
 
     Raises:
-        TypeError: A value of another type.
-        ValueError: One outside its range.
+        TypeError: A value has another type.
+        ValueError: A value is outside its range.
 
     Examples:
         >>> check({"every": Whole(least=1) | NONE}, {"every": 0})
@@ -190,22 +190,22 @@ def check(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    """Its ``repr``, or of long ones the beginning."""
+    """Its ``repr``, truncated if long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 class Settings:
-    """A frozen dataclass of numbers, which are checked: no NaN, and 0 or more.
+    """A frozen dataclass of numbers, which must not be NaN or negative.
 
     Attributes:
-        signed: Names of those that may be below 0.
+        signed: Names of numbers that may be negative.
     """
 
     signed: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        """Check them against the types of their defaults."""
+        """Check the numbers against the types of their defaults."""
         for each in fields(self):  # type: ignore[arg-type]
             least = -math.inf if each.name in self.signed else 0.0
             kinds: dict[type, Kind] = {

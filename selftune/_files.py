@@ -1,4 +1,4 @@
-"""Text files that are written whole or not at all."""
+"""Text files, written atomically."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside the one that is there, and move it into its place.
+    """Write a temporary file, and move it to its place.
 
     Raises:
-        OSError: It cannot be written; what was there stays as it was.
+        OSError: It cannot be written; the previous file stays unchanged.
     """
     place = Path(os.path.realpath(path))  # a link goes on pointing there
     partial = place.with_name(f"{place.name}.{uuid.uuid4().hex}.partial")
@@ -24,6 +24,6 @@ def write_text(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
         raise OSError(
             error.errno,
-            f"{path} was not written ({error.strerror}), what was there stays: free space there, "
-            "or pass another place",
+            f"{path} was not written ({error.strerror}); the previous file stays: free space "
+            "there, or pass another place",
         ) from error

@@ -1,4 +1,4 @@
-"""A list of tensors as one flat vector: where each of them lies, there and back."""
+"""Concatenation of a list of tensors to one flat vector, and back."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor (DTensor); any other tensor as it is."""
+    """This rank's part of a sharded tensor (DTensor); other tensors unchanged."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
 def plus(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:
-    """``a + factor · b``, in one operation where the factor is a number."""
+    """``a + factor · b``, in one operation if the factor is a number."""
     if isinstance(factor, Tensor):
         return a + factor * b
     return torch.add(a, b, alpha=factor)
@@ -35,7 +35,7 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def swap(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """Exchange the values of tensors with others', a few at a time."""
+    """Exchange the values of two lists of tensors, a few at a time."""
     for tensor, other in zip(tensors, others, strict=True):
         both = (tensor, other)
         if tensor.is_contiguous():
@@ -49,16 +49,16 @@ def swap(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 class Layout:
-    """Where each tensor of a list lies in the flat vector of them all.
+    """Positions of the tensors of a list in their flat concatenation.
 
-    Half-precision tensors lie in a float32 vector, so whatever is computed on the vector
-    (rule state, tangents, averages) is accumulated in float32.
+    Half-precision tensors are stored in a float32 vector, so rule state, tangents and averages are
+    accumulated in float32.
 
     Attributes:
         sizes: Number of elements of each tensor.
         numel: Length N of the vector.
         dtype: The vector's dtype.
-        native: Whether the tensors lie whole on the CPU, in the vector's dtype.
+        native: Whether the tensors are whole, on the CPU, and in the vector's dtype.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -77,12 +77,12 @@ class Layout:
         self.native = whole and all(t.dtype == self.dtype for t in tensors)
 
     def flatten(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """A vector of shape (N,) holding the tensors' values: a new one, or ``out``."""
+        """A vector of shape (N,) with the tensors' values: a new one, or ``out``."""
         parts = [t.ravel() for t in self._local(tensors)]
         return torch.cat(parts).to(self.dtype) if out is None else torch.cat(parts, out=out)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The tensors as views of ``flat``; leading dimensions of ``flat`` are kept."""
+        """The tensors as views of ``flat``; leading dimensions of ``flat`` stay."""
         lead = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
         return [p.view((*lead, *s)) for p, s in zip(parts, self.shapes, strict=True)]
@@ -98,7 +98,7 @@ class Layout:
         return [local(t) for t in tensors] if self._sharded else list(tensors)
 
     def expand(self, values: Sequence[float]) -> float | Tensor:
-        """One value a tensor as one a weight: a number if all agree, else shape (N,)."""
+        """Expand values of tensors to weights: a number if all agree, else shape (N,)."""
         if all(v == values[0] for v in values):
             return values[0]
         repeats = torch.tensor(self.sizes, device=self.device)

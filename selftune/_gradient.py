@@ -1,4 +1,4 @@
-"""Gradients of pure functions, by the quickest way there is where they are taken."""
+"""Gradients of pure functions, by the fastest method in each context."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 def gradient(
     function: Callable[[list[Tensor]], tuple[Tensor, Any]], params: list[Tensor]
 ) -> tuple[list[Tensor], Tensor, Any]:
-    """Gradients, value and what else the function returns.
+    """Gradients, value and auxiliary outputs of a function.
 
-    By :func:`torch.func.grad` in graphs, under its transforms, and where somebody may
-    differentiate what comes out. Elsewhere, under ``no_grad``, by plain autograd, which takes the
-    same kernels as the user's own loop: under torch.func an LSTM takes others, that are more than
-    twice as slow on a CPU.
+    Uses :func:`torch.func.grad` in graphs, under its transforms, and if the result may be
+    differentiated. Otherwise, under ``no_grad``, uses plain autograd, with the same kernels as the
+    user's own loop: under torch.func an LSTM uses kernels that are less than half as fast on a CPU.
 
     Args:
-        function: Returns a scalar, and anything.
-        params: Where.
+        function: Returns a scalar and an auxiliary output.
+        params: The point of differentiation.
     """
     if not plainly():
         grads, (value, rest) = torch.func.grad_and_value(function, has_aux=True)(params)
@@ -40,11 +39,11 @@ def gradient(
 def pulling(
     function: Callable[[Tensor], Any], params: Tensor
 ) -> tuple[Any, Callable[[Any], Tensor]]:
-    """What the function returns, and the transpose of its derivative there.
+    """The outputs of a function, and the transpose of its derivative.
 
     Args:
         function: Returns tensors.
-        params: Where.
+        params: The point of differentiation.
     """
     if not plainly():
         found: Any = torch.func.vjp(function, params)
@@ -63,6 +62,6 @@ def pulling(
 
 
 def plainly() -> bool:
-    """Whether nothing but a value is asked for, outside of graphs and transforms."""
+    """Whether only values are needed, outside of graphs and transforms."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     return not (transformed or torch.is_grad_enabled() or torch.compiler.is_compiling())

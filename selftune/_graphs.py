@@ -1,4 +1,4 @@
-"""Functions that are compiled once a name."""
+"""Functions compiled once for each name."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Function = Callable[..., Any]
 
 
 class Graphs:
-    """Wraps functions, each once a name.
+    """Wraps functions, once for each name.
 
     Args:
-        wrap: Wraps a function, for example into a graph.
+        wrap: Wraps a function, for example by compiling it.
     """
 
     def __init__(self, wrap: Callable[[Function], Function]) -> None:
         self._wrap, self._known = wrap, dict[str, Function]()
 
     def __call__(self, name: str, function: Function) -> Function:
-        """The first function of a name, wrapped."""
+        """The wrapped first function of a name."""
         if name not in self._known:
             self._known[name] = self._wrap(function)
         return self._known[name]
 
 
 def compile_alone(function: Function) -> Function:
-    """A compiled function with code of its own: Dynamo keeps only a few graphs for the same."""
+    """A compiled function with a separate code object, because Dynamo limits the graphs of each."""
 
     def run(*args: Any) -> Any:
         return function(*args)

@@ -1,4 +1,4 @@
-"""What a run must have in common with one that continues it, and with other processes of it."""
+"""Settings that must agree between a run, its continuation and its other processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 SAMPLED = 1024
-"""Values of a tensor that its digest is made of."""
+"""Number of values of a tensor in its digest."""
 
 
 def flatten(name: str, value: Any) -> dict[str, Any]:
-    """Settings by dotted names, as numbers and texts.
+    """Settings by dotted names, as numbers and strings.
 
     Examples:
         >>> from selftune.method import Average
@@ -36,7 +36,7 @@ def flatten(name: str, value: Any) -> dict[str, Any]:
 
 
 def describe(value: Any) -> str:
-    """The ``repr`` of an object, without addresses, which differ between processes."""
+    """The ``repr`` of an object without memory addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

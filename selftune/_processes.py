@@ -6,7 +6,7 @@ import os
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this number is there."""
+    """Whether a process with this number exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Trees of tensors, walked in a few lines: torch's own walk takes as long as a small net's step."""
+"""Traversal of trees of tensors; torch's own takes as long as a small network's step."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Maps between an unconstrained *raw* value and a constrained hyperparameter.
 
-Gradient steps are taken on raw values, in which equal steps mean equal changes of what
-matters: ratios for a learning rate (``Log``), odds for a dropout rate (``Logit``), ratios of the
-number of steps remembered for a momentum (``Memory``).
+Gradient steps are taken on raw values, where equal steps are equal ratios of a learning rate
+(``Log``), of the odds of a dropout rate (``Logit``), or of the memory of a momentum in steps
+(``Memory``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class AbstractBijection(ABC):
     """An increasing map from raw to constrained values, with its inverse and slope.
 
     Attributes:
-        domain: Which values there are, for error messages.
+        domain: Valid values in words, for error messages.
     """
 
     domain: ClassVar[str]
@@ -100,15 +100,15 @@ class Logit(AbstractBijection):
 class Memory(AbstractBijection):
     """``value = 1 - exp(-raw)``, for momenta and betas: the raw value is the memory's logarithm.
 
-    The memory is 1/(1 − μ), about the number of gradients that a mean with momentum μ holds. Odds
-    are its ratio to the newest gradient, μ/(1 − μ), and fall without end where the memory is all
-    but 1: from a momentum of 0.02 a run would take as long to 0.04 as from 0.9 to 0.95.
+    The memory is 1/(1 − μ), about the number of gradients in a running mean with momentum μ. The
+    odds μ/(1 − μ) are not suitable, because their log diverges as μ goes to 0: from 0.02 to 0.04
+    would take as many steps as from 0.9 to 0.95.
     """
 
     domain = "at least 0 and below 1"
 
     def forward(self, raw: Tensor) -> Tensor:
-        """``1 - exp(-raw)``; raw values from 0 on are memories."""
+        """``1 - exp(-raw)``; raw values are 0 or more."""
         return -torch.expm1(-raw)
 
     def inverse(self, value: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Memory(AbstractBijection):
 
 
 class Softplus(AbstractBijection):
-    """``value = log(1 + exp(raw))``: positive, and linear where it is large."""
+    """``value = log(1 + exp(raw))``: positive, and linear for large values."""
 
     domain = "above 0"
 

@@ -12,7 +12,7 @@ from selftune.monitor.report import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command and return the exit status."""
     parser = argparse.ArgumentParser(prog="selftune", description="Look at self-tuned runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="the tables of finished or running runs, compared")
@@ -57,7 +57,7 @@ def _show(runs: Sequence[str]) -> int:
 
 
 def _expanded(runs: Sequence[str]) -> list[str]:
-    """The runs, and for a folder without one those below it."""
+    """The given runs; a folder without a run is replaced by the runs below it."""
     found: dict[str, None] = {}
     for run in runs:
         below = [str(path) for path in runs_in(run)] if Path(run).is_dir() else []

@@ -16,11 +16,11 @@ from selftune.update import Update
 
 
 def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tensor, Any], Any]]:
-    """A model as a vector of its trained parameters and a pure function of it.
+    """Convert a model to a vector of its trained parameters and a pure function of it.
 
     Args:
-        model: Any module; buffers are read and what passes write to them is dropped.
-        buffers: Whether to copy buffers at each call, which modules in training mode need.
+        model: Any module. Buffers are read, but changes to them are discarded.
+        buffers: Whether to copy buffers at each call, as needed for modules in training mode.
 
     Returns:
         The parameters, shape (N,), and ``call(params, *inputs)``.
@@ -47,7 +47,7 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """The model without its trained weights, so that they are not held twice."""
+    """The model without its trained weights, so that memory holds them once."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo |= {id(p): nn.Parameter(p.new_empty(0)) for p in model.parameters() if p.requires_grad}
     try:
@@ -65,18 +65,18 @@ def as_problem(
     by_tensor: bool = False,
     **options: Any,
 ) -> tuple[Problem, Tensor]:
-    """A model's training as a bilevel problem, and its weights as a vector.
+    """Convert a model's training to a bilevel problem, and its weights to a vector.
 
-    Batches are pairs ``(inputs, target)``. Hyperparameters that the update does not read reach
-    ``loss_fn(output, target, name=…)`` by name.
+    Batches are pairs ``(inputs, target)``. Hyperparameters that the update does not read are passed
+    to ``loss_fn(output, target, name=…)`` by name.
 
     Args:
-        model: In the mode, training or evaluation, in which it is to be run.
-        loss_fn: Of output and target.
-        update: The weight step.
-        outer_loss_fn: Of output and target, if it is another.
-        by_tensor: Hyperparameters of the update may hold a value for each parameter tensor.
-        options: Of :class:`Problem`.
+        model: The model, in the mode (training or evaluation) of its passes.
+        loss_fn: Training loss of output and target.
+        update: The update rule.
+        outer_loss_fn: Validation loss of output and target; by default ``loss_fn``.
+        by_tensor: Whether hyperparameters of the update may have a value for each parameter tensor.
+        options: Options of :class:`Problem`.
 
     Examples:
         >>> import torch, selftune as st

@@ -14,24 +14,23 @@ from selftune.bijections import AbstractBijection, Identity, Log, Memory
 
 @dataclass(frozen=True, kw_only=True)
 class Hparam:
-    """What is known of a hyperparameter before a run.
+    """The definition of a hyperparameter.
 
     Args:
         name: Its name in ``tune``, in logs and in saved states.
         bijection: Its scale.
-        lower: Smallest value tuning may reach.
-        upper: Largest value tuning may reach.
-        from_zero: Where tuning starts if every group holds exactly 0, where its scale has no
-            gradient.
-        option: The parameter group's key, where that is not ``name``.
-        index: The position within that option, where it is a tuple (``betas``).
-        role: What it does: ``"rate"``, ``"decay"`` (of the rate), ``"momentum"`` (memory of
-            gradients: shortened by a rewind and, where it averages, after the sweep),
-            ``"regularizer"`` (validation data alone can judge it), ``"layer"`` (acts inside the
-            model or the loss: steps are not scaled down by noise) or ``""``.
+        lower: Lower bound of tuning.
+        upper: Upper bound of tuning.
+        from_zero: Start of tuning if every group has exactly 0, where its scale has no gradient.
+        option: Key of the parameter group, if it is not ``name``.
+        index: Position within that option, if it is a tuple (``betas``).
+        role: ``"rate"``, ``"decay"`` (of the rate), ``"momentum"`` (memory of gradients: reduced by
+            a rewind and, if it averages, after the sweep), ``"regularizer"`` (tuned on validation
+            losses only), ``"layer"`` (acts inside the model or the loss: steps are not scaled by
+            noise) or ``""``.
         pace: Relative size of its steps.
-        accumulates: Whether it is a heavy-ball momentum, which adds gradients up, so that the
-            effective rate is lr/(1 − μ), rather than averaging them.
+        accumulates: Whether it is a heavy-ball momentum, which sums gradients instead of averaging
+            them, so that the effective rate is lr/(1 − μ).
     """
 
     name: str
@@ -47,7 +46,7 @@ class Hparam:
 
     @property
     def below_one(self) -> bool:
-        """Whether only values below 1 make sense: momenta and smoothing constants."""
+        """Whether values must be below 1: momenta and smoothing constants."""
         return isinstance(self.bijection, Memory)
 
     @property
@@ -101,13 +100,13 @@ WEIGHT_DECAY = Hparam(
     name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5, role="regularizer"
 )  # fmt: skip
 SLOW = 0.2
-"""Relative pace of momenta, which repay patience (ablations)."""
+"""Relative step size of momenta (see ablations)."""
 MOMENTUM = Hparam(
     name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1,
     role="momentum", pace=SLOW, accumulates=True,
 )  # fmt: skip
 MEMORY = 20
-"""How many times the memory 1/(1 − μ) of a tuned momentum must fit into the run."""
+"""The memory 1/(1 − μ) of a tuned momentum must fit this many times into the run."""
 FAMILIES = {
     "Step": ("lr", "decay", "momentum", "beta1", "beta2", "alpha", "dampening", "eps"),
     "Regularization": ("weight_decay", "l1", "l2", "elastic", "group", "gates"),
@@ -116,14 +115,14 @@ FAMILIES = {
 
 
 def penalty_hparam(name: str) -> Hparam:
-    """The strength λ of the penalty of that name."""
+    """The strength λ of a penalty."""
     return Hparam(
         name=name, bijection=Log(), lower=1e-10, upper=1e2, from_zero=1e-6, role="regularizer"
     )
 
 
 def as_layer(hparam: Hparam) -> Hparam:
-    """A tuned layer hyperparameter: it has further to go than others, and steps twice as far."""
+    """A tuned layer hyperparameter, whose steps are twice as large."""
     return replace(hparam, role="layer", pace=2.0)
 
 
@@ -133,10 +132,10 @@ def choose(
     bounds: Mapping[str, tuple[float, float]] | None,
     horizon: int,
 ) -> dict[str, Hparam]:
-    """The hyperparameters named in ``tune``, within bounds that fit the horizon.
+    """The hyperparameters named in ``tune``, with bounds that depend on the length of the run.
 
     Raises:
-        ValueError: An unknown name in ``tune`` or ``bounds``, or bounds that do not fit a scale.
+        ValueError: A name in ``tune`` or ``bounds`` is unknown, or bounds do not fit a scale.
     """
     bounds = bounds or {}
     if isinstance(tune, str):

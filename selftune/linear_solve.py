@@ -1,7 +1,7 @@
-"""Linear systems that are known only by their products: ``A v = b``, A mostly a Hessian.
+"""Matrix-free linear systems ``A v = b``, where A is usually a Hessian.
 
-A solver takes a fixed number of products, keeps the best iterate it has seen and says how good it
-is, as tensors: nothing waits for the device, so that a solve compiles and maps over a population.
+A solver computes a fixed number of products and returns its best iterate with the residual, as
+tensors. It never synchronises with the device, so it can be compiled, and mapped over a population.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Solution(NamedTuple):
-    """What a solver found.
+    """The result of a solver.
 
     Attributes:
         value: v, shape (N,).
         residual: ‖b − A v‖ / ‖b‖, shape (); with damping, of the damped system.
-        iterations: Products taken, beside one for a start.
+        iterations: Number of products, not counting one for a start.
         converged: Whether the residual is within the solver's tolerance, shape ().
-        diverged: Whether iterates got worse than nothing, or A is indefinite where it must not
-            be, shape (). ``value`` is usable all the same: it is never worse than 0.
+        diverged: Whether iterates became worse than 0, or A is indefinite although the solver
+            needs a positive matrix, shape (). ``value`` is still usable: never worse than 0.
     """
 
     value: Tensor
@@ -52,7 +52,7 @@ class AbstractSolver(ABC):
         Args:
             product: v ↦ A v.
             rhs: b, shape (N,).
-            start: Where to begin, which costs one product more; zero if None.
+            start: Initial iterate, which costs one more product; zero if None.
         """
 
     def _begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -73,16 +73,16 @@ class AbstractSolver(ABC):
 
 
 class AbstractIteration(AbstractSolver):
-    """A solver of equal rounds, each a pure function of what the one before leaves."""
+    """A solver of identical rounds, each a pure function of the state."""
 
     @property
     @abstractmethod
     def rounds(self) -> int:
-        """How many."""
+        """Number of rounds."""
 
     @abstractmethod
     def begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> Any:
-        """What the first round starts from."""
+        """The initial state."""
 
     @abstractmethod
     def step(self, product: Product, carry: Any) -> Any:
@@ -90,7 +90,7 @@ class AbstractIteration(AbstractSolver):
 
     @abstractmethod
     def end(self, carry: Any, rhs: Tensor) -> Solution:
-        """What the rounds have come to."""
+        """The solution of the final state."""
 
     def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         """Take all rounds."""
@@ -101,7 +101,7 @@ class AbstractIteration(AbstractSolver):
 
 
 class Series(NamedTuple):
-    """What a Neumann series has come to; where it runs away it is stopped."""
+    """The state of a Neumann series, which is stopped if it diverges."""
 
     value: Tensor
     residual: Tensor
@@ -113,17 +113,16 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class Neumann(AbstractIteration):
-    """The Neumann series ``v = η Σ_k (I − η A)ᵏ b``, cut after some terms.
+    """The Neumann series ``v = η Σ_k (I − η A)ᵏ b``, truncated.
 
-    It converges if all eigenvalues of η A lie between 0 and 2. Whatever η was at each term, the
-    last term is the residual, so that a series that diverges is noticed, stopped, and its best
-    multiple returned.
+    It converges if all eigenvalues of η A lie between 0 and 2. The last term is the residual for
+    any η, so a divergent series is detected and stopped, and its best multiple is returned.
 
     Args:
-        terms: How many.
+        terms: Number of terms.
         scale: η; None for the inverse of the largest ‖A r‖/‖r‖ seen so far.
         tolerance: The relative residual that counts as converged.
-        head: How many of the first entries are judged by; the rest may be in other units.
+        head: Number of leading entries used for the residual; the rest may have other units.
 
     Source: Lorraine, Vicol & Duvenaud 2020, section 4.
     """
@@ -135,18 +134,18 @@ class Neumann(AbstractIteration):
 
     @property
     def rounds(self) -> int:
-        """A term each."""
+        """One round for each term."""
         return self.terms
 
     def begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> Series:
-        """Nothing summed yet, or what ``start`` stands for."""
+        """An empty sum, or the state of ``start``."""
         value, residual = (t.clone() for t in self._begin(product, rhs, start))
         size = residual[: self.head].norm()
         zero, yes = torch.zeros_like(size), torch.ones_like(size, dtype=torch.bool)
         return Series(value, residual, size, zero, 2 * rhs.norm(), yes)
 
     def step(self, product: Product, carry: Series) -> Series:
-        """One term more."""
+        """Add a term."""
         value, residual, size, largest, bound, running = carry
         moved = product(residual)
         if self.scale is None:
@@ -163,7 +162,7 @@ class Neumann(AbstractIteration):
         return Series(value, residual, residual[: self.head].norm(), largest, bound, running)
 
     def end(self, carry: Series, rhs: Tensor) -> Solution:
-        """The sum, or where it is worse than nothing its best multiple."""
+        """The sum, or its best multiple if it is worse than 0."""
         value, rhs = carry.value, rhs[: self.head]
         reached = torch.sub(rhs, carry.residual[: self.head])
         factor = (rhs @ reached) / (reached @ reached).clamp_min(torch.finfo(rhs.dtype).tiny)
@@ -174,7 +173,7 @@ class Neumann(AbstractIteration):
 
 
 class Descent(NamedTuple):
-    """What conjugate gradients have come to."""
+    """The state of conjugate gradients."""
 
     value: Tensor
     residual: Tensor
@@ -190,11 +189,11 @@ class Descent(NamedTuple):
 class CG(AbstractIteration):
     """Conjugate gradients on ``(A + δ I) v = b``, A symmetric and positive.
 
-    Where a direction of negative curvature turns up, the iterate before it is kept and the
-    solution says ``diverged``: raise the damping δ.
+    At a direction of negative curvature the previous iterate is kept and the solution is marked
+    ``diverged``: raise the damping δ.
 
     Args:
-        iterations: How many.
+        iterations: Number of iterations.
         damping: δ.
         tolerance: The relative residual that counts as converged.
 
@@ -207,7 +206,7 @@ class CG(AbstractIteration):
 
     @property
     def rounds(self) -> int:
-        """A direction each."""
+        """One round for each direction."""
         return self.iterations
 
     def damped(self, product: Product) -> Product:
@@ -215,14 +214,14 @@ class CG(AbstractIteration):
         return lambda v: product(v) + self.damping * v
 
     def begin(self, product: Product, rhs: Tensor, start: Tensor | None) -> Descent:
-        """Along the residual first."""
+        """The first direction is the residual."""
         value, residual = self._begin(self.damped(product), rhs, start)
         square = residual @ residual
         yes = torch.ones_like(square, dtype=torch.bool)
         return Descent(value, residual, residual, square, value, square.sqrt(), yes, ~yes)
 
     def step(self, product: Product, carry: Descent) -> Descent:
-        """Along the next conjugate direction."""
+        """A step along the next conjugate direction."""
         value, residual, direction, square, best, smallest, running, diverged = carry
         tiny = torch.finfo(residual.dtype).tiny
         moved = self.damped(product)(direction)
@@ -255,11 +254,11 @@ class Nystrom(AbstractSolver):
     Args:
         rank: r.
         damping: δ > 0.
-        seed: Of the places.
+        seed: Seed of the random columns.
         tolerance: The relative residual that counts as converged.
 
     Raises:
-        ValueError: No damping.
+        ValueError: The damping is not above 0.
 
     Source: Hataya & Yamada 2023, eq. 6.
     """
@@ -275,7 +274,7 @@ class Nystrom(AbstractSolver):
             raise ValueError(f"damping={self.damping} must be above 0; 0.01 is usual")
 
     def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
-        """Take the columns and solve; a start is of no use here."""
+        """Compute the columns and solve; ``start`` is not used."""
         rank = min(self.rank, rhs.numel())
         generator = torch.Generator().manual_seed(self.seed)
         places = torch.randperm(rhs.numel(), generator=generator)[:rank].to(rhs.device)

@@ -23,7 +23,7 @@ class AbstractPenalty(ABC):
     """λ Ω(w).
 
     Args:
-        strength: λ at the start; 0 means off, or, if it is tuned, started from a small value.
+        strength: Initial λ; 0 is off or, if λ is tuned, a small starting value.
     """
 
     strength: float = 0.0
@@ -31,9 +31,9 @@ class AbstractPenalty(ABC):
     name: ClassVar[str]
     """The name of its strength among the hyperparameters."""
     elementwise: ClassVar[bool] = True
-    """Whether Ω is a sum over single weights, so that tensors may be joined."""
+    """Whether Ω is a sum over single weights, so that tensors can be concatenated."""
     proximal: ClassVar[bool] = False
-    """Whether it acts through ``prox`` in place of its gradient."""
+    """Whether it acts through ``prox`` instead of its gradient."""
 
     @abstractmethod
     def value(self, params: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class ProximalL1(AbstractPenalty):
 
 
 GATE_AXES = (1, 1, 1, 1, 1)
-"""Shape of a gate after its units. No parameter of torch has six dimensions, so a penalty, which is
-given one tensor and no name, knows gates by theirs: joined, sharded or mapped over a population."""
+"""Trailing dimensions of a gate. No parameter of torch has six dimensions, so a penalty, which gets
+only a tensor, recognises gates by shape: concatenated, sharded or mapped over a population."""
 
 
 def is_gate(shape: Sequence[int]) -> bool:
@@ -107,11 +107,11 @@ def is_gate(shape: Sequence[int]) -> bool:
 class Gates(AbstractPenalty):
     """Ω = Σ|g| over the gates of :mod:`selftune.structure` alone, through its subgradient sign(g).
 
-    A gate scales all that a unit or layer passes on, so that this is a group penalty of it: a gate
-    whose loss falls by less than λ for each unit of its opening goes to 0. Other parameters are
-    left alone. By its gradient, not by soft-thresholding: in front of a norm, or of weights that
-    grow in turn, the loss does not depend on the scale of the gates, and thresholds of the size of
-    a rule's step close all of them, whereas gradients grow as gates shrink.
+    A gate scales the output of a unit or layer, so this is a group penalty: a gate goes to 0 if its
+    opening lowers the loss by less than λ for each unit. Other parameters are not penalised. The
+    penalty uses the subgradient, not soft-thresholding: before a normalisation layer, or weights
+    that grow in compensation, the loss does not depend on the scale of the gates, and thresholds of
+    the size of a step would close all of them, whereas gradients grow as gates shrink.
     Source: on the scales of BatchNorm, Liu et al. 2017 (network slimming), eq. 1.
 
     Examples:
@@ -164,7 +164,7 @@ class Elastic(AbstractPenalty):
 
 @dataclass(frozen=True)
 class Group(AbstractPenalty):
-    """Ω(w) = Σ_r √d_r ‖w_r‖₂ over the rows r of each tensor: whole units fall away together.
+    """Ω(w) = Σ_r √d_r ‖w_r‖₂ over the rows r of each tensor: removes whole units.
 
     Rows are the first dimension (output units, filters, embedded symbols), of d_r weights each.
     Tensors of fewer than two dimensions count as rows of one weight.
@@ -189,12 +189,12 @@ class Group(AbstractPenalty):
 
 @dataclass(frozen=True)
 class Joined(AbstractPenalty):
-    """A penalty on the flat vector of many tensors, which it needs one by one.
+    """A penalty on a flat vector of many tensors, applied to each tensor.
 
     Args:
         strength: λ.
         penalty: The penalty of one tensor.
-        layout: Where the tensors lie.
+        layout: Positions of the tensors.
     """
 
     penalty: AbstractPenalty = L2()
@@ -210,7 +210,7 @@ class Joined(AbstractPenalty):
         return torch.stack([self.penalty.value(p) for p in self._tensors(params)]).sum()
 
     def gradient(self, params: Tensor) -> Tensor:
-        """The gradients of all tensors, joined."""
+        """The concatenated gradients of all tensors."""
         parts = [self.penalty.gradient(p) for p in self._tensors(params)]
         return torch.cat([p.reshape(-1) for p in parts])
 
@@ -226,10 +226,10 @@ Penalties = AbstractPenalty | Sequence[AbstractPenalty] | None
 
 
 def as_list(penalty: Penalties) -> list[AbstractPenalty]:
-    """What is given as ``penalty=``: none, one or several.
+    """The value of ``penalty=`` (none, one or several) as a list.
 
     Raises:
-        TypeError: Something else.
+        TypeError: It is something else.
 
     Examples:
         >>> as_list(L1(0.1)), as_list(None)

@@ -1,4 +1,4 @@
-"""The bilevel problem as pure functions of one vector of weights."""
+"""The bilevel problem, as pure functions of a vector of weights."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Problem:
     penalties, …) may have the shape of the weights, and all others go to ``inner_loss``.
 
     Args:
-        update: The weight step.
+        update: The update rule.
         inner_loss: ``inner_loss(params, hparams, batch)``, without the update's penalties.
         outer_loss: ``outer_loss(params, batch)``.
-        options: The rule's options, and hyperparameters that are not asked for, by name; where
-            nobody says, the rule's defaults.
-        rate: The schedule's factor by step.
-        segments: Which segment each weight lies in, shape (N,): hyperparameters of the update may
-            then hold one value a segment (a layer, a parameter group).
-        shapes: Of the parameter tensors that the weights are joined from, where that matters.
-        scales: Scale and bounds of the objective's hyperparameters; logarithmic where nobody says.
-        split: ``inner_loss`` in two, ``outputs(params, hparams, batch)`` and
-            ``criterion(outputs, hparams, batch)``, where the Gauss-Newton matrix is asked for.
-        backend: How second derivatives are taken (:class:`~selftune.products.Products`).
-        graphs: Compile functions of estimators.
+        options: Options of the rule, and hyperparameters without a hypergradient, by name; by
+            default those of the rule.
+        rate: Factor of the schedule by step.
+        segments: Segment of each weight, shape (N,): hyperparameters of the update may then have
+            one value for each segment (a layer, a parameter group).
+        shapes: Shapes of the concatenated parameter tensors, if needed.
+        scales: Scale and bounds of the objective's hyperparameters; by default logarithmic.
+        split: ``inner_loss`` in two parts, ``outputs(params, hparams, batch)`` and
+            ``criterion(outputs, hparams, batch)``, for the Gauss-Newton matrix.
+        backend: Method for second derivatives (:class:`~selftune.products.Products`).
+        graphs: Compiles functions of estimators.
 
     Examples:
         >>> import torch, selftune as st
@@ -72,34 +72,34 @@ class Problem:
     products: Products = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Make the products, whose choice of a backend is remembered."""
+        """Make the products, which remember their backend."""
         object.__setattr__(self, "products", Products(self.inner_loss, self.backend))
         fixed = dict.fromkeys(self.update.hparams, 0.0) | dict(self.update.rule.defaults)
         object.__setattr__(self, "options", {**fixed, **self.options})
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """A vector of shape (N,) as the parameter tensors it is joined from."""
+        """The parameter tensors of a vector of shape (N,)."""
         if self.shapes is None:
             return [vector]
         parts = vector.split([shape.numel() for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def scale(self, name: str) -> Hparam | None:
-        """Scale and bounds of a hyperparameter, as far as they are known."""
+        """Scale and bounds of a hyperparameter, if known."""
         return self.scales.get(name) or self.update.hparams.get(name)
 
     def values(self, hparams: Hparams) -> dict[str, Any]:
-        """Everything the update reads."""
+        """All values that the update reads."""
         known = self.update.hparams
         spread = {n: self._spread(h) if n in known else h for n, h in hparams.items()}
         return {**self.options, **spread}
 
     def _spread(self, hparam: Tensor) -> Tensor:
-        """One value a weight, of one a segment."""
+        """Expand one value for each segment to each weight."""
         return hparam if self.segments is None or not hparam.ndim else hparam[self.segments]
 
     def _check_shape(self, name: str, hparam: Tensor, weights: int) -> None:
-        """Refuse hyperparameters of the update that do not fit the weights."""
+        """Raise an error for hyperparameters of the update with a wrong shape."""
         if name not in self.update.hparams or not hparam.ndim:
             return
         fits = weights if self.segments is None else int(self.segments.max()) + 1
@@ -111,12 +111,12 @@ class Problem:
             )
 
     def gather(self, name: str, single: Tensor, hparam: Tensor) -> Tensor:
-        """Derivatives in a hyperparameter, from those in the value it has at each weight.
+        """Derivatives in a hyperparameter, from those in its value at each weight.
 
         Args:
-            name: Of the hyperparameter.
-            single: Shape (N,).
-            hparam: Its value: one for all, one a segment or one a weight.
+            name: Name of the hyperparameter.
+            single: Derivatives at each weight, shape (N,).
+            hparam: Its value: one for all, for each segment or for each weight.
         """
         if not hparam.ndim:
             return single.sum()
@@ -138,11 +138,11 @@ class Problem:
         return self.products.gradient(point.params, hparams, point.batch)
 
     def known(self, point: Point, hparams: Hparams) -> Point:
-        """The point with its gradient, so that it is computed once."""
+        """The point with its gradient stored."""
         return point._replace(grads=self.gradient(point, hparams))
 
     def step(self, point: Point, hparams: Hparams, batch: Any = None) -> Point:
-        """The next point, which takes ``batch``."""
+        """The next point, with ``batch`` as its batch."""
         grads = self.gradient(point, hparams)
         params, state = self.moved(point, grads, hparams)
         step = point.clock.step + 1
@@ -169,11 +169,11 @@ class Problem:
         return end
 
     def graph(self, name: str, function: Function) -> Function:
-        """A function of tensors, always the same under a name: compiled where that was asked."""
+        """A function of tensors, the same object for each name; compiled on request."""
         return function if self.graphs is None else self.graphs(name, function)
 
     def compiled(self) -> Problem:
-        """The same problem, of which estimators compile what they compute.
+        """The same problem with compiled functions of estimators.
 
         Examples:
             >>> import torch, selftune as st
@@ -187,10 +187,10 @@ class Problem:
     # what hyperparameters do
 
     def check_influence(self, point: Point, hparams: Hparams) -> None:
-        """Refuse hyperparameters that neither the update nor the training loss reads.
+        """Raise an error for hyperparameters that neither the update nor the training loss reads.
 
         Raises:
-            ValueError: They are named.
+            ValueError: There are such hyperparameters; the message names them.
         """
         outside = [n for n in hparams if n not in self.update.hparams]
         if not outside:
@@ -213,7 +213,7 @@ class Problem:
             )
 
     def mixed(self, point: Point, hparams: Hparams) -> Callable[[Hparams], Tensor]:
-        """The function ``ḣ ↦ M ḣ``, how the training gradient follows hyperparameters."""
+        """The function ``ḣ ↦ M ḣ``, the derivative of the training gradient in hyperparameters."""
         if all(n in self.update.hparams for n in hparams):
             return lambda moving: torch.zeros_like(point.params)
         push = self.products.push(point.params, hparams, point.batch)
@@ -242,11 +242,11 @@ class Problem:
     def push(
         self, point: Point, hparams: Hparams, tangent: tuple[Tensor, State], moving: Hparams
     ) -> tuple[Tensor, State]:
-        """The step's derivative along a direction, curvature included.
+        """The step's derivative along a direction, with curvature.
 
         Args:
             point: Before the step.
-            hparams: All hyperparameters asked for.
+            hparams: All hyperparameters.
             tangent: Direction of weights and state.
             moving: Direction of hyperparameters.
         """
@@ -261,7 +261,7 @@ class Problem:
         grads_dot: Tensor,
         moving: Hparams,
     ) -> tuple[Tensor, State]:
-        """The step's derivative where that of the gradient is known."""
+        """The step's derivative for a known derivative of the gradient."""
 
         def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
             return self.moved(point._replace(params=params, state=state), grads, h)
@@ -273,13 +273,13 @@ class Problem:
     def pull(
         self, point: Point, hparams: Hparams, cotangent: tuple[Tensor, State]
     ) -> tuple[tuple[Tensor, State], dict[str, Tensor]]:
-        """The transpose of ``push``: cotangents before the step, and those of hyperparameters."""
+        """The transpose of ``push``: cotangents before the step, and of hyperparameters."""
         return self.pulling(point, hparams)(cotangent)
 
     def pulling(
         self, point: Point, hparams: Hparams
     ) -> Callable[[tuple[Tensor, State]], tuple[tuple[Tensor, State], dict[str, Tensor]]]:
-        """``pull`` as a function of cotangents: what it needs of the loss is computed once."""
+        """``pull`` as a function of cotangents, which evaluates the loss once."""
 
         def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
             return self.moved(point._replace(params=params, state=state), grads, h)
@@ -340,7 +340,7 @@ class Problem:
     def penalties(
         self, params: Tensor, hparams: Hparams, options: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """The gradient of the update's penalties, with a step's options if they are given."""
+        """The gradient of the update's penalties, optionally with a step's options."""
         nothing = params.new_zeros(()).expand_as(params)
         values = {**self.values(hparams), **(options or {})}
         return self.update.penalised(params, nothing, values)

@@ -1,4 +1,4 @@
-"""Second derivatives of a training loss, only ever as products with a vector."""
+"""Second derivatives of a training loss as matrix-vector products."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ BACKENDS = ("double backward", "forward over reverse", "differences")
 class Products:
     """Products with the curvature ``H = ∂²L/∂w²`` and the mixed derivative ``M = ∂²L/∂w∂h``.
 
-    Three backends give the same to rounding, or to that of finite differences:
+    Three backends agree to rounding, or to the error of finite differences:
 
-    - ``"double backward"``: reverse over reverse, for what torch can differentiate twice
-      (attention by its MATH kernel, since the fused ones have no second derivative);
-    - ``"forward over reverse"``: where all operations have forward derivatives;
-    - ``"differences"``: ``(∇L(w + εv) − ∇L(w − εv)) / 2ε``, first derivatives alone, so that it
-      works with every module, under autocast too.
+    - ``"double backward"``: reverse over reverse, if torch can differentiate the operations twice
+      (attention with its MATH kernel, because the fused ones have no second derivative);
+    - ``"forward over reverse"``: if all operations have forward derivatives;
+    - ``"differences"``: ``(∇L(w + εv) − ∇L(w − εv)) / 2ε``, with first derivatives only, so it
+      works with every module, and under autocast.
 
-    ``"auto"`` takes the first that works, tried once at the first product.
+    ``"auto"`` selects the first that works, at the first product.
 
     Args:
         loss: The training loss ``loss(params, hparams, *batch)``.
@@ -42,14 +42,14 @@ class Products:
             precision of the weights.
 
     Attributes:
-        backend: The one in use; ``"auto"`` until the first product.
-        refused: Why others do not work, by name.
-        mapped: Whether products are mapped over several directions at once; False once torch
-            could not.
+        backend: The current backend; ``"auto"`` until the first product.
+        refused: Reasons against other backends, by name.
+        mapped: Whether products are mapped over several directions at once; False after torch
+            failed to.
 
     Raises:
-        ValueError: An unknown backend.
-        RuntimeError: The backend asked for does not work with this loss; the error names it.
+        ValueError: The backend is unknown.
+        RuntimeError: The backend does not work with this loss; the message gives the reason.
 
     Examples:
         >>> import torch
@@ -76,7 +76,7 @@ class Products:
         self._relative = relative_step
 
     def prepare(self, params: Tensor, hparams: Values, *batch: Any) -> None:
-        """Choose the backend now: it is tried on real tensors, not while being mapped."""
+        """Select the backend now, on real tensors, before functions are mapped."""
         self._chosen(params, hparams, *batch)
 
     def gradient(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
@@ -95,11 +95,11 @@ class Products:
             return self.loss(params, hparams, *batch)
 
     def pull(self, params: Tensor, hparams: Values, *batch: Any) -> Pull:
-        """The function ``v ↦ (H v, vᵀ M)``; what it needs of the loss is computed once."""
+        """The function ``v ↦ (H v, vᵀ M)``, which evaluates the loss once."""
         return self.linear(params, hparams, *batch)[1]
 
     def linear(self, params: Tensor, hparams: Values, *batch: Any) -> tuple[Tensor, Pull]:
-        """∇L, and ``pull``, which share what can be shared."""
+        """∇L and ``pull``, with shared computations."""
         backend, values = self._chosen(params, hparams, *batch), dict(hparams)
         gradient = self._at(batch)
         if backend == "double backward":
@@ -124,7 +124,7 @@ class Products:
     def curvature(
         self, params: Tensor, hparams: Values, *batch: Any
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """∇L, and ``v ↦ H v`` alone, which takes less than ``pull``."""
+        """∇L and ``v ↦ H v`` only, which is cheaper than ``pull``."""
         if self._chosen(params, hparams, *batch) != "double backward":
             found, pull = self.linear(params, hparams, *batch)
             return found, lambda v: pull(v)[0]
@@ -159,7 +159,7 @@ class Products:
         return differences
 
     def _step(self, at: Tensor, vector: Tensor) -> Tensor:
-        """ε, by which a vector is short beside the weights that it moves, of many or of few."""
+        """ε, such that the displacement is small relative to the weights."""
         info = torch.finfo(at.dtype)
         square = vector.square() / vector.square().sum().clamp_min(info.tiny)
         size = ((at.square() * square).sum() / square.square().sum().clamp_min(info.tiny)).sqrt()
@@ -186,9 +186,9 @@ class Products:
         return self.backend
 
     def _plainly(self, params: Tensor, hparams: Values, *batch: Any) -> None:
-        """Differentiate by autograd, which marks what cannot be differentiated a second time.
+        """Differentiate by autograd, which marks operations without a second derivative.
 
-        torch.func takes the second derivative of such an operation for 0, silently.
+        torch.func silently uses 0 as the second derivative of such operations.
         """
         with torch.enable_grad():
             leaf = params.detach().clone().requires_grad_()
@@ -208,7 +208,7 @@ class Products:
 
     @staticmethod
     def _check_symmetry(product: Callable[[Tensor], Tensor], params: Tensor) -> None:
-        """``uᵀ H v = vᵀ H u``, where an operation's second derivative is right."""
+        """Check that ``uᵀ H v = vᵀ H u``, which fails if a second derivative is wrong."""
         u, v = (torch.randn_like(params) for _ in range(2))
         along, back = product(v), product(u)
         size = u.norm() * along.norm() + v.norm() * back.norm()
@@ -216,7 +216,7 @@ class Products:
             raise RuntimeError(UNEVEN)
 
     def _works(self, params: Tensor, hparams: Values, *batch: Any) -> bool:
-        """Whether the backend in use differentiates this loss; notes why not."""
+        """Whether the current backend works with this loss; stores the reason otherwise."""
         ones = torch.ones_like(params)
         still = {n: torch.zeros_like(h) for n, h in hparams.items()}
         try:

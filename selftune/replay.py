@@ -1,6 +1,6 @@
 """A tuned trajectory as plain data, and its replay on any torch optimizer.
 
-The file is JSON and needs nothing of this library to be used::
+The file is JSON and can be used without this library::
 
     schedule = json.load(open("schedule.json"))
     for step in range(schedule["steps"]):
@@ -27,18 +27,18 @@ from selftune.nn import Tunable
 from selftune.rules.adam import BETA1, BETA2
 
 OPTIONS = {h.name: (h.option, int(h.index or 0)) for h in (BETA1, BETA2)}
-"""Hyperparameters that are one place in a tuple of a parameter group."""
+"""Hyperparameters that are elements of a tuple in a parameter group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedSchedule:
-    """What every hyperparameter was at every step of a run.
+    """The value of every hyperparameter at every step of a run.
 
     Attributes:
-        rule: The rule they belong to (``"AdamW"``).
+        rule: Name of the update rule (``"AdamW"``).
         steps: Length of the run.
-        values: For each hyperparameter pairs (first step, value), each holding until the next.
-            The learning rate is the one that acted, with its schedule and decay in it.
+        values: Pairs (first step, value) for each hyperparameter, each valid until the next.
+            The learning rate includes its schedule and decay.
 
     Examples:
         >>> schedule = TunedSchedule(rule="SGD", steps=4, values={"lr": [[0, 0.1], [2, 0.05]]})
@@ -74,16 +74,16 @@ class TunedSchedule:
         """Write JSON.
 
         Raises:
-            OSError: It cannot be written; a file that was there stays.
+            OSError: It cannot be written; a previous file stays.
         """
         write_text(Path(path), json.dumps(asdict(self)))
 
     @staticmethod
     def load(path: str | PathLike[str]) -> TunedSchedule:
-        """Read what ``save`` wrote.
+        """Read a file written by ``save``.
 
         Raises:
-            ValueError: The file is no schedule.
+            ValueError: The file is not a schedule.
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ class TunedSchedule:
 
 
 class Replay:
-    """Sets a torch optimizer's hyperparameters step by step; called like an LR scheduler.
+    """Sets a torch optimizer's hyperparameters step by step, like an LR scheduler.
 
     See :func:`replay`.
     """
@@ -129,7 +129,7 @@ class Replay:
         self._write()
 
     def step(self) -> None:
-        """Go on to the next training step; call it after ``optimizer.step()``."""
+        """Set the values of the next training step; call it after ``optimizer.step()``."""
         self.last_step += 1
         self._write()
 
@@ -150,11 +150,11 @@ class Replay:
                     group[key] = values[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
+        """The current step."""
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position."""
+        """Continue from ``state_dict``."""
         self.last_step = state["last_step"]
         self._write()
 
@@ -165,19 +165,19 @@ def replay(
     ignore: Iterable[str] = (),
     model: nn.Module | None = None,
 ) -> Replay:
-    """Let a plain torch optimizer follow a tuned trajectory.
+    """Apply a tuned trajectory to a plain torch optimizer.
 
     Args:
-        optimizer: Any torch optimizer with the tuned hyperparameters; every group gets the same.
+        optimizer: Any torch optimizer with the tuned hyperparameters; all groups get equal values.
         schedule: ``TuningResult.schedule``, or the file it was saved to.
-        ignore: Hyperparameters to leave alone.
-        model: Whose layers of :mod:`selftune.nn` follow their strengths.
+        ignore: Names of hyperparameters to ignore.
+        model: Model with layers of :mod:`selftune.nn`, whose strengths are set too.
 
     Returns:
         An object whose ``step()`` is called after each ``optimizer.step()``.
 
     Raises:
-        ValueError: The optimizer lacks a tuned hyperparameter, or the file is no schedule.
+        ValueError: The optimizer lacks a tuned hyperparameter, or the file is not a schedule.
 
     Examples:
         >>> import torch

@@ -1,8 +1,8 @@
 """Factors of the learning rate over time: η_t = lr · shape(t) · warmup(t) / (1 + αt).
 
-The learning rate ``lr`` is the *peak*. The shapes are plain functions of the step, since what
-is tuned is the peak they scale; ``inverse_time`` is differentiable in its coefficient α, which
-is a hyperparameter of its own (``decay``).
+The learning rate ``lr`` is the *peak*. The shapes are plain functions of the step, because only the
+peak is tuned; ``inverse_time`` is differentiable in its coefficient α, which is a separate
+hyperparameter (``decay``).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 Scalar = TypeVar("Scalar", float, Tensor)
 
 HORIZON = 1000
-"""Steps a run is taken to last where nobody says."""
+"""Assumed number of steps in a run of unknown length."""
 POINTS = 1000
-"""Steps at most that the mean of a schedule is taken over."""
+"""Largest number of steps in the mean of a schedule."""
 
 
 def inverse_time(decay: Scalar, step: Any) -> Scalar:
@@ -33,22 +33,22 @@ def inverse_time(decay: Scalar, step: Any) -> Scalar:
 
 
 def constant(progress: float) -> float:
-    """No decay: 1 throughout."""
+    """No decay: 1 at every step."""
     return 1.0
 
 
 def linear(progress: float) -> float:
-    """From 1 to 0 in a straight line over the run."""
+    """Linear from 1 to 0 over the run."""
     return 1 - progress
 
 
 def cosine(progress: float) -> float:
-    """From 1 to 0 along half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
+    """Half a cosine from 1 to 0 (Loshchilov & Hutter 2017, eq. 5)."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def wsd(progress: float) -> float:
-    """Constant, then a straight line to 0 over the last 30 % (warm-up, stable, decay).
+    """Constant, then linear to 0 over the last 30 % (warm-up, stable, decay).
 
     Source: Hägele et al. 2024, section 3.
     """
@@ -56,7 +56,7 @@ def wsd(progress: float) -> float:
 
 
 def exponential(progress: float) -> float:
-    """From 1 to 0.001, by equal ratios in equal times."""
+    """Exponential from 1 to 0.001."""
     return 0.001**progress
 
 
@@ -65,18 +65,18 @@ SHAPES = {f.__name__: f for f in (constant, linear, cosine, wsd, exponential)}
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A shape over a known horizon, after a linear warm-up.
+    """A shape of the learning rate, with a linear warm-up.
 
     Args:
         shape: One of ``"constant"``, ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"``; None
-            means linear where the horizon is known and constant where it is not.
+            for linear if ``total_steps`` is known, and constant otherwise.
         total_steps: The horizon: number of steps in the whole run, or None.
-        warmup_steps: Steps over which the rate climbs to its peak.
+        warmup_steps: Steps of the linear warm-up.
 
     Raises:
-        TypeError: Steps that are no whole number.
-        ValueError: An unknown shape, a decaying shape without a horizon, or a warm-up that is
-            negative or not shorter than the horizon.
+        TypeError: A number of steps is not an integer.
+        ValueError: The shape is unknown or needs a horizon, or the warm-up is negative or not
+            shorter than the horizon.
 
     Examples:
         >>> schedule = Schedule(total_steps=100, warmup_steps=10)
@@ -118,7 +118,7 @@ class Schedule:
 
     @property
     def mean(self) -> float:
-        """The mean factor over the run; 1 where its length is not known.
+        """The mean factor over the run; 1 if its length is unknown.
 
         Examples:
             >>> round(Schedule(total_steps=500).mean, 2)

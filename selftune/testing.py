@@ -1,4 +1,4 @@
-"""Checks for users' own models."""
+"""Checks of hypergradients on users' own models."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from selftune.problem import Hparams, Problem
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found; printed, it is a table with a sentence.
+    """The result of a check, printed as a table and a sentence.
 
     Attributes:
-        estimated: Hypergradients by name.
-        reference: The same by finite differences.
+        estimated: Estimated hypergradients by name.
+        reference: Hypergradients by finite differences.
         errors: ‖estimated − reference‖ / ‖reference‖ by name.
-        uncertainty: By how much the reference itself changes with its step, in the same measure.
-        cosine: Between the estimated and the reference vector of all entries.
+        uncertainty: Relative change of the reference with its step size.
+        cosine: Cosine between the estimated and the reference vector of all entries.
         agrees: Whether all errors are within the tolerance.
-        sentence: What that means.
+        sentence: The conclusion.
     """
 
     estimated: Mapping[str, Tensor]
@@ -57,11 +57,11 @@ def check_hypergradient(
 
     Args:
         problem: The bilevel problem (:func:`selftune.as_problem` makes one of a model).
-        estimator: To check.
-        params: The weights at the start, shape (N,); float64 tells more.
-        hparams: The hyperparameters asked for.
-        batches: Of training, one a step.
-        outer_batch: Of validation.
+        estimator: The estimator to check.
+        params: The initial weights, shape (N,); use float64 for accuracy.
+        hparams: The hyperparameters.
+        batches: Training batches, one for each step.
+        outer_batch: The validation batch.
         tolerance: The relative error that counts as agreement.
 
     Examples:

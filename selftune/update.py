@@ -1,4 +1,4 @@
-"""One weight step and its derivatives: rule, penalties, rate and decoupled decay together.
+"""One weight step and its derivatives: rule, penalties, learning rate and weight decay.
 
 The step, with η = lr · rate / (1 + αt), is
 
@@ -26,12 +26,12 @@ from selftune.schedules import inverse_time
 
 
 class Clock(NamedTuple):
-    """When a step happens.
+    """The time of a step.
 
     Attributes:
-        step: Steps taken before in the run: t of the learning rate's decay.
-        rate: The schedule's factor of the learning rate, a number or one a weight.
-        age: Updates these weights have had before: t of the bias corrections.
+        step: Steps taken before: t of the learning rate's decay.
+        rate: Factor of the schedule, a number or one for each weight.
+        age: Previous updates of these weights: t of the bias corrections.
     """
 
     step: Any
@@ -40,16 +40,15 @@ class Clock(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where a run is before a step, and the batch it takes.
+    """The state of a run before a step, and the batch of the step.
 
     Attributes:
         params: The weights, shape (N,).
         state: The rule's state.
         batch: The training batch of the step.
-        clock: When it is.
-        grads: ∇L_train there, shape (N,), without the update's penalties; None where nobody has
-            computed it yet.
-        options: The rule's options at this step, where they differ from the problem's.
+        clock: Time of the step.
+        grads: ∇L_train there, shape (N,), without the update's penalties; None if not computed.
+        options: Options of the rule at this step, if they differ from the problem's.
     """
 
     params: Tensor
@@ -62,18 +61,18 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """A rule with its penalties: what turns weights into the next weights.
+    """An update rule with penalties: computes the next weights.
 
     Args:
-        rule: Gives the direction.
-        penalties: Added to the loss. Their hyperparameters carry their names.
+        rule: Computes the direction.
+        penalties: Penalties added to the loss; each names its hyperparameter.
     """
 
     rule: AbstractRule
     penalties: tuple[AbstractPenalty, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse two penalties of one name, whose strengths could not be told apart."""
+        """Raise an error for two penalties of one name."""
         names = [p.name for p in self.penalties]
         if len(set(names)) < len(names):
             raise ValueError(f"penalty={names}: two penalties share a name; pass each once")
@@ -86,17 +85,17 @@ class Update:
 
     @property
     def tuned(self) -> tuple[str, ...]:
-        """Names tuned unless the user says otherwise: the rule's choice and all penalties."""
+        """Names tuned by default: those of the rule and all penalties."""
         return (*self.rule.tuned, *(p.name for p in self.penalties))
 
     @property
     def regularizers(self) -> set[str]:
-        """Names of the strengths of decay and penalties, which say where training should end."""
+        """Names of the strengths of weight decay and penalties."""
         return {"weight_decay", *(p.name for p in self.penalties)}
 
     @property
     def _smooth_terms(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Gradients ∂Ω of what is added to the loss, by name of the strength."""
+        """Gradients ∂Ω of the terms added to the loss, by name of the strength."""
         terms: dict[str, Callable[[Tensor], Tensor]] = {}
         if not self.rule.decoupled:
             terms["weight_decay"] = L2().gradient
@@ -104,7 +103,7 @@ class Update:
 
     @property
     def smooth(self) -> set[str]:
-        """Names of the strengths of what is added to the training loss."""
+        """Names of the strengths of terms added to the training loss."""
         return set(self._smooth_terms)
 
     @property
@@ -112,14 +111,14 @@ class Update:
         return [p for p in self.penalties if isinstance(p, ProximalL1)]
 
     def joined(self, layout: Layout) -> Update:
-        """The same update for the flat vector of ``layout``, where penalties need whole tensors."""
+        """The same update for the flat vector of ``layout``, if penalties need whole tensors."""
         if all(p.elementwise for p in self.penalties):
             return self
         penalties = [p if p.elementwise else Joined(p.strength, p, layout) for p in self.penalties]
         return replace(self, penalties=tuple(penalties))
 
     def tangent_state(self, rows: Sequence[str], values: Values) -> dict[str, set[str]]:
-        """Which of the rule's state tensors respond to each hyperparameter: tried on one weight."""
+        """State tensors of the rule that depend on each hyperparameter, tested on one weight."""
         weight = torch.ones(1, dtype=torch.float64)
         state = self.rule.init(weight, values)
         if not state:
@@ -139,8 +138,8 @@ class Update:
         Args:
             params: w.
             grads: g.
-            values: The strengths λ, by name.
-            names: Of those to add; None: all.
+            values: The strengths λ by name.
+            names: Names of the penalties to add; None for all.
         """
         for name, gradient in self._smooth_terms.items():
             if _on(values[name]) and (names is None or name in names):
@@ -150,21 +149,21 @@ class Update:
     def __call__(
         self, params: Tensor, grads: Tensor, state: State, values: Values, clock: Clock
     ) -> tuple[Tensor, State]:
-        """The next weights and rule state: pure, and differentiable in everything.
+        """The next weights and rule state; pure and differentiable in all arguments.
 
         Args:
             params: The weights w.
             grads: The gradient ∇L of the loss without penalties.
             state: The rule's state.
             values: Constrained hyperparameters and the rule's options, by name.
-            clock: When the step happens.
+            clock: Time of the step.
         """
         return self.observed(params, grads, state, values, clock)[:2]
 
     def observed(
         self, params: Tensor, grads: Tensor, state: State, values: Values, clock: Clock
     ) -> tuple[Tensor, State, Transition]:
-        """The step together with the record of it that estimators observe."""
+        """The step, with its record for estimators."""
         grads = self.penalised(params, grads, values)
         direction, after = self.rule.direction(grads, state, values, clock.age)
         rate = learning_rate(values, clock)
@@ -189,8 +188,8 @@ class Tangents(NamedTuple):
     """∂(w, s)/∂z for each tuned hyperparameter.
 
     Attributes:
-        params: Shape (hyperparameters, weights), or a row each.
-        state: For each hyperparameter, tangents of the rule's state that are not zero.
+        params: Shape (hyperparameters, weights), or a list of rows.
+        state: For each hyperparameter, the non-zero tangents of the rule's state.
     """
 
     params: Any
@@ -198,7 +197,7 @@ class Tangents(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """What happened in one step, for estimators to push tangents through."""
+    """The record of one step, through which estimators propagate tangents."""
 
     update: Update
     params: Tensor
@@ -212,7 +211,7 @@ class Transition(NamedTuple):
     moved: Tensor
 
     def masked(self, mask: Tensor) -> Transition:
-        """The same step, with the weights outside ``mask`` left as they were."""
+        """The same step, with weights outside ``mask`` unchanged."""
         return self._replace(
             grads=self.grads * mask,
             direction=self.direction * mask,
@@ -225,17 +224,17 @@ class Transition(NamedTuple):
     def push(
         self, tangents: Tangents, slopes: Mapping[str, Any], discount: float, steps: int = 1
     ) -> Tangents:
-        """Tangents after the step: ``γ (∂U/∂(w,s)) J + ∂U/∂z``, curvature dropped.
+        """Tangents after the step: ``γ (∂U/∂(w,s)) J + ∂U/∂z``, without curvature.
 
-        The gradient of the penalised loss is held constant in w (that is the curvature), and
-        responds only to the strengths of the penalties.
+        The gradient of the penalised loss is held constant in w, and depends only on the strengths
+        of the penalties.
 
         Args:
             tangents: Tangents before the step; their tensors are reused for the result.
             slopes: dh/dz of each tuned hyperparameter, in the order of the tangents.
             discount: γ.
-            steps: How many steps like this one to push through. Tangents that are observed at
-                every k-th step only take that step for all k.
+            steps: Number of identical steps to propagate through. If only every k-th step is
+                observed, it represents all k.
         """
         update, values, clock = self.update, self.values, self.clock
         rate = learning_rate(values, clock)
@@ -278,7 +277,7 @@ class Transition(NamedTuple):
     def _push_prox(
         self, rows: Iterable[Tensor], name: str, gain: Any, slopes: Mapping[str, Any]
     ) -> None:
-        """Soft-thresholding at η λ: zeroed weights respond to nothing, the others to η and λ."""
+        """Soft-thresholding at η λ: zeroed weights have no sensitivity, the others to η and λ."""
         sign = self.moved.sign()
         rate = gain * learning_rate(self.values, self.clock)
         for row, (other, slope) in zip(rows, slopes.items(), strict=True):
@@ -295,12 +294,12 @@ class Transition(NamedTuple):
 
 
 def zero_tangents(hparams: int, params: Tensor) -> Tangents:
-    """Tangents of a state that responds to nothing yet."""
+    """Tangents of zero."""
     return Tangents(params.new_zeros(hparams, params.numel()), {})
 
 
 def _on(value: Any) -> bool:
-    """Whether a strength can matter: any tensor may, a number unless it is 0."""
+    """Whether a strength has an effect: any tensor, or a number other than 0."""
     return isinstance(value, Tensor) or value != 0
 
 

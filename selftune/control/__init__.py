@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, Kind] = {
         "a policy, such as st.control.GuardPolicy(patience=5)",
     ),
 }  # fmt: skip
-"""What arguments of both drivers may be."""
+"""Valid values of the common arguments of both drivers."""
 
 __all__ = [
     "ARGUMENTS",

@@ -16,9 +16,9 @@ from selftune.hparams import Hparam
 log = logging.getLogger("selftune")
 
 PROOF, PROVEN = 10, 0.1
-"""Training losses without an alarm that prove a sweep; or a validation loss that is above the one
-at the start by this share of it at most."""
-FADED = "units died under a learning rate that has climbed"
+"""Number of training losses without an alarm that confirm a sweep; or a validation loss at most
+this share above the initial one."""
+FADED = "units died after the learning rate had risen"
 BAD_GRADIENTS = "gradients vanished or are not finite"
 
 
@@ -120,7 +120,7 @@ class Controller:
         sweep: The learning-rate sweep, or None.
         guard: The guard, or None.
         final: The selection of the final weights.
-        label: Of the optimizer, in messages.
+        label: Name of the optimizer in messages.
 
     Attributes:
         swept, rewinds: Values set by the sweep; step, factor of the rate and reason of each rewind.

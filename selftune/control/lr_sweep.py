@@ -19,7 +19,7 @@ from selftune._arguments import Settings
 from selftune.hparams import Hparam
 
 FIRST = 3
-"""Steps of a sweep in which only its lowest rates are tried."""
+"""First steps of a sweep, at its lowest rates."""
 
 
 @dataclass(frozen=True, kw_only=True)

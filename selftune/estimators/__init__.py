@@ -20,7 +20,7 @@ from selftune.update import Clock
 MEMORIES: list[Any] = [
     Clock, ForwardMemory, ImplicitMemory, Passed, Point, Response, Structured, Tangent,
 ]  # fmt: skip
-"""What estimators remember is made of these and of tensors: what a saved run may hold."""
+"""Types of estimators' memories, besides tensors, that a saved run may contain."""
 
 __all__ = [
     "MEMORIES",

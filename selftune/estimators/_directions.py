@@ -20,7 +20,7 @@ class Tangent(NamedTuple):
 
     Attributes:
         params: Shape (directions, N).
-        state: Of the rule, each of shape (directions, N).
+        state: State of the rule, each of shape (directions, N).
         moving: The directions, by hyperparameter, each of shape (directions, …).
     """
 
@@ -30,7 +30,7 @@ class Tangent(NamedTuple):
 
 
 Bend = Callable[[Tensor, Hparams], Tensor]
-"""How the training gradient changes along a direction of weights and hyperparameters."""
+"""Derivative of the training gradient along a direction of weights and hyperparameters."""
 
 
 def basis(hparams: Hparams) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 SHARPEST = 0.2
-"""Largest turn of a row at a step, as a share of its length."""
+"""Largest rotation of a row in a step, relative to its length."""
 
 
 class Structured(NamedTuple):
@@ -41,7 +41,7 @@ class Structured(NamedTuple):
 
         Args:
             move: δ, shape (hyperparameters,).
-            shape: Of the parameter.
+            shape: Shape of the parameter.
         """
         gain = self.gains @ move
         return (gain if self.free else gain[:, None] * self.rows).view(shape)

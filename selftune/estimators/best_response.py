@@ -22,11 +22,11 @@ from selftune.problem import Hparams, Point, Problem
 
 CURVATURES = ("exact", "gauss-newton")
 LEAST = 0.1
-"""Share of a perturbation that a bound must leave of it."""
+"""Least share of a perturbation left by a bound."""
 FARTHEST = 4.0
-"""How many times longer than the weights a response may be: beyond, it has blown up."""
+"""Largest length of J relative to the weights; above, it has diverged."""
 MOST = 1000
-"""Entries of hyperparameters: U has as many columns."""
+"""Largest number of entries of hyperparameters, the columns of U."""
 
 
 class Response(NamedTuple):

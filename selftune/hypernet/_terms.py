@@ -117,9 +117,9 @@ TERMS: dict[type[nn.Module], Term] = {
     nn.GroupNorm: group_norm,
     nn.LayerNorm: layer_norm,
 }
-"""Layers that can have a perturbation for each example; of two that fit, the first counts."""
+"""Layers with support for a perturbation of each example; the first matching one is used."""
 WHOLE = (nn.RNNBase, nn.MultiheadAttention)
-"""Layers whose weights respond, with one perturbation for the batch."""
+"""Layers with support for one perturbation of the batch only."""
 
 
 def term_of(module: nn.Module) -> Term | None:

@@ -1,7 +1,7 @@
-"""Self-tuned optimizers inside training frameworks: one module a framework, each an extra.
+"""Self-tuned optimizers in training frameworks: one module for each, installed as an extra.
 
 ``selftune.integrations.lightning``, ``.transformers``, ``.skorch`` and ``.ignite`` import their
-framework; this package and ``import selftune`` need none. Accelerate needs :func:`unwrap` alone.
+framework; this package and ``import selftune`` need none. Accelerate only needs :func:`unwrap`.
 """
 
 from selftune.integrations._batches import ValidationBatches

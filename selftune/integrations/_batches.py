@@ -1,4 +1,4 @@
-"""Validation batches drawn by (seed, step), so that a resumed run needs no saved position."""
+"""Validation batches drawn by (seed, step), so that resuming needs no saved position."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class ValidationBatches:
     """Draws the validation batches of a training step.
 
     A batch is a uniform sample without replacement of the loader's dataset, or of the indices of
-    its ``SubsetRandomSampler``, put together by the loader's ``collate_fn``. It depends on (seed,
-    rank, step) alone. Loaders whose examples cannot be addressed (iterable datasets, samplers and
-    batch samplers of another class) are read in their own order, again and again; a resumed run
-    begins to read at their start.
+    its ``SubsetRandomSampler``, collated by the loader's ``collate_fn``. It depends only on (seed,
+    rank, step). Loaders without indexable examples (iterable datasets, samplers and batch samplers
+    of another class) are read repeatedly in their own order; a resumed run starts at their
+    beginning.
 
     Args:
         loader: A DataLoader, or any iterable of batches.
-        seed: Of the draws.
+        seed: Seed of the random batches.
 
     Raises:
         ValueError: The loader has no batches.
@@ -50,10 +50,10 @@ class ValidationBatches:
         self._stream = None if self._draw is not None else _endless(loader)
 
     def at(self, *step: int) -> Iterator[Any]:
-        """The batches of a step, without an end.
+        """An endless iterator of batches for a step.
 
         Args:
-            *step: Its number; or several numbers, such as epoch and batch.
+            *step: Number of the step, or several numbers such as epoch and batch.
         """
         if self._draw is None:
             assert self._stream is not None
@@ -66,7 +66,7 @@ class ValidationBatches:
 
 
 def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
-    """A function that draws a batch; None if examples cannot be addressed."""
+    """A function that draws a batch; None if examples are not indexable."""
     if isinstance(loader, Sequence) and loader:
         return lambda random: loader[random.randrange(len(loader))]
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -93,7 +93,7 @@ def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
 
 
 def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:
-    """The examples a sampler visits; None if it does not say."""
+    """The indices of a sampler; None if unknown."""
     if type(sampler) is SubsetRandomSampler:
         return list(sampler.indices)
     source = getattr(sampler, "data_source", getattr(sampler, "dataset", None))

@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""Evaluation mode within a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Switch models to ``eval()``, and every module back to the mode it had."""
+    """Switch models to ``eval()``, and restore the mode of every module afterwards."""
     modes = [(part, part.training) for model in models for part in model.modules()]
     for model in models:
         model.eval()

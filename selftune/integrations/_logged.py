@@ -1,4 +1,4 @@
-"""Hyperparameters as the loggers of frameworks take them."""
+"""Hyperparameters in the format of frameworks' loggers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def logged(opt: Any, loss: Tensor) -> dict[str, float]:
-    """Return the validation loss, every hyperparameter, and the learning rate that is applied.
+    """Return the validation loss, every hyperparameter, and the applied learning rate.
 
     ``hyper/lr`` is the tuned peak, ``lr`` the rate of the last step, schedules included; groups
     that differ are numbered.
 
     Args:
         opt: The self-tuned optimizer.
-        loss: What ``hyper_step`` returned.
+        loss: Return value of ``hyper_step``.
     """
     found = {"hyper/loss": float(loss)}
     for name, value in opt.hparams.items():

@@ -20,7 +20,7 @@ def unwrap(optimizer: Any) -> Any:
         optimizer: A self-tuned optimizer, or a wrapper around one.
 
     Raises:
-        TypeError: There is no self-tuned optimizer inside.
+        TypeError: The inner optimizer is not self-tuned.
 
     Examples:
         >>> import torch, selftune as st
@@ -41,7 +41,7 @@ def only(optimizers: Iterable[Any]) -> Any:
     """Return the one self-tuned optimizer among several.
 
     Raises:
-        ValueError: There is none, or more than one.
+        ValueError: None, or more than one, is self-tuned.
     """
     inner = [_inside(optimizer) for optimizer in optimizers]
     tuned = [optimizer for optimizer in inner if isinstance(optimizer, SelfTuningOptimizer)]
@@ -53,8 +53,8 @@ def only(optimizers: Iterable[Any]) -> Any:
             "self-tuned: use st.AdamW, st.SGD, … or st.SelfTuning(inner)"
         )
     raise ValueError(
-        f"{len(tuned)} self-tuned optimizers: which validation loss tunes which is yours to say; "
-        "drop this callback and call hyper_step of each in the training step"
+        f"{len(tuned)} self-tuned optimizers, and the callback supports one: remove it, and call "
+        "hyper_step of each in the training step, with its own validation loss"
     )
 
 

@@ -1,4 +1,4 @@
-"""PyTorch-Ignite: one handler beside a self-tuned optimizer."""
+"""PyTorch-Ignite: one handler for a self-tuned optimizer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from selftune.integrations._unwrapping import unwrap
 
 
 class HyperStep:
-    """Calls ``hyper_step`` after iterations, and shows averaged weights to the evaluator.
+    """Calls ``hyper_step`` after iterations, and evaluates at the averaged weights.
 
-    From an evaluation, or the end of an epoch, until the next iteration the model has the averaged
-    weights, and so have checkpoints that are written meanwhile; the saved optimizer holds the
+    From an evaluation, or the end of an epoch, until the next iteration the model holds the
+    averaged weights, also in checkpoints written in between; the optimizer's state contains the
     training weights. Load the optimizer after the model.
 
     Args:
-        optimizer: Self-tuned, or wrapped by ``idist.auto_optim``.
-        model: Switched to ``eval()`` for the validation loss.
-        batches: Validation batches that tune.
+        optimizer: A self-tuned optimizer, possibly wrapped by ``idist.auto_optim``.
+        model: The model; it is in ``eval()`` mode for the validation loss.
+        batches: Validation batches for tuning.
         loss: ``loss(model, batch)``.
-        seed: Of the draws of batches.
+        seed: Seed of the random batches.
 
     Raises:
         TypeError: The optimizer is not self-tuned.
@@ -59,11 +59,11 @@ class HyperStep:
         self._batches = ValidationBatches(batches, seed)
 
     def attach(self, trainer: Engine, evaluator: Engine | None = None) -> None:
-        """Add the handlers; before those that save checkpoints.
+        """Add the handlers; call it before adding those that save checkpoints.
 
         Args:
-            trainer: Takes a training step an iteration.
-            evaluator: Evaluates the model, in the middle of an epoch too.
+            trainer: The engine that trains, one step in each iteration.
+            evaluator: The engine that evaluates the model.
         """
         trainer.add_event_handler(Events.ITERATION_STARTED, self._opt.train)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._hyper_step)

@@ -1,4 +1,4 @@
-"""Lightning: one callback beside a self-tuned optimizer of ``configure_optimizers``."""
+"""Lightning: one callback for a self-tuned optimizer of ``configure_optimizers``."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ RAW = "current_model_state"
 
 
 class SelfTuning(Callback):
-    """Calls ``hyper_step`` after optimizer steps, and shows averaged weights to validation.
+    """Calls ``hyper_step`` after optimizer steps, and validates at the averaged weights.
 
-    Validation, checkpoints (``state_dict``) and the module after ``fit`` have the averaged weights;
-    a checkpoint holds the training weights beside them, and a resumed run goes on from these.
-    The loss is ``validation_step``'s, or ``training_step``'s if that returns none, with the module
-    in ``eval()``; what these log, and the torchmetrics they update, is as it was afterwards.
+    Validation, checkpoints (``state_dict``) and the module after ``fit`` use the averaged weights.
+    A checkpoint also contains the training weights, from which a resumed run continues. The loss is
+    that of ``validation_step``, or of ``training_step`` if that returns none, with the module in
+    ``eval()`` mode; their logged values and torchmetrics are left unchanged.
 
     Args:
-        batches: Validation batches that tune, by default the first of the trainer's validation
-            loaders. Batches of loaders over a map-style dataset are drawn by (seed, step).
-        loss: ``loss(module, batch)``, in place of the module's own.
-        seed: Of the draws.
+        batches: Validation batches for tuning, by default the trainer's first validation loader.
+            Batches of loaders over a map-style dataset are drawn by (seed, step).
+        loss: ``loss(module, batch)``, instead of the module's own.
+        seed: Seed of the random batches.
 
     Raises:
         ValueError: At the start of training: not exactly one optimizer is self-tuned, or there
@@ -103,14 +103,14 @@ class SelfTuning(Callback):
     # averaged weights: from a validation, or the end, until the next training batch
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the averaged weights."""
+        """Put the averaged weights into the module."""
         if self._fits(trainer):
             self._show()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Put the training weights back."""
+        """Restore the training weights."""
         self._hide()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,7 +120,7 @@ class SelfTuning(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the averaged weights as ``state_dict``, the training weights beside them."""
+        """Save the averaged weights as ``state_dict``, and the training weights separately."""
         if not self._fits(trainer):
             return
         names, shown = checkpoint["state_dict"].keys(), self._shown
@@ -134,7 +134,7 @@ class SelfTuning(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on from the training weights."""
+        """Continue from the training weights."""
         if trainer.state.fn == TrainerFn.FITTING and RAW in checkpoint:
             pl_module.load_state_dict(checkpoint[RAW], strict=pl_module.strict_loading)
 
@@ -184,7 +184,7 @@ def _silent(module: LightningModule) -> Iterator[None]:
 
 
 def _state(value: Any) -> Any:
-    """A copy of what a metric updates in place."""
+    """A copy of the state that a metric updates in place."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     return list(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""skorch: one callback beside a self-tuned optimizer."""
+"""skorch: one callback for a self-tuned optimizer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from selftune.integrations._unwrapping import unwrap
 
 
 class HyperStep(Callback):
-    """Calls ``hyper_step`` after training batches, and shows averaged weights to validation.
+    """Calls ``hyper_step`` after training batches, and validates at the averaged weights.
 
-    Scores, checkpoints' modules and the fitted net have the averaged weights; a saved optimizer
-    holds the training weights, and training goes on from these. The loss is the net's, with its
-    module in ``eval()``.
+    Scores, modules in checkpoints and the fitted network use the averaged weights. The saved
+    optimizer contains the training weights, from which training continues. The loss is that of the
+    network, with its module in ``eval()`` mode.
 
     Args:
-        batches: Validation batches that tune, by default of the net's ``train_split``.
-        seed: Of their draws.
+        batches: Validation batches for tuning, by default those of the network's ``train_split``.
+        seed: Seed of the random batches.
 
     Raises:
-        TypeError: The net's optimizer is not self-tuned.
-        ValueError: ``train_split=None``, and no batches are given.
+        TypeError: The network's optimizer is not self-tuned.
+        ValueError: ``train_split=None`` and no batches are given.
 
     Examples:
         >>> import torch, selftune as st
@@ -65,7 +65,7 @@ class HyperStep(Callback):
     def on_batch_begin(
         self, net: Any, batch: Any = None, training: bool | None = None, **kwargs: Any
     ) -> None:
-        """Show the averaged weights to validation, the training weights to training."""
+        """Put averaged weights into the module for validation, training weights for training."""
         if training:
             self.opt_.train()
         else:
@@ -89,7 +89,7 @@ class HyperStep(Callback):
         self.opt_.hyper_step(loss)
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
-        """Record the hyperparameters; show the averaged weights, also where nothing validates."""
+        """Record the hyperparameters, and put the averaged weights into the module."""
         self.opt_.eval()
         for name, value in self.opt_.hparams.items():
             if isinstance(value, float):

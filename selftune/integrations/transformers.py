@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: one callback beside a self-tuned optimizer."""
+"""Hugging Face Trainer: one callback for a self-tuned optimizer."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from selftune.integrations._unwrapping import unwrap
 
 
 class SelfTuningCallback(TrainerCallback):
-    """Calls ``hyper_step`` after optimizer steps, and shows averaged weights to evaluations.
+    """Calls ``hyper_step`` after optimizer steps, and evaluates at the averaged weights.
 
-    Evaluations, checkpoints' models and the model after ``train`` have the averaged weights;
-    ``optimizer.pt`` holds the training weights, and a resumed run goes on from these. The loss is
-    the trainer's ``compute_loss`` with the model in ``eval()``. Hyperparameters are logged where
-    the trainer logs.
+    Evaluations, models in checkpoints and the model after ``train`` use the averaged weights.
+    ``optimizer.pt`` contains the training weights, from which a resumed run continues. The loss is
+    the trainer's ``compute_loss`` with the model in ``eval()`` mode. Hyperparameters are logged
+    with the trainer's own entries.
 
     Args:
-        trainer: The trainer it is added to, whose optimizer is self-tuned, by
+        trainer: The trainer with a self-tuned optimizer, set by
             ``optimizer_cls_and_kwargs=(st.AdamW, {...})`` or ``optimizers=``.
-        batches: Validation batches that tune, by default of ``trainer.get_eval_dataloader()``.
-        seed: Of their draws; by default ``args.seed``.
+        batches: Validation batches for tuning, by default ``trainer.get_eval_dataloader()``.
+        seed: Seed of the random batches; by default ``args.seed``.
 
     Raises:
         TypeError: At the start of training: the optimizer is not self-tuned.
-        ValueError: At the start of training: no evaluation dataset, or several.
+        ValueError: At the start of training: there is no evaluation dataset, or more than one.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class SelfTuningCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the training weights back."""
+        """Restore the training weights."""
         self._opt.train()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Step the hyperparameters; show the averaged weights to evaluation and checkpoint."""
+        """Step the hyperparameters; use the averaged weights for evaluation and checkpoint."""
         assert self._batches is not None
         batches = self._batches.at(state.global_step)
         loss = self._opt.hyper_step(lambda: self._value(next(batches)))
@@ -80,7 +80,7 @@ class SelfTuningCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the averaged weights, also at the end of the run."""
+        """Put the averaged weights into the model, also at the end of the run."""
         self._opt.eval()
 
     def _value(self, batch: Any) -> Tensor:

@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, Kind] = {
     "snapshots": NONE | OneOf(SNAPSHOTS),
     "tangents": NONE | Number(above=0, most=1) | OneOf(FLOATS),
 }
-"""What arguments of both drivers may be."""
+"""Valid values of the common arguments of both drivers."""
 
 __all__ = [
     "ARGUMENTS",

@@ -80,7 +80,7 @@ class Frame(NamedTuple):
 
 
 Propose = Callable[[Tensor, Tensor], Tensor]
-"""Turns shifts and their hypergradients into a proposed change."""
+"""Function from shifts and hypergradients to a proposed change."""
 
 
 class HyperOptimizer:

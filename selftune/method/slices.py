@@ -21,7 +21,7 @@ from selftune.method.settings import SliceSettings
 from selftune.update import Transition, Update
 
 SHARE = 1 / 40
-"""The share of the weights whose sensitivities are kept by default."""
+"""Default share of the weights with sensitivities."""
 
 
 @dataclass(frozen=True)

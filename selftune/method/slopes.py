@@ -12,7 +12,7 @@ from selftune.method.settings import SliceSettings
 from selftune.method.slices import choose
 
 SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
-"""Of large tensors so many weights are enough, and all of small ones, whose slopes are steep."""
+"""Share and number of weights of large tensors; small tensors, with steep slopes, use all."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Slopes:
         return start, end
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Reset to before the first step."""
         self.grads, self.weights = [], []
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 SNAPSHOTS = ("device", "host", "bf16")
 SMALL = 2**16
-"""Weights of a model below which a copy costs nothing, and is exact by default."""
+"""Models with fewer weights have exact snapshots by default."""
 
 
 def resolve(snapshots: str | None, weights: int) -> str:

@@ -1,4 +1,4 @@
-"""What a recorder is."""
+"""The interface of recorders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """A number of the log."""
+    """One number of the log."""
 
     tag: str
     value: float
@@ -16,45 +16,45 @@ class Row(NamedTuple):
 
 
 class AbstractRecorder(ABC):
-    """Takes a run's log, block by block.
+    """Receives a run's log in blocks.
 
-    To make another one only ``scalars`` must be written; the other methods then do nothing.
-    Methods may raise OSError: logging then stops, with a warning, and training goes on.
+    A subclass only needs ``scalars``; the other methods do nothing by default. If a method raises
+    OSError, logging stops with a warning, and training continues.
     """
 
     def __str__(self) -> str:
-        """Where it writes, for warnings."""
+        """The target, for warnings."""
         return type(self).__name__
 
     @abstractmethod
     def scalars(self, rows: Sequence[Row]) -> None:
-        """Take a block of numbers."""
+        """Receive a block of numbers."""
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:  # noqa: B027
-        """Take the hyperparameters a run starts with, and which of them are tuned."""
+        """Receive the initial hyperparameters and the names of the tuned ones."""
 
     def text(self, tag: str, text: str, step: int) -> None:  # noqa: B027
-        """Take a text in Markdown."""
+        """Receive a text in Markdown."""
 
     def figure(self, tag: str, figure: Any, step: int) -> None:  # noqa: B027
-        """Take a matplotlib figure."""
+        """Receive a matplotlib figure."""
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:  # noqa: B027
-        """Take how values are spread, for example learning rates of layers."""
+        """Receive a distribution of values, such as learning rates of layers."""
 
     def last(self, rows: Sequence[Row]) -> None:
-        """Take the numbers of the end, which a run that is resumed writes anew."""
+        """Receive the final numbers, which a resumed run writes again."""
         self.scalars(rows)
 
     def resume(self, step: int) -> None:  # noqa: B027
-        """Forget the end and what was written after a step: the run goes on from there."""
+        """Drop entries after a step and the final numbers, when a run resumes at that step."""
 
     def end(self, status: str) -> None:  # noqa: B027
-        """Take note of the end: ``"finished"``, ``"stopped"``, ``"interrupted"``, ``"failed"``."""
+        """Record the end: ``"finished"``, ``"stopped"``, ``"interrupted"`` or ``"failed"``."""
 
 
 class NoRecorder(AbstractRecorder):
-    """Keeps nothing."""
+    """A recorder that discards everything."""
 
     def scalars(self, rows: Sequence[Row]) -> None:
-        """Nothing."""
+        """Discard the rows."""

@@ -1,4 +1,4 @@
-"""Whether the validation loss moves as the hypergradients said it would."""
+"""Agreement of changes of the validation loss with predictions from hypergradients."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 class Agreement:
-    """Predicted against realised changes of the validation loss, from one look to the next.
+    """Agreement of predicted and realised changes of the validation loss.
 
-    Predicted is ``Σ g Δz``, hypergradients times what hyperparameters moved; realised is the
-    change of the running mean of the loss. Their agreement is ``Σ p r / √(Σ p² Σ r²)`` over the
-    last looks: near 1 where moving hyperparameters is what lowers the loss, around 0 where
-    training itself, or noise, changes it more.
+    The prediction is ``Σ g Δz``, hypergradients times changes of the hyperparameters; the realised
+    value is the change of the running mean of the loss. Their agreement is
+    ``Σ p r / √(Σ p² Σ r²)`` over the last intervals: near 1 if changes of hyperparameters dominate
+    the loss, around 0 if training or noise does.
 
     Args:
-        looks: How many are remembered.
+        looks: Number of intervals.
     """
 
     def __init__(self, looks: int = 20) -> None:
@@ -39,12 +39,12 @@ class Agreement:
     def look(
         self, grads: Sequence[float], raw: Sequence[float], loss: float
     ) -> list[tuple[str, float]]:
-        """Rows of the log; none at the first look.
+        """Rows of the log; none at the first call.
 
         Args:
             grads: Mean recent hypergradients in raw space.
-            raw: Raw values now.
-            loss: Running mean of the validation loss now.
+            raw: Current raw values.
+            loss: Current running mean of the validation loss.
         """
         before, self._last = self._last, (list(raw), loss)
         if before is None:

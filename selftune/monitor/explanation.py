@@ -1,4 +1,4 @@
-"""How a hyperparameter came to its value, from recorded facts: a line for each."""
+"""Explanations of hyperparameters' values from the recorded run, one line for each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from selftune.monitor.verdicts import Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """What a run records of its hyperparameters beside their values.
+    """The recorded events of a run that changed its hyperparameters.
 
     Attributes:
-        given: Values at the start by name.
-        swept: Values right after the learning-rate sweep, of those that it set.
-        rewinds: For each rewind its step, the factor of the learning rate and the reason.
-        annealed: The shape of the learning rate's schedule; ``"constant"``: there is none.
+        given: Starting values by name.
+        swept: Values set by the learning-rate sweep.
+        rewinds: Step, factor of the learning rate and reason of each rewind.
+        annealed: Shape of the learning rate's schedule; ``"constant"`` if there is none.
     """
 
     given: Mapping[str, float]
@@ -29,8 +29,8 @@ class Course:
         """A line for each tuned hyperparameter.
 
         Args:
-            values: Present values of the tuned ones, by name.
-            verdicts: Judgements of those that have taken a step.
+            values: Current values of tuned hyperparameters by name.
+            verdicts: Verdicts on those that have taken a step.
 
         Examples:
             >>> course = Course(given={"lr": 1e-3}, swept={"lr": 0.0057}, annealed="cosine")
@@ -46,7 +46,7 @@ class Course:
             last = self.swept[name]
             parts.append(f"sweep {last:.3g}")
         for step, factor, reason in self.rewinds if name == "lr" else ():
-            change = "as it was" if factor == 1 else f"divided by {1 / factor:.3g}"
+            change = "unchanged" if factor == 1 else f"divided by {1 / factor:.3g}"
             parts.append(f"{change} at step {step:,} ({reason})")
         if verdict is not None and verdict.floored:
             parts.append(f"{value:.3g}, its floor")

@@ -1,4 +1,4 @@
-"""What became of a hyperparameter, in a word, a number and a sentence."""
+"""Verdicts on hyperparameters: a word, a number and a sentence."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from typing import NamedTuple
 from selftune.hparams import DECAY, LR, MOMENTUM
 
 KINDS = ("settled", "moving", "noise", "at bound")
-"""The scalar of a verdict is its place here."""
+"""The number of a verdict is its index here."""
 RECENT = 0.2
-"""The share of a run's hyperparameter steps that is judged, at least ``LEAST`` of them."""
+"""Share of a run's hyperparameter steps that is judged, with a minimum of ``LEAST`` steps."""
 LEAST = 20
 MOVED = 0.1
-"""In raw (log or odds) space: less is no movement."""
+"""Least change in raw space that counts as movement."""
 CLEAR = 0.46
-"""Signal-to-noise ratio below which steps are held back: twice that of pure noise."""
+"""Signal-to-noise ratio below which steps are scaled down: twice that of pure noise."""
 LATE = 1 / 3
-"""The share of a run in which a hyperparameter must not have gone ``FAR`` to have settled."""
+"""A settled hyperparameter has changed less than ``FAR`` in this share of the run."""
 FAR, LOOSE = 0.4, 0.25
-"""In raw space: half as much again, in the last third; a quarter, among recent values."""
+"""Limits of changes in raw space in the last third, and among recent values."""
 LONGER = "start the next run from there, or train longer"
 NEAR = 0.02
-"""How near to a bound counts as at it, in raw space."""
+"""Largest distance from a bound that counts as at the bound, in raw space."""
 
 AT_BOUND = {
-    (LR.role, "lower"): "training wants to stand still: the net may be over-fitted or broken",
-    (LR.role, "upper"): "training wants longer steps than allowed: are gradients nearly zero?",
-    (MOMENTUM.role, "upper"): "it wants a longer memory than the length of the run allows",
-    (MOMENTUM.role, "lower"): "it wants none: batches may be noisy or the rate high",
-    (DECAY.role, "lower"): "the rate wants to stay up",
+    (LR.role, "lower"): "tuning asks for a lower rate: the network may overfit or be broken",
+    (LR.role, "upper"): "tuning asks for a higher rate: check that gradients are not nearly zero",
+    (MOMENTUM.role, "upper"): "tuning asks for a longer memory than the length of the run allows",
+    (MOMENTUM.role, "lower"): "tuning asks for none: batches may be noisy, or the rate too high",
+    (DECAY.role, "lower"): "tuning asks for no decay of the rate",
 }
-UNDERFITS = "it does not pay: the net underfits, or validation data are like training data"
-OVERFITS = "more would pay: the net over-fits; get more data or a smaller net"
+UNDERFITS = "it does not help: the network underfits, or validation is like training data"
+OVERFITS = "more would help: the network overfits; use more data or a smaller network"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a hyperparameter.
+    """The verdict on a hyperparameter.
 
     Attributes:
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
         kind: ``"settled"``, ``"moving"``, ``"noise"`` or ``"at bound"``.
-        sentence: What a person would say.
+        sentence: The verdict in words.
         snr: Signal-to-noise ratio of its recent hypergradients, or NaN if unknown.
         floored: Whether a floor set its value.
     """
@@ -63,12 +63,12 @@ class Verdict:
 
 
 class Ends(NamedTuple):
-    """How far a hyperparameter may go, in raw values.
+    """Bounds of a hyperparameter, in raw values.
 
     Attributes:
         low: Lowest.
         high: Highest.
-        floored: Whether the lowest is a floor that the run lays, not a bound.
+        floored: Whether the lowest is a floor set by the run, not a bound.
     """
 
     low: float
@@ -86,26 +86,26 @@ def judge(
     role: str = "",
     forward: Callable[[float], float] = math.exp,
 ) -> Verdict:
-    """Judge a hyperparameter by its course.
+    """Judge a hyperparameter by its history.
 
     Args:
-        name: Of the hyperparameter.
-        raw: Its raw values, one a hyperparameter step.
+        name: Name of the hyperparameter.
+        raw: Its raw values, one for each hyperparameter step.
         snr: Signal-to-noise ratio of its recent hypergradients, or NaN if unknown.
-        ends: How far it may go.
-        value: What it is now.
-        slope: Mean recent hypergradient, which tells whether it pushes against a bound; NaN if
-            unknown.
-        role: Of the hyperparameter (:class:`~selftune.hparams.Hparam`).
-        forward: The value of a raw value.
+        ends: Its bounds.
+        value: Its current value.
+        slope: Mean recent hypergradient, whose sign shows whether it pushes against a bound; NaN
+            if unknown.
+        role: Role of the hyperparameter (:class:`~selftune.hparams.Hparam`).
+        forward: The map from raw values to values.
 
     Examples:
         >>> rising = [0.01 * i for i in range(100)]
         >>> print(judge("lr", rising, 0.9, Ends(-9.0, 9.0), 2.7).sentence)
         lr rose at the end, from 2.23 to 2.7: start the next run from there, or train longer
         >>> judge("weight_decay", [-9.2] * 100, 0.3, Ends(-9.2, 2.0), 1e-4).sentence
-        'weight_decay sits at its lower bound 0.0001: it does not pay: the net underfits, or \
-validation data are like training data'
+        'weight_decay is at its lower bound 0.0001: it does not help: the network underfits, or \
+validation is like training data'
     """
     recent, late = _tail(raw, RECENT), _tail(raw, LATE)
     if not recent:
@@ -131,8 +131,8 @@ validation data are like training data'
     if spread > LOOSE and abs(change) > FAR and not noisy:
         return Verdict(name, "moving", f"{went(late)}: {LONGER}")
     if spread > LOOSE or noisy:
-        told = f"{name} wanders around {value:.3g}: its hypergradients are mostly noise"
-        return Verdict(name, "noise", told + "; larger validation batches would tell more")
+        told = f"{name} fluctuates around {value:.3g}: its hypergradients are mostly noise"
+        return Verdict(name, "noise", told + "; use larger validation batches")
     if abs(change) > FAR:
         since = f"{name} went from {forward(late[0]):.3g} to {value:.3g} in the last third"
         return Verdict(name, "settled", f"{since} of the run, and has stayed there")
@@ -140,15 +140,15 @@ validation data are like training data'
 
 
 def in_words(name: str, kind: str, value: float) -> str:
-    """A sentence of a verdict of which only the kind is known, as of a run that is under way.
+    """A sentence for the kind of a verdict, for runs in progress.
 
     Examples:
         >>> in_words("lr", "moving", 0.02)
         'lr is moving, now at 0.02'
     """
     words = {
-        "settled": "has settled at", "moving": "is moving, now at", "noise": "wanders around",
-        "at bound": "sits at its bound",
+        "settled": "has settled at", "moving": "is moving, now at", "noise": "fluctuates around",
+        "at bound": "is at its bound",
     }  # fmt: skip
     return f"{name} {words[kind]} {value:.3g}"
 
@@ -159,12 +159,12 @@ def _tail(raw: Sequence[float], share: float) -> list[float]:
 
 def _at_floor(name: str, value: float) -> str:
     return (
-        f"{name} lies on its floor {value:.3g}, the least that matters in a run of this length at "
-        "this learning rate: validation asks for no more"
+        f"{name} lies on its floor {value:.3g}, the least value with an effect in a run of this "
+        "length at this learning rate: tuning does not raise it"
     )
 
 
 def _at_bound(name: str, side: str, value: float, role: str) -> str:
     default = {"lower": UNDERFITS, "upper": OVERFITS}[side]
     why = AT_BOUND.get((role, side), default)
-    return f"{name} sits at its {side} bound {value:.3g}: {why}"
+    return f"{name} is at its {side} bound {value:.3g}: {why}"

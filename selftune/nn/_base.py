@@ -1,4 +1,4 @@
-"""Layers and losses whose strength is a hyperparameter, and the noise they draw."""
+"""Base classes of layers and losses with a tuned strength, and their random numbers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SPREAD, MIX = -1640531527, 0x45D9F3B
 
 
 class Tunable(nn.Module):
-    """A module with one strength, kept in a buffer that a tuner writes.
+    """A module with one tuned strength, stored in a buffer.
 
-    In evaluation mode it does nothing.
+    In evaluation mode it is the identity.
 
     Args:
-        value: The strength it starts with.
-        hparam: Name, scale and bounds. Modules with the same name have the same strength.
+        value: The initial strength.
+        hparam: Name, scale and bounds. Modules with the same name share one strength.
 
     Attributes:
-        strength: Shape (1,), or (batch,) for one an example.
+        strength: Shape (1,), or (batch,) with one strength for each example.
 
     Raises:
-        ValueError: A value outside the bounds; 0 is always allowed.
+        ValueError: The value is outside the bounds; 0 is always allowed.
     """
 
     strength: Tensor
@@ -57,11 +57,11 @@ class Tunable(nn.Module):
 
 
 class Stochastic(Tunable):
-    """A tunable module that draws random numbers by a counter of its own.
+    """A tunable module with random numbers from its own counter.
 
-    A pass with the same counter draws the same numbers, whatever the strength: the effect of
-    another strength is then not hidden by another draw. Each pass in training mode moves the
-    counter on, as BatchNorm does its statistics.
+    A pass with the same counter draws the same numbers at any strength, so the effect of another
+    strength is not hidden by other random numbers. Each pass in training mode increments the
+    counter.
 
     Attributes:
         key: The counter, shape (1,), int64.
@@ -74,7 +74,7 @@ class Stochastic(Tunable):
         self.register_buffer("key", torch.randint(MASK, (1,)))
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input, changed at random while training."""
+        """The input, with random changes while training."""
         if not self.training:
             return input
         found = self.change(input)
@@ -82,7 +82,7 @@ class Stochastic(Tunable):
         return found
 
     def change(self, input: Tensor) -> Tensor:
-        """What it does to a batch."""
+        """The change of a batch."""
         raise NotImplementedError
 
     def uniform(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:
@@ -100,8 +100,8 @@ def uniform(key: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
 
     Args:
         key: The counter, shape (1,).
-        shape: Of the numbers.
-        stream: Another one gives other numbers.
+        shape: Shape of the result.
+        stream: Index of an independent stream of numbers.
 
     Source: the 32-bit integer hash of Mueller; as a counter-based generator, Salmon et al. 2011.
     """
@@ -125,12 +125,12 @@ def _hash(bits: Tensor) -> Tensor:
 
 
 class Found(NamedTuple):
-    """A strength of a model.
+    """A strength in a model.
 
     Attributes:
         hparam: Name, scale and bounds.
-        value: What it starts with.
-        buffers: Where it is kept in the model.
+        value: The initial value.
+        buffers: Names of its buffers in the model.
     """
 
     hparam: Hparam
@@ -142,7 +142,7 @@ def tunables(model: nn.Module) -> dict[str, Found]:
     """The strengths of a model by name.
 
     Raises:
-        ValueError: Two modules of one name that differ in scale, bounds or value.
+        ValueError: Two modules of one name differ in scale, bounds or value.
 
     Examples:
         >>> import selftune as st
@@ -165,7 +165,7 @@ def tunables(model: nn.Module) -> dict[str, Found]:
 
 
 def own_counters(model: nn.Module) -> None:
-    """Give copies of a layer, which would all draw the same numbers, counters of their own."""
+    """Give copies of a layer their own counters, so that they draw different numbers."""
     seen: set[int] = set()
     for _, module in _tunable_modules(model):
         if isinstance(module, Stochastic):

@@ -1,7 +1,7 @@
-"""Augmentation on the batch, on its device, with strengths that are hyperparameters.
+"""Augmentation on the batch, on its device, with tuned strengths.
 
 Inputs are images, (batch, channels, height, width). All are differentiable in their strength and
-draw their numbers by a counter, so the number of a loader's workers makes no difference.
+take random numbers from a counter, so they do not depend on the loader's workers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Noise(Stochastic):
 
     Args:
         value: s, in units of the input, 0 or 0.001…10; 0 is tuned from 0.05.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Examples:
         >>> import torch, selftune as st
@@ -47,7 +47,7 @@ class _OneAnExample(Stochastic):
     """Draws one number in −1…1 for each example."""
 
     def drawn(self, input: Tensor, stream: int = 0) -> Tensor:
-        """The number times the strength, shaped like the batch."""
+        """The random number times the strength, shaped to be multiplied with the batch."""
         draw = self.uniform((len(input), *[1] * (input.ndim - 1)), stream)
         return self.level(input) * (2 * draw - 1).to(input.dtype)
 
@@ -57,7 +57,7 @@ class Brightness(_OneAnExample):
 
     Args:
         value: s, in units of the input, 0 or 0.001…10; 0 is tuned from 0.05.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Examples:
         >>> import torch, selftune as st
@@ -79,7 +79,7 @@ class Contrast(_OneAnExample):
 
     Args:
         value: s, 0 or 0.001…0.95; 0 is tuned from 0.05.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Examples:
         >>> import torch, selftune as st
@@ -99,11 +99,11 @@ class Contrast(_OneAnExample):
 
 
 class Scale(_OneAnExample):
-    """Images made larger or smaller by a factor 1 + s u, u uniform in −1…1.
+    """Images scaled by a factor 1 + s u, u uniform in −1…1.
 
     Args:
         value: s, 0 or 0.001…0.95; 0 is tuned from 0.02.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Examples:
         >>> import torch, selftune as st
@@ -115,7 +115,7 @@ class Scale(_OneAnExample):
         super().__init__(value, _share(name, 0.02))
 
     def change(self, input: Tensor) -> Tensor:
-        """Resample about the middle."""
+        """Resample about the centre."""
         factor = 1 / (1 + self.drawn(input).flatten())
         still = torch.zeros_like(factor)
         return _resampled(input, factor, still, still)
@@ -126,7 +126,7 @@ class Translate(_OneAnExample):
 
     Args:
         value: s, 0 or 0.001…0.95; 0 is tuned from 0.02.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Examples:
         >>> import torch, selftune as st
@@ -138,13 +138,13 @@ class Translate(_OneAnExample):
         super().__init__(value, _share(name, 0.02))
 
     def change(self, input: Tensor) -> Tensor:
-        """Resample beside where it was."""
+        """Resample at shifted coordinates."""
         across, down = (2 * self.drawn(input, stream).flatten() for stream in (0, 1))
         return _resampled(input, torch.ones_like(across), across, down)
 
 
 def _resampled(images: Tensor, factor: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """Bilinear, with zeros from outside; coordinates from −1 to 1."""
+    """Bilinear resampling with zero padding; coordinates from −1 to 1."""
     zero = torch.zeros_like(factor)
     rows = [torch.stack([factor, zero, across], 1), torch.stack([zero, factor, down], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
@@ -152,15 +152,15 @@ def _resampled(images: Tensor, factor: Tensor, across: Tensor, down: Tensor) -> 
 
 
 class Cutout(Stochastic):
-    """Square holes of zeros: n of them on average, each of a share of the image's side.
+    """Square holes of zeros: n on average, each with a side proportional to that of the image.
 
-    A whole number of holes is drawn whose mean is n, since n is tuned as a real number.
+    The number of holes is random with mean n, because n is tuned as a real number.
 
     Args:
         value: n, 0 or 0.01 up to ``most``; 0 is tuned from 0.1.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
         size: Side of a hole, as a share of that of the image.
-        most: Greatest number of holes.
+        most: Largest number of holes.
 
     Examples:
         >>> import torch, selftune as st
@@ -196,7 +196,7 @@ class Cutout(Stochastic):
 
 
 def _near(middle: Tensor, length: int, share: float) -> Tensor:
-    """Where along a side a hole lies, shape (…, length), for its middle as a share of it."""
+    """Mask of a hole along a side, shape (…, length), for its relative centre."""
     place = (torch.arange(length, device=middle.device) + 0.5) / length
     return ((place - middle.unsqueeze(-1)).abs() < share / 2).to(torch.float32)
 
@@ -204,13 +204,13 @@ def _near(middle: Tensor, length: int, share: float) -> Tensor:
 class Mixup(Stochastic):
     """Each example mixed with another: ``(1 − λ) x + λ x'``, and its target likewise.
 
-    λ is uniform in 0…s/2. It changes inputs and targets, and so is given to
-    ``Tuner(augment=…)`` or called on both; targets become probabilities.
+    λ is uniform in 0…s/2. It changes inputs and targets, so pass it to ``Tuner(augment=…)``, or
+    call it on both. Targets become probabilities.
 
     Args:
-        classes: How many there are; 0 for targets that are mixed as they are (regression).
+        classes: Number of classes; 0 for regression, where targets are mixed directly.
         value: s, 0 or 0.001…0.95; 0 is tuned from 0.05.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Examples:
         >>> import torch, selftune as st
@@ -242,7 +242,7 @@ class Mixup(Stochastic):
 
 
 class Augment(nn.Module):
-    """Several augmentations of inputs and targets, one after the other, while training.
+    """Several augmentations of inputs and targets in sequence, while training.
 
     Args:
         parts: Modules of inputs, or of inputs and targets (:class:`Mixup`).
@@ -260,7 +260,7 @@ class Augment(nn.Module):
         self.parts = nn.ModuleList(parts)
 
     def forward(self, input: Any, target: Any) -> tuple[Any, Any]:
-        """Augmented inputs and targets; in evaluation mode what came in."""
+        """Augmented inputs and targets; unchanged in evaluation mode."""
         if self.training:
             for part in self.parts:
                 if isinstance(part, Mixup):

@@ -1,4 +1,4 @@
-"""Dropout whose rate is a hyperparameter."""
+"""Dropout with a tuned rate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
 
 EDGE = 1e-6
-"""How near to 0 and 1 a rate's odds are still computed."""
+"""Least distance of a rate from 0 and 1 in its odds."""
 
 
 def rate(name: str, start: float = 0.05) -> Hparam:
-    """A share of what is dropped."""
+    """The hyperparameter of a dropout rate."""
     return Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.95, from_zero=start)
 
 
@@ -26,17 +26,17 @@ class Dropout(Stochastic):
     """Zeroes each entry with probability p and scales the rest by 1/(1 − p).
 
     ``y = x (1 + e)``, e = m/(1 − p) − 1 with m ∈ {0, 1}. The derivative in p is that of a noise
-    whose spread √(p/(1 − p)) follows p while its draw stays: ``∂e/∂logit(p) = e/2``. It is right
-    to second order in e, is never NaN, and lets every estimator tune the rate.
+    with spread √(p/(1 − p)) at fixed random numbers: ``∂e/∂logit(p) = e/2``. It is accurate to
+    second order in e, is never NaN, and allows every estimator to tune the rate.
 
     Args:
         p: The rate, 0 or 0.001…0.95; 0 is tuned from 0.05.
-        name: Of the hyperparameter; layers of one name share one rate.
-        share: Dimensions along which one draw is shared, for example ``(1,)`` for all time steps
+        name: Name of the hyperparameter; layers of one name share one rate.
+        share: Dimensions along which the mask is constant, for example ``(1,)`` for all time steps
             of (batch, time, features).
 
     Raises:
-        ValueError: A rate outside its bounds.
+        ValueError: The rate is outside its bounds.
 
     Examples:
         >>> import torch, selftune as st
@@ -59,7 +59,7 @@ class Dropout(Stochastic):
         return input * self.kept(tuple(shape), input)
 
     def kept(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """What inputs are multiplied with."""
+        """The factor of the inputs."""
         p = self.level(like)
         return scaled_mask(self.uniform(shape).to(like.dtype), p)
 
@@ -72,7 +72,7 @@ class Dropout2d(Dropout):
 
     Args:
         p: The rate.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Examples:
         >>> import torch, selftune as st
@@ -91,14 +91,14 @@ class Dropout2d(Dropout):
 
 
 class DropConnect(Dropout):
-    """A module of whose weights some are zero in each training pass, the same for all examples.
+    """Wraps a module and drops some of its weights in each training pass, for all examples alike.
 
     Args:
         module: Any module, for example an ``nn.LSTM``.
         p: The rate.
-        name: Of the hyperparameter.
-        weights: Names of the parameters that are dropped; by default all weight matrices, and of
-            recurrent modules those from hidden state to hidden state.
+        name: Name of the hyperparameter.
+        weights: Names of the parameters with dropped entries; by default all weight matrices, in
+            recurrent modules only those from hidden state to hidden state.
 
     Raises:
         ValueError: The module has no such parameter.
@@ -130,7 +130,7 @@ class DropConnect(Dropout):
         self.weights = tuple(chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output with some weights left out."""
+        """The module's output with some weights dropped."""
         if not self.training:
             return self.module(*args, **kwargs)
         held = dict(self.module.named_parameters())
@@ -144,12 +144,12 @@ class DropConnect(Dropout):
 
 
 class EmbeddingDropout(Dropout):
-    """An embedding of which whole words are zero in each training pass.
+    """Wraps an embedding and drops whole words in each training pass.
 
     Args:
         embedding: The embedding.
         p: The rate.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Examples:
         >>> import torch, selftune as st
@@ -177,11 +177,11 @@ class EmbeddingDropout(Dropout):
 
 
 def scaled_mask(draw: Tensor, p: Tensor) -> Tensor:
-    """``m/(1 − p)``, with the derivative in p of a noise that grows with its spread.
+    """``m/(1 − p)``, with the derivative in p of a noise of the same spread.
 
     Args:
-        draw: Uniform numbers: what is below p is dropped.
-        p: The rate, of a shape that fits.
+        draw: Uniform numbers; entries below p are dropped.
+        p: The rate, in a shape that broadcasts.
     """
     held = p.detach()
     mask = (draw >= held).to(draw.dtype) / (1 - held)

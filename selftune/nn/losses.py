@@ -1,4 +1,4 @@
-"""Losses, and penalties of activations, whose strength is a hyperparameter."""
+"""Losses and activation penalties with a tuned strength."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from selftune.nn._base import Tunable
 
 
 class LabelSmoothing(Tunable):
-    """Cross-entropy with smoothed targets while training, and without in evaluation.
+    """Cross-entropy, with label smoothing while training only.
 
     ``L = (1 − ε) CE + ε mean_c(−log p_c)``, averaged over examples.
 
     Args:
         value: ε, 0 or 0.001…0.9; 0 is tuned from 0.02.
-        name: Of the hyperparameter.
-        ignore_index: A target that counts for nothing.
+        name: Name of the hyperparameter.
+        ignore_index: A target that is ignored.
 
     Raises:
-        ValueError: A strength outside its bounds.
+        ValueError: The strength is outside its bounds.
 
     Examples:
         >>> import torch, selftune as st
@@ -62,7 +62,7 @@ class LabelSmoothing(Tunable):
 
 
 class _Penalty(Tunable):
-    """Passes its input on, and remembers a penalty of it for the loss of this pass."""
+    """Returns its input, and keeps a penalty of it for the loss of this pass."""
 
     def __init__(self, value: float, name: str) -> None:
         hparam = Hparam(name=name, bijection=Log(), lower=1e-6, upper=1e2, from_zero=1e-2)
@@ -76,22 +76,22 @@ class _Penalty(Tunable):
         return input
 
     def measure(self, input: Tensor) -> Tensor:
-        """What is penalised, entry by entry."""
+        """The penalty of each entry."""
         raise NotImplementedError
 
 
 class ActivationPenalty(_Penalty):
-    """Adds ``λ mean(x²)`` of what passes through it to the training loss.
+    """Adds ``λ mean(x²)`` of its input to the training loss.
 
-    The tuner adds it by itself; in a loop of one's own the loss is
+    The tuner adds it automatically; in your own loop the loss is
     ``criterion(model(x), y) + st.nn.extra_loss(model)``.
 
     Args:
         value: λ, 0 or 1e-6…100; 0 is tuned from 0.01.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
 
     Raises:
-        ValueError: A strength outside its bounds.
+        ValueError: The strength is outside its bounds.
 
     Examples:
         >>> import torch, selftune as st
@@ -116,11 +116,11 @@ class TemporalPenalty(_Penalty):
 
     Args:
         value: λ, 0 or 1e-6…100; 0 is tuned from 0.01.
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
         dim: The dimension of time.
 
     Raises:
-        ValueError: A strength outside its bounds.
+        ValueError: The strength is outside its bounds.
 
     Examples:
         >>> import torch, selftune as st
@@ -142,7 +142,7 @@ class TemporalPenalty(_Penalty):
 
 
 def extra_loss(model: nn.Module) -> Tensor | float:
-    """The penalties of the last pass, which are taken: a second call gives 0."""
+    """The penalties of the last pass; a second call returns 0."""
     total: Tensor | float = 0.0
     for module in model.modules():
         if isinstance(module, _Penalty) and module.extra is not None:

@@ -1,4 +1,4 @@
-"""Blocks of a run, kept in step with torch's parameter groups."""
+"""Blocks of a run, synchronised with torch's parameter groups."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from selftune.optim._shards import by_rows, shard
 State = MutableMapping[Tensor, dict[str, Any]]
 
 SCALED = {"centre", "mark"}
-"""What is kept of the slice of a parameter times the root of the slice."""
+"""Keys of state over the slice that is scaled by √stride."""
 
 
 class Assembly:
-    """Makes the engine's blocks from parameter groups, anew where these have changed.
+    """Makes the engine's blocks from parameter groups, and rebuilds them after changes.
 
     Args:
-        engine: Works on the blocks.
-        groups: Knows the tuned values that parameter groups show.
+        engine: The engine of the run.
+        groups: The tuned values of the parameter groups.
     """
 
     def __init__(self, engine: Engine, groups: Groups) -> None:
@@ -38,17 +38,17 @@ class Assembly:
 
     @property
     def empty(self) -> bool:
-        """Whether blocks have yet to be made."""
+        """Whether the blocks do not exist yet."""
         return not self._built
 
     def over(self, engine: Engine) -> Assembly:
-        """The same over another engine, with blocks to be made."""
+        """The same for another engine, without blocks."""
         other = copy.copy(self)
         other._engine, other._built = engine, []
         return other
 
     def current(self, groups: Sequence[Group], state: State) -> list[Block]:
-        """The blocks, made anew where parameters were added, replaced or unfrozen."""
+        """The blocks, rebuilt if parameters were added, replaced or unfrozen."""
         ids = [id(p) for g in groups for p in g["params"]]
         if ids == self._built and not any(p.requires_grad for p in self._frozen):
             return self._engine.blocks
@@ -64,7 +64,7 @@ class Assembly:
         return self._engine.blocks
 
     def make(self, groups: Sequence[Group], state: State) -> None:
-        """Join the trained parameters of every group; what is kept of them lies in ``state``."""
+        """Concatenate the trained parameters of every group; their state is in ``state``."""
         engine, trained = self._engine, _trained(groups, state)
         for block in engine.blocks:
             block.sync()
@@ -101,9 +101,9 @@ class Assembly:
         ]
 
     def _recut(self, trained: Sequence[Sequence[Tensor]], state: State) -> None:
-        """Carry over what is kept of slices where parameters that join the run change these.
+        """Keep the state of slices that change because parameters were added.
 
-        Sensitivities of a slice that is not part of the one before begin anew.
+        Sensitivities outside the previous slice restart.
         """
         before = {
             id(p): (block.cut, first, block.sliced)
@@ -124,12 +124,12 @@ class Assembly:
                         entry[key] = kept * cut.root if key in SCALED else kept.clone()
 
     def publish(self, groups: Sequence[Group]) -> None:
-        """Show tuned values in the parameter groups, and make them ready for the steps."""
+        """Write tuned values to the parameter groups, and prepare them for the steps."""
         self._engine.store.cached = self._groups.publish(groups, self._engine.blocks)
 
 
 def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list[str]:
-    """What to call some of a group's parameters in errors."""
+    """Names of parameters in errors."""
     group = groups[index]
     places = {id(p): j for j, p in enumerate(group["params"])}
     given = group.get("param_names")
@@ -140,5 +140,5 @@ def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list
 
 
 def _trained(groups: Sequence[Group], state: State) -> list[list[Tensor]]:
-    """Each group's parameters that are trained, or were."""
+    """Parameters of each group that are or were trained."""
     return [[p for p in g["params"] if p.requires_grad or p in state] for g in groups]

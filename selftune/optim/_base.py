@@ -287,7 +287,7 @@ class SelfTuningOptimizer(EvaluationMode):
     # inside
 
     def _call(self, closure: Closure | None) -> Call | None:
-        """The closure, for an estimator that asks for gradients at other weights."""
+        """The closure, for an estimator that needs gradients at other weights."""
         engine = self._engine
         if engine.whole is None:
             return None
@@ -305,7 +305,7 @@ class SelfTuningOptimizer(EvaluationMode):
         return Call(closure, blocks[0], engine.buffers.tensors)
 
     def _idle(self) -> bool:
-        """Whether this is the empty step by which checkpointing makes torch create state."""
+        """Whether this is the empty step by which distributed checkpointing creates state."""
         if not self._assembly.empty or any(float(g["lr"]) != 0 for g in self.param_groups):
             return False
         grads = [p.grad for g in self.param_groups for p in g["params"]]

@@ -1,4 +1,4 @@
-"""The joined tensors of one parameter group, shown to torch as views."""
+"""The concatenated tensors of one parameter group, with views for torch."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ Entries = Sequence[dict[str, Any]]
 class Block:
     """One parameter group's tensors as flat vectors.
 
-    ``entries`` are the per-parameter dictionaries of ``optimizer.state``. Whatever must be
-    saved lies in them as views of the flat vectors here, and is taken up from them at
-    construction, so torch's own saving and loading see ordinary optimizer state. The rule's state,
-    new tensors at every step, is shown there by ``sync``.
+    ``entries`` are the per-parameter dictionaries of ``optimizer.state``. They contain all saved
+    state as views of the flat vectors here, and initialise it at construction, so torch's saving
+    and loading work unchanged. ``sync`` writes the rule's state, which has new tensors at every
+    step.
 
     Args:
-        params: The parameters that are trained.
-        names: What to call them in errors.
+        params: The trained parameters.
+        names: Their names in errors.
         entries: Their state dictionaries.
-        sensitivities: Say what is kept for them.
+        sensitivities: Defines their state.
         values: Hyperparameters and options of the group.
-        cut: The slice whose sensitivities are kept.
-        pairs: Secant pairs to keep.
-        snapshots: Where the last good weights are kept.
+        cut: The slice with sensitivities.
+        pairs: Number of secant pairs.
+        snapshots: Storage of the last good weights.
 
     Attributes:
-        part: What the method keeps; its ``params`` are empty between steps.
+        part: State of the method; its ``params`` are empty between steps.
         averages: The average, a view for every parameter.
         good: The last good weights.
-        centre, mark: Of the displacement.
-        secants: Of stiff directions; or nothing.
-        sliced: Keys of what is kept of the slice alone.
+        centre, mark: State of the displacement.
+        secants: Secant pairs, or empty.
+        sliced: Keys of the state over the slice only.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Block:
         return Rows(self.params[index], self.cut.stride, self._firsts[index])
 
     def _loaded(self, index: int, value: Tensor, view: Tensor) -> Tensor:
-        """This process's part of something that was saved of a parameter."""
+        """This process's part of a saved tensor of a parameter."""
         return local(value) if local(value).shape == view.shape else self._rows(index).load(value)
 
     def saved(self) -> list[dict[str, Tensor]]:
-        """What is kept of each parameter, as it is saved."""
+        """The state of each parameter in the format of checkpoints."""
         self.sync()
         wholes = {k: self.layout.views(t) for k, t in self._wholes().items()}
         rows = [self._rows(i) for i in range(len(self.params))]
@@ -115,11 +115,11 @@ class Block:
         return found
 
     def _wholes(self) -> dict[str, Tensor]:
-        """What is kept of all weights."""
+        """The state over all weights."""
         return {**self.part.rule, "average": self.part.average, "good": self.good}
 
     def _pieces(self) -> dict[str, list[Tensor]]:
-        """What is kept of the slice, a view for every parameter."""
+        """The state over the slice, a view for every parameter."""
         part = self.part
         kept = {"centre": self.centre, "mark": self.mark}
         kept |= {f"sensitivity/{i}": t for i, t in enumerate(part.averaged)}
@@ -131,7 +131,7 @@ class Block:
         return {k: views(t) for k, t in kept.items()}
 
     def _kept(self) -> dict[str, Sequence[Tensor]]:
-        """All that is saved, by key: a view for every parameter."""
+        """All saved state by key: a view for every parameter."""
         ones: dict[str, Tensor] = {}  # one number for each parameter
         for unit in self.part.decay:
             ones |= {"decay": unit.averaged, **_tangents("decay", unit.tangents)}
@@ -143,11 +143,11 @@ class Block:
 
     @property
     def keys(self) -> set[str]:
-        """What is saved of every parameter, but for the rule's state, which follows its options."""
+        """Keys of the saved state of a parameter, without the rule's state."""
         return {"step", *self._kept()} - set(self.part.rule)
 
     def sync(self) -> None:
-        """Show the rule's state to torch; done only when someone looks."""
+        """Write the rule's state to torch's dictionaries; called on access only."""
         if self._stale:
             for name, flat in self.part.rule.items():
                 for entry, view in zip(self._entries, self.layout.views(flat), strict=True):
@@ -155,45 +155,45 @@ class Block:
             self._stale = False
 
     def weights(self) -> Tensor:
-        """The joined weights as they are now, a copy to keep."""
+        """A copy of the concatenated weights."""
         return self.layout.flatten([p.detach() for p in self.params])
 
     def before(self) -> Tensor:
-        """The joined weights as they are now, in memory that is used again at the next step.
+        """The concatenated weights, in a buffer that is reused at the next step.
 
-        Fresh memory for whole copies of a model, at every step, costs more than the arithmetic.
+        Allocating a copy of the model at every step would take longer than the arithmetic.
         """
         return self.layout.flatten(self.params, out=self._kept_memory("weights"))
 
     def _kept_memory(self, use: str) -> Tensor:
-        """A vector that is used again."""
+        """A reused buffer."""
         if use not in self._scratch:
             self._scratch[use] = self.part.average.new_empty(self.layout.numel)
         return self._scratch[use]
 
     def slice(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The slice of tensors like the parameters, as the slice of the vector of them all."""
+        """The slice of tensors in the parameters' shapes, as a slice of their concatenation."""
         if self.cut.stride == 1:
             return self.layout.flatten(tensors)
         return self.joined([self.piece(i, t) for i, t in enumerate(tensors)])
 
     def piece(self, index: int, tensor: Tensor) -> Tensor:
-        """A view of the slice of a tensor like the parameter of that number."""
+        """A view of the slice of a tensor in the shape of a parameter."""
         return local(tensor).detach().reshape(-1)[self._firsts[index] :: self.cut.stride]
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The slice of the vector, from those of all tensors."""
+        """Concatenate the slices of all tensors."""
         return torch.cat(list(pieces)).to(self.layout.dtype)
 
     def scaled(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The same times the root of the slice."""
+        """The same times √stride."""
         kept = self.slice(tensors)
         return kept if self.cut.stride == 1 else kept * self.cut.root
 
     # other weights in place
 
     def copies(self) -> list[Tensor]:
-        """Of the parameters as they are now."""
+        """Copies of the parameters."""
         return [local(p).detach().clone() for p in self.params]
 
     def put(self, weights: Sequence[Tensor]) -> None:
@@ -217,12 +217,12 @@ class Block:
             param.copy_(between(view, other, abs(place)))
 
     def slopes(self, index: int, grad: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """A parameter's ``g · Δw`` on the ways from good weights to the average, and to others.
+        """A parameter's ``g · Δw`` from the good weights to the average, and to others.
 
         Args:
-            index: Its number.
+            index: Index of the parameter.
             grad: g.
-            weights: The others, a tensor for each parameter.
+            weights: The other weights, a tensor for each parameter.
         """
         average, good = self.averages[index], self.layout.views(self.good)[index]
         grad = local(grad).to(average.dtype)
@@ -230,14 +230,14 @@ class Block:
         return torch.stack([(grad * way).sum() for way in ways])
 
     def average_towards(self, share: float) -> None:
-        """Take the parameters into their average, in place."""
+        """Update the average by the parameters, in place."""
         torch._foreach_lerp_(self.averages, self.params, share)
 
     def settle(self) -> None:
-        """Let the average follow masks and frozen parameters.
+        """Apply masks and frozen parameters to the average.
 
         A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in
-        the average; a parameter that is not trained any more is there as it is.
+        the average too; a frozen parameter is copied.
         """
         for param, view in zip(self.params, self.averages, strict=True):
             if param.requires_grad:  # a shard would not say
@@ -246,7 +246,7 @@ class Block:
                 view.copy_(local(param))
 
     def gradient(self) -> tuple[Tensor, list[bool] | None]:
-        """The joined gradients, in memory that is used again, and which there are (None: all)."""
+        """The concatenated gradients in a reused buffer, and which of them exist (None: all)."""
         grads = [p.grad for p in self.params]
         for name, grad in zip(self._names, grads, strict=True):
             if grad is not None and grad.is_sparse:
@@ -260,7 +260,7 @@ class Block:
         return self.layout.flatten(filled), [g is not None for g in grads]
 
     def step_in_place(self, kernel: InPlace, grads: list[Tensor], rate: float) -> None:
-        """Let a kernel step weights and state in place."""
+        """Step weights and state in place by a kernel."""
         rule = self.part.rule
         if self._viewed is not rule:
             self._views = {k: self.layout.views(v) for k, v in rule.items()}
@@ -270,23 +270,23 @@ class Block:
         self._stale = True
 
     def count(self) -> None:
-        """Count a step that all parameters took."""
+        """Count a step of all parameters."""
         self._steps.add_(1)
         self._lead += 1
 
     def plain_gradients(self) -> list[Tensor] | None:
-        """Gradients of all parameters as they are, if torch's kernels can take them."""
+        """Gradients of all parameters, if torch's kernels support them."""
         grads = [p.grad for p in self.params]
         if not self.layout.native or not fast_path.plain(self.params, grads):
             return None
         return [g for g in grads if g is not None]
 
     def ages(self) -> list[float]:
-        """Updates each tensor had before, for bias corrections."""
+        """Number of previous updates of each tensor, for bias corrections."""
         return [a + self._lead for a in self._ages]
 
     def write(self, part: Part, moved: Tensor, counted: Sequence[bool] | None) -> None:
-        """Take over a part after a step, and write its weights into the parameters.
+        """Store a part after a step, and write its weights into the parameters.
 
         Args:
             part: The part.
@@ -303,7 +303,7 @@ class Block:
             self._ages = [a + c for a, c in zip(self._ages, counted, strict=True)]
 
     def begin(self) -> None:
-        """Take the weights as they are for all that is kept of them."""
+        """Reset average and good weights to the current weights."""
         for flat in (self.part.average, self.good):
             self._fill(flat)
         kept, scaled = self.slice(self.params), self.scaled(self.params)
@@ -313,12 +313,12 @@ class Block:
             flat.copy_(scaled)
 
     def _fill(self, flat: Tensor) -> None:
-        """Copy the parameters into a vector, one after the other."""
+        """Copy the parameters into a vector."""
         for param, view in zip(self.params, self.layout.views(flat), strict=True):
             view.copy_(local(param))
 
     def snapshot(self, kind: str) -> None:
-        """Copy weights as a controller asks for it (:class:`~selftune.control.Action`)."""
+        """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
         if kind == "iterate":
             self._fill(self.good)
         else:
@@ -328,7 +328,7 @@ class Block:
         """Return weights and average to the last good ones.
 
         Args:
-            start_is_good: Whether the average, which is where the run began, becomes those.
+            start_is_good: Whether the average, at the initial weights, becomes the good weights.
         """
         self.layout.write(self.good, self.params)
         if start_is_good:
@@ -336,7 +336,7 @@ class Block:
         self._fill(self.part.average)
 
     def rewound(self, part: Part) -> None:
-        """Go on with a fresh rule state."""
+        """Reset the rule's state."""
         self.part = part._replace(params=part.average.new_empty(0))
         self._stale = True
         self._steps.zero_()

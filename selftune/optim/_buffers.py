@@ -1,4 +1,4 @@
-"""Statistics of normalisation layers that belong to the averaged weights."""
+"""Statistics of normalisation layers for the averaged weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from selftune.control.final_weights import between
 
 
 class Buffers:
-    """Running statistics, averaged as the weights are.
+    """Running statistics for averaged, good and training weights.
 
-    BatchNorm's running mean and variance describe the weights they were gathered with. The
-    averaged weights have statistics of their own here: gathered by validation passes in
-    training mode, and otherwise a running average of the training weights' statistics. Layers of
-    models that are not trained here, which a closure passes through, are left as they were.
+    BatchNorm's running mean and variance belong to the weights of their passes. The averaged
+    weights therefore have separate statistics: from validation passes in training mode, and
+    otherwise a running average of the training weights' statistics. Layers of models that are not
+    trained by this optimizer, but called by a closure, are not changed.
 
     Args:
         module: A module to search, with its children, for layers with running statistics.
-        every: Training steps from one validation pass to the next.
+        every: Training steps between two validation passes.
 
     Attributes:
-        layers: Those of the trained model.
-        foreign: Those of others.
+        layers: Layers of the trained model.
+        foreign: Layers of other models.
     """
 
     def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
@@ -50,7 +50,7 @@ class Buffers:
             self.add(module)
 
     def add(self, module: nn.Module) -> None:
-        """Take in layers not known yet; their present statistics are averaged and good ones."""
+        """Add new layers, with their current statistics as averaged and good ones."""
         known = {id(layer) for layer in self.layers}
         for layer in module.modules():
             if _tracks(layer) and id(layer) not in known:
@@ -62,13 +62,12 @@ class Buffers:
 
     @contextmanager
     def discovering(self, params: Iterable[Tensor]) -> Iterator[None]:
-        """Takes in the modules whose forward runs inside the block, as they were before it.
+        """Adds the modules called inside the block, with their statistics from before it.
 
-        An optimizer is given parameters, not the model; the first validation closure shows which
-        model they belong to.
+        An optimizer gets parameters, not the model; the first validation closure reveals the model.
 
         Args:
-            params: Of the optimizer. Modules that hold others only are foreign.
+            params: Parameters of the optimizer. Modules with only other parameters are foreign.
         """
         ours = {id(p) for p in params}
         others: dict[int, list[Tensor]] = {}  # statistics of foreign layers before the block
@@ -107,14 +106,14 @@ class Buffers:
             self._strangers = 0
 
     def apart(self) -> AbstractContextManager[None]:
-        """Leaves the statistics of foreign layers as they were before the block."""
+        """Restores the statistics of foreign layers after the block."""
         return _unchanged([t for layer in self.foreign for t in _statistics(layer)])
 
     def expect(self, params: Iterable[Tensor]) -> None:
-        """Find the layers whose saved statistics wait, in forward passes that come anyway.
+        """Find the layers of loaded statistics in later forward passes.
 
         Args:
-            params: Of the model they belong to.
+            params: Parameters of their model.
         """
         if self._saved is None:
             return
@@ -134,33 +133,33 @@ class Buffers:
 
     @property
     def waiting(self) -> bool:
-        """Whether there are saved statistics whose layers are not found yet."""
+        """Whether there are loaded statistics whose layers are not found yet."""
         return self._saved is not None
 
     @property
     def complete(self) -> bool:
-        """Whether all layers that a saved run knew are found, foreign ones among them."""
+        """Whether all layers of a loaded run are found, including foreign ones."""
         return not self.waiting and len(self.foreign) >= self._strangers
 
     def tensors(self) -> list[Tensor]:
-        """The modules' statistics as they are now."""
+        """The current statistics of the modules."""
         return [t for layer in self.layers for t in _statistics(layer)]
 
     def kept(self) -> AbstractContextManager[None]:
-        """Leaves all modules' statistics as they were before the block."""
+        """Restores all statistics after the block."""
         layers = (*self.layers, *self.foreign)
         return _unchanged([t for layer in layers for t in _statistics(layer)])
 
     def at(self, place: float) -> list[Tensor]:
-        """Copies of what belongs to the good weights (−1), the average (0), those in place (1)."""
+        """Copies of the statistics of the good (−1), averaged (0) or current weights (1)."""
         pairs = zip(self.average, self.good if place < 0 else self.tensors(), strict=True)
         return [between(a, b, abs(place)) for a, b in pairs]
 
     def exchange(self, others: Sequence[Tensor]) -> None:
-        """Swap the modules' statistics with others: those of the average, say.
+        """Swap the modules' statistics with others, such as those of the average.
 
-        Passes at the averaged weights are ``every`` times rarer than training's, and those weights
-        change more slowly, so a layer's momentum m is 1 − (1 − m)^(every/2) while they are shown.
+        Passes at the averaged weights are ``every`` times less frequent than training passes, and
+        these weights change more slowly, so a layer's momentum m becomes 1 − (1 − m)^(every/2).
         """
         self.shown = not self.shown
         self._others = others if self.shown else []
@@ -189,15 +188,15 @@ class Buffers:
                 kept.lerp_(tensor, share)
 
     def passed(self) -> None:
-        """Note whether the validation pass just made has gathered statistics.
+        """Record whether the last validation pass updated statistics.
 
-        In which mode it was shows by what it did: a closure may leave the model in another.
+        This shows the mode of the pass; a closure may leave the model in another mode.
         """
         one = [more.to(self._gathered[0].device) for more in self._gathered]
         self._own = bool(one) and bool(torch.stack(one).any())
 
     def begin(self) -> None:
-        """Take the modules' statistics as they are for averaged and good ones."""
+        """Reset averaged and good statistics to the current ones."""
         for kept in (self.average, self.good):
             for tensor, now in zip(kept, self.tensors(), strict=True):
                 tensor.copy_(now)
@@ -208,14 +207,14 @@ class Buffers:
             kept.copy_(now)
 
     def restore(self, first: int = 0) -> None:
-        """Put good statistics back, for the training weights and the average."""
+        """Restore good statistics for the training weights and the average."""
         groups = (self.tensors(), self.average, self.good)
         for *others, kept in zip(*(g[first:] for g in groups), strict=True):
             for tensor in others:
                 tensor.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged and good statistics; also those of training, while others are shown."""
+        """The averaged and good statistics; also those of training, if others are in place."""
         if self._saved is not None:
             return self._saved
         average = self.tensors() if self._others is self.average else self.average
@@ -228,7 +227,7 @@ class Buffers:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``; before the layers are found, it waits for them."""
+        """Continue from ``state_dict``, as soon as the layers are found."""
         self._saved = None if self.layers or not state["average"] else state
         self._own, self._strangers = state["own"], state["foreign"]
         owned = {"average": self.average, "good": self.good, "training": self.tensors()}

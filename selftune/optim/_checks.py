@@ -1,4 +1,4 @@
-"""What is refused, with the argument, the value and the remedy."""
+"""Checks of arguments: errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse parameters that cannot be tuned together."""
+    """Raise an error for parameters that cannot be tuned together."""
     first: Tensor | None = None
     seen: dict[int, str] = {}
     for name, param in named:
@@ -44,7 +44,7 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_group(group: Mapping[str, Any], hparams: Iterable[Hparam]) -> None:
-    """Refuse values of a parameter group that are outside their range."""
+    """Raise an error for values of a parameter group outside their range."""
     known = set()
     for hparam in hparams:
         check_option(hparam, group)
@@ -60,7 +60,7 @@ def check_group(group: Mapping[str, Any], hparams: Iterable[Hparam]) -> None:
 
 
 def check_option(hparam: Hparam, group: Mapping[str, Any]) -> None:
-    """Refuse a hyperparameter's option that is outside its range."""
+    """Raise an error for an option outside its range."""
     key = hparam.option or hparam.name
     value = group[key]
     if hparam.role == "rate" and not 0 < float(value) < math.inf:
@@ -76,13 +76,13 @@ def check_option(hparam: Hparam, group: Mapping[str, Any]) -> None:
 
 
 def check_gradient(name: str, grad: Tensor) -> None:
-    """Refuse sparse gradients."""
+    """Raise an error for sparse gradients."""
     if grad.is_sparse:
         raise ValueError(f"the gradient of {name} is sparse; build its embedding with sparse=False")
 
 
 def check_outer_loss(loss: Any) -> None:
-    """Refuse what a validation closure must not return."""
+    """Raise an error for an invalid return value of a validation closure."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"closure returned {type(loss).__name__}; return the validation loss alone, a scalar "
@@ -101,7 +101,7 @@ def check_outer_loss(loss: Any) -> None:
 
 
 def check_dependence(grads: Sequence[Tensor | None]) -> None:
-    """Refuse a loss that no parameter influences."""
+    """Raise an error for a loss that does not depend on the parameters."""
     if all(g is None for g in grads):
         raise ValueError(
             "closure returned a loss that does not depend on any of this optimizer's "

@@ -1,4 +1,4 @@
-"""Whole-step estimation in an optimizer: all it knows of the loss is a closure."""
+"""Whole-step estimation in an optimizer, with the loss as a closure."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from selftune.update import Clock, Transition, Update
 log = logging.getLogger("selftune")
 
 CHANGED = 0.3
-"""Share by which the gradient of a closure may differ from what it was at the same weights."""
+"""Largest relative change of the gradient of a closure at the same weights."""
 
 
 class Call:
-    """A training closure that can be asked for its gradient at other weights.
+    """A training closure that can be evaluated at other weights.
 
     It is evaluated with the random numbers of its own step; parameters, gradients and the running
-    statistics of normalisation layers are put back afterwards.
+    statistics of normalisation layers are restored afterwards.
 
     Args:
         closure: Computes the loss and calls ``backward``.
         block: The weights.
-        statistics: Gives those running statistics.
+        statistics: Returns the running statistics.
     """
 
     def __init__(
@@ -50,22 +50,22 @@ class Call:
         return self._device.type == "cuda"
 
     def know(self, weights: Tensor, grads: Tensor) -> None:
-        """Take its gradient at its own step, for as long as an estimator keeps it."""
+        """Store its gradient at its own step, while an estimator keeps it."""
         self._known = weakref.ref(weights), weakref.ref(grads)
 
     def known(self, weights: Tensor | None = None) -> Tensor | None:
-        """The gradient at its own step, if these are the weights of it (None: whatever)."""
+        """The gradient at its own step, if these are its weights (None: any)."""
         at, grads = (None, None) if self._known is None else (r() for r in self._known)
         found: Tensor | None = grads if at is weights or weights is None else None
         return found
 
     def check(self, weights: Tensor, expected: Tensor, near: Tensor | None = None) -> None:
-        """Refuse a closure that computes something else than at its own step.
+        """Raise an error if a closure computes another gradient than at its own step.
 
         Args:
-            weights: Those of its step.
-            expected: Its gradient there, then.
-            near: What it is about there now; if that is what it was, it is not computed again.
+            weights: Weights of its step.
+            expected: Its gradient at that step.
+            near: Its approximate gradient now; if equal, it is not computed again.
         """
 
         def same(found: Tensor) -> bool:
@@ -78,7 +78,7 @@ class Call:
             )
 
     def gradient(self, weights: Tensor) -> Tensor:
-        """The gradient there, shape (N,)."""
+        """The gradient at given weights, shape (N,)."""
         block = self._block
         before, grads = block.weights(), [p.grad for p in block.params]
         statistics = [(t, t.clone()) for t in self._statistics()]
@@ -122,7 +122,7 @@ class _ByClosures(Products):
         return found
 
     def linear(self, params: Tensor, hparams: Values, *batch: Any) -> tuple[Tensor, Pull]:
-        """The closure knows nothing of hyperparameters."""
+        """Zero: the closure does not depend on hyperparameters."""
         gradient, product = self.curvature(params, hparams, *batch)
         still = {n: torch.zeros_like(h) for n, h in hparams.items()}
         return gradient, lambda v: (product(v), still)
@@ -130,7 +130,7 @@ class _ByClosures(Products):
     def curvature(
         self, params: Tensor, hparams: Values, *batch: Any
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Differences; a gradient that is known already is not computed again."""
+        """Products by differences; a known gradient is not computed again."""
         call: Call = batch[0]
         known = call.known(params)
         gradient = call.gradient(params) if known is None else known
@@ -151,7 +151,7 @@ class _ByClosures(Products):
 
 
 class _ClosureProblem(Problem):
-    """A problem whose batches are closures."""
+    """A problem with closures as batches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,11 +167,11 @@ class _Last(NamedTuple):
 
 
 class ClosureSteps:
-    """The steps of an optimizer, for an estimator that must see them whole.
+    """The steps of an optimizer, for an estimator of whole steps.
 
     Args:
-        estimator: Observes them.
-        update: The weight step.
+        estimator: The estimator.
+        update: The update rule.
         shifts: The tuned hyperparameters.
     """
 
@@ -180,16 +180,16 @@ class ClosureSteps:
         self._last: _Last | None = None
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Reset the memory."""
         self._steps.forget()
         self._last = None
 
     def anew(self) -> ClosureSteps:
-        """The same, with nothing remembered: closures are not copied."""
+        """A copy without memory, because closures are not copied."""
         return ClosureSteps(self._steps.estimator, self._update, self._shifts)
 
     def _problem(self, block: Block, values: Mapping[str, Any]) -> Problem:
-        """The problem with the group's present options."""
+        """The problem with the group's current options."""
         index = torch.arange(len(block.layout.sizes), device=block.layout.device)
         sizes = torch.tensor(block.layout.sizes, device=block.layout.device)
         return _ClosureProblem(
@@ -200,7 +200,7 @@ class ClosureSteps:
         )  # fmt: skip
 
     def _hparams(self, block: Block) -> dict[str, Tensor]:
-        """One value for all, or one a tensor."""
+        """One value for all tensors, or one for each."""
         dtype, device = block.layout.dtype, block.layout.device
         shared = self._shifts.shared
         rows = {n: t.values() for n, t in self._shifts.rows.items()}
@@ -209,7 +209,7 @@ class ClosureSteps:
     def observe(
         self, block: Block, values: Mapping[str, Any], grads: Tensor, step: Transition, call: Call
     ) -> None:
-        """Take note of a step that is about to be written."""
+        """Observe a step, before its weights are written."""
         problem, hparams = self._problem(block, values), self._hparams(block)
         options = {n: v for n, v in values.items() if n not in self._shifts.rows}
         params, grads = step.params.clone(), grads.clone()
@@ -222,7 +222,7 @@ class ClosureSteps:
     def signal(self, block: Block, values: Mapping[str, Any], grads: Tensor) -> Tensor | None:
         """dL/d(raw) along an outer gradient of length 1: shape (hyperparameters, tensors or 1).
 
-        None where no step has been seen since the last fresh start.
+        None if no step was observed since the last restart.
         """
         problem, hparams = self._problem(block, values), self._hparams(block)
         if self._steps.memory is None or self._last is None:

@@ -47,7 +47,7 @@ class Container(torch.optim.Optimizer):
         self._state = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As torch's; wrappers that delegate attributes find the state by another name."""
+        """As torch's; the state has another name for wrappers that delegate attributes."""
         own = dict(state)
         if "state" in own:  # torch writes it past the property
             own["_state"] = own.pop("state")
@@ -162,7 +162,7 @@ class Container(torch.optim.Optimizer):
         self._engine.monitor.resume(self._engine.clock.steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs: blocks are made anew from the state, schedulers wrap ``step`` anew."""
+        """State of a copy, which rebuilds blocks from the state; schedulers wrap ``step`` again."""
         with torch.no_grad():
             self._blocks()
         engine = copy.copy(self._engine)

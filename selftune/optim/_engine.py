@@ -1,4 +1,4 @@
-"""What happens in an optimizer's run between its weight steps: tuning, snapshots and rewinds."""
+"""The engine of an optimizer's run: tuning, snapshots and rewinds."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from selftune.rules._base import Values
 
 @dataclass(kw_only=True)
 class Engine:
-    """The parts of a run and how they act on one another; it knows nothing of torch's interface.
+    """The parts of a run and their interactions, independent of torch's interface.
 
     Attributes:
-        share: Of the weights whose sensitivities are kept, at least.
-        snapshots: Where the last good weights are kept.
-        label: Of the optimizer, in messages.
+        share: Least share of the weights with sensitivities.
+        snapshots: Storage of the last good weights.
+        label: Name of the optimizer in messages.
     """
 
     store: Store
@@ -65,16 +65,16 @@ class Engine:
 
     @property
     def blocks(self) -> list[Block]:
-        """One for each parameter group that is trained."""
+        """One block for each trained parameter group."""
         return self.store.blocks
 
     @property
     def stride(self) -> int:
-        """Steps from one tracked step to the next."""
+        """Steps between two tracked steps."""
         return self.method.sensitivities.estimator.stride
 
     def due(self, total: int | None) -> tuple[bool, bool]:
-        """Whether a hyperparameter step is due, and judging the end of a run of so many steps."""
+        """Whether a hyperparameter step is due, and whether to select the final weights."""
         clock, final = self.clock, self.controller.final
         if self.controller.sweeping:
             return False, False
@@ -87,7 +87,7 @@ class Engine:
         )
 
     def begin(self) -> None:
-        """Take weights and statistics as they are for averaged and good ones."""
+        """Reset averaged and good weights and statistics to the current ones."""
         if self.buffers.shown:
             return
         for block in self.blocks:
@@ -95,19 +95,19 @@ class Engine:
         self.buffers.begin()
 
     def settle(self) -> None:
-        """Let averages follow masks and frozen parameters."""
+        """Apply masks and frozen parameters to the averages."""
         for block in () if self.buffers.shown else self.blocks:
             block.settle()
 
     def sync(self) -> None:
-        """Take weights that were changed from outside for averaged and good ones."""
+        """Copy the current weights to the averaged and good ones."""
         self.begin()
         self.slopes.forget()
         self.looked = False
         self.controller.restart()
 
     def training_weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter and its training weights, where others are in place."""
+        """Each parameter and its training weights, if others are in place."""
         if self.shown is not None:
             return self.shown.saved()
         if self.restored is not None and self.restored.overwritten:
@@ -117,13 +117,13 @@ class Engine:
     # hyperparameter steps
 
     def train_alone(self, grads: Sequence[Tensor]) -> bool:
-        """Let a training gradient, at the averaged sensitivities, stand for a validation one.
+        """Use a training gradient with the averaged sensitivities instead of a validation gradient.
 
-        It comes from a batch that the sensitivities have not seen, so within the first epoch it is
-        an unbiased outer gradient; a regularizer it cannot judge.
+        Its batch is new to the sensitivities, so within the first epoch it is an unbiased outer
+        gradient; it cannot tune regularizers.
 
         Args:
-            grads: Of the slice of every block.
+            grads: Gradients of the slice of every block.
         """
         names = [n for n in self.shifts.names if n not in self.regularizers]
         if self.whole is not None or not names:  # whole estimates are too dear for every step
@@ -159,14 +159,14 @@ class Engine:
         values: Sequence[Values],
         compare: Callable[[], tuple[float, float, float]],
     ) -> bool:
-        """One hyperparameter step from the outer gradients; true if hyperparameters changed.
+        """Take a hyperparameter step from outer gradients; true if hyperparameters changed.
 
         Args:
             loss: The outer loss.
-            grads: Its gradients, of every block what :meth:`taken` kept of each parameter's.
+            grads: For every block, the result of :meth:`taken` for each parameter.
             values: Options and hyperparameters of every block.
-            compare: Mean losses at the averaged and at the good weights, over many batches, and
-                the standard error of their difference.
+            compare: Returns mean losses at the averaged and at the good weights over many batches,
+                and the standard error of their difference.
         """
         gone = self.clock.steps - max(self.clock.outer, self.clock.since)
         self.clock.outer = self.clock.steps
@@ -188,15 +188,15 @@ class Engine:
         return self.tune(signal, self.shifts.names)
 
     def taken(self, block: Block, index: int, grad: Tensor) -> Tensor:
-        """What is needed of a parameter's outer gradient: a slice, or all for whole steps."""
+        """The needed part of a parameter's outer gradient: a slice, or all for whole steps."""
         return grad if self.whole is not None else block.piece(index, grad).clone()
 
     def _mean(self, grads: Tensor) -> Tensor:
-        """Over processes, so that the length is that of the mean gradient; not of shards."""
+        """Mean over processes, so that the length is that of the mean gradient; not for shards."""
         return grads if self.reducer.sharded else self.reducer.mean(grads)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
-        """Step the named hyperparameters, unless the hypergradient is not finite."""
+        """Step the named hyperparameters if the hypergradient is finite."""
         finite = bool(torch.isfinite(signal).all())
         action = self.controller.observe(Hypergradient(finite))
         if not finite:
@@ -214,7 +214,7 @@ class Engine:
         return True
 
     def report(self, loss: float) -> bool:
-        """Take in a training loss; true if hyperparameters changed."""
+        """Process a training loss; true if hyperparameters changed."""
         if self.clock.since == self.clock.steps:  # of weights that the run has just left
             return False
         return self.carry_out(self.controller.observe(TrainingLoss(loss)))
@@ -222,7 +222,7 @@ class Engine:
     # what the controller asks for
 
     def carry_out(self, action: Action) -> bool:
-        """Copy weights and return to good ones; true if hyperparameters changed."""
+        """Carry out an action: snapshot and rewind; true if hyperparameters changed."""
         if action.snapshot:
             self._snapshot(action.snapshot)
         if action.rewind is None:

@@ -1,4 +1,4 @@
-"""Between torch's parameter groups and the tuned hyperparameters: who may write what, and when."""
+"""Synchronisation of torch's parameter groups with the tuned hyperparameters."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Cached(NamedTuple):
     """Tuned values of a block, by name: numbers where all of its tensors agree.
 
     Attributes:
-        values: Else one a weight.
+        values: Otherwise one for each weight.
         slopes: Their derivatives in raw values.
-        tensor_values: Else one a tensor.
+        tensor_values: Otherwise one for each tensor.
         tensor_slopes: Their derivatives in raw values.
     """
 
@@ -42,13 +42,13 @@ def _each(values: Sequence[float], block: Block) -> float | Tensor:
 
 
 class Groups:
-    """Shows tuned values in parameter groups, and takes up what others write there.
+    """Writes tuned values to parameter groups, and reads values written by others.
 
-    Once a torch scheduler is attached (it leaves ``initial_lr``), a group's ``lr`` is the
-    scheduler's to write: it starts from the scheduler's value, and the tuned factor multiplies
-    it unseen. Any other value that is written from outside becomes the present value. Without a
-    scheduler a tuned ``lr`` shows the rate of the last step: the tuned peak, which is ``peak_lr``,
-    times the schedule's factor. ``applied_lr`` is the rate of the last step in every case.
+    Once a torch scheduler is attached (it sets ``initial_lr``), a group's ``lr`` belongs to the
+    scheduler, and the tuned factor multiplies it internally. Any other value written from outside
+    becomes the current value. Without a scheduler a tuned ``lr`` is the rate of the last step: the
+    tuned peak ``peak_lr`` times the factor of the schedule. ``applied_lr`` is the rate of the last
+    step in every case.
 
     Args:
         update: Names and scales of all hyperparameters.
@@ -56,8 +56,8 @@ class Groups:
 
     Attributes:
         annealed: Whether a torch scheduler has lowered a rate.
-        raised: Whether a torch scheduler has raised a rate, as in a warm-up, or somebody else has
-            written one since the first step.
+        raised: Whether a torch scheduler has raised a rate, as in a warm-up, or a rate was written
+            from outside since the first step.
     """
 
     def __init__(self, update: Update, shifts: Shifts) -> None:
@@ -73,11 +73,10 @@ class Groups:
         self.annealed = self.raised = False
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
-        """Take start values from the groups; parameters known already keep theirs.
+        """Read start values from the groups; known parameters keep theirs.
 
-        A group's options are the start values of parameters that join the run with it, as if they
-        had been there from the first step. Parameters that join a group in the run take its
-        present values, which its options show.
+        The options of a new group are the start values of its parameters, as if they had been there
+        from the first step. Parameters added to an existing group get its current values.
         """
         known = {id(p): at for at, p in enumerate(self._params)}
         self._params = [p for params in trained for p in params]
@@ -107,7 +106,7 @@ class Groups:
         return float(group["initial_lr"]) if scheduled else tuned.hparam.read(group)
 
     def present(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Present values of all hyperparameters; a list of groups', or tensors', that differ."""
+        """Current values of all hyperparameters; a list if groups or tensors differ."""
         found: dict[str, Any] = {}
         for name, hparam in self._update.hparams.items():
             if name in self._shifts.rows and self._spans:
@@ -121,7 +120,7 @@ class Groups:
         return found
 
     def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Cached]:
-        """Make tuned values ready for the steps, for each block."""
+        """Prepare tuned values for the steps of each block."""
         for hparam in (h for h in self._update.hparams.values() if h.accumulates):
             self._shifts.memory = 1 / (1 - max(hparam.read(groups[i]) for i in self._spans))
         self._cached = [Cached({}, {}, {}, {}) for _ in self._spans]
@@ -135,7 +134,7 @@ class Groups:
         return self._cached
 
     def publish(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Cached]:
-        """Show tuned values in the groups, then ``cache``."""
+        """Write tuned values to the groups, then ``cache``."""
         for name, tuned in self._shifts.rows.items():
             values = tuned.values().tolist()
             for i, span in self._spans.items():
@@ -151,12 +150,12 @@ class Groups:
         return self.cache(groups, blocks)
 
     def show_rates(self, groups: Sequence[Group], factors: Sequence[float], step: int) -> None:
-        """Show the learning rates of a step.
+        """Write the learning rates of a step to the groups.
 
         Args:
             groups: The parameter groups.
-            factors: Of the peaks, by schedule or sweep, for every block.
-            step: Its number, from 0.
+            factors: Factor of the peak, from schedule or sweep, for every block.
+            step: Index of the step, from 0.
         """
         tuned = self._shifts.rows.get("lr")
         peaks = None if tuned is None else tuned.values().tolist()
@@ -172,17 +171,17 @@ class Groups:
             self._shown["lr"][i] = tuned.hparam.read(group)
 
     def _same(self, name: str, index: int, value: float) -> bool:
-        """Whether the group shows a value already, up to a rounding of the scale's inverse."""
+        """Whether the group already has a value, up to rounding of the inverse scale."""
         shown = self._shown[name].get(index)
         if shown is None:  # the first time: the user's own number stands
             shown = self._shifts.rows[name].start[self._spans[index].start]
         return abs(shown - value) <= 1e-14 * abs(value)
 
     def take_up(self, groups: Sequence[Group]) -> bool:
-        """Take over what was set in the groups from outside; whether anything was.
+        """Read values written to the groups from outside; return whether there were any.
 
         Raises:
-            ValueError: A value outside its range; none is taken over then.
+            ValueError: A value is outside its range; none is read then.
         """
         written, scheduled = [], []
         for name, tuned in self._shifts.rows.items():
@@ -218,7 +217,7 @@ class Groups:
         return True
 
     def rates(self, groups: Sequence[Group], factor: float) -> list[float]:
-        """Our schedule's factor for every block, times that of a torch scheduler."""
+        """The schedule's factor for every block, times that of a torch scheduler."""
         rates = []
         for i in self._spans:
             group = groups[i]
@@ -238,14 +237,14 @@ class Groups:
         return {**group, **{n: h.read(group) for n, h in self._update.hparams.items()}}
 
     def values(self, groups: Sequence[Group]) -> list[Group]:
-        """Options and present hyperparameters of every block."""
+        """Options and current hyperparameters of every block."""
         return [
             {**self.options(groups[i]), **cached.values, "index": i}
             for i, cached in zip(self._spans, self._cached, strict=True)
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was shown, and what schedulers started from."""
+        """The written values, and the starting values of schedulers."""
         shown = {n: dict(v) for n, v in self._shown.items()}
         return {"shown": shown, "scheduled": dict(self._scheduled), "factors": dict(self._factors)}
 
@@ -257,5 +256,5 @@ class Groups:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of a group's tensors, which mostly agree."""
+    """The mean over a group's tensors, which usually agree."""
     return values[0] if min(values) == max(values) else sum(values) / len(values)

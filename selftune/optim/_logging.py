@@ -1,4 +1,4 @@
-"""What an optimizer logs of its run."""
+"""The log of an optimizer's run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from selftune.monitor._monitor import DISTINCT
 from selftune.optim._shifts import Shifts
 
 SPARSE = 20
-"""Hyperparameter steps from one histogram of layers, and from one verdict, to the next."""
+"""Hyperparameter steps between two histograms of layers, and between two verdicts."""
 
 
 def rate_rows(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """The rate that each parameter group was stepped at, or their range where groups are many.
+    """The applied rate of each parameter group, or their range if there are many groups.
 
     Args:
-        groups: Parameter groups; of a single one there are no rows.
+        groups: Parameter groups; a single one has no rows.
     """
     rates = [(str(g.get("name", i)), g["applied_lr"]) for i, g in enumerate(groups)
              if "applied_lr" in g]  # fmt: skip
@@ -51,7 +51,7 @@ class OptimizerLog:
         self._steps = 0
 
     def begin(self, values: Mapping[str, Any]) -> None:
-        """Log the hyperparameters the run starts with."""
+        """Log the initial hyperparameters."""
         self._monitor.begin(dict(plain_rows(values)), self._shifts.names)
         self._noted = time.monotonic()
 
@@ -63,7 +63,7 @@ class OptimizerLog:
         step: int,
         begun: float,
     ) -> None:
-        """Log a hyperparameter step that began at a time, and the rates of the last weight step."""
+        """Log a hyperparameter step with its start time, and the rates of the last weight step."""
         raw = self._raw()
         self._monitor.scalars(rate_rows(groups), step)
         self.metrics.note(raw)
@@ -78,7 +78,7 @@ class OptimizerLog:
             self._monitor.scalar("cost/overhead", min((now - begun) / (now - before), 1.0), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What later entries depend on, as plain containers."""
+        """The state of later entries as plain containers."""
         return {"steps": self._steps, "metrics": self.metrics.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -88,11 +88,11 @@ class OptimizerLog:
 
     @property
     def due(self) -> bool:
-        """Whether rare entries are to be made at this step."""
+        """Whether infrequent entries are due at this step."""
         return self._monitor.on and self._steps % SPARSE == 0
 
     def finish(self, values: Mapping[str, Any], step: int, why: str) -> None:
-        """Log the end of the run, and how it came about."""
+        """Log the end of the run, with explanations."""
         found = self.verdicts(values, step)
         self.metrics.last_verdicts(found, step)
         self.metrics.finish(values, found, step, why)

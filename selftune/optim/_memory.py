@@ -111,7 +111,7 @@ def _rows(blocks: list[Block]) -> Iterator[Tensor]:
 
 
 def tensors_of(state: object) -> Iterator[Tensor]:
-    """All tensors of a state, however deep."""
+    """All tensors of a nested state."""
     if isinstance(state, torch.Tensor):
         yield state
     elif isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""The validation loss and its gradients at other weights, without a trace in the model."""
+"""The validation loss and its gradients at other weights, without side effects on the model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ log = logging.getLogger("selftune")
 
 Closure = Callable[[], Tensor]
 Taken = list[list[Tensor]]
-"""Of every block, what was taken of the gradient of each parameter."""
+"""For every block, the needed part of the gradient of each parameter."""
 Take = Callable[[Block, int, Tensor], Tensor]
-"""Takes what is needed of a gradient: the block, the parameter's number in it, and the gradient."""
+"""Selects the needed part, from the block, the index of the parameter and its gradient."""
 RARER = 200
-"""Steps of the run for every batch of which slopes are taken at its end, at each place."""
+"""Steps of the run for each batch of slopes at its end, at each position."""
 
 
 OLD_LOSS = (
@@ -43,8 +43,8 @@ OLD_LOSS = (
 class OuterLoss:
     """Calls the user's closure with other weights in place.
 
-    Where these lie is a number: -1 the last good weights, 0 the average, 1 those in place, or
-    between two of them.
+    A number selects them: -1 the last good weights, 0 the average, 1 the current weights, or a
+    position between two of these.
 
     Args:
         engine: Holds the weights and the statistics of BatchNorm.
@@ -54,11 +54,11 @@ class OuterLoss:
 
     @contextmanager
     def showing(self, place: float, *, live: bool = False) -> Iterator[Sequence[Sequence[Tensor]]]:
-        """Other weights and their statistics in place, for a while; gives copies of the present.
+        """Put other weights and statistics in place within a block; yields copies of the current.
 
         Args:
-            place: Where.
-            live: Whether the statistics are the average's, in which passes leave their trace.
+            place: Position of the weights.
+            live: Whether the statistics are those of the average, updated by passes.
         """
         shown = Shown(self.engine.blocks, self.engine.buffers, place, live=live)
         try:
@@ -68,7 +68,7 @@ class OuterLoss:
 
     @contextmanager
     def _average(self) -> Iterator[None]:
-        """The average in place, exchanged for the weights where that can be."""
+        """Put the average in place, by exchange with the weights if possible."""
         blocks = self.engine.blocks
         exchanged = all(b.layout.native for b in blocks)
         shown = Shown(blocks, self.engine.buffers, 0.0, live=True, exchanged=exchanged)
@@ -78,11 +78,11 @@ class OuterLoss:
             shown.back()
 
     def gradients(self, closure: Closure) -> tuple[Tensor, Taken]:
-        """The loss at the average, and what the engine needs of its gradients."""
+        """The loss at the average, and the needed parts of its gradients."""
         return self._gradients(closure, self._average(), self.engine.taken)
 
     def first(self, closure: Closure) -> Tensor:
-        """The loss where the run began, or at the good weights if that was long ago."""
+        """The loss at the initial weights, or at the good weights if the start was long ago."""
         engine = self.engine
         age = engine.clock.steps - engine.clock.since
         shown: AbstractContextManager[Any] = self._average()
@@ -102,12 +102,12 @@ class OuterLoss:
             return loss.detach(), outer_gradients(loss, self.engine.blocks, take or _nothing)
 
     def random(self) -> AbstractContextManager[None]:
-        """Leaves the random streams alone."""
+        """Restores the random states after the block."""
         device = self.engine.blocks[0].layout.device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def value(self, closure: Closure) -> Tensor:
-        """The loss at the weights in place; it leaves statistics and random streams alone."""
+        """The loss at the current weights; statistics and random states do not change."""
         with self.random():
             return self._value(closure)
 
@@ -116,7 +116,7 @@ class OuterLoss:
             return _asked(closure).detach()
 
     def check_finite(self, closure: Closure) -> None:
-        """Tell a closure that is never finite from weights that have blown up."""
+        """Distinguish a closure that is never finite from weights that have diverged."""
         good, _ = self._gradients(closure, self.showing(-1.0))
         if not bool(torch.isfinite(self.engine.reducer.mean(good))):
             raise ValueError(
@@ -126,7 +126,7 @@ class OuterLoss:
 
     @property
     def end(self) -> float:
-        """The final weights of the run, if it ended now."""
+        """The final weights if the run ended now."""
         guard = self.engine.controller.guard
         lost = guard is not None and guard.lost and not self.engine.clock.last_validation_step
         stuck = guard is not None and guard.stuck
@@ -135,7 +135,7 @@ class OuterLoss:
         return self.engine.controller.final.position
 
     def judge_end(self, closure: Closure) -> None:
-        """Find the final weights of the run."""
+        """Select the final weights of the run."""
         engine = self.engine
         final, step = engine.controller.final, engine.clock.steps
         if engine.controller.guard is None:
@@ -149,7 +149,7 @@ class OuterLoss:
     def compared(self, closure: Closure) -> tuple[float, float, float]:
         """Mean losses at averaged and at good weights, and the standard error of their difference.
 
-        They are of batches enough to tell a loss that has worsened.
+        The number of batches is large enough to detect a worsened loss.
         """
         guard = self.engine.controller.guard
         assert guard is not None
@@ -205,7 +205,7 @@ def _asked(closure: Closure) -> Tensor:
 
 
 def _next_node() -> int:
-    """A number that autograd gives to no node made before; rises with every node of a thread."""
+    """An autograd sequence number above that of every earlier node of the thread."""
     with torch.enable_grad():
         node = torch.zeros((), requires_grad=True).view(()).grad_fn
     return int(getattr(node, "_sequence_nr", lambda: 0)())
@@ -216,12 +216,12 @@ def _nothing(block: Block, index: int, grad: Tensor) -> Tensor:
 
 
 def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take) -> Taken:
-    """What is taken of the gradients of every block, of zeros where the loss does not depend.
+    """The needed parts of the gradients of every block, zeros for unused parameters.
 
-    A gradient is let go as soon as that is taken, so that they never lie side by side.
+    Each gradient is freed at once, so that only one is in memory.
 
     Raises:
-        ValueError: The loss depends on none of the parameters.
+        ValueError: The loss does not depend on the parameters.
     """
     places = {p: (b, i) for b in blocks for i, p in enumerate(b.params)}
     found: dict[Tensor, Tensor] = {}
@@ -241,9 +241,9 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take) -> Taken:
 def _differentiate(
     loss: Tensor, leaves: Sequence[Tensor], seen: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """Show gradients of a loss, which leave ``.grad`` as it was.
+    """Pass on the gradients of a loss, without changing ``.grad``.
 
-    Sharded parameters get theirs only through ``backward``, whose hooks reduce them; so do those
+    Gradients of sharded parameters need ``backward``, whose hooks reduce them, and so do those
     inside a reentrant activation checkpoint, which calls ``backward`` itself.
     """
     if not any(is_sharded(p) for p in leaves) and not _reentrant(loss):

@@ -1,4 +1,4 @@
-"""Agreement between the processes of a distributed run."""
+"""Reductions over the processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ PATIENCE = 10
 class Reducer:
     """Sums and means over processes; each process then takes the same hyperparameter step.
 
-    Where parameters are replicated (DDP), training gradients agree already and outer ones are
-    averaged. Where they are sharded (FSDP2), every inner product is a part of a sum.
+    If parameters are replicated (DDP), training gradients are already equal and outer gradients are
+    averaged. If they are sharded (FSDP2), inner products are summed.
 
     Args:
-        wanted: Whether processes train together; None: if torch.distributed is initialised.
+        wanted: Whether processes train one model; None for True if torch.distributed is
+            initialised.
 
     Attributes:
         sharded: Whether parameters are DTensors.
@@ -36,13 +37,13 @@ class Reducer:
 
     @property
     def together(self) -> bool:
-        """Whether there are other processes to agree with."""
+        """Whether there are other processes."""
         if self._wanted is False or not dist.is_available() or not dist.is_initialized():
             return False
         return dist.get_world_size() > 1
 
     def check_alike(self, params: Sequence[Tensor]) -> None:
-        """Refuse to train together what is not the same on all processes.
+        """Raise an error if parameters differ between processes.
 
         Raises:
             RuntimeError: Parameters differ in shapes, or, where they are not sharded, in values.
@@ -65,7 +66,7 @@ class Reducer:
         """Wait for the other processes at the first validation loss.
 
         Raises:
-            RuntimeError: Some do not come.
+            RuntimeError: Another process does not call it in time.
         """
         if not self.together:
             return
@@ -99,7 +100,7 @@ class Reducer:
         return mean * dist.get_world_size() if self.sharded else mean
 
     def total(self, products: Tensor) -> Tensor:
-        """Inner products with training gradients, on which processes agree."""
+        """Inner products with training gradients, which are equal in all processes."""
         return self.outer(products) if self.sharded else products
 
 

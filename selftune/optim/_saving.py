@@ -1,4 +1,4 @@
-"""Saved runs: what is kept, and what is refused."""
+"""Saving and loading of runs, with checks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 16
-"""Of what is kept; 16 knows which hyperparameters stay at 0 until a validation loss arrives."""
+"""Version of the state; 16 includes hyperparameters that stay 0 until a validation loss."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
-    """A packed run as one value: distributed checkpoints take dictionaries apart by their keys."""
+    """A packed run as one value, because distributed checkpoints flatten dictionaries."""
     file = io.BytesIO()
     torch.save(run, file)
     return file.getvalue()
@@ -34,7 +34,7 @@ def from_bytes(run: Any) -> dict[str, Any]:
     """The packed run.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a packed run.
     """
     try:
         found: dict[str, Any] = torch.load(io.BytesIO(run), weights_only=True)
@@ -71,7 +71,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
 
 
 def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
-    """Put a packed state into an engine whose blocks are laid out already."""
+    """Load a packed state into an engine with blocks."""
     engine.shifts.load_state_dict(run["shifts"])
     groups.load_state_dict(run["groups"])
     for name, value in run["clock"].items():
@@ -94,7 +94,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
 
 
 def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:
-    """The tensors of a state that do not grow with the weights."""
+    """The tensors of a state whose sizes do not depend on the weights."""
     found = {} if state is None else state._asdict()
     return {n: t.clone() for n, t in found.items() if isinstance(t, torch.Tensor)}
 
@@ -105,16 +105,16 @@ def check_state(
     whole: Mapping[str, Any],
     mine: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The packed run of a state; one of another kind is refused before anything is touched.
+    """Check a state before loading, and return its packed run.
 
     Args:
-        state: What is to be loaded.
-        engine: That it is for.
-        whole: What the engine packs itself.
+        state: The state to load.
+        engine: The engine that loads it.
+        whole: The engine's own packed state.
         mine: The optimizer's parameter groups.
 
     Raises:
-        ValueError: It does not fit, or a part is missing.
+        ValueError: The state does not fit, or is incomplete.
     """
     for key in ("state", "param_groups"):
         if key not in state:
@@ -171,11 +171,11 @@ def check_state(
 
 
 OPEN = ("groups", "buffers", "training_signal", "slopes", "optimizer")
-"""Parts whose size depends on how far the run is."""
+"""Parts whose size depends on the progress of the run."""
 
 
 def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
-    """Refuse a state without a part that this one would have."""
+    """Raise an error for a state without a required part."""
     if not isinstance(mine, Mapping):
         if isinstance(mine, Tensor) != isinstance(saved, Tensor):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""One tuned hyperparameter of an optimizer: values of all tensors, and the shifts they share.
+"""One tuned hyperparameter of an optimizer: values of all tensors, and their shifts.
 
 A tuned hyperparameter has a *base* for every parameter tensor, taken from its parameter
 group, and a shared *shift* in raw space that is tuned::
@@ -28,17 +28,17 @@ class Scoped:
 
     Attributes:
         hparam: Name, scale and bounds.
-        base: Raw values shifted from, one a segment; NaN where the hyperparameter is off.
-        slots: Which shift belongs to each segment.
+        base: Raw values at a shift of 0, one for each segment; NaN if the hyperparameter is off.
+        slots: Index of the shift of each segment.
         from_zero: Whether every segment started at 0.
         asleep: Which segments stay at 0, as given, until ``wake``; one bool each.
-        waiting: Whether ``wake`` has yet to come.
-        start: The values last taken, one a segment.
-        given: The median of those that the run began with.
+        waiting: Whether ``wake`` has not been called yet.
+        start: The last values set, one for each segment.
+        given: The median of the initial values.
     """
 
     def __init__(self, hparam: Hparam, scope: str) -> None:
-        """Start with no segments; ``layout`` sets them."""
+        """Start without segments; ``layout`` sets them."""
         self.hparam = hparam
         self.scope = scope
         self.base = torch.empty(0, dtype=torch.float64)
@@ -57,21 +57,21 @@ class Scoped:
         known: Sequence[int | None] | None = None,
         siblings: Sequence[int | None] | None = None,
     ) -> None:
-        """Take each segment's value and group; bases and shifts of known segments are kept.
+        """Set each segment's value and group; bases and shifts of known segments stay.
 
-        A value of exactly 0 stays 0 beside others that are not; if all are 0, tuning starts
-        from ``hparam.from_zero`` once a validation loss has arrived (``wake``).
+        A value of exactly 0 stays 0 if others are not 0; if all are 0, tuning starts from
+        ``hparam.from_zero`` after the first validation loss (``wake``).
 
-        The values of the first layout are where the run starts. A segment that joins later keeps
-        its ratio to those: its value is multiplied by the run's factor, that of its slot or the
+        The values of the first layout are the start of the run. A segment added later keeps its
+        ratio to them: its value is multiplied by the run's factor, that of its slot or the
         geometric mean of all.
 
         Args:
-            values: Of each segment: those given; of one that joins a group in the run, that of
+            values: Given value of each segment; for one added to an existing group, the value of
                 the group.
             groups: The parameter group of each segment.
-            known: Where each segment stood before, None for a new one; by default all are new.
-            siblings: Where a segment of the same group stood before, None for a new group.
+            known: Previous index of each segment, None for a new one; by default all are new.
+            siblings: Previous index of a segment of the same group, None for a new group.
         """
         start = torch.tensor(values, dtype=torch.float64)
         before = [None] * len(values) if known is None else known
@@ -113,7 +113,7 @@ class Scoped:
         return torch.where(values == 0, off, self.hparam.bijection.inverse(values))
 
     def wake(self) -> bool:
-        """Tune from now on what was given as 0; true if values change."""
+        """Start tuning values given as 0; true if values change."""
         if not self.waiting:
             return False
         changed, self.waiting = bool(self.asleep.any()), False
@@ -122,7 +122,7 @@ class Scoped:
         return changed
 
     def rebase(self, segments: Sequence[int], value: float, shown: float) -> None:
-        """Move segments that showed one value to another, which was set from outside."""
+        """Move segments from one value to another, set from outside."""
         index = torch.tensor(segments)
         new, old = self._raw(torch.tensor([value, shown], dtype=torch.float64))
         moved = self.base[index] + (new - old)
@@ -147,7 +147,7 @@ class Scoped:
         self._values: Tensor | None = None
 
     def values(self) -> Tensor:
-        """Constrained values, one a segment; 0 where it is off."""
+        """Constrained values, one for each segment; 0 if off."""
         if self._values is None:
             raw = self.base + self.shift[self.slots]
             found = self.hparam.bijection.forward(raw).nan_to_num(0.0)
@@ -155,7 +155,7 @@ class Scoped:
         return self._values
 
     def slopes(self) -> Tensor:
-        """The derivative of each value in its raw shift; 0 where it is off."""
+        """The derivative of each value in its raw shift; 0 if off."""
         values = self.values()
         off = self.base.isnan() | self.asleep
         return torch.where(off, 0.0, self.hparam.bijection.slope(values))
@@ -165,18 +165,18 @@ class Scoped:
         return torch.zeros_like(self.shift).index_add_(0, self.slots, signal)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """How far each shift may go before one of its segments leaves the bounds."""
+        """Bounds of each shift, within which all of its segments are in bounds."""
         low, high = self.hparam.raw_ends
         return low - self._lowest, high - self._highest
 
     @property
     def origin(self) -> Tensor:
-        """The outermost base of each slot: of a regularizer the lowest, else the highest."""
+        """The extreme base of each slot: the lowest of a regularizer, otherwise the highest."""
         found = self._lowest if self.hparam.role == "regularizer" else self._highest
         return found.nan_to_num(posinf=0.0, neginf=0.0)
 
     def _measure(self) -> None:
-        """Find the outermost bases of each slot; hyperparameters that are off do not count."""
+        """Find the extreme bases of each slot; hyperparameters that are off are ignored."""
         self._values = None
         lowest, highest = (
             torch.full_like(self.shift, math.inf),
@@ -187,6 +187,6 @@ class Scoped:
         self._highest = highest.scatter_reduce(0, self.slots[on], self.base[on], "amax")
 
     def clamp(self) -> None:
-        """Bring the shifts back within the bounds."""
+        """Clamp the shifts to the bounds."""
         low, high = self.bounds()
         self.shift = self.shift.maximum(low).minimum(high.maximum(low))

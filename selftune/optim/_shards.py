@@ -1,9 +1,9 @@
-"""How state of parameters is saved: as torch saves it, so that it fits another number of ranks.
+"""Saved state of parameters in torch's format, which loads on another number of ranks.
 
-What is kept of every weight has the shape of the parameter, and is a DTensor where the parameter
-is one. A slice of the weights is saved by rows of the parameter, ``(rows, most kept in a row)``
-with zeros behind those that keep fewer, so that it is sharded as the parameter is; which weights
-it holds depends on their place in the whole parameter alone.
+State over all weights has the shape of the parameter, and is a DTensor if the parameter is one. A
+slice of the weights is saved by rows of the parameter, ``(rows, largest number in a row)``, padded
+with zeros, so that it is sharded like the parameter. Its weights depend only on positions in the
+whole parameter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from selftune.optim._reducer import is_sharded
 
 
 def by_rows(param: Any) -> bool:
-    """Whether each process holds a range of a parameter's rows: its slice can be saved by them."""
+    """Whether each process holds a range of a parameter's rows, so that slices can be sharded."""
     if not is_sharded(param):
         return True
     from torch.distributed.tensor import Shard  # a second's import that few need
@@ -32,7 +32,7 @@ def by_rows(param: Any) -> bool:
 
 
 def _rows(param: Any) -> range:
-    """The rows of a parameter that this process holds."""
+    """The rows of a parameter in this process."""
     rows = param.shape[0] if param.ndim else 1
     for dim, placement in enumerate(param.placements if is_sharded(param) else ()):
         if not placement.is_replicate():
@@ -43,7 +43,7 @@ def _rows(param: Any) -> range:
 
 
 def shard(cut: Slice, params: Sequence[Tensor]) -> Slice:
-    """The part of a slice of whole parameters that this process holds."""
+    """This process's part of a slice of whole parameters."""
     if cut.stride == 1 or not any(is_sharded(p) for p in params):
         return cut
     firsts = cut.firsts([p.numel() for p in params])
@@ -59,14 +59,14 @@ def _length(param: Tensor) -> int:
 
 
 def whole(param: Tensor, value: Tensor) -> Tensor:
-    """This process's part of something like a parameter, as torch saves it."""
+    """This process's part of a tensor shaped like a parameter, in torch's format."""
     if not is_sharded(param):
         return value
     return _sharded(param, value, param.shape)
 
 
 def _sharded(param: Any, value: Tensor, shape: Sequence[int]) -> Tensor:
-    """A DTensor that is split as a parameter, behind its own leading dimensions."""
+    """A DTensor sharded like a parameter, with additional leading dimensions."""
     from torch.distributed.tensor import DTensor, Shard
 
     lead = value.ndim - len(shape)
@@ -81,12 +81,12 @@ def _sharded(param: Any, value: Tensor, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the kept weights of a parameter lie when they are saved by its rows.
+    """Positions of the slice of a parameter in the format by rows.
 
     Attributes:
         param: The parameter.
-        stride: Weights from one kept to the next.
-        first: Place of the first kept weight in this process's part of it.
+        stride: Distance between two weights of the slice.
+        first: Position of the first weight of the slice in this process's part.
     """
 
     param: Tensor
@@ -95,7 +95,7 @@ class Rows:
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, int]:
-        """Row and column of each kept weight, and the most that a row keeps."""
+        """Row and column of each weight of the slice, and the largest number in a row."""
         part, length = _rows(self.param), _length(self.param)
         start, end = part.start * length, part.stop * length
         first = start + self.first
@@ -106,7 +106,7 @@ class Rows:
         return row - part.start, before, -(-length // self.stride)
 
     def save(self, kept: Tensor) -> Tensor:
-        """The kept weights, shape (…, kept), as (…, rows, most kept in a row)."""
+        """Convert a slice of shape (…, slice) to (…, rows, largest number in a row)."""
         row, column, width = self._places
         rows = _rows(self.param)
         shape = (self.param.shape[0] if self.param.ndim else 1, width)
@@ -117,6 +117,6 @@ class Rows:
         return _sharded(self.param, table, shape)
 
     def load(self, table: Tensor) -> Tensor:
-        """The kept weights from what ``save`` made of them."""
+        """The inverse of ``save``."""
         row, column, _ = self._places
         return local(table)[..., row, column]

@@ -21,10 +21,10 @@ MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 class TorchProposal:
-    """Proposes changes of the shifts by any torch optimizer.
+    """Proposes changes of the shifts by a torch optimizer.
 
     Args:
-        make: Builds it over one parameter.
+        make: Builds the optimizer of one parameter.
         raw: The shifts.
     """
 
@@ -33,7 +33,7 @@ class TorchProposal:
         self.optimizer = make([self._raw])
 
     def __call__(self, raw: Tensor, grads: Tensor) -> Tensor:
-        """The change it makes along hypergradients."""
+        """The change for given hypergradients."""
         with torch.no_grad():
             self._raw.copy_(raw)
         self._raw.grad = grads.clone()
@@ -47,24 +47,24 @@ class Shifts:
 
     Args:
         hparams: Every hyperparameter of the update by name.
-        tune: Names of those tuned.
+        tune: Names of the tuned hyperparameters.
         size: Size of a hyperparameter step in raw space.
-        per: ``"run"``, ``"group"`` or ``"tensor"``, for all or by name: what shares one shift.
+        per: Scope of one shift, for all or by name: ``"run"``, ``"group"`` or ``"tensor"``.
         bounds: Narrower or wider bounds by name.
         total_steps: Steps in the run, or None.
-        floor: Under weight decay, where the user sets no bounds; None: there is none.
-        settings: How far steps go.
-        make: Builds a torch optimizer of the shifts; None: Adam, as part of the method.
-        label: Of the optimizer, in messages.
+        floor: Weight decay floor, used if the user sets no bounds; or None.
+        settings: Settings of the steps.
+        make: Builds a torch optimizer of the shifts; None for the method's Adam.
+        label: Name of the optimizer in messages.
 
     Attributes:
         rows: The tuned hyperparameters by name.
-        hyper: How the shifts step.
+        hyper: The step of the shifts.
         state: The shifts.
         memory: 1/(1 − μ) of heavy-ball momentum, tuned or not.
 
     Raises:
-        ValueError: An unknown name in ``tune``, ``per`` or ``bounds``, or an unknown scope.
+        ValueError: A name in ``tune``, ``per`` or ``bounds``, or a scope, is unknown.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Shifts:
         known: Sequence[int | None] | None = None,
         siblings: Sequence[int | None] | None = None,
     ) -> None:
-        """Take values and groups of all segments; see :meth:`Scoped.lay_out`."""
+        """Set values and groups of all segments; see :meth:`Scoped.lay_out`."""
         sizes = [len(t.shift) for t in self.rows.values()]
         for name, tuned in self.rows.items():
             tuned.lay_out(values[name], groups, known, siblings)
@@ -143,35 +143,35 @@ class Shifts:
 
     @property
     def asleep(self) -> list[str]:
-        """Names of those that were given as 0 and stay there until a validation loss arrives."""
+        """Names of values given as 0, which stay 0 until the first validation loss."""
         return [n for n, t in self.rows.items() if bool(t.asleep.any())]
 
     def wake(self) -> bool:
-        """Tune what was given as 0, too, from now on; true if values change."""
+        """Start tuning values given as 0; true if values change."""
         return any([tuned.wake() for tuned in self.rows.values()])
 
     def frame(self) -> Frame:
-        """Where the shifts are measured from, and their bounds."""
+        """Origin and bounds of the shifts."""
         pairs = [t.bounds() for t in self.rows.values()]
         low = _joined([p[0] for p in pairs])
         origin = _joined([t.origin for t in self.rows.values()])
         return Frame(origin, low, _joined([p[1] for p in pairs]).maximum(low))
 
     def take(self, state: HyperState) -> None:
-        """Go on from another state of the shifts."""
+        """Replace the state of the shifts."""
         self.state = state
         for name, tuned in self.rows.items():
             tuned.shift = state.raw[self.hyper.slots(name)].clone()
 
     def move(self, moves: Mapping[str, float]) -> None:
-        """Add to the raw values of hyperparameters that are tuned."""
+        """Add to the raw values of tuned hyperparameters."""
         raw, frame = self.state.raw, self.frame()
         for name, change in moves.items():
             raw = self.hyper.move(raw, name, change, frame)
         self.take(self.state._replace(raw=raw))
 
     def forget(self) -> None:
-        """Forget past hypergradients; the shifts stay."""
+        """Reset the state of past hypergradients; the shifts do not change."""
         self.take(self.state.forget())
         if self.propose is not None:
             self.propose.optimizer.state.clear()
@@ -190,16 +190,16 @@ class Shifts:
         return _joined([tuned.gather(row) for tuned, row in pairs])
 
     def value(self, name: str) -> float:
-        """The largest present value of a tuned hyperparameter, 0 if it is not tuned."""
+        """The largest current value of a tuned hyperparameter, 0 if it is not tuned."""
         return float(self.rows[name].values().max()) if name in self.rows else 0.0
 
     @property
     def climb(self) -> float:
-        """How far the learning rate is above the given one, in log."""
+        """Log of the learning rate divided by the given one."""
         return float(self.rows["lr"].shift.max()) if "lr" in self.rows else 0.0
 
     def values(self) -> dict[str, float]:
-        """The largest present value of each."""
+        """The largest current value of each."""
         return {n: self.value(n) for n in self.rows}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Other weights in place of the training weights, until these come back."""
+"""Other weights in place of the training weights, until these are restored."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from selftune.optim._shards import whole
 
 
 class Shown:
-    """Puts other weights, and their statistics of normalisation layers, into the model.
+    """Puts other weights, with their statistics of normalisation layers, into the model.
 
     Args:
-        blocks: Hold the weights.
+        blocks: The blocks with the weights.
         buffers: The statistics.
-        place: -1 the last good weights, 0 the average, 1 those in place, or between two of them.
-        live: Whether the statistics are the average's, in which passes leave their trace.
-        exchanged: Whether the average is exchanged for the weights, so that nothing of their size
-            is made; ``kept`` is empty then.
+        place: -1 for the last good weights, 0 for the average, 1 for the current weights, or a
+            position between two of these.
+        live: Whether the statistics are those of the average, updated by passes.
+        exchanged: Whether average and weights are exchanged in place, without a copy; ``kept`` is
+            then empty.
 
     Attributes:
         kept: The training weights, a tensor for each parameter of every block.
@@ -68,7 +69,7 @@ class Shown:
 
     @torch.no_grad()
     def back(self, *, keep: bool = False) -> None:
-        """Put the training weights back, or keep what is in place now."""
+        """Restore the training weights, or keep the current ones."""
         present = self._buffers.tensors() if keep else []
         present = [t.clone() for t in present]
         if self._statistics is not None:
@@ -85,14 +86,14 @@ class Shown:
 
 
 class Restored:
-    """Training weights of a loaded state, put into the model now and again as training goes on.
+    """Training weights of a loaded state, restored now and again when training continues.
 
-    The model's own state, with averaged weights, may be loaded before or after the optimizer's.
+    The model's state, with averaged weights, may be loaded before or after the optimizer's.
 
     Args:
         params: The parameters.
         weights: Their training weights.
-        buffers: Have taken up the training statistics, of layers that are known.
+        buffers: The statistics, with training statistics of known layers already loaded.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Restored:
 
     @torch.no_grad()
     def put(self) -> None:
-        """Put the training weights, and their statistics, into the model."""
+        """Put the training weights and their statistics into the model."""
         torch._foreach_copy_(self._params, self._weights)
         for tensor, value in zip(self._buffers.tensors(), self._statistics, strict=False):
             tensor.copy_(value)
@@ -122,5 +123,5 @@ class Restored:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Numbers that rise with every change in place."""
+    """Version counters, incremented by in-place changes."""
     return [t._version for t in tensors]

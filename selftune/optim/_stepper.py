@@ -1,4 +1,4 @@
-"""Who takes the weight step: a rule of the library, or another optimizer from outside."""
+"""Weight steps by a rule of the library, or by a wrapped optimizer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from selftune.update import Transition, Update, learning_rate
 
 
 class AbstractStepper(ABC):
-    """Takes weight steps, and owns whatever state they need beyond the blocks'.
+    """Takes weight steps, with state in addition to that of the blocks.
 
     Attributes:
-        name: What a saved state must have been stepped by.
-        commits: Whether ``move`` writes parameters and state, so that it cannot be taken back.
+        name: Name that a loaded state must have.
+        commits: Whether ``move`` writes parameters and state, and so cannot be undone.
     """
 
     name: str
@@ -33,11 +33,11 @@ class AbstractStepper(ABC):
     def move(
         self, blocks: Sequence[Block], grads: Sequence[Tensor], moments: Sequence[Moment]
     ) -> list[Transition]:
-        """The weight step of every block; the parameters may be left unwritten."""
+        """The weight step of every block; may leave the parameters unwritten."""
 
     @abstractmethod
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
-        """Gradients of every block, if ``step`` can be taken from them as they are; else None."""
+        """Gradients of every block if they are suitable for ``step``, else None."""
 
     @abstractmethod
     def step(
@@ -48,30 +48,30 @@ class AbstractStepper(ABC):
         *,
         tracked: bool,
     ) -> list[Transition]:
-        """Step the parameters in place; returns the steps of their slices, if tracked."""
+        """Step the parameters in place; return the steps of their slices, if tracked."""
 
     def forget(self) -> None:  # noqa: B027 - blocks keep all of a rule's state
-        """Drop the state, for a fresh start."""
+        """Reset the state."""
 
     @property
     def state(self) -> Mapping[Tensor, Any]:
-        """What it keeps beside the blocks, by parameter."""
+        """The state in addition to the blocks, by parameter."""
         return {}
 
     def make_state(self) -> None:  # noqa: B027 - blocks make that of a rule
-        """Make the state from gradients of 0 at a rate of 0, to be loaded into."""
+        """Create the state by a step with gradients and rate of 0, before loading."""
 
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
-        """Put the state where it is saved."""
+        """Write the state to where it is saved."""
 
     def adopt(  # noqa: B027
         self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]
     ) -> None:
-        """Take the state, and the parameter groups, from where they were loaded."""
+        """Read the state and the parameter groups from where they were loaded."""
 
 
 class RuleStepper(AbstractStepper):
-    """Steps by a rule, whose state the blocks keep."""
+    """Steps by a rule, with its state in the blocks."""
 
     commits = False
 
@@ -81,7 +81,7 @@ class RuleStepper(AbstractStepper):
         self.name = type(update.rule).__name__
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs: kernels are found anew for each step."""
+        """State of a copy; kernels are looked up in each step."""
         return {**self.__dict__, "_kernels": []}
 
     def move(
@@ -97,7 +97,7 @@ class RuleStepper(AbstractStepper):
         ]  # fmt: skip
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
-        """Where torch has a kernel for the rule, and all gradients are there and finite."""
+        """Ready if torch has a kernel for the rule and all gradients exist and are finite."""
         found = [fast_path.kernel(self._update, v) for v in values]
         self._kernels = [kernel for kernel in found if kernel is not None]
         return _plain_gradients(blocks) if len(self._kernels) == len(found) else None
@@ -125,7 +125,7 @@ class RuleStepper(AbstractStepper):
 
 
 class Opaque(AbstractRule):
-    """A rule of which only its effect is known: ``w₊ = w − η (d + λ w)``, d from what it did."""
+    """A rule known only by its effect: ``w₊ = w − η (d + λ w)``, d from the change of w."""
 
     hparams = ()
     decoupled = True
@@ -134,13 +134,13 @@ class Opaque(AbstractRule):
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def init(self, params: Tensor, values: Values) -> State:
-        """No state of ours."""
+        """No state."""
         return {}
 
     def direction(
         self, grads: Tensor, state: State, values: Values, age: Any
     ) -> tuple[Tensor, State]:
-        """Not known beforehand."""
+        """Not available."""
         raise TypeError("an opaque optimizer takes its own steps; there is no direction to ask for")
 
     def tangent(
@@ -154,12 +154,12 @@ class Opaque(AbstractRule):
         discount: float = 1.0,
         steps: int = 1,
     ) -> tuple[Tensor, State]:
-        """None of its hyperparameters is ours."""
+        """No hyperparameters."""
         return torch.zeros_like(grads), {}
 
 
 class InnerStepper(AbstractStepper):
-    """Lets another optimizer step, and reads the direction off what it did to the weights."""
+    """Steps by another optimizer, and computes the direction from the change of the weights."""
 
     commits = True
 
@@ -184,7 +184,7 @@ class InnerStepper(AbstractStepper):
     def _seen(
         self, grads: Tensor, old: Tensor, moved: Tensor, rate: float, moment: Moment
     ) -> Transition:
-        """The step, from weights before and after it."""
+        """The step, from the weights before and after it."""
         total = (old - moved) / max(rate, 1e-30)
         direction = total - moment.values["weight_decay"] * old
         return Transition(
@@ -192,7 +192,7 @@ class InnerStepper(AbstractStepper):
         )
 
     def _shown_step(self, moments: Sequence[Moment]) -> list[float]:
-        """A step of the inner optimizer with the tuned values in its groups; returns the rates."""
+        """Step the inner optimizer with the tuned values in its groups; return the rates."""
         rates = [float(learning_rate(m.values, m.clock)) for m in moments]
         shown = [(_number(g["lr"]), g["weight_decay"]) for g in self._inner.param_groups]
         for moment, rate in zip(moments, rates, strict=True):
@@ -206,7 +206,7 @@ class InnerStepper(AbstractStepper):
         return rates
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
-        """Where all gradients are there and finite, and strengths are numbers."""
+        """Ready if all gradients exist and are finite, and strengths are numbers."""
         strengths = [(v["lr"], v["weight_decay"], v["decay"]) for v in values]
         if any(isinstance(x, Tensor) for found in strengths for x in found):
             return None
@@ -220,7 +220,7 @@ class InnerStepper(AbstractStepper):
         *,
         tracked: bool,
     ) -> list[Transition]:
-        """By the inner optimizer, as ``move``."""
+        """Step by the inner optimizer, as ``move``."""
         before = [b.slice(b.params) for b in blocks if tracked]
         rates = self._shown_step(moments)
         for block in blocks:
@@ -238,25 +238,25 @@ class InnerStepper(AbstractStepper):
         getattr(step, "__wrapped__", step)(self._inner)
 
     def make_state(self) -> None:
-        """Let the inner optimizer make its own, which leaves the weights alone."""
+        """Let the inner optimizer create its state, without changing the weights."""
         self._step()
 
     def forget(self) -> None:
-        """Clear the inner optimizer's state, which it makes anew at its next step."""
+        """Clear the inner optimizer's state, which it creates again at its next step."""
         self._inner.state.clear()
 
     @property
     def state(self) -> Mapping[Tensor, Any]:
-        """The inner optimizer's."""
+        """The state of the inner optimizer."""
         return self._inner.state
 
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Show the inner state of each parameter under ``inner``."""
+        """Write the inner state of each parameter under ``inner``."""
         for param, inner in self._inner.state.items():
             state[param]["inner"] = dict(inner)
 
     def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-        """Take the inner state of each parameter from ``inner``."""
+        """Read the inner state of each parameter from ``inner``."""
         for param, entry in state.items():
             if "inner" in entry:
                 self._inner.state[param] = copy.deepcopy(entry["inner"])  # it steps in place
@@ -264,12 +264,12 @@ class InnerStepper(AbstractStepper):
 
 
 def _number(rate: Any) -> Any:
-    """A copy of a rate that is kept in a tensor."""
+    """A copy of a rate stored in a tensor."""
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def _show(group: dict[str, Any], rate: Any, decay: Any) -> None:
-    """Write into a group; a rate in a tensor (torchao, ``capturable``) stays in it."""
+    """Write to a group; a rate in a tensor (torchao, ``capturable``) is written in place."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)
     else:
@@ -278,7 +278,7 @@ def _show(group: dict[str, Any], rate: Any, decay: Any) -> None:
 
 
 def _plain_gradients(blocks: Sequence[Block]) -> list[list[Tensor]] | None:
-    """All gradients, if they are there, such as torch's kernels take, and finite."""
+    """All gradients, if they exist, are finite, and are supported by torch's kernels."""
     found = [grads for b in blocks if (grads := b.plain_gradients()) is not None]
     if len(found) < len(blocks) or not fast_path.finite([g for grads in found for g in grads]):
         return None
@@ -286,7 +286,7 @@ def _plain_gradients(blocks: Sequence[Block]) -> list[list[Tensor]] | None:
 
 
 def _tensors(block: Block, grads: Sequence[Tensor], moment: Moment) -> tuple[Tensor, Tensor, State]:
-    """What the step of a block's slice begins with; training may maximize."""
+    """The inputs of the step of a block's slice; with the sign of ``maximize``."""
     some = block.slice(grads)
     some = -some if moment.values.get("maximize") else some
     return block.slice(block.params), some, block.part.rule

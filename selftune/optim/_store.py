@@ -20,7 +20,7 @@ from selftune.update import Clock, Transition
 Counted = Sequence[bool] | None
 """Which tensors of a block have a gradient; None: all."""
 Grads = Sequence[tuple[Tensor, Counted]]
-"""Joined gradients of every block, and which of its tensors have one."""
+"""Concatenated gradients of every block, and which of its tensors have one."""
 
 
 @dataclass(kw_only=True)
@@ -28,8 +28,8 @@ class Counts:
     """Step counts of a run.
 
     Attributes:
-        steps: Training steps taken, those of the sweep and skipped ones included.
-        since: Steps at the last fresh start (after the sweep or a rewind).
+        steps: Training steps taken, including skipped ones and those of the sweep.
+        since: Steps at the last restart (after the sweep or a rewind).
         outer: Steps at the last hyperparameter step.
         last_validation_step: Steps at the last call of ``hyper_step``.
     """
@@ -45,14 +45,14 @@ class Store:
     """Holds the method's state in the blocks, whose tensors torch saves.
 
     Attributes:
-        method: What decides where hyperparameters go.
+        method: The method.
         shifts: The tuned hyperparameters.
         reducer: Sums over processes.
         clock: Step counts.
-        blocks: One for each parameter group that is trained.
+        blocks: One block for each trained parameter group.
         cached: Their tuned values.
-        displacement: Of the weights, but for what the blocks keep of it.
-        stiffness: Of stiff directions.
+        displacement: State of the displacement, except for tensors in the blocks.
+        stiffness: State of the stiff directions.
     """
 
     method: Method
@@ -65,7 +65,7 @@ class Store:
     stiffness: Stiffness | None = None
 
     def lay_out(self, blocks: list[Block], slots: int, *, by_tensor: bool) -> None:
-        """Work on other blocks from now on."""
+        """Replace the blocks."""
         self.blocks = blocks
         self.method.slices = [b.cut for b in blocks]
         self.method.pieces = [b.pieces for b in blocks]
@@ -93,7 +93,7 @@ class Store:
         )  # fmt: skip
 
     def take(self, state: State) -> None:
-        """Go on from another state of what is not in the blocks."""
+        """Replace the state outside the blocks."""
         for displacement in state.displacement:
             self.displacement = displacement._replace(centre=[], mark=[])
         for stiffness in state.stiffness:
@@ -102,7 +102,7 @@ class Store:
     def moments(
         self, counts: Sequence[Counted], values: Sequence[Values], rates: Sequence[float]
     ) -> list[Moment]:
-        """When and at which hyperparameters every block takes the step."""
+        """Time and hyperparameters of the step of every block."""
         rows, age = self.method.sensitivities, self.clock.steps - self.clock.since
         share = rows.averaging.weight(age, rows.estimator.stride)
         moments = []
@@ -126,7 +126,7 @@ class Store:
         ages: list[float],
         counted: Sequence[bool] | None,
     ) -> Moment:
-        """The moment where tensors differ, or some take no part."""
+        """The moment if tensors differ, or some do not take part."""
         layout, mask, unit_mask = block.layout, None, None
         if counted is not None:
             unit_mask = torch.tensor(counted, device=layout.device)
@@ -147,7 +147,7 @@ class Store:
         *,
         tracked: bool,
     ) -> None:
-        """Take over steps that somebody has proposed, and write the weights."""
+        """Apply proposed steps, and write the weights."""
         state = self.method.weight_step(self.state(), steps, moments, tracked=tracked)
         self.take(state)
         for block, part, step, counted in zip(self.blocks, state.parts, steps, counts, strict=True):

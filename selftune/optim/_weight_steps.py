@@ -1,9 +1,9 @@
-"""The weight steps of an optimizer's run: in place where they can be, pure where they cannot.
+"""The weight steps of an optimizer's run: in place if possible, otherwise pure.
 
-In place torch's kernel, or another optimizer, steps the parameters as they are, and a tracked step
-is recorded over slices of them alone; nothing of the size of the weights is made. The pure step
-serves the rest: gradients that are missing or not finite, half precision, GPUs and shards,
-penalties, a hyperparameter for each tensor, and estimators that need whole steps.
+In place, torch's kernel or another optimizer steps the parameters, and a tracked step is recorded
+over slices only, without allocations of the size of the weights. The pure step handles all other
+cases: gradients that are missing or not finite, half precision, GPUs and shards, penalties, a
+hyperparameter for each tensor, and estimators of whole steps.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ STEPS_ALONE = 50  # steps without a hyper_step after which training gradients se
 
 
 class WeightSteps:
-    """Takes weight steps, those of the sweep included.
+    """Takes weight steps, including those of the sweep.
 
     Args:
-        engine: Of the run.
+        engine: Engine of the run.
         values: Options and hyperparameters of every block.
-        rates: The schedule's factor of every block.
-        call: Gives gradients at other weights, to an estimator that needs them.
-        raised: Whether somebody else raises the learning rate, which the sweep gives way to.
+        rates: Factor of the schedule for every block.
+        call: Computes gradients at other weights, for an estimator that needs them.
+        raised: Whether the learning rate is raised from outside, which ends the sweep.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class WeightSteps:
 
     @property
     def factors(self) -> Sequence[float]:
-        """What the peaks of the learning rates were multiplied by, for every block."""
+        """Factors of the peaks of the learning rates, for every block."""
         return self._rates
 
     def take(self) -> bool:
-        """One training step from the gradients in ``.grad``; true if hyperparameters changed."""
+        """Take a training step from the gradients in ``.grad``; true if hyperparameters changed."""
         engine = self._engine
         found = None
         if engine.whole is None:
@@ -89,7 +89,7 @@ class WeightSteps:
 
     @property
     def _age(self) -> int:
-        """Steps since the last fresh start."""
+        """Steps since the last restart."""
         return self._engine.clock.steps - self._engine.clock.since
 
     @property
@@ -109,7 +109,7 @@ class WeightSteps:
             engine.buffers.blend(averaging.weight(self._age, THINNED))
 
     def _alone(self, grads: Sequence[Sequence[Tensor]]) -> bool:
-        """Let training gradients stand for validation ones, where there are none."""
+        """Use training gradients instead of validation gradients if there are none."""
         engine = self._engine
         if engine.clock.last_validation_step or engine.clock.steps <= STEPS_ALONE:
             return False
@@ -117,7 +117,7 @@ class WeightSteps:
         return engine.train_alone([block.scaled(g) for block, g in pairs])
 
     def _descending(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """Gradients of what is minimized, block by block: training may maximize."""
+        """Gradients of the minimized loss, block by block: negated under ``maximize``."""
         return [
             [-g for g in some] if v.get("maximize") else list(some)
             for v, some in zip(self._values, grads, strict=True)
@@ -142,7 +142,7 @@ class WeightSteps:
     # pure
 
     def _gather(self) -> None:
-        """Joined gradients of every block, and which tensors have one."""
+        """Concatenated gradients of every block, and which tensors have one."""
         found = [b.gradient() for b in self._blocks]
         self._grads = [
             (-g if v.get("maximize") else g, counted)
@@ -185,13 +185,13 @@ class WeightSteps:
         return changed
 
     def _finite(self, steps: Sequence[Transition]) -> bool | None:
-        """Whether a step may be written; None where it is not known, as a GPU would wait."""
+        """Whether a step is finite; None if unknown, because a GPU would synchronise."""
         if steps[0].moved.is_cuda and not self._pulse:
             return None
         return math.isfinite(self._store.total([s.moved.sum() for s in steps]))
 
     def _judge(self) -> Action:
-        """Of gradients before the step: whether they are finite, and whether any are left."""
+        """Judge gradients before the step: whether they are finite, and whether any exist."""
         controller, grads = self._engine.controller, self._grads
         if grads[0][0].is_cuda and not self._pulse:
             return Action()

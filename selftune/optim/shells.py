@@ -18,7 +18,7 @@ from selftune.rules.adam import fitting_beta2
 from selftune.update import Update
 
 BETAS: tuple[float, float] = (0.9, 0.999)
-"""torch's, and where nobody gives any: another tuple of the same numbers was given by somebody."""
+"""torch's default; an equal tuple that is another object was passed by the user."""
 
 
 ARGUMENTS: dict[str, Kind] = {
@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, Kind] = {
     "centered": FLAG,
     "maximize": FLAG,
 }
-"""What options may be; ranges of those that can be tuned are checked with their groups."""
+"""Valid values of options; ranges of tunable options are checked with their groups."""
 
 
 class RuleOptimizer(SelfTuningOptimizer):

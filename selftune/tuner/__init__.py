@@ -1,4 +1,4 @@
-"""The loop that owns model, data, logging and checkpoints."""
+"""The training loop, with logs and checkpoints."""
 
 from selftune.tuner._plan import Progress
 from selftune.tuner._result import TuningResult

@@ -49,7 +49,7 @@ from selftune.update import Update
 log = logging.getLogger("selftune")
 
 JOINED = 2**22
-"""Weights up to which eager runs keep them in one vector."""
+"""Largest number of weights that eager runs keep in one vector."""
 
 
 @dataclass(kw_only=True)
@@ -58,28 +58,28 @@ class Given:
 
     Attributes:
         objective: The model with its training loss.
-        rule: How weights step.
-        update: The same with penalties and decay.
-        found: Tuned layers and losses, by name.
-        known: Scales and bounds of all hyperparameters, by name.
-        values: Where they start.
-        chosen: Names whose start the user chose.
-        names: Those that are tuned.
+        rule: The update rule.
+        update: The rule with penalties and learning-rate decay.
+        found: Tuned layers and losses by name.
+        known: Scales and bounds of all hyperparameters by name.
+        values: Their starting values.
+        chosen: Names whose start was passed by the user.
+        names: Names of the tuned hyperparameters.
         bounds: (lowest, highest) values by name.
         estimator: The user's estimator, or None.
-        tangents: The share of the weights whose sensitivities are kept, or a dtype.
-        snapshots: Where the last good weights are kept.
-        average: Where the outer loss is measured.
-        every: Weight steps from one hyperparameter step to the next, or None.
-        hyper_rate: Size of one, or None.
+        tangents: Share of the weights with sensitivities, or a dtype.
+        snapshots: Storage of the last good weights.
+        average: The running average at which the outer loss is measured.
+        every: Weight steps between two hyperparameter steps, or None.
+        hyper_rate: Size of a hyperparameter step, or None.
         schedule: Shape of the learning rate.
-        warmup: Steps over which it climbs.
-        probe: Whether it is swept, or over how many steps.
-        guard: Whether a run is taken back, or a policy.
-        metrics: By name.
+        warmup: Steps of the linear warm-up.
+        probe: Whether to sweep the learning rate, or the number of steps.
+        guard: Whether to use a guard, or a policy.
+        metrics: Metrics by name.
         amp: Whether passes run in bfloat16.
-        population: Runs trained at once, or None.
-        settings: The numbers of the method.
+        population: The population, or None.
+        settings: Numbers of the method.
         group: The ranks.
     """
 
@@ -109,7 +109,7 @@ class Given:
     group: Group
 
     def cadence(self, total: int | None) -> int:
-        """Weight steps from one hyperparameter step to the next."""
+        """Weight steps between two hyperparameter steps."""
         return self.settings.hyper.every(total) if self.every is None else self.every
 
     def assignment(self, total: int | None) -> Assignment:
@@ -124,7 +124,7 @@ class Given:
 def tuned_names(
     tune: Sequence[str] | None, update: Update, found: Mapping[str, Found], schedule: str
 ) -> list[str]:
-    """Names of the tuned hyperparameters; α only where nothing else anneals."""
+    """Names of the tuned hyperparameters; α only without an annealing schedule."""
     if tune is not None:
         if isinstance(tune, str):
             raise ValueError(f"tune={tune!r} must be a sequence: ({tune!r},)")
@@ -133,10 +133,10 @@ def tuned_names(
 
 
 def check_together(given: Given) -> None:
-    """Refuse estimators of whole steps in a population or on several ranks.
+    """Raise an error for estimators of whole steps in a population or on several ranks.
 
     Raises:
-        ValueError: They are named.
+        ValueError: There are such estimators; the message names them.
     """
     members, ranks, assigned = given.population, given.group.size, given.assignment(None)
     if assigned.whole is not None and members is not None:
@@ -161,10 +161,10 @@ def check_together(given: Given) -> None:
 def open_streams(
     train: Any, val: Any, device: torch.device, given: Given
 ) -> Iterator[tuple[Stream, Stream]]:
-    """Training and validation batches, of which each rank gets its part, and their workers' end.
+    """Training and validation batches of this rank; closes their workers at the end.
 
     Raises:
-        ValueError: Ranks begin with different models or data.
+        ValueError: Ranks start with different models or data.
     """
     group = given.group
     parts = [shard(name, group.rank, group.size) for name in ("train", "val")]
@@ -252,7 +252,7 @@ def build(
 
 
 def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
-    """What a run that continues this one must have in common with it."""
+    """Settings that must be equal in a run and in its continuation."""
     model = given.objective.model
     found = {
         "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
@@ -279,7 +279,7 @@ def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
 
 
 def _controller(given: Given, steps: Steps, total: int) -> Controller:
-    """What decides on sweep, guard and end of one member."""
+    """The controller of one member."""
     tuned = steps.hyper.hparams
     sweep = make_sweep(given.probe, total, tuned) if given.population is None else None
     guard = make_guard(given.guard) if given.names else None
@@ -332,7 +332,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
 
 
 def _small(objective: Objective) -> bool:
-    """Whether eager steps of the model take as long as their operations are many."""
+    """Whether the time of eager steps is determined by the number of operations."""
     trained = [p for p in objective.parameters() if p.requires_grad]
     dtypes = {p.dtype for p in trained}
     return (
@@ -343,7 +343,7 @@ def _small(objective: Objective) -> bool:
 
 
 def _set_layers(given: Given) -> None:
-    """Write the given values into the layers that have them."""
+    """Write the given values into their layers."""
     buffers = dict(given.objective.named_buffers())
     for name, found in given.found.items():
         for buffer in found.buffers:

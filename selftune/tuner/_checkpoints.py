@@ -19,7 +19,7 @@ log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
 VERSION = 10
-"""Of what is kept; 10 keeps the part of a step that is due, and no rank's random streams."""
+"""Version of checkpoints; 10 includes the due part of a step, and no rank's random streams."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

@@ -96,7 +96,7 @@ ARGUMENTS: dict[str, Kind] = {
     "exploit_every": Whole(least=1),
     "seed": Whole(),
 }  # fmt: skip
-"""What arguments of a tuner may be."""
+"""Valid values of the arguments of a tuner."""
 SOME = NONE | Whole(least=1)
 FIT_ARGUMENTS: dict[str, Kind] = {
     "epochs": SOME,
@@ -113,7 +113,7 @@ FIT_ARGUMENTS: dict[str, Kind] = {
     "pictures_every": SOME,
     "progress": FLAG,
 }
-"""What arguments of ``fit`` may be."""
+"""Valid values of the arguments of ``fit``."""
 
 
 def device_of(device: str | torch.device) -> torch.device:

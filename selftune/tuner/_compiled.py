@@ -1,4 +1,4 @@
-"""The steps of a run, in place on its tensors: eagerly, or compiled into one graph each."""
+"""The steps of a run, in place on its tensors: eager, or compiled into one graph each."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ log = logging.getLogger("selftune")
 
 Step = Callable[..., Any]
 ODD, SHARE = 20, 0.25
-"""Batches of other shapes run eagerly, until there are this many and they are this share."""
+"""Batches of other shapes run eagerly, up to this number and this share of all."""
 
 
 class Fused:
-    """Takes the steps of :class:`~selftune.tuner._steps.Steps` and writes the run in place.
+    """Executes the steps of :class:`~selftune.tuner._steps.Steps` in place.
 
     Compiled, a step is one graph: forward, gradient, update and sensitivities, or validation pass
-    and hyperparameter step, with no Python between. The graph is made for the shapes of the first
-    batch; a batch of another shape (the last of an epoch) takes the same step eagerly, and where
-    those are many a second graph for any shape is made. If the model itself cannot be compiled, its
-    passes run eagerly and the rest stays compiled. With several ranks there are two graphs, for the
-    model's pass and for the rest, and the all-reduce of gradients between them.
+    and hyperparameter step, without Python in between. The graph is compiled for the shapes of the
+    first batch. A batch of another shape (the last of an epoch) runs eagerly; if there are many, a
+    second graph for any shape is compiled. If the model cannot be compiled, its passes run eagerly
+    and the rest stays compiled. With several ranks there are two graphs, for the model's pass and
+    for the rest, with the all-reduce of gradients in between.
 
     Args:
         steps: The steps.
-        run: The tensors they work on.
+        run: The tensors of the run.
         population: Members of a population mapped over the leading dimension, or None.
     """
 
@@ -88,12 +88,12 @@ class Fused:
         """A step of the weights.
 
         Args:
-            batch: Of training.
-            tracked: Whether it is averaged and pushes the sensitivities.
-            last: Whether a step of the hyperparameters follows.
+            batch: The training batch.
+            tracked: Whether the step updates averages and sensitivities.
+            last: Whether a hyperparameter step follows.
 
         Returns:
-            What :meth:`Steps.told` tells.
+            The result of :meth:`Steps.told`.
         """
         kind = "tracked" if tracked else "plain"
         if self.whole is not None and (last or self.whole.sees_all):
@@ -101,7 +101,7 @@ class Fused:
         return self._take(kind, batch)
 
     def tune(self, batch: Batch) -> Tensor:
-        """A step of the hyperparameters; returns what :meth:`Steps.tune` tells."""
+        """A hyperparameter step; returns the outputs of :meth:`Steps.tune`."""
         return self._take("tune", batch)
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class Fused:
         return step[kind](self.run, batch)
 
     def _compiled(self, kind: str, first: bool, batch: Batch) -> Tensor:
-        """A compiled step, or what stays of it where torch cannot compile it."""
+        """A compiled step, or its eager version if torch cannot compile it."""
         start = time.perf_counter()
         try:
             result = self._exact[kind](self.run, batch)
@@ -136,7 +136,7 @@ class Fused:
         return result
 
     def _fall_back(self, reason: str) -> None:
-        """Leave the model's passes eager; if that was so already, leave everything."""
+        """Run the model's passes eagerly; if they already do, run everything eagerly."""
         torch._C._autograd._saved_tensors_hooks_enable()  # a graph that failed leaves them off
         self.compiled = not self._apart and self.whole is None
         if not self.compiled:
@@ -149,7 +149,7 @@ class Fused:
         self._any = self._exact
 
     def _graphs(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
-        """Every kind of step, each wrapped as a whole."""
+        """Every kind of step, each wrapped as one function."""
         steps, mapped = self._steps, self._mapped
 
         def plain(run: RunState, batch: Batch) -> Any:
@@ -166,7 +166,7 @@ class Fused:
         return graphs if self.whole is None else {**graphs, **self._seen(self.whole, wrap)}
 
     def _seen(self, whole: FunctionalSteps, wrap: Callable[[Step], Step]) -> dict[str, Step]:
-        """Steps of which an estimator takes note; it works between the graphs."""
+        """Steps observed by an estimator, which runs between the graphs."""
         steps = self._steps
         # A CUDA graph writes over what it returned.
         kept = partial(tree_map, torch.clone) if self.run.step.is_cuda else lambda found: found
@@ -208,7 +208,7 @@ class Fused:
     def _parted(
         self, wrap: Callable[[Step], Step], wrap_pass: Callable[[Step], Step] = lambda step: step
     ) -> dict[str, Step]:
-        """Every kind of step in two parts: the model's pass, by default as it is, and the rest."""
+        """Every kind of step in two parts: the model's pass, by default unwrapped, and the rest."""
         steps, mapped = self._steps, self._mapped
 
         def plain(run: RunState, *passed: Any) -> Any:
@@ -233,7 +233,7 @@ class Fused:
 
 
 def _either(first: Step, second: Step) -> Step:
-    """A step, or another where that returns None."""
+    """A step, or another one if that returns None."""
 
     def taken(*args: Any) -> Tensor:
         told = first(*args)
@@ -268,7 +268,7 @@ def _in_place(step: Step) -> Step:
 def _compile(step: Step, device: torch.device, *, dynamic: bool, keep: bool = False) -> Step:
     """The step as one graph, launched from C++ on a CPU and as a CUDA graph on a GPU.
 
-    What a CUDA graph returns is written over at its next launch: ``keep`` does without.
+    The outputs of a CUDA graph are overwritten at its next launch; ``keep`` avoids CUDA graphs.
     """
     # Dynamo keeps its graphs by code object and makes only a few of each: a new one a run.
     assert isinstance(step, types.FunctionType)
@@ -282,7 +282,7 @@ def _compile(step: Step, device: torch.device, *, dynamic: bool, keep: bool = Fa
 
 
 def _for_shapes(function: Step, device: torch.device) -> Step:
-    """A function as one graph for arguments like the first ones; for others as it is."""
+    """A function as one graph for arguments of the first layout; eager for others."""
     graph = _compile(_plain(function), device, dynamic=False, keep=True)
     shapes: list[Any] = []
 
@@ -310,10 +310,10 @@ def _plain(function: Step) -> Step:
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:
-    """Which of a static graph's guards are checked at each step: numbers that users may change.
+    """Guards of a static graph checked at each step: numbers that users may change.
 
-    The run's tensors, the batches' shapes and our own objects are the same at each call, and to
-    check them all takes as long as a small net's step.
+    The run's tensors, the batches' shapes and the library's objects are the same at each call, and
+    checking them all takes as long as a small network's step.
     """
     ours = ("G['__import_", "__import__(", "dict(type(")
     return [g.guard_type == "CONSTANT_MATCH" and not g.name.startswith(ours) for g in guards]
@@ -336,7 +336,7 @@ def _mapper(population: int | None) -> Callable[[Step, int], Step]:
 
 
 def signature(batches: Any) -> Any:
-    """Structure and layout of batches: what a graph is made for."""
+    """Structure and layout of batches, for which a graph is compiled."""
     if isinstance(batches, Tensor):
         return batches.shape, batches.stride(), batches.dtype, batches.device
     if isinstance(batches, dict):

@@ -80,7 +80,7 @@ class Stream:
             return False
 
     def peek(self) -> Any:
-        """The next batch, which stays the next; the random streams stay where they are too."""
+        """The next batch, without taking it; random states do not change."""
         now = self._randomness()
         batch = self.next()
         if self.once or self.taken > 1:
@@ -91,15 +91,15 @@ class Stream:
         return batch
 
     def put_back(self, batch: Any) -> None:
-        """Let a batch that was taken be the next one again."""
+        """Put back a batch, as the next one."""
         self._waiting.insert(0, batch)
         self.taken -= 1
 
     def next(self) -> Any:
-        """The next batch, of the next epoch if this one is over.
+        """The next batch, from the next epoch if this one has ended.
 
         Raises:
-            ValueError: There is none, or its structure differs from the first's.
+            ValueError: There is none, or its structure differs from that of the first.
         """
         if self._batches is None:
             self._begin()
@@ -143,8 +143,8 @@ class Stream:
     def close(self) -> None:
         """End the loader's workers.
 
-        Garbage collection would take five seconds for each: it ends the queue that they wait at
-        before the iterator that tells them to end.
+        Garbage collection would take five seconds for each, because it ends the workers' queue
+        before the iterator that stops them.
         """
         self._batches = None
         end_workers(self._own)
@@ -160,7 +160,7 @@ class Stream:
             )
 
     def _generators(self) -> list[torch.Generator]:
-        """Generators of the loader's own."""
+        """The loader's own generators."""
         groups = getattr(self._loader, "batch_sampler", None)
         holders = (self._loader, getattr(self._loader, "sampler", None), groups,
                    getattr(groups, "sampler", None))  # fmt: skip
@@ -184,14 +184,14 @@ class Stream:
                 "usual": self._usual, "loader": self._place()}  # fmt: skip
 
     def _place(self) -> Any:
-        """The loader's own state; None where it has none that a checkpoint can hold."""
+        """The loader's own state; None if it has none, or one that cannot be saved."""
         if not self._stateful or self._batches is None or self._waiting:
             return None
         place = self._loader.state_dict()
         return copy.deepcopy(place) if plain(place) else None
 
     def settle(self, state: dict[str, Any]) -> None:
-        """Put the loader's own generators where they were when the state was taken."""
+        """Restore the loader's own generators to a saved state."""
         found = self._generators()
         if len(found) != len(state["own"]):
             raise ValueError(
@@ -202,7 +202,7 @@ class Stream:
             generator.set_state(saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; disturbs the random streams, which the caller restores."""
+        """Go to a saved position; changes the random states, which the caller restores."""
         self.epoch, taken, self._usual = state["epoch"], state["taken"], state["usual"]
         if not state["start"]:
             return
@@ -233,7 +233,7 @@ class Stream:
 
 
 def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    """Batches on the GPU, the next one copied while this one is worked on."""
+    """Batches on the GPU, with the next one copied in advance."""
     copying = torch.cuda.Stream(device)
 
     def send(batch: Any) -> Any:
@@ -281,7 +281,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def structure(batch: Any, top: bool = True) -> Any:
-    """What must not change from batch to batch: containers, keys, dtypes.
+    """Properties that must be equal in all batches: containers, keys, dtypes.
 
     Sequences within a batch may have any length: captions, boxes of an image.
     """
@@ -295,9 +295,9 @@ def structure(batch: Any, top: bool = True) -> Any:
 
 
 def alone(loader: Any) -> Any:
-    """The same loader with an iterator of its own.
+    """The same loader with its own iterator.
 
-    Persistent workers share one, which would start again for one reader as another begins.
+    Persistent workers share one iterator, which would restart when another reader starts.
     """
     if not isinstance(loader, DataLoader):
         return loader
@@ -307,7 +307,7 @@ def alone(loader: Any) -> Any:
 
 
 def end_workers(loader: Any) -> None:
-    """Let go of the iterator that a loader with persistent workers keeps."""
+    """Delete the iterator of a loader with persistent workers."""
     if isinstance(loader, DataLoader):
         vars(loader)["_iterator"] = None
 

@@ -13,11 +13,11 @@ from selftune.update import Clock, Transition, learning_rate
 
 
 class FastPath:
-    """Takes a step in place: the same numbers, up to rounding, in less time and memory.
+    """Takes a step in place, equal up to rounding, in less time and memory.
 
     Args:
         steps: The steps.
-        tracked: Whether the step is averaged and pushes the sensitivities.
+        tracked: Whether the step updates averages and sensitivities.
     """
 
     def __init__(self, steps: Steps, *, tracked: bool = False) -> None:
@@ -25,7 +25,7 @@ class FastPath:
 
     @staticmethod
     def serves(steps: Steps, run: RunState) -> bool:
-        """Whether no estimator sees whole steps, and weights are such as torch's kernels take."""
+        """Whether no estimator of whole steps is used, and torch's kernels support the weights."""
         return steps.whole is None and all(
             p.params.device.type == "cpu"
             and p.params.dtype == p.average.dtype
@@ -34,7 +34,7 @@ class FastPath:
         )
 
     def __call__(self, run: RunState, batch: Batch) -> Tensor | None:
-        """Take a step; returns what it tells, or None if nothing could be done."""
+        """Take a step; return its outputs, or None if it is not supported."""
         steps = self._steps
         values, _ = steps.numbers(run)
         kernel = fast_path.kernel(steps.update, values)
@@ -60,7 +60,7 @@ class FastPath:
         return steps.told(loss, steps.views(grads) if self._tracked else (), fine)
 
     def _before(self, run: RunState, grads: list[Tensor]) -> tuple[list[Transition], list[Moment]]:
-        """The steps of the slices, and when they happen."""
+        """The steps of the slices, and their moments."""
         steps, moments = self._steps, self._steps.moments(run)
         cuts = zip(steps.method.cuts(run.method.parts), grads, moments, strict=True)
         found = [
@@ -75,7 +75,7 @@ class FastPath:
         return found, moments
 
     def _after(self, run: RunState, found: list[Transition], moments: list[Moment]) -> None:
-        """Take the steps into averages and sensitivities."""
+        """Update averages and sensitivities by the steps."""
         after = self._steps.method.track(run.method, found, moments)
         for old, new in zip(leaves(run.method), leaves(after), strict=True):
             if new is not old:

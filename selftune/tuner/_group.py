@@ -24,11 +24,11 @@ log = logging.getLogger("selftune")
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
-"""Longest wait for another rank, which may be compiling; one that is gone is noticed at once."""
+"""Longest wait for another rank, which may be compiling; a dead rank is detected at once."""
 
 
 class RankLost(RuntimeError):
-    """Another rank is gone: a collective failed, before anything was written."""
+    """Another rank has died: a collective failed, before anything was written."""
 
 
 class Group:
@@ -67,15 +67,15 @@ class Group:
     def mean(self, passing: Callable[..., Passed], run: Any, batch: Any) -> Passed:
         """The pass over the batches of all ranks: means weighted by examples, in one all-reduce.
 
-        Dropout and augmentation draw other numbers on each rank: the generator is seeded by
-        (run, pass, rank) for the pass, so that a checkpoint needs no rank's state. All other random
-        numbers in the process (shuffling, above all) stay the same on all ranks. Floating-point
+        Dropout and augmentation use different random numbers on each rank: for each pass the
+        generator is seeded by (run, pass, rank), so a checkpoint needs no rank's state. All other
+        random numbers, such as those of shuffling, are the same on all ranks. Floating-point
         buffers, such as the running statistics of BatchNorm, are averaged as well.
 
         Args:
             passing: Loss, gradients and buffers of this rank's part of the batch.
-            run: Passed on to it.
-            batch: Likewise.
+            run: Argument of ``passing``.
+            batch: Argument of ``passing``.
 
         Raises:
             RankLost: Another rank did not take part.
@@ -100,13 +100,13 @@ class Group:
         return means[-1], means[: len(grads)], after
 
     def asked(self) -> bool:
-        """Whether any rank has asked for the end of the run; the same answer on all ranks."""
+        """Whether any rank has requested the end of the run; equal on all ranks."""
         return self._asked is not None and bool(self._asked)
 
     # numbers and objects
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, on all of them."""
+        """The values of all ranks, on each of them."""
         if not self.together:
             return [value]
         found: list[Any] = [None] * self.size
@@ -122,11 +122,11 @@ class Group:
         return sum(v * w for v, w in found) / sum(w for _, w in found)
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
+        """Whether a condition holds on any rank."""
         return any(self.gather(flag))
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What a function returns, or raises, on the first rank, where alone it is called."""
+        """Call a function on the first rank only; return or raise its result on all ranks."""
         if not self.together:
             return function()
         found: list[Any] = [None, None]
@@ -166,22 +166,22 @@ class Group:
     # random streams
 
     def share_streams(self) -> None:
-        """Draw on from where the first rank is; streams of a GPU stay the rank's own."""
+        """Set the random state to that of the first rank; GPU streams stay separate."""
         if self.together:
             state = self.from_first(snapshot)
             state.pop("cuda", None)
             restore(state)
 
     def seed(self) -> None:
-        """Begin the random numbers of passes, which depend on the state of the shared stream."""
+        """Seed the random numbers of passes from the state of the shared stream."""
         self._start, self._passes = digest([torch.get_rng_state()]), 0
 
     def state_dict(self) -> dict[str, int]:
-        """What decides the random numbers of the passes that follow."""
+        """The state of the random numbers of later passes."""
         return {"start": self._start, "passes": self._passes}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with the random numbers of a saved run, on any number of ranks."""
+        """Continue the random numbers of a saved run, on any number of ranks."""
         self._start, self._passes = state["start"], state["passes"]
 
     @contextmanager
@@ -196,11 +196,11 @@ class Group:
 
 
 def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
-    """The group of this process, and its device; a group that is not there yet is initialised.
+    """The group of this process and its device; initialises the process group if needed.
 
     Raises:
-        ValueError: There is neither a process group nor torchrun's environment, or the way to
-            train in parallel is not supported.
+        ValueError: There is neither a process group nor torchrun's environment, or the value of
+            ``parallel`` is not supported.
     """
     if parallel == "fsdp":
         raise ValueError(
@@ -230,7 +230,7 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
 
 @contextmanager
 def quiet(silent: bool) -> Iterator[None]:
-    """Log nothing but errors on this rank, since the first one logs the same."""
+    """Log errors only on this rank, because the first one logs the rest."""
 
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR

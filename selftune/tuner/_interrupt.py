@@ -1,4 +1,4 @@
-"""Ctrl-C, or torchrun's SIGTERM, between two steps instead of within one."""
+"""Handling of Ctrl-C, and of torchrun's SIGTERM, between two steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import FrameType
 
 
 class Interruption:
-    """Whether Ctrl-C was pressed; the second time it interrupts at once.
+    """Records Ctrl-C; the second one interrupts at once.
 
     Args:
-        terminating: Whether SIGTERM asks for the end as well, which torchrun sends to all ranks
-            when it is ended, and to the others when one has failed.
+        terminating: Whether SIGTERM ends the run too. torchrun sends it to all ranks when it is
+            stopped, and to the others when one has failed.
     """
 
     def __init__(self, terminating: bool = False) -> None:
@@ -28,7 +28,7 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens inside the block; only the main thread can."""
+        """Handle Ctrl-C inside the block, in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

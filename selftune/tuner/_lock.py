@@ -19,7 +19,7 @@ log = logging.getLogger("selftune")
 
 LOCK, OWNER = "run.lock", "run.owner"
 WAIT = 10.0
-"""Seconds that the lock of a process that is gone may outlast it: its loader's workers hold it."""
+"""Seconds that a lock may outlast its process, because its loader's workers hold it."""
 
 
 @contextmanager

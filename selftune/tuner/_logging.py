@@ -1,4 +1,4 @@
-"""What a tuner logs of its run."""
+"""The log of a tuner's run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from selftune.tuner._steps import RunState, Steps
 
 
 def monitor_of(targets: Sequence[Any], writes: bool) -> Monitor:
-    """The monitor of a rank; what is logged is computed on all ranks, and written by one."""
+    """The monitor of a rank; entries are computed on all ranks and written by the first."""
     return Monitor((list(targets) if writes else [_discard]) if targets else None)
 
 
 def _discard(values: Mapping[str, float], step: int) -> None:
-    """A recorder that keeps nothing."""
+    """A recorder that discards everything."""
 
 
 class TunerLog:
@@ -32,8 +32,8 @@ class TunerLog:
     Args:
         steps: The steps.
         run: Their tensors.
-        snapshots: Know which part of a tensor is a member's.
-        rest: Seconds from one entry to the next, at least.
+        snapshots: Select a member's part of a tensor.
+        rest: Least seconds between two entries.
     """
 
     def __init__(self, steps: Steps, run: RunState, snapshots: Snapshots, rest: float) -> None:
@@ -43,7 +43,7 @@ class TunerLog:
         self._plain, self._tuning = [0.0, 0], [0.0, 0]  # seconds and steps without, with tuning
 
     def note(self, values: Mapping[str, float]) -> None:
-        """Take values into the course."""
+        """Record values for verdicts."""
         self.metrics.note({n: self._inverse(n, [v]) for n, v in values.items()})
 
     def _inverse(self, name: str, values: Sequence[float]) -> Tensor:
@@ -51,7 +51,7 @@ class TunerLog:
         return scale.inverse(torch.tensor(values, dtype=torch.float64))
 
     def placed(self, step: int, values: Mapping[str, float]) -> None:
-        """Log hyperparameters that something else than a hyperparameter step has set."""
+        """Log hyperparameters set by something other than a hyperparameter step."""
         monitor = self.metrics.monitor
         if monitor.on:
             monitor.scalars(self.metrics.margins(values), step)
@@ -67,7 +67,7 @@ class TunerLog:
             loss: The training loss.
             outer: The validation loss.
             values: Tuned hyperparameters by name.
-            member: The member that is shown.
+            member: The logged member.
         """
         now, monitor = time.monotonic(), self.metrics.monitor
         if not monitor.on or now - self._noted < self._rest:
@@ -103,13 +103,13 @@ class TunerLog:
         return {n: (mean[i : i + 1], ratio[i : i + 1]) for i, n in enumerate(names)}
 
     def clocked(self, seconds: float, tuned: bool) -> None:
-        """Take the time of a step."""
+        """Measure the time of a step."""
         kind = self._tuning if tuned else self._plain
         kind[0] += seconds
         kind[1] += 1
 
     def _overhead(self) -> list[tuple[str, float | Tensor]]:
-        """The share of time that steps took because some of them tune."""
+        """The share of the steps' time spent on tuning."""
         (plain, count), (tuning, more) = self._plain, self._tuning
         self._plain, self._tuning = [0.0, 0], [0.0, 0]
         if not count or not more:

@@ -48,7 +48,7 @@ class Objective(nn.Module):
         self.augment = augment
 
     def forward(self, batch: Any) -> Tensor:
-        """The loss of a batch, with the penalties of activations."""
+        """The loss of a batch, with activation penalties."""
         if self.objective is not None:
             loss = self.objective(self.model, batch)
         else:
@@ -58,16 +58,16 @@ class Objective(nn.Module):
 
     @property
     def splits(self) -> bool:
-        """Whether outputs and their loss can be had one after the other."""
+        """Whether outputs and their loss can be computed separately."""
         return self.objective is None and self.loss_fn is not None
 
     def predicted(self, batch: Any) -> tuple[Any, Tensor]:
-        """The first half of the loss: outputs, and the penalties of activations."""
+        """The first part of the loss: outputs and activation penalties."""
         output = self.outputs(batch)[1]
         return output, torch.as_tensor(extra_loss(self), device=output.device)
 
     def judged(self, predicted: tuple[Any, Tensor], batch: Any) -> Tensor:
-        """The second half: their loss."""
+        """The second part: the loss of the outputs."""
         assert self.loss_fn is not None
         output, extra = predicted
         return self.loss_fn(output, self._target(batch)) + extra
@@ -119,7 +119,7 @@ class Objective(nn.Module):
 
 
 def twin(objective: Objective) -> Objective:
-    """A copy whose modules are its own and whose parameters and buffers are the same tensors."""
+    """A copy with new modules and the same parameter and buffer tensors."""
     memo = {id(t): t for t in chain(objective.parameters(), objective.buffers())}
     for module in objective.modules():  # activations that a module keeps cannot be copied
         kept = [t for t in tree_leaves(dict(vars(module))) if isinstance(t, Tensor)]
@@ -128,11 +128,11 @@ def twin(objective: Objective) -> Objective:
 
 
 def for_tuning(objective: Objective, every: int) -> Objective:
-    """The validation objective: dropout off, but BatchNorm still gathering statistics.
+    """The validation objective: without dropout, but with updates of BatchNorm's statistics.
 
-    Those belong to the averaged weights, which change more slowly than the training weights and
-    are passed through ``every`` times more rarely, so a momentum m becomes
-    1 − (1 − m)^(every/2), as in the drop-in optimizers.
+    The statistics belong to the averaged weights, which change more slowly than the training
+    weights and have ``every`` times fewer passes, so a momentum m becomes 1 − (1 − m)^(every/2), as
+    in the optimizers.
     """
     copied = twin(objective).eval()
     for module, original in zip(copied.modules(), objective.modules(), strict=True):
@@ -146,7 +146,7 @@ def for_tuning(objective: Objective, every: int) -> Objective:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Leaves every module in the mode, training or evaluation, that it was in."""
+    """Restores the mode of every module after the block."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield

@@ -17,7 +17,7 @@ from selftune._gradient import gradient, plainly
 Passed = tuple[Tensor, list[Tensor], list[Tensor]]
 """Loss, gradients and next buffers of a pass."""
 APART = 2**24
-"""How far the counters of random numbers of two ranks are from each other."""
+"""Distance between the random-number counters of two ranks."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Passes:
     Args:
         params: Names of the trained parameters.
         buffers: Names of the buffers.
-        views: One tensor a parameter, of what the run keeps of its weights.
+        views: Returns one tensor for each parameter, from the run's weights.
         autocast: Makes the context of the forward pass.
-        counters: What is added, for the pass, to buffers that count random numbers, by name.
+        counters: Offsets of random-number counters for the pass, by buffer name.
     """
 
     params: Sequence[str]
@@ -51,9 +51,9 @@ class Passes:
         Args:
             module: The objective.
             params: The run's weights.
-            buffers: Before the pass; they are left alone.
-            batch: Passed to the objective.
-            layers: Buffers with another value, by name.
+            buffers: Buffers before the pass; not modified.
+            batch: Argument of the objective.
+            layers: Replaced buffers by name.
         """
         tensors: dict[str, Tensor] = {}
 
@@ -86,6 +86,6 @@ class Passes:
 def _call_bound(
     bound: ExitStack, module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...]
 ) -> Any:
-    """``functional_call``, whose tensors stay the module's until the stack is closed."""
+    """``functional_call`` whose tensors stay in the module until the stack is closed."""
     bound.enter_context(_reparametrize_module(module, tensors, tie_weights=True))
     return module(*args)

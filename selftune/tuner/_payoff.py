@@ -1,4 +1,4 @@
-"""When to compile a run: if that saves more than it takes."""
+"""The decision to compile a run: if this saves more time than it takes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from selftune.tuner._plan import Plan
 log = logging.getLogger("selftune")
 
 WATCHED = 20
-"""Eager steps that are timed before it is decided whether to compile."""
+"""Number of eager steps timed before the decision."""
 FUSED, LAUNCHED = 0.4, 4e-4
-"""What compiling saves of an eager step: a share, or seconds a parameter tensor if more."""
+"""Time saved by compiling a step: a share, or seconds for each parameter tensor if more."""
 LONG = 2.0
-"""How many times as long as compiling the rest of the run must be, whatever it would save."""
+"""Least length of the rest of the run, relative to the time of compiling."""
 COMPILED = 20.0, 4.0
-"""Seconds that compiling takes: at least, and for each parameter tensor (measured on a CPU)."""
+"""Seconds of compiling: least, and for each parameter tensor (measured on a CPU)."""
 
 
 def payoff(
@@ -28,13 +28,13 @@ def payoff(
 ) -> tuple[bool, float]:
     """Whether compiling pays, and about how many seconds it saves.
 
-    On a busy machine wall time is that of others, with several threads process time counts each:
-    the shorter one is nearer to what a step takes.
+    Wall time includes other processes on a busy machine, and process time sums over threads; the
+    shorter of the two is the better estimate.
 
     Args:
         begun: Wall and process time before ``WATCHED`` eager steps.
         ended: The same after them.
-        left: Steps that are left in the run.
+        left: Remaining steps of the run.
         tensors: Number of parameter tensors.
     """
     taken = min(end - start for start, end in zip(begun, ended, strict=True)) / WATCHED
@@ -45,12 +45,12 @@ def payoff(
 
 @dataclass
 class Compiling:
-    """Compiles a run if asked to, or if its first eager steps say that it will pay.
+    """Compiles a run on request, or if its first eager steps show that it pays.
 
     Args:
-        plan: Says whether it is to be compiled.
-        fused: What is compiled.
-        group: The ranks, which decide alike.
+        plan: The plan of the run.
+        fused: The steps to compile.
+        group: The ranks, which take the same decision.
         save: Writes a checkpoint.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures of a run for the log: what it predicts around where its hyperparameters are."""
+"""Pictures of predicted losses around the current hyperparameters, for the log."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._watch import Watch
 
 AROUND = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
-"""Raw distances from the present value at which the loss is predicted."""
+"""Raw distances from the current value at which the loss is predicted."""
 MOST = 12
-"""Hyperparameters that are drawn: those that moved most."""
+"""Number of drawn hyperparameters, those with the largest changes."""
 BATCHES = 10
-"""Validation batches a point is judged by."""
+"""Validation batches for each point."""
 
 
 def picture(watch: Watch, predictor: Predictor, step: int) -> None:
-    """Write the predicted losses around each hyperparameter, and a map of two of them.
+    """Log the predicted losses around each hyperparameter, and a map of two of them.
 
     The run's random streams are left alone.
     """

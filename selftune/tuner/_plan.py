@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from selftune.tuner._data import Stream
 
 LOG, REST, ENTRIES = 50, 0.1, 20
-"""Steps, and at least seconds, from one entry in the log to the next; and the number of entries in
-a run too short for so many, whatever they cost."""
+"""Steps and least seconds between two log entries, and the number of entries in short runs."""
 
 
 def length(train: Stream, epochs: int | None, steps: int | None) -> int:

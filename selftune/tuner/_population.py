@@ -18,11 +18,11 @@ from selftune.tuner._steps import RunState
 log = logging.getLogger("selftune")
 
 SPREAD = math.log(10.0)
-"""Starting learning rates lie within a factor of 10 of the given one, λ too."""
+"""Log of the range of starting learning rates and penalties, relative to the given ones."""
 KICK = math.log(1.5)
-"""How far a copy's learning rate is moved away from its model's."""
+"""Log of the change of a copy's learning rate."""
 SHARE = 0.25
-"""Which share of the members is replaced at a time."""
+"""Share of the members replaced in an exchange."""
 
 
 class Population:
@@ -75,7 +75,7 @@ class Population:
             log.info("member %d copies member %d", member, best)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The stream of random numbers."""
+        """The state of the random stream."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

@@ -22,8 +22,8 @@ class Predictor:
 
     Args:
         steps: The run's steps.
-        fused: Holds its tensors.
-        scorer: Takes losses at given weights.
+        fused: The run's tensors.
+        scorer: Computes losses at given weights.
         val: Validation batches.
     """
 
@@ -45,10 +45,11 @@ class Predictor:
 
         Args:
             asked: Values of one or two hyperparameters by name.
-            most: Batches of the validation set at most.
+            most: Largest number of validation batches.
 
         Raises:
-            ValueError: Not one or two names, one without a response, or values out of bounds.
+            ValueError: There are not one or two names, a sensitivity was not learned, or a value is
+                out of bounds.
         """
         steps, whole, known = self.steps, self.fused.whole, self.names
         if not 1 <= len(asked) <= 2:

@@ -1,4 +1,4 @@
-"""The state of every random stream that training draws from."""
+"""The state of every random generator used in training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def snapshot() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put all streams back where ``snapshot`` found them."""
+    """Restore the states of a ``snapshot``."""
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))

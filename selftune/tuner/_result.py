@@ -21,7 +21,7 @@ from selftune.tuner._steps import Steps
 
 @dataclass(kw_only=True)
 class History:
-    """The course of a run, appended to while it trains; plain numbers, saved with it."""
+    """The history of a run as plain numbers, saved with it."""
 
     train_loss: list[float] = field(default_factory=list)
     hyper_step: list[int] = field(default_factory=list)
@@ -33,25 +33,25 @@ class History:
     undone: list[list[int]] = field(default_factory=list)
 
     def hyper(self, step: int, loss: float, values: dict[str, float]) -> None:
-        """Note a hyperparameter step, or what else set hyperparameters, after ``step`` steps."""
+        """Record hyperparameters after ``step`` steps."""
         self.hyper_step.append(step)
         self.val_loss.append(loss)
         for name, value in values.items():
             self.hparams.setdefault(name, []).append(value)
 
     def mean_loss(self, steps: int) -> float:
-        """Mean training loss of the last steps; NaN where none is known."""
+        """Mean training loss of the last steps; NaN if there are none."""
         known = [loss for loss in self.train_loss[-steps:] if math.isfinite(loss)]
         return sum(known) / len(known) if known else math.nan
 
     def score(self, step: int, scores: dict[str, float]) -> None:
-        """Note an evaluation."""
+        """Record an evaluation."""
         self.score_step.append(step)
         for name, value in scores.items():
             self.scores.setdefault(name, []).append(value)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Everything as arrays by name."""
+        """The history as arrays by name."""
         found = {
             "train_loss": np.asarray(self.train_loss),
             "hyper_step": np.asarray(self.hyper_step, dtype=np.int64),
@@ -162,7 +162,7 @@ class TuningResult:
         return f"{table(lines)}\n\n{self.why}"
 
     def _panels(self, steps: list[int]) -> dict[str, dict[str, Curve]]:
-        """What the report draws."""
+        """The plots of the report."""
         losses = self.history["train_loss"].tolist()
         panels: dict[str, dict[str, Curve]] = {
             "loss": {

@@ -12,11 +12,11 @@ from selftune.tuner._watch import Watch
 log = logging.getLogger("selftune")
 
 WEIGHTS, HYPER, SCORES = "weights", "hyperparameters", "scores"
-"""The parts of a step, one of which a run goes on with: tensors are written at its end alone."""
+"""The parts of a step from which a run can continue; tensors are written at the end of a part."""
 LENGTH = "number of steps"
-"""Of the whole run, in what a run must have in common with one that continues it."""
+"""Key of the length of the run in its identity."""
 FOLLOWS = (LENGTH, "every")
-"""What differs between a run and the same one made longer."""
+"""Settings that differ between a run and its extension."""
 
 
 def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:

@@ -106,15 +106,15 @@ class Parts:
             )
 
     def _remembered(self) -> Any:
-        """The memory of an estimator; nothing where batches are of types of the user's own.
+        """The memory of an estimator; empty if batches have custom types.
 
-        A checkpoint holds plain containers, so that reading it runs no one's code; a run with
-        other batches begins to observe anew when it is resumed.
+        A checkpoint contains plain containers only, so reading it executes no code; with custom
+        types the estimator restarts on resuming.
         """
         memory = None if self.fused.whole is None else self.fused.whole.whole.memory
         return memory if plain(memory) else None
 
     def _frozen(self) -> dict[str, Tensor]:
-        """Parameters that are not trained, which a resumed run needs all the same."""
+        """Frozen parameters, which a resumed run needs too."""
         named = self.steps.inner.named_parameters()
         return {n: p.detach() for n, p in named if not p.requires_grad}

@@ -36,7 +36,7 @@ def held(module: nn.Module) -> dict[str, Any]:
 
 
 class _Scores(nn.Module):
-    """An objective that returns loss and metrics."""
+    """An objective that returns the loss and the metrics."""
 
     def __init__(self, objective: Objective, metrics: Mapping[str, Metric]) -> None:
         super().__init__()
@@ -52,15 +52,15 @@ class _Scores(nn.Module):
 
 
 class Scorer:
-    """Evaluates, each rank every so many batches, and shows averaged weights in the model.
+    """Evaluates, divided over ranks, and puts averaged weights into the model.
 
     Args:
         objective: The training objective, around the user's model.
         metrics: Functions of output and target by name, averaged over examples.
         batches: The validation set.
-        steps: Know the trained parameters, and which part of the run's weights each is.
+        steps: The steps, with the trained parameters and their parts of the run's weights.
         members: Whether the run's tensors have a leading dimension of members.
-        device: Where it is computed.
+        device: Device of the evaluation.
         autocast: Makes the context of the forward passes.
     """
 
@@ -90,7 +90,7 @@ class Scorer:
         self._autocast = autocast
 
     def close(self) -> None:
-        """End the loader's persistent workers; they begin anew where they are needed again."""
+        """End the loader's persistent workers; they restart when needed again."""
         end_workers(self._own)
 
     def _part(self, tensor: Tensor, member: int) -> Tensor:
@@ -99,7 +99,7 @@ class Scorer:
     def score(
         self, run: RunState, stream: Stream, member: int, *, last: bool = False
     ) -> tuple[dict[str, float], float]:
-        """Scores at the average, and the loss at the last weights where that is asked for."""
+        """Scores at the average and, on request, the loss at the last iterate."""
         points = [_average(run)]
         if last:
             points.append((run.weights, run.buffers))
@@ -113,13 +113,13 @@ class Scorer:
         stream: Stream,
         most: int | None = None,
     ) -> float:
-        """The validation loss at any weights of a single run, over all batches or the first."""
+        """The validation loss at given weights of a single run, over all or the first batches."""
         return self._score([(weights, buffers)], stream, 0, most)[0]["loss"]
 
     def compared(
         self, run: RunState, good: Snapshots, stream: Stream, most: int, member: int
     ) -> tuple[float, float]:
-        """Losses at the average and at the good weights, over so many batches at most."""
+        """Losses at the average and at the good weights, over a limited number of batches."""
         points = [_average(run), (good.weights, good.buffers)]
         now, then = self._score(points, stream, member, most)
         return now["loss"], then["loss"]
@@ -166,7 +166,7 @@ class Scorer:
 
     @contextmanager
     def shown(self, run: RunState, member: int) -> Iterator[None]:
-        """The averaged weights in the model itself, for a while."""
+        """Put the averaged weights into the model within a block."""
         held = [t.clone() for t in self._tensors]
         self._write(*_average(run), member)
         try:
@@ -181,7 +181,7 @@ class Scorer:
             tensor.copy_(self._part(source, member))
 
     def state(self) -> dict[str, Any]:
-        """Copies of what the model, and a loss with parameters of its own, hold now."""
+        """Copies of the current state of the model, and of a loss with parameters."""
         found = {"model": held(self.model)}
         if isinstance(self._objective.loss_fn, nn.Module):
             found["loss_fn"] = held(self._objective.loss_fn)
@@ -197,9 +197,9 @@ class Scorer:
         saved: dict[str, Any] | None,
         positions: Sequence[float] = POSITIONS,
     ) -> float:
-        """Show the best of good, averaged, last and saved weights; returns its loss.
+        """Put the best of good, averaged, last and saved weights into the model; return its loss.
 
-        Positions in between may be better than both ends.
+        Positions in between are also tried.
         """
         positions = [p for p in positions if p >= 0 or good is not None]
         candidates = [_between(run, good, position) for position in positions]
@@ -221,7 +221,7 @@ def _average(run: RunState) -> Where:
 
 
 def _between(run: RunState, good: Snapshots | None, place: float) -> Where:
-    """Between the good weights (−1), the average (0) and the last weights (1)."""
+    """Weights at a position between the good ones (−1), the average (0) and the last (1)."""
     there, held = run.weights, run.buffers
     if good is not None and place < 0:
         there, held = good.weights, good.buffers

@@ -1,4 +1,4 @@
-"""A rank's part of the batches that a single process would draw."""
+"""A rank's part of the batches of a single process."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 
 def shard(name: str, rank: int, ranks: int) -> Shard | None:
-    """What a loader of that name yields to a rank; None: all of it, to a single process."""
+    """The shard of a loader for this rank; None for a single process."""
     return Shard(name, rank, ranks) if ranks > 1 else None
 
 
 class Shard:
     """Makes loaders yield this rank's part of each batch.
 
-    With worker processes, a DataLoader over a data set with indices loads nothing but the part.
-    Other loaders are read whole on every rank, with the same random numbers, and their batches are
-    cut along the first dimension.
+    With worker processes, a DataLoader over an indexable data set loads only this part. Other
+    loaders are read whole on every rank, with the same random numbers, and their batches are
+    divided along the first dimension.
 
-    A last batch that would leave a rank without an example, or with a single one (which BatchNorm
-    cannot take) where it usually has more, is taken whole by all ranks: the mean is the same.
+    If a rank would get no example of a last batch, or only one (which BatchNorm does not support)
+    where it usually has more, all ranks take the whole batch: the mean is the same.
 
     Args:
-        name: What to call the loader in errors.
+        name: Name of the loader in errors.
         rank: Of this process.
         ranks: Number of processes.
     """
@@ -54,7 +54,7 @@ class Shard:
         return steady(loader, self._rank)
 
     def _bounds(self, count: int) -> slice:
-        """Which of so many examples are this rank's."""
+        """The range of this rank's examples."""
         self._usual = self._usual or count
         if self._usual < self._ranks:
             raise ValueError(
@@ -99,7 +99,7 @@ class Shard:
 
 
 def steady(loader: Any, rank: int = 0) -> Any:
-    """A copied loader whose workers leave Ctrl-C to the rank, and draw other numbers on each."""
+    """A copied loader whose workers ignore Ctrl-C and draw different numbers on each rank."""
     if isinstance(loader, DataLoader):
         vars(loader)["worker_init_fn"] = _Worker(rank, loader.worker_init_fn)
     return loader
@@ -138,7 +138,7 @@ class _Indices:
 
 
 class _Worker:
-    """What the workers of a rank begin with."""
+    """The initialisation of a rank's workers."""
 
     def __init__(self, rank: int, then: Callable[[int], None] | None) -> None:
         self._rank, self._then = rank, then

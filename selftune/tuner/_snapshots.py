@@ -16,17 +16,17 @@ from selftune.tuner._steps import RunState
 
 
 class Snapshots:
-    """Copies of weights and buffers: the last good ones.
+    """The last good weights and buffers.
 
     Args:
         run: The run, whose tensors may have a leading dimension of members.
-        method: Knows what a rewind forgets.
-        members: Whether they have.
-        where: They are kept (:mod:`selftune.method.snapshots`).
+        method: The method, which resets its state in a rewind.
+        members: Whether the tensors have that dimension.
+        where: The storage (:mod:`selftune.method.snapshots`).
 
     Attributes:
         weights: The last good ones.
-        buffers: Those that belong to them.
+        buffers: Their buffers.
         rewound: Called after a return to the good weights.
     """
 
@@ -46,7 +46,7 @@ class Snapshots:
 
     @torch.no_grad()
     def take(self, kind: str, member: int = 0) -> None:
-        """Take a snapshot as a controller asks for it (:class:`~selftune.control.Action`)."""
+        """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
         good, present = [*self.weights, *self.buffers], self._present()
         if kind == "iterate":
             present[: len(self.weights)] = self.run.weights
@@ -62,14 +62,13 @@ class Snapshots:
         *,
         start_is_good: bool = False,
     ) -> None:
-        """Return to the good weights, begin anew, and move raw hyperparameters.
+        """Return to the good weights, restart, and change raw hyperparameters.
 
         Args:
-            moves: By how much, by name.
-            member: Of a population.
-            raw_before: Where raw hyperparameters return to before.
-            start_is_good: Whether the average, which is where the run began, becomes the good
-                weights.
+            moves: Changes by name.
+            member: Member of a population.
+            raw_before: Raw hyperparameters to restore before the changes.
+            start_is_good: Whether the average, at the initial weights, becomes the good weights.
         """
         mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
         kept = [self.part(t, member) for t in self.weights]
@@ -99,7 +98,7 @@ class Snapshots:
 
     @torch.no_grad()
     def copy_member(self, source: int, target: int) -> None:
-        """Let one member take over everything from another."""
+        """Copy everything from one member to another."""
         for leaf in [*leaves(self.run), *self.weights, *self.buffers]:
             leaf[target].copy_(leaf[source])
 

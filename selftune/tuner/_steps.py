@@ -32,14 +32,14 @@ Batch = Any
 
 
 class RunState(NamedTuple):
-    """Everything a run is, as tensors.
+    """The state of a run, as tensors.
 
     Attributes:
-        method: What the method keeps: weights, averages, sensitivities, hyperparameters.
-        buffers: The model's, as the training passes leave them.
-        average_buffers: Those of the averaged weights, as the validation passes leave them.
+        method: State of the method: weights, averages, sensitivities, hyperparameters.
+        buffers: Buffers of the model, updated by training passes.
+        average_buffers: Buffers of the averaged weights, updated by validation passes.
         step: Steps taken in the run, shape (1,).
-        since: Steps at the last fresh start, shape (1,).
+        since: Steps at the last restart, shape (1,).
         age: Updates since then, shape (1,).
     """
 
@@ -73,17 +73,16 @@ class Steps:
     Args:
         inner: The training objective, a module that takes a batch and returns the loss.
         outer: The validation objective over the same parameters and buffers.
-        method: What decides where hyperparameters go.
-        options: The rule's options and the hyperparameters that are not tuned.
-        rates: The schedule's factor at each step of the run, shape (steps,), float64.
-        every: Weight steps from one hyperparameter step to the next.
+        method: The method.
+        options: Options of the rule, and hyperparameters that are not tuned.
+        rates: Factor of the schedule at each step of the run, shape (steps,), float64.
+        every: Weight steps between two hyperparameter steps.
         autocast: Makes the context of the forward passes.
         whole: An estimator of whole steps.
-        answers: Names of the hyperparameters that it answers for.
-        layers: Buffers of the objective in which hyperparameters are kept, by name.
-        joined: Whether all parameters, of one dtype, are kept as one vector of which they become
-            views: one operation then does for all tensors, which is what eager steps of small nets
-            consist of.
+        answers: Names of the hyperparameters that it estimates.
+        layers: Buffers of the objective that contain hyperparameters, by name.
+        joined: Whether all parameters, of one dtype, become views of one vector, so that one
+            operation handles all tensors. This shortens eager steps of small networks.
         group: The ranks, over whose batches gradients are averaged.
 
     Attributes:
@@ -127,7 +126,7 @@ class Steps:
         self.start: dict[str, Any] = {}
 
     def begin(self, values: Mapping[str, float]) -> RunState:
-        """A run at its start, from the objective's parameters (not copied) and buffers."""
+        """The initial run, from the objective's parameters (not copied) and buffers."""
         named = dict(self.inner.named_parameters())
         self.start = start = {**self.options, **values}
         device = named[self.params[0]].device
@@ -148,28 +147,28 @@ class Steps:
         return RunState(state, buffers, still, zero, zero.clone(), zero.clone())
 
     def views(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """One tensor a parameter, of what the run keeps of its weights."""
+        """One tensor for each parameter, from the run's weights."""
         return list(weights) if self.layout is None else self.layout.views(weights[0])
 
     @property
     def starts(self) -> dict[str, float]:
-        """Where tuned hyperparameters started, by name."""
+        """Starting values of the tuned hyperparameters, by name."""
         return {n: float(self.start[n]) for n in self.hyper.names}
 
     def release(self) -> None:
-        """Give parameters tensors of their own again, where they are views of one."""
+        """Give parameters their own tensors again, if they are views of one vector."""
         named = dict(self.inner.named_parameters())
         for name in self.params if self.layout is not None else ():
             named[name].data = named[name].data.clone()
 
     def observed(self, age: int) -> tuple[bool, bool]:
-        """Whether the step that ends at an age is tracked, and one of the hyperparameters due."""
+        """Whether the step that ends at an age is tracked, and a hyperparameter step is due."""
         return age % self.method.sensitivities.estimator.stride == 0, age % self.every == 0
 
     # the steps
 
     def train(self, run: RunState, batch: Batch, *, tracked: bool) -> tuple[RunState, Tensor]:
-        """A step of the weights; returns the next run, and what :meth:`told` tells of the step."""
+        """A weight step; returns the next run, and the outputs of :meth:`told`."""
         return self.advance(run, self.gradient(run, batch), tracked=tracked)
 
     def tune(self, run: RunState, batch: Batch) -> tuple[RunState, Tensor]:
@@ -198,7 +197,7 @@ class Steps:
         return self._pass(self.outer, params, run.average_buffers, batch, self._layers(run))
 
     def _layers(self, run: RunState) -> dict[str, Tensor]:
-        """The buffers that hold the present values of tuned layers, shape (1,) each."""
+        """The buffers with the current values of tuned layers, shape (1,) each."""
         if not self.layers:
             return {}
         dtype = run.method.parts[0].average.dtype
@@ -209,15 +208,15 @@ class Steps:
     def advance(
         self, run: RunState, passed: Passed, *, tracked: bool, rate: float | None = None
     ) -> tuple[RunState, Tensor]:
-        """The run after a step along gradients, and what :meth:`told` tells of the step.
+        """The run after a step along gradients, and the outputs of :meth:`told`.
 
-        A step whose loss, or whose weights afterwards, are not finite is counted and not taken.
+        A step whose loss or new weights are not finite is counted but not taken.
 
         Args:
             run: Before the step.
             passed: The training pass.
-            tracked: Whether this step is averaged and pushes the sensitivities.
-            rate: The factor of the learning rate instead of the schedule's.
+            tracked: Whether the step updates averages and sensitivities.
+            rate: Factor of the learning rate instead of the schedule's.
         """
         loss, grads, buffers = passed
         moments = self.moments(run, rate)
@@ -247,19 +246,19 @@ class Steps:
 
     @staticmethod
     def told(loss: Tensor, grads: Sequence[Tensor], fine: Tensor) -> Tensor:
-        """Loss, whether the step was taken, and how many units are live; shape (3,), float64.
+        """Loss, whether the step was taken, and number of live units; shape (3,), float64.
 
-        The last is NaN where no gradients are given.
+        The last is NaN without gradients.
         """
         alive = live_units(grads) if grads else torch.full_like(loss, torch.nan)
         return torch.stack([t.to(torch.float64) for t in (loss, fine, alive)])
 
     def _on_host(self, run: RunState) -> bool:
-        """Whether the host may look at values at each step: eagerly, on a CPU."""
+        """Whether the host may read values at each step: in eager mode, on a CPU."""
         return run.step.device.type == "cpu" and plainly()
 
     def moments(self, run: RunState, rate: float | None = None) -> list[Moment]:
-        """When, and at which hyperparameters, every part takes the step."""
+        """Time and hyperparameters of the step of every part."""
         rows = self.method.sensitivities
         rho, stride = rows.averaging.rho, rows.estimator.stride
         if self._on_host(run):
@@ -294,7 +293,7 @@ class Steps:
         return self._factors[min(step, len(self._factors) - 1)]
 
     def numbers(self, run: RunState) -> tuple[dict[str, Any], dict[str, float]]:
-        """Values and slopes as numbers; they change at hyperparameter steps alone."""
+        """Values and slopes as numbers, which change at hyperparameter steps only."""
         raw = run.hyper.raw
         if self._known is None or self._known[0] is not raw or self._known[1] != raw._version:
             self._known = raw, raw._version

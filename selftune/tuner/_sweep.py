@@ -22,17 +22,17 @@ def sweep(
     controller: Controller,
     batch: Callable[[], Any],
 ) -> int:
-    """Sweep the rate, eagerly and in place, and return to the best weights at the rate it chose.
+    """Sweep the rate, eagerly and in place, and return to the best weights and the selected rate.
 
-    Every batch counts as a step of the run, as in the optimizers, also where it only shows that
-    the sweep is over.
+    Every batch counts as a step of the run, as in the optimizers, including the last one, which
+    only ends the sweep.
 
     Args:
         steps: The steps.
         run: Their tensors.
-        snapshots: Get the weights at the lowest sum of slopes.
-        controller: Decides.
-        batch: Gives the next training batch.
+        snapshots: Store the weights at the lowest sum of slopes.
+        controller: Controls the sweep.
+        batch: Returns the next training batch.
 
     Returns:
         Steps taken.

@@ -39,7 +39,7 @@ log = logging.getLogger("selftune")
 
 @dataclass(kw_only=True)
 class Training:
-    """The parts of one run and how they act on one another."""
+    """The parts of one run and their interactions."""
 
     steps: Steps
     fused: Fused
@@ -60,7 +60,7 @@ class Training:
     saved_best: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Nothing is under way yet."""
+        """Set the initial state."""
         self.due = WEIGHTS  # the part of a step with which the run goes on
         self.interruption = Interruption(terminating=self.group.together)
         self._compiling = Compiling(self.plan, self.fused, self.group, self.save)
@@ -113,10 +113,10 @@ class Training:
         return ended
 
     def _reach(self, due: str) -> None:
-        """Go on with a part of a step.
+        """Start a part of a step.
 
         If another rank is lost in it, this rank has written nothing yet, but has drawn batches and
-        random numbers: the run is saved as it was here.
+        random numbers: the state saved is that of this point.
         """
         self.due, self._position = due, self._now()
 
@@ -124,9 +124,9 @@ class Training:
         return self._parts.position() if self.group.together else {}
 
     def _asked(self) -> bool:
-        """Whether Ctrl-C was pressed; with several ranks, on which all ranks agree.
+        """Whether Ctrl-C was pressed on any rank.
 
-        A GPU is waited for only at steps of the hyperparameters.
+        Synchronises with a GPU only at hyperparameter steps.
         """
         if not self.group.together:
             return self.interruption.asked
@@ -135,7 +135,7 @@ class Training:
 
     @property
     def predictor(self) -> Predictor:
-        """Reads losses at other hyperparameters off the run."""
+        """Predicts losses at other hyperparameters of the run."""
         return Predictor(steps=self.steps, fused=self.fused, scorer=self.scorer, val=self.val)
 
     def _break_off(self) -> None:
@@ -146,7 +146,7 @@ class Training:
         self.save()
 
     def _begin(self) -> None:
-        """The sweep, and the first note of the hyperparameters."""
+        """Run the sweep, and record the initial hyperparameters."""
         controller = self.watch.controllers[0]
         if controller.sweeping:
             run, batch = self.fused.run, self.train.next
@@ -179,7 +179,7 @@ class Training:
             self.population.exploit(self.snapshots, self.watch.controllers, self.steps.hyper)
 
     def _step_weights(self, step: int, batch: Any, tracked: bool, tune: bool) -> bool:
-        """A weight step; returns whether a step of the hyperparameters follows."""
+        """Take a weight step; return whether a hyperparameter step follows."""
         told = self.fused.train(batch, tracked=tracked, last=tune)
         self.watch.trained(step, told)
         if tune and not told.is_cuda:
@@ -192,7 +192,7 @@ class Training:
 
     @contextmanager
     def _stepping(self, tune: bool = False) -> Iterator[None]:
-        """A step is taken whole, or it is known that it was not; and timed."""
+        """Record whether a step was completed, and its time."""
         self._within, begun = True, time.perf_counter()
         yield
         self.step += 1
@@ -202,7 +202,7 @@ class Training:
     # evaluation
 
     def _evaluate(self) -> dict[str, float]:
-        """Losses and metrics over the whole validation set, noted and logged."""
+        """Evaluate losses and metrics over the whole validation set, and log them."""
         self.watch.digest(self.step)
         check_agreement(self.fused.run, self.group)
         metrics, leader = self.watch.metrics, self.watch.leader
@@ -222,7 +222,7 @@ class Training:
         return scores
 
     def _stop(self, scores: dict[str, float]) -> str:
-        """``"stopped"`` if patience is over or a callback asks for it."""
+        """``"stopped"`` if patience is exhausted or a callback requests it."""
         stop = self.plan.patience is not None and self.waited >= self.plan.patience
         if self.callbacks:
             loss = self.watch.history.mean_loss(self.plan.score)
@@ -269,7 +269,7 @@ class Training:
         )
 
     def _read_best(self) -> dict[str, Any] | None:
-        """The best weights that were saved, from memory or from disk."""
+        """The saved best weights, from memory or from disk."""
         if self.saved_best is not None or self.folder is None or self.best == math.inf:
             return self.saved_best
         return _checkpoints.read_best(self.folder)
@@ -290,7 +290,7 @@ class Training:
         )  # fmt: skip
 
     def save(self, everywhere: bool = False) -> None:
-        """Write the whole run; on the first rank, or ``everywhere`` because that may be gone."""
+        """Write a checkpoint on the first rank, or ``everywhere`` because that may have died."""
         if self.folder is None:
             return
         self.watch.digest(self.step)
@@ -312,7 +312,7 @@ class Training:
         """Continue a saved run; a checkpoint of another run raises an error, without changes.
 
         Args:
-            state: What ``save`` wrote.
+            state: A checkpoint written by ``save``.
             best: The best weights saved next to it.
         """
         longer = _resuming.extends(state, self.identity)
@@ -329,7 +329,7 @@ class Training:
             _resuming.extend(self.watch, self.snapshots, self.step)
 
     def _save_best(self, loss: float) -> None:
-        """Keep the best weights: on disk, or in memory where there is none or it is full."""
+        """Save the best weights to disk, or keep them in memory if there is no space or folder."""
         if not self.group.first:
             return
         with self.scorer.shown(self.fused.run, self.watch.leader):
@@ -338,6 +338,6 @@ class Training:
         self.saved_best = None if written else state
 
     def _shown_state(self, loss: float) -> dict[str, Any]:
-        """The weights that the model shows, of a known loss."""
+        """The current weights of the model, whose loss is known."""
         known = {"step": self.step, "loss": loss, "hparams": self.watch.hparams()}
         return {**self.scorer.state(), **known}

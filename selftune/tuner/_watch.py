@@ -37,15 +37,16 @@ class Watch:
         run: Their tensors.
         snapshots: The last good weights.
         controllers: One for each member of a population, or one.
-        due: Whether something is to be logged at a hyperparameter step.
-        rest: Seconds from one entry in the log to the next, at least.
-        compare: A member's losses at the average and at the good weights, over many batches.
+        due: Whether a log entry is due at a hyperparameter step.
+        rest: Least seconds between two log entries.
+        compare: Returns a member's losses at the average and at the good weights, over many
+            batches.
 
     Attributes:
-        history: The course so far.
+        history: The history so far.
         controllers: One for each member.
         leader: The member with the lowest recent validation loss.
-        since: Steps at the last fresh start of a single run.
+        since: Steps at the last restart of a single run.
         log: The metrics.
         bar: The progress bar.
     """
@@ -74,7 +75,7 @@ class Watch:
 
     @property
     def metrics(self) -> Metrics:
-        """What is logged."""
+        """The metrics of the log."""
         return self.log.metrics
 
     @property
@@ -82,20 +83,20 @@ class Watch:
         return len(self.controllers) > 1
 
     def trained(self, step: int, told: Tensor) -> None:
-        """Take what a training step told, unread."""
+        """Store the outputs of a training step, without reading them."""
         self._trained.append((step, _kept(told)))
 
     def tuned(self, step: int, told: Tensor) -> None:
-        """Take what a hyperparameter step told, unread."""
+        """Store the outputs of a hyperparameter step, without reading them."""
         self._tuned.append((step, _kept(told)))
 
     def read(self, step: int) -> None:
-        """Read at the end of a step; a GPU is waited for only if a log entry is due."""
+        """Read at the end of a step; synchronises with a GPU only if a log entry is due."""
         if self._tuned and (not self._tuned[-1][1].is_cuda or self._due(step)):
             self.digest(step)
 
     def digest(self, step: int) -> None:
-        """Read what steps told since last time, and act on it."""
+        """Read the outputs of steps since the last call, and act on them."""
         trained, self._trained = self._read(self._trained), []
         tuned, self._tuned = self._read(self._tuned), []
         for _, rows in trained:
@@ -120,7 +121,7 @@ class Watch:
         return [row[2 + len(self._steps.hyper.names) :] for row in rows]
 
     def _read(self, told: list[tuple[int, Tensor]]) -> list[tuple[int, list[list[float]]]]:
-        """Steps and the numbers of each member; from a GPU in one piece, waited for once."""
+        """Steps and numbers of each member, copied from a GPU at once."""
         tensors = [t for _, t in told]
         values = (
             torch.stack(tensors).tolist()
@@ -131,7 +132,7 @@ class Watch:
         return list(zip([at for at, _ in told], rows, strict=True))
 
     def _note(self, step: int, rows: list[list[float]]) -> None:
-        """Note a hyperparameter step in history, log and progress bar."""
+        """Record a hyperparameter step in history, log and progress bar."""
         self.leader = min(range(len(rows)), key=self._standing)
         outer, _, *values = rows[self.leader]
         values = values[: len(self._steps.hyper.names)]
@@ -172,7 +173,7 @@ class Watch:
         return action
 
     def _climb(self, member: int) -> float:
-        """How far a member's learning rate is above the given one, in log."""
+        """Log of a member's learning rate divided by the given one."""
         hyper = self._steps.hyper
         if "lr" not in hyper.hparams:
             return 0.0
@@ -191,12 +192,12 @@ class Watch:
     def _act(
         self, step: int, actions: Sequence[Action], raw: Sequence[list[float]] | None = None
     ) -> bool:
-        """Carry out what is asked for each member; whether any was rewound.
+        """Carry out the action of each member; return whether any was rewound.
 
         Args:
             step: Steps taken.
-            actions: One a member.
-            raw: Raw hyperparameters of each before the step that is judged, which is undone.
+            actions: One for each member.
+            raw: Raw hyperparameters of each before the judged step, which is undone.
         """
         found = [
             self._carry_out(step, m, action, None if raw is None else raw[m])
@@ -216,7 +217,7 @@ class Watch:
         return True
 
     def _rewound(self, step: int, member: int) -> None:
-        """Take note of a rewind."""
+        """Record a rewind."""
         self.history.rollbacks.append(step)
         self.metrics.monitor.scalar("guard/events", len(self.history.rollbacks), step)
         if not self._many:
@@ -231,7 +232,7 @@ class Watch:
         self.bar.close()
 
     def begin(self, step: int) -> None:
-        """Note the start of the run, perhaps after a sweep."""
+        """Record the start of the run, possibly after a sweep."""
         self.since = step
         self._good_at = [step] * len(self._good_at)
         self.note(step)
@@ -239,12 +240,12 @@ class Watch:
     # the present hyperparameters
 
     def why(self, given: Mapping[str, float], schedule: Any, found: Mapping[str, Verdict]) -> str:
-        """How each hyperparameter came to its value; of a population, its leader's.
+        """Explain each hyperparameter's value; for a population, that of its leader.
 
         Args:
-            given: Where they started.
-            schedule: Of the learning rate.
-            found: Their verdicts.
+            given: Starting values.
+            schedule: Schedule of the learning rate.
+            found: Verdicts.
         """
         controller = self.controllers[self.leader]
         course = Course(
@@ -254,7 +255,7 @@ class Watch:
         return course.explain({n: known[n] for n in given}, found)
 
     def verdicts(self) -> dict[str, Verdict]:
-        """A judgement of each tuned hyperparameter so far."""
+        """The current verdict on each tuned hyperparameter."""
         return self.log.verdicts(self.hparams(), self.leader)
 
     def _tuned_values(self) -> dict[str, float]:
@@ -262,20 +263,20 @@ class Watch:
         return {n: float(v) for n, v in self._steps.hyper.values(raw).items()}
 
     def note(self, step: int) -> None:
-        """Note hyperparameters that something else than a hyperparameter step has set."""
+        """Record hyperparameters set by something other than a hyperparameter step."""
         values = self._tuned_values()
         self.history.hyper(step, math.nan, values)
         self.log.note(values)
         self.log.placed(step, values)
 
     def hparams(self) -> dict[str, float]:
-        """All hyperparameters as they are now; the learning rate is the tuned peak."""
+        """All current hyperparameters; the learning rate is the tuned peak."""
         tuned, fixed = self._tuned_values(), self._steps.options
         update = {n: tuned.get(n, fixed.get(n, 0.0)) for n in self._steps.update.hparams}
         return update | {n: v for n, v in tuned.items() if n in self._steps.layers}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs to go on."""
+        """The state for ``load_state_dict``."""
         return {
             "history": dict(vars(self.history)),
             "controllers": [c.state_dict() for c in self.controllers],
@@ -296,5 +297,5 @@ class Watch:
 
 
 def _kept(told: Tensor) -> Tensor:
-    """What a step returned; a CUDA graph writes over it at the next."""
+    """A copy of a step's outputs, which a CUDA graph overwrites at the next step."""
     return told.clone() if told.is_cuda else told

@@ -1,4 +1,4 @@
-"""Whole-step estimation in a tuner: its run as a bilevel problem, whose loss is a function."""
+"""Whole-step estimation in a tuner: the run as a bilevel problem."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 
 class _Method(nn.Module):
-    """A method of a module as a module of its own, so that it can be called functionally."""
+    """A method of a module as a module, for functional calls."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
@@ -33,16 +33,16 @@ class _Method(nn.Module):
 
 
 class FunctionalSteps:
-    """The steps of a run, for an estimator that needs more than they computed anyway.
+    """The steps of a run, for an estimator of whole steps.
 
     Args:
         steps: The run's steps.
-        estimator: Observes them.
-        run: Where it starts.
+        estimator: The estimator.
+        run: The initial run.
 
     Attributes:
         whole: The estimator with its memory.
-        sees_all: Whether every step is to be observed.
+        sees_all: Whether every step must be observed.
     """
 
     def __init__(self, steps: Steps, estimator: AbstractEstimator, run: RunState) -> None:
@@ -65,7 +65,7 @@ class FunctionalSteps:
         self._batch: Any = None  # of the last step
 
     def wrap(self, wrap: Callable[[Function], Function]) -> None:
-        """Wrap what the estimator computes."""
+        """Wrap the estimator's functions."""
         self._problem = replace(self._problem, graphs=Graphs(wrap))
 
     def _predicted(self, params: Tensor, hparams: Hparams, batch: Any) -> Any:
@@ -78,9 +78,9 @@ class FunctionalSteps:
     def _call(
         self, method: str, params: Tensor | None, hparams: Hparams, batch: Any, *first: Any
     ) -> Any:
-        """A method of the training objective at the vector of weights, by default at its own.
+        """A method of the training objective at a vector of weights, by default the current ones.
 
-        The model's buffers come with the batch.
+        The model's buffers are part of the batch.
         """
         steps, (batch, buffers) = self._steps, batch
         tensors = {n: b.clone() for n, b in zip(steps.buffers, buffers, strict=True)}
@@ -100,7 +100,7 @@ class FunctionalSteps:
     # pure: parts of the graphs of steps
 
     def seen(self, run: RunState) -> tuple[Point, dict[str, Tensor]]:
-        """A copy of where the run is, with buffers in the place of a batch; hyperparameters."""
+        """A copy of the current point, with buffers instead of a batch, and the hyperparameters."""
         dtype, rates, steps = self._layout.dtype, self._steps.rates, self._steps
         parts = run.method.parts
         state = {k: self._layout.flatten([p.rule[k] for p in parts]) for k in parts[0].rule}
@@ -115,7 +115,7 @@ class FunctionalSteps:
         return point, {n: values[n] for n in steps.answers}
 
     def joined(self, grads: Sequence[Tensor]) -> Tensor:
-        """Gradients as one vector."""
+        """Gradients concatenated to one vector."""
         return self._layout.flatten(grads)
 
     def raw(self, run: RunState, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ class FunctionalSteps:
     # between the graphs
 
     def observe(self, point: Point, hparams: Hparams, batch: Any) -> None:
-        """Take note of a step on a batch."""
+        """Observe a step on a batch."""
         self._batch = batch
         point = point._replace(batch=(batch, point.batch))
         self.whole.observe(self._problem, point, hparams)
@@ -138,10 +138,10 @@ class FunctionalSteps:
         return self.whole.estimate(self._problem, end, hparams, grads)
 
     def shift(self, run: RunState, move: Tensor) -> list[Tensor]:
-        """``J δ`` for a move δ of the hyperparameters in raw space, a tensor a weight.
+        """``J δ`` for a change δ of the hyperparameters in raw space, one tensor for each weight.
 
         Raises:
-            ValueError: The estimator holds no response.
+            ValueError: The estimator does not keep J.
         """
         params = self._layout.flatten(run.averages)
         move = move.to(self._layout.dtype)

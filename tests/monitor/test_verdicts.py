@@ -45,8 +45,8 @@ def test_only_the_last_fifth_counts() -> None:
     ("name", "end", "told"),
     [
         ("weight_decay", -9.0, "underfits"),
-        ("dropout", 9.0, "over-fits"),
-        ("lr", -9.0, "stand still"),
+        ("dropout", 9.0, "overfits"),
+        ("lr", -9.0, "lower rate"),
         ("momentum", 9.0, "longer memory"),
     ],
 )
