@@ -53,8 +53,9 @@ class InMemory(AbstractRecorder):
 
     def resume(self, step: int) -> None:
         """Forget later rows, and the end."""
-        self.rows = [r for r in self.rows if r.step <= step and r not in self._last]
-        self._last = []
+        for row in self._last:  # the later one, where another entry is the same
+            del self.rows[len(self.rows) - 1 - self.rows[::-1].index(row)]
+        self.rows, self._last = [r for r in self.rows if r.step <= step], []
 
     def end(self, status: str) -> None:
         """Keep it."""

@@ -209,7 +209,8 @@ def _layout_summary(pages: Mapping[str, Sequence[Chart]]) -> Any:
     made = layout_pb2.Layout()
     for title, charts in pages.items():
         page = made.category.add(title=title)
-        for chart in charts:
+        # TensorBoard draws charts of lines in their order, and those with margins from the last on.
+        for chart in reversed(charts) if charts[0].series else charts:
             drawn = page.chart.add(title=chart.title)
             drawn.multiline.tag.extend(f"^{re.escape(tag)}$" for tag in chart.lines)
             for value, lower, upper in chart.series:

@@ -32,6 +32,8 @@ def assert_drawn(log: InMemory) -> None:
     for name in ("lr", "beta1", "weight_decay"):
         at = steps(log, f"hyper/{name}")
         assert at
+        if name != "beta1":  # drawn as log10
+            assert steps(log, f"hyper/{name}/log10") == at
         for end in ("low", "high"):
             assert steps(log, f"margin/{name}/{end}") == at, (name, end)
 
@@ -97,10 +99,10 @@ def test_every_chart_of_a_hyperparameter_draws(face: Any, steps: int, tmp_path: 
         face(steps, tmp_path / str(seed))
         found = curves(tmp_path / str(seed))
         assert_charts_draw(found)
-        losses = found["train/loss"][1]
+        losses = found["Loss/train"][1]
         assert len(losses) >= 5
         assert all(map(math.isfinite, losses))
-        assert len(found["val/loss"][0]) >= 5
+        assert len(found["Loss/val"][0]) >= 5
 
 
 @pytest.mark.parametrize("options", [{"split": True}, {"per": "group", "split": True}])
@@ -115,9 +117,19 @@ def test_charts_draw_where_groups_differ(options: dict[str, Any], tmp_path: Path
 
 
 def assert_charts_draw(found: dict[str, tuple[list[int], list[float]]]) -> None:
-    for page in layout(["lr", "beta1", "weight_decay"]).values():
-        for kind, tags in page.values():
-            if kind == "Margin":
-                value, low, high = (found[t][0] for t in tags)
-                assert value == low == high
-                assert value
+    """Law of TensorBoard: every tag exists; value, lower and upper end have the same steps."""
+    pages = layout(found)
+    names = [
+        chart.title.split()[0].strip(",") for p in ("Step", "Regularization") for chart in pages[p]
+    ]
+    assert names == ["lr", "beta1", "weight_decay"]
+    assert {"Loss", "Health"} <= set(pages)
+    for chart in (chart for page in pages.values() for chart in page):
+        assert chart.lines or chart.series
+        for tag in chart.lines:
+            assert found[tag][0], tag
+        for value, low, high in chart.series:
+            if value.startswith("when/") and value not in found:
+                continue  # nothing happened: the chart draws the value
+            assert found[value][0] == found[low][0] == found[high][0], chart.title
+            assert found[value][0]

@@ -85,7 +85,7 @@ def test_the_console_compares_runs_and_names_what_is_none(
     finished: Any, tmp_path: Path, capsys: Any
 ) -> None:
     worse = JSONL(tmp_path / "worse.jsonl")
-    worse.scalars([st.monitor.Row("val/loss", 1e6, 5), st.monitor.Row("hyper/lr", 0.5, 5)])
+    worse.scalars([st.monitor.Row("Loss/val", 1e6, 5), st.monitor.Row("hyper/lr", 0.5, 5)])
     assert main(["show", str(worse.path), str(finished.folder), str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     order = [row for row in out.splitlines() if "lr=" in row]
