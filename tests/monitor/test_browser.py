@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from boards import serving
+from boards import serving, train
+from pages import charts
 
 IMAGES = Path(__file__).parents[2] / "docs" / "img"
 TEXTS = """
@@ -44,20 +45,56 @@ def quiet(driver: Any) -> None:
 
 def test_scalars(browser: Any, server: str) -> None:
     browser.get(f"{server}/?runFilter=plain#timeseries")
-    shown(browser, "hyper", "hypergrad", "margin", "verdict", "plain run")
+    page = shown(browser, "Loss", "hyper", "hypergrad", "margin", "plain run")
+    assert "verdict" not in page, "codes are no curves"
     quiet(browser)
 
 
 def test_custom_scalars(browser: Any, server: str) -> None:
     browser.get(f"{server}/#custom_scalars")
-    page = shown(browser, "Loss", "train against validation", "Regularization", "Health")
-    assert "do not match" not in page  # the red box of a chart whose tags have other steps
+    shown(browser, "Loss", "loss of validation batches", "Regularization", "Health")
     quiet(browser)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("steps", [60, 300, 2000])
+@pytest.mark.parametrize("face", ["tuner", "optimizer"])
+def test_every_chart_draws(browser: Any, face: str, steps: int, count: int, tmp_path: Path) -> None:
+    """Law: no red box ("The steps for value, lower, and upper tags do not match"), none empty."""
+    for seed in range(count):
+        train(face, steps, tmp_path / "runs" / str(seed), seed)
+    red, empty = 0, 0
+    with serving(tmp_path / "runs", tmp_path / "told.txt", count) as address:
+        for page, least in (("custom_scalars", 10), ("scalars", 15)):
+            found = charts(browser, f"{address}/#{page}")
+            assert len(found) >= least, (page, found)
+            red += sum(bool(chart.error) for chart in found)
+            empty += sum(not chart.drawn for chart in found)
+            text = shown(browser)
+            assert "No data" not in text
+            assert "do not match" not in text
+            quiet(browser)
+    print(f"{face}, {steps} steps, {count} runs: {red} red boxes, {empty} empty charts")
+    assert (red, empty) == (0, 0)
+
+
+def test_a_chart_of_other_steps_is_a_red_box(browser: Any, tmp_path: Path) -> None:
+    """The check itself, on a log whose margins have other steps than their value."""
+    from selftune.monitor import Row, TensorBoard
+
+    log = TensorBoard(tmp_path / "runs" / "a")
+    log.begin({"lr": 0.1}, ["lr"])
+    log.scalars([Row("hyper/lr/log10", 0.1, s) for s in (1, 2, 3)])
+    log.scalars([Row(f"margin/lr/{end}", 0.1, s) for end in ("low", "high") for s in (2, 3)])
+    log.end("finished")
+    with serving(tmp_path / "runs", tmp_path / "told.txt", 1) as address:
+        found = charts(browser, f"{address}/#custom_scalars", patience=10)
+    assert ["do not match" in chart.error for chart in found] == [True]
 
 
 def test_hparams(browser: Any, server: str) -> None:
     browser.get(f"{server}/#hparams")
-    shown(browser, "start/lr", "start/l1", "plain run", "with l1", "final/loss")
+    shown(browser, "start/lr", "start/l1", "plain run", "with l1", "Loss/final")
     quiet(browser)
 
 
