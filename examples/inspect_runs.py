@@ -4,12 +4,12 @@
     tensorboard --logdir runs/tour
 
 - ``good``: an MLP with dropout on scikit-learn's digits.
-- ``runaway``: hyperparameter steps ten times too long, without probe and guard.
-- ``overfitted``: ten validation images, which a strength for each layer is fitted to.
-- ``noise``: two validation images a step, and a fifth of all labels wrong.
+- ``runaway``: hyperparameter steps ten times too long, without learning-rate sweep and guard.
+- ``overfitted``: ten validation images, to which the dropout rates over-fit.
+- ``noise``: two validation images per hyperparameter step, and a fifth of all labels wrong.
 
-``docs/inspect.md`` shows what each looks like. Their loss on the test set is logged as
-``score/test``, which only looks on.
+``docs/inspect.md`` shows TensorBoard's charts of each. The loss on the test set, which the runs do
+not use, is logged as ``Loss/test``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(
     def look_on(now: Progress) -> None:
         with torch.no_grad():
             loss = float(F.cross_entropy(model(x), y))
-        writer.add_scalar("score/test", loss, now.step)
+        writer.add_scalar("Loss/test", loss, now.step)
 
     tuner = st.Tuner(model, F.cross_entropy, hparams={"lr": 1e-3}, compile=False, **options)
     result = tuner.fit(

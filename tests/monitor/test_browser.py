@@ -121,7 +121,7 @@ def tour(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield address
 
 
-SEEN = "score/(loss|test)|hyper/(lr|hidden)|lr/snr|gap"
+SEEN = "Loss/(final|test|gap)|hyper/(lr/log10|hidden)|lr/snr"
 """Tags that the tour looks at."""
 
 
@@ -142,12 +142,23 @@ def test_the_tour(browser: Any, tour: str, name: str) -> None:
     picture(browser, f"tour-{name}", (1200, 1500))
 
 
-@pytest.mark.parametrize("page", ["custom_scalars", "hparams", "images"])
-def test_the_pages(browser: Any, tour: str, page: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "text", "size"),
+    [
+        ("timeseries", "Loss/final", (1400, 1150)),
+        ("scalars", "Loss/final", (1200, 1000)),
+        ("custom_scalars", "Step", (1200, 1700)),
+        ("images", "what-if", (1200, 1000)),
+        ("text", "why", (1200, 1000)),
+        ("hparams", "Loss/final", (1700, 800)),
+    ],
+)
+def test_the_pages(browser: Any, tour: str, page: str, text: str, size: tuple[int, int]) -> None:
+    browser.set_window_size(*size)
     browser.get("about:blank")
     browser.get(f"{tour}/#{page}")
-    shown(browser, {"custom_scalars": "Step", "hparams": "start/lr", "images": "what-if"}[page])
-    picture(browser, page)
+    shown(browser, text)
+    picture(browser, page, size)
 
 
 def test_the_page_of_a_run(browser: Any, tour: str, request: pytest.FixtureRequest) -> None:

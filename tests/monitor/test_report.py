@@ -1,5 +1,6 @@
 """The report and the console. Truths: the run's own history, an HTML parser, exit codes."""
 
+import html
 import html.parser
 import re
 import subprocess
@@ -131,6 +132,7 @@ def test_the_console_shows_sentences_and_looks_into_folders(finished: Any, capsy
         assert str(path if path.suffix else finished.folder) in out
         for verdict in finished.verdicts.values():
             assert verdict.sentence in out
+        assert finished.why in out
 
 
 def test_a_run_under_way_has_sentences_too(tmp_path: Path, capsys: Any) -> None:
@@ -151,11 +153,17 @@ def test_the_demo_ends_with_a_score(tmp_path: Path, capsys: Any) -> None:
     assert float(found[1]) > 50
 
 
-def test_weight_decay_on_its_floor_says_so() -> None:
+def test_weight_decay_on_its_floor_says_so(tmp_path: Path, capsys: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(256, 4)
     batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
     model = torch.nn.Linear(4, 1)
     tuner = st.Tuner(model, torch.nn.functional.mse_loss, compile=False)
-    result = tuner.fit(batches[:12], batches[12:], epochs=20, progress=False)
+    result = tuner.fit(batches[:12], batches[12:], epochs=20, progress=False, log_dir=tmp_path)
     assert "lies on its floor" in result.verdicts["weight_decay"].sentence
+    (line,) = (one for one in result.why.splitlines() if one.startswith("weight_decay: "))
+    assert line.endswith(f" → {result.hparams['weight_decay']:.3g}, its floor")
+    assert line in result.report()
+    assert html.escape(line) in (tmp_path / "report.html").read_text()
+    assert main(["show", str(tmp_path)]) == 0
+    assert line in capsys.readouterr().out
