@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from selftune.monitor.axes import LOG10
+from selftune.monitor.axes import LOG10, WHEN
 from selftune.monitor.recorders import read_jsonl
 from selftune.monitor.report import Curve, Line, line
 from selftune.monitor.verdicts import KINDS, in_words
@@ -26,11 +29,13 @@ class Log:
         curves: Steps and values by tag.
         sentences: Of the verdicts at the end of the run, by the hyperparameter's name.
         why: How each hyperparameter came to its value, a line each; empty before the end.
+        given: Hyperparameters at the start.
     """
 
     curves: dict[str, Curve] = field(default_factory=dict)
     sentences: dict[str, str] = field(default_factory=dict)
     why: str = ""
+    given: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[Line]:
         """Rows of the report, a hyperparameter each."""
@@ -52,6 +57,25 @@ class Log:
                 told = told or "no verdict yet"
                 found.append(line(name, curve, told))
         return found
+
+    def reasons(self) -> str:
+        """How each hyperparameter came to its value: as told at the end, or from what is logged."""
+        matched = (re.fullmatch("margin/(.+)/low", tag) for tag in self.curves)
+        names = [m[1] for m in matched if m and f"hyper/{m[1]}" in self.curves]
+        return self.why or "\n".join(map(self._reasons, names))
+
+    def _reasons(self, name: str) -> str:
+        value, told = self.curves[f"hyper/{name}"][1][-1], []
+        if name in self.given:
+            told.append(f"given {self.given[name]:.3g}")
+        rewinds = self.curves.get("weights/rewinds", ((), ()))[0]
+        for step, height in zip(*self.curves.get(f"{WHEN}/{name}", ((), ())), strict=True):
+            if step and math.isfinite(height):
+                set_to = 10**height if f"hyper/{name}/{LOG10}" in self.curves else height
+                told.append(f"{'rewind' if step in rewinds else 'sweep'} {set_to:.3g}")
+        ratio = self.curves.get(f"hypergrad/{name}/snr", ((), (math.nan,)))[1][-1]
+        known = f" (signal-to-noise {ratio:.1f})" if math.isfinite(ratio) else ""
+        return f"{name}: " + " → ".join([*told, f"{value:.3g} by hypergradients so far{known}"])
 
     def loss(self) -> float | None:
         """The last known validation loss: over the whole set, or of the last batch."""
@@ -81,7 +105,9 @@ def read(folder: str | Path) -> Log:
             values.append(row["value"])
         if found:
             told = {r["tag"]: r["text"] for r in read_jsonl(path) if "text" in r}
-            return Log(dict(found), _by_name(told.get("verdicts", "")), _lines(told.get("why", "")))
+            begun = [r["hparams"] for r in read_jsonl(path) if "hparams" in r]
+            verdicts, why = (told.get(tag, "") for tag in ("verdicts", "why"))
+            return Log(dict(found), _by_name(verdicts), _lines(why), begun[-1] if begun else {})
     if not events_file and not list(path.glob("events.out.tfevents.*")):
         raise FileNotFoundError(
             f"{path}: no log of a run there: pass a log_dir, or a file that JSONL wrote"
@@ -102,7 +128,23 @@ def read(folder: str | Path) -> Log:
             numbers[tag] = ([events.Tensors(tag)[-1].step], [float(make_ndarray(code))])
     texts = {t: p.string_val[0].decode() for t, p in tensors.items() if t.endswith(TEXT)}
     verdicts, why = (texts.get(f"{tag}{TEXT}", "") for tag in ("verdicts", "why"))
-    return Log(numbers, _by_name(verdicts), _lines(why))
+    return Log(numbers, _by_name(verdicts), _lines(why), _given(events))
+
+
+def _given(events: Any) -> dict[str, float]:
+    """Hyperparameters at the start, as the HParams page has them."""
+    from tensorboard.plugins.hparams import metadata
+
+    try:
+        found = events.PluginTagToContent(metadata.PLUGIN_NAME)
+    except KeyError:  # a log without the beginning of a run
+        return {}
+    content = found.get(metadata.SESSION_START_INFO_TAG)
+    if content is None:
+        return {}
+    start = metadata.parse_session_start_info_plugin_data(content).hparams
+    values = {n.removeprefix("start/"): v for n, v in start.items() if n.startswith("start/")}
+    return {n: v.number_value for n, v in values.items()}
 
 
 def runs_in(folder: str | Path) -> list[Path]:

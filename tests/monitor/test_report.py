@@ -121,6 +121,10 @@ tuner.fit(batches[:12], batches[12:], epochs=10, progress=False, log_dir={str(tm
     assert done.returncode == -9, done.stderr.decode()
     log = read(tmp_path)
     assert log.loss() is not None
+    swept, now = log.curves["hyper/lr"][1][0], log.curves["hyper/lr"][1][-1]
+    lines = log.reasons().splitlines()
+    assert len(lines) == 3
+    assert f"lr: given 0.001 → sweep {swept:.3g} → {now:.3g} by hypergradients so far (" in lines[0]
     assert {one.name for one in log.lines()} == {"lr", "beta1", "weight_decay"}
     assert max(log.curves["hyper/lr"][0]) >= 40
 
