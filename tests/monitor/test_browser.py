@@ -145,7 +145,7 @@ def test_the_tour(browser: Any, tour: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("page", "text", "size"),
     [
-        ("timeseries", "Loss/final", (1400, 1150)),
+        ("timeseries", "hypergrad", (1400, 1150)),
         ("scalars", "Loss/final", (1200, 1000)),
         ("custom_scalars", "Step", (1200, 1700)),
         ("images", "what-if", (1200, 1000)),
