@@ -131,7 +131,7 @@ def picture(driver: Any, name: str, size: tuple[int, int] = (1200, 900)) -> None
     assert driver.save_screenshot(str(IMAGES / f"{name}.png"))
 
 
-@pytest.mark.parametrize("name", ["good", "runaway", "overfitted", "noise"])
+@pytest.mark.parametrize("name", ["good", "dead", "overfitted", "noise"])
 def test_the_tour(browser: Any, tour: str, name: str) -> None:
     browser.set_window_size(1200, 1500)  # cards out of sight are not drawn
     browser.get("about:blank")
