@@ -22,8 +22,8 @@ class InMemory(AbstractRecorder):
     Examples:
         >>> import selftune as st
         >>> recorder = st.monitor.InMemory()
-        >>> recorder.scalars([st.monitor.Row("val/loss", 0.5, 10)])
-        >>> recorder.curve("val/loss")
+        >>> recorder.scalars([st.monitor.Row("Loss/val", 0.5, 10)])
+        >>> recorder.curve("Loss/val")
         ([10], [0.5])
     """
 
@@ -169,9 +169,9 @@ class Listener(AbstractRecorder):
     Examples:
         >>> import selftune as st
         >>> listener = st.monitor.Listener(lambda values, step: print(step, values))
-        >>> rows = [st.monitor.Row("hyper/lr", 0.1, 5), st.monitor.Row("val/loss", 2.0, 5)]
+        >>> rows = [st.monitor.Row("hyper/lr", 0.1, 5), st.monitor.Row("Loss/val", 2.0, 5)]
         >>> listener.scalars(rows)
-        5 {'hyper/lr': 0.1, 'val/loss': 2.0}
+        5 {'hyper/lr': 0.1, 'Loss/val': 2.0}
     """
 
     def __init__(self, function: Callable[[dict[str, float], int], Any]) -> None:
