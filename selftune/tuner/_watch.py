@@ -213,7 +213,8 @@ class Watch:
         self._snapshots.rewind(action.rewind, member, raw)
         self.controllers[member].announce(action, step)
         self._rewound(step, member)
-        self._mark(action.rewind, step)
+        if member == self.leader:  # whose values the log shows
+            self._mark(action.rewind, step)
         return True
 
     def _mark(self, names: Iterable[str], step: int) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 from torch.nn import functional as F
 
@@ -51,6 +53,12 @@ def train(face: str, steps: int, folder: Path, seed: int = 0) -> None:
         held = batches[12 + step % 4]
         opt.hyper_step(lambda held=held: F.mse_loss(model(held[0]), held[1]))
     opt.finish()
+
+
+def laid_out(folder: Path) -> layout_pb2.Layout:
+    """The last layout of the custom scalars in a log."""
+    events = EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__")
+    return layout_pb2.Layout.FromString(events[-1].tensor_proto.string_val[0])
 
 
 def get(address: str, path: str, body: Any = None) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from boards import laid_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 from torch.nn import functional as F
@@ -89,9 +89,7 @@ def test_an_extension_is_marked(tmp_path: Path) -> None:
 
 def charts(folder: Path) -> set[str]:
     """Titles of the custom scalars' charts, in the last layout of a log."""
-    read = EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__")
-    made = layout_pb2.Layout.FromString(read[-1].tensor_proto.string_val[0])
-    return {chart.title for page in made.category for chart in page.chart}
+    return {chart.title for page in laid_out(folder).category for chart in page.chart}
 
 
 def test_the_layout_has_a_chart_as_soon_as_it_draws_something(tmp_path: Path) -> None:
