@@ -4,12 +4,12 @@
     tensorboard --logdir runs/tour
 
 - ``good``: an MLP with dropout on scikit-learn's digits.
-- ``runaway``: hyperparameter steps ten times too long, without probe and guard.
-- ``overfitted``: ten validation images, which a strength for each layer is fitted to.
-- ``noise``: two validation images a step, and a fifth of all labels wrong.
+- ``dead``: a learning rate of 1 to start with, without learning-rate sweep and guard.
+- ``overfitted``: ten validation images, to which the dropout rates over-fit.
+- ``noise``: two validation images per hyperparameter step, and a fifth of all labels wrong.
 
-``docs/inspect.md`` shows what each looks like. Their loss on the test set is logged as
-``score/test``, which only looks on.
+``docs/inspect.md`` shows TensorBoard's charts of each. The loss on the test set, which the runs do
+not use, is logged as ``Loss/test``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def digits(wrong: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], 
 
 
 def run(
-    name: str, args: argparse.Namespace, *, held: int = 500, each: int = 100, wrong: float = 0.0,
-    **options: Any,
+    name: str, args: argparse.Namespace, *, lr: float = 1e-3, held: int = 500, each: int = 100,
+    wrong: float = 0.0, **options: Any,
 ) -> None:  # fmt: skip
     """Train, and print the report."""
     train, val, (x, y) = digits(wrong)
@@ -60,9 +60,9 @@ def run(
     def look_on(now: Progress) -> None:
         with torch.no_grad():
             loss = float(F.cross_entropy(model(x), y))
-        writer.add_scalar("score/test", loss, now.step)
+        writer.add_scalar("Loss/test", loss, now.step)
 
-    tuner = st.Tuner(model, F.cross_entropy, hparams={"lr": 1e-3}, compile=False, **options)
+    tuner = st.Tuner(model, F.cross_entropy, hparams={"lr": lr}, compile=False, **options)
     result = tuner.fit(
         DataLoader(TensorDataset(*train), 64, shuffle=True),
         DataLoader(TensorDataset(*(t[:held] for t in val)), each, shuffle=True),
@@ -82,7 +82,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
     run("good", args)
-    run("runaway", args, hyper_rate=0.5, probe=False, guard=False)
+    run("dead", args, lr=1.0, probe=False, guard=False)
     run("overfitted", args, held=10, each=10)
     run("noise", args, each=2, wrong=0.2)
 

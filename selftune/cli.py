@@ -46,7 +46,8 @@ def _show(runs: Sequence[str]) -> int:
             print(error, file=sys.stderr)
             missing += 1
     for run, log in logs.items():
-        print(f"{run}\n{table(log.lines())}\n")
+        why = log.reasons()
+        print("\n".join([run, table(log.lines()), *(["", why] if why else []), ""]))
     if len(logs) > 1:
         print("validation loss, and where hyperparameters ended")
         for run, log in sorted(logs.items(), key=lambda item: item[1].loss() or float("inf")):

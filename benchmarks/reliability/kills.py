@@ -31,7 +31,7 @@ Job = Callable[[int, Path], str]
 
 EPOCHS, SAVES = 8, (1, 4)
 """Length of a run, and epochs from one checkpoint to the next."""
-CLOCKS = ("cost/",)
+CLOCKS = ("time/",)
 """Curves of times, which differ from run to run."""
 
 

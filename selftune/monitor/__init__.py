@@ -3,6 +3,7 @@
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
 from selftune.monitor.agreement import Agreement
+from selftune.monitor.axes import marks
 from selftune.monitor.explanation import Course
 from selftune.monitor.metrics import Metrics, sentences
 from selftune.monitor.recorders import (
@@ -35,6 +36,7 @@ __all__ = [
     "hyper_rows",
     "in_words",
     "judge",
+    "marks",
     "plain_rows",
     "read_jsonl",
     "sentences",

@@ -147,7 +147,7 @@ def hyper_rows(
         values: Present hyperparameters.
         signals: For each tuned one, its mean hypergradient and signal-to-noise ratio.
     """
-    rows: list[tuple[str, float | Tensor]] = [("val/loss", loss)]
+    rows: list[tuple[str, float | Tensor]] = [("Loss/val", loss)]
     for name, value in values.items():
         rows += named("hyper", name, value)
     for name, (mean, snr) in signals.items():

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Collection
+from typing import NamedTuple
 
 from selftune.hparams import FAMILIES
+from selftune.monitor.axes import LOG10, WHEN
 
 STRENGTHS = "Strengths"
+SET_BY_EVENTS = "Step"
+"""The page of rates and momenta, which the sweep and rewinds set."""
+LOSSES = {
+    "Loss/final": "final loss, if the run ended there",
+    "Loss/val": "loss of validation batches",
+    "Loss/train": "loss of training batches",
+    "Loss/gap": "gap: validation minus training",
+    "outer/averaged-vs-last": "validation loss: averaged minus last weights",
+}
+HEALTH = {
+    "weights/displacement": "displacement ratio of the weights",
+    "response/agreement": "agreement of predicted and realised change",
+    "time/overhead": "share of time spent tuning",
+}
+
+
+class Chart(NamedTuple):
+    """A chart, of lines or of values with margins.
+
+    Attributes:
+        title: Its heading.
+        lines: Tags of lines.
+        series: Tags of value, lower and upper end, of which all have the same steps in a run.
+    """
+
+    title: str
+    lines: tuple[str, ...] = ()
+    series: tuple[tuple[str, str, str], ...] = ()
 
 
 def family(name: str) -> str:
@@ -15,27 +45,50 @@ def family(name: str) -> str:
     return next((page for page, names in FAMILIES.items() if name in names), STRENGTHS)
 
 
-def layout(tuned: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """What ``SummaryWriter.add_custom_scalars`` takes.
+def layout(tags: Collection[str]) -> dict[str, list[Chart]]:
+    """Pages and their charts, each of which draws something.
+
+    A chart is the same in every run that has it, so that TensorBoard shows it once.
 
     Args:
-        tuned: Names of the tuned hyperparameters.
+        tags: Of the scalars that the run has logged so far.
+
+    Examples:
+        >>> [c.title for c in layout(["Loss/val", "margin/lr/low", "hyper/lr/log10"])["Step"]]
+        ['lr (log10), events marked']
     """
-    pages: dict[str, dict[str, list[Any]]] = {
-        "Loss": {
-            "train against validation": ["Multiline", ["train/loss", "val/loss"]],
-            "gap": ["Multiline", ["gap/val-train"]],
-            "averaged against last weights": ["Multiline", ["outer/averaged-vs-last"]],
-        }
-    }
-    for name in tuned:
-        margin = ["Margin", [f"hyper/{name}", f"margin/{name}/low", f"margin/{name}/high"]]
-        pages.setdefault(family(name), {})[name] = margin
-    pages["Health"] = {
-        "signal-to-noise ratios": ["Multiline", [f"hypergrad/{n}/snr" for n in tuned]],
-        "verdicts": ["Multiline", [f"verdict/{n}" for n in tuned]],
-        "share of time spent tuning": ["Multiline", ["cost/overhead"]],
-        "predicted against realised change": ["Multiline", ["response/.*"]],
-        "roll-backs": ["Multiline", ["guard/events"]],
-    }
-    return pages
+    pages = {"Loss": [Chart(title, (tag,)) for tag, title in LOSSES.items() if tag in tags]}
+    others = sorted(t for t in tags if re.match("Loss/|score/", t) and t not in LOSSES)
+    pages["Loss"] += [Chart(tag, (tag,)) for tag in others]
+    matched = (re.fullmatch("margin/(.+)/low", tag) for tag in tags)
+    names = sorted((m[1] for m in matched if m), key=_place)
+    for page in (*FAMILIES, STRENGTHS):
+        pages[page] = [_values(n, f"hyper/{n}/{LOG10}" in tags) for n in names if family(n) == page]
+    pages["Health"] = [Chart(title, (tag,)) for tag, title in HEALTH.items() if tag in tags]
+    ratios = {n: f"hypergrad/{n}/snr" for n in names}
+    pages["Health"] += [
+        Chart(f"{n}: signal-to-noise ratio", (tag,)) for n, tag in ratios.items() if tag in tags
+    ]
+    return {page: charts for page, charts in pages.items() if charts}
+
+
+def _values(name: str, logarithmic: bool) -> Chart:
+    """The chart of a hyperparameter, and of the events that have set it.
+
+    A single tag marks events of every kind: the dashboard would list further ones as missing in
+    the runs that do not have them.
+    """
+    value = f"hyper/{name}/{LOG10}" if logarithmic else f"hyper/{name}"
+    title, series = name, [(value, f"margin/{name}/low", f"margin/{name}/high")]
+    if logarithmic:
+        title += " (log10)"
+    if family(name) == SET_BY_EVENTS:
+        title += ", events marked"
+        series.append((f"{WHEN}/{name}",) * 3)
+    return Chart(title, series=tuple(series))
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Hyperparameters of the update in their order, then the others by name."""
+    known = [n for names in FAMILIES.values() for n in names]
+    return known.index(name) if name in known else len(known), name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,14 +15,17 @@ from torch import Tensor
 
 from selftune.bijections import AbstractBijection
 from selftune.hparams import Hparam
-from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
+from selftune.monitor._monitor import Monitor, hyper_rows, named
 from selftune.monitor.agreement import Agreement
+from selftune.monitor.axes import LOG10, drawn, logarithmic, marks, middle
 from selftune.monitor.verdicts import Ends, Verdict, judge
 
 SCATTER = 20
 """Hyperparameter steps whose scatter is the margin of a value."""
 RECENT = 0.9
 """Memory of the mean validation loss, as of the hypergradients that predict its changes."""
+FINAL = 5
+"""Validation batches whose mean loss stands for that of the run if it ended now."""
 
 Signals = Mapping[str, tuple[Tensor, Tensor]]
 """Mean hypergradient and signal-to-noise ratio of each tuned hyperparameter's shifts."""
@@ -48,6 +53,8 @@ class Metrics:
         self._hparams = hparams
         self._agreement = Agreement()
         self._mean_loss: float | None = None
+        self._recent: deque[float] = deque(maxlen=FINAL)
+        self._logged = -1  # the last step with an entry of the hyperparameters
 
     def state_dict(self) -> dict[str, Any]:
         """What entries compare themselves with, as plain containers."""
@@ -55,6 +62,8 @@ class Metrics:
             "course": {name: list(values) for name, values in self.course.items()},
             "trained": None if self.trained is None else float(self.trained),
             "mean_loss": self._mean_loss,
+            "recent": list(self._recent),
+            "logged": self._logged,
             "agreement": self._agreement.state_dict(),
         }
 
@@ -63,6 +72,8 @@ class Metrics:
         self.course.update({name: list(values) for name, values in state["course"].items()})
         self.trained, self._mean_loss = state["trained"], state["mean_loss"]
         self._agreement.load_state_dict(state["agreement"])
+        self._recent = deque(state.get("recent", []), maxlen=FINAL)
+        self._logged = state.get("logged", -1)
 
     def note(self, raw: Mapping[str, Tensor]) -> None:
         """Take raw values into the course."""
@@ -89,8 +100,10 @@ class Metrics:
         rows = self.margins(values)  # before the values: charts want their steps to match
         rows += hyper_rows(loss, values, signals)
         if self.trained is not None:
-            rows.append(("gap/val-train", loss - self.trained))
+            rows.append(("Loss/gap", loss - self.trained))
         outer = float(loss)
+        self._recent.append(outer)
+        self._logged = step
         mean = outer if self._mean_loss is None else self._mean_loss
         self._mean_loss = RECENT * mean + (1 - RECENT) * outer
         if signals:
@@ -99,27 +112,57 @@ class Metrics:
             rows += self._agreement.look(grads, places, self._mean_loss)
         self.monitor.scalars(rows, step)
 
-    def margins(self, values: Mapping[str, Any]) -> list[tuple[str, float | Tensor]]:
-        """Rows of the band around each tuned hyperparameter: how far its last values scattered.
+    @property
+    def recent_loss(self) -> float:
+        """The mean loss of the last validation batches; NaN before the first."""
+        return statistics.fmean(self._recent) if self._recent else math.nan
 
-        Where groups or layers differ, ``hyper/<name>`` is their median and the band their range, so
-        that the chart of the hyperparameter has the same tags in every run.
+    def margins(self, values: Mapping[str, Any]) -> list[tuple[str, float | Tensor]]:
+        """Rows of the chart of each tuned hyperparameter: its band, and log10 of a rate.
+
+        The band says how far the last values scattered. Where groups or layers differ,
+        ``hyper/<name>`` is their median and the band their range, so that the chart of the
+        hyperparameter has the same tags in every run. Of rates, band and value are drawn as log10.
         """
         rows: list[tuple[str, float | Tensor]] = []
         for name, course in self.course.items():
+            value, hparam = middle(values[name]), self._hparams[name]
             if isinstance(values[name], list):
-                low, *_, high = ordered = sorted(values[name])
-                rows += [(f"margin/{name}/low", low), (f"margin/{name}/high", high)]
-                rows.append((f"hyper/{name}", ordered[len(ordered) // 2]))
+                rows.append((f"hyper/{name}", value))
+                some = [v for v in values[name] if v > 0 or not logarithmic(hparam)] or [0.0]
+                value, ends = middle(some), (min(some), max(some))
+            elif course:
+                raw = hparam.bijection.inverse(torch.tensor(value, dtype=torch.float64))
+                spread = torch.tensor(course[-SCATTER:], dtype=torch.float64).std(correction=0)
+                both = hparam.bijection.forward(raw + torch.stack([-spread, spread]))
+                ends = both[0].item(), both[1].item()
+            else:
                 continue
-            if not course:
-                continue
-            scale = self._hparams[name].bijection
-            raw = scale.inverse(torch.tensor(values[name], dtype=torch.float64))
-            spread = torch.tensor(course[-SCATTER:], dtype=torch.float64).std(correction=0)
-            for end, sign in (("low", -1), ("high", 1)):
-                rows.append((f"margin/{name}/{end}", float(scale.forward(raw + sign * spread))))
+            if logarithmic(hparam):
+                if ends[0] <= 0:
+                    continue  # log 0: it is given as 0 and not tuned yet
+                rows.append((f"hyper/{name}/{LOG10}", drawn(hparam, value)))
+            for end, reached in zip(("low", "high"), ends, strict=True):
+                rows.append((f"margin/{name}/{end}", drawn(hparam, reached)))
         return rows
+
+    def placed(self, values: Mapping[str, Any], step: int) -> None:
+        """Log hyperparameters that something else than a hyperparameter step has set."""
+        self.monitor.scalars(self._present(values), step)
+        self._logged = step
+
+    def _present(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        tuned = [row for name in self.course for row in named("hyper", name, values[name])]
+        return [*self.margins(values), *tuned]
+
+    def mark(self, values: Mapping[str, float | Sequence[float]], step: int) -> None:
+        """Mark an event in the charts of the hyperparameters that it has set.
+
+        Args:
+            values: Of those that were set, after the event.
+            step: Training steps taken.
+        """
+        self.monitor.scalars(marks(self._hparams, values), step)
 
     def compared(self, averaged: float | Tensor, last: float | Tensor, step: int) -> None:
         """Log by how much the validation loss differs at the averaged weights and at the last."""
@@ -165,7 +208,8 @@ class Metrics:
         self, values: Mapping[str, Any], found: Mapping[str, Verdict], step: int, why: str
     ) -> None:
         """Log the hyperparameters at the end, their verdicts in words, and how they came there."""
-        self.monitor.last([(f"end/{n}", v) for n, v in plain_rows(values)], step)
+        if step > self._logged:
+            self.monitor.last(self._present(values), step)
         if self.monitor.on and found:
             self.monitor.text("verdicts", sentences(list(found.values())), step)
             self.monitor.text("why", "\n".join(f"- {line}" for line in why.splitlines()), step)

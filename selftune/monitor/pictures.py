@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -10,22 +10,25 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FONT = 18
+"""Points: TensorBoard shows pictures at about half their size."""
 
-def curves(
-    predicted: Mapping[str, tuple[Sequence[float], Sequence[float]]], now: Mapping[str, float]
-) -> Figure:
-    """A panel for each hyperparameter: predicted loss over its value, the present one marked.
+
+def curve(name: str, values: Sequence[float], losses: Sequence[float], now: float) -> Figure:
+    """The predicted loss over the values of a hyperparameter, the present one marked.
 
     Args:
-        predicted: Values and losses by name.
-        now: Present values by name.
+        name: Of the hyperparameter.
+        values: Its values.
+        losses: Predicted at each of them.
+        now: Its present value.
     """
-    figure, panels = _panels(len(predicted))
-    for axes, (name, (values, losses)) in zip(panels, predicted.items(), strict=False):
-        axes.plot(values, losses, marker=".")
-        axes.axvline(now[name], color="gray", linewidth=1)
-        axes.set(xlabel=name, xscale=_scale(values))
-    panels[0].set_ylabel("predicted validation loss")
+    figure, axes = _panel()
+    axes.plot(values, losses, marker="o", linewidth=2)
+    axes.axvline(now, color="gray", linestyle="--", linewidth=2)
+    axes.set(xlabel=f"{name} (dashed: {now:.3g}, now)", ylabel="predicted validation loss")
+    _scale(axes.xaxis, values)
+    axes.yaxis.set_major_locator(_few())
     return figure
 
 
@@ -43,30 +46,42 @@ def plane(
         losses: Shape (values of the first, values of the second).
         course: The values of both so far.
     """
-    figure, (axes, *_) = _panels(1)
+    figure, axes = _panel()
     drawn = axes.contourf(values[0], values[1], losses.T, levels=12)
-    axes.plot(*course, color="white", linewidth=1)
-    axes.plot(course[0][-1:], course[1][-1:], marker="o", color="white")
-    axes.set(
-        xlabel=names[0], ylabel=names[1], xscale=_scale(values[0]), yscale=_scale(values[1]),
-        xlim=_ends(values[0]), ylim=_ends(values[1]),
-    )  # fmt: skip
-    figure.colorbar(drawn, label="predicted validation loss")
+    axes.plot(*course, color="white", linewidth=2)
+    axes.plot(course[0][-1:], course[1][-1:], marker="o", markersize=10, color="white")
+    axes.set(xlabel=f"{names[0]} (point: now)", ylabel=names[1])
+    _scale(axes.xaxis, values[0])
+    _scale(axes.yaxis, values[1])
+    bar = figure.colorbar(drawn, ticks=_few())
+    bar.set_label("predicted validation loss", size=FONT)
+    bar.ax.tick_params(labelsize=FONT)
     return figure
 
 
-def _panels(count: int) -> tuple[Figure, list[Any]]:
-    """A figure with panels in rows of four; drawn without a window."""
+def _panel() -> tuple[Figure, Any]:
+    """A figure with one panel, drawn without a window, its text legible at half the size."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    wide, rows = min(count, 4), -(-count // 4)
-    figure = Figure(figsize=(4 * wide + 1, 3 * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, wide, squeeze=False).flat)
+    with rc_context({"font.size": FONT}):
+        figure = Figure(figsize=(6, 4.5), layout="constrained")
+        return figure, figure.subplots()
 
 
-def _scale(values: Sequence[float]) -> str:
-    return "log" if min(values) > 0 else "linear"
+def _scale(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis of what is positive, its ends and middle labelled."""
+    from matplotlib.ticker import NullFormatter
+
+    name, scale = axis.axis_name, "log" if min(values) > 0 else "linear"
+    axis.axes.set(**{f"{name}scale": scale, f"{name}lim": (min(values), max(values))})
+    shown = [values[0], values[len(values) // 2], values[-1]]
+    axis.set_ticks(shown, labels=[f"{v:.2g}" for v in shown])
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
+def _few() -> Any:
+    """Few ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from selftune.monitor.axes import LOG10, WHEN
 from selftune.monitor.recorders import read_jsonl
 from selftune.monitor.report import Curve, Line, line
 from selftune.monitor.verdicts import KINDS, in_words
 
 log = logging.getLogger("selftune")
+TEXT = "/text_summary"
+"""Last part of the tag of a text."""
 PARTS = ("0", "median")
 """Last part of the first tag of a hyperparameter whose groups or layers differ."""
 
@@ -23,38 +28,58 @@ class Log:
     Attributes:
         curves: Steps and values by tag.
         sentences: Of the verdicts at the end of the run, by the hyperparameter's name.
+        why: How each hyperparameter came to its value, a line each; empty before the end.
+        given: Hyperparameters at the start.
     """
 
     curves: dict[str, Curve] = field(default_factory=dict)
     sentences: dict[str, str] = field(default_factory=dict)
+    why: str = ""
+    given: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[Line]:
         """Rows of the report, a hyperparameter each."""
         found = []
         for tag, curve in sorted(self.curves.items()):
-            if tag.startswith("hyper/"):
+            if tag.startswith("hyper/") and not tag.endswith(f"/{LOG10}"):
                 name = tag.removeprefix("hyper/")
                 if any(f"{tag}/{part}" in self.curves for part in PARTS):
                     continue  # its groups or layers have rows of their own
-                end = self.curves.get(f"end/{name}")
-                if end:
-                    curve = ([*curve[0], end[0][-1]], [*curve[1], end[1][-1]])
                 whole = name.rpartition("/")[0]  # of many values, whose verdict is a common one
                 codes = next(
                     (self.curves[f"verdict/{n}"][1] for n in (name, whole)
                      if f"verdict/{n}" in self.curves),
                     (),
                 )  # fmt: skip
-                unjudged = "ended" if end else "running"
-                told = self.sentences.get(name) or self.sentences.get(whole) or unjudged
-                if codes and told == unjudged:
+                told = self.sentences.get(name) or self.sentences.get(whole) or ""
+                if codes and not told:
                     told = in_words(name, KINDS[int(codes[-1])], curve[1][-1])
+                told = told or "no verdict yet"
                 found.append(line(name, curve, told))
         return found
 
+    def reasons(self) -> str:
+        """How each hyperparameter came to its value: as told at the end, or from what is logged."""
+        matched = (re.fullmatch("margin/(.+)/low", tag) for tag in self.curves)
+        names = [m[1] for m in matched if m and f"hyper/{m[1]}" in self.curves]
+        return self.why or "\n".join(map(self._reasons, names))
+
+    def _reasons(self, name: str) -> str:
+        value, told = self.curves[f"hyper/{name}"][1][-1], []
+        if name in self.given:
+            told.append(f"given {self.given[name]:.3g}")
+        rewinds = self.curves.get("weights/rewinds", ((), ()))[0]
+        for step, height in zip(*self.curves.get(f"{WHEN}/{name}", ((), ())), strict=True):
+            if step and math.isfinite(height):
+                set_to = 10**height if f"hyper/{name}/{LOG10}" in self.curves else height
+                told.append(f"{'rewind' if step in rewinds else 'sweep'} {set_to:.3g}")
+        ratio = self.curves.get(f"hypergrad/{name}/snr", ((), (math.nan,)))[1][-1]
+        known = f" (signal-to-noise {ratio:.1f})" if math.isfinite(ratio) else ""
+        return f"{name}: " + " → ".join([*told, f"{value:.3g} by hypergradients so far{known}"])
+
     def loss(self) -> float | None:
         """The last known validation loss: over the whole set, or of the last batch."""
-        for tag in ("final/loss", "score/loss", "val/loss"):
+        for tag in ("Loss/final", "Loss/val"):
             if self.curves.get(tag):
                 return self.curves[tag][1][-1]
         return None
@@ -78,14 +103,17 @@ def read(folder: str | Path) -> Log:
             steps, values = found.setdefault(row["tag"], ([], []))
             steps.append(row["step"])
             values.append(row["value"])
-        texts = [r["text"] for r in read_jsonl(path) if r.get("tag") == "verdicts"]
         if found:
-            return Log(dict(found), _by_name(texts))
+            told = {r["tag"]: r["text"] for r in read_jsonl(path) if "text" in r}
+            begun = [r["hparams"] for r in read_jsonl(path) if "hparams" in r]
+            verdicts, why = (told.get(tag, "") for tag in ("verdicts", "why"))
+            return Log(dict(found), _by_name(verdicts), _lines(why), begun[-1] if begun else {})
     if not events_file and not list(path.glob("events.out.tfevents.*")):
         raise FileNotFoundError(
             f"{path}: no log of a run there: pass a log_dir, or a file that JSONL wrote"
         )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
     for file in [path] if events_file else sorted(path.glob("events.out.tfevents.*")):
         _check(file)
@@ -94,9 +122,29 @@ def read(folder: str | Path) -> Log:
     numbers: dict[str, Curve] = {
         t: ([e.step for e in es], [e.value for e in es]) for t, es in curves.items()
     }
-    told = [t for t in events.Tags()["tensors"] if t.startswith("verdicts/")]
-    texts = [e.tensor_proto.string_val[0].decode() for t in told for e in events.Tensors(t)]
-    return Log(numbers, _by_name(texts))
+    tensors = {t: events.Tensors(t)[-1].tensor_proto for t in events.Tags()["tensors"]}
+    for tag, code in tensors.items():
+        if tag.startswith("verdict/"):
+            numbers[tag] = ([events.Tensors(tag)[-1].step], [float(make_ndarray(code))])
+    texts = {t: p.string_val[0].decode() for t, p in tensors.items() if t.endswith(TEXT)}
+    verdicts, why = (texts.get(f"{tag}{TEXT}", "") for tag in ("verdicts", "why"))
+    return Log(numbers, _by_name(verdicts), _lines(why), _given(events))
+
+
+def _given(events: Any) -> dict[str, float]:
+    """Hyperparameters at the start, as the HParams page has them."""
+    from tensorboard.plugins.hparams import metadata
+
+    try:
+        found = events.PluginTagToContent(metadata.PLUGIN_NAME)
+    except KeyError:  # a log without the beginning of a run
+        return {}
+    content = found.get(metadata.SESSION_START_INFO_TAG)
+    if content is None:
+        return {}
+    start = metadata.parse_session_start_info_plugin_data(content).hparams
+    values = {n.removeprefix("start/"): v for n, v in start.items() if n.startswith("start/")}
+    return {n: v.number_value for n, v in values.items()}
 
 
 def runs_in(folder: str | Path) -> list[Path]:
@@ -104,10 +152,14 @@ def runs_in(folder: str | Path) -> list[Path]:
     return sorted({path.parent for path in Path(folder).rglob("events.out.tfevents.*")})
 
 
-def _by_name(texts: Sequence[str]) -> dict[str, str]:
-    """The sentences of the last list of verdicts, by their first word."""
-    lines = [t.removeprefix("- ") for t in texts[-1].splitlines()] if texts else []
-    return {one.split(" ", 1)[0]: one for one in lines}
+def _lines(text: str) -> str:
+    """A list in Markdown as lines."""
+    return "\n".join(one.removeprefix("- ") for one in text.splitlines())
+
+
+def _by_name(text: str) -> dict[str, str]:
+    """The sentences of a list of verdicts, by their first word."""
+    return {one.split(" ", 1)[0]: one for one in _lines(text).splitlines()}
 
 
 def _check(file: Path) -> None:

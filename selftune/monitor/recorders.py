@@ -22,8 +22,8 @@ class InMemory(AbstractRecorder):
     Examples:
         >>> import selftune as st
         >>> recorder = st.monitor.InMemory()
-        >>> recorder.scalars([st.monitor.Row("val/loss", 0.5, 10)])
-        >>> recorder.curve("val/loss")
+        >>> recorder.scalars([st.monitor.Row("Loss/val", 0.5, 10)])
+        >>> recorder.curve("Loss/val")
         ([10], [0.5])
     """
 
@@ -53,8 +53,9 @@ class InMemory(AbstractRecorder):
 
     def resume(self, step: int) -> None:
         """Forget later rows, and the end."""
-        self.rows = [r for r in self.rows if r.step <= step and r not in self._last]
-        self._last = []
+        for row in self._last:  # the later one, where another entry is the same
+            del self.rows[len(self.rows) - 1 - self.rows[::-1].index(row)]
+        self.rows, self._last = [r for r in self.rows if r.step <= step], []
 
     def end(self, status: str) -> None:
         """Keep it."""
@@ -168,9 +169,9 @@ class Listener(AbstractRecorder):
     Examples:
         >>> import selftune as st
         >>> listener = st.monitor.Listener(lambda values, step: print(step, values))
-        >>> rows = [st.monitor.Row("hyper/lr", 0.1, 5), st.monitor.Row("val/loss", 2.0, 5)]
+        >>> rows = [st.monitor.Row("hyper/lr", 0.1, 5), st.monitor.Row("Loss/val", 2.0, 5)]
         >>> listener.scalars(rows)
-        5 {'hyper/lr': 0.1, 'val/loss': 2.0}
+        5 {'hyper/lr': 0.1, 'Loss/val': 2.0}
     """
 
     def __init__(self, function: Callable[[dict[str, float], int], Any]) -> None:

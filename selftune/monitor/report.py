@@ -85,7 +85,11 @@ def _way(one: Line) -> float:
 
 
 def page(
-    title: str, lines: Sequence[Line], panels: Mapping[str, Mapping[str, Curve]], why: str = ""
+    title: str,
+    lines: Sequence[Line],
+    panels: Mapping[str, Mapping[str, Curve]],
+    why: str = "",
+    events: Sequence[int] = (),
 ) -> str:
     """A page of HTML with everything in it.
 
@@ -94,6 +98,7 @@ def page(
         lines: Rows of the table.
         panels: Curves by name, by the title of the plot they are drawn in.
         why: How each hyperparameter came to its value, a line each.
+        events: Steps of the rewinds, marked in every plot.
     """
     head = "".join(f"<th>{c}</th>" for c in ("", "start", "end", "moved", "verdict"))
     body = "".join(
@@ -102,19 +107,20 @@ def page(
         f"<td>{html.escape(one.verdict)}</td></tr>"
         for one in lines
     )
+    reasons = "".join(f"<li>{html.escape(line)}</li>" for line in why.splitlines())
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
         "<style>body{font:15px sans-serif;max-width:70em;margin:2em auto;color:#222}"
         "td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
         "img{width:48%;margin:.5%}</style>"
         f"<h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>"
-        + "".join(f"<p>{html.escape(line)}</p>" for line in why.splitlines())
-        + "".join(_image(name, curves) for name, curves in panels.items())
+        + (f"<h2>How each value came about</h2><ul>{reasons}</ul>" if why else "")
+        + "".join(_image(name, curves, events) for name, curves in panels.items())
         + "</html>\n"
     )
 
 
-def _image(title: str, curves: Mapping[str, Curve]) -> str:
+def _image(title: str, curves: Mapping[str, Curve], events: Sequence[int]) -> str:
     """A plot as an image within the page; a remark where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
@@ -124,9 +130,12 @@ def _image(title: str, curves: Mapping[str, Curve]) -> str:
     axes = figure.add_subplot()
     for name, (steps, values) in curves.items():
         axes.plot(steps, values, label=name)
+    for step in events:
+        first = "rewind" if step == events[0] else None
+        axes.axvline(step, color="gray", linestyle=":", label=first)
     positive = all(v > 0 for _, values in curves.values() for v in values if math.isfinite(v))
     axes.set(title=title, xlabel="step", yscale="log" if positive else "linear")
-    if len(curves) > 1:
+    if len(curves) > 1 or events:
         axes.legend()
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)

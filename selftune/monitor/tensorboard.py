@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ import numpy as np
 
 from selftune._processes import alive
 from selftune.monitor._base import AbstractRecorder, Row
-from selftune.monitor.layout import layout
+from selftune.monitor.axes import WHEN
+from selftune.monitor.layout import Chart, layout
 
+CODE = re.compile(r"([^/]+/)?verdict/")
+"""Tags of verdicts' codes, perhaps behind the name of one of several optimizers."""
+EVENT = re.compile(rf"([^/]+/)?{WHEN}/")
+"""Tags of events."""
 END = ".end"
 """Suffix of the event file that holds a session's end."""
 
@@ -39,6 +45,8 @@ class TensorBoard(AbstractRecorder):
         self._writer = None if self._folder is not None else target
         self._purge: int | None = None
         self._last: list[Row] = []
+        self._tags: set[str] = set()
+        self._charts = False  # whether the layout is this recorder's
         self._close: Callable[[], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,10 +75,17 @@ class TensorBoard(AbstractRecorder):
         return self._writer
 
     def scalars(self, rows: Sequence[Row]) -> None:
-        """Write them."""
-        for tag, value, step in rows:
-            self.writer.add_scalar(tag, value, step)
+        """Write them, and the layout of the custom scalars as soon as it has more charts."""
+        _write(self.writer, rows)
+        self._lay_out(row.tag for row in rows)
         self.writer.flush()
+
+    def _lay_out(self, tags: Iterable[str]) -> None:
+        before = layout(self._tags)
+        self._tags.update(tags)
+        now = layout(self._tags)
+        if now != before and self._charts and self._whole():
+            self.writer.file_writer.add_summary(_layout_summary(now))
 
     def last(self, rows: Sequence[Row]) -> None:
         """Keep them for the file of the end, which a run that is resumed takes back."""
@@ -80,7 +95,7 @@ class TensorBoard(AbstractRecorder):
             self._last += rows
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
-        """Write the session's start and the layout of the custom scalars."""
+        """Write the session's start; from now on the layout of the custom scalars is kept."""
         if not self._whole():
             return
         from tensorboard.plugins.hparams import metadata
@@ -93,8 +108,8 @@ class TensorBoard(AbstractRecorder):
             kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
             setattr(start.hparams[name], kind, value)
         _session(self.writer, metadata.SESSION_START_INFO_TAG, session_start_info=start)
-        self.writer.add_custom_scalars(layout(tuned))
         self.writer.flush()
+        self._charts = True
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Write it."""
@@ -114,9 +129,11 @@ class TensorBoard(AbstractRecorder):
     def resume(self, step: int) -> None:
         """Tell TensorBoard to drop what it knows of later steps, and of the end."""
         self._purge = step + 1
+        self._charts = True
         if self._folder is not None:
             for file in Path(self._folder).glob(f"events.out.tfevents.*{END}"):
                 file.unlink()
+            self._tags.update(_tags_in(Path(self._folder)))
 
     def end(self, status: str) -> None:
         """Write the session's end and the numbers of the end, and close what was opened here.
@@ -143,8 +160,8 @@ class TensorBoard(AbstractRecorder):
         well = status in ("finished", "stopped")
         code = api_pb2.STATUS_SUCCESS if well else api_pb2.STATUS_FAILURE
         end = SessionEndInfo(status=code, end_time_secs=time.time())
-        for tag, number, step in self._last:
-            ending.add_scalar(tag, number, step)
+        _write(ending, self._last)
+        self._lay_out(row.tag for row in self._last)
         self._last = []
         _session(ending, metadata.SESSION_END_INFO_TAG, session_end_info=end)
         ending.flush()
@@ -154,6 +171,64 @@ class TensorBoard(AbstractRecorder):
     def _whole(self) -> bool:
         """Whether it is a SummaryWriter; something like one takes scalars only."""
         return self._folder is not None or hasattr(self._writer, "file_writer")
+
+
+def _write(writer: Any, rows: Iterable[Row]) -> None:
+    """Write scalars.
+
+    Codes of verdicts are no curves: of a writer of event files they become tensors without a
+    dashboard. An event is a point of its own, which a NaN behind it cuts off from the next and
+    which TensorBoard draws as a triangle.
+    """
+    files = hasattr(writer, "file_writer")
+    for tag, value, step in rows:
+        if files and CODE.match(tag):
+            writer.file_writer.add_summary(_code_summary(tag, value), step)
+            continue
+        writer.add_scalar(tag, value, step)
+        if files and EVENT.match(tag):
+            writer.add_scalar(tag, math.nan, step + 1)
+
+
+def _code_summary(tag: str, value: float) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    plugin = SummaryMetadata.PluginData(plugin_name="selftune")
+    about = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
+    tensor = make_tensor_proto(np.float32(value))
+    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=tensor)])
+
+
+def _layout_summary(pages: Mapping[str, Sequence[Chart]]) -> Any:
+    """The layout as the dashboard reads it; torch's own writer knows a single series a chart."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    made = layout_pb2.Layout()
+    for title, charts in pages.items():
+        page = made.category.add(title=title)
+        # TensorBoard draws charts of lines in their order, and those with margins from the last on.
+        for chart in reversed(charts) if charts[0].series else charts:
+            drawn = page.chart.add(title=chart.title)
+            drawn.multiline.tag.extend(f"^{re.escape(tag)}$" for tag in chart.lines)
+            for value, lower, upper in chart.series:
+                drawn.margin.series.add(value=value, lower=lower, upper=upper)
+    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME)
+    tensor, about = make_tensor_proto(made.SerializeToString()), SummaryMetadata(plugin_data=plugin)
+    tag = metadata.CONFIG_SUMMARY_TAG
+    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=tensor)])
+
+
+def _tags_in(folder: Path) -> list[str]:
+    """Tags of the scalars in a folder's event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not list(folder.glob("events.out.tfevents.*")):
+        return []
+    tags: list[str] = EventAccumulator(str(folder), {"scalars": 1}).Reload().Tags()["scalars"]
+    return tags
 
 
 def _wait(folder: Path) -> None:

@@ -230,7 +230,7 @@ class SelfTuningOptimizer(EvaluationMode):
         """
         engine = self._engine
         value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
-        engine.monitor.scalar("train/loss", value, engine.clock.steps)
+        engine.monitor.scalar("Loss/train", value, engine.clock.steps)
         self._log.metrics.trained = value
         alone = not value.is_cuda and not engine.reducer.together  # no waiting, no disagreeing
         if not engine.blocks or not alone:

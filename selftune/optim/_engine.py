@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from selftune.control import (
 )
 from selftune.method import Outer
 from selftune.method.slopes import Slopes
-from selftune.monitor import Monitor
+from selftune.monitor import Monitor, marks
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._closures import ClosureSteps
@@ -210,7 +210,7 @@ class Engine:
         self.store.take(state)
         self.shifts.take(state.hyper)
         if square is not None:
-            self.monitor.scalar("displacement/ratio", square.sqrt(), step)
+            self.monitor.scalar("weights/displacement", square.sqrt(), step)
         return True
 
     def report(self, loss: float) -> bool:
@@ -247,8 +247,22 @@ class Engine:
         self.controller.announce(action, step)
         guard = self.controller.guard
         if action.reason and guard is not None:
-            self.monitor.scalar("guard/events", guard.rewinds, step)
+            self.monitor.scalar("weights/rewinds", guard.rewinds, step)
+            self.mark(action.rewind)
         return True
+
+    def mark(self, names: Iterable[str], *, given: bool = False) -> None:
+        """Mark an event in the log's charts of the hyperparameters that it has set.
+
+        Args:
+            names: Of those; others are left out.
+            given: Whether to mark the given values too, at the start.
+        """
+        rows, tuned = {n: r for n, r in self.shifts.rows.items() if n in names}, self.shifts.tuned
+        if given:
+            self.monitor.scalars(marks(tuned, {n: r.given for n, r in rows.items()}), 0)
+        values = {n: r.values().tolist() for n, r in rows.items()}
+        self.monitor.scalars(marks(tuned, values), self.clock.steps)
 
     def _snapshot(self, kind: str) -> None:
         for block in self.blocks:

@@ -51,8 +51,11 @@ class OptimizerLog:
         self._steps = 0
 
     def begin(self, values: Mapping[str, Any]) -> None:
-        """Log the initial hyperparameters."""
-        self._monitor.begin(dict(plain_rows(values)), self._shifts.names)
+        """Log the hyperparameters the run started with: the tuned ones as given."""
+        given = {
+            n: r.given for n, r in self._shifts.rows.items() if not isinstance(values[n], list)
+        }
+        self._monitor.begin(dict(plain_rows({**values, **given})), self._shifts.names)
         self._noted = time.monotonic()
 
     def hyper_step(
@@ -67,7 +70,9 @@ class OptimizerLog:
         raw = self._raw()
         self._monitor.scalars(rate_rows(groups), step)
         self.metrics.note(raw)
-        self.metrics.hyper_step(step, loss, values, raw, self._signals())
+        tuned = {n: values[n] for n in self._shifts.rows}
+        self.metrics.hyper_step(step, loss, tuned, raw, self._signals())
+        self._monitor.scalar("Loss/final", self.metrics.recent_loss, step)
         self._steps += 1
         if self.due:
             self._monitor.histograms(values, step)
@@ -75,7 +80,7 @@ class OptimizerLog:
         now, before = time.monotonic(), self._noted
         self._noted = now
         if before is not None and now > before:  # the share of the time since the last entry
-            self._monitor.scalar("cost/overhead", min((now - begun) / (now - before), 1.0), step)
+            self._monitor.scalar("time/overhead", min((now - begun) / (now - before), 1.0), step)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of later entries as plain containers."""

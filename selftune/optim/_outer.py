@@ -143,7 +143,7 @@ class OuterLoss:
         else:
             slopes = self._slopes(closure, (*BACK, 1.0))
             final.judge(step, slopes[-2:, 1], slopes[:-1, 0])
-        engine.monitor.scalar("final/position", final.position, step)
+        engine.monitor.scalar("weights/position", final.position, step)
         log.info("%s: final weights: %s", engine.label, final)
 
     def compared(self, closure: Closure) -> tuple[float, float, float]:

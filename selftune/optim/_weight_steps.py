@@ -216,7 +216,7 @@ class WeightSteps:
             record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0])
             if engine.carry_out(engine.controller.observe(record)):
                 if sweep.ended:
-                    engine.monitor.scalar("guard/sweep", sweep.choice, engine.clock.steps)
+                    engine.mark(engine.controller.swept, given=True)
                 return True
         self._rates = [sweep.factor(sweep.taken)] * len(self._blocks)
         if found is not None:

@@ -52,10 +52,8 @@ class TunerLog:
 
     def placed(self, step: int, values: Mapping[str, float]) -> None:
         """Log hyperparameters set by something other than a hyperparameter step."""
-        monitor = self.metrics.monitor
-        if monitor.on:
-            monitor.scalars(self.metrics.margins(values), step)
-            monitor.scalars([(f"hyper/{n}", v) for n, v in values.items()], step)
+        if self.metrics.monitor.on:
+            self.metrics.placed(values, step)
 
     def hyper_step(
         self, step: int, loss: float, outer: float, values: Mapping[str, float], member: int
@@ -73,7 +71,7 @@ class TunerLog:
         if not monitor.on or now - self._noted < self._rest:
             return
         self._noted = now
-        monitor.scalar("train/loss", loss, step)
+        monitor.scalar("Loss/train", loss, step)
         self.metrics.trained = loss
         state = self._snapshots.part(self._run.hyper.raw, member).cpu()
         raw = {n: state[i : i + 1] for i, n in enumerate(values)}
@@ -114,7 +112,7 @@ class TunerLog:
         self._plain, self._tuning = [0.0, 0], [0.0, 0]
         if not count or not more:
             return []
-        return [("cost/overhead", 1 - plain / count * (count + more) / (plain + tuning))]
+        return [("time/overhead", 1 - plain / count * (count + more) / (plain + tuning))]
 
     def _displacement(self, member: int) -> list[tuple[str, float | Tensor]]:
         """The displacement ratio of a member's weights."""
@@ -122,4 +120,4 @@ class TunerLog:
             return []
         state = tree_map(lambda t: self._snapshots.part(t, member), self._run.method)
         weights = [self._snapshots.part(w, member) for w in self._run.weights]
-        return [("displacement/ratio", self._steps.method.ratio(state, weights))]
+        return [("weights/displacement", self._steps.method.ratio(state, weights))]

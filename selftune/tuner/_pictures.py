@@ -35,18 +35,20 @@ def _draw(watch: Watch, predictor: Predictor, step: int) -> None:
     names = sorted(raw, key=lambda n: -float(raw[n].max() - raw[n].min()))[:MOST]
     if not names:
         return
-    around, now = {}, {n: courses[n][-1] for n in names}
+    around = {}
     for name in names:
         hparam = known[name]
         near = hparam.bijection.forward(raw[name][-1] + AROUND)
         around[name] = sorted(set(near.clamp(hparam.lower, hparam.upper).tolist()))
-    found = {n: (around[n], predictor.predict({n: around[n]}, BATCHES).tolist()) for n in names}
     monitor = watch.metrics.monitor
-    monitor.figure("what-if/each", pictures.curves(found, now), step)
+    for name in names:
+        losses = predictor.predict({name: around[name]}, BATCHES).tolist()
+        drawn = pictures.curve(name, around[name], losses, courses[name][-1])
+        monitor.figure(f"what-if/{name}", drawn, step)
     if len(names) > 1:
-        one, other = names[:2]
-        losses = predictor.predict({one: around[one], other: around[other]}, BATCHES)
+        one, other = sorted(names[:2])  # the same picture, whichever moved more
+        plane = predictor.predict({one: around[one], other: around[other]}, BATCHES)
         drawn = pictures.plane(
-            (one, other), (around[one], around[other]), losses, (courses[one], courses[other])
+            (one, other), (around[one], around[other]), plane, (courses[one], courses[other])
         )
         monitor.figure(f"what-if/{one} and {other}", drawn, step)

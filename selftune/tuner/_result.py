@@ -157,7 +157,9 @@ class TuningResult:
         if target is not None:
             target.mkdir(parents=True, exist_ok=True)
             title = f"{self.steps} steps, {self.ended}, validation loss {self.best_loss:.4g}"
-            write_text(target / "report.html", page(title, lines, self._panels(steps), self.why))
+            rewinds = self.history["rollbacks"].tolist()
+            text = page(title, lines, self._panels(steps), self.why, rewinds)
+            write_text(target / "report.html", text)
             self.schedule.save(target / "schedule.json")
         return f"{table(lines)}\n\n{self.why}"
 

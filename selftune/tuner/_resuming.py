@@ -75,4 +75,4 @@ def extend(watch: Watch, snapshots: Snapshots, step: int) -> None:
         snapshots.take("average", member)
         snapshots.rewind({}, member)
         controller.final.forget()
-    watch.begin(step)
+    watch.begin(step, extended=True)

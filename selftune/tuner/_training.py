@@ -57,6 +57,7 @@ class Training:
     best: float = math.inf
     waited: int = 0
     ended: str = "finished"
+    longer: bool = False  # than a finished run that it goes on from
     saved_best: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +83,8 @@ class Training:
             try:
                 if self.step == 0:
                     self._begin()
+                elif self.longer:
+                    _resuming.extend(self.watch, self.snapshots, self.step)
                 self._reach(self.due)
                 while (self.step < self.plan.total or self.due == SCORES) and ended == "finished":
                     if self.due != SCORES:
@@ -215,7 +218,8 @@ class Training:
         if not math.isfinite(scores["loss"]):
             log.warning("step %d: the validation loss is %s", self.step, scores["loss"])
         self.watch.history.score(self.step, scores)
-        metrics.monitor.scalars([(f"score/{n}", v) for n, v in scores.items()], self.step)
+        tags = {n: "Loss/final" if n == "loss" else f"score/{n}" for n in scores}
+        metrics.monitor.scalars([(tags[n], v) for n, v in scores.items()], self.step)
         if metrics.monitor.on:
             metrics.compared(scores["loss"], last, self.step)
             metrics.verdict_rows(self.watch.verdicts(), self.step)
@@ -251,7 +255,7 @@ class Training:
         why = self.watch.why(self.steps.starts, self.identity["schedule"], verdicts)
         log.info("%s", why)
         self.watch.metrics.finish(known, verdicts, self.step, why)
-        self.watch.metrics.monitor.last([("final/loss", best)], self.step)
+        self.watch.metrics.monitor.last([("Loss/final", best)], self.step)
         return TuningResult(
             history=history.arrays(),
             best_weights={
@@ -325,8 +329,7 @@ class Training:
         rates[: len(state["rates"])].copy_(state["rates"])
         _resuming.name_changes(state, self.steps.starts, self.watch.hparams())
         _resuming.announce(state, self.plan.total, longer=longer)
-        if longer:
-            _resuming.extend(self.watch, self.snapshots, self.step)
+        self.longer = longer
 
     def _save_best(self, loss: float) -> None:
         """Save the best weights to disk, or keep them in memory if there is no space or folder."""

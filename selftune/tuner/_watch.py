@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -214,12 +214,19 @@ class Watch:
         self._snapshots.rewind(action.rewind, member, raw)
         self.controllers[member].announce(action, step)
         self._rewound(step, member)
+        if member == self.leader:  # whose values the log shows
+            self._mark(action.rewind, step)
         return True
+
+    def _mark(self, names: Iterable[str], step: int) -> None:
+        """Mark an event in the log's charts of the hyperparameters that it has set."""
+        present = self._tuned_values()
+        self.metrics.mark({n: present[n] for n in names if n in present}, step)
 
     def _rewound(self, step: int, member: int) -> None:
         """Record a rewind."""
         self.history.rollbacks.append(step)
-        self.metrics.monitor.scalar("guard/events", len(self.history.rollbacks), step)
+        self.metrics.monitor.scalar("weights/rewinds", len(self.history.rollbacks), step)
         if not self._many:
             self.history.undone.append([self._good_at[member], step])
             self._good_at[member] = self.since = step
@@ -231,11 +238,18 @@ class Watch:
         self.metrics.monitor.flush()
         self.bar.close()
 
-    def begin(self, step: int) -> None:
-        """Record the start of the run, possibly after a sweep."""
+    def begin(self, step: int, *, extended: bool = False) -> None:
+        """Record the start of the run, possibly after a sweep, or of an extended one."""
         self.since = step
         self._good_at = [step] * len(self._good_at)
         self.note(step)
+        swept = self.controllers[0].swept
+        if extended:
+            self._mark(["lr"], step)
+        elif swept:
+            given = {n: v for n, v in self._steps.starts.items() if n in swept}
+            self.metrics.mark(given, 0)
+            self._mark(swept, step)
 
     # the present hyperparameters
 

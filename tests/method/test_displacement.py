@@ -211,7 +211,7 @@ class Run:
 
     @property
     def ratios(self) -> list[float]:
-        return self.told["displacement/ratio"]
+        return self.told["weights/displacement"]
 
 
 def test_the_rate_climbs_where_weights_drift() -> None:
@@ -238,7 +238,7 @@ def test_the_rate_does_not_climb_where_weights_oscillate() -> None:
 def test_without_a_guard_or_a_limit_it_climbs_anywhere(options: dict[str, Any]) -> None:
     """Twin: the same run, which is held back."""
     free = Run(3, **options).go()
-    assert "displacement/ratio" not in free.told
+    assert "weights/displacement" not in free.told
     assert free.rates[-1] > 1.1 * Run(3).go().rates[-1]
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from boards import serving
+from boards import serving, train
+from pages import charts
 
 IMAGES = Path(__file__).parents[2] / "docs" / "img"
 TEXTS = """
@@ -44,20 +45,56 @@ def quiet(driver: Any) -> None:
 
 def test_scalars(browser: Any, server: str) -> None:
     browser.get(f"{server}/?runFilter=plain#timeseries")
-    shown(browser, "hyper", "hypergrad", "margin", "verdict", "plain run")
+    page = shown(browser, "Loss", "hyper", "hypergrad", "margin", "plain run")
+    assert "verdict" not in page, "codes are no curves"
     quiet(browser)
 
 
 def test_custom_scalars(browser: Any, server: str) -> None:
     browser.get(f"{server}/#custom_scalars")
-    page = shown(browser, "Loss", "train against validation", "Regularization", "Health")
-    assert "do not match" not in page  # the red box of a chart whose tags have other steps
+    shown(browser, "Loss", "loss of validation batches", "Regularization", "Health")
     quiet(browser)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("steps", [60, 300, 2000])
+@pytest.mark.parametrize("face", ["tuner", "optimizer"])
+def test_every_chart_draws(browser: Any, face: str, steps: int, count: int, tmp_path: Path) -> None:
+    """Law: no red box ("The steps for value, lower, and upper tags do not match"), none empty."""
+    for seed in range(count):
+        train(face, steps, tmp_path / "runs" / str(seed), seed)
+    red, empty = 0, 0
+    with serving(tmp_path / "runs", tmp_path / "told.txt", count) as address:
+        for page, least in (("custom_scalars", 10), ("scalars", 15)):
+            found = charts(browser, f"{address}/#{page}")
+            assert len(found) >= least, (page, found)
+            red += sum(bool(chart.error) for chart in found)
+            empty += sum(not chart.drawn for chart in found)
+            text = shown(browser)
+            assert "No data" not in text
+            assert "do not match" not in text
+            quiet(browser)
+    print(f"{face}, {steps} steps, {count} runs: {red} red boxes, {empty} empty charts")
+    assert (red, empty) == (0, 0)
+
+
+def test_a_chart_of_other_steps_is_a_red_box(browser: Any, tmp_path: Path) -> None:
+    """The check itself, on a log whose margins have other steps than their value."""
+    from selftune.monitor import Row, TensorBoard
+
+    log = TensorBoard(tmp_path / "runs" / "a")
+    log.begin({"lr": 0.1}, ["lr"])
+    log.scalars([Row("hyper/lr/log10", 0.1, s) for s in (1, 2, 3)])
+    log.scalars([Row(f"margin/lr/{end}", 0.1, s) for end in ("low", "high") for s in (2, 3)])
+    log.end("finished")
+    with serving(tmp_path / "runs", tmp_path / "told.txt", 1) as address:
+        found = charts(browser, f"{address}/#custom_scalars", patience=10)
+    assert ["do not match" in chart.error for chart in found] == [True]
 
 
 def test_hparams(browser: Any, server: str) -> None:
     browser.get(f"{server}/#hparams")
-    shown(browser, "start/lr", "start/l1", "plain run", "with l1", "final/loss")
+    shown(browser, "start/lr", "start/l1", "plain run", "with l1", "Loss/final")
     quiet(browser)
 
 
@@ -84,7 +121,7 @@ def tour(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield address
 
 
-SEEN = "score/(loss|test)|hyper/(lr|hidden)|lr/snr|gap"
+SEEN = "Loss/(final|test|gap)|hyper/(lr/log10|hidden)|lr/snr"
 """Tags that the tour looks at."""
 
 
@@ -94,7 +131,7 @@ def picture(driver: Any, name: str, size: tuple[int, int] = (1200, 900)) -> None
     assert driver.save_screenshot(str(IMAGES / f"{name}.png"))
 
 
-@pytest.mark.parametrize("name", ["good", "runaway", "overfitted", "noise"])
+@pytest.mark.parametrize("name", ["good", "dead", "overfitted", "noise"])
 def test_the_tour(browser: Any, tour: str, name: str) -> None:
     browser.set_window_size(1200, 1500)  # cards out of sight are not drawn
     browser.get("about:blank")
@@ -105,12 +142,23 @@ def test_the_tour(browser: Any, tour: str, name: str) -> None:
     picture(browser, f"tour-{name}", (1200, 1500))
 
 
-@pytest.mark.parametrize("page", ["custom_scalars", "hparams", "images"])
-def test_the_pages(browser: Any, tour: str, page: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "text", "size"),
+    [
+        ("timeseries", "hypergrad", (1400, 1150)),
+        ("scalars", "Loss/final", (1200, 1000)),
+        ("custom_scalars", "Step", (1200, 1700)),
+        ("images", "what-if", (1200, 1000)),
+        ("text", "why", (1200, 1000)),
+        ("hparams", "Loss/final", (1700, 800)),
+    ],
+)
+def test_the_pages(browser: Any, tour: str, page: str, text: str, size: tuple[int, int]) -> None:
+    browser.set_window_size(*size)
     browser.get("about:blank")
     browser.get(f"{tour}/#{page}")
-    shown(browser, {"custom_scalars": "Step", "hparams": "start/lr", "images": "what-if"}[page])
-    picture(browser, page)
+    shown(browser, text)
+    picture(browser, page, size)
 
 
 def test_the_page_of_a_run(browser: Any, tour: str, request: pytest.FixtureRequest) -> None:

@@ -35,13 +35,13 @@ def test_tensorboard_reads_it_back(tmp_path: Path, as_path: Any) -> None:
     """Truth: the files as EventAccumulator reads them; nothing is on disk before a block is."""
     monitor = Monitor(as_path(tmp_path / "run"))
     for step in range(3):
-        monitor.scalar("train/loss", torch.tensor(0.5 * step, dtype=torch.float64), step)
-        monitor.scalars([("hyper/lr", 0.25), ("val/loss", torch.tensor(2.0))], 10 * step)
+        monitor.scalar("Loss/train", torch.tensor(0.5 * step, dtype=torch.float64), step)
+        monitor.scalars([("hyper/lr", 0.25), ("Loss/val", torch.tensor(2.0))], 10 * step)
     assert not (tmp_path / "run").exists()
     monitor.flush()
     read = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert sorted(read.Tags()["scalars"]) == ["hyper/lr", "train/loss", "val/loss"]
-    events = [(e.step, e.value) for e in read.Scalars("train/loss")]
+    assert sorted(read.Tags()["scalars"]) == ["Loss/train", "Loss/val", "hyper/lr"]
+    events = [(e.step, e.value) for e in read.Scalars("Loss/train")]
     assert events == [(0, 0.0), (1, 0.5), (2, 1.0)]
     assert [(e.step, e.value) for e in read.Scalars("hyper/lr")] == [
         (0, 0.25),
@@ -111,7 +111,7 @@ def test_rows_of_a_hyper_step() -> None:
     pair = (torch.tensor([3.0, 4.0]), torch.tensor([0.5, 1.0]))
     signals = {"lr": (torch.tensor([-2.0]), torch.tensor([0.25])), "l1": pair}
     assert dict(hyper_rows(1.5, values, signals)) == {
-        "val/loss": 1.5,
+        "Loss/val": 1.5,
         "hyper/lr": 0.1,
         "hyper/l1/0": 0.3,
         "hyper/l1/1": 0.2,

@@ -13,12 +13,31 @@ from selftune.monitor import pictures
 
 
 def test_curves_show_what_is_predicted() -> None:
-    figure = pictures.curves({"a": ([0.1, 1.0], [3.0, 2.0]), "b": ([0.0, 1.0], [1.0, 1.0])},
-                             {"a": 0.5, "b": 0.0})  # fmt: skip
-    first, second = figure.axes
-    assert first.lines[0].get_xydata().tolist() == [[0.1, 3.0], [1.0, 2.0]]
+    (first,) = pictures.curve("a", [0.1, 0.3, 1.0], [3.0, 1.0, 2.0], 0.5).axes
+    assert first.lines[0].get_xydata().tolist() == [[0.1, 3.0], [0.3, 1.0], [1.0, 2.0]]
     assert list(first.lines[1].get_xdata()) == [0.5, 0.5]
+    assert (first.get_xlabel(), first.get_ylabel()) == (
+        "a (dashed: 0.5, now)", "predicted validation loss"
+    )  # fmt: skip
+    assert [t.get_text() for t in first.get_xticklabels()] == ["0.1", "0.3", "1"]
+    (second,) = pictures.curve("b", [0.0, 1.0], [1.0, 1.0], 0.0).axes
     assert (first.get_xscale(), second.get_xscale()) == ("log", "linear")
+
+
+def test_labels_are_legible_at_half_the_size() -> None:
+    """Law: TensorBoard shows a picture about 300 pixels wide; text must stay above 9 of them."""
+    figures = [
+        pictures.curve("a", [0.1, 1.0], [3.0, 2.0], 0.5),
+        pictures.plane(("a", "b"), ([1, 2], [1, 2]), np.eye(2), ([1, 2], [1, 2])),
+    ]
+    for figure in figures:
+        figure.canvas.draw()
+        shrunk = 300 / (figure.get_figwidth() * figure.dpi)
+        for axes in figure.axes:
+            texts = [axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels()]
+            texts += axes.get_yticklabels()
+            for text in (t for t in texts if t.get_text()):
+                assert text.get_size() * figure.dpi / 72 * shrunk > 9
 
 
 def test_a_plane_has_the_way() -> None:
@@ -63,7 +82,7 @@ def test_they_come_into_the_log_and_change_nothing(every: int | None, tmp_path: 
     if every is None:
         assert tags == []
         return
-    assert "what-if/each" in tags
+    assert "what-if/first" in tags
     assert any(" and " in tag for tag in tags)
-    assert [e.step for e in images.Images("what-if/each")] == [50, 100, 120]
+    assert [e.step for e in images.Images("what-if/first")] == [50, 100, 120]
     np.testing.assert_array_equal(run(None, None).history["val_loss"], result.history["val_loss"])

@@ -1,5 +1,6 @@
 """The report and the console. Truths: the run's own history, an HTML parser, exit codes."""
 
+import html
 import html.parser
 import re
 import subprocess
@@ -85,7 +86,7 @@ def test_the_console_compares_runs_and_names_what_is_none(
     finished: Any, tmp_path: Path, capsys: Any
 ) -> None:
     worse = JSONL(tmp_path / "worse.jsonl")
-    worse.scalars([st.monitor.Row("val/loss", 1e6, 5), st.monitor.Row("hyper/lr", 0.5, 5)])
+    worse.scalars([st.monitor.Row("Loss/val", 1e6, 5), st.monitor.Row("hyper/lr", 0.5, 5)])
     assert main(["show", str(worse.path), str(finished.folder), str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     order = [row for row in out.splitlines() if "lr=" in row]
@@ -120,6 +121,10 @@ tuner.fit(batches[:12], batches[12:], epochs=10, progress=False, log_dir={str(tm
     assert done.returncode == -9, done.stderr.decode()
     log = read(tmp_path)
     assert log.loss() is not None
+    swept, now = log.curves["hyper/lr"][1][0], log.curves["hyper/lr"][1][-1]
+    lines = log.reasons().splitlines()
+    assert len(lines) == 3
+    assert f"lr: given 0.001 → sweep {swept:.3g} → {now:.3g} by hypergradients so far (" in lines[0]
     assert {one.name for one in log.lines()} == {"lr", "beta1", "weight_decay"}
     assert max(log.curves["hyper/lr"][0]) >= 40
 
@@ -131,6 +136,7 @@ def test_the_console_shows_sentences_and_looks_into_folders(finished: Any, capsy
         assert str(path if path.suffix else finished.folder) in out
         for verdict in finished.verdicts.values():
             assert verdict.sentence in out
+        assert finished.why in out
 
 
 def test_a_run_under_way_has_sentences_too(tmp_path: Path, capsys: Any) -> None:
@@ -151,11 +157,17 @@ def test_the_demo_ends_with_a_score(tmp_path: Path, capsys: Any) -> None:
     assert float(found[1]) > 50
 
 
-def test_weight_decay_on_its_floor_says_so() -> None:
+def test_weight_decay_on_its_floor_says_so(tmp_path: Path, capsys: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(256, 4)
     batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
     model = torch.nn.Linear(4, 1)
     tuner = st.Tuner(model, torch.nn.functional.mse_loss, compile=False)
-    result = tuner.fit(batches[:12], batches[12:], epochs=20, progress=False)
+    result = tuner.fit(batches[:12], batches[12:], epochs=20, progress=False, log_dir=tmp_path)
     assert "lies on its floor" in result.verdicts["weight_decay"].sentence
+    (line,) = (one for one in result.why.splitlines() if one.startswith("weight_decay: "))
+    assert line.endswith(f" → {result.hparams['weight_decay']:.3g}, its floor")
+    assert line in result.report()
+    assert html.escape(line) in (tmp_path / "report.html").read_text()
+    assert main(["show", str(tmp_path)]) == 0
+    assert line in capsys.readouterr().out

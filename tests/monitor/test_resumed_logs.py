@@ -40,7 +40,7 @@ def test_a_resumed_run_goes_on_with_the_same_curves(tmp_path: Path) -> None:
     resumed = fit(tmp_path / "twice", resume=True)
     whole = fit(tmp_path / "once")
     assert resumed.hparams == whole.hparams
-    for tag in ("hyper/lr", "val/loss", "score/loss"):
+    for tag in ("hyper/lr", "Loss/val", "Loss/final"):
         curves = []
         for name in ("twice", "once"):
             events = EventAccumulator(str(tmp_path / name)).Reload().Scalars(tag)
@@ -55,13 +55,17 @@ def test_a_resumed_run_goes_on_with_the_same_curves(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_run_that_is_resumed_is_not_doubled(tmp_path: Path) -> None:
-    for _ in range(2):
-        fit(tmp_path, resume=True)
-    read = EventAccumulator(str(tmp_path)).Reload()
-    lines = read_jsonl(tmp_path / "run.jsonl")
-    for tag in ("end/lr", "final/loss"):
-        assert [e.step for e in read.Scalars(tag)] == [120]
-        assert [r["step"] for r in lines if r.get("tag") == tag] == [120]
+    for folder in ("twice", "twice", "once"):
+        fit(tmp_path / folder, resume=True)
+    twice, once = (
+        EventAccumulator(str(tmp_path / folder)).Reload() for folder in ("twice", "once")
+    )
+    for tag in ("hyper/lr", "Loss/final"):
+        steps = [e.step for e in once.Scalars(tag)]
+        assert steps[-1] == 120
+        assert [e.step for e in twice.Scalars(tag)] == steps
+        lines = read_jsonl(tmp_path / "twice" / "run.jsonl")
+        assert [r["step"] for r in lines if r.get("tag") == tag] == steps
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_its_curves_anew(
@@ -80,7 +84,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_its_curves_anew(
 def curves(folder: Path) -> str:
     """All curves without times, from event files and from lines; as text, for NaN is itself."""
     read = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [t for t in read.Tags()["scalars"] if not t.startswith("cost/")]
+    tags = [t for t in read.Tags()["scalars"] if not t.startswith("time/")]
     lines = [r for r in read_jsonl(folder / "run.jsonl") if "value" in r]
     return "\n".join(
         f"{t} {[(e.step, e.value) for e in read.Scalars(t)]}"
@@ -116,7 +120,7 @@ def test_a_loaded_optimizer_writes_the_same_curves(tmp_path: Path) -> None:
     whole, cut = InMemory(), InMemory()
     looped(whole, 200)
     looped(cut, 200, looped(cut, 110))
-    rows = [[r for r in one.rows if not r.tag.startswith("cost/")] for one in (whole, cut)]
+    rows = [[r for r in one.rows if not r.tag.startswith("time/")] for one in (whole, cut)]
     assert {"response/agreement", "margin/lr/low", "verdict/lr"} <= {r.tag for r in rows[0]}
     assert repr(rows[0]) == repr(rows[1])  # for NaN is itself
 
@@ -212,9 +216,9 @@ def test_curves_have_no_hole_before_the_checkpoint_of_a_killed_run(
             assert done.returncode == (-signal.SIGKILL if last else 0)
         lines = read_jsonl(tmp_path / name / "run.jsonl")
         rows = [(r["tag"], r["step"], r["value"]) for r in lines if "value" in r]
-        curves.append(sorted(r for r in rows if not r[0].startswith("cost/")))
+        curves.append(sorted(r for r in rows if not r[0].startswith("time/")))
     assert curves[0] == curves[1]
-    assert {"hyper/lr", "val/loss"} <= {tag for tag, _, _ in curves[0]}
+    assert {"hyper/lr", "Loss/val"} <= {tag for tag, _, _ in curves[0]}
 
 
 def _open_files() -> int:
@@ -246,7 +250,7 @@ def test_a_logged_run_leaves_no_thread_and_no_descriptor(ends: str, tmp_path: Pa
     assert threading.active_count() <= threads
     assert _open_files() <= files
     read = EventAccumulator(str(tmp_path / "3")).Reload()
-    assert len(read.Scalars("hyper/lr")) == 2
+    assert [e.step for e in read.Scalars("Loss/val")] == [5, 10]
 
 
 def test_a_fit_leaves_no_thread(tmp_path: Path) -> None:

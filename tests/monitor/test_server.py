@@ -7,11 +7,11 @@ NAMES = ["lr", "beta1", "weight_decay"]
 
 def test_every_documented_tag_is_listed(server: str) -> None:
     tags = set(get(server, "scalars/tags")["plain run"])
-    want = {"train/loss", "val/loss", "gap/val-train", "outer/averaged-vs-last", "cost/overhead"}
+    want = {"Loss/train", "Loss/val", "Loss/gap", "outer/averaged-vs-last", "time/overhead"}
     want |= {"response/predicted", "response/realised", "response/agreement"}
-    want |= {"final/loss", "score/loss"}
+    want |= {"Loss/final", "hyper/lr/log10", "hyper/weight_decay/log10", "when/lr", "when/beta1"}
     for name in NAMES:
-        want |= {f"hyper/{name}", f"verdict/{name}", f"end/{name}"}
+        want |= {f"hyper/{name}"}
         want |= {f"hypergrad/{name}/{kind}" for kind in ("value", "norm", "snr")}
         want |= {f"margin/{name}/low", f"margin/{name}/high"}
     assert want <= tags
@@ -29,7 +29,7 @@ def test_sessions_have_the_union_of_columns(server: str) -> None:
         (session,) = group["sessions"]
         assert session["status"] == "STATUS_SUCCESS"
         metrics = {m["name"]["tag"] for m in session["metricValues"]}
-        assert {"final/loss", "end/lr"} <= metrics
+        assert {"Loss/final", "hyper/lr"} <= metrics
         assert group["hparams"]["start/lr"] > 0
 
 
@@ -37,7 +37,27 @@ def test_custom_scalars_have_a_page_a_family(server: str) -> None:
     pages = {page["title"]: page for page in get(server, "custom_scalars/layout")["category"]}
     assert {"Loss", "Step", "Regularization", "Health"} <= set(pages)
     charts = {chart["title"]: chart for chart in pages["Step"]["chart"]}
-    series = charts["lr"]["margin"]["series"][0]
-    assert series == {
-        "value": "hyper/lr", "lower": "margin/lr/low", "upper": "margin/lr/high"
+    values, events = charts["lr (log10), events marked"]["margin"]["series"]
+    assert values == {
+        "value": "hyper/lr/log10", "lower": "margin/lr/low", "upper": "margin/lr/high"
     }  # fmt: skip
+    assert set(events.values()) == {"when/lr"}
+
+
+def test_charts_are_the_same_in_every_run(server: str) -> None:
+    """Law: runs that tune the same and more share their charts; none is listed twice."""
+    for page in get(server, "custom_scalars/layout")["category"]:
+        titles = [chart["title"] for chart in page["chart"]]
+        assert len(set(titles)) == len(titles), page["title"]
+
+
+def test_groups_of_tags_open_with_losses_and_hyperparameters(server: str) -> None:
+    """Truth: TensorBoard sorts groups by character codes, and opens the first two."""
+    groups = sorted({tag.split("/")[0] for tag in get(server, "scalars/tags")["with l1"]})
+    assert groups[:2] == ["Loss", "hyper"]
+    assert groups[-3:] == ["time", "weights", "when"]
+
+
+def test_the_final_loss_is_the_first_metric(server: str) -> None:
+    metrics = get(server, "hparams/experiment", {})["metricInfos"]
+    assert metrics[0]["name"]["tag"] == "Loss/final"

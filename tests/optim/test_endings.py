@@ -68,7 +68,7 @@ def test_the_end_lies_where_the_loss_is_lowest_on_the_way_from_the_average(
     recorder = st.monitor.InMemory()
     weight, opt = climb(validation, guard, keeps=0.9, period=10, recorder=recorder)
     average = float(opt.state[weight]["average"])
-    position = recorder.curve("final/position")[1][-1]
+    position = recorder.curve("weights/position")[1][-1]
     assert 9.0 < average < 9.3
     if best < 0:  # all ways lead uphill; without a guard there is none back
         assert position == (-1.0 if guard else 0.0)
@@ -82,7 +82,7 @@ def test_a_loop_that_always_asks_is_judged_a_step_before_its_end() -> None:
     """The weight moves on by 0.1, and with it what lies at a share of the way."""
     recorder = st.monitor.InMemory()
     weight, opt = climb(lambda w: (w - 9.7).square(), keeps=0.9, recorder=recorder)
-    assert recorder.curve("final/position")[0] == [STEPS - 1]
+    assert recorder.curve("weights/position")[0] == [STEPS - 1]
     assert shown(weight, opt) == pytest.approx(9.8, abs=0.02)
 
 
@@ -95,7 +95,7 @@ def test_noise_alone_brings_nothing_back(own: bool) -> None:
     for _ in range(30):
         recorder = st.monitor.InMemory()
         climb(lambda w, g=generator: 5 + (torch.rand((), generator=g) - 0.5) * w, recorder=recorder)
-        returned += recorder.curve("final/position")[1][-1] < 0
+        returned += recorder.curve("weights/position")[1][-1] < 0
     assert returned <= 17  # of 30 at 30 %: less likely than 0.2 %
 
 

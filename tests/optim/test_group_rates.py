@@ -61,14 +61,14 @@ def test_each_group_has_the_curve_of_its_applied_rate(
     moved = trained(MAKES[make], tmp_path, 2, "head", anneals=anneals, tune=("lr",), **options)
     found = curves(tmp_path, "lr/")
     assert set(found) == {"lr/head", "lr/1"}
-    (noted,) = curves(tmp_path, "val/loss").values()
+    (noted,) = curves(tmp_path, "Loss/val").values()
     for at, tag in enumerate(("lr/head", "lr/1")):
         assert found[tag].keys() == noted.keys()
         assert len(noted) >= STEPS // 20
         for step, rate in found[tag].items():
             assert rate == pytest.approx(moved[step][at], rel=1e-6)
     peaks = curves(tmp_path, "hyper/lr")
-    assert set(peaks) == {"hyper/lr", "hyper/lr/0", "hyper/lr/1"}
+    assert set(peaks) == {"hyper/lr", "hyper/lr/0", "hyper/lr/1", "hyper/lr/log10"}
 
 
 def test_one_group_has_none(tmp_path: Path) -> None:

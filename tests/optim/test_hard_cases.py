@@ -223,7 +223,7 @@ def test_the_zero_of_a_noisy_loss_does_not_matter(seed: int) -> None:
             opt.report(value)
             opt.hyper_step(lambda: loss(1000, 1200, 4))
         opt.flush()
-        assert recorder.curve("guard/events") == ([], [])
+        assert recorder.curve("weights/rewinds") == ([], [])
         ends.append(opt.hparams["lr"])
     assert ends[0] > 2e-3  # it has climbed
 
@@ -251,7 +251,7 @@ def broken(kind: str, every: int = 1) -> tuple[Tensor, list[float], dict[str, An
         )
         assert bool(weight.isfinite().all())
     opt.flush()
-    return weight.detach(), recorder.curve("guard/events")[0], opt.hparams, before
+    return weight.detach(), recorder.curve("weights/rewinds")[0], opt.hparams, before
 
 
 @pytest.mark.parametrize("kind", ["gradients", "hypergradients"])

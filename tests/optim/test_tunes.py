@@ -112,7 +112,7 @@ def test_an_explosion_cools_the_rate_and_momentum_more_each_time() -> None:
     options: dict[str, Any] = dict(lr=1e4, momentum=0.9, probe=False, log_dir=recorder)
     _, opt = run(lambda n: st.SGD(n.parameters(), **options), steps=30)
     opt.flush()
-    count = recorder.curve("guard/events")[1][-1]
+    count = recorder.curve("weights/rewinds")[1][-1]
     assert count >= 2
     assert opt.hparams["lr"] < 1e4 / 3**count
     assert opt.hparams["momentum"] < 0.8

@@ -231,7 +231,7 @@ def test_a_folder_holds_the_log_and_both_checkpoints(tmp_path: Path) -> None:
     assert (tmp_path / "last.pt").exists()
     events = EventAccumulator(str(tmp_path)).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "val/loss", "hyper/lr", "hyper/momentum", "score/loss"} <= tags
+    assert {"Loss/train", "Loss/val", "hyper/lr", "hyper/momentum", "Loss/final"} <= tags
     steps = [e.step for e in events.Scalars("hyper/lr")]
     assert steps == sorted(set(steps))
     assert steps[-1] <= 100

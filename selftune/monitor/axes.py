@@ -1,0 +1,58 @@
+"""The scale on which a chart draws a hyperparameter, and where events are marked in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from selftune.bijections import Log
+from selftune.hparams import Hparam
+
+LOG10 = "log10"
+"""Last part of the tag of the decimal logarithm, beside the value's own: ``hyper/lr/log10``."""
+WHEN = "when"
+"""First part of the tag of the points that mark events: ``when/lr``."""
+RATES = ("rate", "decay", "regularizer")
+
+
+def logarithmic(hparam: Hparam) -> bool:
+    """Whether charts draw a hyperparameter by its decimal logarithm: rates do.
+
+    Examples:
+        >>> from selftune.hparams import LR, MOMENTUM
+        >>> logarithmic(LR), logarithmic(MOMENTUM)
+        (True, False)
+    """
+    return hparam.role in RATES and isinstance(hparam.bijection, Log)
+
+
+def drawn(hparam: Hparam, value: float) -> float:
+    """The height at which charts draw a value; log 0 is -inf, and not drawn."""
+    if not logarithmic(hparam):
+        return value
+    return math.log10(value) if value > 0 else -math.inf
+
+
+def middle(values: float | Sequence[float]) -> float:
+    """The value that stands for groups or layers that differ: the upper median."""
+    return sorted(values)[len(values) // 2] if isinstance(values, Sequence) else float(values)
+
+
+def marks(
+    hparams: Mapping[str, Hparam], values: Mapping[str, float | Sequence[float]]
+) -> Iterator[tuple[str, float]]:
+    """Rows that mark an event in the charts of the hyperparameters that it has set.
+
+    Args:
+        hparams: The tuned hyperparameters.
+        values: Of those that were set, after the event.
+
+    Examples:
+        >>> from selftune.hparams import LR
+        >>> list(marks({"lr": LR}, {"lr": 0.01}))
+        [('when/lr', -2.0)]
+    """
+    for name in hparams:
+        height = drawn(hparams[name], middle(values[name])) if name in values else -math.inf
+        if math.isfinite(height):
+            yield f"{WHEN}/{name}", height
