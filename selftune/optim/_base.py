@@ -198,13 +198,17 @@ class SelfTuningOptimizer(EvaluationMode):
                 self._log.metrics.compared(loss, outer.value(closure), clock.steps)
         return loss
 
-    def sync(self) -> None:
+    def sync(self, weights: bool = True) -> None:
         """Take weights that were changed from outside for the averaged and the last good ones.
 
         After loading, pruning or re-initialising weights in the middle of a run. Without it the
         average still holds those of before for some 1/(1 − ρ) steps, and a rewind returns to them.
         Hyperparameters and sensitivities stay. (Weights that are held at exactly 0 by a mask, and
         parameters that were frozen, need no call: averages follow them.)
+
+        Args:
+            weights: False where masks closed units: the guard alone begins anew, as losses and live
+                units of before are no yardstick.
 
         Raises:
             RuntimeError: It is called inside ``averaged()``.
@@ -220,7 +224,7 @@ class SelfTuningOptimizer(EvaluationMode):
         self._outside("sync()")
         with torch.no_grad():
             self._blocks()
-            self._engine.sync()
+            self._engine.sync() if weights else self._engine.controller.restart()
 
     def report(self, loss: Tensor | float) -> None:
         """Tell the training loss, for the log and the guard; optional.

@@ -9,6 +9,7 @@ from selftune.structure.gates import (
     open_gates,
     parameter_groups,
 )
+from selftune.structure.goal import Goal
 from selftune.structure.noise_scale import NoiseScale
 from selftune.structure.pruning import prune
 
@@ -16,6 +17,7 @@ __all__ = [
     "AbstractGated",
     "Batches",
     "Gate",
+    "Goal",
     "NoiseScale",
     "Optional",
     "gated",

@@ -12,25 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from selftune.structure._channels import Follower
 from selftune.structure._folding import fold, replace_optionals
+from selftune.structure._tracing import Tracer, call
 from selftune.structure.gates import Gate, Optional, gated
 
 log = logging.getLogger("selftune")
 
 TOLERANCE = 1e-5
 """Largest difference of outputs, relative to the largest output, or 1 if that is below."""
-
-
-class _Tracer(fx.Tracer):
-    """Traces into the user's modules, and takes torch's and gates as they are."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Gate) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        # A slice of an nn.Sequential is a new module, which the model does not have a name for.
-        if isinstance(m, nn.Sequential):
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
 
 
 def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Module:
@@ -87,7 +75,7 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
     with torch.no_grad():
         for _, module in gated(pruned):
             module.gates[module.closed(threshold)] = 0.0
-        before = _call(pruned, inputs)
+        before = call(pruned, inputs)
         replace_optionals(pruned, 0.0)
         if any(isinstance(m, Gate) for m in pruned.modules()):
             _remove(pruned, inputs)
@@ -97,26 +85,9 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
     return pruned
 
 
-def _call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    try:
-        return model(*inputs)
-    except Exception as error:
-        shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-        raise ValueError(
-            f"example of shape {', '.join(map(str, shapes))} does not fit the model: {error}"
-        ) from error
-
-
 def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Fold gates and cut closed units out, in place."""
-    try:
-        traced = _Tracer().trace(model)
-    except Exception as error:
-        raise ValueError(
-            f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
-            "gates, or take control flow that depends on values out of forward"
-        ) from error
-    graph = fx.GraphModule(model, traced)
+    graph = fx.GraphModule(model, Tracer().of(model))
     follower = Follower(graph, 0.0)
     follower.run(*inputs)
     for node, value in follower.values.items():

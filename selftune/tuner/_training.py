@@ -19,7 +19,7 @@ from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
 from selftune.tuner._group import Group
 from selftune.tuner._interrupt import Interruption
-from selftune.tuner._objective import modes_kept
+from selftune.tuner._masks import masks_followed
 from selftune.tuner._payoff import WATCHED, payoff
 from selftune.tuner._pictures import picture
 from selftune.tuner._plan import Plan, Progress
@@ -235,9 +235,12 @@ class Training:
         """``"stopped"`` if patience is over or a callback asks for it."""
         stop = self.plan.patience is not None and self.waited >= self.plan.patience
         if self.callbacks:
-            shown = self.scorer.shown(self.fused.run, self.watch.leader)
-            with shown, modes_kept(self.scorer.model):
+            parts = self.steps, self.scorer, self.snapshots, self.watch.leader
+            with masks_followed(*parts) as closed:
                 stop |= any([bool(call(progress)) for call in self.callbacks])
+            if closed:  # losses of another size are no yardstick
+                self.best, self.saved_best, self.waited = math.inf, None, 0
+                self.watch.controllers[0].restart()
             self.group.share_streams()  # from which callbacks may have drawn
         return "stopped" if self.group.any(stop) else "finished"
 
