@@ -10,18 +10,27 @@ from selftune.structure.gates import (
     parameter_groups,
 )
 from selftune.structure.goal import Goal
+from selftune.structure.insertion import with_gates
 from selftune.structure.noise_scale import NoiseScale
 from selftune.structure.pruning import prune
+from selftune.structure.recurrent import Recurrent, RecurrentLayers
+from selftune.structure.transformer import Attention, Encoder, EncoderLayer
 
 __all__ = [
     "AbstractGated",
+    "Attention",
     "Batches",
+    "Encoder",
+    "EncoderLayer",
     "Gate",
     "Goal",
     "NoiseScale",
     "Optional",
+    "Recurrent",
+    "RecurrentLayers",
     "gated",
     "open_gates",
     "parameter_groups",
     "prune",
+    "with_gates",
 ]

@@ -32,29 +32,43 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
     Source: Theis et al. 2018, eq. 8.
     """
     rows: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
     modules = dict(gated(model))
     with ExitStack() as hooks:
         for name, module in modules.items():
-            handle = module.register_forward_hook(partial(_watch, rows, name))
+            handle = module.register_forward_hook(partial(_watch, rows, sizes, name))
             hooks.callback(handle.remove)
         with torch.enable_grad():
             loss = closure()
             gates = [m.gates for m in modules.values()]
-            torch.autograd.grad(loss, gates, allow_unused=True)
+            grads = torch.autograd.grad(loss, gates, allow_unused=True)
+    for name, grad in zip(modules, grads, strict=True):
+        # Without gradients of single examples: ½ N (mean c_n)², of the same mean where E c_n = 0.
+        if grad is not None and name in sizes:
+            rows[name] = (modules[name].gates.detach() * grad).flatten()[None]
     missed = sorted(set(modules) - set(rows))
     if missed:
         raise ValueError(
             f"closure: its loss does not depend on the gates of {', '.join(missed)}: it must run "
             "the model that the goal was made for, with gates that require a gradient"
         )
-    return {n: 0.5 * len(c) * c.square().sum(0) for n, c in rows.items()}
+    found = {n: 0.5 * len(c) * c.square().sum(0) for n, c in rows.items()}
+    return {n: s * sizes.get(n, 1) for n, s in found.items()}
 
 
 def _watch(
-    rows: dict[str, Tensor], name: str, module: AbstractGated, args: Any, output: Tensor
-) -> None:
-    """Add up ``c_n / N`` of a module, shape (examples, units), in the backward pass."""
-    value = module.passed(args[0].detach(), output.detach())
+    rows: dict[str, Tensor], sizes: dict[str, int], name: str, module: AbstractGated, args: Any,
+    output: Any,
+) -> None:  # fmt: skip
+    """Add up ``c_n / N`` of a module, shape (examples, units), in the backward pass.
+
+    A module that does not tell leaves its number of examples instead.
+    """
+    value = module.passed(args[0].detach(), output)
+    if value is None:
+        sizes[name] = len(args[0])
+        return
+    value = value.detach()
 
     def add(grad: Tensor) -> None:
         found = module.per_unit(grad * value)

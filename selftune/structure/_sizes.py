@@ -17,7 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 from selftune.structure._channels import Follower
 from selftune.structure._folding import as_sum
 from selftune.structure._tracing import Tracer, call
-from selftune.structure.gates import AbstractGated, Gate, Optional, gated
+from selftune.structure.gates import AbstractGated, Optional, gated
+from selftune.structure.recurrent import Recurrent
 
 KINDS = ("parameters", "multiply_adds")
 Place = tuple[str, int]
@@ -52,7 +53,8 @@ class Sizes:
     """How large a model is with some of its units closed.
 
     A unit here is all that shares a channel: it goes where all of its gates are closed. Counted are
-    weights and biases, and the multiply-adds of Linear and convolution layers in one example.
+    weights and biases, and the multiply-adds of Linear, convolution and recurrent layers in one
+    example.
 
     Args:
         model: With gates; it is left as it is.
@@ -93,7 +95,7 @@ class Sizes:
         self._numbers: dict[int, int] = {}
         removable = follower.units.removable()
         for cut in follower.units.cuts.values():
-            if not isinstance(cut.module, Gate):
+            if not isinstance(cut.module, AbstractGated) or cut.name != "gates":
                 continue
             roots = [follower.units.root(u) for u in cut.ids]
             for at, root in enumerate(roots):
@@ -128,7 +130,7 @@ class Sizes:
             axes = cuts.get(id(param), [])
             fixed = param.numel() / math.prod(len(units) for _, units in axes)
             within = tuple(self._optionals[n] for n in optionals if name.startswith(f"{n}."))
-            times = positions.get(path, 0.0) if leaf == "weight" else 0.0
+            times = positions.get(path, 0.0) if leaf.startswith("weight") else 0.0
             blocks.append(_Block(fixed, tuple(u for _, u in axes), times, within, True))
         return blocks
 
@@ -182,6 +184,10 @@ def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[str, 
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Linear):
             times = value.numel() / module.out_features
+        elif isinstance(module, Recurrent):
+            times = value[0].numel() / len(module.gates)
+            found[f"{node.target}.cell"] = times / batch
+            continue
         elif isinstance(module, _ConvNd):
             read = follower.values[node.all_input_nodes[0]]
             times = (

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from selftune.structure.gates import Gate
+from selftune.structure.recurrent import Recurrent
 
 
 class Tracer(fx.Tracer):
@@ -15,7 +16,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is a node of the graph."""
-        return isinstance(m, Gate) or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, (Gate, Recurrent))
+        return own or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """The node of a call, or those inside it."""

@@ -41,8 +41,8 @@ class AbstractGated(nn.Module, ABC):
         return self.factors().detach().abs() <= threshold
 
     @abstractmethod
-    def passed(self, input: Tensor, output: Tensor) -> Tensor:
-        """The part of an output that gates scale."""
+    def passed(self, input: Tensor, output: Any) -> Tensor | None:
+        """The part of an output that gates scale; None if gates act on more than that."""
 
     @abstractmethod
     def per_unit(self, values: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 from selftune.structure._channels import Follower
 from selftune.structure._folding import fold, replace_optionals
 from selftune.structure._tracing import Tracer, call
-from selftune.structure.gates import Gate, Optional, gated
+from selftune.structure.gates import AbstractGated, gated
+from selftune.structure.insertion import COMPOSITES
+from selftune.structure.recurrent import Recurrent
 
 log = logging.getLogger("selftune")
 
@@ -51,6 +53,7 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
         RuntimeError: The smaller model fails, or has other outputs.
 
     Examples:
+        >>> from selftune.structure import Gate
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Gate(8), nn.Linear(8, 1))
         >>> with torch.no_grad():
         ...     net[2].gates[2:] = 0.0
@@ -62,12 +65,12 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
           (3): Linear(in_features=2, out_features=1, bias=True)
         )
     """
-    if isinstance(model, (Gate, Optional)):
+    if isinstance(model, AbstractGated):
         raise ValueError(f"model is a {type(model).__name__} itself: pass the model it is part of")
     if not any(True for _ in gated(model)):
         raise ValueError(
             "model has no gates: put selftune.structure.Gate after the units that may be removed, "
-            "or selftune.structure.Optional around blocks"
+            "selftune.structure.Optional around blocks, or use selftune.structure.with_gates"
         )
     inputs = example if isinstance(example, tuple) else (example,)
     modes = {name: module.training for name, module in model.named_modules()}
@@ -77,15 +80,15 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
             module.gates[module.closed(threshold)] = 0.0
         before = call(pruned, inputs)
         replace_optionals(pruned, 0.0)
-        if any(isinstance(m, Gate) for m in pruned.modules()):
-            _remove(pruned, inputs)
+        if any(isinstance(m, (AbstractGated, COMPOSITES)) for m in pruned.modules()):
+            pruned = _remove(pruned, inputs)
         _check(before, pruned, inputs)
     for name, module in pruned.named_modules():
         module.training = modes.get(name, model.training)
     return pruned
 
 
-def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     """Fold gates and cut closed units out, in place."""
     graph = fx.GraphModule(model, Tracer().of(model))
     follower = Follower(graph, 0.0)
@@ -99,13 +102,40 @@ def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     _name_kept(follower, gone)
     units.remove(gone)
     fold(follower, graph, model)
+    return _as_graphs(model)
+
+
+def _as_graphs(model: nn.Module) -> nn.Module:
+    """Turn modules of this library into modules of torch alone."""
+    plains: dict[int, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, Recurrent):
+            model.set_submodule(path, plains.setdefault(id(module), _plain(module, plains)))
+    done = ""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, COMPOSITES) or (done and path.startswith(done)):
+            continue
+        graph = Tracer().of(module)
+        for node in graph.nodes:
+            node.type = None  # annotations that are strings cannot be saved
+        graph._tracer_cls = None  # which would be saved with it
+        traced = fx.GraphModule(module, graph, type(module).__name__)
+        if not path:
+            return traced
+        model.set_submodule(path, traced)
+        done = f"{path}."
+    return model
+
+
+def _plain(module: Recurrent, known: dict[int, nn.Module]) -> nn.Module:
+    return known.get(id(module)) or module.plain()
 
 
 def _name_kept(follower: Follower, gone: set[int]) -> None:
     """Name gates that have closed units which stay, since other layers need them."""
     kept: list[str] = []
     for cut in follower.units.cuts.values():
-        if isinstance(cut.module, Gate):
+        if isinstance(cut.module, AbstractGated) and cut.name == "gates":
             closed = cut.module.closed().tolist()
             stay = sum(
                 c and follower.units.root(u) not in gone
@@ -125,7 +155,8 @@ def _check(before: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
     except Exception as error:
         raise RuntimeError(
             f"the smaller model fails: {error}. Shapes written as numbers in forward do not fit "
-            "it: write x.flatten(1) for x.view(-1, 512)"
+            "it: write x.flatten(1) for x.view(-1, 512), and x.unflatten(-1, (-1, head_dim)) for "
+            "heads"
         ) from error
     pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
     for old, new in pairs:
