@@ -1,6 +1,7 @@
 """Discrete hyperparameters of one run: units and layers that gates close, and the batch size."""
 
 from selftune.structure.batches import Batches
+from selftune.structure.choice import Choice, Chooser
 from selftune.structure.gates import (
     AbstractGated,
     Gate,
@@ -20,6 +21,8 @@ __all__ = [
     "AbstractGated",
     "Attention",
     "Batches",
+    "Choice",
+    "Chooser",
     "Encoder",
     "EncoderLayer",
     "Gate",

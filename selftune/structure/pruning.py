@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from selftune.structure._channels import Follower
 from selftune.structure._folding import fold, replace_optionals
 from selftune.structure._tracing import Tracer, call
+from selftune.structure.choice import Choice, choose
 from selftune.structure.gates import AbstractGated, gated
 from selftune.structure.insertion import COMPOSITES
 from selftune.structure.recurrent import Recurrent
@@ -23,7 +25,10 @@ TOLERANCE = 1e-5
 """Largest difference of outputs, relative to the largest output, or 1 if that is below."""
 
 
-def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Module:
+def prune(
+    model: nn.Module, example: Any, *, threshold: float = 1e-2,
+    loss: Callable[[nn.Module], Any] | None = None, tolerance: float = 0.01,
+) -> nn.Module:  # fmt: skip
     """A smaller plain model, with the outputs that ``model`` has once closed gates are exactly 0.
 
     Units whose gates are closed are cut out of all layers that share them: rows of the layer that
@@ -43,6 +48,9 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
             layers depend on it.
         threshold: A gate is closed if |g| is not above it. Running averages of gates, which is what
             runs end with, are exactly 0 only some hundred steps after the gates themselves.
+        loss: Of a model with :class:`Choice`, a function of the model: its loss, checked before and
+            after each choice becomes one branch.
+        tolerance: The share of that loss by which it may rise.
 
     Returns:
         A copy of the model with smaller layers, in the model's mode.
@@ -50,7 +58,7 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
     Raises:
         ValueError: A model without gates, an example that does not fit, a graph that cannot be
             traced.
-        RuntimeError: The smaller model fails, or has other outputs.
+        RuntimeError: The smaller model fails, or has other outputs, or the loss of choices rises.
 
     Examples:
         >>> from selftune.structure import Gate
@@ -67,7 +75,7 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
     """
     if isinstance(model, AbstractGated):
         raise ValueError(f"model is a {type(model).__name__} itself: pass the model it is part of")
-    if not any(True for _ in gated(model)):
+    if not any(isinstance(m, (AbstractGated, Choice)) for m in model.modules()):
         raise ValueError(
             "model has no gates: put selftune.structure.Gate after the units that may be removed, "
             "selftune.structure.Optional around blocks, or use selftune.structure.with_gates"
@@ -78,6 +86,7 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
     with torch.no_grad():
         for _, module in gated(pruned):
             module.gates[module.closed(threshold)] = 0.0
+        pruned = choose(pruned, loss, tolerance)
         before = call(pruned, inputs)
         replace_optionals(pruned, 0.0)
         if any(isinstance(m, (AbstractGated, COMPOSITES)) for m in pruned.modules()):
