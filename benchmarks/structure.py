@@ -15,6 +15,16 @@ gradient evaluations in each row:
 Means ± standard deviations over the seeds; "kept" are the shares of the wide net's.
 
     SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 0 1 2] [--steps 600] [--rows ...]
+
+Typical output (two shared cores, torch 2.13):
+
+    | | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |
+    |---|---|---|---|---|---|
+    | wide | 88.02 ± 0.12 | 100 ± 0 | 100 ± 0 | 24 / 48 / 96 | – |
+    | goal, late | 87.61 ± 0.17 | 43 ± 4 | 49 ± 1 | 20 / 28 / 70 | – |
+    | goal | 87.88 ± 0.18 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
+    | magnitude | 86.73 ± 0.34 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
+    | small | 87.42 ± 0.12 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
 """
 
 from __future__ import annotations
