@@ -1,27 +1,30 @@
-"""Units closed by gates against magnitude pruning: parameters, multiply-adds and test accuracy.
+"""A goal for size against magnitude pruning: parameters, multiply-adds and test accuracy.
 
 A convolutional net that is wider than 5,000 images of Fashion-MNIST need, trained for as many
 gradient evaluations in each row:
 
 - *wide*: as it is;
-- *gates, λ tuned*: a gate on each unit, `penalties.Gates(0.003)`, λ tuned on validation data like
-  the rate, then `structure.prune`;
-- *gates, λ ≥ …*: the same with a lower bound of λ, which says how much smaller a net is wanted;
+- *goal*: a gate on each unit, and `structure.Goal` of half the parameters and multiply-adds; the
+  evaluations of its closings are taken off the steps;
+- *goal, late*: the same with closings up to half of the run;
+- *gates, λ ≥ …*: `penalties.Gates` with λ tuned on validation data above a lower bound;
 - *magnitude*: the wide net for two thirds of the steps, then `torch.nn.utils.prune.ln_structured`
-  down to as many units a layer as the row above it has, and fine-tuning for the last third.
+  down to as many units a layer as the goal has left, and fine-tuning for the last third;
+- *small*: a net of that size from the start.
 
 Means ± standard deviations over the seeds; "kept" are the shares of the wide net's.
 
-    SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 0 1 2] [--steps 600] [--least 0.003]
+    SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 0 1 2] [--steps 600] [--rows ...]
 
 Typical output (two shared cores, torch 2.13):
 
     | | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |
     |---|---|---|---|---|---|
     | wide | 88.02 ± 0.12 | 100 ± 0 | 100 ± 0 | 24 / 48 / 96 | – |
-    | gates, λ tuned | 87.44 ± 0.33 | 72 ± 3 | 97 ± 0 | 24 / 48 / 68 | 0.0013 |
-    | gates, λ ≥ 0.003 | 87.38 ± 0.15 | 42 ± 2 | 65 ± 6 | 20 / 38 / 49 | 0.0034 |
-    | magnitude | 87.07 ± 0.29 | 42 ± 2 | 65 ± 6 | 20 / 38 / 49 | – |
+    | goal, late | 87.61 ± 0.17 | 43 ± 4 | 49 ± 1 | 20 / 28 / 70 | – |
+    | goal | 87.88 ± 0.18 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
+    | magnitude | 86.73 ± 0.34 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
+    | small | 87.42 ± 0.12 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
 """
 
 from __future__ import annotations
@@ -75,9 +78,9 @@ class Data:
         return self.x[pick], self.y[pick]
 
 
-def net(gates: bool) -> nn.Sequential:
+def net(gates: bool, widths: tuple[int, ...] = WIDTHS) -> nn.Sequential:
     """Two convolutions and a hidden layer, with a gate after each or without."""
-    a, b, c = WIDTHS
+    a, b, c = widths
 
     def gate(units: int) -> nn.Module:
         return st.structure.Gate(units) if gates else nn.Identity()
@@ -89,7 +92,10 @@ def net(gates: bool) -> nn.Sequential:
     )  # fmt: skip
 
 
-def train(opt: st.AdamW, model: nn.Module, data: Data, steps: int) -> None:
+def train(
+    opt: st.AdamW, model: nn.Module, data: Data, steps: int,
+    aim: st.structure.Goal | None = None,
+) -> None:  # fmt: skip
     """A loop of one's own."""
 
     def closure() -> Tensor:
@@ -104,6 +110,8 @@ def train(opt: st.AdamW, model: nn.Module, data: Data, steps: int) -> None:
         opt.step()
         opt.report(loss)
         opt.hyper_step(closure)
+        if aim is not None:
+            aim.step(closure)
 
 
 def accuracy(model: nn.Module, data: Data) -> float:
@@ -133,13 +141,30 @@ def units(model: nn.Sequential) -> tuple[int, ...]:
     return tuple(int(model[i].weight.flatten(1).any(1).sum()) for i in LAYERS)
 
 
-def wide(data: Data, steps: int) -> tuple[nn.Sequential, float]:
-    """All units."""
-    model = net(gates=False)
+def wide(data: Data, steps: int, widths: tuple[int, ...] = WIDTHS) -> tuple[Any, float]:
+    """All units, or a net that is smaller from the start."""
+    model = net(gates=False, widths=widths)
     opt = st.AdamW(model, lr=3e-3, weight_decay=0.01, total_steps=steps)
     train(opt, model, data, steps)
     with opt.averaged():
         return model, accuracy(model, data)
+
+
+def goal(data: Data, steps: int, end: float) -> tuple[nn.Sequential, float]:
+    """The pruned model at half the size, and its accuracy."""
+    model, closings, batches = net(gates=True), 5, 4
+    steps -= closings * batches
+    groups = st.structure.parameter_groups(model)
+    opt = st.AdamW(groups, lr=3e-3, weight_decay=0.01, total_steps=steps, model=model)
+    aim = st.structure.Goal(
+        model, data.x[:1], 0.5, of=("parameters", "multiply_adds"), total_steps=steps,
+        end=end, closings=closings, batches=batches,
+    )  # fmt: skip
+    train(opt, model, data, steps, aim)
+    with opt.averaged():
+        pruned = st.structure.prune(model, data.x[:2])
+    assert isinstance(pruned, nn.Sequential)
+    return pruned, accuracy(pruned, data)
 
 
 def gates(data: Data, steps: int, least: float | None) -> tuple[nn.Sequential, float, float]:
@@ -189,6 +214,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--least", type=float, default=0.003)
+    parser.add_argument("--rows", nargs="+", default=["wide", "goal", "magnitude", "small"])
     args = parser.parse_args()
     steps, least = args.steps, args.least
     rows: dict[str, list[tuple[float, tuple[int, ...], float]]] = {}
@@ -202,10 +228,19 @@ def main() -> None:
         return left
 
     for seed in args.seeds:
-        add("wide", seed, lambda d: wide(d, steps))
-        add("gates, λ tuned", seed, lambda d: gates(d, steps, None))
-        left = add(f"gates, λ ≥ {least:g}", seed, lambda d: gates(d, steps, least))
-        add("magnitude", seed, lambda d, k=left: magnitude(d, steps, k))  # type: ignore[misc]
+        left: tuple[int, ...] = WIDTHS
+        runs: dict[str, Callable[[Data], Any]] = {
+            "wide": lambda d: wide(d, steps),
+            "goal, late": lambda d: goal(d, steps, 0.5),
+            "gates, λ tuned": lambda d: gates(d, steps, None),
+            f"gates, λ ≥ {least:g}": lambda d: gates(d, steps, least),
+            "goal": lambda d: goal(d, steps, 0.2),
+            "magnitude": lambda d: magnitude(d, steps, left),  # noqa: B023
+            "small": lambda d: wide(d, steps, left),  # noqa: B023
+        }
+        for name, run in runs.items():
+            if name.split(",")[0] in args.rows or name in args.rows:
+                left = add(name, seed, run)
     print("\n| | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |")
     print("|---|---|---|---|---|---|")
     whole = size(WIDTHS)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -27,3 +28,24 @@ def test_digits_compares_with_a_tuned_plain_run(tmp_path: Path) -> None:
     losses = {n: float(match[1]) for n, match in found.items() if match}
     assert losses["best"] <= losses["plain"]
     assert re.search(r"test loss of the self-tuned run: \d+% (below|above) the best", done.stdout)
+
+
+@pytest.mark.slow
+def test_structure_ends_smaller(tmp_path: Path) -> None:
+    """Start and end of each size, on noise in the shape of the images; half is the budget."""
+    noise, files = np.random.default_rng(0), {}
+    for part, count in (("train", 1500), ("test", 200)):
+        files[f"x_{part}"] = noise.integers(0, 256, (count, 28, 28), np.uint8)
+        files[f"y_{part}"] = noise.integers(0, 10, count, np.int64)
+    np.savez(tmp_path / "fashion_mnist.npz", **files)
+    command = [sys.executable, str(ROOT / "examples" / "structure.py"), "--quick"]
+    done = subprocess.run(
+        [*command, "--data-dir", str(tmp_path), "--log-dir", str(tmp_path / "run")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in ("parameters", "multiply-adds", "batch size", "gates of 12", "lr", "kernel"):
+        assert re.search(rf"^{name} .* → +\S+$", done.stdout, re.MULTILINE), done.stdout
+    for name in ("parameters", "multiply-adds"):
+        start, end = re.search(rf"^{name} +([\d,]+) → +([\d,]+)", done.stdout, re.M).groups()  # type: ignore[union-attr]
+        assert int(end.replace(",", "")) <= 0.5 * int(start.replace(",", ""))
+    assert list((tmp_path / "run" / "structure").glob("events*"))

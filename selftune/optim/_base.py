@@ -198,13 +198,17 @@ class SelfTuningOptimizer(EvaluationMode):
                 self._log.metrics.compared(loss, outer.value(closure), clock.steps)
         return loss
 
-    def sync(self) -> None:
+    def sync(self, weights: bool = True) -> None:
         """Copy the current weights to the averaged and the last good weights.
 
         Call it after loading, pruning or re-initialising weights during a run. Otherwise the
         average contains the previous weights for about 1/(1 − ρ) steps, and a rewind returns to
         them. Hyperparameters and sensitivities do not change. Weights that a mask holds at exactly
         0, and frozen parameters, need no call, because the averages follow them.
+
+        Args:
+            weights: False where masks closed units: the guard alone begins anew, as losses and live
+                units of before are no yardstick.
 
         Raises:
             RuntimeError: Called inside ``averaged()``.
@@ -220,7 +224,7 @@ class SelfTuningOptimizer(EvaluationMode):
         self._outside("sync()")
         with torch.no_grad():
             self._blocks()
-            self._engine.sync()
+            self._engine.sync() if weights else self._engine.controller.restart()
 
     def report(self, loss: Tensor | float) -> None:
         """Pass the training loss to the log and the guard; optional.

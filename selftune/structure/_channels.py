@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,39 +15,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from selftune.structure import _inside
+from selftune.structure._operations import (
+    ATTENTION,
+    CATS,
+    CHUNKS,
+    ELEMENTWISE,
+    MASKED,
+    MATMULS,
+    MEANS,
+    PERMUTES,
+    POOLED,
+    POOLS,
+    PRODUCTS,
+    RESHAPES,
+    SAME,
+    SHIFTED,
+    SHIFTING,
+    SIZES,
+    SOFTMAXES,
+    SUMS,
+    TRANSPOSES,
+)  # fmt: skip
 from selftune.structure._units import Channels, Units
 from selftune.structure.gates import Gate
-
-POOLS = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-)  # fmt: skip
-ELEMENTWISE = (
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
-    nn.Mish, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Softsign, nn.Softshrink,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-)  # fmt: skip
-"""Modules that act on each element, and leave 0 at 0."""
-SHIFTING = (nn.Sigmoid, nn.Softplus, nn.Hardsigmoid, nn.LogSigmoid)
-"""Modules that act on each element, and do not leave 0 at 0."""
-SAME: set[Any] = {
-    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.tanh,
-    F.hardtanh, F.hardswish, F.dropout, F.dropout1d, F.dropout2d, torch.relu, torch.tanh,
-    torch.abs, torch.clone, "relu", "tanh", "abs", "clone", "contiguous", "relu_", "float",
-}  # fmt: skip
-SHIFTED: set[Any] = {torch.sigmoid, F.sigmoid, F.softplus, "sigmoid", torch.exp, "exp"}
-POOLED: set[Any] = {
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
-}  # fmt: skip
-SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_"}
-PRODUCTS: set[Any] = {operator.mul, operator.imul, operator.truediv, torch.mul, "mul", "mul_"}
-RESHAPES: set[Any] = {torch.flatten, torch.reshape, "flatten", "reshape", "view", "unflatten"}
-MEANS: set[Any] = {torch.mean, torch.sum, torch.amax, "mean", "sum", "amax"}
-CATS: set[Any] = {torch.cat, torch.concat}
-SIZES: set[Any] = {getattr, "size", "dim", len, "numel"}
-"""Operations that read a shape, which fits itself to the units."""
+from selftune.structure.recurrent import Recurrent
 
 
 class Follower(fx.Interpreter):
@@ -56,14 +49,16 @@ class Follower(fx.Interpreter):
         units: All units, and what they take with them.
         channels: Those of the value of each node; None where it has none, or they must stay.
         values: The value of each node on the example.
+        pieces: Units of the parts of values that are tuples.
     """
 
     def __init__(self, graph: fx.GraphModule, threshold: float) -> None:
         super().__init__(graph)
         self.units = Units()
         self.channels: dict[fx.Node, Channels | None] = {}
-        self._threshold = threshold
         self.values: dict[fx.Node, Any] = {}
+        self.pieces: dict[fx.Node, list[Any]] = {}
+        self.threshold = threshold
         self._shared = _shared(graph)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -80,10 +75,12 @@ class Follower(fx.Interpreter):
         return value
 
     def _of(self, args: Any) -> list[Channels | None]:
-        """The units of all nodes among arguments."""
-        return [self.channels[a] for a in tree_leaves(args) if isinstance(a, fx.Node)]
+        """The units of all nodes among arguments, those of tuples last."""
+        nodes = [a for a in tree_leaves(args) if isinstance(a, fx.Node)]
+        inside = [leaf for n in nodes for leaf in tree_leaves(self.pieces.get(n, []))]
+        return [self.channels[n] for n in nodes] + inside
 
-    def _unknown(self, node: fx.Node) -> None:
+    def unknown(self, node: fx.Node) -> None:
         """Keep all units that come here: nothing is known of what becomes of them."""
         self.units.need(*self._of((node.args, node.kwargs)))
 
@@ -94,16 +91,19 @@ class Follower(fx.Interpreter):
         module = self.fetch_attr(path)
         found = self._of((node.args, node.kwargs))
         given = found[0] if len(found) == 1 else None
+        if isinstance(module, Recurrent):
+            _inside.recurrent(self, node, module, given)
+            return None
         if isinstance(module, nn.Linear):
             return self._layer(node, module, given, value.ndim - 1)
         if isinstance(module, _ConvNd) and not module.transposed:
             return self._convolution(node, module, given, value)
         if given is None:
-            self._unknown(node)
+            self.unknown(node)
             return None
         if isinstance(module, Gate) and given.axis == module.dim % value.ndim:
             self.units.cut(path, module, "gates", 0, given.ids)
-            closed = module.closed(self._threshold).to(given.zero.device)
+            closed = module.closed(self.threshold).to(given.zero.device)
             return Channels(given.axis, given.ids, given.zero | closed)
         if isinstance(module, _BatchNorm) and given.axis == 1:
             return self._batch_norm(path, module, given)
@@ -115,7 +115,7 @@ class Follower(fx.Interpreter):
             return self._resized(node, given, value)
         if isinstance(module, (nn.Flatten, nn.Unflatten)):
             return self._reshaped(node, given, value)
-        self._unknown(node)
+        self.unknown(node)
         return None
 
     def _layer(
@@ -129,7 +129,7 @@ class Follower(fx.Interpreter):
             self.units.cut(path, module, "weight", 1, given.ids, [ins])
             self.units.use(given)
         else:
-            self._unknown(node)
+            self.unknown(node)
         size = getattr(module, outs)
         made = Channels(axis, self.units.new(size), torch.zeros(size, dtype=torch.bool))
         self.units.cut(path, module, "weight", 0, made.ids, [outs])
@@ -146,7 +146,7 @@ class Follower(fx.Interpreter):
             return self._layer(node, module, given, axis)
         depthwise = module.groups == module.in_channels == module.out_channels
         if given is None or not depthwise or given.axis != axis:
-            self._unknown(node)
+            self.unknown(node)
             return None
         sizes = ["in_channels", "out_channels", "groups"]
         self.units.cut(str(node.target), module, "weight", 0, given.ids, sizes)
@@ -175,16 +175,27 @@ class Follower(fx.Interpreter):
         if target in SIZES:
             return None
         found = self._of((node.args, node.kwargs))
-        if not any(c is not None for c in found) or not isinstance(value, Tensor):
-            self._unknown(node)
+        if target is operator.getitem and node.args[0] in self.pieces:
+            return _inside.item(self, node)
+        given = found[0] if found else None
+        if target in CHUNKS and given is not None:
+            _inside.chunks(self, node, given)
             return None
-        given = found[0]
+        if not any(c is not None for c in found) or not isinstance(value, Tensor):
+            self.unknown(node)
+            return None
+        if target is operator.getitem and len(found) == 1:
+            return _inside.indexed(self, node, found[0])
         rules: list[tuple[set[Any], Callable[[fx.Node, Channels, Tensor], Channels | None]]] = [
             (SAME, lambda n, c, v: c),
             (SHIFTED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
             (POOLED, self._resized),
             (RESHAPES, self._reshaped),
             (MEANS, self._mean),
+            (TRANSPOSES, partial(_inside.transposed, self)),
+            (PERMUTES, partial(_inside.permuted, self)),
+            (SOFTMAXES, partial(_inside.softmax, self)),
+            (MASKED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
         ]
         for targets, rule in rules:
             if target in targets and given is not None and found[1:].count(None) == len(found) - 1:
@@ -195,7 +206,9 @@ class Follower(fx.Interpreter):
             return self._product(node, value)
         if target in CATS:
             return self._cat(node, value)
-        self._unknown(node)
+        if target in ATTENTION or target in MATMULS:
+            return _inside.attended(self, node, value)
+        self.unknown(node)
         return None
 
     def _resized(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
@@ -203,7 +216,7 @@ class Follower(fx.Interpreter):
         before = self.values[node.all_input_nodes[0]].shape
         if value.shape[: given.axis + 1] == before[: given.axis + 1]:
             return given
-        self._unknown(node)
+        self.unknown(node)
         return None
 
     def _reshaped(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
@@ -219,7 +232,10 @@ class Follower(fx.Interpreter):
                 times = int(repeats)
                 ids = [u for u in given.ids for _ in range(times)]
                 return Channels(axis, ids, given.zero.repeat_interleave(times))
-        self._unknown(node)
+            # (N, L, H·D) to (N, L, H, D): the D units of a head become one
+            if math.prod(after[:axis]) == lead and before[given.axis] % after[axis] == 0:
+                return _inside.split(self.units, axis, given, after[axis])
+        self.unknown(node)
         return None
 
     def _mean(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
@@ -230,7 +246,7 @@ class Follower(fx.Interpreter):
         dims = args.get("dim")
         axes = [d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))]
         if given.axis in axes:
-            self._unknown(node)
+            self.unknown(node)
             return None
         gone = 0 if args.get("keepdim") else sum(a < given.axis for a in axes)
         return Channels(given.axis - gone, given.ids, given.zero)
@@ -251,7 +267,7 @@ class Follower(fx.Interpreter):
         """Units that are added are one, and 0 where both are."""
         those, others = self._operands(node, value)
         if others or len({(c.axis, len(c.ids)) for c in those}) != 1:
-            self._unknown(node)
+            self.unknown(node)
             return None
         zero = torch.ones_like(those[0].zero)
         for one in those:
@@ -265,7 +281,7 @@ class Follower(fx.Interpreter):
         numbers = all(isinstance(o, (int, float)) for o in others)
         quotient = node.target is operator.truediv and len(those) > 1
         if not numbers or quotient or len({(c.axis, len(c.ids)) for c in those}) != 1:
-            self._unknown(node)
+            self.unknown(node)
             return None
         zero = torch.zeros_like(those[0].zero)
         for one in those:
@@ -284,7 +300,7 @@ class Follower(fx.Interpreter):
         for part in parts:
             channels = self.channels[part]
             if channels is None or channels.axis != axis:
-                self._unknown(node)
+                self.unknown(node)
                 return None
             ids += channels.ids
             zeros.append(channels.zero)

@@ -156,12 +156,17 @@ def _sum(optional: Optional) -> nn.Module:
     gate = float(optional.gates)
     if gate == 1 and not optional.residual:
         return optional.block
+    return as_sum(optional.block, gate, optional.residual)
+
+
+def as_sum(block: nn.Module, gate: float, residual: bool) -> fx.GraphModule:
+    """``x + g · block(x)``, or ``(1 − g) · x + g · block(x)``, as a module of torch alone."""
     root = nn.Module()
-    root.add_module("block", optional.block)
+    root.add_module("block", block)
     graph = fx.Graph()
     given = graph.placeholder("input")
     output = graph.call_module("block", (given,))
-    if not optional.residual:
+    if not residual:
         kept = graph.call_function(operator.mul, (given, 1 - gate))
         given = kept
     if gate != 1:

@@ -101,14 +101,17 @@ class Units:
         )  # fmt: skip
         self.join(known.ids, ids)
 
+    def removable(self) -> set[int]:
+        """The units that every user sees as 0, by root."""
+        return {self.root(u) for u in self._used} - {self.root(u) for u in self._needed}
+
     def removed(self, warn: Callable[[str], None]) -> set[int]:
         """The units that can go, by root; of every axis at least one stays.
 
         Args:
             warn: Is told the name of a module all of whose units could go.
         """
-        needed = {self.root(u) for u in self._needed}
-        gone = {self.root(u) for u in self._used} - needed
+        gone = self.removable()
         told: set[str] = set()
         for cut in self.cuts.values():
             if all(self.root(u) in gone for u in cut.ids):

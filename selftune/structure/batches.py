@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from selftune.monitor import Monitor
 from selftune.structure.noise_scale import NoiseScale
 
 log = logging.getLogger("selftune")
@@ -30,6 +31,8 @@ class Batches(Sampler[list[int]]):
         scale: Estimates the noise scale; by default a new one, which is ``batches.scale``.
         drop_last: Whether an incomplete last batch is left out.
         seed: Of the order, another one in each epoch.
+        recorder: Where ``structure/batch_size`` and ``structure/noise_scale`` are logged at the
+            start of each epoch: as ``log_dir`` or ``recorder`` of the optimizers.
 
     Attributes:
         size: Of the batches of this epoch.
@@ -58,6 +61,7 @@ class Batches(Sampler[list[int]]):
         scale: NoiseScale | None = None,
         drop_last: bool = False,
         seed: int = 0,
+        recorder: Any = None,
     ) -> None:
         least = start if least is None else least
         if not 1 <= least <= start <= most:
@@ -77,6 +81,7 @@ class Batches(Sampler[list[int]]):
         self.scale = NoiseScale() if scale is None else scale
         self._count, self._least, self._most = count, least, min(most, max(count, start))
         self._drop_last, self._seed = drop_last, seed
+        self._monitor, self._taken = Monitor(recorder), 0
 
     def __len__(self) -> int:
         """Batches in an epoch of the present size."""
@@ -87,10 +92,20 @@ class Batches(Sampler[list[int]]):
         """A new epoch, at a new size."""
         self._resize()
         self.epoch += 1
+        self._log()
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self.epoch)
         order, size = torch.randperm(self._count, generator=generator).tolist(), self.size
         end = self._count - (self._count % size if self._drop_last else 0)
         return (order[i : min(i + size, end)] for i in range(0, end, size))
+
+    def _log(self) -> None:
+        """Of the epoch that begins, at the number of batches before it."""
+        rows = [("structure/batch_size", float(self.size))]
+        if math.isfinite(self.scale.value):
+            rows.append(("structure/noise_scale", self.scale.value))
+        self._monitor.scalars(rows, self._taken)
+        self._monitor.flush()
+        self._taken += len(self)
 
     def _resize(self) -> None:
         noise = self.scale.value
@@ -111,7 +126,8 @@ class Batches(Sampler[list[int]]):
 
         Save it between epochs.
         """
-        return {"size": self.size, "epoch": self.epoch, "scale": self.scale.state_dict()}
+        own = {"size": self.size, "epoch": self.epoch, "taken": self._taken}
+        return {**own, "scale": self.scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the next epoch after ``state_dict``.
@@ -125,5 +141,5 @@ class Batches(Sampler[list[int]]):
                 f"state has batches of {size} examples, and these are from {self._least} to "
                 f"{self._most}: pass the same least= and most="
             )
-        self.size, self.epoch = size, int(state["epoch"])
+        self.size, self.epoch, self._taken = size, int(state["epoch"]), int(state["taken"])
         self.scale.load_state_dict(state["scale"])

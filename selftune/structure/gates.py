@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,25 +12,41 @@ from torch import Tensor, nn
 from selftune.penalties import GATE_AXES
 
 
-class AbstractGated(nn.Module):
+class AbstractGated(nn.Module, ABC):
     """A module with gates.
 
     Attributes:
         gates: The factors g, 1 at the start, shape (units, 1, 1, 1, 1, 1), by which
             :class:`selftune.penalties.Gates` knows them.
+        mask: 0 for a unit that is closed for good, which :class:`Goal` does; else 1; shape
+            (units,).
     """
 
     gates: nn.Parameter
+    mask: Tensor
 
     def __init__(self, units: int) -> None:
         if units < 1:
             raise ValueError(f"units={units} must be 1 at least")
         super().__init__()
         self.gates = nn.Parameter(torch.ones(units, *GATE_AXES))
+        self.register_buffer("mask", torch.ones(units))
+
+    def factors(self) -> Tensor:
+        """Gate times mask of each unit, shape (units,)."""
+        return self.gates.flatten() * self.mask
 
     def closed(self, threshold: float = 0.0) -> Tensor:
-        """Which gates are closed, |g| ≤ threshold; shape (units,), bool."""
-        return self.gates.detach().flatten().abs() <= threshold
+        """Which gates are closed, |g| ≤ threshold or masked; shape (units,), bool."""
+        return self.factors().detach().abs() <= threshold
+
+    @abstractmethod
+    def passed(self, input: Tensor, output: Any) -> Tensor | None:
+        """The part of an output that gates scale; None if gates act on more than that."""
+
+    @abstractmethod
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Sums over all positions of each unit, shape (examples, units)."""
 
 
 class Gate(AbstractGated):
@@ -68,7 +85,17 @@ class Gate(AbstractGated):
             )
         shape = [1] * input.ndim
         shape[self.dim] = len(self.gates)
-        return input * self.gates.view(shape)
+        return input * self.factors().view(shape)
+
+    def passed(self, input: Tensor, output: Tensor) -> Tensor:
+        """All of it."""
+        return output
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Sums over all dimensions but the first and the units'."""
+        if self.dim % values.ndim == 0:
+            return values.reshape(len(values), -1).sum(1)[None]
+        return values.movedim(self.dim, 1).flatten(2).sum(2) if values.ndim > 2 else values
 
     def extra_repr(self) -> str:
         """Units, dimension."""
@@ -107,8 +134,16 @@ class Optional(AbstractGated):
                 f"Optional: the block turns shape {tuple(input.shape)} into "
                 f"{tuple(output.shape)}; only a block that keeps the shape can be removed"
             )
-        gate = self.gates.view(())
+        gate = self.factors().view(())
         return input + gate * (output if self.residual else output - input)
+
+    def passed(self, input: Tensor, output: Tensor) -> Tensor:
+        """What the block adds."""
+        return output - input
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Sums over all dimensions but the first."""
+        return values.flatten(1).sum(1, keepdim=True)
 
     def extra_repr(self) -> str:
         """Whether the block is a residual branch."""

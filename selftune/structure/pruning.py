@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from selftune.structure._channels import Follower
 from selftune.structure._folding import fold, replace_optionals
-from selftune.structure.gates import Gate, Optional, gated
+from selftune.structure._tracing import Tracer, call
+from selftune.structure.choice import Choice, choose
+from selftune.structure.gates import AbstractGated, gated
+from selftune.structure.insertion import COMPOSITES
+from selftune.structure.recurrent import Recurrent
 
 log = logging.getLogger("selftune")
 
@@ -20,20 +25,10 @@ TOLERANCE = 1e-5
 """Largest difference of outputs, relative to the largest output, or 1 if that is below."""
 
 
-class _Tracer(fx.Tracer):
-    """Traces into the user's modules, and takes torch's and gates as they are."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Gate) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        # A slice of an nn.Sequential is a new module, which the model does not have a name for.
-        if isinstance(m, nn.Sequential):
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-
-def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Module:
+def prune(
+    model: nn.Module, example: Any, *, threshold: float = 1e-2,
+    loss: Callable[[nn.Module], Any] | None = None, tolerance: float = 0.01,
+) -> nn.Module:  # fmt: skip
     """A smaller plain model, with the outputs that ``model`` has once closed gates are exactly 0.
 
     Units whose gates are closed are cut out of all layers that share them: rows of the layer that
@@ -53,6 +48,9 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
             layers depend on it.
         threshold: A gate is closed if |g| is not above it. Running averages of gates, which is what
             runs end with, are exactly 0 only some hundred steps after the gates themselves.
+        loss: Of a model with :class:`Choice`, a function of the model: its loss, checked before and
+            after each choice becomes one branch.
+        tolerance: The share of that loss by which it may rise.
 
     Returns:
         A copy of the model with smaller layers, in the model's mode.
@@ -60,9 +58,10 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
     Raises:
         ValueError: A model without gates, an example that does not fit, a graph that cannot be
             traced.
-        RuntimeError: The smaller model fails, or has other outputs.
+        RuntimeError: The smaller model fails, or has other outputs, or the loss of choices rises.
 
     Examples:
+        >>> from selftune.structure import Gate
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Gate(8), nn.Linear(8, 1))
         >>> with torch.no_grad():
         ...     net[2].gates[2:] = 0.0
@@ -74,12 +73,12 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
           (3): Linear(in_features=2, out_features=1, bias=True)
         )
     """
-    if isinstance(model, (Gate, Optional)):
+    if isinstance(model, AbstractGated):
         raise ValueError(f"model is a {type(model).__name__} itself: pass the model it is part of")
-    if not any(True for _ in gated(model)):
+    if not any(isinstance(m, (AbstractGated, Choice)) for m in model.modules()):
         raise ValueError(
             "model has no gates: put selftune.structure.Gate after the units that may be removed, "
-            "or selftune.structure.Optional around blocks"
+            "selftune.structure.Optional around blocks, or use selftune.structure.with_gates"
         )
     inputs = example if isinstance(example, tuple) else (example,)
     modes = {name: module.training for name, module in model.named_modules()}
@@ -87,36 +86,20 @@ def prune(model: nn.Module, example: Any, *, threshold: float = 1e-2) -> nn.Modu
     with torch.no_grad():
         for _, module in gated(pruned):
             module.gates[module.closed(threshold)] = 0.0
-        before = _call(pruned, inputs)
+        pruned = choose(pruned, loss, tolerance)
+        before = call(pruned, inputs)
         replace_optionals(pruned, 0.0)
-        if any(isinstance(m, Gate) for m in pruned.modules()):
-            _remove(pruned, inputs)
+        if any(isinstance(m, (AbstractGated, COMPOSITES)) for m in pruned.modules()):
+            pruned = _remove(pruned, inputs)
         _check(before, pruned, inputs)
     for name, module in pruned.named_modules():
         module.training = modes.get(name, model.training)
     return pruned
 
 
-def _call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    try:
-        return model(*inputs)
-    except Exception as error:
-        shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-        raise ValueError(
-            f"example of shape {', '.join(map(str, shapes))} does not fit the model: {error}"
-        ) from error
-
-
-def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     """Fold gates and cut closed units out, in place."""
-    try:
-        traced = _Tracer().trace(model)
-    except Exception as error:
-        raise ValueError(
-            f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
-            "gates, or take control flow that depends on values out of forward"
-        ) from error
-    graph = fx.GraphModule(model, traced)
+    graph = fx.GraphModule(model, Tracer().of(model))
     follower = Follower(graph, 0.0)
     follower.run(*inputs)
     for node, value in follower.values.items():
@@ -128,13 +111,40 @@ def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     _name_kept(follower, gone)
     units.remove(gone)
     fold(follower, graph, model)
+    return _as_graphs(model)
+
+
+def _as_graphs(model: nn.Module) -> nn.Module:
+    """Turn modules of this library into modules of torch alone."""
+    plains: dict[int, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, Recurrent):
+            model.set_submodule(path, plains.setdefault(id(module), _plain(module, plains)))
+    done = ""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, COMPOSITES) or (done and path.startswith(done)):
+            continue
+        graph = Tracer().of(module)
+        for node in graph.nodes:
+            node.type = None  # annotations that are strings cannot be saved
+        graph._tracer_cls = None  # which would be saved with it
+        traced = fx.GraphModule(module, graph, type(module).__name__)
+        if not path:
+            return traced
+        model.set_submodule(path, traced)
+        done = f"{path}."
+    return model
+
+
+def _plain(module: Recurrent, known: dict[int, nn.Module]) -> nn.Module:
+    return known.get(id(module)) or module.plain()
 
 
 def _name_kept(follower: Follower, gone: set[int]) -> None:
     """Name gates that have closed units which stay, since other layers need them."""
     kept: list[str] = []
     for cut in follower.units.cuts.values():
-        if isinstance(cut.module, Gate):
+        if isinstance(cut.module, AbstractGated) and cut.name == "gates":
             closed = cut.module.closed().tolist()
             stay = sum(
                 c and follower.units.root(u) not in gone
@@ -154,7 +164,8 @@ def _check(before: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
     except Exception as error:
         raise RuntimeError(
             f"the smaller model fails: {error}. Shapes written as numbers in forward do not fit "
-            "it: write x.flatten(1) for x.view(-1, 512)"
+            "it: write x.flatten(1) for x.view(-1, 512), and x.unflatten(-1, (-1, head_dim)) for "
+            "heads"
         ) from error
     pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
     for old, new in pairs:

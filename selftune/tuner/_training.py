@@ -19,7 +19,7 @@ from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
 from selftune.tuner._group import Group, RankLost
 from selftune.tuner._interrupt import Interruption
-from selftune.tuner._objective import modes_kept
+from selftune.tuner._masks import masks_followed
 from selftune.tuner._payoff import Compiling
 from selftune.tuner._pictures import picture
 from selftune.tuner._plan import Plan, Progress
@@ -234,9 +234,12 @@ class Training:
                 step=self.step, total=self.plan.total, epoch=self.train.epoch, train_loss=loss,
                 scores=scores, hparams=self.watch.hparams(),
             )  # fmt: skip
-            shown = self.scorer.shown(self.fused.run, self.watch.leader)
-            with shown, modes_kept(self.scorer.model):
+            parts = self.steps, self.scorer, self.snapshots, self.watch.leader
+            with masks_followed(*parts) as closed:
                 stop |= any([bool(call(progress)) for call in self.callbacks])
+            if closed:  # losses of another size are no yardstick
+                self.best, self.saved_best, self.waited = math.inf, None, 0
+                self.watch.controllers[0].restart()
             self.group.share_streams()  # from which callbacks may have drawn
         return "stopped" if self.group.any(stop) else "finished"
 

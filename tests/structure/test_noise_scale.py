@@ -161,3 +161,16 @@ def test_data_and_sizes_that_do_not_fit_are_named() -> None:
         Batches([])
     with pytest.raises(ValueError, match="has no length"):
         Batches(iter([1, 2]))  # type: ignore[arg-type]
+
+
+def test_sizes_and_noise_scales_are_logged() -> None:
+    """Count: at the start of each epoch, by batches taken before it."""
+    rows: list[tuple[int, dict[str, float]]] = []
+    batches = Batches(
+        range(128), start=16, most=64, recorder=lambda v, s: rows.append((s, dict(v)))
+    )
+    list(batches)
+    batches.scale.observe(1 + 60 / 16, 1 + 60 / 32, 16, 32)  # a noise scale of 60
+    list(batches)
+    assert [(s, v["structure/batch_size"]) for s, v in rows] == [(0, 16.0), (8, 32.0)]
+    assert rows[1][1]["structure/noise_scale"] == pytest.approx(60.0)

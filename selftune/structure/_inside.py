@@ -1,0 +1,147 @@
+"""Follows units through attention and recurrent layers: heads, chunks, and their states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from selftune.structure._operations import ATTENTION
+from selftune.structure._units import Channels, Units
+from selftune.structure.recurrent import Recurrent
+
+if TYPE_CHECKING:
+    from selftune.structure._channels import Follower
+
+
+def split(units: Units, axis: int, given: Channels, count: int) -> Channels:
+    """Units in so many runs behind one another, each of which becomes one unit."""
+    size = len(given.ids) // count
+    runs = [given.ids[i * size : (i + 1) * size] for i in range(count)]
+    for run in runs:
+        units.join(run[1:], run[:1] * (size - 1))
+    return Channels(axis, [run[0] for run in runs], given.zero.view(count, size).all(1))
+
+
+def transposed(follower: Follower, node: fx.Node, given: Channels, value: Tensor) -> Channels:
+    """Two axes exchanged."""
+    a, b = _dims(node, value.ndim)
+    axis = {a: b, b: a}.get(given.axis, given.axis)
+    return Channels(axis, given.ids, given.zero)
+
+
+def permuted(follower: Follower, node: fx.Node, given: Channels, value: Tensor) -> Channels:
+    """Axes in another order."""
+    return Channels(_dims(node, value.ndim).index(given.axis), given.ids, given.zero)
+
+
+def _dims(node: fx.Node, ndim: int) -> list[int]:
+    rest: Any = [*node.args[1:], *node.kwargs.values()]
+    listed = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+    return [d % ndim for d in listed]
+
+
+def softmax(
+    follower: Follower, node: fx.Node, given: Channels, value: Tensor
+) -> Channels | None:  # fmt: skip
+    """Over another axis, where 0 does not stay 0."""
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(dim, int) or dim % value.ndim == given.axis:
+        follower.unknown(node)
+        return None
+    return Channels(given.axis, given.ids, torch.zeros_like(given.zero))
+
+
+def attended(follower: Follower, node: fx.Node, value: Tensor) -> Channels | None:
+    """Products of matrices of each head, which are one unit; 0 where the values are."""
+    count = 3 if node.target in ATTENTION else 2
+    parts = [follower.channels[a] for a in node.args[:count] if isinstance(a, fx.Node)]
+    known = [c for c in parts if c is not None]
+    same = len({(c.axis, len(c.ids)) for c in known}) == 1 and len(known) == count
+    if not same or known[0].axis >= value.ndim - 2:
+        follower.unknown(node)
+        return None
+    for one in known[1:]:
+        follower.units.join(known[0].ids, one.ids)
+    zero = known[2].zero if count == 3 else known[0].zero | known[1].zero
+    return Channels(known[0].axis, known[0].ids, zero)
+
+
+def chunks(follower: Follower, node: fx.Node, given: Channels) -> None:
+    """Parts of the units, or the same units in all parts."""
+    args: dict[str, Any] = dict(zip(("input", "chunks", "dim"), node.args, strict=False))
+    args |= node.kwargs
+    values: tuple[Tensor, ...] = follower.values[node]
+    if args.get("dim", 0) % values[0].ndim != given.axis:
+        follower.pieces[node] = [given] * len(values)
+        return
+    sizes, made, at = [v.shape[given.axis] for v in values], [], 0
+    for size in sizes:
+        zero = given.zero[at : at + size]
+        made.append(Channels(given.axis, given.ids[at : at + size], zero))
+        at += size
+    # Equal parts of what is left are found by torch.chunk only if as many units go from each.
+    for part in made[1:]:
+        if len(part.ids) == len(made[0].ids):
+            follower.units.join(made[0].ids, part.ids)
+        else:
+            follower.units.need(given)
+    follower.pieces[node] = made
+
+
+def item(follower: Follower, node: fx.Node) -> Channels | None:
+    """One part of a tuple."""
+    source, at = node.args
+    assert isinstance(source, fx.Node)
+    found = follower.pieces[source][at]  # type: ignore[index]
+    if isinstance(found, list):
+        follower.pieces[node] = found
+        return None
+    known: Channels | None = found
+    return known
+
+
+def indexed(follower: Follower, node: fx.Node, given: Channels | None) -> Channels | None:
+    """Positions of other axes, such as the last step of a sequence, ``x[:, -1]``."""
+    index: Any = node.args[1]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    assert given is not None
+    before = follower.values[node.all_input_nodes[0]].ndim
+    if parts.count(Ellipsis) == 1:
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (before - len(parts) + 1)
+    plain = all(isinstance(p, (int, slice)) for p in parts)
+    if not plain or (given.axis < len(parts) and parts[given.axis] != slice(None)):
+        follower.unknown(node)
+        return None
+    gone = sum(isinstance(p, int) for p in parts[: given.axis])
+    return Channels(given.axis - gone, given.ids, given.zero)
+
+
+def recurrent(
+    follower: Follower, node: fx.Node, module: Recurrent, given: Channels | None
+) -> None:  # fmt: skip
+    """A recurrent layer: rows and columns of its units, in a block for each of its own gates."""
+    units, cell, path = follower.units, module.cell, str(node.target)
+    inner, size = f"{path}.cell", len(module.gates)
+    if given is not None and given.axis == follower.values[node][0].ndim - 1:
+        units.cut(inner, cell, "weight_ih_l0", 1, given.ids, ["input_size"])
+        units.use(given)
+    else:
+        follower.unknown(node)
+    ids, times = units.new(size), 4 if isinstance(cell, nn.LSTM) else 3
+    zero = module.closed(follower.threshold).cpu()
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+        if hasattr(cell, name):
+            units.cut(inner, cell, name, 0, ids * times)
+    units.cut(inner, cell, "weight_hh_l0", 1, ids, ["hidden_size"])
+    for name in ("gates", "mask"):
+        units.cut(path, module, name, 0, ids)
+    axis = follower.values[node][0].ndim - 1
+    output, h = Channels(axis, ids, zero), Channels(2, ids, zero)
+    units.use(output)
+    state: Any = h
+    if times == 4:  # c of a closed unit is not 0
+        state = [h, Channels(2, ids, torch.zeros_like(zero))]
+    follower.pieces[node] = [output, state]

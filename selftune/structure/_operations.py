@@ -1,0 +1,48 @@
+"""Operations through which units are followed, by what becomes of them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+)  # fmt: skip
+ELEMENTWISE = (
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
+    nn.Mish, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Softsign, nn.Softshrink,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+)  # fmt: skip
+"""Modules that act on each element, and leave 0 at 0."""
+SHIFTING = (nn.Sigmoid, nn.Softplus, nn.Hardsigmoid, nn.LogSigmoid)
+"""Modules that act on each element, and do not leave 0 at 0."""
+SAME: set[Any] = {
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.tanh,
+    F.hardtanh, F.hardswish, F.dropout, F.dropout1d, F.dropout2d, torch.relu, torch.tanh,
+    torch.abs, torch.clone, "relu", "tanh", "abs", "clone", "contiguous", "relu_", "float",
+}  # fmt: skip
+SHIFTED: set[Any] = {torch.sigmoid, F.sigmoid, F.softplus, "sigmoid", torch.exp, "exp"}
+POOLED: set[Any] = {
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+}  # fmt: skip
+SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_"}
+PRODUCTS: set[Any] = {operator.mul, operator.imul, operator.truediv, torch.mul, "mul", "mul_"}
+RESHAPES: set[Any] = {torch.flatten, torch.reshape, "flatten", "reshape", "view", "unflatten"}
+MEANS: set[Any] = {torch.mean, torch.sum, torch.amax, "mean", "sum", "amax"}
+CATS: set[Any] = {torch.cat, torch.concat}
+SIZES: set[Any] = {getattr, "size", "dim", len, "numel"}
+"""Operations that read a shape, which fits itself to the units."""
+TRANSPOSES: set[Any] = {torch.transpose, torch.swapaxes, "transpose", "swapaxes"}
+PERMUTES: set[Any] = {torch.permute, "permute"}
+SOFTMAXES: set[Any] = {F.softmax, torch.softmax, "softmax"}
+MASKED: set[Any] = {torch.masked_fill, "masked_fill"}
+CHUNKS: set[Any] = {torch.chunk, "chunk"}
+MATMULS: set[Any] = {torch.matmul, operator.matmul, "matmul"}
+ATTENTION: set[Any] = {F.scaled_dot_product_attention}

@@ -1,0 +1,200 @@
+"""Parameters and multiply-adds of a model, as a function of the units that are closed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from selftune.structure._channels import Follower
+from selftune.structure._folding import as_sum
+from selftune.structure._tracing import Tracer, call
+from selftune.structure.gates import AbstractGated, Optional, gated
+from selftune.structure.recurrent import Recurrent
+
+KINDS = ("parameters", "multiply_adds")
+Place = tuple[str, int]
+"""Name of a module with gates, and the index of one of them."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A tensor of weights with axes of units.
+
+    Attributes:
+        fixed: Weights to one position of all axes.
+        axes: The unit of each position, by axis; −1 where none can be removed.
+        positions: Multiply-adds to a weight in one example; 0 where it only adds.
+        within: Units, of ``Optional`` blocks, that take the whole tensor with them.
+        counted: Whether its weights are parameters that no other block counts.
+    """
+
+    fixed: float
+    axes: tuple[NDArray[np.int64], ...]
+    positions: float
+    within: tuple[int, ...]
+    counted: bool
+
+    def kinds(self, numel: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        """Parameters and multiply-adds of so many weights, shape (2, …)."""
+        numel = np.asarray(numel)
+        return np.stack([numel * self.counted, numel * self.positions])
+
+
+class Sizes:
+    """How large a model is with some of its units closed.
+
+    A unit here is all that shares a channel: it goes where all of its gates are closed. Counted are
+    weights and biases, and the multiply-adds of Linear, convolution and recurrent layers in one
+    example.
+
+    Args:
+        model: With gates; it is left as it is.
+        example: An input, or a tuple of inputs.
+
+    Attributes:
+        places: The gates of each unit that can be removed.
+        axes: For each module with gates, the unit of each gate, −1 where it cannot be removed.
+
+    Raises:
+        ValueError: The example does not fit, or the model cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        inputs = example if isinstance(example, tuple) else (example,)
+        plain = copy.deepcopy(model).eval()
+        optionals = [n for n, m in gated(plain) if isinstance(m, Optional)]
+        with torch.no_grad():
+            call(plain, inputs)
+            for name in reversed(optionals):  # inner ones first
+                module = plain.get_submodule(name)
+                assert isinstance(module, Optional)
+                plain.set_submodule(name, as_sum(module.block, 1.0, module.residual))
+            graph = fx.GraphModule(plain, Tracer().of(plain))
+            follower = Follower(graph, math.inf)
+            follower.run(*inputs)
+        self.places: list[list[Place]] = []
+        self.axes: dict[str, NDArray[np.int64]] = {}
+        self._number(follower, optionals, dict(gated(model)))
+        self._batch = next((float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim), 1.0)
+        self._blocks = self._made(follower, plain, optionals)
+        self.whole = self.count(np.zeros(len(self.places), dtype=bool))
+
+    def _number(
+        self, follower: Follower, optionals: list[str], modules: dict[str, AbstractGated]
+    ) -> None:
+        """Number the units that can be removed: those of the graph, and Optional blocks."""
+        self._numbers: dict[int, int] = {}
+        removable = follower.units.removable()
+        for cut in follower.units.cuts.values():
+            if not isinstance(cut.module, AbstractGated) or cut.name != "gates":
+                continue
+            roots = [follower.units.root(u) for u in cut.ids]
+            for at, root in enumerate(roots):
+                if root in removable:
+                    unit = self._numbers.setdefault(root, len(self._numbers))
+                    if unit == len(self.places):
+                        self.places.append([])
+                    self.places[unit].append((cut.path, at))
+            self.axes[cut.path] = self._units(follower, cut.ids)
+        self._optionals: dict[str, int] = {}
+        for name in optionals:
+            self._optionals[name] = len(self.places)
+            self.axes[name] = np.array([len(self.places)])
+            self.places.append([(name, 0)])
+        for name, module in modules.items():
+            self.axes.setdefault(name, np.full(len(module.gates), -1))
+
+    def _units(self, follower: Follower, ids: Iterable[int]) -> NDArray[np.int64]:
+        return np.array([self._numbers.get(follower.units.root(u), -1) for u in ids])
+
+    def _made(self, follower: Follower, plain: nn.Module, optionals: list[str]) -> list[_Block]:
+        """A block for each parameter, and one more for each further call of a layer."""
+        cuts: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
+        for (tensor, axis), cut in follower.units.cuts.items():
+            cuts.setdefault(tensor, []).append((axis, self._units(follower, cut.ids)))
+        positions = _positions(follower, plain, self._batch)
+        blocks: list[_Block] = []
+        for name, param in plain.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            if isinstance(plain.get_submodule(path), AbstractGated):
+                continue
+            axes = cuts.get(id(param), [])
+            fixed = param.numel() / math.prod(len(units) for _, units in axes)
+            within = tuple(self._optionals[n] for n in optionals if name.startswith(f"{n}."))
+            times = positions.get(path, 0.0) if leaf.startswith("weight") else 0.0
+            blocks.append(_Block(fixed, tuple(u for _, u in axes), times, within, True))
+        return blocks
+
+    def count(self, gone: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Parameters and multiply-adds without some units, shape (2,)."""
+        total, padded = np.zeros(2), np.append(gone, False)
+        for block in self._blocks:
+            if not any(gone[u] for u in block.within):
+                kept = math.prod(int((~padded[a]).sum()) for a in block.axes)
+                total += block.kinds(block.fixed * kept)
+        return total
+
+    def saved(self, gone: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """What each unit would save if it went next, shape (2, units)."""
+        total, padded = np.zeros((2, len(gone))), np.append(gone, False)
+        for block in self._blocks:
+            if any(gone[u] for u in block.within):
+                continue
+            numel, stay = block.fixed, np.ones(len(gone))
+            for axis in block.axes:
+                left = axis[~padded[axis]]
+                numel *= len(left)
+                stay *= 1 - np.bincount(left[left >= 0], minlength=len(gone)) / max(len(left), 1)
+            for unit in block.within:
+                stay[unit] = 0.0
+            total += block.kinds(numel * (1 - stay))
+        return total
+
+    def last(self, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which units are the last ones of a layer, which stay; shape (units,)."""
+        found, padded = np.zeros(len(gone), dtype=bool), np.append(gone, False)
+        optional = set(self._optionals)
+        for name, axis in self.axes.items():
+            left = np.unique(axis[~padded[axis]])
+            if name not in optional and len(left) == 1 and left[0] >= 0:
+                found[left[0]] = True
+        return found
+
+    def floor(self) -> NDArray[np.float64]:
+        """The size with one unit in each layer and no Optional block, shape (2,)."""
+        gone = np.zeros(len(self.places), dtype=bool)
+        for unit in range(len(gone)):
+            gone[unit] = not self.last(gone)[unit]
+        return self.count(gone)
+
+
+def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[str, float]:
+    """Multiply-adds of each layer to one of its weights, in one example."""
+    found: dict[str, float] = {}
+    for node, value in follower.values.items():
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Linear):
+            times = value.numel() / module.out_features
+        elif isinstance(module, Recurrent):
+            times = value[0].numel() / len(module.gates)
+            found[f"{node.target}.cell"] = times / batch
+            continue
+        elif isinstance(module, _ConvNd):
+            read = follower.values[node.all_input_nodes[0]]
+            times = (
+                read.numel() / module.in_channels if module.transposed
+                else value.numel() / module.out_channels
+            )  # fmt: skip
+        else:
+            continue
+        found[str(node.target)] = found.get(str(node.target), 0.0) + times / batch
+    return found

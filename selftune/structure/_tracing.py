@@ -1,0 +1,56 @@
+"""The graph of a model, in which gates and modules of torch are single nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from selftune.structure.gates import Gate
+from selftune.structure.recurrent import Recurrent
+
+
+class Tracer(fx.Tracer):
+    """Traces into the user's modules, and takes torch's and gates as they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is a node of the graph."""
+        own = isinstance(m, (Gate, Recurrent))
+        return own or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """The node of a call, or those inside it."""
+        # A slice of an nn.Sequential is a new module, which the model does not have a name for.
+        if isinstance(m, nn.Sequential):
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def of(self, model: nn.Module) -> fx.Graph:
+        """The graph of a model.
+
+        Raises:
+            ValueError: It cannot be traced.
+        """
+        try:
+            return self.trace(model)
+        except Exception as error:
+            raise ValueError(
+                f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
+                "gates, or take control flow that depends on values out of forward"
+            ) from error
+
+
+def call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """The model's output on an example.
+
+    Raises:
+        ValueError: The example does not fit.
+    """
+    try:
+        return model(*inputs)
+    except Exception as error:
+        shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        raise ValueError(
+            f"example of shape {', '.join(map(str, shapes))} does not fit the model: {error}"
+        ) from error

@@ -1,0 +1,255 @@
+"""A choice among modules: a weighted sum in training, one of them in the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from selftune.monitor import Monitor
+from selftune.structure._saliency import Closure, buffers_kept
+
+log = logging.getLogger("selftune")
+
+SURE = 100.0
+"""A score, and its negative, between which softmax is exactly 1 and 0."""
+
+
+class Choice(nn.Module):
+    """``y = Σ_k softmax(s)_k branch_k(x)``, for kernel sizes, activations, norms.
+
+    Weights start equal. :class:`Chooser` tunes the scores s, which are hyperparameters and no
+    parameters, on validation data; :func:`prune` leaves the branch of the largest weight.
+
+    Args:
+        branches: Modules whose outputs have one shape.
+
+    Attributes:
+        scores: s, shape (branches,), a buffer.
+
+    Raises:
+        ValueError: Fewer than two branches; outputs of different shapes.
+
+    Examples:
+        >>> choice = Choice([nn.ReLU(), nn.Identity()])
+        >>> choice(torch.tensor([-2.0, 2.0])).tolist()
+        [-1.0, 2.0]
+
+    Source: Liu et al. 2019 (DARTS), eq. 2.
+    """
+
+    scores: Tensor
+
+    def __init__(self, branches: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if len(branches) < 2:
+            raise ValueError(f"branches: {len(branches)}, where there must be two at least")
+        self.branches = nn.ModuleList(branches)
+        self.register_buffer("scores", torch.zeros(len(branches)))
+
+    def weights(self) -> Tensor:
+        """softmax(s), shape (branches,)."""
+        return torch.softmax(self.scores, 0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The weighted sum."""
+        return _mixed([branch(input) for branch in self.branches], self.weights())
+
+    @property
+    def chosen(self) -> nn.Module:
+        """The branch of the largest weight."""
+        return self.branches[int(self.scores.argmax())]
+
+    def extra_repr(self) -> str:
+        """The weights."""
+        return "weights=" + ", ".join(f"{w:.2f}" for w in self.weights().tolist())
+
+
+@fx.wrap  # one node of a graph, as the shapes are compared
+def _mixed(outputs: list[Tensor], weights: Tensor) -> Tensor:
+    shapes = [tuple(o.shape) for o in outputs]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"Choice: branches have outputs of shapes {', '.join(map(str, shapes))}; make them "
+            "equal, for example by padding"
+        )
+    return sum(w * o for w, o in zip(weights, outputs, strict=True))
+
+
+def choices(model: nn.Module) -> Iterator[tuple[str, Choice]]:
+    """Names and choices of a model; one that is used at several places comes once."""
+    for name, module in model.named_modules():
+        if isinstance(module, Choice):
+            yield name, module
+
+
+class Chooser:
+    """Tunes the scores of all choices in a model on validation data, by gradient.
+
+    A step of Adam along ``∂L_val/∂s`` at the present weights, every so many training steps from a
+    tenth of the run on. From four tenths on, scores are multiplied so that the largest weight is
+    above a bound that climbs to 1; at eight tenths the choice is made, and the weights are those of
+    one branch, for which the rest of the run trains it.
+
+    Args:
+        model: With :class:`Choice` modules.
+        total_steps: Steps in the run.
+        every: Training steps from one step of the scores to the next; by default a sixtieth of the
+            run.
+        rate: Adam's, in scores.
+        recorder: Where weights are logged as ``structure/choice/…``.
+
+    Raises:
+        ValueError: No choices; no steps; a loss that does not depend on them.
+
+    Examples:
+        >>> net = nn.Sequential(Choice([nn.ReLU(), nn.Tanh()]), nn.Linear(3, 1))
+        >>> chooser, x = Chooser(net, total_steps=60), torch.randn(8, 3)
+        >>> for step in range(60):  # after opt.step()
+        ...     moved = chooser.step(lambda: net(x).square().mean())
+        >>> round(float(net[0].weights().max()), 1)
+        1.0
+
+    Source: first-order DARTS, Liu et al. 2019; annealed as the temperature of Xie et al. 2019
+    (SNAS).
+    """
+
+    start, sharpen, end = 0.1, 0.4, 0.8
+
+    def __init__(
+        self, model: nn.Module, total_steps: int, *, every: int | None = None, rate: float = 0.2,
+        recorder: Any = None,
+    ) -> None:  # fmt: skip
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} must be 1 at least")
+        found = dict(choices(model))
+        if not found:
+            raise ValueError("model has no choices: put selftune.structure.Choice into it")
+        self._model, self._choices, self._total = model, found, total_steps
+        self._every = max(1, total_steps // 60) if every is None else every
+        if self._every < 1:
+            raise ValueError(f"every={every} must be 1 at least")
+        self._adam = torch.optim.Adam([c.scores for c in found.values()], lr=rate, betas=(0.5, 0.9))
+        self._taken = 0
+        self._monitor = Monitor(recorder)
+
+    def step(self, closure: Closure) -> bool:
+        """Call it after each ``opt.step()``; moves the scores where that is due.
+
+        Args:
+            closure: Returns the validation loss, as that of ``opt.hyper_step``.
+        """
+        self._taken += 1
+        done = self._taken / self._total
+        if self._taken % self._every or done < self.start or self._made:
+            return False
+        scores = [c.scores for c in self._choices.values()]
+        with buffers_kept(self._model), torch.enable_grad():
+            for score in scores:
+                score.requires_grad_()
+            try:
+                loss = closure()
+                if not loss.requires_grad:
+                    raise ValueError(_apart(self._choices))
+                grads = torch.autograd.grad(loss, scores, allow_unused=True)
+            finally:
+                for score in scores:
+                    score.requires_grad_(False)
+        missed = [n for n, g in zip(self._choices, grads, strict=True) if g is None]
+        if missed:
+            raise ValueError(_apart(missed))
+        moved = [s.clone() for s in scores]
+        for score, grad in zip(scores, grads, strict=True):
+            score.grad = grad
+        self._adam.step()
+        self._adam.zero_grad()
+        with torch.no_grad():
+            for score, held in zip(scores, moved, strict=True):
+                if not bool(torch.isfinite(score).all()):
+                    score.copy_(held)
+            self._sharpen(done)
+        self._log()
+        return True
+
+    @property
+    def _made(self) -> bool:
+        return all(float(c.weights().max()) == 1 for c in self._choices.values())
+
+    def _sharpen(self, done: float) -> None:
+        """Multiply scores where the leading weight is below that of the schedule."""
+        share = min(1.0, (done - self.sharpen) / (self.end - self.sharpen))
+        for choice in self._choices.values():
+            first = int(choice.scores.argmax())
+            if share >= 1:
+                choice.scores.fill_(-SURE)[first] = SURE
+            least = (1 + share * (len(choice.scores) - 1)) / len(choice.scores)
+            while 0 < share < 1 and float(choice.weights()[first]) < least:
+                choice.scores.mul_(1.2)
+                choice.scores[first] += 1e-3  # where scores are equal
+
+    def _log(self) -> None:
+        if self._monitor.on:
+            rows = [
+                (f"structure/choice/{name}/{i}", float(w))
+                for name, choice in self._choices.items() for i, w in enumerate(choice.weights())
+            ]  # fmt: skip
+            self._monitor.scalars(rows, self._taken)
+            self._monitor.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's state and the counter; scores are in the model's own state."""
+        return {"adam": self._adam.state_dict(), "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self._adam.load_state_dict(state["adam"])
+        self._taken = int(state["taken"])
+
+
+def _apart(names: Any) -> str:
+    return (
+        f"closure: its loss does not depend on the choices {', '.join(map(repr, names))}: it must "
+        "run the model that the chooser was made for"
+    )
+
+
+def choose(
+    model: nn.Module, loss: Callable[[nn.Module], Any] | None, tolerance: float
+) -> nn.Module:  # fmt: skip
+    """Replace choices by their branches of the largest weight, in place.
+
+    Args:
+        model: In evaluation mode.
+        loss: Of a model, a number; before and after.
+        tolerance: By how much it may rise, as a share.
+
+    Raises:
+        ValueError: No loss.
+        RuntimeError: The loss rises by more.
+    """
+    found = dict(choices(model))
+    if not found:
+        return model
+    if loss is None:
+        raise ValueError(
+            f"loss=None: {', '.join(map(repr, found))} become one branch each, which changes "
+            "outputs; pass loss=, a function of the model, to be checked before and after"
+        )
+    weights = {n: [round(w, 3) for w in c.weights().tolist()] for n, c in found.items()}
+    before = float(loss(model))
+    for path, module in reversed(list(model.named_modules(remove_duplicate=False))):
+        if isinstance(module, Choice) and path:
+            model.set_submodule(path, module.chosen)
+    model = model.chosen if isinstance(model, Choice) else model
+    after = float(loss(model))
+    log.info("choices %s: loss %.4g before, %.4g after", weights, before, after)
+    if not after <= before + tolerance * abs(before):
+        raise RuntimeError(
+            f"loss {before:.4g} before choices became one branch each, {after:.4g} after, which is "
+            f"above tolerance={tolerance}; weights were {weights}: tune them for longer (Chooser), "
+            "or allow more"
+        )
+    return model

@@ -1,0 +1,316 @@
+"""A goal for the size of a model: units are closed during the run until it is met."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from selftune.monitor import Monitor
+from selftune.structure._saliency import Closure, buffers_kept, saliency
+from selftune.structure._sizes import KINDS, Sizes
+from selftune.structure.gates import gated, open_gates
+
+log = logging.getLogger("selftune")
+
+MEMORY = 0.5
+"""Weight of the newest saliencies in their running mean."""
+
+
+class Goal:
+    """As small as asked for, or as small as possible at this loss, within one run.
+
+    Minimises the loss over weights and closed units z under ``size(z) ≤ budget``. In the Lagrangian
+    ``L + λ size(z)`` a unit stays open where its saliency, the estimated rise of the validation
+    loss without it, is above λ times the size that it takes. λ is the dual variable: at each
+    closing it is the smallest that meets the size of the schedule ::
+
+        size(t) = budget + (1 − budget) (1 − (t − start)/(end − start))³
+
+    and what is closed stays closed: its mask is 0. The rest of the run trains the smaller model.
+
+    Args:
+        model: With gates (:class:`Gate`, :class:`Optional`, …).
+        example: An input, or a tuple of inputs, for which multiply-adds count.
+        budget: The size to end at: a share of the whole in (0, 1], or, above 1, absolute.
+        of: ``"parameters"``, ``"multiply_adds"`` or both.
+        tolerance: The validation loss that may be given up, as a share of it. All closings
+            together raise the loss, measured before the other weights adapt, by so much at most.
+            Without a budget the model becomes as small as that allows.
+        total_steps: Steps in the run; the tuner's callback knows them.
+        start: Share of the run before the first closing …
+        end: … and up to the last.
+        closings: How many there are.
+        batches: Evaluations of the closure that saliencies and losses are averaged over.
+        recorder: Where ``structure/…`` is logged: as ``log_dir`` or ``recorder`` of the optimizers.
+
+    Attributes:
+        price: λ, the rise of the loss for the whole size, at the last closing.
+
+    Raises:
+        ValueError: Neither budget nor tolerance; one that the model cannot meet; a share outside
+            its range; a model without gates that can close anything.
+
+    Examples:
+        >>> from selftune.structure import Gate
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Gate(8), nn.Linear(8, 1))
+        >>> goal = Goal(net, torch.zeros(1, 4), budget=0.5, total_steps=10, closings=1)
+        >>> x = torch.randn(32, 4)
+        >>> for step in range(10):  # after opt.step()
+        ...     closed = goal.step(lambda: net(x).square().mean())
+        >>> goal.size()["parameters"], open_gates(net)
+        (19, {'2': (3, 8)})
+
+    Source: saliency, Theis et al. 2018; schedule, Zhu & Gupta 2017.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        budget: float | None = None,
+        *,
+        of: str | Sequence[str] = "parameters",
+        tolerance: float | None = None,
+        total_steps: int | None = None,
+        start: float = 0.03,
+        end: float = 0.2,
+        closings: int = 5,
+        batches: int = 4,
+        recorder: Any = None,
+    ) -> None:
+        kinds = [of] if isinstance(of, str) else list(of)
+        if not kinds or set(kinds) - set(KINDS):
+            raise ValueError(f"of={of!r} must be among {', '.join(KINDS)}, or both")
+        if budget is None and tolerance is None:
+            raise ValueError(
+                "a goal needs budget=, the size to end at, or tolerance=, the loss to give up"
+            )
+        if tolerance is not None and not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance={tolerance} must be a share of the loss, from 0 on")
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"start={start}, end={end} must be shares of the run in this order")
+        for name, count in (("closings", closings), ("batches", batches)):
+            if count < 1:
+                raise ValueError(f"{name}={count} must be 1 at least")
+        if not any(True for _ in gated(model)):
+            raise ValueError(
+                "model has no gates: put selftune.structure.Gate after the units that may be "
+                "removed, or selftune.structure.Optional around blocks"
+            )
+        self._sizes = Sizes(model, example)
+        if not self._sizes.places:
+            raise ValueError(
+                "no unit of the model can be removed: other layers need all that its gates close"
+            )
+        self._model, self._tolerance, self._total = model, tolerance, total_steps
+        self._start, self._end, self._batches = start, end, batches
+        self._counted = np.array([k in kinds for k in KINDS])
+        self._target = self._wanted(budget, kinds)
+        if total_steps is not None:
+            spread = (end - start) * total_steps / closings
+            due = (round(start * total_steps + spread * (i + 1)) for i in range(closings))
+            self._due = {max(1, step) for step in due}
+        self._known: dict[str, Tensor] = {}
+        self._spent, self._taken, self._floored = 0.0, 0, False
+        self._monitor = Monitor(recorder)
+        self.price = 0.0
+
+    def _wanted(self, budget: float | None, kinds: Sequence[str]) -> NDArray[np.float64]:
+        """The sizes to end at, shape (2,); inf where any will do."""
+        whole, least = self._sizes.whole, self._sizes.floor()
+        if budget is None:
+            return np.where(self._counted, 0.0, np.inf)
+        if not budget > 0:
+            raise ValueError(f"budget={budget} must be above 0")
+        if budget > 1 and len(kinds) > 1:
+            raise ValueError(f"budget={budget} of {kinds}: two sizes need a share, in (0, 1]")
+        target = np.where(self._counted, budget if budget > 1 else budget * whole, np.inf)
+        for kind, wanted, most, fewest in zip(KINDS, target, whole, least, strict=True):
+            if np.isfinite(wanted) and wanted > most:
+                raise ValueError(
+                    f"budget={budget:g}: the model has {most:,.0f} {kind} only; pass a share below "
+                    "1, or fewer"
+                )
+            if wanted < fewest:
+                raise ValueError(
+                    f"budget={budget:g}: with one unit open in each layer the model has "
+                    f"{fewest:,.0f} {kind} of {most:,.0f}; ask for as many, or gate more layers"
+                )
+        return target
+
+    def size(self) -> dict[str, float]:
+        """Parameters and multiply-adds in one example, without closed units."""
+        count = self._sizes.count(self._gone())
+        return {kind: int(n) for kind, n in zip(KINDS, count, strict=True)}
+
+    def step(self, closure: Closure) -> bool:
+        """Call it after each ``opt.step()``; closes units where that is due.
+
+        Returns whether it did, for ``if goal.step(closure): opt.sync(weights=False)``: the guard
+        must not take closed units for dead ones.
+
+        Args:
+            closure: Returns the validation loss, as that of ``opt.hyper_step``.
+
+        Raises:
+            ValueError: No ``total_steps``; a loss that does not depend on the gates.
+        """
+        if self._total is None:
+            raise ValueError("total_steps=None: pass the steps in the run to Goal")
+        self._taken += 1
+        if self._taken not in self._due:
+            return False
+        return self.close(closure, self._taken / self._total)
+
+    def callback(self, closure: Closure) -> Callable[[Any], bool]:
+        """For ``fit(callbacks=[...])`` of the tuner: closes units after its evaluations.
+
+        Args:
+            closure: Returns a validation loss of the model.
+        """
+
+        def closing(progress: Any) -> bool:
+            self._taken = progress.step
+            self.close(closure, progress.step / progress.total)
+            return False
+
+        return closing
+
+    def close(self, closure: Closure, progress: float) -> bool:
+        """Close what the schedule asks for at a share of the run; whether anything was.
+
+        Args:
+            closure: Returns the validation loss.
+            progress: Share of the run, in [0, 1].
+        """
+        gone = self._gone()
+        done = 1.0 if progress >= self._end else (progress - self._start) / max(
+            self._end - self._start, 1e-12
+        )  # fmt: skip
+        if done <= 0 or bool((self._sizes.count(gone) <= self._target).all()):
+            return False
+        left = (1 - done) ** 3
+        want = (1 - left) * self._target + left * self._sizes.whole if left else self._target
+        with buffers_kept(self._model):
+            order, prices = self._order(gone, self._saliencies(closure), want)
+            if self._tolerance is not None:
+                order = self._tolerated(closure, order, 1 - left)
+        if order:
+            self.price = prices[len(order) - 1]
+            self._mask(order)
+            self._name_floor()
+        self._log()
+        return bool(order)
+
+    # inside
+
+    def _gone(self) -> NDArray[np.bool_]:
+        """Which units are closed, shape (units,)."""
+        closed = {n: m.closed().cpu().numpy() for n, m in gated(self._model)}
+        return np.array([all(closed[n][i] for n, i in at) for at in self._sizes.places])
+
+    def _saliencies(self, closure: Closure) -> NDArray[np.float64]:
+        """Of each unit, shape (units,)."""
+        fresh: dict[str, Tensor] = {}
+        for _ in range(self._batches):
+            for name, value in saliency(self._model, closure).items():
+                fresh[name] = fresh.get(name, 0.0) + value / self._batches
+        known = self._known or fresh
+        self._known = {n: known[n] + MEMORY * (v - known[n]) for n, v in fresh.items()}
+        found = {n: v.double().cpu().numpy() for n, v in self._known.items()}
+        return np.array([sum(found[n][i] for n, i in at) for at in self._sizes.places])
+
+    def _order(
+        self, gone: NDArray[np.bool_], worth: NDArray[np.float64], want: NDArray[np.float64]
+    ) -> tuple[list[int], list[float]]:
+        """Units to close until the size is met, the cheapest loss first, and λ after each."""
+        order: list[int] = []
+        prices: list[float] = []
+        gone, whole = gone.copy(), self._sizes.whole
+        while True:
+            over = self._sizes.count(gone) > want
+            if not over.any():
+                return order, prices
+            cost = (self._sizes.saved(gone) / whole[:, None])[over].mean(0)
+            free = (cost > 0) & ~gone & ~self._sizes.last(gone)
+            if not free.any():
+                return order, prices
+            rate = np.where(free, worth / np.where(free, cost, 1.0), np.inf)
+            first = int(rate.argmin())
+            prices.append(max(float(rate[first]), prices[-1] if prices else 0.0))
+            gone[first] = True
+            order.append(first)
+
+    def _name_floor(self) -> None:
+        """Say once that nothing more can be closed."""
+        if not self._floored and bool(self._sizes.last(self._gone())[~self._gone()].all()):
+            self._floored = True
+            log.warning("goal: all units but one of each layer are closed; these stay")
+
+    def _tolerated(self, closure: Closure, order: list[int], done: float) -> list[int]:
+        """The longest start of an order that the loss allows, found by bisection."""
+        assert self._tolerance is not None
+        before, masks = (
+            self._loss(closure),
+            [(m.mask, m.mask.clone()) for _, m in gated(self._model)],
+        )
+        allowed = self._tolerance * abs(before) * done - self._spent
+        low, high, rise = 0, len(order), 0.0
+        while low < high:
+            middle = (low + high + 1) // 2
+            self._mask(order[:middle])
+            rose = self._loss(closure) - before
+            for mask, held in masks:
+                mask.copy_(held)
+            if rose <= allowed:
+                low, rise = middle, rose
+            else:
+                high = middle - 1
+        self._spent += max(rise, 0.0) if low else 0.0
+        return order[:low]
+
+    def _loss(self, closure: Closure) -> float:
+        """The mean over batches, the same ones where torch's generator draws them."""
+        losses: list[float] = []
+        with torch.no_grad(), torch.random.fork_rng():
+            for at in range(self._batches):
+                torch.manual_seed(at)
+                losses.append(float(closure()))
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def _mask(self, units: Sequence[int]) -> None:
+        masks = {n: m.mask for n, m in gated(self._model)}
+        for unit in units:
+            for name, at in self._sizes.places[unit]:
+                masks[name][at] = 0.0
+
+    def _log(self) -> None:
+        if self._monitor.on:
+            size, whole = self.size(), dict(zip(KINDS, self._sizes.whole, strict=True))
+            rows = [(f"structure/{k}", size[k] / whole[k]) for k in KINDS]
+            rows += [(f"structure/open/{n}", float(k)) for n, (k, _) in self.open().items()]
+            self._monitor.scalars([*rows, ("structure/price", self.price)], self._taken)
+            self._monitor.flush()
+
+    def open(self) -> dict[str, tuple[int, int]]:
+        """How many gates are open, and how many there are, by module."""
+        return open_gates(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running means and counters; masks are in the model's own state."""
+        known = {n: v.clone() for n, v in self._known.items()}
+        return {"known": known, "spent": self._spent, "taken": self._taken, "price": self.price}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        self._known = dict(state["known"])
+        self._spent, self._taken = float(state["spent"]), int(state["taken"])
+        self.price = float(state["price"])

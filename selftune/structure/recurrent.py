@@ -1,0 +1,142 @@
+"""LSTM and GRU with a gate for each hidden unit."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from selftune.structure.gates import AbstractGated
+
+
+class Recurrent(AbstractGated):
+    """``h ← g · cell(x, h)``: a gate for each hidden unit of an LSTM or a GRU of one layer.
+
+    The gated state is what the cell reads at the next step and what it passes on, so that a closed
+    unit acts on nothing, and :func:`prune` removes it: rows and columns of all weights.
+
+    Args:
+        cell: ``nn.LSTM`` or ``nn.GRU``, which becomes part of this module. States start at 0.
+
+    Raises:
+        ValueError: Several layers (:class:`RecurrentLayers` takes them), two
+            directions, or a projection.
+
+    Examples:
+        >>> cell = nn.LSTM(3, 4, batch_first=True)
+        >>> x = torch.randn(2, 5, 3)
+        >>> bool(torch.allclose(Recurrent(cell)(x)[0], cell(x)[0]))
+        True
+    """
+
+    def __init__(self, cell: nn.LSTM | nn.GRU) -> None:
+        super().__init__(cell.hidden_size)
+        for name, usual in (("num_layers", 1), ("bidirectional", False), ("proj_size", 0)):
+            if getattr(cell, name) != usual:
+                raise ValueError(
+                    f"nn.{type(cell).__name__}({name}={getattr(cell, name)}) cannot be gated: "
+                    f"{name} must be {usual}"
+                )
+        self.cell = cell
+        some = next(cell.parameters())
+        self.to(some.device, some.dtype)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+        """Outputs and last state, as of the cell: gated ``h``, and ``c`` of an LSTM.
+
+        Args:
+            input: Shape (batch, length, features), or as ``batch_first`` says.
+        """
+        gates = self.factors()
+        cell: Any = self.cell
+        weights = [cell.weight_ih_l0, cell.weight_hh_l0 * gates]
+        if cell.bias:
+            weights += [cell.bias_ih_l0, cell.bias_hh_l0]
+        batch = input.shape[0 if cell.batch_first else 1]
+        start = input.new_zeros(1, batch, len(gates))
+        run = (cell.bias, 1, 0.0, self.training, False, cell.batch_first)
+        if isinstance(cell, nn.LSTM):
+            output, h, c = torch.lstm(input, (start, start), weights, *run)
+            return output * gates, (h * gates, c)
+        output, h = torch.gru(input, start, weights, *run)
+        return output * gates, h * gates
+
+    def passed(self, input: Tensor, output: Any) -> None:
+        """None: gates act within the recurrence too, which the output does not tell."""
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        """As they are."""
+        return values
+
+    def plain(self) -> nn.Module:
+        """The same as modules of torch alone; takes the cell over."""
+        gates = self.factors().detach()
+        with torch.no_grad():
+            self.cell.get_parameter("weight_hh_l0").mul_(gates)
+        self.cell.flatten_parameters()
+        if bool((gates == 1).all()):
+            return self.cell
+        root = nn.Module()
+        root.add_module("cell", self.cell)
+        root.register_buffer("factors", gates.clone())
+        graph = fx.Graph()
+        both = graph.call_module("cell", (graph.placeholder("input"),))
+        factors = graph.get_attr("factors")
+        output, state = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+        output = graph.call_function(operator.mul, (output, factors))
+        if isinstance(self.cell, nn.LSTM):
+            h, c = (graph.call_function(operator.getitem, (state, i)) for i in range(2))
+            graph.output((output, (graph.call_function(operator.mul, (h, factors)), c)))
+        else:
+            graph.output((output, graph.call_function(operator.mul, (state, factors))))
+        return fx.GraphModule(root, graph, "Scaled")
+
+
+class RecurrentLayers(nn.Module):
+    """An LSTM or GRU of several layers, each a :class:`Recurrent` of its own.
+
+    Args:
+        rnn: Of which it takes weights and sizes.
+
+    Raises:
+        ValueError: Two directions, or a projection.
+    """
+
+    def __init__(self, rnn: nn.LSTM | nn.GRU) -> None:
+        super().__init__()
+        layers = [Recurrent(one_layer(rnn, i)) for i in range(rnn.num_layers)]
+        self.layers, self.dropout = nn.ModuleList(layers), nn.Dropout(rnn.dropout)
+        self._lstm, self._last = isinstance(rnn, nn.LSTM), rnn.num_layers - 1
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+        """Outputs of the last layer and, in lists, the last states of all, which differ in size."""
+        states = []
+        for i, layer in enumerate(self.layers):
+            input, state = layer(input)
+            states.append(state)
+            if i < self._last:
+                input = self.dropout(input)
+        if self._lstm:
+            return input, ([s[0] for s in states], [s[1] for s in states])
+        return input, states
+
+
+def one_layer(rnn: nn.LSTM | nn.GRU, at: int) -> Any:
+    """One layer, with copies of its weights."""
+    for name, usual in (("bidirectional", False), ("proj_size", 0)):
+        if getattr(rnn, name) != usual:
+            raise ValueError(
+                f"nn.{type(rnn).__name__}({name}={getattr(rnn, name)}) cannot be gated: {name} "
+                f"must be {usual}"
+            )
+    weight = getattr(rnn, f"weight_ih_l{at}")
+    cell = type(rnn)(
+        weight.shape[1], rnn.hidden_size, 1, rnn.bias, rnn.batch_first, device=weight.device,
+        dtype=weight.dtype,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, param in cell.named_parameters():
+            param.copy_(getattr(rnn, name.replace("_l0", f"_l{at}")))
+    return cell

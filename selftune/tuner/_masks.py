@@ -1,0 +1,54 @@
+"""Units that callbacks close, taken over into the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from selftune.structure import gated
+from selftune.tuner._objective import modes_kept
+from selftune.tuner._scoring import Scorer
+from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import Steps
+
+
+@contextmanager
+def masks_followed(
+    steps: Steps, scorer: Scorer, snapshots: Snapshots, member: int
+) -> Iterator[list[str]]:
+    """The averaged weights in the model, whose masks the run takes over at the end.
+
+    Args:
+        steps: Know the buffers by name.
+        scorer: Shows the weights.
+        snapshots: Of the run, whose masks follow too.
+        member: Whose weights are shown.
+
+    Yields:
+        A list, afterwards the names of masks that changed.
+
+    Raises:
+        ValueError: Masks of a population changed.
+    """
+    changed: list[str] = []
+    masks = {f"{n}.mask" if n else "mask": m.mask for n, m in gated(steps.inner)}
+    with scorer.shown(snapshots.run, member), modes_kept(scorer.model):
+        before = {n: t.clone() for n, t in masks.items()}
+        yield changed
+        found = steps.group.from_first(lambda: {n: t.detach().clone() for n, t in masks.items()})
+    changed += [n for n, t in found.items() if not torch.equal(t, before[n])]
+    members = snapshots.run.step.numel()
+    if changed and members > 1:
+        raise ValueError(
+            f"population={members}: a callback closed units of one member, whose "
+            "masks all would share; leave population out"
+        )
+    run = snapshots.run
+    held: list[Sequence[Tensor]] = [run.buffers, run.average_buffers, snapshots.buffers]
+    with torch.no_grad():
+        for name in changed:
+            for buffers in held:
+                buffers[steps.buffers.index(name)].copy_(found[name])
