@@ -49,7 +49,7 @@ def _show(runs: Sequence[str]) -> int:
         why = log.reasons()
         print("\n".join([run, table(log.lines()), *(["", why] if why else []), ""]))
     if len(logs) > 1:
-        print("validation loss, and where hyperparameters ended")
+        print("validation loss and final hyperparameters")
         for run, log in sorted(logs.items(), key=lambda item: item[1].loss() or float("inf")):
             ends = ", ".join(f"{one.name}={one.end:.3g}" for one in log.lines())
             loss = log.loss()
@@ -103,8 +103,8 @@ def _demo(folder: str, epochs: int) -> int:
         right = float((model.eval()(x[test]).argmax(1) == y[test]).float().mean())
     print(result.report())
     print(
-        f"\nvalidation loss {result.best_loss:.4g}; {100 * right:.1f} % right on {len(test)} "
-        "digits that neither trained nor tuned"
+        f"\nvalidation loss {result.best_loss:.4g}; {100 * right:.1f} % accuracy on {len(test)} "
+        "held-out digits"
     )
     print(f"\nThe page: {Path(folder) / 'report.html'}\nThe run:  tensorboard --logdir {folder}")
     return 0

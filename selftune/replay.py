@@ -91,7 +91,7 @@ class TunedSchedule:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a schedule that was saved by selftune ({error}): pass another "
-                "file, or save the schedule of the run anew"
+                "file, or save the schedule of the run again"
             ) from error
 
 

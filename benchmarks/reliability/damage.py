@@ -19,7 +19,7 @@ import torch
 Damage = Callable[[Path, random.Random], None]
 Around = Callable[[Path], AbstractContextManager[None]]
 REMEDIES = (
-    "another", "pass ", "start anew", "wait for", "resume from", "free ", "use ", "goes on",
+    "another", "pass ", "start a new", "wait for", "resume from", "free ", "use ", "goes on",
     "continue", "left out", "kept", "Start the", "stay", "trained again", "delete",
     "is not remembered", "no longer logs",
 )  # fmt: skip

@@ -197,7 +197,7 @@ def _asked(closure: Closure) -> Tensor:
     except StopIteration as error:
         raise RuntimeError(
             "closure ran out of validation batches (StopIteration): draw them from a stream "
-            "without an end, such as itertools.cycle(batches), or begin its loader anew"
+            "without an end, such as itertools.cycle(batches), or restart its loader"
         ) from error
     if isinstance(loss, Tensor) and getattr(loss.grad_fn, "_sequence_nr", lambda: mark)() < mark:
         raise RuntimeError(OLD_LOSS)

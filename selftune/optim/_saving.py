@@ -129,8 +129,8 @@ def check_state(
     if run.get("version") != VERSION:
         raise ValueError(
             f"state_dict is of version {run.get('version')}, this selftune reads version "
-            f"{VERSION}: finish the run with the selftune that saved it, or start anew from its "
-            "weights"
+            f"{VERSION}: finish the run with the selftune that saved it, or start a new run from "
+            "its weights"
         )
     _match("rule", run.get("rule"), whole["rule"])
     found = differences(run.get("settings", {}), whole["settings"])

@@ -114,13 +114,13 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"resume: {path} is damaged or no checkpoint of a Tuner ({error}); nothing was "
-            "changed. Resume from another file, or start anew in another log_dir"
+            "changed. Resume from another file, or start a new run in another log_dir"
         ) from error
     version = state.get("version") if isinstance(state, dict) else None
     if version != VERSION:
         raise ValueError(
             f"resume: {path} is of version {version}, this selftune's Tuner reads version "
-            f"{VERSION}: finish the run with the selftune that saved it, or start anew"
+            f"{VERSION}: finish the run with the selftune that saved it, or start a new run"
         )
     return state
 

@@ -95,14 +95,15 @@ class Parts:
         if found:
             raise ValueError(
                 f"resume: the checkpoint is of another run: {'; '.join(found)}: resume with the "
-                "same model and settings, or start anew in another log_dir"
+                "same model and settings, or start a new run in another log_dir"
             )
         leaves = tree_leaves(self.fused.run)
         shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 "resume: the checkpoint's state has other tensors than this run's: resume with the "
-                "same options of rule, penalties and estimator, or start anew in another log_dir"
+                "same options of rule, penalties and estimator, or start a new run in another "
+                "log_dir"
             )
 
     def _remembered(self) -> Any:
