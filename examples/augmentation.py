@@ -1,13 +1,13 @@
 """A CNN on Fashion-MNIST that tunes its own augmentation, dropout and label smoothing.
 
-Six augmentations run on the batch, on its device (so the number of a loader's workers makes no
-difference), and their strengths are hyperparameters like the learning rate: all move in one run.
-The test images judge the result and are seen by nothing before.
+Six augmentations run on the batch, on its device, independently of the loader's workers. Their
+strengths are hyperparameters like the learning rate, and all are tuned in one run. The test images
+are used for the final evaluation only.
 
     python examples/augmentation.py [--device cuda] [--epochs 30] [--images 10000] [--quick]
 
-The images come from ``--data-dir`` (or the folder in ``SELFTUNE_DATA``) if ``fashion_mnist.npz``
-lies there, else torchvision loads them to it.
+The images come from ``fashion_mnist.npz`` in ``--data-dir`` (or in the folder ``SELFTUNE_DATA``) if
+it exists; otherwise torchvision downloads them.
 """
 
 import argparse

@@ -1,17 +1,16 @@
 """The one-line change, side by side: digits with noisy labels, plain torch and self-tuned.
 
-A small network learns scikit-learn's 8×8 digits from 1,000 training images, of whose labels
-15 % are wrong, so that it over-fits unless its hyperparameters are right. The first loop is plain
-PyTorch with momentum and cosine annealing, run at the default rate, a tenth of it and ten times it;
-the second is the same loop with ``st.SGD`` in place of ``torch.optim.SGD`` and one line that hands
-it validation batches, run once from the default rate. All keep the weights that were best on the
-validation images.
+A small network learns scikit-learn's 8×8 digits from 1,000 training images with 15 % wrong labels,
+so it overfits unless its hyperparameters are well chosen. The first loop is plain PyTorch with
+momentum and cosine annealing, run at the default learning rate, a tenth of it and ten times it. The
+second is the same loop with ``st.SGD`` instead of ``torch.optim.SGD`` and one additional line for
+validation batches, run once from the default rate. All runs keep the weights with the lowest
+validation loss.
 
-The test loss of the self-tuned run is 25 % below that at the default rate on the default seed (21
-to 37 % on seeds 0 to 5), and 2 % below the best of the three on it (below on five seeds of six,
-12 % in the mean). With ``--optimizer AdamW``, whose default rate happens to be nearly the best one,
-it is 30 % below the best of three on the default seed, and 4 % above and level with it on the next
-two.
+With the default seed the test loss of the self-tuned run is 25 % below that at the default rate (21
+to 37 % with seeds 0 to 5), and 2 % below the best of the three (12 % on average; below with five
+seeds of six). With ``--optimizer AdamW``, whose default rate is nearly the best one, it is 30 %
+below the best of three with the default seed, and 4 % above and equal to it with the next two.
 
     python examples/digits.py [--optimizer SGD] [--lr 0.01] [--steps 2000] [--quick]
 """
@@ -78,29 +77,29 @@ def evaluate(model: nn.Module, part: slice) -> tuple[float, float]:
 
 
 def options() -> dict[str, float]:
-    """Of both; momentum for SGD."""
+    """Options of both optimizers: momentum for SGD."""
     return {"momentum": 0.9} if args.optimizer == "SGD" else {}
 
 
 def print_row(label: str, model: nn.Module) -> None:
-    """Of the table at the end."""
+    """Print a row of the final table."""
     test_loss, accuracy = evaluate(model, test)
     print(f"{label:38} {evaluate(model, val)[0]:15.3f} {test_loss:11.3f} {accuracy:15.1%}")
 
 
 class BestWeights:
-    """Keeps the weights with the lowest validation loss, looked at 40 times; for both."""
+    """Keeps the weights with the lowest of 40 validation losses, in both loops."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.loss = model, float("inf")
         self.weights = copy.deepcopy(model.state_dict())
 
     def due(self, step: int) -> bool:
-        """Whether to look after a step."""
+        """Whether to evaluate after a step."""
         return (step + 1) % max(1, steps // 40) == 0
 
     def look(self) -> None:
-        """Keep the present weights if they are the best so far."""
+        """Keep the current weights if they are the best so far."""
         loss = evaluate(self.model, val)[0]
         if loss < self.loss:
             self.loss, self.weights = loss, copy.deepcopy(self.model.state_dict())
@@ -113,7 +112,7 @@ class BestWeights:
 
 # 1. Plain PyTorch with cosine annealing and early stopping, at three rates.
 def train_plain(rate: float) -> nn.Module:
-    """A run at a learning rate."""
+    """Train at a learning rate."""
     model = make_model()
     opt = getattr(torch.optim, args.optimizer)(model.parameters(), lr=rate, **options())
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)

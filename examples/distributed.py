@@ -1,4 +1,4 @@
-"""Several processes train one model, and its hyperparameters are tuned as by one of them.
+"""Several processes train one model, with the hyperparameters of a single process.
 
 Each process (rank) takes its part of every batch; gradients are averaged. On CPUs:
 
@@ -8,10 +8,10 @@ On a machine with GPUs, one rank for each (nccl instead of gloo):
 
     torchrun --nproc-per-node gpu examples/distributed.py --device cuda
 
-On several machines the same command on each of them, with the address of any one:
+On several machines run the same command on each, with the address of any one of them:
 
-    torchrun --nnodes 2 --nproc-per-node gpu --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
-        examples/distributed.py --device cuda
+    torchrun --nnodes 2 --nproc-per-node gpu --rdzv-backend c10d --rdzv-endpoint HOST:29500
+    examples/distributed.py --device cuda
 
 Without torchrun the script trains in one process, to nearly the same hyperparameters (BatchNorm
 normalises by each rank's part of a batch; without it they are equal up to rounding). Ctrl-C saves

@@ -1,15 +1,14 @@
-"""A convolutional net on Fashion-MNIST that tunes itself, in one compiled graph a step.
+"""A self-tuned convolutional network on Fashion-MNIST, with one compiled graph for each step.
 
-``st.Tuner`` owns the loop: it trains on one part of the training images, tunes learning rate,
-momentum and weight decay on the other, logs to TensorBoard and saves a checkpoint every epoch, so
-that a run that was stopped goes on with ``--resume``. The net, with BatchNorm and dropout, its loss
-and the DataLoaders are those of any PyTorch script. The test images judge the result and are seen
-by nothing before.
+``st.Tuner`` runs the loop: it trains on one part of the training images, tunes learning rate,
+momentum and weight decay on the other, logs to TensorBoard and saves a checkpoint every epoch.
+``--resume`` continues an interrupted run. The network, with BatchNorm and dropout, its loss and the
+DataLoaders are ordinary PyTorch. The test images are used for the final evaluation only.
 
     python examples/fashion_mnist.py [--device cuda] [--epochs 10] [--resume] [--quick]
 
-The images come from ``--data-dir`` (or the folder in ``SELFTUNE_DATA``) if ``fashion_mnist.npz``
-lies there, else torchvision loads them to it.
+The images come from ``fashion_mnist.npz`` in ``--data-dir`` (or in the folder ``SELFTUNE_DATA``) if
+it exists; otherwise torchvision downloads them.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""A GAN whose players tune their own learning rates, and its gradient penalty, in one run.
+"""A GAN that tunes the learning rates of both players and its gradient penalty in one run.
 
     python examples/gan.py [--steps 3000] [--trials 0]
 
-A ring of eight Gaussians. What counts is the energy distance of samples from held-out points (0 is
-perfect), reported on points that tuned nothing. ``--trials 8`` searches width and latent size,
-each trial such a run.
+The data are a ring of eight Gaussians. The metric is the energy distance of samples from held-out
+points (0 is perfect), reported on points not used for tuning. ``--trials 8`` searches over width
+and latent size, each trial such a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from selftune.search.families import GAN, energy_distance
 
 
 def ring(count: int, seed: int) -> Tensor:
-    """Points around eight places on a circle."""
+    """Points around eight centres on a circle."""
     generator = torch.Generator().manual_seed(seed)
     angle = torch.randint(8, (count,), generator=generator) * (math.pi / 4)
     centre = torch.stack([angle.cos(), angle.sin()], 1)
@@ -28,7 +28,7 @@ def ring(count: int, seed: int) -> Tensor:
 
 
 def main() -> None:
-    """Train, and compare with points that nobody has seen."""
+    """Train, and evaluate on unused points."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--trials", type=int, default=0)

@@ -1,9 +1,10 @@
 """An LSTM language model that tunes seven regularizers and its learning rate in one run.
 
 Dropout of words, inputs, hidden states and outputs, DropConnect of the recurrent weights, and
-penalties of activations (AR) and of their steps (TAR) are layers of ``st.nn``; learning rate,
-momentum and weight decay are the optimizer's. Characters of tiny Shakespeare by default, words of
-WikiText-2 with ``--wikitext2``. The last tenth of the text judges the result.
+penalties of activations (AR) and of their differences (TAR) are layers of ``st.nn``; learning rate,
+momentum and weight decay belong to the optimizer. Characters of tiny Shakespeare by default, words
+of WikiText-2 with ``--wikitext2``. The last tenth of the text is used for the final evaluation
+only.
 
     python examples/language_model.py [--steps 3000] [--wikitext2] [--device cuda] [--quick]
 
@@ -45,7 +46,7 @@ width = 32 if args.quick else args.width
 
 
 def read(name: str) -> str:
-    """A text, packed or not."""
+    """Read a text file, compressed or not."""
     path = Path(args.data_dir) / name
     if path.exists():
         return path.read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-"""A run that MLflow listens to, beside TensorBoard.
+"""Logging a run to MLflow and TensorBoard.
 
     python examples/mlflow_logging.py [--quick] [--folder runs/mlflow]
 
-Any function of values and step is a recorder; here it hands both to MLflow's local file store,
-which ``mlflow ui`` shows. Needs scikit-learn and mlflow (or mlflow-skinny).
+Any function of values and step is a recorder; this one writes to MLflow's local file store, which
+``mlflow ui`` shows. Needs scikit-learn and mlflow (or mlflow-skinny).
 """
 
 import argparse

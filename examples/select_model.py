@@ -2,9 +2,9 @@
 
     python examples/select_model.py [--data digits|fashion] [--trials 12] [--log-dir runs/select]
 
-An MLP, a CNN, an LSTM over the rows of the image and a Transformer over them, each with a few
-choices of depth and width; learning rate, momentum and weight decay tune themselves within each
-trial. The best one is judged on a test set that neither tuned nor chose it.
+The candidates are an MLP, a CNN, and an LSTM and a Transformer over the rows of the image, each
+with a few choices of depth and width. Learning rate, momentum and weight decay are tuned within
+each trial. The best model is evaluated on a test set that was not used for tuning or selection.
 Fashion-MNIST: 8,000 images, from ``$SELFTUNE_DATA`` or downloaded by torchvision.
 """
 
@@ -47,7 +47,7 @@ def fashion(folder: str | None) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Search, and judge what was found."""
+    """Search, and evaluate the best model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=("digits", "fashion"), default="digits")
     parser.add_argument("--trials", type=int, default=12)

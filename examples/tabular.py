@@ -1,9 +1,9 @@
-"""A table of numbers: a self-tuning net as an estimator of scikit-learn.
+"""Tabular data: a self-tuned network as a scikit-learn estimator.
 
     python examples/tabular.py [--uci energy|concrete|yacht|power|wine_red] [--epochs 60]
 
-Against ridge regression and gradient boosting on the same split. scikit-learn's diabetes by
-default; with ``--uci`` a set of the UCI repository from ``$SELFTUNE_DATA/uci``.
+Compared with ridge regression and gradient boosting on the same split. The data are scikit-learn's
+diabetes by default; with ``--uci`` a data set of the UCI repository from ``$SELFTUNE_DATA/uci``.
 """
 
 from __future__ import annotations
