@@ -1,4 +1,4 @@
-"""Inspection of a run: what it tells while it trains, where that goes, and what it means."""
+"""Inspection of a run: log, recorders, verdicts and reports."""
 
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows

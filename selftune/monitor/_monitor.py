@@ -1,4 +1,4 @@
-"""What a run tells while it trains, gathered on the device and written in blocks."""
+"""The log of a run, buffered on the device and written in blocks."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ DISTINCT = 8
 
 
 class Monitor:
-    """Buffers scalars and hands them to a recorder in blocks.
+    """Buffers scalars and passes them to a recorder in blocks.
 
-    Tensors stay on their device until a block is written, so logging makes no step wait. If
-    writing fails (a full disk), training goes on after one warning.
+    Tensors stay on their device until a block is written, so logging does not synchronise. If
+    writing fails (a full disk), training continues after one warning.
 
     Args:
-        target: Where to, see :func:`~selftune.monitor.as_recorder`.
-        name: Of what is logged, where several share a target; None: there is one.
+        target: The receiver of the log, see :func:`~selftune.monitor.as_recorder`.
+        name: Name of the run, if several share a target; or None.
     """
 
     block = 100
 
     def __init__(self, target: Any, name: str | None = None) -> None:
-        """Nothing is opened before the first block is written."""
+        """Files are opened when the first block is written."""
         self.recorder = as_recorder(target, name)
         self._rows: list[tuple[str, Any, int]] = []
 
     @property
     def on(self) -> bool:
-        """Whether anyone listens."""
+        """Whether there is a recorder."""
         return not isinstance(self.recorder, NoRecorder)
 
     def scalar(self, tag: str, value: float | Tensor, step: int) -> None:
-        """Note a number; a tensor is read only when the block is written."""
+        """Log a number; a tensor is read when the block is written."""
         if not self.on:
             return
         if isinstance(value, Tensor):
@@ -53,12 +53,12 @@ class Monitor:
             self.flush()
 
     def scalars(self, rows: Iterable[tuple[str, float | Tensor]], step: int) -> None:
-        """Note several numbers of one step."""
+        """Log several numbers of one step."""
         for tag, value in rows:
             self.scalar(tag, value, step)
 
     def last(self, rows: Iterable[tuple[str, float]], step: int) -> None:
-        """Write numbers of the end, which a run that is resumed writes anew."""
+        """Write final numbers, which a resumed run writes again."""
         block = [Row(tag, float(value), step) for tag, value in rows]
         if self.on and block:
             self.flush()
@@ -81,11 +81,11 @@ class Monitor:
         self._try(lambda: self.recorder.scalars(block))
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
-        """Tell what the run starts with."""
+        """Log the initial hyperparameters."""
         self._try(lambda: self.recorder.begin(hparams, tuned))
 
     def resume(self, step: int) -> None:
-        """The run goes on after a step: later rows are of a past that did not happen."""
+        """Resume the run at a step, and drop later rows."""
         self._try(lambda: self.recorder.resume(step))
 
     def text(self, tag: str, text: str, step: int) -> None:
@@ -99,18 +99,18 @@ class Monitor:
         self._try(lambda: self.recorder.figure(tag, figure, step))
 
     def histograms(self, values: Mapping[str, Any], step: int) -> None:
-        """Write how those hyperparameters are spread that differ between many tensors."""
+        """Write histograms of hyperparameters that differ between many tensors."""
         for name, some in values.items():
             if isinstance(some, list) and len(set(some)) > DISTINCT:
                 self._try(partial(self.recorder.histogram, f"layers/{name}", some, step))
 
     def end(self, status: str) -> None:
-        """Write what is buffered, and that the run has ended."""
+        """Write buffered entries and the end of the run."""
         self.flush()
         self._try(lambda: self.recorder.end(status))
 
     def _try(self, write: Callable[[], object]) -> None:
-        """Write, or stop logging where that fails."""
+        """Write, or stop logging after a failure."""
         try:
             write()
         except OSError as error:
@@ -119,7 +119,7 @@ class Monitor:
 
 
 def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:
-    """Tags and numbers of a hyperparameter: one, or its range where tensors differ."""
+    """Tags and numbers of a hyperparameter: one, or its range if tensors differ."""
     if not isinstance(values, list):
         return [(f"{prefix}/{name}", float(values))]
     distinct = list(dict.fromkeys(values))
@@ -132,7 +132,7 @@ def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:
 
 
 def plain_rows(values: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Names and numbers of hyperparameters, a summary where many tensors differ."""
+    """Names and numbers of hyperparameters, summarised if many tensors differ."""
     found = [row for name, value in values.items() for row in named("", name, value)]
     return [(name.removeprefix("/"), value) for name, value in found]
 
@@ -140,12 +140,12 @@ def plain_rows(values: Mapping[str, Any]) -> list[tuple[str, float]]:
 def hyper_rows(
     loss: float | Tensor, values: Mapping[str, Any], signals: Mapping[str, tuple[Any, Any]]
 ) -> list[tuple[str, float | Tensor]]:
-    """Everything one hyperparameter step has to tell.
+    """All rows of one hyperparameter step.
 
     Args:
         loss: The outer loss.
-        values: Present hyperparameters.
-        signals: For each tuned one, its mean hypergradient and signal-to-noise ratio.
+        values: Current hyperparameters.
+        signals: Mean hypergradient and signal-to-noise ratio of each tuned one.
     """
     rows: list[tuple[str, float | Tensor]] = [("Loss/val", loss)]
     for name, value in values.items():

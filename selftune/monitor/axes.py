@@ -1,4 +1,4 @@
-"""The scale on which a chart draws a hyperparameter, and where events are marked in it."""
+"""The scale of a hyperparameter's chart, and the positions of event marks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RATES = ("rate", "decay", "regularizer")
 
 
 def logarithmic(hparam: Hparam) -> bool:
-    """Whether charts draw a hyperparameter by its decimal logarithm: rates do.
+    """Whether charts show the decimal logarithm of a hyperparameter, as for rates.
 
     Examples:
         >>> from selftune.hparams import LR, MOMENTUM
@@ -27,25 +27,25 @@ def logarithmic(hparam: Hparam) -> bool:
 
 
 def drawn(hparam: Hparam, value: float) -> float:
-    """The height at which charts draw a value; log 0 is -inf, and not drawn."""
+    """The height of a value in charts; log 0 is -inf, and not drawn."""
     if not logarithmic(hparam):
         return value
     return math.log10(value) if value > 0 else -math.inf
 
 
 def middle(values: float | Sequence[float]) -> float:
-    """The value that stands for groups or layers that differ: the upper median."""
+    """The value that represents groups or layers that differ: the upper median."""
     return sorted(values)[len(values) // 2] if isinstance(values, Sequence) else float(values)
 
 
 def marks(
     hparams: Mapping[str, Hparam], values: Mapping[str, float | Sequence[float]]
 ) -> Iterator[tuple[str, float]]:
-    """Rows that mark an event in the charts of the hyperparameters that it has set.
+    """Rows that mark an event in the charts of the hyperparameters that it set.
 
     Args:
         hparams: The tuned hyperparameters.
-        values: Of those that were set, after the event.
+        values: Values after the event, of the hyperparameters that it set.
 
     Examples:
         >>> from selftune.hparams import LR

@@ -27,12 +27,12 @@ HEALTH = {
 
 
 class Chart(NamedTuple):
-    """A chart, of lines or of values with margins.
+    """A chart of lines, or of values with margins.
 
     Attributes:
-        title: Its heading.
+        title: Title of the chart.
         lines: Tags of lines.
-        series: Tags of value, lower and upper end, of which all have the same steps in a run.
+        series: Tags of value, lower and upper end, with equal steps in a run.
     """
 
     title: str
@@ -46,12 +46,12 @@ def family(name: str) -> str:
 
 
 def layout(tags: Collection[str]) -> dict[str, list[Chart]]:
-    """Pages and their charts, each of which draws something.
+    """Pages and their charts, without empty charts.
 
-    A chart is the same in every run that has it, so that TensorBoard shows it once.
+    A chart is equal in all runs that have it, so TensorBoard shows it once.
 
     Args:
-        tags: Of the scalars that the run has logged so far.
+        tags: Tags of the scalars logged so far.
 
     Examples:
         >>> [c.title for c in layout(["Loss/val", "margin/lr/low", "hyper/lr/log10"])["Step"]]
@@ -73,10 +73,10 @@ def layout(tags: Collection[str]) -> dict[str, list[Chart]]:
 
 
 def _values(name: str, logarithmic: bool) -> Chart:
-    """The chart of a hyperparameter, and of the events that have set it.
+    """The chart of a hyperparameter, with the events that set it.
 
-    A single tag marks events of every kind: the dashboard would list further ones as missing in
-    the runs that do not have them.
+    One tag marks events of all kinds; the dashboard would report further tags as missing in runs
+    without them.
     """
     value = f"hyper/{name}/{LOG10}" if logarithmic else f"hyper/{name}"
     title, series = name, [(value, f"margin/{name}/low", f"margin/{name}/high")]

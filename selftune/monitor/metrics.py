@@ -1,4 +1,4 @@
-"""The metrics of a run: hyperparameters, how sure they are, and what tuning costs."""
+"""The metrics of a run: hyperparameters, their uncertainty, and the cost of tuning."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Signals = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Metrics:
-    """Turns the state of a run into rows of the log, for both drivers.
+    """Converts the state of a run to rows of the log, for both drivers.
 
-    Where tensors or groups differ, margins and verdicts are about the mean of their shifts.
+    If tensors or groups differ, margins and verdicts refer to the mean of their shifts.
 
     Args:
         monitor: The log.
@@ -42,7 +42,7 @@ class Metrics:
 
     Attributes:
         monitor: The log.
-        course: Mean raw values of each tuned hyperparameter, one a hyperparameter step.
+        course: Mean raw values of each tuned hyperparameter, one for each hyperparameter step.
         trained: The last training loss.
     """
 
@@ -57,7 +57,7 @@ class Metrics:
         self._logged = -1  # the last step with an entry of the hyperparameters
 
     def state_dict(self) -> dict[str, Any]:
-        """What entries compare themselves with, as plain containers."""
+        """The state of later entries, as plain containers."""
         return {
             "course": {name: list(values) for name, values in self.course.items()},
             "trained": None if self.trained is None else float(self.trained),
@@ -76,7 +76,7 @@ class Metrics:
         self._logged = state.get("logged", -1)
 
     def note(self, raw: Mapping[str, Tensor]) -> None:
-        """Take raw values into the course."""
+        """Append raw values to the course."""
         for name, shifts in raw.items():
             self.course[name].append(float(shifts.mean()))
 
@@ -88,12 +88,12 @@ class Metrics:
         raw: Mapping[str, Tensor],
         signals: Signals,
     ) -> None:
-        """Log a hyperparameter step whose raw values were noted.
+        """Log a hyperparameter step, after :meth:`note`.
 
         Args:
             step: Training steps taken.
             loss: The validation loss.
-            values: Hyperparameters by name; a list where tensors differ.
+            values: Hyperparameters by name; a list if tensors differ.
             raw: Raw values of the tuned ones.
             signals: Their hypergradients.
         """
@@ -120,9 +120,9 @@ class Metrics:
     def margins(self, values: Mapping[str, Any]) -> list[tuple[str, float | Tensor]]:
         """Rows of the chart of each tuned hyperparameter: its band, and log10 of a rate.
 
-        The band says how far the last values scattered. Where groups or layers differ,
-        ``hyper/<name>`` is their median and the band their range, so that the chart of the
-        hyperparameter has the same tags in every run. Of rates, band and value are drawn as log10.
+        The band is the standard deviation of the last values. If groups or layers differ,
+        ``hyper/<name>`` is their median and the band their range, so the chart has the same tags in
+        every run. For rates, band and value are drawn as log10.
         """
         rows: list[tuple[str, float | Tensor]] = []
         for name, course in self.course.items():
@@ -147,7 +147,7 @@ class Metrics:
         return rows
 
     def placed(self, values: Mapping[str, Any], step: int) -> None:
-        """Log hyperparameters that something else than a hyperparameter step has set."""
+        """Log hyperparameters set by something other than a hyperparameter step."""
         self.monitor.scalars(self._present(values), step)
         self._logged = step
 
@@ -156,16 +156,16 @@ class Metrics:
         return [*self.margins(values), *tuned]
 
     def mark(self, values: Mapping[str, float | Sequence[float]], step: int) -> None:
-        """Mark an event in the charts of the hyperparameters that it has set.
+        """Mark an event in the charts of the hyperparameters that it set.
 
         Args:
-            values: Of those that were set, after the event.
+            values: Values after the event, of the hyperparameters that it set.
             step: Training steps taken.
         """
         self.monitor.scalars(marks(self._hparams, values), step)
 
     def compared(self, averaged: float | Tensor, last: float | Tensor, step: int) -> None:
-        """Log by how much the validation loss differs at the averaged weights and at the last."""
+        """Log the validation loss at the averaged weights minus that at the last iterate."""
         self.monitor.scalar("outer/averaged-vs-last", averaged - last, step)
 
     def verdicts(
@@ -174,12 +174,12 @@ class Metrics:
         signals: Signals,
         ends: Callable[[str], Ends],
     ) -> dict[str, Verdict]:
-        """A judgement of each tuned hyperparameter since the run began.
+        """A verdict on each tuned hyperparameter over the whole run.
 
         Args:
             values: Hyperparameters by name.
             signals: Hypergradients of the tuned ones.
-            ends: How far each may go, by name.
+            ends: Bounds of each, by name.
         """
         found = {}
         for name, course in self.course.items():
@@ -201,13 +201,13 @@ class Metrics:
         self.monitor.scalars([(f"verdict/{v.name}", float(v.code)) for v in found.values()], step)
 
     def last_verdicts(self, found: Mapping[str, Verdict], step: int) -> None:
-        """Log those of the end, which a run that is resumed judges anew."""
+        """Log the final verdicts, which a resumed run replaces."""
         self.monitor.last([(f"verdict/{v.name}", float(v.code)) for v in found.values()], step)
 
     def finish(
         self, values: Mapping[str, Any], found: Mapping[str, Verdict], step: int, why: str
     ) -> None:
-        """Log the hyperparameters at the end, their verdicts in words, and how they came there."""
+        """Log the final hyperparameters, with verdicts and explanations."""
         if step > self._logged:
             self.monitor.last(self._present(values), step)
         if self.monitor.on and found:
@@ -216,7 +216,7 @@ class Metrics:
 
 
 def _value(scale: AbstractBijection, now: float, last: float, raw: float) -> float:
-    """The value at a point of the course, whose last point is the value now."""
+    """The value at a point of the course, whose last point is the current value."""
     here = scale.inverse(torch.tensor(now, dtype=torch.float64))
     return float(scale.forward(here + (raw - last)))
 

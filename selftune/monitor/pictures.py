@@ -1,4 +1,4 @@
-"""What-if pictures: the validation loss predicted around where hyperparameters are."""
+"""What-if pictures: the predicted validation loss around the current hyperparameters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FONT = 18
 
 
 def curve(name: str, values: Sequence[float], losses: Sequence[float], now: float) -> Figure:
-    """The predicted loss over the values of a hyperparameter, the present one marked.
+    """The predicted loss over the values of a hyperparameter, with the current one marked.
 
     Args:
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
         values: Its values.
-        losses: Predicted at each of them.
-        now: Its present value.
+        losses: Predicted loss at each of them.
+        now: Its current value.
     """
     figure, axes = _panel()
     axes.plot(values, losses, marker="o", linewidth=2)
@@ -38,13 +38,13 @@ def plane(
     losses: NDArray[Any],
     course: tuple[Sequence[float], Sequence[float]],
 ) -> Figure:
-    """A map of the predicted loss over two hyperparameters, with the way they have come.
+    """A map of the predicted loss over two hyperparameters, with their history.
 
     Args:
-        names: Of both.
-        values: Of both.
+        names: Names of both.
+        values: Values of both.
         losses: Shape (values of the first, values of the second).
-        course: The values of both so far.
+        course: Previous values of both.
     """
     figure, axes = _panel()
     drawn = axes.contourf(values[0], values[1], losses.T, levels=12)
@@ -60,7 +60,7 @@ def plane(
 
 
 def _panel() -> tuple[Figure, Any]:
-    """A figure with one panel, drawn without a window, its text legible at half the size."""
+    """A figure with one panel, drawn without a window, with text legible at half the size."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -70,7 +70,7 @@ def _panel() -> tuple[Figure, Any]:
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis of what is positive, its ends and middle labelled."""
+    """A logarithmic axis for positive values, with labels at its ends and middle."""
     from matplotlib.ticker import NullFormatter
 
     name, scale = axis.axis_name, "log" if min(values) > 0 else "linear"

@@ -1,4 +1,4 @@
-"""A run's log read back from its folder, finished, running or killed."""
+"""Reading the log of a finished, running or killed run from its folder."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PARTS = ("0", "median")
 
 @dataclass
 class Log:
-    """What a run has told so far.
+    """The log of a run so far.
 
     Attributes:
         curves: Steps and values by tag.
-        sentences: Of the verdicts at the end of the run, by the hyperparameter's name.
-        why: How each hyperparameter came to its value, a line each; empty before the end.
-        given: Hyperparameters at the start.
+        sentences: Verdicts at the end of the run in words, by name.
+        why: Explanations of the values, one line each; empty before the end.
+        given: Initial hyperparameters.
     """
 
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Log:
     given: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[Line]:
-        """Rows of the report, a hyperparameter each."""
+        """Rows of the report, one for each hyperparameter."""
         found = []
         for tag, curve in sorted(self.curves.items()):
             if tag.startswith("hyper/") and not tag.endswith(f"/{LOG10}"):
@@ -59,7 +59,7 @@ class Log:
         return found
 
     def reasons(self) -> str:
-        """How each hyperparameter came to its value: as told at the end, or from what is logged."""
+        """Explanations of the values: as logged at the end, or derived from the log."""
         matched = (re.fullmatch("margin/(.+)/low", tag) for tag in self.curves)
         names = [m[1] for m in matched if m and f"hyper/{m[1]}" in self.curves]
         return self.why or "\n".join(map(self._reasons, names))
@@ -78,7 +78,7 @@ class Log:
         return f"{name}: " + " → ".join([*told, f"{value:.3g} by hypergradients so far{known}"])
 
     def loss(self) -> float | None:
-        """The last known validation loss: over the whole set, or of the last batch."""
+        """The last validation loss: over the whole set, or of the last batch."""
         for tag in ("Loss/final", "Loss/val"):
             if self.curves.get(tag):
                 return self.curves[tag][1][-1]
@@ -86,13 +86,13 @@ class Log:
 
 
 def read(folder: str | Path) -> Log:
-    """The log in a folder.
+    """Read the log in a folder.
 
     Args:
-        folder: With TensorBoard's event files; or such a file, or one of JSON lines, itself.
+        folder: A folder with TensorBoard's event files, an event file, or a JSON-lines file.
 
     Raises:
-        FileNotFoundError: Nothing was logged there.
+        FileNotFoundError: There is no log.
     """
     path = Path(folder)
     events_file = path.is_file() and "tfevents" in path.name
@@ -132,7 +132,7 @@ def read(folder: str | Path) -> Log:
 
 
 def _given(events: Any) -> dict[str, float]:
-    """Hyperparameters at the start, as the HParams page has them."""
+    """Initial hyperparameters, from the HParams data."""
     from tensorboard.plugins.hparams import metadata
 
     try:
@@ -148,7 +148,7 @@ def _given(events: Any) -> dict[str, float]:
 
 
 def runs_in(folder: str | Path) -> list[Path]:
-    """The folders with event files in a folder and below it, in order of their names."""
+    """Folders with event files, in a folder and below it, sorted by name."""
     return sorted({path.parent for path in Path(folder).rglob("events.out.tfevents.*")})
 
 
@@ -163,7 +163,7 @@ def _by_name(text: str) -> dict[str, str]:
 
 
 def _check(file: Path) -> None:
-    """Warn of an event file that TensorBoard reads a part of only, without a word."""
+    """Warn of a damaged event file, which TensorBoard reads partly without a warning."""
     from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
@@ -178,6 +178,6 @@ def _check(file: Path) -> None:
     except DataLossError:
         pass
     log.warning(
-        "%s is damaged, or cut as after a kill: what follows its first %d records is left out",
+        "%s is damaged, or truncated by a kill: records after the first %d are left out",
         file, count,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where a run's log goes beside TensorBoard: memory, a file of JSON lines, a function."""
+"""Recorders other than TensorBoard: memory, JSON lines, functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("selftune")
 
 
 class InMemory(AbstractRecorder):
-    """Keeps everything in lists.
+    """Stores the log in lists.
 
     Examples:
         >>> import selftune as st
@@ -52,7 +52,7 @@ class InMemory(AbstractRecorder):
         self._last += rows
 
     def resume(self, step: int) -> None:
-        """Forget later rows, and the end."""
+        """Drop later rows, and the end."""
         for row in self._last:  # the later one, where another entry is the same
             del self.rows[len(self.rows) - 1 - self.rows[::-1].index(row)]
         self.rows, self._last = [r for r in self.rows if r.step <= step], []
@@ -70,11 +70,11 @@ class InMemory(AbstractRecorder):
 class JSONL(AbstractRecorder):
     """Appends a line ``{"tag": …, "value": …, "step": …}`` for each number to a file.
 
-    What is not finite is written as ``null``. Several processes may write to one file: a block
-    is appended whole.
+    Values that are not finite are written as ``null``. Several processes may write to one file,
+    because each block is appended at once.
 
     Args:
-        path: Of the file; its folder is made.
+        path: Path of the file; its folder is created.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -102,9 +102,9 @@ class JSONL(AbstractRecorder):
         self._append([{"tag": tag, "text": text, "step": step}])
 
     def resume(self, step: int) -> None:
-        """Leave out lines of later steps, the end, and a last one that a kill cut short.
+        """Drop lines of later steps, the end, and a truncated last line.
 
-        A file that holds anything else is kept beside it, with a warning.
+        If the file has other contents, a copy is kept, with a warning.
         """
         if not self.path.exists():
             return
@@ -117,19 +117,19 @@ class JSONL(AbstractRecorder):
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _check(self) -> None:
-        """Keep a file that was cut, or is another's, as it was."""
+        """Keep a copy of a file that is truncated or has other contents."""
         held = self.path.read_bytes()
         lines = held.decode("utf-8", errors="replace").splitlines()
         if lines and len(read_jsonl(self.path)) == len(lines):
             return
         if not held:
-            log.warning("%s is empty: its curves begin here, the run goes on", self.path)
+            log.warning("%s is empty: its curves start here, and the run continues", self.path)
             return
         backup = self.path.with_name(f"{self.path.name}.cut")
         backup.write_bytes(held)
         log.warning(
-            "%s holds lines that are no rows of a log, or were cut, as after a kill: they are left "
-            "out; the file as it was is kept in %s", self.path, backup,
+            "%s contains lines that are not rows of a log, or are truncated by a kill: they are left "
+            "out; a copy of the file is kept in %s", self.path, backup,
         )  # fmt: skip
 
     def end(self, status: str) -> None:
@@ -144,7 +144,7 @@ class JSONL(AbstractRecorder):
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that was cut short is left out."""
+    """The lines of a log, without truncated ones."""
     found = []
     for line in Path(path).read_text("utf-8", errors="replace").splitlines():
         try:
@@ -187,7 +187,7 @@ class Listener(AbstractRecorder):
 
 
 class Named(AbstractRecorder):
-    """Hands everything on under the name of one of several optimizers: ``name/hyper/lr``."""
+    """Passes everything on with the name of an optimizer as a prefix: ``name/hyper/lr``."""
 
     def __init__(self, recorder: AbstractRecorder, name: str) -> None:
         self.recorder, self.name = recorder, name
@@ -209,21 +209,21 @@ class Named(AbstractRecorder):
         self.recorder.histogram(f"{self.name}/{tag}", values, step)
 
     def resume(self, step: int) -> None:
-        """As it is."""
+        """Resume unchanged."""
         self.recorder.resume(step)
 
 
 def as_recorder(target: Any, name: str | None = None) -> AbstractRecorder:
-    """A recorder of whatever was given as ``log_dir=`` or ``recorder=``.
+    """Make a recorder from ``log_dir=`` or ``recorder=``.
 
     Args:
-        target: None, a folder, a recorder, a ``SummaryWriter`` or what is like one, a function
-            of values and step, or a sequence of these.
-        name: Of one of several optimizers with this target: a folder of that name within a folder,
-            tags that begin with it elsewhere.
+        target: None, a folder, a recorder, a ``SummaryWriter`` or a similar object, a function of
+            values and step, or a sequence of these.
+        name: Name of one of several optimizers with this target: a subfolder of a folder, or a
+            prefix of tags elsewhere.
 
     Raises:
-        TypeError: Something else.
+        TypeError: ``target`` is something else.
     """
     if target is None:
         return NoRecorder()
@@ -248,7 +248,7 @@ def as_recorder(target: Any, name: str | None = None) -> AbstractRecorder:
 
 
 class Several(AbstractRecorder):
-    """Hands everything to several recorders; one that fails is left out from then on."""
+    """Passes everything to several recorders, and drops those that fail."""
 
     def __init__(self, recorders: Sequence[AbstractRecorder]) -> None:
         self.recorders = list(recorders)

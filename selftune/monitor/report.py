@@ -1,4 +1,4 @@
-"""The end-of-run report: a table for the terminal and one self-contained page of HTML."""
+"""The final report of a run: a table for the terminal and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Line:
     """A row of the report.
 
     Attributes:
-        name: Of the hyperparameter.
+        name: Name of the hyperparameter.
         start: Its first value.
         end: Its last value.
-        moved: Steps between which it made the middle nine tenths of its way, or None.
-        verdict: What became of it.
+        moved: Steps between which it made the middle nine tenths of its change, or None.
+        verdict: Its verdict.
     """
 
     name: str
@@ -63,7 +63,7 @@ def line(name: str, curve: Curve, verdict: str) -> Line:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The rows as text; of very many those that moved most."""
+    """The rows as text; if there are very many, those with the largest changes."""
     shown = sorted(lines, key=_way, reverse=True)[:MOST] if len(lines) > MOST else list(lines)
     rows = [("hyperparameter", "start", "end", "moved", "verdict")]
     for one in shown:
@@ -91,13 +91,13 @@ def page(
     why: str = "",
     events: Sequence[int] = (),
 ) -> str:
-    """A page of HTML with everything in it.
+    """A self-contained HTML page.
 
     Args:
-        title: Its heading.
+        title: Heading of the page.
         lines: Rows of the table.
-        panels: Curves by name, by the title of the plot they are drawn in.
-        why: How each hyperparameter came to its value, a line each.
+        panels: Curves by name, by the title of their plot.
+        why: Explanations of the values, one line each.
         events: Steps of the rewinds, marked in every plot.
     """
     head = "".join(f"<th>{c}</th>" for c in ("", "start", "end", "moved", "verdict"))
@@ -121,7 +121,7 @@ def page(
 
 
 def _image(title: str, curves: Mapping[str, Curve], events: Sequence[int]) -> str:
-    """A plot as an image within the page; a remark where matplotlib is not installed."""
+    """A plot as an embedded image, or a remark if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -29,14 +29,14 @@ END = ".end"
 class TensorBoard(AbstractRecorder):
     """Writes event files: scalars, their layout, texts, figures and the HParams dashboard.
 
-    The session's start is written at the beginning and its end at the end, in the run's own
-    folder, without a description of the experiment: the dashboard then shows the union of all
-    runs' columns. A run that begins in the folder of one that was killed replaces its curves;
-    beside a run that has ended, or that goes on, it adds its own.
+    Start and end of the session are written to the run's folder, without a description of the
+    experiment, so the dashboard shows the union of all runs' columns. A run in the folder of a
+    killed run replaces its curves; in the folder of a finished or running one it adds its own.
 
     Args:
-        target: A folder; or a ``SummaryWriter``, or anything with its ``add_scalar`` and ``flush``.
-        about: Further columns of the HParams dashboard: numbers, texts, true or false by name.
+        target: A folder; or a ``SummaryWriter``, or an object with its ``add_scalar`` and
+            ``flush``.
+        about: Additional columns of the HParams dashboard: numbers, strings or booleans by name.
     """
 
     def __init__(self, target: str | Path | Any, about: Mapping[str, Any] | None = None) -> None:
@@ -50,7 +50,7 @@ class TensorBoard(AbstractRecorder):
         self._close: Callable[[], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied run goes on writing to the same folder; an open writer is not copied."""
+        """A copied run continues to write to the same folder; an open writer is not copied."""
         return {**self.__dict__, "_writer": None, "_close": None}
 
     def __str__(self) -> str:
@@ -58,10 +58,10 @@ class TensorBoard(AbstractRecorder):
 
     @property
     def writer(self) -> Any:
-        """Opened when something is first written."""
+        """The writer, opened on first use."""
         if self._writer is None:
             if self._folder is None:
-                raise OSError("a copied run does not keep the writer it was given")
+                raise OSError("a copied run cannot use the writer of the original")
             from torch.utils.tensorboard import SummaryWriter
 
             if self._purge is None and _killed(Path(self._folder)):
@@ -88,14 +88,14 @@ class TensorBoard(AbstractRecorder):
             self.writer.file_writer.add_summary(_layout_summary(now))
 
     def last(self, rows: Sequence[Row]) -> None:
-        """Keep them for the file of the end, which a run that is resumed takes back."""
+        """Keep them for the file of the end, which a resumed run removes."""
         if self._folder is None:
             self.scalars(rows)
         else:
             self._last += rows
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
-        """Write the session's start; from now on the layout of the custom scalars is kept."""
+        """Write the session's start, and start tracking the layout of the custom scalars."""
         if not self._whole():
             return
         from tensorboard.plugins.hparams import metadata
@@ -127,7 +127,7 @@ class TensorBoard(AbstractRecorder):
             self.writer.add_histogram(tag, np.asarray(values), step)
 
     def resume(self, step: int) -> None:
-        """Tell TensorBoard to drop what it knows of later steps, and of the end."""
+        """Tell TensorBoard to drop later steps and the end."""
         self._purge = step + 1
         self._charts = True
         if self._folder is not None:
@@ -136,10 +136,10 @@ class TensorBoard(AbstractRecorder):
             self._tags.update(_tags_in(Path(self._folder)))
 
     def end(self, status: str) -> None:
-        """Write the session's end and the numbers of the end, and close what was opened here.
+        """Write the session's end and the final numbers, and close the writer.
 
-        In a file of its own: the first end that the dashboard finds counts, and that of a run that
-        goes on must be taken back.
+        They are in a separate file, which a resumed run removes, because the dashboard uses the
+        first end in a folder.
         """
         if self._whole():
             self._end(status)
@@ -169,16 +169,16 @@ class TensorBoard(AbstractRecorder):
             ending.close()
 
     def _whole(self) -> bool:
-        """Whether it is a SummaryWriter; something like one takes scalars only."""
+        """Whether the target is a SummaryWriter; a similar object only supports scalars."""
         return self._folder is not None or hasattr(self._writer, "file_writer")
 
 
 def _write(writer: Any, rows: Iterable[Row]) -> None:
     """Write scalars.
 
-    Codes of verdicts are no curves: of a writer of event files they become tensors without a
-    dashboard. An event is a point of its own, which a NaN behind it cuts off from the next and
-    which TensorBoard draws as a triangle.
+    Codes of verdicts are not drawn as curves: in event files they are tensors without a dashboard.
+    Each event is an isolated point, separated from the next by a NaN, which TensorBoard draws as a
+    triangle.
     """
     files = hasattr(writer, "file_writer")
     for tag, value, step in rows:
@@ -201,7 +201,7 @@ def _code_summary(tag: str, value: float) -> Any:
 
 
 def _layout_summary(pages: Mapping[str, Sequence[Chart]]) -> Any:
-    """The layout as the dashboard reads it; torch's own writer knows a single series a chart."""
+    """The layout in the dashboard's format; torch's writer supports only one series in a chart."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata
     from tensorboard.util.tensor_util import make_tensor_proto
@@ -232,7 +232,7 @@ def _tags_in(folder: Path) -> list[str]:
 
 
 def _wait(folder: Path) -> None:
-    """Wait until a new file is read after those there: their names begin with the second."""
+    """Wait until a new file sorts after the existing ones, whose names start with the second."""
     names = [file.name.split(".")[3:4] for file in folder.glob("events.out.tfevents.*")]
     newest = max((int(n[0]) for n in names if n and n[0].isdigit()), default=0)
     while newest == int(time.time()):
@@ -240,9 +240,9 @@ def _wait(folder: Path) -> None:
 
 
 def _killed(folder: Path) -> bool:
-    """Whether a folder holds the log of a run that was killed, and no other.
+    """Whether a folder contains the log of a killed run only.
 
-    All its files are of processes of this machine that are gone, and none of them is of an end.
+    All its files belong to dead processes of this machine, and none of them is an end.
     """
     names = [file.name for file in folder.glob("events.out.tfevents.*")]
     found = [re.fullmatch(r"events\.out\.tfevents\.\d+\.(.+)\.(\d+)\.\d+", n) for n in names]
@@ -252,7 +252,7 @@ def _killed(folder: Path) -> bool:
 
 
 def _session(writer: Any, tag: str, **info: Any) -> None:
-    """Write what the HParams dashboard reads, whose own writer needs TensorFlow."""
+    """Write the data of the HParams dashboard, whose own writer needs TensorFlow."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import metadata
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
