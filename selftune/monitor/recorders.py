@@ -128,8 +128,8 @@ class JSONL(AbstractRecorder):
         backup = self.path.with_name(f"{self.path.name}.cut")
         backup.write_bytes(held)
         log.warning(
-            "%s contains lines that are not rows of a log, or are truncated by a kill: they are left "
-            "out; a copy of the file is kept in %s", self.path, backup,
+            "%s contains lines that are not rows of a log, or are truncated by a kill: they are "
+            "left out; a copy of the file is kept in %s", self.path, backup,
         )  # fmt: skip
 
     def end(self, status: str) -> None:

@@ -282,7 +282,7 @@ def test_a_cut_event_file_is_read_with_a_warning(
     path = min(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:-100])
     assert 10 < len(reading.read(tmp_path).curves["a"][0]) < 20
-    assert f"{path} is damaged, or cut" in caplog.text
+    assert f"{path} is damaged, or truncated" in caplog.text
 
 
 def test_a_file_of_something_else_is_kept_beside_the_log(
