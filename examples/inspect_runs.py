@@ -58,6 +58,7 @@ def run(
     writer = SummaryWriter(folder)
 
     def look_on(now: Progress) -> None:
+        model.eval()  # fit puts the mode back
         with torch.no_grad():
             loss = float(F.cross_entropy(model(x), y))
         writer.add_scalar("Loss/test", loss, now.step)

@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     def fill_up(progress: Any) -> None:
         if progress.step == 22:
             held.append((tmp_path / "last.pt").read_bytes())
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
 
     torch.manual_seed(0)
     try:
