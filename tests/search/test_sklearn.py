@@ -24,8 +24,8 @@ QUICK: dict[str, Any] = dict(epochs=8, width=16, tuner=dict(compile=False))
 def checks() -> list[Any]:
     found = []
     for estimator in (
-        SelfTuningClassifier(epochs=30, width=32, batch_size=16, tuner=dict(compile=False)),
-        SelfTuningRegressor(epochs=30, width=32, batch_size=16, tuner=dict(compile=False)),
+        SelfTuningClassifier(epochs=30, width=32, batch_size=32, tuner=dict(compile=False)),
+        SelfTuningRegressor(epochs=30, width=32, batch_size=32, tuner=dict(compile=False)),
     ):
         for one, check in estimator_checks_generator(estimator, legacy=True):
             name = getattr(check, "func", check).__name__
