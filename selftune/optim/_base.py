@@ -250,11 +250,11 @@ class SelfTuningOptimizer(EvaluationMode):
             >>> import torch, selftune as st
             >>> print(st.AdamW(torch.nn.Linear(500, 100)).memory())
             kept                 MB  ÷ weights  why
-            rule state         0.40       2.00  as torch's optimizer keeps it
+            rule state         0.40       2.00  as in torch's optimizer
             average            0.20       1.00  where the validation loss is measured
             sensitivities      0.09       0.45  of 1/11 of the weights, to hyperparameters
             displacement       0.04       0.18  limits the rate
-            last good weights  0.20       1.00  to return to when a run blows up or worsens
+            last good weights  0.20       1.00  restored when a run diverges or worsens
             total              0.93       4.64  besides the weights
         """
         with torch.no_grad():

@@ -62,7 +62,7 @@ def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
     """
     blocks = list(blocks)
     kinds = {
-        "rule state": (_rule(blocks, inner), "as torch's optimizer keeps it"),
+        "rule state": (_rule(blocks, inner), "as in torch's optimizer"),
         "average": ((b.part.average for b in blocks), "where the validation loss is measured"),
         "sensitivities": (_rows(blocks), f"of {_share(blocks)} of the weights, to hyperparameters"),
         "displacement": ((t for b in blocks for t in (b.centre, b.mark)), "limits the rate"),
@@ -70,7 +70,7 @@ def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
             (t for b in blocks for s in b.secants for t in s), "for weight decay and penalties"
         ),
         "last good weights": (
-            (b.good for b in blocks), "to return to when a run blows up or worsens"
+            (b.good for b in blocks), "restored when a run diverges or worsens"
         ),
     }  # fmt: skip
     entries = [Entry(name, _bytes(tensors), why) for name, (tensors, why) in kinds.items()]
