@@ -156,7 +156,7 @@ def test_the_tour(browser: Any, tour: str, name: str) -> None:
 def test_the_pages(browser: Any, tour: str, page: str, text: str, size: tuple[int, int]) -> None:
     browser.set_window_size(*size)
     browser.get("about:blank")
-    browser.get(f"{tour}/#{page}")
+    browser.get(f"{tour}/#{page}{'&tagFilter=why' if page == 'text' else ''}")
     shown(browser, text)
     picture(browser, page, size)
 
