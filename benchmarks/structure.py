@@ -110,8 +110,8 @@ def train(
         opt.step()
         opt.report(loss)
         opt.hyper_step(closure)
-        if aim is not None:
-            aim.step(closure)
+        if aim is not None and aim.step(closure):
+            opt.sync(weights=False)
 
 
 def accuracy(model: nn.Module, data: Data) -> float:
@@ -214,7 +214,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--least", type=float, default=0.003)
-    parser.add_argument("--rows", nargs="+", default=["wide", "goal", "magnitude", "small"])
+    parser.add_argument(
+        "--rows", nargs="+", default=["wide", "goal, late", "goal", "magnitude", "small"]
+    )
     args = parser.parse_args()
     steps, least = args.steps, args.least
     rows: dict[str, list[tuple[float, tuple[int, ...], float]]] = {}
@@ -239,7 +241,7 @@ def main() -> None:
             "small": lambda d: wide(d, steps, left),  # noqa: B023
         }
         for name, run in runs.items():
-            if name.split(",")[0] in args.rows or name in args.rows:
+            if name in args.rows:
                 left = add(name, seed, run)
     print("\n| | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |")
     print("|---|---|---|---|---|---|")

@@ -207,8 +207,7 @@ class SelfTuningOptimizer(EvaluationMode):
         0, and frozen parameters, need no call, because the averages follow them.
 
         Args:
-            weights: False where masks closed units: the guard alone begins anew, as losses and live
-                units of before are no yardstick.
+            weights: False after masks closed units: only the guard restarts, and weights stay.
 
         Raises:
             RuntimeError: Called inside ``averaged()``.
