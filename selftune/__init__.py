@@ -27,7 +27,7 @@ from selftune.estimators import (
 from selftune.functionalize import as_problem
 from selftune.linear_solve import CG, Neumann, Nystrom
 from selftune.method.averaging import Average
-from selftune.optim import SGD, Adam, AdamW, Lion, RMSprop, SelfTuning
+from selftune.optim import SGD, Adam, AdamW, Lion, Mixture, RMSprop, SelfTuning
 from selftune.problem import Problem
 from selftune.replay import TunedSchedule, replay
 from selftune.tuner import Tuner, TuningResult
@@ -45,6 +45,7 @@ __all__ = [
     "Forward",
     "Implicit",
     "Lion",
+    "Mixture",
     "Neumann",
     "Nystrom",
     "OneStep",

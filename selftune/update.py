@@ -84,6 +84,12 @@ class Update:
         return {h.name: h for h in (LR, DECAY, *self.rule.hparams, WEIGHT_DECAY, *penalties)}
 
     @property
+    def heavy(self) -> list[Hparam]:
+        """Heavy-ball momenta that act at present."""
+        found = self.rule.hparams
+        return [h for h in found if h.accumulates and h.name not in self.rule.inactive]
+
+    @property
     def tuned(self) -> tuple[str, ...]:
         """Names tuned by default: those of the rule and all penalties."""
         return (*self.rule.tuned, *(p.name for p in self.penalties))
@@ -164,6 +170,7 @@ class Update:
         self, params: Tensor, grads: Tensor, state: State, values: Values, clock: Clock
     ) -> tuple[Tensor, State, Transition]:
         """The step, with its record for estimators."""
+        values = self.rule.at(values, clock.step)
         grads = self.penalised(params, grads, values)
         direction, after = self.rule.direction(grads, state, values, clock.age)
         rate = learning_rate(values, clock)

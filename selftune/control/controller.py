@@ -171,6 +171,22 @@ class Controller:
             )
         return Action(snapshot=snapshot, rewind=moves)
 
+    def calmed(
+        self, values: Mapping[str, float], hparams: Mapping[str, Hparam]
+    ) -> dict[str, float]:
+        """By how much raw momenta change that begin to act when a sweep is over.
+
+        Args:
+            values: Present values.
+            hparams: Hyperparameters that begin to act; those count that are tuned.
+        """
+        if self.sweep is None:
+            return {}
+        settings, tuned = self.sweep.settings, hparams.keys() & self.hparams.keys()
+        momenta = (hparams[n] for n in tuned if hparams[n].role == "momentum")
+        averaging = [h.name for h in momenta if not h.accumulates]
+        return {n: settings.calmed(values[n], self.total_steps) for n in averaging}
+
     def leave_sweep(self) -> Action:
         """Return to the start and the given rate, because something else sets the learning rate."""
         assert self.sweep is not None

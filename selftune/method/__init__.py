@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from selftune._arguments import NONE, PAIR, Instance, Kind, Number, OneOf, That, Whole
+from selftune.method import choice
 from selftune.method.averaging import Average
 from selftune.method.displacement import Displacement
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState
@@ -61,6 +62,7 @@ __all__ = [
     "State",
     "StiffSettings",
     "WeightDecayFloor",
+    "choice",
     "live_units",
     "propose",
 ]

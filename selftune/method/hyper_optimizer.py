@@ -95,6 +95,7 @@ class HyperOptimizer:
 
     Attributes:
         hparams: The tuned hyperparameters by name, in the order of the shifts.
+        floor: Under weight decay, or None.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class HyperOptimizer:
     ) -> None:
         self.hparams = dict(hparams)
         self.size, self.settings = size, settings or HyperSettings()
-        self._floor = floor if {"lr", "weight_decay"} <= set(hparams) else None
+        self.floor = floor if {"lr", "weight_decay"} <= set(hparams) else None
         counts = [1] * len(hparams) if shifts is None else list(shifts)
         self._slots, start = {}, 0
         for name, count in zip(self.hparams, counts, strict=True):
@@ -234,9 +235,9 @@ class HyperOptimizer:
 
     def lay_floor(self, raw: Tensor, frame: Frame, memory: Any, steps: int) -> Tensor:
         """The lowest shifts, with the weight decay floor."""
-        if self._floor is None:
+        if self.floor is None:
             return frame.low
-        floor, decay = self._floor, self.hparams["weight_decay"]
+        floor, decay = self.floor, self.hparams["weight_decay"]
         rate = self._of(frame.origin + raw, "lr").exp().max() * memory
         highest = math.log(floor.settings.highest_share * decay.upper)
         wanted = torch.log(floor.least(rate, steps)).where(rate > 0, -math.inf)

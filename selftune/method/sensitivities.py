@@ -115,8 +115,13 @@ class Sensitivities:
     ) -> None:
         self.update, self.estimator, self.averaging = update, estimator, averaging
         self.storage = storage
-        known = closed(names, update.rule, estimator)
         self.names = list(names)
+        self.assign()
+
+    def assign(self) -> None:
+        """Divide the hyperparameters among rows and closed forms, as the rule is at present."""
+        names, update = self.names, self.update
+        known = closed(names, update.rule, self.estimator) | update.rule.inactive
         self.rows = [n for n in names if n not in known]
         self.leads = [n for n in names if n == "lr" and n in known]
         self.shrinks = [n for n in names if n == "weight_decay" and n in known]
@@ -282,6 +287,8 @@ class Sensitivities:
             time = torch.as_tensor(step, dtype=torch.float64, device=grads.device)
             shrunk = moment["decay"] * (time - (time / 2).clamp(max=lag))
             found["decay"] = (-found["lr"] * shrunk / (1 + shrunk)).to(found["lr"].dtype)
+        if len(found) < len(self.names):  # some do not act
+            found = dict.fromkeys(self.names, along("", torch.zeros_like(grads))) | found
         return torch.stack([found[n] for n in self.names])
 
 

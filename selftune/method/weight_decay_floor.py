@@ -6,7 +6,7 @@ time when overfitting begins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selftune.method.settings import FloorSettings
@@ -47,6 +47,11 @@ class WeightDecayFloor:
             total_steps=schedule.total_steps,
             settings=settings,
         )
+
+    def under(self, rule: AbstractRule) -> WeightDecayFloor:
+        """The floor where the run goes on by another rule that shrinks weights."""
+        settings = self.settings
+        return replace(self, shrinkage=settings.decoupled if rule.decoupled else settings.l2)
 
     def least(self, rate: Any, steps: int = 0) -> Any:
         """The least weight decay at a learning rate, a number or a tensor.

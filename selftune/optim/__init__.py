@@ -2,6 +2,7 @@
 
 from selftune.optim._base import SelfTuningOptimizer
 from selftune.optim._building import TuningOptions
+from selftune.optim.mixture import Mixture
 from selftune.optim.shells import SGD, Adam, AdamW, Lion, RMSprop
 from selftune.optim.wrapper import SelfTuning
 
@@ -10,6 +11,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Lion",
+    "Mixture",
     "RMSprop",
     "SelfTuning",
     "SelfTuningOptimizer",

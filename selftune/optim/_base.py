@@ -53,8 +53,7 @@ class SelfTuningOptimizer(EvaluationMode):
             tuning, params = {"model": params, **tuning}, params.named_parameters()
         check_names(type(self), tuning)
         options = TuningOptions(**tuning)
-        self._schedule = options.learning_rate
-        self._update = update
+        self._schedule, self._update = options.learning_rate, update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
         self._engine = build(options, update, stepper)
         shifts = self._engine.shifts
@@ -105,6 +104,7 @@ class SelfTuningOptimizer(EvaluationMode):
         self._advise()
         if loss is not None:
             self.report(loss)
+        self._stepped()
         return loss
 
     @torch._disable_dynamo

@@ -182,5 +182,8 @@ class Container(torch.optim.Optimizer):
             self._engine.begin()
         return blocks
 
+    def _stepped(self) -> None:
+        """What follows a weight step; nothing, but where an optimizer chooses its rule."""
+
     def _publish(self) -> None:
         self._assembly.publish(self.param_groups)

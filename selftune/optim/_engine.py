@@ -61,7 +61,8 @@ class Engine:
         """Name the parts of the store."""
         store = self.store
         self.method, self.shifts = store.method, store.shifts
-        self.reducer, self.clock = store.reducer, store.clock
+        self.reducer = self.stepper.reducer = store.reducer
+        self.clock = store.clock
 
     @property
     def blocks(self) -> list[Block]:

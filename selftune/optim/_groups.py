@@ -121,7 +121,7 @@ class Groups:
 
     def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Cached]:
         """Prepare tuned values for the steps of each block."""
-        for hparam in (h for h in self._update.hparams.values() if h.accumulates):
+        for hparam in self._update.heavy:
             self._shifts.memory = 1 / (1 - max(hparam.read(groups[i]) for i in self._spans))
         self._cached = [Cached({}, {}, {}, {}) for _ in self._spans]
         for name, tuned in self._shifts.rows.items():

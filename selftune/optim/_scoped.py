@@ -130,6 +130,11 @@ class Scoped:
         self.asleep[index] = False
         self._measure()
 
+    def displace(self, change: float) -> None:
+        """Move all values by a change of their raw values, which no shift shows."""
+        self.base = self.base + change
+        self._measure()
+
     def resume(self, base: Tensor, shift: Tensor, asleep: Tensor, waiting: bool) -> None:
         """Continue from saved values."""
         self.base, self.shift = base.clone(), shift.clone()

@@ -13,6 +13,7 @@ from torch import Tensor
 from selftune.hparams import Hparam, choose
 from selftune.method import Frame, HyperOptimizer, HyperSettings, HyperState, WeightDecayFloor
 from selftune.optim._scoped import SCOPES, Scoped
+from selftune.rules import AbstractRule
 from selftune.schedules import HORIZON
 
 log = logging.getLogger("selftune")
@@ -169,6 +170,32 @@ class Shifts:
         for name, change in moves.items():
             raw = self.hyper.move(raw, name, change, frame)
         self.take(self.state._replace(raw=raw))
+
+    @property
+    def size(self) -> float:
+        """Size of a hyperparameter step in raw space."""
+        return self._size
+
+    @size.setter
+    def size(self, value: float) -> None:
+        self._size = self.hyper.size = value
+
+    def begin_again(self, rule: AbstractRule, moves: Mapping[str, float]) -> None:
+        """Forget past hypergradients, and where values have come from.
+
+        Args:
+            rule: By which the run goes on.
+            moves: By how much raw values change, by name; of those that are tuned.
+        """
+        self.memory = 1.0
+        if self._floor is not None:
+            self._floor = self._floor.under(rule)
+            self.hyper.floor = self.hyper.floor and self._floor
+        for name in moves.keys() & self.rows.keys():
+            self.rows[name].displace(moves[name])
+        frame = self.frame()
+        self.take(self.state._replace(raw=self.state.raw.maximum(frame.low).minimum(frame.high)))
+        self.forget()
 
     def forget(self) -> None:
         """Reset the state of past hypergradients; the shifts do not change."""

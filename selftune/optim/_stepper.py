@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.method import Moment, fast_path, propose
+from selftune.method import Moment, choice, fast_path
 from selftune.optim._block import Block
+from selftune.optim._reducer import Reducer
 from selftune.rules import AbstractRule
 from selftune.rules._base import InPlace, State, Values
 from selftune.update import Transition, Update, learning_rate
@@ -24,10 +25,12 @@ class AbstractStepper(ABC):
     Attributes:
         name: Name that a loaded state must have.
         commits: Whether ``move`` writes parameters and state, and so cannot be undone.
+        reducer: Sums over processes; the engine's.
     """
 
     name: str
     commits: bool
+    reducer: Reducer | None = None
 
     @abstractmethod
     def move(
@@ -88,13 +91,11 @@ class RuleStepper(AbstractStepper):
         self, blocks: Sequence[Block], grads: Sequence[Tensor], moments: Sequence[Moment]
     ) -> list[Transition]:
         """The pure update of every block."""
-        return [
-            propose(
-                self._update.joined(block.layout), block.part._replace(params=block.before()),
-                grad, moment,
-            )
-            for block, grad, moment in zip(blocks, grads, moments, strict=True)
-        ]  # fmt: skip
+        updates = [self._update.joined(block.layout) for block in blocks]
+        parts = [block.part._replace(params=block.before()) for block in blocks]
+        assert self.reducer is not None
+        total, sharded = self.reducer.total, self.reducer.sharded
+        return choice.propose_all(updates, parts, grads, moments, total, sharded=sharded)
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
         """Ready if torch has a kernel for the rule and all gradients exist and are finite."""

@@ -3,7 +3,20 @@
 from selftune.rules._base import AbstractRule, direction_jvp
 from selftune.rules.adam import Adam, AdamW
 from selftune.rules.lion import Lion
+from selftune.rules.mixture import Mixture
+from selftune.rules.plain import PlainOptimizer, Untuned
 from selftune.rules.rmsprop import RMSprop
 from selftune.rules.sgd import SGD
 
-__all__ = ["SGD", "AbstractRule", "Adam", "AdamW", "Lion", "RMSprop", "direction_jvp"]
+__all__ = [
+    "SGD",
+    "AbstractRule",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "Mixture",
+    "PlainOptimizer",
+    "RMSprop",
+    "Untuned",
+    "direction_jvp",
+]

@@ -34,6 +34,7 @@ class AbstractRule(ABC):
             not where a gradient of λ w is rescaled with the rest.
         tuned: Names tuned unless the user says otherwise.
         defaults: Options and hyperparameters where nobody says, as in ``torch.optim``.
+        inactive: Hyperparameters that do not act at present, and have no sensitivities.
     """
 
     hparams: tuple[Hparam, ...]
@@ -41,14 +42,23 @@ class AbstractRule(ABC):
     shrinks: bool
     tuned: tuple[str, ...]
     defaults: Mapping[str, Any]
+    inactive: frozenset[str] = frozenset()
 
     @abstractmethod
     def init(self, params: Tensor, values: Values) -> State:
         """The state before the first step."""
 
+    def fresh(self) -> AbstractRule:
+        """The rule for another run: the same, as long as it keeps nothing of one."""
+        return self
+
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
         """Hyperparameters that fit a run of known length better than ``defaults``."""
         return {}
+
+    def at(self, values: Values, step: Any) -> Values:
+        """The values that act at a step of the run, where some follow from its number."""
+        return values
 
     def in_place(self, values: Values) -> InPlace | None:
         """The step ``w − η (d + λ w)`` as one kernel of torch, if it has one for these options.

@@ -30,6 +30,7 @@ from selftune.method.snapshots import resolve
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
+from selftune.tuner import _choice
 from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
@@ -132,31 +133,6 @@ def tuned_names(
     return [*(n for n in update.tuned if n != "decay" or schedule == "constant"), *found]
 
 
-def check_together(given: Given) -> None:
-    """Raise an error for estimators of whole steps in a population or on several ranks.
-
-    Raises:
-        ValueError: There are such estimators; the message names them.
-    """
-    members, ranks, assigned = given.population, given.group.size, given.assignment(None)
-    if assigned.whole is not None and members is not None:
-        raise ValueError(
-            f"population={members.size} needs an estimator of rows, Trace or OneStep, for all "
-            f"tuned hyperparameters, and {assigned.names} need {assigned.whole}"
-        )
-    if ranks > 1 and assigned.whole is not None:
-        raise ValueError(
-            f'parallel="ddp" on {ranks} ranks needs an estimator of rows, Trace or OneStep, for '
-            f"all tuned hyperparameters, and {assigned.names} need {assigned.whole}: leave them "
-            "out of tune=, or train on one rank"
-        )
-    if ranks > 1 and members is not None:
-        raise ValueError(
-            f'population={members.size} cannot be trained with parallel="ddp" on {ranks} ranks: '
-            "pass population=1, or train on one rank"
-        )
-
-
 @contextmanager
 def open_streams(
     train: Any, val: Any, device: torch.device, given: Given
@@ -211,6 +187,8 @@ def build(
         fitting = given.rule.fitting(total)
         given.values |= {n: v for n, v in fitting.items() if n not in given.chosen}
     steps = _steps(given, plan, device, autocast)
+    if given.every is None:
+        _choice.pace(steps)
     _set_layers(given)
     run = steps.begin(given.values)
     for name, value in steps.hyper.values(run.hyper.raw).items():

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selftune._identity import digest
+from selftune.method import choice
 from selftune.tuner._data import size
 from selftune.tuner._passes import Passed
 from selftune.tuner._randomness import restore, snapshot
+
+if TYPE_CHECKING:
+    from selftune.tuner._building import Given
 
 log = logging.getLogger("selftune")
 
@@ -246,3 +250,33 @@ def quiet(silent: bool) -> Iterator[None]:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_together(given: Given) -> None:
+    """Refuse estimators of whole steps in a population or on several ranks.
+
+    Raises:
+        ValueError: They are named.
+    """
+    members, ranks, assigned = given.population, given.group.size, given.assignment(None)
+    if members is not None and choice.undecided(given.update) is not None:
+        raise ValueError(
+            f"population={members.size} has one rule for all members, which they cannot choose "
+            "each for itself: pass population=1, or a single rule"
+        )
+    if assigned.whole is not None and members is not None:
+        raise ValueError(
+            f"population={members.size} needs an estimator of rows, Trace or OneStep, for all "
+            f"tuned hyperparameters, and {assigned.names} need {assigned.whole}"
+        )
+    if ranks > 1 and assigned.whole is not None:
+        raise ValueError(
+            f'parallel="ddp" on {ranks} ranks needs an estimator of rows, Trace or OneStep, for '
+            f"all tuned hyperparameters, and {assigned.names} need {assigned.whole}: leave them "
+            "out of tune=, or train on one rank"
+        )
+    if ranks > 1 and members is not None:
+        raise ValueError(
+            f'population={members.size} cannot be trained with parallel="ddp" on {ranks} ranks: '
+            "pass population=1, or train on one rank"
+        )

@@ -16,6 +16,7 @@ from selftune._files import write_text
 from selftune.monitor import Verdict
 from selftune.monitor.report import MOST, Curve, line, page, table
 from selftune.replay import TunedSchedule
+from selftune.rules import Mixture, PlainOptimizer
 from selftune.tuner._steps import Steps
 
 
@@ -90,14 +91,27 @@ def schedule_of(
         if step in lost:
             continue
         acted = present["lr"] * rates[min(step, len(rates) - 1)]
-        for name, value in {**present, "lr": acted / (1 + present["decay"] * step)}.items():
+        acting = {**present, "lr": acted / (1 + present["decay"] * step)}
+        if run.chosen is not None and step < run.chosen.step:  # as of the rule that was chosen
+            moves = run.chosen.moves
+            acting |= {n: acting[n] * math.exp(moves[n]) for n in ("lr", "weight_decay")}
+        for name, value in acting.items():
             if not values[name] or values[name][-1][1] != value:
                 values[name].append([taken, value])
         taken += 1
     for name in [n for n, v in values.items() if n == "decay" or v == [[0, 0.0]]]:
         del values[name]
-    rule = type(run.update.rule).__name__
-    return TunedSchedule(rule=rule, steps=taken, values=values)
+    rule = run.update.rule
+    if isinstance(rule, Mixture) and rule.chosen is not None:
+        prefix = f"{rule.chosen}_"
+        own = {h.name for h in run.update.hparams.values()} - rule.inactive
+        values = {
+            n.removeprefix(prefix): v
+            for n, v in values.items()
+            if n in own or n not in run.update.hparams
+        }
+        rule = rule.members[rule.chosen]
+    return TunedSchedule(rule=type(rule).__name__, steps=taken, values=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +135,8 @@ class TuningResult:
         verdicts: A verdict on each tuned hyperparameter, by name.
         why: An explanation of each tuned hyperparameter's value, one line each.
         folder: The run's ``log_dir``, or None.
+        rule: The rule at these hyperparameters as a plain torch optimizer; of a mixture the chosen
+            one, and None where the run ended before the choice.
     """
 
     history: dict[str, NDArray[Any]]
@@ -133,6 +149,7 @@ class TuningResult:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     why: str = ""
     folder: Path | None = None
+    rule: PlainOptimizer | None = None
 
     def report(self, folder: str | Path | None = None) -> str:
         """Return a table of the run, and write ``report.html`` and ``schedule.json``.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selftune._identity import differences
+from selftune.tuner import _choice
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
@@ -40,6 +41,7 @@ class Parts:
             "identity": self.identity,
             "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
             "frozen": self._frozen(),
+            "chosen": None if self.steps.chosen is None else tuple(self.steps.chosen),
             "whole": self._remembered(),
             "snapshots": self.snapshots.state_dict(),
             "watch": self.watch.state_dict(),
@@ -97,6 +99,7 @@ class Parts:
                 f"resume: the checkpoint is of another run: {'; '.join(found)}: resume with the "
                 "same model and settings, or start a new run in another log_dir"
             )
+        _choice.restore(self.steps, self.fused, state.get("chosen"))
         leaves = tree_leaves(self.fused.run)
         shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
         if shapes[0] != shapes[1]:

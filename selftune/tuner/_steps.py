@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from selftune._flat import Layout
 from selftune._gradient import plainly
 from selftune.estimators import AbstractEstimator
-from selftune.method import HyperState, Method, Moment, Outer, State, live_units, propose
+from selftune.method import HyperState, Method, Moment, Outer, State, choice, live_units
 from selftune.nn import Stochastic
 from selftune.tuner._group import Group
 from selftune.tuner._passes import APART, Passed, Passes
@@ -84,6 +84,7 @@ class Steps:
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
             operation handles all tensors. This shortens eager steps of small networks.
         group: The ranks, over whose batches gradients are averaged.
+        chosen: The member that a mixture of rules has chosen.
 
     Attributes:
         params: Names of the trained parameters.
@@ -94,7 +95,7 @@ class Steps:
     inner: nn.Module
     outer: nn.Module
     method: Method
-    options: Mapping[str, Any]
+    options: dict[str, Any]
     rates: Tensor
     every: int
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -103,6 +104,7 @@ class Steps:
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joined: bool = False
     group: Group = field(default_factory=Group)
+    chosen: choice.Chosen | None = None
 
     def __post_init__(self) -> None:
         """Look the parameters up."""
@@ -219,10 +221,8 @@ class Steps:
             rate: Factor of the learning rate instead of the schedule's.
         """
         loss, grads, buffers = passed
-        moments = self.moments(run, rate)
-        update, parts = self.update, run.method.parts
-        found = zip(parts, grads, moments, strict=True)
-        steps = [propose(update, part, grad, moment) for part, grad, moment in found]
+        moments, parts, total = self.moments(run, rate), run.method.parts, self.method.total
+        steps = choice.propose_all([self.update] * len(parts), parts, grads, moments, total)
         totals = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
         fine = torch.isfinite(loss) & torch.isfinite(totals).all()
         told = self.told(loss, self.views(grads) if tracked else (), fine)
@@ -303,8 +303,8 @@ class Steps:
         return self._values, self._slopes
 
     def memory(self, values: Mapping[str, Any]) -> Any:  # 1/(1 − μ) of heavy-ball momentum
-        heavy = [n for n, h in self.update.hparams.items() if h.accumulates]
-        return 1 / (1 - values[heavy[0]]) if heavy else 1.0
+        heavy = self.update.heavy
+        return 1 / (1 - values[heavy[0].name]) if heavy else 1.0
 
     def hyper_step(
         self, run: RunState, passed: Passed, answers: Mapping[str, Tensor] | None = None

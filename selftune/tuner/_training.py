@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selftune.tuner import _checkpoints, _resuming
+from selftune.tuner import _checkpoints, _choice, _resuming
 from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
@@ -89,6 +89,7 @@ class Training:
                 while (self.step < self.plan.total or self.due == SCORES) and ended == "finished":
                     if self.due != SCORES:
                         self._step()
+                        _choice.choose(self)
                     if self.plan.falls(self.plan.score, self.step):
                         self._reach(SCORES)
                         scores = self._evaluate()
@@ -268,12 +269,9 @@ class Training:
             best_loss=best,
             hparams=known,
             schedule=schedule_of(history, self.steps, known, self.step),
-            steps=self.step,
-            ended=ended,
-            verdicts=verdicts,
-            why=why,
-            folder=self._writes,
-        )
+            steps=self.step, ended=ended, verdicts=verdicts, why=why, folder=self._writes,
+            rule=_choice.optimizer_of(self.steps, known),
+        )  # fmt: skip
 
     def _read_best(self) -> dict[str, Any] | None:
         """The saved best weights, from memory or from disk."""

@@ -24,9 +24,9 @@ from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
-from selftune.tuner._building import Given, build, check_together, open_streams, tuned_names
+from selftune.tuner._building import Given, build, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
-from selftune.tuner._group import Group, join, quiet
+from selftune.tuner._group import Group, check_together, join, quiet
 from selftune.tuner._lock import owned
 from selftune.tuner._logging import monitor_of
 from selftune.tuner._objective import LossFn, Objective, modes_kept
@@ -148,7 +148,7 @@ class Tuner:
         group, self._device = Group(), None if device is None else device_of(device)
         if parallel is not None:
             group, self._device = join(parallel, self._device or next(model.parameters()).device)
-        rule = AdamW() if rule is None else rule
+        rule = AdamW() if rule is None else rule.fresh()
         whole = Objective(model, loss_fn, objective, augment)
         found = st_nn.tunables(whole)
         st_nn.own_counters(whole)

@@ -1,0 +1,113 @@
+"""The choice of one rule of a mixture, from all weights together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune.method.sensitivities import Moment, Part
+from selftune.method.step import Reduce, propose
+from selftune.rules import Mixture
+from selftune.rules._base import Values
+from selftune.rules.mixture import LEAST
+from selftune.update import Transition, Update
+
+
+class Chosen(NamedTuple):
+    """A member that a mixture of rules has chosen.
+
+    Attributes:
+        name: Of the rule.
+        moves: By how much raw values of hyperparameters changed.
+        step: Steps taken before it.
+        every: Weight steps from one hyperparameter step to the next after it.
+    """
+
+    name: str
+    moves: Mapping[str, float]
+    step: int
+    every: int
+
+
+def undecided(update: Update) -> Mixture | None:
+    """The update's rule, if it is a mixture that has yet to choose."""
+    rule = update.rule
+    return rule if isinstance(rule, Mixture) and rule.chosen is None else None
+
+
+def best(rule: Mixture, values: Mapping[str, float]) -> str:
+    """The member with the largest weight; of equal ones the reference, or the first."""
+    return max(rule.members, key=lambda n: (values[f"mix_{n}"], n == rule.reference))
+
+
+def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str, float]:
+    """By how much the logarithms of learning rate and weight decay change when a member is chosen.
+
+    Args:
+        rule: The mixture.
+        name: The member.
+        values: Hyperparameters and options.
+        squares: Squared lengths of the directions over all weights.
+    """
+    member, at = rule.members[name], [*rule.members].index(name)
+    scale = math.log(max(float(rule.scales(squares)[at]), LEAST))
+    heavy = [h.name for h in member.hparams if h.accumulates and not member.decoupled]
+    kept = sum(math.log(1 - float(values[f"{name}_{n}"])) for n in heavy)
+    return {"lr": scale, "weight_decay": kept - scale}
+
+
+def announcement(rule: Mixture, values: Mapping[str, float]) -> str:
+    """The choice in words, with the members' weights."""
+    total = sum(values[n] for n in rule.weights)
+    shares = (f"{n} {values[f'mix_{n}'] / total:.2f}" for n in rule.members)
+    return f"{rule.chosen} is chosen ({', '.join(shares)})"
+
+
+def squares(
+    updates: Sequence[Update],
+    parts: Sequence[Part],
+    grads: Sequence[Tensor],
+    moments: Sequence[Moment],
+    total: Reduce,
+) -> Tensor:
+    """Squared lengths of the members' directions over all weights, shape (members,), float64."""
+    found = []
+    for update, part, grad, moment in zip(updates, parts, grads, moments, strict=True):
+        rule, dtype, values = update.rule, part.average.dtype, moment.values
+        assert isinstance(rule, Mixture)
+        penalised = update.penalised(part.params.to(dtype), grad.to(dtype), values)
+        found.append(rule.squares(penalised, part.rule, values, moment.clock.age))
+    return total(torch.stack(found).sum(0))
+
+
+def propose_all(
+    updates: Sequence[Update],
+    parts: Sequence[Part],
+    grads: Sequence[Tensor],
+    moments: Sequence[Moment],
+    total: Reduce,
+    *,
+    sharded: bool = False,
+) -> list[Transition]:
+    """The steps of all parts; a mixture's directions are compared over all of them together.
+
+    A single part, all of which this process holds, measures its own.
+    """
+    if undecided(updates[0]) is not None and (len(parts) > 1 or sharded):
+        found = squares(updates, parts, grads, moments, total)
+        moments = [m._replace(values={**m.values, "squares": found}) for m in moments]
+    return [propose(*step) for step in zip(updates, parts, grads, moments, strict=True)]
+
+
+def taken_over(rule: Mixture, part: Part, fresh: Part) -> Part:
+    """A part that begins anew under the chosen rule, with its average and that rule's state.
+
+    Sensitivities begin anew, that to the learning rate too: it is the displacement of the weights,
+    which so far came of the directions of all members.
+    """
+    state = {n: part.rule[f"{rule.chosen}/{n}"] for n in fresh.rule}
+    return fresh._replace(average=part.average, rule=state)

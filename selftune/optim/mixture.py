@@ -1,0 +1,193 @@
+"""The optimizer that chooses its rule."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selftune import rules as rule_module
+from selftune._trees import leaves
+from selftune.method import choice
+from selftune.optim._base import Params
+from selftune.optim._saving import from_bytes
+from selftune.optim.shells import RuleOptimizer
+from selftune.penalties import Penalties
+from selftune.rules import AbstractRule, PlainOptimizer
+
+log = logging.getLogger("selftune")
+
+KEPT = ("step", "average", "good")
+"""What stays of a parameter's state, beside that of the chosen rule."""
+
+
+class Mixture(RuleOptimizer):
+    """An optimizer that mixes several, tunes their weights on validation, and becomes the best.
+
+    ``w₊ = w − η (Σ pᵢ sᵢ dᵢ + λ w)``, with weights p and sizes s of
+    :class:`~selftune.rules.Mixture`. After a quarter of the run, or 500 steps where
+    ``total_steps`` is not given, the rule with the largest weight is chosen, which ``rule`` names;
+    its steps are those of its own optimizer from there on, and cost the same.
+
+    Tuned by default: lr, weight decay and the weights until the choice; lr, weight decay and the
+    chosen rule's momentum after it; and decay where the horizon is unknown.
+
+    Args:
+        params: A module, parameters, named parameters or parameter groups.
+        rules: The members, or a :class:`~selftune.rules.Mixture` of them.
+        lr: Learning rate at the start, of the first member that is not SGD; by default its own.
+        weight_decay: Decoupled weight decay at the start; by default of the same member.
+        decay: α of the learning rate's decay 1/(1 + αt).
+        l1: Strength of an L1 penalty.
+        penalty: Further penalties (:mod:`selftune.penalties`).
+        maximize: Ascend instead of descend.
+        **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
+
+    Raises:
+        TypeError: A member that is no rule of the library.
+        ValueError: No member, one twice, an option outside its range, unsuitable parameters.
+
+    Source: Ozkara et al. 2024 (MADA).
+
+    Examples:
+        >>> import torch, selftune as st
+        >>> net = torch.nn.Linear(4, 1)
+        >>> opt = st.Mixture(net, [st.rules.SGD(), st.rules.AdamW()], total_steps=8, probe=False)
+        >>> for _ in range(8):
+        ...     opt.zero_grad()
+        ...     net(torch.ones(8, 4)).square().mean().backward()
+        ...     opt.step()
+        >>> opt.rule.name
+        'AdamW'
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        rules: Sequence[AbstractRule] | rule_module.Mixture,
+        lr: float | Tensor | None = None,
+        weight_decay: float | None = None,
+        *,
+        decay: float = 0.0,
+        l1: float = 0.0,
+        penalty: Penalties = None,
+        maximize: bool = False,
+        **tuning: Any,
+    ) -> None:
+        given = rules if isinstance(rules, rule_module.Mixture) else rule_module.Mixture(rules)
+        rule = given.fresh()
+        options = {**rule.defaults, "decay": decay, "l1": l1, "maximize": maximize}
+        tune, fitting = tuning.get("tune"), rule.fitting(tuning.get("total_steps"))
+        fits = fitting if tune is None or "lr" in tune else {"mix_until"} & fitting.keys()
+        options |= {n: fitting[n] for n in fits}
+        options |= {} if lr is None else {"lr": lr}
+        options |= {} if weight_decay is None else {"weight_decay": weight_decay}
+        self._mixture = rule
+        super().__init__(params, rule, options, penalty, tuning)
+        engine, hyper = self._engine, self._engine.method.settings.hyper
+        self._later = engine.every, engine.shifts.size
+        self._often = self._later
+        if tuning.get("every") is None:
+            self._often = hyper.often, hyper.size(hyper.often, tuning.get("total_steps"))
+        self._pace()
+
+    @property
+    def rule(self) -> PlainOptimizer | None:
+        """The chosen rule with its present settings, as a plain torch optimizer; None before.
+
+        Where parameter groups differ they are those of the first; the learning rate is the peak.
+        """
+        first = {n: v[0] if isinstance(v, list) else v for n, v in self.hparams.items()}
+        return self._mixture.plain({**self.param_groups[0], **first})
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of :class:`SelfTuningOptimizer`; a choice that was made, or not yet, comes with it."""
+        groups = state_dict.get("param_groups") or [{}]
+        if groups[0].get("selftune") is not None:
+            run = from_bytes(groups[0]["selftune"])
+            if run.get("rule") == self._kind and run.get("chosen") != self._mixture.chosen:
+                self._blocks()
+                self._become(run["chosen"], {}, {})
+        super().load_state_dict(state_dict)
+
+    # inside
+
+    def _pace(self) -> None:
+        """Step hyperparameters as often as can be until the choice, which has little time."""
+        engine = self._engine
+        undecided = self._mixture.chosen is None
+        engine.every, engine.shifts.size = self._often if undecided else self._later
+
+    def _packed(self) -> dict[str, Any]:
+        return {**super()._packed(), "chosen": self._mixture.chosen}
+
+    def _stepped(self) -> None:
+        engine, rule = self._engine, choice.undecided(self._update)
+        if rule is None or engine.controller.sweeping:
+            return
+        if engine.clock.steps < float(self.param_groups[0]["mix_until"]):
+            return
+        blocks, values = engine.blocks, self._groups.values(self.param_groups)
+        moments = engine.store.moments([None] * len(blocks), values, [1.0] * len(blocks))
+        found = choice.squares(
+            [self._update.joined(b.layout) for b in blocks],
+            [b.part._replace(params=b.weights()) for b in blocks],
+            [b.gradient()[0] for b in blocks], moments, engine.method.total,
+        )  # fmt: skip
+        present = {n: _mean(v) for n, v in self.hparams.items()}
+        name = choice.best(rule, present)
+        moves = choice.moves(rule, name, present, found)
+        moves |= engine.controller.calmed(present, rule.own(name))
+        before = [b.part for b in blocks]
+        kept = {p: {k: e[k] for k in KEPT if k in e} for p, e in self.state.items()}
+        self._become(name, moves, kept)
+        for old, block in zip(before, engine.blocks, strict=True):
+            part = choice.taken_over(rule, old, block.part)
+            for own, value in zip(leaves(block.part), leaves(part), strict=True):
+                own.copy_(value)
+        plain = self.rule
+        told = (
+            f"step {engine.clock.steps}: {choice.announcement(rule, present)}, goes on as {plain}"
+        )
+        log.info("%s, %s", engine.label, told)
+        engine.monitor.text("rule", told, engine.clock.steps)
+
+    def _become(
+        self,
+        name: str | None,
+        moves: Mapping[str, float],
+        states: Mapping[Tensor, dict[str, Tensor]],
+    ) -> None:
+        """Go on by one member, or by a mixture; sensitivities begin anew.
+
+        Args:
+            name: The member, or None.
+            moves: By how much raw values of hyperparameters change.
+            states: What is kept of each parameter's state.
+        """
+        engine, state = self._engine, self.state
+        self._mixture.choose(name)
+        self._pace()
+        engine.method.sensitivities.assign()
+        engine.shifts.begin_again(self._mixture, moves)
+        for key in moves.keys() - engine.shifts.rows.keys():
+            for group in self.param_groups:
+                group[key] *= math.exp(moves[key])
+        engine.store.blocks = []
+        engine.store.displacement = engine.store.stiffness = engine.training_signal = None
+        for param, entry in state.items():
+            entry.clear()
+            entry.update(states.get(param, {}))
+        self._assembly.make(self.param_groups, state)
+        self._publish()
+
+
+def _mean(value: Any) -> float:
+    """Of groups or tensors, where they differ."""
+    return statistics.fmean(value) if isinstance(value, list) else float(value)

@@ -1,0 +1,118 @@
+"""A rule with its settings as an ordinary torch optimizer, in which nothing is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from selftune.rules._base import AbstractRule
+
+TORCH = ("SGD", "Adam", "AdamW", "RMSprop")
+"""Rules that ``torch.optim`` has under the same name."""
+
+
+class Untuned(torch.optim.Optimizer):
+    """A rule as an ordinary torch optimizer, for rules that ``torch.optim`` does not have.
+
+    ``w₊ = w − η (d + λ w)``, with λ w inside the gradient where the rule does not decouple it.
+
+    Args:
+        params: Parameters, or parameter groups.
+        rule: Gives the direction d.
+        **settings: lr, weight_decay, and the rule's own.
+    """
+
+    def __init__(self, params: Any, rule: AbstractRule, **settings: Any) -> None:
+        self._rule = rule
+        super().__init__(params, {**_settings(rule, rule.defaults), **settings})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step, as torch's optimizers do; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rule = self._rule
+        for group in self.param_groups:
+            values = {**group, **{h.name: h.read(group) for h in rule.hparams}}
+            rate, decay = group["lr"], group["weight_decay"]
+            for param in (p for p in group["params"] if p.grad is not None):
+                held = self.state[param]
+                if not held:
+                    held.update(rule.init(param, values), step=0)
+                grads = param.grad if rule.decoupled else param.grad + decay * param
+                state = {n: t for n, t in held.items() if n != "step"}
+                direction, after = rule.direction(grads, state, values, held["step"])
+                held.update({n: after[n] for n in state}, step=held["step"] + 1)
+                if rule.decoupled:
+                    direction = direction + decay * param
+                param.sub_(rate * direction)
+        return loss
+
+
+@dataclass(frozen=True)
+class PlainOptimizer:
+    """A plain torch optimizer with its settings, to be made over any parameters.
+
+    Args:
+        rule: The rule.
+        settings: Arguments of the optimizer beside its parameters; the learning rate is the peak,
+            before any schedule.
+
+    Examples:
+        >>> import torch, selftune as st
+        >>> plain = st.rules.PlainOptimizer.of(st.rules.AdamW(), {"lr": 0.01, "beta1": 0.8})
+        >>> plain
+        torch.optim.AdamW(lr=0.01, betas=(0.8, 0.999), eps=1e-08, weight_decay=0.01)
+        >>> type(plain.make(torch.nn.Linear(2, 1).parameters()))
+        <class 'torch.optim.adamw.AdamW'>
+    """
+
+    rule: AbstractRule
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, rule: AbstractRule, values: Mapping[str, Any]) -> PlainOptimizer:
+        """A rule at hyperparameters and options by name; those that are missing as by default."""
+        return cls(rule, _settings(rule, {**rule.defaults, **values}))
+
+    @property
+    def name(self) -> str:
+        """The name of the rule."""
+        return type(self.rule).__name__
+
+    def make(self, params: Any) -> torch.optim.Optimizer:
+        """The optimizer of parameters, or parameter groups."""
+        if self.name in TORCH:
+            made: torch.optim.Optimizer = getattr(torch.optim, self.name)(params, **self.settings)
+            return made
+        return Untuned(params, self.rule, **self.settings)
+
+    def __repr__(self) -> str:
+        shown = [f"{n}={_shown(v)}" for n, v in self.settings.items() if v is not False]
+        if self.name in TORCH:
+            return f"torch.optim.{self.name}({', '.join(shown)})"
+        return f"selftune.rules.Untuned(params, {', '.join([f'{self.name}()', *shown])})"
+
+
+def _settings(rule: AbstractRule, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an optimizer, in which momenta may share a tuple."""
+    found: dict[str, Any] = {"lr": values["lr"]}
+    for hparam in rule.hparams:
+        if hparam.index is None:
+            found[hparam.option or hparam.name] = values[hparam.name]
+        else:
+            found[hparam.option] = (*found.get(hparam.option, ()), values[hparam.name])
+    own = {h.name for h in rule.hparams}
+    rest = {n: values[n] for n in rule.defaults if n not in (*own, "lr", "weight_decay")}
+    return {**found, **rest, "weight_decay": values["weight_decay"]}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,110 @@
+"""The choice of one rule of a mixture in a tuner's run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from selftune.method import choice
+from selftune.rules import Mixture, PlainOptimizer
+from selftune.tuner._compiled import Fused
+from selftune.tuner._steps import Steps
+
+if TYPE_CHECKING:
+    from selftune.tuner._training import Training
+
+log = logging.getLogger("selftune")
+
+
+@torch.no_grad()
+def choose(training: Training) -> None:
+    """Choose a rule if it is time; costs the gradient of one batch, which is then trained on."""
+    steps, run = training.steps, training.fused.run
+    rule = choice.undecided(steps.update)
+    if rule is None or training.step < steps.options["mix_until"]:
+        return
+    training.watch.digest(training.step)
+    batch = training.train.next()
+    grads = steps.gradient(run, batch)[1]
+    training.train.put_back(batch)
+    parts = run.method.parts
+    updates = [steps.update] * len(parts)
+    found = choice.squares(updates, parts, grads, steps.moments(run), steps.method.total)
+    present = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
+    values = {**steps.options, **present}
+    name = choice.best(rule, values)
+    moves = choice.moves(rule, name, values, found)
+    moves |= training.watch.controllers[0].calmed(values, rule.own(name))
+    chosen = choice.Chosen(name, moves, training.step, training.plan.every)
+    become(steps, training.fused, chosen)
+    training.watch.note(training.step)
+    plain = optimizer_of(steps, training.watch.hparams())
+    told = f"step {training.step}: {choice.announcement(rule, values)}, goes on as {plain}"
+    log.info("Tuner, %s", told)
+    training.watch.metrics.monitor.text("rule", told, training.step)
+
+
+def pace(steps: Steps) -> None:
+    """Step hyperparameters as often as can be until the choice, which has little time."""
+    settings = steps.method.settings.hyper
+    if choice.undecided(steps.update) is not None and steps.every > settings.often:
+        steps.hyper.size *= settings.size(settings.often) / settings.size(steps.every)
+        steps.every = settings.often
+
+
+def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
+    """Go on by one member; sensitivities begin anew, weights, average and its state stay.
+
+    Args:
+        steps: The steps, whose rule is a mixture.
+        fused: Takes them.
+        chosen: The member.
+    """
+    run, method, rule = fused.run, steps.method, steps.update.rule
+    assert isinstance(rule, Mixture)
+    rule.choose(chosen.name)
+    hyper, rows, state = method.hyper, method.sensitivities, run.method
+    if hyper.floor is not None:
+        hyper.floor = hyper.floor.under(rule)
+    rows.assign()
+    settings = method.settings.hyper
+    hyper.size *= settings.size(chosen.every) / settings.size(steps.every)
+    steps.every = chosen.every
+    raw = run.hyper.raw
+    for name, change in chosen.moves.items():
+        raw = hyper.move(raw, name, change, hyper.frame(raw.device))
+        if name not in hyper.hparams:
+            steps.options[name] *= math.exp(change)
+    begun = run.hyper._replace(raw=raw).forget()
+    for old, new in zip(run.hyper, begun, strict=True):
+        old.copy_(new)
+    values = {**steps.start, **steps.numbers(run)[0]}
+    parts = [
+        choice.taken_over(rule, part, rows.begin(part.params, values, cut))
+        for cut, part in method.cuts(state.parts)
+    ]
+    fresh = method.begin(parts, run.hyper, run.step)
+    for name in ("parts", "displacement", "secants", "stiffness"):
+        getattr(state, name)[:] = getattr(fresh, name)  # in place: others hold the run, too
+    steps.chosen = chosen
+    if fused.whole is not None:
+        fused.whole.whole.forget()
+    compiled, fused.compiled = fused.compiled, False
+    if compiled:  # the graphs are of other tensors
+        fused.compile()
+
+
+def restore(steps: Steps, fused: Fused, chosen: Sequence[Any] | None) -> None:
+    """Bring a run that has just been built to where a saved one has chosen its rule."""
+    if chosen is not None and choice.undecided(steps.update) is not None:
+        become(steps, fused, choice.Chosen(*chosen))
+
+
+def optimizer_of(steps: Steps, values: Mapping[str, Any]) -> PlainOptimizer | None:
+    """The rule with its present settings as a plain torch optimizer; None: not chosen yet."""
+    rule, values = steps.update.rule, {**steps.options, **values}
+    return rule.plain(values) if isinstance(rule, Mixture) else PlainOptimizer.of(rule, values)

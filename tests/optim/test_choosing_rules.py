@@ -1,0 +1,214 @@
+"""The optimizer that chooses its rule. Truths: torch's optimizers, the uninterrupted run."""
+
+import copy
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import selftune as st
+
+THREE = [st.rules.SGD(), st.rules.AdamW(), st.rules.Lion()]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed)).double()
+    return x, (x.sum(1) > 0).long()
+
+
+def train(net: nn.Module, opt: Any, steps: range, *, hyper: bool = True) -> None:
+    for step in steps:
+        x, y = batch(step)
+        opt.zero_grad()
+        cross_entropy(net(x), y).backward()
+        opt.step()
+        if hyper:
+            xv, yv = batch(10_000 + step)
+            opt.hyper_step(lambda xv=xv, yv=yv: cross_entropy(net(xv), yv))
+
+
+@pytest.mark.parametrize(
+    ("member", "make"),
+    [
+        (st.rules.SGD(), lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1)),
+        (st.rules.AdamW(), lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1)),
+    ],
+)
+def test_one_member_is_torchs_optimizer(member: Any, make: Any) -> None:
+    net, twin = network(), network()
+    opt = st.Mixture(net, [member], lr=0.1, weight_decay=0.1, tune=())
+    train(net, opt, range(30), hyper=False)
+    train(twin, make(twin.parameters()), range(30), hyper=False)
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+def test_after_the_choice_it_steps_as_the_winner_does(name: str) -> None:
+    """From the same weights and state, at the settings that ``rule`` names."""
+    net = network()
+    rule = st.rules.Mixture(THREE, mix_until=10, **{f"mix_{name.lower()}": 5.0})
+    opt = st.Mixture(net, rule, tune=(), schedule="constant", total_steps=60)
+    train(net, opt, range(9), hyper=False)
+    assert opt.rule is None
+    train(net, opt, range(9, 10), hyper=False)
+    assert opt.rule is not None
+    assert opt.rule.name == name
+    twin = copy.deepcopy(net)
+    plain = opt.rule.make(twin.parameters())
+    for theirs, ours in zip(twin.parameters(), net.parameters(), strict=True):
+        kept = {k: v.clone() for k, v in opt.state[ours].items()}
+        plain.state[theirs] = {
+            k: kept[k] for k in ("step", "momentum_buffer", "exp_avg", "exp_avg_sq") if k in kept
+        }
+        assert not [k for k in kept if "/exp_avg" in k or "/momentum" in k]  # of the others
+    for opts, model in ((opt, net), (plain, twin)):
+        train(model, opts, range(10, 40), hyper=False)
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_the_choice_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
+    net, recorder = network(), st.monitor.InMemory()
+    opt = st.Mixture(net, st.rules.Mixture(THREE, mix_until=20), total_steps=120, log_dir=recorder)
+    with caplog.at_level(logging.INFO, "selftune"):
+        train(net, opt, range(60))
+    assert opt.rule is not None
+    found = [m for m in caplog.messages if "is chosen" in m]
+    assert len(found) == 1
+    assert opt.rule.name.lower() in found[0]
+    assert "step 20: " in found[0]
+
+
+def saved(opt: Any) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("at", [15, 20, 21, 50])
+@pytest.mark.parametrize("given", [{}, {"mix_sgd": 50.0}, {"mix_lion": 50.0}])
+def test_a_saved_run_goes_on_bit_for_bit(at: int, given: dict[str, float]) -> None:
+    """Before the choice at step 20, at it and after it, into a fresh optimizer."""
+
+    def begun() -> tuple[nn.Module, st.Mixture]:
+        net = network()
+        rule = st.rules.Mixture(THREE, mix_until=20, **given)
+        return net, st.Mixture(net, rule, total_steps=120)
+
+    net, opt = begun()
+    train(net, opt, range(at))
+    state, weights = saved(opt), copy.deepcopy(net.state_dict())
+    train(net, opt, range(at, 80))
+    other, again = begun()
+    other.load_state_dict(weights)
+    again.load_state_dict(state)
+    train(other, again, range(at, 80))
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert opt.hparams == again.hparams
+    assert str(opt.rule) == str(again.rule)
+
+
+def test_an_undecided_state_takes_the_choice_back() -> None:
+    net = network()
+    opt = st.Mixture(net, THREE, total_steps=120)
+    train(net, opt, range(15))
+    state, weights = saved(opt), copy.deepcopy(net.state_dict())
+    twin, other = copy.deepcopy((net, opt))
+    train(net, opt, range(15, 60))
+    assert opt.rule is not None
+    net.load_state_dict(weights)
+    opt.load_state_dict(state)
+    assert opt.rule is None
+    train(net, opt, range(15, 60))
+    train(twin, other, range(15, 60))
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_group_or_two_take_the_same_steps() -> None:
+    """Lengths are of all weights together, however they are divided."""
+    net, twin = network(), network()
+    options: dict[str, Any] = dict(tune=(), total_steps=600)
+    one = st.Mixture(net, THREE, **options)
+    two = st.Mixture([{"params": list(m.parameters())} for m in (twin[0], twin[2])], THREE,
+                     **options)  # fmt: skip
+    train(net, one, range(20), hyper=False)
+    train(twin, two, range(20), hyper=False)
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def ill_scaled(make: Any, steps: int = 200) -> tuple[float, Any]:
+    """The loss of a logistic regression whose inputs have scales from 0.01 to 10."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-2, 1, 20)
+    truth = torch.randn(20, generator=generator) / scales
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        x = scales * torch.randn(count, 20, generator=generator)
+        return x, (x @ truth > 0).long()
+
+    torch.manual_seed(0)
+    net = nn.Linear(20, 2)
+    opt = make(net, total_steps=steps)
+    for _ in range(steps):
+        (x, y), (xv, yv) = draw(32), draw(64)
+        opt.zero_grad()
+        cross_entropy(net(x), y).backward()
+        opt.step()
+        opt.hyper_step(lambda xv=xv, yv=yv: cross_entropy(net(xv), yv))
+    x, y = draw(2000)
+    with opt.averaged(), torch.no_grad():
+        return float(cross_entropy(net(x), y)), opt
+
+
+def test_inputs_of_many_scales_want_adamw() -> None:
+    """Truth: runs of either rule alone."""
+    sgd = ill_scaled(lambda net, **options: st.SGD(net, lr=0.01, momentum=0.9, **options))[0]
+    adamw = ill_scaled(st.AdamW)[0]
+    loss, opt = ill_scaled(lambda net, **options: st.Mixture(net, THREE[:2], **options))
+    assert adamw < 0.7 * sgd
+    assert opt.rule.name == "AdamW"
+    assert loss < 1.2 * adamw
+
+
+def test_a_well_scaled_quadratic_wants_sgd() -> None:
+    """Equal curvatures: the gradient leads straight to the minimum, its signs do not."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Linear(50, 1, bias=False).double()
+    target = torch.randn(50, generator=generator).double()
+
+    def loss() -> Tensor:
+        noise = torch.randn(50, generator=generator).double()
+        gap = net.weight[0] - target
+        return (gap.square() / 2 + 0.1 * noise * gap).sum()
+
+    opt = st.Mixture(net, THREE[:2], total_steps=300)
+    for _ in range(100):
+        opt.zero_grad()
+        loss().backward()
+        opt.step()
+        opt.hyper_step(loss)
+    assert opt.rule is not None
+    assert opt.rule.name == "SGD"
+
+
+def test_wrong_calls_are_named() -> None:
+    with pytest.raises(ValueError, match="is empty"):
+        st.Mixture(network(), [])
+    with pytest.raises(TypeError, match="a rule of the library"):
+        st.Mixture(network(), [torch.optim.AdamW([torch.ones(1)])])
+    with pytest.raises(TypeError, match="no argument momentum"):
+        st.Mixture(network(), THREE, momentum=0.5)
