@@ -1,22 +1,20 @@
 """Decisions of a run from plain numbers: learning-rate sweep, guard and final weights."""
 
 from selftune._arguments import FLAG, NONE, Instance, Kind, OneOf, That, Whole
-from selftune.control.controller import (
+from selftune.control.controller import Controller, make_guard, make_sweep
+from selftune.control.final_weights import FinalWeights
+from selftune.control.guard import Guard, GuardPolicy
+from selftune.control.lr_sweep import LRSweep, SweepSettings
+from selftune.control.records import (
     Action,
     Activity,
-    Controller,
     Gradient,
     Hypergradient,
     Record,
     SweepSlope,
     TrainingLoss,
     ValidationLoss,
-    make_guard,
-    make_sweep,
 )
-from selftune.control.final_weights import FinalWeights
-from selftune.control.guard import Guard, GuardPolicy
-from selftune.control.lr_sweep import LRSweep, SweepSettings
 
 ARGUMENTS: dict[str, Kind] = {
     "probe": FLAG | Whole(least=2, most=10_000) | OneOf((0,))

@@ -1,0 +1,94 @@
+"""Records of a run, which drivers pass to the controller, and the action it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class SweepSlope(NamedTuple):
+    """In the sweep: the slope of the loss along the last step, at its end.
+
+    Attributes:
+        slope: The slope at the end of the step.
+        values: Current hyperparameters.
+        start: The slope at the start of the step.
+    """
+
+    slope: float
+    values: Mapping[str, float]
+    start: float = 0.0
+
+
+class Gradient(NamedTuple):
+    """Whether a training gradient, and the weights after its step, are finite."""
+
+    finite: bool
+
+
+class Activity(NamedTuple):
+    """The number of live units: rows of weights with a non-zero gradient.
+
+    Attributes:
+        alive: Number of live units.
+        age: Steps since the last restart.
+        climb: Log of the learning rate divided by the given one.
+    """
+
+    alive: float
+    age: int = 0
+    climb: float = 0.0
+
+
+class TrainingLoss(NamedTuple):
+    """The loss of a training batch."""
+
+    loss: float
+
+
+class ValidationLoss(NamedTuple):
+    """The loss of a validation batch at the outer point.
+
+    Attributes:
+        loss: The loss of one batch.
+        compare: Returns mean losses at the outer point and at the good weights over many
+            batches, optionally with the standard error of their difference.
+    """
+
+    loss: float
+    compare: Callable[[], tuple[float, ...]]
+
+
+class Hypergradient(NamedTuple):
+    """Whether a hypergradient is finite."""
+
+    finite: bool
+
+
+Record = SweepSlope | Gradient | Activity | TrainingLoss | ValidationLoss | Hypergradient
+
+
+class Action(NamedTuple):
+    """The action of a driver; nothing by default.
+
+    Attributes:
+        skip: Skip the current step.
+        snapshot: First copy weights to the good ones: ``"iterate"`` for the current weights,
+            ``"average"`` for the average.
+        rewind: Then return to the good weights and restart, with these changes of raw values.
+        reason: The reason for the log; empty if the rewind belongs to the sweep.
+    """
+
+    skip: bool = False
+    snapshot: str = ""
+    rewind: Mapping[str, float] | None = None
+    reason: str = ""
+
+    @property
+    def planned(self) -> bool:
+        """Whether a rewind belongs to the sweep.
+
+        During the sweep the average stays at the initial weights. These become the last good
+        weights until a loss confirms that the sweep decreased it.
+        """
+        return self.rewind is not None and not self.reason
