@@ -10,6 +10,12 @@ by `st.AdamW` for as many gradient evaluations in each row:
 The loss is that of test windows, in nats a letter.
 
     SELFTUNE_DATA=... python -m benchmarks.heads [--seeds 0 1 2] [--steps 1000]
+
+Typical output, of one seed (two cores that other programs used too, torch 2.13):
+
+    | wide | goal | ratio | heads kept, % | feed-forward units kept, % | parameters |
+    |---|---|---|---|---|---|
+    | 1.7299 | 1.7660 | 1.0209 ± 0.0000 | 83 | 58 | 168,224 |
 """
 
 from __future__ import annotations

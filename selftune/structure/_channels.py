@@ -232,9 +232,11 @@ class Follower(fx.Interpreter):
                 times = int(repeats)
                 ids = [u for u in given.ids for _ in range(times)]
                 return Channels(axis, ids, given.zero.repeat_interleave(times))
-            # (N, L, H·D) to (N, L, H, D): the D units of a head become one
-            if math.prod(after[:axis]) == lead and before[given.axis] % after[axis] == 0:
-                return _inside.split(self.units, axis, given, after[axis])
+        # (N, L, H·D) to (N, L, H, D): the D units of a head become one
+        axis = given.axis
+        same = after[:axis] == before[:axis] and len(after) > axis + 1
+        if same and after[axis] * after[axis + 1] == before[axis]:
+            return _inside.split(self.units, axis, given, after[axis])
         self.unknown(node)
         return None
 

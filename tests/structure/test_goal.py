@@ -74,6 +74,20 @@ def test_the_size_is_that_of_the_pruned_model(name: str, kind: str) -> None:
     assert 0.3 * whole < goal.size()[kind] <= 0.6 * whole
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_one_example_is_enough(name: str) -> None:
+    """Truth: the same model after a goal that saw several."""
+    make, inputs = MODELS[name]
+    ends = []
+    for count in (5, 1):
+        torch.manual_seed(0)
+        model, x = make(), inputs()
+        Goal(model, x[:count], 0.4, of="multiply_adds").close(loss_of(model, x), 1.0)
+        pruned = prune(model, x[:count])
+        ends.append([p.shape for p in pruned.parameters()])
+    assert ends[0] == ends[1]
+
+
 def test_both_sizes_or_an_absolute_one() -> None:
     """Law: each is at most what was asked for."""
     torch.manual_seed(0)
