@@ -36,9 +36,9 @@ def masks_followed(
     changed: list[str] = []
     masks = {f"{n}.mask" if n else "mask": m.mask for n, m in gated(steps.inner)}
     with scorer.shown(snapshots.run, member), modes_kept(scorer.model):
-        before = {n: t.clone() for n, t in masks.items()}
+        before = _copies(masks)
         yield changed
-        found = steps.group.from_first(lambda: {n: t.detach().clone() for n, t in masks.items()})
+        found = steps.group.from_first(lambda: _copies(masks)) if masks else {}
     changed += [n for n, t in found.items() if not torch.equal(t, before[n])]
     members = snapshots.run.step.numel()
     if changed and members > 1:
@@ -52,3 +52,7 @@ def masks_followed(
         for name in changed:
             for buffers in held:
                 buffers[steps.buffers.index(name)].copy_(found[name])
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in tensors.items()}
