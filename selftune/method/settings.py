@@ -137,15 +137,18 @@ class StiffSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SliceSettings(Settings):
-    """Least sizes of the slice of weights with sensitivities.
+    """Sizes of the slice of weights with sensitivities.
 
     Attributes:
         least: Least number of weights in the whole model.
+        most: Largest number of weights in the whole model with the default share. The relative
+            error of an inner product estimated from n weights falls as 1/√n.
         each: Least number of weights in a parameter group, or in a tensor with its own
             hyperparameters.
     """
 
     least: int = 4096
+    most: int = 2**20
     each: int = 16
 
 
@@ -158,7 +161,7 @@ class MethodSettings(Settings):
         displacement: The limit on rises of the learning rate, or None.
         floor: The weight decay floor, or None.
         stiff: Estimation of stiff directions.
-        slices: Least sizes of the slice of weights with sensitivities.
+        slices: Sizes of the slice of weights with sensitivities.
         unit_gradient: Whether the outer gradient is divided by its length. The length shrinks by
             orders of magnitude as a run converges, and without the division Adam's steps would
             nearly stop.

@@ -134,8 +134,8 @@ def choose(
 
     Args:
         parts: Shapes of the concatenated tensors of each part.
-        share: Least share of the weights.
-        settings: Least sizes.
+        share: Least share of the weights; the default is limited by ``settings.most``.
+        settings: Least and largest sizes.
         by_tensor: Whether each tensor has its own hyperparameters.
 
     Examples:
@@ -144,8 +144,12 @@ def choose(
         [Slice(stride=15)]
         >>> choose([linear], 1.0, SliceSettings())
         [Slice(stride=1)]
+        >>> choose([[torch.Size((50_000, 5_000))]], SHARE, SliceSettings())
+        [Slice(stride=237)]
     """
     total = sum(shape.numel() for shapes in parts for shape in shapes)
+    if share == SHARE and total:
+        share = min(share, settings.most / total)
     most = min(int(1 / share + 1e-9), total // settings.least)
     found = []
     for shapes in parts:

@@ -91,8 +91,8 @@ class TuningOptions:
             hyperparameter steps; by default True if torch.distributed is initialised.
         settings: Numbers of the method (:class:`~selftune.method.MethodSettings`).
         tangents: Share of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            1/n, with a minimum of 4,096 weights; or a dtype, in which those of all weights are
-            kept.
+            1/n, with a minimum of 4,096 weights, and the default with a maximum of 2²⁰; or a
+            dtype, in which those of all weights are kept.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
             CPU's memory) or ``"bf16"``, the default from 65,536 weights on.
     """

@@ -59,7 +59,7 @@ class Tuner:
             :mod:`selftune.estimators`. By default ``Trace``, which tracks one step in four, or more
             with a short average, and :class:`BestResponse` for layers of :mod:`selftune.nn`.
         tangents: Share of the weights whose sensitivities are kept, in (0, 1], rounded up to 1/n,
-            with a minimum of 4,096 weights; or a dtype, in which those of all weights are kept.
+            of 4,096 weights or more, by default of 2²⁰ at most; or a dtype, for all weights.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
             CPU's memory) or ``"bf16"``, the default from 65,536 weights on.
         average: The running average at which the validation loss is measured.
