@@ -9,7 +9,7 @@ from selftune.bijections import Log
 from selftune.hparams import Hparam
 
 LOG10 = "log10"
-"""Last part of the tag of the decimal logarithm, beside the value's own: ``hyper/lr/log10``."""
+"""First part of the tag of the decimal logarithm of a rate: ``log10/lr``."""
 WHEN = "when"
 """First part of the tag of the points that mark events: ``when/lr``."""
 RATES = ("rate", "decay", "regularizer")

@@ -54,7 +54,7 @@ def layout(tags: Collection[str]) -> dict[str, list[Chart]]:
         tags: Tags of the scalars logged so far.
 
     Examples:
-        >>> [c.title for c in layout(["Loss/val", "margin/lr/low", "hyper/lr/log10"])["Step"]]
+        >>> [c.title for c in layout(["Loss/val", "margin/lr/low", "log10/lr"])["Step"]]
         ['lr (log10), events marked']
     """
     pages = {"Loss": [Chart(title, (tag,)) for tag, title in LOSSES.items() if tag in tags]}
@@ -63,7 +63,7 @@ def layout(tags: Collection[str]) -> dict[str, list[Chart]]:
     matched = (re.fullmatch("margin/(.+)/low", tag) for tag in tags)
     names = sorted((m[1] for m in matched if m), key=_place)
     for page in (*FAMILIES, STRENGTHS):
-        pages[page] = [_values(n, f"hyper/{n}/{LOG10}" in tags) for n in names if family(n) == page]
+        pages[page] = [_values(n, f"{LOG10}/{n}" in tags) for n in names if family(n) == page]
     pages["Health"] = [Chart(title, (tag,)) for tag, title in HEALTH.items() if tag in tags]
     ratios = {n: f"hypergrad/{n}/snr" for n in names}
     pages["Health"] += [
@@ -78,7 +78,7 @@ def _values(name: str, logarithmic: bool) -> Chart:
     One tag marks events of all kinds; the dashboard would report further tags as missing in runs
     without them.
     """
-    value = f"hyper/{name}/{LOG10}" if logarithmic else f"hyper/{name}"
+    value = f"{LOG10}/{name}" if logarithmic else f"hyper/{name}"
     title, series = name, [(value, f"margin/{name}/low", f"margin/{name}/high")]
     if logarithmic:
         title += " (log10)"

@@ -141,7 +141,7 @@ class Metrics:
             if logarithmic(hparam):
                 if ends[0] <= 0:
                     continue  # log 0: it is given as 0 and not tuned yet
-                rows.append((f"hyper/{name}/{LOG10}", drawn(hparam, value)))
+                rows.append((f"{LOG10}/{name}", drawn(hparam, value)))
             for end, reached in zip(("low", "high"), ends, strict=True):
                 rows.append((f"margin/{name}/{end}", drawn(hparam, reached)))
         return rows

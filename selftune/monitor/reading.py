@@ -41,7 +41,7 @@ class Log:
         """Rows of the report, one for each hyperparameter."""
         found = []
         for tag, curve in sorted(self.curves.items()):
-            if tag.startswith("hyper/") and not tag.endswith(f"/{LOG10}"):
+            if tag.startswith("hyper/"):
                 name = tag.removeprefix("hyper/")
                 if any(f"{tag}/{part}" in self.curves for part in PARTS):
                     continue  # its groups or layers have rows of their own
@@ -71,7 +71,7 @@ class Log:
         rewinds = self.curves.get("weights/rewinds", ((), ()))[0]
         for step, height in zip(*self.curves.get(f"{WHEN}/{name}", ((), ())), strict=True):
             if step and math.isfinite(height):
-                set_to = 10**height if f"hyper/{name}/{LOG10}" in self.curves else height
+                set_to = 10**height if f"{LOG10}/{name}" in self.curves else height
                 told.append(f"{'rewind' if step in rewinds else 'sweep'} {set_to:.3g}")
         ratio = self.curves.get(f"hypergrad/{name}/snr", ((), (math.nan,)))[1][-1]
         known = f" (signal-to-noise {ratio:.1f})" if math.isfinite(ratio) else ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
+RESCUE = 1.0
+"""Seconds that the first rank has to save a run that lost another rank."""
 VERSION = 10
 """Version of checkpoints; 10 includes the due part of a step, and no rank's random streams."""
 
@@ -46,6 +50,24 @@ def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
         log.warning("%s was not written, training continues: %s", path, error)
         return False
     return True
+
+
+def rescue(folder: Path | None, first: bool, save: Callable[..., None]) -> None:
+    """Save a run that lost a rank: on the first rank; on another one if the first has not.
+
+    Args:
+        folder: Of the checkpoints.
+        first: Whether this is the first rank.
+        save: Writes a checkpoint, ``everywhere`` if told so.
+    """
+    if folder is None:
+        return
+    last = folder / LAST
+    before = last.stat().st_mtime_ns if last.exists() else 0
+    if not first:
+        time.sleep(RESCUE)
+    if first or not last.exists() or last.stat().st_mtime_ns == before:
+        save(everywhere=True)
 
 
 def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:

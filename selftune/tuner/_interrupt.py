@@ -22,7 +22,7 @@ class Interruption:
         self._signals = (signal.SIGINT, signal.SIGTERM) if terminating else (signal.SIGINT,)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:  # launchers may send SIGTERM twice
             raise KeyboardInterrupt
         self.asked = True
 

@@ -55,4 +55,4 @@ def masks_followed(
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.detach().clone() for n, t in tensors.items()}
+    return {n: t.detach().cpu().clone() for n, t in tensors.items()}

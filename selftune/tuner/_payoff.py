@@ -70,17 +70,18 @@ class Compiling:
         if self.plan.compile is False or self.fused.compiled:
             return
         if self.plan.compile is True:
-            self.plan.compile = False  # decided: what cannot be compiled is not tried again
+            self.plan.compile = False  # decided: a failure is not repeated at every step
             self.fused.compile()
             return
         self._clock.append((time.perf_counter(), time.process_time()))
         if len(self._clock) <= WATCHED:
             return
         pays, saved = payoff(self._clock[0], self._clock[-1], self.plan.total - step, tensors)
-        if self.group.from_first(lambda: pays):
-            if self.group.together:
-                self.save()  # torchrun kills ranks that compile for 30 s after Ctrl-C
+        pays = self.group.from_first(lambda: pays)
+        if pays and self.group.together:
+            self.save()  # torchrun kills ranks that compile for 30 s after Ctrl-C
+        self.plan.compile = False
+        if pays:
             self.fused.compile()
         else:
-            self.plan.compile = False
             log.info("not compiled: it would save about %.0f s", saved)

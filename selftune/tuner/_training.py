@@ -95,21 +95,23 @@ class Training:
                         scores = self._evaluate()
                         self._reach(WEIGHTS)
                         ended = self.ended = self._stop(scores)
+                        self._reach(WEIGHTS)
                     if self.plan.picture and self.plan.falls(self.plan.picture, self.step):
                         picture(self.watch, self.predictor, self.step)
-                    self._reach(WEIGHTS)
+                        self._reach(WEIGHTS)
                     if ended == "stopped" or self.plan.falls(self.plan.save, self.step):
                         self.save()
                     if self._asked():
                         raise KeyboardInterrupt
             except RankLost:
                 if self._position:  # the sweep is over
-                    self.save(everywhere=True)
+                    _checkpoints.rescue(self.folder, self.group.first, self.save)
                 raise
             except (KeyboardInterrupt, RuntimeError) as error:
                 # The same Ctrl-C ends a loader's workers, which then ends the loader.
                 ended_loader = self.interruption.asked and not self.group.together
-                if isinstance(error, RuntimeError) and not ended_loader:
+                half = self._within and self.group.together  # others wait for this rank
+                if half or (isinstance(error, RuntimeError) and not ended_loader):
                     raise
                 ended = "interrupted"
                 self._break_off()
@@ -178,6 +180,7 @@ class Training:
             if tune:
                 self.due, self._position = HYPER, between
                 self.watch.tuned(step, self.fused.tune(outer))
+        self._reach(WEIGHTS)
         self.watch.read(step)
         if self.population is not None and tune and step % self.plan.exploit < self.plan.every:
             self.population.exploit(self.snapshots, self.watch.controllers, self.steps.hyper)
@@ -322,8 +325,9 @@ class Training:
         """
         longer = _resuming.extends(state, self.identity)
         self._parts.unpack(state, _resuming.FOLLOWS if longer else ())
-        self.saved_best, self.ended, self.due = best, state["ended"], state["due"]
         self.step, self.best, self.waited = state["numbers"]
+        self.saved_best = best if self.best < math.inf else None
+        self.ended, self.due = state["ended"], state["due"]
         self.plan.compile = state["compile"]
         self.watch.bar.update(self.step)
         rates = self.steps.rates  # of a run that was made longer: as they were until then

@@ -84,7 +84,7 @@ def test_a_chart_of_other_steps_is_a_red_box(browser: Any, tmp_path: Path) -> No
 
     log = TensorBoard(tmp_path / "runs" / "a")
     log.begin({"lr": 0.1}, ["lr"])
-    log.scalars([Row("hyper/lr/log10", 0.1, s) for s in (1, 2, 3)])
+    log.scalars([Row("log10/lr", 0.1, s) for s in (1, 2, 3)])
     log.scalars([Row(f"margin/lr/{end}", 0.1, s) for end in ("low", "high") for s in (2, 3)])
     log.end("finished")
     with serving(tmp_path / "runs", tmp_path / "told.txt", 1) as address:
@@ -121,7 +121,7 @@ def tour(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield address
 
 
-SEEN = "Loss/(final|test|gap)|hyper/(lr/log10|hidden)|lr/snr"
+SEEN = "Loss/(final|test|gap)|(log10/lr|hyper/hidden)|lr/snr"
 """Tags that the tour looks at."""
 
 

@@ -81,7 +81,7 @@ def test_an_extension_is_marked(tmp_path: Path) -> None:
     fit(120, log)
     steps, heights = log.curve("when/lr")
     assert steps[0] == 60
-    assert heights[0] == pytest.approx(log.curve("hyper/lr/log10")[1][0])
+    assert heights[0] == pytest.approx(log.curve("log10/lr")[1][0])
     # The layout that the resumed run keeps has the charts of the whole run.
     titles = charts(tmp_path)
     assert {"lr (log10), events marked", "beta1, events marked", "weight_decay (log10)"} <= titles

@@ -34,7 +34,7 @@ def assert_drawn(log: InMemory) -> None:
         at = steps(log, f"hyper/{name}")
         assert at
         if name != "beta1":  # drawn as log10
-            assert steps(log, f"hyper/{name}/log10") == at
+            assert steps(log, f"log10/{name}") == at
         for end in ("low", "high"):
             assert steps(log, f"margin/{name}/{end}") == at, (name, end)
 

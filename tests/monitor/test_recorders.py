@@ -157,7 +157,7 @@ def test_everything_a_tuner_tells(tmp_path: Path) -> None:
     assert (steps[-1], rates[-1]) == (120, result.hparams["lr"])
     lows, highs, present = (
         dict(zip(*recorder.curve(tag), strict=True))
-        for tag in ("margin/lr/low", "margin/lr/high", "hyper/lr/log10")
+        for tag in ("margin/lr/low", "margin/lr/high", "log10/lr")
     )
     assert len(lows) > 5
     for step, low in lows.items():
@@ -167,7 +167,7 @@ def test_everything_a_tuner_tells(tmp_path: Path) -> None:
 
 def drawn(name: str) -> str:
     """The tag that the chart of a hyperparameter draws."""
-    return f"hyper/{name}" if name == "beta1" else f"hyper/{name}/log10"
+    return f"hyper/{name}" if name == "beta1" else f"log10/{name}"
 
 
 def test_many_layers_are_summed_up(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_many_layers_are_summed_up(tmp_path: Path) -> None:
     read = EventAccumulator(str(tmp_path), {"histograms": 0, "scalars": 0}).Reload()
     told = {t for t in read.Tags()["scalars"] if t.startswith("hyper/lr")}
     assert told <= {"hyper/lr", *(f"hyper/lr/{i}" for i in range(8)), "hyper/lr/lowest",
-                    "hyper/lr/median", "hyper/lr/highest", "hyper/lr/log10"}  # fmt: skip
+                    "hyper/lr/median", "hyper/lr/highest", "log10/lr"}  # fmt: skip
     assert read.Tags()["histograms"] == ["layers/lr"]
     last = read.Histograms("layers/lr")[-1].histogram_value
     rates = [v for v in opt.hparams["lr"]]

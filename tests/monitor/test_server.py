@@ -9,7 +9,7 @@ def test_every_documented_tag_is_listed(server: str) -> None:
     tags = set(get(server, "scalars/tags")["plain run"])
     want = {"Loss/train", "Loss/val", "Loss/gap", "outer/averaged-vs-last", "time/overhead"}
     want |= {"response/predicted", "response/realised", "response/agreement"}
-    want |= {"Loss/final", "hyper/lr/log10", "hyper/weight_decay/log10", "when/lr", "when/beta1"}
+    want |= {"Loss/final", "log10/lr", "log10/weight_decay", "when/lr", "when/beta1"}
     for name in NAMES:
         want |= {f"hyper/{name}"}
         want |= {f"hypergrad/{name}/{kind}" for kind in ("value", "norm", "snr")}
@@ -39,7 +39,7 @@ def test_custom_scalars_have_a_page_a_family(server: str) -> None:
     charts = {chart["title"]: chart for chart in pages["Step"]["chart"]}
     values, events = charts["lr (log10), events marked"]["margin"]["series"]
     assert values == {
-        "value": "hyper/lr/log10", "lower": "margin/lr/low", "upper": "margin/lr/high"
+        "value": "log10/lr", "lower": "margin/lr/low", "upper": "margin/lr/high"
     }  # fmt: skip
     assert set(events.values()) == {"when/lr"}
 
