@@ -1,4 +1,4 @@
-"""Drop-in replacements of torch's optimizers."""
+"""Drop-in replacements for torch's optimizers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selftune.rules.adam import fitting_beta2
 from selftune.update import Update
 
 BETAS: tuple[float, float] = (0.9, 0.999)
-"""torch's default; an equal tuple that is another object was passed by the user."""
+"""torch's default, compared by identity to detect whether the user passed ``betas``."""
 
 
 ARGUMENTS: dict[str, Kind] = {
@@ -51,7 +51,7 @@ class RuleOptimizer(SelfTuningOptimizer):
         extras: dict[str, Any],
     ) -> None:
         check({**ARGUMENTS, **TUNING}, {**options, **extras})
-        for name in ("foreach", "fused"):  # torch's choices of kernel; ours are always joined
+        for name in ("foreach", "fused"):  # torch's kernel options have no effect here
             extras.pop(name, None)
         for name in ("capturable", "differentiable"):
             if extras.pop(name, False):
@@ -65,7 +65,7 @@ class RuleOptimizer(SelfTuningOptimizer):
         super().__init__(params, options, update, RuleStepper(update), **extras)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As :class:`SelfTuningOptimizer`; checks the group's options too."""
+        """Add a parameter group, as in :class:`SelfTuningOptimizer`; also checks its options."""
         if isinstance(param_group, Mapping):
             check(ARGUMENTS, param_group)
         super().add_param_group(param_group)
@@ -141,8 +141,8 @@ class Adam(RuleOptimizer):
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        betas: β₁ and β₂. If they are not given, ``total_steps`` is known and the rate is tuned,
-            β₂ has a memory of a twentieth of the run, from 100 gradients (0.99) to 1000 (0.999).
+        betas: β₁ and β₂. If not given, and if ``total_steps`` is known and ``lr`` is tuned, β₂ is
+            set so that 1/(1 − β₂) is a twentieth of the run, within 100 (0.99) and 1000 (0.999).
         eps: ε, added to the denominator.
         weight_decay: L2 penalty, added to the gradient.
         amsgrad: Use the largest second moment so far.
@@ -195,8 +195,8 @@ class AdamW(RuleOptimizer):
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        betas: β₁ and β₂. If they are not given, ``total_steps`` is known and the rate is tuned,
-            β₂ has a memory of a twentieth of the run, from 100 gradients (0.99) to 1000 (0.999).
+        betas: β₁ and β₂. If not given, and if ``total_steps`` is known and ``lr`` is tuned, β₂ is
+            set so that 1/(1 − β₂) is a twentieth of the run, within 100 (0.99) and 1000 (0.999).
         eps: ε, added to the denominator.
         weight_decay: Decoupled weight decay.
         amsgrad: Use the largest second moment so far.
@@ -299,8 +299,8 @@ class RMSprop(RuleOptimizer):
 class Lion(RuleOptimizer):
     """The Lion optimizer with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, weight decay; decay too if ``total_steps`` is unknown. torch has no Lion;
-    the signature is that of the authors (Chen et al. 2023).
+    Tuned by default: lr, weight decay; decay too if ``total_steps`` is unknown. PyTorch does not
+    provide Lion; the signature follows the authors' (Chen et al. 2023).
 
     Args:
         params: A module, parameters, named parameters or parameter groups.

@@ -1,4 +1,4 @@
-"""What an update rule is: a direction, and the one step every rule shares."""
+"""Base class of update rules: a rule defines a direction; the step itself is shared."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from selftune.hparams import Hparam
 State = dict[str, Tensor]
 """Named tensors in the shape of the parameters (momentum, second moments)."""
 InPlace = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], list[Tensor], float], None]
-"""A whole step in place: of weights by gradients, state, step counts with this one, and rate."""
+"""An in-place step of (weights, gradients, state, step counts including this one, rate)."""
 Values = Mapping[str, Any]
 """Hyperparameters and options by name: numbers, or tensors that broadcast to the weights."""
 
 
 class AbstractRule(ABC):
-    """A pure update rule ``w₊ = w − η (d + λ w)``, λ only where weight decay is decoupled.
+    """A pure update rule ``w₊ = w − η (d + λ w)``; the λ term only with decoupled weight decay.
 
-    A rule gives the direction ``d`` from the gradient and its state. All operations are
-    elementwise, so a rule works on one tensor or on all of them joined, and it is
-    differentiable in the gradient, the state and every hyperparameter.
+    A rule computes the direction ``d`` from the gradient and its state. All operations are
+    elementwise, so a rule works on a single tensor or on all tensors concatenated, and it is
+    differentiable with respect to the gradient, the state and every hyperparameter.
 
     Attributes:
         hparams: The hyperparameters that enter the direction.
         decoupled: Whether ``weight_decay`` acts on the weights directly instead of through
             the gradient.
-        shrinks: Whether weight decay λ shrinks weights by the factor 1 − η λ at a step, as it does
-            not where a gradient of λ w is rescaled with the rest.
-        tuned: Names tuned unless the user says otherwise.
-        defaults: Options and hyperparameters where nobody says, as in ``torch.optim``.
-        inactive: Hyperparameters that do not act at present, and have no sensitivities.
+        shrinks: Whether weight decay λ shrinks weights by the factor 1 − η λ at each step. False
+            for rules that rescale the gradient of the decay term, such as Adam with L2.
+        tuned: Names of the hyperparameters that are tuned by default.
+        defaults: Default options and hyperparameters, as in ``torch.optim``.
+        inactive: Hyperparameters that currently have no effect and no sensitivities.
     """
 
     hparams: tuple[Hparam, ...]
@@ -49,21 +49,21 @@ class AbstractRule(ABC):
         """The state before the first step."""
 
     def fresh(self) -> AbstractRule:
-        """The rule for another run: the same, as long as it keeps nothing of one."""
+        """A rule for a new run; returns ``self`` unless the rule stores state of a run."""
         return self
 
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
-        """Hyperparameters that fit a run of known length better than ``defaults``."""
+        """Hyperparameters that suit a run of this length better than ``defaults``."""
         return {}
 
     def at(self, values: Values, step: Any) -> Values:
-        """The values that act at a step of the run, where some follow from its number."""
+        """The values in effect at a step, for rules whose values depend on the step number."""
         return values
 
     def in_place(self, values: Values) -> InPlace | None:
-        """The step ``w − η (d + λ w)`` as one kernel of torch, if it has one for these options.
+        """The step ``w − η (d + λ w)`` as a fused torch kernel, if torch has one for these options.
 
-        Steps that nobody observes are taken with it.
+        Used for steps on which no sensitivities are computed.
 
         Args:
             values: Hyperparameters and options, all of them numbers.
@@ -76,13 +76,13 @@ class AbstractRule(ABC):
     ) -> tuple[Tensor, State]:
         """The direction and the next state.
 
-        Beside the state's own names, the second may hold intermediate values for ``tangent``.
+        Besides the names of the state, the second may contain intermediate values for ``tangent``.
 
         Args:
             grads: Gradients of the penalised loss.
             state: The state, not modified.
             values: Hyperparameters and options.
-            age: Updates these weights have had before, 0 at the first.
+            age: Number of earlier updates of these weights, 0 at the first.
         """
 
     @abstractmethod
@@ -99,18 +99,18 @@ class AbstractRule(ABC):
     ) -> tuple[Tensor, State]:
         """The derivative of ``direction`` along one tangent.
 
-        Rules derive it by hand where speed matters; ``direction_jvp`` is always right.
+        Built-in rules implement it by hand for speed; ``direction_jvp`` works for any rule.
 
         Args:
             grads: As in ``direction``.
             state: As in ``direction``.
             values: As in ``direction``.
             age: As in ``direction``.
-            moved: What ``direction`` returned for them.
+            moved: The return value of ``direction`` for these arguments.
             dots: Tangents of gradients (None: zero), state (missing: zero; its tensors may be
                 overwritten) and hyperparameters (missing: zero).
-            discount: What the tangents of the state are to be taken times, at each step.
-            steps: How many such steps to take in a row, gradients and state held.
+            discount: Factor by which the tangents of the state are multiplied at each step.
+            steps: Number of consecutive steps to apply, with gradients and state held constant.
 
         Returns:
             Tangents of the direction and of the next state (missing: zero).

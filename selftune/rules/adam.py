@@ -52,7 +52,7 @@ def fitting_beta2(total_steps: int | None) -> float:
 
 
 class Adam(AbstractRule):
-    """Adaptive moments, with the L2 gradient added to the loss's.
+    """Adam, with the gradient of the L2 penalty added to that of the loss.
 
     ``m₊ = β₁ m + (1 − β₁) g``; ``v₊ = β₂ v + (1 − β₂) g²``; with bias corrections
     ``cᵢ = 1 − βᵢᵗ``, ``d = (m₊/c₁) / (√(v₊/c₂) + ε)``; with ``amsgrad``, v₊ is replaced by its
@@ -70,12 +70,12 @@ class Adam(AbstractRule):
     )
 
     def init(self, params: Tensor, values: Values) -> State:
-        """Both moments at zero."""
+        """Zero-initialised first and second moments."""
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(values["amsgrad"])
         return {name: torch.zeros_like(params) for name in names}
 
     def in_place(self, values: Values) -> InPlace | None:
-        """One kernel for all tensors."""
+        """Torch's fused kernel, applied to all tensors at once."""
         fused = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
 
         return lambda params, grads, state, steps, rate: fused(
@@ -86,7 +86,7 @@ class Adam(AbstractRule):
         )  # fmt: skip
 
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
-        """A β₂ that remembers a twentieth of the run."""
+        """A β₂ whose averaging window is one twentieth of the run."""
         return {"beta2": fitting_beta2(total_steps)}
 
     def direction(
@@ -113,11 +113,11 @@ class Adam(AbstractRule):
         discount: float = 1.0,
         steps: int = 1,
     ) -> tuple[Tensor, State]:
-        """By hand, except for β₂, with ``r = √v₊ + ε √c₂`` and f of ``_factor``.
+        """Closed form, except for β₂, with ``r = √v₊ + ε √c₂`` and f from ``_factor``.
 
         ``ṁ₊ = β₁ ṁ + (1 − β₁) ġ + β̇₁ (m − g)``; ``v̇₊ = β₂ v̇ + 2 (1 − β₂) g ġ``;
-        ``ḋ = f ṁ₊/r − d v̇₊/(2 √v₊ r) + d ḟ/f`` with ``ḟ/f = t β₁ᵗ⁻¹ β̇₁/(1 − β₁ᵗ)``. Over several
-        steps a factor β becomes βᵏ, and what is added each time adds up geometrically.
+        ``ḋ = f ṁ₊/r − d v̇₊/(2 √v₊ r) + d ḟ/f`` with ``ḟ/f = t β₁ᵗ⁻¹ β̇₁/(1 − β₁ᵗ)``. Over k
+        steps, a factor β becomes βᵏ, and the terms added at each step form a geometric sum.
         """
         grads_dot, state_dot, values_dot = dots
         if "beta2" in values_dot:

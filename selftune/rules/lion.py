@@ -16,7 +16,8 @@ from selftune.rules.adam import BETA1, BETA2
 class Lion(AbstractRule):
     """``d = sign(β₁ m + (1 − β₁) g)``; ``m₊ = β₂ m + (1 − β₂) g``; weight decay decoupled.
 
-    The sign has no slope, so β₁ and β₂ have no hypergradient and are not tuned unless named.
+    The derivative of the sign is zero almost everywhere, so β₁ and β₂ have no hypergradient and
+    are not tuned by default.
 
     Source: Chen et al. 2023, algorithm 2.
     """
@@ -28,13 +29,13 @@ class Lion(AbstractRule):
     defaults = MappingProxyType(dict(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=1e-2))
 
     def init(self, params: Tensor, values: Values) -> State:
-        """A momentum of zeros."""
+        """Zero-initialised momentum."""
         return {"exp_avg": torch.zeros_like(params)}
 
     def direction(
         self, grads: Tensor, state: State, values: Values, age: int | Tensor
     ) -> tuple[Tensor, State]:
-        """The sign of the interpolation, and the momentum."""
+        """The sign of the interpolated momentum, and the updated momentum."""
         mean = state["exp_avg"]
         direction = mix(mean, grads, 1 - values["beta1"]).sign()
         return direction, {"exp_avg": mix(mean, grads, 1 - values["beta2"])}

@@ -1,4 +1,4 @@
-"""A rule with its settings as an ordinary torch optimizer, in which nothing is tuned."""
+"""Rules as ordinary torch optimizers with fixed hyperparameters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ TORCH = ("SGD", "Adam", "AdamW", "RMSprop")
 class Untuned(torch.optim.Optimizer):
     """A rule as an ordinary torch optimizer, for rules that ``torch.optim`` does not have.
 
-    ``w₊ = w − η (d + λ w)``, with λ w inside the gradient where the rule does not decouple it.
+    ``w₊ = w − η (d + λ w)``; if the rule's weight decay is not decoupled, λ w is added to the
+    gradient instead.
 
     Args:
         params: Parameters, or parameter groups.
-        rule: Gives the direction d.
-        **settings: lr, weight_decay, and the rule's own.
+        rule: The rule that computes the direction d.
+        **settings: ``lr``, ``weight_decay`` and the settings of the rule.
     """
 
     def __init__(self, params: Any, rule: AbstractRule, **settings: Any) -> None:
@@ -31,7 +32,7 @@ class Untuned(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step, as torch's optimizers do; returns the closure's loss."""
+        """Perform a single optimization step and return the loss of the closure, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -56,12 +57,12 @@ class Untuned(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class PlainOptimizer:
-    """A plain torch optimizer with its settings, to be made over any parameters.
+    """A torch optimizer class with its settings, ready to be created for any parameters.
 
     Args:
         rule: The rule.
-        settings: Arguments of the optimizer beside its parameters; the learning rate is the peak,
-            before any schedule.
+        settings: Arguments of the optimizer other than the parameters. The learning rate is the
+            peak value, before any schedule.
 
     Examples:
         >>> import torch, selftune as st
@@ -77,7 +78,7 @@ class PlainOptimizer:
 
     @classmethod
     def of(cls, rule: AbstractRule, values: Mapping[str, Any]) -> PlainOptimizer:
-        """A rule at hyperparameters and options by name; those that are missing as by default."""
+        """Create from a rule and its values by name; missing values take the rule's defaults."""
         return cls(rule, _settings(rule, {**rule.defaults, **values}))
 
     @property
@@ -86,7 +87,7 @@ class PlainOptimizer:
         return type(self.rule).__name__
 
     def make(self, params: Any) -> torch.optim.Optimizer:
-        """The optimizer of parameters, or parameter groups."""
+        """Create the optimizer for parameters or parameter groups."""
         if self.name in TORCH:
             made: torch.optim.Optimizer = getattr(torch.optim, self.name)(params, **self.settings)
             return made

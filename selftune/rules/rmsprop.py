@@ -18,7 +18,7 @@ ALPHA = Hparam(name="alpha", bijection=Memory(), lower=1e-3, upper=1 - 1e-6, fro
 
 
 class RMSprop(AbstractRule):
-    """Gradients over the root of their running mean square, then momentum μ.
+    """Gradients divided by the root of their running mean square, followed by momentum μ.
 
     ``v₊ = a v + (1 − a) g²``; ``r = g / (√v₊ + ε)``, or ``g / (√(v₊ − ḡ₊²) + ε)`` if
     ``centered``; ``b₊ = μ b + r``; ``d = b₊``. Options read from the values: ``eps``,
@@ -37,7 +37,7 @@ class RMSprop(AbstractRule):
     )
 
     def init(self, params: Tensor, values: Values) -> State:
-        """Running means of zero."""
+        """Zero-initialised running means."""
         names = ["square_avg", "momentum_buffer"] + ["grad_avg"] * bool(values["centered"])
         return {name: torch.zeros_like(params) for name in names}
 
@@ -68,7 +68,7 @@ class RMSprop(AbstractRule):
         discount: float = 1.0,
         steps: int = 1,
     ) -> tuple[Tensor, State]:
-        """By hand, except for a: ``ḃ₊ = μ ḃ + μ̇ b + ṡ`` with ``s = g/(r + ε)``, r² = v₊ − ḡ₊².
+        """Closed form, except for a: ``ḃ₊ = μ ḃ + μ̇ b + ṡ`` with ``s = g/(r + ε)``, r² = v₊ − ḡ₊².
 
         ``v̇₊ = a v̇ + 2 (1 − a) g ġ``; ``ṙ = (v̇₊ − 2 ḡ₊ ḡ̇₊)/2r``; ``ṡ = (ġ − s ṙ)/(r + ε)``.
         """

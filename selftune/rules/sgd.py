@@ -16,10 +16,10 @@ from selftune.rules._base import AbstractRule, InPlace, State, Values, geometric
 
 
 class SGD(AbstractRule):
-    """Heavy-ball momentum μ with dampening τ, optionally Nesterov's.
+    """SGD with heavy-ball momentum μ and dampening τ, optionally Nesterov momentum.
 
     ``b₊ = μ b + (1 − τ) g`` (``b₊ = g`` at the first step); ``d = b₊``, or ``g + μ b₊`` with
-    Nesterov's. Options read from the values: ``dampening``, ``nesterov``.
+    Nesterov momentum. Options read from the values: ``dampening``, ``nesterov``.
 
     Source: Sutskever et al. 2013, in the form of ``torch.optim.SGD``.
     """
@@ -37,9 +37,9 @@ class SGD(AbstractRule):
         return {"momentum_buffer": torch.zeros_like(params)}
 
     def in_place(self, values: Values) -> InPlace | None:
-        """One kernel for all tensors; torch's keeps no buffer without momentum.
+        """One kernel for all tensors; torch's kernel keeps no buffer without momentum.
 
-        Buffers begin at 0, so that no step need be told as the first; only dampening would.
+        Buffers start at 0, so the first step needs no special case unless dampening is used.
         """
         if values["momentum"] == 0:
             return partial(_plain, values)

@@ -1,4 +1,4 @@
-"""Model selection: Optuna outside, self-tuned runs inside (extra ``search``)."""
+"""Model selection with Optuna, in which each trial is a self-tuned run (extra ``search``)."""
 
 try:
     import optuna as _optuna  # noqa: F401

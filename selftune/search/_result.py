@@ -1,4 +1,4 @@
-"""What a search leaves behind."""
+"""The result of a search."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ log = logging.getLogger("selftune")
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """A finished search.
+    """The result of a finished search.
 
     Attributes:
-        model: The best model, trained, in evaluation mode; None where the objective was a number.
-        value: Its metric on the validation data, which chose it: judge on other data.
-        family: Its family.
-        params: What was chosen, by name.
-        hparams: Where its tuned hyperparameters ended.
-        schedule: Their course, for :func:`selftune.replay`, or None.
-        study: All trials, as Optuna keeps them.
+        model: The best model, trained and in evaluation mode; None if candidates return numbers.
+        value: Its validation metric. The selection used it, so report results on other data.
+        family: The family of the best model.
+        params: The selected parameters, by name.
+        hparams: The final values of its tuned hyperparameters.
+        schedule: Their trajectory, for :func:`selftune.replay`, or None.
+        study: The Optuna study with all trials.
     """
 
     model: nn.Module | None
@@ -48,7 +48,7 @@ class Selection:
         )
 
     def table(self) -> str:
-        """The trials, best first."""
+        """A table of the trials, best first."""
         states = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
         sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
         trials = self.study.get_trials(deepcopy=False)

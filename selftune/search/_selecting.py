@@ -1,4 +1,4 @@
-"""The search: Optuna asks, self-tuned runs answer."""
+"""The search: Optuna proposes candidates, and self-tuned runs evaluate them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from selftune.search.memory import Memory, Task
 log = logging.getLogger("selftune")
 
 STUDY = "selftune"
-"""The name of a study where nobody says."""
+"""Default name of the study."""
 
 
 SOME = Whole(least=1) | NONE
@@ -53,7 +53,7 @@ ARGUMENTS: dict[str, Kind] = {
     "force": FLAG,
     "progress": FLAG,
 }
-"""What arguments of ``select`` may be."""
+"""Allowed values of the arguments of ``select``."""
 
 
 def select(
@@ -86,50 +86,53 @@ def select(
 ) -> Selection:
     """Search for a model, each trial being one self-tuned run.
 
-    What is continuous (learning rate, weight decay, momentum, dropout, …) is tuned within a run;
-    only what is discrete is searched.
+    Continuous hyperparameters (learning rate, weight decay, momentum, dropout, …) are tuned within
+    a run; only discrete choices are searched.
 
     Args:
-        candidates: ``"auto"`` (families that suit the data); a function of a
-            :class:`~selftune.search.Space` that returns a model, a
-            :class:`~selftune.search.Candidate` or, as an objective, the trial's value; or several
-            of these by name, or families in a list.
-        train: A DataLoader, or any iterable of batches that can be gone through anew.
-        val: Validation batches, or the share of the training data to set aside for it.
-        trials: How many there are in all, those of earlier calls and other workers included; a
-            grid has as many as points.
-        epochs: Length of a run in passes over ``train``; or
-        steps: in weight steps.
-        loss_fn: As for :class:`~selftune.Tuner`; by default the usual one of the data's task.
+        candidates: ``"auto"`` (families that fit the data); a function that takes a
+            :class:`~selftune.search.Space` and returns a model, a
+            :class:`~selftune.search.Candidate` or, as an objective, the value of the trial; a
+            dictionary of several of these by name; or a list of families.
+        train: A DataLoader, or any iterable of batches that can be iterated over repeatedly.
+        val: Validation batches, or the fraction of the training data to set aside for validation.
+        trials: Total number of trials, including those of earlier calls and of other workers. A
+            grid search ignores it and runs one trial per point.
+        epochs: Length of a run in passes over ``train``. Pass this or ``steps``.
+        steps: Length of a run in optimizer steps.
+        loss_fn: As for :class:`~selftune.Tuner`; by default the usual loss for the task.
         metric: ``"loss"``, or the name of one of ``tuner["metrics"]``.
-        maximize: Whether more of the metric is better.
-        sampler: ``"grid"``, ``"random"``, ``"tpe"``, ``"gp"``, ``"cmaes"``, or one of Optuna's.
-        pruner: ``"asha"``, ``"hyperband"``, ``"median"``, ``"none"``, or one of Optuna's.
-        timeout: Seconds after which no further trial begins.
-        storage: A path (a journal), an address (``sqlite:///…``, ``grpc://host:port``), or one of
-            Optuna's storages: the search goes on there, and others may join. By default memory.
+        maximize: Whether higher values of the metric are better.
+        sampler: ``"grid"``, ``"random"``, ``"tpe"``, ``"gp"``, ``"cmaes"``, or an Optuna sampler.
+        pruner: ``"asha"``, ``"hyperband"``, ``"median"``, ``"none"``, or an Optuna pruner.
+        timeout: Seconds after which no new trial is started.
+        storage: A path (a journal), a URL (``sqlite:///…``, ``grpc://host:port``) or an Optuna
+            storage. The search is continued from it, and other workers can join. By default the
+            study is kept in memory.
         trust_storage: Whether ``sampler="cmaes"`` may unpickle its state from the storage. Whoever
             can write to the storage can then run code in this process.
-        study: Its name in the storage.
-        workers: Processes on this machine.
-        warm_start: Whether a run starts from where the best ones of its family ended.
-        memory: What other searches left: first runs start from what similar tasks converged to,
-            and what was chosen for those is tried first; the best of this search is added.
-        patience: Evaluations without a better loss before a run ends.
-        tuner: Further arguments of :class:`~selftune.Tuner`; by default a hyper step comes every
-            thirtieth of a run, from 5 to 20 steps.
+        study: Name of the study in the storage.
+        workers: Number of processes on this machine.
+        warm_start: Whether a run starts from the final hyperparameters of the best earlier runs of
+            its family.
+        memory: Results of earlier searches. The first runs start from the final hyperparameters of
+            similar tasks, the candidates selected there are tried first, and the best result of
+            this search is added.
+        patience: Number of evaluations without improvement after which a run ends.
+        tuner: Further arguments of :class:`~selftune.Tuner`. By default ``every`` is a thirtieth of
+            the run, between 5 and 20 steps.
         fit: Further arguments of ``Tuner.fit``.
-        log_dir: Folder for TensorBoard, one run a trial, and the best weights; by default beside
-            the journal.
-        seed: Of the sampler, the weights and the order of the data.
-        force: Whether a grid of more than 1,000 points is searched.
+        log_dir: Folder for TensorBoard logs (one run per trial) and the best weights; by default
+            next to the journal.
+        seed: Seed of the sampler, the initial weights and the data order.
+        force: Whether to allow a grid of more than 1,000 points.
         progress: Whether to show a progress bar.
 
     Returns:
         The trained best model and all trials.
 
     Raises:
-        ValueError: An unsuitable argument, or a storage of something else.
+        ValueError: An argument is invalid, or the storage belongs to a different search.
         RuntimeError: No trial finished.
 
     Examples:

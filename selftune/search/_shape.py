@@ -1,4 +1,4 @@
-"""What a data set looks like, read off its batches."""
+"""Input and output shapes of a data set, inferred from its batches."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """What models of a data set take and give.
+    """Input shape, number of outputs and task of a data set.
 
     Attributes:
-        inputs: Of one example.
-        outputs: How many numbers a model returns: classes, or targets of a regression.
+        inputs: Shape of one example.
+        outputs: Number of model outputs: classes, or regression targets.
         task: ``"classification"`` or ``"regression"``.
-        words: Size of the vocabulary where inputs are integers, or None.
-        each: Whether each position of a sequence has a target of its own.
-        flat: Whether targets of a regression have no dimension of their own.
+        words: Vocabulary size if inputs are integers, else None.
+        each: Whether there is one target per position of a sequence.
+        flat: Whether regression targets have shape (batch,), without a target dimension.
     """
 
     inputs: tuple[int, ...]
@@ -38,15 +38,15 @@ class Shape:
         return {1: "table", 2: "sequence"}.get(len(self.inputs), "images")
 
     def loss(self) -> nn.Module:
-        """The usual loss of the task."""
+        """The standard loss for the task."""
         return Classes() if self.task == "classification" else nn.MSELoss()
 
     @classmethod
     def of(cls, batches: Iterable[Any]) -> Shape:
-        """Read off all batches, whose last part is the target.
+        """Infer the shape from all batches, which must be pairs (inputs, target).
 
         Raises:
-            ValueError: There is no batch, or it has no inputs and target as tensors.
+            ValueError: There are no batches, or a batch is not a pair of tensors.
         """
         inputs: tuple[int, ...] | None = None
         words = classes = 0
@@ -71,18 +71,18 @@ class Shape:
         return cls(inputs, classes, "classification", words or None, each=y.ndim > 1)
 
     def close(self, output: Tensor) -> Tensor:
-        """An output as the target has it."""
+        """Reshape a model output to the shape of the target."""
         return output.squeeze(-1) if self.flat else output
 
 
 class Classes(nn.CrossEntropyLoss):
-    """Cross entropy with classes in the last dimension, however many positions there are."""
+    """Cross entropy with classes in the last dimension, over any number of positions."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Their mean."""
+        """Return the mean over all positions."""
         return super().forward(output.flatten(0, -2), target.flatten())
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """The share that is right."""
+    """The fraction of correct predictions."""
     return (output.argmax(-1) == target).to(torch.float32).mean()

@@ -1,4 +1,4 @@
-"""What a trial asks for: define-by-run, in names of its own family."""
+"""Define-by-run search space of a trial, with parameter names prefixed by the family."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class Space:
-    """Suggests values under a prefix, so that ``depth`` of the family ``cnn`` is ``cnn.depth``.
+    """Suggests values under a prefix: ``depth`` in the family ``cnn`` becomes ``cnn.depth``.
 
     Args:
-        trial: Of Optuna, or anything with its three ``suggest`` methods.
-        prefix: Of every name.
+        trial: An Optuna trial, or any object with its three ``suggest`` methods.
+        prefix: Prefix of every parameter name.
 
     Attributes:
-        trial: What it was made from.
+        trial: The underlying trial.
 
     Examples:
         >>> import optuna
@@ -29,7 +29,7 @@ class Space:
         self._prefix = f"{prefix}." if prefix else ""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """One of several."""
+        """Suggest one of several values."""
         if not choices:
             raise ValueError(f"choices of {self._prefix}{name} is empty: name at least one")
         return self.trial.suggest_categorical(self._prefix + name, list(choices))
@@ -37,13 +37,13 @@ class Space:
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        """A whole number, both ends included."""
+        """Suggest an integer between ``low`` and ``high``, both included."""
         return int(self.trial.suggest_int(self._prefix + name, low, high, step=step, log=log))
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        """A number."""
+        """Suggest a floating-point number."""
         found = self.trial.suggest_float(self._prefix + name, low, high, step=step, log=log)
         return float(found)
 

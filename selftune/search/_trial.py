@@ -1,4 +1,4 @@
-"""A trial: one self-tuned run of a candidate."""
+"""A trial: one self-tuned training run of a candidate."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ NEAREST = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What a builder may return instead of a model, where more than the model is searched.
+    """A model with its own data, loss or tuner arguments; can be returned instead of a model.
 
     Args:
         model: The model.
-        train: Training batches in place of the search's.
-        val: Validation batches in place of the search's.
-        loss_fn: In place of the search's.
-        tuner: Arguments of :class:`~selftune.Tuner` by name.
+        train: Training batches; by default those passed to ``select``.
+        val: Validation batches; by default those passed to ``select``.
+        loss_fn: Loss function; by default the one passed to ``select``.
+        tuner: Additional arguments of :class:`~selftune.Tuner`, by name.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What finished runs leave for those to come: where similar tasks converged to."""
+"""Memory of finished runs: initial hyperparameters from the results on similar tasks."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Simple meta-features of a data set and how it is trained on.
+    """Simple meta-features of a data set and of a training run.
 
     Attributes:
         kind: ``"table"``, ``"images"``, ``"sequence"`` or ``"words"``.
         task: ``"classification"`` or ``"regression"``.
-        examples: For training.
-        inputs: Numbers in an example.
-        outputs: Classes or targets.
-        steps: Of a run.
-        batch: Examples in a step.
-        family: Of the model.
-        rule: That steps the weights.
-        noise: The gradient's noise scale in examples, or None: the batch above which larger ones
-            no longer allow for a larger rate.
+        examples: Number of training examples.
+        inputs: Number of values in an example.
+        outputs: Number of classes or targets.
+        steps: Number of steps in a run.
+        batch: Batch size.
+        family: Family of the model.
+        rule: Name of the update rule.
+        noise: Gradient noise scale in examples, or None: the batch size above which a larger batch
+            does not allow a higher learning rate.
     """
 
     kind: str
@@ -67,14 +67,14 @@ class Task:
 
     @classmethod
     def of(cls, shape: Shape, examples: int, steps: int, batch: int, **more: Any) -> Task:
-        """From a data set's shape."""
+        """Create a task from the shape of a data set."""
         return cls(
             kind=shape.kind, task=shape.task, examples=examples, inputs=math.prod(shape.inputs),
             outputs=shape.outputs, steps=steps, batch=batch, **more,
         )  # fmt: skip
 
     def distance(self, other: Task) -> float:
-        """Of two tasks: 0 if they look the same, infinite if their rules differ."""
+        """Distance to another task: 0 if all features agree, infinite if the rules differ."""
         if self.rule != other.rule:
             return math.inf
         same = 2.0 * (self.kind != other.kind) + 2.0 * (self.task != other.task)
@@ -84,10 +84,10 @@ class Task:
         return same + math.sqrt(sum(x * x for x in logs) / len(logs))
 
     def rate_from(self, other: Task) -> float:
-        """What a learning rate is multiplied with that comes from another batch size.
+        """Factor that converts a learning rate of ``other`` to the batch size of this task.
 
-        ``((1 + B_noise/B₀)/(1 + B_noise/B))^p``, p = 1 for SGD and ½ where steps are scaled: where
-        noise dominates the rate grows as B^p, above the noise scale not at all.
+        ``((1 + B_noise/B₀)/(1 + B_noise/B))^p``, with p = 1 for SGD and ½ for adaptive rules. Far
+        below the noise scale the rate grows as B^p; far above it, it is constant.
 
         Source: McCandlish et al. 2018, equation 2.11; Malladi et al. 2022 for the power of Adam.
         """
@@ -100,18 +100,18 @@ class Task:
 
 
 class Memory:
-    """A folder of finished runs, from which new ones take their start.
+    """A folder of finished runs that provides initial hyperparameters for new runs.
 
-    Raw values (log or odds) of similar runs are averaged, weighted by similarity, against what the
-    run would start from anyway::
+    Raw values (logs or log-odds) of similar runs are averaged, weighted by similarity, together
+    with the default start z₀::
 
         z₀ ← z₀ + Σ wᵢ (zᵢ − z₀) / (w₀ + Σ wᵢ),   wᵢ = exp(−distance²/2)
 
-    which is a step of Reptile towards what similar tasks converged to. A file a run: several
-    processes may write at once, and what cannot be read is left out.
+    which is a Reptile step towards the values that similar tasks converged to. Each run is stored
+    in its own file, so several processes can write at the same time; unreadable files are skipped.
 
     Args:
-        path: The folder; made when something is first remembered.
+        path: The folder; created when the first run is stored.
 
     Examples:
         >>> import tempfile, selftune.search as search
@@ -139,14 +139,14 @@ class Memory:
         params: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep a finished run.
+        """Store a finished run.
 
         Args:
-            task: What it was about.
-            hparams: Where its hyperparameters ended.
-            value: Its validation loss.
-            params: What a search chose for it.
-            schedule: Its trajectory, as plain data.
+            task: The task of the run.
+            hparams: Final hyperparameters of the run.
+            value: Validation loss of the run.
+            params: Parameters selected by a search.
+            schedule: Trajectory of the hyperparameters, as plain data.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         entry = {
@@ -156,7 +156,7 @@ class Memory:
         write_text(self.path / f"{uuid.uuid4().hex}.json", json.dumps(entry))
 
     def runs(self) -> list[dict[str, Any]]:
-        """What is remembered."""
+        """All stored runs that can be read."""
         found = []
         for path in sorted(self.path.glob("*.json")):
             try:
@@ -172,15 +172,16 @@ class Memory:
         hparams: Mapping[str, float],
         known: Mapping[str, Hparam] | None = None,
     ) -> dict[str, float]:
-        """Where a run starts best, as far as similar ones tell.
+        """Initial hyperparameters for a new run, estimated from similar runs.
 
         Args:
-            task: What it is about.
-            hparams: Where it would start otherwise.
-            known: Scales by name; logarithmic where nobody says.
+            task: The task of the new run.
+            hparams: Default initial values.
+            known: Scales by hyperparameter name; logarithmic by default.
 
         Returns:
-            The names of ``hparams``; learning rates are moved to this task's batch size.
+            Initial values for the names in ``hparams``; learning rates are converted to the batch
+            size of this task.
         """
         near = [(math.exp(-((task.distance(e["task"]) / NEAR) ** 2) / 2), e) for e in self.runs()]
         found = dict(hparams)
@@ -197,7 +198,7 @@ class Memory:
         return found
 
     def best(self, task: Task, count: int = 3) -> list[dict[str, Any]]:
-        """What searches chose for the most similar tasks, nearest first."""
+        """Parameters that searches selected for the most similar tasks, nearest first."""
         runs = [e for e in self.runs() if e["params"] and math.isfinite(task.distance(e["task"]))]
         runs.sort(key=lambda e: task.distance(e["task"]))
         return [e["params"] for e in runs[:count]]
@@ -233,13 +234,13 @@ def _mean(weighed: list[tuple[float, float]], known: Hparam | None) -> float:
 
 
 def batch_for(batch: int, memory_there: int, memory_here: int, noise: float | None = None) -> int:
-    """The batch that a device with another amount of memory affords.
+    """The batch size that fits a device with a different amount of memory.
 
     Args:
-        batch: There.
-        memory_there: Bytes of the device it comes from.
-        memory_here: Bytes of this one.
-        noise: The gradient's noise scale in examples; larger batches than that buy nothing.
+        batch: Batch size on the original device.
+        memory_there: Memory of the original device in bytes.
+        memory_here: Memory of this device in bytes.
+        noise: Gradient noise scale in examples; the batch size is not increased beyond it.
 
     Examples:
         >>> batch_for(64, 8 * 2**30, 24 * 2**30)

@@ -1,4 +1,4 @@
-"""Self-tuned nets as estimators of scikit-learn."""
+"""Self-tuned networks as scikit-learn estimators."""
 
 from __future__ import annotations
 
@@ -139,31 +139,31 @@ class _SelfTuning(BaseEstimator):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
-    """A net that tunes its learning rate, weight decay, momentum and dropout while it is fitted.
+    """A classifier that tunes its learning rate, weight decay, momentum and dropout during ``fit``.
 
     Args:
-        module: ``module(shape)`` makes the net of a :class:`~selftune.search.Shape`; by default
-            an MLP.
-        depth: Hidden layers of the default net.
-        width: Units in each.
-        epochs: Passes over the training part.
-        batch_size: Examples in a step; at most an eighth of the training part.
-        validation_fraction: The share of the data that hyperparameters are tuned on.
-        patience: Evaluations without a better loss before it ends.
-        standardize: Whether features are brought to mean 0 and variance 1.
+        module: A function that builds the network from a :class:`~selftune.search.Shape`; by
+            default an MLP.
+        depth: Number of hidden layers of the default network.
+        width: Number of units per hidden layer.
+        epochs: Number of passes over the training part.
+        batch_size: Batch size; at most an eighth of the training part.
+        validation_fraction: Fraction of the data used to tune hyperparameters.
+        patience: Number of evaluations without improvement after which training stops.
+        standardize: Whether to scale features to mean 0 and variance 1.
         tuner: Further arguments of :class:`~selftune.Tuner`.
         device: Where to train.
-        random_state: Of the split, the weights and the order.
+        random_state: Seed of the split, the initial weights and the data order.
         verbose: Whether to show a progress bar.
-        class_weight: ``"balanced"``, weights by class, or None.
+        class_weight: ``"balanced"``, a dictionary of weights by class, or None.
 
     Attributes:
-        classes_: What is predicted.
-        model_: The trained net.
-        hparams_: Where hyperparameters ended.
-        schedule_: Their course.
+        classes_: The class labels.
+        model_: The trained network.
+        hparams_: Final values of the hyperparameters.
+        schedule_: Trajectory of the hyperparameters.
         history_: Losses and hyperparameters as arrays.
-        n_iter_: Steps taken.
+        n_iter_: Number of steps.
 
     Examples:
         >>> from sklearn.datasets import load_iris
@@ -176,7 +176,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
     class_weight: Any = None
 
     def fit(self, X: Any, y: Any) -> SelfTuningClassifier:
-        """Train from new weights.
+        """Train from newly initialised weights.
 
         Args:
             X: Examples, shape (examples, features, …); a data frame or an array.
@@ -185,7 +185,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         return self._train(X, y, None, fresh=True)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> SelfTuningClassifier:
-        """Train on, from where the last call ended; ``classes`` names all at the first."""
+        """Continue training. The first call needs all ``classes``, unless all occur in ``y``."""
         return self._train(X, y, classes, fresh=not hasattr(self, "model_"))
 
     def _train(self, X: Any, y: Any, classes: Any, fresh: bool) -> SelfTuningClassifier:
@@ -225,10 +225,10 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
 
 
 class SelfTuningRegressor(RegressorMixin, _SelfTuning):
-    """A net for numbers that tunes its hyperparameters while it is fitted.
+    """A regressor that tunes its hyperparameters during ``fit``.
 
-    Targets are brought to mean 0 and variance 1 while it trains. Arguments and attributes are
-    those of :class:`SelfTuningClassifier`, without classes.
+    Targets are scaled to mean 0 and variance 1 for training. Arguments and attributes are those of
+    :class:`SelfTuningClassifier`, except for ``class_weight`` and ``classes_``.
 
     Examples:
         >>> from sklearn.datasets import load_diabetes
@@ -239,16 +239,16 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
     """
 
     def fit(self, X: Any, y: Any) -> SelfTuningRegressor:
-        """Train from new weights.
+        """Train from newly initialised weights.
 
         Args:
             X: Examples, shape (examples, features, …); a data frame or an array.
-            y: Numbers, shape (examples,) or (examples, targets).
+            y: Target values, shape (examples,) or (examples, targets).
         """
         return self._train(X, y, fresh=True)
 
     def partial_fit(self, X: Any, y: Any) -> SelfTuningRegressor:
-        """Train on, from where the last call ended."""
+        """Continue training from the end of the last call."""
         return self._train(X, y, fresh=not hasattr(self, "model_"))
 
     def __sklearn_tags__(self) -> Any:
@@ -269,7 +269,7 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
         return self
 
     def predict(self, X: Any) -> Array:
-        """Numbers, in the shape of the targets."""
+        """Predicted values, in the shape of the targets."""
         found = self._outputs(X).double().numpy()
         return found * self.target_scale_ + self.target_mean_
 

@@ -22,7 +22,7 @@ from selftune.tuner._steps import Steps
 
 @dataclass(kw_only=True)
 class History:
-    """The history of a run as plain numbers, saved with it."""
+    """The history of a run as plain numbers; part of its checkpoints."""
 
     train_loss: list[float] = field(default_factory=list)
     hyper_step: list[int] = field(default_factory=list)
@@ -135,8 +135,8 @@ class TuningResult:
         verdicts: A verdict on each tuned hyperparameter, by name.
         why: An explanation of each tuned hyperparameter's value, one line each.
         folder: The run's ``log_dir``, or None.
-        rule: The rule at these hyperparameters as a plain torch optimizer; of a mixture the chosen
-            one, and None where the run ended before the choice.
+        rule: The update rule with these hyperparameters as a plain torch optimizer. For a mixture
+            the chosen rule, or None if the run ended before the choice.
     """
 
     history: dict[str, NDArray[Any]]
@@ -155,12 +155,12 @@ class TuningResult:
         """Return a table of the run, and write ``report.html`` and ``schedule.json``.
 
         Args:
-            folder: Folder of the files; by default the run's ``log_dir``. Without either, none is
-                written.
+            folder: Folder for the files; by default the run's ``log_dir``. If both are None, no
+                files are written.
 
         Returns:
-            A row for each tuned hyperparameter (start, end, steps between which it moved, verdict),
-            followed by an explanation of each value.
+            A table with one row per tuned hyperparameter (initial value, final value, range of
+            steps in which it changed, verdict), followed by an explanation of each value.
 
         Raises:
             OSError: The files cannot be written.

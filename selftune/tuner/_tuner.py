@@ -1,4 +1,4 @@
-"""The tuner: it runs the training loop, with logs and checkpoints, in fused steps."""
+"""The tuner, which runs the training loop with compiled steps, logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ log = logging.getLogger("selftune")
 
 
 class Tuner:
-    """Trains a model and its hyperparameters together, with one compiled graph for each step.
+    """Trains a model and tunes its hyperparameters in one run, with compiled training steps.
 
     Args:
         model: Any module.
@@ -56,13 +56,13 @@ class Tuner:
         penalty: Further penalties (:mod:`selftune.penalties`).
         bounds: (lowest, highest) values by name.
         estimator: Estimates the sensitivities of the weights to the hyperparameters: one of
-            :mod:`selftune.estimators`. By default ``Trace``, which tracks one step in four, or more
-            with a short average, and :class:`BestResponse` for layers of :mod:`selftune.nn`.
-        tangents: Share of the weights whose sensitivities are kept, in (0, 1], rounded up to 1/n,
-            of 4,096 weights or more, by default of 2²⁰ at most; or a dtype, for all weights.
+            :mod:`selftune.estimators`. By default ``Trace``, which tracks one step in four (more if
+            the average is short), and :class:`BestResponse` for the layers of :mod:`selftune.nn`.
+        tangents: Fraction of the weights whose sensitivities are kept, in (0, 1], rounded up to
+            1/n; at least 4,096 weights and, by default, at most 2²⁰. Or a dtype, for all weights.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
             CPU's memory) or ``"bf16"``, the default from 65,536 weights on.
-        average: The running average at which the validation loss is measured.
+        average: Settings of the weight average at which the validation loss is measured.
         every: Weight steps between two hyperparameter steps; by default a thirtieth of the run,
             between 5 and 20.
         hyper_rate: Size of a hyperparameter step in log space; by default 0.01 times ``every``,
@@ -70,8 +70,8 @@ class Tuner:
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps of the linear warm-up of the learning rate.
         probe: True for a learning-rate sweep at the start, False for none, its number of
-            steps, or :class:`~selftune.control.SweepSettings`. After the sweep the memory of a
-            tuned β₁ is at most a three-hundredth of the run.
+            steps, or :class:`~selftune.control.SweepSettings`. After the sweep, the window
+            1/(1 − β₁) of a tuned β₁ is at most 1/300 of the run.
         guard: True to rewind to the last good weights when the run diverges or its loss worsens,
             False for no guard, or a policy, such as :class:`~selftune.control.GuardPolicy`.
         objective: ``objective(model, batch)`` returns the loss, instead of ``loss_fn``.
@@ -89,10 +89,10 @@ class Tuner:
         population: Number of members trained at once from different hyperparameters.
         exploit_every: Steps between two exchanges, in which the worst members copy the best.
         seed: Seed of the validation split and of the population's starting values.
-        settings: Numbers of the method (:class:`~selftune.method.MethodSettings`).
+        settings: Constants of the method (:class:`~selftune.method.MethodSettings`).
 
     Raises:
-        ValueError: A name is unknown, or a value is unsuitable.
+        ValueError: A name is unknown, or a value is invalid.
 
     Examples:
         >>> import torch, selftune as st
@@ -237,7 +237,7 @@ class Tuner:
 
         Args:
             train: A DataLoader, or any iterable of batches.
-            val: Validation batches, or the share of the training data to use for validation.
+            val: Validation batches, or the fraction of the training data to use for validation.
             epochs: Length of the run in passes over ``train``. Pass either this or ``steps``.
             steps: Length of the run in weight steps.
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
@@ -247,11 +247,11 @@ class Tuner:
                 the averaged weights; one that returns True ends the run.
             resume: True to continue from ``log_dir/last.pt`` if it exists, or the path of a
                 checkpoint. With more ``epochs`` or ``steps`` a finished run is extended.
-            patience: Evaluations without a better validation loss before the run ends.
-            evaluate_every: Steps between evaluations over ``val``; by default an epoch or more.
+            patience: Number of evaluations without improvement after which the run ends.
+            evaluate_every: Steps between evaluations on ``val``; by default one epoch or more.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
-            log_every: Steps between two log entries; by default 50, but at least a tenth of a
-                second; a twentieth of the run if that has fewer than 1,000 steps.
+            log_every: Steps between two log entries. By default 50, or as many as take a tenth of a
+                second if that is longer; in runs of fewer than 1,000 steps, a twentieth of the run.
             pictures_every: Steps between two pictures of predicted losses around each learned
                 hyperparameter; by default none. Each costs tens of validation batches.
             progress: Whether to show a progress bar.
@@ -259,8 +259,8 @@ class Tuner:
         Raises:
             RuntimeError: ``fit`` was called before.
             FileNotFoundError: The checkpoint to resume does not exist.
-            ValueError: Data, length or checkpoint are unsuitable, or another process writes to
-                ``log_dir``; nothing was changed.
+            ValueError: The data, length or checkpoint is invalid, or another process writes to
+                ``log_dir``. Nothing is changed in this case.
         """
         if self._fitted:
             raise RuntimeError(
@@ -317,7 +317,7 @@ class Tuner:
             return result
 
     def predict(self, **values: Sequence[float]) -> NDArray[Any]:
-        """Predict the validation loss at other hyperparameters by the hypernetwork.
+        """Predict the validation loss at other hyperparameters with the learned hypernetwork.
 
         ``L_val(w̄ + J (z' − z))`` over the validation set; J is the learned sensitivity of the
         weights.
@@ -331,7 +331,7 @@ class Tuner:
             Losses, shape (values,) or (values of the first, values of the second).
 
         Raises:
-            RuntimeError: ``fit`` was not called yet.
+            RuntimeError: ``fit`` has not been called.
             ValueError: The sensitivity of a hyperparameter was not learned, or a value is outside
                 its bounds.
 

@@ -1,4 +1,4 @@
-"""Families of models, small and plain, each with a space of its own."""
+"""Small standard model families, each with its own search space."""
 
 from selftune.search._shape import Shape
 from selftune.search.families._base import AbstractFamily
@@ -32,7 +32,7 @@ AUTO: dict[str, tuple[type[AbstractFamily], ...]] = {
 
 
 def auto(shape: Shape) -> dict[str, AbstractFamily]:
-    """Families that suit a data set, by name.
+    """Families that can be trained on a data set, by name.
 
     Examples:
         >>> list(auto(Shape((1, 28, 28), 10, "classification")))

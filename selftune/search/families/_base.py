@@ -1,4 +1,4 @@
-"""What a family is: a function from a space to a model."""
+"""Base class of families: functions from a search space to a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selftune.search._space import Space
 
 
 def dropout(space: Space) -> nn.Module:
-    """Dropout at a rate that is asked for: to follow it in a run takes a gradient more a step."""
+    """Dropout with a searched rate; tuning it within a run costs an extra gradient per step."""
     return nn.Dropout(space.suggest_categorical("dropout", (0.0, 0.1, 0.3)))
 
 
@@ -20,11 +20,10 @@ def dropout(space: Space) -> nn.Module:
 class AbstractFamily(ABC):
     """Builds a model of one kind for a data set.
 
-    Depth, width and dropout are asked of the space; all else that is continuous is left to the
-    run, which tunes it.
+    Depth, width and dropout are searched; other hyperparameters are tuned within the run.
 
     Args:
-        shape: Of the data.
+        shape: Shape of the data.
     """
 
     shape: Shape
@@ -34,20 +33,20 @@ class AbstractFamily(ABC):
         """A model.
 
         Raises:
-            ValueError: The family cannot take such data.
+            ValueError: The family does not support this kind of data.
         """
 
 
 class Rows(nn.Module):
-    """Any input as a sequence of vectors: words embedded, rows of an image, numbers one by one.
+    """Converts inputs to sequences of vectors: word embeddings, image rows, or single numbers.
 
     Args:
-        shape: Of the data.
-        width: Of an embedding.
+        shape: Shape of the data.
+        width: Embedding dimension.
 
     Attributes:
-        size: Of a vector.
-        length: Of the sequences of the data set.
+        size: Length of each vector.
+        length: Sequence length of the data set.
     """
 
     def __init__(self, shape: Shape, width: int) -> None:
@@ -74,7 +73,7 @@ class Rows(nn.Module):
 
 
 class Closed(nn.Sequential):
-    """Layers, whose output is shaped like the target."""
+    """A ``Sequential`` whose output has the shape of the target."""
 
     def __init__(self, shape: Shape, *layers: nn.Module) -> None:
         super().__init__(*layers)

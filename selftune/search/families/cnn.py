@@ -1,4 +1,4 @@
-"""Plain convolutional nets."""
+"""Plain convolutional networks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from selftune.search.families._base import AbstractFamily, Closed, dropout
 
 
 class CNN(AbstractFamily):
-    """Convolution, BatchNorm, ReLU, pooling; depth, width and the head are asked for."""
+    """Convolution, BatchNorm, ReLU and pooling; depth, width and head size are searched."""
 
     def __call__(self, space: Space) -> nn.Module:
         """A model."""

@@ -1,4 +1,4 @@
-"""Generative adversarial nets of vectors, both players self-tuned."""
+"""Generative adversarial networks for vectors, with both players self-tuned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HYPER_RATE = 0.05
 
 
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:
-    """``2 E‖a − b‖ − E‖a − a′‖ − E‖b − b′‖`` of two samples, unbiased: 0 where they are alike.
+    """Unbiased estimate of ``2 E‖a − b‖ − E‖a − a′‖ − E‖b − b′‖``; 0 for equal distributions.
 
     Args:
         a: Shape (n, features).
@@ -44,28 +44,28 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class GAN:
-    """A generator and a critic of vectors (WGAN-GP), trained by :meth:`fit`.
+    """A generator and a critic for vectors (WGAN-GP), trained by :meth:`fit`.
 
-    Each player's optimizer tunes its own learning rate and momentum on held-out data: the
-    generator's by the energy distance of its samples from them, the critic's by how well it tells
-    them from samples. The strength λ of the gradient penalty acts on the generator through the
-    critic; its hypergradient looks one step of both ahead::
+    Each player's optimizer tunes its own learning rate and momentum on held-out data: the generator
+    on the energy distance of its samples to that data, the critic on how well it tells the two
+    apart. The strength λ of the gradient penalty affects the generator through the critic; its
+    hypergradient differentiates through one step of both players::
 
         dE/dλ,  E = energy(G(w_G − η_G ∇L_G(w_G, w_D′))),  w_D′ = w_D − η_D ∇(L_D + λ P)(w_D)
 
     Args:
-        features: Numbers in an example.
-        latent: Numbers that the generator starts from.
-        width: Of both nets' two hidden layers.
-        penalty: λ at the start.
-        every: Steps from one look ahead to the next.
+        features: Number of features per example.
+        latent: Dimension of the generator's latent vectors.
+        width: Width of the two hidden layers of both networks.
+        penalty: Initial value of λ.
+        every: Steps between updates of λ.
 
     Attributes:
-        generator: Of samples, from latent vectors.
-        critic: Higher for what is real.
-        history: By name: ``energy``, ``generator.lr``, ``critic.lr``, ``penalty``.
+        generator: Maps latent vectors to samples.
+        critic: Returns a score that is higher for real examples.
+        history: Lists by name: ``energy``, ``generator.lr``, ``critic.lr``, ``penalty``.
 
-    Source: Gulrajani et al. 2017 (WGAN-GP); Metz et al. 2017 for looking ahead.
+    Source: Gulrajani et al. 2017 (WGAN-GP); Metz et al. 2017 for the unrolled step.
     """
 
     features: int
@@ -78,14 +78,14 @@ class GAN:
     history: dict[str, list[float]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Make both nets."""
+        """Create both networks."""
         if self.penalty <= 0:
             raise ValueError(f"penalty={self.penalty} must be above 0: it is tuned in log space")
         self.generator = _net(self.latent, self.width, self.features)
         self.critic = _net(self.features, self.width, 1)
 
     def sample(self, count: int) -> Tensor:
-        """Samples, shape (count, features)."""
+        """Draw samples, shape (count, features)."""
         return self.generator(torch.randn(count, self.latent))
 
     def fit(
@@ -95,16 +95,16 @@ class GAN:
 
         Args:
             train: Real examples, shape (n, features).
-            val: Others, which tune.
-            steps: Of the generator; the critic takes as many.
-            batch: Examples in a step.
-            lr: Where both rates start.
+            val: Held-out examples used for tuning.
+            steps: Number of generator steps; the critic takes the same number.
+            batch: Batch size.
+            lr: Initial learning rate of both players.
 
         Returns:
-            Itself.
+            The object itself.
 
         Raises:
-            ValueError: Examples of another shape, or too few.
+            ValueError: The examples have the wrong shape, or there are too few.
         """
         for name, data in (("train", train), ("val", val)):
             if data.ndim != 2 or data.shape[1] != self.features or len(data) < 2:
@@ -141,7 +141,7 @@ class GAN:
         return self
 
     def energy(self, held: Tensor) -> Tensor:
-        """The energy distance of as many samples from held-out examples."""
+        """Energy distance between the held-out examples and as many samples."""
         return energy_distance(self.sample(len(held)), held)
 
     # the players

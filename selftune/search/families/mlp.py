@@ -11,7 +11,7 @@ from selftune.search.families._base import AbstractFamily, Closed, dropout
 
 
 class MLP(AbstractFamily):
-    """Linear layers with ReLU and dropout; depth, width and BatchNorm are asked for."""
+    """Linear layers with ReLU and dropout; depth, width and BatchNorm are searched."""
 
     def __call__(self, space: Space) -> nn.Module:
         """A model."""

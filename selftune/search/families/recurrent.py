@@ -1,4 +1,4 @@
-"""Recurrent nets, over words, vectors, rows of an image, or numbers one by one."""
+"""Recurrent networks over words, vectors, image rows, or single numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Cell = type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]
 
 
 class Recurrent(nn.Module):
-    """Layers of a cell, and a head on the last state or on all of them."""
+    """Recurrent layers with a linear head on the last state, or on all states."""
 
     def __init__(self, shape: Shape, cell: Cell, layers: int, width: int, drop: nn.Module) -> None:
         super().__init__()
@@ -23,14 +23,14 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(width, shape.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs, one an example or one a position."""
+        """Return one output per example, or one per position."""
         seen = self.cell(self.drop(self.rows(x)))[0]
         seen = seen if self._shape.each else seen[:, -1]
         return self._shape.close(self.head(self.drop(seen)))
 
 
 class AbstractRecurrent(AbstractFamily):
-    """Layers and width are asked for."""
+    """Base class of the recurrent families; number of layers and width are searched."""
 
     cell: Cell
 
@@ -42,7 +42,7 @@ class AbstractRecurrent(AbstractFamily):
 
 
 class RNN(AbstractRecurrent):
-    """Elman's."""
+    """Elman network."""
 
     cell = nn.RNN
 

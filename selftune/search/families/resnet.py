@@ -1,4 +1,4 @@
-"""Residual nets: convolutional for images, of linear layers for tables."""
+"""Residual networks: convolutional for images, linear layers for tables."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Residual(nn.Module):
         self.body = nn.Sequential(*body)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape as given."""
+        """Return a tensor of the input's shape."""
         return x + self.body(x)
 
 
 class ResNet(AbstractFamily):
-    """Pre-activation residual blocks; blocks and width are asked for.
+    """Pre-activation residual blocks; number of blocks and width are searched.
 
     Source: He et al. 2016 (images); Gorishniy et al. 2021 (tables).
     """

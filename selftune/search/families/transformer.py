@@ -1,4 +1,4 @@
-"""Transformers, over words, vectors, rows of an image, or numbers one by one."""
+"""Transformers over words, vectors, image rows, or single numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selftune.search.families._base import AbstractFamily, Rows, dropout
 
 
 class Encoder(nn.Module):
-    """Pre-norm layers with learned positions; the mean of positions, or all where each has one."""
+    """Pre-norm encoder with learned positions; outputs are pooled, or one per position."""
 
     def __init__(self, shape: Shape, layers: int, width: int, heads: int, drop: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(width, shape.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs, one an example or one a position, which sees none after it."""
+        """Return one output per example, or one per position with a causal mask."""
         rows = self.project(self.rows(x))
         length = rows.shape[1]
         mask = None
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 
 
 class Transformer(AbstractFamily):
-    """Layers, width, heads and dropout are asked for."""
+    """Transformer encoder; layers, width, heads and dropout are searched."""
 
     def __call__(self, space: Space) -> nn.Module:
         """A model."""
