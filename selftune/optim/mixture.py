@@ -143,6 +143,8 @@ class Mixture(RuleOptimizer):
         present = {n: _mean(v) for n, v in self.hparams.items()}
         name = choice.best(rule, present)
         moves = choice.moves(rule, name, present, found)
+        if moves is None:  # a gradient that is not finite: the next step chooses
+            return
         moves |= engine.controller.calmed(present, rule.own(name))
         before = [b.part for b in blocks]
         kept = {p: {k: e[k] for k in KEPT if k in e} for p, e in self.state.items()}

@@ -89,6 +89,23 @@ def test_the_choice_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "step 20: " in found[0]
 
 
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0.0])
+def test_a_bad_gradient_at_the_choice_postpones_it(factor: float) -> None:
+    """Truth: a run whose choice is due one step later has the same rule."""
+    net = network()
+    rule = st.rules.Mixture(THREE[:2], mix_until=1, mix_sgd=5.0, sgd_momentum=0.0)
+    opt = st.Mixture(net, rule, lr=1e-2, tune=(), total_steps=60)
+    x, y = batch(0)
+    (cross_entropy(net(x), y) * factor).backward()
+    opt.step()
+    assert opt.rule is None
+    train(net, opt, range(1, 2), hyper=False)
+    assert opt.rule is not None
+    assert opt.rule.name == "SGD"
+    assert 1e-4 < opt.rule.settings["lr"] < 10
+    assert all(bool(w.isfinite().all()) for w in net.parameters())
+
+
 def saved(opt: Any) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
