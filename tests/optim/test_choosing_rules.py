@@ -137,6 +137,34 @@ def test_a_saved_run_goes_on_bit_for_bit(at: int, given: dict[str, float]) -> No
     assert str(opt.rule) == str(again.rule)
 
 
+@pytest.mark.parametrize(("there", "here"), [(50, 15), (15, 50), (50, 0)])
+def test_a_refused_state_changes_nothing(there: int, here: int) -> None:
+    """Of another schedule, and of a rule that is chosen on one side alone. Truth: a twin."""
+
+    def begun(schedule: str) -> tuple[nn.Module, st.Mixture]:
+        net = network()
+        rule = st.rules.Mixture(THREE, mix_until=20)
+        return net, st.Mixture(net, rule, total_steps=120, schedule=schedule)
+
+    net, opt = begun("linear")
+    train(net, opt, range(there))
+    state = saved(opt)
+    net, opt = begun("cosine")
+    train(net, opt, range(here))
+    twin, other = copy.deepcopy((net, opt))
+    with pytest.raises(ValueError, match="schedule is linear there and cosine here"):
+        opt.load_state_dict(state)
+    assert str(opt.rule) == str(other.rule)
+    assert opt.hparams == other.hparams
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert opt.state[ours].keys() == other.state[theirs].keys()
+    train(net, opt, range(here, 70))
+    train(twin, other, range(here, 70))
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_an_undecided_state_takes_the_choice_back() -> None:
     net = network()
     opt = st.Mixture(net, THREE, total_steps=120)
