@@ -44,8 +44,10 @@ def best(rule: Mixture, values: Mapping[str, float]) -> str:
     return max(rule.members, key=lambda n: (values[f"mix_{n}"], n == rule.reference))
 
 
-def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str, float]:
+def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str, float] | None:
     """By how much the logarithms of learning rate and weight decay change when a member is chosen.
+
+    None if lengths are not finite, or of 0: such a gradient says nothing about the rate.
 
     Args:
         rule: The mixture.
@@ -54,7 +56,10 @@ def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str
         squares: Squared lengths of the directions over all weights.
     """
     member, at = rule.members[name], [*rule.members].index(name)
-    scale = math.log(max(float(rule.scales(squares)[at]), LEAST))
+    ratio = float(rule.scales(squares)[at])
+    if not LEAST < ratio < 1 / LEAST or not bool(torch.isfinite(squares).all()):  # or it is nan
+        return None
+    scale = math.log(ratio)
     heavy = [h.name for h in member.hparams if h.accumulates and not member.decoupled]
     kept = sum(math.log(1 - float(values[f"{name}_{n}"])) for n in heavy)
     return {"lr": scale, "weight_decay": kept - scale}

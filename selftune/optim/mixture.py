@@ -109,12 +109,19 @@ class Mixture(RuleOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of :class:`SelfTuningOptimizer`; a choice that was made, or not yet, comes with it."""
         groups = state_dict.get("param_groups") or [{}]
-        if groups[0].get("selftune") is not None:
-            run = from_bytes(groups[0]["selftune"])
-            if run.get("rule") == self._kind and run.get("chosen") != self._mixture.chosen:
-                self._blocks()
-                self._become(run["chosen"], {}, {})
-        super().load_state_dict(state_dict)
+        packed = groups[0].get("selftune")
+        run = {} if packed is None else from_bytes(packed)
+        if run.get("rule") != self._kind or run.get("chosen") == self._mixture.chosen:
+            return super().load_state_dict(state_dict)
+        own, chosen = self.state_dict(), self._mixture.chosen
+        own["state"] = {index: dict(entry) for index, entry in own["state"].items()}
+        try:
+            self._become(run.get("chosen"), {}, {})
+            super().load_state_dict(state_dict)
+        except Exception:  # the checks compare tensors, which only the other rule's state has
+            self._become(chosen, {}, {})
+            super().load_state_dict(own)
+            raise
 
     # inside
 
@@ -143,6 +150,8 @@ class Mixture(RuleOptimizer):
         present = {n: _mean(v) for n, v in self.hparams.items()}
         name = choice.best(rule, present)
         moves = choice.moves(rule, name, present, found)
+        if moves is None:  # a gradient that is not finite: the next step chooses
+            return
         moves |= engine.controller.calmed(present, rule.own(name))
         before = [b.part for b in blocks]
         kept = {p: {k: e[k] for k in KEPT if k in e} for p, e in self.state.items()}

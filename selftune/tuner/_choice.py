@@ -21,16 +21,17 @@ log = logging.getLogger("selftune")
 
 
 @torch.no_grad()
-def choose(training: Training) -> None:
-    """Choose a rule if it is time; costs the gradient of one batch, which is then trained on."""
+def choose(training: Training, batch: Any) -> None:
+    """Choose a rule if it is time, from the gradient of the batch of the step that follows.
+
+    If that gradient is not finite, the next step chooses.
+    """
     steps, run = training.steps, training.fused.run
     rule = choice.undecided(steps.update)
     if rule is None or training.step < steps.options["mix_until"]:
         return
     training.watch.digest(training.step)
-    batch = training.train.next()
     grads = steps.gradient(run, batch)[1]
-    training.train.put_back(batch)
     parts = run.method.parts
     updates = [steps.update] * len(parts)
     found = choice.squares(updates, parts, grads, steps.moments(run), steps.method.total)
@@ -38,6 +39,8 @@ def choose(training: Training) -> None:
     values = {**steps.options, **present}
     name = choice.best(rule, values)
     moves = choice.moves(rule, name, values, found)
+    if moves is None:
+        return
     moves |= training.watch.controllers[0].calmed(values, rule.own(name))
     chosen = choice.Chosen(name, moves, training.step, training.plan.every)
     become(steps, training.fused, chosen)

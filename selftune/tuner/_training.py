@@ -89,7 +89,6 @@ class Training:
                 while (self.step < self.plan.total or self.due == SCORES) and ended == "finished":
                     if self.due != SCORES:
                         self._step()
-                        _choice.choose(self)
                     if self.plan.falls(self.plan.score, self.step):
                         self._reach(SCORES)
                         scores = self._evaluate()
@@ -164,9 +163,11 @@ class Training:
         step, tracked, tune, batch = self.step + 1, False, True, None
         if self.due == WEIGHTS:
             self._compiling.decide(self.step, len(self.steps.params))
+            batch, self._within = self.train.next(), True
+            _choice.choose(self, batch)
+            self._within = False
             since = 0 if self.population is not None else self.watch.since
             tracked, tune = self.steps.observed(step - since)  # members keep one time
-            batch = self.train.next()
         between = self._now()
         try:
             outer = self.val.next() if tune else None

@@ -89,6 +89,23 @@ def test_the_choice_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "step 20: " in found[0]
 
 
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0.0])
+def test_a_bad_gradient_at_the_choice_postpones_it(factor: float) -> None:
+    """Truth: a run whose choice is due one step later has the same rule."""
+    net = network()
+    rule = st.rules.Mixture(THREE[:2], mix_until=1, mix_sgd=5.0, sgd_momentum=0.0)
+    opt = st.Mixture(net, rule, lr=1e-2, tune=(), total_steps=60)
+    x, y = batch(0)
+    (cross_entropy(net(x), y) * factor).backward()
+    opt.step()
+    assert opt.rule is None
+    train(net, opt, range(1, 2), hyper=False)
+    assert opt.rule is not None
+    assert opt.rule.name == "SGD"
+    assert 1e-4 < opt.rule.settings["lr"] < 10
+    assert all(bool(w.isfinite().all()) for w in net.parameters())
+
+
 def saved(opt: Any) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
@@ -118,6 +135,34 @@ def test_a_saved_run_goes_on_bit_for_bit(at: int, given: dict[str, float]) -> No
         assert torch.equal(ours, theirs)
     assert opt.hparams == again.hparams
     assert str(opt.rule) == str(again.rule)
+
+
+@pytest.mark.parametrize(("there", "here"), [(50, 15), (15, 50), (50, 0)])
+def test_a_refused_state_changes_nothing(there: int, here: int) -> None:
+    """Of another schedule, and of a rule that is chosen on one side alone. Truth: a twin."""
+
+    def begun(schedule: str) -> tuple[nn.Module, st.Mixture]:
+        net = network()
+        rule = st.rules.Mixture(THREE, mix_until=20)
+        return net, st.Mixture(net, rule, total_steps=120, schedule=schedule)
+
+    net, opt = begun("linear")
+    train(net, opt, range(there))
+    state = saved(opt)
+    net, opt = begun("cosine")
+    train(net, opt, range(here))
+    twin, other = copy.deepcopy((net, opt))
+    with pytest.raises(ValueError, match="schedule is linear there and cosine here"):
+        opt.load_state_dict(state)
+    assert str(opt.rule) == str(other.rule)
+    assert opt.hparams == other.hparams
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert opt.state[ours].keys() == other.state[theirs].keys()
+    train(net, opt, range(here, 70))
+    train(twin, other, range(here, 70))
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_an_undecided_state_takes_the_choice_back() -> None:

@@ -1,5 +1,6 @@
 """A tuner that chooses its rule. Truths: the uninterrupted run, and the optimizer's choice."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,23 @@ def test_a_run_that_ends_before_the_choice_names_none() -> None:
     assert made.fit(loader(), VAL, steps=30, progress=False).rule is None
 
 
-@pytest.mark.parametrize("died", [15, 25, 70])
+@pytest.mark.parametrize("bad", [20, 21])
+def test_a_bad_batch_at_the_choice_postpones_it(bad: int) -> None:
+    """The choice is due at step 21: of its own gradient, or of the next that is finite."""
+    batches = list(loader(200)) * 6
+    batches[bad - 1] = (batches[bad - 1][0] * torch.nan, batches[bad - 1][1])
+    torch.manual_seed(3)
+    rule = st.rules.Mixture(THREE, mix_until=20, mix_sgd=50.0)
+    made = tuner(rule=rule, hparams={"lr": 1e-2}, probe=False)
+    result = made.fit(batches, VAL, steps=60, progress=False)
+    assert result.rule.name == "SGD"
+    assert result.hparams["lr"] > 0
+    assert math.isfinite(result.best_loss)
+    finite = torch.tensor(result.history["train_loss"]).isfinite()
+    assert (~finite).nonzero().flatten().tolist() == [bad - 1]  # no other step is lost
+
+
+@pytest.mark.parametrize("died", [15, 22, 25, 70])
 @pytest.mark.parametrize("given", [{}, {"mix_sgd": 50.0}])
 def test_a_killed_run_resumes_bit_for_bit(
     died: int, given: dict[str, float], tmp_path: Path
