@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from selftune.structure.gates import Gate
 from selftune.structure.recurrent import Recurrent
+from selftune.structure.transformer import mask_types_noted
 
 
 class Tracer(fx.Tracer):
@@ -48,7 +49,8 @@ def call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
         ValueError: The example does not fit.
     """
     try:
-        return model(*inputs)
+        with mask_types_noted(model):
+            return model(*inputs)
     except Exception as error:
         shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
         raise ValueError(

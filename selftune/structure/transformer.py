@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from selftune.structure.gates import Gate
@@ -60,10 +62,13 @@ class Attention(nn.Module):
         self.gate.to(weights[0].device, weights[0].dtype)
         self.out = _linear(a.embed_dim, a.embed_dim, a.out_proj.weight, a.out_proj.bias)
         self.head_dim, self.batch_first = a.head_dim, a.batch_first
+        # What a graph of the layer is made for: see mask_types_noted.
+        self.mask_types: dict[str, torch.dtype] = {}
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = False, attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """As ``nn.MultiheadAttention(...)(..., need_weights=False)``, of batches.
 
@@ -71,10 +76,31 @@ class Attention(nn.Module):
             query: Shape (batch, length, embed_dim), or as ``batch_first`` says.
             key: Likewise.
             value: Likewise.
-            attn_mask: As of ``F.scaled_dot_product_attention``: added to the scores, or True where
-                a position takes part.
-            is_causal: Whether positions see those before them alone, in place of a mask.
+            key_padding_mask: Shape (batch, length of keys): True where a key is masked, or floats
+                that are added to the scores.
+            need_weights: False; the weights of the attention are not returned.
+            attn_mask: Shape (length of queries, length of keys): True where a key is masked, or
+                floats that are added to the scores.
+            average_attn_weights: Without effect, as no weights are returned.
+            is_causal: Whether ``attn_mask`` is causal; without one, whether positions see those
+                before them alone.
+
+        Raises:
+            ValueError: ``need_weights=True``; input without a batch; a mask for each head;
+                ``is_causal`` and ``key_padding_mask`` without ``attn_mask``.
         """
+        if need_weights is True:
+            raise ValueError("need_weights=True: gated attention returns none; pass False")
+        if isinstance(query, Tensor) and query.ndim != 3:
+            raise ValueError(
+                f"query of shape {tuple(query.shape)}: gated attention takes batches, of three "
+                "dimensions; add one with unsqueeze"
+            )
+        if isinstance(attn_mask, Tensor) and attn_mask.ndim != 2:
+            raise ValueError(
+                f"attn_mask of shape {tuple(attn_mask.shape)} cannot be used with gates: pass one "
+                "of (length of queries, length of keys) for all heads"
+            )
         given = (query, key, value)
         if not self.batch_first:
             given = tuple(t.transpose(0, 1) for t in given)  # type: ignore[assignment]
@@ -83,7 +109,20 @@ class Attention(nn.Module):
             layer(t).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for layer, t in zip(layers, given, strict=True)
         )
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+        mask = _added("attn_mask", attn_mask, self.mask_types, q)
+        padding = _added("key_padding_mask", key_padding_mask, self.mask_types, q)
+        if padding is not None:
+            if mask is None and is_causal is True:
+                raise ValueError(
+                    "is_causal=True with key_padding_mask needs attn_mask, the causal mask"
+                )
+            padding = padding.unsqueeze(1).unsqueeze(1)  # (batch, 1, 1, keys)
+        causal = is_causal if mask is None else False
+        if mask is None or padding is None:
+            mask = padding if mask is None else mask
+        else:
+            mask = mask + padding
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         output = self.out(self.gate(heads).transpose(1, 2).flatten(2))
         return (output if self.batch_first else output.transpose(0, 1)), None
 
@@ -119,23 +158,33 @@ class EncoderLayer(nn.Module):
         self.activation, self.norm_first = layer.activation, layer.norm_first
 
     def forward(
-        self, src: Tensor, src_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """As the layer, without ``src_key_padding_mask``.
+        self, src: Tensor, src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None, is_causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """As the layer.
 
         Args:
             src: Shape (batch, length, d_model), or as ``batch_first`` says.
-            src_mask: As of ``F.scaled_dot_product_attention``.
-            is_causal: Whether positions see those before them alone, in place of a mask.
+            src_mask: Shape (length, length): True where a position is masked, or floats that are
+                added to the scores.
+            src_key_padding_mask: Shape (batch, length), likewise.
+            is_causal: Whether ``src_mask`` is causal; without one, whether positions see those
+                before them alone.
         """
+        masks = (src_key_padding_mask, src_mask, is_causal)
         if self.norm_first:
-            x = src + self._attend(self.norm1(src), src_mask, is_causal)
+            x = src + self._attend(self.norm1(src), *masks)
             return x + self._feed(self.norm2(x))
-        x = self.norm1(src + self._attend(src, src_mask, is_causal))
+        x = self.norm1(src + self._attend(src, *masks))
         return self.norm2(x + self._feed(x))
 
-    def _attend(self, x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        return self.dropout1(self.attention(x, x, x, mask, causal)[0])
+    def _attend(
+        self, x: Tensor, padding: Tensor | None, mask: Tensor | None, causal: bool
+    ) -> Tensor:  # fmt: skip
+        attended = self.attention(
+            x, x, x, key_padding_mask=padding, attn_mask=mask, is_causal=causal
+        )
+        return self.dropout1(attended[0])
 
     def _feed(self, x: Tensor) -> Tensor:
         hidden = self.dropout(self.gate(self.activation(self.linear1(x))))
@@ -154,11 +203,56 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(x) for x in encoder.layers)
         self.norm = copy.deepcopy(encoder.norm)
 
-    def forward(self, src: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """As the encoder, without ``src_key_padding_mask``."""
+    def forward(
+        self, src: Tensor, mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None, is_causal: bool | None = False,
+    ) -> Tensor:  # fmt: skip
+        """As the encoder; ``is_causal`` as of :class:`EncoderLayer`."""
+        causal = False if is_causal is None else is_causal
         for layer in self.layers:
-            src = layer(src, mask, is_causal)
+            src = layer(src, mask, src_key_padding_mask, causal)
         return src if self.norm is None else self.norm(src)
+
+
+@contextmanager
+def mask_types_noted(model: nn.Module) -> Iterator[None]:
+    """Note the types of the masks that layers get in the block, for graphs made after it."""
+
+    def note(module: Attention, args: Any, kwargs: dict[str, Any]) -> None:
+        masks = dict(zip(("key_padding_mask", "need_weights", "attn_mask"), args[3:], strict=False))
+        masks |= kwargs
+        names = ("key_padding_mask", "attn_mask")
+        module.mask_types = {n: masks[n].dtype for n in names if masks.get(n) is not None}
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                handle = module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield
+
+
+def _added(
+    name: str, mask: Any, noted: dict[str, torch.dtype], like: Tensor
+) -> Any:  # fmt: skip
+    """A mask as what is added to scores: −inf where it is True.
+
+    A graph has no branches: it is made for the type of mask noted before, and asserts it.
+    """
+    if mask is None:
+        return None
+    traced = isinstance(mask, fx.Proxy)
+    kind = noted.get(name) if traced else mask.dtype
+    if kind is None:
+        torch._assert(mask == None, f"{name}: pruned with an example without it")  # noqa: E711
+        return None
+    if kind == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+    if traced:
+        torch._assert(mask.is_floating_point(), f"{name}: pruned with an example of floats")
+    elif not kind.is_floating_point:
+        raise ValueError(f"{name} of type {kind} must be of bool, or of floats")
+    return mask
 
 
 def _linear(ins: int, outs: int, weight: Tensor, bias: Tensor | None) -> nn.Linear:
