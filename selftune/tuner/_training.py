@@ -118,11 +118,7 @@ class Training:
         return ended
 
     def _reach(self, due: str) -> None:
-        """Start a part of a step.
-
-        If another rank is lost in it, this rank has written nothing yet, but has drawn batches and
-        random numbers: the state saved is that of this point.
-        """
+        """Start a part of a step, to which a rank returns that loses another one in it."""
         self.due, self._position = due, self._now()
 
     def _now(self) -> dict[str, Any]:
