@@ -58,6 +58,8 @@ class Groups:
         annealed: Whether a torch scheduler has lowered a rate.
         raised: Whether a torch scheduler has raised a rate, as in a warm-up, or a rate was written
             from outside since the first step.
+        scale: Factor of a rate that is not tuned and belongs to a torch scheduler; the choice of a
+            rule sets it, because many schedulers keep their starting values to themselves.
     """
 
     def __init__(self, update: Update, shifts: Shifts) -> None:
@@ -71,6 +73,11 @@ class Groups:
         self._cached: list[Cached] = []
         self._seen: dict[int, float] = {}  # last rate of a torch scheduler
         self.annealed = self.raised = False
+        self.scale = 1.0
+
+    def scale_of(self, group: Group) -> float:
+        """The factor of a group's ``lr`` beside the schedule's."""
+        return self.scale if "initial_lr" in group and "lr" not in self._shifts.rows else 1.0
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
         """Read start values from the groups; known parameters keep theirs.
@@ -229,7 +236,7 @@ class Groups:
                 self._seen[i] = rate
                 rates.append(factor * rate / self._shown["lr"][i])
             else:
-                rates.append(factor)
+                rates.append(factor * self.scale_of(group))
         return rates
 
     def options(self, group: Group) -> Group:
@@ -246,13 +253,15 @@ class Groups:
     def state_dict(self) -> dict[str, Any]:
         """The written values, and the starting values of schedulers."""
         shown = {n: dict(v) for n, v in self._shown.items()}
-        return {"shown": shown, "scheduled": dict(self._scheduled), "factors": dict(self._factors)}
+        return {"shown": shown, "scheduled": dict(self._scheduled), "factors": dict(self._factors),
+                "scale": self.scale}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self._shown = {n: dict(v) for n, v in state["shown"].items()}
         self._scheduled = dict(state["scheduled"])
         self._factors = dict(state["factors"])
+        self.scale = state.get("scale", 1.0)
 
 
 def _mean(values: Sequence[float]) -> float:

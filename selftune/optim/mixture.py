@@ -103,7 +103,9 @@ class Mixture(RuleOptimizer):
         Where parameter groups differ they are those of the first; the learning rate is the peak.
         """
         first = {n: v[0] if isinstance(v, list) else v for n, v in self.hparams.items()}
-        return self._mixture.plain({**self.param_groups[0], **first})
+        group = self.param_groups[0]
+        first["lr"] *= self._groups.scale_of(group)
+        return self._mixture.plain({**group, **first})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -186,8 +188,12 @@ class Mixture(RuleOptimizer):
         engine.method.sensitivities.assign()
         engine.shifts.begin_again(self._mixture, moves)
         for key in moves.keys() - engine.shifts.rows.keys():
+            change = math.exp(moves[key])
             for group in self.param_groups:
-                group[key] *= math.exp(moves[key])
+                if key == "lr" and "initial_lr" in group:  # a torch scheduler writes it
+                    self._groups.scale = change
+                else:
+                    group[key] *= change
         engine.store.blocks = []
         engine.store.displacement = engine.store.stiffness = engine.training_signal = None
         for param, entry in state.items():

@@ -28,7 +28,7 @@ from selftune.method.slices import choose as choose_slices
 from selftune.method.slices import wanted
 from selftune.method.snapshots import resolve
 from selftune.nn import Found
-from selftune.rules import AbstractRule
+from selftune.rules import AbstractRule, Mixture
 from selftune.schedules import Schedule
 from selftune.tuner import _choice
 from selftune.tuner._checks import check_first, check_ranks
@@ -38,7 +38,7 @@ from selftune.tuner._group import Group
 from selftune.tuner._objective import Objective, for_tuning
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
-from selftune.tuner._resuming import LENGTH
+from selftune.tuner._resuming import LENGTH, UNTIL
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._sharding import shard
 from selftune.tuner._snapshots import Snapshots
@@ -183,9 +183,9 @@ def build(
     if given.amp:
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
     members = None if population is None else population.size
-    if "lr" in names:
-        fitting = given.rule.fitting(total)
-        given.values |= {n: v for n, v in fitting.items() if n not in given.chosen}
+    fitting = given.rule.fitting(total)
+    fits = fitting if "lr" in names else {UNTIL} & fitting.keys()
+    given.values |= {n: fitting[n] for n in fits if n not in given.chosen}
     steps = _steps(given, plan, device, autocast)
     if given.every is None:
         _choice.pace(steps)
@@ -250,6 +250,9 @@ def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
         "population": 1 if given.population is None else given.population.size,
         "bounds": str(dict(given.bounds or {})),
     }
+    if isinstance(given.rule, Mixture):
+        found["members of the rule"] = ", ".join(given.rule.members)
+        found[UNTIL] = steps.options[UNTIL]
     parts = {"average": given.average, "settings": given.settings, "guard": given.guard}
     for name, part in parts.items():
         found |= flatten(name, part)

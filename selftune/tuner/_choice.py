@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from selftune.method import choice
+from selftune.method import State, choice
 from selftune.rules import Mixture, PlainOptimizer
 from selftune.tuner._compiled import Fused
-from selftune.tuner._steps import Steps
+from selftune.tuner._steps import RunState, Steps
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
 
 log = logging.getLogger("selftune")
+
+BEGUN = ("parts", "displacement", "secants", "stiffness")
+"""Fields of the method's state that begin anew at the choice."""
 
 
 @torch.no_grad()
@@ -70,10 +73,10 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
     run, method, rule = fused.run, steps.method, steps.update.rule
     assert isinstance(rule, Mixture)
     rule.choose(chosen.name)
-    hyper, rows, state = method.hyper, method.sensitivities, run.method
+    hyper, state = method.hyper, run.method
     if hyper.floor is not None:
         hyper.floor = hyper.floor.under(rule)
-    rows.assign()
+    method.sensitivities.assign()
     settings = method.settings.hyper
     hyper.size *= settings.size(chosen.every) / settings.size(steps.every)
     steps.every = chosen.every
@@ -85,13 +88,8 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
     begun = run.hyper._replace(raw=raw).forget()
     for old, new in zip(run.hyper, begun, strict=True):
         old.copy_(new)
-    values = {**steps.start, **steps.numbers(run)[0]}
-    parts = [
-        choice.taken_over(rule, part, rows.begin(part.params, values, cut))
-        for cut, part in method.cuts(state.parts)
-    ]
-    fresh = method.begin(parts, run.hyper, run.step)
-    for name in ("parts", "displacement", "secants", "stiffness"):
+    fresh = _begun(steps, run)
+    for name in BEGUN:
         getattr(state, name)[:] = getattr(fresh, name)  # in place: others hold the run, too
     steps.chosen = chosen
     if fused.whole is not None:
@@ -99,6 +97,33 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
     compiled, fused.compiled = fused.compiled, False
     if compiled:  # the graphs are of other tensors
         fused.compile()
+
+
+def _begun(steps: Steps, run: RunState) -> State:
+    """The method's state at the start of the rule that is chosen."""
+    rows, method, rule = steps.method.sensitivities, steps.method, steps.update.rule
+    assert isinstance(rule, Mixture)
+    values = {**steps.start, **steps.numbers(run)[0]}
+    parts = [
+        choice.taken_over(rule, part, rows.begin(part.params, values, cut))
+        for cut, part in method.cuts(run.method.parts)
+    ]
+    return method.begin(parts, run.hyper, run.step)
+
+
+def expected(steps: Steps, run: RunState, chosen: Sequence[Any] | None) -> RunState:
+    """A run with tensors as those of a saved one that chose this member; changes nothing."""
+    rule = choice.undecided(steps.update)
+    if chosen is None or rule is None:
+        return run
+    try:
+        rule.choose(choice.Chosen(*chosen).name)
+        steps.method.sensitivities.assign()
+        fresh = _begun(steps, run)
+    finally:
+        rule.choose(None)
+        steps.method.sensitivities.assign()
+    return run._replace(method=run.method._replace(**{n: getattr(fresh, n) for n in BEGUN}))
 
 
 def restore(steps: Steps, fused: Fused, chosen: Sequence[Any] | None) -> None:

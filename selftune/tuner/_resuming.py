@@ -15,7 +15,9 @@ WEIGHTS, HYPER, SCORES = "weights", "hyperparameters", "scores"
 """The parts of a step from which a run can continue; tensors are written at the end of a part."""
 LENGTH = "number of steps"
 """Key of the length of the run in its identity."""
-FOLLOWS = (LENGTH, "every")
+UNTIL = "mix_until"
+"""Key of the step at which a mixture of rules chooses."""
+FOLLOWS = (LENGTH, "every", UNTIL)
 """Settings that differ between a run and its extension."""
 
 

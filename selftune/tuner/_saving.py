@@ -67,6 +67,7 @@ class Parts:
             ValueError: It belongs to another run; nothing was changed.
         """
         self._check(state, but)
+        _choice.restore(self.steps, self.fused, state.get("chosen"))
         device = self.fused.run.step.device
         for leaf, saved in zip(tree_leaves(self.fused.run), state["leaves"], strict=True):
             leaf.copy_(saved)
@@ -99,8 +100,7 @@ class Parts:
                 f"resume: the checkpoint is of another run: {'; '.join(found)}: resume with the "
                 "same model and settings, or start a new run in another log_dir"
             )
-        _choice.restore(self.steps, self.fused, state.get("chosen"))
-        leaves = tree_leaves(self.fused.run)
+        leaves = tree_leaves(_choice.expected(self.steps, self.fused.run, state.get("chosen")))
         shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
         if shapes[0] != shapes[1]:
             raise ValueError(

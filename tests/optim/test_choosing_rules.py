@@ -182,6 +182,41 @@ def test_an_undecided_state_takes_the_choice_back() -> None:
         assert torch.equal(ours, theirs)
 
 
+SCHEDULERS: dict[str, Any] = {
+    "closed form": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda s: 0.97**s),
+    "recursive": lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.97),
+}
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_a_scheduler_keeps_the_scale_of_the_choice(name: str) -> None:
+    """Truth: the winner in torch, at the rate that ``rule`` names times the scheduler's factor."""
+    net = network()
+    rule = st.rules.Mixture(THREE[:2], mix_until=10, mix_sgd=5.0, sgd_momentum=0.0)
+    opt = st.Mixture(net, rule, lr=1e-2, tune=(), total_steps=60, schedule="constant")
+    scheduler = SCHEDULERS[name](opt)
+    for step in range(10):
+        train(net, opt, range(step, step + 1), hyper=False)
+        scheduler.step()
+    twin = copy.deepcopy(net)
+    assert opt.rule is not None
+    assert opt.rule.settings["lr"] != pytest.approx(1e-2 * 0.97**10, rel=0.01)
+    plain = opt.rule.make(twin.parameters())
+    decays = torch.optim.lr_scheduler.ExponentialLR(plain, 0.97)
+    for step in range(10, 20):
+        if step == 15:  # the scale is part of the state
+            state = saved(opt)
+            other = st.Mixture(net, rule, lr=1e-2, tune=(), total_steps=60, schedule="constant")
+            other.load_state_dict(state)
+            assert str(other.rule) == str(opt.rule)
+        train(net, opt, range(step, step + 1), hyper=False)
+        train(twin, plain, range(step, step + 1), hyper=False)
+        scheduler.step()
+        decays.step()
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_one_group_or_two_take_the_same_steps() -> None:
     """Lengths are of all weights together, however they are divided."""
     net, twin = network(), network()

@@ -69,13 +69,80 @@ def test_a_killed_run_resumes_bit_for_bit(
 ) -> None:
     """The choice is made after step 20 of 120; a checkpoint is written at every fourth."""
     whole = run(None, **given)
-    with pytest.raises(Outage):
-        run(tmp_path, Dying(loader(200, shuffle=True), died), **given)
+    cut_off(tmp_path, died, **given)
     again = run(tmp_path, resume=True, **given)
     assert same(whole.history, again.history)
     assert same(whole.best_weights, again.best_weights)
     assert str(whole.rule) == str(again.rule)
     assert whole.schedule == again.schedule
+
+
+def cut_off(folder: Path, died: int = 25, **given: float) -> None:
+    with pytest.raises(Outage):
+        run(folder, Dying(loader(200, shuffle=True), died), **given)
+
+
+@pytest.mark.parametrize(
+    ("members", "until", "words"),
+    [
+        (THREE[:2], 20, "members of the rule is sgd, adamw, lion there and sgd, adamw here"),
+        (THREE[1:], 20, "members of the rule is sgd, adamw, lion there and adamw, lion here"),
+        (THREE, 30, "mix_until is 20 there and 30 here"),
+    ],
+)
+def test_another_mixture_is_refused_by_name(
+    members: list[Any], until: int, words: str, tmp_path: Path
+) -> None:
+    for rule, error in (
+        (st.rules.Mixture(THREE, mix_until=20), Outage),
+        (st.rules.Mixture(members, mix_until=until), ValueError),
+    ):
+        made = tuner(rule=rule, hparams={"lr": 1e-2}, tune=("lr",), probe=False)
+        batches = Dying(loader(200), 25) if error is Outage else loader(200)
+        with pytest.raises(error, match=words if error is ValueError else None):
+            made.fit(
+                batches, VAL, steps=60, log_dir=tmp_path, resume=error is ValueError,
+                checkpoint_every=4, progress=False,
+            )  # fmt: skip
+
+
+def test_a_refused_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    """One of a chosen rule that lacks a tensor. Truth: a tuner that never saw it."""
+    cut_off(tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["leaves"].pop()
+    torch.save(state, tmp_path / "last.pt")
+    results = []
+    for refused in (True, False):
+        torch.manual_seed(3)
+        rule = st.rules.Mixture(THREE, mix_until=20)
+        made = tuner(net(dropout=0.3), rule=rule, hparams={"lr": 1e-2})
+        batches = loader(200, shuffle=True)
+        if refused:
+            with pytest.raises(ValueError, match="has other tensors than this run's"):
+                made.fit(batches, VAL, epochs=12, log_dir=tmp_path, resume=True, progress=False)
+        torch.manual_seed(4)
+        results.append(made.fit(batches, VAL, epochs=12, progress=False))
+    assert same(results[0].history, results[1].history)
+    assert str(results[0].rule) == str(results[1].rule)
+
+
+def test_a_finished_run_is_extended_with_its_rule(tmp_path: Path) -> None:
+    """Although a quarter of the longer run is later than the choice was."""
+    results = []
+    for steps in (40, 80):
+        made = tuner(rule=st.rules.Mixture(THREE), hparams={"lr": 1e-2})
+        results.append(
+            made.fit(loader(), VAL, steps=steps, log_dir=tmp_path, resume=steps > 40,
+                     progress=False)
+        )  # fmt: skip
+    assert results[0].rule.name == results[1].rule.name
+    assert len(results[1].history["train_loss"]) == 80
+
+
+def test_the_choice_is_at_a_quarter_also_of_a_fixed_rate() -> None:
+    made = tuner(rule=st.rules.Mixture(THREE), hparams={"lr": 1e-2}, tune=("weight_decay",))
+    assert made.fit(loader(), VAL, steps=40, progress=False).rule is not None
 
 
 def test_tensors_apart_take_the_steps_of_one_vector() -> None:
