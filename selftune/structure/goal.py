@@ -167,7 +167,9 @@ class Goal:
         self._taken += 1
         if self._taken not in self._due:
             return False
-        return self.close(closure, self._taken / self._total)
+        # A last closing that is rounded down would be before `end`, with a part of the schedule.
+        last = self._taken == max(self._due)
+        return self.close(closure, 1.0 if last else self._taken / self._total)
 
     def callback(self, closure: Closure) -> Callable[[Any], bool]:
         """For ``fit(callbacks=[...])`` of the tuner: closes units after its evaluations.

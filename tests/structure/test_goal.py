@@ -288,3 +288,15 @@ def test_multiply_adds_by_hand() -> None:
     sizes = Goal(cnn(), torch.zeros(2, 1, 8, 8), 1.0).size()
     assert sizes["multiply_adds"] == 6 * 36 * 9 + 8 * 9 * 54 + 72 * 3
     assert sizes["parameters"] == 60 + 12 + 440 + 219
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 12, 22, 52])
+def test_short_runs_end_at_the_budget(total: int) -> None:
+    """Truth: the budget, where the last closing is rounded to a step before ``end``."""
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(5, 6)
+    goal = Goal(model, x, 0.5, total_steps=total)
+    whole = goal.size()["parameters"]
+    for _ in range(total):
+        goal.step(loss_of(model, x))
+    assert goal.size()["parameters"] <= 0.5 * whole
