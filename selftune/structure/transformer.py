@@ -153,7 +153,8 @@ class EncoderLayer(nn.Module):
         self.linear1, self.linear2 = layer.linear1, layer.linear2
         self.norm1, self.norm2 = layer.norm1, layer.norm2
         self.dropout, self.dropout1, self.dropout2 = layer.dropout, layer.dropout1, layer.dropout2
-        self.gate = Gate(layer.linear1.out_features, dim=-1)
+        batch_dim = 0 if self.attention.batch_first else 1
+        self.gate = Gate(layer.linear1.out_features, dim=-1, batch_dim=batch_dim)
         self.gate.to(layer.linear1.weight.device, layer.linear1.weight.dtype)
         self.activation, self.norm_first = layer.activation, layer.norm_first
 
