@@ -57,10 +57,18 @@ class Attention(nn.Module):
             _linear(size, a.embed_dim, w, b)
             for size, w, b in zip(inputs, weights, biases, strict=True)
         ]
+        for layer, weight in zip(layers, weights, strict=True):
+            # Parts of one weight need a gradient where it does, also under no_grad.
+            source = weight if a.in_proj_weight is None else a.in_proj_weight
+            layer.weight.requires_grad_(source.requires_grad)
+            if a.in_proj_bias is not None:
+                layer.bias.requires_grad_(a.in_proj_bias.requires_grad)
         self.query, self.key, self.value = layers
         self.gate = Gate(a.num_heads)
         self.gate.to(weights[0].device, weights[0].dtype)
         self.out = _linear(a.embed_dim, a.embed_dim, a.out_proj.weight, a.out_proj.bias)
+        for name, param in self.out.named_parameters():
+            param.requires_grad_(a.out_proj.get_parameter(name).requires_grad)
         self.head_dim, self.batch_first = a.head_dim, a.batch_first
         # What a graph of the layer is made for: see mask_types_noted.
         self.mask_types: dict[str, torch.dtype] = {}
