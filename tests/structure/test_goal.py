@@ -11,15 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import selftune as st
-from selftune.structure import (
-    Gate,
-    Goal,
-    Optional,
-    open_gates,
-    parameter_groups,
-    prune,
-    with_gates,
-)
+from selftune.structure import Gate, Goal, Optional, open_gates, parameter_groups, prune
 from selftune.structure._saliency import saliency
 
 
@@ -310,31 +302,18 @@ def test_short_runs_end_at_the_budget(total: int) -> None:
     assert goal.size()["parameters"] <= 0.5 * whole
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm", "encoder layer", "gate", "block"])
-def test_saliencies_do_not_depend_on_the_order_of_dimensions(kind: str) -> None:
-    """Truth: the same weights and data with the batch first."""
-    found, x = [], torch.randn(10, 6, 4)
-    for first in (True, False):
-        torch.manual_seed(0)
-        batch = 0 if first else 1
-        make: dict[str, Callable[[], nn.Module]] = {
-            "gru": lambda b=first: nn.GRU(4, 5, batch_first=b),
-            "lstm": lambda b=first: nn.LSTM(4, 5, num_layers=2, batch_first=b),
-            "encoder layer": lambda b=first: nn.TransformerEncoderLayer(
-                4, 2, 6, dropout=0.0, batch_first=b
-            ),
-            "gate": lambda b=batch: nn.Sequential(
-                nn.Linear(4, 5), nn.Tanh(), Gate(5, dim=-1, batch_dim=b), nn.Linear(5, 2)
-            ),
-            "block": lambda b=batch: Optional(nn.Linear(4, 4), batch_dim=b),
-        }
-        model = with_gates(make[kind]())
-        given = x if first else x.transpose(0, 1)
-
-        def loss(m: nn.Module = model, i: Tensor = given) -> Tensor:
-            output = m(i)
-            return (output[0] if isinstance(output, tuple) else output)[..., 0].square().mean()
-
-        found.append(saliency(model, loss))
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-7)
+def test_a_tolerance_without_its_state_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Truth: a goal that was not interrupted, whose state another one loads."""
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(64, 6)
+    goal = Goal(model, x, tolerance=0.3)
+    goal.close(loss_of(model, x), 0.1)
+    assert 0 in model[2].mask
+    goal.close(loss_of(model, x), 0.15)
+    resumed = Goal(model, x, tolerance=0.3)
+    resumed.load_state_dict(goal.state_dict())
+    with caplog.at_level(logging.WARNING, "selftune"):
+        resumed.close(loss_of(model, x), 1.0)
+        assert "counts from" not in caplog.text
+        Goal(model, x, tolerance=0.3).close(loss_of(model, x), 1.0)
+    assert "tolerance=0.3 counts from this loss on" in caplog.text
