@@ -24,7 +24,7 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
 
     Args:
         model: With gates, through which the closure's loss goes.
-        closure: Returns a mean loss over examples, the first dimension of what gates see.
+        closure: Returns a mean loss over examples, dimension ``batch_dim`` of what gates see.
 
     Raises:
         ValueError: Gates that the loss does not depend on.
@@ -66,7 +66,7 @@ def _watch(
     """
     value = module.passed(args[0].detach(), output)
     if value is None:
-        sizes[name] = len(args[0])
+        sizes[name] = args[0].shape[module.batch_dim]
         return
     value = value.detach()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -103,7 +104,8 @@ class Chooser:
         recorder: Where weights are logged as ``structure/choice/…``.
 
     Raises:
-        ValueError: No choices; no steps; a loss that does not depend on them.
+        ValueError: No choices; no steps; an interval without a step in the last fifth of the run; a
+            loss that does not depend on the choices.
 
     Examples:
         >>> net = nn.Sequential(Choice([nn.ReLU(), nn.Tanh()]), nn.Linear(3, 1))
@@ -132,12 +134,20 @@ class Chooser:
         self._every = max(1, total_steps // 60) if every is None else every
         if self._every < 1:
             raise ValueError(f"every={every} must be 1 at least")
+        if total_steps // self._every * self._every < self.end * total_steps:
+            most = max(1, total_steps - math.ceil(self.end * total_steps))
+            raise ValueError(
+                f"every={every}: no step of the scores is in the last fifth of {total_steps} "
+                f"steps, where the choice is made; pass {most} at most"
+            )
         self._adam = torch.optim.Adam([c.scores for c in found.values()], lr=rate, betas=(0.5, 0.9))
         self._taken = 0
         self._monitor = Monitor(recorder)
 
     def step(self, closure: Closure) -> bool:
         """Call it after each ``opt.step()``; moves the scores where that is due.
+
+        Returns whether it did. A step whose gradient is not finite is skipped.
 
         Args:
             closure: Returns the validation loss, as that of ``opt.hyper_step``.
@@ -161,18 +171,21 @@ class Chooser:
         missed = [n for n, g in zip(self._choices, grads, strict=True) if g is None]
         if missed:
             raise ValueError(_apart(missed))
-        moved = [s.clone() for s in scores]
-        for score, grad in zip(scores, grads, strict=True):
-            score.grad = grad
-        self._adam.step()
-        self._adam.zero_grad()
+        # A NaN in Adam's moments would stay there.
+        finite = all(bool(torch.isfinite(g).all()) for g in grads)
+        if finite:
+            for score, grad in zip(scores, grads, strict=True):
+                score.grad = grad
+            self._adam.step()
+            self._adam.zero_grad()
+        else:
+            log.warning(
+                "choice: gradient of the scores is not finite; step %d skipped", self._taken
+            )
         with torch.no_grad():
-            for score, held in zip(scores, moved, strict=True):
-                if not bool(torch.isfinite(score).all()):
-                    score.copy_(held)
             self._sharpen(done)
         self._log()
-        return True
+        return finite
 
     @property
     def _made(self) -> bool:

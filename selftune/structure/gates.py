@@ -20,15 +20,17 @@ class AbstractGated(nn.Module, ABC):
             :class:`selftune.penalties.Gates` knows them.
         mask: 0 for a unit that is closed for good, which :class:`Goal` does; else 1; shape
             (units,).
+        batch_dim: The dimension of examples in the input.
     """
 
     gates: nn.Parameter
     mask: Tensor
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: int, batch_dim: int = 0) -> None:
         if units < 1:
             raise ValueError(f"units={units} must be 1 at least")
         super().__init__()
+        self.batch_dim = batch_dim
         self.gates = nn.Parameter(torch.ones(units, *GATE_AXES))
         self.register_buffer("mask", torch.ones(units))
 
@@ -60,6 +62,8 @@ class Gate(AbstractGated):
         units: Number of units.
         dim: Their dimension in the input: 1 for channels and for the units of a batch of vectors,
             −1 where a sequence or a grid comes before the units.
+        batch_dim: The dimension of examples, over which saliencies are averaged: 1 where the
+            sequence comes first.
 
     Raises:
         ValueError: An input with another number of units.
@@ -72,8 +76,8 @@ class Gate(AbstractGated):
         [[1.0, 0.0, 1.0]]
     """
 
-    def __init__(self, units: int, dim: int = 1) -> None:
-        super().__init__(units)
+    def __init__(self, units: int, dim: int = 1, batch_dim: int = 0) -> None:
+        super().__init__(units, batch_dim)
         self.dim = dim
 
     def forward(self, input: Tensor) -> Tensor:
@@ -92,10 +96,12 @@ class Gate(AbstractGated):
         return output
 
     def per_unit(self, values: Tensor) -> Tensor:
-        """Sums over all dimensions but the first and the units'."""
-        if self.dim % values.ndim == 0:
-            return values.reshape(len(values), -1).sum(1)[None]
-        return values.movedim(self.dim, 1).flatten(2).sum(2) if values.ndim > 2 else values
+        """Sums over all dimensions but the examples' and the units'."""
+        units, batch = self.dim % values.ndim, self.batch_dim % values.ndim
+        if units == batch:  # without examples
+            return values.movedim(units, 0).reshape(values.shape[units], -1).sum(1)[None]
+        values = values.movedim((batch, units), (0, 1))
+        return values.flatten(2).sum(2) if values.ndim > 2 else values
 
     def extra_repr(self) -> str:
         """Units, dimension."""
@@ -110,6 +116,7 @@ class Optional(AbstractGated):
         residual: Whether the block is the branch of a residual connection, which is added here.
             If not, the block is a layer of its own, and ``y = x + g · (block(x) − x)``: itself
             where the gate is 1, and nothing where it is 0.
+        batch_dim: The dimension of examples, over which saliencies are averaged.
 
     Raises:
         ValueError: A block whose output has another shape.
@@ -122,8 +129,8 @@ class Optional(AbstractGated):
         [[1.0, 1.0]]
     """
 
-    def __init__(self, block: nn.Module, residual: bool = True) -> None:
-        super().__init__(1)
+    def __init__(self, block: nn.Module, residual: bool = True, batch_dim: int = 0) -> None:
+        super().__init__(1, batch_dim)
         self.block, self.residual = block, residual
 
     def forward(self, input: Tensor) -> Tensor:
@@ -142,8 +149,8 @@ class Optional(AbstractGated):
         return output - input
 
     def per_unit(self, values: Tensor) -> Tensor:
-        """Sums over all dimensions but the first."""
-        return values.flatten(1).sum(1, keepdim=True)
+        """Sums over all dimensions but the examples'."""
+        return values.movedim(self.batch_dim, 0).flatten(1).sum(1, keepdim=True)
 
     def extra_repr(self) -> str:
         """Whether the block is a residual branch."""

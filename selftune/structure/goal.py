@@ -167,10 +167,14 @@ class Goal:
         self._taken += 1
         if self._taken not in self._due:
             return False
-        return self.close(closure, self._taken / self._total)
+        # A last closing that is rounded down would be before `end`, with a part of the schedule.
+        last = self._taken == max(self._due)
+        return self.close(closure, 1.0 if last else self._taken / self._total)
 
     def callback(self, closure: Closure) -> Callable[[Any], bool]:
         """For ``fit(callbacks=[...])`` of the tuner: closes units after its evaluations.
+
+        Checkpoints of the tuner hold the masks, and not :meth:`state_dict`.
 
         Args:
             closure: Returns a validation loss of the model.
@@ -198,6 +202,7 @@ class Goal:
             return False
         left = (1 - done) ** 3
         want = (1 - left) * self._target + left * self._sizes.whole if left else self._target
+        self._name_forgotten()
         with buffers_kept(self._model):
             order, prices = self._order(gone, self._saliencies(closure), want)
             if self._tolerance is not None:
@@ -247,6 +252,16 @@ class Goal:
             prices.append(max(float(rate[first]), prices[-1] if prices else 0.0))
             gone[first] = True
             order.append(first)
+
+    def _name_forgotten(self) -> None:
+        """Say that a tolerance begins anew where another goal has closed units before."""
+        masked = any(bool((m.mask == 0).any()) for _, m in gated(self._model))
+        if self._tolerance is not None and masked and not self._known:
+            log.warning(
+                "goal: units are closed already, and tolerance=%g counts from this loss on; to "
+                "continue a goal, load its state_dict into this one",
+                self._tolerance,
+            )
 
     def _name_floor(self) -> None:
         """Say once that nothing more can be closed."""

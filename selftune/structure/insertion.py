@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
 
 from selftune.structure.recurrent import Recurrent, RecurrentLayers, one_layer
 from selftune.structure.transformer import Attention, Encoder, EncoderLayer
+
+log = logging.getLogger("selftune")
 
 COMPOSITES = (Attention, EncoderLayer, Encoder, RecurrentLayers)
 """Modules of this library that pruning turns into graphs of modules of torch."""
@@ -17,7 +21,9 @@ def with_gates(model: nn.Module) -> nn.Module:
     ``nn.MultiheadAttention`` becomes :class:`Attention`, ``nn.TransformerEncoderLayer``
     :class:`EncoderLayer`, ``nn.TransformerEncoder`` :class:`Encoder`, ``nn.LSTM`` and ``nn.GRU``
     :class:`Recurrent`, or :class:`RecurrentLayers` where they have several layers. Outputs stay as
-    they are. Gates behind Linear and convolution layers are the user's to place.
+    they are; dropout of attention weights in encoder layers is left out, with a warning. Weights
+    keep their ``requires_grad``, and a layer used at several places stays one. Gates behind Linear
+    and convolution layers are the user's to place.
 
     Args:
         model: Of whichever modules.
@@ -32,6 +38,23 @@ def with_gates(model: nn.Module) -> nn.Module:
         >>> with_gates(nn.GRU(3, 4)).gates.numel()
         4
     """
+    dropped = {
+        name or type(module).__name__: module.self_attn.dropout
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer) and module.self_attn.dropout > 0
+    }
+    if dropped:
+        log.warning(
+            "with_gates: dropout of attention weights is left out in %s; other dropout stays",
+            ", ".join(f"{name} (dropout={share:g})" for name, share in dropped.items()),
+        )
+    return _gated(model, {})
+
+
+def _gated(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    """A model with gates; ``known`` has what has become of its modules, by id."""
+    if id(model) in known:
+        return known[id(model)]
     made: nn.Module | None = None
     if isinstance(model, (nn.LSTM, nn.GRU)):
         made = Recurrent(one_layer(model, 0)) if model.num_layers == 1 else RecurrentLayers(model)
@@ -45,8 +68,11 @@ def with_gates(model: nn.Module) -> nn.Module:
         raise ValueError(
             "nn.TransformerDecoderLayer cannot be gated: write it with selftune.structure.Attention"
         )
+    # Looked up are modules of before alone, so that one made here cannot take a freed id.
+    known[id(model)] = model if made is None else made
     if made is not None:
         return made.train(model.training)
-    for name, child in list(model.named_children()):
-        setattr(model, name, with_gates(child))
+    for name, child in list(model._modules.items()):  # named_children has shared ones once
+        if child is not None:
+            setattr(model, name, _gated(child, known))
     return model

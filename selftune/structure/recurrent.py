@@ -32,7 +32,7 @@ class Recurrent(AbstractGated):
     """
 
     def __init__(self, cell: nn.LSTM | nn.GRU) -> None:
-        super().__init__(cell.hidden_size)
+        super().__init__(cell.hidden_size, batch_dim=0 if cell.batch_first else 1)
         for name, usual in (("num_layers", 1), ("bidirectional", False), ("proj_size", 0)):
             if getattr(cell, name) != usual:
                 raise ValueError(
@@ -138,5 +138,7 @@ def one_layer(rnn: nn.LSTM | nn.GRU, at: int) -> Any:
     )  # fmt: skip
     with torch.no_grad():
         for name, param in cell.named_parameters():
-            param.copy_(getattr(rnn, name.replace("_l0", f"_l{at}")))
+            source = getattr(rnn, name.replace("_l0", f"_l{at}"))
+            param.copy_(source)
+            param.requires_grad_(source.requires_grad)
     return cell

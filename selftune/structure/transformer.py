@@ -57,10 +57,18 @@ class Attention(nn.Module):
             _linear(size, a.embed_dim, w, b)
             for size, w, b in zip(inputs, weights, biases, strict=True)
         ]
+        for layer, weight in zip(layers, weights, strict=True):
+            # Parts of one weight need a gradient where it does, also under no_grad.
+            source = weight if a.in_proj_weight is None else a.in_proj_weight
+            layer.weight.requires_grad_(source.requires_grad)
+            if a.in_proj_bias is not None:
+                layer.bias.requires_grad_(a.in_proj_bias.requires_grad)
         self.query, self.key, self.value = layers
         self.gate = Gate(a.num_heads)
         self.gate.to(weights[0].device, weights[0].dtype)
         self.out = _linear(a.embed_dim, a.embed_dim, a.out_proj.weight, a.out_proj.bias)
+        for name, param in self.out.named_parameters():
+            param.requires_grad_(a.out_proj.get_parameter(name).requires_grad)
         self.head_dim, self.batch_first = a.head_dim, a.batch_first
         # What a graph of the layer is made for: see mask_types_noted.
         self.mask_types: dict[str, torch.dtype] = {}
@@ -153,7 +161,8 @@ class EncoderLayer(nn.Module):
         self.linear1, self.linear2 = layer.linear1, layer.linear2
         self.norm1, self.norm2 = layer.norm1, layer.norm2
         self.dropout, self.dropout1, self.dropout2 = layer.dropout, layer.dropout1, layer.dropout2
-        self.gate = Gate(layer.linear1.out_features, dim=-1)
+        batch_dim = 0 if self.attention.batch_first else 1
+        self.gate = Gate(layer.linear1.out_features, dim=-1, batch_dim=batch_dim)
         self.gate.to(layer.linear1.weight.device, layer.linear1.weight.dtype)
         self.activation, self.norm_first = layer.activation, layer.norm_first
 

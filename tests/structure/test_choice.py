@@ -147,3 +147,42 @@ def test_choosers_go_on_from_a_saved_state() -> None:
             chooser.step(partial(loss, model, x, y))
         ends.append(model[1].scores.clone())
     assert torch.equal(ends[0], ends[1])
+
+
+def scaled_loss(model: nn.Module, x: Tensor, y: Tensor, factor: float) -> Tensor:
+    return factor * loss(model, x, y)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped() -> None:
+    """Truth: the run without that step of the scores; the choice is made in the end."""
+    ends = []
+    for bad in (False, True):
+        model, x, y = job()
+        chooser = Chooser(model, 60, every=2)
+        for step in range(1, 61):
+            if step == 20 and not bad:
+                state = chooser.state_dict()["adam"]
+                held = [v.clone() for v in state["state"][0].values()]
+                scores = model[1].scores.clone()
+            wrong = float("nan") if bad and step in (20, 48) else 1.0
+            moved = chooser.step(partial(scaled_loss, model, x, y, wrong))
+            if bad and step == 20:
+                state = chooser.state_dict()["adam"]
+                torch.testing.assert_close(list(state["state"][0].values()), held)
+                torch.testing.assert_close(model[1].scores, scores)
+                assert not moved
+        ends.append(int(model[1].weights().argmax()))
+        assert float(model[1].weights().max()) == 1.0
+        assert torch.isfinite(model[1].scores).all()
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(("total", "every", "most"), [(60, 40, 12), (10, 7, 2), (3, 2, 1)])
+def test_intervals_without_a_choice_are_named(total: int, every: int, most: int) -> None:
+    """Truth: multiples of the interval in the last fifth of the run, counted."""
+    model = job()[0]
+    with pytest.raises(ValueError, match=rf"every={every}\b.* pass {most} at most"):
+        Chooser(model, total, every=every)
+    for fine in range(1, total + 1):
+        if any(0.8 * total <= at <= total for at in range(fine, total + 1, fine)):
+            Chooser(model, total, every=fine)

@@ -288,3 +288,32 @@ def test_multiply_adds_by_hand() -> None:
     sizes = Goal(cnn(), torch.zeros(2, 1, 8, 8), 1.0).size()
     assert sizes["multiply_adds"] == 6 * 36 * 9 + 8 * 9 * 54 + 72 * 3
     assert sizes["parameters"] == 60 + 12 + 440 + 219
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 12, 22, 52])
+def test_short_runs_end_at_the_budget(total: int) -> None:
+    """Truth: the budget, where the last closing is rounded to a step before ``end``."""
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(5, 6)
+    goal = Goal(model, x, 0.5, total_steps=total)
+    whole = goal.size()["parameters"]
+    for _ in range(total):
+        goal.step(loss_of(model, x))
+    assert goal.size()["parameters"] <= 0.5 * whole
+
+
+def test_a_tolerance_without_its_state_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Truth: a goal that was not interrupted, whose state another one loads."""
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(64, 6)
+    goal = Goal(model, x, tolerance=0.3)
+    goal.close(loss_of(model, x), 0.1)
+    assert 0 in model[2].mask
+    goal.close(loss_of(model, x), 0.15)
+    resumed = Goal(model, x, tolerance=0.3)
+    resumed.load_state_dict(goal.state_dict())
+    with caplog.at_level(logging.WARNING, "selftune"):
+        resumed.close(loss_of(model, x), 1.0)
+        assert "counts from" not in caplog.text
+        Goal(model, x, tolerance=0.3).close(loss_of(model, x), 1.0)
+    assert "tolerance=0.3 counts from this loss on" in caplog.text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selftune.structure import Gate, Goal, Recurrent, gated, prune, with_gates
+from selftune.structure import Gate, Goal, Optional, Recurrent, gated, prune, with_gates
 from selftune.structure._saliency import saliency
 
 
@@ -207,6 +207,36 @@ def test_saliency_of_recurrent_units() -> None:
                 model.rnn.gates[unit] -= change
             slopes.append((values[0] - values[1]) / 2e-5)
     torch.testing.assert_close(found, 1.5 * torch.tensor(slopes).double() ** 2, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "encoder layer", "gate", "block"])
+def test_saliencies_do_not_depend_on_the_order_of_dimensions(kind: str) -> None:
+    """Truth: the same weights and data with the batch first."""
+    found, x = [], torch.randn(10, 6, 4)
+    for first in (True, False):
+        torch.manual_seed(0)
+        batch = 0 if first else 1
+        make: dict[str, Callable[[], nn.Module]] = {
+            "gru": lambda b=first: nn.GRU(4, 5, batch_first=b),
+            "lstm": lambda b=first: nn.LSTM(4, 5, num_layers=2, batch_first=b),
+            "encoder layer": lambda b=first: nn.TransformerEncoderLayer(
+                4, 2, 6, dropout=0.0, batch_first=b
+            ),
+            "gate": lambda b=batch: nn.Sequential(
+                nn.Linear(4, 5), nn.Tanh(), Gate(5, dim=-1, batch_dim=b), nn.Linear(5, 2)
+            ),
+            "block": lambda b=batch: Optional(nn.Linear(4, 4), batch_dim=b),
+        }
+        model = with_gates(make[kind]())
+        given = x if first else x.transpose(0, 1)
+
+        def loss(m: nn.Module = model, i: Tensor = given) -> Tensor:
+            output = m(i)
+            return (output[0] if isinstance(output, tuple) else output)[..., 0].square().mean()
+
+        found.append(saliency(model, loss))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-7)
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
