@@ -1,4 +1,4 @@
-"""The optimizer that chooses its rule."""
+"""An optimizer that selects one of several update rules during the run."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from selftune.rules import AbstractRule, PlainOptimizer
 log = logging.getLogger("selftune")
 
 KEPT = ("step", "average", "good")
-"""What stays of a parameter's state, beside that of the chosen rule."""
+"""Entries of a parameter's state that are kept, besides those of the chosen rule."""
 
 
 class Mixture(RuleOptimizer):
-    """An optimizer that mixes several, tunes their weights on validation, and becomes the best.
+    """Mixes several update rules, tunes their weights on validation data, and selects one of them.
 
-    ``w₊ = w − η (Σ pᵢ sᵢ dᵢ + λ w)``, with weights p and sizes s of
-    :class:`~selftune.rules.Mixture`. After a quarter of the run, or 500 steps where
-    ``total_steps`` is not given, the rule with the largest weight is chosen, which ``rule`` names;
-    its steps are those of its own optimizer from there on, and cost the same.
+    ``w₊ = w − η (Σ pᵢ sᵢ dᵢ + λ w)``, with the weights p and scales s of
+    :class:`~selftune.rules.Mixture`. After a quarter of the run, or after 300 steps if
+    ``total_steps`` is not given, the rule with the largest weight is chosen and is available as
+    ``rule``. From then on steps are those of the chosen rule's own optimizer, at the same cost.
 
-    Tuned by default: lr, weight decay and the weights until the choice; lr, weight decay and the
-    chosen rule's momentum after it; and decay where the horizon is unknown.
+    Tuned by default: lr, weight decay and the mixture weights before the choice; lr, weight decay
+    and the momentum of the chosen rule after it; decay too if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
         rules: The members, or a :class:`~selftune.rules.Mixture` of them.
-        lr: Learning rate at the start, of the first member that is not SGD; by default its own.
-        weight_decay: Decoupled weight decay at the start; by default of the same member.
+        lr: Initial learning rate, on the scale of the first member that is not SGD; by default the
+            default of that member.
+        weight_decay: Initial decoupled weight decay; by default the default of the same member.
         decay: α of the learning rate's decay 1/(1 + αt).
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
@@ -49,8 +50,9 @@ class Mixture(RuleOptimizer):
         **tuning: :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
 
     Raises:
-        TypeError: A member that is no rule of the library.
-        ValueError: No member, one twice, an option outside its range, unsuitable parameters.
+        TypeError: A member is not a rule of this library.
+        ValueError: There are no members, a member is duplicated, an option is outside its range, or
+            parameters are unsuitable.
 
     Source: Ozkara et al. 2024 (MADA).
 
@@ -98,9 +100,10 @@ class Mixture(RuleOptimizer):
 
     @property
     def rule(self) -> PlainOptimizer | None:
-        """The chosen rule with its present settings, as a plain torch optimizer; None before.
+        """The chosen rule with its current settings as a torch optimizer; None before the choice.
 
-        Where parameter groups differ they are those of the first; the learning rate is the peak.
+        If parameter groups differ, the settings are those of the first group; the learning rate is
+        the peak value.
         """
         first = {n: v[0] if isinstance(v, list) else v for n, v in self.hparams.items()}
         group = self.param_groups[0]
@@ -109,7 +112,7 @@ class Mixture(RuleOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of :class:`SelfTuningOptimizer`; a choice that was made, or not yet, comes with it."""
+        """Load a state as in :class:`SelfTuningOptimizer`, including the chosen rule, if any."""
         groups = state_dict.get("param_groups") or [{}]
         packed = groups[0].get("selftune")
         run = {} if packed is None else from_bytes(packed)
@@ -128,7 +131,7 @@ class Mixture(RuleOptimizer):
     # inside
 
     def _pace(self) -> None:
-        """Step hyperparameters as often as can be until the choice, which has little time."""
+        """Set the interval of hyperparameter steps, which is short until the choice is made."""
         engine = self._engine
         undecided = self._mixture.chosen is None
         engine.every, engine.shifts.size = self._often if undecided else self._later
@@ -175,12 +178,12 @@ class Mixture(RuleOptimizer):
         moves: Mapping[str, float],
         states: Mapping[Tensor, dict[str, Tensor]],
     ) -> None:
-        """Go on by one member, or by a mixture; sensitivities begin anew.
+        """Continue with one member, or with the mixture; sensitivities are reset.
 
         Args:
-            name: The member, or None.
-            moves: By how much raw values of hyperparameters change.
-            states: What is kept of each parameter's state.
+            name: Name of the member, or None for the mixture.
+            moves: Changes of the raw values of hyperparameters.
+            states: The state that is kept, for each parameter.
         """
         engine, state = self._engine, self.state
         self._mixture.choose(name)

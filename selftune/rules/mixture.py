@@ -1,4 +1,4 @@
-"""A weighted sum of rules that becomes one of them."""
+"""A weighted sum of update rules from which one is selected during the run."""
 
 from __future__ import annotations
 
@@ -33,35 +33,37 @@ SHARED = ("lr", "weight_decay")
 class Mixture(AbstractRule):
     """A choice of optimizer: ``d = Σ pᵢ sᵢ dᵢ``, which anneals to a single rule.
 
-    Each direction dᵢ is scaled by ``sᵢ = ‖d_ref‖/‖dᵢ‖`` to the length of a reference's, the first
-    member that is not SGD, so that the learning rate means what it means there. Lengths are
-    ``‖d‖² = Σ v d²`` over all weights, v the running mean of squared gradients that AdamW keeps:
-    the empirical Fisher information, so that steps cost alike in curvature and those are preferred
-    that gain most at this cost. (Without AdamW among the members, v = 1.)
+    Each direction dᵢ is scaled by ``sᵢ = ‖d_ref‖/‖dᵢ‖`` to the length of the reference direction,
+    that of the first member that is not SGD, so the learning rate has the scale of that member.
+    Lengths are ``‖d‖² = Σ v d²`` over all weights, where v is AdamW's running mean of squared
+    gradients (the empirical Fisher information). Directions are thus compared at equal curvature
+    cost, and those that reduce the loss most are preferred. (Without AdamW in the mixture, v = 1.)
 
     The weights are ``pᵢ = aᵢᵇ/Σ aⱼᵇ``, a softmax of b log aᵢ. Each a is a hyperparameter
-    ``mix_<rule>``, 2 for the reference and 1 for the others at the start, and is tuned on
-    validation with the rest, lengths held constant; ``b = 1/(1 − t/τ)`` sharpens them until step
-    τ = ``mix_until``, a quarter of the run, where the rule with the largest weight is chosen. From
-    there on the mixture is that rule, with its own rate η s and weight decay λ/s (SGD:
-    λ (1 − μ)/s, as momentum μ adds decay up); its momentum is tuned as well.
+    ``mix_<rule>``, initially 2 for the reference and 1 for the others, and is tuned on validation
+    data with the other hyperparameters, with lengths treated as constants. ``b = 1/(1 − t/τ)``
+    sharpens the weights until step τ = ``mix_until`` (by default a quarter of the run), at which
+    the rule with the largest weight is chosen. From then on the mixture is that rule, with rate
+    η s and weight decay λ/s (SGD: λ (1 − μ)/s, because momentum μ accumulates the decay), and its
+    momentum is tuned as well.
 
-    Members are rules whose weight decay shrinks weights in proportion; in the mixture it is
-    decoupled. Their hyperparameters carry the rule's name: ``sgd_momentum``, ``adamw_beta1``.
+    Members must be rules whose weight decay shrinks weights proportionally; in the mixture, weight
+    decay is decoupled. Their hyperparameters are prefixed with the name of the rule:
+    ``sgd_momentum``, ``adamw_beta1``.
 
     Args:
-        rules: The members, each of another class.
+        rules: The members, each of a different class.
         **settings: Hyperparameters and options of members, such as ``sgd_momentum=0.95``.
 
     Attributes:
         members: The rules by name.
-        chosen: The name of the rule that was chosen; None: there is a mixture.
-        inactive: Hyperparameters that do not act at present.
+        chosen: The name of the chosen rule, or None before the choice.
+        inactive: Hyperparameters that currently have no effect.
 
     Raises:
-        TypeError: A member that is no rule.
-        ValueError: No rule, one twice, one whose decay does not shrink weights in proportion, or
-            an unknown setting.
+        TypeError: A member is not a rule.
+        ValueError: No rules, a duplicate rule, a rule whose weight decay does not shrink weights
+            proportionally, or an unknown setting.
 
     Source: Ozkara et al. 2024 (MADA), who mix parametrized optimizers and keep the mixture.
 
@@ -95,11 +97,11 @@ class Mixture(AbstractRule):
 
     @property
     def weights(self) -> list[str]:
-        """Names of the members' weights."""
+        """Names of the mixture weights."""
         return [f"mix_{name}" for name in self.members]
 
     def choose(self, name: str | None) -> None:
-        """Be one of the members from now on; None: a mixture of them."""
+        """Select the member ``name``; None returns to the mixture."""
         self.chosen = name
         one = None if name is None else self.members[name]
         self.decoupled = one is None or one.decoupled
@@ -113,13 +115,13 @@ class Mixture(AbstractRule):
         self.inactive = frozenset(asleep if one is None else [*asleep, *self.weights])
 
     def fresh(self) -> Mixture:
-        """A copy that has not chosen yet; of a single member it is that one."""
+        """A copy before the choice; with a single member, that member is already chosen."""
         other = copy.copy(self)
         other.choose(next(iter(self.members)) if len(self.members) == 1 else None)
         return other
 
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
-        """The step of the choice, and what fits its members."""
+        """The step of the choice, and the members' own values for a run of this length."""
         until = UNKNOWN if total_steps is None else max(1, int(total_steps * WITHIN))
         found: dict[str, float] = {"mix_until": until}
         for name, member in self.members.items():
@@ -142,7 +144,7 @@ class Mixture(AbstractRule):
         return self.members[self.chosen].in_place(self._own(self.chosen, values))
 
     def at(self, values: Values, step: Any) -> Values:
-        """The values with the exponent b of the weights at a step."""
+        """The values, with the exponent b of the weights at this step added as ``sharpness``."""
         if self.chosen is not None:
             return values
         left = 1 - step / values["mix_until"]
@@ -214,7 +216,7 @@ class Mixture(AbstractRule):
     # the choice
 
     def squares(self, grads: Tensor, state: State, values: Values, age: Any) -> Tensor:
-        """Squared lengths of the members' directions over some of the weights, shape (members,)."""
+        """Squared lengths of the members' directions over the given weights, shape (members,)."""
         return _squares(*self._each(grads, state, values, age))
 
     def scales(self, squares: Tensor) -> Tensor:
@@ -223,7 +225,7 @@ class Mixture(AbstractRule):
         return lengths[[*self.members].index(self.reference)] / lengths.clamp_min(LEAST)
 
     def own(self, name: str) -> dict[str, Hparam]:
-        """A member's hyperparameters, by the names they have here."""
+        """A member's hyperparameters, by their prefixed names."""
         found = [
             replace(h, name=f"{name}_{h.name}", option="", index=None)
             for h in self.members[name].hparams
@@ -231,7 +233,7 @@ class Mixture(AbstractRule):
         return {h.name: h for h in found}
 
     def plain(self, values: Values) -> PlainOptimizer | None:
-        """The chosen rule as a plain torch optimizer; None: none is chosen yet."""
+        """The chosen rule as a plain torch optimizer, or None before the choice."""
         if self.chosen is None:
             return None
         return PlainOptimizer.of(self.members[self.chosen], self._own(self.chosen, values))

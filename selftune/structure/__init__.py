@@ -1,4 +1,4 @@
-"""Discrete hyperparameters of one run: units and layers that gates close, and the batch size."""
+"""Discrete hyperparameters tuned in one run: units, layers and the batch size."""
 
 from selftune.structure.batches import Batches
 from selftune.structure.choice import Choice, Chooser

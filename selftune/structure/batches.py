@@ -17,30 +17,31 @@ log = logging.getLogger("selftune")
 
 
 class Batches(Sampler[list[int]]):
-    """Shuffled batches for ``DataLoader(dataset, batch_sampler=…)``, resized between epochs.
+    """Batch sampler that adjusts the batch size to the noise scale between epochs.
 
-    At the start of an epoch the size is the power of two nearest to the noise scale, within bounds,
-    and within a factor of two of the size before. Early in a run the noise scale is small, and
-    small batches make more of each example; later it grows, and large ones cost no more examples.
+    Pass it as ``DataLoader(dataset, batch_sampler=…)``; batches are shuffled. At the start of each
+    epoch the size is set to the power of two nearest to the noise scale, within bounds and within
+    a factor of two of the previous size. Early in a run the noise scale is small, and small batches
+    make better use of each example; later it grows, and large batches are as efficient.
 
     Args:
-        dataset: Of known length.
-        start: Size in the first epoch.
-        most: Largest size, as memory allows.
-        least: Smallest size; by default ``start``.
-        scale: Estimates the noise scale; by default a new one, which is ``batches.scale``.
-        drop_last: Whether an incomplete last batch is left out.
-        seed: Of the order, another one in each epoch.
+        dataset: A dataset of known length.
+        start: Batch size in the first epoch.
+        most: Largest batch size, for example the largest that fits in memory.
+        least: Smallest batch size; by default ``start``.
+        scale: Estimator of the noise scale; by default a new one, available as ``batches.scale``.
+        drop_last: Whether to drop an incomplete last batch.
+        seed: Seed of the shuffling, which differs in each epoch.
         recorder: Where ``structure/batch_size`` and ``structure/noise_scale`` are logged at the
             start of each epoch: as ``log_dir`` or ``recorder`` of the optimizers.
 
     Attributes:
-        size: Of the batches of this epoch.
-        scale: The noise scale, which the training loop feeds.
-        epoch: Epochs begun.
+        size: Batch size of the current epoch.
+        scale: The noise-scale estimator, to be updated in the training loop.
+        epoch: Number of epochs started.
 
     Raises:
-        ValueError: Sizes that do not fit one another or the data.
+        ValueError: ``least ≤ start ≤ most`` is violated, or the dataset has no length or is empty.
 
     Examples:
         >>> batches = Batches(range(1000), start=32, most=256)
@@ -84,12 +85,12 @@ class Batches(Sampler[list[int]]):
         self._monitor, self._taken = Monitor(recorder), 0
 
     def __len__(self) -> int:
-        """Batches in an epoch of the present size."""
+        """Number of batches in an epoch at the current batch size."""
         whole = self._count // self.size
         return whole if self._drop_last else math.ceil(self._count / self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """A new epoch, at a new size."""
+        """Start a new epoch, adjusting the batch size."""
         self._resize()
         self.epoch += 1
         self._log()
@@ -122,18 +123,15 @@ class Batches(Sampler[list[int]]):
         self.size = size
 
     def state_dict(self) -> dict[str, Any]:
-        """Size, epoch and noise scale; an epoch that was not finished begins anew.
-
-        Save it between epochs.
-        """
+        """Size, epoch, noise scale. Save it between epochs: a partial epoch cannot be resumed."""
         own = {"size": self.size, "epoch": self.epoch, "taken": self._taken}
         return {**own, "scale": self.scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the next epoch after ``state_dict``.
+        """Continue with the epoch that follows the saved one.
 
         Raises:
-            ValueError: A size outside the bounds.
+            ValueError: The saved batch size is outside the bounds.
         """
         size = int(state["size"])
         if not self._least <= size <= self._most:

@@ -1,4 +1,4 @@
-"""A choice among modules: a weighted sum in training, one of them in the end."""
+"""A choice between modules: a weighted sum during training, a single module at the end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SURE = 100.0
 
 
 class Choice(nn.Module):
-    """``y = Σ_k softmax(s)_k branch_k(x)``, for kernel sizes, activations, norms.
+    """``y = Σ_k softmax(s)_k branch_k(x)``, to select kernel sizes, activations or norms.
 
-    Weights start equal. :class:`Chooser` tunes the scores s, which are hyperparameters and no
-    parameters, on validation data; :func:`prune` leaves the branch of the largest weight.
+    Weights start equal. :class:`Chooser` tunes the scores s on validation data; they are
+    hyperparameters, not parameters. :func:`prune` keeps the branch with the largest weight.
 
     Args:
-        branches: Modules whose outputs have one shape.
+        branches: Modules with outputs of the same shape.
 
     Attributes:
         scores: s, shape (branches,), a buffer.
@@ -47,7 +47,7 @@ class Choice(nn.Module):
     def __init__(self, branches: Sequence[nn.Module]) -> None:
         super().__init__()
         if len(branches) < 2:
-            raise ValueError(f"branches: {len(branches)}, where there must be two at least")
+            raise ValueError(f"len(branches)={len(branches)} must be at least 2")
         self.branches = nn.ModuleList(branches)
         self.register_buffer("scores", torch.zeros(len(branches)))
 
@@ -61,7 +61,7 @@ class Choice(nn.Module):
 
     @property
     def chosen(self) -> nn.Module:
-        """The branch of the largest weight."""
+        """The branch with the largest weight."""
         return self.branches[int(self.scores.argmax())]
 
     def extra_repr(self) -> str:
@@ -90,17 +90,16 @@ def choices(model: nn.Module) -> Iterator[tuple[str, Choice]]:
 class Chooser:
     """Tunes the scores of all choices in a model on validation data, by gradient.
 
-    A step of Adam along ``∂L_val/∂s`` at the present weights, every so many training steps from a
-    tenth of the run on. From four tenths on, scores are multiplied so that the largest weight is
-    above a bound that climbs to 1; at eight tenths the choice is made, and the weights are those of
-    one branch, for which the rest of the run trains it.
+    From 10 % of the run on, takes an Adam step on the scores along ``∂L_val/∂s`` at the current
+    weights, once every ``every`` training steps. From 40 % on, scores are rescaled so that the
+    largest weight stays above a bound that rises to 1. At 80 % the choice is made: one branch has
+    weight 1, and the rest of the run trains only that branch.
 
     Args:
-        model: With :class:`Choice` modules.
-        total_steps: Steps in the run.
-        every: Training steps from one step of the scores to the next; by default a sixtieth of the
-            run.
-        rate: Adam's, in scores.
+        model: A model that contains :class:`Choice` modules.
+        total_steps: Number of steps in the run.
+        every: Training steps between updates of the scores; by default ``total_steps // 60``.
+        rate: Learning rate of Adam for the scores.
         recorder: Where weights are logged as ``structure/choice/…``.
 
     Raises:
@@ -115,7 +114,7 @@ class Chooser:
         >>> round(float(net[0].weights().max()), 1)
         1.0
 
-    Source: first-order DARTS, Liu et al. 2019; annealed as the temperature of Xie et al. 2019
+    Source: first-order DARTS, Liu et al. 2019; annealing as for the temperature in Xie et al. 2019
     (SNAS).
     """
 
@@ -213,7 +212,7 @@ class Chooser:
             self._monitor.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's state and the counter; scores are in the model's own state."""
+        """State of Adam and the step counter; the scores are in the model's state dict."""
         return {"adam": self._adam.state_dict(), "taken": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Gates: one factor for each unit or layer, which a penalty can bring to exactly 0."""
+"""Gates: one factor per unit or layer, which a penalty can drive to exactly 0."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ class AbstractGated(nn.Module, ABC):
     """A module with gates.
 
     Attributes:
-        gates: The factors g, 1 at the start, shape (units, 1, 1, 1, 1, 1), by which
-            :class:`selftune.penalties.Gates` knows them.
-        mask: 0 for a unit that is closed for good, which :class:`Goal` does; else 1; shape
-            (units,).
+        gates: The factors g, initially 1. :class:`selftune.penalties.Gates` recognises them by
+            their shape, (units, 1, 1, 1, 1, 1).
+        mask: 0 for units closed permanently by :class:`Goal`, 1 otherwise; shape (units,).
         batch_dim: The dimension of examples in the input.
     """
 
@@ -39,34 +38,34 @@ class AbstractGated(nn.Module, ABC):
         return self.gates.flatten() * self.mask
 
     def closed(self, threshold: float = 0.0) -> Tensor:
-        """Which gates are closed, |g| ≤ threshold or masked; shape (units,), bool."""
+        """Which gates are closed (|g| ≤ threshold, or masked), a bool tensor of shape (units,)."""
         return self.factors().detach().abs() <= threshold
 
     @abstractmethod
     def passed(self, input: Tensor, output: Any) -> Tensor | None:
-        """The part of an output that gates scale; None if gates act on more than that."""
+        """The part of the output scaled by the gates; None if gates also act elsewhere."""
 
     @abstractmethod
     def per_unit(self, values: Tensor) -> Tensor:
-        """Sums over all positions of each unit, shape (examples, units)."""
+        """Sum over all positions of each unit, shape (examples, units)."""
 
 
 class Gate(AbstractGated):
-    """``y = g · x``, a factor for each hidden unit or channel.
+    """``y = g · x`` with one factor per hidden unit or channel.
 
-    It stands after the unit's activation, or after the layer or norm that makes the unit. Any
-    optimizer trains the gates; :class:`selftune.penalties.Gates` closes some of them, and
-    :func:`prune` removes what is closed.
+    Place it after the activation of the unit, or after the layer or norm that produces it. Gates
+    can be trained by any optimizer; :class:`selftune.penalties.Gates` closes some of them, and
+    :func:`prune` removes closed units.
 
     Args:
         units: Number of units.
-        dim: Their dimension in the input: 1 for channels and for the units of a batch of vectors,
-            −1 where a sequence or a grid comes before the units.
+        dim: Dimension of the units in the input: 1 for channels and for a batch of vectors, −1
+            for inputs of shape (batch, …, units), such as sequences.
         batch_dim: The dimension of examples, over which saliencies are averaged: 1 where the
             sequence comes first.
 
     Raises:
-        ValueError: An input with another number of units.
+        ValueError: The input has a different number of units.
 
     Examples:
         >>> gate = Gate(3)
@@ -92,7 +91,7 @@ class Gate(AbstractGated):
         return input * self.factors().view(shape)
 
     def passed(self, input: Tensor, output: Tensor) -> Tensor:
-        """All of it."""
+        """The whole output."""
         return output
 
     def per_unit(self, values: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ class Gate(AbstractGated):
 
 
 class Optional(AbstractGated):
-    """``y = x + g · block(x)``, a block that can be removed: one gate for all of it.
+    """``y = x + g · block(x)``, a block that can be removed, with a single gate.
 
     Args:
         block: A module whose output has the shape of its input.
@@ -134,7 +133,7 @@ class Optional(AbstractGated):
         self.block, self.residual = block, residual
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input, with as much of the block as its gate lets through."""
+        """Add the output of the block, scaled by the gate, to the input."""
         output = self.block(input)
         if output.shape != input.shape:
             raise ValueError(
@@ -158,7 +157,7 @@ class Optional(AbstractGated):
 
 
 def gated(model: nn.Module) -> Iterator[tuple[str, AbstractGated]]:
-    """Names and modules with gates; a module used at several places comes once."""
+    """Names and modules with gates; a shared module is listed once."""
     for name, module in model.named_modules():
         if isinstance(module, AbstractGated):
             yield name, module
@@ -169,7 +168,7 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
 
     Args:
         model: A model with gates.
-        options: Of the gates' group, such as a learning rate of their own.
+        options: Options of the group of gates, such as a separate learning rate.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Gate(8), nn.Linear(8, 1))
@@ -183,7 +182,7 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
 
 
 def open_gates(model: nn.Module, threshold: float = 0.0) -> dict[str, tuple[int, int]]:
-    """How many gates are open, and how many there are, by module: for logs and callbacks.
+    """Number of open gates and of all gates, by module.
 
     Args:
         model: A model with gates.

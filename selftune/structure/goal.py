@@ -1,4 +1,4 @@
-"""A goal for the size of a model: units are closed during the run until it is met."""
+"""Target size of a model: units are closed during the run until the target is reached."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ MEMORY = 0.5
 
 
 class Goal:
-    """As small as asked for, or as small as possible at this loss, within one run.
+    """Shrinks a model to a given size, or as far as a loss tolerance allows, within one run.
 
-    Minimises the loss over weights and closed units z under ``size(z) ≤ budget``. In the Lagrangian
-    ``L + λ size(z)`` a unit stays open where its saliency, the estimated rise of the validation
-    loss without it, is above λ times the size that it takes. λ is the dual variable: at each
-    closing it is the smallest that meets the size of the schedule ::
+    Minimises the loss over the weights and the closed units z subject to ``size(z) ≤ budget``. In
+    the Lagrangian ``L + λ size(z)``, a unit stays open if its saliency, the estimated increase of
+    the validation loss without it, exceeds λ times its size. λ is the dual variable: at each
+    closing it is the smallest value that meets the scheduled size ::
 
         size(t) = budget + (1 − budget) (1 − (t − start)/(end − start))³
 
-    and what is closed stays closed: its mask is 0. The rest of the run trains the smaller model.
+    Closed units stay closed: their mask is 0. The rest of the run trains the smaller model.
 
     Args:
-        model: With gates (:class:`Gate`, :class:`Optional`, …).
-        example: An input, or a tuple of inputs, for which multiply-adds count.
-        budget: The size to end at: a share of the whole in (0, 1], or, above 1, absolute.
+        model: A model with gates (:class:`Gate`, :class:`Optional`, …).
+        example: An input, or a tuple of inputs, for which multiply-adds are counted.
+        budget: Final size: a fraction of the full size if in (0, 1], else an absolute number.
         of: ``"parameters"``, ``"multiply_adds"`` or both.
-        tolerance: The validation loss that may be given up, as a share of it. All closings
-            together raise the loss, measured before the other weights adapt, by so much at most.
-            Without a budget the model becomes as small as that allows.
-        total_steps: Steps in the run; the tuner's callback knows them.
-        start: Share of the run before the first closing …
-        end: … and up to the last.
-        closings: How many there are.
-        batches: Evaluations of the closure that saliencies and losses are averaged over.
+        tolerance: Maximum relative increase of the validation loss, summed over all closings and
+            measured before the other weights adapt. Without a budget the model becomes as small
+            as this allows.
+        total_steps: Number of steps in the run; not needed with the tuner's callback.
+        start: Fraction of the run before closing starts.
+        end: Fraction of the run at the last closing.
+        closings: Number of closings.
+        batches: Number of closure evaluations over which saliencies and losses are averaged.
         recorder: Where ``structure/…`` is logged: as ``log_dir`` or ``recorder`` of the optimizers.
 
     Attributes:
-        price: λ, the rise of the loss for the whole size, at the last closing.
+        price: λ at the last closing: the increase of the loss per unit of relative size.
 
     Raises:
-        ValueError: Neither budget nor tolerance; one that the model cannot meet; a share outside
-            its range; a model without gates that can close anything.
+        ValueError: Neither a budget nor a tolerance is given, the model cannot reach the budget, a
+            fraction is out of range, or no unit of the model can be removed.
 
     Examples:
         >>> from selftune.structure import Gate
@@ -146,18 +146,18 @@ class Goal:
         return target
 
     def size(self) -> dict[str, float]:
-        """Parameters and multiply-adds in one example, without closed units."""
+        """Number of parameters and of multiply-adds per example, without closed units."""
         count = self._sizes.count(self._gone())
         return {kind: int(n) for kind, n in zip(KINDS, count, strict=True)}
 
     def step(self, closure: Closure) -> bool:
-        """Call it after each ``opt.step()``; closes units where that is due.
+        """Close units if a closing is due; call after each ``opt.step()``.
 
-        Returns whether it did, for ``if goal.step(closure): opt.sync(weights=False)``: the guard
-        must not take closed units for dead ones.
+        Returns True if units were closed. Then call ``opt.sync(weights=False)``, so that the guard
+        does not mistake closed units for dead ones.
 
         Args:
-            closure: Returns the validation loss, as that of ``opt.hyper_step``.
+            closure: Returns the validation loss, as for ``opt.hyper_step``.
 
         Raises:
             ValueError: No ``total_steps``; a loss that does not depend on the gates.
@@ -188,11 +188,11 @@ class Goal:
         return closing
 
     def close(self, closure: Closure, progress: float) -> bool:
-        """Close what the schedule asks for at a share of the run; whether anything was.
+        """Close units down to the scheduled size; returns True if any were closed.
 
         Args:
             closure: Returns the validation loss.
-            progress: Share of the run, in [0, 1].
+            progress: Completed fraction of the run, in [0, 1].
         """
         gone = self._gone()
         done = 1.0 if progress >= self._end else (progress - self._start) / max(
@@ -316,11 +316,11 @@ class Goal:
             self._monitor.flush()
 
     def open(self) -> dict[str, tuple[int, int]]:
-        """How many gates are open, and how many there are, by module."""
+        """Number of open gates and of all gates, by module."""
         return open_gates(self._model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Running means and counters; masks are in the model's own state."""
+        """Running means and counters; the masks are in the model's state dict."""
         known = {n: v.clone() for n, v in self._known.items()}
         return {"known": known, "spent": self._spent, "taken": self._taken, "price": self.price}
 

@@ -1,4 +1,4 @@
-"""Puts gates into layers of torch that have units inside."""
+"""Adds gates inside attention, transformer encoder, LSTM and GRU layers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from selftune.structure.transformer import Attention, Encoder, EncoderLayer
 log = logging.getLogger("selftune")
 
 COMPOSITES = (Attention, EncoderLayer, Encoder, RecurrentLayers)
-"""Modules of this library that pruning turns into graphs of modules of torch."""
+"""Modules of this library that pruning replaces by graphs of torch modules."""
 
 
 def with_gates(model: nn.Module) -> nn.Module:
-    """Give each attention, encoder layer, LSTM and GRU of a model gates, in place.
+    """Add gates to every attention layer, encoder layer, LSTM and GRU of a model, in place.
 
     ``nn.MultiheadAttention`` becomes :class:`Attention`, ``nn.TransformerEncoderLayer``
     :class:`EncoderLayer`, ``nn.TransformerEncoder`` :class:`Encoder`, ``nn.LSTM`` and ``nn.GRU``
@@ -26,13 +26,14 @@ def with_gates(model: nn.Module) -> nn.Module:
     and convolution layers are the user's to place.
 
     Args:
-        model: Of whichever modules.
+        model: Any module.
 
     Returns:
-        The model, or what has become of it.
+        The model, or its gated replacement if the model itself is one of these layers.
 
     Raises:
-        ValueError: ``nn.TransformerDecoderLayer`` and options that cannot be gated, by name.
+        ValueError: The model contains ``nn.TransformerDecoderLayer`` or an option that cannot be
+            gated; the message names it.
 
     Examples:
         >>> with_gates(nn.GRU(3, 4)).gates.numel()

@@ -1,4 +1,4 @@
-"""The gradient noise scale: the batch size beyond which larger batches bring little."""
+"""The gradient noise scale: the batch size above which larger batches help little."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 
 class NoiseScale:
-    """``B = tr Σ / ‖G‖²``, from gradients of micro-batches and of the batch they make up.
+    """Estimates ``B = tr Σ / ‖G‖²`` from the gradients of micro-batches and of the full batch.
 
     Σ is the covariance of the gradient of one example and G its mean. A gradient over b examples
-    has ``E ‖g_b‖² = ‖G‖² + tr Σ / b``, so that two sizes give both::
+    has ``E ‖g_b‖² = ‖G‖² + tr Σ / b``, so two batch sizes determine both::
 
         ‖G‖² ≈ (b_big ‖g_big‖² − b_small ‖g_small‖²) / (b_big − b_small)
         tr Σ ≈ (‖g_small‖² − ‖g_big‖²) / (1/b_small − 1/b_big)
 
-    Each is averaged over steps before the ratio is taken, which is biased else. Batches of B
-    examples take about twice as many steps as one would with batches without noise, and twice as
-    many examples as with batches of one.
+    Each is averaged over steps before the ratio is taken, because the ratio of single estimates is
+    biased. Training with batches of B examples takes about twice as many steps as with noise-free
+    gradients, and about twice as many examples as with a batch size of one.
 
-    Where gradients are accumulated, they cost no further pass, and one copy of the gradients::
+    With gradient accumulation, the estimate needs no extra pass and one copy of the gradients::
 
         for x, y in parts:                          # k parts of equal size
             (loss_fn(model(x), y) / k).backward()
@@ -34,7 +34,7 @@ class NoiseScale:
         memory: Steps over which both estimates are averaged.
 
     Raises:
-        ValueError: A memory below 1.
+        ValueError: ``memory`` is below 1.
 
     Examples:
         >>> scale = NoiseScale()
@@ -55,7 +55,7 @@ class NoiseScale:
 
     @property
     def value(self) -> float:
-        """B in examples: NaN before the first observation, inf while noise hides the gradient."""
+        """B in examples: NaN before the first observation, inf if noise dominates the gradient."""
         if self._weight == 0:
             return math.nan
         if self._signal <= 0:
@@ -65,7 +65,7 @@ class NoiseScale:
     def observe(
         self, small: float | Tensor, big: float | Tensor, small_size: int, big_size: int
     ) -> None:
-        """Take a step into account.
+        """Update the estimates with the gradients of one step.
 
         Args:
             small: ‖g_small‖², the mean over the micro-batches, or over data-parallel ranks.
@@ -74,7 +74,7 @@ class NoiseScale:
             big_size: Examples in the whole batch.
 
         Raises:
-            ValueError: Sizes between which there is no difference.
+            ValueError: ``1 ≤ small_size < big_size`` does not hold.
         """
         if not 1 <= small_size < big_size:
             raise ValueError(
@@ -92,7 +92,7 @@ class NoiseScale:
         self._weight += share * (1 - self._weight)
 
     def micro_batch(self, params: Iterable[Tensor]) -> None:
-        """Look at ``.grad`` after the backward pass of a micro-batch, of its mean loss over k."""
+        """Record ``.grad`` after the backward pass of a micro-batch (mean loss divided by k)."""
         grads = [p.grad for p in params if p.grad is not None]
         before = self._sum
         if before is not None and len(before) != len(grads):
@@ -108,10 +108,10 @@ class NoiseScale:
             self._sum = parts if before is None else [g.clone() for g in grads]
 
     def whole_batch(self, size: int) -> None:
-        """All micro-batches of a step of so many examples were looked at.
+        """Finish a step of ``size`` examples, after all its micro-batches were recorded.
 
         Raises:
-            ValueError: Fewer than two micro-batches, or sizes that are not equal.
+            ValueError: There are fewer than two micro-batches, or their sizes are not equal.
         """
         count, total = len(self._norms), self._sum
         if count < 2 or total is None or size % count:

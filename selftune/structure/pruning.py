@@ -1,4 +1,4 @@
-"""Removes what gates have closed: a smaller dense model with the same outputs."""
+"""Removes units and blocks with closed gates: a smaller dense model with the same outputs."""
 
 from __future__ import annotations
 
@@ -29,36 +29,37 @@ def prune(
     model: nn.Module, example: Any, *, threshold: float = 1e-2,
     loss: Callable[[nn.Module], Any] | None = None, tolerance: float = 0.01,
 ) -> nn.Module:  # fmt: skip
-    """A smaller plain model, with the outputs that ``model`` has once closed gates are exactly 0.
+    """Remove closed units and blocks; returns a smaller model made of torch modules only.
 
-    Units whose gates are closed are cut out of all layers that share them: rows of the layer that
-    makes them, entries of norms, columns of the layers that read them. Units that are added to
-    others (residual connections) go where every summand is closed, and are 0 otherwise. The factors
-    of open gates go into the weights beside them, so that modules of torch alone remain; closed
-    :class:`Optional` blocks become identities. A gate that can close nothing that can be removed
-    (before a LayerNorm, in front of ``nn.LSTM``) keeps its factors, and its units.
+    The outputs are those of ``model`` with closed gates set to exactly 0. Units with closed gates
+    are removed from all layers that share them: rows of the layer that produces them, entries of
+    norms, columns of the layers that read them. In residual connections, a unit is removed if it is
+    closed in every summand, and is 0 otherwise. Factors of open gates are folded into adjacent
+    weights; closed :class:`Optional` blocks become identities. If none of the units of a gate can
+    be removed (before a LayerNorm or ``nn.LSTM``), its factors and units are kept.
 
-    The graph is that of ``torch.fx.symbolic_trace``: control flow that depends on values cannot be
-    followed. Shapes written as numbers in ``forward`` (``x.view(-1, 512)``) do not fit the smaller
-    model; write ``x.flatten(1)``.
+    The graph is that of ``torch.fx.symbolic_trace``: data-dependent control flow cannot be
+    traced. Hard-coded shapes in ``forward`` (``x.view(-1, 512)``) do not fit the smaller model; use
+    ``x.flatten(1)``.
 
     Args:
-        model: With gates. It is left as it is.
-        example: An input, or a tuple of inputs; of the size that the model is meant for, where its
-            layers depend on it.
-        threshold: A gate is closed if |g| is not above it. Running averages of gates, which is what
-            runs end with, are exactly 0 only some hundred steps after the gates themselves.
-        loss: Of a model with :class:`Choice`, a function of the model: its loss, checked before and
-            after each choice becomes one branch.
-        tolerance: The share of that loss by which it may rise.
+        model: A model with gates. It is not modified.
+        example: An input, or a tuple of inputs, of the size that the model is used with, if layers
+            depend on it.
+        threshold: A gate is closed if |g| is at most this value. The averaged gates at the end of a
+            run reach exactly 0 only about a hundred steps after the gates themselves.
+        loss: Required for models with :class:`Choice`: a function that takes the model and returns
+            its loss, evaluated before and after each choice is replaced by one branch.
+        tolerance: Maximum relative increase of that loss.
 
     Returns:
-        A copy of the model with smaller layers, in the model's mode.
+        A copy of the model with smaller layers, in the same training or evaluation mode.
 
     Raises:
-        ValueError: A model without gates, an example that does not fit, a graph that cannot be
+        ValueError: The model has no gates, the example does not fit, or the model cannot be
             traced.
-        RuntimeError: The smaller model fails, or has other outputs, or the loss of choices rises.
+        RuntimeError: The smaller model fails or has different outputs, or replacing the choices
+            raises the loss by more than ``tolerance``.
 
     Examples:
         >>> from selftune.structure import Gate

@@ -12,17 +12,18 @@ from selftune.structure.gates import AbstractGated
 
 
 class Recurrent(AbstractGated):
-    """``h ← g · cell(x, h)``: a gate for each hidden unit of an LSTM or a GRU of one layer.
+    """``h ← g · cell(x, h)``: a gate for each hidden unit of a single-layer LSTM or GRU.
 
-    The gated state is what the cell reads at the next step and what it passes on, so that a closed
-    unit acts on nothing, and :func:`prune` removes it: rows and columns of all weights.
+    The gated state is both the output and the input of the cell at the next step, so a closed unit
+    has no effect, and :func:`prune` removes its rows and columns from all weights.
 
     Args:
-        cell: ``nn.LSTM`` or ``nn.GRU``, which becomes part of this module. States start at 0.
+        cell: ``nn.LSTM`` or ``nn.GRU``; it becomes a submodule and is not copied. The initial
+            state is 0.
 
     Raises:
-        ValueError: Several layers (:class:`RecurrentLayers` takes them), two
-            directions, or a projection.
+        ValueError: The cell has several layers (use :class:`RecurrentLayers`), is
+            bidirectional, or has a projection.
 
     Examples:
         >>> cell = nn.LSTM(3, 4, batch_first=True)
@@ -44,10 +45,11 @@ class Recurrent(AbstractGated):
         self.to(some.device, some.dtype)
 
     def forward(self, input: Tensor) -> tuple[Tensor, Any]:
-        """Outputs and last state, as of the cell: gated ``h``, and ``c`` of an LSTM.
+        """Return outputs and final state like the cell, with ``h`` gated.
 
         Args:
-            input: Shape (batch, length, features), or as ``batch_first`` says.
+            input: Shape (batch, length, features) if ``batch_first``, else (length, batch,
+                features).
         """
         gates = self.factors()
         cell: Any = self.cell
@@ -64,14 +66,14 @@ class Recurrent(AbstractGated):
         return output * gates, h * gates
 
     def passed(self, input: Tensor, output: Any) -> None:
-        """None: gates act within the recurrence too, which the output does not tell."""
+        """None, because the gates also act inside the recurrence."""
 
     def per_unit(self, values: Tensor) -> Tensor:
-        """As they are."""
+        """Return the values unchanged."""
         return values
 
     def plain(self) -> nn.Module:
-        """The same as modules of torch alone; takes the cell over."""
+        """An equivalent of torch modules only; modifies and reuses the cell."""
         gates = self.factors().detach()
         with torch.no_grad():
             self.cell.get_parameter("weight_hh_l0").mul_(gates)
@@ -95,13 +97,13 @@ class Recurrent(AbstractGated):
 
 
 class RecurrentLayers(nn.Module):
-    """An LSTM or GRU of several layers, each a :class:`Recurrent` of its own.
+    """A multi-layer LSTM or GRU in which each layer is a :class:`Recurrent`.
 
     Args:
-        rnn: Of which it takes weights and sizes.
+        rnn: The layer from which weights and sizes are copied.
 
     Raises:
-        ValueError: Two directions, or a projection.
+        ValueError: The layer is bidirectional or has a projection.
     """
 
     def __init__(self, rnn: nn.LSTM | nn.GRU) -> None:
@@ -111,7 +113,7 @@ class RecurrentLayers(nn.Module):
         self._lstm, self._last = isinstance(rnn, nn.LSTM), rnn.num_layers - 1
 
     def forward(self, input: Tensor) -> tuple[Tensor, Any]:
-        """Outputs of the last layer and, in lists, the last states of all, which differ in size."""
+        """Return the outputs of the last layer and the final states of all layers as lists."""
         states = []
         for i, layer in enumerate(self.layers):
             input, state = layer(input)

@@ -1,4 +1,4 @@
-"""Attention and encoder layers with a gate for each head and for each unit between."""
+"""Attention and encoder layers with a gate for each head and each feed-forward unit."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from selftune.structure.gates import Gate
 class Attention(nn.Module):
     """Multi-head attention with a gate for each head: ``out(concat_h g_h · head_h)``.
 
-    It has the outputs of the layer that it is made from, whose weights it copies.
-    :func:`prune` removes closed heads: their rows of the projections of queries, keys and values,
-    and their columns of the last one.
+    Weights are copied from an existing layer, and outputs are the same. :func:`prune` removes
+    closed heads: their rows in the query, key and value projections and their columns in the
+    output projection.
 
     Args:
-        attention: Of which it takes weights and sizes.
+        attention: The layer from which weights and sizes are copied.
 
     Raises:
-        ValueError: ``add_bias_kv``, ``add_zero_attn`` or dropout of the attention weights.
+        ValueError: The layer uses ``add_bias_kv``, ``add_zero_attn`` or attention dropout.
 
     Examples:
         >>> plain = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -139,10 +139,10 @@ class EncoderLayer(nn.Module):
     """A ``nn.TransformerEncoderLayer`` with a gate for each head and each feed-forward unit.
 
     Args:
-        layer: Of which it takes weights and sizes.
+        layer: The layer from which weights and sizes are copied.
 
     Raises:
-        ValueError: Attention that cannot be gated.
+        ValueError: The attention of the layer cannot be gated.
 
     Examples:
         >>> plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
@@ -204,7 +204,7 @@ class Encoder(nn.Module):
     """A ``nn.TransformerEncoder`` of gated layers.
 
     Args:
-        encoder: Of which it takes layers and the last norm.
+        encoder: The encoder from which the layers and the final norm are copied.
     """
 
     def __init__(self, encoder: nn.TransformerEncoder) -> None:
