@@ -31,7 +31,7 @@ def test_different_shapes_are_named() -> None:
     choice = Choice([nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 5)])
     with pytest.raises(ValueError, match=r"shapes \(1, 2, 6, 6\), \(1, 2, 4, 4\)"):
         choice(torch.zeros(1, 1, 8, 8))
-    with pytest.raises(ValueError, match="branches: 1"):
+    with pytest.raises(ValueError, match=r"len\(branches\)=1 must be at least 2"):
         Choice([nn.ReLU()])
 
 
