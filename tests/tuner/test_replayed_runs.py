@@ -69,7 +69,9 @@ def test_steps_that_a_rewind_undid_are_not_replayed() -> None:
     for step, rate in ((0, 1.0), (10, 5.0), (20, 2.0)):
         history.hyper(step, 0.0, {"lr": rate})
     history.undone.append([8, 20])
-    steps = SimpleNamespace(rates=torch.ones(1), update=SimpleNamespace(rule=st.rules.SGD()))
+    steps = SimpleNamespace(
+        rates=torch.ones(1), update=SimpleNamespace(rule=st.rules.SGD()), chosen=None
+    )
     schedule = schedule_of(history, steps, {"lr": 2.0, "decay": 0.0}, 30)
     assert schedule.steps == 18
     assert [schedule.at(step)["lr"] for step in (0, 7, 8, 17)] == [1.0, 1.0, 2.0, 2.0]
