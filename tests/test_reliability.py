@@ -32,6 +32,11 @@ def fresh(work: Callable[[int], Any], count: int) -> Any:
         return pool.submit(work, count).result()
 
 
+def verdicts(count: int) -> list[tuple[str, str, str]]:
+    """File, trouble and what is wrong, of so many cases."""
+    return [(case.file, case.trouble, wrong) for case, wrong in files(count)]
+
+
 FEW = [s for s in hostile(1000) if s.seed % 125 == 3]
 
 
@@ -95,10 +100,9 @@ def test_killed_workers_and_cut_connections_lose_the_running_trials_alone() -> N
 @pytest.mark.slow
 def test_files_in_trouble_are_kept_or_refused() -> None:
     """A slice of the hundred, without what no checksum sees: the user's own ``torch.load``."""
-    found = fresh(files, 20)
+    found = fresh(verdicts, 20)
     assert len(found) == 20
-    assert not [(c.file, c.trouble, v) for c, v in found
-                if v and (c.file, c.trouble) != ("optimizer state", "flipped")]  # fmt: skip
+    assert not [f for f in found if f[-1] and f[:2] != ("optimizer state", "flipped")]
 
 
 @pytest.mark.slow
