@@ -109,6 +109,10 @@ def _remote(address: str) -> BaseStorage:
     return storage
 
 
+MAKING = "create table", "alembic_version", "version_info"
+"""Words of the statements with which Optuna makes its tables and notes their version."""
+
+
 def persist(call: Callable[[], T], study: optuna.Study | None = None) -> T:
     """Call, and again after errors of a database that are transient.
 
@@ -142,7 +146,8 @@ def transient(error: BaseException | None) -> str | None:
     """What led to an error and passes: a lost connection, or tables that another worker makes."""
     while error is not None:
         if isinstance(error, DBAPIError):
-            making = "create table" in str(error.statement).lower()
+            statement = str(error.statement).lower()
+            making = any(words in statement for words in MAKING)
             racing = isinstance(error, IntegrityError) or "already exists" in str(error.orig)
             if error.connection_invalidated or (making and racing):
                 return str(error.orig).strip()

@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 import resource
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from optuna.samplers import CmaEsSampler
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import IntegrityError
 from torch import nn
 
 from selftune import search
@@ -228,6 +231,25 @@ search.select(lambda space: space.suggest_float("x", -1, 1), trials=4, progress=
     command = [sys.executable, "-c", script]
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
+
+
+def test_a_version_that_another_process_writes_first_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The race of the test above, at the statement where it once ended a search."""
+    make, errors = RDBStorage.__init__, [sqlite3.IntegrityError("UNIQUE constraint failed")]
+
+    def racing(self: RDBStorage, *args: Any, **options: Any) -> None:
+        if errors:
+            statement = "INSERT INTO alembic_version (version_num) VALUES (?)"
+            raise IntegrityError(statement, (), errors.pop())
+        make(self, *args, **options)
+
+    monkeypatch.setattr(RDBStorage, "__init__", racing)
+    address = f"sqlite:///{tmp_path}/study.db"
+    found = search.select(objective, trials=1, storage=address, progress=False)
+    assert len(found.study.trials) == 1
+    assert not errors
 
 
 def test_a_trial_that_no_worker_signed_is_not_waited_for(
