@@ -181,11 +181,11 @@ class Shifts:
         self._size = self.hyper.size = value
 
     def begin_again(self, rule: AbstractRule, moves: Mapping[str, float]) -> None:
-        """Forget past hypergradients, and where values have come from.
+        """Reset the state of past hypergradients, and move values without a shift.
 
         Args:
-            rule: By which the run goes on.
-            moves: By how much raw values change, by name; of those that are tuned.
+            rule: The rule that the run continues with.
+            moves: Changes of raw values by name; names that are not tuned are ignored.
         """
         self.memory = 1.0
         if self._floor is not None:

@@ -164,7 +164,7 @@ class Training:
             self._within = False
             since = 0 if self.population is not None else self.watch.since
             tracked, tune = self.steps.observed(step - since)  # members keep one time
-        between = self._now()
+        between = self._now() if tune else {}
         try:
             outer = self.val.next() if tune else None
         except BaseException:
