@@ -10,7 +10,7 @@ validation loss.
 With the default seed the test loss of the self-tuned run is 25 % below that at the default rate (21
 to 37 % with seeds 0 to 5), and 2 % below the best of the three (12 % on average; below with five
 seeds of six). With ``--optimizer AdamW``, whose default rate is nearly the best one, it is 30 %
-below the best of three with the default seed, and 4 % above and equal to it with the next two.
+below the best of three with the default seed; with the next two it is 4 % above it and equal.
 
     python examples/digits.py [--optimizer SGD] [--lr 0.01] [--steps 2000] [--quick]
 """
@@ -29,12 +29,12 @@ import selftune as st
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--optimizer", choices=("SGD", "Adam", "AdamW", "RMSprop"), default="SGD")
-parser.add_argument("--lr", type=float, help="learning rate at the start [SGD: 0.01, others: 1e-3]")
+parser.add_argument("--lr", type=float, help="initial learning rate [SGD: 0.01, others: 1e-3]")
 parser.add_argument("--steps", type=int, default=2000)
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--log-dir", default="runs/digits")
-parser.add_argument("--quick", action="store_true", help="finish in seconds, to see it run")
+parser.add_argument("--quick", action="store_true", help="a short run of a few seconds")
 args = parser.parse_args()
 torch.set_num_threads(1)  # the network is too small to be worth sharing
 steps = 200 if args.quick else args.steps

@@ -15,7 +15,7 @@ On several machines run the same command on each, with the address of any one of
 
 Without torchrun the script trains in one process, to nearly the same hyperparameters (BatchNorm
 normalises by each rank's part of a batch; without it they are equal up to rounding). Ctrl-C saves
-and ends; the same command goes on from there, with any number of ranks.
+a checkpoint; the same command resumes it, on any number of ranks.
 """
 
 import argparse
@@ -31,10 +31,10 @@ import selftune as st
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=40)
-parser.add_argument("--batch-size", type=int, default=64, help="of all ranks together")
+parser.add_argument("--batch-size", type=int, default=64, help="over all ranks")
 parser.add_argument("--device", default="cpu", help="cpu, or cuda for the GPU of each rank")
 parser.add_argument("--log-dir", default="runs/distributed")
-parser.add_argument("--quick", action="store_true", help="finish in seconds, to see it run")
+parser.add_argument("--quick", action="store_true", help="a short run of a few seconds")
 args = parser.parse_args()
 launched = "RANK" in os.environ  # by torchrun
 if args.device == "cpu":

@@ -29,7 +29,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data-dir", default=os.environ.get("SELFTUNE_DATA", "data"))
 parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
 parser.add_argument("--optimizer", choices=("SGD", "Adam", "AdamW", "RMSprop"), default="AdamW")
-parser.add_argument("--lr", type=float, default=1e-3, help="learning rate at the start")
+parser.add_argument("--lr", type=float, default=1e-3, help="initial learning rate")
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--workers", type=int, default=0)
@@ -37,8 +37,8 @@ parser.add_argument("--amp", action="store_true", help="forward passes in bfloat
 parser.add_argument("--compile", choices=("auto", "always", "never"), default="auto")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--log-dir", default="runs/fashion_mnist")
-parser.add_argument("--resume", action="store_true", help="go on with the run in --log-dir")
-parser.add_argument("--quick", action="store_true", help="finish in seconds, to see it run")
+parser.add_argument("--resume", action="store_true", help="resume the run in --log-dir")
+parser.add_argument("--quick", action="store_true", help="a short run of a few seconds")
 args = parser.parse_args()
 logging.basicConfig(format="%(message)s")
 logging.getLogger("selftune").setLevel("INFO")
@@ -69,7 +69,7 @@ def make_model() -> nn.Module:
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of images put into their class."""
+    """Fraction of correct predictions."""
     return (output.argmax(1) == target).float().mean()
 
 

@@ -2,9 +2,9 @@
 
     python examples/gan.py [--steps 3000] [--trials 0]
 
-The data are a ring of eight Gaussians. The metric is the energy distance of samples from held-out
+The data are a ring of eight Gaussians. The metric is the energy distance of samples to held-out
 points (0 is perfect), reported on points not used for tuning. ``--trials 8`` searches over width
-and latent size, each trial such a run.
+and latent size.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
         print(", ".join(f"{name} {values[at]:.3g}" for name, values in gan.history.items()))
     with torch.no_grad():
         print(f"energy distance on unseen points: {float(gan.energy(test)):.4f}"
-              f" (of other real ones: {float(energy_distance(val, test)):.4f})")  # fmt: skip
+              f" (of real points: {float(energy_distance(val, test)):.4f})")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     tensorboard --logdir runs/tour
 
 - ``good``: an MLP with dropout on scikit-learn's digits.
-- ``dead``: a learning rate of 1 to start with, without learning-rate sweep and guard.
+- ``dead``: an initial learning rate of 1, without learning-rate sweep or guard.
 - ``overfitted``: ten validation images, to which the dropout rates over-fit.
 - ``noise``: two validation images per hyperparameter step, and a fifth of all labels wrong.
 
@@ -75,7 +75,7 @@ def run(
 
 
 def main() -> None:
-    """Run the four."""
+    """Run all four."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--log-dir", default="runs/tour")

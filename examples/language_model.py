@@ -2,7 +2,7 @@
 
 Dropout of words, inputs, hidden states and outputs, DropConnect of the recurrent weights, and
 penalties of activations (AR) and of their differences (TAR) are layers of ``st.nn``; learning rate,
-momentum and weight decay belong to the optimizer. Characters of tiny Shakespeare by default, words
+momentum and weight decay belong to the optimizer. Tokens: characters of tiny Shakespeare, or words
 of WikiText-2 with ``--wikitext2``. The last tenth of the text is used for the final evaluation
 only.
 
@@ -30,14 +30,14 @@ import selftune as st
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data-dir", default=os.environ.get("SELFTUNE_DATA", "data"))
 parser.add_argument("--wikitext2", action="store_true", help="words instead of characters")
-parser.add_argument("--vocabulary", type=int, default=10_000, help="words that are told apart")
+parser.add_argument("--vocabulary", type=int, default=10_000, help="number of distinct words")
 parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
 parser.add_argument("--steps", type=int, default=3000)
 parser.add_argument("--width", type=int, default=200)
-parser.add_argument("--length", type=int, default=64, help="of a sequence")
+parser.add_argument("--length", type=int, default=64, help="per sequence")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--log-dir", default=None, help="folder for TensorBoard and checkpoints")
-parser.add_argument("--quick", action="store_true", help="finish in seconds, to see it run")
+parser.add_argument("--quick", action="store_true", help="a short run of a few seconds")
 args = parser.parse_args()
 logging.basicConfig(format="%(message)s")
 logging.getLogger("selftune").setLevel("INFO")
@@ -52,7 +52,7 @@ def read(name: str) -> str:
         return path.read_text(encoding="utf-8")
     packed = path.with_name(f"{name}.gz")
     if not packed.exists():
-        raise SystemExit(f"neither {path} nor {packed.name} is there: pass --data-dir")
+        raise SystemExit(f"neither {path} nor {packed.name} found: pass --data-dir")
     return gzip.decompress(packed.read_bytes()).decode("utf-8")
 
 
@@ -106,4 +106,4 @@ with torch.no_grad():
     losses = [float(F.cross_entropy(model(x.to(args.device)), y.to(args.device))) for x, y in test]
 loss = sum(losses) / len(losses)
 unit = "word" if args.wikitext2 else "character"
-print(f"\ntest loss {loss:.3f} nats a {unit}, perplexity {math.exp(loss):.1f}")
+print(f"\ntest loss {loss:.3f} nats/{unit}, perplexity {math.exp(loss):.1f}")

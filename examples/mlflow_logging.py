@@ -21,7 +21,7 @@ os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions prefe
 import mlflow
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
+parser.add_argument("--quick", action="store_true", help="a short run of two epochs")
 parser.add_argument("--folder", default="runs/mlflow")
 args = parser.parse_args()
 

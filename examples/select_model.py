@@ -5,7 +5,7 @@
 The candidates are an MLP, a CNN, and an LSTM and a Transformer over the rows of the image, each
 with a few choices of depth and width. Learning rate, momentum and weight decay are tuned within
 each trial. The best model is evaluated on a test set that was not used for tuning or selection.
-Fashion-MNIST: 8,000 images, from ``$SELFTUNE_DATA`` or downloaded by torchvision.
+Fashion-MNIST: 12,000 images from ``$SELFTUNE_DATA``, or through torchvision.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     assert found.model is not None
     with torch.no_grad():
         right = float(search.accuracy(found.model(x[test]), y[test]))
-    print(f"\n{found.family}, {found.params}: {100 * right:.1f} % of the test set")
+    print(f"\n{found.family}, {found.params}: test accuracy {100 * right:.1f} %")
     print(f"tensorboard --logdir {args.log_dir}")
 
 

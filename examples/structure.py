@@ -1,14 +1,14 @@
-"""A net that is too wide and too deep for Fashion-MNIST ends smaller, within one run.
+"""Shrinks a network that is too wide and deep for Fashion-MNIST, in one run.
 
 Channels and hidden units have gates, residual blocks can be removed, one layer chooses its kernel
 size, and batches follow the gradient noise scale. ``structure.Goal`` closes units early in the run
-until half of parameters and multiply-adds are left, ``st.AdamW`` tunes the rate and weight decay on
-validation batches, and ``prune`` returns the smaller net in plain torch. The test images judge it.
+until half of the parameters and multiply-adds remain, ``st.AdamW`` tunes its hyperparameters on
+validation batches, and ``prune`` returns the smaller network in plain torch.
 
     python examples/structure.py [--epochs 3] [--budget 0.5] [--quick]
 
-The images come from ``--data-dir`` (or the folder in ``SELFTUNE_DATA``) if ``fashion_mnist.npz``
-lies there, else torchvision loads them to it.
+The images come from ``fashion_mnist.npz`` in ``--data-dir`` (or the folder ``SELFTUNE_DATA``)
+if it exists, else torchvision downloads them.
 """
 
 import argparse
@@ -29,12 +29,12 @@ import selftune as st
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data-dir", default=os.environ.get("SELFTUNE_DATA", "data"))
 parser.add_argument("--images", type=int, default=20_000, help="training images")
-parser.add_argument("--epochs", type=int, default=3, help="of batches of the first size")
-parser.add_argument("--batch-size", type=int, default=32, help="at the start")
-parser.add_argument("--budget", type=float, default=0.5, help="share of the size to end at")
+parser.add_argument("--epochs", type=int, default=3, help="at the initial batch size")
+parser.add_argument("--batch-size", type=int, default=32, help="initial size")
+parser.add_argument("--budget", type=float, default=0.5, help="final fraction of the size")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--log-dir", default="runs/structure")
-parser.add_argument("--quick", action="store_true", help="finish in seconds, to see it run")
+parser.add_argument("--quick", action="store_true", help="a short run of a few seconds")
 args = parser.parse_args()
 logging.basicConfig(format="%(message)s")
 logging.getLogger("selftune").setLevel("INFO")
@@ -56,7 +56,7 @@ def images(folder: Path) -> tuple[TensorDataset, TensorDataset]:
 
 
 def block(channels: int) -> nn.Module:
-    """The branch of a residual connection, with a gate on what is inside."""
+    """The branch of a residual connection, with gated channels inside."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
         st.structure.Gate(channels), nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels),
@@ -142,7 +142,7 @@ while taken < steps:
 
 
 def accuracy(net: nn.Module) -> float:
-    """On the test images, in percent."""
+    """Test accuracy in percent."""
     found = [(net(x).argmax(1) == y).float() for x, y in DataLoader(test_images, 1000)]
     return 100 * float(torch.cat(found).mean())
 

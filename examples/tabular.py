@@ -22,7 +22,7 @@ from selftune.search.sklearn import SelfTuningRegressor
 
 
 def main() -> None:
-    """Fit the three and compare them."""
+    """Fit and compare three models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--uci", choices=("energy", "concrete", "yacht", "power", "wine_red"))
     parser.add_argument("--epochs", type=int, default=60)
@@ -39,7 +39,7 @@ def main() -> None:
         error = np.sqrt(np.mean((model.predict(parts[1]) - parts[3]) ** 2))
         print(f"{type(model).__name__:>30}  test RMSE {error:.4g}")
     ended = ", ".join(f"{name}={value:.3g}" for name, value in net.hparams_.items())
-    print(f"where its hyperparameters ended: {ended}")
+    print(f"final hyperparameters: {ended}")
 
 
 if __name__ == "__main__":

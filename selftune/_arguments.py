@@ -89,7 +89,7 @@ class OneOf(Kind):
     values: tuple[Any, ...]
 
     def fits(self, value: Any) -> bool:
-        """Whether it is hashable as these are."""
+        """Whether it is hashable, as the values are."""
         return isinstance(value, tuple({type(v) for v in self.values}))
 
     def holds(self, value: Any) -> bool:
@@ -103,13 +103,13 @@ class OneOf(Kind):
 
 @dataclass(frozen=True)
 class Instance(Kind):
-    """An object of some classes."""
+    """An instance of given classes."""
 
     classes: tuple[type, ...]
     words: str
 
     def fits(self, value: Any) -> bool:
-        """Whether it is one."""
+        """Whether it is an instance."""
         return isinstance(value, self.classes)
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class That(Kind):
     words: str
 
     def fits(self, value: Any) -> bool:
-        """Whether it does."""
+        """Whether the function accepts it."""
         return self.test(value)
 
     def __str__(self) -> str:

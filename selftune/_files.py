@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a temporary file, and move it to its place.
+    """Write a temporary file, and move it into place.
 
     Raises:
-        OSError: It cannot be written; the previous file stays unchanged.
+        OSError: The file cannot be written; the previous file is unchanged.
     """
     place = Path(os.path.realpath(path))  # a link goes on pointing there
     partial = place.with_name(f"{place.name}.{uuid.uuid4().hex}.partial")
@@ -24,6 +24,6 @@ def write_text(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
         raise OSError(
             error.errno,
-            f"{path} was not written ({error.strerror}); the previous file stays: free space "
-            "there, or pass another place",
+            f"{path} was not written ({error.strerror}); the previous file is kept: free space "
+            "there, or pass another path",
         ) from error

@@ -82,7 +82,7 @@ class Layout:
         return torch.cat(parts).to(self.dtype) if out is None else torch.cat(parts, out=out)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The tensors as views of ``flat``; leading dimensions of ``flat`` stay."""
+        """The tensors as views of ``flat``; leading dimensions of ``flat`` are kept."""
         lead = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
         return [p.view((*lead, *s)) for p, s in zip(parts, self.shapes, strict=True)]
@@ -94,7 +94,7 @@ class Layout:
             torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))
 
     def _local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's parts; asked once whether there are any, as this is done at every step."""
+        """This rank's parts; whether tensors are sharded is checked only once."""
         return [local(t) for t in tensors] if self._sharded else list(tensors)
 
     def expand(self, values: Sequence[float]) -> float | Tensor:

@@ -22,14 +22,14 @@ class Graphs:
         self._wrap, self._known = wrap, dict[str, Function]()
 
     def __call__(self, name: str, function: Function) -> Function:
-        """The wrapped first function of a name."""
+        """The wrapped function; later functions of the same name are ignored."""
         if name not in self._known:
             self._known[name] = self._wrap(function)
         return self._known[name]
 
 
 def compile_alone(function: Function) -> Function:
-    """A compiled function with a separate code object, because Dynamo limits the graphs of each."""
+    """Compile a function with its own code object, because Dynamo limits graphs per code."""
 
     def run(*args: Any) -> Any:
         return function(*args)

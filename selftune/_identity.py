@@ -41,7 +41,7 @@ def describe(value: Any) -> str:
 
 
 def differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """Names under which two of them differ, with both values; long ones by their first other line.
+    """Names and values of settings that differ; of long values the first different line.
 
     Examples:
         >>> differences({"amp": True, "every": 5}, {"amp": False, "every": 5})

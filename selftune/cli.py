@@ -13,21 +13,19 @@ from selftune.monitor.report import table
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
-    parser = argparse.ArgumentParser(prog="selftune", description="Look at self-tuned runs.")
+    parser = argparse.ArgumentParser(prog="selftune", description="Inspect self-tuned runs.")
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="the tables of finished or running runs, compared")
-    show.add_argument(
-        "runs", nargs="+", help="log directories, folders of such, or files of JSON lines"
-    )
+    show = commands.add_parser("show", help="summarise and compare runs, also unfinished ones")
+    show.add_argument("runs", nargs="+", help="log directories, their parents, or JSON-lines files")
     demo = commands.add_parser("demo", help="tune an MLP on scikit-learn's digits, in seconds")
     demo.add_argument("--log-dir", default="runs/demo")
     demo.add_argument("--epochs", type=int, default=10)
     worker = commands.add_parser(
-        "worker", help="run a script as one more worker of the search that it makes"
+        "worker", help="run a script as an additional worker of its search"
     )
-    worker.add_argument("--storage", required=True, help="of the search: a path or an address")
+    worker.add_argument("--storage", required=True, help="path or URL of the search's storage")
     worker.add_argument("script", help="a Python file that calls selftune.search.select")
-    worker.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
+    worker.add_argument("rest", nargs=argparse.REMAINDER, help="script arguments")
     args = parser.parse_args(arguments)
     if args.command == "demo":
         return _demo(args.log_dir, args.epochs)
@@ -106,7 +104,7 @@ def _demo(folder: str, epochs: int) -> int:
         f"\nvalidation loss {result.best_loss:.4g}; {100 * right:.1f} % accuracy on {len(test)} "
         "held-out digits"
     )
-    print(f"\nThe page: {Path(folder) / 'report.html'}\nThe run:  tensorboard --logdir {folder}")
+    print(f"\nReport:  {Path(folder) / 'report.html'}\nCharts:  tensorboard --logdir {folder}")
     return 0
 
 

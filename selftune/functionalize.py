@@ -47,7 +47,7 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """The model without its trained weights, so that memory holds them once."""
+    """The model without its trained weights, so that they are stored only once."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     memo |= {id(p): nn.Parameter(p.new_empty(0)) for p in model.parameters() if p.requires_grad}
     try:

@@ -21,7 +21,7 @@ class Hparam:
         bijection: Its scale.
         lower: Lower bound of tuning.
         upper: Upper bound of tuning.
-        from_zero: Start of tuning if every group has exactly 0, where its scale has no gradient.
+        from_zero: Starting value if it is 0 in every group, because its scale has no gradient at 0.
         option: Key of the parameter group, if it is not ``name``.
         index: Position within that option, if it is a tuple (``betas``).
         role: ``"rate"``, ``"decay"`` (of the rate), ``"momentum"`` (memory of gradients: reduced by
@@ -100,7 +100,7 @@ WEIGHT_DECAY = Hparam(
     name="weight_decay", bijection=Log(), lower=1e-9, upper=1e2, from_zero=1e-5, role="regularizer"
 )  # fmt: skip
 SLOW = 0.2
-"""Relative step size of momenta (see ablations)."""
+"""Relative step size of momenta (see docs/ablations.md)."""
 MOMENTUM = Hparam(
     name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1,
     role="momentum", pace=SLOW, accumulates=True,

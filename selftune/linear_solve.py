@@ -23,7 +23,7 @@ class Solution(NamedTuple):
     Attributes:
         value: v, shape (N,).
         residual: ‖b − A v‖ / ‖b‖, shape (); with damping, of the damped system.
-        iterations: Number of products, not counting one for a start.
+        iterations: Number of products, without that of an initial iterate.
         converged: Whether the residual is within the solver's tolerance, shape ().
         diverged: Whether iterates became worse than 0, or A is indefinite although the solver
             needs a positive matrix, shape (). ``value`` is still usable: never worse than 0.
@@ -93,7 +93,7 @@ class AbstractIteration(AbstractSolver):
         """The solution of the final state."""
 
     def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
-        """Take all rounds."""
+        """Run all rounds."""
         carry = self.begin(product, rhs, start)
         for _ in range(self.rounds):
             carry = self.step(product, carry)
@@ -248,8 +248,8 @@ class Nystrom(AbstractSolver):
     """``(A + δ I)⁻¹ b`` with A replaced by its Nyström approximation from some of its columns.
 
     ``A ≈ C W⁺ Cᵀ``, C the columns of A at r random places and W their rows at these places, so
-    that by Woodbury's identity ``v = b/δ − C (δ W + Cᵀ C)⁺ Cᵀ b / δ``. It takes r products and
-    one more for the residual, of the damped system, and needs no scale.
+    that by Woodbury's identity ``v = b/δ − C (δ W + Cᵀ C)⁺ Cᵀ b / δ``. It needs r products and
+    one more for the residual of the damped system, but no scale.
 
     Args:
         rank: r.

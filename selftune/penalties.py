@@ -90,7 +90,7 @@ class ProximalL1(AbstractPenalty):
 
 GATE_AXES = (1, 1, 1, 1, 1)
 """Trailing dimensions of a gate. No parameter of torch has six dimensions, so a penalty, which gets
-only a tensor, recognises gates by shape: concatenated, sharded or mapped over a population."""
+only a tensor, recognises gates by shape, even if sharded or mapped over a population."""
 
 
 def is_gate(shape: Sequence[int]) -> bool:
@@ -107,11 +107,11 @@ def is_gate(shape: Sequence[int]) -> bool:
 class Gates(AbstractPenalty):
     """Ω = Σ|g| over the gates of :mod:`selftune.structure` alone, through its subgradient sign(g).
 
-    A gate scales the output of a unit or layer, so this is a group penalty: a gate goes to 0 if its
-    opening lowers the loss by less than λ for each unit. Other parameters are not penalised. The
-    penalty uses the subgradient, not soft-thresholding: before a normalisation layer, or weights
-    that grow in compensation, the loss does not depend on the scale of the gates, and thresholds of
-    the size of a step would close all of them, whereas gradients grow as gates shrink.
+    A gate scales the output of a unit or layer, so this is a group penalty: a gate goes to 0 if
+    opening it lowers the loss at a rate below λ. Other parameters are not penalised. The
+    penalty uses the subgradient, not soft-thresholding: before a normalisation layer, or if
+    weights grow to compensate, the loss does not depend on the scale of the gates.
+    Soft-thresholding would then close all of them, whereas their gradients grow as they shrink.
     Source: on the scales of BatchNorm, Liu et al. 2017 (network slimming), eq. 1.
 
     Examples:

@@ -26,7 +26,7 @@ class Problem:
     """``min_h L_val(w_T(h))``, where ``(w, s)₊ = U(w, s, ∇L_train(w, h; batch), h)``.
 
     Hyperparameters are tensors by name: those of the update (``lr``, ``momentum``, strengths of
-    penalties, …) may have the shape of the weights, and all others go to ``inner_loss``.
+    penalties, …) may have the shape of the weights; all others are passed to ``inner_loss``.
 
     Args:
         update: The update rule.
@@ -72,7 +72,7 @@ class Problem:
     products: Products = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Make the products, which remember their backend."""
+        """Create the products, which store their backend."""
         object.__setattr__(self, "products", Products(self.inner_loss, self.backend))
         fixed = dict.fromkeys(self.update.hparams, 0.0) | dict(self.update.rule.defaults)
         object.__setattr__(self, "options", {**fixed, **self.options})
@@ -107,7 +107,7 @@ class Problem:
             one = "weight" if self.segments is None else "segment"
             raise ValueError(
                 f"hparams[{name!r}] has shape {tuple(hparam.shape)}, which must be () for one "
-                f"value, or ({fits},) for one a {one}"
+                f"value, or ({fits},) for one per {one}"
             )
 
     def gather(self, name: str, single: Tensor, hparam: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Problem:
         return params, {k: after[k] for k in point.state}
 
     def points(self, params: Tensor, hparams: Hparams, batches: Iterable[Any]) -> Iterable[Point]:
-        """The points of a run, one before each step and the last after all."""
+        """The points of a run, one before each step and one after the last."""
         point = self.start(params, hparams)
         for batch in batches:
             point = self.known(point._replace(batch=batch), hparams)
@@ -220,7 +220,7 @@ class Problem:
         return lambda moving: push(torch.zeros_like(point.params), moving)
 
     def gauss_newton(self, point: Point, hparams: Hparams) -> Callable[[Tensor], Tensor]:
-        """The function ``v ↦ Jᵀ (∂²criterion/∂outputs²) J v``, never indefinite.
+        """The function ``v ↦ Jᵀ (∂²criterion/∂outputs²) J v``, positive semi-definite.
 
         Source: Schraudolph 2002.
         """

@@ -43,7 +43,7 @@ class Products:
 
     Attributes:
         backend: The current backend; ``"auto"`` until the first product.
-        refused: Reasons against other backends, by name.
+        refused: Reasons why other backends failed, by name.
         mapped: Whether products are mapped over several directions at once; False after torch
             failed to.
 
@@ -180,8 +180,8 @@ class Products:
             else:
                 raise RuntimeError(
                     f"backend={asked!r} cannot differentiate this loss twice: "
-                    f"{self.refused[self.backend]}. Use backend='differences', which needs first "
-                    "derivatives only"
+                    f"{self.refused[self.backend]}. Use backend='differences', which only needs "
+                    "first derivatives"
                 )
         return self.backend
 
@@ -203,7 +203,7 @@ class Products:
                 continue
             seen.add(node)
             if node.name() == "torch::autograd::Error":
-                raise RuntimeError("an operation in it can be differentiated once only")
+                raise RuntimeError("one of its operations can be differentiated only once")
             waiting += [following for following, _ in node.next_functions]
 
     @staticmethod

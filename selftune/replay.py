@@ -74,7 +74,7 @@ class TunedSchedule:
         """Write JSON.
 
         Raises:
-            OSError: It cannot be written; a previous file stays.
+            OSError: The file cannot be written; a previous file is kept.
         """
         write_text(Path(path), json.dumps(asdict(self)))
 
@@ -90,7 +90,7 @@ class TunedSchedule:
             return TunedSchedule(**found)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is not a schedule that was saved by selftune ({error}): pass another "
+                f"{path} is not a schedule saved by selftune ({error}): pass another "
                 "file, or save the schedule of the run again"
             ) from error
 

@@ -104,7 +104,7 @@ def _sentence(agrees: bool, cosine: float, doubtful: Sequence[str]) -> str:
             "fewer steps or a smaller learning rate"
         )
     if cosine > 0:
-        return "the estimate is biased, and points downhill all the same"
+        return "the estimate is biased, but still points downhill"
     return "the estimate points uphill: do not tune with it here"
 
 

@@ -72,7 +72,7 @@ class Update:
     penalties: tuple[AbstractPenalty, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise an error for two penalties of one name."""
+        """Raise an error if two penalties share a name."""
         names = [p.name for p in self.penalties]
         if len(set(names)) < len(names):
             raise ValueError(f"penalty={names}: two penalties share a name; pass each once")
@@ -85,7 +85,7 @@ class Update:
 
     @property
     def heavy(self) -> list[Hparam]:
-        """Heavy-ball momenta that act at present."""
+        """Heavy-ball momenta that are currently active."""
         found = self.rule.hparams
         return [h for h in found if h.accumulates and h.name not in self.rule.inactive]
 

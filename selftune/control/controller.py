@@ -26,8 +26,8 @@ from selftune.hparams import Hparam
 log = logging.getLogger("selftune")
 
 PROOF, PROVEN = 10, 0.1
-"""Number of training losses without an alarm that confirm a sweep; or a validation loss at most
-this share above the initial one."""
+"""Number of training losses without an alarm that confirm a sweep; or largest relative increase
+of a validation loss that does."""
 FADED = "units died after the learning rate had risen"
 BAD_GRADIENTS = "gradients vanished or are not finite"
 
@@ -96,11 +96,11 @@ class Controller:
     def calmed(
         self, values: Mapping[str, float], hparams: Mapping[str, Hparam]
     ) -> dict[str, float]:
-        """By how much raw momenta change that begin to act when a sweep is over.
+        """Changes of the raw values of momenta that become active after a sweep.
 
         Args:
-            values: Present values.
-            hparams: Hyperparameters that begin to act; those count that are tuned.
+            values: Current values.
+            hparams: Hyperparameters that become active; only tuned ones change.
         """
         if self.sweep is None:
             return {}
@@ -149,11 +149,11 @@ class Controller:
 
     @property
     def unproven(self) -> bool:
-        """Whether no loss has confirmed the sweep yet; the good weights are the initial ones."""
+        """Whether the sweep is not confirmed yet; the good weights are then the initial ones."""
         return self.guard is not None and self.sweep is not None and not self.sweep.proven
 
     def _undone(self, action: Action) -> Action:
-        """A rewind, to before the sweep if no loss has confirmed it."""
+        """A rewind, to before an unconfirmed sweep."""
         if self.unproven:
             assert self.sweep is not None
             self.sweep.proven = True
@@ -172,7 +172,7 @@ class Controller:
         if self.unproven and not self.sweeping:
             assert self.sweep is not None
             if math.isfinite(loss) and loss > guard.start + PROVEN * abs(guard.start):
-                return self._undone(self._rewind("the sweep led uphill", worsened=True))
+                return self._undone(self._rewind("the sweep increased the loss", worsened=True))
             self.sweep.proven = math.isfinite(loss)
             proof = loss <= guard.start
         verdict = guard.validation_loss(loss)

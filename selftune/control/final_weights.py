@@ -23,8 +23,8 @@ _REST = torch.tensor(
 class FinalWeights:
     """The position of the final weights between last good weights, average and last iterate.
 
-    The average lags behind the weights. This is worse while the weights still descend, and better
-    once they fit noise; if they have done so for long, the last good weights are the best. The
+    The average lags behind the weights, which hurts while they still descend and helps once they
+    fit noise; if they have fitted noise for long, the last good weights are best. The
     losses at these positions differ by less than the noise between batches, but the slopes
     between them are precise enough, and their integral gives the position of lowest loss.
 
@@ -56,9 +56,9 @@ class FinalWeights:
 
         Args:
             steps: Steps taken.
-            period: Steps since the last call, and so probably until the next.
+            period: Steps since the last call, probably the same until the next.
             total: Steps in the run; None if unknown.
-            every: Least steps between two selections.
+            every: Minimum number of steps between two selections.
         """
         near = total is not None and steps <= total <= steps + period
         return near and (self.judged == 0 or steps - self.judged >= every)
@@ -110,7 +110,7 @@ class FinalWeights:
 
 
 def between(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """A copy between two tensors; exact at both ends, even if the other contains NaN.
+    """Interpolate between two tensors; exact at both ends, even if the other contains NaN.
 
     Examples:
         >>> between(torch.zeros(1), torch.ones(1), 0.25)

@@ -27,9 +27,9 @@ class GuardPolicy(Settings):
         wild: A training loss has diverged if it exceeds the first losses of the sweep by this
             multiple of their value or range.
         memory: Weight of the newest loss in running means: 0.1 covers about ten evaluations.
-        noise: Rises below this many standard deviations of the first ten training losses are no
-            explosion, because the zero of a loss is arbitrary.
-        fresh: The first evaluations, which only set the reference.
+        noise: An increase below this many standard deviations of the first ten training losses is
+            not an explosion, because the zero of a loss is arbitrary.
+        fresh: Number of initial evaluations, which only set the reference.
         window: Number of losses whose mean judges the weights at the last of them. A running mean
             lags: its minimum is at weights whose loss has risen again.
         dead: Gradients have vanished below this share of the maximum number of live units.
@@ -38,14 +38,14 @@ class GuardPolicy(Settings):
             gradient may mean that training has converged.
         capacity: If the rate has risen by ``climbed``, a share of live units below this, relative
             to their maximum since the last restart, is an alarm.
-        climbed: Least log of the learning rate divided by the given one.
+        climbed: Threshold on the log of the learning rate divided by the given one.
         cool: Divisor of the rate in a rewind; its powers in consecutive rewinds.
         cool_worsened: Divisor of the rate if only the validation loss worsened.
         momentum: Change of the raw values of momenta if the run diverged: −0.7 about halves the
             memory 1/(1 − μ).
-        fewest_batches: Least number of validation batches that confirm a worsened loss.
+        fewest_batches: Minimum number of validation batches that confirm a worsened loss.
         steps_a_batch: Steps of the run for each such batch.
-        most_batches: Largest number of such batches. The tuner, which compares on the same
+        most_batches: Maximum number of such batches. The tuner, which compares on the same
             batches, always uses this number.
     """
 
@@ -97,7 +97,8 @@ class Guard:
     """Monitors gradients and losses; its state is plain numbers, saved with the run.
 
     Each judgement is one of ``"ok"``, ``"average"`` (the averaged weights are the best so far),
-    ``"skip"`` (ignore this step) and ``"rewind"`` (return to the last good weights).
+    ``"skip"`` (ignore this step), ``"fade"`` (units died at a raised learning rate) and
+    ``"rewind"`` (return to the last good weights).
 
     Args:
         policy: The thresholds.
@@ -155,7 +156,7 @@ class Guard:
 
         It is also nearly 0 in a converged network (a hinge loss at its margin). A run whose loss
         has decreased is therefore judged only if its learning rate has risen: too high a rate moves
-        units to where they have no gradient, although the loss of the others looks good.
+        units to where they have no gradient, even if the loss looks good.
 
         Args:
             alive: Number of live units.

@@ -27,10 +27,10 @@ class SweepSettings(Settings):
     """Settings of the learning-rate sweep.
 
     Attributes:
-        parts: The sweep takes one step in this many of the run.
-        shortest: Least number of steps of the sweep.
-        longest: Largest number of steps of the sweep.
-        fewest: Runs of fewer steps have no sweep.
+        parts: Length of the run divided by that of the sweep.
+        shortest: Minimum number of steps of the sweep.
+        longest: Maximum number of steps of the sweep.
+        fewest: Runs with fewer steps have no sweep.
         unknown: Length of the sweep in a run of unknown length.
         decades: Range of the sweep on either side of the given rate.
         margin: The selected rate is the largest descending one divided by this.
@@ -41,10 +41,10 @@ class SweepSettings(Settings):
         wild: A step has diverged if its final slope is this many times its initial one, or all
             descent so far; the sweep ends before it.
         calm: The memory 1/(1 − β₁) must fit this many times into the run after the sweep.
-        least_memory: Least such memory. Runs of a few hundred steps end lower with three gradients
-            than with the usual ten (docs/ablations.md), which short-horizon hypergradients cannot
-            show. The sweep itself uses the given β₁, because its slopes are noisier with less
-            momentum.
+        least_memory: Minimum of this memory. Runs of a few hundred steps end lower with three
+            gradients than with the usual ten (docs/ablations.md), which short-horizon
+            hypergradients cannot show. The sweep itself uses the given β₁, because its slopes are
+            noisier with less momentum.
     """
 
     parts: int = 20
@@ -97,7 +97,7 @@ class LRSweep:
     """The state of a sweep: plain numbers, saved with the run.
 
     Args:
-        steps: Largest length of the sweep; it ends earlier once the rate is clearly too high.
+        steps: Maximum number of steps; the sweep ends earlier once the rate is clearly too high.
         settings: Settings of the sweep.
     """
 

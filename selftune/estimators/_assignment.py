@@ -46,7 +46,7 @@ def assign(
         layers: Names that act inside the model or the loss, which estimators of rows do not
             support.
         stride: Steps between two tracked ones, for a default estimator.
-        answers_all: Whether a given estimator of whole steps gets all hyperparameters.
+        answers_all: Whether a given whole-step estimator gets all hyperparameters.
         splits: Whether outputs and their loss can be computed separately.
 
     Raises:
@@ -71,7 +71,7 @@ def assign(
     if whole.needs_outputs and not splits:
         raise ValueError(
             "curvature='gauss-newton' needs the model's output and a loss of it, loss_fn=: use "
-            "'exact' where the model or objective= returns the loss itself"
+            "'exact' if the model or objective= returns the loss itself"
         )
     whole.check(update, answers, endless=True)
     return Assignment(rows, whole, answers)

@@ -51,23 +51,22 @@ class Structured(NamedTuple):
         return self._lengths(grads) @ self.gains
 
     def _lengths(self, along: Tensor) -> Tensor:
-        """Of a vector of weights: its entries, or what each row has of it."""
+        """The entries of a vector of weights, or its component along each row of V."""
         return along.reshape(-1) if self.free else (self.rows * along.view_as(self.rows)).sum(1)
 
     def learned(self, push: Tensor, jump: Tensor, move: Tensor, memory: Any) -> Structured:
         """The sensitivity after a step towards ``J δ + push + jump`` along δ.
 
-        Lengths follow a jump at once, and a push bit by bit, as the weights follow a gradient
-        through momentum: along one hyperparameter the response is then stable where training is,
-        along several, whose δ change signs, up to lower curvatures. What V's rows have no part of
-        turns them, normalised by how far the row reaches, so that it does not depend on the scale
-        of the response.
+        A jump changes the gains at once, a push gradually, as gradients change the weights through
+        momentum. With one hyperparameter the response is then stable if training is; with several,
+        whose δ change signs, only up to lower curvatures. Components orthogonal to the rows of V
+        rotate them, relative to the row's response, so the rotation does not depend on its scale.
 
         Args:
-            push: Wanted of J δ in time, in the shape of the parameter.
-            jump: Wanted of J δ now, likewise.
-            move: δ, of entries ±σ.
-            memory: How much of the speed is left a step later: a number, or a tensor of shape ().
+            push: Gradual change of J δ, in the shape of the parameter.
+            jump: Immediate change of J δ, likewise.
+            move: δ, with entries ±σ.
+            memory: Decay of the speed per step: a number, or a tensor of shape ().
         """
         # A move of 0, held at a bound, teaches nothing.
         unit = move / move.square().mean().clamp_min(torch.finfo(move.dtype).tiny)

@@ -22,7 +22,7 @@ from selftune.problem import Hparams, Point, Problem
 
 CURVATURES = ("exact", "gauss-newton")
 LEAST = 0.1
-"""Least share of a perturbation left by a bound."""
+"""Minimum fraction of a perturbation that a bound leaves."""
 FARTHEST = 4.0
 """Largest length of J relative to the weights; above, it has diverged."""
 MOST = 1000
@@ -62,14 +62,14 @@ class BestResponse(AbstractEstimator):
 
     Args:
         curvature: ``"exact"`` for the gradient at the perturbed weights, or ``"gauss-newton"`` for
-            that of the linearised network as in Δ-STN, which is never indefinite and costs one
-            more forward pass.
+            that of the linearised network as in Δ-STN, which is positive semi-definite and costs
+            one more forward pass.
         scale: σ, size of the perturbations in raw (log or log-odds) space.
         update: In training runs, whether hyperparameters of the update are inputs of the
             hypernetwork too; otherwise :class:`Trace` estimates them.
         every: Steps between two observed ones.
-        discount: Factor of J in each step. With 1 J is the sensitivity over the whole run, and in
-            noisy runs mostly noise, because differences of gradients accumulate.
+        discount: Factor of J in each step. With 1, J is the sensitivity over the whole run, but
+            mostly noise in noisy runs, because differences of gradients accumulate.
 
     Raises:
         ValueError: The curvature is unknown, or a number is outside its range.
@@ -109,7 +109,7 @@ class BestResponse(AbstractEstimator):
         count = sum(h.numel() for h in hparams.values())
         if count > MOST:
             raise ValueError(
-                f"BestResponse keeps {count} columns for hparams of as many entries, more than "
+                f"BestResponse needs {count} columns, one per entry of hparams, above the limit of "
                 f"{MOST}: use Implicit, whose memory does not grow with them"
             )
         views = problem.views(start.params)
@@ -198,8 +198,7 @@ class BestResponse(AbstractEstimator):
     ) -> tuple[Tensor, Tensor]:
         """Difference between the perturbed step and the step: over time, and at once.
 
-        Both use the rule's state of the step, through which differences of gradients continue to
-        act.
+        Both use the rule's state before the step, through which differences of gradients persist.
         """
         (shift, grads), own = perturbed, problem.gradient(point, hparams)
         beside = point._replace(params=point.params + shift)

@@ -25,7 +25,7 @@ class ForwardMemory(NamedTuple):
     """Tangents, and the running diagonal of the curvature if it replaces the whole.
 
     Attributes:
-        tangent: Of weights and state along each direction.
+        tangent: Tangents of weights and state along each direction.
         diagonal: Shape (N,), or None.
     """
 
@@ -44,7 +44,7 @@ class Forward(AbstractEstimator):
 
     Args:
         discount: γ; below 1 it damps a recursion that would otherwise diverge.
-        curvature: ``"exact"``; ``"gauss-newton"`` (positive, needs ``Problem.split``);
+        curvature: ``"exact"``; ``"gauss-newton"`` (semi-definite, needs ``Problem.split``);
             ``"diagonal"`` (a running mean of ξ ∘ Hξ, one product for each step); ``"none"``.
         projections: Number of random directions, or None for all.
         seed: Seed of the directions.

@@ -36,11 +36,11 @@ class Passed(NamedTuple):
 
 @dataclass(frozen=True)
 class Unrolled(AbstractEstimator):
-    """``dL_val/dh`` by reverse mode through the last K steps: exact if these are all.
+    """``dL_val/dh`` by reverse mode through the last K steps; exact if K covers the run.
 
-    One Hessian-vector product for each step and any number of hyperparameters. Memory for weights,
-    gradients and rule state of K steps; with ``checkpoint`` c of K/c steps, plus c more during the
-    reverse pass, and each step is computed once more.
+    Costs one Hessian-vector product per step for any number of hyperparameters, and memory for
+    weights, gradients and rule state of K steps; with ``checkpoint`` c, of K/c steps plus c during
+    the reverse pass, and each step is computed twice.
 
     With ``share`` W, ``Estimate.windows`` also contains the hypergradient of each window of W
     steps, the mean over its steps: for schedules that are tuned as a whole, not greedily.
@@ -90,7 +90,7 @@ class Unrolled(AbstractEstimator):
         if needed > there:
             raise MemoryError(
                 f"horizon={self.horizon} keeps {needed / 1e9:.3g} GB of weights, gradients and "
-                f"rule state, and {there / 1e9:.3g} GB are free: take a shorter one, checkpoint="
+                f"rule state, and {there / 1e9:.3g} GB are free: use a shorter one, checkpoint="
                 f"{max(2, round((self.horizon or 1) ** 0.5))}, or Forward or Implicit"
             )
         return ()

@@ -26,7 +26,7 @@ class Report:
 
     def __str__(self) -> str:
         unit = "example" if self.per_example else "batch"
-        lines = [f"{len(self.responding)} parameters respond, perturbed once a {unit}"]
+        lines = [f"{len(self.responding)} parameters respond, perturbed once per {unit}"]
         return "\n".join([*lines, *(f"plain: {n} ({why})" for n, why in self.plain.items())])
 
 
@@ -61,11 +61,11 @@ def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
             if len(kinds[id(param)]) == 2:
                 other = found[id(param)].name if id(param) in found else name
                 raise ValueError(
-                    f"{name} is the same parameter as another's, and only one of its layers can "
-                    f"respond ({other}): give them parameters of their own, or freeze it"
+                    f"{name} is shared between layers, and only one of them can "
+                    f"respond ({other}): give each its own parameter, or freeze it"
                 )
             if not knows:
-                plain[name] = f"{type(host).__name__} is not known"
+                plain[name] = f"{type(host).__name__} is not supported"
                 continue
             place = found.setdefault(id(param), Place(name, param))
             place.users.append((module, attribute))

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 Known = dict[str, tuple[Tensor, Tensor]]
-"""By the parameter's name in the layer: gains of shape (out, hyperparameters), and rows."""
+"""Gains, shape (out, hyperparameters), and rows, by the parameter's name in the layer."""
 Term = Callable[[Any, Tensor, Known, Tensor], Tensor]
 
 

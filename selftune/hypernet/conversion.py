@@ -68,8 +68,8 @@ def convert(
     known = {n: found[n].hparam if n in found else penalty_hparam(n) for n in given}
     if not given:
         raise ValueError(
-            "model holds no hyperparameter: put layers of selftune.nn into it, or name penalties "
-            "in hparams= and read them by net.value(name) in the loss"
+            "model holds no hyperparameter: add layers of selftune.nn, or name penalties "
+            "in hparams= and read them with net.value(name) in the loss"
         )
     for name, value in given.items():
         if not (value == 0 or known[name].lower <= value <= known[name].upper):
@@ -176,7 +176,7 @@ class SelfTuned(nn.Module):
             raise ValueError(f"name={name!r} is unknown: use one of {list(self._known)}")
         found = self._present.get(name, self._values(self.raw.detach())[name])
         if found.numel() > 1 and self._buffers_of[name]:
-            raise ValueError(f"name={name!r} has a value for each example: its layer reads it")
+            raise ValueError(f"name={name!r} has one value per example: only its layer reads it")
         self._read.add(name)
         return found.flatten()[0]
 
@@ -192,7 +192,7 @@ class SelfTuned(nn.Module):
         idle = [n for n, b in self._buffers_of.items() if not b and n not in self._read]
         if idle:
             raise ValueError(
-                f"hparams {idle} have no path into the loss: read them by net.value(name) there"
+                f"hparams {idle} do not enter the loss: read them with net.value(name) there"
             )
         modes = {module: module.training for module in self.modules()}
         self.eval()
@@ -321,7 +321,7 @@ class SelfTuned(nn.Module):
 
     @contextmanager
     def linearised(self) -> Iterator[None]:
-        """Passes at δ = 0, of which the sensitivities only use the tangents in δ."""
+        """Passes at δ = 0, in which sensitivities only enter through tangents in δ."""
         self._linear = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""The choice of one rule of a mixture, from all weights together."""
+"""The choice of one rule of a mixture, over all weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Chosen(NamedTuple):
     """A member that a mixture of rules has chosen.
 
     Attributes:
-        name: Of the rule.
-        moves: By how much raw values of hyperparameters changed.
-        step: Steps taken before it.
-        every: Weight steps from one hyperparameter step to the next after it.
+        name: Name of the rule.
+        moves: Changes of raw values of hyperparameters.
+        step: Steps taken before the choice.
+        every: Weight steps between two hyperparameter steps after the choice.
     """
 
     name: str
@@ -34,20 +34,20 @@ class Chosen(NamedTuple):
 
 
 def undecided(update: Update) -> Mixture | None:
-    """The update's rule, if it is a mixture that has yet to choose."""
+    """The update's rule, if it is a mixture before its choice."""
     rule = update.rule
     return rule if isinstance(rule, Mixture) and rule.chosen is None else None
 
 
 def best(rule: Mixture, values: Mapping[str, float]) -> str:
-    """The member with the largest weight; of equal ones the reference, or the first."""
+    """The member with the largest weight; in a tie the reference, or the first."""
     return max(rule.members, key=lambda n: (values[f"mix_{n}"], n == rule.reference))
 
 
 def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str, float] | None:
-    """By how much the logarithms of learning rate and weight decay change when a member is chosen.
+    """Changes of the logarithms of learning rate and weight decay when a member is chosen.
 
-    None if lengths are not finite, or of 0: such a gradient says nothing about the rate.
+    None if a length is 0 or not finite: such a gradient does not determine the rate.
 
     Args:
         rule: The mixture.
@@ -98,9 +98,9 @@ def propose_all(
     *,
     sharded: bool = False,
 ) -> list[Transition]:
-    """The steps of all parts; a mixture's directions are compared over all of them together.
+    """The steps of all parts; lengths of a mixture's directions are summed over all parts.
 
-    A single part, all of which this process holds, measures its own.
+    A single unsharded part computes its own lengths.
     """
     if undecided(updates[0]) is not None and (len(parts) > 1 or sharded):
         found = squares(updates, parts, grads, moments, total)
@@ -109,10 +109,10 @@ def propose_all(
 
 
 def taken_over(rule: Mixture, part: Part, fresh: Part) -> Part:
-    """A part that begins anew under the chosen rule, with its average and that rule's state.
+    """A restarted part under the chosen rule, with its average and that rule's state.
 
-    Sensitivities begin anew, that to the learning rate too: it is the displacement of the weights,
-    which so far came of the directions of all members.
+    All sensitivities restart. That to the learning rate is the displacement of the weights, which
+    so far was caused by all members.
     """
     state = {n: part.rule[f"{rule.chosen}/{n}"] for n in fresh.rule}
     return fresh._replace(average=part.average, rule=state)

@@ -20,7 +20,7 @@ from selftune.method.weight_decay_floor import WeightDecayFloor
 
 
 def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
-    """|mean| / root mean square of recent hypergradients: 0 (noise) … 1 (all alike)."""
+    """|mean| / root mean square of recent hypergradients: 0 (noise) … 1 (all equal)."""
     return mean.abs() / square.sqrt().clamp_min(1e-300)
 
 
@@ -95,7 +95,7 @@ class HyperOptimizer:
 
     Attributes:
         hparams: The tuned hyperparameters by name, in the order of the shifts.
-        floor: Under weight decay, or None.
+        floor: The weight decay floor, or None.
     """
 
     def __init__(

@@ -35,8 +35,8 @@ class Part(NamedTuple):
             rate (1 each).
         recent: E, the average with the discount of the sensitivities, over the slice, for the
             learning rate, whose sensitivity is ``w − E`` (1); or nothing.
-        decay: The sensitivity of a weight of 1 to a weight decay that shrinks weights in
-            proportion, and its average; one for each tensor; or nothing.
+        decay: The sensitivity of a weight of 1 to a weight decay that shrinks weights
+            proportionally, and its average; one per tensor, or nothing.
     """
 
     params: Tensor
@@ -52,8 +52,8 @@ class UnitDecay(NamedTuple):
     """The scalars that replace the row of weight decay, each of shape (tensors,).
 
     Attributes:
-        tangents: The sensitivity of a weight of 1 and of the rule's state there.
-        averaged: The average of that of the weight.
+        tangents: The sensitivities of a weight of 1 and of its rule state.
+        averaged: The running average of the weight's sensitivity.
     """
 
     tangents: Tangents
@@ -102,7 +102,7 @@ class Sensitivities:
         estimator: Propagates the rows through a step. Its stride is the number of steps between
             two tracked ones.
         averaging: The outer point, sampled at the tracked steps.
-        storage: The dtype of rows; None: that of the weights, float32 at least.
+        storage: The dtype of rows; None: that of the weights, at least float32.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Sensitivities:
         self.assign()
 
     def assign(self) -> None:
-        """Divide the hyperparameters among rows and closed forms, as the rule is at present."""
+        """Divide the hyperparameters among rows and closed forms, for the current rule."""
         names, update = self.names, self.update
         known = closed(names, update.rule, self.estimator) | update.rule.inactive
         self.rows = [n for n in names if n not in known]

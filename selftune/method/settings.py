@@ -18,11 +18,11 @@ class HyperSettings(Settings):
             hyperparameter step.
         betas: β₁ and β₂ of Adam on the hypergradients.
         eps: ε of Adam.
-        often: Least number of training steps between two hyperparameter steps.
-        rare: Largest number of training steps between two hyperparameter steps.
+        often: Minimum number of training steps between two hyperparameter steps.
+        rare: Maximum number of training steps between two hyperparameter steps.
         fewest: Number of hyperparameter steps in a run of known length.
-        short: In runs of fewer training steps, hyperparameter steps are larger.
-        power: Exponent of that factor, ``(short / length) ** power``.
+        short: In runs with fewer training steps, hyperparameter steps are larger.
+        power: Exponent of the factor ``(short / length) ** power``.
         recent: Decay of the running means of the signal-to-noise ratio: 0.8 covers about five
             hypergradients.
         sure: Steps are scaled down if the signal-to-noise ratio is below this multiple of that of
@@ -73,12 +73,12 @@ class HyperSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DisplacementLimit(Settings):
-    """The limit on rises of the learning rate, by the squared displacement ratio S².
+    """The limit on increases of the learning rate, by the squared displacement ratio S².
 
     Attributes:
         random_walk: Up to this S² weights oscillate, and the rate does not rise.
-        drift: From this S² on steps upwards are complete; in between they are scaled.
-        segment: Least number of steps in a segment, above the memory of a momentum.
+        drift: From this S² on, upward steps are not scaled; in between they are scaled down.
+        segment: Minimum number of steps in a segment, above the memory of a momentum.
         free_share: Share of the run at the start in which the rate is not limited.
     """
 
@@ -88,7 +88,7 @@ class DisplacementLimit(Settings):
     free_share: float = 0.1
 
     def climb(self, square: Tensor) -> Tensor:
-        """The factor of a step upwards at S²; 1 if S² is unknown (NaN).
+        """The factor of an upward step at S²; 1 if S² is unknown (NaN).
 
         Examples:
             >>> import torch
@@ -104,7 +104,7 @@ class FloorSettings(Settings):
     """The weight decay floor.
 
     Attributes:
-        decoupled: Least Σ η_t λ over a run if weight decay is decoupled.
+        decoupled: Minimum Σ η_t λ over a run if weight decay is decoupled.
         l2: The same if it acts through the gradient; with momentum η/(1 − μ) replaces η.
         highest_share: The floor is at most this share of the upper bound of weight decay.
     """
@@ -120,7 +120,7 @@ class StiffSettings(Settings):
 
     Attributes:
         pairs: Number of secant pairs; 0 for no deflation.
-        weights: Least number of weights for each pair: with fewer, noisy pairs would remove the
+        weights: Minimum number of weights for each pair: with fewer, noisy pairs would remove the
             whole gradient.
         dependent: A pair whose residual has less than this share of its squared length counts as
             a combination of the others.
@@ -140,10 +140,10 @@ class SliceSettings(Settings):
     """Sizes of the slice of weights with sensitivities.
 
     Attributes:
-        least: Least number of weights in the whole model.
-        most: Largest number of weights in the whole model with the default share. The relative
+        least: Minimum number of weights in the whole model.
+        most: Maximum number of weights in the whole model with the default share. The relative
             error of an inner product estimated from n weights falls as 1/√n.
-        each: Least number of weights in a parameter group, or in a tensor with its own
+        each: Minimum number of weights in a parameter group, or in a tensor with its own
             hyperparameters.
     """
 
@@ -158,7 +158,7 @@ class MethodSettings(Settings):
 
     Attributes:
         hyper: Interval and size of the hyperparameter steps.
-        displacement: The limit on rises of the learning rate, or None.
+        displacement: The limit on increases of the learning rate, or None.
         floor: The weight decay floor, or None.
         stiff: Estimation of stiff directions.
         slices: Sizes of the slice of weights with sensitivities.

@@ -2,8 +2,8 @@
 
 Sensitivities without curvature are elementwise. Those of a slice are therefore exact, and their
 inner product with an outer gradient is an unbiased estimate of that over all weights. A fortieth of
-the weights is as good as all of them, within the noise of one validation batch, and takes a
-fortieth of the memory and the time.
+the weights is as good as all of them, within the noise of one validation batch, with a fortieth of
+the memory and time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARE = 1 / 40
 
 @dataclass(frozen=True)
 class Slice:
-    """Every ``stride``-th weight of a part, from the middle of the first stride on.
+    """Every ``stride``-th weight of a part, starting in the middle of the first stride.
 
     Attributes:
         stride: Distance between two weights of the slice; 1 for all weights.
@@ -112,7 +112,7 @@ class Pieces:
     sizes: Sequence[int]
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Each tensor's part of a slice; leading dimensions stay."""
+        """Each tensor's part of a slice; leading dimensions are kept."""
         return list(flat.split(list(self.sizes), dim=-1))
 
     def sums(self, flat: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ def choose(
 
     Args:
         parts: Shapes of the concatenated tensors of each part.
-        share: Least share of the weights; the default is limited by ``settings.most``.
-        settings: Least and largest sizes.
+        share: Minimum share of the weights; the default is limited by ``settings.most``.
+        settings: Minimum and maximum sizes.
         by_tensor: Whether each tensor has its own hyperparameters.
 
     Examples:

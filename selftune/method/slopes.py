@@ -70,5 +70,5 @@ class Slopes:
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """A copy, in float32 at least."""
+    """A copy, at least in float32."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

@@ -1,14 +1,14 @@
 """Deflation of the outer gradient along stiff directions, for hypergradients of penalties.
 
-Without curvature the sensitivity of the weights to a penalty Ω grows with time, ``J = −τ ∂Ω``,
-where τ is η summed over the steps of the run. In fact the training loss opposes it,
-``J = −(1/τ + H)⁻¹ ∂Ω``: along a direction of curvature h it stops growing after 1/h. The outer
+Without curvature, the sensitivity of the weights to a penalty Ω grows with time, ``J = −τ ∂Ω``,
+where τ is η summed over the steps of the run. With curvature, ``J = −(1/τ + H)⁻¹ ∂Ω``: along a
+direction of curvature h, J stops growing at τ ≈ 1/h. The outer
 gradient is longest along exactly these stiff directions, where a penalty has no effect in the long
 run.
 
-Stiff directions are estimated at no extra pass: over moves Δw training gradients change by
-``Δg = H Δw``, mostly along stiff directions. With the last of these secant pairs as rows of Y, the
-outer gradient is deflated to ``g − Yᵀ (Y Yᵀ + D/τ)⁻¹ Y g``, where D is the diagonal of
+Stiff directions are estimated without an extra pass: over a move Δw the training gradient
+changes by ``Δg = H Δw``, mostly along stiff directions. With the last Δg as rows of Y, the outer
+gradient is deflated to ``g − Yᵀ (Y Yᵀ + D/τ)⁻¹ Y g``, where D is the diagonal of
 ``Δg · Δw``. This is the inverse above for ``H = Yᵀ D⁻¹ Y``: it removes components along stiff
 directions and keeps those along flat ones.
 """
@@ -43,7 +43,7 @@ class Secants(NamedTuple):
 
     @classmethod
     def begin(cls, params: Tensor, pairs: int, storage: torch.dtype | None = None) -> Secants:
-        """The state without pairs; pairs have a dtype of their own."""
+        """The state without pairs; ``storage`` is the dtype of pairs."""
         zeros = params.new_zeros(pairs, *params.shape, dtype=storage or params.dtype)
         return cls(zeros, torch.full_like(params, math.nan), params.clone())
 
@@ -144,8 +144,8 @@ class Stiffness(NamedTuple):
             grads: The outer gradient, part by part.
             secants: Of every part.
             answers: J of the penalties' strengths in log space, summed over penalties.
-            memories: Steps since the last call, in units of the memory of J. J is τ of its memory
-                times the push; τ of the run grows by so many of these.
+            memories: Steps since the last call, in units of the memory of J. J is the push
+                times the τ of its memory; τ of the run grows by this many of them.
             dependent: As in :class:`StiffSettings`.
             reduce: Sums products over processes that hold parts of the weights.
         """

@@ -1,7 +1,7 @@
 """The weight decay floor, below which weight decay has hardly any effect.
 
-There its hypergradient is noise, and a weight decay that has drifted far below does not recover in
-time when overfitting begins.
+Below it the hypergradient is noise, and a weight decay that has drifted far below does not recover
+in time when overfitting begins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from selftune.schedules import HORIZON, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class WeightDecayFloor:
-    """The least weight decay, ``λ ≥ s / Σ η_t``, which shrinks weights by e⁻ˢ in a run.
+    """The minimum weight decay, ``λ ≥ s / Σ η_t``, which shrinks weights by e⁻ˢ in a run.
 
     Args:
         shrinkage: s.
@@ -49,15 +49,15 @@ class WeightDecayFloor:
         )
 
     def under(self, rule: AbstractRule) -> WeightDecayFloor:
-        """The floor where the run goes on by another rule that shrinks weights."""
+        """The floor for the rest of the run with another rule that shrinks weights."""
         settings = self.settings
         return replace(self, shrinkage=settings.decoupled if rule.decoupled else settings.l2)
 
     def least(self, rate: Any, steps: int = 0) -> Any:
-        """The least weight decay at a learning rate, a number or a tensor.
+        """The minimum weight decay at a learning rate, a number or a tensor.
 
         Args:
-            rate: The peak, over 1 − μ where momentum accumulates decay.
+            rate: The peak, divided by 1 − μ if momentum accumulates decay.
             steps: Steps taken.
         """
         return self.shrinkage / (rate * self.mean * (self.total_steps or max(HORIZON, steps)))

@@ -16,7 +16,7 @@ from selftune.monitor.recorders import as_recorder
 log = logging.getLogger("selftune")
 
 DISTINCT = 8
-"""Up to this many values of a hyperparameter are logged one by one; of more, their range."""
+"""Maximum number of values of a hyperparameter logged one by one; of more, the range."""
 
 
 class Monitor:
@@ -65,7 +65,7 @@ class Monitor:
             self._try(lambda: self.recorder.last(block))
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write buffered entries."""
         rows, self._rows = self._rows, []
         if not self.on or not rows:
             return

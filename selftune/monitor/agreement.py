@@ -25,7 +25,7 @@ class Agreement:
         self._last: tuple[list[float], float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain containers."""
+        """The state as plain containers."""
         raw, loss = self._last or (None, None)
         return {"pairs": [[*pair] for pair in self._pairs], "raw": raw, "loss": loss}
 

@@ -48,7 +48,7 @@ def family(name: str) -> str:
 def layout(tags: Collection[str]) -> dict[str, list[Chart]]:
     """Pages and their charts, without empty charts.
 
-    A chart is equal in all runs that have it, so TensorBoard shows it once.
+    A chart is identical in all runs that have it, so TensorBoard shows it once.
 
     Args:
         tags: Tags of the scalars logged so far.

@@ -21,11 +21,11 @@ from selftune.monitor.axes import LOG10, drawn, logarithmic, marks, middle
 from selftune.monitor.verdicts import Ends, Verdict, judge
 
 SCATTER = 20
-"""Hyperparameter steps whose scatter is the margin of a value."""
+"""Number of hyperparameter steps whose standard deviation is the margin of a value."""
 RECENT = 0.9
-"""Memory of the mean validation loss, as of the hypergradients that predict its changes."""
+"""Decay of the mean validation loss, and of the hypergradients that predict its changes."""
 FINAL = 5
-"""Validation batches whose mean loss stands for that of the run if it ended now."""
+"""Number of validation batches whose mean loss estimates the final loss if the run ended now."""
 
 Signals = Mapping[str, tuple[Tensor, Tensor]]
 """Mean hypergradient and signal-to-noise ratio of each tuned hyperparameter's shifts."""

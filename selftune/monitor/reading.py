@@ -110,7 +110,7 @@ def read(folder: str | Path) -> Log:
             return Log(dict(found), _by_name(verdicts), _lines(why), begun[-1] if begun else {})
     if not events_file and not list(path.glob("events.out.tfevents.*")):
         raise FileNotFoundError(
-            f"{path}: no log of a run there: pass a log_dir, or a file that JSONL wrote"
+            f"{path}: no log of a run: pass a log_dir, or a file written by JSONL"
         )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
@@ -163,7 +163,7 @@ def _by_name(text: str) -> dict[str, str]:
 
 
 def _check(file: Path) -> None:
-    """Warn of a damaged event file, which TensorBoard reads partly without a warning."""
+    """Warn about a damaged event file, which TensorBoard reads in part, without a warning."""
     from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 

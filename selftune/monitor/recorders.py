@@ -35,19 +35,19 @@ class InMemory(AbstractRecorder):
         self._last: list[Row] = []
 
     def scalars(self, rows: Sequence[Row]) -> None:
-        """Keep them."""
+        """Store the rows."""
         self.rows += rows
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
-        """Keep them."""
+        """Store the hyperparameters."""
         self.hparams = dict(hparams)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Keep it."""
+        """Store the text."""
         self.texts.append((tag, text, step))
 
     def last(self, rows: Sequence[Row]) -> None:
-        """Keep them."""
+        """Store the rows."""
         self.rows += rows
         self._last += rows
 
@@ -58,7 +58,7 @@ class InMemory(AbstractRecorder):
         self.rows, self._last = [r for r in self.rows if r.step <= step], []
 
     def end(self, status: str) -> None:
-        """Keep it."""
+        """Store the status."""
         self.status = status
 
     def curve(self, tag: str) -> tuple[list[int], list[float]]:
@@ -84,7 +84,7 @@ class JSONL(AbstractRecorder):
         return str(self.path)
 
     def scalars(self, rows: Sequence[Row]) -> None:
-        """Append them."""
+        """Append the rows."""
         self._append([{"tag": t, "value": _finite(v), "step": s} for t, v, s in rows])
 
     def last(self, rows: Sequence[Row]) -> None:
@@ -98,7 +98,7 @@ class JSONL(AbstractRecorder):
         self._append([{"hparams": known, "tuned": list(tuned)}])
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Append it."""
+        """Append the text."""
         self._append([{"tag": tag, "text": text, "step": step}])
 
     def resume(self, step: int) -> None:
@@ -128,8 +128,8 @@ class JSONL(AbstractRecorder):
         backup = self.path.with_name(f"{self.path.name}.cut")
         backup.write_bytes(held)
         log.warning(
-            "%s contains lines that are not rows of a log, or are truncated by a kill: they are "
-            "left out; a copy of the file is kept in %s", self.path, backup,
+            "%s contains invalid lines, perhaps truncated by a kill: they are left out; a copy "
+            "of the file is kept in %s", self.path, backup,
         )  # fmt: skip
 
     def end(self, status: str) -> None:
@@ -178,7 +178,7 @@ class Listener(AbstractRecorder):
         self.function = function
 
     def scalars(self, rows: Sequence[Row]) -> None:
-        """Call it, once a step."""
+        """Call the function once per step."""
         steps: dict[int, dict[str, float]] = {}
         for tag, value, step in rows:
             steps.setdefault(step, {})[tag] = value
@@ -193,19 +193,19 @@ class Named(AbstractRecorder):
         self.recorder, self.name = recorder, name
 
     def scalars(self, rows: Sequence[Row]) -> None:
-        """With longer tags."""
+        """Prefix the tags."""
         self.recorder.scalars([Row(f"{self.name}/{r.tag}", r.value, r.step) for r in rows])
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """With a longer tag."""
+        """Prefix the tag."""
         self.recorder.text(f"{self.name}/{tag}", text, step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
-        """With a longer tag."""
+        """Prefix the tag."""
         self.recorder.figure(f"{self.name}/{tag}", figure, step)
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        """With a longer tag."""
+        """Prefix the tag."""
         self.recorder.histogram(f"{self.name}/{tag}", values, step)
 
     def resume(self, step: int) -> None:
@@ -257,35 +257,35 @@ class Several(AbstractRecorder):
         return ", ".join(map(str, self.recorders))
 
     def scalars(self, rows: Sequence[Row]) -> None:
-        """To all."""
+        """Pass on the rows."""
         self._each("scalars", rows)
 
     def last(self, rows: Sequence[Row]) -> None:
-        """To all."""
+        """Pass on the rows."""
         self._each("last", rows)
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
-        """To all."""
+        """Pass on the hyperparameters."""
         self._each("begin", hparams, tuned)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """To all."""
+        """Pass on the text."""
         self._each("text", tag, text, step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
-        """To all."""
+        """Pass on the figure."""
         self._each("figure", tag, figure, step)
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        """To all."""
+        """Pass on the values."""
         self._each("histogram", tag, values, step)
 
     def resume(self, step: int) -> None:
-        """To all."""
+        """Pass on the step."""
         self._each("resume", step)
 
     def end(self, status: str) -> None:
-        """To all."""
+        """Pass on the status."""
         self._each("end", status)
 
     def _each(self, method: str, *args: Any) -> None:

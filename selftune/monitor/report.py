@@ -16,7 +16,7 @@ log = logging.getLogger("selftune")
 Curve = tuple[Sequence[float], Sequence[float]]
 """Steps and values."""
 MOST = 40
-"""Rows of a table, of the hyperparameters that moved most."""
+"""Maximum number of rows of a table: the hyperparameters that changed most."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Line:
         name: Name of the hyperparameter.
         start: Its first value.
         end: Its last value.
-        moved: Steps between which it made the middle nine tenths of its change, or None.
+        moved: First and last step of the middle 90 % of its change, or None.
         verdict: Its verdict.
     """
 
@@ -75,7 +75,7 @@ def table(lines: Sequence[Line]) -> str:
         for row in rows
     )
     hidden = len(lines) - len(shown)
-    return text + (f"\n… and {hidden} more that moved less" if hidden else "")
+    return text + (f"\n… and {hidden} more that changed less" if hidden else "")
 
 
 def _way(one: Line) -> float:
@@ -114,7 +114,7 @@ def page(
         "td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
         "img{width:48%;margin:.5%}</style>"
         f"<h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>"
-        + (f"<h2>How each value came about</h2><ul>{reasons}</ul>" if why else "")
+        + (f"<h2>Origin of each value</h2><ul>{reasons}</ul>" if why else "")
         + "".join(_image(name, curves, events) for name, curves in panels.items())
         + "</html>\n"
     )

@@ -19,11 +19,11 @@ from selftune.monitor.axes import WHEN
 from selftune.monitor.layout import Chart, layout
 
 CODE = re.compile(r"([^/]+/)?verdict/")
-"""Tags of verdicts' codes, perhaps behind the name of one of several optimizers."""
+"""Tags of verdicts' codes, possibly prefixed with the name of an optimizer."""
 EVENT = re.compile(rf"([^/]+/)?{WHEN}/")
 """Tags of events."""
 END = ".end"
-"""Suffix of the event file that holds a session's end."""
+"""Suffix of the event file with the session's end."""
 
 
 class TensorBoard(AbstractRecorder):
@@ -75,7 +75,7 @@ class TensorBoard(AbstractRecorder):
         return self._writer
 
     def scalars(self, rows: Sequence[Row]) -> None:
-        """Write them, and the layout of the custom scalars as soon as it has more charts."""
+        """Write rows, and the layout of the custom scalars when it has new charts."""
         _write(self.writer, rows)
         self._lay_out(row.tag for row in rows)
         self.writer.flush()
@@ -88,7 +88,7 @@ class TensorBoard(AbstractRecorder):
             self.writer.file_writer.add_summary(_layout_summary(now))
 
     def last(self, rows: Sequence[Row]) -> None:
-        """Keep them for the file of the end, which a resumed run removes."""
+        """Store rows for the file with the session's end, which a resumed run removes."""
         if self._folder is None:
             self.scalars(rows)
         else:
@@ -112,17 +112,17 @@ class TensorBoard(AbstractRecorder):
         self._charts = True
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Write it."""
+        """Write the text."""
         if self._whole():
             self.writer.add_text(tag, text, step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
-        """Write it as an image."""
+        """Write the figure as an image."""
         if self._whole():
             self.writer.add_figure(tag, figure, step)
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        """Write it."""
+        """Write the histogram."""
         if self._whole():
             self.writer.add_histogram(tag, np.asarray(values), step)
 
@@ -240,9 +240,9 @@ def _wait(folder: Path) -> None:
 
 
 def _killed(folder: Path) -> bool:
-    """Whether a folder contains the log of a killed run only.
+    """Whether a folder contains only the log of a killed run.
 
-    All its files belong to dead processes of this machine, and none of them is an end.
+    All its files belong to dead processes of this machine, and none contains a session's end.
     """
     names = [file.name for file in folder.glob("events.out.tfevents.*")]
     found = [re.fullmatch(r"events\.out\.tfevents\.\d+\.(.+)\.(\d+)\.\d+", n) for n in names]

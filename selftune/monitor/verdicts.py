@@ -13,10 +13,10 @@ from selftune.hparams import DECAY, LR, MOMENTUM
 KINDS = ("settled", "moving", "noise", "at bound")
 """The number of a verdict is its index here."""
 RECENT = 0.2
-"""Share of a run's hyperparameter steps that is judged, with a minimum of ``LEAST`` steps."""
+"""Fraction of a run's hyperparameter steps that are judged, at least ``LEAST`` steps."""
 LEAST = 20
 MOVED = 0.1
-"""Least change in raw space that counts as movement."""
+"""Minimum change in raw space that counts as movement."""
 CLEAR = 0.46
 """Signal-to-noise ratio below which steps are scaled down: twice that of pure noise."""
 LATE = 1 / 3
@@ -28,11 +28,11 @@ NEAR = 0.02
 """Largest distance from a bound that counts as at the bound, in raw space."""
 
 AT_BOUND = {
-    (LR.role, "lower"): "tuning asks for a lower rate: the network may overfit or be broken",
-    (LR.role, "upper"): "tuning asks for a higher rate: check that gradients are not nearly zero",
-    (MOMENTUM.role, "upper"): "tuning asks for a longer memory than the length of the run allows",
-    (MOMENTUM.role, "lower"): "tuning asks for none: batches may be noisy, or the rate too high",
-    (DECAY.role, "lower"): "tuning asks for no decay of the rate",
+    (LR.role, "lower"): "tuning favours a lower rate: the network may overfit or diverge",
+    (LR.role, "upper"): "tuning favours a higher rate: check whether gradients are nearly zero",
+    (MOMENTUM.role, "upper"): "tuning favours a longer memory than this run length allows",
+    (MOMENTUM.role, "lower"): "tuning favours none: batches may be noisy, or the rate too high",
+    (DECAY.role, "lower"): "tuning favours a constant rate",
 }
 UNDERFITS = "it does not help: the network underfits, or validation is like training data"
 OVERFITS = "more would help: the network overfits; use more data or a smaller network"
@@ -135,7 +135,7 @@ validation is like training data'
         return Verdict(name, "noise", told + "; use larger validation batches")
     if abs(change) > FAR:
         since = f"{name} went from {forward(late[0]):.3g} to {value:.3g} in the last third"
-        return Verdict(name, "settled", f"{since} of the run, and has stayed there")
+        return Verdict(name, "settled", f"{since} of the run, then stayed there")
     return Verdict(name, "settled", f"{name} has settled at {value:.3g}")
 
 

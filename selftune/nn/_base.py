@@ -52,7 +52,7 @@ class Tunable(nn.Module):
 
     def extra_repr(self) -> str:
         """Strength and name."""
-        shown = f"{float(self.strength):.3g}" if self.strength.numel() == 1 else "one an example"
+        shown = f"{float(self.strength):.3g}" if self.strength.numel() == 1 else "one per example"
         return f"{shown}, name={self.hparam.name!r}"
 
 
@@ -142,7 +142,7 @@ def tunables(model: nn.Module) -> dict[str, Found]:
     """The strengths of a model by name.
 
     Raises:
-        ValueError: Two modules of one name differ in scale, bounds or value.
+        ValueError: Modules with the same name differ in scale, bounds or value.
 
     Examples:
         >>> import selftune as st

@@ -1,7 +1,7 @@
 """Augmentation on the batch, on its device, with tuned strengths.
 
-Inputs are images, (batch, channels, height, width). All are differentiable in their strength and
-take random numbers from a counter, so they do not depend on the loader's workers.
+Inputs are images, (batch, channels, height, width). All augmentations are differentiable in
+their strength and draw random numbers from a counter, independent of the loader's workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Noise(Stochastic):
     """``x + s ξ``, ξ standard normal.
 
     Args:
-        value: s, in units of the input, 0 or 0.001…10; 0 is tuned from 0.05.
+        value: s, in units of the input, 0 or 0.001…10; if tuned, 0 starts from 0.05.
         name: Name of the hyperparameter.
 
     Examples:
@@ -56,7 +56,7 @@ class Brightness(_OneAnExample):
     """``x + s u``, u uniform in −1…1 for each image.
 
     Args:
-        value: s, in units of the input, 0 or 0.001…10; 0 is tuned from 0.05.
+        value: s, in units of the input, 0 or 0.001…10; if tuned, 0 starts from 0.05.
         name: Name of the hyperparameter.
 
     Examples:
@@ -78,7 +78,7 @@ class Contrast(_OneAnExample):
     """``m + (x − m)(1 + s u)``, m the mean and u uniform in −1…1 for each image.
 
     Args:
-        value: s, 0 or 0.001…0.95; 0 is tuned from 0.05.
+        value: s, 0 or 0.001…0.95; if tuned, 0 starts from 0.05.
         name: Name of the hyperparameter.
 
     Examples:
@@ -102,7 +102,7 @@ class Scale(_OneAnExample):
     """Images scaled by a factor 1 + s u, u uniform in −1…1.
 
     Args:
-        value: s, 0 or 0.001…0.95; 0 is tuned from 0.02.
+        value: s, 0 or 0.001…0.95; if tuned, 0 starts from 0.02.
         name: Name of the hyperparameter.
 
     Examples:
@@ -122,10 +122,10 @@ class Scale(_OneAnExample):
 
 
 class Translate(_OneAnExample):
-    """Images moved by up to a share s of their size, each way.
+    """Images shifted by up to a fraction s of their size in each direction.
 
     Args:
-        value: s, 0 or 0.001…0.95; 0 is tuned from 0.02.
+        value: s, 0 or 0.001…0.95; if tuned, 0 starts from 0.02.
         name: Name of the hyperparameter.
 
     Examples:
@@ -157,9 +157,9 @@ class Cutout(Stochastic):
     The number of holes is random with mean n, because n is tuned as a real number.
 
     Args:
-        value: n, 0 or 0.01 up to ``most``; 0 is tuned from 0.1.
+        value: n, 0 or 0.01…``most``; if tuned, 0 starts from 0.1.
         name: Name of the hyperparameter.
-        size: Side of a hole, as a share of that of the image.
+        size: Side of a hole, as a fraction of the image's side.
         most: Largest number of holes.
 
     Examples:
@@ -209,7 +209,7 @@ class Mixup(Stochastic):
 
     Args:
         classes: Number of classes; 0 for regression, where targets are mixed directly.
-        value: s, 0 or 0.001…0.95; 0 is tuned from 0.05.
+        value: s, 0 or 0.001…0.95; if tuned, 0 starts from 0.05.
         name: Name of the hyperparameter.
 
     Examples:

@@ -14,7 +14,7 @@ from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
 
 EDGE = 1e-6
-"""Least distance of a rate from 0 and 1 in its odds."""
+"""Minimum distance of a rate from 0 and 1 in its log-odds."""
 
 
 def rate(name: str, start: float = 0.05) -> Hparam:
@@ -30,8 +30,8 @@ class Dropout(Stochastic):
     second order in e, is never NaN, and allows every estimator to tune the rate.
 
     Args:
-        p: The rate, 0 or 0.001…0.95; 0 is tuned from 0.05.
-        name: Name of the hyperparameter; layers of one name share one rate.
+        p: The rate, 0 or 0.001…0.95; if tuned, 0 starts from 0.05.
+        name: Name of the hyperparameter; layers with the same name share one rate.
         share: Dimensions along which the mask is constant, for example ``(1,)`` for all time steps
             of (batch, time, features).
 

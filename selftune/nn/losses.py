@@ -16,7 +16,7 @@ class LabelSmoothing(Tunable):
     ``L = (1 − ε) CE + ε mean_c(−log p_c)``, averaged over examples.
 
     Args:
-        value: ε, 0 or 0.001…0.9; 0 is tuned from 0.02.
+        value: ε, 0 or 0.001…0.9; if tuned, 0 starts from 0.02.
         name: Name of the hyperparameter.
         ignore_index: A target that is ignored.
 
@@ -87,7 +87,7 @@ class ActivationPenalty(_Penalty):
     ``criterion(model(x), y) + st.nn.extra_loss(model)``.
 
     Args:
-        value: λ, 0 or 1e-6…100; 0 is tuned from 0.01.
+        value: λ, 0 or 1e-6…100; if tuned, 0 starts from 0.01.
         name: Name of the hyperparameter.
 
     Raises:
@@ -115,9 +115,9 @@ class TemporalPenalty(_Penalty):
     """Adds ``λ mean((x_{t+1} − x_t)²)`` of a sequence to the training loss.
 
     Args:
-        value: λ, 0 or 1e-6…100; 0 is tuned from 0.01.
+        value: λ, 0 or 1e-6…100; if tuned, 0 starts from 0.01.
         name: Name of the hyperparameter.
-        dim: The dimension of time.
+        dim: The time dimension.
 
     Raises:
         ValueError: The strength is outside its bounds.
@@ -137,7 +137,7 @@ class TemporalPenalty(_Penalty):
         self.dim = dim
 
     def measure(self, input: Tensor) -> Tensor:
-        """Squares of steps."""
+        """Squared differences."""
         return input.diff(dim=self.dim).square()
 
 

@@ -1,4 +1,4 @@
-"""The optimizer shell: steps outside, the engine inside."""
+"""Base class of self-tuned optimizers: torch's interface around an engine."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SelfTuningOptimizer(EvaluationMode):
         super().__init__(params, defaults)
         if not any(p.requires_grad for g in self.param_groups for p in g["params"]):
             raise ValueError(
-                "params: none of the parameters requires a gradient: unfreeze some by "
+                "params: none of the parameters requires a gradient: unfreeze some with "
                 "requires_grad_(); the others may stay frozen"
             )
 
@@ -117,7 +117,7 @@ class SelfTuningOptimizer(EvaluationMode):
 
         Args:
             closure: Returns the validation loss, a scalar with its graph, without calling
-                ``backward``. The loss is minimized, also under ``maximize=True``. The closure is
+                ``backward``. The loss is minimised, even with ``maximize=True``. The closure is
                 called more than once when the guard checks an alarm, and at the end of the run.
 
         Returns:
@@ -125,7 +125,7 @@ class SelfTuningOptimizer(EvaluationMode):
             taken yet (gradient accumulation, or a ``GradScaler`` that skipped the first step).
 
         Raises:
-            RuntimeError: Called inside ``averaged()``, or not called by another process.
+            RuntimeError: Called inside ``averaged()``, or another process does not call it.
             TypeError: The closure does not return a tensor.
             ValueError: The loss is not a scalar, has no graph, does not depend on the parameters,
                 or is not finite, even at the last good weights; nothing is changed.
@@ -207,7 +207,7 @@ class SelfTuningOptimizer(EvaluationMode):
         0, and frozen parameters, need no call, because the averages follow them.
 
         Args:
-            weights: False after masks closed units: only the guard restarts, and weights stay.
+            weights: False to restart only the guard, after masks have closed units.
 
         Raises:
             RuntimeError: Called inside ``averaged()``.
@@ -302,8 +302,8 @@ class SelfTuningOptimizer(EvaluationMode):
         blocks = self._blocks()
         if len(blocks) > 1 or any(g.get("maximize") for g in self.param_groups):
             raise ValueError(
-                f"params: {len(blocks)} parameter groups, or maximize=True, with an estimator that "
-                "sees whole steps: put all parameters in one group, or use Trace or OneStep"
+                f"params: {len(blocks)} parameter groups, or maximize=True: a whole-step estimator "
+                "supports neither; put all parameters in one group, or use Trace or OneStep"
             )
         return Call(closure, blocks[0], engine.buffers.tensors)
 

@@ -166,7 +166,7 @@ class Block:
         return self.layout.flatten(self.params, out=self._kept_memory("weights"))
 
     def _kept_memory(self, use: str) -> Tensor:
-        """A reused buffer."""
+        """A buffer reused at each step."""
         if use not in self._scratch:
             self._scratch[use] = self.part.average.new_empty(self.layout.numel)
         return self._scratch[use]

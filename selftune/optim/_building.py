@@ -58,8 +58,8 @@ class TuningOptions:
     """Options of the tuning: keyword arguments of all self-tuned optimizers.
 
     Args:
-        tune: Names of the tuned hyperparameters; by default those of the rule, without the
-            learning rate's decay if the length of the run is known.
+        tune: Names of the tuned hyperparameters; by default those of the rule and all penalties,
+            without ``decay`` if the length of the run is known.
         per: Scope of a tuned value: ``"run"`` (one factor for all groups), ``"group"`` or
             ``"tensor"``; one for all hyperparameters, or a dictionary by name.
         bounds: (lowest, highest) values by name.
@@ -75,11 +75,11 @@ class TuningOptions:
         hyper_optimizer: Function from a list of raw hyperparameters to a torch optimizer; by
             default Adam with a rate of 0.01 times ``every``, between 0.05 and 0.2, and higher in
             runs of fewer than 1000 steps.
-        every: Least number of training steps between two hyperparameter steps; by default a
+        every: Minimum number of training steps between two hyperparameter steps; by default a
             thirtieth of ``total_steps``, between 5 and 20.
         probe: True for a learning-rate sweep at the start, False for none, the number of its
-            steps, or :class:`~selftune.control.SweepSettings`. After the sweep the memory of a
-            tuned β₁ is at most a three-hundredth of the run.
+            steps, or :class:`~selftune.control.SweepSettings`. After the sweep, the memory
+            1/(1 − β₁) of a tuned β₁ is at most 1/300 of the run, or 3 steps if that is more.
         guard: True to rewind to the last good weights when the run diverges or its loss worsens,
             False for no guard, or a policy, such as :class:`~selftune.control.GuardPolicy`.
         model: The model, if it has BatchNorm and ``params`` is not a module.
@@ -90,11 +90,10 @@ class TuningOptions:
         distributed: Whether all processes train one model (DDP, FSDP2) and take the same
             hyperparameter steps; by default True if torch.distributed is initialised.
         settings: Numbers of the method (:class:`~selftune.method.MethodSettings`).
-        tangents: Share of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            1/n, with a minimum of 4,096 weights, and the default with a maximum of 2²⁰; or a
-            dtype, in which those of all weights are kept.
+        tangents: Fraction of the weights whose sensitivities are kept, in (0, 1], rounded up to
+            1/n; at least 4,096 weights and, by default, at most 2²⁰. Or a dtype, for all weights.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
-            CPU's memory) or ``"bf16"``, the default from 65,536 weights on.
+            CPU's memory) or ``"bf16"``, the default for 65,536 weights or more.
     """
 
     tune: Sequence[str] | None = None

@@ -60,7 +60,7 @@ class Call:
         return found
 
     def check(self, weights: Tensor, expected: Tensor, near: Tensor | None = None) -> None:
-        """Raise an error if a closure computes another gradient than at its own step.
+        """Raise an error if the gradient of a closure differs from that at its own step.
 
         Args:
             weights: Weights of its step.
@@ -73,7 +73,7 @@ class Call:
 
         if not (near is not None and same(near)) and not same(self.gradient(weights)):
             raise RuntimeError(
-                "a closure computes another gradient than at its own step: each closure must keep "
+                "a closure's gradient differs from that at its own step: each closure must keep "
                 "its own batch, as in opt.step(functools.partial(closure, x, y))"
             )
 

@@ -100,7 +100,7 @@ class Container(torch.optim.Optimizer):
         """
         shown = self._engine.shown
         if shown is None and self._engine.buffers.shown:
-            raise RuntimeError("state_dict() inside the closure of hyper_step: call it after it")
+            raise RuntimeError("state_dict() inside the closure of hyper_step: call it afterwards")
         with torch.no_grad():
             self._blocks()
         self._engine.stepper.expose(self.state)
@@ -183,7 +183,7 @@ class Container(torch.optim.Optimizer):
         return blocks
 
     def _stepped(self) -> None:
-        """What follows a weight step; nothing, but where an optimizer chooses its rule."""
+        """Called after a weight step; does nothing unless an optimizer chooses its rule."""
 
     def _publish(self) -> None:
         self._assembly.publish(self.param_groups)

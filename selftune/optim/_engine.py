@@ -34,7 +34,7 @@ class Engine:
     """The parts of a run and their interactions, independent of torch's interface.
 
     Attributes:
-        share: Least share of the weights with sensitivities.
+        share: Minimum share of the weights with sensitivities.
         snapshots: Storage of the last good weights.
         label: Name of the optimizer in messages.
     """
@@ -256,7 +256,7 @@ class Engine:
         """Mark an event in the log's charts of the hyperparameters that it has set.
 
         Args:
-            names: Of those; others are left out.
+            names: Names of these hyperparameters; others are ignored.
             given: Whether to mark the given values too, at the start.
         """
         rows, tuned = {n: r for n, r in self.shifts.rows.items() if n in names}, self.shifts.tuned

@@ -96,13 +96,13 @@ class EvaluationMode(Container):
             self._refuse_changes("eval()")
 
     def _restore(self) -> None:
-        """Put loaded training weights back where the model's state was loaded after them."""
+        """Restore loaded training weights if the model's state was loaded after them."""
         restored, self._engine.restored = self._engine.restored, None
         if restored is not None and restored.overwritten:
             restored.put()
 
     def _leave(self) -> bool:
-        """Put the training weights back; true if the others were changed meanwhile."""
+        """Restore the training weights; return whether the other weights were changed."""
         shown, self._engine.shown = self._engine.shown, None
         if shown is None:
             return False
@@ -123,7 +123,7 @@ class EvaluationMode(Container):
             self._engine.restored = restored
             raise RuntimeError(
                 f"{what} at averaged weights: the model's state was loaded after the optimizer's, "
-                "which holds the training weights; call train() first to restore them"
+                "which contains the training weights; call train() first to restore them"
             )
         if self._engine.buffers.shown:
             raise RuntimeError(

@@ -23,9 +23,9 @@ class Cached(NamedTuple):
     """Tuned values of a block, by name: numbers where all of its tensors agree.
 
     Attributes:
-        values: Otherwise one for each weight.
+        values: Values; one for each weight if tensors differ.
         slopes: Their derivatives in raw values.
-        tensor_values: Otherwise one for each tensor.
+        tensor_values: Values; one for each tensor if tensors differ.
         tensor_slopes: Their derivatives in raw values.
     """
 
@@ -76,7 +76,7 @@ class Groups:
         self.scale = 1.0
 
     def scale_of(self, group: Group) -> float:
-        """The factor of a group's ``lr`` beside the schedule's."""
+        """The factor of a group's ``lr`` in addition to the schedule's."""
         return self.scale if "initial_lr" in group and "lr" not in self._shifts.rows else 1.0
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:

@@ -15,7 +15,7 @@ class Entry(NamedTuple):
     """One row of the memory table.
 
     Attributes:
-        name: Of the state.
+        name: Name of the state.
         size: Bytes.
         why: Its use.
     """
@@ -57,7 +57,7 @@ def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
     """The memory of the state of blocks.
 
     Args:
-        blocks: Of the run.
+        blocks: Blocks of the run.
         inner: State of a wrapped optimizer.
     """
     blocks = list(blocks)

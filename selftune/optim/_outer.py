@@ -166,7 +166,7 @@ class OuterLoss:
         return now, then, math.sqrt(sum(map(statistics.variance, found)) / count)
 
     def _slopes(self, closure: Closure, places: Sequence[float]) -> Tensor:
-        """At some places, on the ways from good to averaged weights and on to those in place.
+        """Slopes at positions on the paths from good to averaged and from averaged to last weights.
 
         Returns:
             Shape (places, 2, batches), float64.
@@ -196,8 +196,8 @@ def _asked(closure: Closure) -> Tensor:
         loss = closure()
     except StopIteration as error:
         raise RuntimeError(
-            "closure ran out of validation batches (StopIteration): draw them from a stream "
-            "without an end, such as itertools.cycle(batches), or restart its loader"
+            "closure ran out of validation batches (StopIteration): draw them from an endless "
+            "stream, such as itertools.cycle(batches), or restart its loader"
         ) from error
     if isinstance(loss, Tensor) and getattr(loss.grad_fn, "_sequence_nr", lambda: mark)() < mark:
         raise RuntimeError(OLD_LOSS)

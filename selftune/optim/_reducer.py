@@ -46,7 +46,7 @@ class Reducer:
         """Raise an error if parameters differ between processes.
 
         Raises:
-            RuntimeError: Parameters differ in shapes, or, where they are not sharded, in values.
+            RuntimeError: Parameters differ in shape or, if not sharded, in value.
         """
         if not self.together:
             return
@@ -66,7 +66,7 @@ class Reducer:
         """Wait for the other processes at the first validation loss.
 
         Raises:
-            RuntimeError: Another process does not call it in time.
+            RuntimeError: Another process does not call this method in time.
         """
         if not self.together:
             return
@@ -79,7 +79,7 @@ class Reducer:
         except RuntimeError as error:  # of the kind dist.DistStoreError
             absent = [r for r in ranks if not store.check([keys[r]])]
             raise RuntimeError(
-                f"hyper_step was called on rank {rank}, after {step} steps, and not on "
+                f"hyper_step was called on rank {rank}, after {step} steps, but not on "
                 f"{', '.join(f'rank {r}' for r in absent)} within {PATIENCE} s: call it on every "
                 "process, each with its own validation batch"
             ) from error

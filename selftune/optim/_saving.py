@@ -40,7 +40,7 @@ def from_bytes(run: Any) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(io.BytesIO(run), weights_only=True)
     except (TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            "state_dict is incomplete: param_groups[0]['selftune'] holds no run of selftune "
+            "state_dict is incomplete: param_groups[0]['selftune'] contains no selftune run "
             f"({error})"
         ) from error
     return found
@@ -122,13 +122,13 @@ def check_state(
     saved = state["param_groups"]
     if not saved or saved[0].get("selftune") is None:
         raise ValueError(
-            "state_dict holds no selftune state: it is a plain torch optimizer's. Start the "
+            "state_dict has no selftune state: it is from a plain torch optimizer. Start the "
             "self-tuned run from the model's weights alone"
         )
     run = from_bytes(saved[0]["selftune"])
     if run.get("version") != VERSION:
         raise ValueError(
-            f"state_dict is of version {run.get('version')}, this selftune reads version "
+            f"state_dict has version {run.get('version')}, but this selftune reads version "
             f"{VERSION}: finish the run with the selftune that saved it, or start a new run from "
             "its weights"
         )
@@ -136,8 +136,8 @@ def check_state(
     found = differences(run.get("settings", {}), whole["settings"])
     if found:
         raise ValueError(
-            f"state_dict is of another run: {'; '.join(found)}. Build the optimizer as it was when "
-            "the state was saved"
+            f"state_dict is from another run: {'; '.join(found)}. Build the optimizer as it was "
+            "when the state was saved"
         )
     _match("set of tuned hyperparameters", list(run.get("tuned", ())), whole["tuned"])
     _complete(run, whole)

@@ -131,7 +131,7 @@ class Scoped:
         self._measure()
 
     def displace(self, change: float) -> None:
-        """Move all values by a change of their raw values, which no shift shows."""
+        """Change all raw values by changing their bases; the shifts do not change."""
         self.base = self.base + change
         self._measure()
 

@@ -109,7 +109,7 @@ class WeightSteps:
             engine.buffers.blend(averaging.weight(self._age, THINNED))
 
     def _alone(self, grads: Sequence[Sequence[Tensor]]) -> bool:
-        """Use training gradients instead of validation gradients if there are none."""
+        """Use training gradients if there are no validation gradients."""
         engine = self._engine
         if engine.clock.last_validation_step or engine.clock.steps <= STEPS_ALONE:
             return False
@@ -117,7 +117,7 @@ class WeightSteps:
         return engine.train_alone([block.scaled(g) for block, g in pairs])
 
     def _descending(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """Gradients of the minimized loss, block by block: negated under ``maximize``."""
+        """Gradients of the minimised loss, block by block; negated with ``maximize``."""
         return [
             [-g for g in some] if v.get("maximize") else list(some)
             for v, some in zip(self._values, grads, strict=True)

@@ -23,7 +23,7 @@ from selftune.rules import AbstractRule, PlainOptimizer
 log = logging.getLogger("selftune")
 
 KEPT = ("step", "average", "good")
-"""Entries of a parameter's state that are kept, besides those of the chosen rule."""
+"""Keys of a parameter's state that are kept in addition to those of the chosen rule."""
 
 
 class Mixture(RuleOptimizer):
@@ -40,9 +40,9 @@ class Mixture(RuleOptimizer):
     Args:
         params: A module, parameters, named parameters or parameter groups.
         rules: The members, or a :class:`~selftune.rules.Mixture` of them.
-        lr: Initial learning rate, on the scale of the first member that is not SGD; by default the
-            default of that member.
-        weight_decay: Initial decoupled weight decay; by default the default of the same member.
+        lr: Initial learning rate, on the scale of the first member that is not SGD; by default
+            that member's default.
+        weight_decay: Initial decoupled weight decay; by default that of the same member.
         decay: α of the learning rate's decay 1/(1 + αt).
         l1: Strength of an L1 penalty.
         penalty: Further penalties (:mod:`selftune.penalties`).
@@ -166,9 +166,7 @@ class Mixture(RuleOptimizer):
             for own, value in zip(leaves(block.part), leaves(part), strict=True):
                 own.copy_(value)
         plain = self.rule
-        told = (
-            f"step {engine.clock.steps}: {choice.announcement(rule, present)}, goes on as {plain}"
-        )
+        told = f"step {engine.clock.steps}: {choice.announcement(rule, present)}, now {plain}"
         log.info("%s, %s", engine.label, told)
         engine.monitor.text("rule", told, engine.clock.steps)
 
@@ -207,5 +205,5 @@ class Mixture(RuleOptimizer):
 
 
 def _mean(value: Any) -> float:
-    """Of groups or tensors, where they differ."""
+    """The mean over groups or tensors, if they differ."""
     return statistics.fmean(value) if isinstance(value, list) else float(value)

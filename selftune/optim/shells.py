@@ -83,7 +83,7 @@ def _betas(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float
 class SGD(RuleOptimizer):
     """``torch.optim.SGD`` with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, momentum, weight decay; decay too if ``total_steps`` is unknown.
+    Tuned by default: lr, momentum, weight decay, penalties; decay if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
@@ -136,13 +136,13 @@ class SGD(RuleOptimizer):
 class Adam(RuleOptimizer):
     """``torch.optim.Adam`` with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, β₁, weight decay; decay too if ``total_steps`` is unknown.
+    Tuned by default: lr, β₁, weight decay, penalties; decay if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
         betas: β₁ and β₂. If not given, and if ``total_steps`` is known and ``lr`` is tuned, β₂ is
-            set so that 1/(1 − β₂) is a twentieth of the run, within 100 (0.99) and 1000 (0.999).
+            set so that 1/(1 − β₂) is a twentieth of the run, clamped to 100…1000 steps.
         eps: ε, added to the denominator.
         weight_decay: L2 penalty, added to the gradient.
         amsgrad: Use the largest second moment so far.
@@ -190,13 +190,13 @@ class Adam(RuleOptimizer):
 class AdamW(RuleOptimizer):
     """``torch.optim.AdamW`` with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, β₁, weight decay; decay too if ``total_steps`` is unknown.
+    Tuned by default: lr, β₁, weight decay, penalties; decay if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
         betas: β₁ and β₂. If not given, and if ``total_steps`` is known and ``lr`` is tuned, β₂ is
-            set so that 1/(1 − β₂) is a twentieth of the run, within 100 (0.99) and 1000 (0.999).
+            set so that 1/(1 − β₂) is a twentieth of the run, clamped to 100…1000 steps.
         eps: ε, added to the denominator.
         weight_decay: Decoupled weight decay.
         amsgrad: Use the largest second moment so far.
@@ -244,7 +244,7 @@ class AdamW(RuleOptimizer):
 class RMSprop(RuleOptimizer):
     """``torch.optim.RMSprop`` with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, momentum, weight decay; decay too if ``total_steps`` is unknown.
+    Tuned by default: lr, momentum, weight decay, penalties; decay if ``total_steps`` is unknown.
 
     Args:
         params: A module, parameters, named parameters or parameter groups.
@@ -299,8 +299,8 @@ class RMSprop(RuleOptimizer):
 class Lion(RuleOptimizer):
     """The Lion optimizer with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, weight decay; decay too if ``total_steps`` is unknown. PyTorch does not
-    provide Lion; the signature follows the authors' (Chen et al. 2023).
+    Tuned by default: lr, weight decay, penalties; decay too if ``total_steps`` is unknown. PyTorch
+    does not provide Lion; the signature is that of its authors (Chen et al. 2023).
 
     Args:
         params: A module, parameters, named parameters or parameter groups.

@@ -51,19 +51,19 @@ class SelfTuning(SelfTuningOptimizer):
         closure = inspect.signature(type(inner).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(
-                f"inner={type(inner).__name__} evaluates the loss several times a step, so its "
+                f"inner={type(inner).__name__} evaluates the loss several times per step, so its "
                 "steps have no single direction; use an optimizer whose step() needs no closure"
             )
         if getattr(inner, "is_second_order", False):
             raise TypeError(
-                f"inner={type(inner).__name__} needs second derivatives, for which gradients "
+                f"inner={type(inner).__name__} needs second derivatives, but gradients "
                 "have no graph here; use a first-order optimizer"
             )
         check(ARGUMENTS, tuning)
         per = tuning.get("per", "run")
         if "tensor" in ([per] if isinstance(per, str) else per.values()):
             raise ValueError(
-                f"per={per!r}: another optimizer takes one lr a parameter group; use per='group'"
+                f"per={per!r}: a wrapped optimizer has one lr per parameter group; use per='group'"
             )
         for group in inner.param_groups:
             if "lr" not in group:

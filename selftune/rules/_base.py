@@ -128,16 +128,15 @@ SMALLEST = 1e-30
 
 
 def root(square: Tensor) -> Tensor:
-    """√v with a finite slope at 0, where weights that never had a gradient are.
+    """√v with a finite slope at 0, the value for weights that never had a gradient.
 
-    The infinite one times the 0 by which v moves would be NaN. To values it adds nothing that is
-    seen beside ε.
+    An infinite slope times the zero tangent of v would be NaN. The offset is negligible beside ε.
     """
     return (square + SMALLEST).sqrt()
 
 
 def geometric(factor: Any, steps: int) -> Any:
-    """``1 + a + … + a^(steps − 1)``: what a constant input adds up to under the decay a.
+    """``1 + a + … + a^(steps − 1)``: the sum of a constant input with decay a.
 
     Examples:
         >>> geometric(0.5, 3)

@@ -38,9 +38,9 @@ FORGOTTEN, MEMORIES = 20, (100, 1000)
 
 
 def fitting_beta2(total_steps: int | None) -> float:
-    """A β₂ that remembers a twentieth of a run, but 100 gradients at least and 1000 at most.
+    """A β₂ with a memory of a twentieth of the run, clamped to 100…1000 gradients.
 
-    Where the length of the run is not known it is the usual 0.999.
+    The usual 0.999 if the length of the run is unknown.
 
     Examples:
         >>> fitting_beta2(500), fitting_beta2(10_000), fitting_beta2(None)
@@ -86,7 +86,7 @@ class Adam(AbstractRule):
         )  # fmt: skip
 
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
-        """A β₂ whose averaging window is one twentieth of the run."""
+        """A β₂ whose memory is a twentieth of the run."""
         return {"beta2": fitting_beta2(total_steps)}
 
     def direction(

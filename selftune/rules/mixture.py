@@ -18,13 +18,13 @@ from selftune.rules.plain import PlainOptimizer
 from selftune.rules.sgd import SGD
 
 WITHIN, UNKNOWN = 0.25, 300
-"""Share of a run after which one rule is chosen, and steps where its length is not known."""
+"""Fraction of the run after which a rule is chosen; steps, if its length is unknown."""
 PRIOR = 2.0
-"""Weight of the reference at the start, where the others have 1: it is the safe choice."""
+"""Initial weight of the reference, the safe choice; that of the others is 1."""
 SHARPEST = 20.0
 """Largest exponent of the weights while they anneal."""
 MOMENTUM = 0.9
-"""SGD's momentum in a mixture, where nobody says."""
+"""Default momentum of SGD in a mixture."""
 LEAST = 1e-30  # a direction of this length counts as 0
 SHARED = ("lr", "weight_decay")
 """Settings that members share."""
@@ -65,7 +65,7 @@ class Mixture(AbstractRule):
         ValueError: No rules, a duplicate rule, a rule whose weight decay does not shrink weights
             proportionally, or an unknown setting.
 
-    Source: Ozkara et al. 2024 (MADA), who mix parametrized optimizers and keep the mixture.
+    Source: Ozkara et al. 2024 (MADA), who mix parametrised optimizers and keep the mixture.
 
     Examples:
         >>> import selftune as st
@@ -292,15 +292,15 @@ def _named(rules: Sequence[AbstractRule]) -> dict[str, AbstractRule]:
     for rule in found:
         if not isinstance(rule, AbstractRule) or isinstance(rule, Mixture):
             raise TypeError(
-                f"rules holds {rule!r}, which must be a rule of the library, such as "
+                f"rules contains {rule!r}, which must be a rule of the library, such as "
                 "st.rules.AdamW(): another optimizer's direction is not known before its step"
             )
         if not rule.shrinks:
             raise ValueError(
-                f"rules holds {type(rule).__name__}, which rescales the gradient of weight decay, "
-                "so that no decay of the others means the same: use AdamW"
+                f"rules contains {type(rule).__name__}, which rescales the gradient of its decay, "
+                "so that its weight decay is not comparable to that of the others: use AdamW"
             )
     names = [type(rule).__name__.lower() for rule in found]
     if len(set(names)) < len(names):
-        raise ValueError(f"rules={names} holds one twice: pass each rule once")
+        raise ValueError(f"rules={names} contains duplicates: pass each rule once")
     return dict(zip(names, found, strict=True))

@@ -89,7 +89,7 @@ class RMSprop(AbstractRule):
         dots: tuple[Tensor | None, State, Mapping[str, Any]],
         discount: float,
     ) -> tuple[Tensor, State]:
-        """Over one step."""
+        """The tangent over one step."""
         grads_dot, state_dot, values_dot = dots
         alpha, momentum = values["alpha"], values["momentum"] * discount
         dot = _scaled(state_dot, "momentum_buffer", momentum, grads)

@@ -114,7 +114,7 @@ def _plain(
 
 
 def _fresh(grads: Tensor, values: Values, age: Any) -> Tensor:
-    """The new gradient's part: torch dampens neither the first nor any without momentum."""
+    """The dampened gradient: torch skips dampening at the first step and without momentum."""
     dampening, momentum = values["dampening"], values["momentum"]
     if not isinstance(momentum, Tensor) and momentum == 0:
         return grads

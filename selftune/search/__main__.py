@@ -1,7 +1,7 @@
 """Workers of a search.
 
-``python -m selftune.search worker --storage ADDRESS SCRIPT …`` runs a script as one more worker of
-the search that it makes; ``python -m selftune.search NUMBER`` is started by ``select`` itself.
+``python -m selftune.search worker --storage ADDRESS SCRIPT …`` runs a script as an additional
+worker of its search; ``python -m selftune.search NUMBER`` is started by ``select`` itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from selftune.search._workers import Payload, join, work
 
 
 def main() -> None:
-    """Run trials until there are enough."""
+    """Run a worker."""
     if sys.argv[1:] and sys.argv[1].isdecimal():
         # Standard input is a file that all workers share, so it is mapped and not read.
         with mmap.mmap(sys.stdin.fileno(), 0, access=mmap.ACCESS_READ) as held:
@@ -25,11 +25,11 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m selftune.search")
     worker = parser.add_subparsers(required=True).add_parser(
-        "worker", help="run a script as one more worker of the search that it makes"
+        "worker", help="run a script as an additional worker of its search"
     )
-    worker.add_argument("--storage", required=True, help="of the search: a path or an address")
+    worker.add_argument("--storage", required=True, help="path or URL of the search's storage")
     worker.add_argument("script", help="a Python file that calls selftune.search.select")
-    worker.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
+    worker.add_argument("rest", nargs=argparse.REMAINDER, help="script arguments")
     args = parser.parse_args()
     if not Path(args.script).is_file():
         parser.error(f"{args.script}: no such file")

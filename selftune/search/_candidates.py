@@ -1,4 +1,4 @@
-"""What is searched: functions by name, and how many points a grid over them has."""
+"""The searched candidates by name, and the number of points of a grid over them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from selftune.search.families import AbstractFamily, auto
 Candidates = str | Builder | Sequence[Any] | Mapping[str, Any]
 
 MOST = 1000
-"""Points of a grid that are searched without being asked twice."""
+"""Largest number of grid points that are searched without ``force=True``."""
 
 
 def builders_of(candidates: Candidates, train: Any) -> dict[str, Builder]:
-    """Functions of a space by the name of their family.
+    """Builders of candidates by the name of their family.
 
     Args:
-        candidates: As :func:`~selftune.search.select` takes them.
-        train: Training batches, whose shape families are made for.
+        candidates: As for :func:`~selftune.search.select`.
+        train: Training batches, from which families infer shapes.
 
     Raises:
-        ValueError: There is none.
-        TypeError: One cannot be called.
+        ValueError: There are no candidates.
+        TypeError: A candidate is not callable.
     """
     if isinstance(candidates, str):
         if candidates != "auto":
@@ -61,10 +61,10 @@ def _name(candidate: Any) -> str:
 
 
 def points_of(builders: Mapping[str, Callable[[Space], Any]], force: bool) -> int:
-    """At most how many points the grid has.
+    """An upper bound on the number of grid points.
 
     Raises:
-        ValueError: More than 1,000 without ``force``, or a number without steps.
+        ValueError: There are more than 1,000 without ``force``, or a range has no steps.
     """
     total = 0
     for name, build in builders.items():
@@ -78,7 +78,7 @@ def points_of(builders: Mapping[str, Callable[[Space], Any]], force: bool) -> in
         total += counting.count
     if total > MOST and not force:
         raise ValueError(
-            f"sampler='grid': up to {total:,} points, a run each; pass force=True to search them "
+            f"sampler='grid': up to {total:,} points, one run each; pass force=True to search them "
             "all, or sampler='tpe' with trials="
         )
     return total

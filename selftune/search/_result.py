@@ -111,5 +111,5 @@ def _fill(trainer: Trainer, number: int, made: Candidate) -> TunedSchedule | Non
                 number, error,
             )  # fmt: skip
             return None
-    log.warning("the weights of trial %d are elsewhere: it is trained again", number)
+    log.warning("the weights of trial %d are not available here: it is trained again", number)
     return None

@@ -159,7 +159,7 @@ def select(
         folder = Path(f"{storage}.runs")
     if workers > 1 and not isinstance(storage, (str, Path)):
         raise ValueError(
-            f"workers={workers} need a storage that they can all open: pass a path or an address"
+            f"workers={workers} needs a storage that all workers can open: pass a path or a URL"
         )
     if sampler == "grid":
         trials = points_of(builders, force)
@@ -205,7 +205,7 @@ def select(
 
 
 def _begin(trainer: Trainer, study: optuna.Study) -> int:
-    """Ask for what lost workers had, and what a memory knows; returns how many trials there are."""
+    """Enqueue trials of lost workers and the memory's parameters; return the number of trials."""
     reclaim(study)
     before = len(study.trials)
     if trainer.memory is not None and trainer.task is not None and not before:
@@ -215,7 +215,7 @@ def _begin(trainer: Trainer, study: optuna.Study) -> int:
 
 
 def task_of(train: Any, epochs: int | None, steps: int | None, tuner: Mapping[str, Any]) -> Task:
-    """What a search is about, read off the training batches."""
+    """The task of a search, inferred from the training batches."""
     sizes = [len(batch[0]) for batch in train]
     return Task.of(
         Shape.of(train), sum(sizes), steps or len(sizes) * (epochs or 1), sizes[0],

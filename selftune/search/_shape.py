@@ -53,8 +53,8 @@ class Shape:
         for batch in batches:
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise ValueError(
-                    "families='auto' needs batches (inputs, target): pass functions that build a "
-                    "model for others"
+                    "candidates='auto' needs batches (inputs, target): for others, pass functions "
+                    "that build a model"
                 )
             x, y = batch
             if inputs is None:
@@ -65,7 +65,7 @@ class Shape:
                 return cls(inputs, y[0].numel(), "regression", words or None, flat=y.ndim == 1)
             classes = max(classes, int(y.max()) + 1)
         if inputs is None:
-            raise ValueError("train holds no batch: its shapes cannot be read")
+            raise ValueError("train has no batches: its shapes cannot be inferred")
         if words:
             words = max(words, classes if y.ndim > 1 else 0)
         return cls(inputs, classes, "classification", words or None, each=y.ndim > 1)

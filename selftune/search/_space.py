@@ -31,7 +31,7 @@ class Space:
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """Suggest one of several values."""
         if not choices:
-            raise ValueError(f"choices of {self._prefix}{name} is empty: name at least one")
+            raise ValueError(f"choices of {self._prefix}{name} are empty: pass at least one")
         return self.trial.suggest_categorical(self._prefix + name, list(choices))
 
     def suggest_int(
@@ -49,14 +49,14 @@ class Space:
 
 
 class Counting:
-    """A trial that counts its choices: along the way where integers and lists end, all of them.
+    """A trial that counts grid points by suggesting the last or highest value of each parameter.
 
-    Where how many are asked for depends on a number (widths by depth), its highest value asks for
-    most, so that the count is an upper bound.
+    If the number of parameters depends on a value (widths by depth), the highest has the most, so
+    the count is an upper bound.
 
     Attributes:
         count: Points of the grid so far.
-        endless: The first name that has no grid.
+        endless: Name of the first range without steps.
     """
 
     def __init__(self) -> None:
@@ -65,20 +65,20 @@ class Counting:
         self._known: dict[str, Any] = {}
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """The last."""
+        """Suggest the last choice."""
         return self._last(name, len(choices), choices[-1])
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        """The highest."""
+        """Suggest the highest value."""
         count = (high - low) // step + 1
         return int(self._last(name, count, low + (count - 1) * step))
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        """The highest."""
+        """Suggest the highest value."""
         if step is None:
             self.endless = self.endless or name
         count = 1 if step is None else math.floor((high - low) / step + 1e-9) + 1

@@ -1,4 +1,4 @@
-"""Where a study is kept, and how it samples and prunes: Optuna's own parts by name."""
+"""Storage, sampler and pruner of a study: Optuna's classes by name."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, SQLAlchemy
 log = logging.getLogger("selftune")
 
 BEAT, GRACE, RETRIES = 30, 120, 2
-"""Seconds between two signs of life, until a worker is taken for dead; how often it is retried."""
+"""Heartbeat interval and grace period in seconds, and number of retries of a stale trial."""
 PATIENCE = 5
-"""Seconds a journal may be locked before that is worth telling."""
+"""Seconds for which a journal may be locked before a warning."""
 AWAY, PAUSE = 60, 0.2
-"""Seconds a database may be away, and between two attempts to reach it."""
+"""Seconds for which a database may be unreachable, and seconds between attempts."""
 T = TypeVar("T")
 PRUNERS = ("asha", "hyperband", "median", "none")
 
 
 def storage_of(given: Any) -> BaseStorage:
-    """A storage, from a path (a journal), an address, or one of Optuna's.
+    """A storage, from a path (a journal), a URL, or one of Optuna's.
 
     Args:
-        given: None (in this process), a path, ``grpc://host:port``, an SQL address, or a storage.
+        given: None (in memory), a path, ``grpc://host:port``, a database URL, or a storage.
 
     Raises:
-        ValueError: The file is no journal, or a database is locked; it stays as it is.
+        ValueError: The file is not a journal, or a database is locked; neither is changed.
     """
     if given is None:
         return InMemoryStorage()
@@ -81,7 +81,7 @@ def storage_of(given: Any) -> BaseStorage:
 
 
 def _remote(address: str) -> BaseStorage:
-    """A storage by its address."""
+    """A storage by its URL."""
     if address.startswith("grpc://"):
         host, _, port = address.removeprefix("grpc://").partition(":")
         return GrpcStorageProxy(host=host, port=int(port or 13000))
@@ -93,15 +93,15 @@ def _remote(address: str) -> BaseStorage:
         )  # fmt: skip
     except ImportError as error:
         raise ImportError(
-            f"storage={address} needs a driver of its database that is not installed "
+            f"storage={address} needs a database driver that is not installed "
             f"({error.__context__}); for PostgreSQL: pip install 'selftune[postgres]'"
         ) from error
     except DatabaseError as error:
         if transient(error):
             raise
         raise ValueError(
-            f"storage={address} cannot be opened ({error.orig}): if another program holds it, wait "
-            "for that or pass another address; it is untouched"
+            f"storage={address} cannot be opened ({error.orig}): if another program has locked it, "
+            "wait for that program or pass another URL; the database is unchanged"
         ) from error
     beat = storage.record_heartbeat
     # Optuna calls it in a thread, which ends with the first error: the trial would seem dead.
@@ -110,18 +110,18 @@ def _remote(address: str) -> BaseStorage:
 
 
 MAKING = "create table", "alembic_version", "version_info"
-"""Words of the statements with which Optuna makes its tables and notes their version."""
+"""Words in the statements with which Optuna creates its tables and stores their version."""
 
 
 def persist(call: Callable[[], T], study: optuna.Study | None = None) -> T:
-    """Call, and again after errors of a database that are transient.
+    """Call a function, and retry after transient database errors.
 
     Args:
-        call: What is called.
-        study: Whose storage it uses.
+        call: The function.
+        study: The study whose storage it uses.
 
     Raises:
-        Exception: Anything else, or the database has been away for ``AWAY`` seconds.
+        Exception: Any other error, or the database was unreachable for ``AWAY`` seconds.
     """
     until = math.inf
     while True:
@@ -143,7 +143,7 @@ def persist(call: Callable[[], T], study: optuna.Study | None = None) -> T:
 
 
 def transient(error: BaseException | None) -> str | None:
-    """What led to an error and passes: a lost connection, or tables that another worker makes."""
+    """The transient cause of an error: a lost connection, or tables another worker creates."""
     while error is not None:
         if isinstance(error, DBAPIError):
             statement = str(error.statement).lower()
@@ -156,9 +156,9 @@ def transient(error: BaseException | None) -> str | None:
 
 
 def _check_journal(path: Path) -> bool:
-    """Refuse what is no journal, before anything is written to it; whether its last line ends."""
+    """Raise an error if a file is not a journal; return whether its last line is complete."""
     if path.is_dir():
-        raise ValueError(f"storage={path} is a folder: pass a file's path in it")
+        raise ValueError(f"storage={path} is a folder: pass the path of a file in it")
     if not path.exists():
         return True
     with path.open("rb") as file:
@@ -177,9 +177,9 @@ def _check_journal(path: Path) -> bool:
 
 
 def _repair(path: Path, lock: JournalFileOpenLock) -> None:
-    """End a last line that a kill or a full disk left unfinished, or cut it off.
+    """Terminate or remove a last line left incomplete by a kill or a full disk.
 
-    The next worker would write its line behind it, and a journal with such a line cannot be read.
+    Otherwise the next worker would append to this line, and the journal could not be read.
     """
     lock.acquire()  # nobody writes now, so an unfinished line stays unfinished
     try:
@@ -198,17 +198,17 @@ def _repair(path: Path, lock: JournalFileOpenLock) -> None:
             file.write(whole)
             file.truncate()
         log.warning(
-            "storage=%s ended within a line, as after a kill or on a full disk: %s; the file as it "
-            "was is kept in %s", path,
-            "the line was whole and is ended" if len(whole) > len(held)
-            else f"its last {len(held) - len(whole)} bytes are cut off", backup,
+            "storage=%s ended within a line, as after a kill or on a full disk: %s; a copy of the "
+            "original file is kept in %s", path,
+            "the line was complete and is now terminated" if len(whole) > len(held)
+            else f"its last {len(held) - len(whole)} bytes were removed", backup,
         )  # fmt: skip
     finally:
         lock.release()
 
 
 def check_sampler(given: Any, storage: Any, *, trust_storage: bool) -> None:
-    """Refuse a sampler that unpickles what a storage holds, unless the storage is trusted."""
+    """Raise an error for a sampler that unpickles data of an untrusted storage."""
     unpickles = given == "cmaes" or isinstance(given, CmaEsSampler)
     if (
         unpickles
@@ -235,14 +235,14 @@ def sampler_of(given: Any, seed: int) -> BaseSampler:
         "cmaes": partial(CmaEsSampler, warn_independent_sampling=False),
     }
     if given not in kinds:
-        raise ValueError(f"sampler={given!r} must be one of {[*kinds]} or a sampler of Optuna")
+        raise ValueError(f"sampler={given!r} must be one of {[*kinds]} or an Optuna sampler")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return kinds[given](seed=seed)
 
 
 def pruner_of(given: Any) -> BasePruner:
-    """A pruner by name, or one of Optuna's; its resource is a run's evaluation."""
+    """A pruner by name, or one of Optuna's; its resource is the number of evaluations."""
     if isinstance(given, BasePruner):
         return given
     if given == "asha":
@@ -253,12 +253,12 @@ def pruner_of(given: Any) -> BasePruner:
         return MedianPruner()
     if given in (None, "none"):
         return NopPruner()
-    raise ValueError(f"pruner={given!r} must be one of {PRUNERS} or a pruner of Optuna")
+    raise ValueError(f"pruner={given!r} must be one of {PRUNERS} or an Optuna pruner")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna tells of errors only: what else there is to say is said by candidate."""
+    """Log only Optuna's errors; other messages are logged for each candidate."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -268,21 +268,21 @@ def quiet() -> Iterator[None]:
 
 
 class Unwritable(BaseException):
-    """A storage failed inside a trial; no Exception, which Optuna would take for the trial's."""
+    """A storage failed inside a trial; not an Exception, which Optuna would catch."""
 
 
 @contextmanager
 def writable(storage: Any, write: Callable[[], object]) -> Iterator[None]:
-    """Say so where a search ends because nothing can be written to its storage.
+    """Raise a clear error if a search ends because its storage cannot be written to.
 
-    Optuna then raises errors of many kinds: where one may come from elsewhere, writing is tried.
+    Optuna raises many types of errors for this; if another cause is possible, a write is tried.
 
     Args:
-        storage: As it was given.
-        write: Writes something to it that is there already.
+        storage: The storage as passed by the user.
+        write: Writes a value to it that it already contains.
 
     Raises:
-        OSError: It cannot be written to.
+        OSError: The storage cannot be written to.
     """
     try:
         yield
@@ -299,24 +299,24 @@ def writable(storage: Any, write: Callable[[], object]) -> Iterator[None]:
             why = why.__cause__
         raise OSError(
             f"storage={storage} cannot be written to ({why}): free space there, or pass another "
-            "one; trials that are in it stay"
+            "one; its trials are kept"
         ) from error
 
 
 def open_study(
     storage: BaseStorage, name: str, sampler: BaseSampler, pruner: BasePruner, about: dict[str, Any]
 ) -> optuna.Study:
-    """The study of that name, new or gone on with.
+    """Create a study, or continue an existing one.
 
     Args:
-        storage: Where it is.
+        storage: Its storage.
         name: Its name.
-        sampler: Asks for values.
-        pruner: Ends trials early.
-        about: What must be the same for trials to be comparable.
+        sampler: Its sampler.
+        pruner: Its pruner.
+        about: Settings that must be equal for trials to be comparable.
 
     Raises:
-        ValueError: It is another search's.
+        ValueError: It belongs to another search.
     """
     direction = about["direction"]
     try:
@@ -331,12 +331,12 @@ def open_study(
     if known is None:
         if study.trials:
             raise ValueError(
-                f"study={name!r} holds {len(study.trials)} trials of another program: pass another "
+                f"study={name!r} has {len(study.trials)} trials of another program: pass another "
                 "name or storage"
             )
         study.set_user_attr("selftune", about)
     elif known != about:
         different = {k: (known.get(k), v) for k, v in about.items() if known.get(k) != v}
         told = "; ".join(f"{k}: there {a}, here {b}" for k, (a, b) in different.items())
-        raise ValueError(f"study={name!r} is of another search ({told}): pass another name")
+        raise ValueError(f"study={name!r} belongs to another search ({told}): pass another name")
     return study

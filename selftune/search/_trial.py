@@ -29,7 +29,7 @@ from selftune.tuner import Progress, Tuner, TuningResult
 log = logging.getLogger("selftune")
 
 NEAREST = 3
-"""Best trials of a family whose tuned values a new one starts from."""
+"""Number of best trials of a family from whose tuned values a new trial starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ Builder = Callable[[Space], Any]
 
 
 class Lost(Exception):
-    """A trial that cannot be judged."""
+    """A trial whose value is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +68,16 @@ class Trainer:
         val: Validation batches, or the share of the training data.
         loss_fn: The loss.
         metric: ``"loss"`` or the name of one of ``tuner``'s metrics.
-        sign: 1 where it is minimised, −1 where it is maximised.
+        sign: 1 if it is minimised, −1 if it is maximised.
         length: ``epochs`` or ``steps`` of a run.
         fit: Further arguments of :meth:`~selftune.Tuner.fit`.
         tuner: Arguments of :class:`~selftune.Tuner`.
-        warm: Whether runs start from where the best ones ended.
-        folder: For logs and weights, or None.
-        seed: Of weights and order of data.
-        memory: Of other searches, or None.
-        task: What this one is about, for the memory.
-        kept: The best run of this process by its trial's number.
+        warm: Whether runs start from the final hyperparameters of the best ones.
+        folder: Folder for logs and weights, or None.
+        seed: Seed of the weights and the data order.
+        memory: Results of other searches, or None.
+        task: The task of this search, for the memory.
+        kept: The best run of this process, by trial number.
     """
 
     candidates: Mapping[str, Builder]
@@ -97,7 +97,7 @@ class Trainer:
     kept: dict[int, TuningResult] = field(default_factory=dict)
 
     def attempt(self, trial: optuna.Trial) -> float:
-        """A trial whose failure is noted, with its candidate."""
+        """Run a trial; record a failure with its candidate."""
         trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
         try:
             return self(trial)
@@ -115,7 +115,7 @@ class Trainer:
             raise
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """The metric of a trial at its best weights, which are kept while they are the best."""
+        """Run a trial and return its metric; keep its weights if they are the best so far."""
         family = self.family(trial)
         trial.set_user_attr("family", family)
         made = self.build(trial, family)
@@ -137,12 +137,12 @@ class Trainer:
         return value
 
     def family(self, trial: Any) -> str:
-        """Which of the candidates a trial takes."""
+        """Suggest the candidate of a trial, by name."""
         names = list(self.candidates)
         return names[0] if len(names) == 1 else str(trial.suggest_categorical("family", names))
 
     def build(self, trial: Any, family: str) -> Any:
-        """A candidate; each trial has weights of its own, which can be made again."""
+        """Build a candidate, with initial weights that are reproducible for each trial."""
         torch.manual_seed(self.seed + trial.number)
         prefix = family if len(self.candidates) > 1 or family != "model" else ""
         made = self.candidates[family](Space(trial, prefix))
@@ -176,7 +176,7 @@ class Trainer:
         )
 
     def _steps(self, made: Candidate) -> int | None:
-        """Length of a run in weight steps, if it can be told beforehand."""
+        """Length of a run in weight steps, or None if unknown in advance."""
         if "steps" in self.length:
             return self.length["steps"]
         train = self.train if made.train is None else made.train
@@ -185,7 +185,7 @@ class Trainer:
         return None
 
     def _reporting(self, trial: optuna.Trial) -> Callable[[Progress], bool]:
-        """Tells the pruner of each evaluation, and ends the run where it says so."""
+        """A callback that reports evaluations to the pruner, and ends a pruned run."""
         told = 0
 
         def report(progress: Progress) -> bool:
@@ -202,7 +202,7 @@ class Trainer:
         return report
 
     def _judged(self, result: TuningResult) -> float:
-        """The best value of the metric over the run's evaluations."""
+        """The value of the metric at the evaluation with the lowest loss."""
         if self.metric == "loss":
             return result.best_loss
         losses = result.history["score/loss"].tolist()
@@ -210,7 +210,7 @@ class Trainer:
         return float(scores[losses.index(min(losses))])
 
     def _start(self, tuner: Tuner, family: str, trial: optuna.Trial | None) -> dict[str, float]:
-        """Where the best trials of the family ended, or else runs that are remembered."""
+        """Starting values: from the best trials of the family, or else from the memory."""
         found = {} if trial is None or not self.warm else self._medians(trial.study, family)
         if not found and self.memory is not None and self.task is not None:
             task = replace(self.task, family=family)
@@ -218,7 +218,7 @@ class Trainer:
         return found
 
     def _medians(self, study: optuna.Study, family: str) -> dict[str, float]:
-        """Medians of what the best finished trials of a family ended at."""
+        """Medians of the final hyperparameters of the best trials of a family."""
         known = [t for t in finished(study) if t.user_attrs.get("family") == family]
         best = sorted(known, key=lambda t: self.sign * (t.value or 0.0))[:NEAREST]
         found: dict[str, list[float]] = {}
@@ -228,7 +228,7 @@ class Trainer:
         return {n: statistics.median_low(v) for n, v in found.items()}
 
     def _keep(self, trial: optuna.Trial, value: float, result: TuningResult) -> None:
-        """Keep weights that are the best so far, and drop those of the best before."""
+        """Keep the weights if they are the best so far, and delete the previous best."""
         others = [t.value for t in finished(trial.study) if t.value is not None]
         if any(self.sign * other < self.sign * value for other in others):
             return
@@ -248,7 +248,7 @@ class Trainer:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
             log.warning(
-                "trial %d: its weights were not written, and stay in memory: %s", trial.number,
+                "trial %d: its weights were not written and are kept in memory: %s", trial.number,
                 error,
             )  # fmt: skip
             return
@@ -258,7 +258,7 @@ class Trainer:
 
 
 def weights_of(folder: Path, number: int) -> Path:
-    """Where a trial's weights are."""
+    """Path of a trial's weights."""
     return folder / "weights" / f"{number:04d}.pt"
 
 

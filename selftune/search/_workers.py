@@ -1,4 +1,4 @@
-"""Who runs the trials: this process, several of them, or others anywhere."""
+"""Workers that run the trials: this process, several processes, or other machines."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from selftune.search._storage import (
 from selftune.search._trial import Trainer
 
 JOIN = "SELFTUNE_STORAGE"
-"""A variable of the environment: the storage of the search to join."""
+"""Environment variable with the storage of the search to join."""
 LOOK = 0.2
-"""Seconds between two looks at the workers."""
+"""Polling interval of the workers in seconds."""
 SIGN = 30.0
-"""Seconds in which a worker writes its name to a trial that it has asked for; then it is gone.
+"""Seconds within which a worker must sign a requested trial; later it is considered lost.
 
-Samplers that draw all values at once do so before, which may take a while.
+Samplers that draw all values at once do so before signing, which may take a while.
 """
 
 
@@ -49,13 +49,13 @@ class Payload:
 
     Attributes:
         trainer: Runs a trial.
-        about: What a study must be of.
-        storage: Where it is.
-        study: Its name.
-        trials: How many in all.
-        sampler: By name, or one of Optuna's.
-        pruner: By name, or one of Optuna's.
-        timeout: Seconds from one worker's beginning to its end.
+        about: Settings that must equal those of the study.
+        storage: Storage of the study.
+        study: Name of the study.
+        trials: Total number of trials.
+        sampler: Name of a sampler, or an Optuna sampler.
+        pruner: Name of a pruner, or an Optuna pruner.
+        timeout: Seconds after which a worker starts no new trial.
     """
 
     trainer: Trainer
@@ -68,7 +68,7 @@ class Payload:
     timeout: float | None = None
 
     def open(self, worker: int = 0) -> optuna.Study:
-        """The study, with a sampler whose draws are this worker's and this call's."""
+        """The study, with a sampler seeded for this worker and this call."""
         return persist(lambda: self._open(worker))
 
     def _open(self, worker: int) -> optuna.Study:
@@ -82,7 +82,7 @@ class Payload:
 
 
 def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) -> bool:
-    """Run trials until there are enough; false if Ctrl-C came before."""
+    """Run trials until there are enough; return False if interrupted by Ctrl-C."""
 
     def enough() -> bool:
         done = taken(study)
@@ -121,12 +121,12 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
 
 
 def join(storage: str, script: str, rest: Sequence[str]) -> None:
-    """Run a script as one more worker of the search that it makes.
+    """Run a script as an additional worker of its search.
 
     Args:
-        storage: Of the search: a path or an address.
+        storage: Storage of the search: a path or a URL.
         script: A Python file that calls ``select``.
-        rest: Its own arguments.
+        rest: Arguments of the script.
     """
     os.environ[JOIN] = storage
     sys.argv = [script, *rest]
@@ -135,21 +135,21 @@ def join(storage: str, script: str, rest: Sequence[str]) -> None:
 
 
 def taken(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that are finished or under way, without those whose worker was lost."""
+    """Finished and running trials, without those whose worker was lost."""
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
     trials = study.get_trials(deepcopy=False, states=states)
     return [t for t in trials if not (t.state == TrialState.FAIL and "error" not in t.user_attrs)]
 
 
 def orphans(study: optuna.Study, own: int | None = None) -> int:
-    """Take trials from workers of this machine that are gone, and ask for them again.
+    """Fail trials of dead workers on this machine, and enqueue them again.
 
     Args:
-        study: Whose trials.
-        own: A process that has given its trial up.
+        study: The study.
+        own: A process that has given up its trial.
 
     Returns:
-        How many there were.
+        The number of these trials.
     """
     count = 0
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -166,10 +166,10 @@ def orphans(study: optuna.Study, own: int | None = None) -> int:
 
 
 def reclaim(study: optuna.Study) -> int:
-    """Take trials from workers that are gone, also from one that has not signed its trial yet.
+    """Fail trials of dead workers, including those that have not signed their trial yet.
 
     Returns:
-        How many of the latter there were; waits only where a trial has no worker.
+        The number of unsigned trials; waits only if there are any.
     """
     orphans(study)
     first, until = unsigned(study), time.monotonic() + SIGN
@@ -182,16 +182,16 @@ def reclaim(study: optuna.Study) -> int:
 
 
 def unsigned(study: optuna.Study) -> set[int]:
-    """Numbers of running trials that no worker has written its name to."""
+    """Numbers of running trials that no worker has signed."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return {t.number for t in running if "worker" not in t.user_attrs}
 
 
 def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -> bool:
-    """Run trials in several processes; one that dies loses its trial only, which is retried.
+    """Run trials in several processes; if one dies, only its trial is lost, and is retried.
 
     Returns:
-        False if Ctrl-C came before there were enough.
+        False if interrupted by Ctrl-C.
     """
     import cloudpickle
 

@@ -21,11 +21,11 @@ from selftune.search._shape import Shape
 log = logging.getLogger("selftune")
 
 PRIOR = 0.2
-"""Weight of what a run would start from anyway, in units of one run of the same task."""
+"""Weight w₀ of the default start, in units of one run of the same task."""
 NEAR = 1.0
-"""Distance of tasks at which a run counts 1/e: sizes a factor of e apart, say."""
+"""Distance of tasks at which a run has weight e^(−1/2), such as sizes that differ by e."""
 POWER = {"SGD": 1.0, "RMSprop": 0.5, "Adam": 0.5, "AdamW": 0.5, "Lion": 0.5}
-"""How the learning rate follows the batch where noise dominates, by rule."""
+"""Power of the batch size in the learning rate if noise dominates, by rule."""
 
 
 KINDS: dict[str, Kind] = {
@@ -33,7 +33,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("examples", "inputs", "outputs", "steps", "batch"), Number(above=0)),
     "noise": Number(above=0) | NONE,
 }
-"""What the fields of a saved task may be."""
+"""Valid values of the fields of a saved task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +210,11 @@ class Memory:
 
 
 def _entry(saved: dict[str, Any]) -> dict[str, Any]:
-    """A run as it was saved, checked.
+    """Check a saved run.
 
     Raises:
-        ValueError: A value outside its range; TypeError, KeyError or AttributeError where types or
-            structure are others.
+        ValueError: A value is outside its range.
+        TypeError, KeyError, AttributeError: Types or structure are wrong.
     """
     task = Task(**saved["task"])
     check(KINDS, vars(task))

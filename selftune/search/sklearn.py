@@ -30,12 +30,12 @@ from selftune.tuner import Tuner
 Array = NDArray[Any]
 DROPOUT = 0.1
 FEWEST = 8
-"""Steps in an epoch, however few examples there are."""
+"""Minimum number of steps in an epoch."""
 
 
 @dataclass(eq=False, repr=False)
 class _SelfTuning(BaseEstimator):
-    """What the classifier and the regressor have in common."""
+    """Base class of the classifier and the regressor."""
 
     module: Callable[[Shape], nn.Module] | None = None
     _: KW_ONLY
@@ -93,7 +93,7 @@ class _SelfTuning(BaseEstimator):
             )
         if len(X) < 5:
             raise ValueError(
-                f"n_samples={len(X)} is too few to train on some and tune on others: at least 5"
+                f"n_samples={len(X)} is too few for training and validation parts: at least 5"
             )
         held = max(1, round(self.validation_fraction * len(X)))
         groups = self._strata(y, held)
@@ -124,7 +124,7 @@ class _SelfTuning(BaseEstimator):
         return (X - self.mean_) / self.scale_ if self.standardize else X
 
     def _outputs(self, X: Any) -> torch.Tensor:
-        """Of the model, for inputs as users give them."""
+        """Outputs of the model for unscaled inputs."""
         check_is_fitted(self)
         X = self._checked(X, reset=False)
         data = torch.from_numpy(np.ascontiguousarray(self._scaled(X)))
@@ -133,7 +133,7 @@ class _SelfTuning(BaseEstimator):
         return torch.cat(parts)
 
     def _checked(self, X: Any, **options: Any) -> Any:
-        """As arrays of numbers that are finite."""
+        """Validate inputs as arrays of finite numbers."""
         return validate_data(self, X, dtype=np.float32, allow_nd=True, **options)
 
 
@@ -195,10 +195,10 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         if fresh:
             self.classes_ = np.unique(y if classes is None else classes)
         if len(self.classes_) < 2:
-            raise ValueError(f"y holds 1 class, {self.classes_[0]!r}: at least 2 are needed")
+            raise ValueError(f"y has 1 class, {self.classes_[0]!r}: at least 2 are needed")
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
-            raise ValueError(f"y holds classes {unknown} that the first fit did not know")
+            raise ValueError(f"y has classes {unknown} that the first fit did not know")
         weight = None
         if self.class_weight is not None:
             found = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
@@ -209,7 +209,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         return self
 
     def _strata(self, y: Array, held: int) -> Array | None:
-        """The classes, where each of them has enough examples to be on both sides."""
+        """The classes, if each has enough examples for both parts; else None."""
         counts = np.unique(y, return_counts=True)[1]
         return y if counts.min() >= 2 and min(held, len(y) - held) >= len(counts) else None
 
@@ -252,7 +252,7 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
         return self._train(X, y, fresh=not hasattr(self, "model_"))
 
     def __sklearn_tags__(self) -> Any:
-        """Several targets are taken."""
+        """Declare support for several targets."""
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags

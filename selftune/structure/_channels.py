@@ -1,4 +1,4 @@
-"""Follows units through the graph of a model: which layers share them, and where they are 0."""
+"""Tracks units through a model's graph: which layers share them, and where they are 0."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from selftune.structure.recurrent import Recurrent
 
 
 class Follower(fx.Interpreter):
-    """Runs a model on an example, and notes the units of every value.
+    """Runs a model on an example, and tracks the units of every value.
 
     Attributes:
-        units: All units, and what they take with them.
-        channels: Those of the value of each node; None where it has none, or they must stay.
+        units: All units, with the tensors that are cut with them.
+        channels: Units of each node's value; None if it has none, or they must be kept.
         values: The value of each node on the example.
         pieces: Units of the parts of values that are tuples.
     """
@@ -62,7 +62,7 @@ class Follower(fx.Interpreter):
         self._shared = _shared(graph)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run it, then follow its units."""
+        """Run a node, then track its units."""
         value = self.values[n] = super().run_node(n)
         found = None
         if n.op == "output":
@@ -81,7 +81,7 @@ class Follower(fx.Interpreter):
         return [self.channels[n] for n in nodes] + inside
 
     def unknown(self, node: fx.Node) -> None:
-        """Keep all units that come here: nothing is known of what becomes of them."""
+        """Keep all units that enter a node, because its effect on them is unknown."""
         self.units.need(*self._of((node.args, node.kwargs)))
 
     # modules
@@ -121,7 +121,7 @@ class Follower(fx.Interpreter):
     def _layer(
         self, node: fx.Node, module: nn.Module, given: Channels | None, axis: int
     ) -> Channels:
-        """A layer with a row for each unit it makes and a column for each that it reads."""
+        """A layer with a row for each output unit and a column for each input unit."""
         path = str(node.target)
         linear = isinstance(module, nn.Linear)
         ins, outs = ("in_features", "out_features") if linear else ("in_channels", "out_channels")
@@ -212,7 +212,7 @@ class Follower(fx.Interpreter):
         return None
 
     def _resized(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
-        """Pooling: all axes after the units' may change."""
+        """Pooling: all axes after that of the units may change."""
         before = self.values[node.all_input_nodes[0]].shape
         if value.shape[: given.axis + 1] == before[: given.axis + 1]:
             return given
@@ -220,7 +220,7 @@ class Follower(fx.Interpreter):
         return None
 
     def _reshaped(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
-        """The same order in another shape: axes before, of, and after the units' are found again.
+        """A reshape: find the axis of the units in the new shape.
 
         ``(N, C, H, W)`` to ``(N, C·H·W)``: each unit is repeated H·W times.
         """
@@ -254,7 +254,7 @@ class Follower(fx.Interpreter):
         return Channels(given.axis - gone, given.ids, given.zero)
 
     def _operands(self, node: fx.Node, value: Tensor) -> tuple[list[Channels], list[Any]]:
-        """Operands with units along one axis of the result, and the other ones."""
+        """Operands with units along one axis of the result, and the other operands."""
         those, others = [], []
         for arg in (*node.args, *node.kwargs.values()):
             channels = self.channels[arg] if isinstance(arg, fx.Node) else None
@@ -266,7 +266,7 @@ class Follower(fx.Interpreter):
         return those, others
 
     def _sum(self, node: fx.Node, value: Tensor) -> Channels | None:
-        """Units that are added are one, and 0 where both are."""
+        """Join units that are added; the sum is 0 if both are 0."""
         those, others = self._operands(node, value)
         if others or len({(c.axis, len(c.ids)) for c in those}) != 1:
             self.unknown(node)
@@ -278,7 +278,7 @@ class Follower(fx.Interpreter):
         return Channels(those[0].axis, those[0].ids, zero)
 
     def _product(self, node: fx.Node, value: Tensor) -> Channels | None:
-        """Units that are multiplied are one, and 0 where either is."""
+        """Join units that are multiplied; the product is 0 if either is 0."""
         those, others = self._operands(node, value)
         numbers = all(isinstance(o, (int, float)) for o in others)
         quotient = node.target is operator.truediv and len(those) > 1
@@ -292,7 +292,7 @@ class Follower(fx.Interpreter):
         return Channels(those[0].axis, those[0].ids, zero)
 
     def _cat(self, node: fx.Node, value: Tensor) -> Channels | None:
-        """Units behind one another, or beside one another along another axis."""
+        """Concatenate units along their axis; along another axis they must be kept."""
         args: dict[str, Any] = dict(zip(("tensors", "dim"), node.args, strict=False))
         args |= node.kwargs
         parts: Sequence[Any] = args["tensors"]
@@ -310,7 +310,7 @@ class Follower(fx.Interpreter):
 
 
 def _shared(graph: fx.GraphModule) -> set[int]:
-    """Parameters that several modules have, such as tied weights: their units stay."""
+    """Parameters shared by several modules, such as tied weights; their units are kept."""
     owners: dict[int, set[int]] = {}
     modules: Mapping[str, nn.Module] = dict(graph.named_modules())
     for module in modules.values():

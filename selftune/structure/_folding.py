@@ -1,4 +1,4 @@
-"""Takes gates out of a model: their factors go into the weights of a neighbouring layer."""
+"""Removes gates from a model by folding their factors into an adjacent layer's weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ THROUGH = (
 )  # fmt: skip
 """Modules with f(g x) = g f(x)."""
 THROUGH_POSITIVE = (nn.ReLU, nn.LeakyReLU, *POOLS)
-"""Those for which that holds where g ≥ 0."""
+"""Modules with f(g x) = g f(x) for g ≥ 0."""
 
 
 def fold(follower: Follower, graph: fx.GraphModule, model: nn.Module) -> None:
-    """Replace every gate by an identity, or, where no neighbour can take it, by its factors."""
+    """Replace every gate by an identity, or by its factors if no adjacent layer can absorb it."""
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module":
@@ -44,7 +44,7 @@ def _back(
     node: fx.Node, gate: Gate, follower: Follower,
     calls: dict[str, list[fx.Node]], modules: dict[str, nn.Module],
 ) -> bool:  # fmt: skip
-    """Into the rows of the layer before it."""
+    """Fold a gate into the rows of the layer before it."""
     factors, at = gate.gates.detach().flatten(), node
     while True:
         if len(at.all_input_nodes) != 1:
@@ -70,7 +70,7 @@ def _forward(
     node: fx.Node, gate: Gate, follower: Follower,
     calls: dict[str, list[fx.Node]], modules: dict[str, nn.Module],
 ) -> bool:  # fmt: skip
-    """Into the columns of the layer after it."""
+    """Fold a gate into the columns of the layer after it."""
     at = node
     while True:
         if len(at.users) != 1:
@@ -94,7 +94,7 @@ def _forward(
 
 
 def _alone(node: fx.Node, calls: dict[str, list[fx.Node]], modules: dict[str, nn.Module]) -> bool:
-    """Whether a layer is called once, and its parameters are its own."""
+    """Whether a layer is called once and shares no parameters."""
     module = modules[str(node.target)]
     params = {id(p) for p in module.parameters(recurse=False)}
     owners = [m for m in set(modules.values()) for p in m._parameters.values() if id(p) in params]
@@ -117,7 +117,7 @@ def _scale(module: nn.Module, name: str, factors: Tensor, axis: int) -> None:
 
 
 def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
-    """A module of torch alone that multiplies by factors along a dimension."""
+    """A module of torch operations only that multiplies by factors along a dimension."""
     shapes = {len(n.meta["shape"]) for n in nodes} or {dim + 1 if dim >= 0 else -dim}
     ndim = shapes.pop()
     shape = [1] * ndim
@@ -132,9 +132,9 @@ def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
 
 
 def replace_optionals(model: nn.Module, threshold: float) -> list[str]:
-    """Replace every Optional by an identity, or by its sum as a module of torch alone.
+    """Replace every Optional by an identity, or by its sum in torch operations only.
 
-    Returns the names of those that were removed.
+    Returns the names of the removed blocks.
     """
     removed: list[str] = []
     plains: dict[int, nn.Module] = {}
@@ -160,7 +160,7 @@ def _sum(optional: Optional) -> nn.Module:
 
 
 def as_sum(block: nn.Module, gate: float, residual: bool) -> fx.GraphModule:
-    """``x + g · block(x)``, or ``(1 − g) · x + g · block(x)``, as a module of torch alone."""
+    """``x + g · block(x)``, or ``(1 − g) · x + g · block(x)``, in torch operations only."""
     root = nn.Module()
     root.add_module("block", block)
     graph = fx.Graph()

@@ -1,4 +1,4 @@
-"""Follows units through attention and recurrent layers: heads, chunks, and their states."""
+"""Tracks units through attention and recurrent layers: heads, chunks and states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def split(units: Units, axis: int, given: Channels, count: int) -> Channels:
-    """Units in so many runs behind one another, each of which becomes one unit."""
+    """Split the units into ``count`` consecutive runs, each joined into one unit."""
     size = len(given.ids) // count
     runs = [given.ids[i * size : (i + 1) * size] for i in range(count)]
     for run in runs:
@@ -45,7 +45,7 @@ def _dims(node: fx.Node, ndim: int) -> list[int]:
 def softmax(
     follower: Follower, node: fx.Node, given: Channels, value: Tensor
 ) -> Channels | None:  # fmt: skip
-    """Over another axis, where 0 does not stay 0."""
+    """Softmax over another axis, which does not keep 0 at 0."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if not isinstance(dim, int) or dim % value.ndim == given.axis:
         follower.unknown(node)
@@ -54,7 +54,7 @@ def softmax(
 
 
 def attended(follower: Follower, node: fx.Node, value: Tensor) -> Channels | None:
-    """Products of matrices of each head, which are one unit; 0 where the values are."""
+    """Matrix products of each head, which is one unit; 0 where the values are 0."""
     count = 3 if node.target in ATTENTION else 2
     parts = [follower.channels[a] for a in node.args[:count] if isinstance(a, fx.Node)]
     known = [c for c in parts if c is not None]

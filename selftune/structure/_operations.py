@@ -1,4 +1,4 @@
-"""Operations through which units are followed, by what becomes of them."""
+"""Operations through which units are tracked, by their effect on the units."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ELEMENTWISE = (
     nn.Mish, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Softsign, nn.Softshrink,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 )  # fmt: skip
-"""Modules that act on each element, and leave 0 at 0."""
+"""Elementwise modules that map 0 to 0."""
 SHIFTING = (nn.Sigmoid, nn.Softplus, nn.Hardsigmoid, nn.LogSigmoid)
-"""Modules that act on each element, and do not leave 0 at 0."""
+"""Elementwise modules that do not map 0 to 0."""
 SAME: set[Any] = {
     F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.tanh,
     F.hardtanh, F.hardswish, F.dropout, F.dropout1d, F.dropout2d, torch.relu, torch.tanh,
@@ -38,7 +38,7 @@ RESHAPES: set[Any] = {torch.flatten, torch.reshape, "flatten", "reshape", "view"
 MEANS: set[Any] = {torch.mean, torch.sum, torch.amax, "mean", "sum", "amax"}
 CATS: set[Any] = {torch.cat, torch.concat}
 SIZES: set[Any] = {getattr, "size", "dim", len, "numel"}
-"""Operations that read a shape, which fits itself to the units."""
+"""Operations that read a shape, which adapts to the remaining units."""
 TRANSPOSES: set[Any] = {torch.transpose, torch.swapaxes, "transpose", "swapaxes"}
 PERMUTES: set[Any] = {torch.permute, "permute"}
 SOFTMAXES: set[Any] = {F.softmax, torch.softmax, "softmax"}

@@ -1,4 +1,4 @@
-"""How much the loss would rise without each unit, from one backward pass."""
+"""The increase of the loss without each unit, estimated from one backward pass."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Closure = Callable[[], Tensor]
 
 
 def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
-    """Second-order estimate of the rise of the loss without each gated unit, by module.
+    """Second-order estimate of the increase of the loss without each gated unit, by module.
 
     With ``c_n = g ∂ℓ_n/∂g`` of example n, the Gauss-Newton estimate of the Hessian by the Fisher
-    information gives ``½ mean_n c_n²``. The first-order term is left out: it is 0 at a minimum, and
-    noise before.
+    information gives ``½ mean_n c_n²``. The first-order term is omitted: it is 0 at a minimum, and
+    mostly noise before.
 
     Args:
-        model: With gates, through which the closure's loss goes.
-        closure: Returns a mean loss over examples, dimension ``batch_dim`` of what gates see.
+        model: A model with gates, used by the closure.
+        closure: Returns a mean loss over examples, dimension ``batch_dim`` of the gates' inputs.
 
     Raises:
-        ValueError: Gates that the loss does not depend on.
+        ValueError: The loss does not depend on some gates.
 
     Source: Theis et al. 2018, eq. 8.
     """
@@ -60,9 +60,9 @@ def _watch(
     rows: dict[str, Tensor], sizes: dict[str, int], name: str, module: AbstractGated, args: Any,
     output: Any,
 ) -> None:  # fmt: skip
-    """Add up ``c_n / N`` of a module, shape (examples, units), in the backward pass.
+    """Accumulate ``c_n / N`` of a module, shape (examples, units), in the backward pass.
 
-    A module that does not tell leaves its number of examples instead.
+    If ``passed`` of the module returns None, store its number of examples instead.
     """
     value = module.passed(args[0].detach(), output)
     if value is None:
@@ -81,7 +81,7 @@ def _watch(
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Running statistics as they were before the block; masks may change in it."""
+    """Restore buffers, such as running statistics, after the block; masks may change."""
     masks = {id(module.mask) for _, module in gated(model)}
     held = [(b, b.clone()) for b in model.buffers() if id(b) not in masks]
     try:

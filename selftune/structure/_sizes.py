@@ -30,10 +30,10 @@ class _Block:
     """A tensor of weights with axes of units.
 
     Attributes:
-        fixed: Weights to one position of all axes.
-        axes: The unit of each position, by axis; −1 where none can be removed.
-        positions: Multiply-adds to a weight in one example; 0 where it only adds.
-        within: Units, of ``Optional`` blocks, that take the whole tensor with them.
+        fixed: Number of weights at one position of all axes.
+        axes: The unit of each position, by axis; −1 if it cannot be removed.
+        positions: Multiply-adds per weight in one example; 0 for a bias.
+        within: Units of ``Optional`` blocks whose removal removes the whole tensor.
         counted: Whether its weights are parameters that no other block counts.
     """
 
@@ -44,25 +44,25 @@ class _Block:
     counted: bool
 
     def kinds(self, numel: NDArray[np.float64] | float) -> NDArray[np.float64]:
-        """Parameters and multiply-adds of so many weights, shape (2, …)."""
+        """Parameters and multiply-adds of a number of weights, shape (2, …)."""
         numel = np.asarray(numel)
         return np.stack([numel * self.counted, numel * self.positions])
 
 
 class Sizes:
-    """How large a model is with some of its units closed.
+    """The size of a model with some of its units closed.
 
-    A unit here is all that shares a channel: it goes where all of its gates are closed. Counted are
-    weights and biases, and the multiply-adds of Linear, convolution and recurrent layers in one
-    example.
+    A unit comprises everything that shares a channel; it is removed if all of its gates are closed.
+    The size counts weights and biases, and the multiply-adds of Linear, convolution and recurrent
+    layers for one example.
 
     Args:
-        model: With gates; it is left as it is.
+        model: A model with gates. It is not modified.
         example: An input, or a tuple of inputs.
 
     Attributes:
         places: The gates of each unit that can be removed.
-        axes: For each module with gates, the unit of each gate, −1 where it cannot be removed.
+        axes: The unit of each gate of each module, or −1 if it cannot be removed.
 
     Raises:
         ValueError: The example does not fit, or the model cannot be traced.
@@ -117,7 +117,7 @@ class Sizes:
         return np.array([self._numbers.get(follower.units.root(u), -1) for u in ids])
 
     def _made(self, follower: Follower, plain: nn.Module, optionals: list[str]) -> list[_Block]:
-        """A block for each parameter, and one more for each further call of a layer."""
+        """A block for each parameter."""
         cuts: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
         for (tensor, axis), cut in follower.units.cuts.items():
             cuts.setdefault(tensor, []).append((axis, self._units(follower, cut.ids)))
@@ -144,7 +144,7 @@ class Sizes:
         return total
 
     def saved(self, gone: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """What each unit would save if it went next, shape (2, units)."""
+        """Parameters and multiply-adds saved by removing each unit next, shape (2, units)."""
         total, padded = np.zeros((2, len(gone))), np.append(gone, False)
         for block in self._blocks:
             if any(gone[u] for u in block.within):
@@ -160,7 +160,7 @@ class Sizes:
         return total
 
     def last(self, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which units are the last ones of a layer, which stay; shape (units,)."""
+        """Which units are the last of a layer and are therefore kept; shape (units,)."""
         found, padded = np.zeros(len(gone), dtype=bool), np.append(gone, False)
         optional = set(self._optionals)
         for name, axis in self.axes.items():
@@ -178,7 +178,7 @@ class Sizes:
 
 
 def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[str, float]:
-    """Multiply-adds of each layer to one of its weights, in one example."""
+    """Multiply-adds per weight of each layer, for one example."""
     found: dict[str, float] = {}
     for node, value in follower.values.items():
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None

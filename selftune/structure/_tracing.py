@@ -13,7 +13,7 @@ from selftune.structure.transformer import mask_types_noted
 
 
 class Tracer(fx.Tracer):
-    """Traces into the user's modules, and takes torch's and gates as they are."""
+    """Traces into the user's modules; torch's modules and gates are leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is a node of the graph."""
@@ -38,7 +38,7 @@ class Tracer(fx.Tracer):
         except Exception as error:
             raise ValueError(
                 f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
-                "gates, or take control flow that depends on values out of forward"
+                "gates, or move data-dependent control flow out of forward"
             ) from error
 
 

@@ -16,7 +16,7 @@ class Channels:
     Attributes:
         axis: The axis, from 0.
         ids: The unit of each position.
-        zero: Whether it is 0 for every input, shape (positions,), bool.
+        zero: Whether each is 0 for every input, shape (positions,), bool.
     """
 
     axis: int
@@ -30,10 +30,10 @@ class Cut:
 
     Attributes:
         module: The module.
-        name: Of its parameter or buffer.
+        name: Name of its parameter or buffer.
         axis: The axis.
         ids: The unit of each position.
-        sizes: Attributes of the module that hold the length of the axis.
+        sizes: Attributes of the module with the length of the axis.
         path: The module's name in the model.
     """
 
@@ -49,11 +49,11 @@ class Cut:
 class Units:
     """Units of a model, as sets of joined ids.
 
-    Units that are added to one another, or that share a parameter, are one. A unit can be removed
-    if each of its users sees 0 there.
+    Units that are added to one another, or that share a parameter, are joined. A unit can be
+    removed if it is 0 for all of its users.
 
     Attributes:
-        cuts: What a unit takes with it, by tensor and axis.
+        cuts: Axes that are cut when units are removed, by tensor and axis.
     """
 
     cuts: dict[tuple[int, int], Cut] = field(default_factory=dict)
@@ -68,23 +68,23 @@ class Units:
         return list(range(start, start + count))
 
     def root(self, unit: int) -> int:
-        """The id that stands for all that are joined with this one."""
+        """The id that represents all units joined with this one."""
         while self._parents[unit] != unit:
             self._parents[unit] = unit = self._parents[self._parents[unit]]
         return unit
 
     def join(self, some: Sequence[int], others: Sequence[int]) -> None:
-        """Make units one, pair by pair."""
+        """Join units pair by pair."""
         for a, b in zip(some, others, strict=True):
             self._parents[self.root(a)] = self.root(b)
 
     def use(self, channels: Channels) -> None:
-        """A layer with a column for each unit reads them: one that is not 0 is needed."""
+        """Mark units read by a layer with a column for each; units that are not 0 are needed."""
         for unit, zero in zip(channels.ids, channels.zero.tolist(), strict=True):
             (self._used if zero else self._needed).add(unit)
 
     def need(self, *values: Channels | None) -> None:
-        """Something that cannot do without any of its units reads them."""
+        """Mark units as needed, because an operation requires all of them."""
         for value in values:
             self._needed.update(() if value is None else value.ids)
 
@@ -92,7 +92,7 @@ class Units:
         self, path: str, module: nn.Module, name: str, axis: int, ids: list[int],
         sizes: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """Note that a tensor has an axis of units; one that is met again joins them."""
+        """Record that a tensor has an axis of units; a repeated axis joins its units."""
         tensor = getattr(module, name)
         if tensor is None:
             return
@@ -102,14 +102,14 @@ class Units:
         self.join(known.ids, ids)
 
     def removable(self) -> set[int]:
-        """The units that every user sees as 0, by root."""
+        """The units that are 0 for all users, by root."""
         return {self.root(u) for u in self._used} - {self.root(u) for u in self._needed}
 
     def removed(self, warn: Callable[[str], None]) -> set[int]:
-        """The units that can go, by root; of every axis at least one stays.
+        """The units to remove, by root; at least one unit of every axis is kept.
 
         Args:
-            warn: Is told the name of a module all of whose units could go.
+            warn: Called with the name of each module whose units are all closed.
         """
         gone = self.removable()
         told: set[str] = set()
@@ -122,7 +122,7 @@ class Units:
         return gone
 
     def remove(self, gone: set[int]) -> None:
-        """Cut all tensors down to the units that stay."""
+        """Cut all tensors down to the remaining units."""
         for cut in self.cuts.values():
             keep = torch.tensor([i for i, u in enumerate(cut.ids) if self.root(u) not in gone])
             tensor = getattr(cut.module, cut.name)

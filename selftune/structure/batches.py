@@ -67,7 +67,7 @@ class Batches(Sampler[list[int]]):
         least = start if least is None else least
         if not 1 <= least <= start <= most:
             raise ValueError(
-                f"least={least}, start={start}, most={most} must be in this order, from 1 on"
+                f"least={least}, start={start}, most={most} must be in this order and at least 1"
             )
         try:
             count = len(dataset)
@@ -100,7 +100,7 @@ class Batches(Sampler[list[int]]):
         return (order[i : min(i + size, end)] for i in range(0, end, size))
 
     def _log(self) -> None:
-        """Of the epoch that begins, at the number of batches before it."""
+        """Log the new epoch, at the number of batches before it."""
         rows = [("structure/batch_size", float(self.size))]
         if math.isfinite(self.scale.value):
             rows.append(("structure/noise_scale", self.scale.value))
@@ -136,8 +136,8 @@ class Batches(Sampler[list[int]]):
         size = int(state["size"])
         if not self._least <= size <= self._most:
             raise ValueError(
-                f"state has batches of {size} examples, and these are from {self._least} to "
-                f"{self._most}: pass the same least= and most="
+                f"state has batches of {size} examples, outside least={self._least} and "
+                f"most={self._most}: pass the same least= and most="
             )
         self.size, self.epoch, self._taken = size, int(state["epoch"]), int(state["taken"])
         self.scale.load_state_dict(state["scale"])

@@ -16,7 +16,7 @@ from selftune.structure._saliency import Closure, buffers_kept
 log = logging.getLogger("selftune")
 
 SURE = 100.0
-"""A score, and its negative, between which softmax is exactly 1 and 0."""
+"""A score; with its negative for the others, softmax is exactly 1 and 0."""
 
 
 class Choice(nn.Module):
@@ -81,7 +81,7 @@ def _mixed(outputs: list[Tensor], weights: Tensor) -> Tensor:
 
 
 def choices(model: nn.Module) -> Iterator[tuple[str, Choice]]:
-    """Names and choices of a model; one that is used at several places comes once."""
+    """Names and choices of a model; a shared choice is listed once."""
     for name, module in model.named_modules():
         if isinstance(module, Choice):
             yield name, module
@@ -103,8 +103,8 @@ class Chooser:
         recorder: Where weights are logged as ``structure/choice/…``.
 
     Raises:
-        ValueError: No choices; no steps; an interval without a step in the last fifth of the run; a
-            loss that does not depend on the choices.
+        ValueError: The model has no choices, ``total_steps`` is below 1, no update of the scores is
+            due in the last fifth of the run, or the loss does not depend on the choices.
 
     Examples:
         >>> net = nn.Sequential(Choice([nn.ReLU(), nn.Tanh()]), nn.Linear(3, 1))
@@ -125,31 +125,31 @@ class Chooser:
         recorder: Any = None,
     ) -> None:  # fmt: skip
         if total_steps < 1:
-            raise ValueError(f"total_steps={total_steps} must be 1 at least")
+            raise ValueError(f"total_steps={total_steps} must be at least 1")
         found = dict(choices(model))
         if not found:
             raise ValueError("model has no choices: put selftune.structure.Choice into it")
         self._model, self._choices, self._total = model, found, total_steps
         self._every = max(1, total_steps // 60) if every is None else every
         if self._every < 1:
-            raise ValueError(f"every={every} must be 1 at least")
+            raise ValueError(f"every={every} must be at least 1")
         if total_steps // self._every * self._every < self.end * total_steps:
             most = max(1, total_steps - math.ceil(self.end * total_steps))
             raise ValueError(
                 f"every={every}: no step of the scores is in the last fifth of {total_steps} "
-                f"steps, where the choice is made; pass {most} at most"
+                f"steps, where the choice is made; pass at most {most}"
             )
         self._adam = torch.optim.Adam([c.scores for c in found.values()], lr=rate, betas=(0.5, 0.9))
         self._taken = 0
         self._monitor = Monitor(recorder)
 
     def step(self, closure: Closure) -> bool:
-        """Call it after each ``opt.step()``; moves the scores where that is due.
+        """Update the scores if an update is due; call after each ``opt.step()``.
 
-        Returns whether it did. A step whose gradient is not finite is skipped.
+        Returns whether they were updated. A step whose gradient is not finite is skipped.
 
         Args:
-            closure: Returns the validation loss, as that of ``opt.hyper_step``.
+            closure: Returns the validation loss, as for ``opt.hyper_step``.
         """
         self._taken += 1
         done = self._taken / self._total
@@ -191,7 +191,7 @@ class Chooser:
         return all(float(c.weights().max()) == 1 for c in self._choices.values())
 
     def _sharpen(self, done: float) -> None:
-        """Multiply scores where the leading weight is below that of the schedule."""
+        """Scale up scores if the largest weight is below the scheduled bound."""
         share = min(1.0, (done - self.sharpen) / (self.end - self.sharpen))
         for choice in self._choices.values():
             first = int(choice.scores.argmax())
@@ -231,16 +231,16 @@ def _apart(names: Any) -> str:
 def choose(
     model: nn.Module, loss: Callable[[nn.Module], Any] | None, tolerance: float
 ) -> nn.Module:  # fmt: skip
-    """Replace choices by their branches of the largest weight, in place.
+    """Replace choices by their branches with the largest weight, in place.
 
     Args:
-        model: In evaluation mode.
-        loss: Of a model, a number; before and after.
-        tolerance: By how much it may rise, as a share.
+        model: A model in evaluation mode.
+        loss: Returns the loss of a model, compared before and after.
+        tolerance: Maximum relative increase of the loss.
 
     Raises:
-        ValueError: No loss.
-        RuntimeError: The loss rises by more.
+        ValueError: No loss is given.
+        RuntimeError: The loss increases by more.
     """
     found = dict(choices(model))
     if not found:
@@ -248,7 +248,7 @@ def choose(
     if loss is None:
         raise ValueError(
             f"loss=None: {', '.join(map(repr, found))} become one branch each, which changes "
-            "outputs; pass loss=, a function of the model, to be checked before and after"
+            "outputs; pass loss=, a function of the model, to compare before and after"
         )
     weights = {n: [round(w, 3) for w in c.weights().tolist()] for n, c in found.items()}
     before = float(loss(model))
@@ -260,8 +260,8 @@ def choose(
     log.info("choices %s: loss %.4g before, %.4g after", weights, before, after)
     if not after <= before + tolerance * abs(before):
         raise RuntimeError(
-            f"loss {before:.4g} before choices became one branch each, {after:.4g} after, which is "
+            f"with one branch for each choice the loss rises from {before:.4g} to {after:.4g}, "
             f"above tolerance={tolerance}; weights were {weights}: tune them for longer (Chooser), "
-            "or allow more"
+            "or raise the tolerance"
         )
     return model

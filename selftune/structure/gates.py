@@ -27,7 +27,7 @@ class AbstractGated(nn.Module, ABC):
 
     def __init__(self, units: int, batch_dim: int = 0) -> None:
         if units < 1:
-            raise ValueError(f"units={units} must be 1 at least")
+            raise ValueError(f"units={units} must be at least 1")
         super().__init__()
         self.batch_dim = batch_dim
         self.gates = nn.Parameter(torch.ones(units, *GATE_AXES))
@@ -61,8 +61,8 @@ class Gate(AbstractGated):
         units: Number of units.
         dim: Dimension of the units in the input: 1 for channels and for a batch of vectors, −1
             for inputs of shape (batch, …, units), such as sequences.
-        batch_dim: The dimension of examples, over which saliencies are averaged: 1 where the
-            sequence comes first.
+        batch_dim: The batch dimension, over which saliencies are averaged: 1 if the sequence
+            dimension comes first.
 
     Raises:
         ValueError: The input has a different number of units.
@@ -113,12 +113,12 @@ class Optional(AbstractGated):
     Args:
         block: A module whose output has the shape of its input.
         residual: Whether the block is the branch of a residual connection, which is added here.
-            If not, the block is a layer of its own, and ``y = x + g · (block(x) − x)``: itself
-            where the gate is 1, and nothing where it is 0.
-        batch_dim: The dimension of examples, over which saliencies are averaged.
+            If not, ``y = x + g · (block(x) − x)``: the block alone if the gate is 1, the input if
+            it is 0.
+        batch_dim: The batch dimension, over which saliencies are averaged.
 
     Raises:
-        ValueError: A block whose output has another shape.
+        ValueError: The output of the block has another shape.
 
     Examples:
         >>> layer = Optional(torch.nn.Linear(2, 2), residual=False)
@@ -144,7 +144,7 @@ class Optional(AbstractGated):
         return input + gate * (output if self.residual else output - input)
 
     def passed(self, input: Tensor, output: Tensor) -> Tensor:
-        """What the block adds."""
+        """The contribution of the block."""
         return output - input
 
     def per_unit(self, values: Tensor) -> Tensor:

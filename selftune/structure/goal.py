@@ -87,18 +87,18 @@ class Goal:
     ) -> None:
         kinds = [of] if isinstance(of, str) else list(of)
         if not kinds or set(kinds) - set(KINDS):
-            raise ValueError(f"of={of!r} must be among {', '.join(KINDS)}, or both")
+            raise ValueError(f"of={of!r} must be one of {', '.join(KINDS)}, or both")
         if budget is None and tolerance is None:
             raise ValueError(
-                "a goal needs budget=, the size to end at, or tolerance=, the loss to give up"
+                "a goal needs budget=, the final size, or tolerance=, the allowed loss increase"
             )
         if tolerance is not None and not 0 <= tolerance < math.inf:
-            raise ValueError(f"tolerance={tolerance} must be a share of the loss, from 0 on")
+            raise ValueError(f"tolerance={tolerance} must be a fraction of the loss, at least 0")
         if not 0 <= start <= end <= 1:
-            raise ValueError(f"start={start}, end={end} must be shares of the run in this order")
+            raise ValueError(f"start={start}, end={end} must be fractions of the run in this order")
         for name, count in (("closings", closings), ("batches", batches)):
             if count < 1:
-                raise ValueError(f"{name}={count} must be 1 at least")
+                raise ValueError(f"{name}={count} must be at least 1")
         if not any(True for _ in gated(model)):
             raise ValueError(
                 "model has no gates: put selftune.structure.Gate after the units that may be "
@@ -107,7 +107,7 @@ class Goal:
         self._sizes = Sizes(model, example)
         if not self._sizes.places:
             raise ValueError(
-                "no unit of the model can be removed: other layers need all that its gates close"
+                "no unit of the model can be removed: other layers need all units with gates"
             )
         self._model, self._tolerance, self._total = model, tolerance, total_steps
         self._start, self._end, self._batches = start, end, batches
@@ -123,7 +123,7 @@ class Goal:
         self.price = 0.0
 
     def _wanted(self, budget: float | None, kinds: Sequence[str]) -> NDArray[np.float64]:
-        """The sizes to end at, shape (2,); inf where any will do."""
+        """The final sizes, shape (2,); inf if unconstrained."""
         whole, least = self._sizes.whole, self._sizes.floor()
         if budget is None:
             return np.where(self._counted, 0.0, np.inf)
@@ -135,13 +135,13 @@ class Goal:
         for kind, wanted, most, fewest in zip(KINDS, target, whole, least, strict=True):
             if np.isfinite(wanted) and wanted > most:
                 raise ValueError(
-                    f"budget={budget:g}: the model has {most:,.0f} {kind} only; pass a share below "
-                    "1, or fewer"
+                    f"budget={budget:g}: the model has only {most:,.0f} {kind}; pass a smaller "
+                    "number, or a fraction below 1"
                 )
             if wanted < fewest:
                 raise ValueError(
                     f"budget={budget:g}: with one unit open in each layer the model has "
-                    f"{fewest:,.0f} {kind} of {most:,.0f}; ask for as many, or gate more layers"
+                    f"{fewest:,.0f} {kind} of {most:,.0f}; raise the budget, or gate more layers"
                 )
         return target
 
@@ -160,10 +160,10 @@ class Goal:
             closure: Returns the validation loss, as for ``opt.hyper_step``.
 
         Raises:
-            ValueError: No ``total_steps``; a loss that does not depend on the gates.
+            ValueError: ``total_steps`` is missing, or the loss does not depend on the gates.
         """
         if self._total is None:
-            raise ValueError("total_steps=None: pass the steps in the run to Goal")
+            raise ValueError("total_steps=None: pass the number of steps in the run to Goal")
         self._taken += 1
         if self._taken not in self._due:
             return False
@@ -172,9 +172,9 @@ class Goal:
         return self.close(closure, 1.0 if last else self._taken / self._total)
 
     def callback(self, closure: Closure) -> Callable[[Any], bool]:
-        """For ``fit(callbacks=[...])`` of the tuner: closes units after its evaluations.
+        """A callback for the tuner, ``fit(callbacks=[...])``: closes units after evaluations.
 
-        Checkpoints of the tuner hold the masks, and not :meth:`state_dict`.
+        Checkpoints of the tuner contain the masks, but not :meth:`state_dict`.
 
         Args:
             closure: Returns a validation loss of the model.
@@ -222,7 +222,7 @@ class Goal:
         return np.array([all(closed[n][i] for n, i in at) for at in self._sizes.places])
 
     def _saliencies(self, closure: Closure) -> NDArray[np.float64]:
-        """Of each unit, shape (units,)."""
+        """Saliency of each unit, shape (units,)."""
         fresh: dict[str, Tensor] = {}
         for _ in range(self._batches):
             for name, value in saliency(self._model, closure).items():
@@ -235,7 +235,7 @@ class Goal:
     def _order(
         self, gone: NDArray[np.bool_], worth: NDArray[np.float64], want: NDArray[np.float64]
     ) -> tuple[list[int], list[float]]:
-        """Units to close until the size is met, the cheapest loss first, and λ after each."""
+        """Units to close until the size is met, by saliency per size, and λ after each."""
         order: list[int] = []
         prices: list[float] = []
         gone, whole = gone.copy(), self._sizes.whole
@@ -254,23 +254,23 @@ class Goal:
             order.append(first)
 
     def _name_forgotten(self) -> None:
-        """Say that a tolerance begins anew where another goal has closed units before."""
+        """Warn that the tolerance restarts if another goal has closed units before."""
         masked = any(bool((m.mask == 0).any()) for _, m in gated(self._model))
         if self._tolerance is not None and masked and not self._known:
             log.warning(
-                "goal: units are closed already, and tolerance=%g counts from this loss on; to "
+                "goal: units are already closed; tolerance=%g counts from the current loss. To "
                 "continue a goal, load its state_dict into this one",
                 self._tolerance,
             )
 
     def _name_floor(self) -> None:
-        """Say once that nothing more can be closed."""
+        """Warn once if no more units can be closed."""
         if not self._floored and bool(self._sizes.last(self._gone())[~self._gone()].all()):
             self._floored = True
-            log.warning("goal: all units but one of each layer are closed; these stay")
+            log.warning("goal: all units but one of each layer are closed")
 
     def _tolerated(self, closure: Closure, order: list[int], done: float) -> list[int]:
-        """The longest start of an order that the loss allows, found by bisection."""
+        """The longest prefix of an order within the tolerance, found by bisection."""
         assert self._tolerance is not None
         before, masks = (
             self._loss(closure),
@@ -292,7 +292,7 @@ class Goal:
         return order[:low]
 
     def _loss(self, closure: Closure) -> float:
-        """The mean over batches, the same ones where torch's generator draws them."""
+        """The mean over batches, the same ones if drawn by torch's generator."""
         losses: list[float] = []
         with torch.no_grad(), torch.random.fork_rng():
             for at in range(self._batches):

@@ -20,10 +20,10 @@ def with_gates(model: nn.Module) -> nn.Module:
 
     ``nn.MultiheadAttention`` becomes :class:`Attention`, ``nn.TransformerEncoderLayer``
     :class:`EncoderLayer`, ``nn.TransformerEncoder`` :class:`Encoder`, ``nn.LSTM`` and ``nn.GRU``
-    :class:`Recurrent`, or :class:`RecurrentLayers` where they have several layers. Outputs stay as
-    they are; dropout of attention weights in encoder layers is left out, with a warning. Weights
-    keep their ``requires_grad``, and a layer used at several places stays one. Gates behind Linear
-    and convolution layers are the user's to place.
+    :class:`Recurrent`, or :class:`RecurrentLayers` if they have several layers. Outputs do not
+    change; dropout of attention weights in encoder layers is removed, with a warning. Weights
+    keep their ``requires_grad``, and shared layers remain shared. Place gates after Linear and
+    convolution layers yourself.
 
     Args:
         model: Any module.
@@ -46,14 +46,14 @@ def with_gates(model: nn.Module) -> nn.Module:
     }
     if dropped:
         log.warning(
-            "with_gates: dropout of attention weights is left out in %s; other dropout stays",
+            "with_gates: dropout of attention weights is left out in %s; other dropout is kept",
             ", ".join(f"{name} (dropout={share:g})" for name, share in dropped.items()),
         )
     return _gated(model, {})
 
 
 def _gated(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    """A model with gates; ``known`` has what has become of its modules, by id."""
+    """A model with gates; ``known`` maps ids of modules to their replacements."""
     if id(model) in known:
         return known[id(model)]
     made: nn.Module | None = None

@@ -47,7 +47,7 @@ class NoiseScale:
 
     def __init__(self, memory: float = 50.0) -> None:
         if not memory >= 1:
-            raise ValueError(f"memory={memory} must be 1 step at least")
+            raise ValueError(f"memory={memory} must be at least 1 step")
         self.memory = float(memory)
         self._signal, self._noise, self._weight = 0.0, 0.0, 0.0
         self._sum: list[Tensor] | None = None
@@ -79,7 +79,7 @@ class NoiseScale:
         if not 1 <= small_size < big_size:
             raise ValueError(
                 f"small_size={small_size} and big_size={big_size}: a micro-batch must be smaller "
-                "than the batch; split each batch into two parts at least"
+                "than the batch; split each batch into at least two parts"
             )
         a, b = float(small), float(big)
         if not (math.isfinite(a) and math.isfinite(b)):
@@ -97,8 +97,8 @@ class NoiseScale:
         before = self._sum
         if before is not None and len(before) != len(grads):
             raise ValueError(
-                f"{len(grads)} parameters have gradients after this micro-batch, and "
-                f"{len(before)} after the one before: use the same parameters in each"
+                f"{len(grads)} parameters have gradients after this micro-batch, but "
+                f"{len(before)} after the previous one: use the same parameters in each"
             )
         with torch.no_grad():
             parts = [g.clone() for g in grads] if before is None else [
@@ -117,7 +117,7 @@ class NoiseScale:
         if count < 2 or total is None or size % count:
             self._sum, self._norms = None, []
             raise ValueError(
-                f"size={size} examples in {count} micro-batches: two at least, of equal size, are "
+                f"size={size} examples in {count} micro-batches: at least two, of equal size, are "
                 "needed. Call micro_batch after the backward pass of each"
             )
         # .grad holds the sum of g_i / k, so that a part is g_i / k and the sum is g_big

@@ -99,7 +99,7 @@ def prune(
 
 
 def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
-    """Fold gates and cut closed units out, in place."""
+    """Fold gates and remove closed units, in place."""
     graph = fx.GraphModule(model, Tracer().of(model))
     follower = Follower(graph, 0.0)
     follower.run(*inputs)
@@ -116,7 +116,7 @@ def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
 
 
 def _as_graphs(model: nn.Module) -> nn.Module:
-    """Turn modules of this library into modules of torch alone."""
+    """Convert modules of this library to graphs of torch modules."""
     plains: dict[int, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Recurrent):
@@ -142,7 +142,7 @@ def _plain(module: Recurrent, known: dict[int, nn.Module]) -> nn.Module:
 
 
 def _name_kept(follower: Follower, gone: set[int]) -> None:
-    """Name gates that have closed units which stay, since other layers need them."""
+    """Log gates with closed units that are kept because other layers need them."""
     kept: list[str] = []
     for cut in follower.units.cuts.values():
         if isinstance(cut.module, AbstractGated) and cut.name == "gates":
@@ -154,7 +154,7 @@ def _name_kept(follower: Follower, gone: set[int]) -> None:
             kept += [f"{cut.path} ({stay})"] * (stay > 0)
     if kept:
         log.info(
-            "closed units that stay, as layers that share them need them, or as the last one: %s",
+            "closed units kept because other layers need them, or as the last of a layer: %s",
             ", ".join(kept),
         )
 
@@ -179,6 +179,6 @@ def _check(before: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         worst = float((old - new).abs().max()) if same and old.numel() else 0.0
         if not same or not worst <= allowed:
             raise RuntimeError(
-                f"the smaller model has other outputs (shape {tuple(new.shape)}, largest "
-                f"difference {worst:.2g}): its forward does something that cannot be followed"
+                f"the smaller model has different outputs (shape {tuple(new.shape)}, largest "
+                f"difference {worst:.2g}): its forward uses an unsupported operation"
             )

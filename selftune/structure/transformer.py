@@ -78,36 +78,36 @@ class Attention(nn.Module):
         need_weights: bool = False, attn_mask: Tensor | None = None,
         average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """As ``nn.MultiheadAttention(...)(..., need_weights=False)``, of batches.
+        """As ``nn.MultiheadAttention(...)(..., need_weights=False)``, for batched inputs.
 
         Args:
-            query: Shape (batch, length, embed_dim), or as ``batch_first`` says.
+            query: Shape (batch, length, embed_dim), with the batch second if not ``batch_first``.
             key: Likewise.
             value: Likewise.
             key_padding_mask: Shape (batch, length of keys): True where a key is masked, or floats
                 that are added to the scores.
-            need_weights: False; the weights of the attention are not returned.
+            need_weights: Must be False; attention weights are not returned.
             attn_mask: Shape (length of queries, length of keys): True where a key is masked, or
                 floats that are added to the scores.
-            average_attn_weights: Without effect, as no weights are returned.
-            is_causal: Whether ``attn_mask`` is causal; without one, whether positions see those
-                before them alone.
+            average_attn_weights: Has no effect, because no weights are returned.
+            is_causal: Whether ``attn_mask`` is causal; without a mask, whether to apply a causal
+                mask.
 
         Raises:
-            ValueError: ``need_weights=True``; input without a batch; a mask for each head;
-                ``is_causal`` and ``key_padding_mask`` without ``attn_mask``.
+            ValueError: ``need_weights=True``, inputs are unbatched, each head has its own mask, or
+                ``is_causal`` and ``key_padding_mask`` are given without ``attn_mask``.
         """
         if need_weights is True:
             raise ValueError("need_weights=True: gated attention returns none; pass False")
         if isinstance(query, Tensor) and query.ndim != 3:
             raise ValueError(
-                f"query of shape {tuple(query.shape)}: gated attention takes batches, of three "
-                "dimensions; add one with unsqueeze"
+                f"query of shape {tuple(query.shape)}: gated attention takes batched inputs of "
+                "three dimensions; add one with unsqueeze"
             )
         if isinstance(attn_mask, Tensor) and attn_mask.ndim != 2:
             raise ValueError(
-                f"attn_mask of shape {tuple(attn_mask.shape)} cannot be used with gates: pass one "
-                "of (length of queries, length of keys) for all heads"
+                f"attn_mask of shape {tuple(attn_mask.shape)} cannot be used with gates: pass "
+                "one mask of shape (length of queries, length of keys) for all heads"
             )
         given = (query, key, value)
         if not self.batch_first:
@@ -170,15 +170,15 @@ class EncoderLayer(nn.Module):
         self, src: Tensor, src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None, is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
-        """As the layer.
+        """As ``nn.TransformerEncoderLayer``.
 
         Args:
-            src: Shape (batch, length, d_model), or as ``batch_first`` says.
+            src: Shape (batch, length, d_model), with the batch second if not ``batch_first``.
             src_mask: Shape (length, length): True where a position is masked, or floats that are
                 added to the scores.
             src_key_padding_mask: Shape (batch, length), likewise.
-            is_causal: Whether ``src_mask`` is causal; without one, whether positions see those
-                before them alone.
+            is_causal: Whether ``src_mask`` is causal; without a mask, whether to apply a causal
+                mask.
         """
         masks = (src_key_padding_mask, src_mask, is_causal)
         if self.norm_first:
@@ -216,7 +216,7 @@ class Encoder(nn.Module):
         self, src: Tensor, mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None, is_causal: bool | None = False,
     ) -> Tensor:  # fmt: skip
-        """As the encoder; ``is_causal`` as of :class:`EncoderLayer`."""
+        """As ``nn.TransformerEncoder``; ``is_causal`` as in :class:`EncoderLayer`."""
         causal = False if is_causal is None else is_causal
         for layer in self.layers:
             src = layer(src, mask, src_key_padding_mask, causal)
@@ -225,7 +225,7 @@ class Encoder(nn.Module):
 
 @contextmanager
 def mask_types_noted(model: nn.Module) -> Iterator[None]:
-    """Note the types of the masks that layers get in the block, for graphs made after it."""
+    """Record the types of masks passed to layers in the block, for later tracing."""
 
     def note(module: Attention, args: Any, kwargs: dict[str, Any]) -> None:
         masks = dict(zip(("key_padding_mask", "need_weights", "attn_mask"), args[3:], strict=False))
@@ -244,23 +244,23 @@ def mask_types_noted(model: nn.Module) -> Iterator[None]:
 def _added(
     name: str, mask: Any, noted: dict[str, torch.dtype], like: Tensor
 ) -> Any:  # fmt: skip
-    """A mask as what is added to scores: −inf where it is True.
+    """A mask as a term added to the scores: −inf where it is True.
 
-    A graph has no branches: it is made for the type of mask noted before, and asserts it.
+    A graph has no branches, so it is traced for the recorded type of mask, and asserts it.
     """
     if mask is None:
         return None
     traced = isinstance(mask, fx.Proxy)
     kind = noted.get(name) if traced else mask.dtype
     if kind is None:
-        torch._assert(mask == None, f"{name}: pruned with an example without it")  # noqa: E711
+        torch._assert(mask == None, f"{name}: pruned with an example without a mask")  # noqa: E711
         return None
     if kind == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
     if traced:
-        torch._assert(mask.is_floating_point(), f"{name}: pruned with an example of floats")
+        torch._assert(mask.is_floating_point(), f"{name}: pruned with an example of a float mask")
     elif not kind.is_floating_point:
-        raise ValueError(f"{name} of type {kind} must be of bool, or of floats")
+        raise ValueError(f"{name} of type {kind} must be bool or floating-point")
     return mask
 
 

@@ -168,7 +168,7 @@ def build(
     """Build a run.
 
     Args:
-        given: What the tuner was given.
+        given: The arguments of the tuner.
         plan: Its length and intervals.
         streams: Training and validation batches.
         val: The validation set.
@@ -194,7 +194,7 @@ def build(
     for name, value in steps.hyper.values(run.hyper.raw).items():
         if given.values[name] and not math.isclose(value, given.values[name], rel_tol=1e-6):
             log.warning(
-                "%s starts at %.3g, since the given %.3g is outside its bounds",
+                "%s starts at %.3g, because the given %.3g is outside its bounds",
                 name, value, given.values[name],
             )  # fmt: skip
     mapped = members is not None

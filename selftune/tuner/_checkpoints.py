@@ -21,7 +21,7 @@ log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
-"""Seconds that the first rank has to save a run that lost another rank."""
+"""Seconds for which other ranks wait for the first to save a run that lost a rank."""
 VERSION = 10
 """Version of checkpoints; 10 includes the due part of a step, and no rank's random streams."""
 
@@ -32,9 +32,9 @@ def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
     If the disk is full, the previous checkpoint stays and training continues.
 
     Args:
-        path: Of the checkpoint.
+        path: Path of the checkpoint.
         state: Its content.
-        suffix: Of the file until it is complete; different for each process that writes.
+        suffix: Suffix of the incomplete file; different for each writing process.
     """
     partial = path.with_suffix(suffix)
     try:
@@ -53,12 +53,12 @@ def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
 
 
 def rescue(folder: Path | None, first: bool, save: Callable[..., None]) -> None:
-    """Save a run that lost a rank: on the first rank; on another one if the first has not.
+    """Save a run that lost a rank: on the first rank, or on another if the first did not.
 
     Args:
-        folder: Of the checkpoints.
+        folder: Folder of the checkpoints.
         first: Whether this is the first rank.
-        save: Writes a checkpoint, ``everywhere`` if told so.
+        save: Writes a checkpoint, on any rank with ``everywhere``.
     """
     if folder is None:
         return
@@ -135,13 +135,13 @@ def read(path: Path) -> dict[str, Any]:
         state = load(path)
     except ValueError as error:
         raise ValueError(
-            f"resume: {path} is damaged or no checkpoint of a Tuner ({error}); nothing was "
+            f"resume: {path} is damaged or not a checkpoint of a Tuner ({error}); nothing was "
             "changed. Resume from another file, or start a new run in another log_dir"
         ) from error
     version = state.get("version") if isinstance(state, dict) else None
     if version != VERSION:
         raise ValueError(
-            f"resume: {path} is of version {version}, this selftune's Tuner reads version "
+            f"resume: {path} has version {version}, but this selftune's Tuner reads version "
             f"{VERSION}: finish the run with the selftune that saved it, or start a new run"
         )
     return state

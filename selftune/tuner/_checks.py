@@ -184,11 +184,11 @@ def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Strea
     )  # fmt: skip
     group.check_same(
         "lengths of train and val", [len(s) if s.sized else None for s in streams],
-        "pass the loaders that one process would take, of which each rank takes its part",
+        "pass the loaders of a single process; each rank takes its part of every batch",
     )  # fmt: skip
     group.check_same(
         "the generators of train and val", digest(s for stream in streams for s in stream.own()),
-        "seed them alike on all ranks",
+        "use the same seed on all ranks",
     )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def check_agreement(run: RunState, group: Group) -> None:
         return
     group.check_same(
         "weights and hyperparameters", digest([*run.weights, run.hyper.raw]),
-        "ranks must compute alike: are their machines of one kind, with one version of torch?",
+        "ranks must compute identically: do all have the same hardware and torch version?",
     )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def check_model(model: torch.nn.Module) -> None:
     """Raise an error for models without trainable parameters, or unsupported by torch.func."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            "model has no parameter that requires a gradient: unfreeze some by requires_grad_()"
+            "model has no parameter that requires a gradient: unfreeze some with requires_grad_()"
         )
     if isinstance(model, SelfTuned):
         raise ValueError(
@@ -215,7 +215,7 @@ def check_model(model: torch.nn.Module) -> None:
         )
     for name, module in model.named_modules():
         if getattr(module, "sparse", False):
-            raise ValueError(f"model: {name} gives sparse gradients: make it with sparse=False")
+            raise ValueError(f"model: {name} gives sparse gradients: create it with sparse=False")
 
 
 @contextmanager
@@ -239,8 +239,8 @@ def _explained() -> Iterator[None]:
         if "use_reentrant" in str(error):
             raise ValueError(
                 "model: st.Tuner cannot differentiate activation checkpoints of the reentrant "
-                "kind: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or train by "
-                "st.AdamW in a loop of your own, which takes both kinds"
+                "kind: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or use "
+                "st.AdamW in your own loop, which supports both kinds"
             ) from error
         if "saved tensor hooks" in str(error):
             raise ValueError(

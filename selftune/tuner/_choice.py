@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("selftune")
 
 BEGUN = ("parts", "displacement", "secants", "stiffness")
-"""Fields of the method's state that begin anew at the choice."""
+"""Fields of the method's state that are reset at the choice."""
 
 
 @torch.no_grad()
 def choose(training: Training, batch: Any) -> None:
-    """Choose a rule if it is time, from the gradient of the batch of the step that follows.
+    """Choose a rule if the choice is due, by the gradient on the batch of the next step.
 
-    If that gradient is not finite, the next step chooses.
+    If that gradient is not finite, the choice is postponed by a step.
     """
     steps, run = training.steps, training.fused.run
     rule = choice.undecided(steps.update)
@@ -49,13 +49,13 @@ def choose(training: Training, batch: Any) -> None:
     become(steps, training.fused, chosen)
     training.watch.note(training.step)
     plain = optimizer_of(steps, training.watch.hparams())
-    told = f"step {training.step}: {choice.announcement(rule, values)}, goes on as {plain}"
+    told = f"step {training.step}: {choice.announcement(rule, values)}, now {plain}"
     log.info("Tuner, %s", told)
     training.watch.metrics.monitor.text("rule", told, training.step)
 
 
 def pace(steps: Steps) -> None:
-    """Step hyperparameters as often as can be until the choice, which has little time."""
+    """Use the shortest interval of hyperparameter steps until the choice, which is early."""
     settings = steps.method.settings.hyper
     if choice.undecided(steps.update) is not None and steps.every > settings.often:
         steps.hyper.size *= settings.size(settings.often) / settings.size(steps.every)
@@ -63,11 +63,11 @@ def pace(steps: Steps) -> None:
 
 
 def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
-    """Go on by one member; sensitivities begin anew, weights, average and its state stay.
+    """Continue with one member: reset sensitivities, keep weights, average and rule state.
 
     Args:
         steps: The steps, whose rule is a mixture.
-        fused: Takes them.
+        fused: Executes the steps.
         chosen: The member.
     """
     run, method, rule = fused.run, steps.method, steps.update.rule
@@ -100,7 +100,7 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
 
 
 def _begun(steps: Steps, run: RunState) -> State:
-    """The method's state at the start of the rule that is chosen."""
+    """The method's state at the start of the chosen rule."""
     rows, method, rule = steps.method.sensitivities, steps.method, steps.update.rule
     assert isinstance(rule, Mixture)
     values = {**steps.start, **steps.numbers(run)[0]}
@@ -112,7 +112,7 @@ def _begun(steps: Steps, run: RunState) -> State:
 
 
 def expected(steps: Steps, run: RunState, chosen: Sequence[Any] | None) -> RunState:
-    """A run with tensors as those of a saved one that chose this member; changes nothing."""
+    """A run with the tensors of a saved run that chose this member; changes nothing."""
     rule = choice.undecided(steps.update)
     if chosen is None or rule is None:
         return run
@@ -127,12 +127,12 @@ def expected(steps: Steps, run: RunState, chosen: Sequence[Any] | None) -> RunSt
 
 
 def restore(steps: Steps, fused: Fused, chosen: Sequence[Any] | None) -> None:
-    """Bring a run that has just been built to where a saved one has chosen its rule."""
+    """Apply the choice of a saved run to a newly built one."""
     if chosen is not None and choice.undecided(steps.update) is not None:
         become(steps, fused, choice.Chosen(*chosen))
 
 
 def optimizer_of(steps: Steps, values: Mapping[str, Any]) -> PlainOptimizer | None:
-    """The rule with its present settings as a plain torch optimizer; None: not chosen yet."""
+    """The rule with its current settings as a plain torch optimizer; None before the choice."""
     rule, values = steps.update.rule, {**steps.options, **values}
     return rule.plain(values) if isinstance(rule, Mixture) else PlainOptimizer.of(rule, values)

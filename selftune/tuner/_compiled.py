@@ -22,7 +22,7 @@ log = logging.getLogger("selftune")
 
 Step = Callable[..., Any]
 ODD, SHARE = 20, 0.25
-"""Batches of other shapes run eagerly, up to this number and this share of all."""
+"""Batches of other shapes run eagerly, up to this number and this fraction of all batches."""
 
 
 class Fused:
@@ -140,7 +140,7 @@ class Fused:
         torch._C._autograd._saved_tensors_hooks_enable()  # a graph that failed leaves them off
         self.compiled = not self._apart and self.whole is None
         if not self.compiled:
-            log.warning("the training step stays eager from here: %s", reason)
+            log.warning("the training step stays eager from here on: %s", reason)
             return
         self._apart = True
         log.warning("the model's passes stay eager, and the update alone is compiled: %s", reason)
@@ -166,7 +166,7 @@ class Fused:
         return graphs if self.whole is None else {**graphs, **self._seen(self.whole, wrap)}
 
     def _seen(self, whole: FunctionalSteps, wrap: Callable[[Step], Step]) -> dict[str, Step]:
-        """Steps observed by an estimator, which runs between the graphs."""
+        """Every kind of step, observed by an estimator that runs between the graphs."""
         steps = self._steps
         # A CUDA graph writes over what it returned.
         kept = partial(tree_map, torch.clone) if self.run.step.is_cuda else lambda found: found

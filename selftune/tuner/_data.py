@@ -30,7 +30,7 @@ class Stream:
         loader: A DataLoader or any iterable of batches.
         name: Its name in errors.
         device: Device of the batches. On a GPU the next batch is copied in advance, unless the
-            loader has a state, which would then be ahead too.
+            loader has a state, which would then be one batch ahead.
         skips: Whether to skip a last batch of one example, which BatchNorm does not support.
         shard: Makes the loader yield this rank's part of each batch.
     """
@@ -110,13 +110,13 @@ class Stream:
             except StopIteration:
                 if self.taken == 0:
                     raise ValueError(
-                        f"{self._name} holds no batch: is it empty, or is drop_last=True with a "
-                        "batch size above its length?"
+                        f"{self._name} has no batches: is it empty, or is the batch size above its "
+                        "length with drop_last=True?"
                     ) from None
                 if self.once:
                     raise ValueError(
-                        f"{self._name} ended after {self.taken} batches and cannot be started "
-                        "again: pass a DataLoader or a list, or ask for fewer steps"
+                        f"{self._name} ended after {self.taken} batches and cannot be "
+                        "restarted: pass a DataLoader or a list, or use fewer steps"
                     ) from None
                 self.epoch += 1
                 self._begin()
@@ -195,7 +195,7 @@ class Stream:
         found = self._generators()
         if len(found) != len(state["own"]):
             raise ValueError(
-                f"resume: {self._name} has {len(found)} generators of its own, and had "
+                f"resume: {self._name} has {len(found)} generators of its own, but had "
                 f"{len(state['own'])} when the run was saved: resume with the same loader"
             )
         for generator, saved in zip(found, state["own"], strict=True):
@@ -212,7 +212,7 @@ class Stream:
         self._restore(state["start"])
         if place is not None and not self._stateful:
             raise ValueError(
-                f"resume: {self._name} had a state_dict when the run was saved, and has none now: "
+                f"resume: {self._name} had a state_dict when the run was saved, but has none now: "
                 "resume with the same loader"
             )
         if place is not None:

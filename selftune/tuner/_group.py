@@ -43,7 +43,7 @@ class Group:
     unchanged.
 
     Args:
-        rank: Of this process.
+        rank: Rank of this process.
         size: Number of processes.
 
     Attributes:
@@ -149,7 +149,7 @@ class Group:
         """Raise an error if a value differs from that of the first rank.
 
         Raises:
-            ValueError: On all ranks.
+            ValueError: The values differ; raised on all ranks.
         """
         values = self.gather(value)
         differ = [rank for rank, other in enumerate(values) if other != values[0]]
@@ -208,8 +208,8 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
     """
     if parallel == "fsdp":
         raise ValueError(
-            'parallel="fsdp" is not supported, st.Tuner keeps whole weights on each rank: pass '
-            'parallel="ddp", or use st.AdamW in a loop of your own after fully_shard(model)'
+            'parallel="fsdp" is not supported: st.Tuner keeps all weights on each rank. Pass '
+            'parallel="ddp", or use st.AdamW in your own loop after fully_shard(model)'
         )
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -218,9 +218,9 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
         missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if n not in os.environ]
         if not dist.is_available() or missing:
             raise ValueError(
-                f"parallel={parallel!r} needs one process a rank, and there is neither an "
+                f"parallel={parallel!r} needs one process per rank, but there is neither an "
                 f"initialised process group nor {', '.join(missing)} in the environment: start the "
-                "script by torchrun --nproc-per-node 2 script.py, or leave parallel= out"
+                "script with torchrun --nproc-per-node 2 script.py, or omit parallel="
             )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -253,26 +253,26 @@ def _leave() -> None:
 
 
 def check_together(given: Given) -> None:
-    """Refuse estimators of whole steps in a population or on several ranks.
+    """Raise an error for options that do not work in a population or on several ranks.
 
     Raises:
-        ValueError: They are named.
+        ValueError: There are such options; the message names them.
     """
     members, ranks, assigned = given.population, given.group.size, given.assignment(None)
     if members is not None and choice.undecided(given.update) is not None:
         raise ValueError(
-            f"population={members.size} has one rule for all members, which they cannot choose "
-            "each for itself: pass population=1, or a single rule"
+            f"population={members.size} needs one rule for all members, but a mixture would "
+            "choose one per member: pass population=1, or a single rule"
         )
     if assigned.whole is not None and members is not None:
         raise ValueError(
             f"population={members.size} needs an estimator of rows, Trace or OneStep, for all "
-            f"tuned hyperparameters, and {assigned.names} need {assigned.whole}"
+            f"tuned hyperparameters, but {assigned.names} need {assigned.whole}"
         )
     if ranks > 1 and assigned.whole is not None:
         raise ValueError(
             f'parallel="ddp" on {ranks} ranks needs an estimator of rows, Trace or OneStep, for '
-            f"all tuned hyperparameters, and {assigned.names} need {assigned.whole}: leave them "
+            f"all tuned hyperparameters, but {assigned.names} need {assigned.whole}: leave them "
             "out of tune=, or train on one rank"
         )
     if ranks > 1 and members is not None:

@@ -1,4 +1,4 @@
-"""One process at a time writes to a run's folder."""
+"""A lock that lets only one process write to a run's folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("selftune")
 
 LOCK, OWNER = "run.lock", "run.owner"
 WAIT = 10.0
-"""Seconds that a lock may outlast its process, because its loader's workers hold it."""
+"""Seconds for which a lock may outlive its process, because loader workers hold it."""
 
 
 @contextmanager
@@ -67,12 +67,12 @@ def _acquire(lock: FileLock, folder: Path) -> None:
                 continue
             raise ValueError(
                 f"log_dir={folder} is being written to by process {process} on {host}, for "
-                f"{age:.0f} s: wait for its end, or pass another folder"
+                f"{age:.0f} s: wait until it ends, or pass another folder"
             ) from None
         host, process, age = _owner(folder)
         if process is not None:
             log.info(
-                "log_dir=%s: process %d on %s, which began %.0f s ago, did not end its run there",
+                "log_dir=%s: process %d on %s, started %.0f s ago, did not end its run there",
                 folder, process, host, age,
             )  # fmt: skip
         return

@@ -33,7 +33,7 @@ class TunerLog:
         steps: The steps.
         run: Their tensors.
         snapshots: Select a member's part of a tensor.
-        rest: Least seconds between two entries.
+        rest: Minimum seconds between two entries.
     """
 
     def __init__(self, steps: Steps, run: RunState, snapshots: Snapshots, rest: float) -> None:

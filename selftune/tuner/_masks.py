@@ -1,4 +1,4 @@
-"""Units that callbacks close, taken over into the run."""
+"""Transfer of masks that callbacks change to the run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from selftune.tuner._steps import Steps
 def masks_followed(
     steps: Steps, scorer: Scorer, snapshots: Snapshots, member: int
 ) -> Iterator[list[str]]:
-    """The averaged weights in the model, whose masks the run takes over at the end.
+    """Put the averaged weights into the model; copy changed masks to the run at the end.
 
     Args:
-        steps: Know the buffers by name.
-        scorer: Shows the weights.
-        snapshots: Of the run, whose masks follow too.
-        member: Whose weights are shown.
+        steps: The steps, with the names of the buffers.
+        scorer: Puts the weights into the model.
+        snapshots: The snapshots of the run, whose masks change too.
+        member: The member of a population.
 
     Yields:
-        A list, afterwards the names of masks that changed.
+        A list that afterwards contains the names of changed masks.
 
     Raises:
         ValueError: Masks of a population changed.
@@ -43,8 +43,8 @@ def masks_followed(
     members = snapshots.run.step.numel()
     if changed and members > 1:
         raise ValueError(
-            f"population={members}: a callback closed units of one member, whose "
-            "masks all would share; leave population out"
+            f"population={members}: a callback closed units of one member, but all "
+            "members share masks; omit population="
         )
     run = snapshots.run
     held: list[Sequence[Tensor]] = [run.buffers, run.average_buffers, snapshots.buffers]

@@ -95,7 +95,7 @@ class Objective(nn.Module):
                 "expected. For anything else pass objective=lambda model, batch: loss"
             )
         if self.loss_fn is None:
-            raise ValueError("batches are tuples, which need a loss: pass loss_fn=")
+            raise ValueError("batches are tuples, which need a loss function: pass loss_fn=")
         *inputs, target = self._augmented(*batch)
         output = self.model(*inputs)
         return self.loss_fn(output, target), output, target
@@ -106,7 +106,7 @@ class Objective(nn.Module):
             output = self.model(**batch)
             loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
             if loss is None:
-                raise ValueError("the model's output holds no loss: pass loss_fn=")
+                raise ValueError("the model's output has no loss: pass loss_fn=")
             return loss, output, batch[found[0]] if found else None
         if not found:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The decision to compile a run: if this saves more time than it takes."""
+"""The decision whether to compile a run, by the time it saves and takes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger("selftune")
 WATCHED = 20
 """Number of eager steps timed before the decision."""
 FUSED, LAUNCHED = 0.4, 4e-4
-"""Time saved by compiling a step: a share, or seconds for each parameter tensor if more."""
+"""Time saved by compiling a step: a fraction, or seconds per parameter tensor if more."""
 LONG = 2.0
-"""Least length of the rest of the run, relative to the time of compiling."""
+"""Minimum duration of the rest of the run, relative to the compile time."""
 COMPILED = 20.0, 4.0
-"""Seconds of compiling: least, and for each parameter tensor (measured on a CPU)."""
+"""Compile time in seconds: minimum, and per parameter tensor (measured on a CPU)."""
 
 
 def payoff(

@@ -20,7 +20,7 @@ BATCHES = 10
 def picture(watch: Watch, predictor: Predictor, step: int) -> None:
     """Log the predicted losses around each hyperparameter, and a map of two of them.
 
-    The run's random streams are left alone.
+    The run's random states do not change.
     """
     if watch.metrics.monitor.on:
         watch.digest(step)

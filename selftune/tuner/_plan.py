@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from selftune.tuner._data import Stream
 
 LOG, REST, ENTRIES = 50, 0.1, 20
-"""Steps and least seconds between two log entries, and the number of entries in short runs."""
+"""Steps and minimum seconds between two log entries; number of entries in short runs."""
 
 
 def length(train: Stream, epochs: int | None, steps: int | None) -> int:
     """Steps in the run.
 
     Raises:
-        ValueError: None or both lengths are given, the length is below 1, or there is no batch.
+        ValueError: Not exactly one length is given, it is below 1, or there are no batches.
     """
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
@@ -28,7 +28,7 @@ def length(train: Stream, epochs: int | None, steps: int | None) -> int:
     if not train.sized:
         raise ValueError(f"epochs={epochs} needs train to have a length: pass steps= instead")
     if len(train) == 0:
-        raise ValueError("train holds no batch: is it empty, or too short for drop_last=True?")
+        raise ValueError("train has no batches: is it empty, or too short for drop_last=True?")
     return epochs * len(train)
 
 
@@ -39,7 +39,7 @@ def between_evaluations(train: Stream, total: int) -> int:
 
 
 def between_entries(total: int, given: int | None) -> tuple[int, float]:
-    """Steps between log entries, and the least number of seconds.
+    """Steps between log entries, and the minimum number of seconds.
 
     Examples:
         >>> between_entries(10_000, None), between_entries(60, None), between_entries(60, 10)

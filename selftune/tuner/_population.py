@@ -32,7 +32,7 @@ class Population:
 
     Args:
         size: M.
-        seed: Of the stream of random starting values and perturbations.
+        seed: Seed of the random starting values and perturbations.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:

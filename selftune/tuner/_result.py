@@ -128,8 +128,8 @@ class TuningResult:
         best_loss: Their loss over the whole validation set. It was used for tuning, so report
             results on other data.
         hparams: All hyperparameters at the end; the learning rate is the tuned peak.
-        schedule: The trajectory of the tuned hyperparameters, for :func:`selftune.replay`, without
-            the sweep and without steps undone by a rewind.
+        schedule: The trajectory of all hyperparameters, for :func:`selftune.replay`, without the
+            sweep and without steps undone by a rewind.
         steps: Training steps taken.
         ended: ``"finished"``, ``"stopped"`` or ``"interrupted"``.
         verdicts: A verdict on each tuned hyperparameter, by name.

@@ -12,7 +12,7 @@ from selftune.tuner._watch import Watch
 log = logging.getLogger("selftune")
 
 WEIGHTS, HYPER, SCORES = "weights", "hyperparameters", "scores"
-"""The parts of a step from which a run can continue; tensors are written at the end of a part."""
+"""The parts of a step at which a run can resume; tensors are written at the end of a part."""
 LENGTH = "number of steps"
 """Key of the length of the run in its identity."""
 UNTIL = "mix_until"
@@ -26,7 +26,7 @@ def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
 
     Args:
         state: A checkpoint.
-        identity: Of the resumed run.
+        identity: Identity of the resumed run.
     """
     length = state["identity"].get(LENGTH, 0)
     over = state["ended"] == "finished" and state["numbers"][0] >= length
@@ -66,7 +66,7 @@ def name_changes(
         if name in starts and starts[name] != before:
             log.warning(
                 "resume: %s=%.4g is ignored: the run started at %.4g and continues from %.4g. "
-                "For another start use another log_dir",
+                "For another starting value use another log_dir",
                 name, starts[name], before, present.get(name, before),
             )  # fmt: skip
 

@@ -51,7 +51,7 @@ class Parts:
         }
 
     def position(self) -> dict[str, Any]:
-        """Where batches and random numbers are."""
+        """The positions of the batches and the random states."""
         train, val = self.train.state_dict(), self.val.state_dict()
         return {"train": train, "val": val, "random": snapshot()}
 
@@ -60,7 +60,7 @@ class Parts:
         """Continue from a packed state.
 
         Args:
-            state: What ``pack`` returned.
+            state: The return value of ``pack``.
             but: Names of settings that may differ.
 
         Raises:
@@ -97,7 +97,7 @@ class Parts:
         found = differences(saved, mine)
         if found:
             raise ValueError(
-                f"resume: the checkpoint is of another run: {'; '.join(found)}: resume with the "
+                f"resume: the checkpoint is from another run: {'; '.join(found)}: resume with the "
                 "same model and settings, or start a new run in another log_dir"
             )
         leaves = tree_leaves(_choice.expected(self.steps, self.fused.run, state.get("chosen")))

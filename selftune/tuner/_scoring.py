@@ -28,7 +28,7 @@ POSITIONS = *BACK, 0.5, 1.0  # from the last good weights over the average to th
 
 
 def held(module: nn.Module) -> dict[str, Any]:
-    """A copy of a module's state on the CPU, extra state included."""
+    """A copy of a module's state on the CPU, including extra state."""
     return {
         k: v.detach().cpu().clone() if isinstance(v, Tensor) else copy.deepcopy(v)
         for k, v in module.state_dict().items()

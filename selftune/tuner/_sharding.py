@@ -26,12 +26,12 @@ class Shard:
     loaders are read whole on every rank, with the same random numbers, and their batches are
     divided along the first dimension.
 
-    If a rank would get no example of a last batch, or only one (which BatchNorm does not support)
-    where it usually has more, all ranks take the whole batch: the mean is the same.
+    If a rank would get none or only one example of the last batch (BatchNorm does not support one)
+    but usually has more, all ranks take the whole batch, which has the same mean.
 
     Args:
         name: Name of the loader in errors.
-        rank: Of this process.
+        rank: Rank of this process.
         ranks: Number of processes.
     """
 
@@ -43,8 +43,8 @@ class Shard:
         """The loader of this rank's parts."""
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             raise ValueError(
-                f"{self._name} has a DistributedSampler: pass the DataLoader that one process "
-                "would take, since the tuner gives each rank its part of every batch"
+                f"{self._name} has a DistributedSampler: pass the DataLoader of a single "
+                "process, because the tuner gives each rank its part of every batch"
             )
         groups = getattr(loader, "batch_sampler", None)
         indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)

@@ -20,8 +20,8 @@ def split(train: Any, share: float, seed: int) -> tuple[DataLoader[Any], DataLoa
     if not isinstance(train, DataLoader) or train.batch_size is None:
         raise ValueError(
             f"val={share} (default: 0.1) splits the data set of a DataLoader with a batch_size, "
-            f"and train is a {type(train).__name__}: pass validation batches too, fit(train, val), "
-            "or such a DataLoader"
+            f"but train is a {type(train).__name__}: pass such a DataLoader, or validation "
+            "batches, fit(train, val)"
         )
     try:
         total = len(train.dataset)  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ class Steps:
 
     Attributes:
         params: Names of the trained parameters.
-        layout: Of the vector, or None.
+        layout: Layout of the vector, or None.
         buffers: Names of the buffers.
     """
 
@@ -107,7 +107,7 @@ class Steps:
     chosen: choice.Chosen | None = None
 
     def __post_init__(self) -> None:
-        """Look the parameters up."""
+        """Look up the parameters."""
         trained = {n: p for n, p in self.inner.named_parameters() if p.requires_grad}
         self.params = list(trained)
         self.layout = Layout(list(trained.values())) if self.joined else None

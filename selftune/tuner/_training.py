@@ -118,7 +118,7 @@ class Training:
         return ended
 
     def _reach(self, due: str) -> None:
-        """Start a part of a step, to which a rank returns that loses another one in it."""
+        """Start a part of a step, the resume point if another rank is lost during it."""
         self.due, self._position = due, self._now()
 
     def _now(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Training:
 
     def _break_off(self) -> None:
         if self._within:
-            log.warning("interrupted inside step %d: the last checkpoint stays", self.step + 1)
+            log.warning("interrupted within step %d: the last checkpoint is kept", self.step + 1)
             return
         log.warning("interrupted after step %d: saving and ending", self.step)
         self.save()
@@ -295,7 +295,7 @@ class Training:
         )  # fmt: skip
 
     def save(self, everywhere: bool = False) -> None:
-        """Write a checkpoint on the first rank, or ``everywhere`` because that may have died."""
+        """Write a checkpoint on the first rank, or ``everywhere`` if the first may have died."""
         if self.folder is None:
             return
         self.watch.digest(self.step)

@@ -52,7 +52,7 @@ class Tuner:
         rule: The update rule; AdamW by default.
         hparams: Starting values and options by name, for example
             ``dict(lr=1e-3, momentum=0.9, l1=1e-6)``; the others have the rule's defaults.
-        tune: Names of the tuned hyperparameters; by default those of the rule and all penalties.
+        tune: Tuned hyperparameters; by default those of the rule, all penalties and all layers.
         penalty: Further penalties (:mod:`selftune.penalties`).
         bounds: (lowest, highest) values by name.
         estimator: Estimates the sensitivities of the weights to the hyperparameters: one of
@@ -61,7 +61,7 @@ class Tuner:
         tangents: Fraction of the weights whose sensitivities are kept, in (0, 1], rounded up to
             1/n; at least 4,096 weights and, by default, at most 2²⁰. Or a dtype, for all weights.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
-            CPU's memory) or ``"bf16"``, the default from 65,536 weights on.
+            CPU's memory) or ``"bf16"``, the default for 65,536 weights or more.
         average: Settings of the weight average at which the validation loss is measured.
         every: Weight steps between two hyperparameter steps; by default a thirtieth of the run,
             between 5 and 20.
@@ -70,8 +70,8 @@ class Tuner:
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps of the linear warm-up of the learning rate.
         probe: True for a learning-rate sweep at the start, False for none, its number of
-            steps, or :class:`~selftune.control.SweepSettings`. After the sweep, the window
-            1/(1 − β₁) of a tuned β₁ is at most 1/300 of the run.
+            steps, or :class:`~selftune.control.SweepSettings`. After the sweep, the memory
+            1/(1 − β₁) of a tuned β₁ is at most 1/300 of the run, or 3 steps if that is more.
         guard: True to rewind to the last good weights when the run diverges or its loss worsens,
             False for no guard, or a policy, such as :class:`~selftune.control.GuardPolicy`.
         objective: ``objective(model, batch)`` returns the loss, instead of ``loss_fn``.
@@ -85,7 +85,7 @@ class Tuner:
         device: Device of the run; by default that of the model. With ``parallel`` each rank uses
             its own GPU.
         amp: Run forward passes in bfloat16 autocast.
-        compile: True, False, or ``"auto"`` to compile if the run is long enough to repay it.
+        compile: True, False, or ``"auto"`` to compile if the run is long enough for it to pay off.
         population: Number of members trained at once from different hyperparameters.
         exploit_every: Steps between two exchanges, in which the worst members copy the best.
         seed: Seed of the validation split and of the population's starting values.
@@ -138,7 +138,7 @@ class Tuner:
     ) -> None:
         check(ARGUMENTS, locals())
         if metrics and objective is not None:
-            raise ValueError("metrics need outputs and targets, which objective= does not give")
+            raise ValueError("metrics need outputs and targets, which objective= does not return")
         check_model(model)
         if augment is not None and objective is not None:
             raise ValueError("augment= changes batches for loss_fn=, which objective= replaces")
@@ -243,16 +243,16 @@ class Tuner:
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
             recorder: Additional receiver of log entries: a recorder of :mod:`selftune.monitor`, a
                 ``function(values, step)``, or a list of these.
-            callbacks: Called with :class:`Progress` after each evaluation, while the model holds
-                the averaged weights; one that returns True ends the run.
+            callbacks: Called with :class:`Progress` after each evaluation, while the model has
+                the averaged weights; returning True ends the run.
             resume: True to continue from ``log_dir/last.pt`` if it exists, or the path of a
                 checkpoint. With more ``epochs`` or ``steps`` a finished run is extended.
             patience: Number of evaluations without improvement after which the run ends.
-            evaluate_every: Steps between evaluations on ``val``; by default one epoch or more.
+            evaluate_every: Steps between evaluations on ``val``; by default an epoch, or several.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
-            log_every: Steps between two log entries. By default 50, or as many as take a tenth of a
-                second if that is longer; in runs of fewer than 1,000 steps, a twentieth of the run.
-            pictures_every: Steps between two pictures of predicted losses around each learned
+            log_every: Steps between two log entries. By default 50, and at least 0.1 s; in runs of
+                fewer than 1,000 steps, a twentieth of the run.
+            pictures_every: Steps between two plots of the predicted loss around each learned
                 hyperparameter; by default none. Each costs tens of validation batches.
             progress: Whether to show a progress bar.
 

@@ -38,7 +38,7 @@ class Watch:
         snapshots: The last good weights.
         controllers: One for each member of a population, or one.
         due: Whether a log entry is due at a hyperparameter step.
-        rest: Least seconds between two log entries.
+        rest: Minimum seconds between two log entries.
         compare: Returns a member's losses at the average and at the good weights, over many
             batches.
 
@@ -197,7 +197,7 @@ class Watch:
         Args:
             step: Steps taken.
             actions: One for each member.
-            raw: Raw hyperparameters of each before the judged step, which is undone.
+            raw: Each member's raw hyperparameters before the judged step, restored on a rewind.
         """
         found = [
             self._carry_out(step, m, action, None if raw is None else raw[m])

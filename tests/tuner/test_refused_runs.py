@@ -50,8 +50,8 @@ def not_finite() -> list[Any]:
 
 
 CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no training batch": (dict(train=[]), ValueError, "train holds no batch"),
-    "no validation batch": (dict(val=[]), ValueError, "val holds no batch"),
+    "no training batch": (dict(train=[]), ValueError, "train has no batches"),
+    "no validation batch": (dict(val=[]), ValueError, "val has no batches"),
     "a loader that drops all": (
         dict(train=loader(10, drop_last=True), epochs=1, steps=None), ValueError, "drop_last",
     ),
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_folder_untouched(
     options, lengths, message = OTHERS[case]
     other = tuner(**options)
     weights = {k: v.clone() for k, v in other.model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"of another run: .*{message}"):
+    with pytest.raises(ValueError, match=f"from another run: .*{message}"):
         fit(log_dir=tmp_path, resume=True, run=other, **lengths)
     assert contents(tmp_path) == before
     assert same(other.model.state_dict(), weights)

@@ -12,9 +12,9 @@ from torch.func import functional_call
 from selftune.optim import Adam
 
 EVERY = 5
-"""Steps of a player from one hyper step to the next."""
+"""Steps of a player between two hyperparameter steps."""
 HYPER_RATE = 0.05
-"""Of Adam on the log of the penalty's strength."""
+"""Learning rate of Adam on the log of the penalty's strength."""
 
 
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:

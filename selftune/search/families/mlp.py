@@ -16,7 +16,7 @@ class MLP(AbstractFamily):
     def __call__(self, space: Space) -> nn.Module:
         """A model."""
         if self.shape.words is not None:
-            raise ValueError("mlp takes numbers, and these inputs are words: use gru or lstm")
+            raise ValueError("mlp takes numbers, but these inputs are words: use gru or lstm")
         depth = space.suggest_int("depth", 1, 4)
         width = space.suggest_categorical("width", (32, 64, 128, 256))
         norm = space.suggest_categorical("batch_norm", (False, True))

@@ -10,7 +10,7 @@ from selftune.search._space import Space
 from selftune.search.families._base import AbstractFamily, Closed, dropout
 
 LARGE = 16
-"""Pixels from which images are halved at once: all else would take four times as long."""
+"""Image size above which the first layer has stride 2, so later layers cost a quarter."""
 
 
 class Residual(nn.Module):
