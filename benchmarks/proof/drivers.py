@@ -12,7 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import selftune as st
 from benchmarks.proof.training import Contender, judge, train
-from benchmarks.workloads import SUITE, Batch, Workload
+from benchmarks.workloads import Batch, Workload, named
 from selftune.method import HyperSettings
 from selftune.optim import SelfTuningOptimizer
 from selftune.optim.shells import RuleOptimizer
@@ -206,6 +206,7 @@ class Run:
         val: Loss over the whole validation set; infinite if it is not finite.
         test: Loss over the whole test set.
         seconds: Of training.
+        ends: Hyperparameters at the end; the learning rate is the tuned peak.
     """
 
     workload: str
@@ -215,6 +216,7 @@ class Run:
     val: float
     test: float
     seconds: float
+    ends: dict[str, float] = field(default_factory=dict)
 
 
 def by_optimizer(workload: Workload, rule: str, seed: int, **options: Any) -> Run:
@@ -222,7 +224,7 @@ def by_optimizer(workload: Workload, rule: str, seed: int, **options: Any) -> Ru
     make = partial(SelfTuned, rule=rule, **options)
     record = train(workload, "selftune", make, seed, checkpoints=0)
     val, test = (record.own[split] for split in SPLITS)
-    return Run(workload.name, "optimizer", rule, seed, val, test, record.seconds)
+    return Run(workload.name, "optimizer", rule, seed, val, test, record.seconds, record.ends)
 
 
 def by_tuner(workload: Workload, rule: str, seed: int, joined: int = 1, **options: Any) -> Run:
@@ -230,13 +232,15 @@ def by_tuner(workload: Workload, rule: str, seed: int, joined: int = 1, **option
     model = workload.model(seed)
     tuner = make_tuner(workload, model, rule, **options)
     begun = time.perf_counter()
-    tuner.fit(
+    result = tuner.fit(
         Shuffled(workload, "train", seed), Shuffled(workload, "val", seed + 777, joined),
         steps=workload.steps, evaluate_every=workload.steps, progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - begun
     found = judge(workload, model)
-    return Run(workload.name, "tuner", rule, seed, found["val"], found["test"], seconds)
+    return Run(
+        workload.name, "tuner", rule, seed, found["val"], found["test"], seconds, result.hparams
+    )
 
 
 FACES: dict[str, Callable[..., Run]] = {"optimizer": by_optimizer, "tuner": by_tuner}
@@ -247,4 +251,4 @@ def work(name: str, face: str, rule: str, seed: int, **options: Any) -> Run:
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    return FACES[face](SUITE[name](), rule, seed, **options)
+    return FACES[face](named(name), rule, seed, **options)

@@ -4,6 +4,9 @@ A workload says what is trained, on what, for how long and how it is judged; it 
 selftune. Digits come with scikit-learn, Fashion-MNIST from torchvision where ``SELFTUNE_DATA`` is
 not set; the others from that folder: ``tinyshakespeare.txt.gz``, ``wikitext2.train.txt.gz`` and
 ``uci/{concrete,energy,power,wine_red,yacht}.npz`` with ``x``, ``y`` and ``test_mask`` (20 splits).
+The extended list also reads ``spoken_digits.npz`` (``x``, ``y``), ``omniglot_small.npz`` (``x``,
+``y``) and ``diamonds.npz`` (``numeric``, ``categorical``, ``price``) from it, two photographs that
+come with scikit-learn, and the sources of Python's standard library.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 from benchmarks.workloads._base import Batch, Workload
+from benchmarks.workloads.extended import EXTENDED
 from benchmarks.workloads.images import (
     autoencoder,
     digits,
@@ -28,6 +32,7 @@ from benchmarks.workloads.tables import SETS, uci
 from benchmarks.workloads.text import shakespeare_lstm, shakespeare_transformer, wikitext_lstm
 
 __all__ = [
+    "EXTENDED",
     "LONG",
     "SLICE",
     "SUITE",
@@ -37,6 +42,7 @@ __all__ = [
     "digits",
     "fashion",
     "load_fashion_mnist",
+    "named",
     "small_cnn",
 ]
 
@@ -75,3 +81,23 @@ def _few_steps() -> Workload:
 
 SLICE = {"digits-short": _few_steps}
 """Seconds long; needs no data but scikit-learn's."""
+
+
+def named(name: str) -> Workload:
+    """A workload of any list; ``"siamese×25"`` is 25 times as long.
+
+    Raises:
+        ValueError: No workload has the name.
+
+    Examples:
+        >>> named("digits×5").steps
+        10000
+    """
+    known = {**WORKLOADS, **SLICE, **SUITE, **EXTENDED}
+    plain, sign, times = name.partition("×")
+    if plain not in known or (sign and not (times.isdigit() and int(times))):
+        raise ValueError(
+            f"workload {name} is unknown: use one of {', '.join(known)}, or NAME×TIMES"
+        )
+    workload = known[plain]()
+    return workload.longer(int(times)) if times else workload

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from benchmarks.workloads._base import Batch, Workload, folder
 
 TIME = 32
+PRINTABLE = 97
 
 
 def _read(name: str) -> str:
     return gzip.decompress((folder() / f"{name}.txt.gz").read_bytes()).decode()
 
 
-def _pieces(codes: Tensor, counts: tuple[int, int, int]) -> dict[str, Batch]:
-    """Train, val and test from pieces of ``TIME`` tokens in random order."""
-    pieces = codes[: len(codes) // (TIME + 1) * (TIME + 1)].view(-1, TIME + 1)
+def pieces_of(codes: Tensor, counts: tuple[int, int, int], time: int = TIME) -> dict[str, Batch]:
+    """Train, val and test from pieces of ``time`` tokens in random order."""
+    pieces = codes[: len(codes) // (time + 1) * (time + 1)].view(-1, time + 1)
     pieces = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))]
     parts = zip(("train", "val", "test"), pieces[: sum(counts)].split(counts), strict=True)
     return {name: (p[:, :-1].contiguous(), p[:, 1:].contiguous()) for name, p in parts}
@@ -61,11 +62,36 @@ class LSTM(nn.Module):
         return self.head(self.lstm(self.words(x))[0]).transpose(1, 2)
 
 
+class GRU(nn.Module):
+    """One layer of GRU between an embedding and a softmax."""
+
+    def __init__(self, words: int, width: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, width)
+        self.gru = nn.GRU(width, width, batch_first=True)
+        self.head = nn.Linear(width, words)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (batch, words, time)."""
+        return self.head(self.gru(self.words(x))[0]).transpose(1, 2)
+
+
+def shakespeare() -> str:
+    """The text, 1,115,394 characters."""
+    return _read("tinyshakespeare")
+
+
+def printable(raw: str) -> Tensor:
+    """Codes of printable ASCII and the newline, below ``PRINTABLE``; 0 for any other character."""
+    index = {c: i for i, c in enumerate("\n" + "".join(map(chr, range(32, 127))), start=1)}
+    return torch.tensor([index.get(c, 0) for c in raw])
+
+
 @cache
 def _characters() -> dict[str, Batch]:
-    raw = _read("tinyshakespeare")
+    raw = shakespeare()
     index = {c: i for i, c in enumerate(sorted(set(raw)))}
-    return _pieces(torch.tensor([index[c] for c in raw]), (8000, 1500, 4000))
+    return pieces_of(torch.tensor([index[c] for c in raw]), (8000, 1500, 4000))
 
 
 @cache
@@ -93,6 +119,16 @@ def wikitext_lstm(vocabulary: int = 2000) -> Workload:
     index = {w: i + 1 for i, (w, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
     return Workload(
         name="wikitext-lstm", make_model=lambda: LSTM(vocabulary, 64),
-        splits=_pieces(torch.tensor([index.get(w, 0) for w in words]), (8000, 1000, 1000)),
+        splits=pieces_of(torch.tensor([index.get(w, 0) for w in words]), (8000, 1000, 1000)),
         batch_size=32, steps=300,
+    )  # fmt: skip
+
+
+@cache
+def wikitext_gru() -> Workload:
+    """4,000 pieces of 64 characters of Wikipedia; a GRU of 75,000 parameters."""
+    codes = printable(_read("wikitext2.train")[:400_000])
+    return Workload(
+        name="wikitext-gru", make_model=lambda: GRU(PRINTABLE, 96),
+        splits=pieces_of(codes, (4000, 700, 1400), 64), batch_size=32, steps=400,
     )  # fmt: skip
