@@ -6,9 +6,10 @@ Every change is a few options that both drivers take; each run has the seed of a
 Printed are, for each driver, the mean change of the logarithm of the validation loss over the
 workloads in percent (below 0: the change is better), ± its standard error from pairs of seeds, and
 on how many workloads the change is better. ``--face`` and ``--rule`` choose driver and rule,
-``--only`` workloads; ``--save FILE`` keeps every run as a line of JSON and skips the runs that it
-holds already. A change takes about two minutes with two seeds on two idle cores. The tables are
-kept in ``docs/ablations.md``, changes that lost included.
+``--only`` workloads, ``--suite extended`` the second list of them; ``--save FILE`` keeps every run
+as a line of JSON and skips the runs that it holds already. A change takes about two minutes with
+two seeds on two idle cores. The tables are kept in ``docs/ablations.md``, changes that lost
+included.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import selftune as st
 from benchmarks.faces import Ratio, row, together
 from benchmarks.proof.drivers import FACES, STARTS, Run, work
-from benchmarks.workloads import SUITE
+from benchmarks.workloads import SUITES
 from selftune.bijections import Logit
 from selftune.control import GuardPolicy, SweepSettings
 from selftune.method import (
@@ -197,16 +198,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--changes", help="by name, separated by ;")
     parser.add_argument("--face", choices=(*FACES, "both"), default="both")
     parser.add_argument("--rule", choices=tuple(STARTS), default="AdamW")
-    parser.add_argument("--only", default=",".join(SUITE), help="workloads, by commas")
+    parser.add_argument("--suite", choices=SUITES, default="proof")
+    parser.add_argument("--only", help="workloads of either suite, by commas")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--save", type=Path, help="a file of runs, to be completed")
     args = parser.parse_args(arguments)
     known = CHANGES[args.rule]
     changes = list(known) if args.changes is None else args.changes.split(";")
-    names, faces = args.only.split(","), list(FACES) if args.face == "both" else [args.face]
-    for unknown in ({*changes} - {*known}) | ({*names} - {*SUITE}):
-        parser.error(f"{unknown!r} is none of {'; '.join([*known, *SUITE])}")
+    names = args.only.split(",") if args.only else list(SUITES[args.suite])
+    faces = list(FACES) if args.face == "both" else [args.face]
+    listed = [name for suite in SUITES.values() for name in suite]
+    for unknown in ({*changes} - {*known}) | ({*names} - {*listed}):
+        parser.error(f"{unknown!r} is none of {'; '.join([*known, *listed])}")
     head = [args.rule, *(cell for face in faces for cell in (f"{face}: loss, %", "better on"))]
     print(row(head), row(["---"] * len(head)), sep="\n", flush=True)
     found = dict(saved(args.save, args.rule))

@@ -9,8 +9,9 @@ the geometric means of the ratios over workloads.
 
     SELFTUNE_DATA=... python -m benchmarks.faces [--rule SGD] [--seeds 5] [--only digits,yacht]
 
-``--save FILE`` keeps every run as a line of JSON; ``--against FILE`` compares each face with the
-runs of the same seeds kept there, such as those of an earlier commit.
+``--suite extended`` takes the second list of workloads instead. ``--save FILE`` keeps every run as
+a line of JSON; ``--against FILE`` compares each face with the runs of the same seeds kept there,
+such as those of an earlier commit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from benchmarks.proof.drivers import FACES, SPLITS, STARTS, Run, work
 from benchmarks.proof.rendering import grid, number
-from benchmarks.workloads import SUITE
+from benchmarks.workloads import SUITES
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def load(path: Path) -> list[Run]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default=",".join(SUITE), help="workloads, by commas")
+    parser.add_argument("--suite", choices=SUITES, default="proof")
+    parser.add_argument("--only", help="workloads of either suite, by commas")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rule", choices=list(STARTS), default="AdamW")
     parser.add_argument("--faces", default=",".join(FACES), help="by commas")
@@ -116,9 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--save", type=Path, help="a file for all runs, written anew")
     parser.add_argument("--against", type=Path, help="a file of runs saved before")
     args = parser.parse_args(arguments)
-    names, faces = args.only.split(","), args.faces.split(",")
-    for unknown in ({*names} - {*SUITE}) | ({*faces} - {*FACES}):
-        parser.error(f"{unknown} is none of {', '.join([*SUITE, *FACES])}")
+    names = args.only.split(",") if args.only else list(SUITES[args.suite])
+    faces = args.faces.split(",")
+    known = [name for suite in SUITES.values() for name in suite]
+    for unknown in ({*names} - {*known}) | ({*faces} - {*FACES}):
+        parser.error(f"{unknown} is none of {', '.join([*known, *FACES])}")
     earlier = [] if args.against is None else load(args.against)
     earlier = [r for r in earlier if r.rule == args.rule]
     head = [args.rule]

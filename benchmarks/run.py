@@ -4,8 +4,10 @@
 
 Finished runs lie in ``benchmarks/records``, a line of JSON each, and are not run again;
 ``--again METHOD`` forgets those of a method. ``--suite full`` adds images and text at five times
-the length, ``--suite slice`` takes seconds. ``--report`` only writes ``benchmarks/RESULTS.md``.
-Needs the extra ``bench``.
+the length, ``--suite slice`` takes seconds. ``--suite extended`` takes the second list of
+workloads, with records and results of their own (``benchmarks/records/extended``,
+``benchmarks/RESULTS-extended.md``). ``--report`` only writes ``benchmarks/RESULTS.md``. Needs the
+extra ``bench``.
 """
 
 from __future__ import annotations
@@ -27,11 +29,10 @@ from benchmarks.proof.rendering import by_workload, render
 from benchmarks.proof.scoring import middle
 from benchmarks.proof.searches import RUNNERS, seeds
 from benchmarks.proof.training import Record
-from benchmarks.workloads import LONG, SLICE, SUITE
+from benchmarks.workloads import EXTENDED, LONG, SLICE, SUITE, named
 
 FOLDER = Path("benchmarks/records")
-SUITES = {"slice": SLICE, "small": SUITE, "full": {**SUITE, **LONG}}
-EVERYTHING = {**SLICE, **SUITE, **LONG}
+SUITES = {"slice": SLICE, "small": SUITE, "full": {**SUITE, **LONG}, "extended": EXTENDED}
 
 
 def records(folder: Path = FOLDER) -> list[Record]:
@@ -47,7 +48,7 @@ def work(name: str, method: str, seed: int) -> Record:
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    return RUNNERS[method](EVERYTHING[name](), seed)
+    return RUNNERS[method](named(name), seed)
 
 
 def keep(record: Record, folder: Path) -> None:
@@ -109,8 +110,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--searches", type=int, default=3, help="searches by TPE with pruning")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--again", default="", help="methods whose runs to forget, by commas")
-    parser.add_argument("--records", type=Path, default=FOLDER)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/RESULTS.md"))
+    parser.add_argument("--records", type=Path, help="a folder of finished runs")
+    parser.add_argument("--results", type=Path, help="the page to write")
     parser.add_argument("--report", action="store_true", help="only write the table")
     parser.add_argument(
         "--check", action="store_true", help="fail unless selftune beats default and random"
@@ -125,6 +126,10 @@ def main() -> None:
     for method in args.methods.split(","):
         if method not in RUNNERS:
             options.error(f"--methods {method} is unknown: use {', '.join(RUNNERS)}")
+    extended = args.suite == "extended"
+    args.records = args.records or (FOLDER / "extended" if extended else FOLDER)
+    page = "RESULTS-extended.md" if extended else "RESULTS.md"
+    args.results = args.results or FOLDER.parent / page
     if args.again:
         forget(set(args.again.split(",")), args.records)
     if not args.report:

@@ -150,6 +150,20 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     assert len(list(command.wanted(args))) == 3
 
 
+def test_the_extended_suite_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of each suite, in the folder that the command reads by default."""
+    monkeypatch.chdir(tmp_path)
+    pages = {}
+    monkeypatch.setattr(command, "render", lambda found, path: pages.update({path: list(found)}))
+    for name, folder in (("digits", command.FOLDER), ("siamese", command.FOLDER / "extended")):
+        command.keep(replace(record("default", 1.0), workload=name), folder)
+    for suite in ("small", "extended"):
+        monkeypatch.setattr("sys.argv", ["run", "--suite", suite, "--report"])
+        command.main()
+    kept = {path.name: [r.workload for r in found] for path, found in pages.items()}
+    assert kept == {"RESULTS.md": ["digits"], "RESULTS-extended.md": ["siamese"]}
+
+
 def test_the_check_fails_where_one_run_is_no_better() -> None:
     others = [record("default", 1.0), record("random", 2.0)]
     command.check([*others, record("selftune", 0.9)])

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.proof.training import RunningAverage
-from benchmarks.run import EVERYTHING
-from benchmarks.workloads import SUITE
+from benchmarks.workloads import SUITE, named
 from selftune.control import SweepSettings
 from selftune.method import Displacement, DisplacementLimit
 from selftune.method.step import local_sum
@@ -38,7 +37,7 @@ def run(name: str, rate: float, seed: int) -> Found:
     """One run at a rate, in a process of its own."""
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
-    workload = EVERYTHING[name]()
+    workload = named(name)
     model, batches = workload.model(seed), workload.batches("train", seed)
     sweep, limit = SweepSettings(), DisplacementLimit()
     beta1 = 1 - 1 / max(sweep.least_memory, workload.steps / sweep.calm)

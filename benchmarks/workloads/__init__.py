@@ -36,6 +36,7 @@ __all__ = [
     "LONG",
     "SLICE",
     "SUITE",
+    "SUITES",
     "WORKLOADS",
     "Batch",
     "Workload",
@@ -61,6 +62,9 @@ SUITE: dict[str, Callable[[], Workload]] = {
     **{name: partial(uci, name) for name in SETS},
 }
 """The suite of the proof, by name."""
+
+
+SUITES = {"proof": SUITE, "extended": EXTENDED}
 
 
 def _five_times(make: Callable[[], Workload]) -> Workload:
