@@ -1,4 +1,4 @@
-"""Adaptation: a transformer trained on Shakespeare learns Python through matrices of rank 4."""
+"""Adaptation: a transformer pretrained on Shakespeare, adapted to Python by low-rank updates."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RANK = 4
 
 
 class Adapted(nn.Module):
-    """A linear layer that is kept, beside a trained product of low rank: W x + b + B A x.
+    """A frozen linear layer with a trained update of low rank: W x + b + B A x.
 
     Args:
-        layer: The layer, which is frozen.
+        layer: The layer; its parameters are frozen.
         rank: Rows of A, columns of B; B starts at 0.
 
     Source: Hu et al. 2022 (LoRA).

@@ -1,4 +1,4 @@
-"""The second list: jobs of other kinds, which no setting of the library was fitted to."""
+"""The extended suite: workloads of other kinds, on which no setting of the library was fitted."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ NEIGHBOURS = 8
 class GraphNet(nn.Module):
     """Two layers h' = ReLU(W h + V mean of h over the neighbours), then a linear one.
 
-    Every pass computes all nodes, and returns those that it is asked for.
+    A pass computes all nodes and returns the requested ones.
 
     Args:
         features: Of all nodes, shape (nodes, features).
@@ -48,7 +48,7 @@ class GraphNet(nn.Module):
 
 @cache
 def digit_graph() -> Workload:
-    """300 labelled nodes of 1,797, 500 that validate; neighbours by noisy images.
+    """1,797 nodes: 300 to train on, 500 to validate, 997 to test; neighbours of noisy images.
 
     Features are 16 noisy numbers an image, so that the neighbours are needed.
     """

@@ -1,4 +1,4 @@
-"""Pairs: handwritten characters of one kind or of two, embedded by one network twice."""
+"""Pairs: handwritten characters of equal or different classes; a siamese network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Physics: a network that solves Burgers' equation, trained on what it leaves of it."""
+"""Physics: a network that solves Burgers' equation, trained on the equation's residual."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VISCOSITY = 0.05
 
 
 class Burgers(nn.Module):
-    """u(x, t) of a tanh network, or the residual u_t + u u_x − ν u_xx where that is asked for.
+    """u(x, t) of a tanh network, or the residual u_t + u u_x − ν u_xx at points that request it.
 
     Derivatives are carried forward through the layers: for a = tanh(z), with s = 1 − a²,
     a_x = s z_x, a_t = s z_t and a_xx = s (z_xx − 2 a z_x²).
@@ -38,11 +38,11 @@ class Burgers(nn.Module):
         """Shape (batch, 1).
 
         Args:
-            points: x, t, and 1 where the residual is asked for; shape (batch, 3).
+            points: x, t, and 1 to request the residual, else 0; shape (batch, 3).
         """
         place, inside = points[:, :2], points[:, 2:]
         along = torch.zeros_like(place)
-        # Value, derivatives by x and t, and second derivative by x, one below the other.
+        # shape (4, batch, units): z, z_x, z_t, z_xx
         z = torch.stack([place, along + along.new_tensor([1.0, 0.0]),
                          along + along.new_tensor([0.0, 1.0]), along])  # fmt: skip
         for layer in self.hidden:
@@ -56,7 +56,7 @@ class Burgers(nn.Module):
 
     @staticmethod
     def _affine(layer: nn.Linear, z: Tensor) -> Tensor:
-        """W z for all four, and b for the value alone."""
+        """W z of all four rows, and b added to the value: the derivative of b is 0."""
         linear = F.linear(z, layer.weight)
         return torch.cat([linear[:1] + layer.bias, linear[1:]])
 

@@ -19,6 +19,9 @@ def sources(characters: int) -> str:
     """The beginning of each module of the standard library, in alphabetical order, joined.
 
     The text depends on the version of Python; its length and alphabet do not.
+
+    Raises:
+        RuntimeError: The installed sources are shorter than that.
     """
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "".join(p.read_text(encoding="utf-8", errors="replace")[:8000] for p in paths)

@@ -1,4 +1,4 @@
-"""Sets: clothes as clouds of points, whose order means nothing; pooling by attention."""
+"""Sets: clothes as point clouds without an order; pooling by attention."""
 
 from __future__ import annotations
 
