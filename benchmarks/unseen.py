@@ -16,7 +16,8 @@ tuned peak rates at the end over the best rate.
 ``--all`` adds the fourteen workloads of the proof; a name with ``×N`` is a job N times as long.
 Each run is a line of JSON in ``--records`` (by default in the system's folder for temporary files)
 and is not run again; runs of ours under another ``--label``, such as those of another version, are
-kept apart, while baselines are shared. One run of the fourteen takes 5 to 30 s on one core.
+kept apart, while baselines are shared. ``--rates`` replaces the five rates, where the best lies at
+their edge. One run of a workload takes 5 to 30 s on one core.
 """
 
 from __future__ import annotations
@@ -78,6 +79,25 @@ class Outcome:
     lr: float
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What is compared.
+
+    Attributes:
+        rule: ``AdamW`` or ``SGD``.
+        label: Of our runs.
+        rates: Peak rates of the baselines; by default the five of the rule.
+    """
+
+    rule: str = "AdamW"
+    label: str = ""
+    rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rates:
+            object.__setattr__(self, "rates", BASELINES[self.rule])
+
+
 Job = tuple[str, str, str, int, str]
 """The first five fields of an outcome."""
 
@@ -121,21 +141,20 @@ def load(path: Path) -> list[Outcome]:
 
 
 def wanted(
-    names: Sequence[str], faces: Sequence[str], rule: str, seeds: int, label: str,
-    done: Sequence[Outcome],
-) -> Iterator[Job]:  # fmt: skip
+    names: Sequence[str], faces: Sequence[str], setup: Setup, seeds: int, done: Sequence[Outcome]
+) -> Iterator[Job]:
     """Every run that is asked for and not finished, a seed of all workloads after the other."""
     finished = {(o.workload, o.method, o.rule, o.seed, o.label) for o in done}
     for seed in range(seeds):
         for name in names:
-            jobs: list[Job] = [(name, cosine(r), rule, seed, "") for r in BASELINES[rule]]
-            jobs += [(name, face, rule, seed, label) for face in faces]
+            jobs: list[Job] = [(name, cosine(r), setup.rule, seed, "") for r in setup.rates]
+            jobs += [(name, face, setup.rule, seed, setup.label) for face in faces]
             yield from (job for job in jobs if job not in finished)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A face of ours against the five rates, on one workload.
+    """A face of ours against the fixed rates, on one workload.
 
     Attributes:
         seeds: Seeds that both have.
@@ -154,13 +173,11 @@ class Comparison:
     means: dict[str, tuple[float, float, float]]
 
 
-def compare(
-    outcomes: Sequence[Outcome], name: str, face: str, rule: str, label: str
-) -> Comparison | None:
+def compare(outcomes: Sequence[Outcome], name: str, face: str, setup: Setup) -> Comparison | None:
     """The comparison over the seeds of which all runs are finished; None where there are none."""
-    own = [o for o in outcomes if (o.workload, o.rule) == (name, rule)]
-    ours = {o.seed: o for o in own if (o.method, o.label) == (face, label)}
-    rates = {r: {o.seed: o for o in own if o.method == cosine(r)} for r in BASELINES[rule]}
+    own = [o for o in outcomes if (o.workload, o.rule) == (name, setup.rule)]
+    ours = {o.seed: o for o in own if (o.method, o.label) == (face, setup.label)}
+    rates = {r: {o.seed: o for o in own if o.method == cosine(r)} for r in setup.rates}
     shared = sorted(ours.keys() & set.intersection(*(set(runs) for runs in rates.values())))
     if not shared:
         return None
@@ -180,16 +197,14 @@ def compare(
     )  # fmt: skip
 
 
-def report(
-    outcomes: Sequence[Outcome], names: Sequence[str], face: str, rule: str, label: str
-) -> str:
+def report(outcomes: Sequence[Outcome], names: Sequence[str], face: str, setup: Setup) -> str:
     """The table of a face."""
-    head = [f"{rule}, {face}", "seeds", "best rate"]
+    head = [f"{setup.rule}, {face}", "seeds", "best rate"]
     for split in SPLITS:
         head += [f"{split}, best rate", "by seed", "ours", "ours / best rate", "ours / by seed"]
     head.append("lr at the end / best rate")
     lines = [row(head), row(["---"] * len(head))]
-    found = {name: compare(outcomes, name, face, rule, label) for name in names}
+    found = {name: compare(outcomes, name, face, setup) for name in names}
     complete = {name: c for name, c in found.items() if c is not None}
     for name, c in complete.items():
         cells = [name, c.seeds, f"{c.rate:g}"]
@@ -240,6 +255,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--all", action="store_true", help="the fourteen of the proof too")
     made.add_argument("--face", default=",".join(FACES), help="by commas")
     made.add_argument("--rule", choices=list(STARTS), default="AdamW")
+    made.add_argument("--rates", default="", help="peak rates of the baselines, by commas")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--workers", type=int, default=1)
     made.add_argument("--records", type=Path, default=RECORDS, help="a file of finished runs")
@@ -258,12 +274,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.error(f"--face {face} is unknown: use {', '.join(FACES)}")
     for name in {n.partition("×")[0] for n in names} - {*EXTENDED, *SUITE}:
         options.error(f"--only {name} is unknown: use {', '.join([*EXTENDED, *SUITE])}")
+    try:
+        rates = tuple(float(rate) for rate in args.rates.split(",") if rate)
+    except ValueError:
+        options.error(f"--rates {args.rates} is not a list of numbers: use such as 1e-3,1e-2")
+    setup = Setup(args.rule, args.label, rates)
     if not args.report:
-        jobs = list(wanted(names, faces, args.rule, args.seeds, args.label, load(args.records)))
+        jobs = list(wanted(names, faces, setup, args.seeds, load(args.records)))
         run(jobs, args.records, args.workers)
     outcomes = load(args.records)
     for face in faces:
-        print(f"\n{report(outcomes, names, face, args.rule, args.label)}")
+        print(f"\n{report(outcomes, names, face, setup)}")
     print(f"\nRuns: {args.records}")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import unseen
 from benchmarks.proof.training import train
-from benchmarks.unseen import BASELINES, Outcome
+from benchmarks.unseen import BASELINES, Outcome, Setup
 from benchmarks.workloads import Workload, digits
 
 STEPS = 40
@@ -34,7 +34,7 @@ def runs() -> list[Outcome]:
 
 
 def test_ratios_are_counted_by_hand() -> None:
-    found = unseen.compare(runs(), "siamese", "optimizer", "AdamW", "")
+    found = unseen.compare(runs(), "siamese", "optimizer", Setup())
     assert found is not None
     assert (found.seeds, found.rate) == (2, 1e-3)
     assert found.means == {"val": (3.0, 1.5, 1.5), "test": (6.0, 3.0, 3.0)}
@@ -48,18 +48,18 @@ def test_ratios_are_counted_by_hand() -> None:
 
 def test_a_seed_counts_once_all_its_runs_are_finished() -> None:
     found = [o for o in runs() if (o.method, o.seed) != ("cosine 0.03", 1)]
-    compared = unseen.compare(found, "siamese", "optimizer", "AdamW", "")
+    compared = unseen.compare(found, "siamese", "optimizer", Setup())
     assert compared is not None
     assert compared.seeds == 1
-    assert unseen.compare(found, "siamese", "optimizer", "AdamW", "another") is None
-    assert unseen.compare(found, "siamese", "tuner", "AdamW", "") is None
+    assert unseen.compare(found, "siamese", "optimizer", Setup(label="another")) is None
+    assert unseen.compare(found, "siamese", "tuner", Setup()) is None
 
 
 def test_a_rate_that_diverges_is_not_the_best() -> None:
     found = [
         replace(o, val=math.inf, test=math.inf) if o.method == "cosine 0.001" else o for o in runs()
     ]
-    compared = unseen.compare(found, "siamese", "optimizer", "AdamW", "")
+    compared = unseen.compare(found, "siamese", "optimizer", Setup())
     assert compared is not None
     assert compared.rate == 3e-3
 
@@ -70,10 +70,12 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
     path.write_text("\n".join([*lines, lines[0][:20]]))  # the last line was cut off by a kill
     done = unseen.load(path)
     assert done == runs() == unseen.load(path)
-    ask = partial(unseen.wanted, ["siamese"], ["optimizer"], "AdamW")
-    assert list(ask(2, "", done)) == []
-    assert {job[3] for job in ask(3, "", done)} == {2}
-    again = list(ask(2, "another", done))
+    ask = partial(unseen.wanted, ["siamese"], ["optimizer"])
+    assert list(ask(Setup(), 2, done)) == []
+    assert {job[3] for job in ask(Setup(), 3, done)} == {2}
+    wider = Setup(rates=(1e-3, 1e-1))
+    assert [job[1] for job in ask(wider, 2, done)] == ["cosine 0.1", "cosine 0.1"]
+    again = list(ask(Setup(label="another"), 2, done))
     assert again == [("siamese", "optimizer", "AdamW", seed, "another") for seed in (0, 1)]
 
 
@@ -120,6 +122,7 @@ def test_baselines_are_loops_of_torch(short: Workload, rule: str) -> None:
     [
         (["--only", "nothing"], "--only nothing is unknown: use code-transformer"),
         (["--face", "both"], "--face both is unknown: use optimizer, tuner"),
+        (["--rates", "low"], "--rates low is not a list of numbers: use such as 1e-3,1e-2"),
     ],
 )
 def test_unknown_names_are_refused(
