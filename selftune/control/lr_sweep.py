@@ -38,6 +38,8 @@ class SweepSettings(Settings):
             counts; farther above, the sum must be twice as low.
         rise: Threshold of C for an increase, in units of the slope at the start of the step. At
             very low rates slopes on different batches differ in sign by chance, but are small.
+        real: The descent is certain if C is below this share of the sum of the initial slopes. Then
+            the rate is too high as soon as all descent is undone, far above the best rate.
         wild: A step has diverged if its final slope is this many times its initial one, or all
             descent so far; the sweep ends before it.
         calm: The memory 1/(1 − β₁) must fit this many times into the run after the sweep.
@@ -56,6 +58,7 @@ class SweepSettings(Settings):
     margin: float = 1.5
     near: float = 4.0
     rise: float = 0.5
+    real: float = 0.25
     wild: float = 100.0
     calm: int = 300
     least_memory: float = 3.0
@@ -116,6 +119,7 @@ class LRSweep:
     lowered: float = 0.0
     steepest: float = 0.0
     hoped: float = 0.0
+    real: bool = False
     alarmed: bool = False
     proven: bool = True
 
@@ -153,14 +157,16 @@ class LRSweep:
         self.hoped += abs(start)
         self.balance += 1 if slope < 0 else -1
         self.seen = self.seen or self.balance >= 3
-        rising = self.change > self.settings.rise * abs(start)
+        near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
+        lost = self.real and rate > near and self.change > 0
+        rising = lost or self.change > self.settings.rise * abs(start)
         self.uphill = self.uphill + 1 if self.seen and rising else 0
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
             self.blown = self.factor(self.taken - 1) if self.uphill >= 2 else 0.0
-        near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
         if self.change < self.lowest * (2.0 if rate > near else 1.0):
             self.lowest, self.best = self.change, rate
+            self.real = -self.change > self.settings.real * self.hoped
             self.proven = False
             return True
         return False
@@ -173,7 +179,7 @@ class LRSweep:
             self.lowered = 2 * self.settings.decades
             self.taken, self.change, self.lowest, self.best = 0, 0.0, 0.0, math.nan
             self.balance, self.seen, self.uphill, self.steepest = 0, False, 0, 0.0
-            self.alarmed, self.hoped = False, 0.0
+            self.alarmed, self.real, self.hoped = False, False, 0.0
 
     def leave(self) -> None:
         """End the sweep without a choice."""

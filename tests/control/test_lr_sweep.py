@@ -261,3 +261,18 @@ def test_a_short_run_is_swept_or_says_that_it_is_not(
     assert (opt.hparams["lr"] > 1e-4) == swept
     told = [r.getMessage() for r in caplog.records if "too short" in r.getMessage()]
     assert len(told) == (not swept)
+
+
+def test_a_sweep_that_has_lost_all_descent_ends() -> None:
+    """Law: past the best rate the sum rises slowly, relative to the slopes at the start of steps.
+
+    The loss of a network of sines is bounded in its inner weights: at rates far too high the slopes
+    at the end of steps are small beside those at their start, and of either sign.
+    """
+    sweep = LRSweep(steps=75)
+    descending = [(-sweep.factor(t), -0.8 * sweep.factor(t)) for t in range(38)]
+    observed(sweep, *descending)
+    best = sweep.best
+    observed(sweep, *((-sweep.factor(t), 0.1 * sweep.factor(t)) for t in range(38, 60)))
+    assert sweep.ended
+    assert sweep.choice == pytest.approx(best / 1.5)
