@@ -196,7 +196,9 @@ class Guard:
         noise = self.policy.noise * math.sqrt(self.training_spread)
         exploded = self._exploded(self.training_mean - noise, self.training_first)
         fresh = self.training_count <= 10  # their spread may be that of the explosion
-        return "rewind" if exploded or (fresh and self._wild(self.training_mean)) else "ok"
+        some = self.training_count >= self.policy.patience  # a single batch may be unlucky, too
+        wild = fresh and self._wild(self.training_mean)
+        return "rewind" if (exploded and some) or wild else "ok"
 
     def _wild(self, loss: float) -> bool:
         """Whether a training loss is many times above those at the start, if they are known."""

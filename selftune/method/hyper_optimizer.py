@@ -239,7 +239,7 @@ class HyperOptimizer:
             return frame.low
         floor, decay = self.floor, self.hparams["weight_decay"]
         rate = self._of(frame.origin + raw, "lr").exp().max() * memory
-        highest = math.log(floor.settings.highest_share * decay.upper)
+        highest = math.log(max(decay.lower, min(floor.settings.highest, decay.upper)))
         wanted = torch.log(floor.least(rate, steps)).where(rate > 0, -math.inf)
         least = wanted.clamp(math.log(decay.lower), highest)
         least = least - self._of(frame.origin, "weight_decay")

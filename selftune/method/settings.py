@@ -106,12 +106,13 @@ class FloorSettings(Settings):
     Attributes:
         decoupled: Minimum Σ η_t λ over a run if weight decay is decoupled.
         l2: The same if it acts through the gradient; with momentum η/(1 − μ) replaces η.
-        highest_share: The floor is at most this share of the upper bound of weight decay.
+        highest: Maximum of the floor. A run that starts at a low learning rate would get a large
+            weight decay, which is far too strong once the rate rises.
     """
 
     decoupled: float = 0.3
     l2: float = 0.03
-    highest_share: float = 0.1
+    highest: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
