@@ -25,6 +25,7 @@ from selftune.estimators import (
     hypergradient,
 )
 from selftune.functionalize import as_problem
+from selftune.holdout import HeldOut, HoldOut
 from selftune.linear_solve import CG, Neumann, Nystrom
 from selftune.method.averaging import Average
 from selftune.optim import SGD, Adam, AdamW, Lion, Mixture, RMSprop, SelfTuning
@@ -43,6 +44,8 @@ __all__ = [
     "Average",
     "BestResponse",
     "Forward",
+    "HeldOut",
+    "HoldOut",
     "Implicit",
     "Lion",
     "Mixture",

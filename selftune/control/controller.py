@@ -180,6 +180,7 @@ class Controller:
         # exploded.
         if verdict == "rewind" and (not math.isfinite(loss) or guard.confirms(*record.compare())):
             how = "exploded" if guard.exploded else "worsened"
+            guard.worsened += not guard.exploded
             return self._rewind(
                 f"the validation loss has {how}, to {loss:.4g}", worsened=not guard.exploded
             )

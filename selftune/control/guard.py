@@ -134,6 +134,7 @@ class Guard:
     fading: int = 0
     streak: int = 0
     rewinds: int = 0
+    worsened: int = 0  # rewinds because the validation loss had worsened: the run over-fits
     exploded: bool = False  # whether the last validation loss exploded, not merely worsened
 
     def gradient(self, finite: bool) -> str:

@@ -179,10 +179,16 @@ class Buffers:
         found = (layer.num_batches_tracked for layer in self.layers)
         return [count for count in found if isinstance(count, Tensor)]
 
-    def blend(self, share: float) -> None:
-        """Move the average toward the modules' statistics, unless passes at it update it."""
-        if self._own:
+    def blend(self, share: float, lapsed: bool = False) -> None:
+        """Move the average toward the modules' statistics, unless passes at it update it.
+
+        Args:
+            share: By how much.
+            lapsed: Whether there are no such passes any more; those of before are then dropped.
+        """
+        if self._own and not lapsed:
             return
+        share, self._own = 1.0 if self._own else share, False
         for kept, tensor in zip(self.average, self.tensors(), strict=True):
             if kept.is_floating_point():
                 kept.lerp_(tensor, share)

@@ -28,6 +28,9 @@ from selftune.optim._stepper import AbstractStepper
 from selftune.optim._store import Store
 from selftune.rules._base import Values
 
+LAPSE = 2
+"""Intervals without a ``hyper_step`` after which no more are expected."""
+
 
 @dataclass(kw_only=True)
 class Engine:
@@ -73,6 +76,12 @@ class Engine:
     def stride(self) -> int:
         """Steps between two tracked steps."""
         return self.method.sensitivities.estimator.stride
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether ``hyper_step`` is no longer called, so that there are no validation passes."""
+        last = self.clock.last_validation_step
+        return 0 < last < self.clock.steps - LAPSE * self.every
 
     def due(self, total: int | None) -> tuple[bool, bool]:
         """Whether a hyperparameter step is due, and whether to select the final weights."""

@@ -130,6 +130,8 @@ class OuterLoss:
         guard = self.engine.controller.guard
         lost = guard is not None and guard.lost and not self.engine.clock.last_validation_step
         stuck = guard is not None and guard.stuck
+        if guard is not None and guard.worsened and self.engine.lapsed:
+            stuck |= not self.engine.controller.final.judged  # more steps over-fit further
         if self.engine.controller.sweeping or lost or stuck:  # a sweep is no run to average
             return -1.0
         return self.engine.controller.final.position

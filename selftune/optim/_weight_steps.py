@@ -106,7 +106,7 @@ class WeightSteps:
         engine = self._engine
         if engine.clock.steps % THINNED == 0:
             averaging = engine.method.sensitivities.averaging
-            engine.buffers.blend(averaging.weight(self._age, THINNED))
+            engine.buffers.blend(averaging.weight(self._age, THINNED), engine.lapsed)
 
     def _alone(self, grads: Sequence[Sequence[Tensor]]) -> bool:
         """Use training gradients if there are no validation gradients."""

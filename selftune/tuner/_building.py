@@ -35,10 +35,11 @@ from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
 from selftune.tuner._group import Group
+from selftune.tuner._joining import Joining
 from selftune.tuner._objective import Objective, for_tuning
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
-from selftune.tuner._resuming import LENGTH, UNTIL
+from selftune.tuner._resuming import JOINS, LENGTH, UNTIL
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._sharding import shard
 from selftune.tuner._snapshots import Snapshots
@@ -135,21 +136,30 @@ def tuned_names(
 
 @contextmanager
 def open_streams(
-    train: Any, val: Any, device: torch.device, given: Given
-) -> Iterator[tuple[Stream, Stream]]:
-    """Training and validation batches of this rank; closes their workers at the end.
+    train: Any, val: Any, whole: Any, device: torch.device, given: Given
+) -> Iterator[tuple[Stream, Stream, Stream]]:
+    """Batches of this rank; closes their workers at the end.
+
+    Args:
+        train: Training batches.
+        val: Validation batches.
+        whole: Training batches after held-out examples have joined; else ``train``.
+        device: Device of the batches.
+        given: What the tuner was given.
 
     Raises:
         ValueError: Ranks start with different models or data.
     """
     group = given.group
-    parts = [shard(name, group.rank, group.size) for name in ("train", "val")]
+    names = ("train", "val", "train")
+    parts = [shard(name, group.rank, group.size) for name in names]
     streams = (
         Stream(train, "train", device, shard=parts[0]),
         Stream(val, "val", device, skips=True, shard=parts[1]),
+        Stream(whole, "train", device, shard=parts[2]),
     )
     try:
-        check_ranks(group, given.objective, streams)
+        check_ranks(group, given.objective, streams[:2])
         group.seed()
         yield streams
     finally:
@@ -160,7 +170,7 @@ def open_streams(
 def build(
     given: Given,
     plan: Plan,
-    streams: tuple[Stream, Stream],
+    streams: tuple[Stream, Stream, Stream],
     val: Any,
     device: torch.device,
     new: bool,
@@ -170,7 +180,7 @@ def build(
     Args:
         given: The arguments of the tuner.
         plan: Its length and intervals.
-        streams: Training and validation batches.
+        streams: Training and validation batches, and training batches after the join.
         val: The validation set.
         device: Where to train.
         new: Whether it starts, rather than continues from a checkpoint.
@@ -198,7 +208,7 @@ def build(
                 name, value, given.values[name],
             )  # fmt: skip
     mapped = members is not None
-    start = check_first(steps, run, streams, mapped=mapped) if new else math.nan
+    start = check_first(steps, run, streams[:2], mapped=mapped) if new else math.nan
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
@@ -226,6 +236,7 @@ def build(
         watch=watch,
         population=population,
         identity=_identity(given, plan, steps),
+        joining=None if plan.join is None else Joining(step=plan.join, batches=streams[2]),
     )
 
 
@@ -253,6 +264,8 @@ def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
     if isinstance(given.rule, Mixture):
         found["members of the rule"] = ", ".join(given.rule.members)
         found[UNTIL] = steps.options[UNTIL]
+    if plan.join is not None:
+        found[JOINS] = plan.join
     parts = {"average": given.average, "settings": given.settings, "guard": given.guard}
     for name, part in parts.items():
         found |= flatten(name, part)

@@ -105,6 +105,11 @@ class Fused:
         return self._take("tune", batch)
 
     @torch.no_grad()
+    def eagerly(self, step: Step, batch: Batch) -> Any:
+        """Take a step of another kind, in place, without compiling it."""
+        return _in_place(self._mapped(step, 1))(self.run, batch)
+
+    @torch.no_grad()
     def _take(self, kind: str, batch: Batch) -> Tensor:
         if not self.compiled:
             return self._eager[kind](self.run, batch)
@@ -245,9 +250,8 @@ def _either(first: Step, second: Step) -> Step:
 def _keep_freed_memory() -> None:
     """Let the C library keep the memory of a step's temporary tensors for the next step.
 
-    glibc returns freed memory to the system above a threshold, and the next step is then slowed by
-    page faults, by up to a third. The threshold follows the largest block that was ever freed
-    (up to 32 MB), which is far too low in a process that has handled small tensors only.
+    glibc returns freed memory above the size of the largest block ever freed (up to 32 MB) to the
+    system; page faults then slow the next step by up to a third.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
@@ -310,11 +314,7 @@ def _plain(function: Step) -> Step:
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:
-    """Guards of a static graph checked at each step: numbers that users may change.
-
-    The run's tensors, the batches' shapes and the library's objects are the same at each call, and
-    checking them all takes as long as a small network's step.
-    """
+    """Guards of numbers that users may change; checking all takes as long as a small step."""
     ours = ("G['__import_", "__import__(", "dict(type(")
     return [g.guard_type == "CONSTANT_MATCH" and not g.name.startswith(ours) for g in guards]
 

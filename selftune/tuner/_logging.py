@@ -55,6 +55,13 @@ class TunerLog:
         if self.metrics.monitor.on:
             self.metrics.placed(values, step)
 
+    def trained(self, step: int, loss: float) -> None:
+        """Log the loss of a training step without a hyperparameter step, unless too recent."""
+        now = time.monotonic()
+        if self.metrics.monitor.on and now - self._noted >= self._rest:
+            self._noted = now
+            self.metrics.monitor.scalar("Loss/train", loss, step)
+
     def hyper_step(
         self, step: int, loss: float, outer: float, values: Mapping[str, float], member: int
     ) -> None:

@@ -63,6 +63,8 @@ class Progress:
         train_loss: Mean training loss since the last evaluation.
         scores: ``loss`` and other metrics over the whole validation set, at the average.
         hparams: Current hyperparameters.
+        joined: Whether held-out examples have become training data (``val=None``); ``scores`` are
+            then those at that step.
     """
 
     step: int
@@ -71,11 +73,15 @@ class Progress:
     train_loss: float
     scores: dict[str, float]
     hparams: dict[str, float]
+    joined: bool = False
 
 
 @dataclass(kw_only=True)
 class Plan:
-    """The length of a run and the intervals of its events, in steps."""
+    """The length of a run and the intervals of its events, in steps.
+
+    Held-out examples, if any, join after step ``join``, where all events are due.
+    """
 
     total: int
     every: int
@@ -87,11 +93,16 @@ class Plan:
     patience: int | None
     compile: bool | str
     exploit: int
+    join: int | None = None
 
     def due(self, step: int) -> bool:
         """Whether a log entry is due at a hyperparameter step."""
         return step % self.log < self.every
 
     def falls(self, every: int, step: int) -> bool:
-        """Whether an event with an interval, and at the end, is due after a step."""
-        return step % every == 0 or step == self.total
+        """Whether an event with an interval, and at the join and the end, is due after a step."""
+        return step % every == 0 or step in (self.total, self.join)
+
+    def pictured(self, step: int) -> bool:
+        """Whether pictures of predicted losses are due after a step."""
+        return self.picture is not None and self.falls(self.picture, step)

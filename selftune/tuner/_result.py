@@ -126,7 +126,8 @@ class TuningResult:
         best_weights: The model's state_dict at the averaged weights with the lowest validation
             loss. The model holds these weights.
         best_loss: Their loss over the whole validation set. It was used for tuning, so report
-            results on other data.
+            results on other data. With ``val=None`` the loss over the held-out examples at the
+            join; it is no estimate of the final weights' loss, which is usually lower.
         hparams: All hyperparameters at the end; the learning rate is the tuned peak.
         schedule: The trajectory of all hyperparameters, for :func:`selftune.replay`, without the
             sweep and without steps undone by a rewind.
@@ -137,6 +138,9 @@ class TuningResult:
         folder: The run's ``log_dir``, or None.
         rule: The update rule with these hyperparameters as a plain torch optimizer. For a mixture
             the chosen rule, or None if the run ended before the choice.
+        joined: The step at which held-out examples became training data (``val=None``), or None.
+            The final weights are then the average at the end of the run, or if the run over-fitted
+            before the join, the last good weights from then.
     """
 
     history: dict[str, NDArray[Any]]
@@ -150,6 +154,12 @@ class TuningResult:
     why: str = ""
     folder: Path | None = None
     rule: PlainOptimizer | None = None
+    joined: int | None = None
+
+    @property
+    def _loss(self) -> str:
+        at = "" if self.joined is None else f" at the join, step {self.joined}"
+        return f"validation loss {self.best_loss:.4g}{at}"
 
     def report(self, folder: str | Path | None = None) -> str:
         """Return a table of the run, and write ``report.html`` and ``schedule.json``.
@@ -173,7 +183,7 @@ class TuningResult:
         target = self.folder if folder is None else Path(folder)
         if target is not None:
             target.mkdir(parents=True, exist_ok=True)
-            title = f"{self.steps} steps, {self.ended}, validation loss {self.best_loss:.4g}"
+            title = f"{self.steps} steps, {self.ended}, {self._loss}"
             rewinds = self.history["rollbacks"].tolist()
             text = page(title, lines, self._panels(steps), self.why, rewinds)
             write_text(target / "report.html", text)
@@ -197,7 +207,5 @@ class TuningResult:
 
     def __repr__(self) -> str:
         values = ", ".join(f"{n}={v:.3g}" for n, v in self.hparams.items())
-        return (
-            f"TuningResult({self.ended} after {self.steps} steps, best validation loss "
-            f"{self.best_loss:.4g}; {values})"
-        )
+        best = "best " if self.joined is None else ""
+        return f"TuningResult({self.ended} after {self.steps} steps, {best}{self._loss}; {values})"

@@ -17,7 +17,9 @@ LENGTH = "number of steps"
 """Key of the length of the run in its identity."""
 UNTIL = "mix_until"
 """Key of the step at which a mixture of rules chooses."""
-FOLLOWS = (LENGTH, "every", UNTIL)
+JOINS = "step of the join"
+"""Key of the step after which held-out examples join."""
+FOLLOWS = (LENGTH, "every", UNTIL, JOINS)
 """Settings that differ between a run and its extension."""
 
 

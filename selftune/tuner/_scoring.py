@@ -215,6 +215,11 @@ class Scorer:
             found = saved["loss"]
         return found
 
+    @torch.no_grad()
+    def place(self, run: RunState, member: int, good: Snapshots | None) -> None:
+        """Put the good weights into the model, or the averaged ones."""
+        self._write(*_between(run, good, 0.0 if good is None else -1.0), member)
+
 
 def _average(run: RunState) -> Where:
     return run.averages, run.average_buffers

@@ -13,22 +13,24 @@ from typing import Any
 
 import torch
 
-from selftune.tuner import _checkpoints, _choice, _resuming
+from selftune.tuner import _checkpoints, _choice, _joining, _resuming
+from selftune.tuner._callbacks import stop
 from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
+from selftune.tuner._final import place
 from selftune.tuner._group import Group, RankLost
 from selftune.tuner._interrupt import Interruption
-from selftune.tuner._masks import masks_followed
+from selftune.tuner._joining import Joining
 from selftune.tuner._payoff import Compiling
 from selftune.tuner._pictures import picture
-from selftune.tuner._plan import Plan, Progress
+from selftune.tuner._plan import Plan
 from selftune.tuner._population import Population
 from selftune.tuner._predicting import Predictor
 from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._resuming import HYPER, SCORES, WEIGHTS
 from selftune.tuner._saving import Parts
-from selftune.tuner._scoring import POSITIONS, Scorer
+from selftune.tuner._scoring import Scorer
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._sweep import sweep
@@ -51,6 +53,7 @@ class Training:
     watch: Watch
     population: Population | None
     identity: dict[str, Any]
+    joining: Joining | None = None
     folder: Path | None = None
     callbacks: Sequence[Any] = ()
     step: int = 0
@@ -91,11 +94,11 @@ class Training:
                         self._step()
                     if self.plan.falls(self.plan.score, self.step):
                         self._reach(SCORES)
-                        scores = self._evaluate()
+                        scores = self._scores()
                         self._reach(WEIGHTS)
-                        ended = self.ended = self._stop(scores)
+                        ended = self.ended = stop(self, scores)
                         self._reach(WEIGHTS)
-                    if self.plan.picture and self.plan.falls(self.plan.picture, self.step):
+                    if self.plan.pictured(self.step) and not self.joined:
                         picture(self.watch, self.predictor, self.step)
                         self._reach(WEIGHTS)
                     if ended == "stopped" or self.plan.falls(self.plan.save, self.step):
@@ -166,11 +169,12 @@ class Training:
             tracked, tune = self.steps.observed(step - since)  # members keep one time
         between = self._now() if tune else {}
         try:
-            outer = self.val.next() if tune else None
+            outer = self.val.next() if tune and not self.joined else None
         except BaseException:
             if self.due == WEIGHTS:
                 self.train.put_back(batch)
             raise
+        follows, tune = tune and self.joined, tune and not self.joined
         with self._stepping(tune=tune):
             if self.due == WEIGHTS:
                 tune = self._step_weights(step, batch, tracked, tune)
@@ -179,6 +183,8 @@ class Training:
                 self.watch.tuned(step, self.fused.tune(outer))
         self._reach(WEIGHTS)
         self.watch.read(step)
+        if follows:
+            _joining.follow(self, batch)
         if self.population is not None and tune and step % self.plan.exploit < self.plan.every:
             self.population.exploit(self.snapshots, self.watch.controllers, self.steps.hyper)
 
@@ -205,6 +211,20 @@ class Training:
 
     # evaluation
 
+    @property
+    def joined(self) -> bool:
+        """Whether held-out examples have become training data."""
+        return self.joining is not None and self.joining.joined is not None
+
+    def _scores(self) -> dict[str, float]:
+        """Scores over the validation set; those at the join, once it has been joined."""
+        if self.joining is not None and self.joined:
+            return self.joining.scores
+        scores = self._evaluate()
+        if self.joining is not None and self.joining.due(self.step):
+            _joining.join(self, scores)
+        return scores
+
     def _evaluate(self) -> dict[str, float]:
         """Evaluate losses and metrics over the whole validation set, and log them."""
         self.watch.digest(self.step)
@@ -226,32 +246,10 @@ class Training:
             metrics.verdict_rows(self.watch.verdicts(), self.step)
         return scores
 
-    def _stop(self, scores: dict[str, float]) -> str:
-        """``"stopped"`` if patience is exhausted or a callback requests it."""
-        stop = self.plan.patience is not None and self.waited >= self.plan.patience
-        if self.callbacks:
-            loss = self.watch.history.mean_loss(self.plan.score)
-            progress = Progress(
-                step=self.step, total=self.plan.total, epoch=self.train.epoch, train_loss=loss,
-                scores=scores, hparams=self.watch.hparams(),
-            )  # fmt: skip
-            parts = self.steps, self.scorer, self.snapshots, self.watch.leader
-            with masks_followed(*parts) as closed:
-                stop |= any([bool(call(progress)) for call in self.callbacks])
-            if closed:  # losses of another size are no yardstick
-                self.best, self.saved_best, self.waited = math.inf, None, 0
-                self.watch.controllers[0].restart()
-            self.group.share_streams()  # from which callbacks may have drawn
-        return "stopped" if self.group.any(stop) else "finished"
-
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and return the result."""
-        saved = self.group.from_first(self._read_best)
-        guarded = self.watch.controllers[0].guard is not None
-        good = self.snapshots if guarded else None
-        positions = POSITIONS if self.steps.method.settings.final_weights else (0.0,)
-        best = self.scorer.best(self.fused.run, self.val, self.watch.leader, good, saved, positions)
-        if self._writes is not None and best < self.best:
+        best = place(self)
+        if self._writes is not None and (self.joined or best < self.best):
             _checkpoints.write(self._writes / _checkpoints.BEST, self._shown_state(best))
         self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
@@ -259,7 +257,8 @@ class Training:
         why = self.watch.why(self.steps.starts, self.identity["schedule"], verdicts)
         log.info("%s", why)
         self.watch.metrics.finish(known, verdicts, self.step, why)
-        self.watch.metrics.monitor.last([("Loss/final", best)], self.step)
+        if not self.joined:
+            self.watch.metrics.monitor.last([("Loss/final", best)], self.step)
         return TuningResult(
             history=history.arrays(),
             best_weights={
@@ -271,13 +270,8 @@ class Training:
             schedule=schedule_of(history, self.steps, known, self.step),
             steps=self.step, ended=ended, verdicts=verdicts, why=why, folder=self._writes,
             rule=_choice.optimizer_of(self.steps, known),
+            joined=None if self.joining is None else self.joining.joined,
         )  # fmt: skip
-
-    def _read_best(self) -> dict[str, Any] | None:
-        """The saved best weights, from memory or from disk."""
-        if self.saved_best is not None or self.folder is None or self.best == math.inf:
-            return self.saved_best
-        return _checkpoints.read_best(self.folder)
 
     # saving
 
@@ -304,6 +298,7 @@ class Training:
             "ended": self.ended,
             "due": self.due,
             "numbers": [self.step, self.best, self.waited],
+            "joining": None if self.joining is None else self.joining.state_dict(),
             "starts": self.steps.starts,
             "rates": self.steps.rates.clone(),
             "compile": True if self.fused.compiled else self.plan.compile,
@@ -321,6 +316,10 @@ class Training:
             best: The best weights saved next to it.
         """
         longer = _resuming.extends(state, self.identity)
+        if self.joining is not None and state.get("joining") is not None:
+            self.joining.load_state_dict(state["joining"])
+            self.joining.back &= not longer  # which begins anew from the average
+            self.train = self.joining.batches if self.joined else self.train
         self._parts.unpack(state, _resuming.FOLLOWS if longer else ())
         self.step, self.best, self.waited = state["numbers"]
         self.saved_best = best if self.best < math.inf else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from selftune import nn as st_nn
 from selftune._arguments import check
 from selftune.control import SweepSettings
 from selftune.estimators import AbstractEstimator
+from selftune.holdout import HoldOut
 from selftune.hparams import Hparam, as_layer, choose
 from selftune.method import SHARE, Average, MethodSettings
 from selftune.penalties import L1, Penalties, as_list
@@ -27,6 +27,7 @@ from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
 from selftune.tuner._group import Group, check_together, join, quiet
+from selftune.tuner._joining import parts
 from selftune.tuner._lock import owned
 from selftune.tuner._logging import monitor_of
 from selftune.tuner._objective import LossFn, Objective, modes_kept
@@ -34,11 +35,8 @@ from selftune.tuner._plan import Plan, Progress, between_entries, between_evalua
 from selftune.tuner._population import Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
-from selftune.tuner._splitting import split
 from selftune.tuner._training import Training
 from selftune.update import Update
-
-log = logging.getLogger("selftune")
 
 
 class Tuner:
@@ -218,7 +216,7 @@ class Tuner:
     def fit(
         self,
         train: Iterable[Any],
-        val: Iterable[Any] | float = 0.1,
+        val: Iterable[Any] | float | HoldOut | None = 0.1,
         *,
         epochs: int | None = None,
         steps: int | None = None,
@@ -238,6 +236,8 @@ class Tuner:
         Args:
             train: A DataLoader, or any iterable of batches.
             val: Validation batches, or the fraction of the training data to use for validation.
+                None, or a :class:`selftune.HoldOut`: a tenth validates for 60 % of the run and then
+                joins the training data.
             epochs: Length of the run in passes over ``train``. Pass either this or ``steps``.
             steps: Length of the run in weight steps.
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
@@ -274,32 +274,28 @@ class Tuner:
             group.from_first(lambda: held.enter_context(owned(folder)))
             saved = group.from_first(lambda: _checkpoints.find(resume, folder))
             group.share_streams()
-            if isinstance(val, (int, float)):
-                train, val = split(train, float(val), self._seed)
-            elif val is train:
-                log.warning("val is train: regularization cannot be tuned on the training data")
+            whole, (train, val, holding) = train, parts(train, val, self._seed)
             device = self._device or next(self.model.parameters()).device
             objective.to(device).train()
-            streams = held.enter_context(open_streams(train, val, device, self._given))
-            total = length(streams[0], epochs, steps)
+            streams = held.enter_context(open_streams(train, val, whole, device, self._given))
+            total = length(streams[2], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             spacing, rest = between_entries(total, log_every)
             plan = Plan(
                 total=total, every=self._given.cadence(total), score=score,
-                save=checkpoint_every or score,
-                log=spacing, rest=rest, patience=patience, picture=pictures_every,
-                compile=self._compile, exploit=self._exploit,
+                save=checkpoint_every or score, log=spacing, rest=rest,
+                patience=patience, picture=pictures_every, compile=self._compile,
+                exploit=self._exploit, join=None if holding is None else holding.join(total),
             )  # fmt: skip
             training = build(self._given, plan, streams, val, device, saved is None)
             held.callback(training.scorer.close)
             training.callbacks = callbacks
-            training.watch.bar = tqdm(
-                total=total, disable=not (progress and group.first), unit="step"
-            )
+            shown = progress and group.first
+            training.watch.bar = tqdm(total=total, disable=not shown, unit="step")
             if saved is not None:
                 training.load(*saved)
-            targets = [t for t in (log_dir, recorder) if t is not None]
-            monitor = training.watch.metrics.monitor = monitor_of(targets, group.first)
+            monitor = monitor_of([t for t in (log_dir, recorder) if t is not None], group.first)
+            training.watch.metrics.monitor = monitor
             training.folder = folder
             if resume and saved is None:
                 monitor.resume(-1)  # a run that was killed before its first checkpoint
@@ -347,4 +343,8 @@ class Tuner:
         """
         if self._ended is None:
             raise RuntimeError("predict needs the sensitivities learned by a run: call fit first")
+        if self._ended.joined:
+            raise RuntimeError(
+                "predict needs validation data, and val=None has trained on it: pass fit(val=0.1)"
+            )
         return self._ended.predictor.predict(values)

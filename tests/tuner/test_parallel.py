@@ -57,6 +57,7 @@ def train(
     fit = dict(steps=STEPS, evaluate_every=25, checkpoint_every=10, progress=False)
     fit["resume"] = options.pop("resume", False)
     given = dict(hparams={"lr": 0.01, "weight_decay": 1e-3}, rule=st.rules.SGD(), compile=False)
+    val = options.pop("val", loader(61, 1, batch_size=16))
     tuner = st.Tuner(model, F.cross_entropy, **(given | options))
     batches: Any = loader(size, 0, batch_size=20, num_workers=workers)
     if died is not None:
@@ -64,7 +65,7 @@ def train(
     fit["callbacks"] = [lambda progress: killed and os.kill(os.getpid(), signal.SIGKILL)]
     rows: list[Any] = []
     fit["recorder"] = lambda values, step: rows.append(step)
-    result = tuner.fit(batches, loader(61, 1, batch_size=16), log_dir=folder, **fit)
+    result = tuner.fit(batches, val, log_dir=folder, **fit)
     return {
         "hparams": {n: torch.as_tensor(v) for n, v in result.history.items()},
         "weights": result.best_weights,
@@ -93,10 +94,11 @@ JOBS: dict[str, Callable[..., Any]] = {
         net(), folder, size=205, rule=st.rules.AdamW(), **o
     ),
     "workers": lambda folder, **o: train(net(), folder, size=2005, workers=1, **o),
+    "no validation set": lambda folder, **o: train(net(), folder, val=None, **o),
     "dropout": lambda folder, **o: train(random_net(), folder, tune=TUNED, **o),
     "norm": lambda folder, **o: train(net(nn.BatchNorm1d(16)), folder, size=203, **o),
 }
-EQUAL = list(JOBS)[:3]
+EQUAL = list(JOBS)[:4]
 
 
 def launched(number: int, port: int) -> None:

@@ -1,0 +1,340 @@
+"""Training without a validation set: a held-out share that later joins the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
+
+from selftune._arguments import Kind, Number, Whole, check
+
+ARGUMENTS: dict[str, Kind] = {
+    "share": Number(above=0, below=1),
+    "until": Number(above=0, below=1),
+    "steps": Whole(least=2),
+    "seed": Whole(),
+}
+"""Valid values of arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """Holds out a share of the training set, which validates until it joins the training data.
+
+    For the first ``until`` of a run's steps, the held-out examples are the validation set, and
+    hyperparameters are tuned. Then they become training data, the hyperparameters keep their
+    values, and the rest of the run, with its annealed learning rate, trains on all examples.
+
+    From the join on there is no validation set, so no loss estimates the test loss: measure that on
+    other data. If the validation loss had worsened before the join, the run over-fits, and its
+    final weights are the last good ones from before the join.
+
+    Args:
+        share: Share of the examples that is held out, in (0, 1).
+        until: Share of the steps after which they join, in (0, 1).
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: It is not in (0, 1).
+
+    Examples:
+        >>> import torch, selftune as st
+        >>> from torch.utils.data import DataLoader
+        >>> loader = DataLoader(range(100), batch_size=10, shuffle=True)
+        >>> data = st.HoldOut().over(loader, steps=30)
+        >>> data.join, len(data.held)
+        (18, 10)
+
+    Source: this library; measured by ``benchmarks/quality/no_validation.py``.
+    """
+
+    share: float = 0.1
+    until: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check({n: ARGUMENTS[n] for n in ("share", "until")}, vars(self))
+
+    def join(self, steps: int) -> int:
+        """The step of a run at the end of which the held-out examples join.
+
+        Examples:
+            >>> HoldOut().join(1000)
+            600
+        """
+        return min(max(1, round(self.until * steps)), steps - 1)
+
+    def over(self, loader: DataLoader[Any], steps: int, *, seed: int = 0) -> HeldOut:
+        """The batches of a run of your own loop.
+
+        Args:
+            loader: A DataLoader over a data set with a length. Its data set, batch size,
+                ``drop_last``, ``collate_fn`` and workers are used, and its examples are shuffled if
+                it shuffles.
+            steps: Training batches of the whole run.
+            seed: Determines the held-out examples and the order of all batches.
+
+        Raises:
+            ValueError: ``loader`` is not such a DataLoader, has a custom sampler, or there are too
+                few examples or steps.
+        """
+        return HeldOut(loader, steps, settings=self, seed=seed)
+
+
+class HeldOut:
+    """Training batches of a run, and validation batches until the held-out examples join.
+
+    Iterating yields ``steps`` training batches in epochs: without the held-out examples up to and
+    including step ``join``, then a new epoch over all. The batches depend only on the seed and
+    their number, so the position in a run is two numbers; a DataLoader's workers do not change it.
+
+    Attributes:
+        steps: Training batches in the run.
+        join: Number of training batches without the held-out examples.
+        held: Their indices in the data set, in increasing order.
+        step: Training batches yielded so far.
+        val: Endless validation batches of up to twice the batch size, from the held-out examples.
+
+    Examples:
+        >>> import torch, selftune as st
+        >>> from torch.nn.functional import mse_loss
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> x = torch.randn(64, 4)
+        >>> loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 16, shuffle=True)
+        >>> net = torch.nn.Linear(4, 1)
+        >>> opt = st.AdamW(net, lr=1e-3, total_steps=50)
+        >>> data = st.HoldOut().over(loader, steps=50)
+        >>> def val_loss():
+        ...     inputs, targets = next(data.val)
+        ...     return mse_loss(net(inputs), targets)
+        >>> for inputs, targets in data:
+        ...     opt.zero_grad()
+        ...     mse_loss(net(inputs), targets).backward()
+        ...     opt.step()
+        ...     if data.holding:
+        ...         loss = opt.hyper_step(val_loss)
+        >>> data.step, data.holding
+        (50, False)
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], steps: int, *, settings: HoldOut, seed: int = 0
+    ) -> None:
+        check({n: ARGUMENTS[n] for n in ("steps", "seed")}, {"steps": steps, "seed": seed})
+        given = f"share={settings.share}"
+        parts = divide(loader, settings.share, seed, given, "loader", "hold out examples yourself")
+        rest, self.held = map(sorted, parts)
+        self.steps, self.join, self.step, self._seed = steps, settings.join(steps), 0, seed
+        size, shuffled = _size(loader), isinstance(loader.sampler, RandomSampler)
+        everything = range(len(rest) + len(self.held))
+        kept: list[_Batches] = [
+            _Batches(indices, size, shuffled, loader.drop_last, 3 * seed + i, end)
+            for i, (indices, end) in enumerate(((rest, self.join), (everything, steps - self.join)))
+        ]
+        for batches in kept:
+            if not len(batches):
+                raise ValueError(
+                    f"loader: drop_last=True drops all of its {len(batches.indices)} training "
+                    f"examples in batches of {size}: pass a smaller batch_size, or drop_last=False"
+                )
+        self._train = [(b, like(loader, loader.dataset, batch_sampler=b)) for b in kept]
+        few = min(2 * size, len(self.held))
+        own = _Batches(self.held, few, True, True, 3 * seed + 2, None)
+        reader = DataLoader(
+            loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+        )  # fmt: skip
+        self.val = _Validation(own, reader)
+
+    @property
+    def holding(self) -> bool:
+        """Whether the last batch is from before the join, so that ``hyper_step`` is to be called.
+
+        It is False as soon as the held-out examples are training data.
+        """
+        return self.step <= self.join
+
+    def __len__(self) -> int:
+        """Training batches in the run."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[Any]:
+        """Training batches from ``step`` on."""
+        while self.step < self.steps:
+            joined = self.step >= self.join
+            batches, loader = self._train[joined]
+            if joined:  # persistent workers of the first part end
+                vars(self._train[0][1])["_iterator"] = None
+            batches.taken = self.step - joined * self.join
+            for batch in loader:
+                self.step += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The numbers of training and validation batches so far."""
+        return {"step": self.step, "val": self.val.taken, "steps": self.steps, "join": self.join,
+                "seed": self._seed, "held": len(self.held)}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from ``state_dict``; start a new iteration afterwards.
+
+        Random transforms draw from torch's global generators: restore these too.
+
+        Raises:
+            ValueError: The state is of a run of another length, seed or data set.
+        """
+        mine = self.state_dict()
+        for name in ("steps", "join", "seed", "held"):
+            if state[name] != mine[name]:
+                raise ValueError(
+                    f"state: {name} is {state[name]} there and {mine[name]} here: make it with the "
+                    "same data set, steps, seed, share and until"
+                )
+        self.step, self.val.taken = state["step"], state["val"]
+
+
+class _Batches:
+    """Indices of the batches of an epoch, from the number of batches taken.
+
+    Args:
+        indices: Of the examples.
+        size: Examples in a batch.
+        shuffled: Whether each epoch has a random order.
+        drop_last: Whether an incomplete last batch is dropped.
+        seed: Of the order, together with the epoch.
+        end: Number of batches after which there are none; None if there is no end.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        size: int,
+        shuffled: bool,
+        drop_last: bool,
+        seed: int,
+        end: int | None,
+    ) -> None:
+        self.indices, self.taken, self._end = indices, 0, end
+        self._size, self._shuffled, self._drop, self._seed = size, shuffled, drop_last, seed
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        whole, more = divmod(len(self.indices), self._size)
+        return whole + bool(more and not self._drop)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The rest of the current epoch."""
+        epoch, first = divmod(self.taken, len(self))
+        left = len(self) if self._end is None else self._end - self.taken + first
+        order = torch.arange(len(self.indices))
+        if self._shuffled:
+            generator = torch.Generator().manual_seed((self._seed * 2**24 + epoch) % 2**63)
+            order = torch.randperm(len(self.indices), generator=generator)
+        for batch in order.split(self._size)[first : min(left, len(self))]:
+            yield [self.indices[i] for i in batch.tolist()]
+
+
+class _Validation:
+    """Endless validation batches, with the number of those taken."""
+
+    def __init__(self, batches: _Batches, loader: DataLoader[Any]) -> None:
+        self.taken, self._batches, self._loader = 0, batches, loader
+        self._open: Iterator[Any] | None = None
+        self._at = 0  # batches taken when the open iterator is right
+
+    def __iter__(self) -> Iterator[Any]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch, from the next epoch if this one has ended."""
+        if self._open is None or self._at != self.taken or self.taken % len(self._batches) == 0:
+            self._batches.taken = self.taken
+            self._open = iter(self._loader)
+        batch = next(self._open)
+        self.taken += 1
+        self._at = self.taken
+        return batch
+
+
+def divide(
+    loader: Any, share: float, seed: int, given: str, name: str, instead: str
+) -> tuple[list[int], list[int]]:
+    """Divide a loader's data set at random: indices to train on, and of a held-out share.
+
+    Args:
+        loader: The loader.
+        share: Share of the examples to hold out.
+        seed: Seed of the division.
+        given: The argument that asks for it, in errors.
+        name: The loader's, in errors.
+        instead: The remedy, in errors.
+
+    Raises:
+        ValueError: It is not a DataLoader over a data set with a length, has a custom sampler, or
+            a part would be empty.
+    """
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        raise ValueError(
+            f"{given} divides the data set of a DataLoader with a batch_size, and {name} is a "
+            f"{type(loader).__name__}: pass such a DataLoader, or {instead}"
+        )
+    try:
+        total = len(loader.dataset)  # type: ignore[arg-type]
+    except TypeError:
+        kind = type(loader.dataset).__name__
+        raise ValueError(
+            f"{given} needs a data set with a length: {instead}; {name}.dataset is a {kind}"
+        ) from None
+    drawn = type(loader.sampler) is RandomSampler and (
+        loader.sampler.replacement or loader.sampler.num_samples != total
+    )
+    if drawn or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+        raise ValueError(
+            f"{given} cannot keep the order of sampler={type(loader.sampler).__name__}: {instead}"
+        )
+    held = round(share * total)
+    if not 0 < held < total:
+        raise ValueError(
+            f"{given} of {total} examples leaves {held} to validate and {total - held} to "
+            f"train on: pass another share, or {instead}"
+        )
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[: total - held], order[total - held :]
+
+
+def like(loader: DataLoader[Any], data: Any, **changes: Any) -> DataLoader[Any]:
+    """A DataLoader with the options of another one, over other data."""
+    options: dict[str, Any] = {"num_workers": loader.num_workers}
+    if "batch_sampler" not in changes:
+        options |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        options["generator"] = loader.generator
+    options |= dict(
+        collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn, persistent_workers=loader.persistent_workers,
+        prefetch_factor=loader.prefetch_factor,
+        multiprocessing_context=loader.multiprocessing_context,
+    )  # fmt: skip
+    return DataLoader(data, **(options | changes))
+
+
+def split(
+    loader: Any, share: float, seed: int, given: str
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Loaders of the two parts of a loader's data set: to train on, and held out.
+
+    Raises:
+        ValueError: As :func:`divide`.
+    """
+    parts = divide(loader, share, seed, given, "train", "pass validation batches, fit(train, val)")
+    rest, held = (Subset(loader.dataset, indices) for indices in parts)
+    shuffled = isinstance(loader.sampler, RandomSampler)
+    return like(loader, rest, shuffle=shuffled), like(loader, held, shuffle=True, drop_last=False)
+
+
+def _size(loader: DataLoader[Any]) -> int:
+    assert loader.batch_size is not None  # checked by ``divide``
+    return loader.batch_size

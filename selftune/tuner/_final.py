@@ -1,0 +1,36 @@
+"""The weights that a run leaves in the model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from selftune.tuner import _checkpoints
+from selftune.tuner._scoring import POSITIONS
+
+if TYPE_CHECKING:
+    from selftune.tuner._training import Training
+
+
+def place(training: Training) -> float:
+    """Put the best weights into the model; return their validation loss.
+
+    Without a validation set they are the averaged ones, and the loss is that at the join. If the
+    run had over-fitted before, they are the last good ones from before the join, with their loss.
+    """
+    scorer, run, leader = training.scorer, training.fused.run, training.watch.leader
+    if training.joining is not None and training.joined:
+        scorer.place(run, leader, training.snapshots if training.joining.back else None)
+        return training.joining.loss
+    saved = training.group.from_first(lambda: _saved(training))
+    guarded = training.watch.controllers[0].guard is not None
+    good = training.snapshots if guarded else None
+    positions = POSITIONS if training.steps.method.settings.final_weights else (0.0,)
+    return scorer.best(run, training.val, leader, good, saved, positions)
+
+
+def _saved(training: Training) -> dict[str, Any] | None:
+    """The saved best weights, from memory or from disk."""
+    if training.saved_best is not None or training.folder is None or training.best == math.inf:
+        return training.saved_best
+    return _checkpoints.read_best(training.folder)
