@@ -58,7 +58,6 @@ class SweepSettings(Settings):
     margin: float = 1.5
     near: float = 4.0
     rise: float = 0.5
-    noisy_rise: float = 2.0
     real: float = 0.25
     wild: float = 100.0
     calm: int = 300
@@ -160,8 +159,7 @@ class LRSweep:
         self.seen = self.seen or self.balance >= 3
         near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
         lost = self.real and rate > near and self.change > 0
-        threshold = self.settings.rise if self.real else self.settings.noisy_rise
-        rising = lost or self.change > threshold * abs(start)
+        rising = lost or self.change > self.settings.rise * abs(start)
         self.uphill = self.uphill + 1 if self.seen and rising else 0
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True

@@ -142,7 +142,7 @@ class SelfTuningOptimizer(EvaluationMode):
         due, ends = engine.due(self._schedule.total_steps)
         known = engine.looked and engine.buffers.complete
         if known and not due and not ends:
-            clock.last_validation_step = clock.steps
+            clock.called()
             return None
         if not engine.looked:
             engine.reducer.meet(clock.steps)
@@ -158,7 +158,7 @@ class SelfTuningOptimizer(EvaluationMode):
             engine.buffers.passed()
             if not engine.looked:
                 self._begin(first)
-        clock.last_validation_step = clock.steps
+        clock.called()
         loss = self._tune(outer, closure) if due else None
         if ends:
             with torch.no_grad():

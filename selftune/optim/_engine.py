@@ -80,8 +80,9 @@ class Engine:
     @property
     def lapsed(self) -> bool:
         """Whether ``hyper_step`` is no longer called, so that there are no validation passes."""
-        last = self.clock.last_validation_step
-        return 0 < last < self.clock.steps - LAPSE * self.every
+        clock = self.clock
+        usual = max(self.every, clock.longest_gap)
+        return 0 < clock.last_validation_step < clock.steps - LAPSE * usual
 
     def due(self, total: int | None) -> tuple[bool, bool]:
         """Whether a hyperparameter step is due, and whether to select the final weights."""

@@ -19,7 +19,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 16
+VERSION = 17
 """Version of the state; 16 includes hyperparameters that stay 0 until a validation loss."""
 
 

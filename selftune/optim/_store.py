@@ -32,12 +32,21 @@ class Counts:
         since: Steps at the last restart (after the sweep or a rewind).
         outer: Steps at the last hyperparameter step.
         last_validation_step: Steps at the last call of ``hyper_step``.
+        longest_gap: Largest number of steps between two calls of ``hyper_step``.
     """
 
     steps: int = 0
     since: int = 0
     outer: int = 0
     last_validation_step: int = 0
+    longest_gap: int = 0
+
+    def called(self) -> None:
+        """Record a call of ``hyper_step``."""
+        if self.last_validation_step:
+            gap = self.steps - self.last_validation_step
+            self.longest_gap = max(self.longest_gap, gap)
+        self.last_validation_step = self.steps
 
 
 @dataclass(kw_only=True)

@@ -263,3 +263,14 @@ def test_nothing_above_the_start_is_ever_good() -> None:
     found = [guard.validation_loss(0.5) for _ in range(120)]
     assert "average" in found
     assert not guard.stuck
+
+
+def test_an_unlucky_batch_after_a_rewind_is_no_explosion() -> None:
+    """Law: of losses of small batches one may be three times the first; their mean is not."""
+    guard = Guard()
+    for loss in (1.0, 2.0, 1.5):
+        guard.sweeping_loss(loss)
+    for _ in range(4):
+        assert {guard.training_loss(x) for x in (4.5, 1.0, 1.5)} == {"ok"}
+        guard.rewound(worsened=False)
+    assert [guard.training_loss(4.5) for _ in range(3)] == ["ok", "ok", "rewind"]

@@ -240,7 +240,7 @@ def test_noise_at_rates_too_small_to_matter_does_not_end_it() -> None:
     small = [(-sweep.factor(t), 0.1 * sweep.factor(t) * (-1) ** (t < 4)) for t in range(15)]
     observed(sweep, *small)
     assert not sweep.ended
-    observed(sweep, *((-sweep.factor(t), 3 * sweep.factor(t)) for t in (15, 16)))
+    observed(sweep, *((-sweep.factor(t), 0.9 * sweep.factor(t)) for t in (15, 16)))
     assert sweep.ended
 
 
