@@ -208,6 +208,8 @@ def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[d
         >>> len(hidden["params"]), len(rest["params"])
         (1, 5)
     """
+    if isinstance(others, str):
+        raise ValueError(f"others={others!r} must be a sequence of names: ({others!r},)")
     tables = {
         id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
     }
@@ -215,13 +217,14 @@ def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[d
         p
         for module in model.modules()
         for name, p in module.named_parameters(recurse=False)
-        if _is_matrix(name, p) or id(p) in tables
+        if p.ndim > 1 and (_is_weight(name) or id(p) in tables)
     ]
     if others is None:
         outside = {id(p) for p in (*layers[:1], *layers[-1:])}
     else:
         outside = {id(p) for name in others for p in _named(model, name)}
-    matrices = {id(p) for p in layers} - tables - outside
+    sides = {id(p) for p in layers if 1 < len(p) < p.numel()}
+    matrices = sides - tables - outside
     if not matrices:
         raise ValueError(
             f"model={type(model).__name__} has no hidden matrix for Muon: it has "
@@ -235,10 +238,9 @@ def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[d
     ]
 
 
-def _is_matrix(name: str, param: Tensor) -> bool:
-    """Whether a parameter is a layer's matrix, by its name and shape."""
-    called = "weight" in name or name.startswith("original")  # of a parametrised weight
-    return called and param.ndim > 1 and 1 < len(param) < param.numel()
+def _is_weight(name: str) -> bool:
+    """Whether a parameter is the weight of a layer, by its name within the layer."""
+    return "weight" in name or name.startswith("original")  # of a parametrised weight
 
 
 def _named(model: nn.Module, name: str) -> list[Tensor]:

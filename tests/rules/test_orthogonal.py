@@ -145,6 +145,8 @@ def test_the_usual_split() -> None:
     assert named(net, st.muon_groups(net)[0]) == {"1.weight"}
     assert named(net, st.muon_groups(net, ())[0]) == {"0.weight", "1.weight", "3.weight"}
     assert named(net, st.muon_groups(net, ["0", "3.weight"])[0]) == {"1.weight"}
+    net = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    assert named(net, st.muon_groups(net)[0]) == {"1.weight"}
 
 
 def test_what_cannot_be_split_is_refused() -> None:
@@ -154,6 +156,8 @@ def test_what_cannot_be_split_is_refused() -> None:
         st.muon_groups(net)
     with pytest.raises(ValueError, match=r"others='body' is not the name.*'0\.weight'"):
         st.muon_groups(net, ["body"])
+    with pytest.raises(ValueError, match=r"others='0' must be a sequence of names: \('0',\)"):
+        st.muon_groups(net, "0")
     with pytest.raises(ValueError, match=r"beta=0.9 is unknown: use some of \['lr'"):
         rules.Muon(beta=0.9)
     with pytest.raises(ValueError, match="rules contains Muon, which needs whole matrices"):
