@@ -127,6 +127,7 @@ class Muon(AbstractRule):
         buffer = after["momentum_buffer"] = mix(state["momentum_buffer"], grads, 1 - momentum)
         mean = mix(grads, buffer, momentum) if values["nesterov"] else buffer
         if self._layout is None:
+            _check_matrix(mean)
             return orthogonal(mean, values), after
         views = self._layout.views(mean)
         parts = parts if isinstance(use, tuple) else [None] * len(views)
@@ -154,6 +155,14 @@ class Muon(AbstractRule):
         if isinstance(use, tuple) and self._layout is not None:
             found = found * self._layout.expand([float(not own) for own in use])
         return found, after
+
+
+def _check_matrix(tensor: Tensor) -> None:
+    if tensor.ndim < 2 and tensor.numel() > 1:
+        raise ValueError(
+            f"params: Muon takes matrices, but a parameter has shape {tuple(tensor.shape)}: pass "
+            "the groups of st.muon_groups(model)"
+        )
 
 
 def _adamw(values: Values) -> dict[str, Any]:

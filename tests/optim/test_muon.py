@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint.state_dict as checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -94,6 +95,22 @@ def test_resumes_bit_for_bit(kind: str, stop: int) -> None:
     with opt.averaged(), resumed.averaged():
         for ours, theirs in zip(again.parameters(), net.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_resumes_through_distributed_checkpoints() -> None:
+    net = network()
+    opt = st.Muon(net, total_steps=100)
+    train(net, opt, range(60))
+    state = copy.deepcopy(checkpoint.get_optimizer_state_dict(net, opt))
+    again = network()
+    again.load_state_dict(copy.deepcopy(net.state_dict()))
+    train(net, opt, range(60, 80))
+    resumed = st.Muon(again, total_steps=100)
+    checkpoint.set_optimizer_state_dict(again, resumed, state)
+    train(again, resumed, range(60, 80))
+    assert resumed.hparams == opt.hparams
+    for ours, theirs in zip(again.parameters(), net.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_rate_30_times_too_low_is_raised() -> None:

@@ -197,3 +197,27 @@ def test_tuner_takes_muons_steps() -> None:
         matrix.data -= 0.03 * (d + 0.1 * matrix.data)
     for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_result_as_a_plain_optimizer() -> None:
+    """Truth: torch's AdamW for the rest; vectors are refused where Muon would take them."""
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).double()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    result = st.Tuner(net, mse_loss, rule=rules.Muon()).fit(
+        [(x, x.cos())] * 4, [(x, x.cos())], steps=4, progress=False
+    )
+    mse_loss(net(x), x.cos()).backward()
+    hidden, rest = st.muon_groups(net)
+    values = result.hparams
+    twin = torch.optim.AdamW(
+        [p.detach().clone().requires_grad_() for p in rest["params"]], values["lr"],
+        (values["beta1"], values["beta2"]), weight_decay=values["weight_decay"],
+    )  # fmt: skip
+    for copied, p in zip(twin.param_groups[0]["params"], rest["params"], strict=True):
+        copied.grad = p.grad.clone()
+    twin.step()
+    result.rule.make([hidden, rest]).step()
+    for copied, p in zip(twin.param_groups[0]["params"], rest["params"], strict=True):
+        assert torch.allclose(copied, p, atol=1e-12)
+    with pytest.raises(ValueError, match=r"shape \(4,\).*st.muon_groups"):
+        result.rule.make(net.parameters()).step()
