@@ -1,6 +1,6 @@
 """One self-tuned run of Muon against torch's Muon at the best of five rates with a cosine.
 
-    SELFTUNE_DATA=... nice -n 10 python -m benchmarks.quality.muon [--seeds 3] [--only fashion-vit]
+    SELFTUNE_DATA=... python -m benchmarks.quality.muon [--seeds 0,1,2] [--only fashion-vit]
 
 The matrices of ``st.muon_groups`` are trained by Muon, the rest by AdamW. The rival is
 ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` with ``torch.optim.AdamW`` at the same rate,
@@ -86,7 +86,7 @@ OURS = {
 def main() -> None:
     """Print each run, and the table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default=ONLY)
     parser.add_argument("--ours", default=",".join(OURS))
     args = parser.parse_args()
@@ -96,7 +96,7 @@ def main() -> None:
     for name in args.only.split(","):
         workload = SUITE[name]()
         logs: dict[str, list[float]] = {}
-        for seed in range(args.seeds):
+        for seed in map(int, args.seeds.split(",")):
             losses = {lr: rival(workload, lr, seed) for lr in RATES}
             best = min(losses, key=losses.__getitem__)
             shown = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
