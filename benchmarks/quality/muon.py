@@ -24,7 +24,7 @@ from torch import nn
 import selftune as st
 from benchmarks.proof.rendering import grid
 from benchmarks.quality.shells import cell, finite, tuned
-from benchmarks.workloads import SUITE, Workload
+from benchmarks.workloads import Workload, named
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DEFAULT = 1e-3
@@ -94,7 +94,7 @@ def main() -> None:
     torch.set_num_threads(1)
     table = []
     for name in args.only.split(","):
-        workload = SUITE[name]()
+        workload = named(name)
         logs: dict[str, list[float]] = {}
         for seed in map(int, args.seeds.split(",")):
             losses = {lr: rival(workload, lr, seed) for lr in RATES}
