@@ -11,7 +11,7 @@ import torch
 
 import selftune as st
 from selftune import rules
-from selftune.hparams import WEIGHT_DECAY, choose
+from selftune.hparams import choose
 from selftune.method import FloorSettings, HyperOptimizer, MethodSettings, WeightDecayFloor
 from selftune.schedules import HORIZON, SHAPES, Schedule
 from selftune.update import Update
