@@ -28,9 +28,10 @@ from selftune.functionalize import as_problem
 from selftune.holdout import HeldOut, HoldOut
 from selftune.linear_solve import CG, Neumann, Nystrom
 from selftune.method.averaging import Average
-from selftune.optim import SGD, Adam, AdamW, Lion, Mixture, RMSprop, SelfTuning
+from selftune.optim import SGD, Adam, AdamW, Lion, Mixture, Muon, RMSprop, SelfTuning
 from selftune.problem import Problem
 from selftune.replay import TunedSchedule, replay
+from selftune.rules.muon import muon_groups
 from selftune.tuner import Tuner, TuningResult
 from selftune.update import Update
 
@@ -49,6 +50,7 @@ __all__ = [
     "Implicit",
     "Lion",
     "Mixture",
+    "Muon",
     "Neumann",
     "Nystrom",
     "OneStep",
@@ -68,6 +70,7 @@ __all__ = [
     "hypernet",
     "method",
     "monitor",
+    "muon_groups",
     "nn",
     "optim",
     "penalties",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.func import functional_call
 
 from selftune._flat import Layout
 from selftune.problem import Hparams, Problem
+from selftune.rules._base import joined
 from selftune.update import Update
 
 
@@ -96,16 +98,22 @@ def as_problem(
         others = {n: h for n, h in hparams.items() if n not in update.hparams}
         return loss_fn(output, batch[1], **others)
 
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layout, rate = Layout(trained), options.pop("rate", lambda step: 1.0)
+    own, rates = joined(update.rule.by_parameter(model, trained), layout)
+    if own:
+        options["options"] = {**options.get("options", {}), **own}
     if by_tensor:
-        sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+        sizes = layout.sizes
         index = torch.arange(len(sizes), device=weights.device)
         options["segments"] = index.repeat_interleave(torch.tensor(sizes, device=weights.device))
     problem = Problem(
-        update=update,
+        update=replace(update, rule=update.rule.joined(layout)),
         inner_loss=lambda w, h, batch: criterion(outputs(w, h, batch), h, batch),
         outer_loss=lambda w, batch: outer(call(w, batch[0]), batch[1]),
         split=(outputs, criterion),
-        shapes=[p.shape for p in model.parameters() if p.requires_grad],
+        shapes=layout.shapes,
+        rate=(lambda step: rate(step) * rates) if own else rate,
         **options,
     )
     return problem, weights

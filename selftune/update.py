@@ -117,11 +117,11 @@ class Update:
         return [p for p in self.penalties if isinstance(p, ProximalL1)]
 
     def joined(self, layout: Layout) -> Update:
-        """The same update for the flat vector of ``layout``, if penalties need whole tensors."""
-        if all(p.elementwise for p in self.penalties):
+        """The same update for the flat vector of ``layout``, if it needs whole tensors."""
+        if self.rule.elementwise and all(p.elementwise for p in self.penalties):
             return self
         penalties = [p if p.elementwise else Joined(p.strength, p, layout) for p in self.penalties]
-        return replace(self, penalties=tuple(penalties))
+        return replace(self, rule=self.rule.joined(layout), penalties=tuple(penalties))
 
     def tangent_state(self, rows: Sequence[str], values: Values) -> dict[str, set[str]]:
         """State tensors of the rule that depend on each hyperparameter, tested on one weight."""

@@ -29,7 +29,7 @@ def arguments(function: object) -> set[str]:
 
 def test_no_argument_is_left_out() -> None:
     """Law: what a signature names, the list has."""
-    for shell in (st.SGD, st.Adam, st.AdamW, st.RMSprop, st.Lion):
+    for shell in (st.SGD, st.Adam, st.AdamW, st.RMSprop, st.Lion, st.Muon):
         assert arguments(shell) - {"params"} <= OPTIONS.keys()
     assert arguments(st.optim.TuningOptions) <= TUNING.keys()
     assert arguments(st.Tuner) <= TUNER.keys()

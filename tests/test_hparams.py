@@ -104,7 +104,8 @@ def test_what_cannot_be_chosen_is_refused(tune: Any, bounds: Any, match: str) ->
 
 def test_roles_say_what_a_hyperparameter_is_for() -> None:
     """Law: one role each; regularizers are of the update; heavy-ball momentum accumulates."""
-    for rule in (rules.SGD(), rules.Adam(), rules.AdamW(), rules.RMSprop(), rules.Lion()):
+    every = (rules.SGD, rules.Adam, rules.AdamW, rules.RMSprop, rules.Lion, rules.Muon)
+    for rule in (make() for make in every):
         update = Update(rule, (L1(),))
         roles = {n: h.role for n, h in update.hparams.items()}
         assert {n for n, r in roles.items() if r == "regularizer"} == update.regularizers

@@ -55,8 +55,11 @@ RULES: dict[str, tuple[Any, dict[str, float]]] = {
     "AdamW": (st.AdamW, dict(lr=1e-3, weight_decay=1e-2)),
     "SGD": (st.SGD, dict(lr=1e-2, momentum=0.9, weight_decay=1e-4)),
 }
+STARTS = {**RULES, "Muon": (st.Muon, dict(lr=1e-3, weight_decay=0.1))}
 # At high rates training is chaotic, and rounding errors of 1e-16 grow to 1 within 100 steps.
-BOUNDS = {"AdamW": {"lr": (1e-6, 1e-2)}, "SGD": {"lr": (1e-6, 0.1)}}
+BOUNDS = {
+    "AdamW": {"lr": (1e-6, 1e-2)}, "SGD": {"lr": (1e-6, 0.1)}, "Muon": {"lr": (1e-6, 1e-2)},
+}  # fmt: skip
 
 
 def job(name: str) -> tuple[nn.Module, list[Batch], Batch]:
@@ -80,7 +83,7 @@ def found(model: nn.Module, hparams: dict[str, Any]) -> dict[str, Tensor]:
 def by_optimizer(name: str, rule: str, **options: Any) -> dict[int, dict[str, Tensor]]:
     """Hyperparameters and averaged weights at some steps of an optimizer's run."""
     model, train, val = job(name)
-    shell, start = RULES[rule]
+    shell, start = STARTS[rule]
     opt = shell(model, total_steps=STEPS, bounds=BOUNDS[rule], **start, **options)
     looks: dict[int, dict[str, Tensor]] = {}
     for step in range(1, STEPS + 1):
@@ -108,7 +111,7 @@ def by_tuner(name: str, rule: str, **options: Any) -> dict[int, dict[str, Tensor
 
     options = {"tangents": None, **options}
     tuner = st.Tuner(
-        model, F.cross_entropy, rule=getattr(st.rules, rule)(), hparams=RULES[rule][1],
+        model, F.cross_entropy, rule=getattr(st.rules, rule)(), hparams=STARTS[rule][1],
         bounds=BOUNDS[rule], compile=False, **options,
     )  # fmt: skip
     tuner.fit(train, [val], steps=STEPS, evaluate_every=20, callbacks=[look], progress=False)
@@ -132,6 +135,19 @@ def test_both_drivers_follow_the_same_trajectory(name: str, rule: str) -> None:
         # An optimizer first sees BatchNorm's statistics after a training pass; that is forgotten.
         statistics = [off.pop(key) for key in list(off) if "running" in key or "tracked" in key]
         assert step < LOOKS[-1] or max(statistics[:2], default=0.0) < 1e-5
+        worst = max(off, key=off.__getitem__)
+        assert off[worst] < 1e-9, f"step {step}, {worst}: {off[worst]:.1e} apart"
+
+
+def test_both_drivers_tune_muon_alike() -> None:
+    """A group for each kind of parameters, and a part for each parameter; all sensitivities."""
+    one = by_optimizer("transformer", "Muon", tangents=1.0, probe=False)
+    other = by_tuner("transformer", "Muon", probe=False)
+    assert set(other) == set(LOOKS)
+    for step in LOOKS:
+        off = {}
+        for key, value in one[step].items():
+            off[key] = difference(other[step][key], value.max() if "hparams" in key else value)
         worst = max(off, key=off.__getitem__)
         assert off[worst] < 1e-9, f"step {step}, {worst}: {off[worst]:.1e} apart"
 

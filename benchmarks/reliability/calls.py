@@ -68,6 +68,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "maximize": FLAG,
     "penalty": (3, "l1", object()),
     "capturable": (True,),
+    "ns_coefficients": ((1.0, 2.0), 3.0, "abc", (1.0, 2.0, NAN)),
+    "ns_steps": (0, 2.5, 100, "5"),
+    "adjust_lr_fn": ("rms", 1, True),
+    "adamw_eps": (-1.0, NAN, INF, "0"),
+    "lr_ratio": (0.0, -1.0, NAN, INF, "1"),
 }
 TUNER: dict[str, tuple[Any, ...]] = {
     **{n: v for n, v in TUNING.items() if n in (
@@ -191,8 +196,19 @@ def shells() -> Mapping[str, tuple[Callable[..., Any], tuple[str, ...]]]:
         "AdamW": (st.AdamW, (*common, "betas", "eps", "amsgrad")),
         "RMSprop": (st.RMSprop, (*common, "momentum", "alpha", "eps", "centered")),
         "Lion": (st.Lion, (*common, "betas")),
+        "Muon": (_muon, (*common, *MUON)),
         "SelfTuning": (_wrapped, ()),
     }  # fmt: skip
+
+
+MUON = (
+    "momentum", "betas", "eps", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn",
+    "adamw_eps", "lr_ratio",
+)  # fmt: skip
+
+
+def _muon(net: nn.Module, **options: Any) -> Any:
+    return st.Muon([net.weight], **options)
 
 
 def _wrapped(net: nn.Module, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from selftune.optim._base import SelfTuningOptimizer
 from selftune.optim._building import TuningOptions
 from selftune.optim.mixture import Mixture
+from selftune.optim.muon import Muon
 from selftune.optim.shells import SGD, Adam, AdamW, Lion, RMSprop
 from selftune.optim.wrapper import SelfTuning
 
@@ -12,6 +13,7 @@ __all__ = [
     "AdamW",
     "Lion",
     "Mixture",
+    "Muon",
     "RMSprop",
     "SelfTuning",
     "SelfTuningOptimizer",

@@ -73,6 +73,12 @@ class Assembly:
         if not any(trained):
             raise ValueError("params: none of the parameters requires a gradient")
         sensitivities = engine.method.sensitivities
+        sharded = any(is_sharded(p) for params in trained for p in params)
+        if sharded and not sensitivities.update.rule.elementwise:
+            raise ValueError(
+                f"params are sharded, but {type(sensitivities.update.rule).__name__} needs whole "
+                "matrices: use DDP instead of FSDP2, or st.AdamW"
+            )
         weights = sum(p.numel() for params in trained for p in params)
         slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
         cuts, where = self._slices(trained), resolve(engine.snapshots, weights)
@@ -85,7 +91,7 @@ class Assembly:
             if params
         ]  # fmt: skip
         engine.store.lay_out(blocks, slots, by_tensor=not engine.shifts.shared)
-        engine.reducer.sharded = any(is_sharded(p) for b in blocks for p in b.params)
+        engine.reducer.sharded = sharded
         self._frozen = [p for g in groups for p in g["params"] if p not in state]
 
     def _slices(self, trained: Sequence[Sequence[Tensor]]) -> list[Slice]:

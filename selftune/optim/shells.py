@@ -71,7 +71,7 @@ class RuleOptimizer(SelfTuningOptimizer):
         super().add_param_group(param_group)
 
 
-def _betas(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float, float]:
+def betas_for(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float, float]:
     """The given β₁ and β₂, or defaults that depend on the length of the run."""
     check(TUNING, tuning)
     tune = tuning.get("tune")
@@ -181,7 +181,7 @@ class Adam(RuleOptimizer):
         **tuning: Any,
     ) -> None:
         options = dict(
-            lr=lr, betas=_betas(betas, tuning), eps=eps, weight_decay=weight_decay,
+            lr=lr, betas=betas_for(betas, tuning), eps=eps, weight_decay=weight_decay,
             amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
         super().__init__(params, rules.Adam(), options, penalty, tuning)
@@ -235,7 +235,7 @@ class AdamW(RuleOptimizer):
         **tuning: Any,
     ) -> None:
         options = dict(
-            lr=lr, betas=_betas(betas, tuning), eps=eps, weight_decay=weight_decay,
+            lr=lr, betas=betas_for(betas, tuning), eps=eps, weight_decay=weight_decay,
             amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
         super().__init__(params, rules.AdamW(), options, penalty, tuning)

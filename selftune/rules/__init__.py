@@ -1,9 +1,10 @@
-"""Update rules: pure, elementwise, differentiable in every hyperparameter."""
+"""Update rules: pure, and differentiable in every hyperparameter."""
 
 from selftune.rules._base import AbstractRule, direction_jvp
 from selftune.rules.adam import Adam, AdamW
 from selftune.rules.lion import Lion
 from selftune.rules.mixture import Mixture
+from selftune.rules.muon import Muon
 from selftune.rules.plain import PlainOptimizer, Untuned
 from selftune.rules.rmsprop import RMSprop
 from selftune.rules.sgd import SGD
@@ -15,6 +16,7 @@ __all__ = [
     "AdamW",
     "Lion",
     "Mixture",
+    "Muon",
     "PlainOptimizer",
     "RMSprop",
     "Untuned",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from selftune._flat import Layout
 from selftune.hparams import Hparam
 
 State = dict[str, Tensor]
@@ -19,12 +20,33 @@ Values = Mapping[str, Any]
 """Hyperparameters and options by name: numbers, or tensors that broadcast to the weights."""
 
 
+class Own(NamedTuple):
+    """Values of a single parameter, for rules that do not treat all parameters alike.
+
+    Attributes:
+        options: Options of the rule by name.
+        rate: Factor of the learning rate.
+    """
+
+    options: Mapping[str, Any]
+    rate: float = 1.0
+
+
+def joined(own: Sequence[Own], layout: Layout) -> tuple[dict[str, Any], float | Tensor]:
+    """Own values of concatenated parameters: options as tuples, and factors of the rate."""
+    if not own:
+        return {}, 1.0
+    options = {name: tuple(o.options[name] for o in own) for name in own[0].options}
+    return options, layout.expand([o.rate for o in own])
+
+
 class AbstractRule(ABC):
     """A pure update rule ``w₊ = w − η (d + λ w)``; the λ term only with decoupled weight decay.
 
-    A rule computes the direction ``d`` from the gradient and its state. All operations are
-    elementwise, so a rule works on a single tensor or on all tensors concatenated, and it is
-    differentiable with respect to the gradient, the state and every hyperparameter.
+    A rule computes the direction ``d`` from the gradient and its state. Operations are elementwise
+    unless ``elementwise`` is False, so a rule works on a single tensor or on all tensors
+    concatenated, and it is differentiable with respect to the gradient, the state and every
+    hyperparameter.
 
     Attributes:
         hparams: The hyperparameters that enter the direction.
@@ -35,6 +57,8 @@ class AbstractRule(ABC):
         tuned: Names of the hyperparameters that are tuned by default.
         defaults: Default options and hyperparameters, as in ``torch.optim``.
         inactive: Hyperparameters that currently have no effect and no sensitivities.
+        elementwise: Whether all operations are elementwise. If not, ``joined`` returns the rule
+            for concatenated tensors, and sharded weights are not supported.
     """
 
     hparams: tuple[Hparam, ...]
@@ -43,6 +67,7 @@ class AbstractRule(ABC):
     tuned: tuple[str, ...]
     defaults: Mapping[str, Any]
     inactive: frozenset[str] = frozenset()
+    elementwise: bool = True
 
     @abstractmethod
     def init(self, params: Tensor, values: Values) -> State:
@@ -51,6 +76,14 @@ class AbstractRule(ABC):
     def fresh(self) -> AbstractRule:
         """A rule for a new run; returns ``self`` unless the rule stores state of a run."""
         return self
+
+    def joined(self, layout: Layout) -> AbstractRule:
+        """The same rule for the flat vector of ``layout``."""
+        return self
+
+    def by_parameter(self, model: nn.Module, params: Sequence[Tensor]) -> list[Own]:
+        """The values that each parameter has of its own; empty if all have the same."""
+        return []
 
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
         """Hyperparameters that suit a run of this length better than ``defaults``."""

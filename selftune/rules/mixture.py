@@ -295,6 +295,11 @@ def _named(rules: Sequence[AbstractRule]) -> dict[str, AbstractRule]:
                 f"rules contains {rule!r}, which must be a rule of the library, such as "
                 "st.rules.AdamW(): another optimizer's direction is not known before its step"
             )
+        if not rule.elementwise:
+            raise ValueError(
+                f"rules contains {type(rule).__name__}, which needs whole matrices, while members "
+                "of a mixture act on single weights: use it alone"
+            )
         if not rule.shrinks:
             raise ValueError(
                 f"rules contains {type(rule).__name__}, which rescales the gradient of its decay, "

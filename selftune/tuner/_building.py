@@ -37,6 +37,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._group import Group
 from selftune.tuner._joining import Joining
 from selftune.tuner._objective import Objective, for_tuning
+from selftune.tuner._own import OwnValues
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._resuming import JOINS, LENGTH, UNTIL
@@ -300,7 +301,9 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     rows = [n for n in hyper.names if n not in assigned.names]
     share, storage = wanted(given.tangents, given.update, assigned.whole)
     joined = plan.compile is not True and given.population is None and _small(given.objective)
-    shapes = [p.shape for p in given.objective.parameters() if p.requires_grad]
+    joined = joined and given.rule.elementwise
+    trained = [p for p in given.objective.parameters() if p.requires_grad]
+    shapes = [p.shape for p in trained]
     parts = [shapes] if joined else [[shape] for shape in shapes]
     return Steps(
         inner=given.objective,
@@ -321,6 +324,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         answers=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.found.items() if n in names},
         joined=joined,
+        own=OwnValues(given.rule.by_parameter(given.objective.model, trained)),
         group=given.group,
     )  # fmt: skip
 

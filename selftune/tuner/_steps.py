@@ -25,6 +25,7 @@ from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, choice, live_units
 from selftune.nn import Stochastic
 from selftune.tuner._group import Group
+from selftune.tuner._own import OwnValues
 from selftune.tuner._passes import APART, Passed, Passes
 from selftune.update import Clock
 
@@ -83,6 +84,7 @@ class Steps:
         layers: Buffers of the objective that contain hyperparameters, by name.
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
             operation handles all tensors. This shortens eager steps of small networks.
+        own: Values that single parameters have instead of the common ones.
         group: The ranks, over whose batches gradients are averaged.
         chosen: The member that a mixture of rules has chosen.
 
@@ -103,6 +105,7 @@ class Steps:
     answers: Sequence[str] = ()
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joined: bool = False
+    own: OwnValues = field(default_factory=OwnValues)
     group: Group = field(default_factory=Group)
     chosen: choice.Chosen | None = None
 
@@ -140,7 +143,7 @@ class Steps:
             for name, view in zip(self.params, self.layout.views(vector), strict=True):
                 named[name].data = view
         rows = self.method.sensitivities
-        parts = [rows.begin(w, start, cut) for cut, w in self.method.cuts(weights)]
+        parts = self.own.begin(rows, self.method.cuts(weights), start)
         hyper = HyperState(*(t.to(device) for t in self.hyper.begin(values)))
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         buffers = [b for _, b in self.inner.named_buffers()]
@@ -246,10 +249,7 @@ class Steps:
 
     @staticmethod
     def told(loss: Tensor, grads: Sequence[Tensor], fine: Tensor) -> Tensor:
-        """Loss, whether the step was taken, and number of live units; shape (3,), float64.
-
-        The last is NaN without gradients.
-        """
+        """Loss, whether the step was taken, number of live units (NaN without gradients)."""
         alive = live_units(grads) if grads else torch.full_like(loss, torch.nan)
         return torch.stack([t.to(torch.float64) for t in (loss, fine, alive)])
 
@@ -266,7 +266,8 @@ class Steps:
             step, age = int(run.step), int(run.age)
             rate = self.factor(step) if rate is None else rate
             share = rows.averaging.weight(step + 1 - int(run.since), stride)
-            return [Moment(values, slopes, Clock(step, rate, age), share)] * len(run.method.parts)
+            clock = Clock(step, rate, age)
+            return self.own.moments([Moment(values, slopes, clock, share)] * len(run.method.parts))
         present = self.hyper.values(run.hyper.raw)
         derivatives = self.hyper.slopes(present)
         now = run.step.squeeze(0)
@@ -286,7 +287,7 @@ class Steps:
                     {n: s.to(dtype) for n, s in derivatives.items()},
                     clock, newest.to(dtype),
                 )  # fmt: skip
-        return [moments[p.average.dtype] for p in run.method.parts]
+        return self.own.moments([moments[p.average.dtype] for p in run.method.parts])
 
     def factor(self, step: int) -> float:
         """The schedule's factor at a step."""

@@ -15,6 +15,7 @@ from selftune._graphs import Graphs
 from selftune.estimators import AbstractEstimator
 from selftune.method.whole_step import WholeSteps
 from selftune.problem import Hparams, Point, Problem
+from selftune.rules._base import joined
 from selftune.tuner._steps import RunState, Steps
 from selftune.update import Clock
 
@@ -50,11 +51,12 @@ class FunctionalSteps:
         self._layout = steps.layout or Layout(run.averages)
         self._dtypes = [t.dtype for t in steps.views(run.weights)]
         inner = steps.inner
+        own, self._rates = joined(steps.own.all, self._layout)
         splits = hasattr(inner, "predicted") and hasattr(inner, "judged")
         self._problem = Problem(
             update=steps.update.joined(self._layout),
             inner_loss=lambda w, h, batch: self._call("forward", w, h, batch),
-            outer_loss=lambda params, batch: params.sum(), options=steps.options,
+            outer_loss=lambda params, batch: params.sum(), options={**steps.options, **own},
             shapes=self._layout.shapes, scales=steps.hyper.hparams,
             split=(self._predicted, self._judged) if splits else None,
         )  # fmt: skip
@@ -103,7 +105,12 @@ class FunctionalSteps:
         """A copy of the current point, with buffers instead of a batch, and the hyperparameters."""
         dtype, rates, steps = self._layout.dtype, self._steps.rates, self._steps
         parts = run.method.parts
-        state = {k: self._layout.flatten([p.rule[k] for p in parts]) for k in parts[0].rule}
+        state = {  # parameters with values of their own may have other states
+            name: self._layout.flatten(
+                [p.rule[name] if name in p.rule else torch.zeros_like(p.average) for p in parts]
+            )
+            for name in sorted({k for p in parts for k in p.rule})
+        }
         params = self._layout.flatten(run.weights)
         last = torch.clamp(run.step, max=len(rates) - 1)
         rate = rates.gather(0, last).squeeze(0).to(dtype)
@@ -111,7 +118,7 @@ class FunctionalSteps:
         values = {n: v.to(dtype) for n, v in steps.hyper.values(run.hyper.raw).items()}
         others = {n: v for n, v in values.items() if n not in steps.answers} or None
         held = [b.clone() for b in run.buffers]
-        point = Point(params, state, held, Clock(step, rate, age), options=others)
+        point = Point(params, state, held, Clock(step, rate * self._rates, age), options=others)
         return point, {n: values[n] for n in steps.answers}
 
     def joined(self, grads: Sequence[Tensor]) -> Tensor:
