@@ -251,6 +251,33 @@ def test_the_tuner_ends_at_the_budget() -> None:
     assert result.best_loss < 0.1
 
 
+def test_the_callback_closes_until_the_end_of_the_goal() -> None:
+    """Law: with a tolerance, masks stay as they are after the first evaluation at 20 %."""
+    model, x, y = job()
+    parts = list(zip(x[:400].split(20), y[:400].split(20), strict=True))
+    goal = Goal(model, x[:1], tolerance=0.5)
+    seen: dict[int, int] = {}
+    st.Tuner(model, F.mse_loss, hparams=dict(lr=1e-2), compile=False).fit(
+        parts, [(x[400:], y[400:])], steps=150, evaluate_every=20, progress=False,
+        callbacks=[
+            goal.callback(lambda: F.mse_loss(model(x[400:]), y[400:])),
+            lambda progress: seen.update({progress.step: open_gates(model)["2"][0]}),
+        ],
+    )  # fmt: skip
+    assert list(seen) == [20, 40, 60, 80, 100, 120, 140, 150]
+    assert seen[40] < 40
+    assert len({seen[step] for step in seen if step >= 40}) == 1
+
+
+def test_a_large_model_ends_at_the_budget() -> None:
+    """Count: of 1,000 units with 8 parameters each and a bias, 4,000 or fewer are 499."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 1000), Gate(1000), nn.Linear(1000, 1)), torch.randn(5, 6)
+    goal = Goal(model, x, 0.5)
+    goal.close(loss_of(model, x), 1.0)
+    assert open_gates(model) == {"1": (499, 1000)}
+
+
 def test_a_population_is_refused() -> None:
     model, x, y = job()
     parts = list(zip(x[:400].split(20), y[:400].split(20), strict=True))
