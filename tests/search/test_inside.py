@@ -63,7 +63,7 @@ def test_a_model_is_cut_and_its_width_is_not_searched() -> None:
     [(dict(budget=0.5), 15), (dict(budget=0.5, of="multiply_adds"), 16), (dict(tolerance=1e9), 1)],
 )
 def test_the_goal_can_be_set(structure: dict[str, Any], units: int) -> None:
-    """Count: half of 193 parameters are 15 units of 6 and a bias; without a limit one unit stays."""
+    """Count: half of 193 parameters are 15 units of 6 and a bias; without limit 1 stays."""
     train, val = data()
     found = search.select(build, train, val, trials=1, structure=structure, **QUICK)
     assert found.sizes["units"] == [units]
