@@ -15,7 +15,7 @@ from selftune.tuner import Progress
 from selftune.tuner._data import alone, to_device
 from selftune.tuner._objective import TARGETS, Objective, modes_kept
 
-INSIDE = {"budget": 0.25, "of": "multiply_adds"}
+INSIDE = {"budget": 0.5, "of": "multiply_adds"}
 """Arguments of :class:`~selftune.structure.Goal` for ``structure="inside"``."""
 ALLOWED = ("budget", "end", "of", "tolerance")
 """Arguments of :class:`~selftune.structure.Goal` that ``structure=`` accepts."""

@@ -214,9 +214,14 @@ class Trainer:
         small = cut(made.model, example_of(next(iter(train)), made.model))
         if trial is not None:
             trial.set_user_attr("sizes", sizes_of(made.model, small))
-        rest = self._tuner(replace(made, model=small), probe=False)
-        rest.start_from(wide.hparams)
-        result = self._fit(made, rest, trial, calls, steps=max(1, total - wide.steps))
+        left = max(1, total - wide.steps)
+        warm = (
+            {} if "warmup_steps" in {**self.tuner, **made.tuner} else {"warmup_steps": left // 50}
+        )
+        rest = self._tuner(replace(made, model=small), probe=False, **warm)
+        # The rate goes on where the schedule left it; its peak would undo some of the descent.
+        rest.start_from({**wide.hparams, "lr": wide.schedule.values["lr"][-1][1]})
+        result = self._fit(made, rest, trial, calls, steps=left)
         weights = {**result.best_weights, **masks_of(made.model)}
         return replace(result, best_weights=weights, steps=result.steps + wide.steps)
 

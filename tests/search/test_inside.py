@@ -43,27 +43,27 @@ def loss_of(model: nn.Module | None, val: list[Any], loss: Any = F.mse_loss) -> 
 
 
 def test_a_model_is_cut_and_its_width_is_not_searched() -> None:
-    """Count: 40 of 160 multiply-adds are 8 units of 5; 49 parameters. The loss is the model's."""
+    """Count: 80 of 160 multiply-adds are 16 units of 5; 97 parameters. The loss is the model's."""
     train, val = data()
     found = search.select(build, train, val, trials=2, structure="inside", **QUICK)
     assert {n for t in found.study.trials for n in t.params} == {"act"}
-    assert found.sizes == {"units": [8], "parameters": 49}
-    assert found.params["units"] == [8]
-    assert "parameters=49" in found.table()
+    assert found.sizes == {"units": [16], "parameters": 97}
+    assert found.params["units"] == [16]
+    assert "parameters=97" in found.table()
     assert found.model is not None
     assert not list(gated(found.model))
-    assert found.model[0].weight.shape == (8, 4)
-    assert sum(p.numel() for p in found.model.parameters()) == 49
+    assert found.model[0].weight.shape == (16, 4)
+    assert sum(p.numel() for p in found.model.parameters()) == 97
     assert loss_of(found.model, val) == pytest.approx(found.value, rel=1e-5)
     assert all(t.user_attrs["steps"] == 40 for t in found.study.trials)
 
 
 @pytest.mark.parametrize(
     ("structure", "units"),
-    [(dict(budget=0.5), 15), (dict(budget=0.5, of="multiply_adds"), 16), (dict(tolerance=1e9), 1)],
+    [(dict(budget=0.5), 15), (dict(budget=0.25, of="multiply_adds"), 8), (dict(tolerance=1e9), 1)],
 )
 def test_the_goal_can_be_set(structure: dict[str, Any], units: int) -> None:
-    """Count: half of 193 parameters are 15 units of 6 and a bias; without limit 1 stays."""
+    """Count: half of 193 parameters are 15 units of 6 and a bias, 40 multiply-adds 8 of 5."""
     train, val = data()
     found = search.select(build, train, val, trials=1, structure=structure, **QUICK)
     assert found.sizes["units"] == [units]
@@ -83,7 +83,7 @@ def test_the_weights_are_read_in_another_call(tmp_path: Path) -> None:
         file.unlink()
     trained = search.select(build, train, val, **given, **QUICK)
     assert trained.model is not None
-    assert trained.model[0].out_features == 8
+    assert trained.model[0].out_features == 16
     with pytest.raises(ValueError, match=r"structure: there .* here None"):
         search.select(build, train, val, **{**given, "structure": None}, **QUICK)
 
@@ -95,7 +95,7 @@ def test_a_share_of_the_data_validates() -> None:
         build, loader, 0.3, trials=1, structure="inside", metric="error",
         **{**QUICK, "tuner": dict(compile=False, metrics=dict(error=F.l1_loss))},
     )  # fmt: skip
-    assert found.sizes["units"] == [8]
+    assert found.sizes["units"] == [16]
 
 
 def test_what_does_not_fit_is_named() -> None:
