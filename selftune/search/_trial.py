@@ -220,7 +220,8 @@ class Trainer:
         )
         rest = self._tuner(replace(made, model=small), probe=False, **warm)
         # The rate goes on where the schedule left it; its peak would undo some of the descent.
-        rest.start_from({**wide.hparams, "lr": wide.schedule.values["lr"][-1][1]})
+        rates = wide.schedule.values.get("lr", [])
+        rest.start_from({**wide.hparams, **{"lr": rate for _, rate in rates[-1:]}})
         result = self._fit(made, rest, trial, calls, steps=left)
         weights = {**result.best_weights, **masks_of(made.model)}
         return replace(result, best_weights=weights, steps=result.steps + wide.steps)
