@@ -220,8 +220,8 @@ class Trainer:
         )
         rest = self._tuner(replace(made, model=small), probe=False, **warm)
         # The rate goes on where the schedule left it; its peak would undo some of the descent.
-        rates = wide.schedule.values.get("lr", [])
-        rest.start_from({**wide.hparams, **{"lr": rate for _, rate in rates[-1:]}})
+        rates = wide.schedule.values.get("lr")
+        rest.start_from({**wide.hparams, **({"lr": rates[-1][1]} if rates else {})})
         result = self._fit(made, rest, trial, calls, steps=left)
         weights = {**result.best_weights, **masks_of(made.model)}
         return replace(result, best_weights=weights, steps=result.steps + wide.steps)

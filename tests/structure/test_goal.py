@@ -155,11 +155,11 @@ def test_everything_closed_leaves_a_floor(caplog: pytest.LogCaptureFixture) -> N
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "needs budget="),
-    "above": (dict(budget=1000), "the model has 97 parameters only"),
+    "above": (dict(budget=1000), "the model has only 97 parameters"),
     "zero": (dict(budget=0.0), "must be above 0"),
     "below": (dict(budget=0.01), "has 9 parameters of 97"),
     "two": (dict(budget=50, of=("parameters", "multiply_adds")), "two sizes need a share"),
-    "of": (dict(budget=0.5, of="flops"), "of='flops' must be among"),
+    "of": (dict(budget=0.5, of="flops"), "of='flops' must be one of"),
     "tolerance": (dict(tolerance=-1.0), "tolerance=-1.0"),
     "window": (dict(budget=0.5, start=0.6, end=0.3), "start=0.6, end=0.3"),
     "closings": (dict(budget=0.5, closings=0), "closings=0"),
@@ -343,4 +343,4 @@ def test_a_tolerance_without_its_state_is_named(caplog: pytest.LogCaptureFixture
         resumed.close(loss_of(model, x), 1.0)
         assert "counts from" not in caplog.text
         Goal(model, x, tolerance=0.3).close(loss_of(model, x), 1.0)
-    assert "tolerance=0.3 counts from this loss on" in caplog.text
+    assert "tolerance=0.3 counts from the current loss" in caplog.text
