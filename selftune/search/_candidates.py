@@ -60,8 +60,15 @@ def _name(candidate: Any) -> str:
     return str(getattr(candidate, "__name__", type(candidate).__name__)).lower()
 
 
-def points_of(builders: Mapping[str, Callable[[Space], Any]], force: bool) -> int:
+def points_of(
+    builders: Mapping[str, Callable[[Space], Any]], force: bool, inside: bool = False
+) -> int:
     """An upper bound on the number of grid points.
+
+    Args:
+        builders: Builders by name.
+        force: Whether more than 1,000 points are allowed.
+        inside: Whether widths are not searched.
 
     Raises:
         ValueError: There are more than 1,000 without ``force``, or a range has no steps.
@@ -69,7 +76,7 @@ def points_of(builders: Mapping[str, Callable[[Space], Any]], force: bool) -> in
     total = 0
     for name, build in builders.items():
         counting = Counting()
-        build(Space(counting, name if len(builders) > 1 or name != "model" else ""))
+        build(Space(counting, name if len(builders) > 1 or name != "model" else "", inside))
         if counting.endless is not None:
             raise ValueError(
                 f"sampler='grid': {counting.endless} is a range without steps: give suggest_float "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
@@ -11,6 +11,7 @@ from optuna.trial import FixedTrial, TrialState
 from torch import nn
 
 from selftune.replay import TunedSchedule
+from selftune.search._cutting import recut
 from selftune.search._trial import Candidate, Trainer, finished, weights_of
 from selftune.tuner._checkpoints import load  # its checksums are compared
 
@@ -25,10 +26,13 @@ class Selection:
         model: The best model, trained and in evaluation mode; None if candidates return numbers.
         value: Its validation metric. The selection used it, so report results on other data.
         family: The family of the best model.
-        params: The selected parameters, by name.
+        params: The selected parameters, by name, and ``sizes`` under the family's prefix.
         hparams: The final values of its tuned hyperparameters.
         schedule: Their trajectory, for :func:`selftune.replay`, or None.
         study: The Optuna study with all trials.
+        sizes: With ``structure=``, the sizes to which the model was cut: ``units`` of each gated
+            layer, ``heads`` of each attention, number of ``blocks`` that could have been removed,
+            and ``parameters``. Otherwise empty.
     """
 
     model: nn.Module | None
@@ -38,6 +42,7 @@ class Selection:
     hparams: dict[str, float]
     schedule: TunedSchedule | None
     study: optuna.Study
+    sizes: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         values = {**self.params, **{n: f"{v:.3g}" for n, v in self.hparams.items()}}
@@ -56,7 +61,8 @@ class Selection:
         rows = [f"{'trial':>5}  {'value':>9}  choices"]
         for trial in ranked:
             value = "–" if trial.value is None else f"{trial.value:.4g}"
-            chosen = ", ".join(f"{k}={v}" for k, v in trial.params.items())
+            told = {**trial.params, **trial.user_attrs.get("sizes", {})}
+            chosen = ", ".join(f"{k}={v}" for k, v in told.items())
             why = trial.user_attrs.get("error") or states.get(trial.state, "running")
             rows.append(f"{trial.number:>5}  {value:>9}  {chosen}{'  ' + why if why else ''}")
         return "\n".join(rows)
@@ -79,32 +85,40 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
     made = trainer.build(asked, family)
     schedule = None
     if isinstance(made, Candidate):
-        schedule = _fill(trainer, best.number, made)
-        if schedule is None:
+        filled = _fill(trainer, best.number, made)
+        if filled is None:
+            result = trainer.run(trainer.build(asked, family), family, None)
             made = trainer.build(asked, family)
-            schedule = trainer.run(made, family, None).schedule
+            filled = _put(trainer, made, result.best_weights), result.schedule
+        made, schedule = filled
+    sizes = dict(best.user_attrs.get("sizes", {}))
     return Selection(
         model=made.model.eval() if isinstance(made, Candidate) else None,
         value=float(study.best_value),
         family=family,
-        params=dict(best.params),
+        params={**{trainer.prefix(family) + n: v for n, v in sizes.items()}, **best.params},
         hparams=dict(best.user_attrs.get("hparams", {})),
         schedule=schedule,
         study=study,
+        sizes=sizes,
     )
 
 
-def _fill(trainer: Trainer, number: int, made: Candidate) -> TunedSchedule | None:
-    """Put the trial's weights into its model; returns its schedule, or None if they are lost."""
+def _put(trainer: Trainer, made: Candidate, weights: dict[str, Any]) -> Candidate:
+    """The candidate with trained weights, in a model of their sizes."""
+    return replace(made, model=recut(made.model, weights, trainer.train_of(made)))
+
+
+def _fill(trainer: Trainer, number: int, made: Candidate) -> tuple[Candidate, TunedSchedule] | None:
+    """The candidate with the trial's weights, and its schedule; None if they are lost."""
     if number in trainer.kept:
         result = trainer.kept[number]
-        made.model.load_state_dict(result.best_weights)
-        return result.schedule
+        return _put(trainer, made, result.best_weights), result.schedule
     path = None if trainer.folder is None else weights_of(trainer.folder, number)
     if path is not None and path.exists():
         try:
-            made.model.load_state_dict(load(path))
-            return TunedSchedule.load(path.with_suffix(".json"))
+            filled = _put(trainer, made, load(path))
+            return filled, TunedSchedule.load(path.with_suffix(".json"))
         except (ValueError, RuntimeError, TypeError, OSError) as error:
             log.warning(
                 "%s: the weights of trial %d cannot be read (%s): it is trained again", path,

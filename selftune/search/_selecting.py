@@ -17,6 +17,7 @@ from tqdm import tqdm
 from selftune._arguments import FLAG, NONE, TEXT, Instance, Kind, Number, That, Whole, check
 from selftune.rules import AdamW
 from selftune.search._candidates import Candidates, builders_of, points_of
+from selftune.search._cutting import settings_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
 from selftune.search._storage import check_sampler, persist, writable
@@ -77,6 +78,7 @@ def select(
     warm_start: bool = True,
     memory: Memory | None = None,
     patience: int | None = None,
+    structure: str | Mapping[str, Any] | None = None,
     tuner: Mapping[str, Any] | None = None,
     fit: Mapping[str, Any] | None = None,
     log_dir: str | Path | None = None,
@@ -119,6 +121,10 @@ def select(
             similar tasks, the candidates selected there are tried first, and the best result of
             this search is added.
         patience: Number of evaluations without improvement after which a run ends.
+        structure: ``"inside"`` to start each model at its largest sizes and to remove units and
+            blocks during its run instead of searching over widths, or a mapping with arguments of
+            :class:`~selftune.structure.Goal`, such as ``dict(budget=0.25)``. By default sizes are
+            searched.
         tuner: Further arguments of :class:`~selftune.Tuner`. By default ``every`` is a thirtieth of
             the run, between 5 and 20 steps.
         fit: Further arguments of ``Tuner.fit``.
@@ -148,6 +154,7 @@ def select(
         True
     """
     check(ARGUMENTS, locals())
+    goal = settings_of(structure)
     builders = builders_of(candidates, train)
     joined = os.environ.get(JOIN)
     storage = joined or storage
@@ -162,21 +169,23 @@ def select(
             f"workers={workers} needs a storage that all workers can open: pass a path or a URL"
         )
     if sampler == "grid":
-        trials = points_of(builders, force)
+        trials = points_of(builders, force, structure is not None)
     if loss_fn is None and any(isinstance(b, AbstractFamily) for b in builders.values()):
         loss_fn = Shape.of(train).loss()
     trainer = Trainer(
         candidates=builders, train=train, val=val, loss_fn=loss_fn, metric=metric,
         sign=-1 if maximize else 1,
         length={k: v for k, v in (("epochs", epochs), ("steps", steps)) if v is not None},
-        fit={"patience": patience, **(fit or {})}, tuner=dict(tuner or {}), warm=warm_start,
-        folder=folder, seed=seed, memory=memory,
+        fit={"patience": patience, **(fit or {})}, tuner=dict(tuner or {}), structure=goal,
+        warm=warm_start, folder=folder, seed=seed, memory=memory,
         task=None if memory is None else task_of(train, epochs, steps, dict(tuner or {})),
     )  # fmt: skip
     about = {
         "direction": "maximize" if maximize else "minimize", "metric": metric,
         "candidates": sorted(builders), "length": dict(trainer.length),
     }  # fmt: skip
+    if goal is not None:
+        about["structure"] = {n: goal[n] for n in sorted(goal)}
     payload = Payload(
         trainer=trainer, about=about, storage=storage, study=study, trials=trials,
         sampler=sampler, pruner=pruner, timeout=timeout,
@@ -197,7 +206,7 @@ def select(
         try:
             memory.remember(
                 replace(trainer.task, family=found.family), found.hparams, value=found.value,
-                params=found.params, schedule=schedule,
+                params=found.study.best_params, schedule=schedule,
             )  # fmt: skip
         except OSError as error:
             log.warning("memory: this search is not remembered: %s", error)

@@ -6,6 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
+from selftune.structure import Gate, Optional
+
 
 class Space:
     """Suggests values under a prefix: ``depth`` in the family ``cnn`` becomes ``cnn.depth``.
@@ -13,19 +17,30 @@ class Space:
     Args:
         trial: An Optuna trial, or any object with its three ``suggest`` methods.
         prefix: Prefix of every parameter name.
+        inside: Whether the model starts at its largest sizes and is cut during the run
+            (``structure="inside"`` of :func:`~selftune.search.select`).
 
     Attributes:
         trial: The underlying trial.
+        inside: As given.
 
     Examples:
         >>> import optuna
         >>> space = Space(optuna.trial.FixedTrial({"mlp.depth": 3}), "mlp")
         >>> space.suggest_int("depth", 1, 4)
         3
+        >>> space = Space(optuna.trial.FixedTrial({}), "mlp", inside=True)
+        >>> width = space.suggest_width("width", (8, 32))
+        >>> nn.Sequential(nn.Linear(4, width), nn.ReLU(), *space.gates(width))
+        Sequential(
+          (0): Linear(in_features=4, out_features=32, bias=True)
+          (1): ReLU()
+          (2): Gate(32, dim=1)
+        )
     """
 
-    def __init__(self, trial: Any, prefix: str = "") -> None:
-        self.trial = trial
+    def __init__(self, trial: Any, prefix: str = "", inside: bool = False) -> None:
+        self.trial, self.inside = trial, inside
         self._prefix = f"{prefix}." if prefix else ""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
@@ -46,6 +61,43 @@ class Space:
         """Suggest a floating-point number."""
         found = self.trial.suggest_float(self._prefix + name, low, high, step=step, log=log)
         return float(found)
+
+    def suggest_width(self, name: str, choices: Sequence[int]) -> int:
+        """Suggest a number of units; the largest if units are removed during the run."""
+        return max(choices) if self.inside else int(self.suggest_categorical(name, choices))
+
+    def suggest_depth(self, name: str, low: int, high: int) -> int:
+        """Suggest a number of optional blocks; ``high`` if blocks are removed during the run."""
+        return high if self.inside else self.suggest_int(name, low, high)
+
+    def gates(self, units: int, dim: int = 1) -> list[nn.Module]:
+        """A :class:`~selftune.structure.Gate` if units are removed during the run, else nothing.
+
+        Args:
+            units: Number of units.
+            dim: Dimension of the units.
+        """
+        return [Gate(units, dim)] if self.inside else []
+
+    def residual(self, branch: nn.Module) -> nn.Module:
+        """``x + branch(x)``, removable during the run if blocks are.
+
+        Args:
+            branch: A module whose output has the shape of its input.
+        """
+        return Optional(branch) if self.inside else Residual(branch)
+
+
+class Residual(nn.Module):
+    """``x + body(x)``."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the input's shape."""
+        return x + self.body(x)
 
 
 class Counting:

@@ -336,7 +336,11 @@ def open_study(
             )
         study.set_user_attr("selftune", about)
     elif known != about:
-        different = {k: (known.get(k), v) for k, v in about.items() if known.get(k) != v}
+        different = {
+            k: (known.get(k), about.get(k))
+            for k in {**known, **about}
+            if known.get(k) != about.get(k)
+        }
         told = "; ".join(f"{k}: there {a}, here {b}" for k, (a, b) in different.items())
         raise ValueError(f"study={name!r} belongs to another search ({told}): pass another name")
     return study

@@ -21,10 +21,22 @@ from torch import nn
 
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
+from selftune.search._cutting import (
+    close,
+    cut,
+    evaluations,
+    example_of,
+    masks_of,
+    sizes_of,
+    start_wide,
+    until,
+)
 from selftune.search._space import Space
 from selftune.search._storage import Unwritable, transient
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
+from selftune.tuner._objective import Objective
+from selftune.tuner._splitting import split
 
 log = logging.getLogger("selftune")
 
@@ -77,6 +89,8 @@ class Trainer:
         seed: Seed of the weights and the data order.
         memory: Results of other searches, or None.
         task: The task of this search, for the memory.
+        structure: Arguments of :class:`~selftune.structure.Goal` for models that are cut during
+            their run, or None.
         kept: The best run of this process, by trial number.
     """
 
@@ -94,6 +108,7 @@ class Trainer:
     seed: int
     memory: Memory | None = None
     task: Task | None = None
+    structure: Mapping[str, Any] | None = None
     kept: dict[int, TuningResult] = field(default_factory=dict)
 
     def attempt(self, trial: optuna.Trial) -> float:
@@ -144,42 +159,106 @@ class Trainer:
     def build(self, trial: Any, family: str) -> Any:
         """Build a candidate, with initial weights that are reproducible for each trial."""
         torch.manual_seed(self.seed + trial.number)
-        prefix = family if len(self.candidates) > 1 or family != "model" else ""
-        made = self.candidates[family](Space(trial, prefix))
+        prefix = self.prefix(family).removesuffix(".")
+        made = self.candidates[family](Space(trial, prefix, self.structure is not None))
+        if self.structure is not None:
+            start_wide(made.model if isinstance(made, Candidate) else made, family)
         return Candidate(model=made) if isinstance(made, nn.Module) else made
 
+    def prefix(self, family: str) -> str:
+        """Prefix of the parameter names of a family."""
+        return f"{family}." if len(self.candidates) > 1 or family != "model" else ""
+
     def run(self, made: Candidate, family: str, trial: optuna.Trial | None) -> TuningResult:
-        """Train a candidate."""
+        """Train a candidate; with ``structure``, at its largest sizes first, then cut."""
         if not isinstance(made, Candidate):
             raise TypeError(
                 f"a builder returned {type(made).__name__}: return a model, a Candidate, or the "
                 "trial's value as a number"
             )
-        options = {**self.tuner, **made.tuner}
+        calls = () if trial is None else (self._reporting(trial),)
+        if self.structure is None:
+            tuner = self._tuner(made)
+            tuner.start_from(self._start(tuner, family, trial))
+            return self._fit(made, tuner, trial, calls)
+        return self._run_inside(made, self.structure, family, trial, calls)
+
+    def _run_inside(
+        self, made: Candidate, structure: Mapping[str, Any], family: str,
+        trial: optuna.Trial | None, calls: tuple[Callable[[Progress], bool], ...],
+    ) -> TuningResult:  # fmt: skip
+        """Train at the largest sizes, remove units, and train what is left for the other steps."""
+        train, val = self.train_of(made), self.val if made.val is None else made.val
+        if isinstance(val, (int, float)):
+            train, val = split(train, float(val), self.seed)
+        made = replace(made, train=train, val=val)
+        total = self._steps(made)
+        if total is None or total < 2:
+            raise ValueError(
+                f"structure= needs the length of the run, at least 2 steps, not {total}: pass "
+                "steps=, or epochs= and training batches with a length"
+            )
+        end = float(structure["end"])
+        tuner = self._tuner(made)
+        tuner.start_from(self._start(tuner, family, trial))
+        wide = self._fit(
+            made, tuner, trial, (*calls, until(end * total)), suffix="-wide", steps=total,
+            evaluate_every=evaluations(self.fit.get("evaluate_every"), train, total, end),
+        )  # fmt: skip
+        pruned = trial is not None and trial.user_attrs.get("pruned")
+        if pruned or wide.ended == "interrupted":
+            return wide
+        loss_fn = made.loss_fn or self.loss_fn
+        objective = Objective(made.model, loss_fn, {**self.tuner, **made.tuner}.get("objective"))
+        close(made.model, objective, val, structure)
+        small = cut(made.model, example_of(next(iter(train)), made.model))
+        if trial is not None:
+            trial.set_user_attr("sizes", sizes_of(made.model, small))
+        left = max(1, total - wide.steps)
+        warm = (
+            {} if "warmup_steps" in {**self.tuner, **made.tuner} else {"warmup_steps": left // 50}
+        )
+        rest = self._tuner(replace(made, model=small), probe=False, **warm)
+        # The rate goes on where the schedule left it; its peak would undo some of the descent.
+        rates = wide.schedule.values.get("lr")
+        rest.start_from({**wide.hparams, **({"lr": rates[-1][1]} if rates else {})})
+        result = self._fit(made, rest, trial, calls, steps=left)
+        weights = {**result.best_weights, **masks_of(made.model)}
+        return replace(result, best_weights=weights, steps=result.steps + wide.steps)
+
+    def _tuner(self, made: Candidate, **more: Any) -> Tuner:
+        """The tuner of a run."""
+        options = {**self.tuner, **made.tuner, **more}
         if not {"every", "estimator"} & options.keys():  # an estimator's stride goes with ``every``
             options["every"] = HyperSettings().every(self._steps(made))
-        tuner = Tuner(made.model, made.loss_fn or self.loss_fn, seed=self.seed, **options)
-        tuner.start_from(self._start(tuner, family, trial))
-        options = {"progress": False, **self.length, **self.fit}
-        if trial is not None:
-            options["callbacks"] = [*options.get("callbacks", ()), self._reporting(trial)]
-            if self.folder is not None:
-                about = {"family": trial.user_attrs["family"], **trial.params}
-                name = f"{trial.number:04d}-{trial.user_attrs['family']}"
-                board = TensorBoard(self.folder / name, about=about)
-                others = options.get("recorder")
-                options["recorder"] = [board] if others is None else [board, others]
-        return tuner.fit(
-            self.train if made.train is None else made.train,
-            self.val if made.val is None else made.val,
-            **options,
-        )
+        return Tuner(made.model, made.loss_fn or self.loss_fn, seed=self.seed, **options)
+
+    def _fit(
+        self, made: Candidate, tuner: Tuner, trial: optuna.Trial | None,
+        calls: tuple[Callable[[Progress], bool], ...], suffix: str = "", **more: Any,
+    ) -> TuningResult:  # fmt: skip
+        """Fit a tuner, with reports to the search and a log of its own."""
+        length = {} if "steps" in more else self.length
+        options = {"progress": False, **length, **self.fit, **more}
+        options["callbacks"] = [*options.get("callbacks", ()), *calls]
+        if trial is not None and self.folder is not None:
+            about = {"family": trial.user_attrs["family"], **trial.params}
+            name = f"{trial.number:04d}-{trial.user_attrs['family']}{suffix}"
+            board = TensorBoard(self.folder / name, about=about)
+            others = options.get("recorder")
+            options["recorder"] = [board] if others is None else [board, others]
+        val = self.val if made.val is None else made.val
+        return tuner.fit(self.train_of(made), val, **options)
+
+    def train_of(self, made: Candidate) -> Any:
+        """Training batches of a candidate."""
+        return self.train if made.train is None else made.train
 
     def _steps(self, made: Candidate) -> int | None:
         """Length of a run in weight steps, or None if unknown in advance."""
         if "steps" in self.length:
             return self.length["steps"]
-        train = self.train if made.train is None else made.train
+        train = self.train_of(made)
         if "epochs" in self.length and isinstance(train, Sized):
             return self.length["epochs"] * len(train)
         return None

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,10 @@ class _Block:
     within: tuple[int, ...]
     counted: bool
 
-    def kinds(self, numel: NDArray[np.float64] | float) -> NDArray[np.float64]:
-        """Parameters and multiply-adds of a number of weights, shape (2, …)."""
-        numel = np.asarray(numel)
-        return np.stack([numel * self.counted, numel * self.positions])
+    @cached_property
+    def kinds(self) -> NDArray[np.float64]:
+        """Parameters and multiply-adds of one weight, shape (2,)."""
+        return np.array([float(self.counted), self.positions])
 
 
 class Sizes:
@@ -139,8 +140,8 @@ class Sizes:
         total, padded = np.zeros(2), np.append(gone, False)
         for block in self._blocks:
             if not any(gone[u] for u in block.within):
-                kept = math.prod(int((~padded[a]).sum()) for a in block.axes)
-                total += block.kinds(block.fixed * kept)
+                kept = math.prod(len(a) - np.count_nonzero(padded[a]) for a in block.axes)
+                total += block.kinds * (block.fixed * kept)
         return total
 
     def saved(self, gone: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -156,7 +157,7 @@ class Sizes:
                 stay *= 1 - np.bincount(left[left >= 0], minlength=len(gone)) / max(len(left), 1)
             for unit in block.within:
                 stay[unit] = 0.0
-            total += block.kinds(numel * (1 - stay))
+            total += block.kinds[:, None] * (numel * (1 - stay))
         return total
 
     def last(self, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -21,6 +21,8 @@ log = logging.getLogger("selftune")
 
 MEMORY = 0.5
 """Weight of the newest saliencies in their running mean."""
+STALE = 128
+"""Number of times that the sizes of units are computed anew while all are removed in turn."""
 
 
 class Goal:
@@ -118,7 +120,7 @@ class Goal:
             due = (round(start * total_steps + spread * (i + 1)) for i in range(closings))
             self._due = {max(1, step) for step in due}
         self._known: dict[str, Tensor] = {}
-        self._spent, self._taken, self._floored = 0.0, 0, False
+        self._spent, self._taken, self._floored, self._ended = 0.0, 0, False, False
         self._monitor = Monitor(recorder)
         self.price = 0.0
 
@@ -174,6 +176,8 @@ class Goal:
     def callback(self, closure: Closure) -> Callable[[Any], bool]:
         """A callback for the tuner, ``fit(callbacks=[...])``: closes units after evaluations.
 
+        The last closing is at the first evaluation at or after ``end``.
+
         Checkpoints of the tuner contain the masks, but not :meth:`state_dict`.
 
         Args:
@@ -181,8 +185,10 @@ class Goal:
         """
 
         def closing(progress: Any) -> bool:
-            self._taken = progress.step
-            self.close(closure, progress.step / progress.total)
+            self._taken, done = progress.step, progress.step / progress.total
+            if not self._ended:
+                self.close(closure, done)
+            self._ended = done >= self._end
             return False
 
         return closing
@@ -239,11 +245,14 @@ class Goal:
         order: list[int] = []
         prices: list[float] = []
         gone, whole = gone.copy(), self._sizes.whole
+        stale = max(1, len(gone) // STALE)
         while True:
             over = self._sizes.count(gone) > want
             if not over.any():
                 return order, prices
-            cost = (self._sizes.saved(gone) / whole[:, None])[over].mean(0)
+            if len(order) % stale == 0:  # in large models the next few removals change it little
+                saved = self._sizes.saved(gone) / whole[:, None]
+            cost = saved[over].mean(0)
             free = (cost > 0) & ~gone & ~self._sizes.last(gone)
             if not free.any():
                 return order, prices
@@ -322,10 +331,14 @@ class Goal:
     def state_dict(self) -> dict[str, Any]:
         """Running means and counters; the masks are in the model's state dict."""
         known = {n: v.clone() for n, v in self._known.items()}
-        return {"known": known, "spent": self._spent, "taken": self._taken, "price": self.price}
+        return {
+            "known": known, "spent": self._spent, "taken": self._taken, "price": self.price,
+            "ended": self._ended,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self._known = dict(state["known"])
         self._spent, self._taken = float(state["spent"]), int(state["taken"])
+        self._ended = bool(state.get("ended", False))
         self.price = float(state["price"])

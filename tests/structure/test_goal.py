@@ -155,11 +155,11 @@ def test_everything_closed_leaves_a_floor(caplog: pytest.LogCaptureFixture) -> N
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "needs budget="),
-    "above": (dict(budget=1000), "the model has 97 parameters only"),
+    "above": (dict(budget=1000), "the model has only 97 parameters"),
     "zero": (dict(budget=0.0), "must be above 0"),
     "below": (dict(budget=0.01), "has 9 parameters of 97"),
     "two": (dict(budget=50, of=("parameters", "multiply_adds")), "two sizes need a share"),
-    "of": (dict(budget=0.5, of="flops"), "of='flops' must be among"),
+    "of": (dict(budget=0.5, of="flops"), "of='flops' must be one of"),
     "tolerance": (dict(tolerance=-1.0), "tolerance=-1.0"),
     "window": (dict(budget=0.5, start=0.6, end=0.3), "start=0.6, end=0.3"),
     "closings": (dict(budget=0.5, closings=0), "closings=0"),
@@ -251,6 +251,33 @@ def test_the_tuner_ends_at_the_budget() -> None:
     assert result.best_loss < 0.1
 
 
+def test_the_callback_closes_until_the_end_of_the_goal() -> None:
+    """Law: with a tolerance, masks stay as they are after the first evaluation at 20 %."""
+    model, x, y = job()
+    parts = list(zip(x[:400].split(20), y[:400].split(20), strict=True))
+    goal = Goal(model, x[:1], tolerance=0.5)
+    seen: dict[int, int] = {}
+    st.Tuner(model, F.mse_loss, hparams=dict(lr=1e-2), compile=False).fit(
+        parts, [(x[400:], y[400:])], steps=150, evaluate_every=20, progress=False,
+        callbacks=[
+            goal.callback(lambda: F.mse_loss(model(x[400:]), y[400:])),
+            lambda progress: seen.update({progress.step: open_gates(model)["2"][0]}),
+        ],
+    )  # fmt: skip
+    assert list(seen) == [20, 40, 60, 80, 100, 120, 140, 150]
+    assert seen[40] < 40
+    assert len({seen[step] for step in seen if step >= 40}) == 1
+
+
+def test_a_large_model_ends_at_the_budget() -> None:
+    """Count: of 1,000 units with 8 parameters each and a bias, 4,000 or fewer are 499."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 1000), Gate(1000), nn.Linear(1000, 1)), torch.randn(5, 6)
+    goal = Goal(model, x, 0.5)
+    goal.close(loss_of(model, x), 1.0)
+    assert open_gates(model) == {"1": (499, 1000)}
+
+
 def test_a_population_is_refused() -> None:
     model, x, y = job()
     parts = list(zip(x[:400].split(20), y[:400].split(20), strict=True))
@@ -316,4 +343,4 @@ def test_a_tolerance_without_its_state_is_named(caplog: pytest.LogCaptureFixture
         resumed.close(loss_of(model, x), 1.0)
         assert "counts from" not in caplog.text
         Goal(model, x, tolerance=0.3).close(loss_of(model, x), 1.0)
-    assert "tolerance=0.3 counts from this loss on" in caplog.text
+    assert "tolerance=0.3 counts from the current loss" in caplog.text

@@ -47,12 +47,14 @@ class Rows(nn.Module):
     Attributes:
         size: Length of each vector.
         length: Sequence length of the data set.
+        dims: Number of dimensions of one example.
     """
 
     def __init__(self, shape: Shape, width: int) -> None:
         super().__init__()
         self.words = None if shape.words is None else nn.Embedding(shape.words, width)
         inputs = shape.inputs
+        self.dims = len(inputs)  # known before a batch, so that torch.fx can trace forward
         self.length = inputs[-2] if len(inputs) > 2 else inputs[0]
         if self.words is not None:
             self.size = width
@@ -65,9 +67,9 @@ class Rows(nn.Module):
         """Shape (batch, length, size)."""
         if self.words is not None:
             return self.words(x)
-        if x.ndim == 2:
+        if self.dims == 1:
             return x.unsqueeze(-1)
-        if x.ndim == 4:
+        if self.dims == 3:
             return x.transpose(1, 2).flatten(2)  # rows, of all channels
         return x
 

@@ -19,12 +19,13 @@ class CNN(AbstractFamily):
             )
         channels, *size = self.shape.inputs
         depth = space.suggest_int("depth", 1, 3)
-        width = space.suggest_categorical("width", (8, 16, 32))
-        head = space.suggest_categorical("head", (32, 64, 128))
+        width = space.suggest_width("width", (8, 16, 32))
+        head = space.suggest_width("head", (32, 64, 128))
         drop = dropout(space)
         layers: list[nn.Module] = []
         for _ in range(depth):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += space.gates(width)
             if min(size) > 1:
                 layers.append(nn.MaxPool2d(2))
                 size = [s // 2 for s in size]
@@ -32,6 +33,6 @@ class CNN(AbstractFamily):
         flat = channels * size[0] * size[1]
         return Closed(
             self.shape, *layers, nn.Flatten(), drop,
-            nn.Linear(flat, head), nn.ReLU(), drop,
+            nn.Linear(flat, head), nn.ReLU(), *space.gates(head), drop,
             nn.Linear(head, self.shape.outputs),
         )  # fmt: skip

@@ -18,7 +18,7 @@ class MLP(AbstractFamily):
         if self.shape.words is not None:
             raise ValueError("mlp takes numbers, but these inputs are words: use gru or lstm")
         depth = space.suggest_int("depth", 1, 4)
-        width = space.suggest_categorical("width", (32, 64, 128, 256))
+        width = space.suggest_width("width", (32, 64, 128, 256))
         norm = space.suggest_categorical("batch_norm", (False, True))
         drop = dropout(space)
         layers: list[nn.Module] = [nn.Flatten()]
@@ -26,6 +26,6 @@ class MLP(AbstractFamily):
         for _ in range(depth):
             layers.append(nn.Linear(size, width))
             layers += [nn.BatchNorm1d(width)] if norm else []
-            layers += [nn.ReLU(), drop]
+            layers += [nn.ReLU(), *space.gates(width), drop]
             size = width
         return Closed(self.shape, *layers, nn.Linear(size, self.shape.outputs))

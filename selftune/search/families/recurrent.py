@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from selftune.search._shape import Shape
 from selftune.search._space import Space
 from selftune.search.families._base import AbstractFamily, Rows, dropout
+from selftune.structure import with_gates
 
 Cell = type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]
 
@@ -37,8 +38,11 @@ class AbstractRecurrent(AbstractFamily):
     def __call__(self, space: Space) -> nn.Module:
         """A model."""
         layers = space.suggest_int("layers", 1, 2)
-        width = space.suggest_categorical("width", (32, 64, 128))
-        return Recurrent(self.shape, self.cell, layers, width, dropout(space))
+        width = space.suggest_width("width", (32, 64, 128))
+        if space.inside and self.cell is nn.RNN:
+            raise ValueError("rnn has no gates for structure='inside': use lstm or gru")
+        model = Recurrent(self.shape, self.cell, layers, width, dropout(space))
+        return with_gates(model) if space.inside else model
 
 
 class RNN(AbstractRecurrent):

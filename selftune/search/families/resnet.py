@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import nn
 
 from selftune.search._space import Space
 from selftune.search.families._base import AbstractFamily, Closed, dropout
 
 LARGE = 16
 """Image size above which the first layer has stride 2, so later layers cost a quarter."""
-
-
-class Residual(nn.Module):
-    """``x + body(x)``."""
-
-    def __init__(self, *body: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.Sequential(*body)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor of the input's shape."""
-        return x + self.body(x)
 
 
 class ResNet(AbstractFamily):
@@ -35,25 +23,25 @@ class ResNet(AbstractFamily):
         """A model."""
         if self.shape.kind not in ("images", "table"):
             raise ValueError("resnet takes images or tables, not sequences: use transformer")
-        blocks = space.suggest_int("blocks", 1, 3)
+        blocks = space.suggest_depth("blocks", 1, 3)
         drop = dropout(space)
         if self.shape.kind == "images":
-            return self._images(blocks, space.suggest_categorical("width", (8, 16, 32)), drop)
-        return self._table(blocks, space.suggest_categorical("width", (32, 64, 128)), drop)
+            return self._images(space, blocks, space.suggest_width("width", (8, 16, 32)), drop)
+        return self._table(space, blocks, space.suggest_width("width", (32, 64, 128)), drop)
 
-    def _images(self, blocks: int, width: int, drop: nn.Module) -> nn.Module:
+    def _images(self, space: Space, blocks: int, width: int, drop: nn.Module) -> nn.Module:
         stride = 2 if min(self.shape.inputs[1:]) >= LARGE else 1
         layers: list[nn.Module] = [
             nn.Conv2d(self.shape.inputs[0], width, 3, stride=stride, padding=1)
         ]
         for stage in range(2):
             for _ in range(blocks):
-                layers.append(
-                    Residual(
-                        nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
-                        nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
-                    )
+                branch = nn.Sequential(
+                    nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+                    nn.BatchNorm2d(width), nn.ReLU(), *space.gates(width),
+                    nn.Conv2d(width, width, 3, padding=1),
                 )  # fmt: skip
+                layers.append(space.residual(branch))
             if stage == 0:
                 layers.append(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1))
                 width *= 2
@@ -62,11 +50,13 @@ class ResNet(AbstractFamily):
             nn.Flatten(), drop, nn.Linear(width, self.shape.outputs),
         )  # fmt: skip
 
-    def _table(self, blocks: int, width: int, drop: nn.Module) -> nn.Module:
+    def _table(self, space: Space, blocks: int, width: int, drop: nn.Module) -> nn.Module:
         layers = [
-            Residual(
-                nn.BatchNorm1d(width), nn.Linear(width, 2 * width), nn.ReLU(),
-                drop, nn.Linear(2 * width, width), drop,
+            space.residual(
+                nn.Sequential(
+                    nn.BatchNorm1d(width), nn.Linear(width, 2 * width), nn.ReLU(),
+                    *space.gates(2 * width), drop, nn.Linear(2 * width, width), drop,
+                )
             )
             for _ in range(blocks)
         ]  # fmt: skip

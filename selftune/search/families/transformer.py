@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from selftune.search._shape import Shape
 from selftune.search._space import Space
 from selftune.search.families._base import AbstractFamily, Rows, dropout
+from selftune.structure import with_gates
 
 
 class Encoder(nn.Module):
@@ -47,5 +48,6 @@ class Transformer(AbstractFamily):
         """A model."""
         layers = space.suggest_int("layers", 1, 3)
         width = space.suggest_categorical("width", (32, 64, 128))
-        heads = space.suggest_categorical("heads", (2, 4))
-        return Encoder(self.shape, layers, width, heads, dropout(space))
+        heads = space.suggest_width("heads", (2, 4))
+        model = Encoder(self.shape, layers, width, heads, dropout(space))
+        return with_gates(model) if space.inside else model

@@ -1,0 +1,186 @@
+"""Models that start at their largest sizes and lose units and blocks during a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selftune.structure import Attention, Gate, Goal, Optional, gated, prune
+from selftune.structure._sizes import KINDS, Sizes
+from selftune.tuner import Progress
+from selftune.tuner._data import alone, to_device
+from selftune.tuner._objective import TARGETS, Objective, modes_kept
+
+INSIDE = {"budget": 0.5, "of": "multiply_adds"}
+"""Arguments of :class:`~selftune.structure.Goal` for ``structure="inside"``."""
+ALLOWED = ("budget", "end", "of", "tolerance")
+"""Arguments of :class:`~selftune.structure.Goal` that ``structure=`` accepts."""
+END = 0.2
+"""Fraction of the run before units are removed."""
+FEW = 4
+"""Validation batches by which units are judged."""
+ABOVE = 1.1
+"""Smallest default budget, relative to the model with one unit in each layer."""
+MASK = "mask of "
+"""Prefix of masks among weights; no parameter has a name with a space."""
+
+
+def settings_of(structure: Any) -> dict[str, Any] | None:
+    """The arguments of the goal, from the argument ``structure`` of ``select``.
+
+    Raises:
+        ValueError: It is not ``"inside"``, None or a mapping of such arguments.
+    """
+    if structure is None:
+        return None
+    wrong = set(structure) - set(ALLOWED) if isinstance(structure, Mapping) else None
+    if wrong or (wrong is None and structure != "inside"):
+        raise ValueError(
+            f"structure={structure!r} must be 'inside', a mapping with some of "
+            f"{', '.join(ALLOWED)} as for selftune.structure.Goal, or None"
+        )
+    given = {} if structure == "inside" else dict(structure)
+    if "of" in given and not isinstance(given["of"], str):
+        given["of"] = list(given["of"])  # as a storage returns it
+    end = given.setdefault("end", END)
+    if not 0 < end < 1:
+        raise ValueError(f"structure: end={end} must be a fraction of the run, in (0, 1)")
+    return given
+
+
+def start_wide(model: Any, family: str) -> None:
+    """Check that a model has gates, and exclude them from training: they stay 1 until closed.
+
+    Raises:
+        ValueError: A builder returned no model, or a model without gates.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"candidates[{family!r}] returned a {type(model).__name__}: with structure= it must "
+            "return the model, whose units are removed during its run; or omit structure="
+        )
+    found = [module for _, module in gated(model)]
+    if not found:
+        raise ValueError(
+            f"candidates[{family!r}] built a model without gates: with structure= its builder "
+            "takes space.suggest_width and places space.gates(width) after the activation; or "
+            "omit structure="
+        )
+    for module in found:
+        module.gates.requires_grad_(False)
+
+
+def until(step: float) -> Callable[[Progress], bool]:
+    """A callback of the tuner that ends the run at the first evaluation at or after a step."""
+    return lambda progress: progress.step >= step
+
+
+def evaluations(given: int | None, train: Any, steps: int, end: float) -> int:
+    """Steps between evaluations of the wide model, at most its number of steps."""
+    every = len(train) if hasattr(train, "__len__") else max(1, steps // 10)
+    return max(1, min(given or every, round(end * steps)))
+
+
+def close(
+    model: nn.Module, objective: Objective, val: Iterable[Any], settings: Mapping[str, Any]
+) -> None:
+    """Close units and blocks of a trained model down to a goal.
+
+    Args:
+        model: A model with gates.
+        objective: Its loss.
+        val: Validation batches; the first few are used.
+        settings: Arguments of :class:`~selftune.structure.Goal`.
+
+    Raises:
+        ValueError: There are no validation batches, or the goal does not fit the model.
+    """
+    few = list(islice(alone(val), FEW))
+    if not few:
+        raise ValueError("val has no batches: units cannot be judged by validation loss")
+    example, device = example_of(few[0], model), next(model.parameters()).device
+    asked = dict(settings)
+    if not {"budget", "tolerance"} & set(asked):
+        asked = {**INSIDE, **asked}
+        sizes = Sizes(model, example)
+        counted = [k in asked["of"] for k in KINDS]
+        least = float((sizes.floor() / sizes.whole)[counted].max())
+        asked["budget"] = min(1.0, max(asked["budget"], ABOVE * least))
+    goal = Goal(model, example, batches=len(few), start=0.0, **asked)
+    batches = cycle(few)
+
+    def loss() -> Tensor:
+        return torch.as_tensor(objective(to_device(next(batches), device)))
+
+    gates = [module.gates for _, module in gated(model)]
+    with modes_kept(objective):
+        objective.eval()  # units are compared without dropout, on running statistics
+        for gate in gates:
+            gate.requires_grad_(True)  # for saliencies alone
+        goal.close(loss, 1.0)
+        for gate in gates:
+            gate.requires_grad_(False)
+
+
+def cut(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
+    """The model without closed units and blocks; its outputs are the same."""
+    return prune(model, example, threshold=0.0)
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Masks of all gates, by the name of their module, with a prefix."""
+    return {MASK + name: module.mask.cpu().clone() for name, module in gated(model)}
+
+
+def recut(model: nn.Module, weights: dict[str, Any], train: Iterable[Any]) -> nn.Module:
+    """A newly built model, cut by the masks among weights, with the others in it."""
+    masks = {n.removeprefix(MASK): m for n, m in weights.items() if n.startswith(MASK)}
+    if masks:
+        for name, module in gated(model):
+            module.mask.copy_(masks[name])
+        model = cut(model, example_of(next(iter(train)), model))
+    model.load_state_dict({n: w for n, w in weights.items() if not n.startswith(MASK)})
+    return model
+
+
+def sizes_of(model: nn.Module, small: nn.Module) -> dict[str, Any]:
+    """Units left of each gated layer and heads of each attention, in order, and blocks left.
+
+    Layers inside a removed block are left out.
+
+    Args:
+        model: The model with gates.
+        small: The model without closed units, whose parameters are counted.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), Gate(8), Optional(nn.Linear(8, 8)))
+        >>> sizes_of(net, nn.Linear(4, 8))
+        {'units': [8], 'blocks': 1, 'parameters': 40}
+    """
+    modules = dict(gated(model))
+    optional = {n for n, m in modules.items() if isinstance(m, Optional)}
+    removed = tuple(f"{n}." for n in optional if bool(modules[n].closed().all()))
+    found: dict[str, Any] = {"units": [], "heads": []}
+    for name, module in modules.items():
+        if name in optional or name.startswith(removed):
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        kind = "heads" if isinstance(parent, Attention) and isinstance(module, Gate) else "units"
+        found[kind].append(max(1, int((~module.closed()).sum())))
+    found = {kind: counts for kind, counts in found.items() if counts}
+    found |= {"blocks": len(optional) - len(removed)} if optional else {}
+    return found | {"parameters": sum(p.numel() for p in small.parameters())}
+
+
+def example_of(batch: Any, model: nn.Module) -> tuple[Any, ...]:
+    """The inputs of a batch, two examples of each, on the device of a model."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        inputs = [v for k, v in batch.items() if k not in TARGETS]
+    else:
+        inputs = list(batch[:-1])
+    return tuple(to_device(t[:2] if isinstance(t, Tensor) else t, device) for t in inputs)
