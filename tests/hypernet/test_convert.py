@@ -239,13 +239,13 @@ def test_what_is_not_known_is_named_and_left_plain() -> None:
 
     model = nn.Sequential(st.nn.Dropout(0.2), nn.Linear(4, 3), Own())
     net = st.hypernet.convert(model)
-    assert net.report.plain == {"2.scale": "Own is not known"}
+    assert net.report.plain == {"2.scale": "Own is not supported"}
     assert net.report.responding == ("1.weight", "1.bias")
-    assert "plain: 2.scale (Own is not known)" in str(net.report)
+    assert "plain: 2.scale (Own is not supported)" in str(net.report)
     assert net.train()(torch.randn(5, 4)).shape == (5, 3)
 
     model[2].scale = model[1].bias
-    with pytest.raises(ValueError, match=r"2\.scale is the same parameter as another's"):
+    with pytest.raises(ValueError, match=r"2\.scale is shared between layers"):
         st.hypernet.convert(model)
 
 
@@ -306,7 +306,7 @@ def test_bad_input_is_refused(call: Callable[[], Any], match: str) -> None:
 def test_hyperparameters_without_a_path_into_the_loss_are_named() -> None:
     net = st.hypernet.convert(mlp(), {"l2": 0.1})
     net(images(8, 5))
-    with pytest.raises(ValueError, match=r"\['l2'\] have no path"), net.tuning():
+    with pytest.raises(ValueError, match=r"\['l2'\] do not enter the loss"), net.tuning():
         pass
     net.value("l2")
     with net.tuning():

@@ -252,7 +252,7 @@ def by_hand(
     raw = (before.raw + change.clamp(-0.3, 0.3)).maximum(low).minimum(high)
     least = SHRINKAGE / (raw[at["lr"]].exp() * memory * TOTAL)  # at the rate after the step
     decay = at["weight_decay"]
-    raw[decay] = raw[decay].maximum(least.clamp(max=10.0).log())  # a tenth of the bound
+    raw[decay] = raw[decay].maximum(least.clamp(max=0.1).log())  # its maximum
     return raw
 
 

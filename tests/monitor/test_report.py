@@ -58,7 +58,7 @@ def test_names_are_escaped_and_many_are_summarised() -> None:
     text = table(rows)
     assert len(text.splitlines()) == 42
     assert text.splitlines()[1].startswith("<b>9999")
-    assert text.endswith("9960 more that moved less")
+    assert text.endswith("9960 more that changed less")
     from selftune.monitor.report import page
 
     assert "&lt;b&gt;7" in page("a < b", rows[:10], {})

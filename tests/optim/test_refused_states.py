@@ -157,6 +157,6 @@ def test_a_state_of_another_version_is_refused_by_name() -> None:
     with run_of(state) as run:
         mine, run["version"] = run["version"], 7
     before = snapshot(net, opt)
-    with pytest.raises(ValueError, match=f"version 7, this selftune reads version {mine}"):
+    with pytest.raises(ValueError, match=f"version 7, but this selftune reads version {mine}"):
         opt.load_state_dict(state)
     torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)

@@ -198,7 +198,7 @@ def test_damaged_weights_of_a_search_are_trained_again(
 def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     path.write_text("these are my notes")
-    with pytest.raises(ValueError, match=r"study\.db cannot be opened.*pass another address"):
+    with pytest.raises(ValueError, match=r"study\.db cannot be opened.*pass another URL"):
         search.select(objective, trials=1, storage=f"sqlite:///{path}", progress=False)
     assert path.read_text() == "these are my notes"
 

@@ -190,7 +190,7 @@ def test_both_faces_choose_alike() -> None:
 
 
 def test_a_population_is_refused() -> None:
-    with pytest.raises(ValueError, match="population=3 has one rule for all members"):
+    with pytest.raises(ValueError, match="population=3 needs one rule for all members"):
         tuner(rule=st.rules.Mixture(THREE), hparams={}, population=3)
 
 
