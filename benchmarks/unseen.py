@@ -1,23 +1,23 @@
-"""One self-tuned run against the best of five cosine rates, on workloads nothing was fitted to.
+"""One self-tuned run against the best of five cosine rates, on workloads not used in development.
 
     SELFTUNE_DATA=... python -m benchmarks.unseen [--all] [--rule SGD] [--seeds 3]
         [--only siamese,burgers×5] [--face optimizer] [--records FILE] [--label NAME] [--report]
 
 Baselines are ``torch.optim.AdamW`` (torch's defaults) or ``torch.optim.SGD`` (momentum 0.9) at five
-peak rates, annealed to 0 along a cosine, judged at the better on validation of their last and their
-averaged weights (``benchmarks.proof.training``). Ours are one run of ``st.AdamW`` or ``st.SGD``
-(``optimizer``) and one of ``st.Tuner`` (``tuner``) from one start for all workloads, on the same
-batches from the same weights. ``best rate`` is the rate with the lowest validation loss in the mean
-over seeds; ``by seed`` lets the baseline choose a rate for each seed, that is, take the best of
-five runs. Ratios are of means over seeds, ours / baseline, with the standard error that the
-logarithms of the ratios seed by seed give them; the last column is the geometric mean of our
-tuned peak rates at the end over the best rate.
+peak rates, annealed to 0 along a cosine, evaluated at their last or their averaged weights,
+whichever have the lower validation loss (``benchmarks.proof.training``). Ours are one run of
+``st.AdamW`` or ``st.SGD`` (``optimizer``) and one of ``st.Tuner`` (``tuner``), with the same
+starting values on all workloads and the same batches and initial weights as the baselines.
+``best rate`` is the rate with the lowest validation loss, averaged over seeds; ``by seed`` is the
+best of the five runs of each seed. Ratios are ours / baseline of the means over seeds, with the
+standard error of the log ratios of single seeds; the last column is the geometric mean of our
+final tuned peak rates, divided by the best rate.
 
 ``--all`` adds the fourteen workloads of the proof; a name with ``×N`` is a job N times as long.
 Each run is a line of JSON in ``--records`` (by default in the system's folder for temporary files)
-and is not run again; runs of ours under another ``--label``, such as those of another version, are
-kept apart, while baselines are shared. ``--rates`` replaces the five rates, where the best lies at
-their edge. One run of a workload takes 5 to 30 s on one core.
+and is not repeated; our runs with another ``--label``, for example of another version, are kept
+apart, while baselines are shared. ``--rates`` replaces the five rates, for example if the best one
+is the highest or lowest. One run of a workload takes 5 to 30 s on one core.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Outcome:
     """A finished run.
 
     Attributes:
-        workload: What was trained.
+        workload: Name of the workload.
         method: ``optimizer``, ``tuner`` or ``cosine`` and the rate.
         rule: ``AdamW`` or ``SGD``.
-        seed: Of weights and batches.
-        label: Of the version that made it; empty for baselines.
+        seed: Seed of weights and batches.
+        label: Label of the version; empty for baselines.
         val: Loss over the whole validation set; infinite if it is not finite.
         test: Loss over the whole test set.
-        seconds: Of training.
+        seconds: Training time.
         lr: Peak learning rate at the end.
     """
 
@@ -81,11 +81,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is compared.
+    """Settings of a comparison.
 
     Attributes:
         rule: ``AdamW`` or ``SGD``.
-        label: Of our runs.
+        label: Label of our runs.
         rates: Peak rates of the baselines; by default the five of the rule.
     """
 
@@ -131,7 +131,7 @@ def execute(job: Job) -> Outcome:
 
 
 def load(path: Path) -> list[Outcome]:
-    """The outcomes of a file; a line that a kill cut off is dropped from it."""
+    """The outcomes in a file; a truncated last line is removed from it."""
     if not path.exists():
         return []
     whole, _, rest = path.read_text().rpartition("\n")
@@ -143,7 +143,7 @@ def load(path: Path) -> list[Outcome]:
 def wanted(
     names: Sequence[str], faces: Sequence[str], setup: Setup, seeds: int, done: Sequence[Outcome]
 ) -> Iterator[Job]:
-    """Every run that is asked for and not finished, a seed of all workloads after the other."""
+    """All requested runs that are not finished: for each seed, all workloads."""
     finished = {(o.workload, o.method, o.rule, o.seed, o.label) for o in done}
     for seed in range(seeds):
         for name in names:
@@ -154,14 +154,14 @@ def wanted(
 
 @dataclass(frozen=True)
 class Comparison:
-    """A face of ours against the fixed rates, on one workload.
+    """One of our drivers compared with the fixed rates, on one workload.
 
     Attributes:
-        seeds: Seeds that both have.
-        rate: The best rate in the mean over seeds.
-        best: Our runs over those of that rate, by split.
-        chosen: Our runs over the best run of each seed, by split.
-        climb: The geometric mean of our rates at the end over ``rate``.
+        seeds: Number of seeds finished by both.
+        rate: The rate with the lowest mean validation loss.
+        best: Ratio of our loss to that of ``rate``, by split.
+        chosen: Ratio of our loss to that of each seed's best run, by split.
+        climb: Geometric mean of our final rates, divided by ``rate``.
         means: Mean losses, by split: best rate, rate by seed, ours.
     """
 
@@ -174,7 +174,7 @@ class Comparison:
 
 
 def compare(outcomes: Sequence[Outcome], name: str, face: str, setup: Setup) -> Comparison | None:
-    """The comparison over the seeds of which all runs are finished; None where there are none."""
+    """The comparison over seeds with all runs finished; None if there are none."""
     own = [o for o in outcomes if (o.workload, o.rule) == (name, setup.rule)]
     ours = {o.seed: o for o in own if (o.method, o.label) == (face, setup.label)}
     rates = {r: {o.seed: o for o in own if o.method == cosine(r)} for r in setup.rates}
@@ -198,7 +198,7 @@ def compare(outcomes: Sequence[Outcome], name: str, face: str, setup: Setup) -> 
 
 
 def report(outcomes: Sequence[Outcome], names: Sequence[str], face: str, setup: Setup) -> str:
-    """The table of a face."""
+    """The table of one driver."""
     head = [f"{setup.rule}, {face}", "seeds", "best rate"]
     for split in SPLITS:
         head += [f"{split}, best rate", "by seed", "ours", "ours / best rate", "ours / by seed"]
@@ -226,7 +226,7 @@ def report(outcomes: Sequence[Outcome], names: Sequence[str], face: str, setup: 
 
 
 def run(jobs: Sequence[Job], path: Path, workers: int) -> None:
-    """Run what is missing, each appended to the file when it ends."""
+    """Execute jobs, and append each outcome to the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(outcome: Outcome, count: int) -> None:
@@ -251,21 +251,21 @@ def run(jobs: Sequence[Job], path: Path, workers: int) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--only", default="", help="workloads, by commas; NAME×5 is 5 times as long")
-    made.add_argument("--all", action="store_true", help="the fourteen of the proof too")
-    made.add_argument("--face", default=",".join(FACES), help="by commas")
+    made.add_argument("--only", default="", help="comma-separated; NAME×5 is 5 times as long")
+    made.add_argument("--all", action="store_true", help="add the fourteen of benchmarks.proof")
+    made.add_argument("--face", default=",".join(FACES), help="comma-separated")
     made.add_argument("--rule", choices=list(STARTS), default="AdamW")
-    made.add_argument("--rates", default="", help="peak rates of the baselines, by commas")
+    made.add_argument("--rates", default="", help="comma-separated baseline peak rates")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--workers", type=int, default=1)
     made.add_argument("--records", type=Path, default=RECORDS, help="a file of finished runs")
-    made.add_argument("--label", default="", help="keeps our runs apart from those of others")
+    made.add_argument("--label", default="", help="label of our runs, for example a version")
     made.add_argument("--report", action="store_true", help="only print the tables")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing, then print the tables."""
+    """Run unfinished jobs, then print the tables."""
     options = parser()
     args = options.parse_args(arguments)
     names = args.only.split(",") if args.only else [*EXTENDED, *(SUITE if args.all else ())]

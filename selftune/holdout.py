@@ -22,15 +22,15 @@ ARGUMENTS: dict[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class HoldOut:
-    """Holds out a share of the training set, which validates until it joins the training data.
+    """Holds out a share of the training set for validation until it joins the training data.
 
     For the first ``until`` of a run's steps, the held-out examples are the validation set, and
     hyperparameters are tuned. Then they become training data, the hyperparameters keep their
     values, and the rest of the run, with its annealed learning rate, trains on all examples.
 
-    From the join on there is no validation set, so no loss estimates the test loss: measure that on
-    other data. If the validation loss had worsened before the join, the run over-fits, and its
-    final weights are the last good ones from before the join.
+    After the join there is no validation set, so the test loss must be estimated on other data. If
+    the validation loss had worsened before the join, the run overfits, and its final weights are
+    the last good ones from before the join.
 
     Args:
         share: Share of the examples that is held out, in (0, 1).
@@ -59,7 +59,7 @@ class HoldOut:
         check({n: ARGUMENTS[n] for n in ("share", "until")}, vars(self))
 
     def join(self, steps: int) -> int:
-        """The step of a run at the end of which the held-out examples join.
+        """The step after which the held-out examples join the training data.
 
         Examples:
             >>> HoldOut().join(1000)
@@ -68,7 +68,7 @@ class HoldOut:
         return min(max(1, round(self.until * steps)), steps - 1)
 
     def over(self, loader: DataLoader[Any], steps: int, *, seed: int = 0) -> HeldOut:
-        """The batches of a run of your own loop.
+        """Return the batches of a run for your own loop.
 
         Args:
             loader: A DataLoader over a data set with a length. Its data set, batch size,
@@ -88,13 +88,13 @@ class HeldOut:
     """Training batches of a run, and validation batches until the held-out examples join.
 
     Iterating yields ``steps`` training batches in epochs: without the held-out examples up to and
-    including step ``join``, then a new epoch over all. The batches depend only on the seed and
-    their number, so the position in a run is two numbers; a DataLoader's workers do not change it.
+    including step ``join``, then in a new epoch over all examples. Each batch depends only on the
+    seed and its index, not on the workers, so two numbers determine the position in a run.
 
     Attributes:
         steps: Training batches in the run.
         join: Number of training batches without the held-out examples.
-        held: Their indices in the data set, in increasing order.
+        held: Indices of the held-out examples, in increasing order.
         step: Training batches yielded so far.
         val: Endless validation batches of up to twice the batch size, from the held-out examples.
 
@@ -151,7 +151,7 @@ class HeldOut:
 
     @property
     def holding(self) -> bool:
-        """Whether the last batch is from before the join, so that ``hyper_step`` is to be called.
+        """Whether the last batch is from before the join, so that ``hyper_step`` should be called.
 
         It is False as soon as the held-out examples are training data.
         """
@@ -184,7 +184,7 @@ class HeldOut:
         Random transforms draw from torch's global generators: restore these too.
 
         Raises:
-            ValueError: The state is of a run of another length, seed or data set.
+            ValueError: The state is from a run with a different length, seed or split.
         """
         mine = self.state_dict()
         for name in ("steps", "join", "seed", "held"):
@@ -200,12 +200,12 @@ class _Batches:
     """Indices of the batches of an epoch, from the number of batches taken.
 
     Args:
-        indices: Of the examples.
+        indices: Example indices.
         size: Examples in a batch.
         shuffled: Whether each epoch has a random order.
         drop_last: Whether an incomplete last batch is dropped.
-        seed: Of the order, together with the epoch.
-        end: Number of batches after which there are none; None if there is no end.
+        seed: Determines the order, with the epoch.
+        end: Total number of batches; None if endless.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class _Batches:
 
 
 class _Validation:
-    """Endless validation batches, with the number of those taken."""
+    """Endless validation batches, with the number of batches taken."""
 
     def __init__(self, batches: _Batches, loader: DataLoader[Any]) -> None:
         self.taken, self._batches, self._loader = 0, batches, loader
@@ -263,19 +263,19 @@ class _Validation:
 def divide(
     loader: Any, share: float, seed: int, given: str, name: str, instead: str
 ) -> tuple[list[int], list[int]]:
-    """Divide a loader's data set at random: indices to train on, and of a held-out share.
+    """Split a loader's data set at random; return training and held-out indices.
 
     Args:
         loader: The loader.
         share: Share of the examples to hold out.
         seed: Seed of the division.
-        given: The argument that asks for it, in errors.
-        name: The loader's, in errors.
-        instead: The remedy, in errors.
+        given: The argument that requests the split, for error messages.
+        name: Name of the loader, for error messages.
+        instead: The remedy, for error messages.
 
     Raises:
-        ValueError: It is not a DataLoader over a data set with a length, has a custom sampler, or
-            a part would be empty.
+        ValueError: The loader is not a DataLoader over a data set with a length or has a custom
+            sampler, or a part would be empty.
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         raise ValueError(
@@ -324,7 +324,7 @@ def like(loader: DataLoader[Any], data: Any, **changes: Any) -> DataLoader[Any]:
 def split(
     loader: Any, share: float, seed: int, given: str
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Loaders of the two parts of a loader's data set: to train on, and held out.
+    """Split a loader into one over the training part and one over the held-out part.
 
     Raises:
         ValueError: As :func:`divide`.

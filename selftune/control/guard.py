@@ -20,9 +20,9 @@ class GuardPolicy(Settings):
         explosion: The smoothed training loss has exploded if it exceeds the first by this factor.
         sigmas: The smoothed validation loss has worsened if it exceeds its best by this many
             standard errors, and by ``tolerance`` and ``least``.
-        tolerance: Share of the progress made so far.
-        least: Share of the first loss.
-        limit: Number of consecutive rewinds after which the division of the rate grows no further
+        tolerance: Minimum increase, relative to the progress so far.
+        least: Minimum increase, relative to the first loss.
+        limit: Number of consecutive rewinds after which the divisor of the rate no longer grows
             and the first loss is measured again.
         wild: A training loss has diverged if it exceeds the first losses of the sweep by this
             multiple of their value or range.
@@ -30,8 +30,8 @@ class GuardPolicy(Settings):
         noise: An increase below this many standard deviations of the first ten training losses is
             not an explosion, because the zero of a loss is arbitrary.
         fresh: Number of initial evaluations, which only set the reference.
-        window: Number of losses whose mean judges the weights at the last of them. A running mean
-            lags: its minimum is at weights whose loss has risen again.
+        window: Number of losses averaged to judge the weights at the last one. A running mean
+            lags: at its minimum the loss has already risen again.
         dead: Gradients have vanished below this share of the maximum number of live units.
         pulse: Steps between two counts of live units.
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
@@ -107,8 +107,8 @@ class Guard:
     policy: GuardPolicy = GuardPolicy()
 
     start: float = math.nan
-    origin: float = math.nan  # the first start: nothing above it is good, also where it is new
-    excess: float = 0.0  # above the start without an alarm, since it once proved to be noise
+    origin: float = math.nan  # the first start, kept if it is reset; higher losses are not good
+    excess: float = 0.0  # rise above the start without an alarm, after a false alarm
     first: float = math.nan
     mean: float = math.nan
     spread: float = 0.0
@@ -134,7 +134,7 @@ class Guard:
     fading: int = 0
     streak: int = 0
     rewinds: int = 0
-    worsened: int = 0  # rewinds because the validation loss had worsened: the run over-fits
+    worsened: int = 0  # rewinds because the validation loss had worsened
     exploded: bool = False  # whether the last validation loss exploded, not merely worsened
 
     def gradient(self, finite: bool) -> str:
@@ -197,9 +197,8 @@ class Guard:
         noise = self.policy.noise * math.sqrt(self.training_spread)
         exploded = self._exploded(self.training_mean - noise, self.training_first)
         fresh = self.training_count <= 10  # their spread may be that of the explosion
-        some = self.training_count >= self.policy.patience  # a single batch may be unlucky, too
-        wild = fresh and self._wild(self.training_mean)
-        return "rewind" if (exploded and some) or wild else "ok"
+        exploded &= self.training_count >= self.policy.patience  # one batch may be unlucky, too
+        return "rewind" if exploded or (fresh and self._wild(self.training_mean)) else "ok"
 
     def _wild(self, loss: float) -> bool:
         """Whether a training loss is many times above those at the start, if they are known."""
@@ -263,10 +262,10 @@ class Guard:
             policy.tolerance * (self.first - self.best),
             policy.least * abs(self.first),
         )
-        # After an alarm that led to nothing better the next must be surer.
+        # Each rewind without an improvement raises the threshold of the next.
         if self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
             return "rewind"
-        # The first means set the yardstick; only weights that beat the start are good.
+        # The first means set the reference; only weights that beat the start are good.
         bar = self.origin + policy.least * abs(self.origin)
         better = self.mean < min(self.best, bar)
         if better or self.count <= policy.fresh:
@@ -305,7 +304,7 @@ class Guard:
         )
         if not now <= good + slack:
             return True
-        if self.exploded:  # the yardstick was a lucky batch, or noise beside a loss near 0
+        if self.exploded:  # the start was a lucky batch, or a loss near 0 within the noise
             above = self.mean - max(self.start, good)
             self.start, self.exploded = max(self.start, good), False
             self.origin = max(self.origin, good)
@@ -321,7 +320,7 @@ class Guard:
         return mean > first + (self.policy.explosion - 1) * max(abs(first), 1e-6)
 
     def rewound(self, *, worsened: bool) -> float:
-        """Count a rewind; return the reduction of the learning rate in log.
+        """Count a rewind; return the log of the learning rate's divisor.
 
         If the loss only worsened, the rate is divided by 2; consecutive divergences divide it by
         3, 9, 27, …, so that a run is not rewound endlessly.
@@ -335,7 +334,7 @@ class Guard:
         self.training_count = 0
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
         self.liveliest = 0.0
-        if self.stuck:  # cooling does not help, so the yardstick must be wrong
+        if self.stuck:  # lower rates do not help, so the reference must be wrong
             self.start = self.mean = math.nan
         if worsened:
             return math.log(policy.cool_worsened)

@@ -19,7 +19,7 @@ from selftune._arguments import Settings
 from selftune.hparams import Hparam
 
 FIRST = 3
-"""First steps of a sweep, at its lowest rates."""
+"""Number of initial steps of a sweep, at the lowest rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +35,17 @@ class SweepSettings(Settings):
         decades: Range of the sweep on either side of the given rate.
         margin: The selected rate is the largest descending one divided by this.
         near: Up to this factor above the best rate so far, or at the next rate, any descent
-            counts; farther above, the sum must be twice as low.
+            counts; farther above, C must be below twice its minimum so far.
         rise: Threshold of C for an increase, in units of the slope at the start of the step. At
             very low rates slopes on different batches differ in sign by chance, but are small.
         real: The descent is certain if C is below this share of the sum of the initial slopes. Then
-            the rate is too high as soon as all descent is undone, far above the best rate.
+            the sweep ends once all descent is undone at a rate far above the best one.
         wild: A step has diverged if its final slope is this many times its initial one, or all
             descent so far; the sweep ends before it.
-        calm: The memory 1/(1 − β₁) must fit this many times into the run after the sweep.
-        least_memory: Minimum of this memory. Runs of a few hundred steps end lower with three
-            gradients than with the usual ten (docs/ablations.md), which short-horizon
-            hypergradients cannot show. The sweep itself uses the given β₁, because its slopes are
+        calm: After the sweep, the memory 1/(1 − β₁) must fit this many times into the run.
+        least_memory: Minimum of this memory. Runs of a few hundred steps reach a lower loss with
+            three gradients than with the usual ten (docs/ablations.md), which short-horizon
+            hypergradients do not detect. The sweep itself uses the given β₁, because slopes are
             noisier with less momentum.
     """
 
@@ -138,14 +138,14 @@ class LRSweep:
         At very low rates slopes on different batches may differ in sign by chance, so the sweep
         ends only after a descent: three more negative slopes than positive ones. On a plateau that
         large steps do not leave, the sum fluctuates by chance, so a further descent counts only at
-        a rate close to the best one so far, or if the sum is twice as low. A step whose final slope
+        a rate close to the best one so far, or if the total doubles. A step whose final slope
         is many times its initial slope, or all descent so far, has diverged, whatever its sign.
 
         Args:
             slope: g · Δw at the end of the step.
             start: The same at its start; 0 if unknown.
         """
-        # Slopes of steps are in proportion to the rate until one blows up; a few tell how steep.
+        # Slopes are proportional to the rate until a step diverges; `steepest` is their ratio.
         rate, wild = self.factor(self.taken - 1), self.settings.wild
         self.steepest = max(self.steepest, abs(start) / rate)
         scale = max(rate * self.steepest, -self.lowest)

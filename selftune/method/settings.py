@@ -1,4 +1,4 @@
-"""The numbers of the method as frozen settings, which ablations vary."""
+"""Constants of the method as frozen settings, which ablations vary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HyperSettings(Settings):
         eps: ε of Adam.
         often: Minimum number of training steps between two hyperparameter steps.
         rare: Maximum number of training steps between two hyperparameter steps.
-        fewest: Number of hyperparameter steps in a run of known length.
+        fewest: Length of the run over the interval, before ``often`` and ``rare`` limit it.
         short: In runs with fewer training steps, hyperparameter steps are larger.
         power: Exponent of the factor ``(short / length) ** power``.
         recent: Decay of the running means of the signal-to-noise ratio: 0.8 covers about five
@@ -28,8 +28,8 @@ class HyperSettings(Settings):
         sure: Steps are scaled down if the signal-to-noise ratio is below this multiple of that of
             pure noise.
         longest: Largest change of a raw value in one step.
-        apart: If a hyperparameter has a value for each group or tensor: each takes the mean change
-            plus this share of its deviation from the mean, because its hypergradient is noisier.
+        apart: If a hyperparameter has a value for each group or tensor, each value takes the mean
+            change plus this share of its deviation, because its hypergradient is noisier.
     """
 
     rate: float = 0.01
@@ -78,7 +78,7 @@ class DisplacementLimit(Settings):
     Attributes:
         random_walk: Up to this S² weights oscillate, and the rate does not rise.
         drift: From this S² on, upward steps are not scaled; in between they are scaled down.
-        segment: Minimum number of steps in a segment, above the memory of a momentum.
+        segment: Minimum number of steps in a segment; longer than a usual momentum's memory.
         free_share: Share of the run at the start in which the rate is not limited.
     """
 

@@ -1,4 +1,4 @@
-"""Explanations of hyperparameters' values from the recorded run, one line for each."""
+"""One-line explanations of hyperparameter values, from the recorded run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Course:
 
         Args:
             values: Current values of tuned hyperparameters by name.
-            verdicts: Verdicts on those that have taken a step.
+            verdicts: Verdicts on hyperparameters with at least one step.
 
         Examples:
             >>> course = Course(given={"lr": 1e-3}, swept={"lr": 0.0057}, annealed="cosine")

@@ -52,8 +52,8 @@ class InMemory(AbstractRecorder):
         self._last += rows
 
     def resume(self, step: int) -> None:
-        """Drop later rows, and the end."""
-        for row in self._last:  # the later one, where another entry is the same
+        """Drop rows of later steps and final rows."""
+        for row in self._last:  # the last occurrence, if an equal row was logged before
             del self.rows[len(self.rows) - 1 - self.rows[::-1].index(row)]
         self.rows, self._last = [r for r in self.rows if r.step <= step], []
 
@@ -71,7 +71,7 @@ class JSONL(AbstractRecorder):
     """Appends a line ``{"tag": …, "value": …, "step": …}`` for each number to a file.
 
     Values that are not finite are written as ``null``. Several processes may write to one file,
-    because each block is appended at once.
+    because each block is appended in one write.
 
     Args:
         path: Path of the file; its folder is created.
@@ -88,7 +88,7 @@ class JSONL(AbstractRecorder):
         self._append([{"tag": t, "value": _finite(v), "step": s} for t, v, s in rows])
 
     def last(self, rows: Sequence[Row]) -> None:
-        """Append them, with ``"end": true``."""
+        """Append the rows, with ``"end": true``."""
         lines = [{"tag": t, "value": _finite(v), "step": s, "end": True} for t, v, s in rows]
         self._append(lines)
 
@@ -102,7 +102,7 @@ class JSONL(AbstractRecorder):
         self._append([{"tag": tag, "text": text, "step": step}])
 
     def resume(self, step: int) -> None:
-        """Drop lines of later steps, the end, and a truncated last line.
+        """Drop lines of later steps, final lines, and a truncated last line.
 
         If the file has other contents, a copy is kept, with a warning.
         """
@@ -128,7 +128,7 @@ class JSONL(AbstractRecorder):
         backup = self.path.with_name(f"{self.path.name}.cut")
         backup.write_bytes(held)
         log.warning(
-            "%s contains invalid lines, perhaps truncated by a kill: they are left out; a copy "
+            "%s contains invalid lines, perhaps from a killed process: they are dropped; a copy "
             "of the file is kept in %s", self.path, backup,
         )  # fmt: skip
 
@@ -219,8 +219,8 @@ def as_recorder(target: Any, name: str | None = None) -> AbstractRecorder:
     Args:
         target: None, a folder, a recorder, a ``SummaryWriter`` or a similar object, a function of
             values and step, or a sequence of these.
-        name: Name of one of several optimizers with this target: a subfolder of a folder, or a
-            prefix of tags elsewhere.
+        name: Name of the optimizer if several share the target: used as a subfolder of a
+            folder, and as a prefix of tags otherwise.
 
     Raises:
         TypeError: ``target`` is something else.

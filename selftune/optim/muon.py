@@ -43,18 +43,18 @@ class Muon(RuleOptimizer):
 
     Args:
         params: A module, divided by :func:`selftune.muon_groups`; or parameter groups with
-            ``use_muon`` True or False; or matrices. A group without ``use_muon`` is Muon's.
-        lr: Learning rate at the start.
+            ``use_muon`` True or False; or matrices. A group without ``use_muon`` uses Muon.
+        lr: Initial learning rate.
         weight_decay: Decoupled weight decay.
         momentum: Momentum μ of the matrices, not tuned.
         nesterov: Use Nesterov's momentum.
         ns_coefficients: a, b and c of the orthogonalisation.
         eps: Smallest norm by which the orthogonalisation divides.
         ns_steps: Steps of the orthogonalisation.
-        adjust_lr_fn: Scale of the orthogonalised direction, in its numbers of rows and columns:
-            ``0.2 √max(rows, columns)``, on which both parts share a learning rate; or
-            ``"original"`` (also None, torch's default), ``√max(1, rows/columns)``.
-        betas: β₁ and β₂ of AdamW; the default β₂ as in :class:`AdamW`.
+        adjust_lr_fn: Scale of the orthogonalised direction: ``"match_rms_adamw"`` for
+            ``0.2 √max(rows, columns)``, so that one learning rate suits both parts; or
+            ``"original"`` (also None, torch's default) for ``√max(1, rows/columns)``.
+        betas: β₁ and β₂ of AdamW; β₂ defaults as in :class:`AdamW`.
         adamw_eps: ε of AdamW.
         lr_ratio: Learning rate of the AdamW part, divided by ``lr``; used if ``params`` is a
             module. Groups pass their own ``lr``.

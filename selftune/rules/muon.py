@@ -1,4 +1,4 @@
-"""Muon: orthogonalised momentum for the matrices inside a network, AdamW for the rest."""
+"""Muon: orthogonalised momentum for hidden matrices, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class Muon(AbstractRule):
     by steps ``X ← a X + (b X Xᵀ + c (X Xᵀ)²) X`` from ``X = n/‖n‖``. The scale s is
     ``0.2 √max(rows, columns)``, which gives d the root mean square of AdamW's directions, so that
     both parts share a learning rate; or ``√max(1, rows/columns)`` (``"original"``). A tensor of
-    more dimensions is a matrix with its first dimension as rows. Weight decay is decoupled. As in
+    more dimensions is flattened to a matrix (first, rest). Weight decay is decoupled. As in
     ``torch.optim.Muon``, NS is computed in bfloat16; float64 weights keep their precision.
 
-    A matrix keeps its momentum; the others keep AdamW's two moments. Which is which is the value
-    ``use_muon``: an option of parameter groups in :class:`selftune.optim.Muon`, and determined
-    from the model (:func:`muon_groups`) in :class:`selftune.Tuner`.
+    The state of a matrix is its momentum, that of other parameters AdamW's two moments.
+    ``use_muon`` selects between them: it is an option of parameter groups in
+    :class:`selftune.optim.Muon`, and set by :func:`muon_groups` in :class:`selftune.Tuner`.
 
-    Learning rate and weight decay have the sensitivities of any rule. An orthogonalised direction
-    does not depend on the length of the gradient, so strengths of penalties have no hypergradient
+    Learning rate and weight decay have sensitivities as in any rule. An orthogonalised direction
+    does not depend on the length of the gradient, so penalty strengths have no hypergradient
     in the matrices. μ is not tuned; AdamW's β₁ and β₂ may be (``tune=``).
 
     Args:
         others: Names of modules or parameters that AdamW trains, as in :func:`muon_groups`.
         lr_ratio: Learning rate of the AdamW part, divided by that of the matrices.
-        **settings: Other values than ``defaults``, such as ``momentum=0.9``.
+        **settings: Values that replace ``defaults``, such as ``momentum=0.9``.
 
     Raises:
         ValueError: An unknown setting.
@@ -147,7 +147,7 @@ class Muon(AbstractRule):
         discount: float = 1.0,
         steps: int = 1,
     ) -> tuple[Tensor, State]:
-        """AdamW's, and zero for matrices: a slice does not determine that of NS."""
+        """AdamW's tangent; 0 for matrices, because NS is not elementwise."""
         use, values = values["use_muon"], _adamw(values)
         if use is True:
             return torch.zeros_like(grads), {}
@@ -190,12 +190,12 @@ def orthogonal(update: Tensor, values: Values) -> Tensor:
 
 
 def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The usual two parameter groups: matrices inside the network, for Muon, and all the rest.
+    """The usual two parameter groups: hidden matrices for Muon, and the rest for AdamW.
 
-    A matrix is a parameter of two or more dimensions called ``weight`` (``in_proj_weight``,
-    ``weight_hh_l0``), of which no side has length 1. The rest are vectors, embeddings, other
-    tensors (position tables, class tokens), and the first and the last layer, in the order in which
-    modules were registered; with an embedding registered first, that is the first layer.
+    A matrix is a parameter of two or more dimensions whose name contains ``weight``
+    (``in_proj_weight``, ``weight_hh_l0``), with more than one row and column. The rest are vectors,
+    embeddings, other tensors (position tables, class tokens), and the first and the last layer, in
+    the order in which modules were registered; an embedding registered first is the first layer.
 
     Args:
         model: The model.

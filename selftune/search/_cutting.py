@@ -22,11 +22,11 @@ ALLOWED = ("budget", "end", "of", "tolerance")
 END = 0.2
 """Fraction of the run before units are removed."""
 FEW = 4
-"""Validation batches by which units are judged."""
+"""Number of validation batches for the saliencies of units."""
 ABOVE = 1.1
 """Smallest default budget, relative to the model with one unit in each layer."""
 MASK = "mask of "
-"""Prefix of masks among weights; no parameter has a name with a space."""
+"""Prefix of the names of masks; names of parameters contain no space."""
 
 
 def settings_of(structure: Any) -> dict[str, Any] | None:
@@ -88,7 +88,7 @@ def evaluations(given: int | None, train: Any, steps: int, end: float) -> int:
 def close(
     model: nn.Module, objective: Objective, val: Iterable[Any], settings: Mapping[str, Any]
 ) -> None:
-    """Close units and blocks of a trained model down to a goal.
+    """Close units and blocks of a trained model until a goal is met.
 
     Args:
         model: A model with gates.
@@ -120,7 +120,7 @@ def close(
     with modes_kept(objective):
         objective.eval()  # units are compared without dropout, on running statistics
         for gate in gates:
-            gate.requires_grad_(True)  # for saliencies alone
+            gate.requires_grad_(True)  # for saliencies only
         goal.close(loss, 1.0)
         for gate in gates:
             gate.requires_grad_(False)
@@ -137,7 +137,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def recut(model: nn.Module, weights: dict[str, Any], train: Iterable[Any]) -> nn.Module:
-    """A newly built model, cut by the masks among weights, with the others in it."""
+    """A newly built model, pruned by the masks in ``weights``, with the weights loaded."""
     masks = {n.removeprefix(MASK): m for n, m in weights.items() if n.startswith(MASK)}
     if masks:
         for name, module in gated(model):
@@ -148,7 +148,7 @@ def recut(model: nn.Module, weights: dict[str, Any], train: Iterable[Any]) -> nn
 
 
 def sizes_of(model: nn.Module, small: nn.Module) -> dict[str, Any]:
-    """Units left of each gated layer and heads of each attention, in order, and blocks left.
+    """Number of units left in each gated layer, heads in each attention, and blocks.
 
     Layers inside a removed block are left out.
 

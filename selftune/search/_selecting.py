@@ -209,7 +209,7 @@ def select(
                 params=found.study.best_params, schedule=schedule,
             )  # fmt: skip
         except OSError as error:
-            log.warning("memory: this search is not remembered: %s", error)
+            log.warning("memory: this search could not be stored: %s", error)
     return found
 
 

@@ -22,7 +22,7 @@ class Space:
 
     Attributes:
         trial: The underlying trial.
-        inside: As given.
+        inside: Whether units are removed during the run.
 
     Examples:
         >>> import optuna
@@ -80,7 +80,7 @@ class Space:
         return [Gate(units, dim)] if self.inside else []
 
     def residual(self, branch: nn.Module) -> nn.Module:
-        """``x + branch(x)``, removable during the run if blocks are.
+        """``x + branch(x)``, as an optional block if blocks are removed during the run.
 
         Args:
             branch: A module whose output has the shape of its input.
@@ -103,8 +103,8 @@ class Residual(nn.Module):
 class Counting:
     """A trial that counts grid points by suggesting the last or highest value of each parameter.
 
-    If the number of parameters depends on a value (widths by depth), the highest has the most, so
-    the count is an upper bound.
+    If the number of parameters depends on a value (one width per layer), the highest value is
+    assumed to have the most parameters, so the count is an upper bound.
 
     Attributes:
         count: Points of the grid so far.

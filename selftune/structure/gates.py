@@ -19,7 +19,7 @@ class AbstractGated(nn.Module, ABC):
         gates: The factors g, initially 1. :class:`selftune.penalties.Gates` recognises them by
             their shape, (units, 1, 1, 1, 1, 1).
         mask: 0 for units closed permanently by :class:`Goal`, 1 otherwise; shape (units,).
-        batch_dim: The dimension of examples in the input.
+        batch_dim: The batch dimension of the input.
     """
 
     gates: nn.Parameter

@@ -22,7 +22,7 @@ log = logging.getLogger("selftune")
 MEMORY = 0.5
 """Weight of the newest saliencies in their running mean."""
 STALE = 128
-"""Number of times that the sizes of units are computed anew while all are removed in turn."""
+"""Number of times that unit sizes are recomputed while all units are removed in turn."""
 
 
 class Goal:
@@ -169,7 +169,7 @@ class Goal:
         self._taken += 1
         if self._taken not in self._due:
             return False
-        # A last closing that is rounded down would be before `end`, with a part of the schedule.
+        # If its step was rounded down, `progress` is below `end`; it must reach the final size.
         last = self._taken == max(self._due)
         return self.close(closure, 1.0 if last else self._taken / self._total)
 

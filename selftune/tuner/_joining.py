@@ -23,7 +23,7 @@ log = logging.getLogger("selftune")
 
 @dataclass(kw_only=True)
 class Joining:
-    """The join of a run: when, on which batches it goes on, and the state that it leaves.
+    """The join of a run: its step, the batches after it, and its state.
 
     Args:
         step: The step after which the held-out examples join.
@@ -32,8 +32,8 @@ class Joining:
     Attributes:
         joined: The step at which they joined, or None.
         scores: Scores on the held-out examples at the join.
-        back: Whether the run had over-fitted, so that it returns to its last good weights.
-        loss: Loss on the held-out examples at the join, or that of these weights.
+        back: Whether the run had overfitted, so that it returns to its last good weights.
+        loss: Loss on the held-out examples: at the join, or at the last good weights if ``back``.
     """
 
     step: int
@@ -58,7 +58,7 @@ class Joining:
 
 
 def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None]:
-    """Training and validation batches, and how held-out examples join, if they do.
+    """Training and validation batches, and the settings of the join, if there is one.
 
     Args:
         train: Training batches.
@@ -88,7 +88,7 @@ def join(training: Training, scores: dict[str, float]) -> None:
 
     Args:
         training: The run, after its last evaluation on the held-out examples.
-        scores: Its result.
+        scores: Scores of that evaluation.
     """
     joining, leader = training.joining, training.watch.leader
     assert joining is not None
@@ -116,7 +116,7 @@ def join(training: Training, scores: dict[str, float]) -> None:
 
 
 def follow(training: Training, batch: Any) -> None:
-    """Update what hyperparameter steps did before the join: BatchNorm's averages, and the log.
+    """Update BatchNorm's averages and the log, as hyperparameter steps did before the join.
 
     Args:
         training: The run, at a step at which a hyperparameter step would be due.

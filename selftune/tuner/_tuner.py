@@ -233,11 +233,12 @@ class Tuner:
     ) -> TuningResult:
         """Train, and leave the weights with the lowest validation loss in the model.
 
+        With ``val=None``, leave the averaged weights, or the last good ones after overfitting.
+
         Args:
             train: A DataLoader, or any iterable of batches.
             val: Validation batches, or the fraction of the training data to use for validation.
-                None, or a :class:`selftune.HoldOut`: a tenth validates for 60 % of the run and then
-                joins the training data.
+                None, or a :class:`selftune.HoldOut`: a tenth until 60 % of the run.
             epochs: Length of the run in passes over ``train``. Pass either this or ``steps``.
             steps: Length of the run in weight steps.
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
@@ -250,8 +251,8 @@ class Tuner:
             patience: Number of evaluations without improvement after which the run ends.
             evaluate_every: Steps between evaluations on ``val``; by default an epoch, or several.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
-            log_every: Steps between two log entries. By default 50, and at least 0.1 s; in runs of
-                fewer than 1,000 steps, a twentieth of the run.
+            log_every: Steps between two log entries. By default 50, at least 0.1 s apart; in runs
+                of fewer than 1,000 steps, a twentieth of the run.
             pictures_every: Steps between two plots of the predicted loss around each learned
                 hyperparameter; by default none. Each costs tens of validation batches.
             progress: Whether to show a progress bar.
