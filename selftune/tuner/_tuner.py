@@ -237,8 +237,8 @@ class Tuner:
 
         Args:
             train: A DataLoader, or any iterable of batches.
-            val: Validation batches, or the fraction of the training data to use for validation.
-                None, or a :class:`selftune.HoldOut`: a tenth until 60 % of the run.
+            val: Validation batches, the fraction of the training data to use for validation, or
+                None: a tenth until 60 % of the run (:class:`selftune.HoldOut` for other values).
             epochs: Length of the run in passes over ``train``. Pass either this or ``steps``.
             steps: Length of the run in weight steps.
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
@@ -260,13 +260,12 @@ class Tuner:
         Raises:
             RuntimeError: ``fit`` was called before.
             FileNotFoundError: The checkpoint to resume does not exist.
-            ValueError: The data, length or checkpoint is invalid, or another process writes to
-                ``log_dir``. Nothing is changed in this case.
+            ValueError: Invalid data, length or checkpoint, or a log_dir in use; nothing changes.
         """
         if self._fitted:
             raise RuntimeError(
-                "fit was already called on this Tuner: make a new Tuner; to continue an "
-                "interrupted run, pass resume=True and the same log_dir to its fit"
+                "fit was already called on this one: make a new Tuner; to continue a run, pass "
+                "resume=True and the same log_dir to its fit"
             )
         check_fit(locals())
         folder = None if log_dir is None else Path(log_dir)
