@@ -35,8 +35,8 @@ from selftune.search._space import Space
 from selftune.search._storage import Unwritable, transient
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
+from selftune.tuner._joining import parts
 from selftune.tuner._objective import Objective
-from selftune.tuner._splitting import split
 
 log = logging.getLogger("selftune")
 
@@ -188,9 +188,8 @@ class Trainer:
         trial: optuna.Trial | None, calls: tuple[Callable[[Progress], bool], ...],
     ) -> TuningResult:  # fmt: skip
         """Train at the largest sizes, remove units, and train what is left for the other steps."""
-        train, val = self.train_of(made), self.val if made.val is None else made.val
-        if isinstance(val, (int, float)):
-            train, val = split(train, float(val), self.seed)
+        val = self.val if made.val is None else made.val
+        train, val, _ = parts(self.train_of(made), val, self.seed)
         made = replace(made, train=train, val=val)
         total = self._steps(made)
         if total is None or total < 2:
