@@ -190,7 +190,7 @@ class HeldOut:
         for name in ("steps", "join", "seed", "held"):
             if state[name] != mine[name]:
                 raise ValueError(
-                    f"state: {name} is {state[name]} there and {mine[name]} here: make it with the "
+                    f"state: {name} is {state[name]} there and {mine[name]} here: pass the "
                     "same data set, steps, seed, share and until"
                 )
         self.step, self.val.taken = state["step"], state["val"]
@@ -268,7 +268,7 @@ def divide(
     Args:
         loader: The loader.
         share: Share of the examples to hold out.
-        seed: Seed of the division.
+        seed: Seed of the split.
         given: The argument that requests the split, for error messages.
         name: Name of the loader, for error messages.
         instead: The remedy, for error messages.
@@ -279,7 +279,7 @@ def divide(
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         raise ValueError(
-            f"{given} divides the data set of a DataLoader with a batch_size, and {name} is a "
+            f"{given} divides the data set of a DataLoader with a batch_size, but {name} is a "
             f"{type(loader).__name__}: pass such a DataLoader, or {instead}"
         )
     try:

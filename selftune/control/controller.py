@@ -26,8 +26,8 @@ from selftune.hparams import Hparam
 log = logging.getLogger("selftune")
 
 PROOF, PROVEN = 10, 0.1
-"""Number of training losses without an alarm that confirm a sweep; or largest relative increase
-of a validation loss that does."""
+"""A sweep is confirmed by this many training losses without an alarm, or by a validation loss with
+at most this relative increase."""
 FADED = "units died after the learning rate had risen"
 BAD_GRADIENTS = "gradients vanished or are not finite"
 
@@ -153,7 +153,7 @@ class Controller:
         return self.guard is not None and self.sweep is not None and not self.sweep.proven
 
     def _undone(self, action: Action) -> Action:
-        """A rewind, to before an unconfirmed sweep."""
+        """A rewind to before the sweep, if it is unconfirmed."""
         if self.unproven:
             assert self.sweep is not None
             self.sweep.proven = True

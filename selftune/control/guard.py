@@ -17,7 +17,7 @@ class GuardPolicy(Settings):
     Attributes:
         patience: Number of consecutive alarms before a rewind: gradients, hypergradients or
             training losses that are not finite, or vanishing gradients.
-        explosion: The smoothed training loss has exploded if it exceeds the first by this factor.
+        explosion: A smoothed loss has exploded if it exceeds the first by this factor.
         sigmas: The smoothed validation loss has worsened if it exceeds its best by this many
             standard errors, and by ``tolerance`` and ``least``.
         tolerance: Minimum increase, relative to the progress so far.
@@ -29,7 +29,7 @@ class GuardPolicy(Settings):
         memory: Weight of the newest loss in running means: 0.1 covers about ten evaluations.
         noise: An increase below this many standard deviations of the first ten training losses is
             not an explosion, because the zero of a loss is arbitrary.
-        fresh: Number of initial evaluations, which only set the reference.
+        fresh: Number of initial evaluations, which set the reference even if the loss rises.
         window: Number of losses averaged to judge the weights at the last one. A running mean
             lags: at its minimum the loss has already risen again.
         dead: Gradients have vanished below this share of the maximum number of live units.
@@ -38,7 +38,7 @@ class GuardPolicy(Settings):
             gradient may mean that training has converged.
         capacity: If the rate has risen by ``climbed``, a share of live units below this, relative
             to their maximum since the last restart, is an alarm.
-        climbed: Threshold on the log of the learning rate divided by the given one.
+        climbed: Threshold on the log of the ratio of the learning rate to the given one.
         cool: Divisor of the rate in a rewind; its powers in consecutive rewinds.
         cool_worsened: Divisor of the rate if only the validation loss worsened.
         momentum: Change of the raw values of momenta if the run diverged: −0.7 about halves the
@@ -162,7 +162,7 @@ class Guard:
         Args:
             alive: Number of live units.
             age: Steps since the last restart.
-            climb: Log of the learning rate divided by the given one.
+            climb: Log of the ratio of the learning rate to the given one.
         """
         self.liveliest = max(self.liveliest, alive)
         faded = alive < self.policy.capacity * self.liveliest and climb > self.policy.climbed

@@ -32,7 +32,7 @@ class Activity(NamedTuple):
     Attributes:
         alive: Number of live units.
         age: Steps since the last restart.
-        climb: Log of the learning rate divided by the given one.
+        climb: Log of the ratio of the learning rate to the given one.
     """
 
     alive: float

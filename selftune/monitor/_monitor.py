@@ -16,7 +16,7 @@ from selftune.monitor.recorders import as_recorder
 log = logging.getLogger("selftune")
 
 DISTINCT = 8
-"""Maximum number of values of a hyperparameter logged one by one; of more, the range."""
+"""Maximum number of values of a hyperparameter logged one by one, instead of their range."""
 
 
 class Monitor:

@@ -32,7 +32,7 @@ class Chart(NamedTuple):
     Attributes:
         title: Title of the chart.
         lines: Tags of lines.
-        series: Tags of value, lower and upper end, with equal steps in a run.
+        series: Tags of value, lower and upper end, logged at the same steps.
     """
 
     title: str

@@ -21,7 +21,7 @@ from selftune.monitor.axes import LOG10, drawn, logarithmic, marks, middle
 from selftune.monitor.verdicts import Ends, Verdict, judge
 
 SCATTER = 20
-"""Number of hyperparameter steps whose standard deviation is the margin of a value."""
+"""Number of recent values whose standard deviation is the margin of a hyperparameter."""
 RECENT = 0.9
 """Decay of the mean validation loss, and of the hypergradients that predict its changes."""
 FINAL = 5

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FONT = 18
-"""Points: TensorBoard shows pictures at about half their size."""
+"""Font size in points; TensorBoard shows pictures at about half their size."""
 
 
 def curve(name: str, values: Sequence[float], losses: Sequence[float], now: float) -> Figure:

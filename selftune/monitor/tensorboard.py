@@ -232,7 +232,7 @@ def _tags_in(folder: Path) -> list[str]:
 
 
 def _wait(folder: Path) -> None:
-    """Wait until a new file sorts after the existing ones, whose names start with the second."""
+    """Wait until a new file sorts after the existing ones; names contain the time in seconds."""
     names = [file.name.split(".")[3:4] for file in folder.glob("events.out.tfevents.*")]
     newest = max((int(n[0]) for n in names if n and n[0].isdigit()), default=0)
     while newest == int(time.time()):

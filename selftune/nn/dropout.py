@@ -25,9 +25,9 @@ def rate(name: str, start: float = 0.05) -> Hparam:
 class Dropout(Stochastic):
     """Zeroes each entry with probability p and scales the rest by 1/(1 − p).
 
-    ``y = x (1 + e)``, e = m/(1 − p) − 1 with m ∈ {0, 1}. The derivative in p is that of a noise
-    with spread √(p/(1 − p)) at fixed random numbers: ``∂e/∂logit(p) = e/2``. It is accurate to
-    second order in e, is never NaN, and allows every estimator to tune the rate.
+    ``y = x (1 + e)``, e = m/(1 − p) − 1 with m ∈ {0, 1}. The derivative in p is that of noise with
+    standard deviation √(p/(1 − p)) at fixed random numbers: ``∂e/∂logit(p) = e/2``. It is accurate
+    to second order in e, is never NaN, and allows every estimator to tune the rate.
 
     Args:
         p: The rate, 0 or 0.001…0.95; if tuned, 0 starts from 0.05.
@@ -177,7 +177,7 @@ class EmbeddingDropout(Dropout):
 
 
 def scaled_mask(draw: Tensor, p: Tensor) -> Tensor:
-    """``m/(1 − p)``, with the derivative in p of a noise of the same spread.
+    """``m/(1 − p)``, with the derivative in p of noise of the same standard deviation.
 
     Args:
         draw: Uniform numbers; entries below p are dropped.

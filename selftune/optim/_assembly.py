@@ -42,7 +42,7 @@ class Assembly:
         return not self._built
 
     def over(self, engine: Engine) -> Assembly:
-        """The same for another engine, without blocks."""
+        """A copy for another engine, without blocks."""
         other = copy.copy(self)
         other._engine, other._built = engine, []
         return other

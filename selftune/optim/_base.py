@@ -109,7 +109,7 @@ class SelfTuningOptimizer(EvaluationMode):
 
     @torch._disable_dynamo
     def hyper_step(self, closure: Closure) -> Tensor | None:
-        """Step the hyperparameters along the gradient of a validation loss at the averaged weights.
+        """Take a hyperparameter step with the gradient of a validation loss at averaged weights.
 
         You may call it after every training step. It returns at once if fewer than ``every``
         training steps have passed since the last hyperparameter step, and during the learning-rate

@@ -24,10 +24,9 @@ Entries = Sequence[dict[str, Any]]
 class Block:
     """One parameter group's tensors as flat vectors.
 
-    ``entries`` are the per-parameter dictionaries of ``optimizer.state``. They contain all saved
-    state as views of the flat vectors here, and initialise it at construction, so torch's saving
-    and loading work unchanged. ``sync`` writes the rule's state, which has new tensors at every
-    step.
+    ``entries`` are the per-parameter dictionaries of ``optimizer.state``. The block is initialised
+    from them, and they contain all saved state as views of its flat vectors, so torch's saving and
+    loading work unchanged. ``sync`` writes the rule's state, which has new tensors at every step.
 
     Args:
         params: The trained parameters.
@@ -172,13 +171,13 @@ class Block:
         return self._scratch[use]
 
     def slice(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The slice of tensors in the parameters' shapes, as a slice of their concatenation."""
+        """The slices of tensors shaped like the parameters, concatenated."""
         if self.cut.stride == 1:
             return self.layout.flatten(tensors)
         return self.joined([self.piece(i, t) for i, t in enumerate(tensors)])
 
     def piece(self, index: int, tensor: Tensor) -> Tensor:
-        """A view of the slice of a tensor in the shape of a parameter."""
+        """A view of the slice of a tensor shaped like a parameter."""
         return local(tensor).detach().reshape(-1)[self._firsts[index] :: self.cut.stride]
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -186,7 +185,7 @@ class Block:
         return torch.cat(list(pieces)).to(self.layout.dtype)
 
     def scaled(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The same times √stride."""
+        """``slice`` times √stride."""
         kept = self.slice(tensors)
         return kept if self.cut.stride == 1 else kept * self.cut.root
 
@@ -209,7 +208,7 @@ class Block:
 
         Args:
             place: -1 the good weights, 0 the average, 1 ``weights``.
-            weights: Those in place.
+            weights: The training weights.
         """
         others = weights if place > 0 else self.layout.views(self.good)
         params = map(local, self.params)
@@ -217,7 +216,7 @@ class Block:
             param.copy_(between(view, other, abs(place)))
 
     def slopes(self, index: int, grad: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """A parameter's ``g · Δw`` from the good weights to the average, and to others.
+        """A parameter's ``g · Δw`` from good to averaged weights, and from there to others.
 
         Args:
             index: Index of the parameter.
@@ -230,7 +229,7 @@ class Block:
         return torch.stack([(grad * way).sum() for way in ways])
 
     def average_towards(self, share: float) -> None:
-        """Update the average by the parameters, in place."""
+        """Move the average toward the parameters, in place."""
         torch._foreach_lerp_(self.averages, self.params, share)
 
     def settle(self) -> None:

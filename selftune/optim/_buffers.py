@@ -18,7 +18,7 @@ from selftune.control.final_weights import between
 class Buffers:
     """Running statistics for averaged, good and training weights.
 
-    BatchNorm's running mean and variance belong to the weights of their passes. The averaged
+    BatchNorm's running mean and variance fit only the weights that produced them. The averaged
     weights therefore have separate statistics: from validation passes in training mode, and
     otherwise a running average of the training weights' statistics. Layers of models that are not
     trained by this optimizer, but called by a closure, are not changed.
@@ -183,8 +183,8 @@ class Buffers:
         """Move the average toward the modules' statistics, unless passes at it update it.
 
         Args:
-            share: By how much.
-            lapsed: Whether there are no such passes any more; those of before are then dropped.
+            share: Weight of the modules' statistics.
+            lapsed: Whether such passes have ended; the statistics from them are then dropped.
         """
         if self._own and not lapsed:
             return

@@ -68,9 +68,9 @@ class TuningOptions:
         total_steps: Steps in the whole run, if known.
         warmup_steps: Steps of the linear warm-up of the learning rate.
         estimator: Estimates the sensitivities of the weights to the hyperparameters. By default
-            ``Trace``, which tracks one step in four, or more with a short average; ``OneStep`` is
-            used in the same way. The others need ``step(closure)`` with a closure that keeps its
-            own batch, and a single parameter group; copies and loaded states restart them.
+            ``Trace``, which tracks one step in four, or more with a short average; ``Trace`` and
+            ``OneStep`` need no closure. The others need ``step(closure)`` with a closure that keeps
+            its own batch, and a single parameter group; copies and loaded states restart them.
         average: The running average at which the validation loss is measured.
         hyper_optimizer: Function from a list of raw hyperparameters to a torch optimizer; by
             default Adam with a rate of 0.01 times ``every``, between 0.05 and 0.2, and higher in
@@ -89,9 +89,9 @@ class TuningOptions:
             ``SummaryWriter``, a ``function(values, step)``, or a list of these.
         distributed: Whether all processes train one model (DDP, FSDP2) and take the same
             hyperparameter steps; by default True if torch.distributed is initialised.
-        settings: Numbers of the method (:class:`~selftune.method.MethodSettings`).
+        settings: Constants of the method (:class:`~selftune.method.MethodSettings`).
         tangents: Fraction of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            1/n; at least 4,096 weights and, by default, at most 2²⁰. Or a dtype, for all weights.
+            1/n; at least 4,096 weights and, by default, at most 2²⁰. Pass a dtype to keep all.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
             CPU's memory) or ``"bf16"``, the default for 65,536 weights or more.
     """

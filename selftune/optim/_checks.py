@@ -65,7 +65,7 @@ def check_option(hparam: Hparam, group: Mapping[str, Any]) -> None:
     value = group[key]
     if hparam.role == "rate" and not 0 < float(value) < math.inf:
         raise ValueError(
-            f"lr={float(value)} must be finite and above 0: a learning rate is tuned by ratios. "
+            f"lr={float(value)} must be finite and above 0: a learning rate is tuned in log space. "
             "To hold parameters fixed, leave them out or use requires_grad_(False)"
         )
     for number in value if isinstance(value, (tuple, list)) else (value,):

@@ -50,7 +50,7 @@ class Call:
         return self._device.type == "cuda"
 
     def know(self, weights: Tensor, grads: Tensor) -> None:
-        """Store its gradient at its own step, while an estimator keeps it."""
+        """Store weak references to the weights and the gradient of the closure's own step."""
         self._known = weakref.ref(weights), weakref.ref(grads)
 
     def known(self, weights: Tensor | None = None) -> Tensor | None:
@@ -65,7 +65,7 @@ class Call:
         Args:
             weights: Weights of its step.
             expected: Its gradient at that step.
-            near: Its approximate gradient now; if equal, it is not computed again.
+            near: Its approximate gradient now; if this matches, the exact one is not computed.
         """
 
         def same(found: Tensor) -> bool:

@@ -47,7 +47,7 @@ class Container(torch.optim.Optimizer):
         self._state = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As torch's; the state has another name for wrappers that delegate attributes."""
+        """As torch's, with ``state`` stored as ``_state``, because it is a property here."""
         own = dict(state)
         if "state" in own:  # torch writes it past the property
             own["_state"] = own.pop("state")

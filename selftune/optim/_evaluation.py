@@ -22,9 +22,10 @@ class EvaluationMode(Container):
     def averaged(self) -> Iterator[None]:
         """Evaluate and save at the averaged weights, with their BatchNorm statistics.
 
-        At the end of a run of known length these are the final weights: the best position between
-        the last good weights, the average and the last iterate, by slopes of the validation loss.
-        ``state_dict()`` in the block also contains the training weights; loading it restores them.
+        At the end of a run of known length these are the final weights: the position between the
+        last good weights, the average and the last iterate with the lowest validation loss,
+        estimated from its slopes. ``state_dict()`` in the block also contains the training weights;
+        loading it restores them.
 
         Raises:
             RuntimeError: The weights were changed in the block, for example by the model's
@@ -114,7 +115,7 @@ class EvaluationMode(Container):
         raise RuntimeError(
             f"weights were changed after {where} had put averaged weights in place; the change "
             "is lost, and the training weights are restored. Load a model's state "
-            "before, or after train()"
+            "while the training weights are in place"
         )
 
     def _outside(self, what: str) -> None:
@@ -127,6 +128,6 @@ class EvaluationMode(Container):
             )
         if self._engine.buffers.shown:
             raise RuntimeError(
-                f"{what} inside averaged() would be lost, as after eval(): leave the block, or "
-                "call train(), first"
+                f"{what} inside averaged() or after eval() would be lost: leave the block or call "
+                "train() first"
             )

@@ -105,7 +105,7 @@ class OptimizerLog:
         self._monitor.end("finished")
 
     def verdicts(self, values: Mapping[str, Any], step: int) -> dict[str, Verdict]:
-        """A judgement of each tuned hyperparameter."""
+        """A verdict on each tuned hyperparameter."""
         if not self._steps:
             return {}
         shifts = self._shifts

@@ -29,11 +29,11 @@ Taken = list[list[Tensor]]
 Take = Callable[[Block, int, Tensor], Tensor]
 """Selects the needed part, from the block, the index of the parameter and its gradient."""
 RARER = 200
-"""Steps of the run for each batch of slopes at its end, at each position."""
+"""Steps of the run per validation batch for the slopes at each position."""
 
 
 OLD_LOSS = (
-    "closure returned a loss that was computed before it was called, at other weights: hyper_step "
+    "closure returned a loss computed before the closure was called, at other weights: hyper_step "
     "measures the validation loss at the averaged weights, so the closure must run the model "
     "itself: opt.hyper_step(lambda: loss_fn(model(x), y))"
 )

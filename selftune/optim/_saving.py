@@ -160,7 +160,7 @@ def check_state(
             wanted = wanted | {"training"}
         missing = sorted(wanted - entry.keys())
         if missing:
-            raise ValueError(f"state_dict is incomplete: of parameter {index} it lacks {missing}")
+            raise ValueError(f"state_dict is incomplete: parameter {index} lacks {missing}")
     stiffness = engine.store.stiffness
     if stiffness is not None:
         _match("number of secant pairs", len(run["stiffness"]["rises"]), len(stiffness.rises))
@@ -179,7 +179,7 @@ def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
     if not isinstance(mine, Mapping):
         if isinstance(mine, Tensor) != isinstance(saved, Tensor):
             raise ValueError(
-                f"state_dict is incomplete: {where} is a {type(saved).__name__}, which should be a "
+                f"state_dict is incomplete: {where} is a {type(saved).__name__}, but must be a "
                 f"{type(mine).__name__}"
             )
         return

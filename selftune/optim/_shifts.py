@@ -181,7 +181,7 @@ class Shifts:
         self._size = self.hyper.size = value
 
     def begin_again(self, rule: AbstractRule, moves: Mapping[str, float]) -> None:
-        """Reset the state of past hypergradients, and move values without a shift.
+        """Reset the state of past hypergradients, and move raw values by their bases.
 
         Args:
             rule: The rule that the run continues with.
@@ -222,7 +222,7 @@ class Shifts:
 
     @property
     def climb(self) -> float:
-        """Log of the learning rate divided by the given one."""
+        """Log of the ratio of the learning rate to the given one."""
         return float(self.rows["lr"].shift.max()) if "lr" in self.rows else 0.0
 
     def values(self) -> dict[str, float]:

@@ -82,7 +82,7 @@ class AbstractRule(ABC):
         return self
 
     def by_parameter(self, model: nn.Module, params: Sequence[Tensor]) -> list[Own]:
-        """The values that each parameter has of its own; empty if all have the same."""
+        """Each parameter's own values; empty if all parameters share the same values."""
         return []
 
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:

@@ -248,7 +248,7 @@ class Mixture(AbstractRule):
     def _each(
         self, grads: Tensor, state: State, values: Values, age: Any
     ) -> tuple[dict[str, Tensor], State]:
-        """Every member's direction, and their next states with what tangents need."""
+        """Every member's direction and next state, with intermediate values for tangents."""
         directions: State = {}
         after: State = {}
         for name, member in self.members.items():

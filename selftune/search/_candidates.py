@@ -80,7 +80,7 @@ def points_of(
         if counting.endless is not None:
             raise ValueError(
                 f"sampler='grid': {counting.endless} is a range without steps: give suggest_float "
-                "a step=, leave it to the run, or use another sampler"
+                "a step=, let the run tune it, or use another sampler"
             )
         total += counting.count
     if total > MOST and not force:

@@ -31,8 +31,8 @@ class Selection:
         schedule: Their trajectory, for :func:`selftune.replay`, or None.
         study: The Optuna study with all trials.
         sizes: With ``structure=``, the sizes to which the model was cut: ``units`` of each gated
-            layer, ``heads`` of each attention, number of ``blocks`` that could have been removed,
-            and ``parameters``. Otherwise empty.
+            layer, ``heads`` of each attention, number of optional ``blocks`` left, and
+            ``parameters``. Otherwise empty.
     """
 
     model: nn.Module | None

@@ -187,7 +187,7 @@ class Trainer:
         self, made: Candidate, structure: Mapping[str, Any], family: str,
         trial: optuna.Trial | None, calls: tuple[Callable[[Progress], bool], ...],
     ) -> TuningResult:  # fmt: skip
-        """Train at the largest sizes, remove units, and train what is left for the other steps."""
+        """Train at the largest sizes, remove units, and train the smaller model for the rest."""
         val = self.val if made.val is None else made.val
         train, val, _ = parts(self.train_of(made), val, self.seed)
         made = replace(made, train=train, val=val)

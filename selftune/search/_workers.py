@@ -37,7 +37,7 @@ JOIN = "SELFTUNE_STORAGE"
 LOOK = 0.2
 """Polling interval of the workers in seconds."""
 SIGN = 30.0
-"""Seconds within which a worker must sign a requested trial; later it is considered lost.
+"""Seconds within which a worker must sign a requested trial; otherwise it is considered lost.
 
 Samplers that draw all values at once do so before signing, which may take a while.
 """

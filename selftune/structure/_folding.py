@@ -117,7 +117,7 @@ def _scale(module: nn.Module, name: str, factors: Tensor, axis: int) -> None:
 
 
 def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
-    """A module of torch operations only that multiplies by factors along a dimension."""
+    """Multiplication by factors along a dimension, as a module of torch operations only."""
     shapes = {len(n.meta["shape"]) for n in nodes} or {dim + 1 if dim >= 0 else -dim}
     ndim = shapes.pop()
     shape = [1] * ndim

@@ -22,7 +22,7 @@ class Batches(Sampler[list[int]]):
     Pass it as ``DataLoader(dataset, batch_sampler=…)``; batches are shuffled. At the start of each
     epoch the size is set to the power of two nearest to the noise scale, within bounds and within
     a factor of two of the previous size. Early in a run the noise scale is small, and small batches
-    make better use of each example; later it grows, and large batches are as efficient.
+    make better use of each example; later it grows, and larger batches are just as efficient.
 
     Args:
         dataset: A dataset of known length.
@@ -33,7 +33,7 @@ class Batches(Sampler[list[int]]):
         drop_last: Whether to drop an incomplete last batch.
         seed: Seed of the shuffling, which differs in each epoch.
         recorder: Where ``structure/batch_size`` and ``structure/noise_scale`` are logged at the
-            start of each epoch: as ``log_dir`` or ``recorder`` of the optimizers.
+            start of each epoch; the same types as ``log_dir`` of the optimizers.
 
     Attributes:
         size: Batch size of the current epoch.
@@ -74,7 +74,7 @@ class Batches(Sampler[list[int]]):
         except TypeError as error:
             raise ValueError(
                 f"dataset={type(dataset).__name__} has no length: batches of a stream cannot be "
-                "resized here; accumulate gradients by scale.value instead"
+                "resized here; accumulate gradients over scale.value examples instead"
             ) from error
         if count == 0:
             raise ValueError("dataset is empty")

@@ -16,7 +16,7 @@ from selftune.structure._saliency import Closure, buffers_kept
 log = logging.getLogger("selftune")
 
 SURE = 100.0
-"""A score; with its negative for the others, softmax is exactly 1 and 0."""
+"""Score of the chosen branch; the others get −SURE, so softmax is exactly 1 and 0."""
 
 
 class Choice(nn.Module):
@@ -90,7 +90,7 @@ def choices(model: nn.Module) -> Iterator[tuple[str, Choice]]:
 class Chooser:
     """Tunes the scores of all choices in a model on validation data, by gradient.
 
-    From 10 % of the run on, takes an Adam step on the scores along ``∂L_val/∂s`` at the current
+    From 10 % of the run on, takes an Adam step on the scores with ``∂L_val/∂s`` at the current
     weights, once every ``every`` training steps. From 40 % on, scores are rescaled so that the
     largest weight stays above a bound that rises to 1. At 80 % the choice is made: one branch has
     weight 1, and the rest of the run trains only that branch.

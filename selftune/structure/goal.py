@@ -50,7 +50,7 @@ class Goal:
         end: Fraction of the run at the last closing.
         closings: Number of closings.
         batches: Number of closure evaluations over which saliencies and losses are averaged.
-        recorder: Where ``structure/…`` is logged: as ``log_dir`` or ``recorder`` of the optimizers.
+        recorder: Where ``structure/…`` is logged; the same types as the optimizers' ``log_dir``.
 
     Attributes:
         price: λ at the last closing: the increase of the loss per unit of relative size.
@@ -109,7 +109,7 @@ class Goal:
         self._sizes = Sizes(model, example)
         if not self._sizes.places:
             raise ValueError(
-                "no unit of the model can be removed: other layers need all units with gates"
+                "no unit of the model can be removed: other layers need all gated units"
             )
         self._model, self._tolerance, self._total = model, tolerance, total_steps
         self._start, self._end, self._batches = start, end, batches

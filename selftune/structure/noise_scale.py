@@ -23,7 +23,7 @@ class NoiseScale:
     biased. Training with batches of B examples takes about twice as many steps as with noise-free
     gradients, and about twice as many examples as with a batch size of one.
 
-    With gradient accumulation, the estimate needs no extra pass and one copy of the gradients::
+    With gradient accumulation, the estimate needs one copy of the gradients and no extra pass::
 
         for x, y in parts:                          # k parts of equal size
             (loss_fn(model(x), y) / k).backward()

@@ -102,7 +102,7 @@ class Attention(nn.Module):
         if isinstance(query, Tensor) and query.ndim != 3:
             raise ValueError(
                 f"query of shape {tuple(query.shape)}: gated attention takes batched inputs of "
-                "three dimensions; add one with unsqueeze"
+                "three dimensions; add the batch dimension with unsqueeze"
             )
         if isinstance(attn_mask, Tensor) and attn_mask.ndim != 2:
             raise ValueError(

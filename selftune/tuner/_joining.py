@@ -100,7 +100,7 @@ def join(training: Training, scores: dict[str, float]) -> None:
         joining.loss = training.scorer.compared(*parts)[1]
         log.warning(
             "val=None: the run had over-fitted before the held-out examples join at step %d; it "
-            "ends with its last good weights from before the join, of validation loss %.4g. Train "
+            "ends with its last good weights from before the join (validation loss %.4g). Train "
             "for fewer steps, with more regularization, or keep a split: val=0.1",
             training.step, joining.loss,
         )  # fmt: skip

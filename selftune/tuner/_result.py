@@ -126,8 +126,9 @@ class TuningResult:
         best_weights: The model's state_dict at the averaged weights with the lowest validation
             loss. The model holds these weights.
         best_loss: Their loss over the whole validation set. It was used for tuning, so report
-            results on other data. With ``val=None`` the loss over the held-out examples at the
-            join; it is no estimate of the final weights' loss, which is usually lower.
+            results on other data. With ``val=None`` it is measured on the held-out examples at the
+            join, and the loss of the final weights is usually lower; after overfitting, it is that
+            of the last good weights.
         hparams: All hyperparameters at the end; the learning rate is the tuned peak.
         schedule: The trajectory of all hyperparameters, for :func:`selftune.replay`, without the
             sweep and without steps undone by a rewind.
@@ -139,8 +140,8 @@ class TuningResult:
         rule: The update rule with these hyperparameters as a plain torch optimizer. For a mixture
             the chosen rule, or None if the run ended before the choice.
         joined: The step at which held-out examples became training data (``val=None``), or None.
-            The final weights are then the average at the end of the run, or if the run over-fitted
-            before the join, the last good weights from then.
+            The final weights are then the average at the end of the run or, if the run overfitted
+            before the join, the last good weights from before it.
     """
 
     history: dict[str, NDArray[Any]]

@@ -57,7 +57,7 @@ class Tuner:
             :mod:`selftune.estimators`. By default ``Trace``, which tracks one step in four (more if
             the average is short), and :class:`BestResponse` for the layers of :mod:`selftune.nn`.
         tangents: Fraction of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            1/n; at least 4,096 weights and, by default, at most 2²⁰. Or a dtype, for all weights.
+            1/n; at least 4,096 weights and, by default, at most 2²⁰. Pass a dtype to keep all.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
             CPU's memory) or ``"bf16"``, the default for 65,536 weights or more.
         average: Settings of the weight average at which the validation loss is measured.
@@ -233,7 +233,7 @@ class Tuner:
     ) -> TuningResult:
         """Train, and leave the weights with the lowest validation loss in the model.
 
-        With ``val=None``, leave the averaged weights, or the last good ones after overfitting.
+        With ``val=None``, leave the averaged weights, or the last good ones if the run overfits.
 
         Args:
             train: A DataLoader, or any iterable of batches.
@@ -249,7 +249,7 @@ class Tuner:
             resume: True to continue from ``log_dir/last.pt`` if it exists, or the path of a
                 checkpoint. With more ``epochs`` or ``steps`` a finished run is extended.
             patience: Number of evaluations without improvement after which the run ends.
-            evaluate_every: Steps between evaluations on ``val``; by default an epoch, or several.
+            evaluate_every: Steps between evaluations on ``val``; by default one or more epochs.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two log entries. By default 50, at least 0.1 s apart; in runs
                 of fewer than 1,000 steps, a twentieth of the run.
@@ -264,7 +264,7 @@ class Tuner:
         """
         if self._fitted:
             raise RuntimeError(
-                "fit was already called on this one: make a new Tuner; to continue a run, pass "
+                "fit was already called on this Tuner: make a new Tuner; to continue a run, pass "
                 "resume=True and the same log_dir to its fit"
             )
         check_fit(locals())

@@ -109,7 +109,7 @@ class GAN:
         for name, data in (("train", train), ("val", val)):
             if data.ndim != 2 or data.shape[1] != self.features or len(data) < 2:
                 raise ValueError(
-                    f"{name} has shape {tuple(data.shape)}, which must be (at least 2, "
+                    f"{name} has shape {tuple(data.shape)}, but must have shape (at least 2, "
                     f"{self.features})"
                 )
         # Each player is the other's moving target, which many small hyper steps follow better.
