@@ -92,7 +92,7 @@ def test_a_memory_that_cannot_be_written_loses_no_result(
     (tmp_path / "file").write_text("")
     found = trained(memory=search.Memory(tmp_path / "file" / "folder"))
     assert found.model is not None
-    assert "not remembered" in caplog.text
+    assert "could not be stored" in caplog.text
 
 
 TASK = search.Task(
