@@ -69,7 +69,7 @@ def test_eval_is_averaged_until_train(name: str) -> None:
                     check(weights(net), want)
                 check(weights(net), want)
                 for call, given in ((opt.step, []), (opt.hyper_step, [print]), (opt.sync, [])):
-                    with pytest.raises(RuntimeError, match=r"call train\(\), first"):
+                    with pytest.raises(RuntimeError, match=r"call train\(\) first"):
                         call(*given)
                 opt.train()
                 opt.train()
