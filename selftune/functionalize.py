@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from selftune._flat import Layout
 from selftune.problem import Hparams, Problem
-from selftune.rules._base import joined
+from selftune.rules._base import concatenated
 from selftune.update import Update
 
 
@@ -100,7 +100,7 @@ def as_problem(
 
     trained = [p for p in model.parameters() if p.requires_grad]
     layout, rate = Layout(trained), options.pop("rate", lambda step: 1.0)
-    own, rates = joined(update.rule.by_parameter(model, trained), layout)
+    own, rates = concatenated(update.rule.by_parameter(model, trained), layout)
     if own:
         options["options"] = {**options.get("options", {}), **own}
     if by_tensor:

@@ -20,8 +20,8 @@ Values = Mapping[str, Any]
 """Hyperparameters and options by name: numbers, or tensors that broadcast to the weights."""
 
 
-class Own(NamedTuple):
-    """Values of a single parameter, for rules that do not treat all parameters alike.
+class ParameterOptions(NamedTuple):
+    """Options of a single parameter, for rules that do not treat all parameters alike.
 
     Attributes:
         options: Options of the rule by name.
@@ -32,8 +32,10 @@ class Own(NamedTuple):
     rate: float = 1.0
 
 
-def joined(own: Sequence[Own], layout: Layout) -> tuple[dict[str, Any], float | Tensor]:
-    """Own values of concatenated parameters: options as tuples, and factors of the rate."""
+def concatenated(
+    own: Sequence[ParameterOptions], layout: Layout
+) -> tuple[dict[str, Any], float | Tensor]:
+    """Options of concatenated parameters, as tuples, and the factors of their learning rates."""
     if not own:
         return {}, 1.0
     options = {name: tuple(o.options[name] for o in own) for name in own[0].options}
@@ -81,7 +83,7 @@ class AbstractRule(ABC):
         """The same rule for the flat vector of ``layout``."""
         return self
 
-    def by_parameter(self, model: nn.Module, params: Sequence[Tensor]) -> list[Own]:
+    def by_parameter(self, model: nn.Module, params: Sequence[Tensor]) -> list[ParameterOptions]:
         """Each parameter's own values; empty if all parameters share the same values."""
         return []
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune._flat import Layout
-from selftune.rules._base import AbstractRule, Own, State, Values, mix
+from selftune.rules._base import AbstractRule, ParameterOptions, State, Values, mix
 from selftune.rules.adam import Adam, fitting_beta2
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -89,10 +89,13 @@ class Muon(AbstractRule):
         other._layout = layout
         return other
 
-    def by_parameter(self, model: nn.Module, params: Sequence[Tensor]) -> list[Own]:
+    def by_parameter(self, model: nn.Module, params: Sequence[Tensor]) -> list[ParameterOptions]:
         """Muon for the hidden matrices of the model, AdamW at its own rate for the others."""
         hidden = {id(p) for p in muon_groups(model, self._others)[0]["params"]}
-        kinds = {True: Own({"use_muon": True}), False: Own({"use_muon": False}, self._ratio)}
+        kinds = {
+            True: ParameterOptions({"use_muon": True}),
+            False: ParameterOptions({"use_muon": False}, self._ratio),
+        }
         return [kinds[id(p) in hidden] for p in params]
 
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ from optuna.trial import FixedTrial, TrialState
 from torch import nn
 
 from selftune.replay import TunedSchedule
-from selftune.search._cutting import recut
+from selftune.search._pruning import recut
 from selftune.search._trial import Candidate, Trainer, finished, weights_of
 from selftune.tuner._checkpoints import load  # its checksums are compared
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from selftune._arguments import FLAG, NONE, TEXT, Instance, Kind, Number, That, Whole, check
 from selftune.rules import AdamW
 from selftune.search._candidates import Candidates, builders_of, points_of
-from selftune.search._cutting import settings_of
+from selftune.search._pruning import settings_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
 from selftune.search._storage import check_sampler, persist, writable

@@ -21,7 +21,7 @@ from torch import nn
 
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
-from selftune.search._cutting import (
+from selftune.search._pruning import (
     close,
     cut,
     evaluations,

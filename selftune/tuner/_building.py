@@ -37,7 +37,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._group import Group
 from selftune.tuner._joining import Joining
 from selftune.tuner._objective import Objective, for_tuning
-from selftune.tuner._own import OwnValues
+from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._resuming import JOINS, LENGTH, UNTIL
@@ -324,7 +324,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         answers=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.found.items() if n in names},
         joined=joined,
-        own=OwnValues(given.rule.by_parameter(given.objective.model, trained)),
+        own=PerParameter(given.rule.by_parameter(given.objective.model, trained)),
         group=given.group,
     )  # fmt: skip
 

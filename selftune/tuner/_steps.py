@@ -25,8 +25,8 @@ from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, choice, live_units
 from selftune.nn import Stochastic
 from selftune.tuner._group import Group
-from selftune.tuner._own import OwnValues
 from selftune.tuner._passes import APART, Passed, Passes
+from selftune.tuner._per_parameter import PerParameter
 from selftune.update import Clock
 
 Batch = Any
@@ -105,7 +105,7 @@ class Steps:
     answers: Sequence[str] = ()
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joined: bool = False
-    own: OwnValues = field(default_factory=OwnValues)
+    own: PerParameter = field(default_factory=PerParameter)
     group: Group = field(default_factory=Group)
     chosen: choice.Chosen | None = None
 

@@ -18,7 +18,7 @@ from selftune.tuner._callbacks import stop
 from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
-from selftune.tuner._final import place
+from selftune.tuner._final_weights import place
 from selftune.tuner._group import Group, RankLost
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._joining import Joining

@@ -15,7 +15,7 @@ from selftune._graphs import Graphs
 from selftune.estimators import AbstractEstimator
 from selftune.method.whole_step import WholeSteps
 from selftune.problem import Hparams, Point, Problem
-from selftune.rules._base import joined
+from selftune.rules._base import concatenated
 from selftune.tuner._steps import RunState, Steps
 from selftune.update import Clock
 
@@ -51,7 +51,7 @@ class FunctionalSteps:
         self._layout = steps.layout or Layout(run.averages)
         self._dtypes = [t.dtype for t in steps.views(run.weights)]
         inner = steps.inner
-        own, self._rates = joined(steps.own.all, self._layout)
+        own, self._rates = concatenated(steps.own.all, self._layout)
         splits = hasattr(inner, "predicted") and hasattr(inner, "judged")
         self._problem = Problem(
             update=steps.update.joined(self._layout),

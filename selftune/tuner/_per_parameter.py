@@ -1,4 +1,4 @@
-"""Values of single parameters, for rules that do not treat all parameters alike."""
+"""Per-parameter options, for rules that do not treat all parameters alike."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from selftune.method import Moment, Part, Sensitivities
 from selftune.method.slices import Slice
-from selftune.rules._base import Own
+from selftune.rules._base import ParameterOptions
 
 
 @dataclass(frozen=True)
-class OwnValues:
-    """The own values of all trained parameters, in their order.
+class PerParameter:
+    """The options of all trained parameters, in their order.
 
     Attributes:
-        all: One entry for each parameter; empty if no parameter has values of its own.
+        all: One entry for each parameter; empty if all have the same options.
     """
 
-    all: Sequence[Own] = ()
+    all: Sequence[ParameterOptions] = ()
 
     def begin(
         self, rows: Sensitivities, weights: Iterable[tuple[Slice, Tensor]], start: Mapping[str, Any]
     ) -> list[Part]:
         """The parts of a run at its start."""
         cuts = list(weights)
-        own = self.all or [Own({})] * len(cuts)
+        own = self.all or [ParameterOptions({})] * len(cuts)
         pairs = zip(cuts, own, strict=True)
         return [rows.begin(w, {**start, **o.options}, cut) for (cut, w), o in pairs]
 
