@@ -152,10 +152,10 @@ class Either(Kind):
 
 FLAG = Instance((bool,), "True or False")
 NONE = Instance((type(None),), "None")
-TEXT = Instance((str,), "a text")
+TEXT = Instance((str,), "a string")
 SCALAR = That(
     lambda v: Number().fits(v) or (isinstance(v, Tensor) and v.numel() == 1),
-    "a number, or a tensor of one",
+    "a number, or a tensor with one element",
 )
 PAIR = That(
     lambda p: isinstance(p, (tuple, list)) and len(p) == 2 and all(map(Number().fits, p)),

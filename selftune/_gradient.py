@@ -39,7 +39,7 @@ def gradient(
 def pulling(
     function: Callable[[Tensor], Any], params: Tensor
 ) -> tuple[Any, Callable[[Any], Tensor]]:
-    """The outputs of a function, and the transpose of its derivative.
+    """The outputs of a function, and its vector-Jacobian product.
 
     Args:
         function: Returns tensors.

@@ -1,4 +1,4 @@
-"""Processes of this machine."""
+"""Processes on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def alive(process: int) -> bool:
-    """Whether a process with this number exists."""
+    """Whether a process with this ID exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
     parser = argparse.ArgumentParser(prog="selftune", description="Inspect self-tuned runs.")
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="summarise and compare runs, also unfinished ones")
+    show = commands.add_parser("show", help="summarise and compare runs, even unfinished ones")
     show.add_argument("runs", nargs="+", help="log directories, their parents, or JSON-lines files")
     demo = commands.add_parser("demo", help="tune an MLP on scikit-learn's digits, in seconds")
     demo.add_argument("--log-dir", default="runs/demo")

@@ -29,7 +29,7 @@ class HoldOut:
     values, and the rest of the run, with its annealed learning rate, trains on all examples.
 
     After the join there is no validation set, so the test loss must be estimated on other data. If
-    the validation loss had worsened before the join, the run overfits, and its final weights are
+    the validation loss worsened before the join, the run has overfitted, and its final weights are
     the last good ones from before the join.
 
     Args:
@@ -279,8 +279,8 @@ def divide(
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         raise ValueError(
-            f"{given} divides the data set of a DataLoader with a batch_size, but {name} is a "
-            f"{type(loader).__name__}: pass such a DataLoader, or {instead}"
+            f"{given} divides the data set of a DataLoader with a batch_size, which {name} "
+            f"({type(loader).__name__}) is not: pass such a DataLoader, or {instead}"
         )
     try:
         total = len(loader.dataset)  # type: ignore[arg-type]

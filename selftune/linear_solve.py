@@ -25,8 +25,8 @@ class Solution(NamedTuple):
         residual: ‖b − A v‖ / ‖b‖, shape (); with damping, of the damped system.
         iterations: Number of products, without that of an initial iterate.
         converged: Whether the residual is within the solver's tolerance, shape ().
-        diverged: Whether iterates became worse than 0, or A is indefinite although the solver
-            needs a positive matrix, shape (). ``value`` is still usable: never worse than 0.
+        diverged: Whether iterates became worse than v = 0, or A is indefinite although the solver
+            needs it positive definite, shape (). ``value`` is never worse than v = 0.
     """
 
     value: Tensor
@@ -187,9 +187,9 @@ class Descent(NamedTuple):
 
 @dataclass(frozen=True)
 class CG(AbstractIteration):
-    """Conjugate gradients on ``(A + δ I) v = b``, A symmetric and positive.
+    """Conjugate gradients on ``(A + δ I) v = b``, A symmetric positive definite.
 
-    At a direction of negative curvature the previous iterate is kept and the solution is marked
+    Along a direction of negative curvature the previous iterate is kept and the solution is marked
     ``diverged``: raise the damping δ.
 
     Args:
@@ -247,7 +247,7 @@ class CG(AbstractIteration):
 class Nystrom(AbstractSolver):
     """``(A + δ I)⁻¹ b`` with A replaced by its Nyström approximation from some of its columns.
 
-    ``A ≈ C W⁺ Cᵀ``, C the columns of A at r random places and W their rows at these places, so
+    ``A ≈ C W⁺ Cᵀ``, C the columns of A at r random indices and W their rows at these indices, so
     that by Woodbury's identity ``v = b/δ − C (δ W + Cᵀ C)⁺ Cᵀ b / δ``. It needs r products and
     one more for the residual of the damped system, but no scale.
 

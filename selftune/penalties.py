@@ -128,7 +128,7 @@ class Gates(AbstractPenalty):
         return params.abs().sum() if is_gate(params.shape) else params.sum() * 0
 
     def gradient(self, params: Tensor) -> Tensor:
-        """sign(g), 0 at 0 and of other parameters."""
+        """sign(g), 0 at 0 and for other parameters."""
         return params.sign() if is_gate(params.shape) else torch.zeros_like(params)
 
 

@@ -111,7 +111,7 @@ class Problem:
             )
 
     def gather(self, name: str, single: Tensor, hparam: Tensor) -> Tensor:
-        """Derivatives in a hyperparameter, from those in its value at each weight.
+        """Derivatives w.r.t. a hyperparameter, from those w.r.t. its value at each weight.
 
         Args:
             name: Name of the hyperparameter.
@@ -213,7 +213,7 @@ class Problem:
             )
 
     def mixed(self, point: Point, hparams: Hparams) -> Callable[[Hparams], Tensor]:
-        """The function ``ḣ ↦ M ḣ``, the derivative of the training gradient in hyperparameters."""
+        """``ḣ ↦ M ḣ``, M the derivative of the training gradient w.r.t. hyperparameters."""
         if all(n in self.update.hparams for n in hparams):
             return lambda moving: torch.zeros_like(point.params)
         push = self.products.push(point.params, hparams, point.batch)
@@ -314,7 +314,7 @@ class Problem:
         return turn
 
     def hessian(self, point: Point, hparams: Hparams) -> Callable[[Tensor], Tensor]:
-        """``v ↦ A v``, A the derivative of the penalised training gradient in the weights."""
+        """``v ↦ A v``, A the derivative of the penalised gradient w.r.t. the weights."""
         product = self.products.curvature(point.params, hparams, point.batch)[1]
 
         def curve(vector: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class Problem:
         return curve
 
     def mixing(self, point: Point, hparams: Hparams) -> Callable[[Tensor], dict[str, Tensor]]:
-        """``v ↦ vᵀ B``, B the derivative of the penalised training gradient in hyperparameters."""
+        """``v ↦ vᵀ B``, B the derivative of the penalised gradient w.r.t. hyperparameters."""
         direct = vjp(lambda h: self.penalties(point.params, h), dict(hparams))[1]
         if all(n in self.update.hparams for n in hparams):
             return lambda v: direct(v)[0]

@@ -45,7 +45,7 @@ class Products:
         backend: The current backend; ``"auto"`` until the first product.
         refused: Reasons why other backends failed, by name.
         mapped: Whether products are mapped over several directions at once; False after torch
-            failed to.
+            failed to map them.
 
     Raises:
         ValueError: The backend is unknown.

@@ -19,7 +19,7 @@ Scalar = TypeVar("Scalar", float, Tensor)
 HORIZON = 1000
 """Assumed number of steps in a run of unknown length."""
 POINTS = 1000
-"""Largest number of steps in the mean of a schedule."""
+"""Largest number of steps at which the mean of a schedule is evaluated."""
 
 
 def inverse_time(decay: Scalar, step: Any) -> Scalar:

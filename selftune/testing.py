@@ -56,7 +56,7 @@ def check_hypergradient(
     """Compare an estimator on a short run with finite differences of the whole run.
 
     Args:
-        problem: The bilevel problem (:func:`selftune.as_problem` makes one of a model).
+        problem: The bilevel problem (:func:`selftune.as_problem` makes one from a model).
         estimator: The estimator to check.
         params: The initial weights, shape (N,); use float64 for accuracy.
         hparams: The hyperparameters.
@@ -97,10 +97,10 @@ def check_hypergradient(
 
 def _sentence(agrees: bool, cosine: float, doubtful: Sequence[str]) -> str:
     if agrees:
-        return "the estimate equals finite differences"
+        return "the estimate agrees with finite differences"
     if doubtful:
         return (
-            f"finite differences of {list(doubtful)} are not reliable themselves: use float64, "
+            f"finite differences of {list(doubtful)} are themselves unreliable: use float64, "
             "fewer steps or a smaller learning rate"
         )
     if cosine > 0:

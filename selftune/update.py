@@ -284,7 +284,7 @@ class Transition(NamedTuple):
     def _push_prox(
         self, rows: Iterable[Tensor], name: str, gain: Any, slopes: Mapping[str, Any]
     ) -> None:
-        """Soft-thresholding at η λ: zeroed weights have no sensitivity, the others to η and λ."""
+        """Soft-thresholding at η λ: zeroed weights have no sensitivity, others to both η and λ."""
         sign = self.moved.sign()
         rate = gain * learning_rate(self.values, self.clock)
         for row, (other, slope) in zip(rows, slopes.items(), strict=True):
@@ -301,7 +301,7 @@ class Transition(NamedTuple):
 
 
 def zero_tangents(hparams: int, params: Tensor) -> Tangents:
-    """Tangents of zero."""
+    """Zero tangents."""
     return Tangents(params.new_zeros(hparams, params.numel()), {})
 
 

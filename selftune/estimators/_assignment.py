@@ -43,8 +43,8 @@ def assign(
         given: The user's estimator; None: ``Trace``.
         update: The weight step.
         names: The tuned hyperparameters.
-        layers: Names that act inside the model or the loss, which estimators of rows do not
-            support.
+        layers: Hyperparameters inside the model or the loss, which elementwise estimators do
+            not support.
         stride: Steps between two tracked ones, for a default estimator.
         answers_all: Whether a given whole-step estimator gets all hyperparameters.
         splits: Whether outputs and their loss can be computed separately.

@@ -1,4 +1,4 @@
-"""The three verbs of an estimator: ``init``, ``observe``, ``estimate``."""
+"""The interface of an estimator: ``init``, ``observe``, ``estimate``."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Estimate(NamedTuple):
         grads: dL_val/dh by name, in the shapes of the hyperparameters.
         variance: Total variance, summed over all entries, if the estimate is random.
         solution: Result of the linear solver, if there is one.
-        windows: For each name, the hypergradients of a window of steps each, shape
-            (windows, …), where one is shared by a window (:class:`~selftune.Unrolled`).
+        windows: By name, one hypergradient for each window of steps, shape (windows, …), if
+            the steps of a window share a value (:class:`~selftune.Unrolled`).
     """
 
     grads: dict[str, Tensor]
@@ -35,28 +35,28 @@ class Estimate(NamedTuple):
 
 
 class AbstractEstimator(ABC):
-    """Observes weight steps and estimates the gradient of an outer loss in the hyperparameters.
+    """Observes weight steps and estimates the gradient of an outer loss w.r.t. hyperparameters.
 
-    All three verbs are pure functions of tensors, and ``estimate`` is linear in the outer
+    All three methods are pure functions of tensors, and ``estimate`` is linear in the outer
     gradients.
 
     Attributes:
         sees_all: Whether it must observe every step, or only the last one before an estimate.
-        answers_for_update: Whether, in training runs, it also estimates hyperparameters of the
-            update, or only those inside the model and the loss.
-        needs_outputs: Whether it needs the loss in two parts, outputs and a criterion of them.
+        answers_for_update: Whether, in training runs, it also estimates hypergradients of the
+            update, not only those inside the model and the loss.
+        needs_outputs: Whether it needs the loss in two parts, outputs and a criterion.
     """
 
     sees_all: ClassVar[bool] = True
 
     @property
     def answers_for_update(self) -> bool:
-        """Whether it estimates hyperparameters of the update in training runs."""
+        """Whether it estimates hypergradients of the update in training runs."""
         return True
 
     @property
     def needs_outputs(self) -> bool:
-        """Whether it needs outputs and a criterion of them."""
+        """Whether it needs the loss as outputs and a criterion."""
         return False
 
     def check(  # noqa: B027 - most can do all
@@ -66,7 +66,7 @@ class AbstractEstimator(ABC):
 
         Args:
             update: The weight step.
-            names: The hyperparameters asked for.
+            names: The requested hyperparameters.
             endless: Whether it is used in a training run, without ``Problem.split``.
 
         Raises:

@@ -51,7 +51,7 @@ def entries(rows: Tensor, hparams: Hparams) -> dict[str, Tensor]:
 
 
 def still(point: Point, moving: dict[str, Tensor]) -> Tangent:
-    """Tangents of zero."""
+    """Zero tangents."""
     count = len(next(iter(moving.values())))
 
     def zeros(tensor: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class AbstractRows(AbstractEstimator):
         """The sensitivities after a step. Reuses the tensors of ``tangents``: drop the old ones."""
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Tangent:
-        """Sensitivities of zero."""
+        """Zero sensitivities."""
         return still(start, self._moving(problem, hparams))
 
     @staticmethod

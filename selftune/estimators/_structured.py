@@ -23,7 +23,7 @@ class Structured(NamedTuple):
 
     Attributes:
         gains: U, shape (out, hyperparameters); or C, shape (numel, hyperparameters), of a vector.
-        rows: V, the rows of length 1, shape (out, rest); or of shape (numel, 0) for a vector.
+        rows: V, with rows of length 1, shape (out, rest); or of shape (numel, 0) for a vector.
         speed: Momentum of ``gains``, of the same shape.
     """
 
@@ -59,8 +59,8 @@ class Structured(NamedTuple):
 
         A jump changes the gains at once, a push gradually, as gradients change the weights through
         momentum. With one hyperparameter the response is then stable if training is; with several,
-        whose δ change signs, only up to lower curvatures. Components orthogonal to the rows of V
-        rotate them, relative to the row's response, so the rotation does not depend on its scale.
+        whose δ change sign, only at lower curvatures. Components orthogonal to a row of V rotate
+        it, relative to the row's response, so the rotation does not depend on the scale.
 
         Args:
             push: Gradual change of J δ, in the shape of the parameter.
@@ -95,7 +95,7 @@ class Structured(NamedTuple):
 
 
 def unknown(param: Tensor, hparams: int) -> Structured:
-    """Sensitivities of zero, along random rows from a fixed seed.
+    """Zero sensitivities, along random rows from a fixed seed.
 
     Args:
         param: The parameter; with fewer than two dimensions its sensitivity is unconstrained.

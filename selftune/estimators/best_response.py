@@ -22,9 +22,9 @@ from selftune.problem import Hparams, Point, Problem
 
 CURVATURES = ("exact", "gauss-newton")
 LEAST = 0.1
-"""Minimum fraction of a perturbation that a bound leaves."""
+"""Perturbations that a bound cuts to less than this fraction are set to 0."""
 FARTHEST = 4.0
-"""Largest length of J relative to the weights; above, it has diverged."""
+"""Largest length of J relative to the weights; above it, J has diverged."""
 MOST = 1000
 """Largest number of entries of hyperparameters, the columns of U."""
 
@@ -52,8 +52,8 @@ class BestResponse(AbstractEstimator):
 
     This is the recursion of :class:`Forward` along one random direction, so one additional
     gradient for each step serves all hyperparameters: those of the objective, for which J converges
-    to the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, for which J is a sensitivity of
-    finite horizon. J is structured (``diag(U δ) V`` for a weight matrix, unconstrained for
+    to the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, for which J is a finite-horizon
+    sensitivity. J is structured (``diag(U δ) V`` for a weight matrix, unconstrained for
     vectors) and takes the memory of one more copy of the weights, for any number of
     hyperparameters.
 
@@ -105,7 +105,7 @@ class BestResponse(AbstractEstimator):
         return self.curvature == "gauss-newton"
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Response:
-        """Sensitivities of zero."""
+        """Zero sensitivities."""
         count = sum(h.numel() for h in hparams.values())
         if count > MOST:
             raise ValueError(
@@ -196,7 +196,7 @@ class BestResponse(AbstractEstimator):
         hparams: Hparams,
         near: Hparams,
     ) -> tuple[Tensor, Tensor]:
-        """Difference between the perturbed step and the step: over time, and at once.
+        """Gradual and immediate difference between the perturbed step and the step.
 
         Both use the rule's state before the step, through which differences of gradients persist.
         """
@@ -275,7 +275,7 @@ def linearised_gradient(problem: Problem, point: Point, shift: Tensor, near: Hpa
 
 
 def _along(predict: Any, out: Any, params: Tensor, shift: Tensor) -> Any:
-    """``∂f/∂w · shift``; a difference where a layer has no forward derivative (LSTM on a CPU)."""
+    """``∂f/∂w · shift``; a finite difference if a layer has no forward mode (LSTM on a CPU)."""
     try:
         with sdpa_kernel(SDPBackend.MATH):
             return jvp(predict, (params,), (shift,))[1]

@@ -22,7 +22,7 @@ RECENT = 0.9
 
 
 class ForwardMemory(NamedTuple):
-    """Tangents, and the running diagonal of the curvature if it replaces the whole.
+    """Tangents, and the running diagonal of the Hessian if it replaces the whole.
 
     Attributes:
         tangent: Tangents of weights and state along each direction.
@@ -71,15 +71,15 @@ class Forward(AbstractEstimator):
             raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
-        """Raise an error for a matrix that needs the loss in two parts."""
+        """Raise an error for the Gauss-Newton matrix in training runs."""
         if endless and self.curvature == "gauss-newton":
             raise ValueError(
-                "curvature='gauss-newton' needs the loss in two parts, Problem(split=…), which "
-                "training does not know: use 'exact' with a discount, or 'diagonal'"
+                "Forward(curvature='gauss-newton') is not supported in training runs: "
+                "use 'exact' with a discount, or 'diagonal'"
             )
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> ForwardMemory:
-        """Tangents of zero."""
+        """Zero tangents."""
         moving = basis(hparams) if self.projections is None else self._signs(hparams)
         diagonal = torch.zeros_like(start.params) if self.curvature == "diagonal" else None
         return ForwardMemory(still(start, moving), diagonal)

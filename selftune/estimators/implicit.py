@@ -38,15 +38,15 @@ class Implicit(AbstractEstimator):
     - ``through="loss"``: ``F = ∇L_train`` with its penalties. For all hyperparameters of the loss,
       including coupled weight decay.
     - ``through="update"``: ``F = (w, s) − U(w, s)``, the fixed point of the update. Also for
-      learning rates, momentum and decoupled weight decay: at convergence a rate has no influence,
-      and before it a rate that converges faster is better.
+      learning rates, momentum and decoupled weight decay: at convergence a rate has no influence;
+      before, rates that converge faster are better.
 
     Args:
         solver: A :class:`~selftune.Neumann`, :class:`~selftune.CG` or :class:`~selftune.Nystrom`;
             through the update only Neumann with scale 1, each of whose terms is one step.
         through: ``"loss"`` or ``"update"``.
-        together: Rounds of the solver in one compiled graph: more run faster, fewer compile faster
-            and need less memory.
+        together: Rounds of the solver in one compiled graph. More rounds run faster; fewer compile
+            faster and need less memory.
         warm: Start each solve from the last solution (one-pass).
 
     Raises:
@@ -70,8 +70,8 @@ class Implicit(AbstractEstimator):
             raise ValueError(f"through={self.through!r} must be 'loss' or 'update'")
         if self.through == "update" and not isinstance(self.solver, Neumann):
             raise ValueError(
-                f"solver={type(self.solver).__name__} needs a symmetric matrix, which that of an "
-                "update is not: use Neumann, or through='loss'"
+                f"solver={type(self.solver).__name__} needs a symmetric matrix, but an update's "
+                "is not symmetric: use Neumann, or through='loss'"
             )
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> ImplicitMemory:

@@ -47,7 +47,7 @@ class Unrolled(AbstractEstimator):
 
     Args:
         horizon: K, or None for all steps.
-        checkpoint: c: the weights of each c-th step are kept, the others computed again.
+        checkpoint: c: the weights of every c-th step are kept, the others recomputed.
         share: W, or None.
 
     Raises:
@@ -90,7 +90,7 @@ class Unrolled(AbstractEstimator):
         if needed > there:
             raise MemoryError(
                 f"horizon={self.horizon} keeps {needed / 1e9:.3g} GB of weights, gradients and "
-                f"rule state, and {there / 1e9:.3g} GB are free: use a shorter one, checkpoint="
+                f"rule state, only {there / 1e9:.3g} GB are free: use a shorter one, checkpoint="
                 f"{max(2, round((self.horizon or 1) ** 0.5))}, or Forward or Implicit"
             )
         return ()

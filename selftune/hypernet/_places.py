@@ -40,7 +40,7 @@ class Place:
 
 
 def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
-    """Parameters that can and cannot have sensitivities; whether each example can have its own.
+    """Parameters with and without support; whether each example can have its own perturbation.
 
     Raises:
         ValueError: A parameter is shared between layers of which only some are supported.

@@ -35,7 +35,7 @@ def linear(layer: nn.Linear, x: Tensor, known: Known, delta: Tensor) -> Tensor:
 
 
 def convolution(layer: _ConvNd, x: Tensor, known: Known, delta: Tensor) -> Tensor:
-    """The same for a convolution, by channel."""
+    """:func:`linear` for a convolution, by channel."""
     total: Tensor | None = None
     if "weight" in known:
         gains, rows = known["weight"]

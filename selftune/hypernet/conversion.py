@@ -62,7 +62,7 @@ def convert(
     if not scale > 0:
         raise ValueError(f"scale={scale} must be above 0")
     if isinstance(model, SelfTuned):
-        raise ValueError("model is converted already: revert() it first")
+        raise ValueError("model is already converted: revert() it first")
     found = tunables(model)
     given = {n: f.value for n, f in found.items()} if hparams is None else dict(hparams)
     known = {n: found[n].hparam if n in found else penalty_hparam(n) for n in given}

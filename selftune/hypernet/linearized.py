@@ -77,7 +77,7 @@ def _near(part: Any) -> Tensor:
 
 
 def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) -> None:
-    """The gradient in all weights of the linearised network, then in the sensitivities."""
+    """The gradient w.r.t. all weights of the linearised network, then w.r.t. sensitivities."""
     named = dict(net.model.named_parameters())
     moves = {p.name: net.along(p, delta).detach() for p in net._places}
     held = {n: named[n].detach().requires_grad_() for n in moves}

@@ -53,8 +53,8 @@ def only(optimizers: Iterable[Any]) -> Any:
             "self-tuned: use st.AdamW, st.SGD, … or st.SelfTuning(inner)"
         )
     raise ValueError(
-        f"{len(tuned)} self-tuned optimizers, but the callback supports only one: remove it, and "
-        "call hyper_step of each in the training step, with its own validation loss"
+        f"{len(tuned)} self-tuned optimizers, but the callback supports only one: remove the "
+        "callback and call each one's hyper_step in the training step, with its own loss"
     )
 
 

@@ -17,9 +17,9 @@ from selftune.integrations._unwrapping import unwrap
 class HyperStep:
     """Calls ``hyper_step`` after iterations, and evaluates at the averaged weights.
 
-    The model has the averaged weights from an evaluation or the end of an epoch until the next
-    iteration, also in checkpoints written in between; the optimizer's state contains the training
-    weights. Load the optimizer after the model.
+    From an evaluation or the end of an epoch until the next iteration, the model has the averaged
+    weights, including in checkpoints written in between; the optimizer's state contains the
+    training weights. Load the optimizer after the model.
 
     Args:
         optimizer: A self-tuned optimizer, possibly wrapped by ``idist.auto_optim``.

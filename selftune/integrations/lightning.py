@@ -27,7 +27,7 @@ class SelfTuning(Callback):
     Validation, checkpoints (``state_dict``) and the module after ``fit`` use the averaged weights.
     A checkpoint also contains the training weights, from which a resumed run continues. The loss is
     that of ``validation_step``, or of ``training_step`` if that returns none, with the module in
-    ``eval()`` mode; their logged values and torchmetrics are left unchanged.
+    ``eval()`` mode; these calls log nothing and leave torchmetrics unchanged.
 
     Args:
         batches: Validation batches for tuning, by default the trainer's first validation loader.

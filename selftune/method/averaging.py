@@ -37,7 +37,7 @@ class Average:
 
     @property
     def stride(self) -> int:
-        """Steps between two averaged iterates that suffice for this average, at most 4.
+        """Steps between two iterates that enter the average, at most 4.
 
         Examples:
             >>> Average().stride, Average(0.0).stride

@@ -22,7 +22,7 @@ class Chosen(NamedTuple):
 
     Attributes:
         name: Name of the rule.
-        moves: Changes of raw values of hyperparameters.
+        moves: Changes of raw hyperparameter values, by name.
         step: Steps taken before the choice.
         every: Weight steps between two hyperparameter steps after the choice.
     """
@@ -109,10 +109,10 @@ def propose_all(
 
 
 def taken_over(rule: Mixture, part: Part, fresh: Part) -> Part:
-    """A restarted part under the chosen rule, with its average and that rule's state.
+    """A restarted part under the chosen rule, with the old average and the rule's state.
 
-    All sensitivities restart. That to the learning rate is the displacement of the weights, which
-    so far was caused by all members.
+    All sensitivities restart. The sensitivity to the learning rate is the displacement of the
+    weights, to which all members contributed until now.
     """
     state = {n: part.rule[f"{rule.chosen}/{n}"] for n in fresh.rule}
     return fresh._replace(average=part.average, rule=state)

@@ -40,7 +40,7 @@ class Displacement(NamedTuple):
         segments: k, shape (1,).
 
     Source: Ivgi et al. 2023 (DoG) keep a similar ratio, of steps and from the start, at 1; its use
-    as a limit, with segments, is of this library.
+    as a limit, with segments, this library.
     """
 
     centre: list[Tensor]

@@ -1,4 +1,4 @@
-"""The step in place by one kernel of torch.
+"""The in-place weight step by a single torch kernel.
 
 Most steps only need the new weights and rule state, while the pure step allocates about thirty
 tensors. In tracked steps these are allocated for a slice of the weights only.
@@ -24,7 +24,7 @@ def kernel(update: Update, values: Mapping[str, Any]) -> InPlace | None:
 
     Args:
         update: The weight step.
-        values: Hyperparameters and options as numbers; values for each tensor have no kernel.
+        values: Hyperparameters and options as numbers; per-tensor values have no kernel.
     """
     if update.penalties or any(isinstance(v, Tensor) for v in values.values()):
         return None

@@ -134,7 +134,7 @@ class HyperOptimizer:
         return Frame(torch.zeros_like(low), low, high)
 
     def begin(self, values: Mapping[str, float]) -> HyperState:
-        """Raw values of constrained ones; exactly 0 starts from ``from_zero``."""
+        """Map values to raw values; exactly 0 starts from ``from_zero``."""
         raw = []
         for name, hparam in self.hparams.items():
             given = torch.tensor(values[name] or hparam.from_zero, dtype=torch.float64)
@@ -143,11 +143,11 @@ class HyperOptimizer:
         return HyperState.begin(torch.tensor(raw, dtype=torch.float64))
 
     def values(self, raw: Tensor) -> dict[str, Tensor]:
-        """Constrained values of raw ones by name, scalars."""
+        """Map raw values to constrained scalars by name."""
         return {n: h.bijection.forward(raw[i]) for i, (n, h) in enumerate(self.hparams.items())}
 
     def slopes(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The derivative of each value in its raw value."""
+        """The derivative of each value w.r.t. its raw value."""
         return {n: h.bijection.slope(values[n]) for n, h in self.hparams.items()}
 
     def step(
@@ -173,7 +173,7 @@ class HyperOptimizer:
             frame: Bounds of the shifts.
             memory: 1/(1 − μ) of heavy-ball momentum, 1 without.
             climb: Factor of a step that raises the learning rate.
-            steps: Training steps taken, for a floor of unknown horizon.
+            steps: Training steps taken, for the floor if the horizon is unknown.
             moving: Names with a hypergradient; the others do not change. None: all.
             propose: An optimizer instead of Adam.
         """
@@ -234,7 +234,7 @@ class HyperOptimizer:
         return self._added(raw, name, change).maximum(frame.low).minimum(frame.high)
 
     def lay_floor(self, raw: Tensor, frame: Frame, memory: Any, steps: int) -> Tensor:
-        """The lowest shifts, with the weight decay floor."""
+        """Lower bounds of the shifts, raised to the weight decay floor."""
         if self.floor is None:
             return frame.low
         floor, decay = self.floor, self.hparams["weight_decay"]
@@ -259,7 +259,7 @@ class HyperOptimizer:
         return vector[self._slots[name]]
 
     def _added(self, vector: Tensor, name: str, value: Any) -> Tensor:
-        """``vector`` with ``value`` added at a name; nothing in place, so that it maps."""
+        """``vector`` with ``value`` added at a name; out of place, for vmap."""
         return self._put(vector, name, self._of(vector, name) + value)
 
     def _put(self, vector: Tensor, name: str, values: Tensor) -> Tensor:

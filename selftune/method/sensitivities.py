@@ -24,7 +24,7 @@ DOT = 2**31 - 1  # entries that torch.dot takes at most
 class Part(NamedTuple):
     """One vector or tensor of weights with its state.
 
-    Sizes in units of the weights are in brackets, those of a slice of them in units of the slice.
+    Numbers in brackets are sizes, as multiples of the weights or, if over a slice, of the slice.
 
     Attributes:
         params: The weights (1).
@@ -33,8 +33,8 @@ class Part(NamedTuple):
         tangents: Sensitivities of ``params`` and ``rule`` over the slice (1 or 2 for each row).
         averaged: Sensitivities of ``average`` over the slice: of the rows, then of the learning
             rate (1 each).
-        recent: E, the average with the discount of the sensitivities, over the slice, for the
-            learning rate, whose sensitivity is ``w − E`` (1); or nothing.
+        recent: E, the average over the slice with the discount of the sensitivities (1), or
+            nothing. The sensitivity to the learning rate is ``w − E``.
         decay: The sensitivity of a weight of 1 to a weight decay that shrinks weights
             proportionally, and its average; one per tensor, or nothing.
     """
@@ -65,7 +65,7 @@ class Moment(NamedTuple):
 
     Attributes:
         values: Hyperparameters and options.
-        slopes: The derivatives of the tuned hyperparameters in their raw values.
+        slopes: The derivatives of the tuned hyperparameters w.r.t. their raw values.
         clock: Time of the step.
         share: The weight of this iterate in the running averages; 0 if the step is not taken.
         mask: Which weights take part in the step, or whether any does; None: all.
@@ -84,7 +84,7 @@ def closed(names: Sequence[str], rule: AbstractRule, estimator: AbstractRows) ->
     """Hyperparameters whose sensitivity has a closed form.
 
     - To the log of the rate: the displacement of the weights.
-    - To the rate's decay α: proportional to that, because α acts through the rate only.
+    - To the rate's decay α: proportional to the displacement, as α only acts through the rate.
     - To a weight decay that shrinks weights: proportional to the weights.
     """
     if not estimator.closed_forms:
@@ -136,7 +136,7 @@ class Sensitivities:
         *,
         fresh: bool = False,
     ) -> Part:
-        """A part at the start of a run, with sensitivities of 0.
+        """A part at the start of a run, with zero sensitivities.
 
         Args:
             params: The weights, not copied.
@@ -178,7 +178,7 @@ class Sensitivities:
         """The sensitivity to the log of the rate: the displacement.
 
         With the discount γ, ``J = Σ γʲ (w_{t−j} − w_{t−j−1})`` is ``w_t − E_{t−1}``, E the running
-        average of the weights that keeps γ of itself. Over a stride of k steps it keeps γᵏ.
+        average of the weights with decay γ (γᵏ over a stride of k steps).
         """
         kept = self.estimator.discount**self.estimator.stride
         for recent, row in zip(part.recent, part.averaged[len(self.rows) :], strict=True):
@@ -227,7 +227,7 @@ class Sensitivities:
     # at a hyperparameter step
 
     def answers(self, part: Part, pieces: Pieces | None, cut: Slice = WHOLE) -> Tensor:
-        """Sensitivities to the strengths of the penalties over the slice, summed over them."""
+        """Sum of the sensitivities to the penalties' strengths, over the slice."""
         average = cut.take(part.average)
         total = torch.zeros_like(average)
         for name, row in zip(self.rows, part.averaged, strict=False):
@@ -253,13 +253,13 @@ class Sensitivities:
 
         Args:
             part: The weights.
-            grads: The outer gradient at its average, over the slice, times its root.
+            grads: The outer gradient at the part's average, over the slice, times ``cut.root``.
             moment: Current values of hyperparameters by name, for each tensor or for all.
             step: Steps taken.
             cut: The slice.
             pieces: Places of the concatenated tensors of the part.
             by_tensor: Whether each tensor has its own hypergradient.
-            deflated: The outer gradient without stiff directions, for penalties; None: the same.
+            deflated: The outer gradient without stiff directions, for penalties; None: ``grads``.
         """
 
         def along(name: str, vector: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class Sensitivities:
 def rewind(part: Part, good: Tensor, cut: Slice = WHOLE) -> None:
     """Reset the average to good weights in place, and the rest to its initial state.
 
-    The driver writes the weights themselves.
+    The driver restores the weights.
     """
     part.average.copy_(good)
     for recent in part.recent:

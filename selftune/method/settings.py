@@ -20,7 +20,7 @@ class HyperSettings(Settings):
         eps: ε of Adam.
         often: Minimum number of training steps between two hyperparameter steps.
         rare: Maximum number of training steps between two hyperparameter steps.
-        fewest: Length of the run over the interval, before ``often`` and ``rare`` limit it.
+        fewest: Hyperparameter steps in a run, before ``often`` and ``rare`` limit the interval.
         short: In runs with fewer training steps, hyperparameter steps are larger.
         power: Exponent of the factor ``(short / length) ** power``.
         recent: Decay of the running means of the signal-to-noise ratio: 0.8 covers about five
@@ -46,7 +46,7 @@ class HyperSettings(Settings):
     apart: float = 0.1
 
     def every(self, total_steps: int | None) -> int:
-        """Training steps between two hyperparameter steps: a thirtieth of the run.
+        """Training steps between two hyperparameter steps: a thirtieth of the run, within 5…20.
 
         Examples:
             >>> settings = HyperSettings()

@@ -78,7 +78,7 @@ class Slice:
         ]
 
     def of(self, step: Transition) -> Transition:
-        """The step of the slice."""
+        """The record of a step, restricted to the slice."""
         if self.stride == 1:
             return step
         size = step.params.numel()

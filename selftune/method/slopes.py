@@ -12,7 +12,7 @@ from selftune.method.settings import SliceSettings
 from selftune.method.slices import choose
 
 SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
-"""Share and number of weights of large tensors; small tensors, with steep slopes, use all."""
+"""Share and maximum number of weights used of a large tensor; small ones are used whole."""
 
 
 @dataclass

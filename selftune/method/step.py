@@ -78,7 +78,7 @@ class Method:
     Args:
         sensitivities: Track the average of the weights and its sensitivities.
         hyper: Steps the hyperparameters.
-        settings: Numbers of the method.
+        settings: Settings of the method.
         horizon: Assumed length of the run in steps.
         slices: Slice of each part with sensitivities; by default all weights.
         guarded: Whether the run has a guard. Without one, as in a game of two losses, weights may
@@ -256,7 +256,7 @@ class Method:
             frame: Bounds of the shifts.
             step: Training steps taken, shape (1,).
             memory: 1/(1 − μ) of heavy-ball momentum.
-            steps: Training steps taken, as a number, for a floor of unknown horizon.
+            steps: Training steps taken, as a number, for the floor if the horizon is unknown.
             moving: Names that may change; None: all.
             propose: An optimizer of the shifts instead of Adam.
         """

@@ -3,7 +3,7 @@
 Without curvature, the sensitivity of the weights to a penalty Ω grows with time, ``J = −τ ∂Ω``,
 where τ is η summed over the steps of the run. With curvature, ``J = −(1/τ + H)⁻¹ ∂Ω``: along a
 direction of curvature h, J stops growing at τ ≈ 1/h. The outer
-gradient is longest along exactly these stiff directions, where a penalty has no effect in the long
+gradient is largest along exactly these stiff directions, where a penalty has no effect in the long
 run.
 
 Stiff directions are estimated without an extra pass: over a move Δw the training gradient
@@ -144,8 +144,8 @@ class Stiffness(NamedTuple):
             grads: The outer gradient, part by part.
             secants: Of every part.
             answers: J of the penalties' strengths in log space, summed over penalties.
-            memories: Steps since the last call, in units of the memory of J. J is the push
-                times the τ of its memory; τ of the run grows by this many of them.
+            memories: Steps since the last call, divided by the memory 1/(1 − γ) of J. The τ of
+                one memory is ‖J‖ / ‖push‖; that of the run grows by ``memories`` times as much.
             dependent: As in :class:`StiffSettings`.
             reduce: Sums products over processes that hold parts of the weights.
         """

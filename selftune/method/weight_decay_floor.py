@@ -38,7 +38,7 @@ class WeightDecayFloor:
     def of(
         cls, rule: AbstractRule, schedule: Schedule, settings: FloorSettings | None
     ) -> WeightDecayFloor | None:
-        """The floor of a rule, or None if weight decay does not shrink weights in proportion."""
+        """The floor of a rule, or None if weight decay does not shrink weights proportionally."""
         if settings is None or not rule.shrinks:
             return None
         return cls(

@@ -66,7 +66,7 @@ class Given:
         found: Tuned layers and losses by name.
         known: Scales and bounds of all hyperparameters by name.
         values: Their starting values.
-        chosen: Names whose start was passed by the user.
+        chosen: Names whose starting values were passed by the user.
         names: Names of the tuned hyperparameters.
         bounds: (lowest, highest) values by name.
         estimator: The user's estimator, or None.
@@ -82,7 +82,7 @@ class Given:
         metrics: Metrics by name.
         amp: Whether passes run in bfloat16.
         population: The population, or None.
-        settings: Numbers of the method.
+        settings: Settings of the method.
         group: The ranks.
     """
 
@@ -146,7 +146,7 @@ def open_streams(
         val: Validation batches.
         whole: Training batches after held-out examples have joined; else ``train``.
         device: Device of the batches.
-        given: What the tuner was given.
+        given: The arguments of the tuner.
 
     Raises:
         ValueError: Ranks start with different models or data.

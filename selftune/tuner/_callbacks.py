@@ -1,4 +1,4 @@
-"""The end of a run by its patience or a callback."""
+"""Early stopping, by patience or a callback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def stop(training: Training, scores: dict[str, float]) -> str:
 
     Args:
         training: The run.
-        scores: At its last evaluation.
+        scores: Scores of the last evaluation.
     """
     plan, watch = training.plan, training.watch
     ends = plan.patience is not None and training.waited >= plan.patience

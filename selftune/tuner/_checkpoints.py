@@ -21,9 +21,9 @@ log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
-"""Seconds for which other ranks wait for the first to save a run that lost a rank."""
+"""When a rank is lost, seconds that other ranks wait for the first one to save the run."""
 VERSION = 10
-"""Version of checkpoints; 10 includes the due part of a step, and no rank's random streams."""
+"""Version of checkpoints; 10 has the due part of a step, and no random streams of ranks."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

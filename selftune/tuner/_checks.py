@@ -51,7 +51,7 @@ def check_hparams(
     for name, value in given.items():
         if name not in names:
             raise ValueError(
-                f"hparams={name!r} is not one of {type(rule).__name__}: use some of "
+                f"hparams={name!r} is not one of {type(rule).__name__}'s: use some of "
                 f"{sorted(names)}, and penalty= for penalties"
             )
         if isinstance(value, bool):
@@ -137,11 +137,11 @@ def check_fit(values: Mapping[str, Any]) -> None:
 def check_first(
     steps: Steps, run: RunState, streams: tuple[Stream, Stream], *, mapped: bool
 ) -> float:
-    """Evaluate both objectives on their first batches without side effects; return the loss.
+    """Evaluate both objectives on first batches without side effects; return the validation loss.
 
     Args:
-        steps: Compute them.
-        run: At its start.
+        steps: The steps.
+        run: The initial run.
         streams: Training and validation batches.
         mapped: Whether members of a population are trained, by ``torch.func``.
 
@@ -167,8 +167,8 @@ def check_first(
                 grads = passed(run, batch)[1]
             if not any(bool(g.any()) for g in grads):
                 raise ValueError(
-                    f"the gradient of the loss on the first {name} batch is 0: objective= must "
-                    "use the model that it gets as its argument; or all units are dead"
+                    f"the gradient of the loss on the first {name} batch is 0: either "
+                    "objective= does not use the model passed to it, or all units are dead"
                 )
     return value
 
@@ -180,7 +180,7 @@ def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Strea
     tensors = [*objective.parameters(), *objective.buffers()]
     group.check_same(
         "weights and buffers of the model", digest(tensors),
-        "make it after torch.manual_seed(0), or load the same file on all ranks",
+        "create it after torch.manual_seed(0), or load the same file on all ranks",
     )  # fmt: skip
     group.check_same(
         "lengths of train and val", [len(s) if s.sized else None for s in streams],
@@ -245,7 +245,7 @@ def _explained() -> Iterator[None]:
         if "saved tensor hooks" in str(error):
             raise ValueError(
                 "model: activation checkpoints, and other hooks of saved tensors, need "
-                "population=1 and an estimator of rows, Trace or OneStep, for all tuned "
+                "population=1 and an elementwise estimator, Trace or OneStep, for all tuned "
                 "hyperparameters: leave others out of tune=, or train without checkpoints"
             ) from error
         raise

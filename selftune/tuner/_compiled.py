@@ -31,7 +31,7 @@ class Fused:
     Compiled, a step is one graph: forward, gradient, update and sensitivities, or validation pass
     and hyperparameter step, without Python in between. The graph is compiled for the shapes of the
     first batch. A batch of another shape (the last of an epoch) runs eagerly; if there are many, a
-    second graph for any shape is compiled. If the model cannot be compiled, its passes run eagerly
+    dynamic-shape graph is compiled too. If the model cannot be compiled, its passes run eagerly
     and the rest stays compiled. With several ranks there are two graphs, for the model's pass and
     for the rest, with the all-reduce of gradients in between.
 
@@ -72,7 +72,7 @@ class Fused:
         if device.type == "cuda":
             for leaf in tensors:
                 torch._dynamo.mark_static_address(leaf)
-        log.info("compiling the training step: up to a minute, and quick once it is cached")
+        log.info("compiling the training step: takes up to a minute, or less once cached")
         if self._steps.group.together:
             self._exact = self._parted(
                 lambda step: _compile(step, device, dynamic=False),

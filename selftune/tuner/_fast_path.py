@@ -1,4 +1,4 @@
-"""The eager weight step by one kernel of torch."""
+"""The eager weight step by a single torch kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selftune.update import Clock, Transition, learning_rate
 
 
 class FastPath:
-    """Takes a step in place, equal up to rounding, in less time and memory.
+    """Takes the same step in place, up to rounding, with less time and memory.
 
     Args:
         steps: The steps.

@@ -16,7 +16,7 @@ def place(training: Training) -> float:
     """Put the best weights into the model; return their validation loss.
 
     Without a validation set they are the averaged ones, and the loss is that at the join. If the
-    run had over-fitted before, they are the last good ones from before the join, with their loss.
+    run overfitted before the join, they are the last good ones from before it, with their loss.
     """
     scorer, run, leader = training.scorer, training.fused.run, training.watch.leader
     if training.joining is not None and training.joined:

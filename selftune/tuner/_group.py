@@ -266,12 +266,12 @@ def check_together(given: Given) -> None:
         )
     if assigned.whole is not None and members is not None:
         raise ValueError(
-            f"population={members.size} needs an estimator of rows, Trace or OneStep, for all "
+            f"population={members.size} needs an elementwise estimator, Trace or OneStep, for all "
             f"tuned hyperparameters, but {assigned.names} need {assigned.whole}"
         )
     if ranks > 1 and assigned.whole is not None:
         raise ValueError(
-            f'parallel="ddp" on {ranks} ranks needs an estimator of rows, Trace or OneStep, for '
+            f'parallel="ddp" on {ranks} ranks needs an elementwise estimator (Trace, OneStep) for '
             f"all tuned hyperparameters, but {assigned.names} need {assigned.whole}: leave them "
             "out of tune=, or train on one rank"
         )

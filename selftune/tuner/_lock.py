@@ -66,8 +66,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
                 time.sleep(0.2)
                 continue
             raise ValueError(
-                f"log_dir={folder} is being written to by process {process} on {host}, for "
-                f"{age:.0f} s: wait until it ends, or pass another folder"
+                f"log_dir={folder} is being written to by process {process} on {host}, started "
+                f"{age:.0f} s ago: wait until it ends, or pass another folder"
             ) from None
         host, process, age = _owner(folder)
         if process is not None:

@@ -1,4 +1,4 @@
-"""Transfer of masks that callbacks change to the run."""
+"""Copying of masks, changed by callbacks, into the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decision whether to compile a run, by the time it saves and takes."""
+"""The decision whether to compile a run: the time saved against the compile time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPILED = 20.0, 4.0
 def payoff(
     begun: Sequence[float], ended: Sequence[float], left: int, tensors: int
 ) -> tuple[bool, float]:
-    """Whether compiling pays, and about how many seconds it saves.
+    """Whether compiling pays off, and about how many seconds it saves.
 
     Wall time includes other processes on a busy machine, and process time sums over threads; the
     shorter of the two is the better estimate.

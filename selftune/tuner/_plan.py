@@ -64,7 +64,7 @@ class Progress:
         scores: ``loss`` and other metrics over the whole validation set, at the average.
         hparams: Current hyperparameters.
         joined: Whether held-out examples have become training data (``val=None``); ``scores`` are
-            then those at that step.
+            then those at the join.
     """
 
     step: int
@@ -100,7 +100,7 @@ class Plan:
         return step % self.log < self.every
 
     def falls(self, every: int, step: int) -> bool:
-        """Whether an event with an interval, and at the join and the end, is due after a step."""
+        """Whether a periodic event is due after a step; at the join and the end, it always is."""
         return step % every == 0 or step in (self.total, self.join)
 
     def pictured(self, step: int) -> bool:

@@ -20,7 +20,7 @@ log = logging.getLogger("selftune")
 SPREAD = math.log(10.0)
 """Log of the range of starting learning rates and penalties, relative to the given ones."""
 KICK = math.log(1.5)
-"""Log of the change of a copy's learning rate."""
+"""Log of the factor on a copy's learning rate."""
 SHARE = 0.25
 """Share of the members replaced in an exchange."""
 
@@ -42,7 +42,7 @@ class Population:
         self._generator = torch.Generator().manual_seed(seed)
 
     def stack(self, run: RunState, hyper: HyperOptimizer, spread: Mapping[str, float]) -> RunState:
-        """M copies of a run with different starting hyperparameters; the first keeps the given."""
+        """M copies of a run with different starting hyperparameters; the first is unchanged."""
         stacked = tree_map(lambda t: torch.stack([t] * self.size), run)
         for name, reach in spread.items():
             if name in hyper.names:
@@ -59,7 +59,7 @@ class Population:
     def exploit(
         self, snapshots: Snapshots, controllers: list[Controller], hyper: HyperOptimizer
     ) -> None:
-        """Replace the worst members by copies of the best: weights and all state."""
+        """Replace the worst members by copies of the best, with perturbed learning rates."""
         guards = [c.guard for c in controllers]
         means = [g.mean if g is not None and math.isfinite(g.mean) else math.inf for g in guards]
         order = sorted(range(self.size), key=means.__getitem__)

@@ -104,7 +104,7 @@ class Parts:
         shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                "resume: the checkpoint's state has other tensors than this run's: resume with the "
+                "resume: the checkpoint's tensors do not match this run's: resume with the "
                 "same options of rule, penalties and estimator, or start a new run in another "
                 "log_dir"
             )

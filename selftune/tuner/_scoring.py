@@ -52,7 +52,7 @@ class _Scores(nn.Module):
 
 
 class Scorer:
-    """Evaluates, divided over ranks, and puts averaged weights into the model.
+    """Evaluates the model, divided over ranks, and puts averaged weights into it.
 
     Args:
         objective: The training objective, around the user's model.

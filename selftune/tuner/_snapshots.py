@@ -68,7 +68,7 @@ class Snapshots:
             moves: Changes by name.
             member: Member of a population.
             raw_before: Raw hyperparameters to restore before the changes.
-            start_is_good: Whether the average, at the initial weights, becomes the good weights.
+            start_is_good: Whether the average, still the initial weights, becomes the good weights.
         """
         mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
         kept = [self.part(t, member) for t in self.weights]

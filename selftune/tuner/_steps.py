@@ -167,7 +167,7 @@ class Steps:
             named[name].data = named[name].data.clone()
 
     def observed(self, age: int) -> tuple[bool, bool]:
-        """Whether the step that ends at an age is tracked, and a hyperparameter step is due."""
+        """Whether the step that ends at an age is tracked; whether a hyperparameter step is due."""
         return age % self.method.sensitivities.estimator.stride == 0, age % self.every == 0
 
     # the steps

@@ -30,7 +30,7 @@ def sweep(
     Args:
         steps: The steps.
         run: Their tensors.
-        snapshots: Store the weights at the lowest sum of slopes.
+        snapshots: Storage of the weights at the lowest sum of slopes.
         controller: Controls the sweep.
         batch: Returns the next training batch.
 

@@ -121,7 +121,7 @@ class Training:
         return ended
 
     def _reach(self, due: str) -> None:
-        """Start a part of a step, the resume point if another rank is lost during it."""
+        """Start a part of a step; if another rank is lost during it, the run resumes there."""
         self.due, self._position = due, self._now()
 
     def _now(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class Training:
         return self.joining is not None and self.joining.joined is not None
 
     def _scores(self) -> dict[str, float]:
-        """Scores over the validation set; those at the join, once it has been joined."""
+        """Scores over the validation set; after the join, those at the join."""
         if self.joining is not None and self.joined:
             return self.joining.scores
         scores = self._evaluate()

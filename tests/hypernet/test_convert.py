@@ -291,7 +291,7 @@ def test_penalties_are_hyperparameters_of_the_loss() -> None:
         (lambda: st.hypernet.convert(mlp(), perturb="layer"), "perturb='layer' must be one of"),
         (lambda: st.hypernet.convert(mlp(), scale=0), "scale=0 must be above 0"),
         (lambda: st.hypernet.convert(Tied(), perturb="example"), "perturb='example' is not"),
-        (lambda: st.hypernet.convert(st.hypernet.convert(mlp())), "converted already"),
+        (lambda: st.hypernet.convert(st.hypernet.convert(mlp())), "already converted"),
         (lambda: st.hypernet.convert(st.nn.Dropout(0.1)), "no layer of model can respond"),
         (lambda: st.hypernet.convert(mlp()).value("dopout"), "name='dopout' is unknown"),
         (lambda: st.hypernet.delta_backward(st.hypernet.convert(mlp()).eval(), torch.sum,

@@ -128,7 +128,7 @@ def test_a_run_that_goes_back_is_observed_anew(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_population_needs_rows() -> None:
-    with pytest.raises(ValueError, match="population=3 needs an estimator of rows"):
+    with pytest.raises(ValueError, match="population=3 needs an elementwise estimator"):
         tuner(net(), estimator=st.Forward(), population=3)
 
 

@@ -239,7 +239,7 @@ class Rows(IterableDataset[Any]):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "a list": (lambda: list(loader()), "train is a list: pass such a DataLoader"),
+    "a list": (lambda: list(loader()), r"train \(list\) is not: pass such a DataLoader"),
     "no length": (
         lambda: DataLoader(Rows(), batch_size=20), "needs a data set with a length: pass valid",
     ),

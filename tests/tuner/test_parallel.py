@@ -174,7 +174,7 @@ REFUSED: dict[str, Callable[[int], Any]] = {
     "weights and buffers of the model of rank 1 differ": other_models,
     "lengths of train and val of rank 1 differ": other_data,
     "train has a DistributedSampler": sampler,
-    "needs an estimator of rows": lambda _: train(net(st.nn.Dropout(0.1)), parallel="ddp"),
+    "needs an elementwise estimator": lambda _: train(net(st.nn.Dropout(0.1)), parallel="ddp"),
     "population=2 cannot be trained": lambda _: train(net(), parallel="ddp", population=2),
 }
 

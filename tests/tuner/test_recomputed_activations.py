@@ -58,7 +58,7 @@ def test_so_is_a_compiled_run(caplog: pytest.LogCaptureFixture) -> None:
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "reentrant": (True, {}, r"reentrant kind: pass use_reentrant=False to torch"),
     "population": (False, dict(population=2), r"activation checkpoints.*need population=1"),
-    "whole steps": (False, dict(estimator=st.Unrolled(5)), r"an estimator of rows, Trace or One"),
+    "whole steps": (False, dict(estimator=st.Unrolled(5)), r"elementwise estimator, Trace or One"),
 }
 
 
