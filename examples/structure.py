@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
 
 import selftune as st
 
@@ -91,9 +92,9 @@ count = 1500 if args.quick else args.images
 train_images = TensorDataset(*train_images[:count])
 held = count // 10
 train, val = random_split(train_images, [count - held, held], torch.Generator().manual_seed(0))
-watched = f"{args.log_dir}/structure"  # gates, sizes, weights of choices, noise scale
+writer = SummaryWriter(args.log_dir)  # one run: the optimizer, gates, sizes, noise scale
 batches = st.structure.Batches(
-    train, start=args.batch_size, most=128, drop_last=True, recorder=watched
+    train, start=args.batch_size, most=128, drop_last=True, recorder=writer
 )  # fmt: skip
 loader = DataLoader(train, batch_sampler=batches)
 val_x, val_y = (torch.stack(list(column)) for column in zip(*val, strict=True))
@@ -104,14 +105,14 @@ epochs = 1 if args.quick else args.epochs
 steps = epochs * len(batches)
 opt = st.AdamW(
     st.structure.parameter_groups(model), lr=3e-3, weight_decay=0.01, total_steps=steps,
-    model=model, log_dir=args.log_dir,
+    model=model, log_dir=writer,
 )  # fmt: skip
 example = train_images.tensors[0][:1]
 goal = st.structure.Goal(
     model, example, args.budget, of=("parameters", "multiply_adds"), total_steps=steps,
-    recorder=watched,
+    recorder=writer,
 )  # fmt: skip
-chooser = st.structure.Chooser(model, steps, recorder=watched)
+chooser = st.structure.Chooser(model, steps, recorder=writer)
 start = {**size(model), "batch size": batches.size}
 given = {name: v for name, v in opt.hparams.items() if isinstance(v, float)}
 
@@ -154,6 +155,7 @@ with opt.averaged(), torch.no_grad():
     )  # fmt: skip
     right = accuracy(small)
 opt.finish()
+writer.close()
 
 end = {**size(small), "batch size": batches.size}
 print(f"\n{small}\n\n{'':28}   start →      end")
