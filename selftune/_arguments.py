@@ -29,10 +29,10 @@ class Kind(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """In words, after "must be"."""
+        """The valid values in words, to follow "must be"."""
 
     def __or__(self, other: Kind) -> Kind:
-        """Either of two."""
+        """A kind that accepts the values of both."""
         return Either(self, other)
 
 
@@ -89,7 +89,7 @@ class OneOf(Kind):
     values: tuple[Any, ...]
 
     def fits(self, value: Any) -> bool:
-        """Whether it is hashable, as the values are."""
+        """Whether it has the type of one of the values."""
         return isinstance(value, tuple({type(v) for v in self.values}))
 
     def holds(self, value: Any) -> bool:
@@ -136,7 +136,7 @@ class Either(Kind):
 
     def __init__(self, *kinds: Kind) -> None:
         flat = [k for kind in kinds for k in getattr(kind, "kinds", (kind,))]
-        self.kinds = sorted(flat, key=lambda kind: kind == NONE)  # read last
+        self.kinds = sorted(flat, key=lambda kind: kind == NONE)  # None last in messages
 
     def fits(self, value: Any) -> bool:
         """Whether it is of one of the types."""
@@ -167,7 +167,7 @@ def check(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
     """Raise an error for values that are not of their kind.
 
     Args:
-        kinds: Kinds by the arguments' names.
+        kinds: The kind of each argument, by name.
         values: Values by name; names without a kind are ignored.
 
     Raises:

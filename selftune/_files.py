@@ -14,7 +14,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: The file cannot be written; the previous file is unchanged.
     """
-    place = Path(os.path.realpath(path))  # a link goes on pointing there
+    place = Path(os.path.realpath(path))  # keeps a symbolic link intact
     partial = place.with_name(f"{place.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -58,7 +58,7 @@ class Layout:
         sizes: Number of elements of each tensor.
         numel: Length N of the vector.
         dtype: The vector's dtype.
-        native: Whether the tensors are whole, on the CPU, and in the vector's dtype.
+        native: Whether the tensors are unsharded, on the CPU, and of the vector's dtype.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -98,7 +98,7 @@ class Layout:
         return [local(t) for t in tensors] if self._sharded else list(tensors)
 
     def expand(self, values: Sequence[float]) -> float | Tensor:
-        """Expand values of tensors to weights: a number if all agree, else shape (N,)."""
+        """Expand one value per tensor to shape (N,), or to a number if all are equal."""
         if all(v == values[0] for v in values):
             return values[0]
         repeats = torch.tensor(self.sizes, device=self.device)

@@ -15,9 +15,9 @@ def gradient(
 ) -> tuple[list[Tensor], Tensor, Any]:
     """Gradients, value and auxiliary outputs of a function.
 
-    Uses :func:`torch.func.grad` in graphs, under its transforms, and if the result may be
-    differentiated. Otherwise, under ``no_grad``, uses plain autograd, with the same kernels as the
-    user's own loop: under torch.func an LSTM uses kernels that are less than half as fast on a CPU.
+    Uses :func:`torch.func.grad` when compiling, inside function transforms, and if the result may
+    be differentiated. Otherwise uses plain autograd, with the same kernels as the user's own loop:
+    under torch.func, the kernels of an LSTM are less than half as fast on a CPU.
 
     Args:
         function: Returns a scalar and an auxiliary output.
@@ -62,6 +62,6 @@ def pulling(
 
 
 def plainly() -> bool:
-    """Whether only values are needed, outside of graphs and transforms."""
+    """Whether plain autograd suffices: under ``no_grad``, not transformed or compiled."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     return not (transformed or torch.is_grad_enabled() or torch.compiler.is_compiling())

@@ -29,7 +29,7 @@ class Graphs:
 
 
 def compile_alone(function: Function) -> Function:
-    """Compile a function with its own code object, because Dynamo limits graphs per code."""
+    """Compile a function with its own code object, as Dynamo limits graphs per code object."""
 
     def run(*args: Any) -> Any:
         return function(*args)

@@ -41,7 +41,7 @@ def describe(value: Any) -> str:
 
 
 def differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """Names and values of settings that differ; of long values the first different line.
+    """Names and values of settings that differ; for long values, the first line that differs.
 
     Examples:
         >>> differences({"amp": True, "every": 5}, {"amp": False, "every": 5})
@@ -60,7 +60,7 @@ def differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
 
 
 def digest(tensors: Iterable[Tensor], *, values: bool = True) -> int:
-    """A checksum of shapes, dtypes and, if wanted, up to 1,024 values of each tensor."""
+    """A checksum of shapes, dtypes and, optionally, about 1,024 values of each tensor."""
     found = 0
     for tensor in tensors:
         found = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), found)

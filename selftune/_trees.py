@@ -1,4 +1,4 @@
-"""Traversal of trees of tensors; torch's own takes as long as a small network's step."""
+"""Traversal of nested tensors; torch's pytree takes as long as a small network's step."""
 
 from __future__ import annotations
 

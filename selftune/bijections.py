@@ -101,8 +101,8 @@ class Memory(AbstractBijection):
     """``value = 1 - exp(-raw)``, for momenta and betas: the raw value is the memory's logarithm.
 
     The memory is 1/(1 − μ), about the number of gradients in a running mean with momentum μ. The
-    odds μ/(1 − μ) are not suitable, because their log diverges as μ goes to 0: from 0.02 to 0.04
-    would take as many steps as from 0.9 to 0.95.
+    odds μ/(1 − μ) are not suitable, because their log diverges as μ goes to 0: a change
+    from 0.02 to 0.04 would take as many steps as one from 0.9 to 0.95.
     """
 
     domain = "at least 0 and below 1"

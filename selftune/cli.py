@@ -102,7 +102,7 @@ def _demo(folder: str, epochs: int) -> int:
     print(result.report())
     print(
         f"\nvalidation loss {result.best_loss:.4g}; {100 * right:.1f} % accuracy on {len(test)} "
-        "held-out digits"
+        "test digits"
     )
     print(f"\nReport:  {Path(folder) / 'report.html'}\nCharts:  tensorboard --logdir {folder}")
     return 0

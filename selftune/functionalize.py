@@ -54,7 +54,7 @@ def _hollow(model: nn.Module) -> nn.Module:
     memo |= {id(p): nn.Parameter(p.new_empty(0)) for p in model.parameters() if p.requires_grad}
     try:
         return copy.deepcopy(model, memo)
-    except RuntimeError:  # it holds tensors that it has computed, which torch does not copy
+    except RuntimeError:  # it stores non-leaf tensors, which torch does not copy
         return model
 
 
@@ -73,7 +73,7 @@ def as_problem(
     to ``loss_fn(output, target, name=…)`` by name.
 
     Args:
-        model: The model, in the mode (training or evaluation) of its passes.
+        model: The model, already in training or evaluation mode.
         loss_fn: Training loss of output and target.
         update: The update rule.
         outer_loss_fn: Validation loss of output and target; by default ``loss_fn``.

@@ -71,7 +71,7 @@ class HoldOut:
         """Return the batches of a run for your own loop.
 
         Args:
-            loader: A DataLoader over a data set with a length. Its data set, batch size,
+            loader: A DataLoader over a dataset with a length. Its dataset, batch size,
                 ``drop_last``, ``collate_fn`` and workers are used, and its examples are shuffled if
                 it shuffles.
             steps: Training batches of the whole run.
@@ -166,7 +166,7 @@ class HeldOut:
         while self.step < self.steps:
             joined = self.step >= self.join
             batches, loader = self._train[joined]
-            if joined:  # persistent workers of the first part end
+            if joined:  # stops the first loader's persistent workers
                 vars(self._train[0][1])["_iterator"] = None
             batches.taken = self.step - joined * self.join
             for batch in loader:
@@ -191,13 +191,13 @@ class HeldOut:
             if state[name] != mine[name]:
                 raise ValueError(
                     f"state: {name} is {state[name]} there and {mine[name]} here: pass the "
-                    "same data set, steps, seed, share and until"
+                    "same dataset, steps, seed, share and until"
                 )
         self.step, self.val.taken = state["step"], state["val"]
 
 
 class _Batches:
-    """Indices of the batches of an epoch, from the number of batches taken.
+    """Example indices of the remaining batches of an epoch.
 
     Args:
         indices: Example indices.
@@ -243,7 +243,7 @@ class _Validation:
     def __init__(self, batches: _Batches, loader: DataLoader[Any]) -> None:
         self.taken, self._batches, self._loader = 0, batches, loader
         self._open: Iterator[Any] | None = None
-        self._at = 0  # batches taken when the open iterator is right
+        self._at = 0  # ``taken`` at the position of the open iterator
 
     def __iter__(self) -> Iterator[Any]:
         """Itself."""
@@ -263,7 +263,7 @@ class _Validation:
 def divide(
     loader: Any, share: float, seed: int, given: str, name: str, instead: str
 ) -> tuple[list[int], list[int]]:
-    """Split a loader's data set at random; return training and held-out indices.
+    """Split a loader's dataset at random; return training and held-out indices.
 
     Args:
         loader: The loader.
@@ -274,20 +274,20 @@ def divide(
         instead: The remedy, for error messages.
 
     Raises:
-        ValueError: The loader is not a DataLoader over a data set with a length or has a custom
+        ValueError: The loader is not a DataLoader over a dataset with a length or has a custom
             sampler, or a part would be empty.
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         raise ValueError(
-            f"{given} divides the data set of a DataLoader with a batch_size, which {name} "
-            f"({type(loader).__name__}) is not: pass such a DataLoader, or {instead}"
+            f"{given} can only split a DataLoader with a batch_size, not {name} "
+            f"({type(loader).__name__}): pass such a DataLoader, or {instead}"
         )
     try:
         total = len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:
         kind = type(loader.dataset).__name__
         raise ValueError(
-            f"{given} needs a data set with a length: {instead}; {name}.dataset is a {kind}"
+            f"{given} needs a dataset with a length: {instead}; {name}.dataset is a {kind}"
         ) from None
     drawn = type(loader.sampler) is RandomSampler and (
         loader.sampler.replacement or loader.sampler.num_samples != total
@@ -299,8 +299,8 @@ def divide(
     held = round(share * total)
     if not 0 < held < total:
         raise ValueError(
-            f"{given} of {total} examples leaves {held} to validate and {total - held} to "
-            f"train on: pass another share, or {instead}"
+            f"{given} of {total} examples leaves {held} for validation, {total - held} for "
+            f"training: pass another share, or {instead}"
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     return order[: total - held], order[total - held :]
@@ -327,7 +327,7 @@ def split(
     """Split a loader into one over the training part and one over the held-out part.
 
     Raises:
-        ValueError: As :func:`divide`.
+        ValueError: See :func:`divide`.
     """
     parts = divide(loader, share, seed, given, "train", "pass validation batches, fit(train, val)")
     rest, held = (Subset(loader.dataset, indices) for indices in parts)

@@ -23,7 +23,7 @@ class Solution(NamedTuple):
     Attributes:
         value: v, shape (N,).
         residual: ‖b − A v‖ / ‖b‖, shape (); with damping, of the damped system.
-        iterations: Number of products, without that of an initial iterate.
+        iterations: Number of products, excluding that of an initial iterate.
         converged: Whether the residual is within the solver's tolerance, shape ().
         diverged: Whether iterates became worse than v = 0, or A is indefinite although the solver
             needs it positive definite, shape (). ``value`` is never worse than v = 0.
@@ -107,7 +107,7 @@ class Series(NamedTuple):
     residual: Tensor
     size: Tensor  # of the residual
     largest: Tensor  # ‖A r‖/‖r‖ seen
-    bound: Tensor  # of a residual that rounding and transients explain
+    bound: Tensor  # largest residual norm before divergence is assumed
     running: Tensor
 
 
@@ -285,7 +285,7 @@ class Nystrom(AbstractSolver):
         inner = torch.linalg.pinv(gram, hermitian=True) @ (columns.T @ rhs)
         value = (rhs - columns @ inner) / self.damping
         moved = product(value) + self.damping * value
-        # The best multiple: 1 where the rank suffices; elsewhere what it leaves out is too long.
+        # The best multiple: 1 if the rank suffices; otherwise the neglected part is too large.
         factor = (rhs @ moved) / (moved @ moved).clamp_min(torch.finfo(rhs.dtype).tiny)
         residual = (rhs - factor * moved).norm()
         return self._solution(factor * value, residual, rhs, rank + 1, ~(factor > 0))

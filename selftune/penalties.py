@@ -166,7 +166,7 @@ class Elastic(AbstractPenalty):
 class Group(AbstractPenalty):
     """Ω(w) = Σ_r √d_r ‖w_r‖₂ over the rows r of each tensor: removes whole units.
 
-    Rows are the first dimension (output units, filters, embedded symbols), of d_r weights each.
+    Rows run along the first dimension (output units, filters, embeddings), with d_r weights each.
     Tensors of fewer than two dimensions count as rows of one weight.
     Source: Yuan & Lin 2006, eq. 2.2.
     """

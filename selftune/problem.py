@@ -34,7 +34,7 @@ class Problem:
         outer_loss: ``outer_loss(params, batch)``.
         options: Options of the rule, and hyperparameters without a hypergradient, by name; by
             default those of the rule.
-        rate: Factor of the schedule by step.
+        rate: Factor of the schedule as a function of the step.
         segments: Segment of each weight, shape (N,): hyperparameters of the update may then have
             one value for each segment (a layer, a parameter group).
         shapes: Shapes of the concatenated parameter tensors, if needed.
@@ -95,7 +95,7 @@ class Problem:
         return {**self.options, **spread}
 
     def _spread(self, hparam: Tensor) -> Tensor:
-        """Expand one value for each segment to each weight."""
+        """Expand one value per segment to one per weight."""
         return hparam if self.segments is None or not hparam.ndim else hparam[self.segments]
 
     def _check_shape(self, name: str, hparam: Tensor, weights: int) -> None:
@@ -149,7 +149,7 @@ class Problem:
         return Point(params, state, batch, Clock(step, self.rate(step), point.clock.age + 1))
 
     def moved(self, point: Point, grads: Tensor, hparams: Hparams) -> tuple[Tensor, State]:
-        """Weights and state after a step along given gradients: differentiable, elementwise."""
+        """Weights and state after a step along given gradients; differentiable."""
         values = {**self.values(hparams), **(point.options or {})}
         params, after = self.update(point.params, grads, point.state, values, point.clock)
         return params, {k: after[k] for k in point.state}
@@ -184,7 +184,7 @@ class Problem:
         """
         return replace(self, graphs=Graphs(compile_alone))
 
-    # what hyperparameters do
+    # influence of hyperparameters
 
     def check_influence(self, point: Point, hparams: Hparams) -> None:
         """Raise an error for hyperparameters that neither the update nor the training loss reads.
@@ -220,7 +220,7 @@ class Problem:
         return lambda moving: push(torch.zeros_like(point.params), moving)
 
     def gauss_newton(self, point: Point, hparams: Hparams) -> Callable[[Tensor], Tensor]:
-        """The function ``v ↦ Jᵀ (∂²criterion/∂outputs²) J v``, positive semi-definite.
+        """``v ↦ Jᵀ (∂²criterion/∂outputs²) J v``, positive semi-definite for convex criteria.
 
         Source: Schraudolph 2002.
         """
@@ -245,7 +245,7 @@ class Problem:
         """The step's derivative along a direction, with curvature.
 
         Args:
-            point: Before the step.
+            point: The point before the step.
             hparams: All hyperparameters.
             tangent: Direction of weights and state.
             moving: Direction of hyperparameters.
@@ -273,13 +273,13 @@ class Problem:
     def pull(
         self, point: Point, hparams: Hparams, cotangent: tuple[Tensor, State]
     ) -> tuple[tuple[Tensor, State], dict[str, Tensor]]:
-        """The transpose of ``push``: cotangents before the step, and of hyperparameters."""
+        """The transpose of ``push``: cotangents of the earlier point and of hyperparameters."""
         return self.pulling(point, hparams)(cotangent)
 
     def pulling(
         self, point: Point, hparams: Hparams
     ) -> Callable[[tuple[Tensor, State]], tuple[tuple[Tensor, State], dict[str, Tensor]]]:
-        """``pull`` as a function of cotangents, which evaluates the loss once."""
+        """``pull`` as a function of cotangents; the loss is evaluated only once."""
 
         def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
             return self.moved(point._replace(params=params, state=state), grads, h)
@@ -318,7 +318,7 @@ class Problem:
         product = self.products.curvature(point.params, hparams, point.batch)[1]
 
         def curve(vector: Tensor) -> Tensor:
-            # Anew for each vector: to hold it would hold a copy of the weights.
+            # Computed for each vector, because storing it would keep a copy of the weights.
             penalties = vjp(lambda w: self.penalties(w, hparams), point.params)[1]
             return product(vector).add_(penalties(vector)[0])
 

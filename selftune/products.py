@@ -38,8 +38,8 @@ class Products:
     Args:
         loss: The training loss ``loss(params, hparams, *batch)``.
         backend: One of the three, or ``"auto"``.
-        relative_step: ε ‖v‖ over max(‖w‖, 1), for differences; by default the cube root of the
-            precision of the weights.
+        relative_step: ε ‖v‖ / max(‖w‖, 1) for differences, with ‖w‖ weighted by v²; by default the
+            cube root of the machine epsilon.
 
     Attributes:
         backend: The current backend; ``"auto"`` until the first product.
@@ -172,7 +172,7 @@ class Products:
             self._tried = True
             asked = self.backend
             for self.backend in BACKENDS if asked == "auto" else (asked,):
-                # The trial must not move the random streams: a resumed run tries anew.
+                # The trial must not advance the generators, because a resumed run repeats it.
                 devices = [params.device] if params.is_cuda else []
                 with torch.random.fork_rng(devices):
                     if self._works(params, hparams, *batch):
@@ -193,7 +193,7 @@ class Products:
         with torch.enable_grad():
             leaf = params.detach().clone().requires_grad_()
             loss = self._loss(leaf, hparams, *batch)
-            if not loss.requires_grad:  # this batch has nothing to do with the weights
+            if not loss.requires_grad:  # the loss does not depend on the weights
                 return
             (found,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
         waiting, seen = [found.grad_fn], set()
@@ -234,7 +234,7 @@ class Products:
             return False
         if self.backend == "differences" or bool(curved.any()):
             return True
-        # torch.func gives zeros for what autograd would refuse, a once-differentiable function.
+        # For once-differentiable functions torch.func returns zeros where autograd would raise.
         seen, _ = Products(self.loss, "differences").pull(params, hparams, *batch)(ones)
         noise = torch.finfo(params.dtype).eps ** 0.5 * self.gradient(params, hparams, *batch).norm()
         if bool(seen.norm() > noise):

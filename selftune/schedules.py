@@ -93,7 +93,7 @@ class Schedule:
         for name in ("total_steps", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name}={value!r} must be a whole number of steps: int({value!r})")
+                raise TypeError(f"{name}={value!r} must be an integer: pass int({value!r})")
         if self.shape is None:
             object.__setattr__(self, "shape", "linear" if self.total_steps else "constant")
         if self.shape not in SHAPES:

@@ -29,9 +29,9 @@ class Clock(NamedTuple):
     """The time of a step.
 
     Attributes:
-        step: Steps taken before: t of the learning rate's decay.
+        step: Number of previous steps, t in the learning rate's decay.
         rate: Factor of the schedule, a number or one for each weight.
-        age: Previous updates of these weights: t of the bias corrections.
+        age: Number of previous updates of these weights, t in bias corrections.
     """
 
     step: Any
@@ -47,7 +47,7 @@ class Point(NamedTuple):
         state: The rule's state.
         batch: The training batch of the step.
         clock: Time of the step.
-        grads: ∇L_train there, shape (N,), without the update's penalties; None if not computed.
+        grads: ∇L_train at params, shape (N,), without the update's penalties; None if not computed.
         options: Options of the rule at this step, if they differ from the problem's.
     """
 
@@ -241,7 +241,7 @@ class Transition(NamedTuple):
             slopes: dh/dz of each tuned hyperparameter, in the order of the tangents.
             discount: γ.
             steps: Number of identical steps to propagate through. If only every k-th step is
-                observed, it represents all k.
+                tracked, it represents all k.
         """
         update, values, clock = self.update, self.values, self.clock
         rate = learning_rate(values, clock)
@@ -284,7 +284,7 @@ class Transition(NamedTuple):
     def _push_prox(
         self, rows: Iterable[Tensor], name: str, gain: Any, slopes: Mapping[str, Any]
     ) -> None:
-        """Soft-thresholding at η λ: zeroed weights have no sensitivity, others to both η and λ."""
+        """Soft-thresholding at η λ: zeroed weights have 0 sensitivity; others depend on η and λ."""
         sign = self.moved.sign()
         rate = gain * learning_rate(self.values, self.clock)
         for row, (other, slope) in zip(rows, slopes.items(), strict=True):

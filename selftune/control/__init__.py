@@ -1,4 +1,4 @@
-"""Decisions of a run from plain numbers: learning-rate sweep, guard and final weights."""
+"""Decisions during a run: learning-rate sweep, guard and final weights."""
 
 from selftune._arguments import FLAG, NONE, Instance, Kind, OneOf, That, Whole
 from selftune.control.controller import Controller, make_guard, make_sweep

@@ -1,4 +1,4 @@
-"""The controller: plain numbers of a run in, an action of the driver out."""
+"""The controller: maps records of a run to actions of the driver."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BAD_GRADIENTS = "gradients vanished or are not finite"
 
 @dataclass(kw_only=True)
 class Controller:
-    """Decides on sweep, guard and final weights of one run.
+    """Manages the sweep, guard and final weights of a run.
 
     Args:
         hparams: The tuned hyperparameters.
@@ -45,7 +45,8 @@ class Controller:
         label: Name of the optimizer in messages.
 
     Attributes:
-        swept, rewinds: Values set by the sweep; step, factor of the rate and reason of each rewind.
+        swept: Values set by the sweep.
+        rewinds: Step, factor of the rate and reason of each rewind.
     """
 
     hparams: Mapping[str, Hparam]
@@ -80,7 +81,7 @@ class Controller:
         lowest = self.sweep.observe(record.slope, record.start)
         snapshot = "iterate" if lowest else ""
         moves: Mapping[str, float] | None = None
-        if self.sweep.lowered != lowered:  # from the start again
+        if self.sweep.lowered != lowered:  # the sweep restarts
             snapshot, moves = "average", {}
         if self.sweep.ended:
             moves = self.sweep.moves(record.values, self.hparams, self.total_steps)
@@ -129,7 +130,7 @@ class Controller:
             return self._judged(verdict, BAD_GRADIENTS)
         action = self._rewind(FADED)
         moves = dict(action.rewind or {})
-        moves["lr"] = max(moves["lr"], -record.climb)  # at the given rate units were alive
+        moves["lr"] = max(moves["lr"], -record.climb)  # units were alive at the given rate
         return action._replace(rewind=moves)
 
     def _training_loss(self, record: TrainingLoss) -> Action:
@@ -153,7 +154,7 @@ class Controller:
         return self.guard is not None and self.sweep is not None and not self.sweep.proven
 
     def _undone(self, action: Action) -> Action:
-        """A rewind to before the sweep, if it is unconfirmed."""
+        """The action, which undoes an unconfirmed sweep."""
         if self.unproven:
             assert self.sweep is not None
             self.sweep.proven = True
@@ -163,7 +164,7 @@ class Controller:
         action = self._judged(
             self._guard.hypergradient(record.finite), "hypergradients are not finite"
         )
-        # Sensitivities may have blown up where weights have not: the first time begin anew only.
+        # Sensitivities may have diverged while weights have not: at first, only restart.
         first = action.rewind is not None and self._guard.streak == 1
         return action._replace(rewind={}) if first else action
 
@@ -176,8 +177,8 @@ class Controller:
             self.sweep.proven = math.isfinite(loss)
             proof = loss <= guard.start
         verdict = guard.validation_loss(loss)
-        # A few unlucky batches look like a loss that has worsened, or, beside a lucky first one,
-        # exploded.
+        # A few unlucky batches can look like a worsened loss or, after a lucky first one, an
+        # exploded one.
         if verdict == "rewind" and (not math.isfinite(loss) or guard.confirms(*record.compare())):
             how = "exploded" if guard.exploded else "worsened"
             guard.worsened += not guard.exploded
@@ -230,7 +231,7 @@ class Controller:
         return {n: None if p is None else p.state_dict() for n, p in parts.items()} | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``; without a saved sweep it is over."""
+        """Continue from ``state_dict``; ends the sweep if none is saved."""
         self.swept, self.rewinds = dict(state["swept"]), [tuple(r) for r in state["rewinds"]]
         if self.sweep is not None:
             if state["sweep"] is None:
@@ -285,5 +286,5 @@ def make_sweep(
         )  # fmt: skip
         return None
     if total_steps is not None and steps >= total_steps:
-        raise ValueError(f"probe={steps} leaves no step in a run of {total_steps}")
+        raise ValueError(f"probe={steps} leaves no step in a run of {total_steps} steps")
     return LRSweep(steps=steps, settings=settings)

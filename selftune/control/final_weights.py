@@ -23,8 +23,8 @@ _REST = torch.tensor(
 class FinalWeights:
     """The position of the final weights between last good weights, average and last iterate.
 
-    The average lags behind the weights, which hurts while they still descend and helps once they
-    fit noise; if they have fitted noise for long, the last good weights are best. The
+    The average lags behind the weights, which hurts while the loss still decreases and helps once
+    they fit noise; if they have long fitted noise, the last good weights are best. The
     losses at these positions differ by less than the noise between batches, but the slopes
     between them are precise enough, and their integral gives the position of lowest loss.
 
@@ -32,7 +32,7 @@ class FinalWeights:
         position: −1 for the last good weights, 0 for the average, 1 for the last iterate.
         judged: Steps taken when the position was selected; 0 if it was not.
 
-    Source: Simpson's rule; for the end of a run, this library.
+    Source: Simpson's rule; use for final weights: this library.
     """
 
     position: float = 0.0
@@ -88,7 +88,7 @@ class FinalWeights:
         if not bool(fine.all()):
             self.position = -1.0 if fine[0] and not fine[-1] else self.position
             return
-        # How far the loss rises from each position to where the run would end otherwise.
+        # Increase of the loss from each position to the one selected above.
         rises = _REST @ back.mean(1) + rise(start, end, self.position)
         error = (back.var(1).mean() / back.shape[1]).sqrt() * _REST.square().sum(1).sqrt()
         best = int(rises.argmax())

@@ -1,4 +1,4 @@
-"""The guard: detects a run that diverges, whose units die, or that overfits."""
+"""The guard: detects divergence, dead units and overfitting."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class GuardPolicy(Settings):
         fresh: Number of initial evaluations, which set the reference even if the loss rises.
         window: Number of losses averaged to judge the weights at the last one. A running mean
             lags: at its minimum the loss has already risen again.
-        dead: Gradients have vanished below this share of the maximum number of live units.
+        dead: Gradients have vanished if live units fall below this share of their maximum.
         pulse: Steps between two counts of live units.
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
             gradient may mean that training has converged.
-        capacity: If the rate has risen by ``climbed``, a share of live units below this, relative
-            to their maximum since the last restart, is an alarm.
+        capacity: If the rate has risen by ``climbed``, fewer live units than this share of their
+            maximum since the last restart are an alarm.
         climbed: Threshold on the log of the ratio of the learning rate to the given one.
-        cool: Divisor of the rate in a rewind; its powers in consecutive rewinds.
+        cool: Divisor of the rate in a rewind; consecutive rewinds use powers of it.
         cool_worsened: Divisor of the rate if only the validation loss worsened.
         momentum: Change of the raw values of momenta if the run diverged: −0.7 about halves the
             memory 1/(1 − μ).
@@ -107,8 +107,8 @@ class Guard:
     policy: GuardPolicy = GuardPolicy()
 
     start: float = math.nan
-    origin: float = math.nan  # the first start, kept if it is reset; higher losses are not good
-    excess: float = 0.0  # rise above the start without an alarm, after a false alarm
+    origin: float = math.nan  # first start, kept when start is reset; higher losses are not good
+    excess: float = 0.0  # tolerated rise above the start, after a false alarm
     first: float = math.nan
     mean: float = math.nan
     spread: float = 0.0
@@ -196,7 +196,7 @@ class Guard:
             self.training_spread += weight * (off * off - self.training_spread)
         noise = self.policy.noise * math.sqrt(self.training_spread)
         exploded = self._exploded(self.training_mean - noise, self.training_first)
-        fresh = self.training_count <= 10  # their spread may be that of the explosion
+        fresh = self.training_count <= 10  # the spread may include the explosion
         exploded &= self.training_count >= self.policy.patience  # one batch may be unlucky, too
         return "rewind" if exploded or (fresh and self._wild(self.training_mean)) else "ok"
 
@@ -237,8 +237,8 @@ class Guard:
     def validation_loss(self, loss: float) -> str:
         """Judge a loss at the outer point by its running mean.
 
-        The minimum of many noisy means is biased downwards, and the error of the first few is
-        unknown: the errors of both means are used, and there is no alarm before ten evaluations.
+        The minimum of many noisy means is biased downwards, so the errors of current and best mean
+        are used; that of the first few is unknown, so a rise counts only after ten evaluations.
         """
         policy = self.policy
         self.exploded = not math.isfinite(loss)

@@ -1,6 +1,6 @@
 """The learning-rate sweep at the start (a range test).
 
-Over the first few steps the rate rises by equal ratios through eight decades around the given
+Over the first steps of a run the rate rises geometrically through eight decades around the given
 one. After each step the next gradient gives the slope of the loss at the end of that step,
 ``s = g₊ · Δw``, on a new batch. While the slope is negative a longer step would have been better;
 once it is positive the rate is too high. The sum of the slopes, ``C = Σ s``, estimates the change
@@ -36,15 +36,15 @@ class SweepSettings(Settings):
         margin: The selected rate is the largest descending one divided by this.
         near: Up to this factor above the best rate so far, or at the next rate, any descent
             counts; farther above, C must be below twice its minimum so far.
-        rise: Threshold of C for an increase, in units of the slope at the start of the step. At
-            very low rates slopes on different batches differ in sign by chance, but are small.
+        rise: The loss counts as rising if C exceeds this multiple of the slope at the start of the
+            step. At very low rates slopes differ in sign by chance, but are small.
         real: The descent is certain if C is below this share of the sum of the initial slopes. Then
             the sweep ends once all descent is undone at a rate far above the best one.
-        wild: A step has diverged if its final slope is this many times its initial one, or all
-            descent so far; the sweep ends before it.
+        wild: A step has diverged if its final slope is this many times both its initial one and
+            all descent so far; the sweep ends before it.
         calm: After the sweep, the memory 1/(1 − β₁) must fit this many times into the run.
         least_memory: Minimum of this memory. Runs of a few hundred steps reach a lower loss with
-            three gradients than with the usual ten (docs/ablations.md), which short-horizon
+            a memory of three gradients than of ten (docs/ablations.md), which short-horizon
             hypergradients do not detect. The sweep itself uses the given β₁, because slopes are
             noisier with less momentum.
     """
@@ -139,7 +139,7 @@ class LRSweep:
         ends only after a descent: three more negative slopes than positive ones. On a plateau that
         large steps do not leave, the sum fluctuates by chance, so a further descent counts only at
         a rate close to the best one so far, or if the total doubles. A step whose final slope
-        is many times its initial slope, or all descent so far, has diverged, whatever its sign.
+        is many times both its initial slope and all descent so far has diverged, at either sign.
 
         Args:
             slope: g · Δw at the end of the step.

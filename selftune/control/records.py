@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class SweepSlope(NamedTuple):
-    """In the sweep: the slope of the loss along the last step, at its end.
+    """Slopes of the loss along the last step of the sweep.
 
     Attributes:
         slope: The slope at the end of the step.
@@ -73,7 +73,7 @@ class Action(NamedTuple):
 
     Attributes:
         skip: Skip the current step.
-        snapshot: First copy weights to the good ones: ``"iterate"`` for the current weights,
+        snapshot: First store as last good weights: ``"iterate"`` for the current weights,
             ``"average"`` for the average.
         rewind: Then return to the good weights and restart, with these changes of raw values.
         reason: The reason for the log; empty if the rewind belongs to the sweep.

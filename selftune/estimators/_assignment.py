@@ -45,7 +45,7 @@ def assign(
         names: The tuned hyperparameters.
         layers: Hyperparameters inside the model or the loss, which elementwise estimators do
             not support.
-        stride: Steps between two tracked ones, for a default estimator.
+        stride: Steps between two tracked steps, for a default estimator.
         answers_all: Whether a given whole-step estimator gets all hyperparameters.
         splits: Whether outputs and their loss can be computed separately.
 
@@ -70,7 +70,7 @@ def assign(
         return Assignment(rows, None, [])
     if whole.needs_outputs and not splits:
         raise ValueError(
-            "curvature='gauss-newton' needs the model's output and a loss of it, loss_fn=: use "
+            "curvature='gauss-newton' needs the model's output and a loss of it (loss_fn=): use "
             "'exact' if the model or objective= returns the loss itself"
         )
     whole.check(update, answers, endless=True)

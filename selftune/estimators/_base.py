@@ -42,7 +42,7 @@ class AbstractEstimator(ABC):
 
     Attributes:
         sees_all: Whether it must observe every step, or only the last one before an estimate.
-        answers_for_update: Whether, in training runs, it also estimates hypergradients of the
+        answers_for_update: Whether, in training runs, it also covers the hyperparameters of the
             update, not only those inside the model and the loss.
         needs_outputs: Whether it needs the loss in two parts, outputs and a criterion.
     """
@@ -51,7 +51,7 @@ class AbstractEstimator(ABC):
 
     @property
     def answers_for_update(self) -> bool:
-        """Whether it estimates hypergradients of the update in training runs."""
+        """Whether it covers hyperparameters of the update in training runs."""
         return True
 
     @property
@@ -59,7 +59,7 @@ class AbstractEstimator(ABC):
         """Whether it needs the loss as outputs and a criterion."""
         return False
 
-    def check(  # noqa: B027 - most can do all
+    def check(  # noqa: B027 - most support all
         self, update: Update, names: Sequence[str], *, endless: bool = False
     ) -> None:
         """Raise an error for unsupported hyperparameters.
@@ -163,7 +163,7 @@ def hypergradient(
     found = estimator.estimate(problem, memory, point, hparams, outer_grads)
     if found.solution is not None and bool(found.solution.diverged):
         log.warning(
-            "%s: the linear solve diverged and its best iterate is used, with a relative residual "
-            "of %.2g: add damping, or take fewer terms", estimator, float(found.solution.residual),
+            "%s: the linear solve diverged; using its best iterate (relative residual %.2g): "
+            "add damping, or use fewer terms", estimator, float(found.solution.residual),
         )  # fmt: skip
     return found._replace(grads={n: g.detach() for n, g in found.grads.items()})

@@ -76,7 +76,7 @@ def pushed(
 
 
 def over_rows(problem: Problem, push: Callable[..., Any], rows: tuple[Any, ...]) -> Any:
-    """A function mapped over directions, or looped over them if torch cannot map the model."""
+    """Map a function over directions, by vmap or, if torch cannot map the model, by a loop."""
     products = problem.products
     if products.mapped:
         try:

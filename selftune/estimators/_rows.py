@@ -23,7 +23,7 @@ class AbstractRows(AbstractEstimator):
     ``observe``, and uses only values already computed in the step.
 
     Attributes:
-        stride: Steps between two observed ones.
+        stride: Steps between two tracked steps.
         discount: γ, the factor of the previous sensitivity in a step.
         closed_forms: Whether to use closed forms of sensitivities where they exist.
     """
@@ -36,7 +36,7 @@ class AbstractRows(AbstractEstimator):
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]
     ) -> Tangents:
-        """The sensitivities after a step. Reuses the tensors of ``tangents``: drop the old ones."""
+        """The sensitivities after a step. May overwrite ``tangents``: do not use it afterwards."""
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Tangent:
         """Zero sensitivities."""

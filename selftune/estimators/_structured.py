@@ -68,7 +68,7 @@ class Structured(NamedTuple):
             move: δ, with entries ±σ.
             memory: Decay of the speed per step: a number, or a tensor of shape ().
         """
-        # A move of 0, held at a bound, teaches nothing.
+        # A zero move (at a bound) is uninformative.
         unit = move / move.square().mean().clamp_min(torch.finfo(move.dtype).tiny)
         speed = memory * self.speed + (1 - memory) * torch.outer(self._lengths(push), unit)
         gains = self.gains + speed + torch.outer(self._lengths(jump), unit)

@@ -50,7 +50,7 @@ class BestResponse(AbstractEstimator):
 
         J₊ δ  ←  U(w + J δ, ∇L(w + J δ; z + δ), z + δ) − U(w, ∇L(w; z), z)
 
-    This is the recursion of :class:`Forward` along one random direction, so one additional
+    This is the recursion of :class:`Forward` along one direction per step, so one additional
     gradient for each step serves all hyperparameters: those of the objective, for which J converges
     to the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, for which J is a finite-horizon
     sensitivity. J is structured (``diag(U δ) V`` for a weight matrix, unconstrained for
@@ -67,7 +67,7 @@ class BestResponse(AbstractEstimator):
         scale: σ, size of the perturbations in raw (log or log-odds) space.
         update: In training runs, whether hyperparameters of the update are inputs of the
             hypernetwork too; otherwise :class:`Trace` estimates them.
-        every: Steps between two observed ones.
+        every: Steps between two perturbed steps.
         discount: Factor of J in each step. With 1, J is the sensitivity over the whole run, but
             mostly noise in noisy runs, because differences of gradients accumulate.
 
@@ -123,7 +123,7 @@ class BestResponse(AbstractEstimator):
         if self.every > 1 and int(point.clock.step) % self.every:
             return memory
         point = problem.known(point, hparams)
-        # In three graphs: what torch cannot compile of the model leaves the rest compiled.
+        # Three graphs: if torch cannot compile the model, the others stay compiled.
         begin = problem.graph("perturb", partial(self._begun, problem))
         gradient = problem.graph("gradient", partial(self._gradient, problem))
         learn = problem.graph("learn", partial(self._learned, problem))
@@ -154,7 +154,7 @@ class BestResponse(AbstractEstimator):
         jump = self.discount * jump - (1 - self.discount) * shift
         fine = torch.isfinite(push + jump).all()
         push, jump = (torch.where(fine, c, 0.0) for c in (push, jump))
-        # A period of the signs must be short against how fast J can swing.
+        # The period of the signs must be short compared with the memory of J.
         least = 1 - 1 / (8 * len(move)) if len(move) > 2 else 0.0
         beta = _memory(problem, point, hparams)
         kept = beta.clamp_min(least) if isinstance(beta, Tensor) else max(beta, least)
@@ -176,7 +176,7 @@ class BestResponse(AbstractEstimator):
             first += h.numel()
             there = scale.forward(raw + move).clamp(low, high)
             moved = scale.inverse(there) - raw
-            # Of a move that a bound cuts off there is little but rounding errors to learn from.
+            # A move that a bound cuts off consists mostly of rounding errors.
             far = moved.abs() > LEAST * self.scale  # false for NaN
             near[name] = torch.where(far, there, h)
             moves.append(torch.where(far, moved, 0.0).reshape(-1))
@@ -196,7 +196,7 @@ class BestResponse(AbstractEstimator):
         hparams: Hparams,
         near: Hparams,
     ) -> tuple[Tensor, Tensor]:
-        """Gradual and immediate difference between the perturbed step and the step.
+        """Gradual and immediate difference between perturbed and actual step.
 
         Both use the rule's state before the step, through which differences of gradients persist.
         """

@@ -22,7 +22,7 @@ RECENT = 0.9
 
 
 class ForwardMemory(NamedTuple):
-    """Tangents, and the running diagonal of the Hessian if it replaces the whole.
+    """Tangents, and the Hessian's running diagonal if it replaces the Hessian.
 
     Attributes:
         tangent: Tangents of weights and state along each direction.
@@ -40,7 +40,7 @@ class Forward(AbstractEstimator):
     It needs one Hessian-vector product for each entry of the hyperparameters at each step, and
     memory for as many copies of weights and state. With ``projections`` p it uses p random
     directions ν ∈ {−1, 1}^d instead, for any number of entries d: ``(1/p) Σ (∇L_val · Jν) ν`` is
-    unbiased, with a total variance of (d − 1) ‖∇h‖² / p.
+    unbiased, with a total variance of (d − 1) ‖dL_val/dh‖² / p.
 
     Args:
         discount: γ; below 1 it damps a recursion that would otherwise diverge.
@@ -50,8 +50,8 @@ class Forward(AbstractEstimator):
         seed: Seed of the directions.
 
     Raises:
-        ValueError: The discount is outside 0…1, the curvature is unknown, or there is no
-            projection.
+        ValueError: The discount is outside 0…1, the curvature is unknown, or ``projections`` is
+            below 1.
 
     Source: Franceschi et al. 2017, section 3.2 (RTHO); the projections: Silver et al. 2022;
     the diagonal: Bekas et al. 2007.

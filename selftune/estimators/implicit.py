@@ -38,12 +38,12 @@ class Implicit(AbstractEstimator):
     - ``through="loss"``: ``F = ∇L_train`` with its penalties. For all hyperparameters of the loss,
       including coupled weight decay.
     - ``through="update"``: ``F = (w, s) − U(w, s)``, the fixed point of the update. Also for
-      learning rates, momentum and decoupled weight decay: at convergence a rate has no influence;
-      before, rates that converge faster are better.
+      learning rates, momentum and decoupled weight decay. At convergence a learning rate has no
+      influence; before, faster rates are favoured.
 
     Args:
         solver: A :class:`~selftune.Neumann`, :class:`~selftune.CG` or :class:`~selftune.Nystrom`;
-            through the update only Neumann with scale 1, each of whose terms is one step.
+            with ``"update"`` only Neumann with scale 1, each of whose terms is one step.
         through: ``"loss"`` or ``"update"``.
         together: Rounds of the solver in one compiled graph. More rounds run faster; fewer compile
             faster and need less memory.
@@ -70,8 +70,8 @@ class Implicit(AbstractEstimator):
             raise ValueError(f"through={self.through!r} must be 'loss' or 'update'")
         if self.through == "update" and not isinstance(self.solver, Neumann):
             raise ValueError(
-                f"solver={type(self.solver).__name__} needs a symmetric matrix, but an update's "
-                "is not symmetric: use Neumann, or through='loss'"
+                f"solver={type(self.solver).__name__} needs a symmetric matrix, but that of an "
+                "update is not: use Neumann, or through='loss'"
             )
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> ImplicitMemory:
@@ -171,7 +171,7 @@ class Implicit(AbstractEstimator):
         rhs: Tensor,
         start: Tensor | None,
     ) -> Estimate:
-        """Solve, in graphs of several rounds that share passes of the model."""
+        """Solve in compiled graphs, whose rounds share passes of the model."""
         solver = self._scaled(at[0].params.numel())
         if not isinstance(solver, AbstractIteration):
             times = problem.graph("times", lambda point, h, v: matrix(point, h)(v))
@@ -207,9 +207,9 @@ class Implicit(AbstractEstimator):
         return Estimate(grads, solution=Solution(*solution))
 
     def _scaled(self, weights: int) -> AbstractSolver:
-        """The solver; through the update a series of the steps themselves.
+        """The solver; with ``"update"``, Neumann with a default scale of 1.
 
-        The adjoints of the rule's state have other units, such as squared gradients, so the series
+        The adjoints of the rule's state have other units, such as squared gradients, so convergence
         is judged by those of the weights only.
         """
         if self.through == "update" and isinstance(self.solver, Neumann):

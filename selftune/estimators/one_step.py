@@ -18,7 +18,7 @@ class OneStep(AbstractRows):
     Wu et al. 2018).
 
     Args:
-        stride: Steps between two observed ones.
+        stride: Steps between two tracked steps.
         closed_forms: As in :class:`~selftune.estimators.Trace`.
 
     Source: Baydin et al. 2018, eq. 5; Chandra et al. 2022.

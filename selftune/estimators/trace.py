@@ -21,7 +21,7 @@ class Trace(AbstractRows):
 
     Args:
         discount: γ, from 0 (horizon of one step) to 1 (exact for a loss without curvature).
-        stride: Steps between two observed ones; each represents all steps since the last one.
+        stride: Steps between two tracked steps; each represents all steps since the last one.
         closed_forms: Use closed forms of the sensitivities to the learning rate, its decay and a
             weight decay that shrinks weights, with less noise and memory, instead of propagating
             them through each step.

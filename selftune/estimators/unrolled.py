@@ -80,7 +80,7 @@ class Unrolled(AbstractEstimator):
         return (kept + again) * sum(t.numel() * t.element_size() for t in tensors)
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> tuple[Passed, ...]:
-        """The empty memory; logs the memory of the horizon."""
+        """The empty memory; logs the bytes of the horizon."""
         needed, there = self.memory(start), _free(start.params.device)
         if self.horizon is not None:
             log.info(
@@ -90,8 +90,8 @@ class Unrolled(AbstractEstimator):
         if needed > there:
             raise MemoryError(
                 f"horizon={self.horizon} keeps {needed / 1e9:.3g} GB of weights, gradients and "
-                f"rule state, only {there / 1e9:.3g} GB are free: use a shorter one, checkpoint="
-                f"{max(2, round((self.horizon or 1) ** 0.5))}, or Forward or Implicit"
+                f"rule state, but only {there / 1e9:.3g} GB are free: use a shorter one, "
+                f"checkpoint={max(2, round((self.horizon or 1) ** 0.5))}, or Forward or Implicit"
             )
         return ()
 
@@ -134,7 +134,7 @@ class Unrolled(AbstractEstimator):
             for point, values in reversed(self._points(problem, passed)):
                 if left == len(steps):
                     break
-                if left == len(steps) + 1:  # nothing lies before it
+                if left == len(steps) + 1:  # first of the horizon
                     steps.append(reach(point, values, cotangent))
                     continue
                 cotangent, found = pull(point, values, cotangent)
@@ -150,7 +150,7 @@ class Unrolled(AbstractEstimator):
 
     @staticmethod
     def _stretches(memory: tuple[Passed, ...]) -> list[list[Passed]]:
-        """The steps between two checkpoints."""
+        """The steps, grouped by checkpoint."""
         found: list[list[Passed]] = []
         for passed in memory:
             if passed.point.params.numel():

@@ -31,11 +31,11 @@ class Report:
 
 
 class Place:
-    """A parameter with a sensitivity: its layer, and the place of its sensitivity."""
+    """A parameter with a sensitivity, and the layers that use it."""
 
     def __init__(self, name: str, param: nn.Parameter) -> None:
         self.name, self.shape = name, param.shape
-        self.key = name.replace(".", "/")  # which names of submodules must not hold
+        self.key = name.replace(".", "/")  # ParameterDict keys must not contain dots
         self.users: list[tuple[nn.Module, str]] = []
 
 

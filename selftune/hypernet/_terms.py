@@ -68,19 +68,19 @@ def embedding(layer: nn.Embedding, words: Tensor, known: Known, delta: Tensor) -
 
 
 def batch_norm(layer: _BatchNorm, x: Tensor, known: Known, delta: Tensor) -> Tensor:
-    """Another scale and shift of the normalised batch."""
+    """Change in scale and shift of the normalised batch."""
     own = layer.training or layer.running_mean is None
     mean, variance = (None, None) if own else (layer.running_mean, layer.running_var)
     return _affine(F.batch_norm(x, mean, variance, training=own, eps=layer.eps), known, delta, 1)
 
 
 def group_norm(layer: nn.GroupNorm, x: Tensor, known: Known, delta: Tensor) -> Tensor:
-    """Another scale and shift of the normalised groups."""
+    """Change in scale and shift of the normalised groups."""
     return _affine(F.group_norm(x, layer.num_groups, eps=layer.eps), known, delta, 1)
 
 
 def layer_norm(layer: nn.LayerNorm, x: Tensor, known: Known, delta: Tensor) -> Tensor:
-    """Another scale and shift of the normalised features."""
+    """Change in scale and shift of the normalised features."""
     normal = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
     shape = (len(x), *[1] * (x.ndim - 1 - len(layer.normalized_shape)), *layer.normalized_shape)
     total = torch.zeros_like(normal)

@@ -35,8 +35,8 @@ def convert(
 
     Args:
         model: Any module; it is not copied.
-        hparams: Start values by name, of strengths in :mod:`selftune.nn` layers, or of penalties
-            that the loss reads by ``net.value(name)``. By default all strengths of the layers.
+        hparams: Initial values by name: of strengths in :mod:`selftune.nn` layers, or of penalties
+            that the loss reads with ``net.value(name)``. By default all strengths of the layers.
         perturb: ``"example"`` for a separate perturbation of each example, ``"batch"`` for a common
             one; ``"auto"`` for the former if all layers support it. Penalties have one for each
             batch.
@@ -138,7 +138,7 @@ class SelfTuned(nn.Module):
         self._read: set[str] = set()
         self._hooks = self._hooked() if report.per_example else []
 
-    # what users call
+    # public methods
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model."""
@@ -224,7 +224,7 @@ class SelfTuned(nn.Module):
     def perturbation(self, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """δ of this pass, and the perturbed hyperparameters.
 
-        While training, δ is constant; while tuning, hyperparameters and spread act through it.
+        While training, δ is constant; while tuning, it is a function of hyperparameters and spread.
         Strengths have one value for each example if the model supports it, penalties one for each
         pass.
         """
@@ -254,7 +254,7 @@ class SelfTuned(nn.Module):
             delta: Shape (batch, hyperparameters) or (hyperparameters,).
             args: Arguments of the model.
             kwargs: Keyword arguments of the model.
-            tensors: Parameters instead of those for δ.
+            tensors: Parameters that replace ``w + J δ``.
         """
         held = self.strengths() if self.training else {}
         if delta.ndim == 1:

@@ -50,7 +50,7 @@ def delta_backward(
     """
     if not net.training:
         raise ValueError("net is in evaluation mode: call net.train() before training passes")
-    delta, net._present = net.perturbation(args, kwargs)  # first, while there are no gradients yet
+    delta, net._present = net.perturbation(args, kwargs)  # first, while .grad takes no memory
     if net.report.per_example:
         _by_example(net, loss, delta, args, kwargs)
     else:
@@ -61,7 +61,7 @@ def delta_backward(
 
 
 def _by_example(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) -> None:
-    """Reverse over forward through the hooks, whose gains are 0 with a tangent."""
+    """Reverse over forward through the hooks, at a primal of 0 with tangent δ."""
     response = list(net.response_parameters())
     with forward_ad.dual_level(), net.linearised(), sdpa_kernel(SDPBackend.MATH):
         out = net.at(forward_ad.make_dual(torch.zeros_like(delta), delta), args, kwargs)
@@ -103,7 +103,7 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
             tangent = (net.at(delta, args, kwargs, beside) - out) / step
     there = (out.detach() if tangent is None else out.detach() + tangent.detach()).requires_grad_()
     (slope,) = torch.autograd.grad(loss(there), there)
-    moves.clear()  # what is as large as the weights goes before there is more of it
+    moves.clear()  # free copies of the weights before the next ones
     del tangent
     grads = list(torch.autograd.grad(out, list(held.values()), slope, allow_unused=True))
     move = delta / net.unit

@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
-"""Samplers that visit every example, and their ``data_source`` or ``dataset``."""
+"""Samplers that visit every example of their ``data_source`` or ``dataset``."""
 
 
 class ValidationBatches:
@@ -57,7 +57,7 @@ class ValidationBatches:
         """
         if self._draw is None:
             assert self._stream is not None
-            while True:  # not ``yield from``: that would close the stream with this step
+            while True:  # not ``yield from``, which closes the stream with this iterator
                 yield next(self._stream)
         else:
             random = Random(f"{self._seed} {_rank()} {step}")

@@ -59,7 +59,7 @@ def only(optimizers: Iterable[Any]) -> Any:
 
 
 def _inside(optimizer: Any) -> Any:
-    """Follow wrappers' attributes; a wrapper may claim the class of what it wraps."""
+    """Unwrap by attribute, because wrappers may report the inner optimizer's class."""
     while True:
         wrapped = [vars(optimizer)[n] for n in WRAPPED if n in vars(optimizer)]
         if not wrapped or not isinstance(wrapped[0], torch.optim.Optimizer):

@@ -59,7 +59,7 @@ class HyperStep:
         self._batches = ValidationBatches(batches, seed)
 
     def attach(self, trainer: Engine, evaluator: Engine | None = None) -> None:
-        """Add the handlers; call it before adding those that save checkpoints.
+        """Add the handlers; call this before adding checkpoint handlers.
 
         Args:
             trainer: The engine that trains, one step in each iteration.

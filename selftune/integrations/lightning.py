@@ -1,4 +1,4 @@
-"""Lightning: one callback for a self-tuned optimizer of ``configure_optimizers``."""
+"""Lightning: one callback for a self-tuned optimizer from ``configure_optimizers``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SelfTuning(Callback):
 
     Validation, checkpoints (``state_dict``) and the module after ``fit`` use the averaged weights.
     A checkpoint also contains the training weights, from which a resumed run continues. The loss is
-    that of ``validation_step``, or of ``training_step`` if that returns none, with the module in
+    that of ``validation_step`` if it returns one, else of ``training_step``, with the module in
     ``eval()`` mode; these calls log nothing and leave torchmetrics unchanged.
 
     Args:
@@ -64,7 +64,7 @@ class SelfTuning(Callback):
         """Find the validation batches."""
         loader: Any = self._given
         if loader is None:
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()  # else only before a validation
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()  # else done only before validation
             loaders = trainer.val_dataloaders
             loader = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders
             if isinstance(loaders, (list, tuple)):
@@ -76,7 +76,7 @@ class SelfTuning(Callback):
             )
         self._batches = ValidationBatches(loader, self._seed)
         self._seen = trainer.global_step
-        self._hide()  # a state that was saved while averaged weights were shown is loaded so
+        self._hide()  # a state saved with averaged weights in place is loaded with them
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -30,7 +30,7 @@ ARGUMENTS: dict[str, Kind] = {
     "bounds": NONE
     | That(
         lambda b: isinstance(b, Mapping) and all(map(PAIR.fits, b.values())),
-        "(lowest, highest) values by name, {'lr': (1e-5, 0.1)}",
+        "(lowest, highest) values by name, such as {'lr': (1e-5, 0.1)}",
     ),
     "average": NONE | Instance((Average,), "an st.Average"),
     "every": NONE | Whole(least=1),

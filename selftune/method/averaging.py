@@ -15,18 +15,18 @@ from selftune._gradient import plainly
 class Average:
     """A running average of the iterates, ``w̄₊ = ρ w̄ + (1 − ρ) w``.
 
-    At the last iterate a greedy hypergradient always lowers the learning rate, because that
-    removes gradient noise at once. At the average the noise is already averaged out, so the
-    hypergradient measures progress. The first iterates are averaged evenly: at step t, ρ is at most
+    Measured at the last iterate, a greedy hypergradient always lowers the learning rate, to
+    reduce gradient noise at once. In the average the noise is already averaged out, so the
+    hypergradient measures progress. The first iterates have equal weights: at step t, ρ is at most
     1 − 1/(t + 2).
 
     Args:
-        rho: ρ; the average covers about 1/(1 − ρ) steps. 0 is the last iterate.
+        rho: ρ; the average covers about 1/(1 − ρ) steps; 0 for the last iterate.
 
     Raises:
         ValueError: ρ is outside [0, 1).
 
-    Source: Polyak & Juditsky 1992; as an outer point, this library.
+    Source: Polyak & Juditsky 1992; use as outer point: this library.
     """
 
     rho: float = 0.98
@@ -46,10 +46,10 @@ class Average:
         return max(1, min(4, round(0.08 / (1 - self.rho))))
 
     def weight(self, step: int, stride: int = 1) -> float:
-        """The weight ``1 − ρᵏ`` of the newest iterate; at the start that of an even average.
+        """The weight ``1 − ρᵏ`` of the newest iterate; at first, that of a plain mean.
 
         Args:
-            step: Steps since the start with this one; the start counts as two iterates.
+            step: Steps so far, including this one; the initial weights count twice.
             stride: k, steps between two averaged iterates.
 
         Examples:

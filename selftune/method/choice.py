@@ -1,4 +1,4 @@
-"""The choice of one rule of a mixture, over all weights."""
+"""Choice of one rule from a mixture, common to all weights."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Chosen(NamedTuple):
 
 
 def undecided(update: Update) -> Mixture | None:
-    """The update's rule, if it is a mixture before its choice."""
+    """The update's rule, if it is a mixture without a chosen member."""
     rule = update.rule
     return rule if isinstance(rule, Mixture) and rule.chosen is None else None
 
 
 def best(rule: Mixture, values: Mapping[str, float]) -> str:
-    """The member with the largest weight; in a tie the reference, or the first."""
+    """The member with the largest weight; ties go to the reference, then the first."""
     return max(rule.members, key=lambda n: (values[f"mix_{n}"], n == rule.reference))
 
 
 def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str, float] | None:
-    """Changes of the logarithms of learning rate and weight decay when a member is chosen.
+    """Changes in log learning rate and log weight decay when a member is chosen.
 
     None if a length is 0 or not finite: such a gradient does not determine the rate.
 
@@ -57,7 +57,7 @@ def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str
     """
     member, at = rule.members[name], [*rule.members].index(name)
     ratio = float(rule.scales(squares)[at])
-    if not LEAST < ratio < 1 / LEAST or not bool(torch.isfinite(squares).all()):  # or it is nan
+    if not LEAST < ratio < 1 / LEAST or not bool(torch.isfinite(squares).all()):  # or NaN
         return None
     scale = math.log(ratio)
     heavy = [h.name for h in member.hparams if h.accumulates and not member.decoupled]
@@ -109,7 +109,7 @@ def propose_all(
 
 
 def taken_over(rule: Mixture, part: Part, fresh: Part) -> Part:
-    """A restarted part under the chosen rule, with the old average and the rule's state.
+    """The part restarted with the chosen rule, keeping its average and the rule's state.
 
     All sensitivities restart. The sensitivity to the learning rate is the displacement of the
     weights, to which all members contributed until now.

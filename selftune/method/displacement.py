@@ -1,11 +1,11 @@
 """The displacement ratio: whether weights drift or oscillate.
 
-In a random walk the squared displacement is the sum of the squared moves. Weights with a larger
-displacement drift, and a higher learning rate would make them progress faster; weights with a
-smaller one oscillate, and a higher rate would only add noise. The hypergradient of the learning
-rate does not distinguish these cases: it is the inner product of the displacement and the slope of
-the validation loss, and asks for a higher rate as long as the average descends, even if a lower
-rate would descend faster.
+In a random walk the expected squared displacement is the sum of the squared moves. Weights with a
+larger displacement drift, and a higher learning rate would make them progress faster; weights with
+a smaller one oscillate, and a higher rate would only add noise. The hypergradient of the learning
+rate does not distinguish these cases: it is the inner product of the displacement and the gradient
+of the validation loss, and raises the rate as long as the loss at the average falls, even if a
+lower rate would be faster.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Displacement(NamedTuple):
         since: Steps taken at the end of the last segment, shape (1,).
         segments: k, shape (1,).
 
-    Source: Ivgi et al. 2023 (DoG) keep a similar ratio, of steps and from the start, at 1; its use
-    as a limit, with segments, this library.
+    Source: Ivgi et al. 2023 (DoG) keep a similar ratio, over all steps since the start, at 1; the
+    limit and the segments: this library.
     """
 
     centre: list[Tensor]
@@ -51,7 +51,7 @@ class Displacement(NamedTuple):
 
     @classmethod
     def begin(cls, weights: Sequence[Tensor], step: Tensor) -> Displacement:
-        """The state at the start of a run, or after a rewind."""
+        """The state at the start of a run."""
         centre, mark = ([w.clone() for w in weights] for _ in range(2))
         squares, segments = torch.zeros_like(step, dtype=torch.float64), torch.zeros_like(step)
         return cls(centre, mark, squares, step.clone(), segments)
@@ -64,10 +64,10 @@ class Displacement(NamedTuple):
     def update(
         self, weights: Sequence[Tensor], step: Tensor, limit: DisplacementLimit, reduce: Reduce
     ) -> Displacement:
-        """Update by the current weights; start a new segment if one has ended. Reuses tensors."""
+        """Update with the current weights; start a new segment if one ended. Reuses tensors."""
         ended = step - self.since >= limit.segment
         segments = self.segments + ended
-        # Where the segment began enters c with weight 2/(k + 1): the j-th counts by its number.
+        # c ← c + 2/(k + 1) · (start of segment k − c): start j gets a weight proportional to j.
         share = torch.where(ended, 2 / (segments.double() + 1), 0.0)
         more = reduce(_square_distance(weights, self.mark)).to(self.squares)
         for centre, mark, now in zip(self.centre, self.mark, weights, strict=True):

@@ -51,7 +51,7 @@ def of_slice(
 
 
 def plain(params: list[Tensor], grads: list[Tensor | None]) -> bool:
-    """Whether kernels support the tensors: dense, whole, with the layout of the state."""
+    """Whether kernels support the tensors: dense, contiguous, gradients of equal dtype."""
     return all(
         g is not None and not g.is_sparse and g.dtype == p.dtype
         and g.is_contiguous() and p.is_contiguous()
@@ -60,5 +60,5 @@ def plain(params: list[Tensor], grads: list[Tensor | None]) -> bool:
 
 
 def finite(grads: list[Tensor]) -> bool:
-    """Whether all gradients are finite; waits for a GPU."""
+    """Whether all gradients are finite; synchronises a GPU."""
     return math.isfinite(float(torch.stack(torch._foreach_norm(grads)).sum()))

@@ -1,8 +1,8 @@
 """The step of the hyperparameters: Adam on raw values, scaled by the signal-to-noise ratio.
 
-Raw values are kept as *shifts*: a hyperparameter's value is the bijection of an origin plus its
-shift. With one value for each hyperparameter the origins are 0; parameter groups with different
-starts have different origins and a common shift.
+Raw values are stored as *shifts*: the raw value of a hyperparameter is an origin plus its shift.
+With one value for each hyperparameter the origins are 0; parameter groups with different initial
+values have different origins and a common shift.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def trust(mean: Tensor, square: Tensor, settings: HyperSettings) -> Tensor:
 
 
 class HyperState(NamedTuple):
-    """Shifts and the state of their steps, each of shape (shifts,), float64.
+    """Shifts and their optimizer state, each of shape (shifts,), float64.
 
     Attributes:
         raw: The shifts.
@@ -55,12 +55,12 @@ class HyperState(NamedTuple):
 
     @classmethod
     def begin(cls, raw: Tensor) -> HyperState:
-        """Shifts, and no step taken."""
+        """The initial state at given shifts."""
         first, second, mean, square = (torch.zeros_like(raw) for _ in range(4))
         return cls(raw, first, second, mean, square, raw.new_zeros(1))
 
     def forget(self) -> HyperState:
-        """The same shifts, and no step taken."""
+        """The same shifts with a new state."""
         return HyperState.begin(self.raw)
 
 
@@ -125,16 +125,16 @@ class HyperOptimizer:
         return list(self.hparams)
 
     def slots(self, name: str) -> slice:
-        """The slots of a hyperparameter's shifts."""
+        """The slice of a hyperparameter's shifts."""
         return self._slots[name]
 
     def frame(self, device: torch.device | str = "cpu") -> Frame:
-        """The frame of shifts that are raw values."""
+        """The frame with origin 0: shifts are raw values."""
         low, high = (torch.tensor(e, dtype=torch.float64, device=device) for e in self._ends)
         return Frame(torch.zeros_like(low), low, high)
 
     def begin(self, values: Mapping[str, float]) -> HyperState:
-        """Map values to raw values; exactly 0 starts from ``from_zero``."""
+        """The initial state at these values; 0 is replaced by ``from_zero``."""
         raw = []
         for name, hparam in self.hparams.items():
             given = torch.tensor(values[name] or hparam.from_zero, dtype=torch.float64)
@@ -168,10 +168,10 @@ class HyperOptimizer:
         inward.
 
         Args:
-            state: Before the step.
+            state: State before the step.
             signal: dL/d(raw), shape (shifts,).
             frame: Bounds of the shifts.
-            memory: 1/(1 − μ) of heavy-ball momentum, 1 without.
+            memory: 1/(1 − μ) with heavy-ball momentum, else 1.
             climb: Factor of a step that raises the learning rate.
             steps: Training steps taken, for the floor if the horizon is unknown.
             moving: Names with a hypergradient; the others do not change. None: all.
@@ -211,7 +211,7 @@ class HyperOptimizer:
     def _adam(
         self, state: HyperState, signal: Tensor, free: Any, propose: Propose | None
     ) -> HyperState:
-        """The state with moments of the hypergradients and the whole proposed step."""
+        """The state with updated moments, and shifts after the unscaled step."""
         settings, (beta1, beta2) = self.settings, self.settings.betas
         taken = state.taken + 1
         signal = signal * free
@@ -259,11 +259,11 @@ class HyperOptimizer:
         return vector[self._slots[name]]
 
     def _added(self, vector: Tensor, name: str, value: Any) -> Tensor:
-        """``vector`` with ``value`` added at a name; out of place, for vmap."""
+        """Add ``value`` to the slots of a name; out of place, for vmap."""
         return self._put(vector, name, self._of(vector, name) + value)
 
     def _put(self, vector: Tensor, name: str, values: Tensor) -> Tensor:
-        """``vector`` with values at a name."""
+        """Replace the slots of a name."""
         slots = self._slots[name]
         return torch.cat([vector[: slots.start], values, vector[slots.stop :]])
 

@@ -18,25 +18,25 @@ from selftune.method.slices import WHOLE, Pieces, Slice
 from selftune.rules._base import AbstractRule, State, geometric
 from selftune.update import Clock, Tangents, Transition, Update
 
-DOT = 2**31 - 1  # entries that torch.dot takes at most
+DOT = 2**31 - 1  # maximum number of entries of torch.dot
 
 
 class Part(NamedTuple):
     """One vector or tensor of weights with its state.
 
-    Numbers in brackets are sizes, as multiples of the weights or, if over a slice, of the slice.
+    Numbers in parentheses are sizes, relative to the weights, or to the slice if over the slice.
 
     Attributes:
         params: The weights (1).
         rule: The rule's state (0 to 3).
         average: The running average, at which the outer loss is measured (1).
         tangents: Sensitivities of ``params`` and ``rule`` over the slice (1 or 2 for each row).
-        averaged: Sensitivities of ``average`` over the slice: of the rows, then of the learning
+        averaged: Sensitivities of ``average`` over the slice: the rows, then that to the learning
             rate (1 each).
-        recent: E, the average over the slice with the discount of the sensitivities (1), or
-            nothing. The sensitivity to the learning rate is ``w − E``.
+        recent: E, running average of the slice with the discount of the sensitivities (1), or
+            empty. The sensitivity to the learning rate is ``w − E``.
         decay: The sensitivity of a weight of 1 to a weight decay that shrinks weights
-            proportionally, and its average; one per tensor, or nothing.
+            proportionally, and its average; one per tensor, or empty.
     """
 
     params: Tensor
@@ -274,7 +274,7 @@ class Sensitivities:
         rows, average = [*self.rows, *self.leads], cut.take(part.average)
         found = {n: along(n, row) for n, row in zip(rows, part.averaged, strict=True)}
         stride = self.estimator.stride
-        for name in self.leads:  # movement within a stride is discounted evenly
+        for name in self.leads:  # assumes equal moves within a stride
             found[name] = found[name] * (geometric(self.estimator.discount, stride) / stride)
         for name, unit in zip(self.shrinks, part.decay, strict=True):
             value = unit.averaged
@@ -287,7 +287,7 @@ class Sensitivities:
             time = torch.as_tensor(step, dtype=torch.float64, device=grads.device)
             shrunk = moment["decay"] * (time - (time / 2).clamp(max=lag))
             found["decay"] = (-found["lr"] * shrunk / (1 + shrunk)).to(found["lr"].dtype)
-        if len(found) < len(self.names):  # some do not act
+        if len(found) < len(self.names):  # some are inactive
             found = dict.fromkeys(self.names, along("", torch.zeros_like(grads))) | found
         return torch.stack([found[n] for n in self.names])
 
@@ -314,7 +314,7 @@ def rewind(part: Part, good: Tensor, cut: Slice = WHOLE) -> None:
 def _spread(values: Tensor, average: Tensor, pieces: Pieces | None) -> Tensor:
     """``average`` times a value for each of its tensors."""
     if len(values) == 1 or pieces is None:
-        return average * values[0]  # shape () stays
+        return average * values[0]  # keeps shape ()
     parts = pieces.views(average)
     return torch.cat([(p * v).reshape(-1) for p, v in zip(parts, values, strict=True)])
 

@@ -20,7 +20,7 @@ class HyperSettings(Settings):
         eps: ε of Adam.
         often: Minimum number of training steps between two hyperparameter steps.
         rare: Maximum number of training steps between two hyperparameter steps.
-        fewest: Hyperparameter steps in a run, before ``often`` and ``rare`` limit the interval.
+        fewest: Hyperparameter steps in a run, unless ``often`` or ``rare`` limits the interval.
         short: In runs with fewer training steps, hyperparameter steps are larger.
         power: Exponent of the factor ``(short / length) ** power``.
         recent: Decay of the running means of the signal-to-noise ratio: 0.8 covers about five
@@ -29,7 +29,7 @@ class HyperSettings(Settings):
             pure noise.
         longest: Largest change of a raw value in one step.
         apart: If a hyperparameter has a value for each group or tensor, each value takes the mean
-            change plus this share of its deviation, because its hypergradient is noisier.
+            change plus this share of its deviation, as single hypergradients are noisier.
     """
 
     rate: float = 0.01
@@ -78,8 +78,8 @@ class DisplacementLimit(Settings):
     Attributes:
         random_walk: Up to this S² weights oscillate, and the rate does not rise.
         drift: From this S² on, upward steps are not scaled; in between they are scaled down.
-        segment: Minimum number of steps in a segment; longer than a usual momentum's memory.
-        free_share: Share of the run at the start in which the rate is not limited.
+        segment: Minimum number of steps in a segment; longer than the memory of usual momenta.
+        free_share: Initial share of the run in which the rate is not limited.
     """
 
     random_walk: float = 1.0
@@ -106,8 +106,8 @@ class FloorSettings(Settings):
     Attributes:
         decoupled: Minimum Σ η_t λ over a run if weight decay is decoupled.
         l2: The same if it acts through the gradient; with momentum η/(1 − μ) replaces η.
-        highest: Maximum of the floor. A run that starts at a low learning rate would get a large
-            weight decay, which is far too strong once the rate rises.
+        highest: Maximum of the floor. Without it, a run that starts at a low learning rate would
+            get a large weight decay, far too strong once the rate rises.
     """
 
     decoupled: float = 0.3
@@ -123,8 +123,8 @@ class StiffSettings(Settings):
         pairs: Number of secant pairs; 0 for no deflation.
         weights: Minimum number of weights for each pair: with fewer, noisy pairs would remove the
             whole gradient.
-        dependent: A pair whose residual has less than this share of its squared length counts as
-            a combination of the others.
+        dependent: A pair whose squared residual is below this share of its squared length counts
+            as linearly dependent.
     """
 
     pairs: int = 4
@@ -141,11 +141,10 @@ class SliceSettings(Settings):
     """Sizes of the slice of weights with sensitivities.
 
     Attributes:
-        least: Minimum number of weights in the whole model.
-        most: Maximum number of weights in the whole model with the default share. The relative
+        least: Minimum size in the whole model.
+        most: Maximum size in the whole model with the default share. The relative
             error of an inner product estimated from n weights falls as 1/√n.
-        each: Minimum number of weights in a parameter group, or in a tensor with its own
-            hyperparameters.
+        each: Minimum size in a parameter group, or in a tensor with its own hyperparameters.
     """
 
     least: int = 4096

@@ -1,9 +1,9 @@
 """The slice of the weights whose sensitivities are kept.
 
 Sensitivities without curvature are elementwise. Those of a slice are therefore exact, and their
-inner product with an outer gradient is an unbiased estimate of that over all weights. A fortieth of
-the weights is as good as all of them, within the noise of one validation batch, with a fortieth of
-the memory and time.
+scaled inner product with an outer gradient estimates the one over all weights. A fortieth of the
+weights is as good as all of them, within the noise of one validation batch, with a fortieth of the
+memory and time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Slice:
     Attributes:
         stride: Distance between two weights of the slice; 1 for all weights.
         shards: If this process holds a shard of each tensor: the size of the shard, and the
-            position of its first weight in the slice. All shards together have the slice of the
-            whole tensor.
+            position of its first weight in the slice. Together the shards hold the slice of
+            the whole tensor.
     """
 
     stride: int = 1

@@ -12,7 +12,7 @@ from selftune.method.settings import SliceSettings
 from selftune.method.slices import choose
 
 SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
-"""Share and maximum number of weights used of a large tensor; small ones are used whole."""
+"""Share and maximum number of weights of a large tensor to use; small ones are used whole."""
 
 
 @dataclass
@@ -61,11 +61,11 @@ class Slopes:
             torch.stack([(g * d).sum().double() for g, d in zip(some, moves, strict=True)]).sum()
             for some in (before.grads, grads)
         ]
-        start, end = reduce(torch.stack(products)).tolist()  # waits once
+        start, end = reduce(torch.stack(products)).tolist()  # one host sync
         return start, end
 
     def forget(self) -> None:
-        """Reset to before the first step."""
+        """Reset to the initial state."""
         self.grads, self.weights = [], []
 
 

@@ -1,8 +1,8 @@
 """The method: a step of the weights, a step of the hyperparameters, and a rewind.
 
 Both drivers call these functions: the optimizers eagerly on the concatenated tensors of each
-parameter group, the tuner compiled into one graph with its model's passes. The returned state
-reuses the tensors of the given one: keep no reference to the old state.
+parameter group, the tuner compiled into one graph with the passes of the model. The returned
+state reuses the tensors of its input: do not use the old state afterwards.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from selftune.update import Transition, Update
 
 Reduce = Callable[[Tensor], Tensor]
 
-SHORTEST = 1e-18  # a gradient that counts as 0: squares of less vanish in float32
+SHORTEST = 1e-18  # smaller gradient norms count as 0: their squares underflow
 
 
 def local_sum(products: Tensor) -> Tensor:
-    """Inner products in a process that holds all weights."""
+    """The identity, for a process that holds all weights."""
     return products
 
 
@@ -43,9 +43,9 @@ class State(NamedTuple):
     Attributes:
         parts: The weights and their state, part by part.
         hyper: The tuned hyperparameters.
-        displacement: State of the displacement limit, or None.
+        displacement: State of the displacement limit, or empty.
         secants: Secant pairs of each part, if penalties are tuned.
-        stiffness: State of the stiff directions common to all parts, or None.
+        stiffness: State of the stiff directions common to all parts, or empty.
     """
 
     parts: list[Part]
@@ -129,7 +129,7 @@ class Method:
         """The state after a step of every part.
 
         Args:
-            state: Before the step.
+            state: State before the step.
             steps: Steps of the rule (:func:`propose`), or of another optimizer.
             moments: Time and hyperparameters of the steps.
             tracked: Whether the steps update averages and sensitivities.
@@ -148,7 +148,7 @@ class Method:
         """The state with sensitivities updated by a step.
 
         Args:
-            state: Before the step; weights and their average do not change.
+            state: State before the step; weights and their average do not change.
             steps: Steps of the slice of every part.
             moments: Time and hyperparameters of the steps, for all weights.
         """
@@ -250,7 +250,7 @@ class Method:
         """The state after a hyperparameter step, and S² if the displacement limit is on.
 
         Args:
-            state: Before the step.
+            state: State before the step.
             signal: dL/d(raw), shape (shifts,).
             weights: Current weights of the slice of every part (:meth:`cut`).
             frame: Bounds of the shifts.
@@ -276,12 +276,12 @@ class Method:
         return state._replace(hyper=hyper), square
 
     def ratio(self, state: State, weights: Sequence[Tensor]) -> float:
-        """The displacement ratio S at whole weights; NaN if unknown."""
+        """The displacement ratio S at the full weights; NaN if unknown."""
         if not state.displacement:
             return float("nan")
         return float(state.displacement[0].square(self.cut(weights), self.total).sqrt())
 
-    # the way back
+    # the rewind
 
     def rewind(self, state: State, good: Sequence[Tensor], step: Any) -> State:
         """Return to good weights, and reset sensitivities, rule state and Adam's moments."""

@@ -8,7 +8,7 @@ run.
 
 Stiff directions are estimated without an extra pass: over a move Δw the training gradient
 changes by ``Δg = H Δw``, mostly along stiff directions. With the last Δg as rows of Y, the outer
-gradient is deflated to ``g − Yᵀ (Y Yᵀ + D/τ)⁻¹ Y g``, where D is the diagonal of
+gradient is deflated to ``g − Yᵀ (Y Yᵀ + D/τ)⁻¹ Y g``, where D is diagonal with entries
 ``Δg · Δw``. This is the inverse above for ``H = Yᵀ D⁻¹ Y``: it removes components along stiff
 directions and keeps those along flat ones.
 """
@@ -90,13 +90,13 @@ class Stiffness(NamedTuple):
         Along directions of negative curvature sensitivities do not stop growing.
 
         Args:
-            secants: Of every part; written in place.
+            secants: Secants of every part, updated in place.
             params: Weights before the step.
             grads: Gradients of the penalised training loss there.
             masks: Which weights take part; None: all.
             pushes: Gradients of the tuned penalties there.
             reduce: Sums products over processes that hold parts of the weights.
-            taken: Whether the step is taken; None: it is.
+            taken: Whether the step is taken; None: yes.
         """
         slot = self.tracked % len(self.rises)
         changes, products = [], []
@@ -142,10 +142,10 @@ class Stiffness(NamedTuple):
 
         Args:
             grads: The outer gradient, part by part.
-            secants: Of every part.
+            secants: Secants of every part.
             answers: J of the penalties' strengths in log space, summed over penalties.
-            memories: Steps since the last call, divided by the memory 1/(1 − γ) of J. The τ of
-                one memory is ‖J‖ / ‖push‖; that of the run grows by ``memories`` times as much.
+            memories: Steps since the last call, divided by the memory 1/(1 − γ) of J. τ grows
+                by ‖J‖ / ‖push‖ in one memory, so here by ``memories`` times this.
             dependent: As in :class:`StiffSettings`.
             reduce: Sums products over processes that hold parts of the weights.
         """
@@ -187,8 +187,8 @@ def deflate(
         >>> deflate([grads], [change], torch.tensor([4.0]))  # where τ h = ‖Δg‖²/P = 1
         [tensor([3., 2.])]
 
-    Source: the inverse by Sherman, Morrison and Woodbury; Gur-Ari, Roberts, Dyer 2018 (gradients
-    lie in the few sharpest directions); for hypergradients of penalties, this library.
+    Source: the Sherman–Morrison–Woodbury formula; Gur-Ari, Roberts, Dyer 2018 (gradients lie in
+    the few sharpest directions); use for hypergradients of penalties: this library.
     """
     rows = [y.reshape(len(y), -1).to(g.dtype) for y, g in zip(changes, grads, strict=True)]
     gram = torch.stack([y @ y.T for y in rows]).sum(0)
@@ -197,7 +197,7 @@ def deflate(
     gram, along = both[:, :-1], both[:, -1]
     matrix = gram + pull.double().nan_to_num(nan=0.0).diag()
     sizes = matrix.diagonal()
-    unit = torch.where(sizes > 0, sizes.rsqrt(), 0.0)  # changes may differ much in length
+    unit = torch.where(sizes > 0, sizes.rsqrt(), 0.0)  # changes may differ greatly in length
     shares = unit * _solve(matrix * unit.outer(unit), unit * along, dependent)
     return [g - (shares.to(y) @ y).view_as(g) for y, g in zip(rows, grads, strict=True)]
 

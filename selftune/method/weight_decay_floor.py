@@ -16,7 +16,7 @@ from selftune.schedules import HORIZON, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class WeightDecayFloor:
-    """The minimum weight decay, ``λ ≥ s / Σ η_t``, which shrinks weights by e⁻ˢ in a run.
+    """The minimum weight decay, ``λ ≥ s / Σ η_t``, which scales weights by e⁻ˢ over a run.
 
     Args:
         shrinkage: s.
@@ -57,7 +57,7 @@ class WeightDecayFloor:
         """The minimum weight decay at a learning rate, a number or a tensor.
 
         Args:
-            rate: The peak, divided by 1 − μ if momentum accumulates decay.
+            rate: Peak learning rate, divided by 1 − μ if momentum accumulates decay.
             steps: Steps taken.
         """
         return self.shrinkage / (rate * self.mean * (self.total_steps or max(HORIZON, steps)))

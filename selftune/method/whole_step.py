@@ -1,7 +1,7 @@
 """Whole-step estimation: estimators that need more than the values computed in a step.
 
-They treat the run as a bilevel :class:`~selftune.problem.Problem` and its steps as points of it.
-The driver computes gradients at other weights.
+They treat the run as a bilevel :class:`~selftune.problem.Problem` and its steps as its points.
+The driver supplies gradients at other weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger("selftune")
 
 
 class WholeSteps:
-    """An estimator along a training run, with its memory.
+    """An estimator that observes a training run, with its memory.
 
     Args:
         estimator: Observes the steps.
@@ -59,8 +59,8 @@ class WholeSteps:
         if solution is not None and "solve" not in self._warned and bool(solution.diverged):
             self._warned.add("solve")
             log.warning(
-                "the linear solve diverged and its best iterate is used, with a relative residual "
-                "of %.2g: add damping, or take fewer terms", float(solution.residual),
+                "the linear solve diverged; using its best iterate (relative residual %.2g): "
+                "add damping, or use fewer terms", float(solution.residual),
             )  # fmt: skip
         fine = all(bool(torch.isfinite(g).all()) for g in found.grads.values())
         if not fine and "finite" not in self._warned:

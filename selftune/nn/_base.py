@@ -20,7 +20,7 @@ SPREAD, MIX = -1640531527, 0x45D9F3B
 class Tunable(nn.Module):
     """A module with one tuned strength, stored in a buffer.
 
-    In evaluation mode it is the identity.
+    In evaluation mode the strength has no effect.
 
     Args:
         value: The initial strength.
@@ -82,7 +82,7 @@ class Stochastic(Tunable):
         return found
 
     def change(self, input: Tensor) -> Tensor:
-        """The change of a batch."""
+        """The changed batch."""
         raise NotImplementedError
 
     def uniform(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:
@@ -90,7 +90,7 @@ class Stochastic(Tunable):
         return uniform(self.key, shape, stream)
 
     def normal(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:
-        """Standard normal numbers, by the inverse of their distribution."""
+        """Standard normal numbers, by inverse transform sampling."""
         inner = (self.uniform(shape, stream) + 2**-25) * 2 - 1
         return math.sqrt(2) * torch.erfinv(inner)
 
@@ -106,9 +106,9 @@ def uniform(key: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:
     Source: the 32-bit integer hash of Mueller; as a counter-based generator, Salmon et al. 2011.
     """
     offset = _hash((key + stream * 0x3C6EF372) & MASK).to(torch.int32)
-    # The position is spread in int64: an int32 product of a loop's counter may not overflow in the
-    # C++ that torch compiles to, which then ends the loop early. All after it is in int32, whose
-    # products wrap around: half the memory, and quick to compile.
+    # The position is multiplied in int64: in the C++ that torch generates, an overflow of an int32
+    # loop counter is undefined and can end the loop early. The rest is int32, whose products wrap
+    # around: half the memory, and fast to compile.
     place = torch.arange(math.prod(shape), device=key.device) * SPREAD & MASK
     bits = place.to(torch.int32) + offset
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Augmentation on the batch, on its device, with tuned strengths.
+"""Augmentation of batches, on their device, with tuned strengths.
 
 Inputs are images, (batch, channels, height, width). All augmentations are differentiable in
 their strength and draw random numbers from a counter, independent of the loader's workers.
@@ -25,7 +25,7 @@ class Noise(Stochastic):
     """``x + s ξ``, ξ standard normal.
 
     Args:
-        value: s, in units of the input, 0 or 0.001…10; if tuned, 0 starts from 0.05.
+        value: s, in units of the input, 0 or 0.001…10; 0 becomes 0.05 if tuned.
         name: Name of the hyperparameter.
 
     Examples:
@@ -56,7 +56,7 @@ class Brightness(_OneAnExample):
     """``x + s u``, u uniform in −1…1 for each image.
 
     Args:
-        value: s, in units of the input, 0 or 0.001…10; if tuned, 0 starts from 0.05.
+        value: s, in units of the input, 0 or 0.001…10; 0 becomes 0.05 if tuned.
         name: Name of the hyperparameter.
 
     Examples:
@@ -78,7 +78,7 @@ class Contrast(_OneAnExample):
     """``m + (x − m)(1 + s u)``, m the mean and u uniform in −1…1 for each image.
 
     Args:
-        value: s, 0 or 0.001…0.95; if tuned, 0 starts from 0.05.
+        value: s, 0 or 0.001…0.95; 0 becomes 0.05 if tuned.
         name: Name of the hyperparameter.
 
     Examples:
@@ -102,7 +102,7 @@ class Scale(_OneAnExample):
     """Images scaled by a factor 1 + s u, u uniform in −1…1.
 
     Args:
-        value: s, 0 or 0.001…0.95; if tuned, 0 starts from 0.02.
+        value: s, 0 or 0.001…0.95; 0 becomes 0.02 if tuned.
         name: Name of the hyperparameter.
 
     Examples:
@@ -125,7 +125,7 @@ class Translate(_OneAnExample):
     """Images shifted by up to a fraction s of their size in each direction.
 
     Args:
-        value: s, 0 or 0.001…0.95; if tuned, 0 starts from 0.02.
+        value: s, 0 or 0.001…0.95; 0 becomes 0.02 if tuned.
         name: Name of the hyperparameter.
 
     Examples:
@@ -157,7 +157,7 @@ class Cutout(Stochastic):
     The number of holes is random with mean n, because n is tuned as a real number.
 
     Args:
-        value: n, 0 or 0.01…``most``; if tuned, 0 starts from 0.1.
+        value: n, 0 or 0.01…``most``; 0 becomes 0.1 if tuned.
         name: Name of the hyperparameter.
         size: Side of a hole, as a fraction of the image's side.
         most: Largest number of holes.
@@ -209,7 +209,7 @@ class Mixup(Stochastic):
 
     Args:
         classes: Number of classes; 0 for regression, where targets are mixed directly.
-        value: s, 0 or 0.001…0.95; if tuned, 0 starts from 0.05.
+        value: s, 0 or 0.001…0.95; 0 becomes 0.05 if tuned.
         name: Name of the hyperparameter.
 
     Examples:
@@ -245,7 +245,7 @@ class Augment(nn.Module):
     """Several augmentations of inputs and targets in sequence, while training.
 
     Args:
-        parts: Modules of inputs, or of inputs and targets (:class:`Mixup`).
+        parts: Modules on inputs, or on inputs and targets (:class:`Mixup`).
 
     Examples:
         >>> import torch, selftune as st

@@ -30,7 +30,7 @@ class Dropout(Stochastic):
     to second order in e, is never NaN, and allows every estimator to tune the rate.
 
     Args:
-        p: The rate, 0 or 0.001…0.95; if tuned, 0 starts from 0.05.
+        p: The rate, 0 or 0.001…0.95; 0 becomes 0.05 if tuned.
         name: Name of the hyperparameter; layers with the same name share one rate.
         share: Dimensions along which the mask is constant, for example ``(1,)`` for all time steps
             of (batch, time, features).
@@ -97,8 +97,8 @@ class DropConnect(Dropout):
         module: Any module, for example an ``nn.LSTM``.
         p: The rate.
         name: Name of the hyperparameter.
-        weights: Names of the parameters with dropped entries; by default all weight matrices, in
-            recurrent modules only those from hidden state to hidden state.
+        weights: Names of the parameters with dropped entries; by default all weight matrices, or
+            only the hidden-to-hidden ones of recurrent modules.
 
     Raises:
         ValueError: The module has no such parameter.
@@ -126,7 +126,7 @@ class DropConnect(Dropout):
         within = "weight_hh" if isinstance(module, nn.RNNBase) else ""
         chosen = [n for n in known if n.startswith(within)] if weights is None else list(weights)
         if not chosen or not set(chosen) <= set(known):
-            raise ValueError(f"weights={weights}: this module has {sorted(known)}")
+            raise ValueError(f"weights={weights} must be matrices: this module has {sorted(known)}")
         self.weights = tuple(chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,12 +11,12 @@ from selftune.nn._base import Tunable
 
 
 class LabelSmoothing(Tunable):
-    """Cross-entropy, with label smoothing while training only.
+    """Cross-entropy, with label smoothing only while training.
 
     ``L = (1 − ε) CE + ε mean_c(−log p_c)``, averaged over examples.
 
     Args:
-        value: ε, 0 or 0.001…0.9; if tuned, 0 starts from 0.02.
+        value: ε, 0 or 0.001…0.9; 0 becomes 0.02 if tuned.
         name: Name of the hyperparameter.
         ignore_index: A target that is ignored.
 
@@ -87,7 +87,7 @@ class ActivationPenalty(_Penalty):
     ``criterion(model(x), y) + st.nn.extra_loss(model)``.
 
     Args:
-        value: λ, 0 or 1e-6…100; if tuned, 0 starts from 0.01.
+        value: λ, 0 or 1e-6…100; 0 becomes 0.01 if tuned.
         name: Name of the hyperparameter.
 
     Raises:
@@ -115,7 +115,7 @@ class TemporalPenalty(_Penalty):
     """Adds ``λ mean((x_{t+1} − x_t)²)`` of a sequence to the training loss.
 
     Args:
-        value: λ, 0 or 1e-6…100; if tuned, 0 starts from 0.01.
+        value: λ, 0 or 1e-6…100; 0 becomes 0.01 if tuned.
         name: Name of the hyperparameter.
         dim: The time dimension.
 

@@ -53,7 +53,7 @@ class Assembly:
         if ids == self._built and not any(p.requires_grad for p in self._frozen):
             return self._engine.blocks
         if self._built:
-            self._groups.take_up(groups)  # what was written just before
+            self._groups.take_up(groups)  # values written since the last step
             self._engine.training_signal = None  # its shape may change
         trained = _trained(groups, state)
         self._recut(trained, state)
@@ -135,7 +135,7 @@ class Assembly:
 
 
 def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list[str]:
-    """Names of parameters in errors."""
+    """Names of parameters for error messages."""
     group = groups[index]
     places = {id(p): j for j, p in enumerate(group["params"])}
     given = group.get("param_names")

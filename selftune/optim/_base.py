@@ -35,7 +35,7 @@ class SelfTuningOptimizer(EvaluationMode):
 
     Args:
         params: A module, parameters, named parameters or parameter groups, as for torch.
-        defaults: torch's options of the optimizer, and ``decay``.
+        defaults: The optimizer's options as in torch, and ``decay``.
         update: The update rule, with its hyperparameters and penalties.
         stepper: Computes the weight steps.
         **tuning: Options of :class:`TuningOptions`: ``tune``, ``total_steps``, ``log_dir``, ….
@@ -84,7 +84,7 @@ class SelfTuningOptimizer(EvaluationMode):
             with torch.enable_grad():
                 loss = closure()
         if self._idle():
-            # Their state is what checkpointing wants; nothing is tuned yet.
+            # Distributed checkpointing only needs the state; nothing is tuned yet.
             self._assembly.make(self.param_groups, self.state)
             self._engine.stepper.make_state()
             return loss
@@ -117,8 +117,8 @@ class SelfTuningOptimizer(EvaluationMode):
 
         Args:
             closure: Returns the validation loss, a scalar with its graph, without calling
-                ``backward``. The loss is minimised, even with ``maximize=True``. The closure is
-                called more than once when the guard checks an alarm, and at the end of the run.
+                ``backward``. The loss is minimised, even with ``maximize=True``. The closure runs
+                more than once at the first call, for the log, after an alarm and at the run's end.
 
         Returns:
             The loss, detached; None if no hyperparameter step is due or no training step has been
@@ -151,7 +151,7 @@ class SelfTuningOptimizer(EvaluationMode):
             self._blocks()
             engine.settle()
         if not known:
-            # Also an early look at what the closure returns; it leaves random streams alone.
+            # Also an early check of the return value, without advancing random generators.
             params = [p for block in engine.blocks for p in block.params]
             with outer.random(), engine.buffers.discovering(params):
                 first = outer.first(closure)
@@ -229,13 +229,14 @@ class SelfTuningOptimizer(EvaluationMode):
         """Pass the training loss to the log and the guard; optional.
 
         ``step(closure)`` does so automatically. The run rewinds to the last good weights if the
-        loss explodes, or is not finite three times in a row.
+        loss explodes, or is not finite three times in a row; losses on a GPU, or of several
+        processes, are only logged.
         """
         engine = self._engine
         value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         engine.monitor.scalar("Loss/train", value, engine.clock.steps)
         self._log.metrics.trained = value
-        alone = not value.is_cuda and not engine.reducer.together  # no waiting, no disagreeing
+        alone = not value.is_cuda and not engine.reducer.together  # no sync, equal on all ranks
         if not engine.blocks or not alone:
             return
         with torch.no_grad():
@@ -287,7 +288,7 @@ class SelfTuningOptimizer(EvaluationMode):
         """Log the final hyperparameters and the end of the run; optional."""
         self._log.finish(self.hparams, self._engine.clock.steps, self.explain())
 
-    # inside
+    # internals
 
     def _call(self, closure: Closure | None) -> Call | None:
         """The closure, for an estimator that needs gradients at other weights."""
@@ -302,8 +303,8 @@ class SelfTuningOptimizer(EvaluationMode):
         blocks = self._blocks()
         if len(blocks) > 1 or any(g.get("maximize") for g in self.param_groups):
             raise ValueError(
-                f"params: {len(blocks)} parameter groups, or maximize=True: a whole-step estimator "
-                "supports neither; put all parameters in one group, or use Trace or OneStep"
+                f"params: {len(blocks)} parameter groups: whole-step estimators support only one, "
+                "without maximize=True; put all parameters in one group, or use Trace or OneStep"
             )
         return Call(closure, blocks[0], engine.buffers.tensors)
 

@@ -30,7 +30,7 @@ class Block:
 
     Args:
         params: The trained parameters.
-        names: Their names in errors.
+        names: Their names for error messages.
         entries: Their state dictionaries.
         sensitivities: Defines their state.
         values: Hyperparameters and options of the group.
@@ -81,7 +81,7 @@ class Block:
         self._views: dict[str, list[Tensor]] = {}  # of the rule's state
         self._viewed: Mapping[str, Tensor] = {}
         known = [e["secant/changes"] for e in entries if "secant/changes" in e]
-        if any(len(changes) != pairs for changes in known):  # the run has grown
+        if any(len(changes) != pairs for changes in known):  # the model has grown
             for entry in entries:
                 for key in [k for k in entry if k.startswith("secant/")]:
                     del entry[key]
@@ -216,7 +216,7 @@ class Block:
             param.copy_(between(view, other, abs(place)))
 
     def slopes(self, index: int, grad: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """A parameter's ``g · Δw`` from good to averaged weights, and from there to others.
+        """A parameter's ``g · Δw`` from good to averaged weights, and from averaged to others.
 
         Args:
             index: Index of the parameter.
@@ -239,7 +239,7 @@ class Block:
         the average too; a frozen parameter is copied.
         """
         for param, view in zip(self.params, self.averages, strict=True):
-            if param.requires_grad:  # a shard would not say
+            if param.requires_grad:  # read here, not from the local shard
                 view.masked_fill_(local(param) == 0, 0.0)
             else:
                 view.copy_(local(param))

@@ -19,8 +19,8 @@ class Buffers:
     """Running statistics for averaged, good and training weights.
 
     BatchNorm's running mean and variance fit only the weights that produced them. The averaged
-    weights therefore have separate statistics: from validation passes in training mode, and
-    otherwise a running average of the training weights' statistics. Layers of models that are not
+    weights therefore have separate statistics, collected by validation passes in training mode, or
+    otherwise averaged over the training weights' statistics. Layers of models that are not
     trained by this optimizer, but called by a closure, are not changed.
 
     Args:
@@ -41,11 +41,11 @@ class Buffers:
         self.shown = False
         self._momenta: list[float | None] = []
         self._own = False  # whether validation passes gather the averaged weights' statistics
-        self._counts: list[Tensor] = []  # batches taken in, by the statistics shown
-        self._gathered: list[Tensor] = []  # whether the last pass at them took in more
+        self._counts: list[Tensor] = []  # ``num_batches_tracked`` at the last exchange
+        self._gathered: list[Tensor] = []  # whether the last pass updated each layer
         self._others: Sequence[Tensor] = []  # the training statistics, while others are shown
         self._saved: dict[str, Any] | None = None
-        self._strangers = 0  # foreign layers of a saved run
+        self._strangers = 0  # number of foreign layers in a saved run
         if module is not None:
             self.add(module)
 
@@ -88,9 +88,9 @@ class Buffers:
 
         handle = register_module_forward_pre_hook(look)
         known = len(self.good)
-        before = [t.clone() for t in self.average]  # the look must not show in averages
+        before = [t.clone() for t in self.average]  # this pass must not change the averages
         try:
-            with warnings.catch_warnings():  # a compiled model calls it twice, which is harmless
+            with warnings.catch_warnings():  # a compiled model calls hooks twice: harmless
                 warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
                 yield
         finally:
@@ -120,7 +120,7 @@ class Buffers:
         ours, expected = {id(p) for p in params}, len(self._saved["average"])
 
         def look(module: nn.Module, _: Any) -> None:
-            if self.shown:  # what is swapped in at the start of that must be so at its end
+            if self.shown:  # layers must not be added while statistics are exchanged
                 return
             if any(id(p) in ours for p in module.parameters()):
                 self.add(module)
@@ -164,7 +164,7 @@ class Buffers:
         self.shown = not self.shown
         self._others = others if self.shown else []
         if not self.shown:
-            known = zip(self._counts, self._batches(), strict=False)  # layers may have been found
+            known = zip(self._counts, self._batches(), strict=False)  # layers may have been added
             self._gathered = [before != now for before, now in known]
         for layer, usual in zip(self.layers, self._momenta, strict=True):
             quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
@@ -180,7 +180,7 @@ class Buffers:
         return [count for count in found if isinstance(count, Tensor)]
 
     def blend(self, share: float, lapsed: bool = False) -> None:
-        """Move the average toward the modules' statistics, unless passes at it update it.
+        """Move the average toward the modules' statistics, unless validation passes update it.
 
         Args:
             share: Weight of the modules' statistics.
@@ -220,7 +220,7 @@ class Buffers:
                 tensor.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged and good statistics; also those of training, if others are in place."""
+        """The averaged and good statistics, and the training statistics if not in place."""
         if self._saved is not None:
             return self._saved
         average = self.tensors() if self._others is self.average else self.average

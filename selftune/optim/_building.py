@@ -70,7 +70,7 @@ class TuningOptions:
         estimator: Estimates the sensitivities of the weights to the hyperparameters. By default
             ``Trace``, which tracks one step in four, or more with a short average; ``Trace`` and
             ``OneStep`` need no closure. The others need ``step(closure)`` with a closure that keeps
-            its own batch, and a single parameter group; copies and loaded states restart them.
+            its own batch, and a single parameter group; copying and loading restart them.
         average: The running average at which the validation loss is measured.
         hyper_optimizer: Function from a list of raw hyperparameters to a torch optimizer; by
             default Adam with a rate of 0.01 times ``every``, between 0.05 and 0.2, and higher in
@@ -91,7 +91,8 @@ class TuningOptions:
             hyperparameter steps; by default True if torch.distributed is initialised.
         settings: Constants of the method (:class:`~selftune.method.MethodSettings`).
         tangents: Fraction of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            1/n; at least 4,096 weights and, by default, at most 2²⁰. Pass a dtype to keep all.
+            1/n; at least 4,096 weights and, by default, at most 2²⁰. Pass a dtype to keep all
+            of them in that dtype.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
             CPU's memory) or ``"bf16"``, the default for 65,536 weights or more.
     """
@@ -176,7 +177,7 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
     """
     settings, total, label = options.settings, options.total_steps, options.name or stepper.name
     every, tune = options.cadence(), options.tune
-    if tune is None:  # the rate's own decay only where nothing else anneals
+    if tune is None:  # ``decay`` only if no schedule anneals
         tune = [n for n in update.tuned if total is None or n != "decay"]
     shifts = Shifts(
         update.hparams, tune=tune, size=settings.hyper.size(every, total), per=options.per,

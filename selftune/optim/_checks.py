@@ -20,7 +20,7 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
     seen: dict[int, str] = {}
     for name, param in named:
         if id(param) in seen:
-            raise ValueError(f"params: {name} is {seen[id(param)]}, passed twice; pass it once")
+            raise ValueError(f"params: {name} and {seen[id(param)]} are the same; pass it once")
         seen[id(param)] = name
         if param.is_complex():
             raise ValueError(f"params: {name} is complex ({param.dtype}); use torch.view_as_real")
@@ -49,7 +49,7 @@ def check_group(group: Mapping[str, Any], hparams: Iterable[Hparam]) -> None:
     for hparam in hparams:
         check_option(hparam, group)
         known.add(hparam.name)
-    if MOMENTUM.name not in known:  # whatever another optimizer calls so is its own
+    if MOMENTUM.name not in known:  # another optimizer's ``momentum`` is not checked
         return
     momentum = group.get(MOMENTUM.name, 0.0)
     if group.get("nesterov") and (momentum <= 0 or group["dampening"] != 0):

@@ -54,7 +54,7 @@ class Call:
         self._known = weakref.ref(weights), weakref.ref(grads)
 
     def known(self, weights: Tensor | None = None) -> Tensor | None:
-        """The gradient at its own step, if these are its weights (None: any)."""
+        """The gradient at its own step, if ``weights`` are those of that step or None."""
         at, grads = (None, None) if self._known is None else (r() for r in self._known)
         found: Tensor | None = grads if at is weights or weights is None else None
         return found
@@ -98,7 +98,7 @@ class Call:
             if self._cuda is not None:
                 torch.cuda.set_rng_state(self._cuda, self._device)
             block.layout.write(weights, block.params)
-            for param in block.params:  # the user's own gradients are not to be added to, nor lost
+            for param in block.params:  # do not accumulate into the user's gradients
                 param.grad = None
             with torch.enable_grad():
                 self._closure()
@@ -163,7 +163,7 @@ class _Last(NamedTuple):
 
     call: Call
     clock: Clock
-    kept: tuple[Tensor, Tensor] | None  # its weights and gradient, where nothing else keeps them
+    kept: tuple[Tensor, Tensor] | None  # its weights and gradient, if not stored elsewhere
 
 
 class ClosureSteps:

@@ -49,13 +49,13 @@ class Container(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's, with ``state`` stored as ``_state``, because it is a property here."""
         own = dict(state)
-        if "state" in own:  # torch writes it past the property
+        if "state" in own:  # torch bypasses the property
             own["_state"] = own.pop("state")
         super().__setstate__(own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, at any time; tuned values of the other groups do not change."""
-        with warnings.catch_warnings():  # torch only warns of parameters given twice
+        with warnings.catch_warnings():  # torch only warns about duplicate parameters
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
             super().add_param_group(param_group)
         groups = self.param_groups
@@ -104,7 +104,7 @@ class Container(torch.optim.Optimizer):
         with torch.no_grad():
             self._blocks()
         self._engine.stepper.expose(self.state)
-        self._engine.monitor.flush()  # a run that is killed goes on behind these rows
+        self._engine.monitor.flush()  # a killed run resumes after these rows
         state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
         groups[0]["selftune"] = to_bytes(self._packed())
@@ -135,7 +135,7 @@ class Container(torch.optim.Optimizer):
                 is loaded.
         """
         # Not _blocks(): a distributed checkpoint has been read into the tensors of state_dict(),
-        # which are averages of this run, and must not be begun again.
+        # which are averages of this run, and must not be reset.
         self._assembly.current(self.param_groups, self.state)
         run = check_state(state_dict, self._engine, self._packed(), self.param_groups)
         shown, self._engine.shown = self._engine.shown, None
@@ -174,7 +174,7 @@ class Container(torch.optim.Optimizer):
         own = {**self.__dict__, "state": self.state, "_engine": engine, "_assembly": assembly}
         return {k: v for k, v in own.items() if k != "step"}
 
-    # inside
+    # internals
 
     def _blocks(self) -> list[Block]:
         blocks = self._assembly.current(self.param_groups, self._state)

@@ -57,7 +57,7 @@ class Engine:
     whole: ClosureSteps | None = None
     looked: bool = False  # at the first validation batch
     shown: Shown | None = None  # by ``averaged`` or ``eval``
-    restored: Restored | None = None  # by ``load_state_dict``, until training goes on
+    restored: Restored | None = None  # by ``load_state_dict``, until training continues
     identity: Mapping[str, Any] = field(default_factory=dict)  # settings of the run
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class Engine:
             grads: Gradients of the slice of every block.
         """
         names = [n for n in self.shifts.names if n not in self.regularizers]
-        if self.whole is not None or not names:  # whole estimates are too dear for every step
+        if self.whole is not None or not names:  # whole-step estimates cost too much
             return False
         signal = self.method.along(self.store.state(), self._outer(grads, 0))
         known = self.training_signal
@@ -150,7 +150,7 @@ class Engine:
         self.settle()
         averages = [b.part.average for b in self.blocks]
         guard = self.controller.guard
-        due = self.clock.steps % (10 * self.every) < self.every  # no loss says which are good
+        due = self.clock.steps % (10 * self.every) < self.every  # no losses to select good weights
         if (
             due
             and not (guard is not None and guard.lost)
@@ -170,7 +170,7 @@ class Engine:
         values: Sequence[Values],
         compare: Callable[[], tuple[float, float, float]],
     ) -> bool:
-        """Take a hyperparameter step from outer gradients; true if hyperparameters changed.
+        """Take a hyperparameter step from outer gradients; return whether values changed.
 
         Args:
             loss: The outer loss.
@@ -199,11 +199,11 @@ class Engine:
         return self.tune(signal, self.shifts.names)
 
     def taken(self, block: Block, index: int, grad: Tensor) -> Tensor:
-        """The needed part of a parameter's outer gradient: a slice, or all for whole steps."""
+        """The needed part of an outer gradient: a slice, or all of it for whole-step estimators."""
         return grad if self.whole is not None else block.piece(index, grad).clone()
 
     def _mean(self, grads: Tensor) -> Tensor:
-        """Mean over processes, so that the length is that of the mean gradient; not for shards."""
+        """Mean over processes, so that the norm is that of the mean gradient; shards unchanged."""
         return grads if self.reducer.sharded else self.reducer.mean(grads)
 
     def tune(self, signal: Tensor, names: Sequence[str]) -> bool:
@@ -225,15 +225,15 @@ class Engine:
         return True
 
     def report(self, loss: float) -> bool:
-        """Process a training loss; true if hyperparameters changed."""
-        if self.clock.since == self.clock.steps:  # of weights that the run has just left
+        """Process a training loss; return whether hyperparameters changed."""
+        if self.clock.since == self.clock.steps:  # the loss is from before a rewind
             return False
         return self.carry_out(self.controller.observe(TrainingLoss(loss)))
 
-    # what the controller asks for
+    # actions of the controller
 
     def carry_out(self, action: Action) -> bool:
-        """Carry out an action: snapshot and rewind; true if hyperparameters changed."""
+        """Carry out an action: snapshot and rewind; return whether hyperparameters changed."""
         if action.snapshot:
             self._snapshot(action.snapshot)
         if action.rewind is None:
@@ -263,7 +263,7 @@ class Engine:
         return True
 
     def mark(self, names: Iterable[str], *, given: bool = False) -> None:
-        """Mark an event in the log's charts of the hyperparameters that it has set.
+        """Mark an event in the charts of the hyperparameters that it changed.
 
         Args:
             names: Names of these hyperparameters; others are ignored.

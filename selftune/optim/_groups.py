@@ -24,9 +24,9 @@ class Cached(NamedTuple):
 
     Attributes:
         values: Values; one for each weight if tensors differ.
-        slopes: Their derivatives in raw values.
+        slopes: Their derivatives w.r.t. raw values.
         tensor_values: Values; one for each tensor if tensors differ.
-        tensor_slopes: Their derivatives in raw values.
+        tensor_slopes: Their derivatives w.r.t. raw values.
     """
 
     values: dict[str, Any]
@@ -59,7 +59,7 @@ class Groups:
         raised: Whether a torch scheduler has raised a rate, as in a warm-up, or a rate was written
             from outside since the first step.
         scale: Factor of a rate that is not tuned and belongs to a torch scheduler; the choice of a
-            rule sets it, because many schedulers keep their starting values to themselves.
+            rule sets it, because many schedulers store their starting values privately.
     """
 
     def __init__(self, update: Update, shifts: Shifts) -> None:
@@ -180,7 +180,7 @@ class Groups:
     def _same(self, name: str, index: int, value: float) -> bool:
         """Whether the group already has a value, up to rounding of the inverse scale."""
         shown = self._shown[name].get(index)
-        if shown is None:  # the first time: the user's own number stands
+        if shown is None:  # at first, keep the user's exact number
             shown = self._shifts.rows[name].start[self._spans[index].start]
         return abs(shown - value) <= 1e-14 * abs(value)
 
@@ -199,7 +199,7 @@ class Groups:
                     continue
                 value = tuned.hparam.read(group)
                 if shown is not None and value != shown:
-                    if value != 0:  # a rate of 0 holds the weights
+                    if value != 0:  # a rate of 0 freezes the weights
                         check_option(tuned.hparam, group)
                     written.append((name, i, value, shown))
         for name, i, value, shown in written:

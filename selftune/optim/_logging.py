@@ -83,7 +83,7 @@ class OptimizerLog:
             self._monitor.scalar("time/overhead", min((now - begun) / (now - before), 1.0), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of later entries as plain containers."""
+        """The state needed for later entries, as plain containers."""
         return {"steps": self._steps, "metrics": self.metrics.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -113,7 +113,7 @@ class OptimizerLog:
         low = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory, step)
 
         def ends(name: str) -> Ends:
-            # The course is of shifts, and so are these.
+            # Bounds of shifts, because the log records shifts.
             slots = shifts.hyper.slots(name)
             floored = bool((low[slots] > frame.low[slots]).any())
             return Ends(float(low[slots].mean()), float(frame.high[slots].mean()), floored)

@@ -29,7 +29,7 @@ Taken = list[list[Tensor]]
 Take = Callable[[Block, int, Tensor], Tensor]
 """Selects the needed part, from the block, the index of the parameter and its gradient."""
 RARER = 200
-"""Steps of the run per validation batch for the slopes at each position."""
+"""The slopes at a position use one validation batch per this many steps."""
 
 
 OLD_LOSS = (
@@ -54,7 +54,7 @@ class OuterLoss:
 
     @contextmanager
     def showing(self, place: float, *, live: bool = False) -> Iterator[Sequence[Sequence[Tensor]]]:
-        """Put other weights and statistics in place within a block; yields copies of the current.
+        """Put other weights and statistics in place in a block; yields copies of the current ones.
 
         Args:
             place: Position of the weights.
@@ -126,13 +126,13 @@ class OuterLoss:
 
     @property
     def end(self) -> float:
-        """The final weights if the run ended now."""
+        """The position of the final weights if the run ended now."""
         guard = self.engine.controller.guard
         lost = guard is not None and guard.lost and not self.engine.clock.last_validation_step
         stuck = guard is not None and guard.stuck
         if guard is not None and guard.worsened and self.engine.lapsed:
-            stuck |= not self.engine.controller.final.judged  # more steps over-fit further
-        if self.engine.controller.sweeping or lost or stuck:  # a sweep is no run to average
+            stuck |= not self.engine.controller.final.judged  # more steps overfit further
+        if self.engine.controller.sweeping or lost or stuck:  # no average during a sweep
             return -1.0
         return self.engine.controller.final.position
 
@@ -158,7 +158,7 @@ class OuterLoss:
         count = guard.policy.batches(self.engine.shifts.horizon)
         found: list[list[float]] = [[], []]
         with self.random():  # around all of them: a closure may draw its batches at random
-            for _ in range(count):  # in turns: batches differ
+            for _ in range(count):  # alternately, because batches differ
                 for place, losses in zip((0.0, -1.0), found, strict=True):
                     with self.showing(place):
                         losses.append(float(self.engine.reducer.mean(self._value(closure))))
@@ -230,7 +230,7 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take) -> Taken:
 
     def seen(param: Tensor, grad: Tensor) -> Tensor:
         found[param] = take(*places[param], grad.detach())
-        return grad.new_zeros(()).expand_as(grad)  # in place of it, and of no size
+        return grad.new_zeros(()).expand_as(grad)  # a placeholder without memory
 
     _differentiate(loss, [p for p in places if p.requires_grad], seen)
     check_dependence([found.get(p) for p in places])
@@ -245,8 +245,8 @@ def _differentiate(
 ) -> None:
     """Pass on the gradients of a loss, without changing ``.grad``.
 
-    Gradients of sharded parameters need ``backward``, whose hooks reduce them, and so do those
-    inside a reentrant activation checkpoint, which calls ``backward`` itself.
+    Sharded parameters need ``backward``, whose hooks reduce their gradients, and so do reentrant
+    activation checkpoints, which call ``backward`` themselves.
     """
     if not any(is_sharded(p) for p in leaves) and not _reentrant(loss):
         handles = [p.register_hook(partial(seen, p)) for p in leaves]

@@ -23,7 +23,7 @@ class Reducer:
     averaged. If they are sharded (FSDP2), inner products are summed.
 
     Args:
-        wanted: Whether processes train one model; None for True if torch.distributed is
+        wanted: Whether processes train one model; None means True if torch.distributed is
             initialised.
 
     Attributes:
@@ -93,14 +93,14 @@ class Reducer:
         return tensor / dist.get_world_size()
 
     def outer(self, products: Tensor) -> Tensor:
-        """Inner products with gradients of each process's own validation batch."""
+        """Reduce inner products with gradients of each process's validation batch."""
         if not self.together:
             return products
         mean = self.mean(products)
         return mean * dist.get_world_size() if self.sharded else mean
 
     def total(self, products: Tensor) -> Tensor:
-        """Inner products with training gradients, which are equal in all processes."""
+        """Reduce inner products with training gradients, equal in all processes."""
         return self.outer(products) if self.sharded else products
 
 

@@ -20,7 +20,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 17
-"""Version of the state; 16 includes hyperparameters that stay 0 until a validation loss."""
+"""Version of the state; 17 has the longest gap between validation losses."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -142,7 +142,7 @@ def check_state(
     _match("set of tuned hyperparameters", list(run.get("tuned", ())), whole["tuned"])
     _complete(run, whole)
     sizes = [len(g["params"]) for g in saved]
-    _match("parameter groups (sizes)", sizes, [len(g["params"]) for g in mine])
+    _match("list of group sizes", sizes, [len(g["params"]) for g in mine])
     for index, (there, here) in enumerate(zip(saved, mine, strict=True)):
         missing = sorted(here.keys() - there.keys() - {"initial_lr", "param_names", "selftune"})
         if missing:

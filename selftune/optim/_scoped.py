@@ -46,7 +46,7 @@ class Scoped:
         self.shift = torch.zeros(0, dtype=torch.float64)
         self.from_zero = False
         self.asleep = torch.empty(0, dtype=torch.bool)
-        self.waiting = hparam.role not in ("rate", "decay")  # training alone tunes these
+        self.waiting = hparam.role not in ("rate", "decay")  # tuned without validation losses
         self.start: list[float] = []
         self.given = 0.0
 
@@ -57,14 +57,14 @@ class Scoped:
         known: Sequence[int | None] | None = None,
         siblings: Sequence[int | None] | None = None,
     ) -> None:
-        """Set each segment's value and group; bases and shifts of known segments stay.
+        """Set each segment's value and group; bases and shifts of known segments are kept.
 
         A value of exactly 0 stays 0 if others are not 0; if all are 0, tuning starts from
         ``hparam.from_zero`` after the first validation loss (``wake``).
 
         The values of the first layout are the start of the run. A segment added later keeps its
-        ratio to them: its value is multiplied by the run's factor, that of its slot or the
-        geometric mean of all.
+        ratio to them: its value is multiplied by the factor of its slot, or the geometric
+        mean of all factors if the slot is new.
 
         Args:
             values: Given value of each segment; for one added to an existing group, the value of
@@ -99,7 +99,7 @@ class Scoped:
                 if self.scope == "tensor":  # the present value, at a shift of its own
                     shift[at] = (base[at] - self.base[sibling]).nan_to_num(0.0)
                 base[at] = self.base[sibling]
-            elif not first:  # others are not moved to bring it within its bounds
+            elif not first:  # clamp the segment, not its shared shift
                 slot = shift[slots[at]]
                 base[at] = base[at].clamp(low - slot, high - slot)
         self.slots = torch.tensor(slots, dtype=torch.long)
@@ -113,7 +113,7 @@ class Scoped:
         return torch.where(values == 0, off, self.hparam.bijection.inverse(values))
 
     def wake(self) -> bool:
-        """Start tuning values given as 0; true if values change."""
+        """Start tuning values given as 0; return whether values change."""
         if not self.waiting:
             return False
         changed, self.waiting = bool(self.asleep.any()), False
@@ -160,7 +160,7 @@ class Scoped:
         return self._values
 
     def slopes(self) -> Tensor:
-        """The derivative of each value in its raw shift; 0 if off."""
+        """The derivative of each value w.r.t. its raw shift; 0 if off."""
         values = self.values()
         off = self.base.isnan() | self.asleep
         return torch.where(off, 0.0, self.hparam.bijection.slope(values))

@@ -1,4 +1,4 @@
-"""Saved state of parameters in torch's format, which loads on another number of ranks.
+"""Saved state of parameters in torch's format, loadable on any number of ranks.
 
 State over all weights has the shape of the parameter, and is a DTensor if the parameter is one. A
 slice of the weights is saved by rows of the parameter, ``(rows, largest number in a row)``, padded
@@ -25,7 +25,7 @@ def by_rows(param: Any) -> bool:
     """Whether each process holds a range of a parameter's rows, so that slices can be sharded."""
     if not is_sharded(param):
         return True
-    from torch.distributed.tensor import Shard  # a second's import that few need
+    from torch.distributed.tensor import Shard  # takes a second to import, and is rarely needed
 
     split = [p for p in param.placements if not p.is_replicate()]
     return len(split) <= 1 and all(type(p) is Shard and p.dim == 0 for p in split)
@@ -81,7 +81,7 @@ def _sharded(param: Any, value: Tensor, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Positions of the slice of a parameter in the format by rows.
+    """Positions of the slice of a parameter in the row format.
 
     Attributes:
         param: The parameter.
@@ -101,7 +101,7 @@ class Rows:
         first = start + self.first
         index = torch.arange(first, max(first, end), self.stride)
         row = index // length
-        # The first kept weight of a row is the first place from its start on that is one.
+        # Number of slice weights that precede each one in its row.
         before = (index - row * length) // self.stride
         return row - part.start, before, -(-length // self.stride)
 

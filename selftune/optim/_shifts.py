@@ -22,7 +22,7 @@ MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 class TorchProposal:
-    """Proposes changes of the shifts by a torch optimizer.
+    """Proposes changes of the shifts with a torch optimizer.
 
     Args:
         make: Builds the optimizer of one parameter.
@@ -124,7 +124,7 @@ class Shifts:
             if not self._laid_out and given > 0 and abs(present / given - 1) > 1e-9:
                 log.warning(
                     "%s: %s starts at %.4g, not %.4g: its bounds are %.4g to %.4g; pass bounds= "
-                    "for others", self._label, name, present, given,
+                    "to change them", self._label, name, present, given,
                     tuned.hparam.lower, tuned.hparam.upper,
                 )  # fmt: skip
         shifts = [t.shift for t in self.rows.values()]
@@ -148,7 +148,7 @@ class Shifts:
         return [n for n, t in self.rows.items() if bool(t.asleep.any())]
 
     def wake(self) -> bool:
-        """Start tuning values given as 0; true if values change."""
+        """Start tuning values given as 0; return whether values change."""
         return any([tuned.wake() for tuned in self.rows.values()])
 
     def frame(self) -> Frame:
@@ -181,7 +181,7 @@ class Shifts:
         self._size = self.hyper.size = value
 
     def begin_again(self, rule: AbstractRule, moves: Mapping[str, float]) -> None:
-        """Reset the state of past hypergradients, and move raw values by their bases.
+        """Reset the state of past hypergradients, and change raw values through their bases.
 
         Args:
             rule: The rule that the run continues with.
@@ -222,11 +222,11 @@ class Shifts:
 
     @property
     def climb(self) -> float:
-        """Log of the ratio of the learning rate to the given one."""
+        """Log of the ratio of the learning rate to its initial value."""
         return float(self.rows["lr"].shift.max()) if "lr" in self.rows else 0.0
 
     def values(self) -> dict[str, float]:
-        """The largest current value of each."""
+        """The largest current value of each tuned hyperparameter."""
         return {n: self.value(n) for n in self.rows}
 
     def state_dict(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Shown:
         if not self._buffers.shown:
             self._statistics = self._buffers.average if live else self._buffers.at(place)
             self._buffers.exchange(self._statistics)
-        # Only copies may be asked whether they changed: exchanges are made at hyperparameter steps.
+        # Changes are detected for copies only: hyperparameter steps exchange weights in place.
         self._params = [local(p) for b in self._blocks for p in b.params] if self.kept else []
         self._versions = _versions(self._params)
 
@@ -86,7 +86,7 @@ class Shown:
 
 
 class Restored:
-    """Training weights of a loaded state, restored now and again when training continues.
+    """Training weights of a loaded state, restored at once and again when training continues.
 
     The model's state, with averaged weights, may be loaded before or after the optimizer's.
 
@@ -118,7 +118,7 @@ class Restored:
 
     @property
     def overwritten(self) -> bool:
-        """Whether the weights were changed since."""
+        """Whether the weights have changed since they were restored."""
         return _versions(self._params) != self._versions
 
 

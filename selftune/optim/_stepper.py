@@ -62,7 +62,7 @@ class AbstractStepper(ABC):
         return {}
 
     def make_state(self) -> None:  # noqa: B027 - blocks make that of a rule
-        """Create the state by a step with gradients and rate of 0, before loading."""
+        """Create the state by a step with zero gradients and rate, before loading."""
 
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
         """Write the state to where it is saved."""
@@ -74,7 +74,7 @@ class AbstractStepper(ABC):
 
 
 class RuleStepper(AbstractStepper):
-    """Steps by a rule, with its state in the blocks."""
+    """Steps with a rule, whose state is in the blocks."""
 
     commits = False
 
@@ -111,7 +111,7 @@ class RuleStepper(AbstractStepper):
         *,
         tracked: bool,
     ) -> list[Transition]:
-        """By torch's fused kernels."""
+        """Step with torch's fused kernels."""
         steps = [
             fast_path.of_slice(self._update, block.cut, _tensors(block, g, moment), moment)
             for block, g, moment in zip(blocks, grads, moments, strict=True)
@@ -142,7 +142,7 @@ class Opaque(AbstractRule):
         self, grads: Tensor, state: State, values: Values, age: Any
     ) -> tuple[Tensor, State]:
         """Not available."""
-        raise TypeError("an opaque optimizer takes its own steps; there is no direction to ask for")
+        raise TypeError("an opaque optimizer takes its own steps, so its direction is unknown")
 
     def tangent(
         self,
@@ -160,7 +160,7 @@ class Opaque(AbstractRule):
 
 
 class InnerStepper(AbstractStepper):
-    """Steps by another optimizer, and computes the direction from the change of the weights."""
+    """Steps with another optimizer, and computes the direction from the change of the weights."""
 
     commits = True
 
@@ -221,7 +221,7 @@ class InnerStepper(AbstractStepper):
         *,
         tracked: bool,
     ) -> list[Transition]:
-        """Step by the inner optimizer, as ``move``."""
+        """Step with the inner optimizer, as in ``move``."""
         before = [b.slice(b.params) for b in blocks if tracked]
         rates = self._shown_step(moments)
         for block in blocks:
@@ -287,7 +287,7 @@ def _plain_gradients(blocks: Sequence[Block]) -> list[list[Tensor]] | None:
 
 
 def _tensors(block: Block, grads: Sequence[Tensor], moment: Moment) -> tuple[Tensor, Tensor, State]:
-    """The inputs of the step of a block's slice; with the sign of ``maximize``."""
+    """The inputs of the step of a block's slice; gradients are negated for ``maximize``."""
     some = block.slice(grads)
     some = -some if moment.values.get("maximize") else some
     return block.slice(block.params), some, block.part.rule

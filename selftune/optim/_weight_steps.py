@@ -58,13 +58,13 @@ class WeightSteps:
         return self._rates
 
     def take(self) -> bool:
-        """Take a training step from the gradients in ``.grad``; true if hyperparameters changed."""
+        """Take a step from the gradients in ``.grad``; return whether hyperparameters changed."""
         engine = self._engine
         found = None
         if engine.whole is None:
             found = engine.stepper.ready(engine.blocks, self._values)
         if found is None:
-            self._gather()  # refuses what cannot be used, before anything is counted
+            self._gather()  # rejects unsupported gradients before counting the step
         engine.clock.steps += 1
         if engine.controller.sweeping:
             return self._sweep(found)
@@ -159,7 +159,7 @@ class WeightSteps:
 
     def _pure(self) -> bool:
         engine, grads = self._engine, self._grads
-        # A step that cannot be taken back is judged before, any other only if it went wrong.
+        # Irreversible steps are checked in advance, others afterwards.
         if engine.stepper.commits or self._pulse:
             action = self._judge()
             if action.skip:
@@ -168,7 +168,7 @@ class WeightSteps:
         finite = self._finite(steps)
         if finite is not None:
             action = engine.controller.observe(Gradient(finite))
-            if not finite:  # the step is left out
+            if not finite:  # the step is skipped
                 return engine.carry_out(action)
         changed = False
         if not engine.clock.last_validation_step and engine.clock.steps > STEPS_ALONE:

@@ -123,12 +123,12 @@ class Mixture(RuleOptimizer):
         try:
             self._become(run.get("chosen"), {}, {})
             super().load_state_dict(state_dict)
-        except Exception:  # the checks compare tensors, which only the other rule's state has
+        except Exception:  # undo the change of rule, which the checks need
             self._become(chosen, {}, {})
             super().load_state_dict(own)
             raise
 
-    # inside
+    # internals
 
     def _pace(self) -> None:
         """Set the interval of hyperparameter steps, which is short until the choice is made."""

@@ -111,7 +111,7 @@ class AbstractRule(ABC):
     ) -> tuple[Tensor, State]:
         """The direction and the next state.
 
-        Besides the names of the state, the second may contain intermediate values for ``tangent``.
+        The returned state may also contain intermediate values for ``tangent``.
 
         Args:
             grads: Gradients of the penalised loss.

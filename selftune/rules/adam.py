@@ -34,7 +34,7 @@ BETA2 = Hparam(
 
 
 FORGOTTEN, MEMORIES = 20, (100, 1000)
-"""How many times β₂'s memory 1/(1 − β₂) fits into a run, and the bounds of that memory."""
+"""Length of a run divided by β₂'s memory 1/(1 − β₂), and the bounds of that memory."""
 
 
 def fitting_beta2(total_steps: int | None) -> float:

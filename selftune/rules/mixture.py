@@ -107,7 +107,7 @@ class Mixture(AbstractRule):
         self.decoupled = one is None or one.decoupled
         self.shrinks = one is None or one.shrinks
         own = [h for n in self.members for h in self.own(n).values()]
-        if one is None:  # the sweep of the learning rate shortens no memory before the choice
+        if one is None:  # keeps the learning-rate sweep from shortening memories
             own = [replace(h, accumulates=True) for h in own]
         self.hparams = (*map(_weight, self.weights), *own)
         acting = {} if name is None else self.own(name)
@@ -238,7 +238,7 @@ class Mixture(AbstractRule):
             return None
         return PlainOptimizer.of(self.members[self.chosen], self._own(self.chosen, values))
 
-    # inside
+    # internals
 
     def _own(self, name: str, values: Values) -> dict[str, Any]:
         """The values by a member's own names."""

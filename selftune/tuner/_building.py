@@ -127,7 +127,7 @@ class Given:
 def tuned_names(
     tune: Sequence[str] | None, update: Update, found: Mapping[str, Found], schedule: str
 ) -> list[str]:
-    """Names of the tuned hyperparameters; α only without an annealing schedule."""
+    """Names of the tuned hyperparameters; ``decay`` only without an annealing schedule."""
     if tune is not None:
         if isinstance(tune, str):
             raise ValueError(f"tune={tune!r} must be a sequence: ({tune!r},)")
@@ -184,7 +184,7 @@ def build(
         streams: Training and validation batches, and training batches after the join.
         val: The validation set.
         device: Where to train.
-        new: Whether it starts, rather than continues from a checkpoint.
+        new: Whether the run starts rather than continues from a checkpoint.
 
     Raises:
         ValueError: Data, bounds or lengths are inconsistent.

@@ -30,8 +30,8 @@ def stop(training: Training, scores: dict[str, float]) -> str:
         parts = training.steps, training.scorer, training.snapshots, watch.leader
         with masks_followed(*parts) as closed:
             ends |= any([bool(call(progress)) for call in training.callbacks])
-        if closed:  # losses of another size are no yardstick
+        if closed:  # losses under other masks are not comparable
             training.best, training.saved_best, training.waited = math.inf, None, 0
             watch.controllers[0].restart()
-        training.group.share_streams()  # from which callbacks may have drawn
+        training.group.share_streams()  # callbacks may have drawn random numbers
     return "stopped" if training.group.any(ends) else "finished"

@@ -21,13 +21,13 @@ log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
-"""When a rank is lost, seconds that other ranks wait for the first one to save the run."""
+"""Seconds that other ranks wait for the first one to save the run when a rank is lost."""
 VERSION = 10
-"""Version of checkpoints; 10 has the due part of a step, and no random streams of ranks."""
+"""Version of checkpoints; 10 stores the due part of a step, and no per-rank random states."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
-    """Write a checkpoint atomically; true if it was written.
+    """Write a checkpoint atomically; return whether it was written.
 
     If the disk is full, the previous checkpoint stays and training continues.
 
@@ -81,7 +81,7 @@ def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
     if not isinstance(resume, bool):
         last = Path(resume)
     elif resume and last is None:
-        raise ValueError("resume=True needs log_dir, where the checkpoint is; or pass its path")
+        raise ValueError("resume=True needs the log_dir of the run; or pass a checkpoint's path")
     elif last is None or not last.exists():
         return None
     elif not resume:

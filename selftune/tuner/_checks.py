@@ -51,7 +51,7 @@ def check_hparams(
     for name, value in given.items():
         if name not in names:
             raise ValueError(
-                f"hparams={name!r} is not one of {type(rule).__name__}'s: use some of "
+                f"hparams={name!r} is not one of {type(rule).__name__}'s: use one of "
                 f"{sorted(names)}, and penalty= for penalties"
             )
         if isinstance(value, bool):

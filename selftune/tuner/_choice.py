@@ -55,7 +55,7 @@ def choose(training: Training, batch: Any) -> None:
 
 
 def pace(steps: Steps) -> None:
-    """Use the shortest interval of hyperparameter steps until the choice, which is early."""
+    """Use the shortest interval of hyperparameter steps until a rule is chosen."""
     settings = steps.method.settings.hyper
     if choice.undecided(steps.update) is not None and steps.every > settings.often:
         steps.hyper.size *= settings.size(settings.often) / settings.size(steps.every)
@@ -90,12 +90,12 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
         old.copy_(new)
     fresh = _begun(steps, run)
     for name in BEGUN:
-        getattr(state, name)[:] = getattr(fresh, name)  # in place: others hold the run, too
+        getattr(state, name)[:] = getattr(fresh, name)  # in place, because the run is shared
     steps.chosen = chosen
     if fused.whole is not None:
         fused.whole.whole.forget()
     compiled, fused.compiled = fused.compiled, False
-    if compiled:  # the graphs are of other tensors
+    if compiled:  # the graphs use the previous tensors
         fused.compile()
 
 

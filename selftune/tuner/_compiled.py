@@ -22,7 +22,7 @@ log = logging.getLogger("selftune")
 
 Step = Callable[..., Any]
 ODD, SHARE = 20, 0.25
-"""Batches of other shapes run eagerly, up to this number and this fraction of all batches."""
+"""Batches of other shapes run eagerly, up to this number or, if more, this share of all."""
 
 
 class Fused:
@@ -65,14 +65,14 @@ class Fused:
             return
         device, tensors = self.run.step.device, leaves(self.run)
         if device.type == "cpu" and any(t.ndim == 0 and t.dtype == torch.float64 for t in tensors):
-            # torch 2.13 hands these to its kernels by value and loses what is written to them.
+            # torch 2.13 passes these to its kernels by value, so writes to them are lost.
             log.warning("not compiled: the model has a float64 parameter or buffer of shape ()")
             return
         self.compiled = True
         if device.type == "cuda":
             for leaf in tensors:
                 torch._dynamo.mark_static_address(leaf)
-        log.info("compiling the training step: takes up to a minute, or less once cached")
+        log.info("compiling the training step: takes 20 s to minutes, less once cached")
         if self._steps.group.together:
             self._exact = self._parted(
                 lambda step: _compile(step, device, dynamic=False),
@@ -130,7 +130,7 @@ class Fused:
         start = time.perf_counter()
         try:
             result = self._exact[kind](self.run, batch)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:  # imported where used: slow
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # imported lazily, as it is slow
             self._fall_back("a number in the model or the loss keeps changing")
             return self._take(kind, batch)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -141,8 +141,8 @@ class Fused:
         return result
 
     def _fall_back(self, reason: str) -> None:
-        """Run the model's passes eagerly; if they already do, run everything eagerly."""
-        torch._C._autograd._saved_tensors_hooks_enable()  # a graph that failed leaves them off
+        """Run the model's passes eagerly; if they already are eager, run everything eagerly."""
+        torch._C._autograd._saved_tensors_hooks_enable()  # a failed graph leaves them disabled
         self.compiled = not self._apart and self.whole is None
         if not self.compiled:
             log.warning("the training step stays eager from here on: %s", reason)
@@ -173,7 +173,7 @@ class Fused:
     def _seen(self, whole: FunctionalSteps, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Every kind of step, observed by an estimator that runs between the graphs."""
         steps = self._steps
-        # A CUDA graph writes over what it returned.
+        # A CUDA graph overwrites its previous outputs.
         kept = partial(tree_map, torch.clone) if self.run.step.is_cuda else lambda found: found
 
         def seen(tracked: bool) -> Step:
@@ -274,7 +274,7 @@ def _compile(step: Step, device: torch.device, *, dynamic: bool, keep: bool = Fa
 
     The outputs of a CUDA graph are overwritten at its next launch; ``keep`` avoids CUDA graphs.
     """
-    # Dynamo keeps its graphs by code object and makes only a few of each: a new one a run.
+    # Dynamo limits the graphs per code object, so each run gets a code object of its own.
     assert isinstance(step, types.FunctionType)
     code = step.__code__.replace()
     own = types.FunctionType(code, step.__globals__, closure=step.__closure__)
@@ -343,6 +343,6 @@ def signature(batches: Any) -> Any:
         return tuple((k, signature(v)) for k, v in batches.items())
     if isinstance(batches, (tuple, list)):
         return tuple(map(signature, batches))
-    if hasattr(batches, "to"):  # tensors that cannot be seen: like no other batch
+    if hasattr(batches, "to"):  # opaque tensors: never equal
         return object()
     return type(batches)

@@ -28,7 +28,7 @@ class Stream:
 
     Args:
         loader: A DataLoader or any iterable of batches.
-        name: Its name in errors.
+        name: Its name for error messages.
         device: Device of the batches. On a GPU the next batch is copied in advance, unless the
             loader has a state, which would then be one batch ahead.
         skips: Whether to skip a last batch of one example, which BatchNorm does not support.
@@ -45,7 +45,7 @@ class Stream:
         shard: Callable[[Any], Any] | None = None,
     ) -> None:
         self.skips = skips
-        # Not tried by iter(loader), which would draw from the random streams and start workers.
+        # Not tested with iter(loader), which would draw random numbers and start workers.
         iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
         if not iterable or isinstance(loader, (str, bytes)):
             raise TypeError(
@@ -245,7 +245,7 @@ def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         computing.wait_stream(copying)
         for tensor in tree_leaves(batch):
             if isinstance(tensor, Tensor):
-                tensor.record_stream(computing)  # or its memory is reused while it is read
+                tensor.record_stream(computing)  # otherwise its memory is reused while it is read
         return batch
 
     waiting: list[Any] = []
@@ -265,7 +265,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         if device.type == "cuda" and batch.device.type == "cpu":
             return batch.pin_memory().to(device, non_blocking=True)
         return batch.to(device)
-    if type(batch) in (tuple, list):  # of most loaders, so before all that is looked up
+    if type(batch) in (tuple, list):  # the usual case, tested before slower look-ups
         return tuple([to_device(b, device) for b in batch])
     if hasattr(batch, "items"):
         return {k: to_device(v, device) for k, v in batch.items()}

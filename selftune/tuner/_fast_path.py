@@ -1,4 +1,4 @@
-"""The eager weight step by a single torch kernel."""
+"""The eager weight step as a single torch kernel."""
 
 from __future__ import annotations
 

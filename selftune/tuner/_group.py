@@ -72,12 +72,12 @@ class Group:
         """The pass over the batches of all ranks: means weighted by examples, in one all-reduce.
 
         Dropout and augmentation use different random numbers on each rank: for each pass the
-        generator is seeded by (run, pass, rank), so a checkpoint needs no rank's state. All other
+        generator is seeded by (run, pass, rank), so checkpoints need no per-rank state. All other
         random numbers, such as those of shuffling, are the same on all ranks. Floating-point
         buffers, such as the running statistics of BatchNorm, are averaged as well.
 
         Args:
-            passing: Loss, gradients and buffers of this rank's part of the batch.
+            passing: Returns loss, gradients and buffers for this rank's part of the batch.
             run: Argument of ``passing``.
             batch: Argument of ``passing``.
 
@@ -170,7 +170,7 @@ class Group:
     # random streams
 
     def share_streams(self) -> None:
-        """Set the random state to that of the first rank; GPU streams stay separate."""
+        """Set the random state to that of the first rank; GPU generators stay separate."""
         if self.together:
             state = self.from_first(snapshot)
             state.pop("cuda", None)
@@ -224,7 +224,7 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
             )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # torchrun --max-restarts keeps its store, where gloo would find addresses of the dead.
+        # torchrun --max-restarts keeps its store, where gloo would find addresses of dead ranks.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"selftune, attempt {attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
@@ -234,7 +234,7 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
 
 @contextmanager
 def quiet(silent: bool) -> Iterator[None]:
-    """Log errors only on this rank, because the first one logs the rest."""
+    """Log only errors on this rank, because the first one logs everything."""
 
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR

@@ -99,7 +99,7 @@ def join(training: Training, scores: dict[str, float]) -> None:
         parts = training.fused.run, training.snapshots, training.val, sys.maxsize, leader
         joining.loss = training.scorer.compared(*parts)[1]
         log.warning(
-            "val=None: the run had over-fitted before the held-out examples join at step %d; it "
+            "val=None: the run overfitted before the held-out examples joined at step %d; it "
             "ends with its last good weights from before the join (validation loss %.4g). Train "
             "for fewer steps, with more regularization, or keep a split: val=0.1",
             training.step, joining.loss,

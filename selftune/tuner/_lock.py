@@ -43,7 +43,7 @@ def owned(folder: Path | None) -> Iterator[None]:
         yield
         return
     try:
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # a full disk; the lock is held anyway
             about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
             owner.write_text(json.dumps(about))
         yield
@@ -83,5 +83,5 @@ def _owner(folder: Path) -> tuple[str, int | None, float]:
     try:
         found = json.loads((folder / OWNER).read_text())
         return str(found["host"]), int(found["process"]), time.time() - float(found["since"])
-    except (OSError, ValueError, TypeError, KeyError):  # none, or one that was just beginning
+    except (OSError, ValueError, TypeError, KeyError):  # no owner, or a partly written file
         return "an unknown host", None, 0.0

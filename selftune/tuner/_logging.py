@@ -40,7 +40,7 @@ class TunerLog:
         self.metrics = Metrics(Monitor(None), steps.hyper.hparams)
         self._steps, self._run, self._snapshots = steps, run, snapshots
         self._rest, self._noted = rest, -math.inf
-        self._plain, self._tuning = [0.0, 0], [0.0, 0]  # seconds and steps without, with tuning
+        self._plain, self._tuning = [0.0, 0], [0.0, 0]  # (seconds, steps) without and with tuning
 
     def note(self, values: Mapping[str, float]) -> None:
         """Record values for verdicts."""
@@ -56,7 +56,7 @@ class TunerLog:
             self.metrics.placed(values, step)
 
     def trained(self, step: int, loss: float) -> None:
-        """Log the loss of a training step without a hyperparameter step, unless too recent."""
+        """Log a training loss without a hyperparameter step, if the last entry is old enough."""
         now = time.monotonic()
         if self.metrics.monitor.on and now - self._noted >= self._rest:
             self._noted = now
@@ -87,7 +87,7 @@ class TunerLog:
         monitor.scalars(self._overhead(), step)
 
     def verdicts(self, values: Mapping[str, float], member: int) -> dict[str, Verdict]:
-        """A judgement of each tuned hyperparameter."""
+        """A verdict on each tuned hyperparameter."""
         hyper = self._steps.hyper
         frame, raw = hyper.frame(), self._snapshots.part(self._run.hyper.raw, member).cpu()
         steps = int(self._snapshots.part(self._run.step, member))

@@ -1,4 +1,4 @@
-"""Copying of masks, changed by callbacks, into the run."""
+"""Copies masks that callbacks changed into the run."""
 
 from __future__ import annotations
 

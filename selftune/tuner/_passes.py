@@ -53,12 +53,12 @@ class Passes:
             params: The run's weights.
             buffers: Buffers before the pass; not modified.
             batch: Argument of the objective.
-            layers: Replaced buffers by name.
+            layers: Buffers to replace, by name.
         """
         tensors: dict[str, Tensor] = {}
 
         def loss_at(params: list[Tensor], call: Callable[..., Tensor]) -> Tensor:
-            held = [b.clone() for b in buffers]  # modules write into them, which must not show
+            held = [b.clone() for b in buffers]  # modules modify buffers in place
             tensors.update(zip(self.params, self.views(params), strict=True))
             tensors.update({**dict(zip(self.buffers, held, strict=True)), **layers})
             for name, ahead in self.counters.items():
@@ -68,7 +68,7 @@ class Passes:
 
         def whole(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             loss = loss_at(params, functional_call)
-            return loss, [tensors[n] for n in self.buffers]  # the same, or what was bound anew
+            return loss, [tensors[n] for n in self.buffers]  # the same tensors, or reassigned ones
 
         if plainly():
             # Activation checkpoints run the module again in the backward pass, on these tensors.

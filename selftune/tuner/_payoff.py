@@ -61,7 +61,7 @@ class Compiling:
     _clock: list[tuple[float, float]] = field(default_factory=list)
 
     def decide(self, step: int, tensors: int) -> None:
-        """Compile from this step on, or not.
+        """Decide whether to compile from this step on.
 
         Args:
             step: Steps taken.
@@ -79,7 +79,7 @@ class Compiling:
         pays, saved = payoff(self._clock[0], self._clock[-1], self.plan.total - step, tensors)
         pays = self.group.from_first(lambda: pays)
         if pays and self.group.together:
-            self.save()  # torchrun kills ranks that compile for 30 s after Ctrl-C
+            self.save()  # torchrun kills ranks still compiling 30 s after Ctrl-C
         self.plan.compile = False
         if pays:
             self.fused.compile()

@@ -33,7 +33,7 @@ class PerParameter:
         return [rows.begin(w, {**start, **o.options}, cut) for (cut, w), o in pairs]
 
     def moments(self, moments: list[Moment]) -> list[Moment]:
-        """The moments of all parts, with own values and rates."""
+        """The moments of all parts, with per-parameter values and rates."""
         if not self.all:
             return moments
         return [

@@ -12,7 +12,7 @@ from selftune.tuner._watch import Watch
 AROUND = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
 """Raw distances from the current value at which the loss is predicted."""
 MOST = 12
-"""Number of drawn hyperparameters, those with the largest changes."""
+"""Maximum number of plotted hyperparameters: those with the largest changes."""
 BATCHES = 10
 """Validation batches for each point."""
 

@@ -57,7 +57,7 @@ class Predictor:
         for name, values in asked.items():
             if name not in known:
                 raise ValueError(
-                    f"predict({name}=…): its response was not learned, only those of {known}: "
+                    f"predict({name}=…): its sensitivity was not learned, only those of {known}: "
                     "tune it with estimator=BestResponse(), or BestResponse(update=True) for the "
                     "update's"
                 )

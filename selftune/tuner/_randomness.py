@@ -10,7 +10,7 @@ import torch
 
 
 def snapshot() -> dict[str, Any]:
-    """The streams of torch, Python and NumPy as tensors and numbers."""
+    """The random states of torch, Python and NumPy as tensors and numbers."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - users' data sets use it
     found = {
         "torch": torch.get_rng_state(),

@@ -92,7 +92,7 @@ def schedule_of(
             continue
         acted = present["lr"] * rates[min(step, len(rates) - 1)]
         acting = {**present, "lr": acted / (1 + present["decay"] * step)}
-        if run.chosen is not None and step < run.chosen.step:  # as of the rule that was chosen
+        if run.chosen is not None and step < run.chosen.step:  # converted to the chosen rule
             moves = run.chosen.moves
             acting |= {n: acting[n] * math.exp(moves[n]) for n in ("lr", "weight_decay")}
         for name, value in acting.items():
@@ -123,9 +123,9 @@ class TuningResult:
             and every hyperparameter have one for each step in ``hyper_step``; ``score/loss`` and
             other metrics over the whole validation set have one for each step in ``score_step``;
             ``rollbacks`` contains the steps of rewinds.
-        best_weights: The model's state_dict at the averaged weights with the lowest validation
-            loss. The model holds these weights.
-        best_loss: Their loss over the whole validation set. It was used for tuning, so report
+        best_weights: The model's state_dict at the weights with the lowest validation loss. The
+            model holds these weights.
+        best_loss: Their loss over the whole validation set. This set was used for tuning, so report
             results on other data. With ``val=None`` it is measured on the held-out examples at the
             join, and the loss of the final weights is usually lower; after overfitting, it is that
             of the last good weights.

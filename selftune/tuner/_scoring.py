@@ -23,8 +23,8 @@ from selftune.tuner._steps import RunState, Steps
 Metric = Callable[[Any, Any], Tensor | float]
 Where = tuple[list[Tensor], list[Tensor]]
 """Weights and buffers."""
-FEW = 20  # batches that stand for a validation set without an end
-POSITIONS = *BACK, 0.5, 1.0  # from the last good weights over the average to the last
+FEW = 20  # batches taken from an endless validation set
+POSITIONS = *BACK, 0.5, 1.0  # from the last good weights via the average to the last
 
 
 def held(module: nn.Module) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class _Scores(nn.Module):
 
 
 class Scorer:
-    """Evaluates the model, divided over ranks, and puts averaged weights into it.
+    """Evaluates the model on all ranks, and puts averaged weights into it.
 
     Args:
         objective: The training objective, around the user's model.
@@ -84,7 +84,7 @@ class Scorer:
         own = alone(batches)
         self._batches: Iterable[Any] = steady(own) if steps.group.together else own
         self._own = own
-        self._few: list[Any] = []  # of batches that come only once
+        self._few: list[Any] = []  # batches of an iterator that cannot restart
         self._members = members
         self._device = device
         self._autocast = autocast
@@ -153,7 +153,7 @@ class Scorer:
                     adding[name] = adding[name] + value if name in adding else value
         numbers = [{name: float(value) for name, value in s.items()} for s in sums]
         everywhere = group.gather((total, numbers))
-        group.share_streams()  # from which metrics may have drawn
+        group.share_streams()  # metrics may have drawn random numbers
         total = sum(count for count, _ in everywhere)
         known = dict.fromkeys(name for _, found in everywhere for name in found[0])
         return [

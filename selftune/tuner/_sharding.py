@@ -22,7 +22,7 @@ def shard(name: str, rank: int, ranks: int) -> Shard | None:
 class Shard:
     """Makes loaders yield this rank's part of each batch.
 
-    With worker processes, a DataLoader over an indexable data set loads only this part. Other
+    With worker processes, a DataLoader over an indexable dataset loads only this part. Other
     loaders are read whole on every rank, with the same random numbers, and their batches are
     divided along the first dimension.
 
@@ -30,7 +30,7 @@ class Shard:
     but usually has more, all ranks take the whole batch, which has the same mean.
 
     Args:
-        name: Name of the loader in errors.
+        name: Name of the loader for error messages.
         rank: Rank of this process.
         ranks: Number of processes.
     """
@@ -50,7 +50,7 @@ class Shard:
         indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
         if not indexed or groups is None or loader.num_workers == 0:
             return _Parts(steady(loader), self._cut)
-        vars(loader)["batch_sampler"] = _Indices(groups, self._bounds)  # DataLoader refuses to set
+        vars(loader)["batch_sampler"] = _Indices(groups, self._bounds)  # DataLoader forbids this
         return steady(loader, self._rank)
 
     def _bounds(self, count: int) -> slice:

@@ -80,11 +80,11 @@ class Steps:
         every: Weight steps between two hyperparameter steps.
         autocast: Makes the context of the forward passes.
         whole: An estimator of whole steps.
-        answers: Names of the hyperparameters that it estimates.
+        answers: Names of the hyperparameters that it handles.
         layers: Buffers of the objective that contain hyperparameters, by name.
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
             operation handles all tensors. This shortens eager steps of small networks.
-        own: Values that single parameters have instead of the common ones.
+        own: Per-parameter values that override the common ones.
         group: The ranks, over whose batches gradients are averaged.
         chosen: The member that a mixture of rules has chosen.
 
@@ -218,7 +218,7 @@ class Steps:
         A step whose loss or new weights are not finite is counted but not taken.
 
         Args:
-            run: Before the step.
+            run: The run before the step.
             passed: The training pass.
             tracked: Whether the step updates averages and sensitivities.
             rate: Factor of the learning rate instead of the schedule's.
@@ -313,7 +313,7 @@ class Steps:
         """The run after a step of the hyperparameters; see :meth:`tune`.
 
         Args:
-            run: Before the step.
+            run: The run before the step.
             passed: The validation pass.
             answers: Hypergradients in raw space from an estimator of whole steps.
         """

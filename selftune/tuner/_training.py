@@ -60,15 +60,15 @@ class Training:
     best: float = math.inf
     waited: int = 0
     ended: str = "finished"
-    longer: bool = False  # than a finished run that it goes on from
+    longer: bool = False  # whether it extends a finished run
     saved_best: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Set the initial state."""
-        self.due = WEIGHTS  # the part of a step with which the run goes on
+        self.due = WEIGHTS  # the part of a step at which the run continues
         self.interruption = Interruption(terminating=self.group.together)
         self._compiling = Compiling(self.plan, self.fused, self.group, self.save)
-        self._within = False  # a step, so that its tensors may be half written
+        self._within = False  # inside a step, when tensors may be half written
         self._position: dict[str, Any] = {}
         self.group.asks = lambda: self.interruption.asked
 
@@ -166,7 +166,7 @@ class Training:
             _choice.choose(self, batch)
             self._within = False
             since = 0 if self.population is not None else self.watch.since
-            tracked, tune = self.steps.observed(step - since)  # members keep one time
+            tracked, tune = self.steps.observed(step - since)  # members share one clock
         between = self._now() if tune else {}
         try:
             outer = self.val.next() if tune and not self.joined else None
@@ -194,7 +194,7 @@ class Training:
         self.watch.trained(step, told)
         if tune and not told.is_cuda:
             self.watch.digest(step)
-            tune = self.watch.since < step  # or the guard took the run back
+            tune = self.watch.since < step  # unless the guard rewound the run
         whole = self.fused.whole
         if whole is not None and whole.whole.memory is None:
             tune = False  # no step was seen yet
@@ -293,7 +293,7 @@ class Training:
         if self.folder is None:
             return
         self.watch.digest(self.step)
-        self.watch.metrics.monitor.flush()  # a run that is killed goes on behind these rows
+        self.watch.metrics.monitor.flush()  # a killed run resumes after these rows
         own = {
             "ended": self.ended,
             "due": self.due,
@@ -318,7 +318,7 @@ class Training:
         longer = _resuming.extends(state, self.identity)
         if self.joining is not None and state.get("joining") is not None:
             self.joining.load_state_dict(state["joining"])
-            self.joining.back &= not longer  # which begins anew from the average
+            self.joining.back &= not longer  # an extension restarts from the average
             self.train = self.joining.batches if self.joined else self.train
         self._parts.unpack(state, _resuming.FOLLOWS if longer else ())
         self.step, self.best, self.waited = state["numbers"]
@@ -326,7 +326,7 @@ class Training:
         self.ended, self.due = state["ended"], state["due"]
         self.plan.compile = state["compile"]
         self.watch.bar.update(self.step)
-        rates = self.steps.rates  # of a run that was made longer: as they were until then
+        rates = self.steps.rates  # an extended run keeps its earlier rates
         rates[: len(state["rates"])].copy_(state["rates"])
         _resuming.name_changes(state, self.steps.starts, self.watch.hparams())
         _resuming.announce(state, self.plan.total, longer=longer)

@@ -57,7 +57,8 @@ class Tuner:
             :mod:`selftune.estimators`. By default ``Trace``, which tracks one step in four (more if
             the average is short), and :class:`BestResponse` for the layers of :mod:`selftune.nn`.
         tangents: Fraction of the weights whose sensitivities are kept, in (0, 1], rounded up to
-            1/n; at least 4,096 weights and, by default, at most 2²⁰. Pass a dtype to keep all.
+            1/n; at least 4,096 weights and, by default, at most 2²⁰. Pass a dtype to keep all
+            of them in that dtype.
         snapshots: Storage of the last good weights: ``"device"`` (exact), ``"host"`` (exact, in the
             CPU's memory) or ``"bf16"``, the default for 65,536 weights or more.
         average: Settings of the weight average at which the validation loss is measured.
@@ -238,7 +239,7 @@ class Tuner:
         Args:
             train: A DataLoader, or any iterable of batches.
             val: Validation batches, the fraction of the training data to use for validation, or
-                None: a tenth until 60 % of the run (:class:`selftune.HoldOut` for other values).
+                None to hold out a tenth until 60 % of the run (or a :class:`selftune.HoldOut`).
             epochs: Length of the run in passes over ``train``. Pass either this or ``steps``.
             steps: Length of the run in weight steps.
             log_dir: Folder for TensorBoard and checkpoints (``last.pt``, ``best.pt``).
@@ -249,12 +250,14 @@ class Tuner:
             resume: True to continue from ``log_dir/last.pt`` if it exists, or the path of a
                 checkpoint. With more ``epochs`` or ``steps`` a finished run is extended.
             patience: Number of evaluations without improvement after which the run ends.
-            evaluate_every: Steps between evaluations on ``val``; by default one or more epochs.
+            evaluate_every: Steps between evaluations on ``val``; by default one or more epochs, or
+                a tenth of the run if ``train`` has no length.
             checkpoint_every: Steps between checkpoints; by default at each evaluation.
             log_every: Steps between two log entries. By default 50, at least 0.1 s apart; in runs
                 of fewer than 1,000 steps, a twentieth of the run.
             pictures_every: Steps between two plots of the predicted loss around each learned
-                hyperparameter; by default none. Each costs tens of validation batches.
+                hyperparameter; by default none. A curve needs up to 50 validation batches, a map
+                250.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -320,8 +323,8 @@ class Tuner:
 
         Args:
             values: Values of one or two hyperparameters by name. Their sensitivity must have been
-                learned (:class:`BestResponse`): all strengths and, with ``update=True``, the
-                hyperparameters of the update.
+                learned (:class:`BestResponse`): those of layers and losses and,
+                with ``update=True``, those of the update.
 
         Returns:
             Losses, shape (values,) or (values of the first, values of the second).

@@ -26,7 +26,7 @@ from selftune.tuner._result import History
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import RunState, Steps
 
-LOOK = 0.2  # seconds between two looks at the progress bar's text
+LOOK = 0.2  # minimum seconds between updates of the progress bar's text
 
 
 class Watch:
@@ -67,11 +67,11 @@ class Watch:
         self.bar: tqdm[Any] = tqdm(disable=True)
         self._steps, self._run, self._snapshots = steps, run, snapshots
         self._due, self._compare = due, compare
-        self._good_at = [0] * len(controllers)  # steps after which weights were good
+        self._good_at = [0] * len(controllers)  # step of each member's last good weights
         self._trained: list[tuple[int, Tensor]] = []
         self._tuned: list[tuple[int, Tensor]] = []
         self._looked = 0.0
-        self._last_losses: dict[int, list[list[float]]] = {}  # of the training steps last read
+        self._last_losses: dict[int, list[list[float]]] = {}  # of the last training steps read
 
     @property
     def metrics(self) -> Metrics:
@@ -110,7 +110,7 @@ class Watch:
             later = [self._raw_before(rows) for other, rows in tuned if other >= at]
             actions = [self._judge_step(at, m, row) for m, row in enumerate(rows)]
             if self._act(step, actions, later[0] if later else None):
-                return  # what came after is undone
+                return  # later steps are undone
         for _, rows in tuned:
             actions = [self._judge_outer(m, row) for m, row in enumerate(rows)]
             if self._act(step, actions, self._raw_before(rows)) and not self._many:
@@ -154,7 +154,7 @@ class Watch:
         guard = self.controllers[member].guard
         return guard.mean if guard is not None and math.isfinite(guard.mean) else math.inf
 
-    # going wrong, and back
+    # failures and rewinds
 
     def _judge_step(self, step: int, member: int, row: list[float]) -> Action:
         loss, fine, alive = row
@@ -173,7 +173,7 @@ class Watch:
         return action
 
     def _climb(self, member: int) -> float:
-        """Log of a member's learning rate divided by the given one."""
+        """Log of a member's learning rate divided by its initial value."""
         hyper = self._steps.hyper
         if "lr" not in hyper.hparams:
             return 0.0
@@ -219,7 +219,7 @@ class Watch:
         return True
 
     def _mark(self, names: Iterable[str], step: int) -> None:
-        """Mark an event in the log's charts of the hyperparameters that it has set."""
+        """Mark an event in the charts of the hyperparameters that it changed."""
         present = self._tuned_values()
         self.metrics.mark({n: present[n] for n in names if n in present}, step)
 
@@ -302,7 +302,7 @@ class Watch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        vars(self.history).update(state["history"])  # others hold it too
+        vars(self.history).update(state["history"])  # in place, because it is shared
         for controller, saved in zip(self.controllers, state["controllers"], strict=True):
             controller.load_state_dict(saved)
         self.leader, self.since = state["leader"], state["since"]

@@ -152,7 +152,7 @@ def test_a_run_under_way_has_sentences_too(tmp_path: Path, capsys: Any) -> None:
 def test_the_demo_ends_with_a_score(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("sklearn")
     assert main(["demo", "--epochs", "1", "--log-dir", str(tmp_path / "demo")]) == 0
-    found = re.search(r"([\d.]+) % accuracy on 360 held-out digits", capsys.readouterr().out)
+    found = re.search(r"([\d.]+) % accuracy on 360 test digits", capsys.readouterr().out)
     assert found is not None
     assert float(found[1]) > 50
 

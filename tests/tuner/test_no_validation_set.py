@@ -115,7 +115,7 @@ def test_a_run_that_over_fits_returns_to_its_last_good_weights(
     batches = DataLoader(data, batch_size=20, shuffle=True)
     result = over.fit(batches, st.HoldOut(share=0.3), epochs=40, progress=False)
     _, held = random_split(data, [140, 60], torch.Generator().manual_seed(0))
-    assert "val=None: the run had over-fitted before the held-out examples join" in caplog.text
+    assert "val=None: the run overfitted before the held-out examples join" in caplog.text
     assert result.joined == 240
     assert result.best_loss == pytest.approx(loss_of(model, default_collate(list(held))), rel=1e-5)
     opt = torch.optim.SGD(twin.parameters(), lr=0.02, momentum=0.9)

@@ -246,7 +246,7 @@ def test_losses_at_other_strengths_are_predicted() -> None:
     assert plane.shape == (2, 3)
     assert plane[0, 0] == pytest.approx(here, rel=1e-5)
     for values, match in (
-        ({"hiden": [0.1]}, "its response was not learned"),
+        ({"hiden": [0.1]}, "its sensitivity was not learned"),
         ({"hidden": [1.5]}, "values must be between"),
         ({}, "name one or two"),
     ):
