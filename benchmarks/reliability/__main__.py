@@ -75,6 +75,10 @@ def starts(args: argparse.Namespace) -> None:
          lambda e: worse(e.ours, e.initial), args.worst)  # fmt: skip
     line("worse than plain torch from the same start", "≤ 3 %", known,
          lambda e: worse(e.ours, e.plain), args.worst)  # fmt: skip
+    line("… plain on other batches: worse than plain", "–", known,
+         lambda e: worse(e.again, e.plain), 0)  # fmt: skip
+    line("… ours: worse than both plain runs", "–", known,
+         lambda e: worse(e.ours, e.plain) and worse(e.ours, e.again), 0)  # fmt: skip
 
 
 def ordinary_starts(args: argparse.Namespace) -> None:

@@ -106,6 +106,7 @@ def hostile(count: int, seed: int = 0) -> Iterator[Start]:
             scale=draw.choice((1.0, 1.0, 1e-4, 1e4)), inputs=draw.choice((1.0, 1.0, 30.0, 1e-2)),
             init=draw.choice((*["usual"] * 3, "large", "tiny", "dead")),
             steps=draw.choice((120, 200, 300)), known=draw.random() < 0.5, told=draw.choice(TOLD),
+            again=True,
         )  # fmt: skip
 
 
