@@ -61,7 +61,7 @@ train, val = (
     for part in parts
 )
 
-# Layers of st.nn in place of torch's, a strength for each name: that is all that changes.
+# The only change: layers of st.nn instead of torch's, with one strength for each name.
 model = nn.Sequential(
     nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
     st.nn.Dropout2d(0.05, name="dropout/first"),

@@ -100,7 +100,7 @@ result = tuner.fit(
     train, val, epochs=1 if args.quick else args.epochs, log_dir=args.log_dir, resume=args.resume
 )
 
-# Look at it. The model holds the best averaged weights now.
+# Results. The model now holds the best averaged weights.
 history = result.history
 print(f"\n{result.ended} after {result.steps} steps")
 print("\nhyperparameter      start →      end")
@@ -115,7 +115,7 @@ with torch.no_grad():
     loss, right = torch.tensor(found).mean(0).tolist()
 print(f"\ntest loss {loss:.3f}, accuracy {right:.1%}")
 
-# The finding as plain data: st.replay(torch_optimizer, "schedule.json") follows it elsewhere.
+# The tuned schedule as plain data: st.replay(torch_optimizer, "schedule.json") applies it.
 schedule = Path(args.log_dir) / "schedule.json"
 result.schedule.save(schedule)
 print(f"schedule of {len(json.loads(schedule.read_text())['values'])} hyperparameters: {schedule}")

@@ -5,7 +5,7 @@
 
 - ``good``: an MLP with dropout on scikit-learn's digits.
 - ``dead``: an initial learning rate of 1, without learning-rate sweep or guard.
-- ``overfitted``: ten validation images, to which the dropout rates over-fit.
+- ``overfitted``: ten validation images, to which the dropout rates overfit.
 - ``noise``: two validation images per hyperparameter step, and a fifth of all labels wrong.
 
 ``docs/inspect.md`` shows TensorBoard's charts of each. The loss on the test set, which the runs do
@@ -58,7 +58,7 @@ def run(
     writer = SummaryWriter(folder)
 
     def look_on(now: Progress) -> None:
-        model.eval()  # fit puts the mode back
+        model.eval()  # fit restores the mode
         with torch.no_grad():
             loss = float(F.cross_entropy(model(x), y))
         writer.add_scalar("Loss/test", loss, now.step)

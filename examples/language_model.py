@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.words = st.nn.EmbeddingDropout(nn.Embedding(vocabulary, width), 0.05, "embedding")
-        # Each with one draw for all time steps of a sequence.
+        # One mask for all time steps of a sequence.
         self.input = st.nn.Dropout(0.05, "input", share=(1,))
         self.hidden = st.nn.Dropout(0.05, "hidden", share=(1,))
         self.output = st.nn.Dropout(0.05, "output", share=(1,))

@@ -99,7 +99,7 @@ batches = st.structure.Batches(
 loader = DataLoader(train, batch_sampler=batches)
 val_x, val_y = (torch.stack(list(column)) for column in zip(*val, strict=True))
 
-# Model and run: its steps are not known where batches grow, so count those of the first size.
+# Model and run. Batches may grow, so steps are counted at the initial batch size.
 model = make_model(width=8 if args.quick else 16, blocks=2)
 epochs = 1 if args.quick else args.epochs
 steps = epochs * len(batches)

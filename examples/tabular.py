@@ -2,8 +2,8 @@
 
     python examples/tabular.py [--uci energy|concrete|yacht|power|wine_red] [--epochs 60]
 
-Compared with ridge regression and gradient boosting on the same split. The data are scikit-learn's
-diabetes by default; with ``--uci`` a data set of the UCI repository from ``$SELFTUNE_DATA/uci``.
+It is compared with ridge regression and gradient boosting, on scikit-learn's diabetes data or, with
+``--uci``, on a data set of the UCI repository from ``$SELFTUNE_DATA/uci``.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Whole(Number):
 
 @dataclass(frozen=True)
 class OneOf(Kind):
-    """One of some values."""
+    """One of the given values."""
 
     values: tuple[Any, ...]
 

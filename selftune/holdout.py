@@ -24,7 +24,7 @@ ARGUMENTS: dict[str, Kind] = {
 class HoldOut:
     """Holds out a share of the training set for validation until it joins the training data.
 
-    For the first ``until`` of a run's steps, the held-out examples are the validation set, and
+    Up to the share ``until`` of a run's steps, the held-out examples are the validation set, and
     hyperparameters are tuned. Then they become training data, the hyperparameters keep their
     values, and the rest of the run, with its annealed learning rate, trains on all examples.
 

@@ -1,7 +1,7 @@
 """Matrix-free linear systems ``A v = b``, where A is usually a Hessian.
 
 A solver computes a fixed number of products and returns its best iterate with the residual, as
-tensors. It never synchronises with the device, so it can be compiled, and mapped over a population.
+tensors. Iterative solvers never synchronise with the device, so they can be compiled and mapped.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Series(NamedTuple):
 class Neumann(AbstractIteration):
     """The Neumann series ``v = η Σ_k (I − η A)ᵏ b``, truncated.
 
-    It converges if all eigenvalues of η A lie between 0 and 2. The last term is the residual for
-    any η, so a divergent series is detected and stopped, and its best multiple is returned.
+    It converges if all eigenvalues of η A lie between 0 and 2. The next term, divided by η, is
+    the residual, so a divergent series is detected and stopped, and its best multiple is returned.
 
     Args:
         terms: Number of terms.
@@ -187,7 +187,7 @@ class Descent(NamedTuple):
 
 @dataclass(frozen=True)
 class CG(AbstractIteration):
-    """Conjugate gradients on ``(A + δ I) v = b``, A symmetric positive definite.
+    """Conjugate gradients on ``(A + δ I) v = b``, with A + δ I symmetric positive definite.
 
     Along a direction of negative curvature the previous iterate is kept and the solution is marked
     ``diverged``: raise the damping δ.
@@ -247,9 +247,9 @@ class CG(AbstractIteration):
 class Nystrom(AbstractSolver):
     """``(A + δ I)⁻¹ b`` with A replaced by its Nyström approximation from some of its columns.
 
-    ``A ≈ C W⁺ Cᵀ``, C the columns of A at r random indices and W their rows at these indices, so
-    that by Woodbury's identity ``v = b/δ − C (δ W + Cᵀ C)⁺ Cᵀ b / δ``. It needs r products and
-    one more for the residual of the damped system, but no scale.
+    ``A ≈ C W⁺ Cᵀ``, where C contains the columns of A at r random indices, and W the rows of C at
+    these indices. By Woodbury's identity, ``v = b/δ − C (δ W + Cᵀ C)⁺ Cᵀ b / δ``. It needs r
+    products and one more for the residual of the damped system, but no scale.
 
     Args:
         rank: r.

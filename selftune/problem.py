@@ -213,7 +213,7 @@ class Problem:
             )
 
     def mixed(self, point: Point, hparams: Hparams) -> Callable[[Hparams], Tensor]:
-        """``ḣ ↦ M ḣ``, M the derivative of the training gradient w.r.t. hyperparameters."""
+        """``ḣ ↦ M ḣ``, where M is the derivative of the training gradient w.r.t. h."""
         if all(n in self.update.hparams for n in hparams):
             return lambda moving: torch.zeros_like(point.params)
         push = self.products.push(point.params, hparams, point.batch)
@@ -314,7 +314,7 @@ class Problem:
         return turn
 
     def hessian(self, point: Point, hparams: Hparams) -> Callable[[Tensor], Tensor]:
-        """``v ↦ A v``, A the derivative of the penalised gradient w.r.t. the weights."""
+        """``v ↦ A v``, where A is the derivative of the penalised gradient w.r.t. the weights."""
         product = self.products.curvature(point.params, hparams, point.batch)[1]
 
         def curve(vector: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class Problem:
         return curve
 
     def mixing(self, point: Point, hparams: Hparams) -> Callable[[Tensor], dict[str, Tensor]]:
-        """``v ↦ vᵀ B``, B the derivative of the penalised gradient w.r.t. hyperparameters."""
+        """``v ↦ vᵀ B``, where B is the derivative of the penalised gradient w.r.t. h."""
         direct = vjp(lambda h: self.penalties(point.params, h), dict(hparams))[1]
         if all(n in self.update.hparams for n in hparams):
             return lambda v: direct(v)[0]

@@ -160,12 +160,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "until": (lambda: st.HoldOut(until=0), ValueError, r"until=0 must be above 0 and below 1"),
     "no number": (lambda: st.HoldOut(until="x"), TypeError, "until='x' must be"),  # type: ignore[arg-type]
     "one step": (lambda: st.HoldOut().over(loader(), 1), ValueError, "steps=1 must be at least 2"),
-    "a list": (lambda: over([1, 2]), ValueError, r"loader \(list\) is not: pass such a DataLoader"),
+    "a list": (lambda: over([1, 2]), ValueError, r"not loader \(list\): pass such a DataLoader"),
     "no length": (
         lambda: over(DataLoader(Rows(), batch_size=2)), ValueError,
-        "needs a data set with a length: hold out examples yourself; loader.dataset is a Rows",
+        "needs a dataset with a length: hold out examples yourself; loader.dataset is a Rows",
     ),
-    "too few": (lambda: over(loader(4)), ValueError, "share=0.1 of 4 examples leaves 0 to valid"),
+    "too few": (lambda: over(loader(4)), ValueError, "share=0.1 of 4 examples leaves 0 for validation"),
     "an order of its own": (
         lambda: over(loader(shuffle=False, sampler=WeightedRandomSampler(torch.ones(103), 103))),
         ValueError, "cannot keep the order of sampler=WeightedRandomSampler: hold out examples",

@@ -267,7 +267,7 @@ def make_sweep(
     """Make the sweep from ``probe=``: True, False, a number of steps or settings.
 
     Raises:
-        ValueError: The sweep is as long as the run.
+        ValueError: The sweep is not shorter than the run.
     """
     settings, steps = SweepSettings(), 0
     if isinstance(probe, SweepSettings):

@@ -46,7 +46,7 @@ class GuardPolicy(Settings):
         fewest_batches: Minimum number of validation batches that confirm a worsened loss.
         steps_a_batch: Steps of the run for each such batch.
         most_batches: Maximum number of such batches. The tuner, which compares on the same
-            batches, always uses this number.
+            batches, uses this number if the validation set has a length.
     """
 
     signed = ("momentum",)
@@ -237,8 +237,8 @@ class Guard:
     def validation_loss(self, loss: float) -> str:
         """Judge a loss at the outer point by its running mean.
 
-        The minimum of many noisy means is biased downwards, so the errors of current and best mean
-        are used; that of the first few is unknown, so a rise counts only after ten evaluations.
+        The minimum of many noisy means is biased downwards, so the threshold adds the errors of the
+        current and best mean. Early errors are unknown: a rise counts only after ten evaluations.
         """
         policy = self.policy
         self.exploded = not math.isfinite(loss)

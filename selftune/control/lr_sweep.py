@@ -139,7 +139,7 @@ class LRSweep:
         ends only after a descent: three more negative slopes than positive ones. On a plateau that
         large steps do not leave, the sum fluctuates by chance, so a further descent counts only at
         a rate close to the best one so far, or if the total doubles. A step whose final slope
-        is many times both its initial slope and all descent so far has diverged, at either sign.
+        is many times both its initial slope and all descent so far has diverged, whatever its sign.
 
         Args:
             slope: g · Δw at the end of the step.
@@ -190,7 +190,8 @@ class LRSweep:
     def choice(self) -> float:
         """Factor of the given rate.
 
-        If no step descended: 1, or a tenth of the factor at which the run diverged.
+        If no step descended: 1, or a tenth of the factor at which the run diverged or, if the loss
+        rose all along, of the first one; at most 1.
         """
         if math.isnan(self.best):
             uphill = self.change > self.settings.rise * self.hoped > 0  # all along

@@ -73,8 +73,8 @@ class Action(NamedTuple):
 
     Attributes:
         skip: Skip the current step.
-        snapshot: First store as last good weights: ``"iterate"`` for the current weights,
-            ``"average"`` for the average.
+        snapshot: Weights to store first as the last good ones: ``"iterate"`` for the current
+            weights, ``"average"`` for the average.
         rewind: Then return to the good weights and restart, with these changes of raw values.
         reason: The reason for the log; empty if the rewind belongs to the sweep.
     """
@@ -89,6 +89,6 @@ class Action(NamedTuple):
         """Whether a rewind belongs to the sweep.
 
         During the sweep the average stays at the initial weights. These become the last good
-        weights until a loss confirms that the sweep decreased it.
+        weights until later losses confirm the sweep.
         """
         return self.rewind is not None and not self.reason

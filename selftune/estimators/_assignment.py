@@ -18,7 +18,7 @@ class Assignment(NamedTuple):
 
     Attributes:
         rows: Estimator with a row for each hyperparameter of the update not assigned to ``whole``.
-        whole: Estimator of whole steps, or None.
+        whole: The whole-step estimator, or None.
         names: The hyperparameters assigned to ``whole``.
     """
 

@@ -37,8 +37,8 @@ class Estimate(NamedTuple):
 class AbstractEstimator(ABC):
     """Observes weight steps and estimates the gradient of an outer loss w.r.t. hyperparameters.
 
-    All three methods are pure functions of tensors, and ``estimate`` is linear in the outer
-    gradients.
+    ``init``, ``observe`` and ``estimate`` are pure functions of tensors; ``estimate`` is linear in
+    the outer gradients, up to the error of a linear solver.
 
     Attributes:
         sees_all: Whether it must observe every step, or only the last one before an estimate.
@@ -79,7 +79,7 @@ class AbstractEstimator(ABC):
 
     @abstractmethod
     def observe(self, problem: Problem, memory: Any, point: Point, hparams: Hparams) -> Any:
-        """The memory after the step from ``point``, called before the step is taken."""
+        """The memory after the step from ``point``; called before the step is taken."""
 
     @abstractmethod
     def estimate(

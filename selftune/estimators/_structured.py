@@ -2,7 +2,7 @@
 
 For a matrix W of shape (out, …), ``J δ = diag(U δ) V``: V has the shape of W and is shared by all
 hyperparameters, U has shape (out, hyperparameters). For a vector ``J δ = C δ`` is unconstrained.
-The memory is that of one more copy of the weights, for any number of hyperparameters.
+With few hyperparameters, J takes about as much memory as the weights.
 
 Source: MacKay et al. 2019, equation 14; Bae & Grosse 2020, section 3.3.
 """
@@ -58,9 +58,9 @@ class Structured(NamedTuple):
         """The sensitivity after a step towards ``J δ + push + jump`` along δ.
 
         A jump changes the gains at once, a push gradually, as gradients change the weights through
-        momentum. With one hyperparameter the response is then stable if training is; with several,
-        whose δ change sign, only at lower curvatures. Components orthogonal to a row of V rotate
-        it, relative to the row's response, so the rotation does not depend on the scale.
+        momentum. With one hyperparameter J is then stable if training is; with several, whose δ
+        change signs independently, only at lower curvatures. Components orthogonal to a row of V
+        rotate the row, by an amount that does not depend on the scale of J.
 
         Args:
             push: Gradual change of J δ, in the shape of the parameter.
@@ -104,7 +104,7 @@ def unknown(param: Tensor, hparams: int) -> Structured:
     if param.ndim < 2:
         still = param.new_zeros(param.numel(), hparams)
         return Structured(still, param.new_zeros(param.numel(), 0), still.clone())
-    generator = torch.Generator().manual_seed(0)  # the user's own random numbers stay as they are
+    generator = torch.Generator().manual_seed(0)  # leaves the global generator unchanged
     rows = torch.randn(len(param), param[0].numel(), generator=generator).to(param)
     still = param.new_zeros(len(param), hparams)
     return Structured(still, rows / rows.norm(dim=1, keepdim=True), still.clone())

@@ -54,8 +54,7 @@ class BestResponse(AbstractEstimator):
     gradient for each step serves all hyperparameters: those of the objective, for which J converges
     to the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, for which J is a finite-horizon
     sensitivity. J is structured (``diag(U δ) V`` for a weight matrix, unconstrained for
-    vectors) and takes the memory of one more copy of the weights, for any number of
-    hyperparameters.
+    vectors). With few hyperparameters it takes about as much memory as the weights.
 
     Perturbations are finite, so operations without a derivative (dropping a unit, cutting a hole)
     are supported. Random numbers are the same in both steps if they come from :mod:`selftune.nn`.
@@ -176,7 +175,7 @@ class BestResponse(AbstractEstimator):
             first += h.numel()
             there = scale.forward(raw + move).clamp(low, high)
             moved = scale.inverse(there) - raw
-            # A move that a bound cuts off consists mostly of rounding errors.
+            # A move cut short by a bound consists mostly of rounding errors.
             far = moved.abs() > LEAST * self.scale  # false for NaN
             near[name] = torch.where(far, there, h)
             moves.append(torch.where(far, moved, 0.0).reshape(-1))

@@ -43,7 +43,7 @@ class Implicit(AbstractEstimator):
 
     Args:
         solver: A :class:`~selftune.Neumann`, :class:`~selftune.CG` or :class:`~selftune.Nystrom`;
-            with ``"update"`` only Neumann with scale 1, each of whose terms is one step.
+            with ``"update"`` only Neumann, by default with scale 1: each term is one step.
         through: ``"loss"`` or ``"update"``.
         together: Rounds of the solver in one compiled graph. More rounds run faster; fewer compile
             faster and need less memory.

@@ -73,14 +73,14 @@ class Unrolled(AbstractEstimator):
             raise ValueError("horizon=None keeps every step of a run: give Unrolled a horizon")
 
     def memory(self, start: Point) -> int:
-        """Bytes for weights, gradients and rule state of the horizon (0 if there is none)."""
+        """Bytes for weights, gradients and rule state of the horizon; 0 steps if unlimited."""
         tensors = [start.params, start.params, *start.state.values()]
         kept = 0 if self.horizon is None else -(-self.horizon // self.checkpoint)
         again = self.checkpoint if self.checkpoint > 1 else 0
         return (kept + again) * sum(t.numel() * t.element_size() for t in tensors)
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> tuple[Passed, ...]:
-        """The empty memory; logs the bytes of the horizon."""
+        """The empty memory; logs the bytes that the horizon needs."""
         needed, there = self.memory(start), _free(start.params.device)
         if self.horizon is not None:
             log.info(

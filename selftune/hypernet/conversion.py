@@ -27,19 +27,19 @@ def convert(
 ) -> SelfTuned:
     """Convert a model to one whose weights are a function of its hyperparameters.
 
-    ``w(z + δ) = w + diag(U δ) V`` for each weight matrix and ``w + C δ`` for each vector, δ the
-    perturbation of the raw hyperparameters. The converted model is called like the original.
-    Supported are Linear, (transposed) convolutions, embeddings, BatchNorm, GroupNorm, LayerNorm,
-    RNN, GRU, LSTM, MultiheadAttention, tied and parametrised weights; other layers stay unchanged
-    and are listed in ``report``.
+    ``w(z + δ) = w + diag(U δ) V`` for each weight matrix and ``w + C δ`` for each vector, where δ
+    is the perturbation of the raw hyperparameters. The converted model is called like the original.
+    It supports Linear, (transposed) convolutions, embeddings, BatchNorm, GroupNorm, LayerNorm, RNN,
+    GRU, LSTM, MultiheadAttention, tied and parametrised weights; other layers stay unchanged and
+    are listed in ``report``.
 
     Args:
         model: Any module; it is not copied.
         hparams: Initial values by name: of strengths in :mod:`selftune.nn` layers, or of penalties
             that the loss reads with ``net.value(name)``. By default all strengths of the layers.
         perturb: ``"example"`` for a separate perturbation of each example, ``"batch"`` for a common
-            one; ``"auto"`` for the former if all layers support it. Penalties have one for each
-            batch.
+            one; ``"auto"`` for the former if all layers support it. Penalties are
+            perturbed once per batch.
         scale: Initial σ of the perturbations, in raw (log or log-odds) space.
 
     Raises:
@@ -98,7 +98,7 @@ class SelfTuned(nn.Module):
         report: The parameters with sensitivities.
         raw: The unconstrained hyperparameters z, shape (hyperparameters,).
         spread: log σ of the perturbations, shape (hyperparameters,).
-        unit: Unit of δ in U and C, such that they learn as fast as the weights.
+        unit: Unit of δ in U and C, chosen so that they learn as fast as the weights.
     """
 
     def __init__(

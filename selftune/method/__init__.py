@@ -1,4 +1,4 @@
-"""The method: pure functions of an explicit state, which both drivers call."""
+"""The method: functions of an explicit state, which both drivers call."""
 
 from collections.abc import Mapping, Sequence
 

@@ -83,9 +83,9 @@ class Moment(NamedTuple):
 def closed(names: Sequence[str], rule: AbstractRule, estimator: AbstractRows) -> set[str]:
     """Hyperparameters whose sensitivity has a closed form.
 
-    - To the log of the rate: the displacement of the weights.
-    - To the rate's decay α: proportional to the displacement, as α only acts through the rate.
-    - To a weight decay that shrinks weights: proportional to the weights.
+    - The log of the rate: the displacement of the weights.
+    - The rate's decay α: proportional to the displacement, as α only acts through the rate.
+    - A weight decay that shrinks weights: proportional to the weights.
     """
     if not estimator.closed_forms:
         return set()
@@ -177,8 +177,8 @@ class Sensitivities:
     def _lead(self, part: Part, moved: Tensor, moment: Moment) -> None:
         """The sensitivity to the log of the rate: the displacement.
 
-        With the discount γ, ``J = Σ γʲ (w_{t−j} − w_{t−j−1})`` is ``w_t − E_{t−1}``, E the running
-        average of the weights with decay γ (γᵏ over a stride of k steps).
+        With the discount γ, ``J = Σ γʲ (w_{t−j} − w_{t−j−1})`` is ``w_t − E_{t−1}``, where E is
+        the running average of the weights with decay γ (γᵏ over a stride of k steps).
         """
         kept = self.estimator.discount**self.estimator.stride
         for recent, row in zip(part.recent, part.averaged[len(self.rows) :], strict=True):

@@ -78,7 +78,7 @@ class DisplacementLimit(Settings):
     Attributes:
         random_walk: Up to this S² weights oscillate, and the rate does not rise.
         drift: From this S² on, upward steps are not scaled; in between they are scaled down.
-        segment: Minimum number of steps in a segment; longer than the memory of usual momenta.
+        segment: Minimum number of steps in a segment; longer than the memory of typical momenta.
         free_share: Initial share of the run in which the rate is not limited.
     """
 

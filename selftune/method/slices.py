@@ -30,9 +30,9 @@ class Slice:
 
     Attributes:
         stride: Distance between two weights of the slice; 1 for all weights.
-        shards: If this process holds a shard of each tensor: the size of the shard, and the
-            position of its first weight in the slice. Together the shards hold the slice of
-            the whole tensor.
+        shards: If this process holds a shard of each tensor: the size of each shard, and the
+            position in it of the first weight of the slice. Together the shards hold the slice
+            of the whole tensor.
     """
 
     stride: int = 1
@@ -44,7 +44,7 @@ class Slice:
         return math.sqrt(self.stride)
 
     def take(self, whole: Tensor) -> Tensor:
-        """The weights of the slice, as a view; with stride 1 the tensor itself."""
+        """The weights of the slice, as a view if possible; with stride 1 the tensor itself."""
         if self.stride == 1:
             return whole
         if self.shards:
@@ -171,7 +171,7 @@ def wanted(
     Args:
         tangents: A share, or a dtype for all weights.
         update: The weight step.
-        whole: The estimator of whole steps, if there is one.
+        whole: The whole-step estimator, if there is one.
 
     Raises:
         ValueError: A share is given, but all sensitivities are needed.

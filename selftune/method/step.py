@@ -284,7 +284,10 @@ class Method:
     # the rewind
 
     def rewind(self, state: State, good: Sequence[Tensor], step: Any) -> State:
-        """Return to good weights, and reset sensitivities, rule state and Adam's moments."""
+        """Reset averages to good weights, and sensitivities, rule state and Adam's moments to 0.
+
+        The driver restores the weights.
+        """
         for (cut, part), weights in zip(self.cuts(state.parts), good, strict=True):
             rows.rewind(part, weights, cut)
         for secants in state.secants:

@@ -1,6 +1,6 @@
 """Whole-step estimation: estimators that need more than the values computed in a step.
 
-They treat the run as a bilevel :class:`~selftune.problem.Problem` and its steps as its points.
+They treat the run as a bilevel :class:`~selftune.problem.Problem`, with one point per step.
 The driver supplies gradients at other weights.
 """
 

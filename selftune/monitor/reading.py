@@ -45,7 +45,7 @@ class Log:
                 name = tag.removeprefix("hyper/")
                 if any(f"{tag}/{part}" in self.curves for part in PARTS):
                     continue  # its groups or layers have rows of their own
-                whole = name.rpartition("/")[0]  # of many values, whose verdict is a common one
+                whole = name.rpartition("/")[0]  # groups or layers share its verdict
                 codes = next(
                     (self.curves[f"verdict/{n}"][1] for n in (name, whole)
                      if f"verdict/{n}" in self.curves),

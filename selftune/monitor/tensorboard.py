@@ -69,8 +69,8 @@ class TensorBoard(AbstractRecorder):
             if self._purge is not None:
                 _wait(Path(self._folder))
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
-            self._purge = None  # one that is opened after this one goes on behind it
-            # Each writer has a thread: it ends with this recorder at the latest.
+            self._purge = None  # a writer opened later appends
+            # The writer's thread ends with this recorder at the latest.
             self._close = weakref.finalize(self, self._writer.close)
         return self._writer
 
@@ -209,7 +209,7 @@ def _layout_summary(pages: Mapping[str, Sequence[Chart]]) -> Any:
     made = layout_pb2.Layout()
     for title, charts in pages.items():
         page = made.category.add(title=title)
-        # TensorBoard draws charts of lines in their order, and those with margins from the last on.
+        # TensorBoard draws line charts in order, and charts with margins in reverse order.
         for chart in reversed(charts) if charts[0].series else charts:
             drawn = page.chart.add(title=chart.title)
             drawn.multiline.tag.extend(f"^{re.escape(tag)}$" for tag in chart.lines)

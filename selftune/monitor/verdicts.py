@@ -18,9 +18,9 @@ LEAST = 20
 MOVED = 0.1
 """Minimum change in raw space that counts as movement."""
 CLEAR = 0.46
-"""Signal-to-noise ratio below which steps are scaled down: twice that of pure noise."""
+"""Signal-to-noise ratio below which hypergradients count as noise."""
 LATE = 1 / 3
-"""A settled hyperparameter has changed less than ``FAR`` in this share of the run."""
+"""Last share of the run; a change by more than ``FAR`` in it is part of the verdict."""
 FAR, LOOSE = 0.4, 0.25
 """Limits of changes in raw space in the last third, and among recent values."""
 LONGER = "start the next run from there, or train longer"
@@ -124,7 +124,7 @@ validation is like training data'
     drift, change = recent[-1] - recent[0], late[-1] - late[0]
     spread = max(recent) - min(recent)
     steps = [b - a for a, b in pairwise(recent)]
-    wander = math.sqrt(sum(s * s for s in steps))  # how far steps at random would have led
+    wander = math.sqrt(sum(s * s for s in steps))  # expected drift of random steps of these sizes
     if abs(drift) > max(MOVED, 2 * wander) or (abs(drift) > MOVED and snr > 2 * CLEAR):
         return Verdict(name, "moving", f"{went(recent)}: {LONGER}")
     noisy = snr < CLEAR and spread > MOVED

@@ -62,7 +62,7 @@ class LabelSmoothing(Tunable):
 
 
 class _Penalty(Tunable):
-    """Returns its input, and keeps a penalty of it for the loss of this pass."""
+    """Returns its input, and stores a penalty on it for ``extra_loss``."""
 
     def __init__(self, value: float, name: str) -> None:
         hparam = Hparam(name=name, bijection=Log(), lower=1e-6, upper=1e2, from_zero=1e-2)

@@ -196,7 +196,7 @@ class Buffers:
     def passed(self) -> None:
         """Record whether the last validation pass updated statistics.
 
-        This shows the mode of the pass; a closure may leave the model in another mode.
+        Only training mode updates them; a closure may leave the model in another mode.
         """
         one = [more.to(self._gathered[0].device) for more in self._gathered]
         self._own = bool(one) and bool(torch.stack(one).any())

@@ -68,7 +68,7 @@ class TuningOptions:
         total_steps: Steps in the whole run, if known.
         warmup_steps: Steps of the linear warm-up of the learning rate.
         estimator: Estimates the sensitivities of the weights to the hyperparameters. By default
-            ``Trace``, which tracks one step in four, or more with a short average; ``Trace`` and
+            ``Trace``, which tracks one step in four (more if the average is short); ``Trace`` and
             ``OneStep`` need no closure. The others need ``step(closure)`` with a closure that keeps
             its own batch, and a single parameter group; copying and loading restart them.
         average: The running average at which the validation loss is measured.

@@ -20,7 +20,7 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
     seen: dict[int, str] = {}
     for name, param in named:
         if id(param) in seen:
-            raise ValueError(f"params: {name} and {seen[id(param)]} are the same; pass it once")
+            raise ValueError(f"params: {name} duplicates {seen[id(param)]}; pass it once")
         seen[id(param)] = name
         if param.is_complex():
             raise ValueError(f"params: {name} is complex ({param.dtype}); use torch.view_as_real")

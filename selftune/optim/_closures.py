@@ -122,7 +122,7 @@ class _ByClosures(Products):
         return found
 
     def linear(self, params: Tensor, hparams: Values, *batch: Any) -> tuple[Tensor, Pull]:
-        """Zero: the closure does not depend on hyperparameters."""
+        """Zero for hyperparameters, on which the closure does not depend."""
         gradient, product = self.curvature(params, hparams, *batch)
         still = {n: torch.zeros_like(h) for n, h in hparams.items()}
         return gradient, lambda v: (product(v), still)

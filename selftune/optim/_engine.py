@@ -130,8 +130,8 @@ class Engine:
     def train_alone(self, grads: Sequence[Tensor]) -> bool:
         """Use a training gradient with the averaged sensitivities instead of a validation gradient.
 
-        Its batch is new to the sensitivities, so within the first epoch it is an unbiased outer
-        gradient; it cannot tune regularizers.
+        The sensitivities do not include its batch yet, so within the first epoch it is an unbiased
+        outer gradient; it cannot tune regularizers.
 
         Args:
             grads: Gradients of the slice of every block.

@@ -20,7 +20,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 17
-"""Version of the state; 17 has the longest gap between validation losses."""
+"""Version of the state; 17 added ``longest_gap`` to the clock."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:

@@ -38,7 +38,7 @@ class Scoped:
     """
 
     def __init__(self, hparam: Hparam, scope: str) -> None:
-        """Start without segments; ``layout`` sets them."""
+        """Start without segments; ``lay_out`` sets them."""
         self.hparam = hparam
         self.scope = scope
         self.base = torch.empty(0, dtype=torch.float64)

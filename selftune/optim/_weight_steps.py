@@ -191,7 +191,7 @@ class WeightSteps:
         return math.isfinite(self._store.total([s.moved.sum() for s in steps]))
 
     def _judge(self) -> Action:
-        """Judge gradients before the step: whether they are finite, and whether any exist."""
+        """Judge gradients before the step: whether they are finite, and how many units are live."""
         controller, grads = self._engine.controller, self._grads
         if grads[0][0].is_cuda and not self._pulse:
             return Action()

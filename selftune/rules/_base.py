@@ -98,7 +98,7 @@ class AbstractRule(ABC):
     def in_place(self, values: Values) -> InPlace | None:
         """The step ``w − η (d + λ w)`` as a fused torch kernel, if torch has one for these options.
 
-        Used for steps on which no sensitivities are computed.
+        Tracked steps use it for the weights, and the pure step for the slice.
 
         Args:
             values: Hyperparameters and options, all of them numbers.
@@ -165,7 +165,7 @@ SMALLEST = 1e-30
 def root(square: Tensor) -> Tensor:
     """√v with a finite slope at 0, the value for weights that never had a gradient.
 
-    An infinite slope times the zero tangent of v would be NaN. The offset is negligible beside ε.
+    An infinite slope times the zero tangent of v would be NaN. The offset is negligible next to ε.
     """
     return (square + SMALLEST).sqrt()
 

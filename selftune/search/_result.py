@@ -13,7 +13,7 @@ from torch import nn
 from selftune.replay import TunedSchedule
 from selftune.search._pruning import recut
 from selftune.search._trial import Candidate, Trainer, finished, weights_of
-from selftune.tuner._checkpoints import load  # its checksums are compared
+from selftune.tuner._checkpoints import load  # compares checksums
 
 log = logging.getLogger("selftune")
 
@@ -105,7 +105,7 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
 
 
 def _put(trainer: Trainer, made: Candidate, weights: dict[str, Any]) -> Candidate:
-    """The candidate with trained weights, in a model of their sizes."""
+    """The candidate with trained weights, its model pruned to their sizes."""
     return replace(made, model=recut(made.model, weights, trainer.train_of(made)))
 
 

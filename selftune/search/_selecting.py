@@ -198,7 +198,8 @@ def select(
     with writable(storage, mark), tqdm(total=trials, disable=not progress, unit="trial") as bar:
         run = partial(crowd, workers=workers) if workers > 1 else work
         ended = run(payload, opened, bar=bar)
-        if ended and persist(lambda: reclaim(opened), opened):  # killed before it began
+        # Replace trials whose workers were killed before they began.
+        if ended and persist(lambda: reclaim(opened), opened):
             run(payload, opened, bar=bar)
     found = persist(lambda: selected(trainer, opened), opened)
     if memory is not None and trainer.task is not None and len(opened.trials) > before:

@@ -218,7 +218,7 @@ class Trainer:
             {} if "warmup_steps" in {**self.tuner, **made.tuner} else {"warmup_steps": left // 50}
         )
         rest = self._tuner(replace(made, model=small), probe=False, **warm)
-        # The rate goes on where the schedule left it; its peak would undo some of the descent.
+        # Start from the scheduled rate: the peak would undo some of the descent.
         rates = wide.schedule.values.get("lr")
         rest.start_from({**wide.hparams, **({"lr": rates[-1][1]} if rates else {})})
         result = self._fit(made, rest, trial, calls, steps=left)

@@ -195,7 +195,7 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
     """
     import cloudpickle
 
-    # A file without a name, which no kill can leave behind; each worker maps it.
+    # An unnamed file, which does not outlive a killed process; each worker maps it.
     with tempfile.TemporaryFile() as file:
         cloudpickle.dump(payload, file)
         file.flush()

@@ -23,7 +23,7 @@ log = logging.getLogger("selftune")
 PRIOR = 0.2
 """Weight w₀ of the default start, in units of one run of the same task."""
 NEAR = 1.0
-"""Distance of tasks at which a run has weight e^(−1/2), such as sizes that differ by e."""
+"""Distance of tasks at which a run has weight e^(−1/2), such as sizes that differ by a factor e."""
 POWER = {"SGD": 1.0, "RMSprop": 0.5, "Adam": 0.5, "AdamW": 0.5, "Lion": 0.5}
 """Power of the batch size in the learning rate if noise dominates, by rule."""
 
@@ -162,7 +162,7 @@ class Memory:
             try:
                 found.append(_entry(json.loads(path.read_text())))
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-                # Half a file of a full disk is no reason to lose the others.
+                # A file truncated by a full disk does not affect the others.
                 log.warning("memory: %s is left out: %s", path, error)
         return found
 
@@ -190,7 +190,7 @@ class Memory:
             some = [(w, v) for w, v in some if w > 1e-6 and v > 0]
             if not some:
                 continue
-            if value <= 0:  # off, and its scale does not reach 0: others alone say
+            if value <= 0:  # off: log 0 is undefined, so only other runs count
                 some, base = some[1:], some[0]
             else:
                 base = (PRIOR, value)

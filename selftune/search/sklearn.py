@@ -52,7 +52,7 @@ class _SelfTuning(BaseEstimator):
     verbose: bool = False
     hparams_: dict[str, float] = field(init=False)
 
-    # what both do
+    # shared by both estimators
 
     def _fit(self, X: Array, y: Array, shape: Shape, loss: nn.Module, fresh: bool) -> None:
         """Train on checked arrays."""

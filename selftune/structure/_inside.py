@@ -81,7 +81,7 @@ def chunks(follower: Follower, node: fx.Node, given: Channels) -> None:
         zero = given.zero[at : at + size]
         made.append(Channels(given.axis, given.ids[at : at + size], zero))
         at += size
-    # Equal parts of what is left are found by torch.chunk only if as many units go from each.
+    # torch.chunk splits the remaining units equally, so the same number is removed from each part.
     for part in made[1:]:
         if len(part.ids) == len(made[0].ids):
             follower.units.join(made[0].ids, part.ids)

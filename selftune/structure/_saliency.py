@@ -43,7 +43,7 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
             gates = [m.gates for m in modules.values()]
             grads = torch.autograd.grad(loss, gates, allow_unused=True)
     for name, grad in zip(modules, grads, strict=True):
-        # Without gradients of single examples: ½ N (mean c_n)², of the same mean where E c_n = 0.
+        # Without per-example gradients: ½ N (mean c_n)², which has the same mean if E c_n = 0.
         if grad is not None and name in sizes:
             rows[name] = (modules[name].gates.detach() * grad).flatten()[None]
     missed = sorted(set(modules) - set(rows))

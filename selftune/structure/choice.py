@@ -200,7 +200,7 @@ class Chooser:
             least = (1 + share * (len(choice.scores) - 1)) / len(choice.scores)
             while 0 < share < 1 and float(choice.weights()[first]) < least:
                 choice.scores.mul_(1.2)
-                choice.scores[first] += 1e-3  # where scores are equal
+                choice.scores[first] += 1e-3  # breaks ties
 
     def _log(self) -> None:
         if self._monitor.on:

@@ -69,11 +69,11 @@ def _gated(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
         raise ValueError(
             "nn.TransformerDecoderLayer cannot be gated: write it with selftune.structure.Attention"
         )
-    # Looked up are modules of before alone, so that one made here cannot take a freed id.
+    # Only original modules are looked up: a new one may reuse the id of a freed one.
     known[id(model)] = model if made is None else made
     if made is not None:
         return made.train(model.training)
-    for name, child in list(model._modules.items()):  # named_children has shared ones once
+    for name, child in list(model._modules.items()):  # named_children lists shared ones once
         if child is not None:
             setattr(model, name, _gated(child, known))
     return model

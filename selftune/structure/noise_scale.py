@@ -83,7 +83,7 @@ class NoiseScale:
             )
         a, b = float(small), float(big)
         if not (math.isfinite(a) and math.isfinite(b)):
-            return  # a step that is left out
+            return  # skip this step
         signal = (big_size * b - small_size * a) / (big_size - small_size)
         noise = (a - b) / (1 / small_size - 1 / big_size)
         share = 1 / self.memory

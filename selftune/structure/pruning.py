@@ -128,7 +128,7 @@ def _as_graphs(model: nn.Module) -> nn.Module:
         graph = Tracer().of(module)
         for node in graph.nodes:
             node.type = None  # annotations that are strings cannot be saved
-        graph._tracer_cls = None  # which would be saved with it
+        graph._tracer_cls = None  # would be saved with the graph
         traced = fx.GraphModule(module, graph, type(module).__name__)
         if not path:
             return traced

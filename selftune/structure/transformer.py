@@ -58,7 +58,7 @@ class Attention(nn.Module):
             for size, w, b in zip(inputs, weights, biases, strict=True)
         ]
         for layer, weight in zip(layers, weights, strict=True):
-            # Parts of one weight need a gradient where it does, also under no_grad.
+            # Parts of one weight require a gradient if it does, even under no_grad.
             source = weight if a.in_proj_weight is None else a.in_proj_weight
             layer.weight.requires_grad_(source.requires_grad)
             if a.in_proj_bias is not None:
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         for name, param in self.out.named_parameters():
             param.requires_grad_(a.out_proj.get_parameter(name).requires_grad)
         self.head_dim, self.batch_first = a.head_dim, a.batch_first
-        # What a graph of the layer is made for: see mask_types_noted.
+        # Types of the masks for which the layer is traced: see mask_types_noted.
         self.mask_types: dict[str, torch.dtype] = {}
 
     def forward(
@@ -154,7 +154,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
         super().__init__()
         attention = copy.copy(layer.self_attn)
-        # Of the attention weights; what the layers after it drop is kept.
+        # Only attention weights lose their dropout; later layers keep theirs.
         attention.dropout = 0.0
         self.attention = Attention(attention)
         layer = copy.deepcopy(layer)

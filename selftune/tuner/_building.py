@@ -184,7 +184,7 @@ def build(
         streams: Training and validation batches, and training batches after the join.
         val: The validation set.
         device: Where to train.
-        new: Whether the run starts rather than continues from a checkpoint.
+        new: Whether the run is new, not resumed from a checkpoint.
 
     Raises:
         ValueError: Data, bounds or lengths are inconsistent.

@@ -220,7 +220,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 @contextmanager
 def _held(module: torch.nn.Module) -> Iterator[None]:
-    """Keeps the module's buffers as they are."""
+    """Restores the module's buffers after the block."""
     before = [b.clone() for b in module.buffers()]
     try:
         yield

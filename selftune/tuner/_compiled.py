@@ -72,7 +72,7 @@ class Fused:
         if device.type == "cuda":
             for leaf in tensors:
                 torch._dynamo.mark_static_address(leaf)
-        log.info("compiling the training step: takes 20 s to minutes, less once cached")
+        log.info("compiling the training step: takes 20 s to several minutes, less if cached")
         if self._steps.group.together:
             self._exact = self._parted(
                 lambda step: _compile(step, device, dynamic=False),
@@ -250,14 +250,14 @@ def _either(first: Step, second: Step) -> Step:
 def _keep_freed_memory() -> None:
     """Let the C library keep the memory of a step's temporary tensors for the next step.
 
-    glibc returns freed memory above the size of the largest block ever freed (up to 32 MB) to the
-    system; page faults then slow the next step by up to a third.
+    glibc returns a freed block to the system if it is larger than all blocks freed before (up to
+    32 MB); page faults then slow the next step by up to a third.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _in_place(step: Step) -> Step:
-    """A pure step that writes the next run into the tensors of the run before."""
+    """Wrap a pure step so that it writes the next run into the tensors of the current one."""
 
     def stepped(run: RunState, *rest: Any) -> Any:
         after, told = step(run, *rest)

@@ -61,7 +61,7 @@ class Stream:
         self._device = device
         self._ahead = device.type == "cuda" and not self._stateful
         self._batches: Iterator[Any] | None = None
-        self._waiting: list[Any] = []  # a batch that was looked at
+        self._waiting: list[Any] = []  # batches that were put back
         self._start: dict[str, Any] = {}
         self._structure: Any = None
         self.epoch = 0
@@ -80,12 +80,12 @@ class Stream:
             return False
 
     def peek(self) -> Any:
-        """The next batch, without taking it; random states do not change."""
+        """The next batch, without taking it; restores random states if the loader can restart."""
         now = self._randomness()
         batch = self.next()
         if self.once or self.taken > 1:
             self.put_back(batch)
-        else:  # start again, since a loader's workers draw from the streams as well
+        else:  # start again, since a loader's workers draw random numbers as well
             self._batches, self.taken, self._start = None, 0, {}
             self._restore(now)
         return batch

@@ -13,7 +13,7 @@ from selftune.update import Clock, Transition, learning_rate
 
 
 class FastPath:
-    """Takes the same step in place, up to rounding, with less time and memory.
+    """Takes a weight step in place in less time and memory; equal to the pure step up to rounding.
 
     Args:
         steps: The steps.
@@ -25,7 +25,7 @@ class FastPath:
 
     @staticmethod
     def serves(steps: Steps, run: RunState) -> bool:
-        """Whether no estimator of whole steps is used, and torch's kernels support the weights."""
+        """Whether no whole-step estimator is used, and torch's kernels support the weights."""
         return steps.whole is None and all(
             p.params.device.type == "cpu"
             and p.params.dtype == p.average.dtype

@@ -54,7 +54,7 @@ class Group:
         self.rank, self.size = rank, size
         self.asks: Callable[[], bool] = lambda: False
         self._asked: Tensor | None = None  # of any rank, since the start
-        self._start = self._passes = 0  # which decide the random numbers of a pass
+        self._start = self._passes = 0  # they seed the random numbers of a pass
 
     @property
     def together(self) -> bool:

@@ -24,7 +24,7 @@ from selftune.tuner._watch import Watch
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a run with a state, and the settings that must be equal to resume it."""
+    """The stateful parts of a run, and the settings that must be equal to resume it."""
 
     steps: Steps
     fused: Fused

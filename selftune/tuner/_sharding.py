@@ -99,7 +99,7 @@ class Shard:
 
 
 def steady(loader: Any, rank: int = 0) -> Any:
-    """A copied loader whose workers ignore Ctrl-C and draw different numbers on each rank."""
+    """Modify a loader so that its workers ignore Ctrl-C and draw different numbers on each rank."""
     if isinstance(loader, DataLoader):
         vars(loader)["worker_init_fn"] = _Worker(rank, loader.worker_init_fn)
     return loader

@@ -79,7 +79,7 @@ class Steps:
         rates: Factor of the schedule at each step of the run, shape (steps,), float64.
         every: Weight steps between two hyperparameter steps.
         autocast: Makes the context of the forward passes.
-        whole: An estimator of whole steps.
+        whole: A whole-step estimator, or None.
         answers: Names of the hyperparameters that it handles.
         layers: Buffers of the objective that contain hyperparameters, by name.
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
@@ -315,7 +315,7 @@ class Steps:
         Args:
             run: The run before the step.
             passed: The validation pass.
-            answers: Hypergradients in raw space from an estimator of whole steps.
+            answers: Hypergradients in raw space from a whole-step estimator.
         """
         (loss, grads, buffers), before = passed, run.hyper.raw.clone()
         state, signal = self.signal(run, grads, answers or {})

@@ -110,7 +110,7 @@ class Training:
                     _checkpoints.rescue(self.folder, self.group.first, self.save)
                 raise
             except (KeyboardInterrupt, RuntimeError) as error:
-                # The same Ctrl-C ends a loader's workers, which then ends the loader.
+                # Ctrl-C also ends a loader's workers, and then the loader raises an error.
                 ended_loader = self.interruption.asked and not self.group.together
                 half = self._within and self.group.together  # others wait for this rank
                 if half or (isinstance(error, RuntimeError) and not ended_loader):

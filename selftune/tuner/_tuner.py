@@ -65,7 +65,7 @@ class Tuner:
         every: Weight steps between two hyperparameter steps; by default a thirtieth of the run,
             between 5 and 20.
         hyper_rate: Size of a hyperparameter step in log space; by default 0.01 times ``every``,
-            between 0.05 and 0.2, and larger in runs of fewer than 1000 steps.
+            between 0.05 and 0.2, and larger in runs of fewer than 1,000 steps.
         schedule: ``"linear"``, ``"cosine"``, ``"wsd"``, ``"exponential"`` or ``"constant"``.
         warmup_steps: Steps of the linear warm-up of the learning rate.
         probe: True for a learning-rate sweep at the start, False for none, its number of

@@ -34,7 +34,7 @@ class _Method(nn.Module):
 
 
 class FunctionalSteps:
-    """The steps of a run, for an estimator of whole steps.
+    """The steps of a run, for a whole-step estimator.
 
     Args:
         steps: The run's steps.
@@ -60,7 +60,7 @@ class FunctionalSteps:
             shapes=self._layout.shapes, scales=steps.hyper.hparams,
             split=(self._predicted, self._judged) if splits else None,
         )  # fmt: skip
-        # Made here: a module that is made within a graph cannot be called in it.
+        # Created here, because a module created within a graph cannot be called in it.
         self._halves = {n: _Method(inner, n) for n in ("predicted", "judged") if splits}
         self.sees_all = estimator.sees_all
         self.whole = WholeSteps(estimator)
@@ -105,7 +105,7 @@ class FunctionalSteps:
         """A copy of the current point, with buffers instead of a batch, and the hyperparameters."""
         dtype, rates, steps = self._layout.dtype, self._steps.rates, self._steps
         parts = run.method.parts
-        state = {  # parameters with values of their own may have other states
+        state = {  # parameters with their own options may have other state tensors
             name: self._layout.flatten(
                 [p.rule[name] if name in p.rule else torch.zeros_like(p.average) for p in parts]
             )
@@ -145,7 +145,7 @@ class FunctionalSteps:
         return self.whole.estimate(self._problem, end, hparams, grads)
 
     def shift(self, run: RunState, move: Tensor) -> list[Tensor]:
-        """``J δ`` for a change δ of the hyperparameters in raw space, one tensor for each weight.
+        """``J δ`` for a change δ of the hyperparameters in raw space, one tensor for each part.
 
         Raises:
             ValueError: The estimator does not keep J.

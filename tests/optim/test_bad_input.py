@@ -84,7 +84,7 @@ def test_what_cannot_be_built(case: str) -> None:
 TYPES: dict[str, tuple[Callable, list[str]]] = {
     "estimator": (lambda: st.SGD([param()], estimator="trace"), ["estimator='trace'", "Trace"]),
     "penalty": (lambda: st.SGD([param()], penalty="l1"), ["penalty='l1'", "L1"]),
-    "steps": (lambda: st.SGD([param()], total_steps=9.0), ["total_steps=9.0", "whole", "int"]),
+    "steps": (lambda: st.SGD([param()], total_steps=9.0), ["total_steps=9.0", "integer", "int"]),
     "rule": (lambda: st.Tuner(net(), nn.MSELoss(), rule="adam"), ["rule='adam'", "AdamW"]),
     "tuner": (lambda: st.Tuner(net(), nn.MSELoss(), estimator="x"), ["estimator='x'", "Trace"]),
     "tuner's": (lambda: st.Tuner(net(), nn.MSELoss(), penalty="l1"), ["penalty='l1'", "L1"]),

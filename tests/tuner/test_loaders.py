@@ -163,7 +163,7 @@ def test_workers_end_with_the_run(persistent: bool) -> None:
 def test_what_has_no_length_asks_for_steps() -> None:
     with pytest.raises(ValueError, match=r"epochs=2 needs train to have a length: pass steps="):
         fit(rows(), steps=None, epochs=2)
-    with pytest.raises(ValueError, match=r"val=0.1 needs a data set with a length: pass val"):
+    with pytest.raises(ValueError, match=r"val=0.1 needs a dataset with a length: pass val"):
         fit(rows(), val=0.1)
 
 

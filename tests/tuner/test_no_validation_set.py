@@ -239,11 +239,11 @@ class Rows(IterableDataset[Any]):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "a list": (lambda: list(loader()), r"train \(list\) is not: pass such a DataLoader"),
+    "a list": (lambda: list(loader()), r"not train \(list\): pass such a DataLoader"),
     "no length": (
-        lambda: DataLoader(Rows(), batch_size=20), "needs a data set with a length: pass valid",
+        lambda: DataLoader(Rows(), batch_size=20), "needs a dataset with a length: pass valid",
     ),
-    "too few": (lambda: loader(4, batch_size=2), "of 4 examples leaves 0 to validate"),
+    "too few": (lambda: loader(4, batch_size=2), "of 4 examples leaves 0 for validation"),
     "an order of its own": (
         lambda: loader(sampler=WeightedRandomSampler(torch.ones(200), 200)),
         "cannot keep the order of sampler=WeightedRandomSampler",

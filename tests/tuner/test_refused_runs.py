@@ -71,14 +71,14 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a generator that ends": (
         dict(train=iter(list(loader()))), ValueError, "ended after 10 batches",
     ),
-    "split of a list": (dict(train=list(loader()), val=0.1), ValueError, r"\(list\) is not: pass"),
-    "split of nothing": (dict(val=0.001), ValueError, "leaves 0 to validate"),
+    "split of a list": (dict(train=list(loader()), val=0.1), ValueError, r"not train \(list\): pass"),
+    "split of nothing": (dict(val=0.001), ValueError, "leaves 0 for validation"),
     "split of all": (dict(val=1.5), ValueError, "val=1.5 must be between 0 and 1"),
     "split of a sampler's order": (
         dict(train=loader(sampler=WeightedRandomSampler(torch.ones(200), 200)), val=0.1),
         ValueError, "sampler=WeightedRandomSampler",
     ),
-    "resume without a place": (dict(resume=True), ValueError, "resume=True needs log_dir"),
+    "resume without a place": (dict(resume=True), ValueError, "resume=True needs the log_dir"),
     "resume from nothing": (
         dict(resume="nowhere/last.pt"), FileNotFoundError, "there is no checkpoint nowhere",
     ),

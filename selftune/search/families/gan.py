@@ -39,14 +39,14 @@ def energy_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     square = (a.unsqueeze(1) - b.unsqueeze(0)).square().sum(-1)
-    return (square + 1e-12).sqrt() - 1e-6  # with a derivative where two are the same
+    return (square + 1e-12).sqrt() - 1e-6  # differentiable at distance 0
 
 
 @dataclass
 class GAN:
     """A generator and a critic for vectors (WGAN-GP), trained by :meth:`fit`.
 
-    Each player's optimizer tunes its own learning rate and momentum on held-out data: the generator
+    Each player's optimizer tunes its own hyperparameters on held-out data: the generator
     on the energy distance of its samples to that data, the critic on how well it tells the two
     apart. The strength λ of the gradient penalty affects the generator through the critic; its
     hypergradient differentiates through one step of both players::
@@ -112,7 +112,7 @@ class GAN:
                     f"{name} has shape {tuple(data.shape)}, but must have shape (at least 2, "
                     f"{self.features})"
                 )
-        # Each player is the other's moving target, which many small hyper steps follow better.
+        # Each player is a moving target for the other, tracked better by frequent small steps.
         options = dict(
             lr=lr, betas=(0.5, 0.9), probe=False, total_steps=steps, guard=False, every=EVERY
         )
@@ -129,7 +129,7 @@ class GAN:
                 rates = [float(p.param_groups[0]["lr"]) for p in players]
                 ahead = self._ahead(next(real), next(held), strength.exp(), rates)
                 (slope,) = torch.autograd.grad(ahead, strength)
-                if bool(torch.isfinite(slope)):  # else λ stays for now, and the next look tells
+                if bool(torch.isfinite(slope)):  # else keep λ until the next update
                     strength.grad = slope
                     hyper.step()
                 self._note(next(held), rates, float(strength.detach().exp()))

@@ -10,7 +10,7 @@ from selftune.search._space import Space
 from selftune.search.families._base import AbstractFamily, Closed, dropout
 
 LARGE = 16
-"""Image size above which the first layer has stride 2, so later layers cost a quarter."""
+"""Image size from which the first layer has stride 2, so later layers cost a quarter."""
 
 
 class ResNet(AbstractFamily):
