@@ -178,10 +178,12 @@ class Products:
                     if self._works(params, hparams, *batch):
                         break
             else:
+                remedy = "backend='differences', which only needs first derivatives"
+                if "differences" in self.refused:
+                    remedy = "an estimator without curvature, such as selftune.estimators.Trace()"
                 raise RuntimeError(
                     f"backend={asked!r} cannot differentiate this loss twice: "
-                    f"{self.refused[self.backend]}. Use backend='differences', which only needs "
-                    "first derivatives"
+                    f"{self.refused[self.backend]}. Use {remedy}"
                 )
         return self.backend
 

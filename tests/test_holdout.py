@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: over(DataLoader(Rows(), batch_size=2)), ValueError,
         "needs a dataset with a length: hold out examples yourself; loader.dataset is a Rows",
     ),
-    "too few": (lambda: over(loader(4)), ValueError, "share=0.1 of 4 examples leaves 0 for validation"),
+    "too few": (lambda: over(loader(4)), ValueError, "share=0.1 of 4 examples leaves 0 for"),
     "an order of its own": (
         lambda: over(loader(shuffle=False, sampler=WeightedRandomSampler(torch.ones(103), 103))),
         ValueError, "cannot keep the order of sampler=WeightedRandomSampler: hold out examples",

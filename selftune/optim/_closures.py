@@ -167,7 +167,7 @@ class _Last(NamedTuple):
 
 
 class ClosureSteps:
-    """The steps of an optimizer, for an estimator of whole steps.
+    """The steps of an optimizer, for a whole-step estimator.
 
     Args:
         estimator: The estimator.

@@ -3,7 +3,7 @@
 In place, torch's kernel or another optimizer steps the parameters, and a tracked step is recorded
 over slices only, without allocations of the size of the weights. The pure step handles all other
 cases: gradients that are missing or not finite, half precision, GPUs and shards, penalties, a
-hyperparameter for each tensor, and estimators of whole steps.
+hyperparameter for each tensor, and whole-step estimators.
 """
 
 from __future__ import annotations

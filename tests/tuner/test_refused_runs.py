@@ -71,7 +71,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a generator that ends": (
         dict(train=iter(list(loader()))), ValueError, "ended after 10 batches",
     ),
-    "split of a list": (dict(train=list(loader()), val=0.1), ValueError, r"not train \(list\): pass"),
+    "split of a list": (dict(train=list(loader()), val=0.1), ValueError, r"not train \(list\):"),
     "split of nothing": (dict(val=0.001), ValueError, "leaves 0 for validation"),
     "split of all": (dict(val=1.5), ValueError, "val=1.5 must be between 0 and 1"),
     "split of a sampler's order": (
