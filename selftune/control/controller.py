@@ -73,7 +73,8 @@ class Controller:
             ValidationLoss: self._validation_loss,
             Hypergradient: self._hypergradient,
         }[type(record)]
-        return decide(record) if self.guard is not None or decide == self._sweep else Action()
+        sweeping = self.sweeping and decide in (self._sweep, self._gradient)
+        return decide(record) if self.guard is not None or sweeping else Action()
 
     def _sweep(self, record: SweepSlope) -> Action:
         assert self.sweep is not None
@@ -122,7 +123,16 @@ class Controller:
         return Action(snapshot="average", rewind={})
 
     def _gradient(self, record: Gradient) -> Action:
-        return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
+        if not self.sweeping:
+            return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
+        assert self.sweep is not None
+        skip = not record.finite and self.sweep.miss()
+        if skip and self.sweep.missed == 1:
+            log.warning(
+                "%s: a training gradient of the learning-rate sweep is not finite; the step is "
+                "skipped. Check the batch for NaN or infinite values", self.label,
+            )  # fmt: skip
+        return Action(skip=skip)
 
     def _activity(self, record: Activity) -> Action:
         verdict = self._guard.activity(record.alive, record.age, record.climb)
@@ -136,7 +146,8 @@ class Controller:
     def _training_loss(self, record: TrainingLoss) -> Action:
         if self.sweeping:
             assert self.sweep is not None
-            self.sweep.alarmed = self._guard.sweeping_loss(record.loss)
+            if math.isfinite(record.loss):  # otherwise gradients decide
+                self.sweep.alarmed = self._guard.sweeping_loss(record.loss)
             return Action()
         verdict = self._guard.training_loss(record.loss)
         action = self._judged(verdict, "the training loss exploded or is not finite")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from selftune._arguments import Settings
@@ -30,8 +31,8 @@ class GuardPolicy(Settings):
         noise: An increase below this many standard deviations of the first ten training losses is
             not an explosion, because the zero of a loss is arbitrary.
         fresh: Number of initial evaluations, which set the reference even if the loss rises.
-        window: Number of losses averaged to judge the weights at the last one. A running mean
-            lags: at its minimum the loss has already risen again.
+        window: Number of losses averaged to judge the weights at the last one, which are not good
+            if theirs is the highest. A running mean lags: at its minimum the loss has risen again.
         dead: Gradients have vanished if live units fall below this share of their maximum.
         pulse: Steps between two counts of live units.
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
@@ -115,8 +116,7 @@ class Guard:
     count: int = 0
     best: float = math.inf
     best_error: float = 0.0
-    window: int = 0
-    total: float = 0.0
+    recent: list[float] = field(default_factory=list)
     lowest: float = math.inf
     swept: int = 0
     training_start: float = math.nan
@@ -211,10 +211,10 @@ class Guard:
         The first few, at the lowest rates, are the reference for losses after the sweep.
         """
         self.swept += 1
-        if self.swept <= self.policy.patience and math.isfinite(loss):
+        if self.swept <= self.policy.patience:
             known = -math.inf if math.isnan(self.training_start) else self.training_start
             self.training_start, self.training_low = max(known, loss), min(self.training_low, loss)
-        return self._wild(loss) or not math.isfinite(loss)
+        return self._wild(loss)
 
     @property
     def lost(self) -> bool:
@@ -276,13 +276,13 @@ class Guard:
 
     def _windowed(self, loss: float, bar: float) -> str:
         """Whether the averaged weights are the best so far."""
-        size = self.policy.window
-        self.window, self.total = self.window + 1, self.total + loss
-        if self.window < size:
+        self.recent = [*self.recent, loss]
+        if len(self.recent) < self.policy.window:
             return "ok"
-        mean = self.total / size
-        self.window, self.total = 0, 0.0
-        if mean >= min(self.lowest, bar) or self.fading:  # weights with dead units look good
+        mean, rises = statistics.fmean(self.recent), loss == max(self.recent) > min(self.recent)
+        self.recent = []
+        # With dead units weights look good; where losses rise, the latest weights are the worst.
+        if mean >= min(self.lowest, bar) or self.fading or rises:
             return "ok"
         self.lowest = mean
         return "average"
@@ -313,7 +313,7 @@ class Guard:
         self.best_error = 0.0
         self.mean = now
         self.count = policy.fresh
-        self.window, self.total = 0, 0.0
+        self.recent = []
         return False
 
     def _exploded(self, mean: float, first: float) -> bool:
@@ -329,7 +329,7 @@ class Guard:
         self.rewinds += 1
         self.streak += 1
         self.mean = self.best if math.isfinite(self.best) else math.nan
-        self.window, self.total = 0, 0.0
+        self.recent = []
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0

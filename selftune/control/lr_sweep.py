@@ -121,6 +121,7 @@ class LRSweep:
     hoped: float = 0.0
     real: bool = False
     alarmed: bool = False
+    missed: int = 0
     proven: bool = True
 
     def __post_init__(self) -> None:
@@ -145,6 +146,7 @@ class LRSweep:
             slope: g · Δw at the end of the step.
             start: The same at its start; 0 if unknown.
         """
+        self.missed = 0
         # Slopes are proportional to the rate until a step diverges; `steepest` is their ratio.
         rate, wild = self.factor(self.taken - 1), self.settings.wild
         self.steepest = max(self.steepest, abs(start) / rate)
@@ -170,6 +172,15 @@ class LRSweep:
             self.proven = False
             return True
         return False
+
+    def miss(self) -> bool:
+        """Record a gradient that is not finite; return whether to skip its step.
+
+        The batch may be the cause, so the next one decides whether the last step has diverged.
+        Without a last step, the learning rate cannot be the cause.
+        """
+        self.missed += 1
+        return self.missed == 1 or self.taken == 0
 
     def _blow_up(self) -> None:
         """End the sweep, or restart it at lower rates if even the first ones are too high."""

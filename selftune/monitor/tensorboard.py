@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
 import socket
 import time
@@ -17,6 +19,8 @@ from selftune._processes import alive
 from selftune.monitor._base import AbstractRecorder, Row
 from selftune.monitor.axes import WHEN
 from selftune.monitor.layout import Chart, layout
+
+log = logging.getLogger("selftune")
 
 CODE = re.compile(r"([^/]+/)?verdict/")
 """Tags of verdicts' codes, possibly prefixed with the name of an optimizer."""
@@ -66,6 +70,12 @@ class TensorBoard(AbstractRecorder):
 
             if self._purge is None and _killed(Path(self._folder)):
                 self._purge = 0
+            elif self._purge is None and not self._tags and _others_in(Path(self._folder)):
+                log.warning(
+                    "log_dir=%r already contains a run, whose curves TensorBoard will draw "
+                    "together with those of the new one: pass another folder, or resume the run "
+                    "with load_state_dict", str(self._folder),
+                )  # fmt: skip
             if self._purge is not None:
                 _wait(Path(self._folder))
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
@@ -239,12 +249,23 @@ def _wait(folder: Path) -> None:
         time.sleep(0.05)
 
 
+def _names_in(folder: Path) -> list[str]:
+    """Names of the event files in a folder."""
+    return [file.name for file in folder.glob("events.out.tfevents.*")]
+
+
+def _others_in(folder: Path) -> bool:
+    """Whether a folder contains event files of another process, not only those of this script."""
+    own = f".{socket.gethostname()}.{os.getpid()}."
+    return any(own not in name for name in _names_in(folder))
+
+
 def _killed(folder: Path) -> bool:
     """Whether a folder contains only the log of a killed run.
 
     All its files belong to dead processes of this machine, and none contains a session's end.
     """
-    names = [file.name for file in folder.glob("events.out.tfevents.*")]
+    names = _names_in(folder)
     found = [re.fullmatch(r"events\.out\.tfevents\.\d+\.(.+)\.(\d+)\.\d+", n) for n in names]
     return bool(names) and all(
         m is not None and m[1] == socket.gethostname() and not alive(int(m[2])) for m in found

@@ -54,6 +54,7 @@ class Buffers:
         known = {id(layer) for layer in self.layers}
         for layer in module.modules():
             if _tracks(layer) and id(layer) not in known:
+                _reset_if_not_finite(layer)
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
@@ -193,6 +194,15 @@ class Buffers:
             if kept.is_floating_point():
                 kept.lerp_(tensor, share)
 
+    def mend(self) -> None:
+        """Replace statistics that are not finite, after a batch with NaN, by those of the average.
+
+        A forward pass updates them before the step is skipped.
+        """
+        for tensor, kept in zip(self.tensors(), self.average, strict=True):
+            if not _finite(tensor):
+                tensor.copy_(kept)
+
     def passed(self) -> None:
         """Record whether the last validation pass updated statistics.
 
@@ -203,6 +213,7 @@ class Buffers:
 
     def begin(self) -> None:
         """Reset averaged and good statistics to the current ones."""
+        self.mend()
         for kept in (self.average, self.good):
             for tensor, now in zip(kept, self.tensors(), strict=True):
                 tensor.copy_(now)
@@ -252,6 +263,16 @@ def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor, old in zip(tensors, before, strict=True):
             tensor.copy_(old)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _reset_if_not_finite(layer: Any) -> None:
+    """Reset statistics that are not finite, after a batch with NaN before the first step."""
+    if not all(map(_finite, _statistics(layer))):
+        layer.reset_running_stats()
 
 
 def _tracks(module: nn.Module) -> bool:

@@ -237,6 +237,8 @@ class Engine:
         if action.snapshot:
             self._snapshot(action.snapshot)
         if action.rewind is None:
+            if action.skip:
+                self.buffers.mend()
             return False
         step = self.clock.steps
         for block in self.blocks:

@@ -195,7 +195,7 @@ class WeightSteps:
         controller, grads = self._engine.controller, self._grads
         if grads[0][0].is_cuda and not self._pulse:
             return Action()
-        finite = math.isfinite(self._store.total([g @ g for g, _ in grads]))
+        finite = self._finite_gradients()
         if controller.guard is None:
             return Action(skip=not finite)
         action = controller.observe(Gradient(finite))
@@ -204,6 +204,9 @@ class WeightSteps:
             action = self._observe_activity([t for b, (g, _) in pairs for t in b.layout.views(g)])
         return action
 
+    def _finite_gradients(self) -> bool:
+        return math.isfinite(self._store.total([g @ g for g, _ in self._grads]))
+
     # the sweep
 
     def _sweep(self, found: Sequence[Sequence[Tensor]] | None) -> bool:
@@ -211,6 +214,10 @@ class WeightSteps:
         assert sweep is not None
         if self._raised and sweep.taken:
             return engine.carry_out(engine.controller.leave_sweep())
+        if found is None and not self._finite_gradients():
+            action = engine.controller.observe(Gradient(False))
+            if action.skip:
+                return engine.carry_out(action)
         slopes = self._slopes(found)
         if slopes is not None:
             record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0])

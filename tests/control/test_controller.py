@@ -299,7 +299,7 @@ def test_state_round_trip_through_json() -> None:
     """Law: the decisions to come are the same; without a saved sweep it is over."""
     mine, other = (made(sweep=LRSweep(steps=8)) for _ in range(2))
     mine.sweep.taken = 1
-    for record in (SweepSlope(-1.0, VALUES), TrainingLoss(1.0), Gradient(False)):
+    for record in (SweepSlope(-1.0, VALUES), TrainingLoss(1.0), Hypergradient(False)):
         mine.observe(record)
     mine.final.position, mine.final.judged = 0.5, 9
     saved = json.dumps(mine.state_dict())
@@ -313,7 +313,7 @@ def test_state_round_trip_through_json() -> None:
     without.load_state_dict(state)
     assert without.final == FinalWeights(position=0.5, judged=9)
     other.load_state_dict(json.loads(json.dumps(without.state_dict())))
-    assert other.guard.skipped == 1, "a state without a guard leaves it as it is"
+    assert other.guard.skipped_hyper == 1, "a state without a guard leaves it as it is"
 
 
 # what users pass

@@ -197,6 +197,13 @@ def test_good_weights_do_not_lag_behind_the_lowest_loss(tip: int) -> None:
     assert abs(held - tip) <= 4
 
 
+def test_weights_of_a_rising_loss_are_not_good() -> None:
+    """Law: the latest weights of a window are stored, and where losses rise they are the worst."""
+    rising, falling = Guard(), Guard()
+    assert [rising.validation_loss(x) for x in (1.0, 0.5, 0.8, 1.5, 2.5)] == ["ok"] * 5
+    assert [falling.validation_loss(x) for x in (2.5, 1.5, 0.8, 0.5, 1.0)] == WINDOW
+
+
 def test_a_window_begins_anew_after_a_rewind() -> None:
     """Law: weights from before and after it are not judged together."""
     guard = Guard()
