@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from sine import job, loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selftune as st
-from selftune.structure import Choice, Chooser, Gate, prune
+from selftune.structure import Choice, Chooser, prune
 
 
 def convolutions() -> Choice:
@@ -62,19 +63,6 @@ def test_the_first_step_goes_down_the_validation_loss() -> None:
         assert p.grad is None
 
 
-def job() -> tuple[nn.Sequential, Tensor, Tensor]:
-    """A sine, among activations of which one is a sine."""
-
-    class Sine(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.sin()
-
-    torch.manual_seed(0)
-    x = torch.rand(400, 1) * 12 - 6
-    choice = Choice([nn.ReLU(), Sine(), nn.Identity()])
-    return nn.Sequential(nn.Linear(1, 6), choice, Gate(6), nn.Linear(6, 1)), x, x.sin()
-
-
 def test_the_branch_that_made_the_data_is_chosen() -> None:
     """Convergence, the loss before and after, and a smaller plain model."""
     model, x, y = job()
@@ -122,13 +110,11 @@ def test_bad_choosers_are_named() -> None:
         Chooser(model, 0)
     with pytest.raises(ValueError, match="every=0"):
         Chooser(model, 10, every=0)
+    with pytest.raises(ValueError, match="total_steps=None"):
+        Chooser(model).step(lambda: model(x).mean())
     other = job()[0]
     with pytest.raises(ValueError, match="does not depend on the choices '1'"):
         Chooser(model, 1, every=1).step(lambda: other(x).mean())
-
-
-def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(model(x), y)
 
 
 def test_choosers_go_on_from_a_saved_state() -> None:
@@ -186,3 +172,19 @@ def test_intervals_without_a_choice_are_named(total: int, every: int, most: int)
     for fine in range(1, total + 1):
         if any(0.8 * total <= at <= total for at in range(fine, total + 1, fine)):
             Chooser(model, total, every=fine)
+
+
+def test_a_model_that_moves_is_followed() -> None:
+    """Truth: a chooser made after the move."""
+    ends = []
+    for late in (False, True):
+        model, x, y = job()
+        model = model.double() if late else model
+        chooser = Chooser(model, 20, every=2)
+        if not late:
+            model.double()
+        for _ in range(20):
+            chooser.step(partial(loss, model, x.double(), y.double()))
+        ends.append(model[1].scores.clone())
+    assert torch.equal(ends[0], ends[1])
+    assert ends[0].abs().max() == 100
