@@ -197,12 +197,6 @@ class Controller:
         if self.guard is not None:
             self.guard = Guard(policy=self.guard.policy, rewinds=self.guard.rewinds)
 
-    def recount(self) -> None:
-        """Forget the numbers of live units, because some were closed and have not died."""
-        if self.guard is not None:
-            self.guard.liveliest = self.guard.loudest = 0.0
-            self.guard.fading = self.guard.quiet = 0
-
     def _judged(self, verdict: str, reason: str) -> Action:
         if verdict == "rewind":
             return self._rewind(reason)

@@ -91,8 +91,8 @@ class Chooser:
     """Tunes the scores of all choices in a model on validation data, by gradient.
 
     From 10 % of the run on, takes an Adam step on the scores with ``∂L_val/∂s`` at the current
-    weights, once every ``every`` training steps. From 40 % on, scores are rescaled so that the
-    largest weight stays above a bound that rises to 1. At 80 % the choice is made: one branch has
+    weights, once every ``every`` training steps. From 40 % on, the largest score is raised so that
+    its weight stays above a bound that rises to 1. At 80 % the choice is made: one branch has
     weight 1, and the rest of the run trains only that branch.
 
     Args:
@@ -145,10 +145,17 @@ class Chooser:
         self._taken = 0
         self._monitor = Monitor(recorder)
 
+    @property
+    def made(self) -> bool:
+        """Whether each choice is made: one of its weights is 1."""
+        return all(float(c.weights().max()) == 1 for c in self._choices.values())
+
     def step(self, closure: Closure) -> bool:
         """Update the scores if an update is due; call after each ``opt.step()``.
 
-        Returns whether they were updated. A step whose gradient is not finite is skipped.
+        Returns whether they were updated. A step whose gradient is not finite is skipped. When the
+        choice is made, call ``opt.sync(weights=False)``, so that the guard does not mistake units
+        of the other branches for dead ones.
 
         Args:
             closure: Returns the validation loss, as for ``opt.hyper_step``.
@@ -175,9 +182,9 @@ class Chooser:
 
         def choosing(progress: Any) -> bool:
             self._taken = progress.step
-            if not self._made:
+            if not self.made:
                 self._update(closure, progress.step / progress.total)
-                if self._made and progress.step == progress.total:
+                if self.made and progress.step == progress.total:
                     log.warning(
                         "choice: made after the last of %d steps, so the chosen branches were not "
                         "trained alone: evaluate more often, for example evaluate_every=%d",
@@ -201,7 +208,7 @@ class Chooser:
 
     def _update(self, closure: Closure, done: float) -> bool:
         """Update the scores, unless it is too early or the choice is made."""
-        if done < self.start or self._made:
+        if done < self.start or self.made:
             return False
         scores = [c.scores for c in self._choices.values()]
         with buffers_kept(self._model), torch.enable_grad():
@@ -235,21 +242,18 @@ class Chooser:
         self._log()
         return finite
 
-    @property
-    def _made(self) -> bool:
-        return all(float(c.weights().max()) == 1 for c in self._choices.values())
-
     def _sharpen(self, done: float) -> None:
-        """Scale up scores if the largest weight is below the scheduled bound."""
+        """Raise the largest score if its weight is below the scheduled bound."""
         share = min(1.0, (done - self.sharpen) / (self.end - self.sharpen))
         for choice in self._choices.values():
-            first = int(choice.scores.argmax())
+            scores, first = choice.scores, int(choice.scores.argmax())
             if share >= 1:
-                choice.scores.fill_(-SURE)[first] = SURE
-            least = (1 + share * (len(choice.scores) - 1)) / len(choice.scores)
-            while 0 < share < 1 and float(choice.weights()[first]) < least:
-                choice.scores.mul_(1.2)
-                choice.scores[first] += 1e-3  # breaks ties
+                scores.fill_(-SURE)[first] = SURE
+            least = (1 + share * (len(scores) - 1)) / len(scores)
+            if 0 < share < 1 and float(choice.weights()[first]) < least:
+                # w = e^s / (e^s + e^r), with e^r the sum over the others; solved for s
+                rest = torch.cat([scores[:first], scores[first + 1 :]]).logsumexp(0)
+                scores[first] = rest + math.log(least / (1 - least))
 
     def _log(self) -> None:
         if self._monitor.on:

@@ -41,8 +41,7 @@ def stop(training: Training, scores: dict[str, float]) -> str:
             )
         if changes.masks or changes.scores:  # losses under others are not comparable
             training.best, training.saved_best, training.waited = math.inf, None, 0
-            watch.controllers[0].recount()  # gradients of branches vanish with their weights
-        if changes.masks or changes.made:
+        if changes.masks or changes.made:  # closed units have no gradient, and are not dead
             watch.controllers[0].restart()
         training.group.share_streams()  # callbacks may have drawn random numbers
     return "stopped" if training.group.any(ends) else "finished"

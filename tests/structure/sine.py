@@ -22,3 +22,11 @@ def job() -> tuple[nn.Sequential, Tensor, Tensor]:
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(model(x), y)
+
+
+def wide_job() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A choice of four branches with units of their own."""
+    torch.manual_seed(2)
+    x = torch.randn(400, 4)
+    branches = [nn.Sequential(nn.Linear(4, 16), nn.Tanh()) for _ in range(4)]
+    return nn.Sequential(Choice(branches), nn.Linear(16, 1)), x, x[:, :1].sin() * x[:, 1:2]

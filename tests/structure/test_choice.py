@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from sine import job, loss
+from sine import job, loss, wide_job
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,6 +91,26 @@ def test_the_branch_that_made_the_data_is_chosen() -> None:
         pruned = prune(model, x[:1], loss=loss, tolerance=1e-6)
     assert type(pruned[1]).__name__ == "Sine"
     assert float(loss(pruned)) == pytest.approx(before, rel=1e-5)
+
+
+def test_units_of_other_branches_are_closed_and_not_dead(caplog: pytest.LogCaptureFixture) -> None:
+    """Law: three of four branches lose their gradients at a raised rate, without a rewind."""
+    model, x, y = wide_job()
+    opt, chooser = st.AdamW(model, lr=1e-4, total_steps=600), Chooser(model, 600)
+    validation = partial(loss, model, x[300:], y[300:])
+    made = []
+    for step in range(600):
+        at = slice(step * 25 % 300, step * 25 % 300 + 25)
+        opt.zero_grad()
+        loss(model, x[at], y[at]).backward()
+        opt.step()
+        opt.hyper_step(validation)
+        if chooser.step(validation) and chooser.made:
+            opt.sync(weights=False)
+            made.append(step)
+    assert made == [479]  # 80 % of the run, once
+    assert opt.hparams["lr"] > 1e-3
+    assert "last good weights" not in caplog.text
 
 
 def test_a_loss_that_rises_is_named() -> None:
@@ -188,3 +208,24 @@ def test_a_model_that_moves_is_followed() -> None:
         ends.append(model[1].scores.clone())
     assert torch.equal(ends[0], ends[1])
     assert ends[0].abs().max() == 100
+
+
+def test_sharpened_weights_by_hand() -> None:
+    """Closed form: without a gradient the largest of 3 weights is (1 + 2 (2.5 t − 1)) / 3."""
+    choice = Choice([nn.Identity(), nn.ReLU(), nn.Tanh()])
+    chooser, x = Chooser(choice, 20, every=1), torch.ones(4)
+    for step in range(1, 16):
+        chooser.step(lambda: 0 * choice(x).sum())
+        largest = max(1 / 3, (1 + 2 * (2.5 * step / 20 - 1)) / 3)
+        rest = (1 - largest) / 2
+        torch.testing.assert_close(choice.weights(), torch.tensor([largest, rest, rest]))
+
+
+def test_branches_that_take_turns_keep_finite_scores() -> None:
+    """Law: scores stay of the size of log-odds while the sign of the loss changes."""
+    choice = Choice([nn.Identity(), nn.Tanh(), nn.ReLU()])
+    chooser, x = Chooser(choice, 2000, every=1), torch.tensor([1.0, 2.0, -1.0])
+    for step in range(1599):
+        sign = 1.0 if step % 40 < 20 else -1.0
+        chooser.step(lambda sign=sign: sign * choice(x).sum())
+        assert choice.scores.abs().max() < 50

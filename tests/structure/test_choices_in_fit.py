@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sine import job, loss
+from sine import job, loss, wide_job
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -113,10 +113,7 @@ def test_the_tuner_trains_and_validates_with_changed_scores(compiled: bool) -> N
 
 def test_units_of_other_branches_are_closed_and_not_dead() -> None:
     """Law: three of four branches lose their gradients at a raised rate, without a rewind."""
-    torch.manual_seed(2)
-    x = torch.randn(400, 4)
-    branches = [nn.Sequential(nn.Linear(4, 16), nn.Tanh()) for _ in range(4)]
-    model, y = nn.Sequential(Choice(branches), nn.Linear(16, 1)), x[:, :1].sin() * x[:, 1:2]
+    model, x, y = wide_job()
     callback = Chooser(model).callback(partial(loss, model, x[300:], y[300:]))
     options = {"hparams": {"lr": 1e-4}, "steps": 600, "evaluate_every": 10}
     result = fit(model, x, y, callback, **options)
