@@ -1,4 +1,4 @@
-"""A job with a choice whose right branch is known."""
+"""Jobs with choices, which tests of both drivers share."""
 
 import torch
 from torch import Tensor, nn
