@@ -136,7 +136,8 @@ while taken < steps:
         opt.hyper_step(validation)
         if goal.step(validation):
             opt.sync(weights=False)
-        chooser.step(validation)
+        if chooser.step(validation) and chooser.made:
+            opt.sync(weights=False)
         taken += 1
         if taken == steps:
             break

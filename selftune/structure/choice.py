@@ -91,14 +91,15 @@ class Chooser:
     """Tunes the scores of all choices in a model on validation data, by gradient.
 
     From 10 % of the run on, takes an Adam step on the scores with ``∂L_val/∂s`` at the current
-    weights, once every ``every`` training steps. From 40 % on, scores are rescaled so that the
-    largest weight stays above a bound that rises to 1. At 80 % the choice is made: one branch has
+    weights, once every ``every`` training steps. From 40 % on, the largest score is raised so that
+    its weight stays above a bound that rises to 1. At 80 % the choice is made: one branch has
     weight 1, and the rest of the run trains only that branch.
 
     Args:
         model: A model that contains :class:`Choice` modules.
-        total_steps: Number of steps in the run.
-        every: Training steps between updates of the scores; by default ``total_steps // 60``.
+        total_steps: Number of steps in the run; not needed with the tuner's callback.
+        every: Training steps between updates of the scores; by default ``total_steps // 60``. The
+            callback does not use it: it updates them after each evaluation.
         rate: Learning rate of Adam for the scores.
         recorder: Where weights are logged as ``structure/choice/…``.
 
@@ -121,39 +122,93 @@ class Chooser:
     start, sharpen, end = 0.1, 0.4, 0.8
 
     def __init__(
-        self, model: nn.Module, total_steps: int, *, every: int | None = None, rate: float = 0.2,
-        recorder: Any = None,
+        self, model: nn.Module, total_steps: int | None = None, *, every: int | None = None,
+        rate: float = 0.2, recorder: Any = None,
     ) -> None:  # fmt: skip
-        if total_steps < 1:
+        total = total_steps or 0
+        if total_steps is not None and total < 1:
             raise ValueError(f"total_steps={total_steps} must be at least 1")
         found = dict(choices(model))
         if not found:
             raise ValueError("model has no choices: put selftune.structure.Choice into it")
-        self._model, self._choices, self._total = model, found, total_steps
-        self._every = max(1, total_steps // 60) if every is None else every
+        self._model, self._choices, self._total = model, found, total
+        self._every = max(1, total // 60) if every is None else every
         if self._every < 1:
             raise ValueError(f"every={every} must be at least 1")
-        if total_steps // self._every * self._every < self.end * total_steps:
-            most = max(1, total_steps - math.ceil(self.end * total_steps))
+        if total // self._every * self._every < self.end * total:
+            most = max(1, total - math.ceil(self.end * total))
             raise ValueError(
-                f"every={every}: no step of the scores is in the last fifth of {total_steps} "
+                f"every={every}: no step of the scores is in the last fifth of {total} "
                 f"steps, where the choice is made; pass at most {most}"
             )
-        self._adam = torch.optim.Adam([c.scores for c in found.values()], lr=rate, betas=(0.5, 0.9))
+        self._adam = self._optimizer(rate)
         self._taken = 0
         self._monitor = Monitor(recorder)
+
+    @property
+    def made(self) -> bool:
+        """Whether each choice is made: one of its weights is 1."""
+        return all(float(c.weights().max()) == 1 for c in self._choices.values())
 
     def step(self, closure: Closure) -> bool:
         """Update the scores if an update is due; call after each ``opt.step()``.
 
-        Returns whether they were updated. A step whose gradient is not finite is skipped.
+        Returns whether they were updated. A step whose gradient is not finite is skipped. When the
+        choice is made, call ``opt.sync(weights=False)``, so that the guard does not mistake units
+        of the other branches for dead ones.
 
         Args:
             closure: Returns the validation loss, as for ``opt.hyper_step``.
+
+        Raises:
+            ValueError: ``total_steps`` is missing, or the loss does not depend on the choices.
         """
+        if not self._total:
+            raise ValueError("total_steps=None: pass the number of steps in the run to Chooser")
         self._taken += 1
-        done = self._taken / self._total
-        if self._taken % self._every or done < self.start or self._made:
+        return self._taken % self._every == 0 and self._update(closure, self._taken / self._total)
+
+    def callback(self, closure: Closure) -> Callable[[Any], bool]:
+        """A callback for the tuner, ``fit(callbacks=[...])``: updates the scores after evaluations.
+
+        Each update is that of :meth:`step`, at the averaged weights. The choice is made at the
+        first evaluation at or after 80 % of the run.
+
+        Checkpoints of the tuner contain the scores, but not :meth:`state_dict`.
+
+        Args:
+            closure: Returns a validation loss of the model.
+        """
+
+        def choosing(progress: Any) -> bool:
+            self._taken = progress.step
+            if not self.made:
+                self._update(closure, progress.step / progress.total)
+                if self.made and progress.step == progress.total:
+                    log.warning(
+                        "choice: made after the last of %d steps, so the chosen branches were not "
+                        "trained alone: evaluate more often, for example evaluate_every=%d",
+                        progress.total, max(1, progress.total // 60),
+                    )  # fmt: skip
+            return False
+
+        return choosing
+
+    def _optimizer(self, rate: float) -> torch.optim.Adam:
+        scores = [c.scores for c in self._choices.values()]
+        return torch.optim.Adam(scores, lr=rate, betas=(0.5, 0.9))
+
+    def _follow(self, scores: Sequence[Tensor]) -> None:
+        """Continue with the scores of a model that was moved to another device or dtype."""
+        known = self._adam.param_groups[0]["params"]
+        if any(a is not b for a, b in zip(known, scores, strict=True)):
+            state = self._adam.state_dict()
+            self._adam = self._optimizer(state["param_groups"][0]["lr"])
+            self._adam.load_state_dict(state)
+
+    def _update(self, closure: Closure, done: float) -> bool:
+        """Update the scores, unless it is too early or the choice is made."""
+        if done < self.start or self.made:
             return False
         scores = [c.scores for c in self._choices.values()]
         with buffers_kept(self._model), torch.enable_grad():
@@ -173,6 +228,7 @@ class Chooser:
         # A NaN in Adam's moments would stay there.
         finite = all(bool(torch.isfinite(g).all()) for g in grads)
         if finite:
+            self._follow(scores)
             for score, grad in zip(scores, grads, strict=True):
                 score.grad = grad
             self._adam.step()
@@ -186,21 +242,18 @@ class Chooser:
         self._log()
         return finite
 
-    @property
-    def _made(self) -> bool:
-        return all(float(c.weights().max()) == 1 for c in self._choices.values())
-
     def _sharpen(self, done: float) -> None:
-        """Scale up scores if the largest weight is below the scheduled bound."""
+        """Raise the largest score if its weight is below the scheduled bound."""
         share = min(1.0, (done - self.sharpen) / (self.end - self.sharpen))
         for choice in self._choices.values():
-            first = int(choice.scores.argmax())
+            scores, first = choice.scores, int(choice.scores.argmax())
             if share >= 1:
-                choice.scores.fill_(-SURE)[first] = SURE
-            least = (1 + share * (len(choice.scores) - 1)) / len(choice.scores)
-            while 0 < share < 1 and float(choice.weights()[first]) < least:
-                choice.scores.mul_(1.2)
-                choice.scores[first] += 1e-3  # breaks ties
+                scores.fill_(-SURE)[first] = SURE
+            least = (1 + share * (len(scores) - 1)) / len(scores)
+            if 0 < share < 1 and float(choice.weights()[first]) < least:
+                # w = e^s / (e^s + e^r), with e^r the sum over the others; solved for s
+                rest = torch.cat([scores[:first], scores[first + 1 :]]).logsumexp(0)
+                scores[first] = rest + math.log(least / (1 - least))
 
     def _log(self) -> None:
         if self._monitor.on:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from selftune.tuner._masks import masks_followed
 from selftune.tuner._plan import Progress
+from selftune.tuner._structure import structure_followed
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
@@ -18,6 +18,9 @@ def stop(training: Training, scores: dict[str, float]) -> str:
     Args:
         training: The run.
         scores: Scores of the last evaluation.
+
+    Raises:
+        ValueError: Scores of choices changed in a run whose held-out examples join.
     """
     plan, watch = training.plan, training.watch
     ends = plan.patience is not None and training.waited >= plan.patience
@@ -28,10 +31,17 @@ def stop(training: Training, scores: dict[str, float]) -> str:
             joined=training.joined,
         )  # fmt: skip
         parts = training.steps, training.scorer, training.snapshots, watch.leader
-        with masks_followed(*parts) as closed:
+        with structure_followed(*parts) as changes:
             ends |= any([bool(call(progress)) for call in training.callbacks])
-        if closed:  # losses under other masks are not comparable
+        if changes.scores and training.joining is not None:
+            raise ValueError(
+                "val=None: a callback tunes choices until late in the run, but the held-out "
+                f"examples join after step {training.joining.step}: pass validation batches, or "
+                "val=0.1"
+            )
+        if changes.masks or changes.scores:  # losses under others are not comparable
             training.best, training.saved_best, training.waited = math.inf, None, 0
+        if changes.masks or changes.made:  # closed units have no gradient, and are not dead
             watch.controllers[0].restart()
         training.group.share_streams()  # callbacks may have drawn random numbers
     return "stopped" if training.group.any(ends) else "finished"

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from sine import job, loss, wide_job
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import selftune as st
-from selftune.structure import Choice, Chooser, Gate, prune
+from selftune.structure import Choice, Chooser, prune
 
 
 def convolutions() -> Choice:
@@ -62,19 +63,6 @@ def test_the_first_step_goes_down_the_validation_loss() -> None:
         assert p.grad is None
 
 
-def job() -> tuple[nn.Sequential, Tensor, Tensor]:
-    """A sine, among activations of which one is a sine."""
-
-    class Sine(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.sin()
-
-    torch.manual_seed(0)
-    x = torch.rand(400, 1) * 12 - 6
-    choice = Choice([nn.ReLU(), Sine(), nn.Identity()])
-    return nn.Sequential(nn.Linear(1, 6), choice, Gate(6), nn.Linear(6, 1)), x, x.sin()
-
-
 def test_the_branch_that_made_the_data_is_chosen() -> None:
     """Convergence, the loss before and after, and a smaller plain model."""
     model, x, y = job()
@@ -105,6 +93,26 @@ def test_the_branch_that_made_the_data_is_chosen() -> None:
     assert float(loss(pruned)) == pytest.approx(before, rel=1e-5)
 
 
+def test_units_of_other_branches_are_closed_and_not_dead(caplog: pytest.LogCaptureFixture) -> None:
+    """Law: three of four branches lose their gradients at a raised rate, without a rewind."""
+    model, x, y = wide_job()
+    opt, chooser = st.AdamW(model, lr=1e-4, total_steps=600), Chooser(model, 600)
+    validation = partial(loss, model, x[300:], y[300:])
+    made = []
+    for step in range(600):
+        at = slice(step * 25 % 300, step * 25 % 300 + 25)
+        opt.zero_grad()
+        loss(model, x[at], y[at]).backward()
+        opt.step()
+        opt.hyper_step(validation)
+        if chooser.step(validation) and chooser.made:
+            opt.sync(weights=False)
+            made.append(step)
+    assert made == [479]  # 80 % of the run, once
+    assert opt.hparams["lr"] > 1e-3
+    assert "last good weights" not in caplog.text
+
+
 def test_a_loss_that_rises_is_named() -> None:
     """Truth: with equal weights one branch is another function."""
     model, x, _ = job()
@@ -122,13 +130,11 @@ def test_bad_choosers_are_named() -> None:
         Chooser(model, 0)
     with pytest.raises(ValueError, match="every=0"):
         Chooser(model, 10, every=0)
+    with pytest.raises(ValueError, match="total_steps=None"):
+        Chooser(model).step(lambda: model(x).mean())
     other = job()[0]
     with pytest.raises(ValueError, match="does not depend on the choices '1'"):
         Chooser(model, 1, every=1).step(lambda: other(x).mean())
-
-
-def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(model(x), y)
 
 
 def test_choosers_go_on_from_a_saved_state() -> None:
@@ -186,3 +192,40 @@ def test_intervals_without_a_choice_are_named(total: int, every: int, most: int)
     for fine in range(1, total + 1):
         if any(0.8 * total <= at <= total for at in range(fine, total + 1, fine)):
             Chooser(model, total, every=fine)
+
+
+def test_a_model_that_moves_is_followed() -> None:
+    """Truth: a chooser made after the move."""
+    ends = []
+    for late in (False, True):
+        model, x, y = job()
+        model = model.double() if late else model
+        chooser = Chooser(model, 20, every=2)
+        if not late:
+            model.double()
+        for _ in range(20):
+            chooser.step(partial(loss, model, x.double(), y.double()))
+        ends.append(model[1].scores.clone())
+    assert torch.equal(ends[0], ends[1])
+    assert ends[0].abs().max() == 100
+
+
+def test_sharpened_weights_by_hand() -> None:
+    """Closed form: without a gradient the largest of 3 weights is (1 + 2 (2.5 t − 1)) / 3."""
+    choice = Choice([nn.Identity(), nn.ReLU(), nn.Tanh()])
+    chooser, x = Chooser(choice, 20, every=1), torch.ones(4)
+    for step in range(1, 16):
+        chooser.step(lambda: 0 * choice(x).sum())
+        largest = max(1 / 3, (1 + 2 * (2.5 * step / 20 - 1)) / 3)
+        rest = (1 - largest) / 2
+        torch.testing.assert_close(choice.weights(), torch.tensor([largest, rest, rest]))
+
+
+def test_branches_that_take_turns_keep_finite_scores() -> None:
+    """Law: scores stay of the size of log-odds while the sign of the loss changes."""
+    choice = Choice([nn.Identity(), nn.Tanh(), nn.ReLU()])
+    chooser, x = Chooser(choice, 2000, every=1), torch.tensor([1.0, 2.0, -1.0])
+    for step in range(1599):
+        sign = 1.0 if step % 40 < 20 else -1.0
+        chooser.step(lambda sign=sign: sign * choice(x).sum())
+        assert choice.scores.abs().max() < 50
