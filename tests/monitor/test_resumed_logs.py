@@ -143,6 +143,25 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert len(read.Scalars("a")) == 3
 
 
+def test_a_run_beside_the_run_of_another_process_warns_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: files of this process, such as those of the user's own writer, are no other run."""
+    for _ in range(2):
+        TensorBoard(tmp_path).scalars([Row("a", 1.0, 1)])
+    assert not caplog.messages
+    (tmp_path / "events.out.tfevents.1.elsewhere.1.0").touch()
+    recorder = TensorBoard(tmp_path)
+    for step in range(2):
+        recorder.scalars([Row("a", 1.0, step)])
+    assert len(caplog.messages) == 1
+    assert "already contains a run" in caplog.messages[0]
+    resumed = TensorBoard(tmp_path)
+    resumed.resume(1)
+    resumed.scalars([Row("a", 1.0, 2)])
+    assert len(caplog.messages) == 1
+
+
 def test_two_writers_share_a_folder(tmp_path: Path) -> None:
     one, other = TensorBoard(tmp_path), TensorBoard(tmp_path)
     one.scalars([Row("a", 1.0, 1)])

@@ -71,6 +71,7 @@ def test_a_loss_computed_before_the_step_is_refused(case: str, begun: bool) -> N
             lambda p: st.SelfTuning(torch.optim.NAdam(p), evry=3),
             r"^SelfTuning .* did you mean every",
         ),
+        (lambda p: st.SGD(p, steps=10), "did you mean total_steps"),
         (lambda p: st.SGD(p, colour=1), r"^SGD has no argument colour=1: it takes lr, "),
     ],
 )
