@@ -220,7 +220,8 @@ class Engine:
         )  # fmt: skip
         self.store.take(state)
         self.shifts.take(state.hyper)
-        if square is not None:
+        # NaN before the first segment ends; a GPU does not synchronise for it.
+        if square is not None and (square.is_cuda or not math.isnan(float(square))):
             self.monitor.scalar("weights/displacement", square.sqrt(), step)
         return True
 

@@ -127,4 +127,5 @@ class TunerLog:
             return []
         state = tree_map(lambda t: self._snapshots.part(t, member), self._run.method)
         weights = [self._snapshots.part(w, member) for w in self._run.weights]
-        return [("weights/displacement", self._steps.method.ratio(state, weights))]
+        ratio = self._steps.method.ratio(state, weights)
+        return [] if math.isnan(ratio) else [("weights/displacement", ratio)]
