@@ -211,7 +211,9 @@ class Run:
 
     @property
     def ratios(self) -> list[float]:
-        return self.told["weights/displacement"]
+        """One for each hyperparameter step: NaN before the first segment ends, which has none."""
+        told = self.told["weights/displacement"]
+        return [math.nan] * (self.steps // EVERY - len(told)) + told
 
 
 def test_the_rate_climbs_where_weights_drift() -> None:
