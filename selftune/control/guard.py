@@ -27,12 +27,13 @@ class GuardPolicy(Settings):
             and the first loss is measured again.
         wild: A training loss has diverged if it exceeds the first losses of the sweep by this
             multiple of their value or range.
-        memory: Weight of the newest loss in running means: 0.1 covers about ten evaluations.
+        memory: Weight of the newest training loss in their running mean.
         noise: An increase below this many standard deviations of the first ten training losses is
             not an explosion, because the zero of a loss is arbitrary.
         fresh: Number of initial evaluations, which set the reference even if the loss rises.
-        window: Number of losses averaged to judge the weights at the last one, which are not good
-            if theirs is the highest. A running mean lags: at its minimum the loss has risen again.
+        recent: Number of recent validation losses whose mean is compared with its best.
+        window: The weights at the last of so many losses are good if their mean is the lowest, and
+            the last is not the highest.
         dead: Gradients have vanished if live units fall below this share of their maximum.
         pulse: Steps between two counts of live units.
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
@@ -62,6 +63,7 @@ class GuardPolicy(Settings):
     memory: float = 0.1
     noise: float = 4.0
     fresh: int = 5
+    recent: int = 10
     window: int = 5
     dead: float = 0.1
     pulse: int = 8
@@ -112,11 +114,11 @@ class Guard:
     excess: float = 0.0  # tolerated rise above the start, after a false alarm
     first: float = math.nan
     mean: float = math.nan
-    spread: float = 0.0
     count: int = 0
     best: float = math.inf
     best_error: float = 0.0
     recent: list[float] = field(default_factory=list)
+    waiting: int = 0  # losses since the weights were last judged
     lowest: float = math.inf
     swept: int = 0
     training_start: float = math.nan
@@ -235,52 +237,50 @@ class Guard:
             self.origin = loss if math.isnan(self.origin) else self.origin
 
     def validation_loss(self, loss: float) -> str:
-        """Judge a loss at the outer point by its running mean.
+        """Judge a loss at the outer point by the mean of the most recent ones.
 
         The minimum of many noisy means is biased downwards, so the threshold adds the errors of the
-        current and best mean. Early errors are unknown: a rise counts only after ten evaluations.
+        current and best mean. A rise counts only after ten evaluations.
         """
         policy = self.policy
         self.exploded = not math.isfinite(loss)
         if self.exploded:
             return "rewind"
         self.begin(loss)
-        if math.isnan(self.mean):
-            self.mean = loss
         self.count += 1
-        weight = max(policy.memory, 1 / self.count)
-        self.spread += weight * ((loss - self.mean) ** 2 - self.spread)
-        self.mean += weight * (loss - self.mean)
+        self.recent = [*self.recent, loss][-policy.recent :]
+        self.mean = statistics.fmean(self.recent)
+        full = len(self.recent) == policy.recent
         self.exploded = self._exploded(self.mean - self.excess, self.start)
         if self.exploded:
             return "rewind"
         if math.isnan(self.first):
             self.first = loss
-        error = math.sqrt(self.spread * weight / (2 - weight))
+        error = statistics.pstdev(self.recent) / math.sqrt(max(1, len(self.recent) - 1))
         slack = max(
             policy.sigmas * math.hypot(error, self.best_error),
             policy.tolerance * (self.first - self.best),
             policy.least * abs(self.first),
         )
         # Each rewind without an improvement raises the threshold of the next.
-        if self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
+        if full and self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
             return "rewind"
         # The first means set the reference; only weights that beat the start are good.
         bar = self.origin + policy.least * abs(self.origin)
-        better = self.mean < min(self.best, bar)
+        better = full and self.mean < min(self.best, bar)
         if better or self.count <= policy.fresh:
             self.best, self.best_error = self.mean, error
-        if better:
-            self.streak = 0
-        return self._windowed(loss, bar)
+        self.streak = 0 if better else self.streak
+        return self._windowed(bar)
 
-    def _windowed(self, loss: float, bar: float) -> str:
+    def _windowed(self, bar: float) -> str:
         """Whether the averaged weights are the best so far."""
-        self.recent = [*self.recent, loss]
-        if len(self.recent) < self.policy.window:
+        self.waiting += 1
+        if self.waiting < self.policy.window:
             return "ok"
-        mean, rises = statistics.fmean(self.recent), loss == max(self.recent) > min(self.recent)
-        self.recent = []
+        self.waiting = 0
+        losses = self.recent[-self.policy.window :]
+        mean, rises = statistics.fmean(losses), losses[-1] == max(losses) > min(losses)
         # With dead units weights look good; where losses rise, the latest weights are the worst.
         if mean >= min(self.lowest, bar) or self.fading or rises:
             return "ok"
@@ -290,7 +290,7 @@ class Guard:
     def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
         """Whether losses over many batches confirm that the validation loss has worsened.
 
-        If not, the alarm was noise, and the running mean restarts from these losses.
+        If not, the alarm was noise, and the mean restarts from these losses.
 
         Args:
             now: Loss at the current outer point.
@@ -313,7 +313,7 @@ class Guard:
         self.best_error = 0.0
         self.mean = now
         self.count = policy.fresh
-        self.recent = []
+        self.recent, self.waiting = [], 0
         return False
 
     def _exploded(self, mean: float, first: float) -> bool:
@@ -329,7 +329,7 @@ class Guard:
         self.rewinds += 1
         self.streak += 1
         self.mean = self.best if math.isfinite(self.best) else math.nan
-        self.recent = []
+        self.recent, self.waiting = [], 0
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
