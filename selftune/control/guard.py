@@ -267,7 +267,7 @@ class Guard:
             return "rewind"
         # The first means set the reference; only weights that beat the start are good.
         bar = self.origin + policy.least * abs(self.origin)
-        better = full and self.mean < min(self.best, bar)
+        better = self.mean < min(self.best, bar) and (full or self.count <= policy.fresh)
         if better or self.count <= policy.fresh:
             self.best, self.best_error = self.mean, error
         self.streak = 0 if better else self.streak
