@@ -48,7 +48,11 @@ class Course:
         for step, factor, reason in self.rewinds if name == "lr" else ():
             change = "unchanged" if factor == 1 else f"divided by {1 / factor:.3g}"
             parts.append(f"{change} at step {step:,} ({reason})")
-        if verdict is not None and verdict.floored:
+        floored = verdict is not None and verdict.floored
+        if verdict is not None and verdict.raised > last and not _same(verdict.raised, value):
+            last = verdict.raised
+            parts.append(f"{last:.3g}, its floor")
+        if floored:
             parts.append(f"{value:.3g}, its floor")
         elif not _same(value, last):
             snr = math.nan if verdict is None else verdict.snr

@@ -48,6 +48,7 @@ class Verdict:
         sentence: The verdict in words.
         snr: Signal-to-noise ratio of its recent hypergradients, or NaN if unknown.
         floored: Whether a floor set its value.
+        raised: Its floor at the first hyperparameter step, or NaN.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Verdict:
     sentence: str
     snr: float = math.nan
     floored: bool = False
+    raised: float = math.nan
 
     @property
     def code(self) -> int:

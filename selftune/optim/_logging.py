@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -71,6 +71,7 @@ class OptimizerLog:
         self._monitor.scalars(rate_rows(groups), step)
         self.metrics.note(raw)
         tuned = {n: values[n] for n in self._shifts.rows}
+        self.metrics.note_floors(tuned, raw, lambda: self._ends(step))
         self.metrics.hyper_step(step, loss, tuned, raw, self._signals())
         self._monitor.scalar("Loss/final", self.metrics.recent_loss, step)
         self._steps += 1
@@ -108,6 +109,9 @@ class OptimizerLog:
         """A verdict on each tuned hyperparameter."""
         if not self._steps:
             return {}
+        return self.metrics.verdicts(values, self._signals(), self._ends(step))
+
+    def _ends(self, step: int) -> Callable[[str], Ends]:
         shifts = self._shifts
         frame = shifts.frame()
         low = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory, step)
@@ -118,7 +122,7 @@ class OptimizerLog:
             floored = bool((low[slots] > frame.low[slots]).any())
             return Ends(float(low[slots].mean()), float(frame.high[slots].mean()), floored)
 
-        return self.metrics.verdicts(values, self._signals(), ends)
+        return ends
 
     def _raw(self) -> dict[str, Tensor]:
         return {n: self._shifts.state.raw[self._shifts.hyper.slots(n)] for n in self._shifts.rows}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,30 +75,37 @@ class TunerLog:
             member: The logged member.
         """
         now, monitor = time.monotonic(), self.metrics.monitor
-        if not monitor.on or now - self._noted < self._rest:
+        if not monitor.on:
+            return
+        state = self._snapshots.part(self._run.hyper.raw, member).cpu()
+        raw = {n: state[i : i + 1] for i, n in enumerate(values)}
+        self.metrics.note_floors(values, raw, lambda: self._ends(values, member))
+        if now - self._noted < self._rest:
             return
         self._noted = now
         monitor.scalar("Loss/train", loss, step)
         self.metrics.trained = loss
-        state = self._snapshots.part(self._run.hyper.raw, member).cpu()
-        raw = {n: state[i : i + 1] for i, n in enumerate(values)}
         self.metrics.hyper_step(step, outer, values, raw, self._signals(member))
         monitor.scalars(self._displacement(member), step)
         monitor.scalars(self._overhead(), step)
 
     def verdicts(self, values: Mapping[str, float], member: int) -> dict[str, Verdict]:
         """A verdict on each tuned hyperparameter."""
+        return self.metrics.verdicts(values, self._signals(member), self._ends(values, member))
+
+    def _ends(self, values: Mapping[str, float], member: int) -> Callable[[str], Ends]:
         hyper = self._steps.hyper
         frame, raw = hyper.frame(), self._snapshots.part(self._run.hyper.raw, member).cpu()
         steps = int(self._snapshots.part(self._run.step, member))
-        low = hyper.lay_floor(raw, frame, self._steps.memory(values), steps)
+        memory = self._steps.memory({**self._steps.options, **values})
+        low = hyper.lay_floor(raw, frame, memory, steps)
 
         def ends(name: str) -> Ends:
             slots = hyper.slots(name)
             floored = bool((low[slots] > frame.low[slots]).any())
             return Ends(float(low[slots].mean()), float(frame.high[slots].mean()), floored)
 
-        return self.metrics.verdicts(values, self._signals(member), ends)
+        return ends
 
     def _signals(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
         state = self._run.hyper

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,33 @@ def test_lines_by_hand() -> None:
         "beta1: given 0.9 → unchanged",
         "weight_decay: given 0.01 → 0.05, its floor",
     ]
+
+
+@pytest.mark.parametrize("driver", ["optimizer", "tuner"])
+def test_a_floor_left_later_is_named_with_the_value_that_it_set(
+    driver: str, tmp_path: Path
+) -> None:
+    """Closed form: 0.1 at a low rate; as the floor is 0.3 / Ση, a higher rate lowers it."""
+    log, net = InMemory(), network()
+    options = dict(probe=False, bounds={"lr": (1e-3, 1e-1)})
+    if driver == "optimizer":
+        opt = st.AdamW(net.parameters(), lr=1e-3, total_steps=400, log_dir=log, **options)
+        for step in range(400):
+            opt.zero_grad()
+            loss_of(net, slice(32 * (step % 6), 32 * (step % 6) + 32)).backward()
+            opt.step()
+            opt.hyper_step(lambda: loss_of(net, slice(192, 256)))
+        why, end = opt.explain(), opt.hparams["weight_decay"]
+    else:
+        given = {"lr": 1e-3, "weight_decay": 1e-2}
+        batches = [(x, x[:, :3].abs()) for x in X[:192].split(32)]
+        tuner = st.Tuner(net, F.mse_loss, hparams=given, compile=False, **options)
+        val = [(X[192:], X[192:, :3].abs())]
+        result = tuner.fit(batches, val, steps=400, log_dir=tmp_path, progress=False)
+        why, end = result.why, result.hparams["weight_decay"]
+    line = next(line for line in why.splitlines() if line.startswith("weight_decay"))
+    assert end < 0.09
+    assert line.startswith("weight_decay: given 0.01 → 0.1, its floor → ")
 
 
 def test_of_an_optimizer_whose_rate_blows_up_once(caplog: pytest.LogCaptureFixture) -> None:
