@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,4 +49,5 @@ def test_structure_ends_smaller(tmp_path: Path) -> None:
     for name in ("parameters", "multiply-adds"):
         start, end = re.search(rf"^{name} +([\d,]+) → +([\d,]+)", done.stdout, re.M).groups()  # type: ignore[union-attr]
         assert int(end.replace(",", "")) <= 0.5 * int(start.replace(",", ""))
-    assert list((tmp_path / "run" / "structure").glob("events*"))
+    logged = EventAccumulator(str(tmp_path / "run")).Reload().Tags()["scalars"]
+    assert {"hyper/lr", "structure/parameters", "structure/batch_size"} <= set(logged)
