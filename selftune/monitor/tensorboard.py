@@ -76,7 +76,7 @@ class TensorBoard(AbstractRecorder):
                     "together with those of the new one: pass another folder, or resume the run "
                     "with load_state_dict", str(self._folder),
                 )  # fmt: skip
-            if self._purge is not None:
+            if self._purge is not None or self._tags:  # another file follows earlier ones
                 _wait(Path(self._folder))
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
             self._purge = None  # a writer opened later appends
