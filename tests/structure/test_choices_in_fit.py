@@ -1,8 +1,9 @@
 """Choices tuned by ``fit``. Truths: closed forms, loops, the branch of the data."""
 
 import copy
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import selftune as st
 from selftune.structure import Choice, Chooser, prune
+from tests.tuner.jobs import Dying, Outage
 
 
 def fit(model: nn.Module, x: Tensor, y: Tensor, *callbacks: Any, **options: Any) -> Any:
@@ -122,28 +124,11 @@ def test_units_of_other_branches_are_closed_and_not_dead() -> None:
     assert list(result.history["rollbacks"]) == []
 
 
-class Cut:
-    """Batches that end with an error, or that end never."""
-
-    def __init__(self, batches: list[Any], after: int | None) -> None:
-        self.batches, self.left = batches, after
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            if self.left == 0:
-                raise ConnectionError
-            self.left = None if self.left is None else self.left - 1
-            yield batch
-
-
 def test_an_interrupted_fit_continues_with_the_same_scores(tmp_path: Path) -> None:
     """Truth: the run that was not interrupted; without the state of Adam, equal scores go on."""
     saved: dict[str, Any] = {}
 
-    def run(folder: str, after: int | None = None, state: Any = None) -> tuple[Any, list[Tensor]]:
+    def run(folder: str, after: float = math.inf, state: Any = None) -> tuple[Any, list[Tensor]]:
         model, x, y = job()
         chooser = Chooser(model)
         if state is not None:
@@ -157,7 +142,7 @@ def test_an_interrupted_fit_continues_with_the_same_scores(tmp_path: Path) -> No
             lambda progress: shown.append(model[1].scores.clone()),
             chooser.callback(partial(loss, model, x[300:], y[300:])), save,
         ]  # fmt: skip
-        train = Cut(list(zip(x[:300].split(25), y[:300].split(25), strict=True)), after)
+        train = Dying(list(zip(x[:300].split(25), y[:300].split(25), strict=True)), after)
         result = fit(
             model, x, y, *callbacks, train=train, log_dir=tmp_path / folder, resume=True,
             evaluate_every=15, steps=150,
@@ -165,7 +150,7 @@ def test_an_interrupted_fit_continues_with_the_same_scores(tmp_path: Path) -> No
         return result, shown
 
     whole = run("whole")[0]
-    with pytest.raises(ConnectionError):
+    with pytest.raises(Outage):
         run("cut", 85)
     state = dict(saved)
     assert state["taken"] == 75

@@ -57,7 +57,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 class Dying:
     """Batches of a loader until the power goes out."""
 
-    def __init__(self, batches: Any, after: int) -> None:
+    def __init__(self, batches: Any, after: float) -> None:
         self.batches, self.left = batches, after
 
     def __len__(self) -> int:
