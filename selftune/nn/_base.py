@@ -91,7 +91,8 @@ class Stochastic(Tunable):
 
     def normal(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:
         """Standard normal numbers, by inverse transform sampling."""
-        inner = (self.uniform(shape, stream) + 2**-25) * 2 - 1
+        # Exact in float32, so below 1, where the quantile is infinite; u + 2⁻²⁵ rounds to 1.
+        inner = (self.uniform(shape, stream) * 2 - 1) + 2**-24
         return math.sqrt(2) * torch.erfinv(inner)
 
 
