@@ -44,6 +44,7 @@ class Metrics:
         monitor: The log.
         course: Mean raw values of each tuned hyperparameter, one for each hyperparameter step.
         trained: The last training loss.
+        floors: Floors at the first hyperparameter step, by name; None before it.
     """
 
     def __init__(self, monitor: Monitor, hparams: Mapping[str, Hparam]) -> None:
@@ -55,7 +56,7 @@ class Metrics:
         self._mean_loss: float | None = None
         self._recent: deque[float] = deque(maxlen=FINAL)
         self._logged = -1  # the last step with an entry of the hyperparameters
-        self._floors: dict[str, float] | None = None  # at the first hyperparameter step
+        self.floors: dict[str, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state of later entries, as plain containers."""
@@ -65,7 +66,7 @@ class Metrics:
             "mean_loss": self._mean_loss,
             "recent": list(self._recent),
             "logged": self._logged,
-            "floors": self._floors,
+            "floors": self.floors,
             "agreement": self._agreement.state_dict(),
         }
 
@@ -76,7 +77,7 @@ class Metrics:
         self._agreement.load_state_dict(state["agreement"])
         self._recent = deque(state.get("recent", []), maxlen=FINAL)
         self._logged = state.get("logged", -1)
-        self._floors = state.get("floors")
+        self.floors = state.get("floors")
 
     def note(self, raw: Mapping[str, Tensor]) -> None:
         """Append raw values to the course."""
@@ -87,22 +88,20 @@ class Metrics:
         self,
         values: Mapping[str, Any],
         raw: Mapping[str, Tensor],
-        ends: Callable[[], Callable[[str], Ends]],
+        ends: Callable[[str], Ends],
     ) -> None:
         """Record the floors at the first hyperparameter step, which raise lower given values.
 
         Args:
             values: Hyperparameters by name; a list if tensors differ.
             raw: Raw values of the tuned ones.
-            ends: Returns the function that gives the bounds of each, by name.
+            ends: Bounds of each, by name.
         """
-        if self._floors is None:
-            bounds = ends()
-            known = {n: (float(r.mean()), bounds(n)) for n, r in raw.items()}
-            self._floors = {
-                n: _value(self._hparams[n].bijection, middle(values[n]), place, low)
-                for n, (place, (low, _, floored)) in known.items() if floored
-            }  # fmt: skip
+        known = {n: (float(r.mean()), ends(n)) for n, r in raw.items()}
+        self.floors = {
+            n: _value(self._hparams[n].bijection, middle(values[n]), place, low)
+            for n, (place, (low, _, floored)) in known.items() if floored
+        }  # fmt: skip
 
     def hyper_step(
         self,
@@ -217,7 +216,7 @@ class Metrics:
 
             forward = partial(_value, scale, value, course[-1])
             judged = judge(name, course, ratio, ends(name), value, mean, role, forward)
-            raised = (self._floors or {}).get(name, math.nan)
+            raised = (self.floors or {}).get(name, math.nan)
             found[name] = replace(judged, snr=ratio, raised=raised)
         return found
 

@@ -71,7 +71,8 @@ class OptimizerLog:
         self._monitor.scalars(rate_rows(groups), step)
         self.metrics.note(raw)
         tuned = {n: values[n] for n in self._shifts.rows}
-        self.metrics.note_floors(tuned, raw, lambda: self._ends(step))
+        if self.metrics.floors is None:
+            self.metrics.note_floors(tuned, raw, self._ends(step))
         self.metrics.hyper_step(step, loss, tuned, raw, self._signals())
         self._monitor.scalar("Loss/final", self.metrics.recent_loss, step)
         self._steps += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,14 +77,15 @@ class TunerLog:
         now, monitor = time.monotonic(), self.metrics.monitor
         if not monitor.on:
             return
-        state = self._snapshots.part(self._run.hyper.raw, member).cpu()
-        raw = {n: state[i : i + 1] for i, n in enumerate(values)}
-        self.metrics.note_floors(values, raw, lambda: self._ends(values, member))
+        if self.metrics.floors is None:
+            ends = self._ends(values, member)
+            self.metrics.note_floors(values, self._raw(values, member), ends)
         if now - self._noted < self._rest:
             return
         self._noted = now
         monitor.scalar("Loss/train", loss, step)
         self.metrics.trained = loss
+        raw = self._raw(values, member)
         self.metrics.hyper_step(step, outer, values, raw, self._signals(member))
         monitor.scalars(self._displacement(member), step)
         monitor.scalars(self._overhead(), step)
@@ -106,6 +107,10 @@ class TunerLog:
             return Ends(float(low[slots].mean()), float(frame.high[slots].mean()), floored)
 
         return ends
+
+    def _raw(self, names: Iterable[str], member: int) -> dict[str, Tensor]:
+        state = self._snapshots.part(self._run.hyper.raw, member).cpu()
+        return {n: state[i : i + 1] for i, n in enumerate(names)}
 
     def _signals(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
         state = self._run.hyper

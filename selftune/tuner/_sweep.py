@@ -9,6 +9,7 @@ import torch
 
 from selftune._trees import leaves
 from selftune.control import Controller, Gradient, SweepSlope, TrainingLoss
+from selftune.method import fast_path
 from selftune.method.slopes import Slopes
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import RunState, Steps
@@ -41,11 +42,11 @@ def sweep(
     assert state is not None
     while not state.ended:
         passed = steps.gradient(run, batch())
-        finite = bool(torch.stack([g.sum() for g in steps.views(passed[1])]).sum().isfinite())
-        if not finite and controller.observe(Gradient(False)).skip:
+        grads = steps.views(passed[1])
+        if not fast_path.finite(grads) and controller.observe(Gradient(False)).skip:
             run.step.add_(1)
             continue
-        found = slopes.along(steps.views(passed[1]), steps.views(run.weights))
+        found = slopes.along(grads, steps.views(run.weights))
         if found is not None:
             values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
             action = controller.observe(SweepSlope(found[1], values, found[0]))
