@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.proof.rendering import by_workload, render
+from benchmarks.proof.comparison import by_workload
+from benchmarks.proof.rendering import render
 from benchmarks.proof.scoring import middle
 from benchmarks.proof.searches import RUNNERS, seeds
 from benchmarks.proof.training import Record

@@ -112,7 +112,9 @@ def fixed(rule: str, rate: float, workload: Workload, model: nn.Module, seed: in
     options = {"momentum": 0.9} if rule == "SGD" else {}
     optimizer = getattr(torch.optim, rule)(model.parameters(), lr=rate, **options)
     shape = Config(schedule="cosine")
-    return Stepping(workload, model, optimizer, lambda step: shape.factor(step, workload.steps))
+    return Stepping(
+        workload, model, optimizer, factor=lambda step: shape.factor(step, workload.steps)
+    )
 
 
 def execute(job: Job) -> Outcome:

@@ -30,7 +30,7 @@ from benchmarks.workloads import SUITE, Workload
 def fused(workload: Workload, model: nn.Module, seed: int) -> Stepping:
     """The default with torch's fused kernels."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return Stepping(workload, model, optimizer, lambda step: 1.0)
+    return Stepping(workload, model, optimizer, factor=lambda step: 1.0)
 
 
 def stepper(workload: Workload, make: Make) -> Callable[[int], float]:

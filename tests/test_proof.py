@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import run as command
 from benchmarks.ablations import CHANGES, PARTS, cells, paired
-from benchmarks.proof import drivers, rendering, scoring, searches
+from benchmarks.proof import comparison, drivers, rendering, scoring, searches
 from benchmarks.proof.contenders import METHODS, Config, draw, fixed, selftune
 from benchmarks.proof.training import Record, RunningAverage, train
 from benchmarks.workloads import Workload, digits
@@ -131,12 +131,12 @@ def test_a_difference_within_its_noise_is_no_difference() -> None:
     ours = [record("a", v, s) for s, v in enumerate([1.0, 1.1, 0.9])]
     for shift, verdict in ((0.5, "better"), (-0.5, "worse")):
         other = [record("b", r.own["val"] + shift, r.seed) for r in ours]
-        assert rendering.versus(ours, other, "val") == verdict
+        assert comparison.versus(ours, other, "val") == verdict
     noisy = [record("b", v, s) for s, v in enumerate([1.2, 0.8, 1.05])]
-    assert rendering.versus(ours, noisy, "val") == "same"
+    assert comparison.versus(ours, noisy, "val") == "same"
     failed = [record("b", math.inf, s) for s in range(3)]
-    assert rendering.versus(ours, failed, "val") == "better"
-    assert rendering.versus(failed, ours, "val") == "worse"
+    assert comparison.versus(ours, failed, "val") == "better"
+    assert comparison.versus(failed, ours, "val") == "worse"
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:

@@ -66,27 +66,29 @@ def draw(seed: int) -> Config:
 
 
 class Stepping(Contender):
-    """A torch optimizer, perhaps under a schedule."""
+    """One or more torch optimizers, each of its own parameters, perhaps under one schedule."""
 
     def __init__(
         self,
         workload: Workload,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        *optimizers: torch.optim.Optimizer,
         factor: Callable[[int], float] | None = None,
     ) -> None:
-        self.workload, self.model, self.optimizer = workload, model, optimizer
-        self.schedule = (
-            None if factor is None else torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        )
+        self.workload, self.model, self.optimizers = workload, model, optimizers
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers if factor is not None
+        ]
 
     def step(self, batch: Batch) -> None:
         """Gradient, step, schedule."""
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.workload.loss(self.model, batch).backward()
-        self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
         self.gradients += 1
 
 
@@ -99,7 +101,9 @@ class Fixed(Stepping):
             model.parameters(), lr=config.lr, betas=(config.beta1, 0.999),
             weight_decay=config.weight_decay,
         )  # fmt: skip
-        super().__init__(workload, model, optimizer, lambda t: config.factor(t, workload.steps))
+        super().__init__(
+            workload, model, optimizer, factor=lambda t: config.factor(t, workload.steps)
+        )
 
     def ends(self) -> dict[str, float]:
         """The configuration."""
@@ -124,6 +128,7 @@ class ScheduleFree(Stepping):
         )
         optimizer.train()
         super().__init__(workload, model, optimizer)
+        self.optimizer = optimizer
         self.batches = workload.batches("train", seed)
 
     @contextmanager
@@ -149,18 +154,37 @@ class ScheduleFree(Stepping):
                 norm.load_state_dict(running, strict=False)
 
 
-def _cosine(workload: Workload) -> Callable[[int], float]:
-    config = Config(schedule="cosine")
-    return lambda step: config.factor(min(step, workload.steps), workload.steps)
+def cosine(steps: int, warm_up: float = 0.0) -> Callable[[int], float]:
+    """The factor of the learning rate by step: a linear warm-up, then a cosine to 0.
+
+    With W = ⌊warm_up · steps⌋ the factor is (t + 1) / W for t < W, afterwards
+    (1 + cos(π (t − W) / (steps − W))) / 2.
+
+    Args:
+        steps: Length of the run.
+        warm_up: Share of the run.
+
+    Examples:
+        >>> [round(cosine(8, warm_up=0.5)(t), 3) for t in (0, 3, 4, 6, 8)]
+        [0.25, 1.0, 1.0, 0.5, 0.0]
+    """
+    rise = int(warm_up * steps)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        # Clamped: an optimizer's scheduler may ask for one step more than the run has.
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / (steps - rise))))
+
+    return factor
 
 
 def prodigy(workload: Workload, model: nn.Module, seed: int) -> Contender:
     """Prodigy with a cosine, as its authors recommend."""
     from prodigyopt import Prodigy
 
-    return Stepping(
-        workload, model, Prodigy(model.parameters(), weight_decay=1e-2), _cosine(workload)
-    )
+    optimizer = Prodigy(model.parameters(), weight_decay=1e-2)
+    return Stepping(workload, model, optimizer, factor=cosine(workload.steps))
 
 
 def d_adaptation(workload: Workload, model: nn.Module, seed: int) -> Contender:
@@ -168,7 +192,7 @@ def d_adaptation(workload: Workload, model: nn.Module, seed: int) -> Contender:
     from dadaptation import DAdaptAdam
 
     optimizer = DAdaptAdam(model.parameters(), weight_decay=1e-2, decouple=True)
-    return Stepping(workload, model, optimizer, _cosine(workload))
+    return Stepping(workload, model, optimizer, factor=cosine(workload.steps))
 
 
 def mechanic(workload: Workload, model: nn.Module, seed: int) -> Contender:
@@ -176,7 +200,7 @@ def mechanic(workload: Workload, model: nn.Module, seed: int) -> Contender:
     from mechanic_pytorch import mechanize
 
     optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
-    return Stepping(workload, model, optimizer, _cosine(workload))
+    return Stepping(workload, model, optimizer, factor=cosine(workload.steps))
 
 
 class UltimateOptimizer(Contender):

@@ -4,94 +4,35 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 
 import torch
 
-from benchmarks.proof.scoring import (
-    TAU,
-    best_of,
-    interval,
-    middle,
-    noise,
-    profile,
-    rank,
-    time_to,
+from benchmarks.proof.comparison import (
+    COMPARED,
+    OURS,
+    PEERS,
+    TARGET,
+    Table,
+    by_workload,
+    losses,
+    mean_ratio,
+    ranks,
+    ratios,
+    times,
+    versus,
 )
-from benchmarks.proof.searches import RATES
+from benchmarks.proof.scoring import TAU, interval, middle, noise, profile
+from benchmarks.proof.searches import COSINE
 from benchmarks.proof.training import Record
 
-OURS = "selftune"
-PEERS = ("prodigy", "schedule-free", "d-adaptation", "mechanic", "ultimate-optimizer")
-COSINE = "cosine, best of 5"
-COMPARED = (OURS, "default", COSINE, *PEERS)
 ELSEWHERE = ("torchopt", "tpe", "tpe+asha")
 """Too dear for every workload."""
-TARGET = 10
-"""The target of the time-to-target profiles: this percentage of the pool is better."""
 
 LONGER = "×"
 """In the name of a workload that is made longer."""
-
-Table = dict[str, list[Record]]
-
-
-def by_workload(records: Iterable[Record]) -> dict[str, Table]:
-    """Records by workload and method, in order of seeds, with the best of five cosines."""
-    found: dict[str, Table] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        found[record.workload][record.method].append(record)
-    for table in found.values():
-        for runs in table.values():
-            runs.sort(key=lambda r: r.seed)
-        cosines = {f"cosine {rate:g}": table.get(f"cosine {rate:g}", []) for rate in RATES}
-        if all(cosines.values()):
-            table[COSINE] = best_of(cosines, COSINE)
-    return {name: dict(table) for name, table in found.items()}
-
-
-def losses(runs: Sequence[Record], split: str = "val") -> list[float]:
-    """Of every run."""
-    return [r.own[split] for r in runs]
-
-
-def ranks(tables: dict[str, Table], method: str) -> dict[str, list[float]]:
-    """The ranks of every run of a method, by workload."""
-    return {
-        name: [rank(loss, losses(table["random"])) for loss in losses(table[method])]
-        for name, table in tables.items()
-        if table.get("random") and table.get(method)
-    }
-
-
-def versus(ours: Sequence[Record], other: Sequence[Record], split: str) -> str:
-    """``better``, ``same`` or ``worse``: differences over shared seeds against their noise."""
-    a, b = ({r.seed: r.own[split] for r in runs} for runs in (ours, other))
-    differences = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
-    if not all(map(math.isfinite, differences)):
-        return "better" if any(math.isinf(b[s]) for s in b) else "worse"
-    mean = sum(differences) / len(differences)
-    spread = math.sqrt(sum((d - mean) ** 2 for d in differences))
-    error = spread / math.sqrt(max(1, len(differences) - 1) * len(differences))
-    if abs(mean) <= 2 * error:
-        return "same"
-    return "better" if mean < 0 else "worse"
-
-
-def times(tables: dict[str, Table]) -> dict[str, list[float]]:
-    """The median time to the target of every compared method, on every workload with a pool."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for table in tables.values():
-        if not all(table.get(m) for m in (*COMPARED, "random")):
-            continue
-        pool = sorted(losses(table["random"]))
-        target = pool[len(pool) * TARGET // 100]
-        for method in COMPARED:
-            found[method].append(middle([time_to(r, target) for r in table[method]]))
-    return dict(found)
 
 
 def number(value: float) -> str:
@@ -192,9 +133,11 @@ def common_table(tables: dict[str, Table]) -> str:
 
 
 def versus_table(tables: dict[str, Table]) -> str:
-    """How often one run is better, the same or worse than each competitor."""
+    """How often one run is better, the same or worse than each competitor, and mean ratios."""
     rows = []
     for method in COMPARED[1:]:
+        if not ratios(tables, method):
+            continue
         cells = [method]
         for split in ("val", "test"):
             verdicts = [
@@ -204,8 +147,11 @@ def versus_table(tables: dict[str, Table]) -> str:
             ]
             counts = [verdicts.count(v) for v in ("better", "same", "worse")]
             cells.append(" / ".join(map(str, counts)))
+        cells += [f"{mean_ratio(tables, method, split):.3f}" for split in ("val", "test")]
         rows.append(cells)
-    return grid(["one run against", "validation: better / same / worse", "test"], rows)
+    head = ["one run against", "validation: better / same / worse", "test",
+            "ratio of losses, validation", "test"]  # fmt: skip
+    return grid(head, rows)
 
 
 def cost_table(tables: dict[str, Table]) -> str:
@@ -266,25 +212,17 @@ def summary(tables: dict[str, Table]) -> str:
     return grid(["figure", "asked", "measured"], rows) + "\n\n" + versus_table(tables)
 
 
-def ratios(tables: dict[str, Table], method: str, split: str = "val") -> dict[str, float]:
-    """Our median loss over that of another method, by workload."""
-    return {
-        name: middle(losses(t[OURS], split)) / middle(losses(t[method], split))
-        for name, t in tables.items()
-        if t.get(OURS) and t.get(method)
-    }
-
-
 def score_table(tables: dict[str, Table]) -> str:
-    """Time-to-target scores."""
+    """Time-to-target scores, with trials of a family one after another and at once."""
     found = times(tables)
     scores = profile(found) if found else {}
+    at_once = profile(times(tables, parallel=True)) if found else {}
     rows = [
-        [m, f"{s:.2f}", str(sum(math.isfinite(t) for t in found[m]))]
+        [m, f"{s:.2f}", f"{at_once[m]:.2f}", str(sum(math.isfinite(t) for t in found[m]))]
         for m, s in sorted(scores.items(), key=lambda item: -item[1])
     ]
-    return grid(["method", "score", f"targets reached, of {len(next(iter(found.values()), []))}"],
-                rows)  # fmt: skip
+    reached = f"targets reached, of {len(next(iter(found.values()), []))}"
+    return grid(["method", "score", "score, trials in parallel", reached], rows)
 
 
 def plot(tables: dict[str, Table], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from benchmarks.proof.annealed import ANNEALED, LION_RATES, MUON_RATES
 from benchmarks.proof.contenders import METHODS, Config, draw, fixed, search_space, selftune
 from benchmarks.proof.training import CHECKPOINTS, Record, train
 from benchmarks.workloads import Workload
@@ -13,6 +14,14 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 TRIALS = 50
 FIRST_START = 500
 """Seeds of random starts that the pool does not hold."""
+
+COSINE, MUON, LION = (f"{name}, best of 5" for name in ("cosine", "muon", "lion"))
+FAMILIES = {
+    COSINE: [f"cosine {rate:g}" for rate in RATES],
+    MUON: [f"muon {rate:g}" for rate in MUON_RATES],
+    LION: [f"lion {rate:g}" for rate in LION_RATES],
+}
+"""Methods of which the run with the lowest validation loss is kept, for every seed."""
 
 Runner = Callable[[Workload, int], Record]
 
@@ -80,7 +89,7 @@ def tpe(workload: Workload, seed: int, prune: bool = False, trials: int = TRIALS
 
 
 RUNNERS: dict[str, Runner] = {
-    **{n: (lambda w, s, n=n: train(w, n, METHODS[n], s)) for n in METHODS},
+    **{n: (lambda w, s, n=n, m=m: train(w, n, m, s)) for n, m in {**METHODS, **ANNEALED}.items()},
     **{f"cosine {rate:g}": _cosine(rate) for rate in RATES},
     "random": _random,
     "selftune-random": _start,
