@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.proof import comparison
 from benchmarks.proof.annealed import ANNEALED, CALIBRATED, Nadam, muon, nadamw
-from benchmarks.proof.contenders import WARM_UP, cosine
+from benchmarks.proof.contenders import METHODS, WARM_UP, cosine
 from benchmarks.proof.searches import FAMILIES, LION, MUON, RUNNERS
 from benchmarks.proof.training import Record, train
 from benchmarks.quality.nadamw import CONFIGS, table
@@ -100,6 +100,36 @@ def test_ademamix_adds_the_slow_average(short: Workload) -> None:
     for w, g, new in first_step(short, "ademamix"):
         expected = w - 1e-3 / 3 * (scale * g / (g.abs() + 1e-8) + 0.1 * w)
         torch.testing.assert_close(new.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1, 10_000])
+def test_ali_g_takes_capped_polyak_steps(short: Workload, scale: int) -> None:
+    """Two steps by hand: γ = min(0.1, loss / ‖g‖²), v ← 0.9 v − γ g, w ← w + 0.9 v − γ g.
+
+    At the loss's own scale the cap holds, at ten thousand times that the Polyak step is smaller.
+    """
+    pytest.importorskip("pytorch_optimizer", reason="needs the extra bench")
+    short = replace(short, criterion=lambda x, y: scale * nn.functional.cross_entropy(x, y))
+    model, twin = short.model(1), short.model(1)
+    contender = METHODS["ali-g"](short, model, 1)
+    batches = short.batches("train", 1)
+    weights = list(twin.parameters())
+    memory = [torch.zeros_like(w) for w in weights]
+    for _ in range(2):
+        batch = next(batches)
+        contender.step(batch)
+        loss = short.loss(twin, batch)
+        grads = torch.autograd.grad(loss, weights)
+        square = sum(float(g.square().sum()) for g in grads)
+        polyak = loss.item() / (square + 1e-6)
+        assert (polyak < 0.1) == (scale > 1)
+        rate = min(0.1, polyak)
+        with torch.no_grad():
+            for w, g, v in zip(weights, grads, memory, strict=True):
+                v.mul_(0.9).sub_(rate * g)
+                w.add_(0.9 * v - rate * g)
+    for new, w in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(new, w)
 
 
 @needs_muon

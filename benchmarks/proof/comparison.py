@@ -12,7 +12,7 @@ from benchmarks.proof.training import Record
 
 OURS = "selftune"
 PEERS = (
-    "nadamw", "ademamix", "prodigy", "schedule-free", "d-adaptation", "mechanic",
+    "nadamw", "ademamix", "prodigy", "schedule-free", "d-adaptation", "mechanic", "ali-g",
     "ultimate-optimizer",
 )  # fmt: skip
 COMPARED = (OURS, "default", COSINE, LION, MUON, *PEERS)

@@ -203,6 +203,30 @@ def mechanic(workload: Workload, model: nn.Module, seed: int) -> Contender:
     return Stepping(workload, model, optimizer, factor=cosine(workload.steps))
 
 
+class AliG(Contender):
+    """ALI-G: SGD with momentum at the Polyak step min(η, loss / ‖gradient‖²), without a schedule.
+
+    The cap η = 0.1 and the momentum of 0.9 are its authors'. The step presumes that every training
+    loss can reach 0.
+
+    Source: Berrada, Zisserman & Kumar 2020.
+    """
+
+    def __init__(self, workload: Workload, model: nn.Module, seed: int) -> None:
+        from pytorch_optimizer import AliG as Optimizer
+
+        self.workload, self.model = workload, model
+        self.optimizer = Optimizer(model.parameters(), max_lr=0.1, momentum=0.9)
+
+    def step(self, batch: Batch) -> None:
+        """Gradient, and the step that needs its loss."""
+        self.optimizer.zero_grad()
+        loss = self.workload.loss(self.model, batch)
+        loss.backward()
+        self.optimizer.step(loss.item)
+        self.gradients += 1
+
+
 class UltimateOptimizer(Contender):
     """Gradient descent, the ultimate optimizer: Adam whose rates descend the training loss."""
 
@@ -287,6 +311,7 @@ METHODS: dict[str, Make] = {
     "schedule-free": ScheduleFree,
     "d-adaptation": d_adaptation,
     "mechanic": mechanic,
+    "ali-g": AliG,
     "ultimate-optimizer": UltimateOptimizer,
     "torchopt": TruncatedUnroll,
 }
