@@ -26,7 +26,7 @@ class Nadam(NamedTuple):
     weight_decay: float
 
 
-CALIBRATED = Nadam(lr=1e-3, beta1=0.9, weight_decay=1e-2)
+CALIBRATED = Nadam(lr=1e-2, beta1=0.8, weight_decay=0.3)
 """The one configuration for all workloads, chosen by ``benchmarks.quality.nadamw``."""
 
 

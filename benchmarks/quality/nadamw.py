@@ -2,7 +2,7 @@
 
     SELFTUNE_DATA=... python -m benchmarks.quality.nadamw [--suite small] [--only digits]
 
-Four learning rates times three pairs of β₁ and weight decay, which lie in the search space of
+Five learning rates times three pairs of β₁ and weight decay, which lie in the search space of
 AlgoPerf's NadamW baselines (1 − β₁ from 0.02 to 0.5, weight decay from 0.005 to 1); the second
 pair is that of its self-tuning baseline, rounded. Every configuration runs once on every workload,
 with a seed that the comparison does not use. The configuration with the lowest geometric mean of
@@ -25,7 +25,7 @@ from benchmarks.proof.rendering import grid
 from benchmarks.proof.training import train
 from benchmarks.run import SUITES, keep, records
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 PAIRS = ((0.9, 0.01), (0.93, 0.08), (0.8, 0.3))
 SEED = 100
 
