@@ -192,6 +192,8 @@ def test_parallel_trials_are_timed_by_the_first_at_the_target() -> None:
     assert pool[len(pool) * comparison.TARGET // 100] == 2.5  # one of eleven is better
     assert comparison.times(tables) == {"default": [80.0], LION: [500.0]}
     assert comparison.times(tables, parallel=True) == {"default": [80.0], LION: [50.0]}
+    del tables["w"]["random"]  # no pool, no target
+    assert comparison.times(tables) == {}
 
 
 def test_the_mean_ratio_is_geometric_and_of_finite_losses() -> None:

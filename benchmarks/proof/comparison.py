@@ -80,7 +80,7 @@ def times(tables: dict[str, Table], parallel: bool = False) -> dict[str, list[fl
     pools = {name: sorted(losses(t["random"])) for name, t in tables.items() if t.get("random")}
     found: dict[str, list[float]] = {}
     for method in COMPARED:
-        if not all(tables[name].get(method) for name in pools):
+        if not pools or not all(tables[name].get(method) for name in pools):
             continue
         found[method] = []
         for name, pool in pools.items():
