@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.proof import comparison
+from benchmarks.proof import comparison, rendering
 from benchmarks.proof.annealed import ANNEALED, CALIBRATED, Nadam, muon, nadamw
 from benchmarks.proof.contenders import METHODS, WARM_UP, cosine
 from benchmarks.proof.searches import FAMILIES, LION, MUON, RUNNERS
@@ -205,6 +205,15 @@ def test_the_mean_ratio_is_geometric_and_of_finite_losses() -> None:
     ]
     tables = comparison.by_workload(found)
     assert comparison.mean_ratio(tables, "default") == pytest.approx(0.25)
+
+
+def test_one_shared_seed_gives_no_verdict() -> None:
+    """One workload has three seeds of both, the other one of the rival: ratios 1/2 and 1/8."""
+    found = [record(m, v, s) for m, v in (("selftune", 1.0), ("default", 2.0)) for s in range(3)]
+    found += [replace(record("selftune", 1.0, s), workload="v") for s in range(3)]
+    found.append(replace(record("default", 8.0), workload="v"))
+    table = rendering.versus_table(comparison.by_workload(found))
+    assert "| default | 1 / 0 / 0 | 1 / 0 / 0 | 0.250 | 0.250 |" in table
 
 
 def test_the_calibration_ranks_by_the_geometric_mean() -> None:

@@ -139,12 +139,14 @@ def versus_table(tables: dict[str, Table]) -> str:
         if not ratios(tables, method):
             continue
         cells = [method]
+        # One shared seed has no standard error, so it gives no verdict.
+        repeated = [
+            t
+            for t in tables.values()
+            if len({r.seed for r in t.get(method, [])} & {r.seed for r in t.get(OURS, [])}) > 1
+        ]
         for split in ("val", "test"):
-            verdicts = [
-                versus(t[OURS], t[method], split)
-                for t in tables.values()
-                if t.get(method) and t.get(OURS)
-            ]
+            verdicts = [versus(t[OURS], t[method], split) for t in repeated]
             counts = [verdicts.count(v) for v in ("better", "same", "worse")]
             cells.append(" / ".join(map(str, counts)))
         cells += [f"{mean_ratio(tables, method, split):.3f}" for split in ("val", "test")]
