@@ -3,6 +3,7 @@
 from selftune._arguments import FLAG, NONE, Instance, Kind, OneOf, That, Whole
 from selftune.control.controller import Controller, make_guard, make_sweep
 from selftune.control.final_weights import FinalWeights
+from selftune.control.good_weights import GoodWeights
 from selftune.control.guard import Guard, GuardPolicy
 from selftune.control.lr_sweep import LRSweep, SweepSettings
 from selftune.control.records import (
@@ -32,6 +33,7 @@ __all__ = [
     "Activity",
     "Controller",
     "FinalWeights",
+    "GoodWeights",
     "Gradient",
     "Guard",
     "GuardPolicy",

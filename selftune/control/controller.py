@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selftune.control.final_weights import FinalWeights
@@ -196,7 +196,8 @@ class Controller:
             return self._rewind(
                 f"the validation loss has {how}, to {loss:.4g}", worsened=not guard.exploded
             )
-        return Action(snapshot="average") if proof or verdict == "average" else Action()
+        kept = verdict if verdict in ("candidate", "promote", "average") else ""
+        return Action(snapshot="average" if proof and kept in ("", "candidate") else kept)
 
     @property
     def _guard(self) -> Guard:
@@ -206,7 +207,8 @@ class Controller:
     def restart(self) -> None:
         """Forget losses, because those of other weights are not comparable."""
         if self.guard is not None:
-            self.guard = Guard(policy=self.guard.policy, rewinds=self.guard.rewinds)
+            good = replace(self.guard.good, losses=[], lowest=math.inf)
+            self.guard = Guard(policy=self.guard.policy, good=good, rewinds=self.guard.rewinds)
 
     def _judged(self, verdict: str, reason: str) -> Action:
         if verdict == "rewind":

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from selftune._arguments import Settings
+from selftune.control.good_weights import GoodWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,7 @@ class GuardPolicy(Settings):
             not an explosion, because the zero of a loss is arbitrary.
         fresh: Number of initial evaluations, which set the reference even if the loss rises.
         recent: Number of recent validation losses whose mean is compared with its best.
-        window: The weights at the last of so many losses are good if their mean is the lowest, and
-            the last is not the highest.
+        window: Number of consecutive losses that judge the averaged weights at the middle one.
         dead: Gradients have vanished if live units fall below this share of their maximum.
         pulse: Steps between two counts of live units.
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
@@ -79,7 +79,7 @@ class GuardPolicy(Settings):
 
     def begin(self) -> Guard:
         """The guard of a new run."""
-        return Guard(policy=self)
+        return Guard(policy=self, good=GoodWeights(window=self.window))
 
     def counts(self, age: int, stride: int) -> bool:
         """Whether live units are counted at a tracked step.
@@ -99,15 +99,17 @@ class GuardPolicy(Settings):
 class Guard:
     """Monitors gradients and losses; its state is plain numbers, saved with the run.
 
-    Each judgement is one of ``"ok"``, ``"average"`` (the averaged weights are the best so far),
-    ``"skip"`` (ignore this step), ``"fade"`` (units died at a raised learning rate) and
-    ``"rewind"`` (return to the last good weights).
+    Each judgement is one of ``"ok"``, a snapshot of :class:`GoodWeights` (``"candidate"``,
+    ``"promote"``, ``"average"``), ``"skip"`` (ignore this step), ``"fade"`` (units died at a raised
+    learning rate) and ``"rewind"`` (return to the last good weights).
 
     Args:
         policy: The thresholds.
+        good: Judges the averaged weights.
     """
 
     policy: GuardPolicy = GuardPolicy()
+    good: GoodWeights = field(default_factory=GoodWeights)
 
     start: float = math.nan
     origin: float = math.nan  # first start, kept when start is reset; higher losses are not good
@@ -118,8 +120,6 @@ class Guard:
     best: float = math.inf
     best_error: float = 0.0
     recent: list[float] = field(default_factory=list)
-    waiting: int = 0  # losses since the weights were last judged
-    lowest: float = math.inf
     swept: int = 0
     training_start: float = math.nan
     training_low: float = math.inf
@@ -271,21 +271,7 @@ class Guard:
         if better or self.count <= policy.fresh:
             self.best, self.best_error = self.mean, error
         self.streak = 0 if better else self.streak
-        return self._windowed(bar)
-
-    def _windowed(self, bar: float) -> str:
-        """Whether the averaged weights are the best so far."""
-        self.waiting += 1
-        if self.waiting < self.policy.window:
-            return "ok"
-        self.waiting = 0
-        losses = self.recent[-self.policy.window :]
-        mean, rises = statistics.fmean(losses), losses[-1] == max(losses) > min(losses)
-        # With dead units weights look good; where losses rise, the latest weights are the worst.
-        if mean >= min(self.lowest, bar) or self.fading or rises:
-            return "ok"
-        self.lowest = mean
-        return "average"
+        return self.good.observe(loss, bar, fading=self.fading > 0)
 
     def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
         """Whether losses over many batches confirm that the validation loss has worsened.
@@ -309,11 +295,12 @@ class Guard:
             self.start, self.exploded = max(self.start, good), False
             self.origin = max(self.origin, good)
             self.excess = max(self.excess, policy.explosion * above)
-        self.best = self.lowest = min(now, good)
+        self.best = self.good.lowest = min(now, good)
         self.best_error = 0.0
         self.mean = now
         self.count = policy.fresh
-        self.recent, self.waiting = [], 0
+        self.recent = []
+        self.good.restart()
         return False
 
     def _exploded(self, mean: float, first: float) -> bool:
@@ -329,7 +316,8 @@ class Guard:
         self.rewinds += 1
         self.streak += 1
         self.mean = self.best if math.isfinite(self.best) else math.nan
-        self.recent, self.waiting = [], 0
+        self.recent = []
+        self.good.restart()
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
@@ -347,4 +335,4 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, GoodWeights(**value) if name == "good" else value)

@@ -73,8 +73,9 @@ class Action(NamedTuple):
 
     Attributes:
         skip: Skip the current step.
-        snapshot: Weights to store first as the last good ones: ``"iterate"`` for the current
-            weights, ``"average"`` for the average.
+        snapshot: Weights to store first: ``"iterate"`` the current weights and ``"average"`` the
+            averaged ones as the last good ones, ``"candidate"`` the averaged ones as the candidate,
+            ``"promote"`` the candidate as the last good ones.
         rewind: Then return to the good weights and restart, with these changes of raw values.
         reason: The reason for the log; empty if the rewind belongs to the sweep.
     """

@@ -7,7 +7,19 @@ from torch import Tensor
 
 SNAPSHOTS = ("device", "host", "bf16")
 SMALL = 2**16
-"""Models with fewer weights have exact snapshots by default."""
+"""Models with fewer weights have exact snapshots by default, and a candidate."""
+
+
+def kinds(weights: int) -> tuple[str, ...]:
+    """The snapshots of a model: the last good weights and, if it is small, a candidate.
+
+    The candidate will be good if later losses confirm it; a large model has none, to save memory.
+
+    Examples:
+        >>> kinds(1000), kinds(10**6)
+        (('good', 'candidate'), ('good',))
+    """
+    return ("good", "candidate") if weights < SMALL else ("good",)
 
 
 def resolve(snapshots: str | None, weights: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selftune._flat import local
 from selftune.method.slices import Slice, choose
-from selftune.method.snapshots import resolve
+from selftune.method.snapshots import kinds, resolve
 from selftune.optim._block import Block
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Group, Groups
@@ -82,10 +82,13 @@ class Assembly:
         weights = sum(p.numel() for params in trained for p in params)
         slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
         cuts, where = self._slices(trained), resolve(engine.snapshots, weights)
+        held = kinds(weights)
+        if engine.controller.guard is not None:
+            engine.controller.guard.good.hold("candidate" in held)
         blocks = [
             Block(
                 params, names(groups, i, params), [state[p] for p in params],
-                sensitivities, self._groups.options(groups[i]), cuts.pop(0), slots, where,
+                sensitivities, self._groups.options(groups[i]), cuts.pop(0), slots, where, held,
             )
             for i, params in enumerate(trained)
             if params

@@ -37,11 +37,13 @@ class Block:
         cut: The slice with sensitivities.
         pairs: Number of secant pairs.
         snapshots: Storage of the last good weights.
+        kinds: Kinds of snapshots.
 
     Attributes:
         part: State of the method; its ``params`` are empty between steps.
         averages: The average, a view for every parameter.
         good: The last good weights.
+        snapshots: Snapshots by kind: these and, in a small model, the candidate.
         centre, mark: State of the displacement.
         secants: Secant pairs, or empty.
         sliced: Keys of the state over the slice only.
@@ -57,6 +59,7 @@ class Block:
         cut: Slice,
         pairs: int,
         snapshots: str,
+        kinds: Sequence[str],
     ) -> None:
         self.params = list(params)
         self.layout, self.cut = Layout(params), cut
@@ -71,9 +74,11 @@ class Block:
         weights = self.weights()
         self._scratch: dict[str, Tensor] = {}
         self._firsts = cut.firsts(self.layout.sizes)
+        self._rows = [Rows(p, cut.stride, n) for p, n in zip(params, self._firsts, strict=True)]
         self.part = sensitivities.begin(weights, values, cut, tensors=len(params), fresh=True)
         weights = self.part.average
-        self.good = copy(weights, snapshots)
+        self.snapshots = {kind: copy(weights, snapshots) for kind in kinds}
+        self.good = self.snapshots["good"]
         kept = cut.scaled(weights)
         self.centre, self.mark = kept.clone(), kept.clone()
         self.secants = [Secants.begin(kept, pairs)] if pairs else []
@@ -94,28 +99,24 @@ class Block:
         self.part = self.part._replace(params=weights.new_empty(0))
         self.sliced = set(self._pieces())
 
-    def _rows(self, index: int) -> Rows:
-        return Rows(self.params[index], self.cut.stride, self._firsts[index])
-
     def _loaded(self, index: int, value: Tensor, view: Tensor) -> Tensor:
         """This process's part of a saved tensor of a parameter."""
-        return local(value) if local(value).shape == view.shape else self._rows(index).load(value)
+        return local(value) if local(value).shape == view.shape else self._rows[index].load(value)
 
     def saved(self) -> list[dict[str, Tensor]]:
         """The state of each parameter in the format of checkpoints."""
         self.sync()
         wholes = {k: self.layout.views(t) for k, t in self._wholes().items()}
-        rows = [self._rows(i) for i in range(len(self.params))]
-        found: list[dict[str, Tensor]] = [{} for _ in rows]
+        found: list[dict[str, Tensor]] = [{} for _ in self._rows]
         for key, views in (wholes | self._pieces()).items():
             sliced = self.cut.stride > 1 and key in self.sliced
-            for row, entry, view in zip(rows, found, views, strict=True):
+            for row, entry, view in zip(self._rows, found, views, strict=True):
                 entry[key] = row.save(view) if sliced else whole(row.param, view)
         return found
 
     def _wholes(self) -> dict[str, Tensor]:
         """The state over all weights."""
-        return {**self.part.rule, "average": self.part.average, "good": self.good}
+        return {**self.part.rule, "average": self.part.average, **self.snapshots}
 
     def _pieces(self) -> dict[str, list[Tensor]]:
         """The state over the slice, a view for every parameter."""
@@ -253,9 +254,8 @@ class Block:
         present = [g for g in grads if g is not None]
         if len(present) == len(grads):
             return self.layout.flatten(present, out=self._kept_memory("gradients")), None
-        filled = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)
-        ]
+        pairs = zip(self.params, grads, strict=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         return self.layout.flatten(filled), [g is not None for g in grads]
 
     def step_in_place(self, kernel: InPlace, grads: list[Tensor], rate: float) -> None:
@@ -276,9 +276,8 @@ class Block:
     def plain_gradients(self) -> list[Tensor] | None:
         """Gradients of all parameters, if torch's kernels support them."""
         grads = [p.grad for p in self.params]
-        if not self.layout.native or not fast_path.plain(self.params, grads):
-            return None
-        return [g for g in grads if g is not None]
+        plain = self.layout.native and fast_path.plain(self.params, grads)
+        return [g for g in grads if g is not None] if plain else None
 
     def ages(self) -> list[float]:
         """Number of previous updates of each tensor, for bias corrections."""
@@ -303,7 +302,7 @@ class Block:
 
     def begin(self) -> None:
         """Reset average and good weights to the current weights."""
-        for flat in (self.part.average, self.good):
+        for flat in (self.part.average, *self.snapshots.values()):
             self._fill(flat)
         kept, scaled = self.slice(self.params), self.scaled(self.params)
         for flat in self.part.recent:
@@ -320,8 +319,10 @@ class Block:
         """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
         if kind == "iterate":
             self._fill(self.good)
+        elif kind == "promote":
+            self.good.copy_(self.snapshots["candidate"])
         else:
-            self.good.copy_(self.part.average)
+            self.snapshots[kind if kind == "candidate" else "good"].copy_(self.part.average)
 
     def go_back(self, *, start_is_good: bool) -> None:
         """Return weights and average to the last good ones.

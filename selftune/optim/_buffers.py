@@ -37,6 +37,7 @@ class Buffers:
         self.foreign: list[nn.Module] = []
         self.average: list[Tensor] = []
         self.good: list[Tensor] = []
+        self.candidate: list[Tensor] = []
         self._every = every
         self.shown = False
         self._momenta: list[float | None] = []
@@ -50,7 +51,7 @@ class Buffers:
             self.add(module)
 
     def add(self, module: nn.Module) -> None:
-        """Add new layers, with their current statistics as averaged and good ones."""
+        """Add new layers, with their current statistics as those of all other weights."""
         known = {id(layer) for layer in self.layers}
         for layer in module.modules():
             if _tracks(layer) and id(layer) not in known:
@@ -58,7 +59,7 @@ class Buffers:
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
-                for kept in (self.average, self.good):
+                for kept in (self.average, self.good, self.candidate):
                     kept += [t.clone() for t in _statistics(layer)]
 
     @contextmanager
@@ -214,18 +215,20 @@ class Buffers:
     def begin(self) -> None:
         """Reset averaged and good statistics to the current ones."""
         self.mend()
-        for kept in (self.average, self.good):
+        for kept in (self.average, self.good, self.candidate):
             for tensor, now in zip(kept, self.tensors(), strict=True):
                 tensor.copy_(now)
 
-    def keep(self) -> None:
-        """Copy the averaged statistics into the last-good snapshot."""
-        for kept, now in zip(self.good, self.average, strict=True):
+    def snapshot(self, kind: str) -> None:
+        """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
+        target = self.candidate if kind == "candidate" else self.good
+        source = self.candidate if kind == "promote" else self.average
+        for kept, now in zip(target, source, strict=True):
             kept.copy_(now)
 
     def restore(self, first: int = 0) -> None:
         """Restore good statistics for the training weights and the average."""
-        groups = (self.tensors(), self.average, self.good)
+        groups = (self.tensors(), self.average, self.candidate, self.good)
         for *others, kept in zip(*(g[first:] for g in groups), strict=True):
             for tensor in others:
                 tensor.copy_(kept)
@@ -239,6 +242,7 @@ class Buffers:
             "training": [t.clone() for t in self._others],
             "average": [t.clone() for t in average],
             "good": [t.clone() for t in self.good],
+            "candidate": [t.clone() for t in self.candidate],
             "own": self._own,
             "foreign": len(self.foreign),
         }
@@ -247,7 +251,10 @@ class Buffers:
         """Continue from ``state_dict``, as soon as the layers are found."""
         self._saved = None if self.layers or not state["average"] else state
         self._own, self._strangers = state["own"], state["foreign"]
-        owned = {"average": self.average, "good": self.good, "training": self.tensors()}
+        owned = {
+            "average": self.average, "good": self.good, "candidate": self.candidate,
+            "training": self.tensors(),
+        }  # fmt: skip
         for name, mine in owned.items():
             saved = state[name]
             if [t.shape for t in mine] == [t.shape for t in saved]:

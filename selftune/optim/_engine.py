@@ -281,4 +281,4 @@ class Engine:
     def _snapshot(self, kind: str) -> None:
         for block in self.blocks:
             block.snapshot(kind)
-        self.buffers.keep()
+        self.buffers.snapshot(kind)

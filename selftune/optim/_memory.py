@@ -72,6 +72,10 @@ def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
         "last good weights": (
             (b.good for b in blocks), "restored when a run diverges or worsens"
         ),
+        "candidate": (
+            (b.snapshots[kind] for b in blocks for kind in b.snapshots if kind != "good"),
+            "the next good weights, if later losses confirm them; small models only",
+        ),
     }  # fmt: skip
     entries = [Entry(name, _bytes(tensors), why) for name, (tensors, why) in kinds.items()]
     weights = _bytes(p for b in blocks for p in b.params)

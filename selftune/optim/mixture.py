@@ -22,7 +22,7 @@ from selftune.rules import AbstractRule, PlainOptimizer
 
 log = logging.getLogger("selftune")
 
-KEPT = ("step", "average", "good")
+KEPT = ("step", "average", "good", "candidate")
 """Keys of a parameter's state that are kept in addition to those of the chosen rule."""
 
 

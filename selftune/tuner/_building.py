@@ -26,7 +26,7 @@ from selftune.method import (
 )
 from selftune.method.slices import choose as choose_slices
 from selftune.method.slices import wanted
-from selftune.method.snapshots import resolve
+from selftune.method.snapshots import kinds, resolve
 from selftune.nn import Found
 from selftune.rules import AbstractRule, Mixture
 from selftune.schedules import Schedule
@@ -213,8 +213,9 @@ def build(
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
-    where = resolve(given.snapshots, sum(t.numel() for t in run.averages))
-    snapshots = Snapshots(run, steps.method, mapped, where)
+    weights = sum(t.numel() for t in run.averages)
+    where, second = resolve(given.snapshots, weights), "candidate" in kinds(weights)
+    snapshots = Snapshots(run, steps.method, mapped, where, candidate=second)
     fused = Fused(steps, run, members)
     if fused.whole is not None:
         snapshots.rewound.append(fused.whole.whole.forget)
@@ -225,6 +226,7 @@ def build(
     watch = Watch(steps, run, snapshots, controllers, plan.due, plan.rest, compare)
     for controller in controllers:
         if controller.guard is not None:
+            controller.guard.good.hold(second)
             controller.guard.begin(start)
     return Training(
         steps=steps,

@@ -16,30 +16,45 @@ from selftune.tuner._steps import RunState
 
 
 class Snapshots:
-    """The last good weights and buffers.
+    """The last good weights and buffers, and the candidate of a small model.
 
     Args:
         run: The run, whose tensors may have a leading dimension of members.
         method: The method, which resets its state in a rewind.
         members: Whether the tensors have that dimension.
         where: The storage (:mod:`selftune.method.snapshots`).
+        candidate: Whether a candidate is kept too.
 
     Attributes:
         weights: The last good ones.
         buffers: Their buffers.
+        candidate: Weights and buffers that later losses will judge; empty if there are none.
         rewound: Called after a return to the good weights.
     """
 
-    def __init__(self, run: RunState, method: Method, members: bool, where: str = "device") -> None:
+    def __init__(
+        self,
+        run: RunState,
+        method: Method,
+        members: bool,
+        where: str = "device",
+        *,
+        candidate: bool = False,
+    ) -> None:
         self.run = run
         self._method, self._members = method, members
         self.rewound: list[Callable[[], None]] = []
         self.weights = [copy(t, where) for t in run.averages]
         self.buffers = [t.clone() for t in run.average_buffers]
+        self.candidate = [t.clone() for t in self._good] if candidate else []
 
     def part(self, tensor: Tensor, member: int) -> Tensor:
         """A member's part of a tensor of the run."""
         return tensor[member] if self._members else tensor
+
+    @property
+    def _good(self) -> list[Tensor]:
+        return [*self.weights, *self.buffers]
 
     def _present(self) -> list[Tensor]:
         return [*self.run.averages, *self.run.average_buffers]
@@ -47,11 +62,12 @@ class Snapshots:
     @torch.no_grad()
     def take(self, kind: str, member: int = 0) -> None:
         """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
-        good, present = [*self.weights, *self.buffers], self._present()
+        targets = self.candidate if kind == "candidate" else self._good
+        sources = self.candidate if kind == "promote" else self._present()
         if kind == "iterate":
-            present[: len(self.weights)] = self.run.weights
-        for target, tensor in zip(good, present, strict=True):
-            self.part(target, member).copy_(self.part(tensor, member))
+            sources[: len(self.weights)] = self.run.weights
+        for target, source in zip(targets, sources, strict=True):
+            self.part(target, member).copy_(self.part(source, member))
 
     @torch.no_grad()
     def rewind(
@@ -99,7 +115,7 @@ class Snapshots:
     @torch.no_grad()
     def copy_member(self, source: int, target: int) -> None:
         """Copy everything from one member to another."""
-        for leaf in [*leaves(self.run), *self.weights, *self.buffers]:
+        for leaf in [*leaves(self.run), *self._good, *self.candidate]:
             leaf[target].copy_(leaf[source])
 
     @torch.no_grad()
@@ -111,4 +127,4 @@ class Snapshots:
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshots."""
-        return {"good": self.weights, "buffers": self.buffers}
+        return {"good": self.weights, "buffers": self.buffers, "candidate": self.candidate}

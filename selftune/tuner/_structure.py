@@ -70,6 +70,8 @@ def structure_followed(
         )
     run = snapshots.run
     held: list[Sequence[Tensor]] = [run.buffers, run.average_buffers, snapshots.buffers]
+    if snapshots.candidate:
+        held.append(snapshots.candidate[len(snapshots.weights) :])
     with torch.no_grad():
         for name in changed:
             for buffers in held:

@@ -214,7 +214,8 @@ def test_weights_become_good_ones_at_the_end_of_a_window() -> None:
     """Twin: the guard alone, whose window is of five losses."""
     controller = made()
     found = [controller.observe(ValidationLoss(1.0 - 0.01 * k, never)) for k in range(10)]
-    assert found == [*[Action()] * 4, Action(snapshot="average")] * 2
+    window = ["", "", "candidate", "", "promote"]
+    assert found == [Action(snapshot=kind) for kind in window * 2]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
