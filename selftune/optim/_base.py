@@ -255,7 +255,8 @@ class SelfTuningOptimizer(EvaluationMode):
             sensitivities      0.09       0.45  of 1/11 of the weights, to hyperparameters
             displacement       0.04       0.18  limits the rate
             last good weights  0.20       1.00  restored when a run diverges or worsens
-            total              0.93       4.64  besides the weights
+            candidate          0.20       1.00  good if later losses confirm it; small models only
+            total              1.13       5.64  besides the weights
         """
         with torch.no_grad():
             blocks = self._blocks()

@@ -74,7 +74,7 @@ def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
         ),
         "candidate": (
             (b.snapshots[kind] for b in blocks for kind in b.snapshots if kind != "good"),
-            "the next good weights, if later losses confirm them; small models only",
+            "good if later losses confirm it; small models only",
         ),
     }  # fmt: skip
     entries = [Entry(name, _bytes(tensors), why) for name, (tensors, why) in kinds.items()]
