@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from selftune._identity import describe, flatten
 from selftune.control import Controller, GuardPolicy, SweepSettings, make_guard, make_sweep
 from selftune.estimators import AbstractEstimator, Assignment, assign
 from selftune.hparams import Hparam, choose
@@ -28,7 +27,7 @@ from selftune.method.slices import choose as choose_slices
 from selftune.method.slices import wanted
 from selftune.method.snapshots import kinds, resolve
 from selftune.nn import Found
-from selftune.rules import AbstractRule, Mixture
+from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
 from selftune.tuner import _choice
 from selftune.tuner._checks import check_first, check_ranks
@@ -40,7 +39,8 @@ from selftune.tuner._objective import Objective, for_tuning
 from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
-from selftune.tuner._resuming import JOINS, LENGTH, UNTIL
+from selftune.tuner._resuming import UNTIL
+from selftune.tuner._same_run import identity
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._sharding import shard
 from selftune.tuner._snapshots import Snapshots
@@ -238,41 +238,9 @@ def build(
         snapshots=snapshots,
         watch=watch,
         population=population,
-        identity=_identity(given, plan, steps),
+        identity=identity(given, plan, steps),
         joining=None if plan.join is None else Joining(step=plan.join, batches=streams[2]),
     )
-
-
-def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
-    """Settings that must be equal in a run and in its continuation."""
-    model = given.objective.model
-    found = {
-        "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
-        "trained parameters": str(steps.params),
-        "model": describe(given.objective),
-        "rule": type(given.rule).__name__,
-        "estimator": describe(given.assignment(plan.total)),
-        "tangents": str(given.tangents),
-        "snapshots": given.snapshots,
-        "tuned hyperparameters": str(given.names),
-        LENGTH: plan.total,
-        "every": plan.every,
-        "size of a hyperparameter step": str(given.hyper_rate),
-        "schedule": given.schedule,
-        "warmup_steps": given.warmup,
-        "amp": given.amp,
-        "population": 1 if given.population is None else given.population.size,
-        "bounds": str(dict(given.bounds or {})),
-    }
-    if isinstance(given.rule, Mixture):
-        found["members of the rule"] = ", ".join(given.rule.members)
-        found[UNTIL] = steps.options[UNTIL]
-    if plan.join is not None:
-        found[JOINS] = plan.join
-    parts = {"average": given.average, "settings": given.settings, "guard": given.guard}
-    for name, part in parts.items():
-        found |= flatten(name, part)
-    return found
 
 
 def _controller(given: Given, steps: Steps, total: int) -> Controller:

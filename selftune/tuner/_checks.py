@@ -33,7 +33,8 @@ from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
 from selftune.tuner._data import Stream, size
 from selftune.tuner._group import Group
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._run_state import RunState
+from selftune.tuner._steps import Steps
 
 
 def check_hparams(

@@ -8,7 +8,8 @@ from torch import Tensor
 from selftune._trees import leaves
 from selftune.method import Moment, fast_path
 from selftune.method.averaging import move_towards
-from selftune.tuner._steps import Batch, RunState, Steps
+from selftune.tuner._run_state import Batch, RunState
+from selftune.tuner._steps import Steps
 from selftune.update import Clock, Transition, learning_rate
 
 

@@ -34,3 +34,20 @@ def _saved(training: Training) -> dict[str, Any] | None:
     if training.saved_best is not None or training.folder is None or training.best == math.inf:
         return training.saved_best
     return _checkpoints.read_best(training.folder)
+
+
+def save_best(training: Training, loss: float) -> None:
+    """Save the best weights to disk, or keep them in memory if there is no space or folder."""
+    if not training.group.first:
+        return
+    with training.scorer.shown(training.fused.run, training.watch.leader):
+        state = shown_state(training, loss)
+    folder = training.writes
+    written = folder and _checkpoints.write(folder / _checkpoints.BEST, state)
+    training.saved_best = None if written else state
+
+
+def shown_state(training: Training, loss: float) -> dict[str, Any]:
+    """The current weights of the model, whose loss is known."""
+    known = {"step": training.step, "loss": loss, "hparams": training.watch.hparams()}
+    return {**training.scorer.state(), **known}

@@ -16,9 +16,10 @@ from torch.func import functional_call
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._data import Stream, alone, end_workers, size, to_device
 from selftune.tuner._objective import Objective, for_scoring
+from selftune.tuner._run_state import RunState
 from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._steps import Steps
 
 Metric = Callable[[Any, Any], Tensor | float]
 Where = tuple[list[Tensor], list[Tensor]]

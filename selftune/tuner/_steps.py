@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,44 +27,8 @@ from selftune.nn import Stochastic
 from selftune.tuner._group import Group
 from selftune.tuner._passes import APART, Passed, Passes
 from selftune.tuner._per_parameter import PerParameter
+from selftune.tuner._run_state import Batch, RunState
 from selftune.update import Clock
-
-Batch = Any
-
-
-class RunState(NamedTuple):
-    """The state of a run, as tensors.
-
-    Attributes:
-        method: State of the method: weights, averages, sensitivities, hyperparameters.
-        buffers: Buffers of the model, updated by training passes.
-        average_buffers: Buffers of the averaged weights, updated by validation passes.
-        step: Steps taken in the run, shape (1,).
-        since: Steps at the last restart, shape (1,).
-        age: Updates since then, shape (1,).
-    """
-
-    method: State
-    buffers: list[Tensor]
-    average_buffers: list[Tensor]
-    step: Tensor
-    since: Tensor
-    age: Tensor
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The weights, part by part."""
-        return [p.params for p in self.method.parts]
-
-    @property
-    def averages(self) -> list[Tensor]:
-        """The averaged weights, part by part."""
-        return [p.average for p in self.method.parts]
-
-    @property
-    def hyper(self) -> HyperState:
-        """The tuned hyperparameters."""
-        return self.method.hyper
 
 
 @dataclass(kw_only=True)

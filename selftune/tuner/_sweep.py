@@ -11,8 +11,9 @@ from selftune._trees import leaves
 from selftune.control import Controller, Gradient, SweepSlope, TrainingLoss
 from selftune.method import fast_path
 from selftune.method.slopes import Slopes
+from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._steps import Steps
 
 
 @torch.no_grad()
