@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selftune._flat import is_sharded, local
+from selftune._flat import is_sharded
 from selftune.method.slices import Slice
 
 
@@ -33,14 +33,15 @@ def rows_of(param: Any, rank: int | None = None) -> range:
     return range(rows)
 
 
-def shard(cut: Slice, params: Sequence[Tensor]) -> Slice:
-    """This process's part of a slice of whole parameters."""
+def shard(cut: Slice, params: Sequence[Tensor], rank: int | None = None) -> Slice:
+    """The part of a slice of whole parameters in a process, by default in this one."""
     if cut.stride == 1 or not any(is_sharded(p) for p in params):
         return cut
-    firsts = cut.firsts([p.numel() for p in params])
-    starts = [rows_of(p).start * row_length(p) for p in params]
+    firsts, parts = cut.firsts([p.numel() for p in params]), [rows_of(p, rank) for p in params]
+    lengths = [row_length(p) for p in params]
+    starts = [part.start * length for part, length in zip(parts, lengths, strict=True)]
     places = [(first - start) % cut.stride for first, start in zip(firsts, starts, strict=True)]
-    sizes = [local(p).numel() for p in params]
+    sizes = [len(part) * length for part, length in zip(parts, lengths, strict=True)]
     return Slice(cut.stride, tuple(zip(sizes, places, strict=True)))
 
 

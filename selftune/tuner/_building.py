@@ -33,9 +33,10 @@ from selftune.tuner import _choice
 from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
+from selftune.tuner._fsdp import shard_model
 from selftune.tuner._group import Group
 from selftune.tuner._joining import Joining
-from selftune.tuner._objective import Objective, for_tuning
+from selftune.tuner._objective import InMode, Objective, for_tuning
 from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
@@ -43,6 +44,7 @@ from selftune.tuner._resuming import UNTIL
 from selftune.tuner._same_run import identity
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._sharding import shard
+from selftune.tuner._shards import Shards
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._training import Training
@@ -190,6 +192,8 @@ def build(
         ValueError: Data, bounds or lengths are inconsistent.
     """
     total, names, population = plan.total, given.names, given.population
+    if given.group.sharded:
+        shard_model(given.objective, device, given.group.size)
     autocast: Callable[[], Any] = nullcontext
     if given.amp:
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
@@ -213,7 +217,7 @@ def build(
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
-    weights = sum(t.numel() for t in run.averages)
+    weights = sum(p.numel() for p in given.objective.parameters() if p.requires_grad)
     where, second = resolve(given.snapshots, weights), "candidate" in kinds(weights)
     snapshots = Snapshots(run, steps.method, mapped, where, candidate=second)
     fused = Fused(steps, run, members)
@@ -273,18 +277,20 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     joined = plan.compile is not True and given.population is None and _small(given.objective)
     joined = joined and given.rule.elementwise
     trained = [p for p in given.objective.parameters() if p.requires_grad]
-    shapes = [p.shape for p in trained]
-    parts = [shapes] if joined else [[shape] for shape in shapes]
+    parts = [trained] if joined else [[p] for p in trained]
+    cuts = choose_slices([[p.shape for p in part] for part in parts], share, settings.slices)
+    group, shards = given.group, Shards(given.group, parts, cuts, joined)
     return Steps(
         inner=given.objective,
-        outer=for_tuning(given.objective, plan.every),
+        outer=(InMode if group.sharded else for_tuning)(given.objective, plan.every),
         method=Method(
             sensitivities=Sensitivities(
                 rows, given.update, assigned.rows, given.average, storage
             ),
             hyper=hyper, settings=settings, horizon=total,
-            slices=choose_slices(parts, share, settings.slices),
+            slices=shards.slices,
             guarded=make_guard(given.guard) is not None,
+            total=group.total, outer_total=group.total,
         ),
         options={k: v for k, v in given.values.items() if k not in (*names, *given.found)},
         rates=rates,
@@ -295,7 +301,8 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         layers={n: f.buffers for n, f in given.found.items() if n in names},
         joined=joined,
         own=PerParameter(given.rule.by_parameter(given.objective.model, trained)),
-        group=given.group,
+        group=group,
+        shards=shards,
     )  # fmt: skip
 
 

@@ -43,7 +43,8 @@ class FastPath:
             return None
         loss, grads, buffers = steps.gradient(run, batch)
         grads = [g.contiguous() for g in grads]
-        fine = torch.isfinite(loss) & torch.stack(torch._foreach_norm(grads)).sum().isfinite()
+        norm = steps.method.total(torch.stack(torch._foreach_norm(grads)).sum())
+        fine = torch.isfinite(loss) & norm.isfinite()
         if bool(fine):
             parts = run.method.parts
             step, age = int(run.step), int(run.age)

@@ -38,13 +38,21 @@ def _saved(training: Training) -> dict[str, Any] | None:
 
 def save_best(training: Training, loss: float) -> None:
     """Save the best weights to disk, or keep them in memory if there is no space or folder."""
-    if not training.group.first:
+    if not (training.group.first or training.group.sharded):
         return
     with training.scorer.shown(training.fused.run, training.watch.leader):
         state = shown_state(training, loss)
     folder = training.writes
     written = folder and _checkpoints.write(folder / _checkpoints.BEST, state)
-    training.saved_best = None if written else state
+    training.saved_best = state if training.group.first and not written else None
+
+
+def write_best(training: Training, loss: float) -> None:
+    """Write the weights of the model, whose loss is known, to ``best.pt``."""
+    if training.writes is not None or training.group.sharded:
+        state = shown_state(training, loss)
+        if training.writes is not None:
+            _checkpoints.write(training.writes / _checkpoints.BEST, state)
 
 
 def shown_state(training: Training, loss: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from selftune._identity import describe, flatten
@@ -20,7 +21,8 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
     found = {
         "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
         "trained parameters": str(steps.params),
-        "model": describe(given.objective),
+        # fully_shard names the class of a module FSDP…
+        "model": re.sub(r"\bFSDP(?=\w+\()", "", describe(given.objective)),
         "rule": type(given.rule).__name__,
         "estimator": describe(given.assignment(plan.total)),
         "tangents": str(given.tangents),

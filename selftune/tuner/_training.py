@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from selftune.tuner import _checkpoints, _choice, _final_weights, _joining, _resuming
 from selftune.tuner._callbacks import stop
 from selftune.tuner._checks import check_agreement
@@ -105,7 +103,7 @@ class Training:
                     if self._asked():
                         raise KeyboardInterrupt
             except RankLost:
-                if self._position:  # the sweep is over
+                if self._position and not self.group.sharded:  # the sweep is over
                     _checkpoints.rescue(self.folder, self.group.first, self.save)
                 raise
             except (KeyboardInterrupt, RuntimeError) as error:
@@ -142,7 +140,7 @@ class Training:
         return Predictor(steps=self.steps, fused=self.fused, scorer=self.scorer, val=self.val)
 
     def _break_off(self) -> None:
-        if self._within:
+        if self._within or (self.group.sharded and not self.group.asked()):  # on this rank alone
             log.warning("interrupted within step %d: the last checkpoint is kept", self.step + 1)
             return
         log.warning("interrupted after step %d: saving and ending", self.step)
@@ -248,10 +246,8 @@ class Training:
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and return the result."""
         best = _final_weights.place(self)
-        if self.writes is not None and (self.joined or best < self.best):
-            _checkpoints.write(
-                self.writes / _checkpoints.BEST, _final_weights.shown_state(self, best)
-            )
+        if self.folder is not None and (self.joined or best < self.best):
+            _final_weights.write_best(self, best)
         self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
@@ -262,10 +258,7 @@ class Training:
             self.watch.metrics.monitor.last([("Loss/final", best)], self.step)
         return TuningResult(
             history=history.arrays(),
-            best_weights={
-                k: v.clone() if isinstance(v, torch.Tensor) else v
-                for k, v in self.scorer.model.state_dict().items()
-            },
+            best_weights=self.steps.shards.weights_of(self.scorer.model),
             best_loss=best,
             hparams=known,
             schedule=schedule_of(history, self.steps, known, self.step),

@@ -26,6 +26,7 @@ from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
+from selftune.tuner._fsdp import check_sharded
 from selftune.tuner._group import Group, check_together, join, quiet
 from selftune.tuner._joining import parts
 from selftune.tuner._lock import owned
@@ -77,10 +78,9 @@ class Tuner:
         augment: Augmentation of training batches on the device (:class:`selftune.nn.Augment` or
             one of its parts).
         metrics: Functions of (output, target) by name, averaged over the validation set.
-        parallel: ``"ddp"`` to train on all ranks started by ``torchrun``. Each rank takes its part
-            of every batch; gradients, losses and BatchNorm's running statistics are averaged. Only
-            the first rank writes logs and checkpoints. ``"fsdp"`` is not supported: for sharded
-            weights use :class:`selftune.AdamW` in your own loop.
+        parallel: ``"ddp"`` to train on all ranks started by ``torchrun``, ``"fsdp"`` to also divide
+            the weights and their state among them (``fully_shard``). Each rank takes its part of
+            every batch; gradients, losses and BatchNorm's running statistics are averaged.
         device: Device of the run; by default that of the model. With ``parallel`` each rank uses
             its own GPU.
         amp: Run forward passes in bfloat16 autocast.
@@ -175,6 +175,7 @@ class Tuner:
             group=group,
         )  # fmt: skip
         check_together(self._given)
+        check_sharded(self._given, compile)
         self._compile, self._exploit, self._seed = compile, exploit_every, seed
         self._fitted = False
         self._ended: Training | None = None
@@ -279,7 +280,9 @@ class Tuner:
             group.share_streams()
             whole, (train, val, holding) = train, parts(train, val, self._seed)
             device = self._device or next(self.model.parameters()).device
-            objective.to(device).train()
+            objective.train()
+            if not group.sharded:  # shards are moved, after the model is divided
+                objective.to(device)
             streams = held.enter_context(open_streams(train, val, whole, device, self._given))
             total = length(streams[2], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)

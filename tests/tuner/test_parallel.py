@@ -54,11 +54,12 @@ def train(
 ) -> dict[str, Any]:
     """100 steps on shuffled batches of 20, of which the last of an epoch holds one example."""
     torch.manual_seed(3)
-    fit = dict(steps=STEPS, evaluate_every=25, checkpoint_every=10, progress=False)
-    fit["resume"] = options.pop("resume", False)
+    fit: dict[str, Any] = dict(steps=STEPS, evaluate_every=25, checkpoint_every=10, progress=False)
+    fit |= {"resume": options.pop("resume", False), **options.pop("fit", {})}
     given = dict(hparams={"lr": 0.01, "weight_decay": 1e-3}, rule=st.rules.SGD(), compile=False)
+    given["loss_fn"] = F.cross_entropy
     val = options.pop("val", loader(61, 1, batch_size=16))
-    tuner = st.Tuner(model, F.cross_entropy, **(given | options))
+    tuner = st.Tuner(model, **(given | options))
     batches: Any = loader(size, 0, batch_size=20, num_workers=workers)
     if died is not None:
         batches = Dying(batches, died)
@@ -354,5 +355,3 @@ def test_it_is_refused_outside_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> N
         ValueError, match=r"parallel='ddp' .* torchrun --nproc-per-node 2 script.py"
     ):
         st.Tuner(net(), F.cross_entropy, parallel="ddp")
-    with pytest.raises(ValueError, match=r'parallel="fsdp" is not supported.*use st.AdamW'):
-        st.Tuner(net(), F.cross_entropy, parallel="fsdp")
