@@ -141,7 +141,7 @@ def tuned_names(
 def open_streams(
     train: Any, val: Any, whole: Any, device: torch.device, given: Given
 ) -> Iterator[tuple[Stream, Stream, Stream]]:
-    """Batches of this rank; closes their workers at the end.
+    """Batches of this rank; closes their workers at the end. Moves the model to the device.
 
     Args:
         train: Training batches.
@@ -154,6 +154,8 @@ def open_streams(
         ValueError: Ranks start with different models or data.
     """
     group = given.group
+    if not group.sharded:  # shards are moved after the model is divided
+        given.objective.to(device)
     names = ("train", "val", "train")
     parts = [shard(name, group.rank, group.size) for name in names]
     streams = (

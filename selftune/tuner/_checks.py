@@ -247,6 +247,13 @@ def _explained() -> Iterator[None]:
                 "kind: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or use "
                 "st.AdamW in your own loop, which supports both kinds"
             ) from error
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise ValueError(
+                'model: with parallel="fsdp" weights are gathered when the model, or an element of '
+                "a Sequential or ModuleList, is called, but a part was used without such a call: "
+                "call the whole model (in objective= too), shard the parts that are called with "
+                'torch.distributed.fsdp.fully_shard(part), or pass parallel="ddp"'
+            ) from error
         if "saved tensor hooks" in str(error):
             raise ValueError(
                 "model: activation checkpoints, and other hooks of saved tensors, need "

@@ -24,8 +24,6 @@ def check_sharded(given: Given, compile: bool | str) -> None:
     Raises:
         ValueError: There are such options; the message names them.
     """
-    if not given.group.sharded:
-        return
     rule = type(given.rule).__name__
     whole = [p.name for p in given.update.penalties if not p.elementwise]
     params: dict[str, Any] = dict(given.objective.model.named_parameters())
@@ -49,6 +47,12 @@ def check_sharded(given: Given, compile: bool | str) -> None:
             raise ValueError(
                 f'model: {name} has shape (), which parallel="fsdp" cannot divide: give it shape '
                 '(1,), or pass parallel="ddp"'
+            )
+        if is_sharded(param) and param.device.type != param.device_mesh.device_type:
+            raise ValueError(
+                f"model: {name} is offloaded to the {param.device.type}, which st.Tuner does not "
+                "support: call fully_shard(module) without offload_policy=, or use st.AdamW in "
+                "your own loop"
             )
         if is_sharded(param) and not _by_rank(param, given.group.size):
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from selftune._identity import digest
 from selftune.method import choice
 from selftune.tuner._data import size
+from selftune.tuner._fsdp import check_sharded
 from selftune.tuner._passes import Passed
 from selftune.tuner._randomness import restore, snapshot
 
@@ -299,8 +300,12 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def check_together(given: Given) -> None:
+def check_together(given: Given, compile: bool | str) -> None:
     """Raise an error for options that do not work in a population or on several ranks.
+
+    Args:
+        given: The arguments of the tuner.
+        compile: Its argument.
 
     Raises:
         ValueError: There are such options; the message names them.
@@ -327,3 +332,5 @@ def check_together(given: Given) -> None:
             f"population={members.size} cannot be trained with {group.kind}: "
             "pass population=1, or train on one rank"
         )
+    if group.sharded:
+        check_sharded(given, compile)

@@ -132,6 +132,7 @@ class ShardedPasses:
         mode = module.entered() if isinstance(module, InMode) else nullcontext(module)
         within = put(shards, self.views(params)), torch.enable_grad(), ExitStack()
         with mode as objective, within[0], within[1], within[2] as bound:
+            reshard(objective)
             with self.autocast():
                 loss = _call_bound(bound, objective, tensors, (batch,))
             if loss.requires_grad:
@@ -155,6 +156,15 @@ def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for (target, _), old in zip(apart, before, strict=True):
             target.copy_(old)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free weights that were gathered, before their shards changed, in a pass without backward."""
+    from torch.distributed.fsdp import FSDPModule  # takes a second to import
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _taken(param: nn.Parameter) -> Tensor:

@@ -16,6 +16,7 @@ from selftune._flat import local
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._data import Stream, alone, end_workers, size, to_device
 from selftune.tuner._objective import InMode, Objective, for_scoring
+from selftune.tuner._passes import reshard
 from selftune.tuner._run_state import RunState
 from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
@@ -166,6 +167,7 @@ class Scorer:
                 return functional_call(self._module, tensors, (batch,))
             for held, tensor in zip(self._tensors, tensors.values(), strict=True):
                 held.copy_(tensor)
+            reshard(self._objective)
             with self._group.exchange(mixed=True):
                 return self._module(batch)
 
@@ -177,6 +179,7 @@ class Scorer:
             return
         with self._kept(), self._mode.entered():
             yield
+        reshard(self._objective)
 
     def _weighted(self, stream: Stream, most: int | None) -> Iterator[tuple[Any, int]]:
         """This rank's batches and their numbers of examples.

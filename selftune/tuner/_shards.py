@@ -138,9 +138,11 @@ class Shards:
     # state dictionaries
 
     def weights_of(self, model: nn.Module) -> dict[str, Any]:
-        """A copy of a model's state, whole on all ranks."""
+        """A copy of a model's state, whole on all ranks; on the CPU if it is sharded."""
+        if self.group.sharded:
+            return self.state_of(model)
         return {
-            k: self.whole_param(v) if isinstance(v, Tensor) else v
+            k: v.detach().clone() if isinstance(v, Tensor) else v
             for k, v in model.state_dict().items()
         }
 

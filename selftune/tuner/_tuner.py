@@ -26,7 +26,6 @@ from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
-from selftune.tuner._fsdp import check_sharded
 from selftune.tuner._group import Group, check_together, join, quiet
 from selftune.tuner._joining import parts
 from selftune.tuner._lock import owned
@@ -78,9 +77,9 @@ class Tuner:
         augment: Augmentation of training batches on the device (:class:`selftune.nn.Augment` or
             one of its parts).
         metrics: Functions of (output, target) by name, averaged over the validation set.
-        parallel: ``"ddp"`` to train on all ranks started by ``torchrun``, ``"fsdp"`` to also divide
-            the weights and their state among them (``fully_shard``). Each rank takes its part of
-            every batch; gradients, losses and BatchNorm's running statistics are averaged.
+        parallel: ``"ddp"`` to train on all ranks started by ``torchrun``, each on its part of every
+            batch; ``"fsdp"`` to also shard the weights and their state (``fully_shard``). Then the
+            model stays sharded, and ``result.best_weights`` are whole.
         device: Device of the run; by default that of the model. With ``parallel`` each rank uses
             its own GPU.
         amp: Run forward passes in bfloat16 autocast.
@@ -174,8 +173,7 @@ class Tuner:
             population=members, settings=MethodSettings() if settings is None else settings,
             group=group,
         )  # fmt: skip
-        check_together(self._given)
-        check_sharded(self._given, compile)
+        check_together(self._given, compile)
         self._compile, self._exploit, self._seed = compile, exploit_every, seed
         self._fitted = False
         self._ended: Training | None = None
@@ -257,8 +255,7 @@ class Tuner:
             log_every: Steps between two log entries. By default 50, at least 0.1 s apart; in runs
                 of fewer than 1,000 steps, a twentieth of the run.
             pictures_every: Steps between two plots of the predicted loss around each learned
-                hyperparameter; by default none. A curve needs up to 50 validation batches, a map
-                250.
+                hyperparameter; by default none. Curves need up to 50 validation batches, maps 250.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -272,8 +269,8 @@ class Tuner:
                 "resume=True and the same log_dir to its fit"
             )
         check_fit(locals())
-        folder = None if log_dir is None else Path(log_dir)
         objective, group = self._given.objective, self._given.group
+        folder = None if log_dir is None else Path(log_dir)
         with quiet(not group.first), ExitStack() as held, modes_kept(objective):
             group.from_first(lambda: held.enter_context(owned(folder)))
             saved = group.from_first(lambda: _checkpoints.find(resume, folder))
@@ -281,8 +278,6 @@ class Tuner:
             whole, (train, val, holding) = train, parts(train, val, self._seed)
             device = self._device or next(self.model.parameters()).device
             objective.train()
-            if not group.sharded:  # shards are moved, after the model is divided
-                objective.to(device)
             streams = held.enter_context(open_streams(train, val, whole, device, self._given))
             total = length(streams[2], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
@@ -296,13 +291,12 @@ class Tuner:
             training = build(self._given, plan, streams, val, device, saved is None)
             held.callback(training.scorer.close)
             training.callbacks = callbacks
-            shown = progress and group.first
-            training.watch.bar = tqdm(total=total, disable=not shown, unit="step")
+            hidden = not (progress and group.first)
+            training.watch.bar = tqdm(total=total, disable=hidden, unit="step")
             if saved is not None:
                 training.load(*saved)
             monitor = monitor_of([t for t in (log_dir, recorder) if t is not None], group.first)
-            training.watch.metrics.monitor = monitor
-            training.folder = folder
+            training.folder, training.watch.metrics.monitor = folder, monitor
             if resume and saved is None:
                 monitor.resume(-1)  # a run that was killed before its first checkpoint
             if saved is None:

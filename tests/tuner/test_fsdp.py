@@ -15,6 +15,7 @@ from jobs import Outage
 from test_parallel import assert_close, cut, free_port, launched, loader, net, refusal, train
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import selftune as st
 
@@ -39,7 +40,7 @@ def squares(output: Tensor, target: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Two blocks on the coordinates of a point as tokens."""
+    """Two blocks on the coordinates of a point as tokens, with activation checkpoints."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embedding(x.unsqueeze(2)) + self.position
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.training else block(x)
         return self.head(x.mean(1))
 
 
@@ -84,13 +85,16 @@ JOBS: dict[str, Callable[..., Any]] = {
     "a mixture, no validation set": lambda folder, **o: train(
         *(net(), folder), rule=st.rules.Mixture([st.rules.SGD(), st.rules.AdamW()]), val=None, **o
     ),
-    "a last batch of 5, three of validation, wide": lambda folder, **o: train(
-        *(wide(), folder), loss_fn=squares, size=205, val=loader(45, 1, batch_size=16), **o
+    "AdamW, a last batch of 5, three of validation": lambda folder, **o: train(
+        *(wide(), folder),
+        rule=st.rules.AdamW(),
+        penalty=st.penalties.L1(1e-4),
+        loss_fn=squares,
+        size=205,
+        val=loader(45, 1, batch_size=16),
+        **o,
     ),
-    "transformer, AdamW": lambda folder, **o: train(
-        *(sharded_transformer(**o), folder),
-        **(dict(rule=st.rules.AdamW(), penalty=st.penalties.L1(1e-4)) | o),
-    ),
+    "transformer": lambda folder, **o: train(sharded_transformer(**o), folder, **o),
     "large": lambda folder, **o: train(
         *(large(), folder), rule=st.rules.AdamW(), snapshots="device", probe=False, fit=FEW, **o
     ),
@@ -137,6 +141,11 @@ def on_other_mesh() -> nn.Module:
     return dist.fsdp.fully_shard(net(), mesh=mesh)
 
 
+def first_layer(model: nn.Module, batch: Any) -> Tensor:
+    """Part of a model, without a call of the whole."""
+    return F.cross_entropy(model[0](batch[0]), batch[1])
+
+
 REFUSED: dict[str, Callable[[int], Any]] = {
     "compile=True cannot be used": lambda _: train(net(), parallel="fsdp", compile=True),
     "rule=Muon needs whole matrices": lambda _: train(
@@ -147,6 +156,9 @@ REFUSED: dict[str, Callable[[int], Any]] = {
     ),
     "model: scale has shape ()": lambda _: train(Scalar(), parallel="fsdp"),
     "on a mesh of shape (2, 1)": lambda _: train(on_other_mesh(), parallel="fsdp"),
+    "a part was used without such a call": lambda _: train(
+        net(), parallel="fsdp", loss_fn=None, objective=first_layer
+    ),
     "needs an elementwise estimator": lambda _: train(net(st.nn.Dropout(0.1)), parallel="fsdp"),
     "population=2 cannot be trained": lambda _: train(net(), parallel="fsdp", population=2),
 }
@@ -172,9 +184,6 @@ def rank(number: int, port: int, folder: Path) -> None:
     found["large again"] = JOBS["large"](folder / "cut", parallel="fsdp", resume=True)
     found["memory"] = memory("fsdp") / memory("ddp")
     found["refused"] = [refusal(case, number) for case in REFUSED.values()]
-    model = net()
-    train(model, parallel="fsdp")
-    found["rows"] = [p.to_local().shape[0] for p in model.parameters()]
     torch.save(found, folder / f"{number}.pt")
 
 
@@ -217,10 +226,9 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(
 
 
 def test_a_rank_holds_half_of_weights_and_their_state(both: list[dict[str, Any]]) -> None:
-    """Law: of all bytes of tensors, with "ddp" beside it; rows divide 16 by 8 and 3 by 2 and 1."""
-    for found, rows in zip(both, ([8, 8, 2, 2], [8, 8, 1, 1]), strict=True):
+    """Law: of the bytes of all tensors with "ddp", at an evaluation."""
+    for found in both:
         assert 0.45 < found["memory"] < 0.6
-        assert found["rows"] == rows
 
 
 def test_one_rank_writes(folder: Path, both: list[dict[str, Any]]) -> None:

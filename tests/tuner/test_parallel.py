@@ -280,18 +280,24 @@ ENDLESS = """
     import test_parallel
     test_parallel.STEPS = 10**6
     found = test_parallel.train(
-        test_parallel.net(), Path(sys.argv[1]), parallel="ddp", probe=False
+        test_parallel.net(), Path(sys.argv[1]), parallel=sys.argv[2], probe=False
     )
     print("ended after", len(found["hparams"]["train_loss"]))
 """
 
 
 @pytest.fixture
-def endless(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def kind() -> str:
+    """The argument ``parallel``."""
+    return "ddp"
+
+
+@pytest.fixture
+def endless(tmp_path: Path, kind: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Two ranks on a long run that has written a checkpoint."""
     script = textwrap.dedent(ENDLESS.format(tests=str(Path(__file__).parent)))
     known = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    command, pipe = [sys.executable, "-c", script, str(tmp_path)], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", script, str(tmp_path), kind], subprocess.PIPE
     places = [{**os.environ, **known, "RANK": str(number)} for number in range(2)]
     ranks = [subprocess.Popen(command, text=True, env=e, stdout=pipe, stderr=pipe) for e in places]
     until = time.monotonic() + 100
@@ -303,9 +309,9 @@ def endless(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         each.communicate()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(("lost", "kind"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
 def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
-    lost: int, endless: list[subprocess.Popen[str]], tmp_path: Path
+    lost: int, kind: str, endless: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     endless[lost].kill()
     _, errors = endless[1 - lost].communicate(timeout=20)
@@ -315,9 +321,9 @@ def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("ranks", [[0, 1], [1]])
+@pytest.mark.parametrize(("ranks", "kind"), [([0, 1], "ddp"), ([1], "ddp"), ([1], "fsdp")])
 def test_ctrl_c_and_torchruns_sigterm_end_all_ranks_after_the_same_step(
-    ranks: list[int], number: int, endless: list[subprocess.Popen[str]], tmp_path: Path
+    ranks: list[int], kind: str, number: int, endless: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     for each in ranks:
         endless[each].send_signal(number)
