@@ -43,8 +43,8 @@ class FastPath:
             return None
         loss, grads, buffers = steps.gradient(run, batch)
         grads = [g.contiguous() for g in grads]
-        norm = steps.method.total(torch.stack(torch._foreach_norm(grads)).sum())
-        fine = torch.isfinite(loss) & norm.isfinite()
+        norms = torch.stack(torch._foreach_norm(grads))
+        fine, told = steps.told(loss, norms, steps.views(grads) if self._tracked else ())
         if bool(fine):
             parts = run.method.parts
             step, age = int(run.step), int(run.age)
@@ -59,7 +59,7 @@ class FastPath:
                 old.copy_(new)
             run.age.add_(1)
         run.step.add_(1)
-        return steps.told(loss, steps.views(grads) if self._tracked else (), fine)
+        return told
 
     def _before(self, run: RunState, grads: list[Tensor]) -> tuple[list[Transition], list[Moment]]:
         """The steps of the slices, and their moments."""

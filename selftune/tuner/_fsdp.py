@@ -88,7 +88,7 @@ def shard_model(objective: nn.Module, device: torch.device, ranks: int) -> None:
         params = list(module.parameters())
         if params and not any(map(is_sharded, params)):
             for block in [*blocks(module), module]:
-                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+                fully_shard(block, mesh=mesh)
     objective.to(device)  # buffers
 
 

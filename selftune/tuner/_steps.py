@@ -208,9 +208,8 @@ class Steps:
         steps = choice.propose_all(
             [self.update] * len(parts), parts, grads, moments, total, sharded=self.group.sharded
         )
-        totals = total(torch.stack([s.moved.sum(dtype=torch.float64) for s in steps]))
-        fine = torch.isfinite(loss) & torch.isfinite(totals).all()
-        told = self.told(loss, self.views(grads) if tracked else (), fine)
+        sums = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
+        fine, told = self.told(loss, sums, self.views(grads) if tracked else ())
         if self._on_host(run):
             if not bool(fine):
                 return run._replace(step=run.step + 1), told
@@ -229,12 +228,19 @@ class Steps:
         )
         return after, told
 
-    def told(self, loss: Tensor, grads: Sequence[Tensor], fine: Tensor) -> Tensor:
-        """Loss, whether the step was taken, number of live units (NaN without gradients)."""
-        alive = torch.full_like(loss, torch.nan)
-        if grads:
-            alive = self.method.total(live_units(grads))
-        return torch.stack([t.to(torch.float64) for t in (loss, fine, alive)])
+    def told(self, loss: Tensor, sums: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Whether the step is taken, and a vector of the loss, this, and the number of live units.
+
+        Args:
+            loss: The training loss.
+            sums: Finite if this rank's weights after the step are, or its gradients.
+            grads: Gradients, for the live units; without any, their number is NaN.
+        """
+        alive = live_units(grads) if grads else torch.full_like(loss, torch.nan)
+        found = torch.stack([sums.sum().double(), alive.double()])
+        total, alive = self.method.total(found).unbind()  # one all-reduce
+        fine = torch.isfinite(loss) & torch.isfinite(total)
+        return fine, torch.stack([t.double() for t in (loss, fine, alive)])
 
     def _on_host(self, run: RunState) -> bool:
         """Whether the host may read values at each step: in eager mode, on a CPU."""
