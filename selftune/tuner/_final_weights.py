@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from selftune.tuner import _checkpoints
 from selftune.tuner._scoring import POSITIONS
+from selftune.tuner._shards import from_first
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
@@ -22,7 +23,7 @@ def place(training: Training) -> float:
     if training.joining is not None and training.joined:
         scorer.place(run, leader, training.snapshots if training.joining.back else None)
         return training.joining.loss
-    saved = training.group.from_first(lambda: _saved(training))
+    saved = from_first(training.group, lambda: _saved(training))
     guarded = training.watch.controllers[0].guard is not None
     good = training.snapshots if guarded else None
     positions = POSITIONS if training.steps.method.settings.final_weights else (0.0,)

@@ -124,13 +124,16 @@ class Group:
             dist.all_reduce(found)
         return found
 
-    def concatenate(self, shard: Tensor, counts: Sequence[int], dim: int = 0) -> Tensor:
-        """The shards of all ranks along a dimension, on the CPU of each.
+    def concatenate(
+        self, shard: Tensor, counts: Sequence[int], dim: int = 0, *, everywhere: bool = False
+    ) -> Tensor:
+        """The shards of all ranks along a dimension, on the CPU of the first rank or of all.
 
         Args:
-            shard: That of this rank.
+            shard: That of this rank, which other ranks return unchanged.
             counts: The extent of each.
             dim: The dimension.
+            everywhere: Whether all ranks concatenate them.
         """
         shape = list(shard.shape)
         shape[dim] = max(counts)
@@ -139,6 +142,8 @@ class Group:
         found = [torch.empty_like(padded) for _ in counts]
         with self.exchange():
             dist.all_gather(found, padded)
+        if not (self.first or everywhere):
+            return shard
         parts = [f.narrow(dim, 0, n).cpu() for f, n in zip(found, counts, strict=True)]
         return torch.cat(parts, dim)
 
@@ -194,6 +199,15 @@ class Group:
         differ = [rank for rank, other in enumerate(values) if other != values[0]]
         if differ:
             raise ValueError(f"{what} of rank {differ[0]} differ from those of rank 0: {remedy}")
+
+    def broadcast(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """The first rank's tensor; those of the others only have its shape and dtype."""
+        found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if self.first:
+            found.copy_(tensor)
+        with self.exchange():
+            dist.broadcast(found, 0)
+        return found
 
     @contextmanager
     def exchange(self, *, mixed: bool = False) -> Iterator[None]:

@@ -139,5 +139,7 @@ class Parts:
     ) -> dict[str, list[Tensor]]:
         """The snapshots, whole or this rank's shards."""
         places = self.steps.shards.of_weights(len(state["good"]))
-        good = [change(t, place) for t, place in zip(state["good"], places, strict=True)]
-        return {**state, "good": good}
+        return {
+            "good": [change(t, place) for t, place in zip(state["good"], places, strict=True)],
+            "buffers": [change(t, Place()) for t in state["buffers"]],
+        }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from selftune._flat import is_sharded, local
 from selftune._trees import leaves
@@ -16,6 +17,36 @@ from selftune.method import Part, Slice, slopes
 from selftune.method.shards import row_length, rows_of, shard
 from selftune.tuner._group import Group
 from selftune.tuner._run_state import RunState
+
+LARGE = ("leaves", "frozen", "snapshots", "model", "loss_fn")
+"""Entries of checkpoints that grow with the weights."""
+
+
+def from_first(group: Group, read: Callable[[], Any]) -> Any:
+    """Read checkpoints on the first rank, and return them on all.
+
+    If weights are sharded, other ranks get only shapes of the tensors that grow with the weights.
+    """
+    if not group.sharded:
+        return group.from_first(read)
+    found: list[Any] = []
+
+    def shapes() -> Any:
+        found.append(read())
+        return _without_values(found[0])
+
+    others = group.from_first(shapes)
+    return found[0] if found else others
+
+
+def _without_values(state: Any) -> Any:
+    """Checkpoints whose large tensors have shapes only."""
+    if isinstance(state, list):
+        return [_without_values(s) for s in state]
+    if not isinstance(state, dict):
+        return state
+    large = {k: v for k, v in state.items() if k in LARGE}
+    return state | tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), large)
 
 
 @dataclass(frozen=True)
@@ -96,7 +127,7 @@ class Shards:
     # between a rank's shard and the whole tensor
 
     def whole(self, tensor: Tensor, place: Place) -> Tensor:
-        """A copy of the whole tensor, on the CPU if it is sharded; called on all ranks."""
+        """A copy of the whole tensor on the first rank's CPU; called on all ranks."""
         if place.part is None:
             return tensor.detach().clone()
         pieces = [counts[self.group.rank] for counts in self._counts(place)]
@@ -105,7 +136,8 @@ class Shards:
         return torch.cat([self.group.concatenate(m, c, place.dim) for m, c in both], place.dim)
 
     def shard(self, whole: Tensor, place: Place) -> Tensor:
-        """This rank's shard of a whole tensor."""
+        """This rank's shard of the first rank's whole tensor; called on all ranks."""
+        whole = self._received(whole)
         if place.part is None:
             return whole
         rank, found, start = self.group.rank, [], 0
@@ -113,6 +145,11 @@ class Shards:
             found.append(whole.narrow(place.dim, start + sum(counts[:rank]), counts[rank]))
             start += sum(counts)
         return torch.cat(found, place.dim)
+
+    def _received(self, tensor: Tensor) -> Tensor:
+        if not self.group.sharded:
+            return tensor
+        return self.group.broadcast(tensor, self.parts[0][0].device)
 
     def shape(self, tensor: Tensor, place: Place) -> torch.Size:
         """The shape of the whole tensor."""
@@ -140,39 +177,48 @@ class Shards:
     def weights_of(self, model: nn.Module) -> dict[str, Any]:
         """A copy of a model's state, whole on all ranks; on the CPU if it is sharded."""
         if self.group.sharded:
-            return self.state_of(model)
+            return self.state_of(model, everywhere=True)
         return {
             k: v.detach().clone() if isinstance(v, Tensor) else v
             for k, v in model.state_dict().items()
         }
 
-    def state_of(self, module: nn.Module) -> dict[str, Any]:
-        """A copy of a module's state on the CPU, with whole tensors; called on all ranks."""
-        return {
-            k: self._on_host(v) if isinstance(v, Tensor) else copy.deepcopy(v)
-            for k, v in module.state_dict().items()
-        }
+    def state_of(self, module: nn.Module, *, everywhere: bool = False) -> dict[str, Any]:
+        """A copy of a module's state on the CPU; called on all ranks.
 
-    def _on_host(self, tensor: Tensor) -> Tensor:
-        return self.whole_param(tensor) if is_sharded(tensor) else tensor.detach().cpu().clone()
+        Args:
+            module: The module.
+            everywhere: Whether sharded tensors are whole on all ranks, instead of the first.
+        """
 
-    def whole_param(self, tensor: Tensor) -> Tensor:
-        """A copy of a parameter, whole if it is sharded; called on all ranks."""
+        def copied(value: Any) -> Any:
+            if is_sharded(value):
+                return self.whole_param(value, everywhere=everywhere)
+            return value.detach().cpu().clone() if isinstance(value, Tensor) else deepcopy(value)
+
+        return {name: copied(value) for name, value in module.state_dict().items()}
+
+    def whole_param(self, tensor: Tensor, *, everywhere: bool = False) -> Tensor:
+        """A copy of a parameter, whole on the first rank or all; called on all ranks."""
         if not is_sharded(tensor):
             return tensor.detach().clone()
         counts = [len(rows_of(tensor, rank)) for rank in range(self.group.size)]
-        return self.group.concatenate(local(tensor.detach()), counts)
+        return self.group.concatenate(local(tensor.detach()), counts, everywhere=everywhere)
 
     def load_param(self, tensor: Tensor, whole: Tensor) -> None:
-        """Copy a whole tensor into a parameter, or its rows into this rank's shard."""
-        rows = rows_of(tensor)
+        """Copy the first rank's whole tensor into a parameter; called on all ranks."""
+        rows, whole = rows_of(tensor), self._received(whole)
         local(tensor).copy_(whole[rows.start : rows.stop] if is_sharded(tensor) else whole)
 
     @torch.no_grad()
     def load(self, module: nn.Module, state: Mapping[str, Any]) -> None:
-        """Load a state with whole tensors into a module."""
+        """Load the first rank's state into a module; called on all ranks."""
         sharded = {n: t for n, t in module.state_dict().items() if is_sharded(t)}
         for name, tensor in sharded.items():
             self.load_param(tensor, state[name])
-        rest = {n: v for n, v in state.items() if n not in sharded}
+        rest = {
+            n: self._received(v) if isinstance(v, Tensor) else v
+            for n, v in state.items()
+            if n not in sharded
+        }
         module.load_state_dict(rest, strict=not sharded)

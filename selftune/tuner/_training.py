@@ -316,7 +316,7 @@ class Training:
             self.train = self.joining.batches if self.joined else self.train
         self._parts.unpack(state, _resuming.FOLLOWS if longer else ())
         self.step, self.best, self.waited = state["numbers"]
-        self.saved_best = best if self.best < math.inf else None
+        self.saved_best = best if self.best < math.inf and self.group.first else None
         self.ended, self.due = state["ended"], state["due"]
         self.plan.compile = state["compile"]
         self.watch.bar.update(self.step)

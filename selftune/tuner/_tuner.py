@@ -35,6 +35,7 @@ from selftune.tuner._plan import Plan, Progress, between_entries, between_evalua
 from selftune.tuner._population import Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
+from selftune.tuner._shards import from_first
 from selftune.tuner._training import Training
 from selftune.update import Update
 
@@ -273,7 +274,7 @@ class Tuner:
         folder = None if log_dir is None else Path(log_dir)
         with quiet(not group.first), ExitStack() as held, modes_kept(objective):
             group.from_first(lambda: held.enter_context(owned(folder)))
-            saved = group.from_first(lambda: _checkpoints.find(resume, folder))
+            saved = from_first(group, lambda: _checkpoints.find(resume, folder))
             group.share_streams()
             whole, (train, val, holding) = train, parts(train, val, self._seed)
             device = self._device or next(self.model.parameters()).device
@@ -290,8 +291,7 @@ class Tuner:
             )  # fmt: skip
             training = build(self._given, plan, streams, val, device, saved is None)
             held.callback(training.scorer.close)
-            training.callbacks = callbacks
-            hidden = not (progress and group.first)
+            training.callbacks, hidden = callbacks, not (progress and group.first)
             training.watch.bar = tqdm(total=total, disable=hidden, unit="step")
             if saved is not None:
                 training.load(*saved)

@@ -79,11 +79,16 @@ def large() -> nn.Module:
     ).double()
 
 
+SOME = dict(steps=60)
 FEW = dict(steps=8, evaluate_every=8, checkpoint_every=4)
 JOBS: dict[str, Callable[..., Any]] = {
     "SGD": lambda folder, **o: train(net(), folder, **o),
     "a mixture, no validation set": lambda folder, **o: train(
-        *(net(), folder), rule=st.rules.Mixture([st.rules.SGD(), st.rules.AdamW()]), val=None, **o
+        *(net(), folder),
+        rule=st.rules.Mixture([st.rules.SGD(), st.rules.AdamW()]),
+        val=None,
+        fit=SOME,
+        **o,
     ),
     "AdamW, a last batch of 5, three of validation": lambda folder, **o: train(
         *(wide(), folder),
@@ -92,6 +97,7 @@ JOBS: dict[str, Callable[..., Any]] = {
         loss_fn=squares,
         size=205,
         val=loader(45, 1, batch_size=16),
+        fit=SOME,
         **o,
     ),
     "transformer": lambda folder, **o: train(sharded_transformer(**o), folder, **o),
@@ -172,7 +178,7 @@ def rank(number: int, port: int, folder: Path) -> None:
         for name, job in JOBS.items()
     }
     found |= {f"{NORM}, {kind}": norm(parallel=kind) for kind in ("fsdp", "ddp")}
-    cut(folder / "to two", parallel="fsdp")
+    cut(folder / "to two", died=87, parallel="fsdp")
     if number == 0:
         for target in ("one", "ddp"):
             shutil.copytree(folder / "to two", folder / f"to {target}")
@@ -195,7 +201,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def both(folder: Path) -> list[dict[str, Any]]:
     """What two ranks found."""
-    cut(folder / "of one")
+    cut(folder / "of one", died=87)
     mp.spawn(rank, (free_port(), folder), nprocs=2)
     return [torch.load(folder / f"{number}.pt", weights_only=False) for number in (0, 1)]
 

@@ -77,10 +77,10 @@ def train(
     }
 
 
-def cut(folder: Path, **options: Any) -> None:
-    """The first 47 steps, of which a checkpoint holds 40."""
+def cut(folder: Path, died: int = 47, **options: Any) -> None:
+    """The first steps, of which a checkpoint holds a multiple of 10."""
     with pytest.raises(Outage):
-        train(net(), folder, died=47, **options)
+        train(net(), folder, died=died, **options)
 
 
 def random_net() -> nn.Module:
