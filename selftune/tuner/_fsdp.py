@@ -19,7 +19,11 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def check_sharded(given: Given, compile: bool | str) -> None:
-    """Raise an error for options that do not work with sharded weights.
+    """Raise an error for options that do not work with sharded weights, and for a sharded model.
+
+    Args:
+        given: The arguments of the tuner.
+        compile: Its argument.
 
     Raises:
         ValueError: There are such options; the message names them.
@@ -27,6 +31,11 @@ def check_sharded(given: Given, compile: bool | str) -> None:
     rule = type(given.rule).__name__
     whole = [p.name for p in given.update.penalties if not p.elementwise]
     params: dict[str, Any] = dict(given.objective.model.named_parameters())
+    sharded = [name for name, param in params.items() if is_sharded(param)]
+    if not given.group.sharded:
+        if sharded:
+            raise ValueError(f'model: {sharded[0]} is sharded (a DTensor): pass parallel="fsdp"')
+        return
     if compile is True:
         raise ValueError(
             'compile=True cannot be used with parallel="fsdp", whose steps run eagerly: pass '
@@ -48,13 +57,18 @@ def check_sharded(given: Given, compile: bool | str) -> None:
                 f'model: {name} has shape (), which parallel="fsdp" cannot divide: give it shape '
                 '(1,), or pass parallel="ddp"'
             )
-        if is_sharded(param) and param.device.type != param.device_mesh.device_type:
+        if sharded and not is_sharded(param):
+            raise ValueError(
+                f"model: {name} is not sharded, but {sharded[0]} is: call fully_shard(model) after "
+                "fully_shard of its blocks, or pass the plain model"
+            )
+        if sharded and param.device.type != param.device_mesh.device_type:
             raise ValueError(
                 f"model: {name} is offloaded to the {param.device.type}, which st.Tuner does not "
                 "support: call fully_shard(module) without offload_policy=, or use st.AdamW in "
                 "your own loop"
             )
-        if is_sharded(param) and not _by_rank(param, given.group.size):
+        if sharded and not _by_rank(param, given.group.size):
             raise ValueError(
                 f"model: {name} has placements {param.placements} on a mesh of shape "
                 f'{tuple(param.device_mesh.shape)}, but parallel="fsdp" needs rows over all '

@@ -346,5 +346,4 @@ def check_together(given: Given, compile: bool | str) -> None:
             f"population={members.size} cannot be trained with {group.kind}: "
             "pass population=1, or train on one rank"
         )
-    if group.sharded:
-        check_sharded(given, compile)
+    check_sharded(given, compile)

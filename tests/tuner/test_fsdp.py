@@ -84,27 +84,18 @@ FEW = dict(steps=8, evaluate_every=8, checkpoint_every=4)
 JOBS: dict[str, Callable[..., Any]] = {
     "SGD": lambda folder, **o: train(net(), folder, **o),
     "a mixture, no validation set": lambda folder, **o: train(
-        *(net(), folder),
-        rule=st.rules.Mixture([st.rules.SGD(), st.rules.AdamW()]),
-        val=None,
-        fit=SOME,
-        **o,
+        *(net(), folder), rule=st.rules.Mixture([st.rules.SGD(), st.rules.AdamW()]),
+        val=None, fit=SOME, **o,
     ),
     "AdamW, a last batch of 5, three of validation": lambda folder, **o: train(
-        *(wide(), folder),
-        rule=st.rules.AdamW(),
-        penalty=st.penalties.L1(1e-4),
-        loss_fn=squares,
-        size=205,
-        val=loader(45, 1, batch_size=16),
-        fit=SOME,
-        **o,
+        *(wide(), folder), rule=st.rules.AdamW(), penalty=st.penalties.L1(1e-4),
+        loss_fn=squares, size=205, val=loader(45, 1, batch_size=16), fit=SOME, **o,
     ),
     "transformer": lambda folder, **o: train(sharded_transformer(**o), folder, **o),
     "large": lambda folder, **o: train(
         *(large(), folder), rule=st.rules.AdamW(), snapshots="device", probe=False, fit=FEW, **o
     ),
-}
+}  # fmt: skip
 NORM = "norm"  # normalises by each rank's part of a batch, as with "ddp"
 
 
@@ -147,6 +138,12 @@ def on_other_mesh() -> nn.Module:
     return dist.fsdp.fully_shard(net(), mesh=mesh)
 
 
+def in_part() -> nn.Module:
+    model = net()
+    dist.fsdp.fully_shard(model[0])
+    return model
+
+
 def first_layer(model: nn.Module, batch: Any) -> Tensor:
     """Part of a model, without a call of the whole."""
     return F.cross_entropy(model[0](batch[0]), batch[1])
@@ -161,6 +158,10 @@ REFUSED: dict[str, Callable[[int], Any]] = {
         net(), parallel="fsdp", penalty=st.penalties.Group(1e-3)
     ),
     "model: scale has shape ()": lambda _: train(Scalar(), parallel="fsdp"),
+    "model: 2.weight is not sharded, but 0.weight is": lambda _: train(in_part(), parallel="fsdp"),
+    "0.weight is sharded (a DTensor): pass parallel=": lambda _: train(
+        dist.fsdp.fully_shard(net()), parallel="ddp"
+    ),
     "on a mesh of shape (2, 1)": lambda _: train(on_other_mesh(), parallel="fsdp"),
     "a part was used without such a call": lambda _: train(
         net(), parallel="fsdp", loss_fn=None, objective=first_layer
