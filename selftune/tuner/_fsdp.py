@@ -112,7 +112,7 @@ def blocks(model: nn.Module, least: int = LEAST) -> list[nn.Module]:
     Examples:
         >>> layers = [nn.Linear(4, 4), nn.Linear(4, 2), nn.Sequential(nn.Linear(2, 9))]
         >>> [block.out_features for block in blocks(nn.Sequential(*layers), least=15)]
-        [4, 9]
+        [9, 4]
     """
     found: list[nn.Module] = []
     claimed: set[int] = set()
