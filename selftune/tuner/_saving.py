@@ -138,8 +138,10 @@ class Parts:
         self, change: Callable[[Tensor, Place], Tensor], state: dict[str, list[Tensor]]
     ) -> dict[str, list[Tensor]]:
         """The snapshots, whole or this rank's shards."""
-        places = self.steps.shards.of_weights(len(state["good"]))
+        weights = self.steps.shards.of_weights(len(state["good"]))
+        places = [*weights, *[Place()] * len(state["buffers"])]
+        known = {"good": weights, "buffers": places[len(weights) :], "candidate": places}
         return {
-            "good": [change(t, place) for t, place in zip(state["good"], places, strict=True)],
-            "buffers": [change(t, Place()) for t in state["buffers"]],
+            name: [change(t, place) for t, place in zip(tensors, known[name], strict=False)]
+            for name, tensors in state.items()
         }
