@@ -13,6 +13,9 @@ On several machines run the same command on each, with the address of any one of
     torchrun --nnodes 2 --nproc-per-node gpu --rdzv-backend c10d --rdzv-endpoint HOST:29500
     examples/distributed.py --device cuda
 
+With --parallel fsdp each rank holds only a part of the weights and of their state, for models that
+do not fit on one GPU.
+
 Without torchrun the script trains in one process, to nearly the same hyperparameters (BatchNorm
 normalises by each rank's part of a batch; without it they are equal up to rounding). Ctrl-C saves
 a checkpoint; the same command resumes it, on any number of ranks.
@@ -33,6 +36,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=40)
 parser.add_argument("--batch-size", type=int, default=64, help="over all ranks")
 parser.add_argument("--device", default="cpu", help="cpu, or cuda for the GPU of each rank")
+parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp"])
 parser.add_argument("--log-dir", default="runs/distributed")
 parser.add_argument("--quick", action="store_true", help="a short run of a few seconds")
 args = parser.parse_args()
@@ -55,7 +59,7 @@ tuner = st.Tuner(
     model,
     F.cross_entropy,
     metrics={"accuracy": lambda output, y: (output.argmax(1) == y).float().mean()},
-    parallel="ddp" if launched else None,
+    parallel=args.parallel if launched else None,
     device=args.device,
 )
 result = tuner.fit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor (DTensor); other tensors unchanged."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
 
 
 def plus(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Slice:
         if self.stride == 1:
             return whole
         if self.shards:
-            parts = whole.split([size for size, _ in self.shards])
+            parts = whole.reshape(-1).split([size for size, _ in self.shards])
             places = [first for _, first in self.shards]
             return torch.cat([p[at :: self.stride] for p, at in zip(parts, places, strict=True)])
         return whole.reshape(-1)[self.stride // 2 :: self.stride]

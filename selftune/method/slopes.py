@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selftune.method.settings import SliceSettings
-from selftune.method.slices import choose
+from selftune.method.slices import Slice, choose
 
 SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
 """Share and maximum number of weights of a large tensor to use; small ones are used whole."""
@@ -34,6 +34,7 @@ class Slopes:
         grads: Sequence[Tensor],
         weights: Sequence[Tensor],
         reduce: Callable[[Tensor], Tensor] = lambda products: products,
+        cuts: Sequence[Slice] | None = None,
     ) -> tuple[float, float] | None:
         """The slopes g · Δw at the start and at the end of the last step.
 
@@ -41,14 +42,13 @@ class Slopes:
             grads: Gradients at the current weights, on a new batch.
             weights: The current weights.
             reduce: Sums products over processes that hold parts of the weights.
+            cuts: The slices of these parts; by default those of whole tensors.
 
         Returns:
             None at the first step, or if parts were added.
         """
         before = Slopes(self.grads, self.weights)
-        shares = [min(SHARE, MOST / max(1, w.numel())) for w in weights]
-        pairs = zip(weights, shares, strict=True)
-        cuts = [choose([[w.shape]], share, LARGE)[0] for w, share in pairs]
+        cuts = slices([w.shape for w in weights]) if cuts is None else cuts
         grads, weights = (
             [_kept(cut.scaled(t)) for cut, t in zip(cuts, tensors, strict=True)]
             for tensors in (grads, weights)
@@ -67,6 +67,13 @@ class Slopes:
     def forget(self) -> None:
         """Reset to the initial state."""
         self.grads, self.weights = [], []
+
+
+def slices(shapes: Sequence[torch.Size]) -> list[Slice]:
+    """The slices of whole tensors that represent them."""
+    sizes = [shape.numel() for shape in shapes]
+    shares = [min(SHARE, MOST / max(1, size)) for size in sizes]
+    return [choose([[s]], share, LARGE)[0] for s, share in zip(shapes, shares, strict=True)]
 
 
 def _kept(tensor: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ class Method:
     def begin(self, parts: list[Part], hyper: HyperState, step: Tensor) -> State:
         """The state at the start of a run."""
         params = self.cut([p.average for p in parts])
-        slots = self.settings.stiff.slots(sum(p.average.numel() for p in parts))
+        weights = step.new_tensor(sum(p.average.numel() for p in parts))
+        slots = self.settings.stiff.slots(int(self.total(weights)))
         slots = slots if self.sensitivities.smooth else 0
         limited = self.guarded and self.settings.displacement and "lr" in self.hyper.hparams
         return State(

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from selftune._flat import local
+from selftune._flat import is_sharded, local
+from selftune.method.shards import by_rows, shard
 from selftune.method.slices import Slice, choose
 from selftune.method.snapshots import kinds, resolve
 from selftune.optim._block import Block
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Group, Groups
-from selftune.optim._reducer import is_sharded
-from selftune.optim._shards import by_rows, shard
 
 State = MutableMapping[Tensor, dict[str, Any]]
 

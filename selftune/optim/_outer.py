@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._flat import is_sharded
 from selftune.control.final_weights import BACK
 from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
 from selftune.optim._engine import Engine
-from selftune.optim._reducer import is_sharded
 from selftune.optim._shown import Shown
 
 log = logging.getLogger("selftune")

@@ -102,8 +102,3 @@ class Reducer:
     def total(self, products: Tensor) -> Tensor:
         """Reduce inner products with training gradients, equal in all processes."""
         return self.outer(products) if self.sharded else products
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
-    return isinstance(tensor, torch.Tensor) and hasattr(tensor, "to_local")

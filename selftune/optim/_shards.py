@@ -16,46 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._flat import local
-from selftune.method.slices import Slice
-from selftune.optim._reducer import is_sharded
-
-
-def by_rows(param: Any) -> bool:
-    """Whether each process holds a range of a parameter's rows, so that slices can be sharded."""
-    if not is_sharded(param):
-        return True
-    from torch.distributed.tensor import Shard  # takes a second to import, and is rarely needed
-
-    split = [p for p in param.placements if not p.is_replicate()]
-    return len(split) <= 1 and all(type(p) is Shard and p.dim == 0 for p in split)
-
-
-def _rows(param: Any) -> range:
-    """The rows of a parameter in this process."""
-    rows = param.shape[0] if param.ndim else 1
-    for dim, placement in enumerate(param.placements if is_sharded(param) else ()):
-        if not placement.is_replicate():
-            size = -(-rows // param.device_mesh.size(dim))  # as torch.chunk
-            start = min(rows, param.device_mesh.get_local_rank(dim) * size)
-            return range(start, min(rows, start + size))
-    return range(rows)
-
-
-def shard(cut: Slice, params: Sequence[Tensor]) -> Slice:
-    """This process's part of a slice of whole parameters."""
-    if cut.stride == 1 or not any(is_sharded(p) for p in params):
-        return cut
-    firsts = cut.firsts([p.numel() for p in params])
-    starts = [_rows(p).start * _length(p) for p in params]
-    places = [(first - start) % cut.stride for first, start in zip(firsts, starts, strict=True)]
-    sizes = [local(p).numel() for p in params]
-    return Slice(cut.stride, tuple(zip(sizes, places, strict=True)))
-
-
-def _length(param: Tensor) -> int:
-    """Weights in a row."""
-    return param.shape[1:].numel() if param.ndim else 1
+from selftune._flat import is_sharded, local
+from selftune.method.shards import row_length, rows_of
 
 
 def whole(param: Tensor, value: Tensor) -> Tensor:
@@ -96,7 +58,7 @@ class Rows:
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, int]:
         """Row and column of each weight of the slice, and the largest number in a row."""
-        part, length = _rows(self.param), _length(self.param)
+        part, length = rows_of(self.param), row_length(self.param)
         start, end = part.start * length, part.stop * length
         first = start + self.first
         index = torch.arange(first, max(first, end), self.stride)
@@ -108,7 +70,7 @@ class Rows:
     def save(self, kept: Tensor) -> Tensor:
         """Convert a slice of shape (…, slice) to (…, rows, largest number in a row)."""
         row, column, width = self._places
-        rows = _rows(self.param)
+        rows = rows_of(self.param)
         shape = (self.param.shape[0] if self.param.ndim else 1, width)
         table = kept.new_zeros((*kept.shape[:-1], len(rows), width))
         table[..., row, column] = kept

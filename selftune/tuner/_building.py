@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from selftune._identity import describe, flatten
 from selftune.control import Controller, GuardPolicy, SweepSettings, make_guard, make_sweep
 from selftune.estimators import AbstractEstimator, Assignment, assign
 from selftune.hparams import Hparam, choose
@@ -28,21 +27,24 @@ from selftune.method.slices import choose as choose_slices
 from selftune.method.slices import wanted
 from selftune.method.snapshots import kinds, resolve
 from selftune.nn import Found
-from selftune.rules import AbstractRule, Mixture
+from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
 from selftune.tuner import _choice
 from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
+from selftune.tuner._fsdp import shard_model
 from selftune.tuner._group import Group
 from selftune.tuner._joining import Joining
-from selftune.tuner._objective import Objective, for_tuning
+from selftune.tuner._objective import InMode, Objective, for_tuning
 from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
-from selftune.tuner._resuming import JOINS, LENGTH, UNTIL
+from selftune.tuner._resuming import UNTIL
+from selftune.tuner._same_run import identity
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._sharding import shard
+from selftune.tuner._shards import Shards
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._training import Training
@@ -139,7 +141,7 @@ def tuned_names(
 def open_streams(
     train: Any, val: Any, whole: Any, device: torch.device, given: Given
 ) -> Iterator[tuple[Stream, Stream, Stream]]:
-    """Batches of this rank; closes their workers at the end.
+    """Batches of this rank; closes their workers at the end. Moves the model to the device.
 
     Args:
         train: Training batches.
@@ -152,6 +154,8 @@ def open_streams(
         ValueError: Ranks start with different models or data.
     """
     group = given.group
+    if not group.sharded:  # shards are moved after the model is divided
+        given.objective.to(device)
     names = ("train", "val", "train")
     parts = [shard(name, group.rank, group.size) for name in names]
     streams = (
@@ -190,6 +194,8 @@ def build(
         ValueError: Data, bounds or lengths are inconsistent.
     """
     total, names, population = plan.total, given.names, given.population
+    if given.group.sharded:
+        shard_model(given.objective, device, given.group.size)
     autocast: Callable[[], Any] = nullcontext
     if given.amp:
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
@@ -213,7 +219,7 @@ def build(
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
-    weights = sum(t.numel() for t in run.averages)
+    weights = sum(p.numel() for p in given.objective.parameters() if p.requires_grad)
     where, second = resolve(given.snapshots, weights), "candidate" in kinds(weights)
     snapshots = Snapshots(run, steps.method, mapped, where, candidate=second)
     fused = Fused(steps, run, members)
@@ -238,41 +244,9 @@ def build(
         snapshots=snapshots,
         watch=watch,
         population=population,
-        identity=_identity(given, plan, steps),
+        identity=identity(given, plan, steps),
         joining=None if plan.join is None else Joining(step=plan.join, batches=streams[2]),
     )
-
-
-def _identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
-    """Settings that must be equal in a run and in its continuation."""
-    model = given.objective.model
-    found = {
-        "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
-        "trained parameters": str(steps.params),
-        "model": describe(given.objective),
-        "rule": type(given.rule).__name__,
-        "estimator": describe(given.assignment(plan.total)),
-        "tangents": str(given.tangents),
-        "snapshots": given.snapshots,
-        "tuned hyperparameters": str(given.names),
-        LENGTH: plan.total,
-        "every": plan.every,
-        "size of a hyperparameter step": str(given.hyper_rate),
-        "schedule": given.schedule,
-        "warmup_steps": given.warmup,
-        "amp": given.amp,
-        "population": 1 if given.population is None else given.population.size,
-        "bounds": str(dict(given.bounds or {})),
-    }
-    if isinstance(given.rule, Mixture):
-        found["members of the rule"] = ", ".join(given.rule.members)
-        found[UNTIL] = steps.options[UNTIL]
-    if plan.join is not None:
-        found[JOINS] = plan.join
-    parts = {"average": given.average, "settings": given.settings, "guard": given.guard}
-    for name, part in parts.items():
-        found |= flatten(name, part)
-    return found
 
 
 def _controller(given: Given, steps: Steps, total: int) -> Controller:
@@ -305,18 +279,20 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     joined = plan.compile is not True and given.population is None and _small(given.objective)
     joined = joined and given.rule.elementwise
     trained = [p for p in given.objective.parameters() if p.requires_grad]
-    shapes = [p.shape for p in trained]
-    parts = [shapes] if joined else [[shape] for shape in shapes]
+    parts = [trained] if joined else [[p] for p in trained]
+    cuts = choose_slices([[p.shape for p in part] for part in parts], share, settings.slices)
+    group, shards = given.group, Shards(given.group, parts, cuts, joined)
     return Steps(
         inner=given.objective,
-        outer=for_tuning(given.objective, plan.every),
+        outer=(InMode if group.sharded else for_tuning)(given.objective, plan.every),
         method=Method(
             sensitivities=Sensitivities(
                 rows, given.update, assigned.rows, given.average, storage
             ),
             hyper=hyper, settings=settings, horizon=total,
-            slices=choose_slices(parts, share, settings.slices),
+            slices=shards.slices,
             guarded=make_guard(given.guard) is not None,
+            total=group.total, outer_total=group.total,
         ),
         options={k: v for k, v in given.values.items() if k not in (*names, *given.found)},
         rates=rates,
@@ -327,7 +303,8 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         layers={n: f.buffers for n, f in given.found.items() if n in names},
         joined=joined,
         own=PerParameter(given.rule.by_parameter(given.objective.model, trained)),
-        group=given.group,
+        group=group,
+        shards=shards,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from selftune._arguments import (
     Whole,
     check,
 )
+from selftune._flat import is_sharded
 from selftune._identity import digest
 from selftune.hypernet import SelfTuned
 from selftune.nn import Found
@@ -33,7 +34,8 @@ from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
 from selftune.tuner._data import Stream, size
 from selftune.tuner._group import Group
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._run_state import RunState
+from selftune.tuner._steps import Steps
 
 
 def check_hparams(
@@ -157,15 +159,16 @@ def check_first(
         batch = stream.peek()
         held = _held(module), _explained()
         with torch.random.fork_rng(devices), steps.autocast(), held[0], held[1]:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(not steps.group.sharded):
                 loss = module(batch)
             _check_loss(loss, name)
-            _check_dependence(loss, name, module)
+            if not steps.group.sharded:  # whose graph holds the gathered weights
+                _check_dependence(loss, name, module)
             value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
             with torch.set_grad_enabled(mapped or steps.whole is not None):  # by torch.func then
                 grads = passed(run, batch)[1]
-            if not any(bool(g.any()) for g in grads):
+            if not steps.group.any(any(bool(g.any()) for g in grads)):
                 raise ValueError(
                     f"the gradient of the loss on the first {name} batch is 0: either "
                     "objective= does not use the model passed to it, or all units are dead"
@@ -178,8 +181,9 @@ def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Strea
     if not group.together:
         return
     tensors = [*objective.parameters(), *objective.buffers()]
+    whole = not any(map(is_sharded, tensors))
     group.check_same(
-        "weights and buffers of the model", digest(tensors),
+        "weights and buffers of the model", digest(tensors, values=whole),
         "create it after torch.manual_seed(0), or load the same file on all ranks",
     )  # fmt: skip
     group.check_same(
@@ -196,8 +200,9 @@ def check_agreement(run: RunState, group: Group) -> None:
     """Raise an error if weights or hyperparameters of ranks differ."""
     if not group.together:
         return
+    weights = [] if group.sharded else run.weights
     group.check_same(
-        "weights and hyperparameters", digest([*run.weights, run.hyper.raw]),
+        "weights and hyperparameters", digest([*weights, run.hyper.raw]),
         "ranks must compute identically: do all have the same hardware and torch version?",
     )  # fmt: skip
 
@@ -241,6 +246,13 @@ def _explained() -> Iterator[None]:
                 "model: st.Tuner cannot differentiate activation checkpoints of the reentrant "
                 "kind: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or use "
                 "st.AdamW in your own loop, which supports both kinds"
+            ) from error
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise ValueError(
+                'model: with parallel="fsdp" weights are gathered when the model, or an element of '
+                "a Sequential or ModuleList, is called, but a part was used without such a call: "
+                "call the whole model (in objective= too), shard the parts that are called with "
+                'torch.distributed.fsdp.fully_shard(part), or pass parallel="ddp"'
             ) from error
         if "saved tensor hooks" in str(error):
             raise ValueError(

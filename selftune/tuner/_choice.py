@@ -12,7 +12,8 @@ import torch
 from selftune.method import State, choice
 from selftune.rules import Mixture, PlainOptimizer
 from selftune.tuner._compiled import Fused
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._run_state import RunState
+from selftune.tuner._steps import Steps
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from selftune._trees import leaves
 from selftune.tuner._fast_path import FastPath
-from selftune.tuner._steps import Batch, RunState, Steps
+from selftune.tuner._run_state import Batch, RunState
+from selftune.tuner._steps import Steps
 from selftune.tuner._whole_step import FunctionalSteps
 
 log = logging.getLogger("selftune")

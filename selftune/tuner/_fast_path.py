@@ -8,7 +8,8 @@ from torch import Tensor
 from selftune._trees import leaves
 from selftune.method import Moment, fast_path
 from selftune.method.averaging import move_towards
-from selftune.tuner._steps import Batch, RunState, Steps
+from selftune.tuner._run_state import Batch, RunState
+from selftune.tuner._steps import Steps
 from selftune.update import Clock, Transition, learning_rate
 
 
@@ -42,7 +43,8 @@ class FastPath:
             return None
         loss, grads, buffers = steps.gradient(run, batch)
         grads = [g.contiguous() for g in grads]
-        fine = torch.isfinite(loss) & torch.stack(torch._foreach_norm(grads)).sum().isfinite()
+        norms = torch.stack(torch._foreach_norm(grads))
+        fine, told = steps.told(loss, norms, steps.views(grads) if self._tracked else ())
         if bool(fine):
             parts = run.method.parts
             step, age = int(run.step), int(run.age)
@@ -57,7 +59,7 @@ class FastPath:
                 old.copy_(new)
             run.age.add_(1)
         run.step.add_(1)
-        return steps.told(loss, steps.views(grads) if self._tracked else (), fine)
+        return told
 
     def _before(self, run: RunState, grads: list[Tensor]) -> tuple[list[Transition], list[Moment]]:
         """The steps of the slices, and their moments."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from selftune.tuner import _checkpoints
 from selftune.tuner._scoring import POSITIONS
+from selftune.tuner._shards import from_first
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
@@ -22,7 +23,7 @@ def place(training: Training) -> float:
     if training.joining is not None and training.joined:
         scorer.place(run, leader, training.snapshots if training.joining.back else None)
         return training.joining.loss
-    saved = training.group.from_first(lambda: _saved(training))
+    saved = from_first(training.group, lambda: _saved(training))
     guarded = training.watch.controllers[0].guard is not None
     good = training.snapshots if guarded else None
     positions = POSITIONS if training.steps.method.settings.final_weights else (0.0,)
@@ -34,3 +35,28 @@ def _saved(training: Training) -> dict[str, Any] | None:
     if training.saved_best is not None or training.folder is None or training.best == math.inf:
         return training.saved_best
     return _checkpoints.read_best(training.folder)
+
+
+def save_best(training: Training, loss: float) -> None:
+    """Save the best weights to disk, or keep them in memory if there is no space or folder."""
+    if not (training.group.first or training.group.sharded):
+        return
+    with training.scorer.shown(training.fused.run, training.watch.leader):
+        state = shown_state(training, loss)
+    folder = training.writes
+    written = folder and _checkpoints.write(folder / _checkpoints.BEST, state)
+    training.saved_best = state if training.group.first and not written else None
+
+
+def write_best(training: Training, loss: float) -> None:
+    """Write the weights of the model, whose loss is known, to ``best.pt``."""
+    if training.writes is not None or training.group.sharded:
+        state = shown_state(training, loss)
+        if training.writes is not None:
+            _checkpoints.write(training.writes / _checkpoints.BEST, state)
+
+
+def shown_state(training: Training, loss: float) -> dict[str, Any]:
+    """The current weights of the model, whose loss is known."""
+    known = {"step": training.step, "loss": loss, "hparams": training.watch.hparams()}
+    return {**training.scorer.state(), **known}

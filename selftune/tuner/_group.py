@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor
 from selftune._identity import digest
 from selftune.method import choice
 from selftune.tuner._data import size
+from selftune.tuner._fsdp import check_sharded
 from selftune.tuner._passes import Passed
 from selftune.tuner._randomness import restore, snapshot
 
@@ -45,21 +46,27 @@ class Group:
     Args:
         rank: Rank of this process.
         size: Number of processes.
+        sharded: Whether each rank holds a shard of the weights and of their state.
 
     Attributes:
         asks: Whether this rank requests the end of the run; sent with every pass.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, *, sharded: bool = False) -> None:
+        self.rank, self.size, self.sharded = rank, size, sharded
         self.asks: Callable[[], bool] = lambda: False
         self._asked: Tensor | None = None  # of any rank, since the start
         self._start = self._passes = 0  # they seed the random numbers of a pass
 
     @property
     def together(self) -> bool:
-        """Whether there are other ranks."""
-        return self.size > 1
+        """Whether there are other ranks, or weights are sharded, possibly over a single one."""
+        return self.size > 1 or self.sharded
+
+    @property
+    def kind(self) -> str:
+        """The argument ``parallel`` in an error message."""
+        return f'parallel="{"fsdp" if self.sharded else "ddp"}" on {self.size} ranks'
 
     @property
     def first(self) -> bool:
@@ -77,7 +84,9 @@ class Group:
         buffers, such as the running statistics of BatchNorm, are averaged as well.
 
         Args:
-            passing: Returns loss, gradients and buffers for this rank's part of the batch.
+            passing: Returns loss, gradients and buffers for this rank's part of the batch. Sharded
+                gradients are already averaged over ranks, after multiplication by the number of
+                examples of each.
             run: Argument of ``passing``.
             batch: Argument of ``passing``.
 
@@ -86,22 +95,57 @@ class Group:
         """
         if not self.together:
             return passing(run, batch)
-        with self._seeded():
+        with self._seeded(), self.exchange(mixed=True):
             loss, grads, buffers = passing(run, batch)
         floating = [b for b in buffers if b.is_floating_point()]
-        wanted = [*grads, *floating, loss]
+        own = [] if self.sharded else grads
+        wanted = [*own, *floating, loss]
         head = loss.new_tensor([float(self.asks()), 1.0], dtype=torch.float32)
         flat = torch.cat([*(t.reshape(-1) for t in wanted), head]).mul_(size(batch))
-        with self._exchange():
+        with self.exchange():
             dist.all_reduce(flat)
         self._passes += 1
         asked, count = flat[-2].clone(), flat[-1].clone()
         self._asked = asked if self._asked is None else torch.maximum(self._asked, asked)
         pieces = flat.div_(count)[:-2].split([t.numel() for t in wanted])
         means = [p.view(t.shape).to(t.dtype) for p, t in zip(pieces, wanted, strict=True)]
-        reduced = iter(means[len(grads) : -1])
+        reduced = iter(means[len(own) : -1])
         after = [next(reduced) if b.is_floating_point() else b for b in buffers]
-        return means[-1], means[: len(grads)], after
+        if self.sharded:
+            return means[-1], [g.div_((count / self.size).to(g.dtype)) for g in grads], after
+        return means[-1], means[: len(own)], after
+
+    def total(self, products: Tensor) -> Tensor:
+        """Sum products over shards; replicated weights have their sums already."""
+        if not self.sharded:
+            return products
+        found = products.contiguous().clone()
+        with self.exchange():
+            dist.all_reduce(found)
+        return found
+
+    def concatenate(
+        self, shard: Tensor, counts: Sequence[int], dim: int = 0, *, everywhere: bool = False
+    ) -> Tensor:
+        """The shards of all ranks along a dimension, on the CPU of the first rank or of all.
+
+        Args:
+            shard: That of this rank, which other ranks return unchanged.
+            counts: The extent of each.
+            dim: The dimension.
+            everywhere: Whether all ranks concatenate them.
+        """
+        shape = list(shard.shape)
+        shape[dim] = max(counts)
+        padded = shard.new_zeros(shape)
+        padded.narrow(dim, 0, shard.shape[dim]).copy_(shard)
+        found = [torch.empty_like(padded) for _ in counts]
+        with self.exchange():
+            dist.all_gather(found, padded)
+        if not (self.first or everywhere):
+            return shard
+        parts = [f.narrow(dim, 0, n).cpu() for f, n in zip(found, counts, strict=True)]
+        return torch.cat(parts, dim)
 
     def asked(self) -> bool:
         """Whether any rank has requested the end of the run; equal on all ranks."""
@@ -114,7 +158,7 @@ class Group:
         if not self.together:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._exchange():
+        with self.exchange():
             dist.all_gather_object(found, value)
         return found
 
@@ -139,7 +183,7 @@ class Group:
                 found[0] = function()
             except Exception as error:
                 found[1] = error
-        with self._exchange():
+        with self.exchange():
             dist.broadcast_object_list(found)
         if found[1] is not None:
             raise found[1]
@@ -156,16 +200,40 @@ class Group:
         if differ:
             raise ValueError(f"{what} of rank {differ[0]} differ from those of rank 0: {remedy}")
 
+    def broadcast(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """The first rank's tensor; those of the others only have its shape and dtype."""
+        found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if self.first:
+            found.copy_(tensor)
+        with self.exchange():
+            dist.broadcast(found, 0)
+        return found
+
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def exchange(self, *, mixed: bool = False) -> Iterator[None]:
+        """Explain the failure of a collective within a block.
+
+        Args:
+            mixed: Whether the block also runs the model, whose errors have nothing to explain.
+        """
         try:
             yield
         except RuntimeError as error:
-            raise RankLost(
-                f"rank {self.rank} of {self.size} ends: another rank has died, or did not answer "
-                f"within {TIMEOUT} (see its output). With log_dir the run is saved up to here: "
-                "start the script again with resume=True"
-            ) from error
+            words = ("gloo", "nccl", "connection closed")
+            failed = isinstance(error, dist.DistError) or any(
+                w in str(error).lower() for w in words
+            )
+            if mixed and not failed:
+                raise
+            raise self._lost() from error
+
+    def _lost(self) -> RankLost:
+        kept = "its last checkpoint" if self.sharded else "here"
+        return RankLost(
+            f"rank {self.rank} of {self.size} ends: another rank has died, or did not answer "
+            f"within {TIMEOUT} (see its output). With log_dir the run is saved up to {kept}: "
+            "start the script again with resume=True"
+        )
 
     # random streams
 
@@ -203,14 +271,8 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
     """The group of this process and its device; initialises the process group if needed.
 
     Raises:
-        ValueError: There is neither a process group nor torchrun's environment, or the value of
-            ``parallel`` is not supported.
+        ValueError: There is neither a process group nor torchrun's environment.
     """
-    if parallel == "fsdp":
-        raise ValueError(
-            'parallel="fsdp" is not supported: st.Tuner keeps all weights on each rank. Pass '
-            'parallel="ddp", or use st.AdamW in your own loop after fully_shard(model)'
-        )
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -229,7 +291,7 @@ def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
         store = dist.PrefixStore(f"selftune, attempt {attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
         atexit.register(_leave)
-    return Group(dist.get_rank(), dist.get_world_size()), device
+    return Group(dist.get_rank(), dist.get_world_size(), sharded=parallel == "fsdp"), device
 
 
 @contextmanager
@@ -252,13 +314,17 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def check_together(given: Given) -> None:
+def check_together(given: Given, compile: bool | str) -> None:
     """Raise an error for options that do not work in a population or on several ranks.
+
+    Args:
+        given: The arguments of the tuner.
+        compile: Its argument.
 
     Raises:
         ValueError: There are such options; the message names them.
     """
-    members, ranks, assigned = given.population, given.group.size, given.assignment(None)
+    members, group, assigned = given.population, given.group, given.assignment(None)
     if members is not None and choice.undecided(given.update) is not None:
         raise ValueError(
             f"population={members.size} needs one rule for all members, but a mixture would "
@@ -269,14 +335,15 @@ def check_together(given: Given) -> None:
             f"population={members.size} needs an elementwise estimator, Trace or OneStep, for all "
             f"tuned hyperparameters, but {assigned.names} need {assigned.whole}"
         )
-    if ranks > 1 and assigned.whole is not None:
+    if group.together and assigned.whole is not None:
         raise ValueError(
-            f'parallel="ddp" on {ranks} ranks needs an elementwise estimator (Trace, OneStep) for '
+            f"{group.kind} needs an elementwise estimator (Trace, OneStep) for "
             f"all tuned hyperparameters, but {assigned.names} need {assigned.whole}: leave them "
             "out of tune=, or train on one rank"
         )
-    if ranks > 1 and members is not None:
+    if group.together and members is not None:
         raise ValueError(
-            f'population={members.size} cannot be trained with parallel="ddp" on {ranks} ranks: '
+            f"population={members.size} cannot be trained with {group.kind}: "
             "pass population=1, or train on one rank"
         )
+    check_sharded(given, compile)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from selftune.holdout import HoldOut, split
 from selftune.tuner._data import Stream
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._run_state import RunState
+from selftune.tuner._steps import Steps
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training

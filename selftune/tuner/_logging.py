@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map
 
 from selftune.method.hyper_optimizer import signal_to_noise
 from selftune.monitor import Ends, Metrics, Monitor, Verdict
+from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._steps import Steps
 
 
 def monitor_of(targets: Sequence[Any], writes: bool) -> Monitor:

@@ -134,14 +134,54 @@ def for_tuning(objective: Objective, every: int) -> Objective:
     weights and have ``every`` times fewer passes, so a momentum m becomes 1 − (1 − m)^(every/2), as
     in the optimizers.
     """
-    copied = twin(objective).eval()
-    for module, original in zip(copied.modules(), objective.modules(), strict=True):
-        frozen = not original.training  # by the model's own train()
-        if isinstance(module, _NormBase) and module.running_mean is not None and not frozen:
-            module.train()
-            if module.momentum is not None:
-                module.momentum = 1 - (1 - module.momentum) ** max(1.0, every / 2)
+    copied = twin(objective)
+    _to_tuning(copied, every)
     return copied
+
+
+def _to_tuning(objective: nn.Module, every: int) -> None:
+    """Set the modes of a validation objective."""
+    norms = [m for m in objective.modules() if isinstance(m, _NormBase) and m.training]
+    objective.eval()
+    for norm in norms:  # the others are frozen, by the model's own train()
+        if norm.running_mean is not None:
+            norm.train()
+            if norm.momentum is not None:
+                norm.momentum = 1 - (1 - norm.momentum) ** max(1.0, every / 2)
+
+
+class InMode(nn.Module):
+    """An objective in another mode on the same modules, for models that cannot be copied (FSDP).
+
+    Args:
+        objective: The training objective.
+        every: As in :func:`for_tuning`; None for evaluation.
+    """
+
+    def __init__(self, objective: nn.Module, every: int | None) -> None:
+        super().__init__()
+        self.objective, self._every = objective, every
+
+    @contextmanager
+    def entered(self) -> Iterator[nn.Module]:
+        """The objective in this mode, within the block."""
+        norms = [m for m in self.objective.modules() if isinstance(m, _NormBase)]
+        momenta = [norm.momentum for norm in norms]
+        with modes_kept(self.objective):
+            try:
+                if self._every is None:
+                    self.objective.eval()
+                else:
+                    _to_tuning(self.objective, self._every)
+                yield self.objective
+            finally:
+                for norm, momentum in zip(norms, momenta, strict=True):
+                    norm.momentum = momentum
+
+    def forward(self, batch: Any) -> Any:
+        """The objective of a batch."""
+        with self.entered():
+            return self.objective(batch)
 
 
 @contextmanager

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.stateless import _reparametrize_module
 
+from selftune._flat import local
 from selftune._gradient import gradient, plainly
+from selftune.tuner._data import size
+from selftune.tuner._objective import InMode
 
 Passed = tuple[Tensor, list[Tensor], list[Tensor]]
 """Loss, gradients and next buffers of a pass."""
@@ -81,6 +85,92 @@ class Passes:
         for name, ahead in self.counters.items():
             after[self.buffers.index(name)].sub_(ahead)
         return loss, grads, after
+
+
+@dataclass(frozen=True)
+class ShardedPasses:
+    """Passes of a model sharded by ``fully_shard``: torch gathers weights and scatters gradients.
+
+    Args:
+        trained: The trained parameters, sharded.
+        buffers: Names of the buffers.
+        views: Returns one tensor for each parameter, from the run's weights.
+        joined: The inverse of ``views``.
+        autocast: Makes the context of the forward pass.
+        counters: Offsets of random-number counters for the pass, by buffer name.
+    """
+
+    trained: Sequence[nn.Parameter]
+    buffers: Sequence[str]
+    views: Callable[[list[Tensor]], list[Tensor]]
+    joined: Callable[[list[Tensor]], list[Tensor]]
+    autocast: Callable[[], AbstractContextManager[Any]]
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        params: list[Tensor],
+        buffers: list[Tensor],
+        batch: Any,
+        layers: Mapping[str, Tensor],
+    ) -> Passed:
+        """Loss on this rank's examples, gradients as :meth:`Group.mean` expects them, and buffers.
+
+        Args:
+            module: The training objective, or the same in another mode.
+            params: This rank's shards of the run's weights.
+            buffers: Buffers before the pass; not modified.
+            batch: Argument of the objective.
+            layers: Buffers to replace, by name.
+        """
+        held = [b.clone() for b in buffers]  # modules modify buffers in place
+        tensors = {**dict(zip(self.buffers, held, strict=True)), **layers}
+        for name, ahead in self.counters.items():
+            tensors[name].add_(ahead)
+        shards = [local(p.detach()) for p in self.trained]
+        mode = module.entered() if isinstance(module, InMode) else nullcontext(module)
+        within = put(shards, self.views(params)), torch.enable_grad(), ExitStack()
+        with mode as objective, within[0], within[1], within[2] as bound:
+            reshard(objective)
+            with self.autocast():
+                loss = _call_bound(bound, objective, tensors, (batch,))
+            if loss.requires_grad:
+                (loss * size(batch)).backward()
+        after = [tensors[n].detach() for n in self.buffers]
+        for name, ahead in self.counters.items():
+            after[self.buffers.index(name)].sub_(ahead)
+        return loss.detach(), self.joined([_taken(p) for p in self.trained]), after
+
+
+@contextmanager
+def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Put values into tensors within a block; tensors of the same memory are left alone."""
+    pairs = zip(targets, values, strict=True)
+    apart = [(t, v) for t, v in pairs if t.data_ptr() != v.data_ptr()]
+    before = [t.clone() for t, _ in apart]
+    try:
+        for target, value in apart:
+            target.copy_(value)
+        yield
+    finally:
+        for (target, _), old in zip(apart, before, strict=True):
+            target.copy_(old)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free weights that were gathered, before their shards changed, in a pass without backward."""
+    from torch.distributed.fsdp import FSDPModule  # takes a second to import
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _taken(param: nn.Parameter) -> Tensor:
+    """This rank's shard of a gradient, which is removed from the parameter."""
+    grad, param.grad = param.grad, None
+    return torch.zeros_like(local(param.detach())) if grad is None else local(grad)
 
 
 def _call_bound(

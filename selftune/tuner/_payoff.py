@@ -67,7 +67,7 @@ class Compiling:
             step: Steps taken.
             tensors: Number of parameter tensors.
         """
-        if self.plan.compile is False or self.fused.compiled:
+        if self.plan.compile is False or self.fused.compiled or self.group.sharded:
             return
         if self.plan.compile is True:
             self.plan.compile = False  # decided: a failure is not repeated at every step

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 
 from selftune.control import Controller
 from selftune.method import HyperOptimizer
+from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import RunState
 
 log = logging.getLogger("selftune")
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from selftune._identity import differences
+from selftune._trees import leaves
 from selftune.tuner import _choice
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
 from selftune.tuner._population import Population
 from selftune.tuner._randomness import restore, snapshot
+from selftune.tuner._run_state import RunState
+from selftune.tuner._shards import Place
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._watch import Watch
@@ -36,14 +39,15 @@ class Parts:
     identity: dict[str, Any]
 
     def pack(self) -> dict[str, Any]:
-        """Their state as tensors, numbers and plain containers."""
+        """Their state as tensors, numbers and plain containers; called on all ranks."""
+        shards = self.steps.shards
         return {
             "identity": self.identity,
-            "leaves": [t.detach().clone() for t in tree_leaves(self.fused.run)],
-            "frozen": self._frozen(),
+            "leaves": [shards.whole(t, p) for t, p in self._placed(self.fused.run)],
+            "frozen": {n: shards.whole_param(p) for n, p in self._frozen_params().items()},
             "chosen": None if self.steps.chosen is None else tuple(self.steps.chosen),
             "whole": self._remembered(),
-            "snapshots": self.snapshots.state_dict(),
+            "snapshots": self._snapshots(shards.whole, self.snapshots.state_dict()),
             "watch": self.watch.state_dict(),
             "population": None if self.population is None else self.population.state_dict(),
             **self.position(),
@@ -68,16 +72,16 @@ class Parts:
         """
         self._check(state, but)
         _choice.restore(self.steps, self.fused, state.get("chosen"))
-        device = self.fused.run.step.device
-        for leaf, saved in zip(tree_leaves(self.fused.run), state["leaves"], strict=True):
-            leaf.copy_(saved)
-        for name, tensor in self._frozen().items():
-            tensor.copy_(state["frozen"][name])
+        device, shards = self.fused.run.step.device, self.steps.shards
+        for (leaf, place), saved in zip(self._placed(self.fused.run), state["leaves"], strict=True):
+            leaf.copy_(shards.shard(saved, place))
+        for name, param in self._frozen_params().items():
+            shards.load_param(param, state["frozen"][name])
         if self.fused.whole is not None:
             self.fused.whole.whole.memory = tree_map_only(
                 Tensor, lambda t: t.to(device), state["whole"]
             )
-        self.snapshots.load_state_dict(state["snapshots"])
+        self.snapshots.load_state_dict(self._snapshots(shards.shard, state["snapshots"]))
         self.watch.load_state_dict(state["watch"])
         if self.population is not None:
             self.population.load_state_dict(state["population"])
@@ -100,9 +104,12 @@ class Parts:
                 f"resume: the checkpoint is from another run: {'; '.join(found)}: resume with the "
                 "same model and settings, or start a new run in another log_dir"
             )
-        leaves = tree_leaves(_choice.expected(self.steps, self.fused.run, state.get("chosen")))
-        shapes = [[(t.shape, t.dtype) for t in some] for some in (leaves, state["leaves"])]
-        if shapes[0] != shapes[1]:
+        run, shards = (
+            _choice.expected(self.steps, self.fused.run, state.get("chosen")),
+            self.steps.shards,
+        )
+        shapes = [(shards.shape(t, place), t.dtype) for t, place in self._placed(run)]
+        if shapes != [(t.shape, t.dtype) for t in state["leaves"]]:
             raise ValueError(
                 "resume: the checkpoint's tensors do not match this run's: resume with the "
                 "same options of rule, penalties and estimator, or start a new run in another "
@@ -118,7 +125,23 @@ class Parts:
         memory = None if self.fused.whole is None else self.fused.whole.whole.memory
         return memory if plain(memory) else None
 
-    def _frozen(self) -> dict[str, Tensor]:
+    def _frozen_params(self) -> dict[str, Tensor]:
         """Frozen parameters, which a resumed run needs too."""
         named = self.steps.inner.named_parameters()
         return {n: p.detach() for n, p in named if not p.requires_grad}
+
+    def _placed(self, run: RunState) -> list[tuple[Tensor, Place]]:
+        """The tensors of a run with their places."""
+        return list(zip(leaves(run), self.steps.shards.places(run), strict=True))
+
+    def _snapshots(
+        self, change: Callable[[Tensor, Place], Tensor], state: dict[str, list[Tensor]]
+    ) -> dict[str, list[Tensor]]:
+        """The snapshots, whole or this rank's shards."""
+        weights = self.steps.shards.of_weights(len(state["good"]))
+        places = [*weights, *[Place()] * len(state["buffers"])]
+        known = {"good": weights, "buffers": places[len(weights) :], "candidate": places}
+        return {
+            name: [change(t, place) for t, place in zip(tensors, known[name], strict=False)]
+            for name, tensors in state.items()
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,26 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from selftune._flat import local
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._data import Stream, alone, end_workers, size, to_device
-from selftune.tuner._objective import Objective, for_scoring
+from selftune.tuner._objective import InMode, Objective, for_scoring
+from selftune.tuner._passes import reshard
+from selftune.tuner._run_state import RunState
 from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._steps import Steps
 
 Metric = Callable[[Any, Any], Tensor | float]
 Where = tuple[list[Tensor], list[Tensor]]
 """Weights and buffers."""
 FEW = 20  # batches taken from an endless validation set
 POSITIONS = *BACK, 0.5, 1.0  # from the last good weights via the average to the last
-
-
-def held(module: nn.Module) -> dict[str, Any]:
-    """A copy of a module's state on the CPU, including extra state."""
-    return {
-        k: v.detach().cpu().clone() if isinstance(v, Tensor) else copy.deepcopy(v)
-        for k, v in module.state_dict().items()
-    }
 
 
 class _Scores(nn.Module):
@@ -77,8 +71,10 @@ class Scorer:
         self.model, self._objective = objective.model, objective
         named, params = dict(objective.named_parameters()), steps.params
         self._views, self._group = steps.views, steps.group
-        self._tensors = [named[n].detach() for n in params] + list(objective.buffers())
-        self._module = _Scores(for_scoring(objective), metrics)
+        self._tensors = [local(named[n].detach()) for n in params] + list(objective.buffers())
+        self._sharded, self._shards = steps.group.sharded, steps.shards
+        self._mode = InMode(objective, None)
+        self._module = _Scores(objective if self._sharded else for_scoring(objective), metrics)
         self._names = [f"objective.{n}" for n in params]
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
         own = alone(batches)
@@ -133,24 +129,19 @@ class Scorer:
         there = []
         for weights, buffers in points:
             found = zip(self._tensors, [*self._views(weights), *buffers], strict=True)
-            parts = [self._part(t, member).to(held.dtype) for held, t in found]
+            parts = [self._apart(self._part(t, member).to(held.dtype), held) for held, t in found]
             there.append(dict(zip(names, parts, strict=True)))
-        group, limit = self._group, most if stream.sized else FEW
-        batches: Iterable[Any] = islice(self._batches, group.rank, limit, group.size)
-        if stream.once:
-            self._few = self._few or [stream.next() for _ in range(FEW)]
-            batches = self._few
+        group, total = self._group, 0
         sums: list[dict[str, Tensor]] = [{} for _ in points]
-        total = 0
-        for batch in batches:
-            batch = to_device(batch, self._device)
-            total += size(batch)
-            for tensors, adding in zip(there, sums, strict=True):
-                with self._autocast():
-                    scores = functional_call(self._module, tensors, (batch,))
-                for name, value in scores.items():
-                    value = torch.as_tensor(value, dtype=torch.float64).detach() * size(batch)
-                    adding[name] = adding[name] + value if name in adding else value
+        with self._evaluating():
+            for batch, weight in self._weighted(stream, most if stream.sized else FEW):
+                batch = to_device(batch, self._device)
+                total += weight
+                for tensors, adding in zip(there, sums, strict=True):
+                    scores = self._scores_of(tensors, batch)
+                    for name, value in scores.items() if weight else ():
+                        value = torch.as_tensor(value, dtype=torch.float64).detach() * weight
+                        adding[name] = adding[name] + value if name in adding else value
         numbers = [{name: float(value) for name, value in s.items()} for s in sums]
         everywhere = group.gather((total, numbers))
         group.share_streams()  # metrics may have drawn random numbers
@@ -164,16 +155,68 @@ class Scorer:
             for i in range(len(points))
         ]
 
+    def _apart(self, tensor: Tensor, held: Tensor) -> Tensor:
+        """A copy of a tensor of the model itself, if evaluation writes to it."""
+        same = self._sharded and tensor.data_ptr() == held.data_ptr()
+        return tensor.clone() if same else tensor
+
+    def _scores_of(self, tensors: dict[str, Tensor], batch: Any) -> dict[str, Any]:
+        """The scores of a batch at given weights and buffers."""
+        with self._autocast():
+            if not self._sharded:
+                return functional_call(self._module, tensors, (batch,))
+            for held, tensor in zip(self._tensors, tensors.values(), strict=True):
+                held.copy_(tensor)
+            reshard(self._objective)
+            with self._group.exchange(mixed=True):
+                return self._module(batch)
+
     @contextmanager
-    def shown(self, run: RunState, member: int) -> Iterator[None]:
-        """Put the averaged weights into the model within a block."""
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode for a sharded model, whose tensors change within the block."""
+        if not self._sharded:
+            yield
+            return
+        with self._kept(), self._mode.entered():
+            yield
+        reshard(self._objective)
+
+    def _weighted(self, stream: Stream, most: int | None) -> Iterator[tuple[Any, int]]:
+        """This rank's batches and their numbers of examples.
+
+        Passes of a sharded model are collective, so ranks take equal numbers of batches; a rank
+        without a batch of its own in the last round repeats another's with weight 0.
+        """
+        group = self._group
+        if stream.once:
+            self._few = self._few or [stream.next() for _ in range(FEW)]
+            yield from ((batch, size(batch)) for batch in self._few)
+        elif not group.sharded:
+            taken = islice(self._batches, group.rank, most, group.size)
+            yield from ((batch, size(batch)) for batch in taken)
+        else:
+            batches = islice(self._batches, most)
+            while found := list(islice(batches, group.size)):
+                own = group.rank < len(found)
+                batch = found[group.rank if own else 0]
+                yield batch, size(batch) if own else 0
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Restore the weights and buffers of the model after the block."""
         held = [t.clone() for t in self._tensors]
-        self._write(*_average(run), member)
         try:
             yield
         finally:
             for tensor, old in zip(self._tensors, held, strict=True):
                 tensor.copy_(old)
+
+    @contextmanager
+    def shown(self, run: RunState, member: int) -> Iterator[None]:
+        """Put the averaged weights into the model within a block."""
+        with self._kept():
+            self._write(*_average(run), member)
+            yield
 
     @torch.no_grad()
     def _write(self, weights: list[Tensor], buffers: list[Tensor], member: int) -> None:
@@ -182,9 +225,9 @@ class Scorer:
 
     def state(self) -> dict[str, Any]:
         """Copies of the current state of the model, and of a loss with parameters."""
-        found = {"model": held(self.model)}
+        found = {"model": self._shards.state_of(self.model)}
         if isinstance(self._objective.loss_fn, nn.Module):
-            found["loss_fn"] = held(self._objective.loss_fn)
+            found["loss_fn"] = self._shards.state_of(self._objective.loss_fn)
         return found
 
     @torch.no_grad()
@@ -209,9 +252,9 @@ class Scorer:
         weights, buffers = candidates[losses.index(found)]
         self._write(weights, buffers, member)
         if saved is not None and saved["loss"] < found:
-            self.model.load_state_dict(saved["model"])
+            self._shards.load(self.model, saved["model"])
             if "loss_fn" in saved and isinstance(self._objective.loss_fn, nn.Module):
-                self._objective.loss_fn.load_state_dict(saved["loss_fn"])
+                self._shards.load(self._objective.loss_fn, saved["loss_fn"])
             found = saved["loss"]
         return found
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from selftune._trees import leaves
 from selftune.method import Method
 from selftune.method.snapshots import copy
-from selftune.tuner._steps import RunState
+from selftune.tuner._run_state import RunState
 
 
 class Snapshots:

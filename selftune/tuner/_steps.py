@@ -14,57 +14,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selftune._flat import Layout
+from selftune._flat import Layout, local
 from selftune._gradient import plainly
 from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, choice, live_units
 from selftune.nn import Stochastic
 from selftune.tuner._group import Group
-from selftune.tuner._passes import APART, Passed, Passes
+from selftune.tuner._passes import APART, Passed, Passes, ShardedPasses
 from selftune.tuner._per_parameter import PerParameter
+from selftune.tuner._run_state import Batch, RunState
+from selftune.tuner._shards import Shards
 from selftune.update import Clock
-
-Batch = Any
-
-
-class RunState(NamedTuple):
-    """The state of a run, as tensors.
-
-    Attributes:
-        method: State of the method: weights, averages, sensitivities, hyperparameters.
-        buffers: Buffers of the model, updated by training passes.
-        average_buffers: Buffers of the averaged weights, updated by validation passes.
-        step: Steps taken in the run, shape (1,).
-        since: Steps at the last restart, shape (1,).
-        age: Updates since then, shape (1,).
-    """
-
-    method: State
-    buffers: list[Tensor]
-    average_buffers: list[Tensor]
-    step: Tensor
-    since: Tensor
-    age: Tensor
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The weights, part by part."""
-        return [p.params for p in self.method.parts]
-
-    @property
-    def averages(self) -> list[Tensor]:
-        """The averaged weights, part by part."""
-        return [p.average for p in self.method.parts]
-
-    @property
-    def hyper(self) -> HyperState:
-        """The tuned hyperparameters."""
-        return self.method.hyper
 
 
 @dataclass(kw_only=True)
@@ -87,6 +52,7 @@ class Steps:
         own: Per-parameter values that override the common ones.
         group: The ranks, over whose batches gradients are averaged.
         chosen: The member that a mixture of rules has chosen.
+        shards: The layout of the run's tensors over the ranks.
 
     Attributes:
         params: Names of the trained parameters.
@@ -108,6 +74,7 @@ class Steps:
     own: PerParameter = field(default_factory=PerParameter)
     group: Group = field(default_factory=Group)
     chosen: choice.Chosen | None = None
+    shards: Shards = field(default_factory=Shards)
 
     def __post_init__(self) -> None:
         """Look up the parameters."""
@@ -118,7 +85,14 @@ class Steps:
         modules = self.inner.named_modules()
         keys = {f"{n}.key" for n, m in modules if isinstance(m, Stochastic)}
         own = {n: self.group.rank * APART for n in keys if self.group.rank}
-        self._pass = Passes(self.params, self.buffers, self.views, self.autocast, own)
+        self._pass: Passes | ShardedPasses
+        if self.group.sharded:
+            params = list(trained.values())
+            self._pass = ShardedPasses(
+                params, self.buffers, self.views, self.joins, self.autocast, own
+            )
+        else:
+            self._pass = Passes(self.params, self.buffers, self.views, self.autocast, own)
         self.hyper = self.method.hyper
         rows = self.method.sensitivities
         if self.layout is not None:
@@ -136,12 +110,13 @@ class Steps:
         self.start = start = {**self.options, **values}
         device = named[self.params[0]].device
         if self.layout is None:
-            weights = [named[n].detach() for n in self.params]
+            weights = [local(named[n].detach()) for n in self.params]
         else:
             vector = self.layout.flatten([named[n].detach() for n in self.params])
             weights = [vector]
-            for name, view in zip(self.params, self.layout.views(vector), strict=True):
-                named[name].data = view
+            if not self.group.sharded:
+                for name, view in zip(self.params, self.layout.views(vector), strict=True):
+                    named[name].data = view
         rows = self.method.sensitivities
         parts = self.own.begin(rows, self.method.cuts(weights), start)
         hyper = HyperState(*(t.to(device) for t in self.hyper.begin(values)))
@@ -155,6 +130,10 @@ class Steps:
         """One tensor for each parameter, from the run's weights."""
         return list(weights) if self.layout is None else self.layout.views(weights[0])
 
+    def joins(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of :meth:`views`."""
+        return list(tensors) if self.layout is None else [self.layout.flatten(tensors)]
+
     @property
     def starts(self) -> dict[str, float]:
         """Starting values of the tuned hyperparameters, by name."""
@@ -163,7 +142,8 @@ class Steps:
     def release(self) -> None:
         """Give parameters their own tensors again, if they are views of one vector."""
         named = dict(self.inner.named_parameters())
-        for name in self.params if self.layout is not None else ():
+        apart = self.layout is None or self.group.sharded
+        for name in () if apart else self.params:
             named[name].data = named[name].data.clone()
 
     def observed(self, age: int) -> tuple[bool, bool]:
@@ -225,10 +205,11 @@ class Steps:
         """
         loss, grads, buffers = passed
         moments, parts, total = self.moments(run, rate), run.method.parts, self.method.total
-        steps = choice.propose_all([self.update] * len(parts), parts, grads, moments, total)
-        totals = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
-        fine = torch.isfinite(loss) & torch.isfinite(totals).all()
-        told = self.told(loss, self.views(grads) if tracked else (), fine)
+        steps = choice.propose_all(
+            [self.update] * len(parts), parts, grads, moments, total, sharded=self.group.sharded
+        )
+        sums = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
+        fine, told = self.told(loss, sums, self.views(grads) if tracked else ())
         if self._on_host(run):
             if not bool(fine):
                 return run._replace(step=run.step + 1), told
@@ -247,11 +228,19 @@ class Steps:
         )
         return after, told
 
-    @staticmethod
-    def told(loss: Tensor, grads: Sequence[Tensor], fine: Tensor) -> Tensor:
-        """Loss, whether the step was taken, number of live units (NaN without gradients)."""
+    def told(self, loss: Tensor, sums: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Whether the step is taken, and a vector of the loss, this, and the number of live units.
+
+        Args:
+            loss: The training loss.
+            sums: Finite if this rank's weights after the step are, or its gradients.
+            grads: Gradients, for the live units; without any, their number is NaN.
+        """
         alive = live_units(grads) if grads else torch.full_like(loss, torch.nan)
-        return torch.stack([t.to(torch.float64) for t in (loss, fine, alive)])
+        found = torch.stack([sums.sum().double(), alive.double()])
+        total, alive = self.method.total(found).unbind()  # one all-reduce
+        fine = torch.isfinite(loss) & torch.isfinite(total)
+        return fine, torch.stack([t.double() for t in (loss, fine, alive)])
 
     def _on_host(self, run: RunState) -> bool:
         """Whether the host may read values at each step: in eager mode, on a CPU."""

@@ -9,10 +9,10 @@ import torch
 
 from selftune._trees import leaves
 from selftune.control import Controller, Gradient, SweepSlope, TrainingLoss
-from selftune.method import fast_path
 from selftune.method.slopes import Slopes
+from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._steps import Steps
 
 
 @torch.no_grad()
@@ -38,15 +38,16 @@ def sweep(
     Returns:
         Steps taken.
     """
-    state, slopes = controller.sweep, Slopes()
+    state, slopes, cuts = controller.sweep, Slopes(), steps.shards.of_slopes()
     assert state is not None
     while not state.ended:
         passed = steps.gradient(run, batch())
         grads = steps.views(passed[1])
-        if not fast_path.finite(grads) and controller.observe(Gradient(False)).skip:
+        norm = steps.method.total(torch.stack(torch._foreach_norm(grads)).sum())
+        if not bool(norm.isfinite()) and controller.observe(Gradient(False)).skip:
             run.step.add_(1)
             continue
-        found = slopes.along(grads, steps.views(run.weights))
+        found = slopes.along(grads, steps.views(run.weights), steps.method.total, cuts)
         if found is not None:
             values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
             action = controller.observe(SweepSlope(found[1], values, found[0]))

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from selftune.tuner import _checkpoints, _choice, _joining, _resuming
+from selftune.tuner import _checkpoints, _choice, _final_weights, _joining, _resuming
 from selftune.tuner._callbacks import stop
 from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
-from selftune.tuner._final_weights import place
 from selftune.tuner._group import Group, RankLost
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._joining import Joining
@@ -106,7 +103,7 @@ class Training:
                     if self._asked():
                         raise KeyboardInterrupt
             except RankLost:
-                if self._position:  # the sweep is over
+                if self._position and not self.group.sharded:  # the sweep is over
                     _checkpoints.rescue(self.folder, self.group.first, self.save)
                 raise
             except (KeyboardInterrupt, RuntimeError) as error:
@@ -143,7 +140,7 @@ class Training:
         return Predictor(steps=self.steps, fused=self.fused, scorer=self.scorer, val=self.val)
 
     def _break_off(self) -> None:
-        if self._within:
+        if self._within or (self.group.sharded and not self.group.asked()):  # on this rank alone
             log.warning("interrupted within step %d: the last checkpoint is kept", self.step + 1)
             return
         log.warning("interrupted after step %d: saving and ending", self.step)
@@ -233,7 +230,7 @@ class Training:
         scores, last = self.scorer.score(self.fused.run, self.val, leader, last=metrics.monitor.on)
         better = scores["loss"] < self.best
         if better:
-            self._save_best(scores["loss"])
+            _final_weights.save_best(self, scores["loss"])
             self.group.any(False)  # the first rank has written them, or was lost before
         self.best, self.waited = (scores["loss"], 0) if better else (self.best, self.waited + 1)
         if not math.isfinite(scores["loss"]):
@@ -248,9 +245,9 @@ class Training:
 
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and return the result."""
-        best = place(self)
-        if self._writes is not None and (self.joined or best < self.best):
-            _checkpoints.write(self._writes / _checkpoints.BEST, self._shown_state(best))
+        best = _final_weights.place(self)
+        if self.folder is not None and (self.joined or best < self.best):
+            _final_weights.write_best(self, best)
         self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
@@ -261,14 +258,11 @@ class Training:
             self.watch.metrics.monitor.last([("Loss/final", best)], self.step)
         return TuningResult(
             history=history.arrays(),
-            best_weights={
-                k: v.clone() if isinstance(v, torch.Tensor) else v
-                for k, v in self.scorer.model.state_dict().items()
-            },
+            best_weights=self.steps.shards.weights_of(self.scorer.model),
             best_loss=best,
             hparams=known,
             schedule=schedule_of(history, self.steps, known, self.step),
-            steps=self.step, ended=ended, verdicts=verdicts, why=why, folder=self._writes,
+            steps=self.step, ended=ended, verdicts=verdicts, why=why, folder=self.writes,
             rule=_choice.optimizer_of(self.steps, known),
             joined=None if self.joining is None else self.joining.joined,
         )  # fmt: skip
@@ -276,7 +270,7 @@ class Training:
     # saving
 
     @property
-    def _writes(self) -> Path | None:
+    def writes(self) -> Path | None:
         """The folder, on the rank that writes to it."""
         return self.folder if self.group.first else None
 
@@ -322,7 +316,7 @@ class Training:
             self.train = self.joining.batches if self.joined else self.train
         self._parts.unpack(state, _resuming.FOLLOWS if longer else ())
         self.step, self.best, self.waited = state["numbers"]
-        self.saved_best = best if self.best < math.inf else None
+        self.saved_best = best if self.best < math.inf and self.group.first else None
         self.ended, self.due = state["ended"], state["due"]
         self.plan.compile = state["compile"]
         self.watch.bar.update(self.step)
@@ -331,17 +325,3 @@ class Training:
         _resuming.name_changes(state, self.steps.starts, self.watch.hparams())
         _resuming.announce(state, self.plan.total, longer=longer)
         self.longer = longer
-
-    def _save_best(self, loss: float) -> None:
-        """Save the best weights to disk, or keep them in memory if there is no space or folder."""
-        if not self.group.first:
-            return
-        with self.scorer.shown(self.fused.run, self.watch.leader):
-            state = self._shown_state(loss)
-        written = self._writes and _checkpoints.write(self._writes / _checkpoints.BEST, state)
-        self.saved_best = None if written else state
-
-    def _shown_state(self, loss: float) -> dict[str, Any]:
-        """The current weights of the model, whose loss is known."""
-        known = {"step": self.step, "loss": loss, "hparams": self.watch.hparams()}
-        return {**self.scorer.state(), **known}

@@ -35,6 +35,7 @@ from selftune.tuner._plan import Plan, Progress, between_entries, between_evalua
 from selftune.tuner._population import Population
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
+from selftune.tuner._shards import from_first
 from selftune.tuner._training import Training
 from selftune.update import Update
 
@@ -77,10 +78,9 @@ class Tuner:
         augment: Augmentation of training batches on the device (:class:`selftune.nn.Augment` or
             one of its parts).
         metrics: Functions of (output, target) by name, averaged over the validation set.
-        parallel: ``"ddp"`` to train on all ranks started by ``torchrun``. Each rank takes its part
-            of every batch; gradients, losses and BatchNorm's running statistics are averaged. Only
-            the first rank writes logs and checkpoints. ``"fsdp"`` is not supported: for sharded
-            weights use :class:`selftune.AdamW` in your own loop.
+        parallel: ``"ddp"`` to train on all ranks started by ``torchrun``, each on its part of every
+            batch; ``"fsdp"`` to also shard the weights and their state (``fully_shard``). Then the
+            model stays sharded, and ``result.best_weights`` are whole.
         device: Device of the run; by default that of the model. With ``parallel`` each rank uses
             its own GPU.
         amp: Run forward passes in bfloat16 autocast.
@@ -174,7 +174,7 @@ class Tuner:
             population=members, settings=MethodSettings() if settings is None else settings,
             group=group,
         )  # fmt: skip
-        check_together(self._given)
+        check_together(self._given, compile)
         self._compile, self._exploit, self._seed = compile, exploit_every, seed
         self._fitted = False
         self._ended: Training | None = None
@@ -256,8 +256,7 @@ class Tuner:
             log_every: Steps between two log entries. By default 50, at least 0.1 s apart; in runs
                 of fewer than 1,000 steps, a twentieth of the run.
             pictures_every: Steps between two plots of the predicted loss around each learned
-                hyperparameter; by default none. A curve needs up to 50 validation batches, a map
-                250.
+                hyperparameter; by default none. Curves need up to 50 validation batches, maps 250.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -271,15 +270,15 @@ class Tuner:
                 "resume=True and the same log_dir to its fit"
             )
         check_fit(locals())
-        folder = None if log_dir is None else Path(log_dir)
         objective, group = self._given.objective, self._given.group
+        folder = None if log_dir is None else Path(log_dir)
         with quiet(not group.first), ExitStack() as held, modes_kept(objective):
             group.from_first(lambda: held.enter_context(owned(folder)))
-            saved = group.from_first(lambda: _checkpoints.find(resume, folder))
+            saved = from_first(group, lambda: _checkpoints.find(resume, folder))
             group.share_streams()
             whole, (train, val, holding) = train, parts(train, val, self._seed)
             device = self._device or next(self.model.parameters()).device
-            objective.to(device).train()
+            objective.train()
             streams = held.enter_context(open_streams(train, val, whole, device, self._given))
             total = length(streams[2], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
@@ -292,14 +291,12 @@ class Tuner:
             )  # fmt: skip
             training = build(self._given, plan, streams, val, device, saved is None)
             held.callback(training.scorer.close)
-            training.callbacks = callbacks
-            shown = progress and group.first
-            training.watch.bar = tqdm(total=total, disable=not shown, unit="step")
+            training.callbacks, hidden = callbacks, not (progress and group.first)
+            training.watch.bar = tqdm(total=total, disable=hidden, unit="step")
             if saved is not None:
                 training.load(*saved)
             monitor = monitor_of([t for t in (log_dir, recorder) if t is not None], group.first)
-            training.watch.metrics.monitor = monitor
-            training.folder = folder
+            training.folder, training.watch.metrics.monitor = folder, monitor
             if resume and saved is None:
                 monitor.resume(-1)  # a run that was killed before its first checkpoint
             if saved is None:

@@ -23,8 +23,9 @@ from selftune.control import (
 from selftune.monitor import Course, Metrics, Verdict
 from selftune.tuner._logging import TunerLog
 from selftune.tuner._result import History
+from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._steps import Steps
 
 LOOK = 0.2  # minimum seconds between updates of the progress bar's text
 

@@ -16,7 +16,8 @@ from selftune.estimators import AbstractEstimator
 from selftune.method.whole_step import WholeSteps
 from selftune.problem import Hparams, Point, Problem
 from selftune.rules._base import concatenated
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._run_state import RunState
+from selftune.tuner._steps import Steps
 from selftune.update import Clock
 
 Function = Callable[..., Any]

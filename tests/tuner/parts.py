@@ -14,7 +14,8 @@ import selftune as st
 from selftune.hparams import choose
 from selftune.method import Average, HyperOptimizer, Method, MethodSettings, Sensitivities
 from selftune.tuner._objective import Objective, for_tuning
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._run_state import RunState
+from selftune.tuner._steps import Steps
 from selftune.update import Update
 
 Batch = tuple[Tensor, Tensor]

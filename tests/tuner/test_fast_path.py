@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map
 
 import selftune as st
 from selftune.tuner._fast_path import FastPath
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._run_state import RunState
+from selftune.tuner._steps import Steps
 
 RULES: list[tuple[st.rules.AbstractRule, dict[str, Any]]] = [
     (st.rules.AdamW(), {"weight_decay": 0.1}),

@@ -54,11 +54,12 @@ def train(
 ) -> dict[str, Any]:
     """100 steps on shuffled batches of 20, of which the last of an epoch holds one example."""
     torch.manual_seed(3)
-    fit = dict(steps=STEPS, evaluate_every=25, checkpoint_every=10, progress=False)
-    fit["resume"] = options.pop("resume", False)
+    fit: dict[str, Any] = dict(steps=STEPS, evaluate_every=25, checkpoint_every=10, progress=False)
+    fit |= {"resume": options.pop("resume", False), **options.pop("fit", {})}
     given = dict(hparams={"lr": 0.01, "weight_decay": 1e-3}, rule=st.rules.SGD(), compile=False)
+    given["loss_fn"] = F.cross_entropy
     val = options.pop("val", loader(61, 1, batch_size=16))
-    tuner = st.Tuner(model, F.cross_entropy, **(given | options))
+    tuner = st.Tuner(model, **(given | options))
     batches: Any = loader(size, 0, batch_size=20, num_workers=workers)
     if died is not None:
         batches = Dying(batches, died)
@@ -76,10 +77,10 @@ def train(
     }
 
 
-def cut(folder: Path, **options: Any) -> None:
-    """The first 47 steps, of which a checkpoint holds 40."""
+def cut(folder: Path, died: int = 47, **options: Any) -> None:
+    """The first steps, of which a checkpoint holds a multiple of 10."""
     with pytest.raises(Outage):
-        train(net(), folder, died=47, **options)
+        train(net(), folder, died=died, **options)
 
 
 def random_net() -> nn.Module:
@@ -279,18 +280,24 @@ ENDLESS = """
     import test_parallel
     test_parallel.STEPS = 10**6
     found = test_parallel.train(
-        test_parallel.net(), Path(sys.argv[1]), parallel="ddp", probe=False
+        test_parallel.net(), Path(sys.argv[1]), parallel=sys.argv[2], probe=False
     )
     print("ended after", len(found["hparams"]["train_loss"]))
 """
 
 
 @pytest.fixture
-def endless(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def kind() -> str:
+    """The argument ``parallel``."""
+    return "ddp"
+
+
+@pytest.fixture
+def endless(tmp_path: Path, kind: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Two ranks on a long run that has written a checkpoint."""
     script = textwrap.dedent(ENDLESS.format(tests=str(Path(__file__).parent)))
     known = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    command, pipe = [sys.executable, "-c", script, str(tmp_path)], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", script, str(tmp_path), kind], subprocess.PIPE
     places = [{**os.environ, **known, "RANK": str(number)} for number in range(2)]
     ranks = [subprocess.Popen(command, text=True, env=e, stdout=pipe, stderr=pipe) for e in places]
     until = time.monotonic() + 100
@@ -302,9 +309,9 @@ def endless(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         each.communicate()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(("lost", "kind"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
 def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
-    lost: int, endless: list[subprocess.Popen[str]], tmp_path: Path
+    lost: int, kind: str, endless: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     endless[lost].kill()
     _, errors = endless[1 - lost].communicate(timeout=20)
@@ -314,9 +321,9 @@ def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("ranks", [[0, 1], [1]])
+@pytest.mark.parametrize(("ranks", "kind"), [([0, 1], "ddp"), ([1], "ddp"), ([1], "fsdp")])
 def test_ctrl_c_and_torchruns_sigterm_end_all_ranks_after_the_same_step(
-    ranks: list[int], number: int, endless: list[subprocess.Popen[str]], tmp_path: Path
+    ranks: list[int], kind: str, number: int, endless: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     for each in ranks:
         endless[each].send_signal(number)
@@ -354,5 +361,3 @@ def test_it_is_refused_outside_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> N
         ValueError, match=r"parallel='ddp' .* torchrun --nproc-per-node 2 script.py"
     ):
         st.Tuner(net(), F.cross_entropy, parallel="ddp")
-    with pytest.raises(ValueError, match=r'parallel="fsdp" is not supported.*use st.AdamW'):
-        st.Tuner(net(), F.cross_entropy, parallel="fsdp")

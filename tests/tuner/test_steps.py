@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 import selftune as st
 from selftune.method import MethodSettings
 from selftune.penalties import L1
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._run_state import RunState
+from selftune.tuner._steps import Steps
 
 RULES: dict[str, tuple[st.rules.AbstractRule, dict[str, float]]] = {
     "SGD": (st.rules.SGD(), dict(lr=0.05, momentum=0.9, weight_decay=1e-3)),

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 import selftune as st
 from selftune.control import Controller, Guard, LRSweep
+from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import RunState, Steps
+from selftune.tuner._steps import Steps
 from selftune.tuner._sweep import sweep
 
 BATCH = torch.zeros(1), torch.zeros(1)
