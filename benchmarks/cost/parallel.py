@@ -3,9 +3,12 @@
     python -m benchmarks.cost.parallel [--rounds 5] [--batch-size 128] [--ranks 2] [--compile]
 
 The small CNN of :mod:`benchmarks.cost.nets` on images of 28×28, AdamW, four hyperparameters tuned,
-gloo. Twice: with the same batches as the one process, of which each rank takes its part, so that
-both take the same steps; and with as many images a rank as the one process takes. The other ranks
-wait, without using their core, while the first one trains alone; rounds are interleaved.
+gloo. With the same batches as the one process, of which each rank takes its part, so that both
+take the same steps; and with as many images a rank as the one process takes. For comparison: as
+many processes that train each on its own and know nothing of one another, which is what the
+machine gives at most; and a plain loop in torch's ``DistributedDataParallel`` against a plain loop
+alone. The other ranks wait, without using their core, while the first one trains alone; rounds are
+interleaved.
 
 Needs as many free cores as ranks: on busy ones the ratio says nothing. Output::
 
@@ -13,6 +16,8 @@ Needs as many free cores as ranks: on busy ones the ratio says nothing. Output::
     |---|---|---|---|
     | 128, 128 | … | … | … |
     | 128, 256 | … | … | … |
+    | 128, 2 × 128 apart | … | … | … |
+    | 128, 256, plain loops in torch's DistributedDataParallel | … | … | … |
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,6 +77,37 @@ def throughput(parallel: str | None, batch: int, steps: int, compile_step: bool)
     return batch * (len(seen) - 1 - first) / (seen[-1] - seen[first])
 
 
+def plain(parallel: bool, batch: int, steps: int) -> float:
+    """Images a second of a plain loop, on this rank alone or on all in torch's own container."""
+    torch.manual_seed(0)
+    model: torch.nn.Module = small_cnn()
+    if parallel:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batches = itertools.cycle(images(batch // dist.get_world_size() if parallel else batch))
+    for _ in range(int(WARM * steps)):
+        _plain_step(model, optimizer, *next(batches))
+    start = time.perf_counter()
+    for _ in range(steps):
+        _plain_step(model, optimizer, *next(batches))
+    return batch * steps / (time.perf_counter() - start)
+
+
+def _plain_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
+) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def apart(batch: int, args: argparse.Namespace) -> float:
+    """Images a second of all ranks, each of which trains on its own at the same time."""
+    total = torch.tensor(throughput(None, batch, args.steps, args.compile))
+    dist.all_reduce(total)
+    return total.item()
+
+
 def rank(number: int, args: argparse.Namespace, port: int) -> None:
     """One of the processes; the first one prints the table."""
     torch.set_num_threads(1)
@@ -86,21 +122,35 @@ def rank(number: int, args: argparse.Namespace, port: int) -> None:
             f"| images a step: alone, together | one process, images/s | {args.ranks} ranks | "
             "ratio (quartiles) |\n|---|---|---|---|"
         )
-    for together in (args.batch_size, args.batch_size * args.ranks):
+    single, union = args.batch_size, args.batch_size * args.ranks
+
+    def tuned(parallel: str | None, batch: int) -> Callable[[], float]:
+        return lambda: throughput(parallel, batch, args.steps, args.compile)
+
+    ways: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
+        f"{single}, {single}": (tuned(None, single), tuned("ddp", single)),
+        f"{single}, {union}": (tuned(None, single), tuned("ddp", union)),
+        f"{single}, {args.ranks} × {single} apart": (
+            tuned(None, single),
+            lambda: apart(single, args),
+        ),
+        f"{single}, {union}, plain loops in torch's DistributedDataParallel": (
+            lambda: plain(False, single, args.steps),
+            lambda: plain(True, union, args.steps),
+        ),
+    }
+    for name, (by_one, by_all) in ways.items():
         pairs = []
         for _ in range(args.rounds):
-            alone = 0.0
-            if number == 0:
-                alone = throughput(None, args.batch_size, args.steps, args.compile)
+            alone = by_one() if number == 0 else 0.0
             dist.barrier()
-            pairs.append((alone, throughput("ddp", together, args.steps, args.compile)))
+            pairs.append((alone, by_all()))
             dist.barrier()
         if number == 0:
             one, many = (statistics.median(side) for side in zip(*pairs, strict=True))
             low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
             print(
-                f"| {args.batch_size}, {together} | {one:.0f} | {many:.0f} | "
-                f"{middle:.2f} ({low:.2f}…{high:.2f}) |",
+                f"| {name} | {one:.0f} | {many:.0f} | {middle:.2f} ({low:.2f}…{high:.2f}) |",
                 flush=True,
             )
     dist.destroy_process_group()
