@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -155,7 +156,36 @@ def text() -> Job:
     )  # fmt: skip
 
 
-JOBS = {"images": images, "text": text}
+def digit_cnn() -> nn.Module:
+    """Two convolutions with BatchNorm, and two layers; a dropout rate after the input and each."""
+    return nn.Sequential(
+        st.nn.Dropout(0.05, "input"),
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        st.nn.Dropout2d(0.05, "first"),
+        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        st.nn.Dropout2d(0.05, "second"), nn.Flatten(),
+        nn.Linear(32 * 16, 64), nn.ReLU(), st.nn.Dropout(0.05, "third"), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+@cache
+def digits() -> Job:
+    """scikit-learn's digits at 16×16, 1,000 to train on, 25 epochs."""
+    loaded = load_digits()
+    order = torch.randperm(len(loaded.target), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(loaded.images, dtype=torch.float32).unsqueeze(1)[order] / 16
+    x = F.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)
+    y = torch.tensor(loaded.target)[order]
+    cut = {"train": slice(0, 1000), "val": slice(1000, 1400), "test": slice(1400, None)}
+    return Job(
+        make=digit_cnn, loss=nn.CrossEntropyLoss,
+        augment=lambda: st.nn.Augment(st.nn.Translate(0.02)),
+        splits={n: (x[part] - 0.3, y[part]) for n, part in cut.items()}, batch=32, steps=775,
+        space=dict(input=RATE, first=RATE, second=RATE, third=RATE, translate=(1e-3, 0.3)),
+    )  # fmt: skip
+
+
+JOBS = {"digits": digits, "images": images, "text": text}
 UPDATE: Space = dict(lr=(1e-4, 3e-2), weight_decay=(1e-4, 1.0))
 
 

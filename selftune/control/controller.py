@@ -135,10 +135,13 @@ class Controller:
         return Action(skip=skip)
 
     def _activity(self, record: Activity) -> Action:
+        if self.sweeping:
+            self._guard.begin_activity(record.alive)
+            return Action()
         verdict = self._guard.activity(record.alive, record.age, record.climb)
         if verdict != "fade":
             return self._judged(verdict, BAD_GRADIENTS)
-        action = self._rewind(FADED)
+        action = self._undone(self._rewind(FADED))
         moves = dict(action.rewind or {})
         moves["lr"] = max(moves["lr"], -record.climb)  # units were alive at the given rate
         return action._replace(rewind=moves)
@@ -155,8 +158,9 @@ class Controller:
             return self._undone(action)
         if self.unproven and self._guard.training_count > PROOF:
             assert self.sweep is not None
-            self.sweep.proven = True
-            return action if self._guard.lost else action._replace(snapshot="average")
+            self.sweep.proven = not self._guard.dying
+            lost = self._guard.lost or self._guard.dying
+            return action if lost else action._replace(snapshot="average")
         return action
 
     @property
@@ -185,8 +189,9 @@ class Controller:
             assert self.sweep is not None
             if math.isfinite(loss) and loss > guard.start + PROVEN * abs(guard.start):
                 return self._undone(self._rewind("the sweep increased the loss", worsened=True))
-            self.sweep.proven = math.isfinite(loss)
-            proof = loss <= guard.start
+            self.sweep.proven = math.isfinite(loss) and not guard.dying
+            proof = loss <= guard.start and self.sweep.proven
+            guard.spared = guard.alive if proof else guard.spared
         verdict = guard.validation_loss(loss)
         # A few unlucky batches can look like a worsened loss or, after a lucky first one, an
         # exploded one.
@@ -219,7 +224,7 @@ class Controller:
         """Divide the learning rate, and reduce momenta if the run diverged."""
         moves = {"lr": -self._guard.rewound(worsened=worsened)}
         if not worsened:
-            momenta = [n for n, h in self.hparams.items() if h.role == "momentum"]
+            momenta = [n for n, h in self.hparams.items() if h.role == "momentum" and h.accumulates]
             moves |= dict.fromkeys(momenta, self._guard.policy.momentum)
         return Action(skip=True, rewind=moves, reason=reason)
 

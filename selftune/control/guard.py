@@ -39,12 +39,13 @@ class GuardPolicy(Settings):
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
             gradient may mean that training has converged.
         capacity: If the rate has risen by ``climbed``, fewer live units than this share of their
-            maximum since the last restart are an alarm.
+            maximum are an alarm. The maximum starts at the number of live units of the initial
+            weights and, after a rewind, of the restored ones.
         climbed: Threshold on the log of the ratio of the learning rate to the given one.
         cool: Divisor of the rate in a rewind; consecutive rewinds use powers of it.
         cool_worsened: Divisor of the rate if only the validation loss worsened.
-        momentum: Change of the raw values of momenta if the run diverged: −0.7 about halves the
-            memory 1/(1 − μ).
+        momentum: Change of the raw values of momenta that make steps longer if the run diverged:
+            −0.7 about halves the memory 1/(1 − μ).
         fewest_batches: Minimum number of validation batches that confirm a worsened loss.
         steps_a_batch: Steps of the run for each such batch.
         most_batches: Maximum number of such batches. The tuner, which compares on the same
@@ -132,7 +133,9 @@ class Guard:
     missed: int = 0
     quiet: int = 0
     loudest: float = 0.0
+    alive: float = 0.0
     liveliest: float = 0.0
+    spared: float = 0.0  # live units of the good weights
     fading: int = 0
     streak: int = 0
     rewinds: int = 0
@@ -166,8 +169,9 @@ class Guard:
             age: Steps since the last restart.
             climb: Log of the ratio of the learning rate to the given one.
         """
+        self.alive = alive
         self.liveliest = max(self.liveliest, alive)
-        faded = alive < self.policy.capacity * self.liveliest and climb > self.policy.climbed
+        faded = self.dying and climb > self.policy.climbed
         self.fading = self.fading + 1 if faded else 0
         if self.fading >= self.policy.patience:
             return "fade"
@@ -179,6 +183,15 @@ class Guard:
             self.training_first - self.training_mean > 0.1 * abs(self.training_first)
         )
         return "rewind" if self.quiet >= self.policy.patience and not learned else "ok"
+
+    def begin_activity(self, alive: float) -> None:
+        """Use the number of live units of the initial weights as the reference."""
+        self.liveliest = self.spared = alive
+
+    @property
+    def dying(self) -> bool:
+        """Whether many units that were live are not, or were not counted yet."""
+        return self.alive < self.policy.capacity * self.liveliest
 
     def training_loss(self, loss: float) -> str:
         """Judge a training loss by its running mean: it may rise, but not explode."""
@@ -271,7 +284,10 @@ class Guard:
         if better or self.count <= policy.fresh:
             self.best, self.best_error = self.mean, error
         self.streak = 0 if better else self.streak
-        return self.good.observe(loss, bar, fading=self.fading > 0)
+        kept = self.good.observe(loss, bar, fading=self.fading > 0)
+        if kept in ("promote", "average"):
+            self.spared = self.alive
+        return kept
 
     def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
         """Whether losses over many batches confirm that the validation loss has worsened.
@@ -321,7 +337,7 @@ class Guard:
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
-        self.liveliest = 0.0
+        self.alive = self.liveliest = self.spared
         if self.stuck:  # lower rates do not help, so the reference must be wrong
             self.start = self.mean = math.nan
         if worsened:

@@ -37,7 +37,8 @@ class SweepSettings(Settings):
         near: Up to this factor above the best rate so far, or at the next rate, any descent
             counts; farther above, C must be below twice its minimum so far.
         rise: The loss counts as rising if C exceeds this multiple of the slope at the start of the
-            step. At very low rates slopes differ in sign by chance, but are small.
+            step or, while the descent is uncertain, of the sum of these slopes. At very low rates
+            slopes differ in sign by chance, but are small.
         real: The descent is certain if C is below this share of the sum of the initial slopes. Then
             the sweep ends once all descent is undone at a rate far above the best one.
         wild: A step has diverged if its final slope is this many times both its initial one and
@@ -157,11 +158,13 @@ class LRSweep:
             return False
         self.change += slope
         self.hoped += abs(start)
-        self.balance += 1 if slope < 0 else -1
+        self.balance += (slope < 0) - (slope > 0)
         self.seen = self.seen or self.balance >= 3
         near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
         lost = self.real and rate > near and self.change > 0
-        rising = lost or self.change > self.settings.rise * abs(start)
+        rising = lost or self.change > self.settings.rise * (
+            abs(start) if self.real else self.hoped
+        )
         self.uphill = self.uphill + 1 if self.seen and rising else 0
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
@@ -202,10 +205,12 @@ class LRSweep:
         """Factor of the given rate.
 
         If no step descended: 1, or a tenth of the factor at which the run diverged or, if the loss
-        rose all along, of the first one; at most 1.
+        rose all along or nearly all slopes were positive, of the first one; at most 1.
         """
         if math.isnan(self.best):
-            uphill = self.change > self.settings.rise * self.hoped > 0  # all along
+            uphill = self.balance < -2 * math.sqrt(self.taken) or (
+                self.change > self.settings.rise * self.hoped > 0
+            )
             blown = self.factor(0) if uphill else self.blown
             return min(1.0, blown / 10) if blown else 1.0
         return self.best / self.settings.margin

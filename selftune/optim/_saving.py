@@ -19,7 +19,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 19
+VERSION = 20
 """Version of the state; 17 added ``longest_gap`` to the clock."""
 
 

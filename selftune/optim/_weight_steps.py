@@ -218,7 +218,11 @@ class WeightSteps:
             action = engine.controller.observe(Gradient(False))
             if action.skip:
                 return engine.carry_out(action)
-        slopes = self._slopes(found)
+        grads = self._sweeping(found)
+        if not sweep.taken:
+            self._observe_activity(grads)
+        weights = [local(p) for b in self._blocks for p in b.params]
+        slopes = engine.slopes.along(grads, weights, engine.reducer.total)
         if slopes is not None:
             record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0])
             if engine.carry_out(engine.controller.observe(record)):
@@ -234,12 +238,9 @@ class WeightSteps:
         sweep.taken += 1
         return False
 
-    def _slopes(self, found: Sequence[Sequence[Tensor]] | None) -> tuple[float, float] | None:
-        engine = self._engine
-        weights = [local(p) for b in self._blocks for p in b.params]
+    def _sweeping(self, found: Sequence[Sequence[Tensor]] | None) -> list[Tensor]:
+        """Gradients of the minimised loss, in the shapes of the parameters."""
         if found is None:
             pairs = zip(self._blocks, self._grads, strict=True)
-            grads = [t for b, (g, _) in pairs for t in b.layout.views(g)]
-        else:
-            grads = [g for some in self._descending(found) for g in some]
-        return engine.slopes.along(grads, weights, engine.reducer.total)
+            return [t for b, (g, _) in pairs for t in b.layout.views(g)]
+        return [g for some in self._descending(found) for g in some]

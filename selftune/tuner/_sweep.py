@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from selftune._trees import leaves
-from selftune.control import Controller, Gradient, SweepSlope, TrainingLoss
+from selftune.control import Activity, Controller, Gradient, SweepSlope, TrainingLoss
+from selftune.method import live_units
 from selftune.method.slopes import Slopes
 from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
@@ -47,6 +48,9 @@ def sweep(
         if not bool(norm.isfinite()) and controller.observe(Gradient(False)).skip:
             run.step.add_(1)
             continue
+        if not state.taken:
+            alive = steps.method.total(live_units(grads).reshape(1))
+            controller.observe(Activity(float(alive)))
         found = slopes.along(grads, steps.views(run.weights), steps.method.total, cuts)
         if found is not None:
             values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}

@@ -220,12 +220,12 @@ def test_weights_become_good_ones_at_the_end_of_a_window() -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_validation_loss_that_is_no_number_is_taken_back_unasked(loss: float) -> None:
-    """Law: no other batches are looked at; it cools and calms as an explosion does."""
+    """Law: no other batches are looked at; it cools as an explosion does."""
     action = made().observe(ValidationLoss(loss, never))
     assert action.skip
     assert "exploded" in action.reason
     assert action.rewind is not None
-    assert set(action.rewind) == {"lr", "beta1"}
+    assert set(action.rewind) == {"lr"}
 
 
 def worsened(now: float, good: float) -> tuple[Action, int]:
@@ -255,17 +255,39 @@ def test_a_validation_loss_that_worsens_is_taken_back_if_many_batches_agree() ->
 
 
 @pytest.mark.parametrize(
-    ("hparams", "momenta"), [(ADAM, {"beta1"}), (SGD, {"momentum"}), ({"lr": ADAM["lr"]}, set())]
+    ("hparams", "momenta"), [(ADAM, set()), (SGD, {"momentum"}), ({"lr": ADAM["lr"]}, set())]
 )
 def test_what_blew_up_goes_on_cooler_and_with_less_momentum(
     hparams: Mapping[str, Hparam], momenta: set[str]
 ) -> None:
-    """Law: hyperparameters move by their roles, whatever they are called."""
+    """Law: hyperparameters move by their roles, whatever they are called.
+
+    A momentum that averages gradients, such as β₁, does not make steps longer, so it stays.
+    """
     action = bad(1, hparams=hparams, momentum=-0.5)[0]
     assert action.rewind == pytest.approx(COOL | dict.fromkeys(momenta, -0.5))
     renamed = {f"{n}/other": h for n, h in hparams.items()}
     action = bad(1, hparams=renamed, momentum=-0.5)[0]
     assert action.rewind == pytest.approx(COOL | {f"{n}/other": -0.5 for n in momenta})
+
+
+def test_a_sweep_after_which_units_are_dead_is_undone() -> None:
+    """Law: at the given rate they were live, so a lower loss does not confirm the sweep."""
+    sweep = LRSweep(steps=2)
+    controller = made(sweep=sweep)
+    assert controller.observe(Activity(100.0)) == Action()
+    sweep.ended, sweep.proven = True, False
+    for age in (8, 16, 24):
+        lower = controller.observe(ValidationLoss(1.0 / age, never))
+        assert lower.snapshot in ("", "candidate")
+        assert controller.unproven
+        action = controller.observe(Activity(60.0, age, climb=2.0))
+    assert action.rewind == pytest.approx({"lr": -math.log(3)})
+    for age in (8, 16, 24):  # at the initial weights again, so the reference is the same
+        action = controller.observe(Activity(69.0, age, climb=0.9))
+    assert action.rewind == pytest.approx({"lr": -0.9}), "not below the given rate"
+    for age in (8, 16, 24):
+        assert controller.observe(Activity(71.0, age, climb=0.9)).rewind is None
 
 
 # the log
