@@ -41,6 +41,8 @@ class SweepSettings(Settings):
             slopes differ in sign by chance, but are small.
         real: The descent is certain if C is below this share of the sum of the initial slopes. Then
             the sweep ends once all descent is undone at a rate far above the best one.
+        most: A descent of more than this multiple of that sum does not count. On the way down
+            slopes become flatter; only those of diverged weights are so much steeper.
         wild: A step has diverged if its final slope is this many times both its initial one and
             all descent so far; the sweep ends before it.
         calm: After the sweep, the memory 1/(1 − β₁) must fit this many times into the run.
@@ -60,6 +62,7 @@ class SweepSettings(Settings):
     near: float = 4.0
     rise: float = 0.5
     real: float = 0.25
+    most: float = 10.0
     wild: float = 100.0
     calm: int = 300
     least_memory: float = 3.0
@@ -169,7 +172,8 @@ class LRSweep:
         if self.uphill >= 2 or self.taken >= self.steps:
             self.ended = True
             self.blown = self.factor(self.taken - 1) if self.uphill >= 2 else 0.0
-        if self.change < self.lowest * (2.0 if rate > near else 1.0):
+        plausible = -self.change <= self.settings.most * self.hoped or not self.hoped
+        if self.change < self.lowest * (2.0 if rate > near else 1.0) and plausible:
             self.lowest, self.best = self.change, rate
             self.real = -self.change > self.settings.real * self.hoped
             self.proven = False

@@ -225,6 +225,36 @@ def test_small_batches_are_not_wild() -> None:
         assert not sweep.ended
 
 
+def test_a_descent_far_beyond_its_promise_is_none() -> None:
+    """Law: in a bowl slopes get flatter on the way down; where they do not, weights diverged."""
+    sweep = LRSweep(steps=25)
+    before = [True] * 3 + [False] * 3
+    rising = [(-sweep.factor(t), sweep.factor(t)) for t in range(3, 6)]
+    assert observed(sweep, *growing(3), *rising) == before
+    best = sweep.best
+    assert observed(sweep, (-sweep.factor(6), -50 * sweep.factor(6))) == [False]
+    assert sweep.choice == pytest.approx(best / SETTINGS.margin)
+
+
+def test_two_unlucky_batches_do_not_end_an_uncertain_descent() -> None:
+    """Law: below a quarter of its promise a descent may be chance, and so may a rise."""
+    sweep = LRSweep(steps=25)
+    noisy = [-0.1, -0.1, -0.1, -0.1, 0.7, 0.4, 0.6]
+    observed(sweep, *((-sweep.factor(t), s * sweep.factor(t)) for t, s in enumerate(noisy)))
+    assert not sweep.ended
+    observed(sweep, *((-sweep.factor(t), -0.6 * sweep.factor(t)) for t in range(7, 12)))
+    assert sweep.best == pytest.approx(sweep.factor(11))
+
+
+def test_nearly_all_uphill_is_too_high_however_small_the_slopes() -> None:
+    """Closed form: a tenth of the lowest rate; a few more rises than falls are chance."""
+    for slopes, choice in (([0.2] * 8, 1e-5), ([0.2, 0.2, -0.01] * 3, 1.0)):
+        sweep = LRSweep(steps=len(slopes))
+        observed(sweep, *((-sweep.factor(t), s * sweep.factor(t)) for t, s in enumerate(slopes)))
+        assert sweep.ended
+        assert sweep.choice == pytest.approx(choice)
+
+
 def test_uphill_all_along_is_far_too_high() -> None:
     """Closed form: a tenth of the lowest rate, instead of the given one."""
     sweep = LRSweep(steps=8)
