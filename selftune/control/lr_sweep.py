@@ -39,8 +39,9 @@ class SweepSettings(Settings):
         rise: The loss counts as rising if C exceeds this multiple of the slope at the start of the
             step or, while the descent is uncertain, of the sum of these slopes. At very low rates
             slopes differ in sign by chance, but are small.
-        real: The descent is certain if C is below this share of the sum of the initial slopes. Then
-            the sweep ends once all descent is undone at a rate far above the best one.
+        real: The descent is certain if C is below this share of the sum of the initial slopes, and
+            the number of negative slopes exceeds that of positive ones by 2√n. Then the sweep ends
+            once all descent is undone at a rate far above the best one.
         most: A descent of more than this multiple of that sum does not count. On the way down
             slopes become flatter; only those of diverged weights are so much steeper.
         wild: A step has diverged if its final slope is this many times both its initial one and
@@ -175,7 +176,8 @@ class LRSweep:
         plausible = -self.change <= self.settings.most * self.hoped or not self.hoped
         if self.change < self.lowest * (2.0 if rate > near else 1.0) and plausible:
             self.lowest, self.best = self.change, rate
-            self.real = -self.change > self.settings.real * self.hoped
+            often = self.balance >= self._certain
+            self.real = often and -self.change > self.settings.real * self.hoped
             self.proven = False
             return True
         return False
@@ -212,12 +214,17 @@ class LRSweep:
         rose all along or nearly all slopes were positive, of the first one; at most 1.
         """
         if math.isnan(self.best):
-            uphill = self.balance < -2 * math.sqrt(self.taken) or (
+            uphill = self.balance < -self._certain or (
                 self.change > self.settings.rise * self.hoped > 0
             )
             blown = self.factor(0) if uphill else self.blown
             return min(1.0, blown / 10) if blown else 1.0
         return self.best / self.settings.margin
+
+    @property
+    def _certain(self) -> float:
+        """Excess of slopes of one sign that is not chance: two standard errors."""
+        return 2 * math.sqrt(self.taken)
 
     def moves(
         self, values: Mapping[str, float], hparams: Mapping[str, Hparam], total_steps: int | None

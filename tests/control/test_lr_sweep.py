@@ -236,14 +236,17 @@ def test_a_descent_far_beyond_its_promise_is_none() -> None:
     assert sweep.choice == pytest.approx(best / SETTINGS.margin)
 
 
-def test_two_unlucky_batches_do_not_end_an_uncertain_descent() -> None:
-    """Law: below a quarter of its promise a descent may be chance, and so may a rise."""
+@pytest.mark.parametrize(
+    "slopes", [[-0.1, -0.1, -0.1, -0.1, 0.7, 0.4, 0.6], [-0.4, -0.1, -0.4, 0.9, -0.4]]
+)
+def test_two_unlucky_batches_do_not_end_an_uncertain_descent(slopes: list[float]) -> None:
+    """Law: below a quarter of its promise, or after three steps, a descent may be chance."""
     sweep = LRSweep(steps=25)
-    noisy = [-0.1, -0.1, -0.1, -0.1, 0.7, 0.4, 0.6]
-    observed(sweep, *((-sweep.factor(t), s * sweep.factor(t)) for t, s in enumerate(noisy)))
+    observed(sweep, *((-sweep.factor(t), s * sweep.factor(t)) for t, s in enumerate(slopes)))
     assert not sweep.ended
-    observed(sweep, *((-sweep.factor(t), -0.6 * sweep.factor(t)) for t in range(7, 12)))
-    assert sweep.best == pytest.approx(sweep.factor(11))
+    count = len(slopes)
+    observed(sweep, *((-sweep.factor(t), -0.6 * sweep.factor(t)) for t in range(count, count + 5)))
+    assert sweep.best == pytest.approx(sweep.factor(count + 4))
 
 
 def test_nearly_all_uphill_is_too_high_however_small_the_slopes() -> None:
