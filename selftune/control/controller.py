@@ -158,9 +158,11 @@ class Controller:
             return self._undone(action)
         if self.unproven and self._guard.training_count > PROOF:
             assert self.sweep is not None
-            self.sweep.proven = not self._guard.dying
-            lost = self._guard.lost or self._guard.dying
-            return action if lost else action._replace(snapshot="average")
+            self.sweep.proven = not self._guard.faded
+            if self._guard.lost or self._guard.faded:
+                return action
+            self._guard.spare()
+            return action._replace(snapshot="average")
         return action
 
     @property
@@ -189,9 +191,10 @@ class Controller:
             assert self.sweep is not None
             if math.isfinite(loss) and loss > guard.start + PROVEN * abs(guard.start):
                 return self._undone(self._rewind("the sweep increased the loss", worsened=True))
-            self.sweep.proven = math.isfinite(loss) and not guard.dying
+            self.sweep.proven = math.isfinite(loss) and not guard.faded
             proof = loss <= guard.start and self.sweep.proven
-            guard.spared = guard.alive if proof else guard.spared
+            if proof:
+                guard.spare()
         verdict = guard.validation_loss(loss)
         # A few unlucky batches can look like a worsened loss or, after a lucky first one, an
         # exploded one.

@@ -136,6 +136,7 @@ class Guard:
     alive: float = 0.0
     liveliest: float = 0.0
     spared: float = 0.0  # live units of the good weights
+    faded: bool = False  # whether units are dead at a raised rate, or not counted yet
     fading: int = 0
     streak: int = 0
     rewinds: int = 0
@@ -171,8 +172,8 @@ class Guard:
         """
         self.alive = alive
         self.liveliest = max(self.liveliest, alive)
-        faded = self.dying and climb > self.policy.climbed
-        self.fading = self.fading + 1 if faded else 0
+        self.faded = alive < self.policy.capacity * self.liveliest and climb > self.policy.climbed
+        self.fading = self.fading + 1 if self.faded else 0
         if self.fading >= self.policy.patience:
             return "fade"
         if age > self.policy.young:
@@ -187,11 +188,11 @@ class Guard:
     def begin_activity(self, alive: float) -> None:
         """Use the number of live units of the initial weights as the reference."""
         self.liveliest = self.spared = alive
+        self.faded = True
 
-    @property
-    def dying(self) -> bool:
-        """Whether many units that were live are not, or were not counted yet."""
-        return self.alive < self.policy.capacity * self.liveliest
+    def spare(self) -> None:
+        """Use the number of live units of the current weights, which become the good ones."""
+        self.spared = self.alive
 
     def training_loss(self, loss: float) -> str:
         """Judge a training loss by its running mean: it may rise, but not explode."""
@@ -286,7 +287,7 @@ class Guard:
         self.streak = 0 if better else self.streak
         kept = self.good.observe(loss, bar, fading=self.fading > 0)
         if kept in ("promote", "average"):
-            self.spared = self.alive
+            self.spare()
         return kept
 
     def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
@@ -338,6 +339,7 @@ class Guard:
         self.training_count = 0
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
         self.alive = self.liveliest = self.spared
+        self.faded = False
         if self.stuck:  # lower rates do not help, so the reference must be wrong
             self.start = self.mean = math.nan
         if worsened:
