@@ -39,8 +39,8 @@ class GuardPolicy(Settings):
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
             gradient may mean that training has converged.
         capacity: If the rate has risen by ``climbed``, fewer live units than this share of their
-            maximum are an alarm. The maximum starts at the number of live units of the initial
-            weights and, after a rewind, of the restored ones.
+            maximum are an alarm. The maximum is that since the last restart, and includes the
+            initial weights until later ones are good.
         climbed: Threshold on the log of the ratio of the learning rate to the given one.
         cool: Divisor of the rate in a rewind; consecutive rewinds use powers of it.
         cool_worsened: Divisor of the rate if only the validation loss worsened.
@@ -133,9 +133,8 @@ class Guard:
     missed: int = 0
     quiet: int = 0
     loudest: float = 0.0
-    alive: float = 0.0
     liveliest: float = 0.0
-    spared: float = 0.0  # live units of the good weights
+    spared: float = 0.0  # live units of the initial weights, while these are the good ones
     faded: bool = False  # whether units are dead at a raised rate, or not counted yet
     fading: int = 0
     streak: int = 0
@@ -170,7 +169,6 @@ class Guard:
             age: Steps since the last restart.
             climb: Log of the ratio of the learning rate to the given one.
         """
-        self.alive = alive
         self.liveliest = max(self.liveliest, alive)
         self.faded = alive < self.policy.capacity * self.liveliest and climb > self.policy.climbed
         self.fading = self.fading + 1 if self.faded else 0
@@ -191,8 +189,9 @@ class Guard:
         self.faded = True
 
     def spare(self) -> None:
-        """Use the number of live units of the current weights, which become the good ones."""
-        self.spared = self.alive
+        """Replace the initial weights as the good ones, and the reference of live units."""
+        if self.spared:
+            self.liveliest = self.spared = 0.0
 
     def training_loss(self, loss: float) -> str:
         """Judge a training loss by its running mean: it may rise, but not explode."""
@@ -338,7 +337,7 @@ class Guard:
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
-        self.alive = self.liveliest = self.spared
+        self.liveliest = self.spared
         self.faded = False
         if self.stuck:  # lower rates do not help, so the reference must be wrong
             self.start = self.mean = math.nan
