@@ -169,8 +169,10 @@ class Guard:
             age: Steps since the last restart.
             climb: Log of the ratio of the learning rate to the given one.
         """
-        self.liveliest = max(self.liveliest, alive)
-        self.faded = alive < self.policy.capacity * self.liveliest and climb > self.policy.climbed
+        raised = climb > self.policy.climbed
+        # Units that are dead at the given rate, such as closed ones, are not dead because of it.
+        self.liveliest = max(self.liveliest, alive) if raised else alive
+        self.faded = raised and alive < self.policy.capacity * self.liveliest
         self.fading = self.fading + 1 if self.faded else 0
         if self.fading >= self.policy.patience:
             return "fade"
