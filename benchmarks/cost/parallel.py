@@ -105,7 +105,7 @@ def apart(batch: int, args: argparse.Namespace) -> float:
     """Images a second of all ranks, each of which trains on its own at the same time."""
     total = torch.tensor(throughput(None, batch, args.steps, args.compile))
     dist.all_reduce(total)
-    return total.item()
+    return float(total)
 
 
 def rank(number: int, args: argparse.Namespace, port: int) -> None:

@@ -85,14 +85,21 @@ def data(name: str) -> Path:
     return Path(os.environ["SELFTUNE_DATA"]) / name
 
 
-def cnn() -> nn.Module:
-    """Two convolutions with BatchNorm, and two layers."""
+def cnn(width: int = 8, side: int = 28, rate: float = 0.1) -> nn.Sequential:
+    """Two convolutions with BatchNorm, and two layers, with a dropout rate after each but the last.
+
+    Args:
+        width: Channels of the first convolution.
+        side: Of the images, in pixels.
+        rate: Of dropout, at the start.
+    """
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-        st.nn.Dropout2d(0.1, "first"),
-        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        st.nn.Dropout2d(0.1, "second"), nn.Flatten(),
-        nn.Linear(16 * 49, 64), nn.ReLU(), st.nn.Dropout(0.1, "third"), nn.Linear(64, 10),
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
+        st.nn.Dropout2d(rate, "first"),
+        nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.MaxPool2d(2), st.nn.Dropout2d(rate, "second"), nn.Flatten(),
+        nn.Linear(2 * width * (side // 4) ** 2, 64), nn.ReLU(), st.nn.Dropout(rate, "third"),
+        nn.Linear(64, 10),
     )  # fmt: skip
 
 
@@ -158,18 +165,6 @@ def text() -> Job:
     )  # fmt: skip
 
 
-def digit_cnn() -> nn.Module:
-    """Two convolutions with BatchNorm, and two layers; a dropout rate after the input and each."""
-    return nn.Sequential(
-        st.nn.Dropout(0.05, "input"),
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        st.nn.Dropout2d(0.05, "first"),
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        st.nn.Dropout2d(0.05, "second"), nn.Flatten(),
-        nn.Linear(32 * 16, 64), nn.ReLU(), st.nn.Dropout(0.05, "third"), nn.Linear(64, 10),
-    )  # fmt: skip
-
-
 @cache
 def digits() -> Job:
     """scikit-learn's digits at 16×16, 1,000 to train on, 25 epochs."""
@@ -180,8 +175,8 @@ def digits() -> Job:
     y = torch.tensor(loaded.target)[order]
     cut = {"train": slice(0, 1000), "val": slice(1000, 1400), "test": slice(1400, None)}
     return Job(
-        make=digit_cnn, loss=nn.CrossEntropyLoss,
-        augment=lambda: st.nn.Augment(st.nn.Translate(0.02)),
+        make=lambda: cnn(16, 16, 0.05).insert(0, st.nn.Dropout(0.05, "input")),
+        loss=nn.CrossEntropyLoss, augment=lambda: st.nn.Augment(st.nn.Translate(0.02)),
         splits={n: (x[part] - 0.3, y[part]) for n, part in cut.items()}, batch=32, steps=775,
         space=dict(input=RATE, first=RATE, second=RATE, third=RATE, translate=(1e-3, 0.3)),
     )  # fmt: skip

@@ -39,8 +39,8 @@ class GuardPolicy(Settings):
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
             gradient may mean that training has converged.
         capacity: If the rate has risen by ``climbed``, fewer live units than this share of their
-            maximum are an alarm. The maximum is that since the last restart, and includes the
-            initial weights until later ones are good.
+            maximum are an alarm. The maximum is that since the last restart or the last count at
+            a rate that has not risen, and includes the initial weights until later ones are good.
         climbed: Threshold on the log of the ratio of the learning rate to the given one.
         cool: Divisor of the rate in a rewind; consecutive rewinds use powers of it.
         cool_worsened: Divisor of the rate if only the validation loss worsened.
@@ -170,7 +170,7 @@ class Guard:
             climb: Log of the ratio of the learning rate to the given one.
         """
         raised = climb > self.policy.climbed
-        # Units that are dead at the given rate, such as closed ones, are not dead because of it.
+        # Units that are dead at the given rate, such as closed ones, were not killed by a raised one.
         self.liveliest = max(self.liveliest, alive) if raised else alive
         self.faded = raised and alive < self.policy.capacity * self.liveliest
         self.fading = self.fading + 1 if self.faded else 0
