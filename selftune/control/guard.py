@@ -170,7 +170,7 @@ class Guard:
             climb: Log of the ratio of the learning rate to the given one.
         """
         raised = climb > self.policy.climbed
-        # Units that are dead at the given rate, such as closed ones, were not killed by a raised one.
+        # Units dead at the given rate, such as closed ones, were not killed by a raised one.
         self.liveliest = max(self.liveliest, alive) if raised else alive
         self.faded = raised and alive < self.policy.capacity * self.liveliest
         self.fading = self.fading + 1 if self.faded else 0
