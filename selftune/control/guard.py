@@ -39,8 +39,8 @@ class GuardPolicy(Settings):
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
             gradient may mean that training has converged.
         capacity: If the rate has risen by ``climbed``, fewer live units than this share of their
-            maximum are an alarm. The maximum is that since the last restart or the last count at
-            a rate that has not risen, and includes the initial weights until later ones are good.
+            maximum are an alarm. The maximum is that since the good weights or the last count at a
+            rate that has not risen, and includes the initial weights until later ones are good.
         climbed: Threshold on the log of the ratio of the learning rate to the given one.
         cool: Divisor of the rate in a rewind; consecutive rewinds use powers of it.
         cool_worsened: Divisor of the rate if only the validation loss worsened.
@@ -133,8 +133,10 @@ class Guard:
     missed: int = 0
     quiet: int = 0
     loudest: float = 0.0
+    alive: float = 0.0
     liveliest: float = 0.0
-    spared: float = 0.0  # live units of the initial weights, while these are the good ones
+    spared: float = 0.0  # live units of the good weights
+    initial: bool = False  # whether the initial weights are the good ones, after a sweep
     faded: bool = False  # whether units are dead at a raised rate, or not counted yet
     fading: int = 0
     streak: int = 0
@@ -169,7 +171,7 @@ class Guard:
             age: Steps since the last restart.
             climb: Log of the ratio of the learning rate to the given one.
         """
-        raised = climb > self.policy.climbed
+        self.alive, raised = alive, climb > self.policy.climbed
         # Units dead at the given rate, such as closed ones, were not killed by a raised one.
         self.liveliest = max(self.liveliest, alive) if raised else alive
         self.faded = raised and alive < self.policy.capacity * self.liveliest
@@ -188,12 +190,17 @@ class Guard:
     def begin_activity(self, alive: float) -> None:
         """Use the number of live units of the initial weights as the reference."""
         self.liveliest = self.spared = alive
-        self.faded = True
+        self.initial = self.faded = True
 
     def spare(self) -> None:
-        """Replace the initial weights as the good ones, and the reference of live units."""
-        if self.spared:
-            self.liveliest = self.spared = 0.0
+        """Use the number of live units of the current weights, which become the good ones.
+
+        The first time it is the reference as well: the best rate may need fewer live units than
+        the initial weights have.
+        """
+        self.spared = self.alive
+        if self.initial:
+            self.liveliest, self.initial = self.alive, False
 
     def training_loss(self, loss: float) -> str:
         """Judge a training loss by its running mean: it may rise, but not explode."""

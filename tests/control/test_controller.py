@@ -290,6 +290,19 @@ def test_a_sweep_after_which_units_are_dead_is_undone() -> None:
         assert controller.observe(Activity(71.0, age, climb=0.9)).rewind is None
 
 
+def test_units_that_die_after_the_sweep_is_confirmed_are_missed() -> None:
+    """Law: the reference is the count of the weights that confirmed it, not the next one."""
+    sweep = LRSweep(steps=2)
+    controller = made(sweep=sweep)
+    controller.observe(Activity(100.0))
+    sweep.ended, sweep.proven = True, False
+    controller.observe(Activity(80.0, 8, climb=2.0))
+    assert controller.observe(ValidationLoss(1.0, never)).snapshot == "average"
+    for age, alive in ((16, 57.0), (24, 55.0), (32, 50.0)):
+        assert controller.observe(Activity(alive, age, climb=2.0)).rewind is None
+    assert controller.observe(Activity(50.0, 40, climb=2.0)).rewind is not None
+
+
 # the log
 
 
