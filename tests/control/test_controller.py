@@ -297,6 +297,8 @@ def test_units_that_die_after_the_sweep_is_confirmed_are_missed() -> None:
     controller.observe(Activity(100.0))
     sweep.ended, sweep.proven = True, False
     controller.observe(Activity(80.0, 8, climb=2.0))
+    assert controller.guard is not None
+    controller.guard.begin(2.0)  # the loss of the initial weights
     assert controller.observe(ValidationLoss(1.0, never)).snapshot == "average"
     for age, alive in ((16, 57.0), (24, 55.0), (32, 50.0)):
         assert controller.observe(Activity(alive, age, climb=2.0)).rewind is None
