@@ -3,11 +3,11 @@
     SELFTUNE_DATA=... python -m benchmarks.run --suite small [--methods selftune,prodigy,random]
 
 Finished runs lie in ``benchmarks/records``, a line of JSON each, and are not run again;
-``--again METHOD`` forgets those of a method. ``--suite full`` adds images and text at five times
-the length, ``--suite slice`` takes seconds. ``--suite extended`` takes the second list of
-workloads, with records and results of their own (``benchmarks/records/extended``,
-``benchmarks/RESULTS-extended.md``). ``--report`` only writes ``benchmarks/RESULTS.md``. Needs the
-extra ``bench``.
+``--again METHOD`` forgets those of a method, on the workloads of ``--only``. ``--suite full`` adds
+images and text at five times the length, ``--suite slice`` takes seconds. ``--suite extended``
+takes the second list of workloads, with records and results of their own
+(``benchmarks/records/extended``, ``benchmarks/RESULTS-extended.md``). ``--report`` only writes
+``benchmarks/RESULTS.md``. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -59,21 +59,25 @@ def keep(record: Record, folder: Path) -> None:
         file.write(json.dumps(asdict(record)) + "\n")
 
 
-def forget(methods: set[str], folder: Path) -> None:
-    """Drop the runs of some methods."""
-    kept = [r for r in records(folder) if r.method not in methods]
+def forget(methods: set[str], names: list[str], folder: Path) -> None:
+    """Drop the runs of some methods on some workloads."""
+    kept = [r for r in records(folder) if not (r.method in methods and r.workload in names)]
     for path in folder.glob("*.jsonl"):
         path.unlink()
     for record in kept:
         keep(record, folder)
 
 
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The suite's workloads, or those of them that ``--only`` names."""
+    suite = SUITES[args.suite]
+    return [name for name in suite if name in (args.only.split(",") if args.only else suite)]
+
+
 def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Every run asked for that is not finished."""
     done = {(r.workload, r.method, r.seed) for r in records(args.records)}
-    for name in SUITES[args.suite]:
-        if args.only and name not in args.only.split(","):
-            continue
+    for name in chosen(args):
         for method in args.methods.split(","):
             for seed in seeds(method, args.seeds, args.pool, args.starts, args.searches):
                 if (name, method, seed) not in done:
@@ -132,7 +136,7 @@ def main() -> None:
     page = "RESULTS-extended.md" if extended else "RESULTS.md"
     args.results = args.results or FOLDER.parent / page
     if args.again:
-        forget(set(args.again.split(",")), args.records)
+        forget(set(args.again.split(",")), chosen(args), args.records)
     if not args.report:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.workers, mp_context=spawn) as executor:

@@ -146,7 +146,9 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
         ["--suite", "slice", "--methods", "default", "--records", str(tmp_path)]
     )
     assert list(command.wanted(args)) == [("digits-short", "default", 2)]
-    command.forget({"default"}, tmp_path)
+    command.forget({"default"}, ["another"], tmp_path)
+    assert len(list(command.wanted(args))) == 1
+    command.forget({"default"}, command.chosen(args), tmp_path)
     assert len(list(command.wanted(args))) == 3
 
 

@@ -60,10 +60,11 @@ def test_hostile_starts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("driver", ["optimizer", "tuner"])
 @pytest.mark.parametrize("shell", ["SGD", "AdamW"])
-def test_ordinary_starts_are_not_lost(shell: str) -> None:
+def test_ordinary_starts_are_not_lost(shell: str, driver: str) -> None:
     """Law: no run is lost (of SGD's one in ten ended at ten times the loss of plain torch)."""
-    ends = [run(s) for s in ordinary(4, shell)]
+    ends = [run(s) for s in ordinary(4, shell, driver)]
     assert not [e for e in ends if e.ours > 3 * e.plain]
     assert sum(math.log(e.ours / e.plain) for e in ends) / len(ends) < 0.3
 
@@ -74,6 +75,14 @@ def test_a_sweep_that_kills_units_is_undone() -> None:
     end = run(replace(start, again=False))
     assert end.ours < 1.5 * end.plain
     assert end.live[1] > 0.8
+
+
+def test_a_tuner_does_not_take_weights_with_dying_units_for_good() -> None:
+    """Law: plain torch ends at 0.10; this run ended at 2.4, above its initial weights."""
+    (start,) = itertools.islice(ordinary(100, "SGD", "tuner"), 18, 19)
+    end = run(replace(start, again=False))
+    assert end.ours < 1.5 * end.plain
+    assert end.live[1] > 0.5  # 0.19
 
 
 @pytest.mark.slow

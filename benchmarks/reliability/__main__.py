@@ -83,11 +83,10 @@ def starts(args: argparse.Namespace) -> None:
 
 def ordinary_starts(args: argparse.Namespace) -> None:
     """Ordinary ones."""
-    for shell in SHELLS[:4]:
-        if not args.ordinary:
-            continue
-        some = ends(list(ordinary(args.ordinary, shell)), args.workers)
-        line(f"ordinary starts, {shell}: worse than plain", "0", some,
+    runs = [(s, "optimizer") for s in SHELLS[:4]] + [(s, "tuner") for s in ("SGD", "AdamW")]
+    for shell, driver in runs if args.ordinary else ():
+        some = ends(list(ordinary(args.ordinary, shell, driver)), args.workers)
+        line(f"ordinary starts, {shell}, {driver}: worse than plain", "0", some,
              lambda e: worse(e.ours, e.plain), args.worst)  # fmt: skip
         line("… above twice", "0", some, lambda e: e.ours > 2 * e.plain, args.worst)
         line("… plain on other batches: worse than plain", "–", some,

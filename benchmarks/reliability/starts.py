@@ -51,6 +51,7 @@ class Start:
         told: Which losses are: ``validation``, ``training`` or ``nothing``.
         split: Seed of the split into training, validation and test examples.
         again: Whether plain training is run a second time, on other batches.
+        driver: ``optimizer``, or ``tuner`` for ``st.Tuner``, which always knows the length.
     """
 
     seed: int
@@ -67,6 +68,7 @@ class Start:
     told: str
     split: int = 0
     again: bool = False
+    driver: str = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def hostile(count: int, seed: int = 0) -> Iterator[Start]:
         )  # fmt: skip
 
 
-def ordinary(count: int, shell: str = "SGD") -> Iterator[Start]:
+def ordinary(count: int, shell: str = "SGD", driver: str = "optimizer") -> Iterator[Start]:
     """Starts that people use, with which plain training does well.
 
     Each has a split of its own: the loss over 360 test examples depends on a few of them.
@@ -122,7 +124,7 @@ def ordinary(count: int, shell: str = "SGD") -> Iterator[Start]:
             lr=draw.choice((0.02, 0.05, 0.1) if shell == "SGD" else (5e-4, 1e-3, 3e-3)),
             options={"momentum": 0.9} if shell == "SGD" else {}, batch=32, scale=1.0, inputs=1.0,
             init="usual", steps=1000, known=number % 2 == 0, told="validation",
-            split=number, again=True,
+            split=number, again=True, driver=driver,
         )  # fmt: skip
 
 
@@ -190,14 +192,22 @@ def run(start: Start) -> End:
                 ends.append(math.nan)
                 lives.append(math.nan)
                 continue
-        optimizer = _optimizer(start, net, ours=ours)
-        _train(start, net, optimizer, train, val, loss_fn, seed, ours=ours)
-        shown = optimizer.averaged() if ours else torch.no_grad()
+        shown: Any = torch.no_grad()
+        numbers: list[float] = []
+        if ours and start.driver == "tuner":
+            numbers = _tune(start, net, train, val, loss_fn, seed)
+        else:
+            optimizer = _optimizer(start, net, ours=ours)
+            _train(start, net, optimizer, train, val, loss_fn, seed, ours=ours)
+            if ours:
+                shown, numbers = (
+                    optimizer.averaged(),
+                    [float(v) for v in optimizer.hparams.values()],
+                )
         with shown, torch.no_grad():
             ends.append(float(loss_fn(net(test[0]), test[1])))
             lives.append(live(net, test[0]))
             if ours:
-                numbers = [float(v) for v in optimizer.hparams.values()]
                 weights = [p.detach() for p in net.parameters()]
                 finite = all(map(math.isfinite, numbers)) and all(
                     bool(torch.isfinite(w).all()) for w in weights
@@ -216,6 +226,34 @@ def _optimizer(start: Start, net: nn.Module, *, ours: bool) -> Any:
     return getattr(st, start.shell)(net, **options, **tuning)
 
 
+def _draw(some: Data, size: int, draw: torch.Generator) -> Data:
+    """A batch of examples, drawn with replacement."""
+    index = torch.randint(len(some[0]), (size,), generator=draw)
+    return some[0][index], some[1][index]
+
+
+def _tune(
+    start: Start,
+    net: nn.Module,
+    train: Data,
+    val: Data,
+    loss_fn: Callable[..., Tensor],
+    seed: int,
+) -> list[float]:
+    """Train by ``st.Tuner``, not compiled; return the hyperparameters."""
+    draw = torch.Generator().manual_seed(seed)
+    tuner = st.Tuner(
+        net, lambda *pair: start.scale * loss_fn(*pair), rule=getattr(st.rules, start.shell)(),
+        hparams={"lr": start.lr, **start.options}, compile=False,
+    )  # fmt: skip
+    batches = (
+        [_draw(some, size, draw) for _ in range(start.steps)]
+        for some, size in ((train, start.batch), (val, 64))
+    )
+    result = tuner.fit(*batches, steps=start.steps, evaluate_every=start.steps, progress=False)
+    return list(result.hparams.values())
+
+
 def _train(
     start: Start,
     net: nn.Module,
@@ -229,13 +267,9 @@ def _train(
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
 
-    def batch(some: Data, size: int) -> Data:
-        index = torch.randint(len(some[0]), (size,), generator=draw)
-        return some[0][index], some[1][index]
-
     for _ in range(start.steps):
-        x, y = batch(train, start.batch)
-        xv, yv = batch(val, 64)
+        x, y = _draw(train, start.batch, draw)
+        xv, yv = _draw(val, 64, draw)
         optimizer.zero_grad()
         loss = start.scale * loss_fn(net(x), y)
         loss.backward()

@@ -296,13 +296,32 @@ def test_units_that_die_after_the_sweep_is_confirmed_are_missed() -> None:
     controller = made(sweep=sweep)
     controller.observe(Activity(100.0))
     sweep.ended, sweep.proven = True, False
-    controller.observe(Activity(80.0, 8, climb=2.0))
+    controller.observe(Activity(80.0, 16, climb=2.0))
     assert controller.guard is not None
     controller.guard.begin(2.0)  # the loss of the initial weights
     assert controller.observe(ValidationLoss(1.0, never)).snapshot == "average"
-    for age, alive in ((16, 57.0), (24, 55.0), (32, 50.0)):
+    for age, alive in ((24, 57.0), (32, 55.0), (40, 50.0)):
         assert controller.observe(Activity(alive, age, climb=2.0)).rewind is None
-    assert controller.observe(Activity(50.0, 40, climb=2.0)).rewind is not None
+    assert controller.observe(Activity(50.0, 48, climb=2.0)).rewind is not None
+
+
+def test_a_count_right_after_the_sweep_does_not_confirm_it() -> None:
+    """Law: neither training nor validation losses confirm before units could have died."""
+    sweep = LRSweep(steps=2)
+    controller = made(sweep=sweep)
+    controller.observe(Activity(100.0))
+    sweep.ended, sweep.proven = True, False
+    assert controller.guard is not None
+    controller.guard.begin(2.0)  # the loss of the initial weights
+    controller.observe(Activity(90.0, 8, climb=2.0))
+    for _ in range(15):
+        assert controller.observe(TrainingLoss(1.0)) == Action()
+    assert controller.observe(ValidationLoss(1.0, never)).snapshot != "average"
+    assert controller.unproven
+    for age in (16, 24, 32):
+        action = controller.observe(Activity(5.0, age, climb=2.0))
+    assert action.rewind is not None, "back to the initial weights"
+    assert controller.guard.spared == 100.0
 
 
 # the log
