@@ -77,6 +77,7 @@ PARTS: dict[str, Options] = {
     "no unit gradient": method(unit_gradient=False),
     "run ends at its average": method(final_weights=False),
     "no trust": hyper(sure=1e-9),
+    "no caution after a divergence": hyper(caution=1.0),
     "hyper steps alike in runs of all lengths": hyper(power=0.0),
     "outer loss at the last iterate": {"average": st.Average(0.0)},
     "no closed forms": {"estimator": st.Trace(stride=4, closed_forms=False)},

@@ -160,9 +160,11 @@ def main() -> None:
             print(seed, Start.draw(seed), f"{found[-1]:.4g}", flush=True)
     finite = [f for f in found if math.isfinite(f)]
     label = "no tuning" if args.plain else "selftune"
+    middle, worst = statistics.median(found), max(finite)
     print(
-        f"| {args.data} | {label} | {statistics.mean(finite):.4g} | {statistics.median(found):.4g} "
-        f"| worst {max(finite):.4g}, not finite {len(found) - len(finite)} of {len(found)} "
+        f"| {args.data} | {label} | {statistics.mean(finite):.4g} | {middle:.4g} "
+        f"| worst {worst:.4g}, {worst / middle:.2f} times the median, "
+        f"not finite {len(found) - len(finite)} of {len(found)} "
         f"| {(time.perf_counter() - begun) / len(found):.1f} s a run |"
     )
 

@@ -175,6 +175,7 @@ class Controller:
         if self.unproven:
             assert self.sweep is not None
             self.sweep.proven = True
+            action = action._replace(diverged=False)
         return action
 
     def _hypergradient(self, record: Hypergradient) -> Action:
@@ -183,7 +184,7 @@ class Controller:
         )
         # Sensitivities may have diverged while weights have not: at first, only restart.
         first = action.rewind is not None and self._guard.streak == 1
-        return action._replace(rewind={}) if first else action
+        return action._replace(rewind={}, diverged=False) if first else action
 
     def _validation_loss(self, record: ValidationLoss) -> Action:
         guard, loss, proof = self._guard, record.loss, False
@@ -229,7 +230,7 @@ class Controller:
         if not worsened:
             momenta = [n for n, h in self.hparams.items() if h.role == "momentum" and h.accumulates]
             moves |= dict.fromkeys(momenta, self._guard.policy.momentum)
-        return Action(skip=True, rewind=moves, reason=reason)
+        return Action(skip=True, rewind=moves, reason=reason, diverged=True)
 
     def announce(self, action: Action, step: int) -> None:
         """Log a rewind: the first as a warning."""

@@ -78,12 +78,15 @@ class Action(NamedTuple):
             ``"promote"`` the candidate as the last good ones.
         rewind: Then return to the good weights and restart, with these changes of raw values.
         reason: The reason for the log; empty if the rewind belongs to the sweep.
+        diverged: Whether the learning rate was too high after a confirmed sweep: later it rises
+            more slowly near its present value.
     """
 
     skip: bool = False
     snapshot: str = ""
     rewind: Mapping[str, float] | None = None
     reason: str = ""
+    diverged: bool = False
 
     @property
     def planned(self) -> bool:

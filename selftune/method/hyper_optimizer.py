@@ -35,7 +35,7 @@ def trust(mean: Tensor, square: Tensor, settings: HyperSettings) -> Tensor:
 
 
 class HyperState(NamedTuple):
-    """Shifts and their optimizer state, each of shape (shifts,), float64.
+    """Shifts and their optimizer state, each of shape (shifts,), float64, if not stated otherwise.
 
     Attributes:
         raw: The shifts.
@@ -44,6 +44,8 @@ class HyperState(NamedTuple):
         mean: Running mean of the hypergradients, for the signal-to-noise ratio.
         square: Running mean of their squares.
         taken: Steps taken, shape (1,).
+        peak: The shifts at which the run last diverged; infinite if it has not.
+        divergences: Their number, shape (1,).
     """
 
     raw: Tensor
@@ -52,16 +54,24 @@ class HyperState(NamedTuple):
     mean: Tensor
     square: Tensor
     taken: Tensor
+    peak: Tensor
+    divergences: Tensor
 
     @classmethod
     def begin(cls, raw: Tensor) -> HyperState:
         """The initial state at given shifts."""
         first, second, mean, square = (torch.zeros_like(raw) for _ in range(4))
-        return cls(raw, first, second, mean, square, raw.new_zeros(1))
+        peak, none = torch.full_like(raw, math.inf), raw.new_zeros(1)
+        return cls(raw, first, second, mean, square, none, peak, none.clone())
 
     def forget(self) -> HyperState:
-        """The same shifts with a new state."""
-        return HyperState.begin(self.raw)
+        """The same shifts and divergences without past hypergradients."""
+        begun = HyperState.begin(self.raw)
+        return begun._replace(peak=self.peak, divergences=self.divergences)
+
+    def diverged(self) -> HyperState:
+        """The same state after a divergence at the present shifts."""
+        return self._replace(peak=self.raw.clone(), divergences=self.divergences + 1)
 
 
 class Frame(NamedTuple):
@@ -192,12 +202,19 @@ class HyperOptimizer:
         raw = (state.raw + change.clamp(-longest, longest)).maximum(frame.low).minimum(frame.high)
         if "lr" in self.hparams:
             rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
-            raw = self._added(raw, "lr", (climb - 1) * rise)
+            raw = self._added(raw, "lr", (climb * self._caution(state) - 1) * rise)
         raw = raw.maximum(self.lay_floor(raw, frame, memory, steps))
         if isinstance(free, Tensor):
             raw = torch.where(free > 0, raw, state.raw)
         stepped = stepped._replace(raw=raw)
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
+
+    def _caution(self, state: HyperState) -> Any:
+        """The factor of an upward step of the learning rate near its peak at a divergence."""
+        if self.settings.caution <= 1:
+            return 1.0
+        below = self._of(state.peak - state.raw, "lr") / math.log(self.settings.caution)
+        return below.clamp_max(1.0).maximum(1 / (1 + state.divergences))
 
     def _shrunk(self, change: Tensor) -> Tensor:
         """Each shift of a hyperparameter takes the mean change plus a share of its deviation."""
@@ -225,7 +242,9 @@ class HyperOptimizer:
             raw = state.raw - self.size * first / (1 - beta1**taken) / root
         else:
             raw = state.raw + propose(state.raw, signal)
-        return HyperState(raw, first, second, mean, square, taken)
+        return state._replace(
+            raw=raw, first=first, second=second, mean=mean, square=square, taken=taken
+        )
 
     def move(self, raw: Tensor, name: str, change: float | Tensor, frame: Frame) -> Tensor:
         """Add to a hyperparameter's raw shifts, within their bounds, if it is tuned."""

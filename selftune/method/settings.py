@@ -28,6 +28,8 @@ class HyperSettings(Settings):
         sure: Steps are scaled down if the signal-to-noise ratio is below this multiple of that of
             pure noise.
         longest: Largest change of a raw value in one step.
+        caution: After n divergences, steps that raise the learning rate are scaled down from this
+            factor below its last peak on, to 1/(1 + n) at and above the peak; 1 for no change.
         apart: If a hyperparameter has a value for each group or tensor, each value takes the mean
             change plus this share of its deviation, as single hypergradients are noisier.
     """
@@ -43,6 +45,7 @@ class HyperSettings(Settings):
     recent: float = 0.8
     sure: float = 2.0
     longest: float = 0.3
+    caution: float = 3.0
     apart: float = 0.1
 
     def every(self, total_steps: int | None) -> int:

@@ -257,6 +257,8 @@ class Engine:
         self.slopes.forget()
         self.clock.since = step
         self.shifts.forget()
+        if action.diverged:
+            self.shifts.take(self.shifts.state.diverged())
         self.shifts.move(action.rewind)
         self.controller.announce(action, step)
         guard = self.controller.guard

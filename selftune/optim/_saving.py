@@ -19,7 +19,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 20
+VERSION = 21
 """Version of the state; 17 added ``longest_gap`` to the clock."""
 
 

@@ -194,7 +194,8 @@ class Shifts:
         for name in moves.keys() & self.rows.keys():
             self.rows[name].displace(moves[name])
         frame = self.frame()
-        self.take(self.state._replace(raw=self.state.raw.maximum(frame.low).minimum(frame.high)))
+        raw = self.state.raw.maximum(frame.low).minimum(frame.high)
+        self.take(HyperState.begin(raw))  # without the divergences of another rule
         self.forget()
 
     def forget(self) -> None:

@@ -22,7 +22,7 @@ log = logging.getLogger("selftune")
 LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
-VERSION = 13
+VERSION = 14
 """Version of checkpoints; 10 stores the due part of a step, and no per-rank random states."""
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from selftune.method import State, choice
+from selftune.method import HyperState, State, choice
 from selftune.rules import Mixture, PlainOptimizer
 from selftune.tuner._compiled import Fused
 from selftune.tuner._run_state import RunState
@@ -86,7 +86,7 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
         raw = hyper.move(raw, name, change, hyper.frame(raw.device))
         if name not in hyper.hparams:
             steps.options[name] *= math.exp(change)
-    begun = run.hyper._replace(raw=raw).forget()
+    begun = HyperState.begin(raw)
     for old, new in zip(run.hyper, begun, strict=True):
         old.copy_(new)
     fresh = _begun(steps, run)

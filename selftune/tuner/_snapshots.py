@@ -77,6 +77,7 @@ class Snapshots:
         raw_before: Sequence[float] | None = None,
         *,
         start_is_good: bool = False,
+        diverged: bool = False,
     ) -> None:
         """Return to the good weights, restart, and change raw hyperparameters.
 
@@ -85,6 +86,7 @@ class Snapshots:
             member: Member of a population.
             raw_before: Raw hyperparameters to restore before the changes.
             start_is_good: Whether the average, still the initial weights, becomes the good weights.
+            diverged: Whether the learning rate was too high.
         """
         mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
         kept = [self.part(t, member) for t in self.weights]
@@ -98,12 +100,13 @@ class Snapshots:
                 tensor.copy_(self.part(then, member))
         state = self._method.rewind(mine.method, mine.averages, mine.step)
         hyper, frame = self._method.hyper, self._method.hyper.frame(mine.step.device)
-        raw = state.hyper.raw
+        held = state.hyper
         if raw_before is not None:
-            raw = torch.tensor(raw_before, dtype=raw.dtype, device=raw.device)
+            held = held._replace(raw=held.raw.new_tensor(raw_before))
+        held = held.diverged() if diverged else held
         for name, change in moves.items():
-            raw = hyper.move(raw, name, change, frame)
-        state = state._replace(hyper=state.hyper._replace(raw=raw))
+            held = held._replace(raw=hyper.move(held.raw, name, change, frame))
+        state = state._replace(hyper=held)
         for old, new in zip(leaves(mine.method), leaves(state), strict=True):
             if new is not old:
                 old.copy_(new)

@@ -212,7 +212,7 @@ class Watch:
             self._good_at[member] = step
         if action.rewind is None:
             return False
-        self._snapshots.rewind(action.rewind, member, raw)
+        self._snapshots.rewind(action.rewind, member, raw, diverged=action.diverged)
         self.controllers[member].announce(action, step)
         self._rewound(step, member)
         if member == self.leader:  # whose values the log shows

@@ -64,7 +64,7 @@ def test_an_action_asks_for_nothing_by_default() -> None:
         Hypergradient(True),
     ]  # fmt: skip
     assert [controller.observe(record) for record in news] == [Action()] * 5
-    assert Action() == (False, "", None, "")
+    assert Action() == (False, "", None, "", False)
 
 
 # the sweep
@@ -207,6 +207,7 @@ def test_a_training_loss_that_explodes_is_taken_back() -> None:
     action = controller.observe(TrainingLoss(100.0))
     assert action.rewind is not None
     assert "training loss exploded" in action.reason
+    assert action.diverged
     assert made().observe(TrainingLoss(math.nan)) == Action(skip=True)
 
 
@@ -321,6 +322,7 @@ def test_a_count_right_after_the_sweep_does_not_confirm_it() -> None:
     for age in (16, 24, 32):
         action = controller.observe(Activity(5.0, age, climb=2.0))
     assert action.rewind is not None, "back to the initial weights"
+    assert not action.diverged, "a sweep that is undone says nothing of later rates"
     assert controller.guard.spared == 100.0
 
 

@@ -173,6 +173,26 @@ def test_forgetting_is_a_fresh_start_from_the_same_shifts() -> None:
     torch.testing.assert_close(ours.state.raw - start, fresh.state.raw)
 
 
+@pytest.mark.parametrize("divergences", [1, 3])
+@pytest.mark.parametrize(
+    ("below", "share"), [(4.0, 1.0), (3.0, 1.0), (3**0.75, 0.75), (1.0, 0.0), (0.5, 0.0)]
+)
+def test_the_rate_rises_slowly_near_the_peak_of_a_divergence(
+    divergences: int, below: float, share: float
+) -> None:
+    """Closed form: log(peak / rate) / log 3 between 1/(1 + n) and 1; falls are as before."""
+    for slope in (-1.0, 1.0):
+        ours, free = Ours({"lr": LR}), Ours({"lr": LR})
+        for _ in range(divergences):
+            ours.state = ours.state.diverged()
+        ours.state = ours.state.forget()._replace(raw=ours.state.raw - math.log(below))
+        start = float(ours.state.raw)
+        ours.step(vector(slope))
+        free.step(vector(slope))
+        factor = max(share, 1 / (1 + divergences)) if slope < 0 else 1.0
+        assert float(ours.state.raw) - start == pytest.approx(factor * float(free.state.raw))
+
+
 def test_those_that_do_not_move_stay_and_the_others_step_as_alone() -> None:
     """Twin: one alone; what the other's gradient says is not looked at."""
     ours, alone = Ours(frees(2)), Ours(frees(1))
