@@ -193,6 +193,15 @@ def test_the_rate_rises_slowly_near_the_peak_of_a_divergence(
         assert float(ours.state.raw) - start == pytest.approx(factor * float(free.state.raw))
 
 
+def test_without_caution_divergences_change_no_step() -> None:
+    """Twin: one that never diverged."""
+    ours, free = (Ours({"lr": LR}, settings=HyperSettings(caution=1.0)) for _ in range(2))
+    ours.state = ours.state.diverged()
+    for made in (ours, free):
+        made.step(vector(-1.0))
+    assert ours.state.raw.tolist() == free.state.raw.tolist()
+
+
 def test_those_that_do_not_move_stay_and_the_others_step_as_alone() -> None:
     """Twin: one alone; what the other's gradient says is not looked at."""
     ours, alone = Ours(frees(2)), Ours(frees(1))
