@@ -193,21 +193,17 @@ def run(start: Start) -> End:
                 lives.append(math.nan)
                 continue
         shown: Any = torch.no_grad()
-        numbers: list[float] = []
         if ours and start.driver == "tuner":
-            numbers = _tune(start, net, train, val, loss_fn, seed)
+            found = _tune(start, net, train, val, loss_fn, seed)
         else:
-            optimizer = _optimizer(start, net, ours=ours)
-            _train(start, net, optimizer, train, val, loss_fn, seed, ours=ours)
-            if ours:
-                shown, numbers = (
-                    optimizer.averaged(),
-                    [float(v) for v in optimizer.hparams.values()],
-                )
+            found = _optimizer(start, net, ours=ours)
+            _train(start, net, found, train, val, loss_fn, seed, ours=ours)
+            shown = found.averaged() if ours else shown
         with shown, torch.no_grad():
             ends.append(float(loss_fn(net(test[0]), test[1])))
             lives.append(live(net, test[0]))
             if ours:
+                numbers = [float(v) for v in found.hparams.values()]
                 weights = [p.detach() for p in net.parameters()]
                 finite = all(map(math.isfinite, numbers)) and all(
                     bool(torch.isfinite(w).all()) for w in weights
@@ -239,8 +235,8 @@ def _tune(
     val: Data,
     loss_fn: Callable[..., Tensor],
     seed: int,
-) -> list[float]:
-    """Train by ``st.Tuner``, not compiled; return the hyperparameters."""
+) -> Any:
+    """The result of training by ``st.Tuner``, not compiled."""
     draw = torch.Generator().manual_seed(seed)
     tuner = st.Tuner(
         net, lambda *pair: start.scale * loss_fn(*pair), rule=getattr(st.rules, start.shell)(),
@@ -250,8 +246,7 @@ def _tune(
         [_draw(some, size, draw) for _ in range(start.steps)]
         for some, size in ((train, start.batch), (val, 64))
     )
-    result = tuner.fit(*batches, steps=start.steps, evaluate_every=start.steps, progress=False)
-    return list(result.hparams.values())
+    return tuner.fit(*batches, steps=start.steps, evaluate_every=start.steps, progress=False)
 
 
 def _train(

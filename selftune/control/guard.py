@@ -41,8 +41,8 @@ class GuardPolicy(Settings):
         capacity: If the rate has risen by ``climbed``, fewer live units than this share of their
             maximum are an alarm. The maximum is that since the good weights or the last count at a
             rate that has not risen, and includes the initial weights until later ones are good.
-        settled: Steps after a sweep in which a count does not confirm it, because units die within
-            some steps at too high a rate.
+        grace: Grace period after a sweep in steps: an earlier count does not confirm it, because
+            units die some steps after the rate has become too high.
         climbed: Threshold on the log of the ratio of the learning rate to the given one.
         cool: Divisor of the rate in a rewind; consecutive rewinds use powers of it.
         cool_worsened: Divisor of the rate if only the validation loss worsened.
@@ -72,7 +72,7 @@ class GuardPolicy(Settings):
     pulse: int = 8
     young: int = 160
     capacity: float = 0.7
-    settled: int = 10
+    grace: int = 10
     climbed: float = 0.4
     cool: float = 3.0
     cool_worsened: float = 2.0
@@ -140,7 +140,7 @@ class Guard:
     liveliest: float = 0.0
     spared: float = 0.0  # live units of the good weights
     initial: bool = False  # whether the initial weights are the good ones, after a sweep
-    faded: bool = False  # whether units are dead at a raised rate, or their count is not settled
+    faded: bool = False  # whether units are dead at a raised rate, or may still die
     fading: int = 0
     streak: int = 0
     rewinds: int = 0
@@ -178,7 +178,7 @@ class Guard:
         # Units dead at the given rate, such as closed ones, were not killed by a raised one.
         self.liveliest = max(self.liveliest, alive) if raised else alive
         low = raised and alive < self.policy.capacity * self.liveliest
-        self.faded = low or (raised and self.initial and age <= self.policy.settled)
+        self.faded = low or (raised and self.initial and age <= self.policy.grace)
         self.fading = self.fading + 1 if low else 0
         if self.fading >= self.policy.patience:
             return "fade"

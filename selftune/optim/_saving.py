@@ -20,7 +20,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 21
-"""Version of the state; 17 added ``longest_gap`` to the clock."""
+"""Version of the state; 21 added the peak of the last divergence."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:

@@ -23,7 +23,7 @@ LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
 VERSION = 14
-"""Version of checkpoints; 10 stores the due part of a step, and no per-rank random states."""
+"""Version of checkpoints; 14 added the peak of the last divergence."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
