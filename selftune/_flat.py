@@ -43,11 +43,9 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
 def swap(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """Exchange the values of two lists of tensors, a few at a time."""
     for tensor, other in zip(tensors, others, strict=True):
-        both = (tensor, other)
-        if tensor.is_contiguous():
-            parts = [t.view(-1).split(FEW) for t in both]
-        else:
-            parts = [(t,) for t in both]
+        parts: list[Sequence[Tensor]] = [(tensor,), (other,)]
+        if tensor.numel() > FEW and tensor.is_contiguous():
+            parts = [t.view(-1).split(FEW) for t in (tensor, other)]
         for some, those in zip(*parts, strict=True):
             held = some.clone()
             some.copy_(those)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Hparam:
         """Whether values must be below 1: momenta and smoothing constants."""
         return isinstance(self.bijection, Memory)
 
-    @property
+    @cached_property
     def raw_ends(self) -> tuple[float, float]:
         """The bounds as raw values."""
         ends = torch.tensor([self.lower, self.upper], dtype=torch.float64)

@@ -282,7 +282,8 @@ class Guard:
             return "rewind"
         if math.isnan(self.first):
             self.first = loss
-        error = statistics.pstdev(self.recent) / math.sqrt(max(1, len(self.recent) - 1))
+        deviations = math.hypot(*(each - self.mean for each in self.recent))
+        error = deviations / math.sqrt(len(self.recent) * max(1, len(self.recent) - 1))
         slack = max(
             policy.sigmas * math.hypot(error, self.best_error),
             policy.tolerance * (self.first - self.best),

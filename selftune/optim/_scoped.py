@@ -35,7 +35,12 @@ class Scoped:
         waiting: Whether ``wake`` has not been called yet.
         start: The last values set, one for each segment.
         given: The median of the initial values.
+        bounds: Bounds of each shift, within which all of its segments are in bounds.
+        origin: The extreme base of each slot: the lowest of a regularizer, otherwise the highest.
     """
+
+    bounds: tuple[Tensor, Tensor]
+    origin: Tensor
 
     def __init__(self, hparam: Hparam, scope: str) -> None:
         """Start without segments; ``lay_out`` sets them."""
@@ -169,29 +174,22 @@ class Scoped:
         """Sum per-segment derivatives into the shifts they share."""
         return torch.zeros_like(self.shift).index_add_(0, self.slots, signal)
 
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Bounds of each shift, within which all of its segments are in bounds."""
-        low, high = self.hparam.raw_ends
-        return low - self._lowest, high - self._highest
-
-    @property
-    def origin(self) -> Tensor:
-        """The extreme base of each slot: the lowest of a regularizer, otherwise the highest."""
-        found = self._lowest if self.hparam.role == "regularizer" else self._highest
-        return found.nan_to_num(posinf=0.0, neginf=0.0)
-
     def _measure(self) -> None:
-        """Find the extreme bases of each slot; hyperparameters that are off are ignored."""
+        """Find bounds and origins by extreme bases; hyperparameters that are off are ignored."""
         self._values = None
         lowest, highest = (
             torch.full_like(self.shift, math.inf),
             torch.full_like(self.shift, -math.inf),
         )
         on = ~self.base.isnan()
-        self._lowest = lowest.scatter_reduce(0, self.slots[on], self.base[on], "amin")
-        self._highest = highest.scatter_reduce(0, self.slots[on], self.base[on], "amax")
+        lowest = lowest.scatter_reduce(0, self.slots[on], self.base[on], "amin")
+        highest = highest.scatter_reduce(0, self.slots[on], self.base[on], "amax")
+        low, high = self.hparam.raw_ends
+        self.bounds = low - lowest, high - highest
+        extreme = lowest if self.hparam.role == "regularizer" else highest
+        self.origin = extreme.nan_to_num(posinf=0.0, neginf=0.0)
 
     def clamp(self) -> None:
         """Clamp the shifts to the bounds."""
-        low, high = self.bounds()
+        low, high = self.bounds
         self.shift = self.shift.maximum(low).minimum(high.maximum(low))

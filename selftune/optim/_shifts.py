@@ -153,7 +153,7 @@ class Shifts:
 
     def frame(self) -> Frame:
         """Origin and bounds of the shifts."""
-        pairs = [t.bounds() for t in self.rows.values()]
+        pairs = [t.bounds for t in self.rows.values()]
         low = _joined([p[0] for p in pairs])
         origin = _joined([t.origin for t in self.rows.values()])
         return Frame(origin, low, _joined([p[1] for p in pairs]).maximum(low))
