@@ -1,11 +1,11 @@
 """The learning-rate sweep at the start (a range test).
 
 Over the first steps of a run the rate rises geometrically through eight decades around the given
-one. After each step the next gradient gives the slope of the loss at the end of that step,
-``s = g₊ · Δw``, on a new batch. While the slope is negative a longer step would have been better;
-once it is positive the rate is too high. The sum of the slopes, ``C = Σ s``, estimates the change
-of the loss (a Riemann sum along the path), so the rate at which C is lowest is the largest that
-still descends. The sweep needs no loss and no extra pass.
+one, and further while the loss falls. After each step the next gradient gives the slope of the loss
+at the end of that step, ``s = g₊ · Δw``, on a new batch. While the slope is negative a longer step
+would have been better; once it is positive the rate is too high. The sum of the slopes, ``C = Σ
+s``, estimates the change of the loss (a Riemann sum along the path), so the rate at which C is
+lowest is the largest that still descends. The sweep needs no loss and no extra pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from selftune._arguments import Settings
 from selftune.hparams import Hparam
 
 FIRST = 3
-"""Number of initial steps of a sweep, at the lowest rates."""
+"""Number of initial steps of a sweep, and of the first measured ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class SweepSettings(Settings):
         fewest: Runs with fewer steps have no sweep.
         unknown: Length of the sweep in a run of unknown length.
         decades: Range of the sweep on either side of the given rate.
+        stretch: While the descent is certain and continues, the sweep goes on above its range,
+            to this multiple of its number of steps.
         margin: The selected rate is the largest descending one divided by this.
         near: Up to this factor above the best rate so far, or at the next rate, any descent
             counts; farther above, C must be below twice its minimum so far.
@@ -59,6 +61,7 @@ class SweepSettings(Settings):
     fewest: int = 20
     unknown: int = 25
     decades: float = 4.0
+    stretch: float = 2.0
     margin: float = 1.5
     near: float = 4.0
     rise: float = 0.5
@@ -105,7 +108,8 @@ class LRSweep:
     """The state of a sweep: plain numbers, saved with the run.
 
     Args:
-        steps: Maximum number of steps; the sweep ends earlier once the rate is clearly too high.
+        steps: Number of steps over the range; the sweep ends earlier once the rate is clearly too
+            high, and later if the loss still falls at its end.
         settings: Settings of the sweep.
     """
 
@@ -113,6 +117,7 @@ class LRSweep:
     settings: SweepSettings = SweepSettings()
 
     taken: int = 0
+    measured: int = 0
     change: float = 0.0
     lowest: float = 0.0
     best: float = math.nan
@@ -148,7 +153,8 @@ class LRSweep:
         is many times both its initial slope and all descent so far has diverged, whatever its sign.
 
         Args:
-            slope: g · Δw at the end of the step.
+            slope: g · Δw at the end of the step; 0, as at its start, if the step was too short to
+                be measured.
             start: The same at its start; 0 if unknown.
         """
         self.missed = 0
@@ -156,7 +162,8 @@ class LRSweep:
         rate, wild = self.factor(self.taken - 1), self.settings.wild
         self.steepest = max(self.steepest, abs(start) / rate)
         scale = max(rate * self.steepest, -self.lowest)
-        steep = abs(slope) > (wild if self.taken > FIRST else wild**2) * scale > 0
+        self.measured += slope != 0 or start != 0
+        steep = abs(slope) > (wild if self.measured > FIRST else wild**2) * scale > 0
         if self.alarmed or steep or not math.isfinite(slope):
             self._blow_up()
             return False
@@ -170,7 +177,9 @@ class LRSweep:
             abs(start) if self.real else self.hoped
         )
         self.uphill = self.uphill + 1 if self.seen and rising else 0
-        if self.uphill >= 2 or self.taken >= self.steps:
+        most = self.steps * self.settings.stretch
+        further = self.real and rate <= near and self.taken < most
+        if self.uphill >= 2 or (self.taken >= self.steps and not further):
             self.ended = True
             self.blown = self.factor(self.taken - 1) if self.uphill >= 2 else 0.0
         plausible = -self.change <= self.settings.most * self.hoped or not self.hoped
@@ -197,7 +206,8 @@ class LRSweep:
         self.blown = self.factor(self.taken - 1)
         if not self.ended:
             self.lowered = 2 * self.settings.decades
-            self.taken, self.change, self.lowest, self.best = 0, 0.0, 0.0, math.nan
+            self.taken = self.measured = 0
+            self.change, self.lowest, self.best = 0.0, 0.0, math.nan
             self.balance, self.seen, self.uphill, self.steepest = 0, False, 0, 0.0
             self.alarmed, self.real, self.hoped = False, False, 0.0
 
@@ -224,7 +234,7 @@ class LRSweep:
     @property
     def _certain(self) -> float:
         """Excess of slopes of one sign that is not chance: two standard errors."""
-        return 2 * math.sqrt(self.taken)
+        return 2 * math.sqrt(self.measured)
 
     def moves(
         self, values: Mapping[str, float], hparams: Mapping[str, Hparam], total_steps: int | None

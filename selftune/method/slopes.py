@@ -13,6 +13,8 @@ from selftune.method.slices import Slice, choose
 
 SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
 """Share and maximum number of weights of a large tensor to use; small ones are used whole."""
+SHORTEST = 0.1
+"""Steps shorter than this share of the rounding error of the weights, ε ‖w‖, have no slope."""
 
 
 @dataclass
@@ -38,6 +40,9 @@ class Slopes:
     ) -> tuple[float, float] | None:
         """The slopes g · Δw at the start and at the end of the last step.
 
+        Both are 0 if the step is so short that most weights are rounded to their previous values:
+        which of them move, and so the sign of the slope, is then left to chance.
+
         Args:
             grads: Gradients at the current weights, on a new batch.
             weights: The current weights.
@@ -48,6 +53,7 @@ class Slopes:
             None at the first step, or if parts were added.
         """
         before = Slopes(self.grads, self.weights)
+        errors = [torch.finfo(w.dtype).eps for w in weights]
         cuts = slices([w.shape for w in weights]) if cuts is None else cuts
         grads, weights = (
             [_kept(cut.scaled(t)) for cut, t in zip(cuts, tensors, strict=True)]
@@ -57,12 +63,13 @@ class Slopes:
         if [w.shape for w in before.weights] != [w.shape for w in weights]:
             return None
         moves = [now - then for then, now in zip(before.weights, weights, strict=True)]
+        rounded = [w * e for w, e in zip(before.weights, errors, strict=True)]
         products = [
-            torch.stack([(g * d).sum().double() for g, d in zip(some, moves, strict=True)]).sum()
-            for some in (before.grads, grads)
+            torch.stack([(a * b).sum().double() for a, b in zip(*pair, strict=True)]).sum()
+            for pair in ((before.grads, moves), (grads, moves), (moves, moves), (rounded, rounded))
         ]
-        start, end = reduce(torch.stack(products)).tolist()  # one host sync
-        return start, end
+        start, end, moved, error = reduce(torch.stack(products)).tolist()  # one host sync
+        return (0.0, 0.0) if moved < SHORTEST**2 * error else (start, end)
 
     def forget(self) -> None:
         """Reset to the initial state."""

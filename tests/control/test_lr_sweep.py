@@ -50,6 +50,17 @@ def test_finds_the_curvature_whatever_rate_was_given(
     assert sweep.taken <= steps
 
 
+@pytest.mark.parametrize("given", [1e-5, 1e-8, 1e-11])
+@pytest.mark.parametrize("steps", [8, 30, 100])
+def test_goes_on_above_its_range_while_the_loss_falls(steps: int, given: float) -> None:
+    """Closed form: 1/c = 1, by rates that go on, for as many steps again at most."""
+    sweep = LRSweep(steps=steps)
+    rate, ratio = swept(sweep, [1.0], given), sweep.factor(1) / sweep.factor(0)
+    highest = given * sweep.factor(2 * steps - 1)
+    assert min(1.0, highest) / (1.5 * SETTINGS.margin * ratio) < rate < 1.0
+    assert steps < sweep.taken <= 2 * steps
+
+
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("steps", [8, 12, 25])
 def test_short_sweeps_are_as_exact_as_their_ratio(steps: int, given: float) -> None:
@@ -70,20 +81,21 @@ def test_the_stiffest_direction_decides(given: float, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [2, 8, 25, 100])
 @pytest.mark.parametrize("slope", [-1.0, 0.0])
-def test_never_longer_than_its_steps(slope: float, steps: int) -> None:
-    """Law: where descent never ends the sweep does, having covered its decades on both sides."""
+def test_never_longer_than_twice_its_steps(slope: float, steps: int) -> None:
+    """Law: it covers its decades on both sides, and goes on above where descent is certain."""
     sweep = LRSweep(steps=steps, settings=SweepSettings(decades=2.0))
     factors = []
     while not sweep.ended:
         factors.append(sweep.factor(sweep.taken))
         sweep.taken += 1
         sweep.observe(slope)
-    assert len(factors) == steps
+    certain = slope < 0 and steps > 2  # two slopes of a sign may be chance
+    assert len(factors) == (2 * steps if certain else steps)
     assert factors[0] == pytest.approx(1e-2)
-    assert factors[-1] == pytest.approx(1e2)
+    assert factors[steps - 1] == pytest.approx(1e2)
     ratios = torch.tensor(factors).log().diff()
     torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-4, atol=0)
-    assert sweep.choice == pytest.approx(1e2 / SETTINGS.margin if slope else 1.0)
+    assert sweep.choice == pytest.approx(factors[-1] / SETTINGS.margin if slope else 1.0)
 
 
 def test_ends_early_where_the_rate_is_plainly_too_high() -> None:

@@ -48,3 +48,18 @@ def test_other_tensors_begin_anew() -> None:
     assert slopes.along([torch.ones(3)] * 2, [torch.ones(3)] * 2) is None
     slopes.forget()
     assert slopes.along([torch.ones(3)], [torch.ones(3)]) is None
+
+
+def test_steps_within_the_rounding_of_the_weights_have_no_slope() -> None:
+    """Law: float32 keeps 24 bits, so a step of 1e-9 at weights near 1 is left to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weights, grads = (torch.randn(100, generator=generator, dtype=torch.float64) for _ in range(2))
+    for size, dtype, measured in (
+        (1e-9, torch.float32, False), (1e-6, torch.float32, True), (1e-9, torch.float64, True),
+        (1e-4, torch.bfloat16, False), (1e-2, torch.bfloat16, True),
+    ):  # fmt: skip
+        slopes = Slopes()
+        slopes.along([grads.to(dtype)], [weights.to(dtype)])
+        found = slopes.along([grads.to(dtype)], [(weights - size * grads).to(dtype)])
+        assert found is not None
+        assert (found[0] < 0, found[1] < 0) == (measured, measured), (size, dtype)
