@@ -19,7 +19,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 21
+VERSION = 22
 """Version of the state; 21 added the peak of the last divergence."""
 
 

@@ -22,7 +22,7 @@ log = logging.getLogger("selftune")
 LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
-VERSION = 14
+VERSION = 15
 """Version of checkpoints; 14 added the peak of the last divergence."""
 
 
