@@ -85,7 +85,7 @@ def test_averages_good_weights_and_age_begin_where_they_join() -> None:
     job.train(100)
     with torch.no_grad():
         for param in job.body.parameters():
-            param.add_(1.0)  # loaded while the group is frozen
+            param.add_(0.01)  # loaded while the group is frozen
     joined = [p.clone() for p in job.body.parameters()]
     job.body.requires_grad_(True)
     state = job.opt.state_dict()["state"]  # makes the run's state of them

@@ -124,10 +124,10 @@ def test_groups_show_the_rate_that_is_applied(name: str, probe: bool) -> None:
         group = opt.param_groups[0]
         if float(weight.detach()) >= float(before):  # rewound
             continue
-        applied = float(before - weight.detach())
-        assert group["applied_lr"] == pytest.approx(applied, rel=1e-9)
+        applied = pytest.approx(float(before - weight.detach()), rel=1e-6)  # of large weights
+        assert group["applied_lr"] == applied
         if not (scheduled or name == "not tuned"):
-            assert group["lr"] == pytest.approx(applied, rel=1e-9)
+            assert group["lr"] == applied
         peak = opt.hparams["lr"]
         assert group["peak_lr"] == pytest.approx(peak)
         opt.hyper_step(lambda: weight.sum())
