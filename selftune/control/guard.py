@@ -144,6 +144,7 @@ class Guard:
     fading: int = 0
     streak: int = 0
     rewinds: int = 0
+    restored: bool = False  # whether the next training loss is that of the good weights
     worsened: int = 0  # rewinds because the validation loss had worsened
     exploded: bool = False  # whether the last validation loss exploded, not merely worsened
 
@@ -212,6 +213,9 @@ class Guard:
             self.missed += 1
             return "rewind" if self.missed >= self.policy.patience else "skip"
         self.missed = 0
+        if self.restored:  # the loss of the good weights: no sign of a divergence
+            self.restored = False
+            self.training_start = max(self.training_start, loss)  # stays NaN if unknown
         self.training_count += 1
         weight = max(self.policy.memory, 1 / self.training_count)
         if math.isnan(self.training_mean):
@@ -350,6 +354,7 @@ class Guard:
         self.good.restart()
         self.training_mean = self.training_first = math.nan
         self.training_count = 0
+        self.restored = True
         self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
         self.liveliest = self.spared
         self.faded = False

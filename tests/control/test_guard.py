@@ -274,7 +274,32 @@ def test_an_unlucky_batch_after_a_rewind_is_no_explosion() -> None:
     guard = Guard()
     for loss in (1.0, 2.0, 1.5):
         guard.sweeping_loss(loss)
+    other = copy.deepcopy(guard)
+    assert [other.training_loss(4.5) for _ in range(3)] == ["ok", "ok", "rewind"]
     for _ in range(4):
         assert {guard.training_loss(x) for x in (4.5, 1.0, 1.5)} == {"ok"}
         guard.rewound(worsened=False)
-    assert [guard.training_loss(4.5) for _ in range(3)] == ["ok", "ok", "rewind"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_losses_that_scatter_over_decades_are_no_explosions(seed: int) -> None:
+    """Law: of weights that never change, by single examples, after three lucky ones."""
+    guard, rewinds = Guard(), 0
+    for loss in (0.8, 0.6, 0.9):
+        guard.sweeping_loss(loss)
+    for normal in noise(300, seed):
+        if guard.training_loss(10 ** (1 + normal)) == "rewind":
+            guard.rewound(worsened=False)
+            rewinds += 1
+    assert rewinds <= 7  # more than 100 if only the lucky ones are the reference
+
+
+def test_an_explosion_after_a_rewind_is_one() -> None:
+    """Law: the first loss is that of the good weights, the next that of a step too far."""
+    guard = Guard()
+    for loss in (1.0, 2.0, 1.5):
+        guard.sweeping_loss(loss)
+    for _ in range(3):
+        assert guard.training_loss(100.0) == "rewind" or guard.training_loss(100.0) == "rewind"
+        guard.rewound(worsened=False)
+        assert guard.training_loss(1.5) == "ok"
