@@ -3,9 +3,9 @@
 Over the first steps of a run the rate rises geometrically through eight decades around the given
 one, and further while the loss falls. After each step the next gradient gives the slope of the loss
 at the end of that step, ``s = g₊ · Δw``, on a new batch. While the slope is negative a longer step
-would have been better; once it is positive the rate is too high. The sum of the slopes, ``C = Σ
-s``, estimates the change of the loss (a Riemann sum along the path), so the rate at which C is
-lowest is the largest that still descends. The sweep needs no loss and no extra pass.
+would have been better; once it is positive the rate is too high. The sum of the slopes,
+``C = Σ s``, estimates the change of the loss (a Riemann sum along the path), so the rate at which C
+is lowest is the largest that still descends. The sweep needs no loss and no extra pass.
 """
 
 from __future__ import annotations

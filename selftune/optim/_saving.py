@@ -20,7 +20,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 22
-"""Version of the state; 21 added the peak of the last divergence."""
+"""Version of the state; 22 added the measured slopes of the sweep."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
