@@ -23,7 +23,7 @@ LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
 VERSION = 15
-"""Version of checkpoints; 14 added the peak of the last divergence."""
+"""Version of checkpoints; 15 added the measured slopes of the sweep."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
