@@ -29,7 +29,7 @@ from benchmarks.reliability.processes import Broken, Child, apart, scratch, warm
 from benchmarks.reliability.starts import quiet
 from selftune import search
 from selftune.search.__main__ import main as worker
-from selftune.search._storage import storage_of  # private: a record is read without a search
+from selftune.search._storage import persist, storage_of  # private: read without a search
 
 TRIALS, WORKERS = 6, 2
 STORAGES = ("journal", "sqlite")
@@ -119,8 +119,9 @@ def run(kind: str, workers: int, models: bool, place: Path) -> None:
 
 def record(kind: str, place: Path) -> list[optuna.trial.FrozenTrial]:
     """The trials in a storage; none where it was not made yet."""
+    opened = persist(partial(storage_of, storage(kind, place)))  # workers may be making tables
     try:
-        loaded = optuna.load_study(study_name="selftune", storage=storage_of(storage(kind, place)))
+        loaded = optuna.load_study(study_name="selftune", storage=opened)
     except KeyError:
         return []
     return list(loaded.trials)
