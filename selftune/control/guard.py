@@ -302,7 +302,9 @@ class Guard:
         if better or self.count <= policy.fresh:
             self.best, self.best_error = self.mean, error
         self.streak = 0 if better else self.streak
-        kept = self.good.observe(loss, bar, fading=self.fading > 0)
+        # A lucky window while the mean rises would replace good weights by worse ones.
+        rising = self.mean > self.best + math.hypot(error, self.best_error)
+        kept = self.good.observe(loss, bar, fading=self.fading > 0 or rising)
         if kept in ("promote", "average"):
             self.spare()
         return kept

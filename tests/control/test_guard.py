@@ -303,3 +303,15 @@ def test_an_explosion_after_a_rewind_is_one() -> None:
         assert guard.training_loss(100.0) == "rewind" or guard.training_loss(100.0) == "rewind"
         guard.rewound(worsened=False)
         assert guard.training_loss(1.5) == "ok"
+
+
+def test_a_lucky_window_while_losses_rise_does_not_replace_good_weights() -> None:
+    """Law: the mean of ten has risen by many errors, so five low losses in a row are luck."""
+    guard = Guard()
+    for loss in [*falling(end=0.23, steps=30), *[0.13, 0.33] * 10]:
+        assert guard.validation_loss(loss) != "rewind"
+    lowest = guard.good.lowest
+    rising, lucky = [0.33, 0.43, 0.33, 0.43, 0.33], [0.25, 0.2, 0.15, 0.2, 0.25]
+    found = [guard.validation_loss(x) for x in (*rising, *lucky)]
+    assert found == ["ok", "ok", "candidate", "ok", "ok"] * 2
+    assert guard.good.lowest == lowest > 0.2
