@@ -73,10 +73,10 @@ def main() -> None:
         for name in args.only.split(","):
             random_ones = pool(name)
             for face, rule in faces:
-                todo = jobs(name, face, rule, args.starts)
-                losses = [found.val for found in executor.map(run, todo)]
+                planned = jobs(name, face, rule, args.starts)
+                losses = [found.val for found in executor.map(run, planned)]
                 usual = statistics.median(losses[:USUAL])
-                for loss, job in zip(losses[USUAL:], todo[USUAL:], strict=True):
+                for loss, job in zip(losses[USUAL:], planned[USUAL:], strict=True):
                     logs[face, rule].append(math.log(loss / usual))
                     if random_ones:
                         ranks[face, rule].append(rank(loss, random_ones))

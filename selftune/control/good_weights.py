@@ -45,13 +45,13 @@ class GoodWeights:
         """Discard the losses of the current window."""
         self.losses = []
 
-    def observe(self, loss: float, bar: float = math.inf, *, fading: bool = False) -> str:
+    def observe(self, loss: float, bar: float = math.inf, *, rejected: bool = False) -> str:
         """Record a loss at the averaged weights.
 
         Args:
             loss: The validation loss.
             bar: Weights with a higher loss are never good.
-            fading: Whether units are dying; the loss may look good nevertheless.
+            rejected: Whether the weights are not good even if the loss is low.
 
         Returns:
             ``"candidate"`` or ``"average"`` to store the averaged weights as the candidate or as
@@ -67,7 +67,7 @@ class GoodWeights:
         mean = sum(s * loss for s, loss in zip(shares, losses, strict=True)) / sum(shares)
         # Where losses rise, the latest weights are the worst of the window.
         rising = not self.candidates and losses[-1] == max(losses) > min(losses)
-        if mean >= min(self.lowest, bar) or fading or rising:
+        if mean >= min(self.lowest, bar) or rejected or rising:
             return "ok"
         self.lowest = mean
         return "promote" if self.candidates else "average"

@@ -304,7 +304,7 @@ class Guard:
         self.streak = 0 if better else self.streak
         # A lucky window while the mean rises would replace good weights by worse ones.
         rising = self.mean > self.best + math.hypot(error, self.best_error)
-        kept = self.good.observe(loss, bar, fading=self.fading > 0 or rising)
+        kept = self.good.observe(loss, bar, rejected=self.fading > 0 or rising)
         if kept in ("promote", "average"):
             self.spare()
         return kept

@@ -13,7 +13,7 @@ from selftune.method.slices import Slice, choose
 
 SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
 """Share and maximum number of weights of a large tensor to use; small ones are used whole."""
-SHORTEST = 0.1
+MEASURABLE = 0.1
 """Steps shorter than this share of the rounding error of the weights, ε ‖w‖, have no slope."""
 
 
@@ -69,7 +69,7 @@ class Slopes:
             for pair in ((before.grads, moves), (grads, moves), (moves, moves), (rounded, rounded))
         ]
         start, end, moved, error = reduce(torch.stack(products)).tolist()  # one host sync
-        return (0.0, 0.0) if moved < SHORTEST**2 * error else (start, end)
+        return (0.0, 0.0) if moved < MEASURABLE**2 * error else (start, end)
 
     def forget(self) -> None:
         """Reset to the initial state."""

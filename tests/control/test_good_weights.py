@@ -54,5 +54,5 @@ def test_no_weights_above_the_bar_or_with_dying_units_are_good() -> None:
     """Law: whatever their loss is."""
     good = GoodWeights()
     assert "promote" not in [good.observe(1.0, bar=0.9) for _ in range(5)]
-    assert "promote" not in [good.observe(1.0, fading=True) for _ in range(5)]
+    assert "promote" not in [good.observe(1.0, rejected=True) for _ in range(5)]
     assert [good.observe(1.0, bar=1.1) for _ in range(5)] == CANDIDATE
