@@ -14,20 +14,18 @@ on two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import random
 import statistics
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 from benchmarks.proof.drivers import STARTS, Run, work
 from benchmarks.proof.rendering import grid
 from benchmarks.proof.scoring import rank
+from benchmarks.run import records
 
-RECORDS = Path(__file__).parent.parent / "records"
 TABLES = "digits,few-digits,energy,concrete,yacht,power,wine_red"
 FACES = "optimizer:AdamW,optimizer:SGD,tuner:AdamW,tuner:SGD"
 USUAL = 3
@@ -51,11 +49,13 @@ def jobs(name: str, face: str, rule: str, count: int) -> list[Job]:
     ]
 
 
-def pool(name: str) -> list[float]:
-    """Validation losses of random configurations of AdamW, at the better of two points."""
-    file = RECORDS / f"{name}.jsonl"
-    found = [json.loads(line) for line in file.open()] if file.exists() else []
-    return [min(r["own"]["val"], r["average"]["val"]) for r in found if r["method"] == "random"]
+def pools() -> dict[str, list[float]]:
+    """By workload, losses of random configurations of AdamW, at the better of two points."""
+    found = defaultdict(list)
+    for record in records():
+        if record.method == "random":
+            found[record.workload].append(min(record.own["val"], record.average["val"]))
+    return found
 
 
 def main() -> None:
@@ -67,19 +67,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     faces = [face.split(":") for face in args.faces.split(",")]
-    logs, ranks = defaultdict(list), defaultdict(list)
+    pool, logs, ranks = pools(), defaultdict(list), defaultdict(list)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=spawn) as executor:
         for name in args.only.split(","):
-            random_ones = pool(name)
             for face, rule in faces:
                 planned = jobs(name, face, rule, args.starts)
                 losses = [found.val for found in executor.map(run, planned)]
                 usual = statistics.median(losses[:USUAL])
                 for loss, job in zip(losses[USUAL:], planned[USUAL:], strict=True):
                     logs[face, rule].append(math.log(loss / usual))
-                    if random_ones:
-                        ranks[face, rule].append(rank(loss, random_ones))
+                    if name in pool:
+                        ranks[face, rule].append(rank(loss, pool[name]))
                     if not loss < 1.3 * usual:
                         ends = f"{loss:.4g} for {usual:.4g}"
                         print(f"{name}, {face}, {rule} from {job[-1]:.2g}: {ends}", flush=True)
