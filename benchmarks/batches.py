@@ -1,30 +1,39 @@
 """Batches that follow the noise scale against fixed ones: examples and time to a validation loss.
 
-An MLP on 10,000 images of Fashion-MNIST, `st.AdamW` with its rate tuned, until the loss of 2,000
+An MLP on 40,000 images of Fashion-MNIST, `st.AdamW` with its rate tuned, until the loss of 2,000
 other images at the averaged weights is below the target. Each gradient of an example counts once;
-the noise scale's micro-batches are the halves of a batch.
+every eighth batch is divided into two micro-batches, from which the noise scale is estimated. With
+the overhead of a step, measured before, sizes minimise the time. Means over seeds, in which runs
+of all rows alternate; ratios are geometric means over seeds relative to the size with the lowest
+one, ± standard errors of pairs.
 
-    SELFTUNE_DATA=... python -m benchmarks.batches [--seeds 0 1 2] [--target 0.42]
+    SELFTUNE_DATA=... python -m benchmarks.batches [--seeds 10] [--target 0.37]
 
-Typical output (two cores that other programs used too, torch 2.13):
+Typical output (one core, torch 2.13):
 
     | batch | examples to the target | ÷ best fixed | seconds | ÷ best fixed | last size |
     |---|---|---|---|---|---|
-    | 16 | 17,333 ± 4,163 | 1.00 | 50.0 | 4.00 | 16 |
-    | 32 | 21,477 ± 3,071 | 1.24 | 34.9 | 2.79 | 32 |
-    | 64 | 29,243 ± 17,346 | 1.69 | 31.7 | 2.54 | 64 |
-    | 128 | 25,296 ± 8,286 | 1.46 | 15.5 | 1.24 | 128 |
-    | 256 | 38,965 ± 8,936 | 2.25 | 12.5 | 1.00 | 256 |
-    | 512 | 62,299 ± 9,986 | 3.59 | 12.9 | 1.03 | 512 |
-    | noise scale, from 16 | 16,725 ± 4,665 | 0.96 | 73.0 | 5.84 | 43 |
+    | 16 | 84,800 | 1.38 ± 0.23 | 9.08 | 7.02 ± 1.24 | 16 |
+    | 32 | 47,600 | 1.00 ± 0.00 | 2.89 | 2.76 ± 0.21 | 32 |
+    | 64 | 58,867 | 1.25 ± 0.08 | 1.93 | 1.91 ± 0.13 | 64 |
+    | 128 | 60,154 | 1.28 ± 0.08 | 1.30 | 1.28 ± 0.07 | 128 |
+    | 256 | 65,197 | 1.41 ± 0.08 | 1.00 | 1.00 ± 0.00 | 256 |
+    | 512 | 97,613 | 2.12 ± 0.15 | 1.19 | 1.20 ± 0.04 | 512 |
+    | noise scale, from 16 | 52,979 | 1.13 ± 0.03 | 1.56 | 1.52 ± 0.09 | 192 |
+    | noise scale, from 32 | 52,083 | 1.07 ± 0.09 | 1.52 | 1.47 ± 0.13 | 166 |
+    | noise scale and overhead, from 128 | 61,728 | 1.27 ± 0.10 | 1.44 | 1.39 ± 0.11 | 166 |
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import os
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +44,9 @@ from torch.nn import functional as F
 import selftune as st
 
 FIXED = (16, 32, 64, 128, 256, 512)
-TRAIN, VAL, BETWEEN, MOST = 10_000, 2_000, 2_000, 400_000
-"""Examples to train on, to tune on, between two evaluations, and at most."""
+TRAIN, VAL, BETWEEN, MOST, EVERY = 40_000, 2_000, 4_000, 1_000_000, 8
+"""Examples to train on, to tune on, between two evaluations, and at most; batches between two that
+are divided into micro-batches."""
 
 
 def images(seed: int) -> tuple[Tensor, Tensor]:
@@ -48,23 +58,70 @@ def images(seed: int) -> tuple[Tensor, Tensor]:
     return x.flatten(1), torch.from_numpy(file["y_train"][pick]).long()
 
 
-def run(seed: int, size: int | None, target: float) -> tuple[float, float, int]:
-    """Examples and seconds to the target, and the last size of batches; None: they follow."""
+@dataclass(frozen=True)
+class Following:
+    """Batches that follow the noise scale.
+
+    Attributes:
+        start: Their size at the beginning; the least one, if time does not count.
+        timed: Whether sizes minimise time instead of examples.
+    """
+
+    start: int
+    timed: bool = False
+
+
+ROWS: dict[str, int | Following] = {str(size): size for size in FIXED} | {
+    "noise scale, from 16": Following(16),
+    "noise scale, from 32": Following(32),
+    "noise scale and overhead, from 128": Following(128, timed=True),
+}
+"""Sizes of batches: fixed, or following the noise scale."""
+
+
+def network() -> nn.Module:
+    """One hidden layer."""
+    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def overhead(x: Tensor, y: Tensor) -> float:
+    """That of a training step, on another network."""
+    model = network()
+    opt = st.AdamW(model, lr=1e-3)
+
+    def step(size: int) -> None:
+        opt.zero_grad()
+        F.cross_entropy(model(x[:size]), y[:size]).backward()
+        opt.step()
+
+    return st.structure.step_overhead(step)
+
+
+def run(seed: int, sizes: int | Following, target: float) -> tuple[float, float, int]:
+    """Examples and seconds to the target, and the last size of batches."""
     x, y = images(seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = network()
     opt = st.AdamW(model, lr=1e-3, weight_decay=0.01)
-    batches = st.structure.Batches(range(TRAIN), start=size or 16, most=size or 512)
     examples, evaluated, begun = 0, 0, time.perf_counter()
+    if isinstance(sizes, int):
+        batches = st.structure.Batches(range(TRAIN), sizes, sizes, seed=seed)
+    else:
+        fixed = overhead(x, y) if sizes.timed else None
+        scale = st.structure.NoiseScale(memory=20)
+        batches = st.structure.Batches(
+            range(TRAIN), sizes.start, 512, least=min(sizes.start, 16 if fixed else sizes.start),
+            scale=scale, overhead=fixed, seed=seed,
+        )  # fmt: skip
 
     def closure() -> Tensor:
         at = TRAIN + torch.randint(VAL, (128,))
         return F.cross_entropy(model(x[at]), y[at])
 
     while examples < MOST:
-        for pick in batches:
+        for number, pick in enumerate(batches):
             opt.zero_grad()
-            if size is None and len(pick) % 2 == 0:
+            if isinstance(sizes, Following) and number % EVERY == 0 and len(pick) % 2 == 0:
                 for half in (pick[::2], pick[1::2]):
                     (F.cross_entropy(model(x[half]), y[half]) / 2).backward()
                     batches.scale.micro_batch(model.parameters())
@@ -80,33 +137,44 @@ def run(seed: int, size: int | None, target: float) -> tuple[float, float, int]:
                     loss = float(F.cross_entropy(model(x[TRAIN:]), y[TRAIN:]))
                 if loss <= target:
                     return examples, time.perf_counter() - begun, batches.size
-    return float("inf"), float("inf"), batches.size
+    return math.inf, math.inf, batches.size
+
+
+def ratio(found: Sequence[float], best: Sequence[float]) -> str:
+    """Geometric mean of the ratios of pairs, and its standard error."""
+    logs = [math.log(a / b) for a, b in zip(found, best, strict=True)]
+    mean = math.exp(statistics.mean(logs))
+    error = mean * statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else math.nan
+    return f"{mean:.2f} ± {error:.2f}"
 
 
 def main() -> None:
     """Train, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--target", type=float, default=0.42)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--target", type=float, default=0.37)
     args = parser.parse_args()
-    rows: dict[str, tuple[float, float, float, float]] = {}
-    for size in (*FIXED, None):
-        name = "noise scale, from 16" if size is None else str(size)
-        found = [run(seed, size, args.target) for seed in args.seeds]
-        counts, seconds = [f[0] for f in found], [f[1] for f in found]
-        spread = statistics.stdev(counts) if len(counts) > 1 else 0.0
-        last = statistics.mean(f[2] for f in found)
-        rows[name] = statistics.mean(counts), spread, statistics.mean(seconds), last
-        print(name, rows[name], flush=True)
-    best = [min(rows[str(size)][i] for size in FIXED) for i in (0, 2)]
-    print(
-        "\n| batch | examples to the target | ÷ best fixed | seconds | ÷ best fixed | last size |"
-    )
+    torch.set_num_threads(1)
+    logging.getLogger("selftune").setLevel(logging.ERROR)
+    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ROWS}
+    for seed in range(args.seeds):
+        for name, sizes in ROWS.items():
+            found[name].append(run(seed, sizes, args.target))
+    columns = {
+        name: ([f[0] for f in runs], [f[1] for f in runs], [f[2] for f in runs])
+        for name, runs in found.items()
+    }
+    best = [
+        min((columns[str(s)][i] for s in FIXED), key=lambda c: sum(map(math.log, c)))
+        for i in (0, 1)
+    ]
+    print("| batch | examples to the target | ÷ best fixed | seconds | ÷ best fixed | last size |")
     print("|---|---|---|---|---|---|")
-    for name, (count, spread, seconds, last) in rows.items():
+    for name, (examples, seconds, last) in columns.items():
         print(
-            f"| {name} | {count:,.0f} ± {spread:,.0f} | {count / best[0]:.2f} | {seconds:.1f} | "
-            f"{seconds / best[1]:.2f} | {last:.0f} |"
+            f"| {name} | {statistics.mean(examples):,.0f} | {ratio(examples, best[0])} | "
+            f"{statistics.mean(seconds):.2f} | {ratio(seconds, best[1])} | "
+            f"{statistics.mean(last):.0f} |"
         )
 
 

@@ -1,6 +1,6 @@
 """Discrete hyperparameters tuned in one run: units, layers and the batch size."""
 
-from selftune.structure.batches import Batches
+from selftune.structure.batches import Batches, step_overhead
 from selftune.structure.choice import Choice, Chooser
 from selftune.structure.gates import (
     AbstractGated,
@@ -35,5 +35,6 @@ __all__ = [
     "open_gates",
     "parameter_groups",
     "prune",
+    "step_overhead",
     "with_gates",
 ]

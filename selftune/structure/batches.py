@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Sized
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -17,12 +20,17 @@ log = logging.getLogger("selftune")
 
 
 class Batches(Sampler[list[int]]):
-    """Batch sampler that adjusts the batch size to the noise scale between epochs.
+    """Batch sampler that adjusts the batch size to the noise scale during a run.
 
     Pass it as ``DataLoader(dataset, batch_sampler=…)``; batches are shuffled. At the start of each
-    epoch the size is set to the power of two nearest to the noise scale, within bounds and within
-    a factor of two of the previous size. Early in a run the noise scale is small, and small batches
-    make better use of each example; later it grows, and larger batches are just as efficient.
+    epoch and every ``interval`` batches the size is set to the power of two nearest to the noise
+    scale N, within bounds and within a factor of two of the previous size. Early in a run the noise
+    scale is small, and small batches make better use of each example; later it grows, and larger
+    batches are just as efficient.
+
+    A target loss takes a number of steps proportional to 1 + N / B, and a step a time proportional
+    to ``overhead`` + B. With ``overhead=`` the size is therefore √(overhead · N), at which their
+    product, the time to the target, is lowest.
 
     Args:
         dataset: A dataset of known length.
@@ -30,18 +38,23 @@ class Batches(Sampler[list[int]]):
         most: Largest batch size, for example the largest that fits in memory.
         least: Smallest batch size; by default ``start``.
         scale: Estimator of the noise scale; by default a new one, available as ``batches.scale``.
+        interval: Number of batches after which the size changes within an epoch; None for never.
+        overhead: Fixed time of a step, divided by the additional time of one example
+            (:func:`step_overhead`). If None, examples count instead of time.
         drop_last: Whether to drop an incomplete last batch.
         seed: Seed of the shuffling, which differs in each epoch.
         recorder: Where ``structure/batch_size`` and ``structure/noise_scale`` are logged at the
-            start of each epoch; the same types as ``log_dir`` of the optimizers.
+            start of each epoch and whenever the size is adjusted; the same types as ``log_dir`` of
+            the optimizers.
 
     Attributes:
-        size: Batch size of the current epoch.
+        size: Current batch size.
         scale: The noise-scale estimator, to be updated in the training loop.
         epoch: Number of epochs started.
 
     Raises:
-        ValueError: ``least ≤ start ≤ most`` is violated, or the dataset has no length or is empty.
+        ValueError: ``least ≤ start ≤ most`` is violated, ``interval`` or ``overhead`` is not
+            positive, or the dataset has no length or is empty.
 
     Examples:
         >>> batches = Batches(range(1000), start=32, most=256)
@@ -50,6 +63,8 @@ class Batches(Sampler[list[int]]):
         >>> batches.scale.observe(1 + 60 / 16, 1 + 60 / 32, 16, 32)  # a noise scale of 60
         >>> len(next(iter(batches)))
         64
+
+    Source: McCandlish et al. 2018, section 2.3 (steps and examples to a target).
     """
 
     def __init__(
@@ -60,6 +75,8 @@ class Batches(Sampler[list[int]]):
         *,
         least: int | None = None,
         scale: NoiseScale | None = None,
+        interval: int | None = 50,
+        overhead: float | None = None,
         drop_last: bool = False,
         seed: int = 0,
         recorder: Any = None,
@@ -69,6 +86,10 @@ class Batches(Sampler[list[int]]):
             raise ValueError(
                 f"least={least}, start={start}, most={most} must be in this order and at least 1"
             )
+        if interval is not None and interval < 1:
+            raise ValueError(f"interval={interval} must be at least 1 batch, or None for never")
+        if overhead is not None and not overhead > 0:
+            raise ValueError(f"overhead={overhead} must be a positive number of examples, or None")
         try:
             count = len(dataset)
         except TypeError as error:
@@ -81,6 +102,7 @@ class Batches(Sampler[list[int]]):
         self.size, self.epoch = start, 0
         self.scale = NoiseScale() if scale is None else scale
         self._count, self._least, self._most = count, least, min(most, max(count, start))
+        self._interval, self._overhead = interval, overhead
         self._drop_last, self._seed = drop_last, seed
         self._monitor, self._taken = Monitor(recorder), 0
 
@@ -93,34 +115,45 @@ class Batches(Sampler[list[int]]):
         """Start a new epoch, adjusting the batch size."""
         self._resize()
         self.epoch += 1
-        self._log()
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self.epoch)
-        order, size = torch.randperm(self._count, generator=generator).tolist(), self.size
-        end = self._count - (self._count % size if self._drop_last else 0)
-        return (order[i : min(i + size, end)] for i in range(0, end, size))
+        return self._batches(torch.randperm(self._count, generator=generator).tolist())
+
+    def _batches(self, order: Sequence[int]) -> Iterator[list[int]]:
+        place = 0
+        for number in itertools.count():
+            if number and self._interval and number % self._interval == 0:
+                self._resize()
+            batch = list(order[place : place + self.size])
+            if not batch or (self._drop_last and len(batch) < self.size):
+                return
+            place += len(batch)
+            self._taken += 1
+            yield batch
+
+    def _resize(self) -> None:
+        noise = self.scale.value
+        if not math.isnan(noise):
+            best = max(noise, 1.0)
+            if self._overhead is not None:
+                best = max(math.sqrt(self._overhead * best), 1.0)
+            wanted = 2.0 ** round(math.log2(min(best, 2.0 * self.size)))
+            wanted = min(max(wanted, self.size / 2), 2 * self.size)
+            size = int(min(max(wanted, self._least), self._most))
+            if size != self.size:
+                log.info(
+                    "batches of %d examples instead of %d: the noise scale is %.3g",
+                    size, self.size, noise,
+                )  # fmt: skip
+            self.size = size
+        self._log()
 
     def _log(self) -> None:
-        """Log the new epoch, at the number of batches before it."""
+        """Log size and noise scale, at the number of batches so far."""
         rows = [("structure/batch_size", float(self.size))]
         if math.isfinite(self.scale.value):
             rows.append(("structure/noise_scale", self.scale.value))
         self._monitor.scalars(rows, self._taken)
         self._monitor.flush()
-        self._taken += len(self)
-
-    def _resize(self) -> None:
-        noise = self.scale.value
-        if math.isnan(noise):
-            return
-        wanted = 2.0 ** round(math.log2(min(max(noise, 1.0), 2.0 * self.size)))
-        wanted = min(max(wanted, self.size / 2), 2 * self.size)
-        size = int(min(max(wanted, self._least), self._most))
-        if size != self.size:
-            log.info(
-                "batches of %d examples instead of %d: the noise scale is %.3g",
-                size, self.size, noise,
-            )  # fmt: skip
-        self.size = size
 
     def state_dict(self) -> dict[str, Any]:
         """Size, epoch, noise scale. Save it between epochs: a partial epoch cannot be resumed."""
@@ -141,3 +174,46 @@ class Batches(Sampler[list[int]]):
             )
         self.size, self.epoch, self._taken = size, int(state["epoch"]), int(state["taken"])
         self.scale.load_state_dict(state["scale"])
+
+
+def step_overhead(
+    step: Callable[[int], object], small: int = 16, large: int = 256, *, repeats: int = 10
+) -> float:
+    """Fixed time of a step, divided by the additional time of one example.
+
+    The time of a step over B examples is taken as a + b B. Both are determined from the median
+    times at two batch sizes, measured alternately; the result is a / b.
+
+    Args:
+        step: Takes a step over a number of examples and waits until it has finished (on a GPU, by
+            ``torch.cuda.synchronize()``). It may change the weights, so it should train a copy.
+        small: Smaller batch size.
+        large: Larger batch size.
+        repeats: Number of steps at each size.
+
+    Returns:
+        A number of examples, at least 1; inf if the larger step does not take longer.
+
+    Raises:
+        ValueError: ``1 ≤ small < large`` or ``repeats ≥ 1`` is violated.
+
+    Examples:
+        >>> 1 <= step_overhead(lambda size: time.sleep(1e-3 + 1e-5 * size), repeats=3) < 200
+        True
+    """
+    if not 1 <= small < large or repeats < 1:
+        raise ValueError(
+            f"small={small}, large={large}, repeats={repeats} must satisfy 1 ≤ small < large "
+            "and repeats ≥ 1"
+        )
+    seconds: dict[int, list[float]] = {small: [], large: []}
+    for size in seconds:  # the first step of each size is slower
+        step(size)
+    for _ in range(repeats):
+        for size, found in seconds.items():
+            begun = time.perf_counter()
+            step(size)
+            found.append(time.perf_counter() - begun)
+    short, long = (statistics.median(s) for s in seconds.values())
+    each = (long - short) / (large - small)
+    return max(1.0, short / each - small) if each > 0 else math.inf

@@ -136,4 +136,6 @@ class NoiseScale:
 
 
 def _squared_norm(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.stack([t.detach().double().square().sum() for t in tensors]).sum()
+    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32))
+             for t in tensors]  # fmt: skip
+    return torch.stack([n.double() for n in norms]).square().sum()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from selftune.structure import Batches, NoiseScale
+from selftune.structure import Batches, NoiseScale, step_overhead
 
 
 @pytest.mark.parametrize(("small", "big"), [(1, 2), (4, 32), (16, 24)])
@@ -124,13 +124,52 @@ def test_sizes_follow_the_noise_scale() -> None:
     assert sizes == [16, 32, 32, 64, 128, 128, 64, 32, 16, 8, 4, 4]
 
 
-def test_a_size_is_kept_during_an_epoch() -> None:
-    batches = Batches(range(100), start=10, most=40)
+def test_a_size_is_kept_during_an_epoch_without_an_interval() -> None:
+    batches = Batches(range(1000), start=10, most=40, interval=None)
     epoch = iter(batches)
     next(epoch)
     tell(batches, 1e6)
     assert {len(b) for b in epoch} == {10}
-    assert len(batches) == 10
+    assert len(batches) == 100
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_sizes_change_within_an_epoch(drop_last: bool) -> None:
+    """Law: each example at most once; sizes by hand."""
+    batches = Batches(range(105), start=8, most=32, interval=3, drop_last=drop_last)
+    tell(batches, 1e6)
+    epoch = list(batches)
+    sizes = [16] * 3 + [32] if drop_last else [16] * 3 + [32, 25]
+    assert [len(b) for b in epoch] == sizes
+    drawn = [i for batch in epoch for i in batch]
+    assert len(set(drawn)) == len(drawn) == sum(sizes)
+
+
+@pytest.mark.parametrize("noise", [3.0, 40.0, 700.0])
+@pytest.mark.parametrize("overhead", [20.0, 130.0])
+def test_the_size_minimises_the_time_to_a_target(noise: float, overhead: float) -> None:
+    """Truth: steps ∝ 1 + N / B times seconds ∝ overhead + B, at every power of two."""
+    batches = Batches(range(10_000), start=64, least=1, most=1024, overhead=overhead)
+    for _ in range(8):
+        tell(batches, noise)
+        iter(batches)
+    times = {b: (1 + noise / b) * (overhead + b) for b in (2**k for k in range(11))}
+    assert batches.size == min(times, key=times.__getitem__)
+
+
+def test_the_overhead_of_a_step_is_found_from_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed form: 3 s + 0.02 s an example, and a stray slow step; then no time an example."""
+    now, each, count = 0.0, 0.02, 0
+
+    def step(size: int) -> None:
+        nonlocal now, count
+        count += 1
+        now += 3.0 + each * size + (100.0 if count == 7 else 0.0)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    assert step_overhead(step) == pytest.approx(150.0)
+    each = 0.0
+    assert step_overhead(step, 2, 4) == float("inf")
 
 
 def test_batches_are_no_larger_than_the_data() -> None:
@@ -157,6 +196,12 @@ def test_a_saved_state_goes_on_with_the_same_batches() -> None:
 def test_data_and_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="start=64, most=32"):
         Batches(range(10), start=64, most=32)
+    with pytest.raises(ValueError, match="interval=0"):
+        Batches(range(10), 4, 8, interval=0)
+    with pytest.raises(ValueError, match="overhead=nan"):
+        Batches(range(10), 4, 8, overhead=float("nan"))
+    with pytest.raises(ValueError, match="small=8, large=8"):
+        step_overhead(lambda size: None, 8, 8)
     with pytest.raises(ValueError, match="is empty"):
         Batches([])
     with pytest.raises(ValueError, match="has no length"):
