@@ -7,7 +7,8 @@ On every workload of the suite one run of ``st.SGD`` (momentum 0.9), ``st.Adam``
 that are drawn log-uniformly over six decades (``--starts``), against the same optimizer of torch
 at the best of five rates, annealed along a cosine, chosen by its validation loss. Printed are the
 ratios of the losses over the whole validation set, geometric means over seeds with their standard
-errors; at the end the mean over workloads. torch has no Lion: its rival is AdamW's best of five.
+errors; at the end the mean over workloads. torch has no Lion: its rival is that of
+``pytorch-optimizer``, with the weight decay and the rates that its paper advises.
 """
 
 from __future__ import annotations
@@ -25,10 +26,20 @@ import torch
 from torch import nn
 
 import selftune as st
+from benchmarks.proof.annealed import LION_DECAY, LION_RATES
 from benchmarks.proof.rendering import grid
 from benchmarks.workloads import SUITE, Workload
 
 Make = Callable[..., Any]
+
+
+def lion(params: Any, lr: float) -> Any:
+    """Lion of ``pytorch-optimizer`` (the extra ``bench``)."""
+    from pytorch_optimizer import Lion
+
+    return Lion(params, lr=lr, weight_decay=LION_DECAY)
+
+
 SHELLS: dict[str, tuple[Make, Make, float, tuple[float, ...]]] = {
     # ours, torch's, the default rate, the five rates
     "SGD": (
@@ -43,7 +54,7 @@ SHELLS: dict[str, tuple[Make, Make, float, tuple[float, ...]]] = {
         ),
         torch.optim.NAdam, 2e-3, (1e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     ),
-    "Lion": (st.Lion, torch.optim.AdamW, 1e-4, (1e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "Lion": (st.Lion, lion, 1e-4, LION_RATES),
 }  # fmt: skip
 
 
