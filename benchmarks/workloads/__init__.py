@@ -17,6 +17,7 @@ from functools import partial
 
 from benchmarks.workloads._base import Batch, Workload
 from benchmarks.workloads.extended import EXTENDED
+from benchmarks.workloads.further import FURTHER
 from benchmarks.workloads.images import (
     autoencoder,
     digits,
@@ -33,6 +34,7 @@ from benchmarks.workloads.text import shakespeare_lstm, shakespeare_transformer,
 
 __all__ = [
     "EXTENDED",
+    "FURTHER",
     "LONG",
     "SLICE",
     "SUITE",
@@ -64,7 +66,7 @@ SUITE: dict[str, Callable[[], Workload]] = {
 """The suite of the proof, by name."""
 
 
-SUITES = {"proof": SUITE, "extended": EXTENDED}
+SUITES = {"proof": SUITE, "extended": EXTENDED, "further": FURTHER}
 
 
 def _five_times(make: Callable[[], Workload]) -> Workload:
@@ -97,7 +99,7 @@ def named(name: str) -> Workload:
         >>> named("digits×5").steps
         10000
     """
-    known = {**WORKLOADS, **SLICE, **SUITE, **EXTENDED}
+    known = {**WORKLOADS, **SLICE, **SUITE, **EXTENDED, **FURTHER}
     plain, sign, times = name.partition("×")
     if plain not in known or (sign and not (times.isdigit() and int(times))):
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,6 +71,13 @@ class Workload:
                 right += (outputs.argmax(1) == y).float().mean().item() * len(x)
         model.train(training)
         return loss / len(inputs), None if y.is_floating_point() else right / len(inputs)
+
+
+def divided(x: Tensor, y: Tensor, sizes: Sequence[int]) -> dict[str, Batch]:
+    """Random examples for training, validation and test; always the same ones."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    parts = order[: sum(sizes)].split(list(sizes))
+    return {n: (x[p], y[p]) for n, p in zip(("train", "val", "test"), parts, strict=True)}
 
 
 def folder() -> Path:

@@ -5,6 +5,7 @@ from selftune.control.controller import Controller, make_guard, make_sweep
 from selftune.control.final_weights import FinalWeights
 from selftune.control.good_weights import GoodWeights
 from selftune.control.guard import Guard, GuardPolicy
+from selftune.control.live_units import LiveUnits
 from selftune.control.lr_sweep import LRSweep, SweepSettings
 from selftune.control.records import (
     Action,
@@ -39,6 +40,7 @@ __all__ = [
     "GuardPolicy",
     "Hypergradient",
     "LRSweep",
+    "LiveUnits",
     "Record",
     "SweepSettings",
     "SweepSlope",

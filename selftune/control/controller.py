@@ -136,7 +136,7 @@ class Controller:
 
     def _activity(self, record: Activity) -> Action:
         if self.sweeping:
-            self._guard.begin_activity(record.alive)
+            self._guard.units.begin(record.alive)
             return Action()
         verdict = self._guard.activity(record.alive, record.age, record.climb)
         if verdict != "fade":
@@ -158,10 +158,10 @@ class Controller:
             return self._undone(action)
         if self.unproven and self._guard.training_count > PROOF:
             assert self.sweep is not None
-            self.sweep.proven = not self._guard.faded
-            if self._guard.lost or self._guard.faded:
+            self.sweep.proven = not self._guard.units.faded
+            if self._guard.lost or self._guard.units.faded:
                 return action
-            self._guard.spare()
+            self._guard.units.spare()
             return action._replace(snapshot="average")
         return action
 
@@ -192,10 +192,10 @@ class Controller:
             assert self.sweep is not None
             if math.isfinite(loss) and loss > guard.start + PROVEN * abs(guard.start):
                 return self._undone(self._rewind("the sweep increased the loss", worsened=True))
-            self.sweep.proven = math.isfinite(loss) and not guard.faded
+            self.sweep.proven = math.isfinite(loss) and not guard.units.faded
             proof = loss <= guard.start and self.sweep.proven
             if proof:
-                guard.spare()
+                guard.units.spare()
         verdict = guard.validation_loss(loss)
         # A few unlucky batches can look like a worsened loss or, after a lucky first one, an
         # exploded one.

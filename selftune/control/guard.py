@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from selftune._arguments import Settings
 from selftune.control.good_weights import GoodWeights
+from selftune.control.live_units import LiveUnits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,9 @@ class GuardPolicy(Settings):
         young: Steps after a restart in which vanishing gradients are an alarm. Later a zero
             gradient may mean that training has converged.
         capacity: If the rate has risen by ``climbed``, fewer live units than this share of their
-            maximum are an alarm. The maximum is that since the good weights or the last count at a
-            rate that has not risen, and includes the initial weights until later ones are good.
+            maximum are an alarm (:class:`LiveUnits`).
+        bottleneck: The same for the harmonic mean of the shares of layers, of which a wide output
+            does not hide a dead one.
         grace: Grace period after a sweep in steps: an earlier count does not confirm it, because
             units die some steps after the rate has become too high.
         climbed: Threshold on the log of the ratio of the learning rate to the given one.
@@ -72,6 +74,7 @@ class GuardPolicy(Settings):
     pulse: int = 8
     young: int = 160
     capacity: float = 0.7
+    bottleneck: float = 0.5
     grace: int = 10
     climbed: float = 0.4
     cool: float = 3.0
@@ -110,10 +113,12 @@ class Guard:
     Args:
         policy: The thresholds.
         good: Judges the averaged weights.
+        units: Compares live units with those before.
     """
 
     policy: GuardPolicy = GuardPolicy()
     good: GoodWeights = field(default_factory=GoodWeights)
+    units: LiveUnits = field(default_factory=LiveUnits)
 
     start: float = math.nan
     origin: float = math.nan  # first start, kept when start is reset; higher losses are not good
@@ -136,12 +141,6 @@ class Guard:
     missed: int = 0
     quiet: int = 0
     loudest: float = 0.0
-    alive: float = 0.0
-    liveliest: float = 0.0
-    spared: float = 0.0  # live units of the good weights
-    initial: bool = False  # whether the initial weights are the good ones, after a sweep
-    faded: bool = False  # whether units are dead at a raised rate, or may still die
-    fading: int = 0
     streak: int = 0
     rewinds: int = 0
     restored: bool = False  # whether the next training loss is that of the good weights
@@ -150,10 +149,9 @@ class Guard:
 
     def gradient(self, finite: bool) -> str:
         """Judge a training gradient, or the weights after its step."""
+        self.skipped = 0 if finite else self.skipped + 1
         if finite:
-            self.skipped = 0
             return "ok"
-        self.skipped += 1
         return "rewind" if self.skipped >= self.policy.patience else "skip"
 
     def hypergradient(self, finite: bool) -> str:
@@ -163,49 +161,28 @@ class Guard:
             return "ok"
         return "rewind" if self.skipped_hyper >= self.policy.patience else "skip"
 
-    def activity(self, alive: float, age: int = 0, climb: float = 0.0) -> str:
-        """Judge the number of live units, which is nearly 0 in a dead network.
+    def activity(self, alive: Sequence[float], age: int = 0, climb: float = 0.0) -> str:
+        """Judge live units (arguments of ``Activity``), of which a dead network has nearly none.
 
-        It is also nearly 0 in a converged network (a hinge loss at its margin). A run whose loss
-        has decreased is therefore judged only if its learning rate has risen: too high a rate moves
-        units to where they have no gradient, even if the loss looks good.
-
-        Args:
-            alive: Number of live units.
-            age: Steps since the last restart.
-            climb: Log of the ratio of the learning rate to the given one.
+        So has a converged one (a hinge loss at its margin). A run whose loss has decreased is
+        therefore judged only if its learning rate has risen: too high a rate moves units to where
+        they have no gradient, even if the loss looks good.
         """
-        self.alive, raised = alive, climb > self.policy.climbed
-        # Units dead at the given rate, such as closed ones, were not killed by a raised one.
-        self.liveliest = max(self.liveliest, alive) if raised else alive
-        low = raised and alive < self.policy.capacity * self.liveliest
-        self.faded = low or (raised and self.initial and age <= self.policy.grace)
-        self.fading = self.fading + 1 if low else 0
-        if self.fading >= self.policy.patience:
+        policy = self.policy
+        self.units.observe(
+            alive, raised=climb > policy.climbed, capacity=policy.capacity,
+            bottleneck=policy.bottleneck, early=age <= policy.grace,
+        )  # fmt: skip
+        if self.units.fading >= policy.patience:
             return "fade"
-        if age > self.policy.young:
+        if age > policy.young:
             return "ok"
-        self.loudest = max(self.loudest, alive)
-        self.quiet = self.quiet + 1 if alive < self.policy.dead * self.loudest else 0
+        self.loudest = max(self.loudest, sum(alive))
+        self.quiet = self.quiet + 1 if sum(alive) < policy.dead * self.loudest else 0
         learned = self.first - self.best > 0.1 * abs(self.first) or (
             self.training_first - self.training_mean > 0.1 * abs(self.training_first)
         )
-        return "rewind" if self.quiet >= self.policy.patience and not learned else "ok"
-
-    def begin_activity(self, alive: float) -> None:
-        """Use the number of live units of the initial weights as the reference."""
-        self.liveliest = self.spared = alive
-        self.initial = self.faded = True
-
-    def spare(self) -> None:
-        """Use the number of live units of the current weights, which become the good ones.
-
-        The first time it is the reference as well: the best rate may need fewer live units than
-        the initial weights have.
-        """
-        self.spared = self.alive
-        if self.initial:
-            self.liveliest, self.initial = self.alive, False
+        return "rewind" if self.quiet >= policy.patience and not learned else "ok"
 
     def training_loss(self, loss: float) -> str:
         """Judge a training loss by its running mean: it may rise, but not explode."""
@@ -304,9 +281,9 @@ class Guard:
         self.streak = 0 if better else self.streak
         # A lucky window while the mean rises would replace good weights by worse ones.
         rising = self.mean > self.best + math.hypot(error, self.best_error)
-        kept = self.good.observe(loss, bar, rejected=self.fading > 0 or rising)
+        kept = self.good.observe(loss, bar, rejected=self.units.fading > 0 or rising)
         if kept in ("promote", "average"):
-            self.spare()
+            self.units.spare()
         return kept
 
     def confirms(self, now: float, good: float, error: float = 0.0) -> bool:
@@ -333,9 +310,7 @@ class Guard:
             self.excess = max(self.excess, policy.explosion * above)
         self.best = self.good.lowest = min(now, good)
         self.best_error = 0.0
-        self.mean = now
-        self.count = policy.fresh
-        self.recent = []
+        self.mean, self.count, self.recent = now, policy.fresh, []
         self.good.restart()
         return False
 
@@ -355,11 +330,9 @@ class Guard:
         self.recent = []
         self.good.restart()
         self.training_mean = self.training_first = math.nan
-        self.training_count = 0
-        self.restored = True
-        self.skipped = self.skipped_hyper = self.missed = self.quiet = self.fading = 0
-        self.liveliest = self.spared
-        self.faded = False
+        self.training_count, self.restored = 0, True
+        self.skipped = self.skipped_hyper = self.missed = self.quiet = 0
+        self.units.rewind()
         if self.stuck:  # lower rates do not help, so the reference must be wrong
             self.start = self.mean = math.nan
         if worsened:
@@ -373,4 +346,5 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
         for name, value in state.items():
-            setattr(self, name, GoodWeights(**value) if name == "good" else value)
+            part = {"good": GoodWeights, "units": LiveUnits}.get(name)
+            setattr(self, name, value if part is None else part(**value))

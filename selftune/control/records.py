@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -27,15 +27,15 @@ class Gradient(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """The number of live units: rows of weights with a non-zero gradient.
+    """The numbers of live units: rows of weights with a non-zero gradient.
 
     Attributes:
-        alive: Number of live units.
+        alive: Number of live units of each layer.
         age: Steps since the last restart.
         climb: Log of the ratio of the learning rate to the given one.
     """
 
-    alive: float
+    alive: Sequence[float]
     age: int = 0
     climb: float = 0.0
 

@@ -9,7 +9,7 @@ from selftune.method import choice
 from selftune.method.averaging import Average
 from selftune.method.displacement import Displacement
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState
-from selftune.method.live_units import live_units
+from selftune.method.live_units import live_units, uncounted
 from selftune.method.sensitivities import Moment, Part, Sensitivities
 from selftune.method.settings import (
     DisplacementLimit,
@@ -65,4 +65,5 @@ __all__ = [
     "choice",
     "live_units",
     "propose",
+    "uncounted",
 ]

@@ -19,7 +19,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 22
+VERSION = 23
 """Version of the state; 22 added the measured slopes of the sweep."""
 
 

@@ -98,7 +98,7 @@ class WeightSteps:
         return guard is not None and guard.policy.counts(self._age, self._engine.stride)
 
     def _observe_activity(self, grads: Sequence[Tensor]) -> Action:
-        live = self._store.total([live_units(grads)])
+        live = self._store.reducer.total(live_units(grads)).tolist()
         record = Activity(live, self._age, self._engine.shifts.climb)
         return self._engine.controller.observe(record)
 

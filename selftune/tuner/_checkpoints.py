@@ -22,7 +22,7 @@ log = logging.getLogger("selftune")
 LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
-VERSION = 15
+VERSION = 16
 """Version of checkpoints; 15 added the measured slopes of the sweep."""
 
 

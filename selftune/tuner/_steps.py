@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from selftune._flat import Layout, local
 from selftune._gradient import plainly
 from selftune.estimators import AbstractEstimator
-from selftune.method import HyperState, Method, Moment, Outer, State, choice, live_units
+from selftune.method import HyperState, Method, Moment, Outer, State, choice, live_units, uncounted
 from selftune.nn import Stochastic
 from selftune.tuner._group import Group
 from selftune.tuner._passes import APART, Passed, Passes, ShardedPasses
@@ -209,7 +209,7 @@ class Steps:
             [self.update] * len(parts), parts, grads, moments, total, sharded=self.group.sharded
         )
         sums = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
-        fine, told = self.told(loss, sums, self.views(grads) if tracked else ())
+        fine, told = self.told(loss, sums, self.views(grads), counted=tracked)
         if self._on_host(run):
             if not bool(fine):
                 return run._replace(step=run.step + 1), told
@@ -228,19 +228,22 @@ class Steps:
         )
         return after, told
 
-    def told(self, loss: Tensor, sums: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Whether the step is taken, and a vector of the loss, this, and the number of live units.
+    def told(
+        self, loss: Tensor, sums: Tensor, grads: Sequence[Tensor], *, counted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Whether the step is taken, and a vector of the loss, this, and the live units by layer.
 
         Args:
             loss: The training loss.
             sums: Finite if this rank's weights after the step are, or its gradients.
-            grads: Gradients, for the live units; without any, their number is NaN.
+            grads: Gradients, for the live units.
+            counted: Whether these are counted; otherwise their numbers are NaN.
         """
-        alive = live_units(grads) if grads else torch.full_like(loss, torch.nan)
-        found = torch.stack([sums.sum().double(), alive.double()])
-        total, alive = self.method.total(found).unbind()  # one all-reduce
-        fine = torch.isfinite(loss) & torch.isfinite(total)
-        return fine, torch.stack([t.double() for t in (loss, fine, alive)])
+        alive = live_units(grads) if counted else uncounted(grads)
+        found = torch.cat([sums.sum().double().view(1), alive.double()])
+        total = self.method.total(found)  # one all-reduce
+        fine = torch.isfinite(loss) & torch.isfinite(total[0])
+        return fine, torch.cat([torch.stack([loss.double(), fine.double()]), total[1:]])
 
     def _on_host(self, run: RunState) -> bool:
         """Whether the host may read values at each step: in eager mode, on a CPU."""

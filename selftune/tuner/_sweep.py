@@ -49,8 +49,7 @@ def sweep(
             run.step.add_(1)
             continue
         if not state.taken:
-            alive = steps.method.total(live_units(grads).reshape(1))
-            controller.observe(Activity(float(alive)))
+            controller.observe(Activity(steps.method.total(live_units(grads)).tolist()))
         found = slopes.along(grads, steps.views(run.weights), steps.method.total, cuts)
         if found is not None:
             values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}

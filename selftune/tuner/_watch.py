@@ -158,7 +158,7 @@ class Watch:
     # failures and rewinds
 
     def _judge_step(self, step: int, member: int, row: list[float]) -> Action:
-        loss, fine, alive = row
+        loss, fine, *alive = row
         controller = self.controllers[member]
         guard = controller.guard
         if guard is None:
@@ -168,7 +168,7 @@ class Watch:
             action = controller.observe(TrainingLoss(loss))
         stride = self._steps.method.sensitivities.estimator.stride
         age = step - int(self._snapshots.part(self._run.since, member))
-        counted = not math.isnan(alive) and guard.policy.counts(age, stride)
+        counted = not math.isnan(alive[0]) and guard.policy.counts(age, stride)
         if action.rewind is None and counted:
             action = controller.observe(Activity(alive, age, self._climb(member)))
         return action

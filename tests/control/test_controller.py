@@ -60,7 +60,7 @@ def test_an_action_asks_for_nothing_by_default() -> None:
     """Law: good news changes nothing."""
     controller = made()
     news = [
-        Gradient(True), Activity(100.0), TrainingLoss(1.0), ValidationLoss(1.0, never),
+        Gradient(True), Activity([100.0]), TrainingLoss(1.0), ValidationLoss(1.0, never),
         Hypergradient(True),
     ]  # fmt: skip
     assert [controller.observe(record) for record in news] == [Action()] * 5
@@ -158,7 +158,7 @@ def test_a_sweep_is_observed_without_a_guard_and_nothing_else_is() -> None:
     assert last.rewind is not None
     assert not controller.sweeping
     bad_news: list[Record] = [
-        Gradient(False), Activity(0.0), TrainingLoss(math.nan),
+        Gradient(False), Activity([0.0]), TrainingLoss(math.nan),
         ValidationLoss(math.nan, never), Hypergradient(False),
     ]  # fmt: skip
     for record in bad_news * 20:
@@ -182,7 +182,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_taken_back(kind: Any) ->
 def test_a_dead_network_is_taken_back() -> None:
     """Law: a network none of whose weights has a gradient any more."""
     controller = made(patience=2)
-    found = [controller.observe(Activity(alive)) for alive in (100.0, 0.0, 0.0)]
+    found = [controller.observe(Activity([alive])) for alive in (100.0, 0.0, 0.0)]
     assert found[:2] == [Action()] * 2
     assert found[2].rewind is not None
     assert "vanished" in found[2].reason
@@ -192,7 +192,7 @@ def test_a_dead_network_is_taken_back() -> None:
 def test_units_that_die_cool_the_rate_but_not_below_the_given_one(climb: float) -> None:
     """Law: at the given rate they were alive."""
     controller = made(patience=2)
-    found = [controller.observe(Activity(n, 500, climb)) for n in (100.0, 10.0, 10.0)]
+    found = [controller.observe(Activity([n], 500, climb)) for n in (100.0, 10.0, 10.0)]
     assert found[:2] == [Action()] * 2
     assert found[2].rewind is not None
     assert found[2].rewind["lr"] == pytest.approx(-min(climb, math.log(3.0)))
@@ -276,54 +276,54 @@ def test_a_sweep_after_which_units_are_dead_is_undone() -> None:
     """Law: at the given rate they were live, so a lower loss does not confirm the sweep."""
     sweep = LRSweep(steps=2)
     controller = made(sweep=sweep)
-    assert controller.observe(Activity(100.0)) == Action()
+    assert controller.observe(Activity([100.0])) == Action()
     sweep.ended, sweep.proven = True, False
     for age in (8, 16, 24):
         lower = controller.observe(ValidationLoss(1.0 / age, never))
         assert lower.snapshot in ("", "candidate")
         assert controller.unproven
-        action = controller.observe(Activity(60.0, age, climb=2.0))
+        action = controller.observe(Activity([60.0], age, climb=2.0))
     assert action.rewind == pytest.approx({"lr": -math.log(3)})
     for age in (8, 16, 24):  # at the initial weights again, so the reference is the same
-        action = controller.observe(Activity(69.0, age, climb=0.9))
+        action = controller.observe(Activity([69.0], age, climb=0.9))
     assert action.rewind == pytest.approx({"lr": -0.9}), "not below the given rate"
     for age in (8, 16, 24):
-        assert controller.observe(Activity(71.0, age, climb=0.9)).rewind is None
+        assert controller.observe(Activity([71.0], age, climb=0.9)).rewind is None
 
 
 def test_units_that_die_after_the_sweep_is_confirmed_are_missed() -> None:
     """Law: the reference is the count of the weights that confirmed it, not the next one."""
     sweep = LRSweep(steps=2)
     controller = made(sweep=sweep)
-    controller.observe(Activity(100.0))
+    controller.observe(Activity([100.0]))
     sweep.ended, sweep.proven = True, False
-    controller.observe(Activity(80.0, 16, climb=2.0))
+    controller.observe(Activity([80.0], 16, climb=2.0))
     assert controller.guard is not None
     controller.guard.begin(2.0)  # the loss of the initial weights
     assert controller.observe(ValidationLoss(1.0, never)).snapshot == "average"
     for age, alive in ((24, 57.0), (32, 55.0), (40, 50.0)):
-        assert controller.observe(Activity(alive, age, climb=2.0)).rewind is None
-    assert controller.observe(Activity(50.0, 48, climb=2.0)).rewind is not None
+        assert controller.observe(Activity([alive], age, climb=2.0)).rewind is None
+    assert controller.observe(Activity([50.0], 48, climb=2.0)).rewind is not None
 
 
 def test_a_count_right_after_the_sweep_does_not_confirm_it() -> None:
     """Law: neither training nor validation losses confirm before units could have died."""
     sweep = LRSweep(steps=2)
     controller = made(sweep=sweep)
-    controller.observe(Activity(100.0))
+    controller.observe(Activity([100.0]))
     sweep.ended, sweep.proven = True, False
     assert controller.guard is not None
     controller.guard.begin(2.0)  # the loss of the initial weights
-    controller.observe(Activity(90.0, 8, climb=2.0))
+    controller.observe(Activity([90.0], 8, climb=2.0))
     for _ in range(15):
         assert controller.observe(TrainingLoss(1.0)) == Action()
     assert controller.observe(ValidationLoss(1.0, never)).snapshot != "average"
     assert controller.unproven
     for age in (16, 24, 32):
-        action = controller.observe(Activity(5.0, age, climb=2.0))
+        action = controller.observe(Activity([5.0], age, climb=2.0))
     assert action.rewind is not None, "back to the initial weights"
     assert not action.diverged, "a sweep that is undone says nothing of later rates"
-    assert controller.guard.spared == 100.0
+    assert controller.guard.units.spared == [100.0]
 
 
 # the log

@@ -81,14 +81,14 @@ def test_a_training_loss_may_rise_but_not_explode() -> None:
 def test_a_dead_network_is_noticed() -> None:
     """Law: relative to the liveliest so far, so sparse gradients alone are no alarm."""
     guard = GuardPolicy(patience=2).begin()
-    assert [guard.activity(s) for s in (0.02, 0.03, 0.02, 0.001, 0.03)] == ["ok"] * 5
-    assert [guard.activity(s) for s in (0.001, 0.0)] == ["ok", "rewind"]
+    assert [guard.activity([s]) for s in (0.02, 0.03, 0.02, 0.001, 0.03)] == ["ok"] * 5
+    assert [guard.activity([s]) for s in (0.001, 0.0)] == ["ok", "rewind"]
 
 
 def test_a_network_that_has_learned_is_not_dead() -> None:
     """Law: where the loss has come down, empty gradients are the end of training."""
     for guard in (trained(), Guard(training_first=1.0, training_mean=0.2)):
-        assert [guard.activity(s) for s in (0.5, *[0.0] * 5)] == ["ok"] * 6
+        assert [guard.activity([s]) for s in (0.5, *[0.0] * 5)] == ["ok"] * 6
 
 
 def test_units_that_die_under_a_rate_that_has_climbed() -> None:
@@ -98,10 +98,24 @@ def test_units_that_die_under_a_rate_that_has_climbed() -> None:
     learned.policy = guard.policy
     for one in (guard, learned):
         counts = (100.0, 90.0, 79.0, 81.0, 79.0, 78.0)
-        assert [one.activity(n, age=500, climb=1.0) for n in counts] == ["ok"] * 5 + ["fade"]
+        assert [one.activity([n], age=500, climb=1.0) for n in counts] == ["ok"] * 5 + ["fade"]
         one.rewound(worsened=False)  # what is left is the measure of the next
-        assert [one.activity(n, age=500, climb=1.0) for n in (78.0, 70.0)] == ["ok"] * 2
-        assert [one.activity(n, age=500, climb=0.1) for n in (9.0, 8.0, 7.0)] == ["ok"] * 3
+        assert [one.activity([n], age=500, climb=1.0) for n in (78.0, 70.0)] == ["ok"] * 2
+        assert [one.activity([n], age=500, climb=0.1) for n in (9.0, 8.0, 7.0)] == ["ok"] * 3
+
+
+def test_a_layer_that_dies_beside_a_wide_one() -> None:
+    """Closed form: 0.6 is the harmonic mean of the shares 3/7 and 1, whatever the widths."""
+    for wide in (100.0, 1e6):
+        guard = GuardPolicy(patience=1, capacity=0.0, bottleneck=0.6).begin()
+        assert guard.activity([70.0, wide], age=500, climb=1.0) == "ok"
+        assert guard.activity([31.0, wide], age=500, climb=1.0) == "ok"
+        assert guard.activity([29.0, wide], age=500, climb=1.0) == "fade"
+        guard.rewound(worsened=False)
+        for count in ([0.0, wide], [0.0, wide]):  # closed from now on
+            assert guard.activity(count, age=500, climb=0.0) == "ok"
+        assert guard.activity([0.0, 0.7 * wide], age=500, climb=1.0) == "ok"
+        assert guard.activity([0.0, 0.5 * wide], age=500, climb=1.0) == "fade"
 
 
 @pytest.mark.parametrize("first", [2.0, -2.0])
