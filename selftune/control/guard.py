@@ -74,7 +74,7 @@ class GuardPolicy(Settings):
     pulse: int = 8
     young: int = 160
     capacity: float = 0.7
-    bottleneck: float = 0.5
+    bottleneck: float = 0.33
     grace: int = 10
     climbed: float = 0.4
     cool: float = 3.0
