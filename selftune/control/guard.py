@@ -10,7 +10,7 @@ from typing import Any
 
 from selftune._arguments import Settings
 from selftune.control.good_weights import GoodWeights
-from selftune.control.live_units import LiveUnits
+from selftune.control.live_units import LiveUnits, total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +177,8 @@ class Guard:
             return "fade"
         if age > policy.young:
             return "ok"
-        self.loudest = max(self.loudest, sum(alive))
-        self.quiet = self.quiet + 1 if sum(alive) < policy.dead * self.loudest else 0
+        self.loudest = max(self.loudest, total(alive))
+        self.quiet = self.quiet + 1 if total(alive) < policy.dead * self.loudest else 0
         learned = self.first - self.best > 0.1 * abs(self.first) or (
             self.training_first - self.training_mean > 0.1 * abs(self.training_first)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,7 @@ class LiveUnits:
         """Record a count.
 
         Args:
-            alive: Number of live units of each layer.
+            alive: Number of live units of each layer; NaN if it is frozen or unused.
             raised: Whether the learning rate has risen.
             capacity: Share of all units below which too many are dead.
             bottleneck: The same for the harmonic mean over layers (:func:`left`).
@@ -48,9 +49,11 @@ class LiveUnits:
         self.alive = list(alive)
         # Units dead at the given rate, such as closed ones, were not killed by a raised one.
         same = raised and len(self.most) == len(alive)
-        self.most = max(self.most, self.alive, key=sum) if same else self.alive
+        self.most = max(self.most, self.alive, key=total) if same else self.alive
         narrow = left(alive, self.most) < bottleneck
-        low = raised and (narrow or sum(alive) < capacity * sum(self.most))
+        known = [(a, b) for a, b in zip(alive, self.most, strict=True) if not math.isnan(a + b)]
+        few = sum(a for a, _ in known) < capacity * sum(b for _, b in known)
+        low = raised and (narrow or few)
         self.faded = low or (raised and self.initial and early)
         self.fading = self.fading + 1 if low else 0
 
@@ -74,21 +77,25 @@ class LiveUnits:
         self.most, self.faded, self.fading = self.spared, False, 0
 
 
+def total(alive: Sequence[float]) -> float:
+    """Live units of all layers that are used."""
+    return sum(n for n in alive if not math.isnan(n))
+
+
 def left(alive: Sequence[float], most: Sequence[float]) -> float:
-    """Harmonic mean over layers of the share of live units; 1 if none were live before.
+    """Harmonic mean over layers of the share of live units.
 
     A network is as narrow as its narrowest layer, which a wide layer without dead units, such as
-    the output, hides in the sum.
+    the output, hides in the sum. Layers without any live unit do not count: they are closed, or
+    unused like the head of another task.
 
     Args:
         alive: Number of live units of each layer.
-        most: The same before; layers without live units do not count.
+        most: The same before.
 
     Examples:
         >>> left([50, 100], [100, 100]), left([50, 784], [100, 784]), left([0, 784], [100, 784])
-        (0.6666666666666666, 0.6666666666666666, 0.0)
+        (0.6666666666666666, 0.6666666666666666, 1.0)
     """
-    shares = [min(a / b, 1.0) for a, b in zip(alive, most, strict=True) if b > 0]
-    if not shares:
-        return 1.0
-    return len(shares) / sum(1 / s for s in shares) if min(shares) > 0 else 0.0
+    both = [(a, b) for a, b in zip(alive, most, strict=True) if a > 0 and b > 0]
+    return len(both) / sum(max(b / a, 1.0) for a, b in both) if both else 1.0

@@ -30,7 +30,7 @@ class Activity(NamedTuple):
     """The numbers of live units: rows of weights with a non-zero gradient.
 
     Attributes:
-        alive: Number of live units of each layer.
+        alive: Number of live units of each layer; NaN if it is frozen or unused.
         age: Steps since the last restart.
         climb: Log of the ratio of the learning rate to the given one.
     """

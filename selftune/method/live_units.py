@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def live_units(grads: Sequence[Tensor]) -> Tensor:
+def live_units(grads: Sequence[Tensor], present: Sequence[bool] | None = None) -> Tensor:
     """Number of units with a gradient in each layer: non-zero rows of its matrix (output units).
 
     A ReLU that no example activates has a zero row. If all parameters are vectors, their entries
@@ -16,21 +16,30 @@ def live_units(grads: Sequence[Tensor]) -> Tensor:
 
     Args:
         grads: Gradients in the shapes of the parameters.
+        present: Which of them exist; None: all. A layer that is frozen or unused has none.
 
     Returns:
-        The numbers, shape (matrices,), in float32.
+        The numbers, shape (matrices,), in float32; NaN for missing gradients.
 
     Examples:
-        >>> live_units([torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 3.0]]), torch.ones(5)])
-        tensor([2.])
+        >>> grads = [torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 3.0]]), torch.ones(5)]
+        >>> live_units(grads), live_units(grads, [False, True])
+        (tensor([2.]), tensor([nan]))
     """
-    return torch.stack([(m != 0).any(1).sum() for m in _matrices(grads)]).float()
+    places = _counted(grads)
+    rows = [g.flatten(1) if g.ndim >= 2 else g.reshape(-1, 1) for g in (grads[i] for i in places)]
+    found = torch.stack([(m != 0).any(1).sum() for m in rows]).float()
+    if present is None or all(present):
+        return found
+    missing = torch.tensor([not present[i] for i in places], device=found.device)
+    return found.masked_fill(missing, torch.nan)
 
 
 def uncounted(grads: Sequence[Tensor]) -> Tensor:
     """The result of :func:`live_units` where units are not counted: NaN."""
-    return grads[0].new_full((len(_matrices(grads)),), torch.nan, dtype=torch.float32)
+    return grads[0].new_full((len(_counted(grads)),), torch.nan, dtype=torch.float32)
 
 
-def _matrices(grads: Sequence[Tensor]) -> list[Tensor]:
-    return [g.flatten(1) for g in grads if g.ndim >= 2] or [g.reshape(-1, 1) for g in grads]
+def _counted(grads: Sequence[Tensor]) -> list[int]:
+    """The indices of matrices; of all parameters if there are none."""
+    return [i for i, g in enumerate(grads) if g.ndim >= 2] or list(range(len(grads)))

@@ -98,7 +98,8 @@ class WeightSteps:
         return guard is not None and guard.policy.counts(self._age, self._engine.stride)
 
     def _observe_activity(self, grads: Sequence[Tensor]) -> Action:
-        live = self._store.reducer.total(live_units(grads)).tolist()
+        present = [p.grad is not None for block in self._blocks for p in block.params]
+        live = self._store.reducer.total(live_units(grads, present)).tolist()
         record = Activity(live, self._age, self._engine.shifts.climb)
         return self._engine.controller.observe(record)
 

@@ -112,8 +112,8 @@ def test_a_layer_that_dies_beside_a_wide_one() -> None:
         assert guard.activity([31.0, wide], age=500, climb=1.0) == "ok"
         assert guard.activity([29.0, wide], age=500, climb=1.0) == "fade"
         guard.rewound(worsened=False)
-        for count in ([0.0, wide], [0.0, wide]):  # closed from now on
-            assert guard.activity(count, age=500, climb=0.0) == "ok"
+        for climb in (0.0, 1.0):  # frozen or closed from now on
+            assert guard.activity([0.0, wide], age=500, climb=climb) == "ok"
         assert guard.activity([0.0, 0.7 * wide], age=500, climb=1.0) == "ok"
         assert guard.activity([0.0, 0.5 * wide], age=500, climb=1.0) == "fade"
 
