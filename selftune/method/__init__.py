@@ -9,7 +9,7 @@ from selftune.method import choice
 from selftune.method.averaging import Average
 from selftune.method.displacement import Displacement
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState
-from selftune.method.live_units import live_units, uncounted
+from selftune.method.live_units import layers, live_units
 from selftune.method.sensitivities import Moment, Part, Sensitivities
 from selftune.method.settings import (
     DisplacementLimit,
@@ -63,7 +63,7 @@ __all__ = [
     "StiffSettings",
     "WeightDecayFloor",
     "choice",
+    "layers",
     "live_units",
     "propose",
-    "uncounted",
 ]

@@ -26,7 +26,7 @@ def live_units(grads: Sequence[Tensor], present: Sequence[bool] | None = None) -
         >>> live_units(grads), live_units(grads, [False, True])
         (tensor([2.]), tensor([nan]))
     """
-    places = _counted(grads)
+    places = layers(grads)
     rows = [g.flatten(1) if g.ndim >= 2 else g.reshape(-1, 1) for g in (grads[i] for i in places)]
     found = torch.stack([(m != 0).any(1).sum() for m in rows]).float()
     if present is None or all(present):
@@ -35,11 +35,6 @@ def live_units(grads: Sequence[Tensor], present: Sequence[bool] | None = None) -
     return found.masked_fill(missing, torch.nan)
 
 
-def uncounted(grads: Sequence[Tensor]) -> Tensor:
-    """The result of :func:`live_units` where units are not counted: NaN."""
-    return grads[0].new_full((len(_counted(grads)),), torch.nan, dtype=torch.float32)
-
-
-def _counted(grads: Sequence[Tensor]) -> list[int]:
-    """The indices of matrices; of all parameters if there are none."""
-    return [i for i, g in enumerate(grads) if g.ndim >= 2] or list(range(len(grads)))
+def layers(params: Sequence[Tensor]) -> list[int]:
+    """Indices of the parameters whose units are counted: matrices, or all if there are none."""
+    return [i for i, p in enumerate(params) if p.ndim >= 2] or list(range(len(params)))

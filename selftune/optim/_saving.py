@@ -20,7 +20,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 23
-"""Version of the state; 22 added the measured slopes of the sweep."""
+"""Version of the state; 23 counts live units in each layer."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:

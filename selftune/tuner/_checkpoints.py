@@ -23,7 +23,7 @@ LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
 VERSION = 16
-"""Version of checkpoints; 15 added the measured slopes of the sweep."""
+"""Version of checkpoints; 16 counts live units in each layer."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

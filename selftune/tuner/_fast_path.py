@@ -44,7 +44,7 @@ class FastPath:
         loss, grads, buffers = steps.gradient(run, batch)
         grads = [g.contiguous() for g in grads]
         norms = torch.stack(torch._foreach_norm(grads))
-        fine, told = steps.told(loss, norms, steps.views(grads), counted=self._tracked)
+        fine, told = steps.told(loss, norms, steps.views(grads) if self._tracked else ())
         if bool(fine):
             parts = run.method.parts
             step, age = int(run.step), int(run.age)

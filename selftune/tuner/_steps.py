@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from selftune._flat import Layout, local
 from selftune._gradient import plainly
 from selftune.estimators import AbstractEstimator
-from selftune.method import HyperState, Method, Moment, Outer, State, choice, live_units, uncounted
+from selftune.method import HyperState, Method, Moment, Outer, State, choice, layers, live_units
 from selftune.nn import Stochastic
 from selftune.tuner._group import Group
 from selftune.tuner._passes import APART, Passed, Passes, ShardedPasses
@@ -81,6 +81,7 @@ class Steps:
         trained = {n: p for n, p in self.inner.named_parameters() if p.requires_grad}
         self.params = list(trained)
         self.layout = Layout(list(trained.values())) if self.joined else None
+        self._counted = len(layers(list(trained.values())))
         self.buffers = [n for n, _ in self.inner.named_buffers()]
         modules = self.inner.named_modules()
         keys = {f"{n}.key" for n, m in modules if isinstance(m, Stochastic)}
@@ -209,7 +210,7 @@ class Steps:
             [self.update] * len(parts), parts, grads, moments, total, sharded=self.group.sharded
         )
         sums = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
-        fine, told = self.told(loss, sums, self.views(grads), counted=tracked)
+        fine, told = self.told(loss, sums, self.views(grads) if tracked else ())
         if self._on_host(run):
             if not bool(fine):
                 return run._replace(step=run.step + 1), told
@@ -228,18 +229,16 @@ class Steps:
         )
         return after, told
 
-    def told(
-        self, loss: Tensor, sums: Tensor, grads: Sequence[Tensor], *, counted: bool
-    ) -> tuple[Tensor, Tensor]:
+    def told(self, loss: Tensor, sums: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Whether the step is taken, and a vector of the loss, this, and the live units by layer.
 
         Args:
             loss: The training loss.
             sums: Finite if this rank's weights after the step are, or its gradients.
-            grads: Gradients, for the live units.
-            counted: Whether these are counted; otherwise their numbers are NaN.
+            grads: Gradients, for the live units; without any, their numbers are NaN.
         """
-        alive = live_units(grads) if counted else uncounted(grads)
+        unknown = torch.full((self._counted,), torch.nan, device=loss.device)
+        alive = live_units(grads) if grads else unknown
         found = torch.cat([sums.sum().double().view(1), alive.double()])
         total = self.method.total(found)  # one all-reduce
         fine = torch.isfinite(loss) & torch.isfinite(total[0])
