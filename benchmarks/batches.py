@@ -110,8 +110,8 @@ def run(seed: int, sizes: int | Following, target: float) -> tuple[float, float,
         fixed = overhead(x, y) if sizes.timed else None
         scale = st.structure.NoiseScale(memory=20)
         batches = st.structure.Batches(
-            range(TRAIN), sizes.start, 512, least=min(sizes.start, 16 if fixed else sizes.start),
-            scale=scale, overhead=fixed, seed=seed,
+            range(TRAIN), sizes.start, 512, least=16 if sizes.timed else None, scale=scale,
+            overhead=fixed, seed=seed,
         )  # fmt: skip
 
     def closure() -> Tensor:
