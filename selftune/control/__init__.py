@@ -6,6 +6,7 @@ from selftune.control.final_weights import FinalWeights
 from selftune.control.good_weights import GoodWeights
 from selftune.control.guard import Guard, GuardPolicy
 from selftune.control.live_units import LiveUnits
+from selftune.control.loss_spike import LossSpike
 from selftune.control.lr_sweep import LRSweep, SweepSettings
 from selftune.control.records import (
     Action,
@@ -17,6 +18,7 @@ from selftune.control.records import (
     TrainingLoss,
     ValidationLoss,
 )
+from selftune.control.training_losses import TrainingLosses
 
 ARGUMENTS: dict[str, Kind] = {
     "probe": FLAG | Whole(least=2, most=10_000) | OneOf((0,))
@@ -41,10 +43,12 @@ __all__ = [
     "Hypergradient",
     "LRSweep",
     "LiveUnits",
+    "LossSpike",
     "Record",
     "SweepSettings",
     "SweepSlope",
     "TrainingLoss",
+    "TrainingLosses",
     "ValidationLoss",
     "make_guard",
     "make_sweep",

@@ -156,7 +156,7 @@ class Controller:
         action = self._judged(verdict, "the training loss exploded or is not finite")
         if action.rewind is not None:
             return self._undone(action)
-        if self.unproven and self._guard.training_count > PROOF:
+        if self.unproven and self._guard.training.count > PROOF:
             assert self.sweep is not None
             self.sweep.proven = not self._guard.units.faded
             if self._guard.lost or self._guard.units.faded:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from selftune._arguments import Settings
 from selftune.control.good_weights import GoodWeights
 from selftune.control.live_units import LiveUnits, total
+from selftune.control.loss_spike import LossSpike
+from selftune.control.training_losses import TrainingLosses
+
+_PARTS: dict[str, Callable[..., Any]] = {
+    "good": GoodWeights, "units": LiveUnits, "training": TrainingLosses, "spike": LossSpike,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,9 @@ class GuardPolicy(Settings):
         memory: Weight of the newest training loss in their running mean.
         noise: An increase below this many standard deviations of the first ten training losses is
             not an explosion, because the zero of a loss is arbitrary.
+        spike: Three consecutive validation losses that undo this share of the descent are an
+            alarm, because the mean of ``recent`` losses shows it late (:class:`LossSpike`).
+        spike_sigmas: Minimum rise for this alarm in standard errors of a single loss.
         fresh: Number of initial evaluations, which set the reference even if the loss rises.
         recent: Number of recent validation losses whose mean is compared with its best.
         window: Number of consecutive losses that judge the averaged weights at the middle one.
@@ -63,6 +72,8 @@ class GuardPolicy(Settings):
     sigmas: float = 2.5
     tolerance: float = 0.05
     least: float = 0.02
+    spike: float = 0.5
+    spike_sigmas: float = 4.0
     limit: int = 10
     wild: float = 10.0
     memory: float = 0.1
@@ -114,11 +125,15 @@ class Guard:
         policy: The thresholds.
         good: Judges the averaged weights.
         units: Compares live units with those before.
+        training: Statistics of the training loss.
+        spike: Compares the latest validation losses with the lowest ones.
     """
 
     policy: GuardPolicy = GuardPolicy()
     good: GoodWeights = field(default_factory=GoodWeights)
     units: LiveUnits = field(default_factory=LiveUnits)
+    training: TrainingLosses = field(default_factory=TrainingLosses)
+    spike: LossSpike = field(default_factory=LossSpike)
 
     start: float = math.nan
     origin: float = math.nan  # first start, kept when start is reset; higher losses are not good
@@ -130,12 +145,6 @@ class Guard:
     best_error: float = 0.0
     recent: list[float] = field(default_factory=list)
     swept: int = 0
-    training_start: float = math.nan
-    training_low: float = math.inf
-    training_first: float = math.nan
-    training_mean: float = math.nan
-    training_count: int = 0
-    training_spread: float = 0.0
     skipped: int = 0
     skipped_hyper: int = 0
     missed: int = 0
@@ -143,7 +152,6 @@ class Guard:
     loudest: float = 0.0
     streak: int = 0
     rewinds: int = 0
-    restored: bool = False  # whether the next training loss is that of the good weights
     worsened: int = 0  # rewinds because the validation loss had worsened
     exploded: bool = False  # whether the last validation loss exploded, not merely worsened
 
@@ -180,39 +188,27 @@ class Guard:
         self.loudest = max(self.loudest, total(alive))
         self.quiet = self.quiet + 1 if total(alive) < policy.dead * self.loudest else 0
         learned = self.first - self.best > 0.1 * abs(self.first) or (
-            self.training_first - self.training_mean > 0.1 * abs(self.training_first)
+            self.training.first - self.training.mean > 0.1 * abs(self.training.first)
         )
         return "rewind" if self.quiet >= policy.patience and not learned else "ok"
 
     def training_loss(self, loss: float) -> str:
         """Judge a training loss by its running mean: it may rise, but not explode."""
+        policy, training = self.policy, self.training
         if not math.isfinite(loss):
             self.missed += 1
-            return "rewind" if self.missed >= self.policy.patience else "skip"
+            return "rewind" if self.missed >= policy.patience else "skip"
         self.missed = 0
-        if self.restored:  # the loss of the good weights: no sign of a divergence
-            self.restored = False
-            self.training_start = max(self.training_start, loss)  # stays NaN if unknown
-        self.training_count += 1
-        weight = max(self.policy.memory, 1 / self.training_count)
-        if math.isnan(self.training_mean):
-            self.training_mean = loss
-        off = loss - self.training_mean
-        self.training_mean += weight * off
-        if self.training_count <= 10:  # a single batch may be lucky
-            known = (self.training_mean, self.training_start)
-            self.training_first = min(x for x in known if not math.isnan(x))
-            self.training_spread += weight * (off * off - self.training_spread)
-        noise = self.policy.noise * math.sqrt(self.training_spread)
-        exploded = self._exploded(self.training_mean - noise, self.training_first)
-        fresh = self.training_count <= 10  # the spread may include the explosion
-        exploded &= self.training_count >= self.policy.patience  # one batch may be unlucky, too
-        return "rewind" if exploded or (fresh and self._wild(self.training_mean)) else "ok"
+        training.observe(loss, policy.memory)
+        noise = policy.noise * math.sqrt(training.spread)
+        exploded = self._exploded(training.mean - noise, training.first)
+        exploded &= training.count >= policy.patience  # one batch may be unlucky, too
+        return "rewind" if exploded or (training.fresh and self._wild(training.mean)) else "ok"
 
     def _wild(self, loss: float) -> bool:
         """Whether a training loss is many times above those at the start, if they are known."""
-        start = self.training_start
-        return loss > start + self.policy.wild * max(abs(start), start - self.training_low)
+        start = self.training.start
+        return loss > start + self.policy.wild * max(abs(start), start - self.training.low)
 
     def sweeping_loss(self, loss: float) -> bool:
         """Record a training loss of the sweep; return whether the rate is far too high.
@@ -221,16 +217,14 @@ class Guard:
         """
         self.swept += 1
         if self.swept <= self.policy.patience:
-            known = -math.inf if math.isnan(self.training_start) else self.training_start
-            self.training_start, self.training_low = max(known, loss), min(self.training_low, loss)
+            self.training.begin(loss)
         return self._wild(loss)
 
     @property
     def lost(self) -> bool:
         """Whether training losses were reported, and are higher than at the start."""
-        return self.training_mean > self.training_start + self.policy.least * abs(
-            self.training_start
-        )
+        start = self.training.start
+        return self.training.mean > start + self.policy.least * abs(start)
 
     @property
     def stuck(self) -> bool:
@@ -271,12 +265,18 @@ class Guard:
             policy.least * abs(self.first),
         )
         # Each rewind without an improvement raises the threshold of the next.
+        fresh = self.count <= policy.fresh
+        if not fresh and self.spike.observe(
+            self.recent, self.first, share=policy.spike, least=policy.least * abs(self.first),
+            sigmas=policy.spike_sigmas * (1 + self.streak / 2),
+        ):  # fmt: skip
+            return "rewind"
         if full and self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
             return "rewind"
         # The first means set the reference; only weights that beat the start are good.
         bar = self.origin + policy.least * abs(self.origin)
-        better = self.mean < min(self.best, bar) and (full or self.count <= policy.fresh)
-        if better or self.count <= policy.fresh:
+        better = self.mean < min(self.best, bar) and (full or fresh)
+        if better or fresh:
             self.best, self.best_error = self.mean, error
         self.streak = 0 if better else self.streak
         # A lucky window while the mean rises would replace good weights by worse ones.
@@ -308,7 +308,7 @@ class Guard:
             self.start, self.exploded = max(self.start, good), False
             self.origin = max(self.origin, good)
             self.excess = max(self.excess, policy.explosion * above)
-        self.best = self.good.lowest = min(now, good)
+        self.best = self.good.lowest = self.spike.low = min(now, good)
         self.best_error = 0.0
         self.mean, self.count, self.recent = now, policy.fresh, []
         self.good.restart()
@@ -329,8 +329,7 @@ class Guard:
         self.mean = self.best if math.isfinite(self.best) else math.nan
         self.recent = []
         self.good.restart()
-        self.training_mean = self.training_first = math.nan
-        self.training_count, self.restored = 0, True
+        self.training.restart()
         self.skipped = self.skipped_hyper = self.missed = self.quiet = 0
         self.units.rewind()
         if self.stuck:  # lower rates do not help, so the reference must be wrong
@@ -346,5 +345,5 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
         for name, value in state.items():
-            part = {"good": GoodWeights, "units": LiveUnits}.get(name)
+            part = _PARTS.get(name)
             setattr(self, name, value if part is None else part(**value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune.monitor import Course
+from selftune.optim._advice import Advice
 from selftune.optim._assembly import Assembly
 from selftune.optim._building import TuningOptions, build, check_names
 from selftune.optim._closures import Call
@@ -21,10 +21,8 @@ from selftune.optim._logging import OptimizerLog
 from selftune.optim._memory import Memory, of, tensors_of
 from selftune.optim._outer import OuterLoss
 from selftune.optim._stepper import AbstractStepper
-from selftune.optim._weight_steps import STEPS_ALONE, WeightSteps
+from selftune.optim._weight_steps import WeightSteps
 from selftune.update import Update
-
-log = logging.getLogger("selftune")
 
 Params = nn.Module | Iterable[Any]
 Closure = Callable[[], Tensor]
@@ -60,7 +58,7 @@ class SelfTuningOptimizer(EvaluationMode):
         self._groups = Groups(update, shifts)
         self._assembly = Assembly(self._engine, self._groups)
         self._log = OptimizerLog(self._engine.monitor, shifts)
-        self._advised = self._over = self._twice = False
+        self._advice = Advice(self._engine, self._schedule, update.regularizers)
         super().__init__(params, defaults)
         if not any(p.requires_grad for g in self.param_groups for p in g["params"]):
             raise ValueError(
@@ -101,7 +99,7 @@ class SelfTuningOptimizer(EvaluationMode):
         if step.take():
             self._publish()
         self._groups.show_rates(self.param_groups, step.factors, engine.clock.steps - 1)
-        self._advise()
+        self._advice.give(annealed=self._groups.annealed)
         if loss is not None:
             self.report(loss)
         self._stepped()
@@ -315,37 +313,3 @@ class SelfTuningOptimizer(EvaluationMode):
             return False
         grads = [p.grad for g in self.param_groups for p in g["params"]]
         return not any(bool(g.any()) for g in grads if g is not None)
-
-    def _advise(self) -> None:
-        clock, total = self._engine.clock, self._schedule.total_steps
-        if self._groups.annealed and not self._twice and self._schedule.shape != "constant":
-            self._twice = True
-            log.warning(
-                "%s: a torch scheduler lowers the learning rate, and so does schedule=%r with "
-                "total_steps=%d: the rate is annealed twice. Pass schedule=\"constant\", or "
-                "remove the scheduler.", self._engine.label, self._schedule.shape, total,
-            )  # fmt: skip
-        if total is not None and clock.steps > total + self._engine.every and not self._over:
-            self._over = True
-            if self._schedule(clock.steps) == 0:
-                log.warning(
-                    "%s: step %d is past total_steps=%d, where the %s schedule has a learning rate "
-                    "of 0, so the weights do not change. Pass total_steps= of the whole run.",
-                    self._engine.label, clock.steps, total, self._schedule.shape,
-                )  # fmt: skip
-        if (
-            self._advised
-            or clock.last_validation_step
-            or clock.steps <= STEPS_ALONE
-            or self._engine.whole is not None
-        ):
-            return
-        self._advised = True
-        shifts = self._engine.shifts
-        stay = sorted(self._update.regularizers & set(shifts.names) | set(shifts.asleep))
-        if stay:
-            log.warning(
-                "%s: no hyper_step in %d steps: training gradients tune the learning rate; not "
-                "tuned: %s. Call opt.hyper_step(lambda: loss on a validation batch) to tune all.",
-                self._engine.label, STEPS_ALONE, ", ".join(stay),
-            )  # fmt: skip

@@ -19,8 +19,8 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 23
-"""Version of the state; 23 counts live units in each layer."""
+VERSION = 24
+"""Version of the state; 24 has the parts of the guard."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:

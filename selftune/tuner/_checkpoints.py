@@ -22,8 +22,8 @@ log = logging.getLogger("selftune")
 LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
-VERSION = 16
-"""Version of checkpoints; 16 counts live units in each layer."""
+VERSION = 17
+"""Version of checkpoints; 17 has the parts of the guard."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from selftune.control import Guard, GuardPolicy
+from selftune.control import Guard, GuardPolicy, TrainingLosses
 
 
 def falling(start: float = 2.0, end: float = 0.5, steps: int = 60) -> list[float]:
@@ -87,7 +87,7 @@ def test_a_dead_network_is_noticed() -> None:
 
 def test_a_network_that_has_learned_is_not_dead() -> None:
     """Law: where the loss has come down, empty gradients are the end of training."""
-    for guard in (trained(), Guard(training_first=1.0, training_mean=0.2)):
+    for guard in (trained(), Guard(training=TrainingLosses(first=1.0, mean=0.2))):
         assert [guard.activity([s]) for s in (0.5, *[0.0] * 5)] == ["ok"] * 6
 
 

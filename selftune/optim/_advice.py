@@ -1,0 +1,64 @@
+"""Warnings, each given once, about what a training loop does or lacks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from selftune.optim._engine import Engine
+from selftune.optim._weight_steps import STEPS_ALONE
+from selftune.schedules import Schedule
+
+log = logging.getLogger("selftune")
+
+
+class Advice:
+    """Warnings about a rate annealed twice, a run longer than stated, and missing hyper steps.
+
+    Args:
+        engine: The engine of the optimizer.
+        schedule: Its schedule.
+        regularizers: Names of the hyperparameters that only a validation loss tunes.
+    """
+
+    def __init__(self, engine: Engine, schedule: Schedule, regularizers: Iterable[str]) -> None:
+        self._engine, self._schedule = engine, schedule
+        self._regularizers = frozenset(regularizers)
+        self._given: set[str] = set()
+
+    def give(self, *, annealed: bool) -> None:
+        """Warn after a step.
+
+        Args:
+            annealed: Whether a torch scheduler lowers the rate.
+        """
+        engine, steps = self._engine, self._engine.clock.steps
+        shape, total = self._schedule.shape, self._schedule.total_steps
+        if annealed and shape != "constant" and self._first("twice"):
+            log.warning(
+                "%s: a torch scheduler lowers the learning rate, and so does schedule=%r with "
+                "total_steps=%d: the rate is annealed twice. Pass schedule=\"constant\", or "
+                "remove the scheduler.", engine.label, shape, total,
+            )  # fmt: skip
+        over = total is not None and steps > total + engine.every
+        if over and self._first("over") and self._schedule(steps) == 0:
+            log.warning(
+                "%s: step %d is past total_steps=%d, where the %s schedule has a learning rate "
+                "of 0, so the weights do not change. Pass total_steps= of the whole run.",
+                engine.label, steps, total, shape,
+            )  # fmt: skip
+        alone = steps > STEPS_ALONE and not engine.clock.last_validation_step
+        if alone and engine.whole is None and self._first("alone"):
+            names = set(engine.shifts.names)
+            stay = sorted(self._regularizers & names | set(engine.shifts.asleep))
+            if stay:
+                log.warning(
+                    "%s: no hyper_step in %d steps: training gradients tune the learning rate; "
+                    "not tuned: %s. Call opt.hyper_step(lambda: loss on a validation batch) to "
+                    "tune all.", engine.label, STEPS_ALONE, ", ".join(stay),
+                )  # fmt: skip
+
+    def _first(self, warning: str) -> bool:
+        known = warning in self._given
+        self._given.add(warning)
+        return not known
