@@ -109,7 +109,7 @@ def _remote(address: str) -> BaseStorage:
     return storage
 
 
-MAKING = "create table", "alembic_version", "version_info"
+MAKING = "create table", "create type", "alembic_version", "version_info"
 """Words in the statements with which Optuna creates its tables and stores their version."""
 
 

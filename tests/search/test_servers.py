@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -12,6 +14,7 @@ import pytest
 
 from benchmarks.reliability import servers
 from selftune import search
+from selftune.search._storage import persist, storage_of
 
 psycopg = pytest.importorskip("psycopg", reason="needs the extra postgres")
 pytestmark = [
@@ -40,6 +43,17 @@ def server() -> Iterator[str]:
 
 def trials(address: str) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="selftune", storage=address).trials
+
+
+def test_workers_start_together_on_empty_databases(server: str) -> None:
+    """Law: each of four opens the storage, whichever creates its types and tables."""
+    for number in range(5):
+        with psycopg.connect(server, autocommit=True) as admin:
+            admin.execute(f"create database empty{number}")
+        address = f"{server.rsplit('/', 1)[0]}/empty{number}"
+        with ThreadPoolExecutor(4) as workers:
+            opened = workers.map(lambda _, a=address: persist(partial(storage_of, a)), range(4))
+            assert all(storage.get_all_studies() == [] for storage in opened)
 
 
 def test_nothing_is_lost_but_the_trial_of_a_killed_worker(server: str, tmp_path: Path) -> None:
