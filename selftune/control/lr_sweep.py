@@ -37,7 +37,8 @@ class SweepSettings(Settings):
             to this multiple of its number of steps.
         margin: The selected rate is the largest descending one divided by this.
         near: Up to this factor above the best rate so far, or at the next rate, any descent
-            counts; farther above, C must be below twice its minimum so far.
+            counts; farther above, C must be below twice its minimum so far, and a certain descent
+            must stay certain.
         rise: The loss counts as rising if C exceeds this multiple of the slope at the start of the
             step or, while the descent is uncertain, of the sum of these slopes. At very low rates
             slopes differ in sign by chance, but are small.
@@ -183,11 +184,11 @@ class LRSweep:
             self.ended = True
             self.blown = self.factor(self.taken - 1) if self.uphill >= 2 else 0.0
         plausible = -self.change <= self.settings.most * self.hoped or not self.hoped
-        if self.change < self.lowest * (2.0 if rate > near else 1.0) and plausible:
-            self.lowest, self.best = self.change, rate
-            often = self.balance >= self._certain
-            self.real = often and -self.change > self.settings.real * self.hoped
-            self.proven = False
+        often = self.balance >= self._certain
+        real = often and -self.change > self.settings.real * self.hoped
+        counts = rate <= near or (self.change < 2 * self.lowest and real >= self.real)
+        if self.change < self.lowest and counts and plausible:
+            self.lowest, self.best, self.real, self.proven = self.change, rate, real, False
             return True
         return False
 

@@ -321,3 +321,20 @@ def test_a_sweep_that_has_lost_all_descent_ends() -> None:
     observed(sweep, *((-sweep.factor(t), 0.1 * sweep.factor(t)) for t in range(38, 60)))
     assert sweep.ended
     assert sweep.choice == pytest.approx(best / 1.5)
+
+
+def test_a_descent_far_above_that_the_slopes_do_not_promise_is_not_followed() -> None:
+    """Law: it must be a quarter of what the slopes promised, as the descent before it was.
+
+    Weights pushed so far that logits saturate: the loss falls below its first value again, by a
+    hundredth of what the slopes at the start of these steps promise.
+    """
+    sweep = LRSweep(steps=25)
+    observed(sweep, *((-sweep.factor(t), -0.8 * sweep.factor(t)) for t in range(17)))
+    best, low = sweep.best, -sweep.lowest
+    steps = (-2, 1.2), (-4, 0.9), (-8, -2.1), (-100, -0.8), (-15, -1.0)
+    observed(sweep, *((start * low, end * low) for start, end in steps))
+    assert sweep.change < 2 * sweep.lowest
+    assert sweep.best == best
+    observed(sweep, (-30 * low, -40 * low))
+    assert sweep.best == sweep.factor(sweep.taken - 1), "a descent that they promise still counts"
