@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import selftune as st
 from benchmarks.cost.nets import Batch, Net
-from benchmarks.estimators.compare import Scale
+from benchmarks.estimators.tensor_memory import Scale
 from benchmarks.fused import TimedLoader, spread
 
 EVERY = 5

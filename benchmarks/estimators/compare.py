@@ -14,7 +14,6 @@ its steps the plain loops (:mod:`benchmarks.cost.plain`) and the other libraries
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import logging
 import statistics
@@ -23,15 +22,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 import selftune as st
 from benchmarks.cost import plain
 from benchmarks.cost.nets import NETS, Batch, Net, mlp
+from benchmarks.estimators.bias import bias
 from benchmarks.estimators.peers import CYCLE, DECAY, LR, MOMENTUM, PEERS, SCALE, TERMS
+from benchmarks.estimators.tensor_memory import Scale
 from benchmarks.fused import TimedLoader, beside, spread
-from selftune.estimators import AbstractEstimator, Exact
+from selftune.estimators import AbstractEstimator
 
 NET = "MLP 784-256-256-10, batch 128"
 GOALS = {"OneStep": 1.1, "Trace": 1.3, "Implicit": 2.2, "Unrolled": 3.2, "Forward": 6.0}
@@ -97,36 +97,6 @@ def there() -> list[str]:
     if missing:
         print(f"not installed, and left out: {', '.join(missing)}")
     return [n for n in PEERS if n not in missing]
-
-
-class Scale:
-    """Weighs tensors' memory: begin, mark where it starts to count, and read the highest level."""
-
-    def __init__(self) -> None:
-        torch.compiler.reset()  # it holds on to tensors of runs before, which would be freed …
-        gc.collect()  # … while this one is weighed, and count against it
-        self._profile = torch.profiler.profile(profile_memory=True)
-        self._profile.__enter__()
-        self._since = 0
-
-    def mark(self) -> None:
-        """Count from here."""
-        gc.collect()  # what compiling has left
-        self._since = time.time_ns()
-
-    def read(self) -> int:
-        """Bytes at the highest level since the mark."""
-        self._profile.__exit__(None, None, None)
-        events = self._profile.profiler.kineto_results.events()
-        level = highest = 0
-        for event in sorted((e for e in events if e.name() == "[memory]"), key=_start):
-            level += event.nbytes()
-            highest = max(highest, level) if _start(event) > self._since else highest
-        return highest
-
-
-def _start(event: Any) -> int:
-    return event.start_ns()
 
 
 def compare(peer: str, ours: str, rounds: int) -> None:
@@ -252,60 +222,6 @@ def many() -> None:
     count = sum(p.numel() for p in make().parameters())
     print(f"| {count:,} | {sizes[0] / 1e6:.1f} MB | {sizes[1] / 1e6:.1f} MB "
           f"| {sizes[1] / sizes[0]:.2f} |")  # fmt: skip
-
-
-# bias
-
-
-def bias(steps: int = 200, every: int = 10) -> dict[str, list[float]]:
-    """Cosine of each estimator's hypergradient with the exact one, along a run on digits."""
-    from benchmarks.workloads import digits
-
-    (x, y), (vx, vy) = (digits().splits[s] for s in ("train", "val"))
-    x, vx = x.double(), vx.double()
-    generator = torch.Generator().manual_seed(0)
-    picks = [torch.randint(len(x), (64,), generator=generator) for _ in range(steps)]
-    batches = [(x[p], y[p]) for p in picks]
-    torch.manual_seed(0)
-    problem, weights = st.as_problem(
-        mlp(64, 32).double(), F.cross_entropy, st.Update(st.rules.SGD())
-    )
-    start = {"lr": 0.05, "momentum": 0.8, "decay": 1e-3, "weight_decay": 1e-3}
-    hparams = {n: torch.tensor(v, dtype=torch.float64) for n, v in start.items()}
-    raw = torch.tensor([0.05, 0.16, 1e-3, 1e-3], dtype=torch.float64)  # dh/dz at the start
-    compared: dict[str, AbstractEstimator] = {
-        "Forward": st.Forward(), "Forward, γ 0.9": st.Forward(0.9),
-        "Forward, diagonal": st.Forward(curvature="diagonal"),
-        "Forward, Gauss-Newton": st.Forward(curvature="gauss-newton"),
-        "Forward, 1 projection": st.Forward(projections=1),
-        "Unrolled, 20 steps": st.Unrolled(20), "Unrolled, 5 steps": st.Unrolled(5),
-        "Implicit, update, 10 terms": st.Implicit(st.Neumann(terms=10), through="update"),
-        "Trace, γ 0.9": st.Trace(0.9), "Trace, γ 1": st.Trace(1.0), "OneStep": st.OneStep(),
-    }  # fmt: skip
-    exact = Exact()
-    point = problem.start(weights, hparams)
-    memories = {n: e.init(problem, point, hparams) for n, e in compared.items()}
-    whole = exact.init(problem, point, hparams)
-    cosines: dict[str, list[float]] = {n: [] for n in compared}
-    for step, batch in enumerate(batches):
-        point = problem.known(point._replace(batch=batch), hparams)
-        for n, e in compared.items():
-            memories[n] = e.observe(problem, memories[n], point, hparams)
-        whole = exact.observe(problem, whole, point, hparams)
-        point = problem.step(point, hparams)
-        if (step + 1) % every == 0:
-            grads = torch.func.grad(problem.outer_loss)(point.params, (vx, vy))
-            vector = _raw(exact, problem, whole, point, hparams, grads, raw)
-            for n, e in compared.items():
-                found = _raw(e, problem, memories[n], point, hparams, grads, raw)
-                cosines[n].append(float(F.cosine_similarity(found, vector, dim=0)))
-    return cosines
-
-
-def _raw(estimator: AbstractEstimator, problem: st.Problem, memory: Any, point: Any,
-         hparams: dict[str, Tensor], grads: Tensor, slopes: Tensor) -> Tensor:  # fmt: skip
-    found = estimator.estimate(problem, memory, point, hparams, grads).grads
-    return torch.stack([found[n] for n in hparams]) * slopes
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import selftune as st
 from benchmarks.cost.nets import mlp
-from benchmarks.estimators import compare
+from benchmarks.estimators.bias import bias as cosines
 from benchmarks.workloads import digits
 
 FOLDER = Path(__file__).parents[2] / "docs" / "img"
@@ -39,7 +39,7 @@ def bias() -> None:
     """Cosine of each estimator's hypergradient with the exact one along a run."""
     plt.figure(figsize=(6.4, 3.6))
     plt.gca().set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name, line in compare.bias().items():
+    for name, line in cosines().items():
         plt.plot(range(10, 201, 10), line, label=name, lw=1.3)
     plt.axhline(0, color="grey", lw=0.6)
     plt.xlabel("weight steps")

@@ -16,7 +16,8 @@ import logging
 import torch
 
 import selftune as st
-from benchmarks.quality.regularizers import JOBS, RATE, Endless, Job
+from benchmarks.quality.regularizer_jobs import JOBS, RATE, Job
+from benchmarks.quality.regularizers import Endless
 
 STEP = 0.5  # in raw (log or odds) space
 LR = 3e-3

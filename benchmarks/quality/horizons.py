@@ -18,7 +18,8 @@ import statistics
 
 import torch
 
-from benchmarks.quality.regularizers import JOBS, Batch, PlainRun, trial
+from benchmarks.quality.regularizer_jobs import JOBS, Batch
+from benchmarks.quality.regularizers import PlainRun, trial
 
 WEAK = dict(embedding=0.01, input=0.04, dropconnect=0.06, hidden=0.02, output=0.08, ar=0.01,
             tar=0.01, first=0.1, second=0.1, third=0.05, label_smoothing=0.005, translate=0.005,

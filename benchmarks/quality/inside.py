@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.quality.selection import Job, Shuffled, job, judged
+from benchmarks.quality.selection_jobs import Job, Shuffled, job, judged
 from selftune import search
 from selftune.search import families
 

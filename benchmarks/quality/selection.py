@@ -20,88 +20,25 @@ import itertools
 import json
 import logging
 import math
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import selftune as st
-from benchmarks.workloads import digits, fashion
+from benchmarks.quality.selection_jobs import CLASSES, Job, Shuffled, Split, job, judged
+from benchmarks.quality.warm_starts import memory
 from selftune import search
 from selftune.search import families
 
-Split = tuple[Tensor, Tensor]
-CLASSES = ("digits", "fashion")
 LOOKS = 20
 """Evaluations in a trial, by both."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A data set in three parts, how long a trial is, and how long a search."""
-
-    splits: dict[str, Split]
-    batch: int
-    steps: int
-    seconds: float
-
-    def batches(self, split: str, seed: int | None = None) -> list[Split]:
-        """The batches of a split, shuffled anew with a seed."""
-        x, y = self.splits[split]
-        if seed is not None:
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-            x, y = x[order], y[order]
-        whole = len(x) - len(x) % self.batch if split == "train" else len(x)
-        return list(zip(x[:whole].split(self.batch), y[:whole].split(self.batch), strict=True))
-
-
-class Shuffled:
-    """Training batches in another order at each pass."""
-
-    def __init__(self, job: Job, seed: int, split: str = "train") -> None:
-        self.job, self.seed, self.split = job, seed, split
-
-    def __len__(self) -> int:
-        return len(self.job.batches(self.split))
-
-    def __iter__(self) -> Any:
-        self.seed += 1000
-        return iter(self.job.batches(self.split, self.seed))
-
-
-@cache
-def job(name: str) -> Job:
-    """One of the five."""
-    if name in CLASSES:
-        work = {"digits": digits, "fashion": fashion}[name]()
-        splits = {k: (x, y) for k, (x, y) in work.splits.items()}
-        return Job(splits, 64, *{"digits": (2000, 60.0), "fashion": (625, 150.0)}[name])
-    return Job(uci(name), 32, 2000, 60.0)
-
-
-@cache
-def uci(name: str) -> dict[str, Split]:
-    """A UCI set, standardised by its training part: 64 % to train, 16 % to validate, the rest."""
-    with np.load(Path(os.environ["SELFTUNE_DATA"]) / "uci" / f"{name}.npz") as data:
-        x, y = (torch.tensor(data[k], dtype=torch.float32) for k in ("x", "y"))
-    y = y.reshape(len(y), -1)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    cut = [int(0.64 * len(x)), int(0.8 * len(x))]
-    parts = torch.tensor_split(order, cut)
-    train = parts[0]
-    x = (x - x[train].mean(0)) / x[train].std(0).clamp_min(1e-6)
-    y = (y - y[train].mean(0)) / y[train].std(0)
-    return {k: (x[p], y[p]) for k, p in zip(("train", "val", "test"), parts, strict=True)}
 
 
 def loss_of(model: nn.Module, loss: nn.Module, split: Split) -> float:
@@ -114,16 +51,6 @@ def loss_of(model: nn.Module, loss: nn.Module, split: Split) -> float:
         ]
     model.train()
     return sum(sums) / len(split[0])
-
-
-def judged(model: nn.Module, split: Split, classes: bool) -> float:
-    """Accuracy in percent, or the root of the mean square error."""
-    model.eval()
-    with torch.no_grad():
-        output = torch.cat([model(x) for x in split[0].split(1000)])
-    if classes:
-        return 100 * float(search.accuracy(output, split[1]))
-    return float((output - split[1]).square().mean().sqrt())
 
 
 # the two searches
@@ -284,60 +211,6 @@ def searches(names: list[str], seeds: list[int], journal: Path | None) -> None:
         better = a > b if name in CLASSES else a < b
         print(f"| {name} | median | {a:.4g} | {b:.4g} | | | | {'better' if better else 'worse'} |")
     print(f"\nreached, median: {statistics.median(shares):.2f}", flush=True)
-
-
-# memory
-
-
-UCI = ("energy", "concrete", "yacht", "power", "wine_red")
-
-
-def _run(
-    name: str, seed: int, start: dict[str, float] | None
-) -> tuple[list[float], dict[str, float]]:
-    """Validation losses by evaluation of a run of one net, and where it ended."""
-    data, splits = job(name), uci(name)
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(splits["train"][0].shape[1], 64), nn.ReLU(), nn.Linear(64, 64),
-                        nn.ReLU(), nn.Linear(64, splits["train"][1].shape[1]))  # fmt: skip
-    tuner = st.Tuner(net, nn.MSELoss(), seed=seed, compile=False, hparams={"lr": 1e-3})
-    if start is not None:
-        tuner.start_from(start)
-    result = tuner.fit(Shuffled(data, seed), Shuffled(data, seed, "val"), steps=STEPS,
-                       evaluate_every=STEPS // 40, progress=False)  # fmt: skip
-    return result.history["score/loss"].tolist(), result.hparams
-
-
-STEPS = 2000
-
-
-def memory(seeds: list[int]) -> None:
-    """Steps of a warm-started run to the cold run's final validation loss."""
-    print("| left out | seed | cold run's final loss | reached after, of its steps |")
-    print("|---|---|---|---|", flush=True)
-    shares = []
-    for seed in seeds:
-        cold = {name: _run(name, seed, None) for name in UCI}
-        for left in UCI:
-            with tempfile.TemporaryDirectory() as folder:
-                kept = search.Memory(folder)
-                for name, (losses, ended) in cold.items():
-                    if name != left:
-                        kept.remember(_task(name), ended, value=losses[-1])
-                base = {"lr": 1e-3, "beta1": 0.9, "weight_decay": 0.01}
-                warm, _ = _run(left, seed, kept.start(_task(left), base))
-            goal = cold[left][0][-1]
-            by = next((i + 1 for i, v in enumerate(warm) if v <= goal), None)
-            share = math.inf if by is None else by / len(warm)
-            shares.append(share)
-            print(f"| {left} | {seed} | {goal:.4g} | {share:.2f} |", flush=True)
-    print(f"\nmedian: {statistics.median(shares):.2f}")
-
-
-def _task(name: str) -> search.Task:
-    train = uci(name)["train"]
-    shape = search.Shape.of([train])
-    return search.Task.of(shape, len(train[0]), STEPS, 32, family="mlp")
 
 
 # the engine

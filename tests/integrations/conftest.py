@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.register_assert_rewrite("matrix_checks", "optimizer_checks")
+
 QUIET = [
     "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",  # Lightning 2.6
     "ignore:Checkpoint directory .* exists and is not empty",  # Lightning, resuming there

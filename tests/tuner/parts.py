@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import selftune as st
 from selftune.hparams import choose
@@ -19,6 +19,12 @@ from selftune.tuner._steps import Steps
 from selftune.update import Update
 
 Batch = tuple[Tensor, Tensor]
+RULES: dict[str, tuple[st.rules.AbstractRule, dict[str, float]]] = {
+    "SGD": (st.rules.SGD(), dict(lr=0.05, momentum=0.9, weight_decay=1e-3)),
+    "Adam": (st.rules.Adam(), dict(lr=0.01, weight_decay=1e-3)),
+    "AdamW": (st.rules.AdamW(), dict(lr=0.01, weight_decay=0.1)),
+    "RMSprop": (st.rules.RMSprop(), dict(lr=0.01, momentum=0.5, weight_decay=1e-3)),
+}
 
 
 def batches(count: int, seed: int = 0, size: int = 8) -> list[Batch]:
@@ -82,6 +88,22 @@ def made(
         joined=joined,
     )  # fmt: skip
     return steps, steps.begin(known)
+
+
+def make(
+    model: nn.Module, rule: str = "SGD", values: dict[str, float] | None = None, **parts: Any
+) -> tuple[Steps, RunState]:
+    step, given = RULES[rule]
+    steps, run = made(model, step, values={**given, **(values or {})}, **parts)
+    # The first run shares the model's tensors; a copy keeps the tests' models as they are.
+    return steps, tree_map(torch.clone, run)
+
+
+def trained(steps: Steps, run: RunState, data: list[Batch], stride: int = 1) -> RunState:
+    """The run after training steps, each stride-th of them tracked."""
+    for step, batch in enumerate(data, start=1):
+        run, _ = steps.train(run, batch, tracked=step % stride == 0)
+    return run
 
 
 def write(run: Any, after: Any) -> None:

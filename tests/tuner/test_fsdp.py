@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.multiprocessing as mp
 from jobs import Outage
-from test_parallel import assert_close, cut, free_port, launched, loader, net, refusal, train
+from ranks import assert_close, cut, free_port, launched, loader, net, refusal, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -1,13 +1,6 @@
 """Two gloo ranks. Truth: one process on the whole batches, to rounding in float64."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from jobs import Dying, Outage, points
+from jobs import Outage, points
+from ranks import ROUNDING, assert_close, cut, free_port, launched, loader, net, refusal, train
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -29,58 +23,6 @@ pytestmark = [
     pytest.mark.slow,  # processes that each import torch
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
 ]
-STEPS = 100
-
-
-def loader(count: int, seed: int, **options: Any) -> DataLoader[Any]:
-    x, y = points(count, seed)
-    return DataLoader(TensorDataset(x.double(), y), shuffle=True, **options)
-
-
-def net(*middle: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(2, 16), *middle, nn.Tanh(), nn.Linear(16, 3)).double()
-
-
-def train(
-    model: nn.Module,
-    folder: Path | None = None,
-    *,
-    size: int = 201,
-    died: int | None = None,
-    killed: bool = False,
-    workers: int = 0,
-    **options: Any,
-) -> dict[str, Any]:
-    """100 steps on shuffled batches of 20, of which the last of an epoch holds one example."""
-    torch.manual_seed(3)
-    fit: dict[str, Any] = dict(steps=STEPS, evaluate_every=25, checkpoint_every=10, progress=False)
-    fit |= {"resume": options.pop("resume", False), **options.pop("fit", {})}
-    given = dict(hparams={"lr": 0.01, "weight_decay": 1e-3}, rule=st.rules.SGD(), compile=False)
-    given["loss_fn"] = F.cross_entropy
-    val = options.pop("val", loader(61, 1, batch_size=16))
-    tuner = st.Tuner(model, **(given | options))
-    batches: Any = loader(size, 0, batch_size=20, num_workers=workers)
-    if died is not None:
-        batches = Dying(batches, died)
-    fit["callbacks"] = [lambda progress: killed and os.kill(os.getpid(), signal.SIGKILL)]
-    rows: list[Any] = []
-    fit["recorder"] = lambda values, step: rows.append(step)
-    result = tuner.fit(batches, val, log_dir=folder, **fit)
-    return {
-        "hparams": {n: torch.as_tensor(v) for n, v in result.history.items()},
-        "weights": result.best_weights,
-        "loss": result.best_loss,
-        "stream": torch.get_rng_state(),
-        "rows": len(rows),
-        "folder": result.folder,
-    }
-
-
-def cut(folder: Path, died: int = 47, **options: Any) -> None:
-    """The first steps, of which a checkpoint holds a multiple of 10."""
-    with pytest.raises(Outage):
-        train(net(), folder, died=died, **options)
 
 
 def random_net() -> nn.Module:
@@ -100,13 +42,6 @@ JOBS: dict[str, Callable[..., Any]] = {
     "norm": lambda folder, **o: train(net(nn.BatchNorm1d(16)), folder, size=203, **o),
 }
 EQUAL = list(JOBS)[:4]
-
-
-def launched(number: int, port: int) -> None:
-    """The environment that torchrun would give a rank."""
-    torch.set_num_threads(1)
-    known = dict(RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    os.environ.update(known)
 
 
 def rank(number: int, port: int, folder: Path) -> None:
@@ -141,14 +76,6 @@ def locked(number: int, folder: Path) -> None:
         train(net(), folder / "locked", parallel="ddp")
 
 
-def refusal(case: Callable[[int], Any], number: int) -> str:
-    try:
-        case(number)
-    except ValueError as error:
-        return str(error)
-    return "accepted"
-
-
 def small_batches(number: int) -> None:
     tuner = st.Tuner(net(), F.cross_entropy, parallel="ddp")
     tuner.fit(loader(20, 0, batch_size=1), loader(8, 1), steps=5, progress=False)
@@ -180,12 +107,6 @@ REFUSED: dict[str, Callable[[int], Any]] = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
@@ -197,15 +118,6 @@ def both(folder: Path) -> list[dict[str, Any]]:
     cut(folder / "of one")
     mp.spawn(rank, (free_port(), folder), nprocs=2)
     return [torch.load(folder / f"{number}.pt", weights_only=False) for number in (0, 1)]
-
-
-def assert_close(one: dict[str, Any], other: dict[str, Any], **tolerance: float) -> None:
-    for part in ("hparams", "weights"):
-        torch.testing.assert_close(one[part], other[part], equal_nan=True, **tolerance)
-    assert one["loss"] == pytest.approx(other["loss"], rel=max(tolerance.values()))
-
-
-ROUNDING = dict(rtol=1e-7, atol=1e-9)  # of float64 sums in another order, over 100 steps
 
 
 @pytest.mark.parametrize("job", EQUAL)
@@ -270,89 +182,6 @@ def test_compiled_ranks_agree_with_eager_ones_to_rounding(tmp_path: Path) -> Non
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (0, 1))
     assert_close(one[1], two[1], rtol=0, atol=0)
     assert_close(one[1], one[0], **ROUNDING)
-
-
-ENDLESS = """
-    import logging, sys
-    from pathlib import Path
-    sys.path.insert(0, {tests!r})
-    logging.basicConfig(level="WARNING")
-    import test_parallel
-    test_parallel.STEPS = 10**6
-    found = test_parallel.train(
-        test_parallel.net(), Path(sys.argv[1]), parallel=sys.argv[2], probe=False
-    )
-    print("ended after", len(found["hparams"]["train_loss"]))
-"""
-
-
-@pytest.fixture
-def kind() -> str:
-    """The argument ``parallel``."""
-    return "ddp"
-
-
-@pytest.fixture
-def endless(tmp_path: Path, kind: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two ranks on a long run that has written a checkpoint."""
-    script = textwrap.dedent(ENDLESS.format(tests=str(Path(__file__).parent)))
-    known = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    command, pipe = [sys.executable, "-c", script, str(tmp_path), kind], subprocess.PIPE
-    places = [{**os.environ, **known, "RANK": str(number)} for number in range(2)]
-    ranks = [subprocess.Popen(command, text=True, env=e, stdout=pipe, stderr=pipe) for e in places]
-    until = time.monotonic() + 100
-    while not (tmp_path / "last.pt").exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    yield ranks
-    for each in ranks:
-        each.kill()
-        each.communicate()
-
-
-@pytest.mark.parametrize(("lost", "kind"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
-def test_a_killed_rank_ends_the_run_and_leaves_its_checkpoint(
-    lost: int, kind: str, endless: list[subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    endless[lost].kill()
-    _, errors = endless[1 - lost].communicate(timeout=20)
-    assert endless[1 - lost].returncode == 1
-    assert f"rank {1 - lost} of 2 ends: another rank has died" in errors
-    assert torch.load(tmp_path / "last.pt")["numbers"][0] >= 10
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("ranks", "kind"), [([0, 1], "ddp"), ([1], "ddp"), ([1], "fsdp")])
-def test_ctrl_c_and_torchruns_sigterm_end_all_ranks_after_the_same_step(
-    ranks: list[int], kind: str, number: int, endless: list[subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    for each in ranks:
-        endless[each].send_signal(number)
-    outputs = [each.communicate(timeout=20)[0] for each in endless]
-    assert [each.returncode for each in endless] == [0, 0]
-    assert outputs[0] == outputs[1]
-    assert outputs[0] == f"ended after {torch.load(tmp_path / 'last.pt')['numbers'][0]}\n"
-
-
-RESTARTED = """
-    import os, sys, torch
-    from pathlib import Path
-    sys.path.insert(0, {tests!r})
-    from test_parallel import net, train
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    train(net(), folder / "run", parallel="ddp", resume=True, killed=first and rank == 1)
-"""
-
-
-def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(RESTARTED.format(tests=str(Path(__file__).parent))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command = [*launch, f"--master-port={free_port()}", "--max-restarts=1", script, tmp_path]
-    subprocess.run([str(part) for part in command], check=True, timeout=300)
-    train(net(), tmp_path / "whole")
-    found = [torch.load(tmp_path / name / "last.pt")["numbers"] for name in ("run", "whole")]
-    assert found[0] == pytest.approx(found[1], rel=ROUNDING["rtol"])
 
 
 def test_it_is_refused_outside_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
