@@ -12,6 +12,8 @@ from torch import Tensor
 
 BACK = (-1.0, -0.75, -0.5, -0.25, 0.0)
 """Positions from the last good weights to the average at which slopes are taken."""
+SURE = 1.5
+"""A position there must be lower than the others by this multiple of the standard error."""
 _REST = torch.tensor(
     [[4, 16, 8, 16, 4], [-1, 8, 9, 16, 4], [0, 0, 4, 16, 4], [0, 0, -1, 8, 5]],
     dtype=torch.float64,
@@ -92,7 +94,7 @@ class FinalWeights:
         rises = _REST @ back.mean(1) + rise(start, end, self.position)
         error = (back.var(1).mean() / back.shape[1]).sqrt() * _REST.square().sum(1).sqrt()
         best = int(rises.argmax())
-        if rises[best] > error[best]:
+        if rises[best] > SURE * error[best]:
             self.position = BACK[best]
 
     def forget(self) -> None:

@@ -63,8 +63,14 @@ def test_a_position_back_must_beat_the_one_onward(place: float, above: bool) -> 
     assert final.position == pytest.approx(2 / 3 if above else place)
 
 
-@pytest.mark.parametrize(("noise", "position"), [(0.1, -1.0), (3.0, 0.0)])
-def test_a_rise_less_than_its_error_is_not_believed(noise: float, position: float) -> None:
+@pytest.mark.parametrize(
+    ("errors", "position"), [(0.1, 0.0), (1.2, 0.0), (1.8, -1.0), (20.0, -1.0)]
+)
+def test_a_rise_below_one_and_a_half_standard_errors_does_not_count(
+    errors: float, position: float
+) -> None:
+    """Of a slope of 1 along the path: the error of its integral by Simpson's rule, by hand."""
+    noise = 1 / (errors * math.sqrt(4**2 + 16**2 + 8**2 + 16**2 + 4**2) / 48)
     final = FinalWeights()
     final.judge(1, torch.ones(2, 2), slopes(lambda p: p, noise))
     assert final.position == position
