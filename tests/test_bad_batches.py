@@ -24,15 +24,17 @@ def network(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 16), *layers, nn.ReLU(), nn.Linear(16, 2))
 
 
-def batches(bad: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Batches, and one of NaN before the given one."""
-    found = list(zip(X, Y, strict=True))
-    if bad is not None:
-        found.insert(bad, (X[0] * torch.nan, Y[0]))
+def batches(bad: int | range | None) -> list[tuple[Tensor, Tensor]]:
+    """Batches, and one of NaN before the given one, or in place of those of a range."""
+    found, nan = list(zip(X, Y, strict=True)), (X[0] * torch.nan, Y[0])
+    if isinstance(bad, int):
+        found.insert(bad, nan)
+    for at in bad if isinstance(bad, range) else ():
+        found[at] = nan
     return found
 
 
-def loop(net: nn.Module, bad: int | None, **options: Any) -> st.AdamW:
+def loop(net: nn.Module, bad: int | range | None, **options: Any) -> st.AdamW:
     """Train by a drop-in optimizer."""
     opt = st.AdamW(net, lr=1e-3, total_steps=STEPS, **options)
     for x, y in batches(bad):
@@ -45,7 +47,7 @@ def loop(net: nn.Module, bad: int | None, **options: Any) -> st.AdamW:
     return opt
 
 
-def fit(net: nn.Module, bad: int | None) -> None:
+def fit(net: nn.Module, bad: int | range | None) -> None:
     """Train by a tuner."""
     tuner = st.Tuner(net, cross_entropy, hparams={"lr": 1e-3}, compile=False)
     tuner.fit(batches(bad), [VAL], epochs=1, progress=False)
@@ -101,3 +103,16 @@ def test_statistics_of_batchnorm_stay_finite(bad: int) -> None:
         assert float(cross_entropy(net(VAL[0]), VAL[1])) < 0.6
         with opt.averaged():
             assert float(cross_entropy(net(VAL[0]), VAL[1])) < 0.6
+
+
+@pytest.mark.parametrize("train", [loop, fit])
+def test_batches_of_nan_to_the_end_are_skipped_with_one_more_warning(
+    train: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: one rewind, because the learning rate may be the cause; no more where it cannot be."""
+    net = network()
+    with caplog.at_level(logging.INFO, "selftune"):
+        train(net, range(120, STEPS))
+    assert len(re.findall("learning rate divided by 3", caplog.text)) == 1
+    assert len(re.findall("are not finite either", caplog.text)) == 1
+    assert all(p.isfinite().all() for p in net.parameters())

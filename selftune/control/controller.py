@@ -116,7 +116,7 @@ class Controller:
         assert self.sweep is not None
         self.sweep.leave()
         log.warning(
-            "%s: a scheduler with a warm-up (such as OneCycleLR), or the training loop, raises the "
+            "%s: a scheduler (such as OneCycleLR or ReduceLROnPlateau) or the training loop sets the "
             "learning rate in param_groups: the learning-rate sweep is skipped, and the run starts "
             "at the given rate. Pass probe=False to avoid this warning", self.label,
         )  # fmt: skip
@@ -124,7 +124,14 @@ class Controller:
 
     def _gradient(self, record: Gradient) -> Action:
         if not self.sweeping:
-            return self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
+            action = self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
+            if action.rewind is None and self._guard.skipped == self._guard.policy.patience:
+                log.warning(
+                    "%s: training gradients at the last good weights are not finite either, so the "
+                    "learning rate is not the cause; steps are skipped until they are. Check "
+                    "batches, loss and model for NaN or infinite values", self.label,
+                )  # fmt: skip
+            return action
         assert self.sweep is not None
         skip = not record.finite and self.sweep.miss()
         if skip and self.sweep.missed == 1:

@@ -152,22 +152,24 @@ class Guard:
     loudest: float = 0.0
     streak: int = 0
     rewinds: int = 0
+    moved: bool = True  # since the last rewind: if no gradient is finite, another would not help
     worsened: int = 0  # rewinds because the validation loss had worsened
     exploded: bool = False  # whether the last validation loss exploded, not merely worsened
 
     def gradient(self, finite: bool) -> str:
         """Judge a training gradient, or the weights after its step."""
         self.skipped = 0 if finite else self.skipped + 1
-        if finite:
-            return "ok"
-        return "rewind" if self.skipped >= self.policy.patience else "skip"
+        self.moved |= finite
+        return self._after(self.skipped, moved=self.moved)
 
     def hypergradient(self, finite: bool) -> str:
         """Judge a hypergradient."""
         self.skipped_hyper = 0 if finite else self.skipped_hyper + 1
-        if finite:
-            return "ok"
-        return "rewind" if self.skipped_hyper >= self.policy.patience else "skip"
+        return self._after(self.skipped_hyper)
+
+    def _after(self, alarms: int, *, moved: bool = True) -> str:
+        patient = alarms < self.policy.patience or not moved
+        return "ok" if not alarms else "skip" if patient else "rewind"
 
     def activity(self, alive: Sequence[float], age: int = 0, climb: float = 0.0) -> str:
         """Judge live units (arguments of ``Activity``), of which a dead network has nearly none.
@@ -197,7 +199,7 @@ class Guard:
         policy, training = self.policy, self.training
         if not math.isfinite(loss):
             self.missed += 1
-            return "rewind" if self.missed >= policy.patience else "skip"
+            return self._after(self.missed, moved=self.moved)
         self.missed = 0
         training.observe(loss, policy.memory)
         noise = policy.noise * math.sqrt(training.spread)
@@ -259,19 +261,16 @@ class Guard:
             self.first = loss
         deviations = math.hypot(*(each - self.mean for each in self.recent))
         error = deviations / math.sqrt(len(self.recent) * max(1, len(self.recent) - 1))
-        slack = max(
-            policy.sigmas * math.hypot(error, self.best_error),
-            policy.tolerance * (self.first - self.best),
-            policy.least * abs(self.first),
-        )
-        # Each rewind without an improvement raises the threshold of the next.
-        fresh = self.count <= policy.fresh
+        least, noise = policy.least * abs(self.first), math.hypot(error, self.best_error)
+        slack = max(policy.sigmas * noise, policy.tolerance * (self.first - self.best), least)
+        # Each rewind without an improvement raises the thresholds of the next.
+        fresh, raised = self.count <= policy.fresh, 1 + self.streak / 2
         if not fresh and self.spike.observe(
-            self.recent, self.first, share=policy.spike, least=policy.least * abs(self.first),
-            sigmas=policy.spike_sigmas * (1 + self.streak / 2),
+            self.recent, self.first, share=policy.spike, least=least,
+            sigmas=policy.spike_sigmas * raised,
         ):  # fmt: skip
             return "rewind"
-        if full and self.count > 10 and self.mean > self.best + slack * (1 + self.streak / 2):
+        if full and self.count > 10 and self.mean > self.best + slack * raised:
             return "rewind"
         # The first means set the reference; only weights that beat the start are good.
         bar = self.origin + policy.least * abs(self.origin)
@@ -331,6 +330,7 @@ class Guard:
         self.good.restart()
         self.training.restart()
         self.skipped = self.skipped_hyper = self.missed = self.quiet = 0
+        self.moved = False
         self.units.rewind()
         if self.stuck:  # lower rates do not help, so the reference must be wrong
             self.start = self.mean = math.nan

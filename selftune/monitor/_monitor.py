@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.monitor._base import NoRecorder, Row
+from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor.recorders import as_recorder
 
 log = logging.getLogger("selftune")
 
+Buffered = tuple[str, Any, int]
+"""Tag, value (a number, or a tensor on its device) and step."""
 DISTINCT = 8
 """Maximum number of values of a hyperparameter logged one by one, instead of their range."""
 
@@ -22,8 +25,9 @@ DISTINCT = 8
 class Monitor:
     """Buffers scalars and passes them to a recorder in blocks.
 
-    Tensors stay on their device until a block is written, so logging does not synchronise. If
-    writing fails (a full disk), training continues after one warning.
+    Tensors stay on their device until a block is written, so logging does not synchronise. The
+    last block is written when the process exits or the monitor is deleted. If writing fails (a full
+    disk), training continues after one warning.
 
     Args:
         target: The receiver of the log, see :func:`~selftune.monitor.as_recorder`.
@@ -35,7 +39,12 @@ class Monitor:
     def __init__(self, target: Any, name: str | None = None) -> None:
         """Files are opened when the first block is written."""
         self.recorder = as_recorder(target, name)
-        self._rows: list[tuple[str, Any, int]] = []
+        self._rows: list[Buffered] = []
+        self._rest: weakref.finalize[..., Monitor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy writes its own rest."""
+        return {**self.__dict__, "_rows": list(self._rows), "_rest": None}
 
     @property
     def on(self) -> bool:
@@ -49,6 +58,8 @@ class Monitor:
         if isinstance(value, Tensor):
             value = value.detach().reshape(()).float()
         self._rows.append((tag, value, step))
+        if self._rest is None:
+            self._rest = weakref.finalize(self, _write_rest, self.recorder, self._rows)
         if len(self._rows) >= self.block:
             self.flush()
 
@@ -67,18 +78,11 @@ class Monitor:
     def flush(self) -> None:
         """Write buffered entries."""
         rows, self._rows = self._rows, []
-        if not self.on or not rows:
-            return
-        waiting: dict[torch.device, list[int]] = {}
-        for at, (_, value, _) in enumerate(rows):
-            if isinstance(value, Tensor):
-                waiting.setdefault(value.device, []).append(at)
-        for places in waiting.values():  # one transfer a device
-            numbers = torch.stack([rows[at][1] for at in places]).tolist()
-            for at, number in zip(places, numbers, strict=True):
-                rows[at] = (rows[at][0], number, rows[at][2])
-        block = [Row(tag, float(value), step) for tag, value, step in rows]
-        self._try(lambda: self.recorder.scalars(block))
+        if self._rest is not None:  # the next one runs before the recorder closes its files
+            self._rest.detach()
+            self._rest = None
+        if self.on and rows:
+            self._try(lambda: self.recorder.scalars(_read(rows)))
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """Log the initial hyperparameters."""
@@ -116,6 +120,27 @@ class Monitor:
         except OSError as error:
             log.warning("%s: logging stopped, training continues: %s", self.recorder, error)
             self.recorder = NoRecorder()
+
+
+def _read(rows: Sequence[Buffered]) -> list[Row]:
+    """Buffered rows as numbers, with one transfer for each device."""
+    numbers = {at: value for at, (_, value, _) in enumerate(rows)}
+    waiting: dict[torch.device, list[int]] = {}
+    for at, value in numbers.items():
+        if isinstance(value, Tensor):
+            waiting.setdefault(value.device, []).append(at)
+    for places in waiting.values():
+        found = torch.stack([rows[at][1] for at in places]).tolist()
+        numbers.update(zip(places, found, strict=True))
+    return [Row(tag, float(numbers[at]), step) for at, (tag, _, step) in enumerate(rows)]
+
+
+def _write_rest(recorder: AbstractRecorder, rows: Sequence[Buffered]) -> None:
+    """Write what is left when a run was not finished: it ends with its process."""
+    try:
+        recorder.scalars(_read(rows))
+    except OSError as error:
+        log.warning("%s: the last %d entries are lost: %s", recorder, len(rows), error)
 
 
 def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:

@@ -75,7 +75,7 @@ class WeightSteps:
             if action.skip:
                 return engine.carry_out(action)
         if engine.controller.guard is not None:
-            engine.controller.guard.skipped = 0
+            engine.controller.guard.gradient(finite=True)
         changed = self._alone(found)
         if engine.clock.since == engine.clock.steps:  # rewound
             return True

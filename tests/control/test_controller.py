@@ -167,6 +167,7 @@ def test_a_rewind_is_told_with_its_reason(caplog: pytest.LogCaptureFixture) -> N
         assert not caplog.records
         for step in (7, 8):
             controller.announce(controller.observe(Gradient(False)), step)
+            controller.observe(Gradient(True))
     assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
     assert "step 7: gradients vanished or are not finite; back to" in caplog.messages[0]
     assert caplog.messages[0].endswith("learning rate divided by 3")

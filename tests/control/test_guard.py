@@ -73,7 +73,7 @@ def test_a_training_loss_may_rise_but_not_explode() -> None:
     assert guard.training_loss(2.8) == "ok"  # one batch off is not the mean
     assert guard.training_loss(20.0) == "rewind"
     guard.rewound(worsened=False)
-    assert guard.training_loss(1.9) == "ok"
+    assert guard.gradient(True) == guard.training_loss(1.9) == "ok"
     verdicts = [guard.training_loss(x) for x in (math.nan, math.inf, math.nan)]
     assert verdicts == ["skip", "skip", "rewind"]
 
@@ -329,3 +329,13 @@ def test_a_lucky_window_while_losses_rise_does_not_replace_good_weights() -> Non
     found = [guard.validation_loss(x) for x in (*rising, *lucky)]
     assert found == ["ok", "ok", "candidate", "ok", "ok"] * 2
     assert guard.good.lowest == lowest > 0.2
+
+
+def test_gradients_that_are_not_finite_at_the_good_weights_are_skipped() -> None:
+    """Law: after a rewind without a finite gradient, the learning rate is not the cause."""
+    guard = GuardPolicy(patience=2).begin()
+    assert [guard.gradient(False) for _ in range(2)] == ["skip", "rewind"]
+    guard.rewound(worsened=False)
+    assert {guard.gradient(False) for _ in range(9)} == {"skip"}
+    assert {guard.training_loss(math.nan) for _ in range(9)} == {"skip"}
+    assert [guard.gradient(f) for f in (True, False, False)] == ["ok", "skip", "rewind"]
