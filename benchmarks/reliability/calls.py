@@ -81,7 +81,7 @@ TUNER: dict[str, tuple[Any, ...]] = {
         "nothing_like_it",
     )},
     "model": (3, "net", nn.Linear, nn.Identity()),
-    "loss_fn": (3, "mse", []),
+    "loss_fn": (3, "mse", [], nn.MSELoss),
     "rule": THING,
     "hparams": (
         3, {"lr": -1.0}, {"lr": 0.0}, {"lr": NAN}, {"lr": "high"}, {"momentun": 0.9},

@@ -116,9 +116,9 @@ class Controller:
         assert self.sweep is not None
         self.sweep.leave()
         log.warning(
-            "%s: a scheduler (such as OneCycleLR or ReduceLROnPlateau) or the training loop sets the "
-            "learning rate in param_groups: the learning-rate sweep is skipped, and the run starts "
-            "at the given rate. Pass probe=False to avoid this warning", self.label,
+            "%s: a scheduler (such as OneCycleLR or ReduceLROnPlateau) or the training loop sets "
+            "the learning rate in param_groups: the learning-rate sweep is skipped, and the run "
+            "starts at the given rate. Pass probe=False to avoid this warning", self.label,
         )  # fmt: skip
         return Action(snapshot="average", rewind={})
 

@@ -73,6 +73,9 @@ class Log:
             if step and math.isfinite(height):
                 set_to = 10**height if f"{LOG10}/{name}" in self.curves else height
                 told.append(f"{'rewind' if step in rewinds else 'sweep'} {set_to:.3g}")
+        codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
+        if codes and KINDS[int(codes[-1])] == "at bound":
+            return f"{name}: " + " → ".join([*told, f"{value:.3g}, its bound or floor"])
         ratio = self.curves.get(f"hypergrad/{name}/snr", ((), (math.nan,)))[1][-1]
         known = f" (signal-to-noise {ratio:.1f})" if math.isfinite(ratio) else ""
         return f"{name}: " + " → ".join([*told, f"{value:.3g} by hypergradients so far{known}"])

@@ -26,6 +26,8 @@ CODE = re.compile(r"([^/]+/)?verdict/")
 """Tags of verdicts' codes, possibly prefixed with the name of an optimizer."""
 EVENT = re.compile(rf"([^/]+/)?{WHEN}/")
 """Tags of events."""
+_begun: set[Path] = set()
+"""Folders in which a run of this process has begun."""
 END = ".end"
 """Suffix of the event file with the session's end."""
 
@@ -70,7 +72,11 @@ class TensorBoard(AbstractRecorder):
 
             if self._purge is None and _killed(Path(self._folder)):
                 self._purge = 0
-            elif self._purge is None and not self._tags and _others_in(Path(self._folder)):
+            elif (
+                self._purge is None
+                and not self._tags
+                and (Path(self._folder).resolve() in _begun or _others_in(Path(self._folder)))
+            ):
                 log.warning(
                     "log_dir=%r already contains a run, whose curves TensorBoard will draw "
                     "together with those of the new one: pass another folder, or resume the run "
@@ -119,6 +125,8 @@ class TensorBoard(AbstractRecorder):
             setattr(start.hparams[name], kind, value)
         _session(self.writer, metadata.SESSION_START_INFO_TAG, session_start_info=start)
         self.writer.flush()
+        if self._folder is not None:
+            _begun.add(Path(self._folder).resolve())
         self._charts = True
 
     def text(self, tag: str, text: str, step: int) -> None:

@@ -159,7 +159,8 @@ def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
     if wrong is None:
         return
     own = [n for n in inspect.signature(optimizer).parameters if n not in ("params", "tuning")]
-    near = [n for n in known if wrong in n.split("_")]  # steps: total_steps
+    initials = "".join(part[:1] for part in wrong.split("_"))  # learning_rate: lr
+    near = [n for n in [*known, *own] if n == initials or wrong in n.split("_")]  # total_steps
     near = near[:1] or difflib.get_close_matches(wrong, [*known, *own], 1)
     hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join([*own, *known])}"
     raise TypeError(f"{optimizer.__name__} has no argument {wrong}={given[wrong]!r}: {hint}")

@@ -78,7 +78,10 @@ ARGUMENTS: dict[str, Kind] = {
     **method.ARGUMENTS,
     **control.ARGUMENTS,
     "model": Instance((nn.Module,), "a torch.nn.Module"),
-    "loss_fn": That(lambda f: f is None or callable(f), "None or a function"),
+    "loss_fn": That(
+        lambda f: f is None or (callable(f) and not isinstance(f, type)),
+        "None, a function or an instance, such as nn.MSELoss()",
+    ),
     "rule": NONE | Instance((AbstractRule,), "a rule, such as st.rules.AdamW()"),
     "hparams": NONE | Instance((Mapping,), "values by name"),
     "hyper_rate": NONE | Number(above=0),

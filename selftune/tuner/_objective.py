@@ -92,7 +92,8 @@ class Objective(nn.Module):
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise ValueError(
                 f"a batch is a {type(batch).__name__}; (*inputs, target) or a dictionary is "
-                "expected. For anything else pass objective=lambda model, batch: loss"
+                "expected. Pass a loader of batches, such as DataLoader(TensorDataset(x, y), 64); "
+                "for other batches pass objective=lambda model, batch: loss"
             )
         if self.loss_fn is None:
             raise ValueError("batches are tuples, which need a loss function: pass loss_fn=")

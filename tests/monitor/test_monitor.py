@@ -1,6 +1,10 @@
 """The monitor. Truths: TensorBoard's own reader, a recording writer, tensors without data."""
 
+import copy
+import gc
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from selftune.monitor import Monitor, hyper_rows
+from selftune.monitor import InMemory, Monitor, hyper_rows
 
 
 class Recorder:
@@ -103,6 +107,35 @@ def test_without_a_target_nothing_is_kept() -> None:
     for step in range(2 * monitor.block):
         monitor.scalar("loss", torch.empty((), device="meta"), step)
     assert monitor._rows == []
+
+
+UNFINISHED = """
+import sys, torch, selftune as st
+net, x = torch.nn.Linear(4, 1), torch.randn(64, 4)
+opt = st.SGD(net, lr=0.1, total_steps=60, every=5, log_dir=sys.argv[1])
+for _ in range(60):
+    opt.zero_grad()
+    net(x).square().mean().backward()
+    opt.step()
+    opt.hyper_step(lambda: net(x).square().mean())
+"""
+
+
+def test_a_process_that_ends_without_finish_loses_no_entry(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", UNFINISHED, str(tmp_path)], check=True)
+    assert EventAccumulator(str(tmp_path)).Reload().Scalars("Loss/val")[-1].step >= 55
+
+
+def test_a_deleted_monitor_loses_no_entry() -> None:
+    """Nor does a copy, which writes its own."""
+    recorder = InMemory()
+    monitor = Monitor(recorder)
+    monitor.scalar("loss", 1.0, 1)
+    copied = copy.copy(monitor)
+    copied.scalar("loss", 2.0, 2)
+    del monitor, copied
+    gc.collect()
+    assert sorted((row.value, row.step) for row in recorder.rows) == [(1.0, 1), (1.0, 1), (2.0, 2)]
 
 
 def test_rows_of_a_hyper_step() -> None:

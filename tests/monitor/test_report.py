@@ -13,9 +13,10 @@ import torch
 
 import selftune as st
 from selftune.cli import main
-from selftune.monitor import JSONL
+from selftune.monitor import JSONL, Row
 from selftune.monitor.reading import read
 from selftune.monitor.report import Line, line, table
+from selftune.monitor.verdicts import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,17 @@ tuner.fit(batches[:12], batches[12:], epochs=10, progress=False, log_dir={str(tm
     assert f"lr: given 0.001 → sweep {swept:.3g} → {now:.3g} by hypergradients so far (" in lines[0]
     assert {one.name for one in log.lines()} == {"lr", "beta1", "weight_decay"}
     assert max(log.curves["hyper/lr"][0]) >= 40
+
+
+def test_a_value_at_its_floor_was_not_set_by_hypergradients(tmp_path: Path) -> None:
+    """Truth: the verdict that the unfinished run has logged."""
+    recorder = JSONL(tmp_path / "run.jsonl")
+    recorder.begin({"weight_decay": 0.01}, ["weight_decay"])
+    tags = ("hyper", 0.06), ("verdict", KINDS.index("at bound"))
+    rows = [Row(f"{tag}/weight_decay", float(value), 20) for tag, value in tags]
+    recorder.scalars([*rows, Row("margin/weight_decay/low", 0.06, 20)])
+    found = read(tmp_path / "run.jsonl").reasons()
+    assert found == "weight_decay: given 0.01 → 0.06, its bound or floor"
 
 
 def test_the_console_shows_sentences_and_looks_into_folders(finished: Any, capsys: Any) -> None:

@@ -162,6 +162,18 @@ def test_a_run_beside_the_run_of_another_process_warns_once(
     assert len(caplog.messages) == 1
 
 
+def test_a_second_run_of_a_process_in_the_folder_of_the_first_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A notebook's cell that is run again."""
+    for _ in range(2):
+        recorder = TensorBoard(tmp_path)
+        recorder.begin({"lr": 0.1}, ["lr"])
+        recorder.end("finished")
+    assert len(caplog.messages) == 1
+    assert "already contains a run" in caplog.messages[0]
+
+
 def test_two_writers_share_a_folder(tmp_path: Path) -> None:
     one, other = TensorBoard(tmp_path), TensorBoard(tmp_path)
     one.scalars([Row("a", 1.0, 1)])

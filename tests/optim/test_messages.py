@@ -72,6 +72,7 @@ def test_a_loss_computed_before_the_step_is_refused(case: str, begun: bool) -> N
             r"^SelfTuning .* did you mean every",
         ),
         (lambda p: st.SGD(p, steps=10), "did you mean total_steps"),
+        (lambda p: st.AdamW(p, learning_rate=0.1), r"learning_rate=0.1: did you mean lr\?"),
         (lambda p: st.SGD(p, colour=1), r"^SGD has no argument colour=1: it takes lr, "),
     ],
 )
