@@ -37,8 +37,8 @@ class SweepSettings(Settings):
             to this multiple of its number of steps.
         margin: The selected rate is the largest descending one divided by this.
         near: Up to this factor above the best rate so far, or at the next rate, any descent
-            counts; farther above, C must be below twice its minimum so far, and a certain descent
-            must stay certain.
+            counts; farther above, C must be below twice its minimum so far, and a descent that was
+            certain must not be below the share ``real`` while most slopes are negative.
         rise: The loss counts as rising if C exceeds this multiple of the slope at the start of the
             step or, while the descent is uncertain, of the sum of these slopes. At very low rates
             slopes differ in sign by chance, but are small.
@@ -185,8 +185,9 @@ class LRSweep:
             self.blown = self.factor(self.taken - 1) if self.uphill >= 2 else 0.0
         plausible = -self.change <= self.settings.most * self.hoped or not self.hoped
         often = self.balance >= self._certain
-        real = often and -self.change > self.settings.real * self.hoped
-        counts = rate <= near or (self.change < 2 * self.lowest and real >= self.real)
+        promised = -self.change > self.settings.real * self.hoped
+        real, slight = often and promised, self.real and often and not promised
+        counts = rate <= near or (self.change < 2 * self.lowest and not slight)
         if self.change < self.lowest and counts and plausible:
             self.lowest, self.best, self.real, self.proven = self.change, rate, real, False
             return True
