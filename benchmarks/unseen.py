@@ -1,7 +1,8 @@
 """One self-tuned run against the best of five cosine rates, on workloads not used in development.
 
-    SELFTUNE_DATA=... python -m benchmarks.unseen [--further] [--all] [--rule SGD] [--seeds 3]
-        [--only siamese,burgers×5] [--face optimizer] [--records FILE] [--label NAME] [--report]
+    SELFTUNE_DATA=... python -m benchmarks.unseen [--further | --latest] [--all] [--rule SGD]
+        [--seeds 3] [--only siamese,burgers×5] [--face optimizer] [--records FILE] [--label NAME]
+        [--report]
 
 Baselines are ``torch.optim.AdamW`` (torch's defaults) or ``torch.optim.SGD`` (momentum 0.9) at five
 peak rates, annealed to 0 along a cosine, evaluated at their last or their averaged weights,
@@ -13,8 +14,9 @@ best of the five runs of each seed. Ratios are ours / baseline of the means over
 standard error of the log ratios of single seeds; the last column is the geometric mean of our
 final tuned peak rates, divided by the best rate.
 
-``--further`` takes the list of ten that was added last, ``--all`` adds the fourteen workloads of
-the proof; a name with ``×N`` is a job N times as long.
+``--further`` takes the third list, of ten, and ``--latest`` the fourth, of twelve, which was added
+last; ``--all`` adds the fourteen workloads of the proof. A name with ``×N`` is a job N times as
+long.
 Each run is a line of JSON in ``--records`` (by default in the system's folder for temporary files)
 and is not repeated; our runs with another ``--label``, for example of another version, are kept
 apart, while baselines are shared. ``--rates`` replaces the five rates, for example if the best one
@@ -46,7 +48,7 @@ from benchmarks.proof.drivers import FACES, SPLITS, STARTS, work
 from benchmarks.proof.rendering import number
 from benchmarks.proof.searches import RATES
 from benchmarks.proof.training import Contender, train
-from benchmarks.workloads import EXTENDED, FURTHER, SUITE, Workload, named
+from benchmarks.workloads import EXTENDED, FURTHER, LATEST, SUITE, Workload, named
 
 BASELINES = {"AdamW": RATES, "SGD": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
 """Five peak rates, by rule."""
@@ -255,7 +257,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("--only", default="", help="comma-separated; NAME×5 is 5 times as long")
-    made.add_argument("--further", action="store_true", help="the list that was added last")
+    which = made.add_mutually_exclusive_group()
+    which.add_argument("--further", action="store_true", help="the third list, of ten")
+    which.add_argument("--latest", action="store_true", help="the fourth list, of twelve")
     made.add_argument("--all", action="store_true", help="add the fourteen of benchmarks.proof")
     made.add_argument("--face", default=",".join(FACES), help="comma-separated")
     made.add_argument("--rule", choices=list(STARTS), default="AdamW")
@@ -272,14 +276,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run unfinished jobs, then print the tables."""
     options = parser()
     args = options.parse_args(arguments)
-    names = args.only.split(",") if args.only else [
-        *(FURTHER if args.further else EXTENDED), *(SUITE if args.all else ())
-    ]  # fmt: skip
+    chosen = LATEST if args.latest else FURTHER if args.further else EXTENDED
+    names = args.only.split(",") if args.only else [*chosen, *(SUITE if args.all else ())]
     faces = args.face.split(",")
     for face in {*faces} - {*FACES}:
         options.error(f"--face {face} is unknown: use {', '.join(FACES)}")
-    for name in {n.partition("×")[0] for n in names} - {*EXTENDED, *FURTHER, *SUITE}:
-        options.error(f"--only {name} is unknown: use {', '.join([*EXTENDED, *FURTHER, *SUITE])}")
+    known = [*EXTENDED, *FURTHER, *LATEST, *SUITE]
+    for name in {n.partition("×")[0] for n in names} - {*known}:
+        options.error(f"--only {name} is unknown: use {', '.join(known)}")
     try:
         rates = tuple(float(rate) for rate in args.rates.split(",") if rate)
     except ValueError:

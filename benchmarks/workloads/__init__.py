@@ -29,12 +29,14 @@ from benchmarks.workloads.images import (
     noisy_fashion,
     small_cnn,
 )
+from benchmarks.workloads.latest import LATEST
 from benchmarks.workloads.tables import SETS, uci
 from benchmarks.workloads.text import shakespeare_lstm, shakespeare_transformer, wikitext_lstm
 
 __all__ = [
     "EXTENDED",
     "FURTHER",
+    "LATEST",
     "LONG",
     "SLICE",
     "SUITE",
@@ -66,7 +68,7 @@ SUITE: dict[str, Callable[[], Workload]] = {
 """The suite of the proof, by name."""
 
 
-SUITES = {"proof": SUITE, "extended": EXTENDED, "further": FURTHER}
+SUITES = {"proof": SUITE, "extended": EXTENDED, "further": FURTHER, "latest": LATEST}
 
 
 def _five_times(make: Callable[[], Workload]) -> Workload:
@@ -99,7 +101,7 @@ def named(name: str) -> Workload:
         >>> named("digits×5").steps
         10000
     """
-    known = {**WORKLOADS, **SLICE, **SUITE, **EXTENDED, **FURTHER}
+    known = {**WORKLOADS, **SLICE, **SUITE, **EXTENDED, **FURTHER, **LATEST}
     plain, sign, times = name.partition("×")
     if plain not in known or (sign and not (times.isdigit() and int(times))):
         raise ValueError(
