@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.workloads._base import Batch, Workload
-from benchmarks.workloads.images import load_fashion_mnist
+from benchmarks.workloads.images import as_pixels, load_fashion_mnist
 from benchmarks.workloads.photographs import blocks, crops
 
 
 def _painted(clothes: Tensor, found: Tensor, seed: int) -> Tensor:
     """Standardised images in grey, painted before windows of blocks; shape (n, 3, 28, 28)."""
     generator = torch.Generator().manual_seed(seed)
-    cover = (clothes * 0.353 + 0.286).clamp(0, 1)  # the inverse of the loader's scaling
+    cover = as_pixels(clothes)
     colours = torch.rand(len(clothes), 3, 1, 1, generator=generator)
     behind = crops(found, len(clothes), clothes.shape[-1], seed)
     return (cover * colours + (1 - cover) * behind - 0.5) / 0.25

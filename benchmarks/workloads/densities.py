@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.workloads._base import Workload, divided
-from benchmarks.workloads.images import load_fashion_mnist
+from benchmarks.workloads.images import as_pixels, load_fashion_mnist
 
 PIXELS = 196
 SHIFT = 1.0
@@ -94,8 +94,8 @@ class NoisePredictor(nn.Module):
 @cache
 def diffusion() -> Workload:
     """The noise in images of 14 × 14 pixels at random times; mean square error."""
-    pixels = (0.353 * load_fashion_mnist()[0][:20_000] + 0.286).clamp(0, 1)
-    image = 2 * F.avg_pool2d(pixels.view(-1, 1, 28, 28), 2).flatten(1) - 1
+    clothes = as_pixels(load_fashion_mnist()[0][:20_000])
+    image = 2 * F.avg_pool2d(clothes, 2).flatten(1) - 1
     generator = torch.Generator().manual_seed(6)
     time = torch.rand(len(image), 1, generator=generator)
     noise = torch.randn(image.shape, generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable
 from functools import cache
 
@@ -15,6 +14,7 @@ from benchmarks.workloads._base import Workload, divided, folder
 from benchmarks.workloads.generative import mixture_density, vae
 from benchmarks.workloads.images import load_fashion_mnist
 from benchmarks.workloads.synthetic import adding, factors, teacher
+from benchmarks.workloads.text import characters, shakespeare
 
 
 def _images() -> dict[str, tuple[Tensor, Tensor]]:
@@ -50,16 +50,14 @@ def window_model() -> Workload:
 
     Source: Bengio et al. 2003.
     """
-    with gzip.open(folder() / "tinyshakespeare.txt.gz", "rt") as file:
-        text = file.read()
-    known = {c: i for i, c in enumerate(sorted(set(text)))}
-    windows = torch.tensor([known[c] for c in text]).unfold(0, 11, 1)
+    text = characters(shakespeare())
+    count, windows = int(text.max()) + 1, text.unfold(0, 11, 1)
     return Workload(
         name="window-model", batch_size=64, steps=1500,
         splits=divided(windows[:, :10], windows[:, 10], (100_000, 5000, 5000)),
         make_model=lambda: nn.Sequential(
-            nn.Embedding(len(known), 24), nn.Flatten(), nn.Linear(240, 200), nn.Tanh(),
-            nn.Linear(200, len(known)),
+            nn.Embedding(count, 24), nn.Flatten(), nn.Linear(240, 200), nn.Tanh(),
+            nn.Linear(200, count),
         ),
     )  # fmt: skip
 

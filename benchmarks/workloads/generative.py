@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.workloads._base import Workload, divided
-from benchmarks.workloads.images import load_fashion_mnist
+from benchmarks.workloads.images import as_pixels, load_fashion_mnist
 
 CODE = 16
 SHIFT = 3.0
@@ -53,8 +53,7 @@ def negative_bound(outputs: Tensor, pixels: Tensor) -> Tensor:
 @cache
 def vae() -> Workload:
     """A variational autoencoder of Fashion-MNIST."""
-    standardised = load_fashion_mnist()[0].flatten(1)
-    x = (0.353 * standardised + 0.286).clamp(0, 1)
+    x = as_pixels(load_fashion_mnist()[0].flatten(1))
     splits = divided(x, x, (10_000, 2000, 4000))
     return Workload(
         name="vae", make_model=VAE, splits=splits, batch_size=64, steps=800,

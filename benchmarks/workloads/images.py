@@ -91,6 +91,11 @@ def _standardise(images: Tensor) -> Tensor:
     return (images.float().unsqueeze(1) / 255 - 0.286) / 0.353
 
 
+def as_pixels(standardised: Tensor) -> Tensor:
+    """Pixels in [0, 1] of standardised images."""
+    return (0.353 * standardised + 0.286).clamp(0, 1)
+
+
 @cache
 def few_digits() -> Workload:
     """200 digits to learn from, 400 to validate: what a long run over-fits."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.workloads._base import Workload, divided
-from benchmarks.workloads.images import load_fashion_mnist
+from benchmarks.workloads.images import as_pixels, load_fashion_mnist
 
 PIXELS, EMBEDDING = 784, 32
 SIZES = (8000, 2000, 4000)
@@ -17,8 +17,7 @@ SIZES = (8000, 2000, 4000)
 
 def _images() -> Tensor:
     """Rows of pixels in [0, 1]."""
-    standardised = load_fashion_mnist()[0][: sum(SIZES)].flatten(1)
-    return (0.353 * standardised + 0.286).clamp(0, 1)
+    return as_pixels(load_fashion_mnist()[0][: sum(SIZES)].flatten(1))
 
 
 class Quantized(nn.Module):

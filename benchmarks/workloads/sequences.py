@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.workloads._base import Workload, divided
-from benchmarks.workloads.text import pieces_of, shakespeare
+from benchmarks.workloads.text import characters, pieces_of, shakespeare
 
 PRIME = 31
 
@@ -67,9 +67,8 @@ class Elman(nn.Module):
 @cache
 def elman() -> Workload:
     """12,000 pieces of 32 characters of Shakespeare."""
-    raw = shakespeare()
-    index = {c: i for i, c in enumerate(sorted(set(raw)))}
+    text = characters(shakespeare())
     return Workload(
-        name="elman", make_model=lambda: Elman(len(index)), batch_size=32, steps=500,
-        splits=pieces_of(torch.tensor([index[c] for c in raw]), (12_000, 1500, 3000)),
+        name="elman", make_model=lambda: Elman(int(text.max()) + 1), batch_size=32, steps=500,
+        splits=pieces_of(text, (12_000, 1500, 3000)),
     )  # fmt: skip

@@ -87,11 +87,15 @@ def printable(raw: str) -> Tensor:
     return torch.tensor([index.get(c, 0) for c in raw])
 
 
+def characters(raw: str) -> Tensor:
+    """Indices of the characters of a text among its distinct ones, in their order."""
+    index = {c: i for i, c in enumerate(sorted(set(raw)))}
+    return torch.tensor([index[c] for c in raw])
+
+
 @cache
 def _characters() -> dict[str, Batch]:
-    raw = shakespeare()
-    index = {c: i for i, c in enumerate(sorted(set(raw)))}
-    return pieces_of(torch.tensor([index[c] for c in raw]), (8000, 1500, 4000))
+    return pieces_of(characters(shakespeare()), (8000, 1500, 4000))
 
 
 @cache
