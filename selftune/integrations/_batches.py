@@ -26,9 +26,10 @@ class ValidationBatches:
 
     A batch is a uniform sample without replacement of the loader's dataset, or of the indices of
     its ``SubsetRandomSampler``, collated by the loader's ``collate_fn``. It depends only on (seed,
-    rank, step). Loaders without indexable examples (iterable datasets, samplers and batch samplers
-    of another class) are read repeatedly in their own order; a resumed run starts at their
-    beginning.
+    step). The batches of n processes are the parts of one sample, so n processes with b examples
+    each tune as one process with n b examples, if there are that many. Loaders without indexable
+    examples (iterable datasets, samplers and batch samplers of another class) are read repeatedly
+    in their own order; a resumed run starts at their beginning.
 
     Args:
         loader: A DataLoader, or any iterable of batches.
@@ -60,7 +61,7 @@ class ValidationBatches:
             while True:  # not ``yield from``, which closes the stream with this iterator
                 yield next(self._stream)
         else:
-            random = Random(f"{self._seed} {_rank()} {step}")
+            random = Random(f"{self._seed} 0 {step}")
             while True:
                 yield self._draw(random)
 
@@ -68,7 +69,7 @@ class ValidationBatches:
 def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     """A function that draws a batch; None if examples are not indexable."""
     if isinstance(loader, Sequence) and loader:
-        return lambda random: loader[random.randrange(len(loader))]
+        return lambda random: loader[_mine(random, range(len(loader)), 1)[0]]
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     batched: Any = loader.batch_sampler
@@ -82,7 +83,7 @@ def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     size = None if batched is None else min(batched.batch_size, len(indices))
 
     def draw(random: Random) -> Any:
-        chosen = random.sample(indices, size or 1)
+        chosen = _mine(random, indices, size or 1)
         if size is None:  # the dataset's items are batches
             return loader.collate_fn(loader.dataset[chosen[0]])
         together = getattr(loader.dataset, "__getitems__", None)  # as torch's own fetcher does
@@ -115,6 +116,12 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
             )
 
 
-def _rank() -> int:
+def _mine(random: Random, indices: Sequence[int], size: int) -> list[int]:
+    """This process's part of a random sample; all draw the same one, without replacement."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if together else 0
+    rank, ranks = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+    )
+    if ranks * size <= len(indices):
+        return random.sample(indices, ranks * size)[rank * size : (rank + 1) * size]
+    return [random.sample(indices, size) for _ in range(rank + 1)][-1]  # too few for all

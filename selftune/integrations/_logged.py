@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+
+def numbered(hparams: Mapping[str, Any], sign: str) -> dict[str, float]:
+    """Hyperparameters by name; those with several values are numbered: name, sign, number."""
+    found: dict[str, float] = {}
+    for name, value in hparams.items():
+        if isinstance(value, (list, tuple)):
+            found |= {f"{name}{sign}{i}": float(v) for i, v in enumerate(value)}
+        else:
+            found[name] = float(value)
+    return found
 
 
 def logged(opt: Any, loss: Tensor) -> dict[str, float]:
@@ -18,11 +30,7 @@ def logged(opt: Any, loss: Tensor) -> dict[str, float]:
         loss: Return value of ``hyper_step``.
     """
     found = {"hyper/loss": float(loss)}
-    for name, value in opt.hparams.items():
-        if isinstance(value, (list, tuple)):
-            found |= {f"hyper/{name}/{i}": float(v) for i, v in enumerate(value)}
-        else:
-            found[f"hyper/{name}"] = float(value)
+    found |= {f"hyper/{name}": value for name, value in numbered(opt.hparams, "/").items()}
     rates = [float(group["applied_lr"]) for group in opt.param_groups]
     if len(set(rates)) == 1:
         return found | {"lr": rates[0]}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selftune.integrations._batches import ValidationBatches
 from selftune.integrations._evaluating import evaluating
+from selftune.integrations._logged import numbered
 from selftune.integrations._unwrapping import unwrap
 
 
@@ -91,6 +92,5 @@ class HyperStep(Callback):
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Record the hyperparameters, and put the averaged weights into the module."""
         self.opt_.eval()
-        for name, value in self.opt_.hparams.items():
-            if isinstance(value, float):
-                net.history.record(f"hyper_{name}", value)
+        for name, value in numbered(self.opt_.hparams, "_").items():
+            net.history.record(f"hyper_{name}", value)

@@ -46,6 +46,8 @@ class SelfTuningCallback(TrainerCallback):
     ) -> None:
         """Find optimizer and validation batches."""
         self._opt = unwrap(self._trainer.optimizer)
+        # Trainer would log the rate of its scheduler, which the optimizer multiplies.
+        self._trainer._get_learning_rate = self._applied
         loader: Any = self._given
         if loader is None:
             datasets = self._trainer.eval_dataset
@@ -82,6 +84,11 @@ class SelfTuningCallback(TrainerCallback):
     ) -> None:
         """Put the averaged weights into the model, also at the end of the run."""
         self._opt.eval()
+
+    def _applied(self) -> float:
+        """The learning rate of the last step, of the first group."""
+        group = self._opt.param_groups[0]
+        return float(group.get("applied_lr", group["lr"]))
 
     def _value(self, batch: Any) -> Tensor:
         trainer, model = self._trainer, self._trainer.model

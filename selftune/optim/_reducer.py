@@ -34,6 +34,7 @@ class Reducer:
         self._wanted = wanted
         self.sharded = False
         self._digest = 0
+        self._met = False
 
     @property
     def together(self) -> bool:
@@ -63,12 +64,12 @@ class Reducer:
             )
 
     def meet(self, step: int) -> None:
-        """Wait for the other processes at the first validation loss.
+        """Wait for the other processes at the first validation loss of this process.
 
         Raises:
             RuntimeError: Another process does not call this method in time.
         """
-        if not self.together:
+        if self._met or not self.together:
             return
         rank, ranks = dist.get_rank(), range(dist.get_world_size())
         store = dist.distributed_c10d._get_default_store()
@@ -83,6 +84,7 @@ class Reducer:
                 f"{', '.join(f'rank {r}' for r in absent)} within {PATIENCE} s: call it on every "
                 "process, each with its own validation batch"
             ) from error
+        self._met = True
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over processes."""

@@ -159,6 +159,12 @@ def check_state(
         if wanted and run["shown"]:
             wanted = wanted | {"training"}
         missing = sorted(wanted - entry.keys())
+        if missing == ["training"]:
+            raise ValueError(
+                f"state_dict is incomplete: it was saved after eval(), but parameter {index} lacks "
+                "its training weights. torch.distributed.checkpoint loads what the new optimizer "
+                "has: call its eval() before get_state_dict, and train() after set_state_dict"
+            )
         if missing:
             raise ValueError(f"state_dict is incomplete: parameter {index} lacks {missing}")
     stiffness = engine.store.stiffness

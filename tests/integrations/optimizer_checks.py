@@ -90,6 +90,15 @@ def lbfgs(folder: Path) -> None:
         st.SelfTuning(torch.optim.LBFGS(matrices().parameters()))
 
 
+def sparse(folder: Path) -> None:
+    """Truth: a refusal that says what to do."""
+    table = nn.Embedding(4, 2, sparse=True)
+    opt = st.SelfTuning(torch.optim.SparseAdam(table.parameters()))
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="sparse=False"):
+        opt.step()
+
+
 def lora(folder: Path) -> None:
     """Truth: the same two factors by hand, without peft."""
     from peft import LoraConfig, get_peft_model

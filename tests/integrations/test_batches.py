@@ -32,6 +32,21 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     assert all(len(set(batch)) == 8 for batch in drawn(0, 5))
 
 
+def test_processes_share_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Truth: the batch of one process, with as many examples as theirs together."""
+    whole = next(ValidationBatches(DataLoader(NUMBERS, batch_size=8)).at(5)).tolist()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    def drawn(rank: int, size: int) -> list[int]:
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        return next(ValidationBatches(DataLoader(NUMBERS, batch_size=size)).at(5)).tolist()
+
+    assert drawn(0, 4) + drawn(1, 4) == whole
+    assert drawn(0, 40) != drawn(1, 40)  # more than there are
+    assert len(set(drawn(1, 40))) == 40
+
+
 def test_every_example_is_drawn() -> None:
     batches = ValidationBatches(DataLoader(NUMBERS, batch_size=8))
     seen = {n for step in range(200) for n in next(batches.at(step)).tolist()}

@@ -1,7 +1,7 @@
 """The framework matrix: every row holds, or raises an error that says why; none is silent.
 
-A row names its check, or the test that is it. Rows that wait for the optimizers are strict
-xfails. The table is printed in docs/integrations/index.md. Truth: named by each row.
+A row names its check, or the test that is it. The table is printed in docs/integrations/index.md.
+Truth: named by each row.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from optimizer_checks import (
     lbfgs,
     lora,
     quantized,
+    sparse,
     timm_optimizers,
     torch_optimizers,
 )
@@ -91,6 +92,8 @@ ROWS = [
         check="test_transformers.py::test_score_is_that_of_the_weights_in_the_file"),
     Row(what="HF Trainer: best model at the end, early stopping", truth="the best file's weights",
         check="test_transformers.py::test_best_model_at_the_end"),
+    Row(what="HF Trainer: `learning_rate` in its log", truth="the rate that is applied",
+        check="test_transformers.py::test_logs_the_rate_that_is_applied"),
     Row(what="HF Trainer: `optimizer_cls_and_kwargs`", truth="the same groups by hand",
         check="test_transformers.py::test_through_optimizer_cls_and_kwargs"),
     Row(what="Accelerate: clipping, accumulation, bf16", truth="the loop by hand, bit for bit",
@@ -99,10 +102,14 @@ ROWS = [
         check="test_accelerate.py::test_resumed_run_is_the_uninterrupted_one"),
     Row(what="skorch: clipping; `fit`, `partial_fit`", truth="the loop by hand, bit for bit",
         check="test_skorch.py::test_as_the_loop_by_hand"),
+    Row(what="skorch: score of a checkpoint", truth="the file's weights, scored by hand",
+        check="test_skorch.py::test_score_is_that_of_the_weights_in_the_file"),
     Row(what="skorch: checkpoint and resume", truth="the uninterrupted run, bit for bit",
         check="test_skorch.py::test_resumed_run_is_the_uninterrupted_one"),
     Row(what="Ignite", truth="the loop by hand, bit for bit",
         check="test_ignite.py::test_as_the_loop_by_hand"),
+    Row(what="Ignite: score of a checkpoint", truth="the file's weights, scored by hand",
+        check="test_ignite.py::test_score_is_that_of_the_weights_in_the_file"),
     Row(what="Ignite: checkpoint and resume", truth="the uninterrupted run, bit for bit",
         check="test_ignite.py::test_resumed_run_is_the_uninterrupted_one"),
     *(Row(what=f"{name}: `unwrap(wrapper)`", truth="the optimizer itself",
@@ -114,15 +121,19 @@ ROWS = [
           truth="the optimizer's own", check=partial(check, usable))
       for name, check in (("Lightning's wrapper", wrapped_by_lightning),
                           ("Fabric's wrapper", wrapped_by_fabric))),
-    Row(what="Accelerate's wrapper: `wrapper.hparams`", truth="an error that names `unwrap`",
+    Row(what="Accelerate's wrapper: `wrapper.hparams`",
+        truth="Accelerate's `AttributeError`; use `unwrap`",
         check=refused_by_accelerate, refused=True),
-    Row(what="`st.SelfTuning`: every torch optimizer except Muon",
+    Row(what="`st.SelfTuning`: torch's other optimizers",
         truth="the inner optimizer, bit for bit",
         check=partial(inside_selftuning, torch_optimizers, lambda n: n not in ("Muon", "LBFGS"))),
     Row(what="`st.SelfTuning(torch.optim.Muon)`", truth="the inner optimizer, bit for bit",
         check=partial(inside_selftuning, torch_optimizers, lambda n: n == "Muon")),
     Row(what="`st.SelfTuning(torch.optim.LBFGS)`", truth="a refusal", check=lbfgs, refused=True),
-    Row(what="`st.SelfTuning`: timm's optimizers", truth="the inner one, bit for bit",
+    Row(what="`st.SelfTuning(torch.optim.SparseAdam)`", truth="a refusal", check=sparse,
+        refused=True),
+    Row(what="`st.SelfTuning`: timm's optimizers, except `adahessian` and those for CUDA only",
+        truth="the inner one, bit for bit",
         check=partial(inside_selftuning, timm_optimizers, lambda n: True), slow=True),
     Row(what="`st.SelfTuning`: torchao's Adam in 8 and 4 bits and fp8",
         truth="the inner one, bit for bit",
@@ -151,13 +162,16 @@ ROWS = [
     Row(what="learning-rate monitors", truth="`param_groups` show the rate that is applied",
         check=shown_rate),
     Row(what="`torch.compile(opt.step)`", truth="it runs, or a refusal", check=compiled_step),
+    Row(what="`dcp.save` after `eval()`", truth="the run without evaluation, bit for bit",
+        check="../optim/test_distributed_checkpoints.py::test_a_state_of_evaluation_mode"),
     Row(what="`dcp.save`, `dcp.load`, one process", truth="hyperparameters and averages equal",
         check=dcp_round_trip),
     Row(what="FSDP2, two ranks: full optimizer state", truth="the uninterrupted run, bit for bit",
         check="../optim/test_distributed_checkpoints.py::test_shards_go_on_also_on_other_ranks"),
     Row(what="DDP, two ranks: 100 steps", truth="one process on all the data, to 1e-6",
         check="../optim/test_processes.py::test_two_processes"),
-    Row(what="DDP: `hyper_step` on one rank only", truth="an error within seconds",
+    Row(what="DDP: `hyper_step` on one rank only, at first or after loading",
+        truth="an error within seconds",
         check="../optim/test_processes.py::test_two_processes"),
     Row(what="ZeroRedundancyOptimizer", truth="a refusal", refused=True,
         check="../optim/test_processes.py::test_two_processes"),

@@ -94,11 +94,15 @@ def test_by_name_in_a_plain_net() -> None:
     """As users write it: parameters alone, a split of skorch's own."""
     done = NeuralNetClassifier(
         nn.Sequential(nn.Linear(5, 4), nn.Softmax(-1)), optimizer=st.AdamW, lr=0.01, verbose=0,
-        optimizer__total_steps=20, callbacks=[HyperStep()], max_epochs=20,
+        optimizer__total_steps=60, optimizer__per={"lr": "tensor"}, callbacks=[HyperStep()],
+        max_epochs=60,
     )  # fmt: skip
     x, y = dataset(96, 0).tensors
     done.fit(x.numpy(), y.numpy())
-    assert done.optimizer_.hparams["lr"] != 0.01
+    rates = done.optimizer_.hparams["lr"]
+    assert len(rates) == 2
+    assert 0.01 not in rates
+    assert [done.history[-1, f"hyper_lr_{i}"] for i in range(2)] == rates
 
 
 def test_refusals() -> None:

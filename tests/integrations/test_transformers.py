@@ -16,7 +16,7 @@ import selftune as st
 pytestmark = needs("transformers")
 try:
     from safetensors.torch import load_file
-    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
     from selftune.integrations.transformers import SelfTuningCallback
 except ModuleNotFoundError:
@@ -147,6 +147,26 @@ def test_logs_hyperparameters(tmp_path: Path) -> None:
     done.train()
     found = [r["hyper/lr"] for r in done.state.log_history if "hyper/lr" in r]
     assert found[-1] == pytest.approx(done.optimizer.optimizer.hparams["lr"])
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
+def test_logs_the_rate_that_is_applied(tmp_path: Path, scheduler: str) -> None:
+    """Truth: what the optimizer says after each step, to the six digits of Trainer's rounding."""
+    applied: dict[int, float] = {}
+
+    class Noting(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            group = given["optimizer"].optimizer.param_groups[0]
+            applied[state.global_step + 1] = group["applied_lr"]
+
+    done = trainer(
+        tmp_path, logging_strategy="steps", logging_steps=3, callbacks=[Noting()],
+        lr_scheduler_type=scheduler,
+    )  # fmt: skip
+    done.train()
+    found = {r["step"]: float(r["learning_rate"]) for r in done.state.log_history if "loss" in r}
+    assert found == pytest.approx({step: applied[step] for step in found}, rel=1e-5)
+    assert len(set(found.values())) > 2
 
 
 def test_refusals(tmp_path: Path) -> None:

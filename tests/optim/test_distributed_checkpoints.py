@@ -93,6 +93,30 @@ def load(how: Callable, net: nn.Module, opt: Any, path: Path) -> None:
         )  # fmt: skip
 
 
+def test_a_state_of_evaluation_mode(tmp_path: Path) -> None:
+    """Truth: a run without evaluation; and a refusal that says how."""
+    net = network()
+    opt = MAKES["SGD"](net)
+    train(net, opt, range(HALF))
+    opt.eval()
+    dcp.save(by_names(net, opt), checkpoint_id=tmp_path)
+    opt.train()
+    train(net, opt, range(HALF, END))
+    want = end(net, opt)
+    net = network()
+    with pytest.raises(ValueError, match="before get_state_dict"):
+        load(by_names, net, MAKES["SGD"](net), tmp_path)
+    net = network()
+    opt = MAKES["SGD"](net)
+    opt.eval()
+    load(by_names, net, opt, tmp_path)
+    opt.train()
+    train(net, opt, range(HALF, END))
+    found = end(net, opt)
+    assert found["hparams"] == want["hparams"]
+    assert torch.equal(found["weights"], want["weights"])
+
+
 @pytest.mark.parametrize("how", [plainly, by_names, flattened])
 @pytest.mark.parametrize("name", MAKES)
 def test_one_process_goes_on_bit_for_bit(name: str, how: Callable, tmp_path: Path) -> None:
