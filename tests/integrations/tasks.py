@@ -33,12 +33,12 @@ def dataset(size: int, seed: int) -> TensorDataset:
     return TensorDataset(x, (x[:, :2].sum(1) > 0).long())
 
 
-def train_loader() -> DataLoader[Any]:
-    return DataLoader(dataset(16 * EPOCH, 0), batch_size=16)
+def train_loader(ranks: int = 1) -> DataLoader[Any]:
+    return DataLoader(dataset(16 * EPOCH, 0), batch_size=16 // ranks)
 
 
-def val_loader() -> DataLoader[Any]:
-    return DataLoader(dataset(60, 1), batch_size=20)
+def val_loader(ranks: int = 1) -> DataLoader[Any]:
+    return DataLoader(dataset(60, 1), batch_size=20 // ranks)
 
 
 def network(norm: bool = True) -> nn.Sequential:
