@@ -19,8 +19,9 @@ INSIDE = {"budget": 0.5, "of": "multiply_adds"}
 """Arguments of :class:`~selftune.structure.Goal` for ``structure="inside"``."""
 ALLOWED = ("budget", "end", "of", "tolerance")
 """Arguments of :class:`~selftune.structure.Goal` that ``structure=`` accepts."""
-END = 0.2
-"""Fraction of the run before units are removed."""
+END, LATE = 0.2, 0.5
+"""Fractions of the run before units are removed: to a budget, or within a tolerance, which a model
+that has not learned yet would hardly limit."""
 FEW = 4
 """Number of validation batches for the saliencies of units."""
 ABOVE = 1.1
@@ -46,7 +47,7 @@ def settings_of(structure: Any) -> dict[str, Any] | None:
     given = {} if structure == "inside" else dict(structure)
     if "of" in given and not isinstance(given["of"], str):
         given["of"] = list(given["of"])  # as a storage returns it
-    end = given.setdefault("end", END)
+    end = given.setdefault("end", LATE if "tolerance" in given else END)
     if not 0 < end < 1:
         raise ValueError(f"structure: end={end} must be a fraction of the run, in (0, 1)")
     return given

@@ -50,7 +50,8 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
     if missed:
         raise ValueError(
             f"closure: its loss does not depend on the gates of {', '.join(missed)}: it must run "
-            "the model that the goal was made for, with gates that require a gradient"
+            "the model that the goal was made for, with gates that require a gradient; of a "
+            "compiled model, the original one, because hooks do not run in compiled code"
         )
     found = {n: 0.5 * len(c) * c.square().sum(0) for n, c in rows.items()}
     return {n: s * sizes.get(n, 1) for n, s in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,6 +62,7 @@ class Sizes:
         example: An input, or a tuple of inputs.
 
     Attributes:
+        idle: Names of modules none of whose units can be removed.
         places: The gates of each unit that can be removed.
         axes: The unit of each gate of each module, or −1 if it cannot be removed.
 
@@ -79,7 +80,7 @@ class Sizes:
                 module = plain.get_submodule(name)
                 assert isinstance(module, Optional)
                 plain.set_submodule(name, as_sum(module.block, 1.0, module.residual))
-            graph = fx.GraphModule(plain, Tracer().of(plain))
+            graph = fx.GraphModule(plain, Tracer().of(plain, inputs))
             follower = Follower(graph, math.inf)
             follower.run(*inputs)
         self.places: list[list[Place]] = []
@@ -113,6 +114,7 @@ class Sizes:
             self.places.append([(name, 0)])
         for name, module in modules.items():
             self.axes.setdefault(name, np.full(len(module.gates), -1))
+        self.idle = [name for name, axis in self.axes.items() if bool((axis < 0).all())]
 
     def _units(self, follower: Follower, ids: Iterable[int]) -> NDArray[np.int64]:
         return np.array([self._numbers.get(follower.units.root(u), -1) for u in ids])
@@ -176,6 +178,34 @@ class Sizes:
         for unit in range(len(gone)):
             gone[unit] = not self.last(gone)[unit]
         return self.count(gone)
+
+    def target(self, budget: float | None, kinds: Sequence[str]) -> NDArray[np.float64]:
+        """The final sizes for a budget, shape (2,); inf if unconstrained.
+
+        Raises:
+            ValueError: The budget is out of range, or below what the model can reach.
+        """
+        whole, least = self.whole, self.floor()
+        counted = np.array([k in kinds for k in KINDS])
+        if budget is None:
+            return np.where(counted, 0.0, np.inf)
+        if not budget > 0:
+            raise ValueError(f"budget={budget} must be above 0")
+        if budget > 1 and len(kinds) > 1:
+            raise ValueError(f"budget={budget} of {kinds}: two sizes need a share, in (0, 1]")
+        target = np.where(counted, budget if budget > 1 else budget * whole, np.inf)
+        for kind, wanted, most, fewest in zip(KINDS, target, whole, least, strict=True):
+            if np.isfinite(wanted) and wanted > most:
+                raise ValueError(
+                    f"budget={budget:g}: the model has only {most:,.0f} {kind}; pass a smaller "
+                    "number, or a fraction below 1"
+                )
+            if wanted < fewest:
+                raise ValueError(
+                    f"budget={budget:g}: with one unit open in each layer the model has "
+                    f"{fewest:,.0f} {kind} of {most:,.0f}; raise the budget, or gate more layers"
+                )
+        return target
 
 
 def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -27,19 +28,36 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def of(self, model: nn.Module) -> fx.Graph:
+    def of(self, model: nn.Module, inputs: tuple[Any, ...] | None = None) -> fx.Graph:
         """The graph of a model.
+
+        Args:
+            model: The model.
+            inputs: Its inputs; further arguments then have their defaults. If None, all arguments
+                of ``forward`` are inputs of the graph.
 
         Raises:
             ValueError: It cannot be traced.
         """
         try:
-            return self.trace(model)
+            return self.trace(model, None if inputs is None else _defaults(model, len(inputs)))
         except Exception as error:
             raise ValueError(
                 f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
                 "gates, or move data-dependent control flow out of forward"
             ) from error
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile`` has wrapped, or the model itself."""
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
+
+
+def _defaults(model: nn.Module, given: int) -> dict[str, Any]:
+    """Defaults of the arguments of ``forward`` after the given ones."""
+    params = list(inspect.signature(model.forward).parameters.values())[given:]
+    return {p.name: p.default for p in params if p.default is not p.empty}
 
 
 def call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

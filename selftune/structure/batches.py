@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -113,12 +113,11 @@ class Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Start a new epoch, adjusting the batch size."""
+        # At the first batch: a DataLoader with workers makes an iterator that it does not use.
         self._resize()
         self.epoch += 1
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self.epoch)
-        return self._batches(torch.randperm(self._count, generator=generator).tolist())
-
-    def _batches(self, order: Sequence[int]) -> Iterator[list[int]]:
+        order: list[int] = torch.randperm(self._count, generator=generator).tolist()
         place = 0
         for number in itertools.count():
             if number and self._interval and number % self._interval == 0:

@@ -110,8 +110,10 @@ class Gate(AbstractGated):
 class Optional(AbstractGated):
     """``y = x + g · block(x)``, a block that can be removed, with a single gate.
 
+    Further arguments of a call are passed on to the block.
+
     Args:
-        block: A module whose output has the shape of its input.
+        block: A module whose output has the shape of its first input.
         residual: Whether the block is the branch of a residual connection, which is added here.
             If not, ``y = x + g · (block(x) − x)``: the block alone if the gate is 1, the input if
             it is 0.
@@ -132,9 +134,9 @@ class Optional(AbstractGated):
         super().__init__(1, batch_dim)
         self.block, self.residual = block, residual
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Add the output of the block, scaled by the gate, to the input."""
-        output = self.block(input)
+        output = self.block(input, *args, **kwargs)
         if output.shape != input.shape:
             raise ValueError(
                 f"Optional: the block turns shape {tuple(input.shape)} into "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from selftune.monitor import Monitor
 from selftune.structure._saliency import Closure, buffers_kept, saliency
 from selftune.structure._sizes import KINDS, Sizes
+from selftune.structure._tracing import original
 from selftune.structure.gates import gated, open_gates
 
 log = logging.getLogger("selftune")
@@ -46,8 +47,9 @@ class Goal:
             measured before the other weights adapt. Without a budget the model becomes as small
             as this allows.
         total_steps: Number of steps in the run; not needed with the tuner's callback.
-        start: Fraction of the run before closing starts.
-        end: Fraction of the run at the last closing.
+        start: Fraction of the run before closing starts; by default 0.03, or 0.5 with a tolerance,
+            because the loss of a model that has not learned yet hardly depends on its units.
+        end: Fraction of the run at the last closing; by default 0.2, or 0.8 with a tolerance.
         closings: Number of closings.
         batches: Number of closure evaluations over which saliencies and losses are averaged.
         recorder: Where ``structure/…`` is logged; the same types as the optimizers' ``log_dir``.
@@ -81,8 +83,8 @@ class Goal:
         of: str | Sequence[str] = "parameters",
         tolerance: float | None = None,
         total_steps: int | None = None,
-        start: float = 0.03,
-        end: float = 0.2,
+        start: float | None = None,
+        end: float | None = None,
         closings: int = 5,
         batches: int = 4,
         recorder: Any = None,
@@ -96,6 +98,9 @@ class Goal:
             )
         if tolerance is not None and not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance={tolerance} must be a fraction of the loss, at least 0")
+        early = tolerance is None
+        start = (0.03 if early else 0.5) if start is None else start
+        end = max(start, 0.2 if early else 0.8) if end is None else end
         if not 0 <= start <= end <= 1:
             raise ValueError(f"start={start}, end={end} must be fractions of the run in this order")
         for name, count in (("closings", closings), ("batches", batches)):
@@ -106,46 +111,30 @@ class Goal:
                 "model has no gates: put selftune.structure.Gate after the units that may be "
                 "removed, or selftune.structure.Optional around blocks"
             )
+        model = original(model)
         self._sizes = Sizes(model, example)
         if not self._sizes.places:
             raise ValueError(
-                "no unit of the model can be removed: other layers need all gated units"
+                f"no unit of {', '.join(self._sizes.idle)} can be removed: other layers need all "
+                "gated units"
+            )
+        if self._sizes.idle:
+            log.warning(
+                "goal: no unit of %s can be removed, because other layers need all of them",
+                ", ".join(self._sizes.idle),
             )
         self._model, self._tolerance, self._total = model, tolerance, total_steps
         self._start, self._end, self._batches = start, end, batches
-        self._counted = np.array([k in kinds for k in KINDS])
-        self._target = self._wanted(budget, kinds)
+        self._target = self._sizes.target(budget, kinds)
         if total_steps is not None:
             spread = (end - start) * total_steps / closings
             due = (round(start * total_steps + spread * (i + 1)) for i in range(closings))
             self._due = {max(1, step) for step in due}
         self._known: dict[str, Tensor] = {}
         self._spent, self._taken, self._floored, self._ended = 0.0, 0, False, False
+        self._postponed = False
         self._monitor = Monitor(recorder)
         self.price = 0.0
-
-    def _wanted(self, budget: float | None, kinds: Sequence[str]) -> NDArray[np.float64]:
-        """The final sizes, shape (2,); inf if unconstrained."""
-        whole, least = self._sizes.whole, self._sizes.floor()
-        if budget is None:
-            return np.where(self._counted, 0.0, np.inf)
-        if not budget > 0:
-            raise ValueError(f"budget={budget} must be above 0")
-        if budget > 1 and len(kinds) > 1:
-            raise ValueError(f"budget={budget} of {kinds}: two sizes need a share, in (0, 1]")
-        target = np.where(self._counted, budget if budget > 1 else budget * whole, np.inf)
-        for kind, wanted, most, fewest in zip(KINDS, target, whole, least, strict=True):
-            if np.isfinite(wanted) and wanted > most:
-                raise ValueError(
-                    f"budget={budget:g}: the model has only {most:,.0f} {kind}; pass a smaller "
-                    "number, or a fraction below 1"
-                )
-            if wanted < fewest:
-                raise ValueError(
-                    f"budget={budget:g}: with one unit open in each layer the model has "
-                    f"{fewest:,.0f} {kind} of {most:,.0f}; raise the budget, or gate more layers"
-                )
-        return target
 
     def size(self) -> dict[str, float]:
         """Number of parameters and of multiply-adds per example, without closed units."""
@@ -167,10 +156,10 @@ class Goal:
         if self._total is None:
             raise ValueError("total_steps=None: pass the number of steps in the run to Goal")
         self._taken += 1
-        if self._taken not in self._due:
+        if self._taken not in self._due and not self._postponed:
             return False
         # If its step was rounded down, `progress` is below `end`; it must reach the final size.
-        last = self._taken == max(self._due)
+        last = self._taken >= max(self._due)
         return self.close(closure, 1.0 if last else self._taken / self._total)
 
     def callback(self, closure: Closure) -> Callable[[Any], bool]:
@@ -188,13 +177,15 @@ class Goal:
             self._taken, done = progress.step, progress.step / progress.total
             if not self._ended:
                 self.close(closure, done)
-            self._ended = done >= self._end
+            self._ended = done >= self._end and not self._postponed
             return False
 
         return closing
 
     def close(self, closure: Closure, progress: float) -> bool:
         """Close units down to the scheduled size; returns True if any were closed.
+
+        If the loss is not finite, the closing is postponed to the next call, with a warning.
 
         Args:
             closure: Returns the validation loss.
@@ -210,7 +201,14 @@ class Goal:
         want = (1 - left) * self._target + left * self._sizes.whole if left else self._target
         self._name_forgotten()
         with buffers_kept(self._model):
-            order, prices = self._order(gone, self._saliencies(closure), want)
+            worth = self._saliencies(closure)
+            self._postponed = worth is None
+            if worth is None:
+                log.warning(
+                    "goal: the validation loss or its gradient is not finite; closing is postponed"
+                )
+                return False
+            order, prices = self._order(gone, worth, want)
             if self._tolerance is not None:
                 order = self._tolerated(closure, order, 1 - left)
         if order:
@@ -227,12 +225,14 @@ class Goal:
         closed = {n: m.closed().cpu().numpy() for n, m in gated(self._model)}
         return np.array([all(closed[n][i] for n, i in at) for at in self._sizes.places])
 
-    def _saliencies(self, closure: Closure) -> NDArray[np.float64]:
-        """Saliency of each unit, shape (units,)."""
+    def _saliencies(self, closure: Closure) -> NDArray[np.float64] | None:
+        """Saliency of each unit, shape (units,); None if some are not finite."""
         fresh: dict[str, Tensor] = {}
         for _ in range(self._batches):
             for name, value in saliency(self._model, closure).items():
                 fresh[name] = fresh.get(name, 0.0) + value / self._batches
+        if not all(bool(torch.isfinite(value).all()) for value in fresh.values()):
+            return None
         known = self._known or fresh
         self._known = {n: known[n] + MEMORY * (v - known[n]) for n, v in fresh.items()}
         found = {n: v.double().cpu().numpy() for n, v in self._known.items()}
@@ -333,7 +333,7 @@ class Goal:
         known = {n: v.clone() for n, v in self._known.items()}
         return {
             "known": known, "spent": self._spent, "taken": self._taken, "price": self.price,
-            "ended": self._ended,
+            "ended": self._ended, "postponed": self._postponed,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -341,4 +341,5 @@ class Goal:
         self._known = dict(state["known"])
         self._spent, self._taken = float(state["spent"]), int(state["taken"])
         self._ended = bool(state.get("ended", False))
+        self._postponed = bool(state.get("postponed", False))
         self.price = float(state["price"])

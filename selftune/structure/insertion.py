@@ -49,11 +49,27 @@ def with_gates(model: nn.Module) -> nn.Module:
             "with_gates: dropout of attention weights is left out in %s; other dropout is kept",
             ", ".join(f"{name} (dropout={share:g})" for name, share in dropped.items()),
         )
-    return _gated(model, {})
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        return _gated(model, {}, replaced)
+    except ValueError:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+        raise
 
 
-def _gated(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    """A model with gates; ``known`` maps ids of modules to their replacements."""
+def _gated(
+    model: nn.Module,
+    known: dict[int, nn.Module],
+    replaced: list[tuple[nn.Module, str, nn.Module]],
+) -> nn.Module:
+    """A model with gates.
+
+    Args:
+        model: The model.
+        known: Replacements of modules by their ids.
+        replaced: Filled with each module that is replaced, after its parent and its name.
+    """
     if id(model) in known:
         return known[id(model)]
     made: nn.Module | None = None
@@ -75,5 +91,8 @@ def _gated(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
         return made.train(model.training)
     for name, child in list(model._modules.items()):  # named_children lists shared ones once
         if child is not None:
-            setattr(model, name, _gated(child, known))
+            made = _gated(child, known, replaced)
+            if made is not child:
+                replaced.append((model, name, child))
+                setattr(model, name, made)
     return model

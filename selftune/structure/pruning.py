@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from selftune.structure._channels import Follower
 from selftune.structure._folding import fold, replace_optionals
-from selftune.structure._tracing import Tracer, call
+from selftune.structure._tracing import Tracer, call, original
 from selftune.structure.choice import Choice, choose
 from selftune.structure.gates import AbstractGated, gated
 from selftune.structure.insertion import COMPOSITES
@@ -74,6 +74,7 @@ def prune(
           (3): Linear(in_features=2, out_features=1, bias=True)
         )
     """
+    model = original(model)
     if isinstance(model, AbstractGated):
         raise ValueError(f"model is a {type(model).__name__} itself: pass the model it is part of")
     if not any(isinstance(m, (AbstractGated, Choice)) for m in model.modules()):
@@ -100,7 +101,7 @@ def prune(
 
 def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     """Fold gates and remove closed units, in place."""
-    graph = fx.GraphModule(model, Tracer().of(model))
+    graph = fx.GraphModule(model, Tracer().of(model, inputs))
     follower = Follower(graph, 0.0)
     follower.run(*inputs)
     for node, value in follower.values.items():
@@ -144,6 +145,10 @@ def _plain(module: Recurrent, known: dict[int, nn.Module]) -> nn.Module:
 def _name_kept(follower: Follower, gone: set[int]) -> None:
     """Log gates with closed units that are kept because other layers need them."""
     kept: list[str] = []
+    known = {cut.path for cut in follower.units.cuts.values() if cut.name == "gates"}
+    for path, module in gated(follower.module):
+        count = int(module.closed().sum())
+        kept += [f"{path} ({count})"] * (count > 0 and path not in known)
     for cut in follower.units.cuts.values():
         if isinstance(cut.module, AbstractGated) and cut.name == "gates":
             closed = cut.module.closed().tolist()

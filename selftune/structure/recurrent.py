@@ -44,13 +44,18 @@ class Recurrent(AbstractGated):
         some = next(cell.parameters())
         self.to(some.device, some.dtype)
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+    def forward(self, input: Tensor, hx: None = None) -> tuple[Tensor, Any]:
         """Return outputs and final state like the cell, with ``h`` gated.
 
         Args:
             input: Shape (batch, length, features) if ``batch_first``, else (length, batch,
                 features).
+            hx: None, because the initial state is 0.
+
+        Raises:
+            ValueError: The input is packed or has no batch dimension, or ``hx`` is given.
         """
+        check_input(input, hx)
         gates = self.factors()
         cell: Any = self.cell
         weights = [cell.weight_ih_l0, cell.weight_hh_l0 * gates]
@@ -96,6 +101,22 @@ class Recurrent(AbstractGated):
         return fx.GraphModule(root, graph, "Scaled")
 
 
+def check_input(input: Any, hx: Any) -> None:
+    """Raise an error for what a gated layer does not take."""
+    if hx is not None:
+        raise ValueError("hx: a gated LSTM or GRU starts from a state of 0: pass the input alone")
+    if not isinstance(input, Tensor):
+        raise ValueError(
+            f"input is a {type(input).__name__}: a gated LSTM or GRU takes padded sequences; pass "
+            "pad_packed_sequence(input)[0]"
+        )
+    if input.ndim != 3:
+        raise ValueError(
+            f"input of shape {tuple(input.shape)} has no batch dimension: pass input[None] with "
+            "batch_first=True, else input[:, None]"
+        )
+
+
 class RecurrentLayers(nn.Module):
     """A multi-layer LSTM or GRU in which each layer is a :class:`Recurrent`.
 
@@ -112,8 +133,10 @@ class RecurrentLayers(nn.Module):
         self.layers, self.dropout = nn.ModuleList(layers), nn.Dropout(rnn.dropout)
         self._lstm, self._last = isinstance(rnn, nn.LSTM), rnn.num_layers - 1
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+    def forward(self, input: Tensor, hx: None = None) -> tuple[Tensor, Any]:
         """Return the outputs of the last layer and the final states of all layers as lists."""
+        if hx is not None and not isinstance(hx, fx.Proxy):  # as when pruning traces the layers
+            check_input(input, hx)
         states = []
         for i, layer in enumerate(self.layers):
             input, state = layer(input)

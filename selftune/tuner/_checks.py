@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,10 +33,13 @@ from selftune.hypernet import SelfTuned
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
+from selftune.structure import Batches
 from selftune.tuner._data import Stream, size
 from selftune.tuner._group import Group
 from selftune.tuner._run_state import RunState
 from selftune.tuner._steps import Steps
+
+log = logging.getLogger("selftune")
 
 
 def check_hparams(
@@ -136,6 +140,11 @@ def check_fit(values: Mapping[str, Any]) -> None:
         raise ImportError(
             f"pictures_every={values['pictures_every']} needs matplotlib: pip install matplotlib "
             "(extra report)"
+        )
+    if isinstance(getattr(values["train"], "batch_sampler", None), Batches):
+        log.warning(
+            "train: st.Tuner does not measure the noise scale, so structure.Batches keep their "
+            "size; use st.AdamW or another optimizer in your own loop to change it"
         )
 
 

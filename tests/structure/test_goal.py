@@ -252,7 +252,7 @@ def test_the_tuner_ends_at_the_budget() -> None:
 
 
 def test_the_callback_closes_until_the_end_of_the_goal() -> None:
-    """Law: with a tolerance, masks stay as they are after the first evaluation at 20 %."""
+    """Law: with a tolerance, masks stay as they are after the first evaluation at 80 %."""
     model, x, y = job()
     parts = list(zip(x[:400].split(20), y[:400].split(20), strict=True))
     goal = Goal(model, x[:1], tolerance=0.5)
@@ -265,8 +265,9 @@ def test_the_callback_closes_until_the_end_of_the_goal() -> None:
         ],
     )  # fmt: skip
     assert list(seen) == [20, 40, 60, 80, 100, 120, 140, 150]
-    assert seen[40] < 40
-    assert len({seen[step] for step in seen if step >= 40}) == 1
+    assert {seen[step] for step in (20, 40, 60)} == {40}
+    assert seen[120] < 40
+    assert len({seen[step] for step in seen if step >= 120}) == 1
 
 
 def test_a_large_model_ends_at_the_budget() -> None:
@@ -334,9 +335,9 @@ def test_a_tolerance_without_its_state_is_named(caplog: pytest.LogCaptureFixture
     torch.manual_seed(0)
     model, x = mlp(), torch.randn(64, 6)
     goal = Goal(model, x, tolerance=0.3)
-    goal.close(loss_of(model, x), 0.1)
+    goal.close(loss_of(model, x), 0.6)
     assert 0 in model[2].mask
-    goal.close(loss_of(model, x), 0.15)
+    goal.close(loss_of(model, x), 0.7)
     resumed = Goal(model, x, tolerance=0.3)
     resumed.load_state_dict(goal.state_dict())
     with caplog.at_level(logging.WARNING, "selftune"):

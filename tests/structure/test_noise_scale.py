@@ -119,7 +119,7 @@ def test_sizes_follow_the_noise_scale() -> None:
     for noise in (None, 40.0, 40.0, 1e6, 1e6, 1e6, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0):
         if noise is not None:
             tell(batches, noise)
-        iter(batches)
+        next(iter(batches))
         sizes.append(batches.size)
     assert sizes == [16, 32, 32, 64, 128, 128, 64, 32, 16, 8, 4, 4]
 
@@ -152,7 +152,7 @@ def test_the_size_minimises_the_time_to_a_target(noise: float, overhead: float) 
     batches = Batches(range(10_000), start=64, least=1, most=1024, overhead=overhead)
     for _ in range(8):
         tell(batches, noise)
-        iter(batches)
+        next(iter(batches))
     times = {b: (1 + noise / b) * (overhead + b) for b in (2**k for k in range(11))}
     assert batches.size == min(times, key=times.__getitem__)
 

@@ -1,0 +1,166 @@
+"""What users do with gates, goals and batches besides the usual. Truth: by hand, or a message."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import selftune as st
+from selftune.structure import Batches, Gate, Goal, Optional, prune, with_gates
+
+X, Y = torch.randn(32, 8), torch.randn(32, 1)
+
+
+def network() -> nn.Sequential:
+    """Only its first four units have an effect."""
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Gate(32), nn.Linear(32, 1))
+    with torch.no_grad():
+        net[3].weight[:, 4:] = 0
+        net[3].weight[:, :4] = 1
+    return net
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_of_a_loader_with_workers_counts_once(workers: int) -> None:
+    """Truth: a noise scale far above, and a factor of two for each epoch."""
+    batches = Batches(range(2000), start=4, most=256, interval=None)
+    loader = DataLoader(TensorDataset(torch.arange(2000)), batch_sampler=batches,
+                        num_workers=workers)  # fmt: skip
+    sizes, first = [], []
+    for _ in range(3):
+        epoch = [batch[0] for batch in loader]
+        assert len(torch.cat(epoch).unique()) == 2000
+        sizes.append(len(epoch[0]))
+        first.append(epoch[0][:4].tolist())
+        batches.scale.observe(1 + 500 / 8, 1 + 500 / 16, 8, 16)
+    assert (sizes, batches.epoch) == ([4, 8, 16], 3)
+    again = Batches(range(2000), start=4, most=256, interval=None)
+    assert [next(iter(again))[:4] for _ in range(3)] == first
+
+
+def test_a_loss_of_nan_postpones_a_closing(caplog: pytest.LogCaptureFixture) -> None:
+    net, seen = network(), []
+    goal = Goal(net, X[:1], budget=0.2, total_steps=100, closings=1)
+
+    def closure() -> Tensor:
+        seen.append(0)
+        return F.mse_loss(net(X), Y) * (float("nan") if len(seen) == 1 else 1)
+
+    closed = [step for step in range(100) if goal.step(closure)]
+    assert closed == [20]  # one step later than due
+    assert net[2].mask[:4].tolist() == [1] * 4
+    assert "closing is postponed" in caplog.text
+
+
+def test_a_tolerance_waits_until_the_model_has_learned() -> None:
+    """Truth: a product that takes most of the run to learn; a first fifth leaves a constant."""
+    torch.manual_seed(1)
+    x = torch.randn(600, 2)
+    y = x[:, :1] * x[:, 1:]
+    net = nn.Sequential(nn.Linear(2, 24), nn.Tanh(), Gate(24), nn.Linear(24, 1))
+    goal = Goal(net, x[:1], tolerance=0.02, total_steps=400)
+    opt = torch.optim.Adam(net.parameters(), lr=0.02)
+    for step in range(400):
+        opt.zero_grad()
+        F.mse_loss(net(x[:500]), y[:500]).backward()
+        opt.step()
+        if goal.step(lambda: F.mse_loss(net(x[500:]), y[500:])):
+            assert step >= 200
+    with torch.no_grad():
+        assert float(F.mse_loss(net(x[500:]), y[500:])) < 0.1 * float(y[500:].var())
+
+
+def test_a_compiled_model(caplog: pytest.LogCaptureFixture) -> None:
+    net = network()
+    compiled: Any = torch.compile(net, backend="eager")
+    compiled(X)
+    goal = Goal(compiled, X[:1], budget=0.5, total_steps=10)
+    with pytest.raises(ValueError, match="of a compiled model, the original one"):
+        goal.close(lambda: F.mse_loss(compiled(X), Y), 1.0)
+    assert goal.close(lambda: F.mse_loss(net(X), Y), 1.0)
+    small = prune(compiled, X[:1])
+    assert torch.allclose(small(X), net(X), atol=1e-6)
+    assert small[0].out_features < 32
+
+
+def test_gates_that_can_remove_nothing_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    images = torch.randn(1, 3, 8, 8)
+    parts = [nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), Gate(8)]
+    with pytest.raises(ValueError, match="no unit of 3 can be removed"):
+        Goal(nn.Sequential(*parts, nn.Flatten(), nn.Linear(512, 2)), images, budget=0.7)
+    more = [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), Gate(8), nn.Flatten(), nn.Linear(512, 2)]
+    net = nn.Sequential(*parts, *more)
+    Goal(net, images, budget=0.9)
+    assert "no unit of 3 can be removed" in caplog.text
+    with torch.no_grad():
+        net[3].gates[2:] = 0
+    prune(net, images)
+    assert "kept because other layers need them, or as the last of a layer: 3 (6)" in caplog.text
+
+
+class Scored(nn.Module):
+    """As language models often are: the loss, if there are targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Gate(32), nn.Linear(32, 3))
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, features: bool = False) -> Any:
+        found = self.net(x)
+        if features:
+            return found
+        return found if targets is None else (found, F.cross_entropy(found, targets))
+
+
+def test_arguments_with_defaults() -> None:
+    net, targets = Scored(), torch.zeros(32).long()
+    goal = Goal(net, X[:1], budget=0.5, total_steps=10)
+    assert goal.close(lambda: net(X, targets)[1], 1.0)
+    small = prune(net, X[:1])
+    assert small.net[0].out_features < 32
+    assert torch.allclose(small(X, targets)[1], net(X, targets)[1], atol=1e-6)
+
+
+def test_what_gated_recurrent_layers_take() -> None:
+    x = torch.randn(2, 5, 3)
+    for layers in (1, 2):
+        gated = with_gates(nn.GRU(3, 4, layers, batch_first=True))
+        assert torch.equal(gated(x, None)[0], gated(x)[0])
+        with pytest.raises(ValueError, match="starts from a state of 0"):
+            gated(x, torch.zeros(layers, 2, 4))
+        with pytest.raises(ValueError, match="pad_packed_sequence"):
+            gated(nn.utils.rnn.pack_padded_sequence(x, [5, 3], batch_first=True))
+        with pytest.raises(ValueError, match="no batch dimension"):
+            gated(x[0])
+
+
+def test_a_model_that_cannot_be_gated_stays_as_it_was() -> None:
+    net = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bidirectional=True)])
+    kinds = [type(m) for m in net.modules()]
+    with pytest.raises(ValueError, match="bidirectional"):
+        with_gates(net)
+    assert [type(m) for m in net.modules()] == kinds
+
+
+def test_optional_passes_arguments_on() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    found = Optional(layer, residual=False)(x, src_key_padding_mask=padding)
+    assert torch.allclose(found, layer(x, src_key_padding_mask=padding), atol=1e-6)
+
+
+def test_the_tuner_says_that_batches_keep_their_size(caplog: pytest.LogCaptureFixture) -> None:
+    batches = Batches(range(64), start=8, most=32)
+    loader = DataLoader(TensorDataset(torch.randn(64, 8), torch.randn(64, 1)),
+                        batch_sampler=batches)  # fmt: skip
+    st.Tuner(nn.Linear(8, 1), F.mse_loss, compile=False).fit(
+        loader, [(X, Y)], steps=20, progress=False
+    )
+    assert "keep their size" in caplog.text
