@@ -73,9 +73,9 @@ class Action(NamedTuple):
 
     Attributes:
         skip: Skip the current step.
-        snapshot: Weights to store first: ``"iterate"`` the current weights and ``"average"`` the
-            averaged ones as the last good ones, ``"candidate"`` the averaged ones as the candidate,
-            ``"promote"`` the candidate as the last good ones.
+        snapshot: Weights to store first: ``"iterate"`` the current weights as the average, in the
+            sweep; ``"average"`` the averaged ones as the last good ones, ``"candidate"`` as the
+            candidate, ``"promote"`` the candidate as the last good ones.
         rewind: Then return to the good weights and restart, with these changes of raw values.
         reason: The reason for the log; empty if the rewind belongs to the sweep.
         diverged: Whether the learning rate was too high after a confirmed sweep: later it rises
@@ -92,7 +92,7 @@ class Action(NamedTuple):
     def planned(self) -> bool:
         """Whether a rewind belongs to the sweep.
 
-        During the sweep the average stays at the initial weights. These become the last good
-        weights until later losses confirm the sweep.
+        During the sweep the average is the best iterate so far, to which it returns. The initial
+        weights remain the last good ones until later losses confirm the sweep.
         """
         return self.rewind is not None and not self.reason

@@ -234,16 +234,20 @@ class Block:
         torch._foreach_lerp_(self.averages, self.params, share)
 
     def settle(self) -> None:
-        """Apply masks and frozen parameters to the average.
+        """Apply masks and frozen parameters to the average and the snapshots.
 
         A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in
-        the average too; a frozen parameter is copied.
+        them too; a frozen parameter is copied.
         """
-        for param, view in zip(self.params, self.averages, strict=True):
+        snapshots = [self.layout.views(flat) for flat in self.snapshots.values()]
+        for param, *views in zip(self.params, self.averages, *snapshots, strict=True):
             if param.requires_grad:  # read here, not from the local shard
-                view.masked_fill_(local(param) == 0, 0.0)
+                mask = local(param) == 0
+                for view in views:
+                    view.masked_fill_(mask.to(view.device), 0.0)
             else:
-                view.copy_(local(param))
+                for view in views:
+                    view.copy_(local(param))
 
     def gradient(self) -> tuple[Tensor, list[bool] | None]:
         """The concatenated gradients in a reused buffer, and which of them exist (None: all)."""
@@ -317,22 +321,21 @@ class Block:
 
     def snapshot(self, kind: str) -> None:
         """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
-        if kind == "iterate":
-            self._fill(self.good)
+        if kind == "iterate":  # in the sweep, where the average is free, and exact
+            self._fill(self.part.average)
         elif kind == "promote":
             self.good.copy_(self.snapshots["candidate"])
         else:
             self.snapshots[kind if kind == "candidate" else "good"].copy_(self.part.average)
 
-    def go_back(self, *, start_is_good: bool) -> None:
+    def go_back(self, *, swept: bool) -> None:
         """Return weights and average to the last good ones.
 
         Args:
-            start_is_good: Whether the average, at the initial weights, becomes the good weights.
+            swept: Whether to return to the iterate that the sweep stored in the average instead;
+                the initial weights then remain the good ones.
         """
-        self.layout.write(self.good, self.params)
-        if start_is_good:
-            self.good.copy_(self.part.average)
+        self.layout.write(self.part.average if swept else self.good, self.params)
         self._fill(self.part.average)
 
     def rewound(self, part: Part) -> None:

@@ -106,7 +106,7 @@ class Engine:
         self.buffers.begin()
 
     def settle(self) -> None:
-        """Apply masks and frozen parameters to the averages."""
+        """Apply masks and frozen parameters to averages and snapshots."""
         for block in () if self.buffers.shown else self.blocks:
             block.settle()
 
@@ -242,8 +242,9 @@ class Engine:
                 self.buffers.mend()
             return False
         step = self.clock.steps
+        self.settle()
         for block in self.blocks:
-            block.go_back(start_is_good=action.planned)
+            block.go_back(swept=action.planned)
         averages = [b.part.average for b in self.blocks]
         state = self.method.rewind(self.store.state(), averages, step)
         self.store.take(state)

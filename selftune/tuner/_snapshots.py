@@ -64,7 +64,8 @@ class Snapshots:
         """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
         targets = self.candidate if kind == "candidate" else self._good
         sources = self.candidate if kind == "promote" else self._present()
-        if kind == "iterate":
+        if kind == "iterate":  # in the sweep, where the average is free, and exact
+            targets = [*self.run.averages, *self.buffers]
             sources[: len(self.weights)] = self.run.weights
         for target, source in zip(targets, sources, strict=True):
             self.part(target, member).copy_(self.part(source, member))
@@ -76,7 +77,7 @@ class Snapshots:
         member: int = 0,
         raw_before: Sequence[float] | None = None,
         *,
-        start_is_good: bool = False,
+        swept: bool = False,
         diverged: bool = False,
     ) -> None:
         """Return to the good weights, restart, and change raw hyperparameters.
@@ -85,15 +86,14 @@ class Snapshots:
             moves: Changes by name.
             member: Member of a population.
             raw_before: Raw hyperparameters to restore before the changes.
-            start_is_good: Whether the average, still the initial weights, becomes the good weights.
+            swept: Whether to return to the iterate that the sweep stored in the average instead;
+                the initial weights then remain the good ones.
             diverged: Whether the learning rate was too high.
         """
         mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
         kept = [self.part(t, member) for t in self.weights]
         for weights, average, then in zip(mine.weights, mine.averages, kept, strict=True):
-            weights.copy_(then)
-            if start_is_good:
-                then.copy_(average)
+            weights.copy_(average if swept else then)
             average.copy_(weights)
         for held in (mine.buffers, mine.average_buffers):
             for tensor, then in zip(held, self.buffers, strict=True):

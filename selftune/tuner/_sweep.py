@@ -59,7 +59,7 @@ def sweep(
             if action.rewind is not None:
                 slopes.forget()
                 run.step.add_(1)
-                snapshots.rewind(action.rewind, start_is_good=action.planned)
+                snapshots.rewind(action.rewind, swept=action.planned)
                 continue
         after, _ = steps.advance(run, passed, tracked=False, rate=state.factor(state.taken))
         for old, new in zip(leaves(run), leaves(after), strict=True):
