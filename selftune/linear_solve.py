@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._arguments import NONE, Kind, Number, Whole, check
+
 Product = Callable[[Tensor], Tensor]
+TOLERANCE: dict[str, Kind] = {"tolerance": Number(least=0)}
+"""Valid values of an argument that all solvers have."""
 
 
 class Solution(NamedTuple):
@@ -132,6 +136,10 @@ class Neumann(AbstractIteration):
     tolerance: float = 1e-3
     head: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check({"terms": Whole(least=1), "scale": NONE | Number(above=0), **TOLERANCE}, vars(self))
+
     @property
     def rounds(self) -> int:
         """One round for each term."""
@@ -204,6 +212,10 @@ class CG(AbstractIteration):
     damping: float = 0.0
     tolerance: float = 1e-3
 
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check({"iterations": Whole(least=1), "damping": Number(least=0), **TOLERANCE}, vars(self))
+
     @property
     def rounds(self) -> int:
         """One round for each direction."""
@@ -269,7 +281,8 @@ class Nystrom(AbstractSolver):
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Check the damping."""
+        """Check the arguments."""
+        check({"rank": Whole(least=1), **TOLERANCE}, vars(self))
         if not self.damping > 0:
             raise ValueError(f"damping={self.damping} must be above 0; 0.01 is usual")
 

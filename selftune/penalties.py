@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from selftune._arguments import Number, check
 from selftune._flat import Layout
 
 
@@ -24,9 +25,17 @@ class AbstractPenalty(ABC):
 
     Args:
         strength: Initial λ; 0 is off or, if λ is tuned, a small starting value.
+
+    Raises:
+        TypeError: The strength is not a number.
+        ValueError: It is negative or not finite.
     """
 
     strength: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the strength."""
+        check({"strength": Number(least=0)}, {"strength": self.strength})
 
     name: ClassVar[str]
     """The name of its strength among the hyperparameters."""

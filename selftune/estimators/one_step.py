@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from selftune._arguments import Whole, check
 from selftune.estimators._rows import AbstractRows
 from selftune.update import Tangents, Transition
 
@@ -21,12 +22,19 @@ class OneStep(AbstractRows):
         stride: Steps between two tracked steps.
         closed_forms: As in :class:`~selftune.estimators.Trace`.
 
+    Raises:
+        ValueError: The stride is below 1.
+
     Source: Baydin et al. 2018, eq. 5; Chandra et al. 2022.
     """
 
     stride: int = 1
     closed_forms: bool = True
     discount: float = field(default=0.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the stride."""
+        check({"stride": Whole(least=1)}, vars(self))
 
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]

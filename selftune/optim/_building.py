@@ -43,7 +43,10 @@ ARGUMENTS: dict[str, Kind] = {
     **control.ARGUMENTS,
     "schedule": TEXT | NONE,
     "per": TEXT | Instance((Mapping,), "a scope by name"),
-    "total_steps": That(lambda n: n is None or isinstance(n, numbers.Real), "steps, or None"),
+    "total_steps": That(
+        lambda n: n is None or (isinstance(n, numbers.Real) and not isinstance(n, bool)),
+        "steps, or None",
+    ),
     "hyper_optimizer": That(
         lambda f: f is None or callable(f), "None or a function that makes a torch optimizer"
     ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -37,8 +39,12 @@ def from_bytes(run: Any) -> dict[str, Any]:
         ValueError: It is not a packed run.
     """
     try:
+        with zipfile.ZipFile(io.BytesIO(run)) as held:  # torch does not read its checksums
+            if (broken := held.testzip()) is not None:
+                raise ValueError(f"the checksum of {broken} does not match")
         found: dict[str, Any] = torch.load(io.BytesIO(run), weights_only=True)
-    except (TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (TypeError, ValueError, RuntimeError, EOFError, LookupError, NotImplementedError,
+            pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
         raise ValueError(
             "state_dict is incomplete: param_groups[0]['selftune'] contains no selftune run "
             f"({error})"
@@ -149,12 +155,20 @@ def check_state(
             raise ValueError(f"state_dict is incomplete: param_groups[{index}] lacks {missing}")
     params = [p for g in mine for p in g["params"]]
     order = [i for g in saved for i in g["params"]]
-    needed = {id(p): block.keys for block in engine.blocks for p in block.params}
+    begun = run["clock"]["steps"] > 0  # the rule's state has been saved
+    needed = {
+        id(p): block.keys | (set(block.part.rule) if begun else set())
+        for block in engine.blocks for p in block.params
+    }  # fmt: skip
+    rules = {id(p): {*b.part.rule, *b.snapshots} for b in engine.blocks for p in b.params}
     for index, param in zip(order, params, strict=True):
         entry = state["state"].get(index, {})
         average = entry.get("average")
         if isinstance(average, Tensor):
             _match(f"shape of parameter {index}", tuple(average.shape), tuple(param.shape))
+        for name in rules.get(id(param), set()) & entry.keys():
+            _match(f"shape of {name} of parameter {index}", tuple(entry[name].shape),
+                   tuple(param.shape))  # fmt: skip
         wanted = needed.get(id(param), set())
         if wanted and run["shown"]:
             wanted = wanted | {"training"}
@@ -176,8 +190,10 @@ def check_state(
     return run
 
 
-OPEN = ("groups", "buffers", "training_signal", "slopes", "optimizer")
-"""Parts whose size depends on the progress of the run."""
+OPEN = ("training_signal", "slopes", "optimizer")
+"""Parts whose content depends on the progress of the run."""
+KEYED = ("groups", "buffers")
+"""Parts with known keys, whose values depend on the progress of the run."""
 
 
 def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
@@ -193,8 +209,9 @@ def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
     if missing:
         raise ValueError(f"state_dict is incomplete: {where} lacks {missing}")
     for name in mine.keys() - set(OPEN):
-        if saved[name] is not None and mine[name] is not None:
-            _complete(saved[name], mine[name], f"{where}[{name!r}]")
+        part = dict.fromkeys(mine[name]) if name in KEYED else mine[name]
+        if saved[name] is not None and part is not None:
+            _complete(saved[name], part, f"{where}[{name!r}]")
 
 
 def _match(what: str, saved: Any, mine: Any) -> None:

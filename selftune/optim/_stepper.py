@@ -260,8 +260,17 @@ class InnerStepper(AbstractStepper):
         """Read the inner state of each parameter from ``inner``."""
         for param, entry in state.items():
             if "inner" in entry:
-                self._inner.state[param] = copy.deepcopy(entry["inner"])  # it steps in place
+                self._inner.state[param] = _copied(entry["inner"])  # it steps in place
         self._inner.param_groups = groups
+
+
+def _copied(state: Any) -> Any:
+    """A deep copy; quantised tensors (torchao) support ``to``, but not ``clone``."""
+    if isinstance(state, Tensor):
+        return state.detach().to(state.device, copy=True)
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return copy.deepcopy(state)
 
 
 def _number(rate: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from torch import nn
 
 from selftune.replay import TunedSchedule
@@ -85,7 +85,7 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
     made = trainer.build(asked, family)
     schedule = None
     if isinstance(made, Candidate):
-        filled = _fill(trainer, best.number, made)
+        filled = _fill(trainer, best, made)
         if filled is None:
             result = trainer.run(trainer.build(asked, family), family, None)
             made = trainer.build(asked, family)
@@ -109,12 +109,15 @@ def _put(trainer: Trainer, made: Candidate, weights: dict[str, Any]) -> Candidat
     return replace(made, model=recut(made.model, weights, trainer.train_of(made)))
 
 
-def _fill(trainer: Trainer, number: int, made: Candidate) -> tuple[Candidate, TunedSchedule] | None:
+def _fill(
+    trainer: Trainer, trial: FrozenTrial, made: Candidate
+) -> tuple[Candidate, TunedSchedule] | None:
     """The candidate with the trial's weights, and its schedule; None if they are lost."""
+    number = trial.number
     if number in trainer.kept:
         result = trainer.kept[number]
         return _put(trainer, made, result.best_weights), result.schedule
-    path = None if trainer.folder is None else weights_of(trainer.folder, number)
+    path = None if trainer.folder is None else weights_of(trainer.folder, trial)
     if path is not None and path.exists():
         try:
             filled = _put(trainer, made, load(path))

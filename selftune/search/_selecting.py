@@ -158,12 +158,14 @@ def select(
     builders = builders_of(candidates, train)
     joined = os.environ.get(JOIN)
     storage = joined or storage
-    check_sampler(sampler, storage, trust_storage=trust_storage)
     folder = None if log_dir is None else Path(log_dir)
+    shared = storage  # by others, who may write to it
     if storage is None and workers > 1:
+        shared = None if folder is None else folder / "study.journal"
         storage = (folder or Path(tempfile.mkdtemp(prefix="selftune-"))) / "study.journal"
     if folder is None and isinstance(storage, (str, Path)) and "://" not in str(storage):
         folder = Path(f"{storage}.runs")
+    check_sampler(sampler, shared, trust_storage=trust_storage)
     if workers > 1 and not isinstance(storage, (str, Path)):
         raise ValueError(
             f"workers={workers} needs a storage that all workers can open: pass a path or a URL"

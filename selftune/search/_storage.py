@@ -42,6 +42,7 @@ BEAT, GRACE, RETRIES = 30, 120, 2
 """Heartbeat interval and grace period in seconds, and number of retries of a stale trial."""
 PATIENCE = 5
 """Seconds for which a journal may be locked before a warning."""
+FIRST = b'{"op_code":'  # of a journal
 AWAY, PAUSE = 60, 0.2
 """Seconds for which a database may be unreachable, and seconds between attempts."""
 T = TypeVar("T")
@@ -163,7 +164,8 @@ def _check_journal(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            known = number > 1 or line[: len(FIRST)] == FIRST[: len(line)]
+            if not line.endswith(b"\n") and known:
                 return False  # another worker is writing it, or was killed while it did
             try:
                 entry = json.loads(line)
@@ -209,18 +211,20 @@ def _repair(path: Path, lock: JournalFileOpenLock) -> None:
 
 def check_sampler(given: Any, storage: Any, *, trust_storage: bool) -> None:
     """Raise an error for a sampler that unpickles data of an untrusted storage."""
-    unpickles = given == "cmaes" or isinstance(given, CmaEsSampler)
-    if (
-        unpickles
-        and not trust_storage
-        and storage is not None
-        and not (isinstance(storage, InMemoryStorage))
-    ):
+    unpickles = given == "cmaes" or _holds_cmaes(given)
+    private = storage is None or isinstance(storage, InMemoryStorage)
+    if unpickles and not trust_storage and not private:
         raise ValueError(
             f"sampler={given!r} with storage={storage}: Optuna's CMA-ES unpickles its state from "
             "the storage, so whoever can write there can run code here. Pass trust_storage=True "
             "if nobody else can, or another sampler"
         )
+
+
+def _holds_cmaes(sampler: Any) -> bool:
+    """Whether a sampler is Optuna's CMA-ES, or has it inside, such as ``PartialFixedSampler``."""
+    inner = vars(sampler).values() if isinstance(sampler, BaseSampler) else ()
+    return isinstance(sampler, CmaEsSampler) or any(map(_holds_cmaes, inner))
 
 
 def sampler_of(given: Any, seed: int) -> BaseSampler:

@@ -92,6 +92,7 @@ class Trainer:
         structure: Arguments of :class:`~selftune.structure.Goal` for models that are cut during
             their run, or None.
         kept: The best run of this process, by trial number.
+        written: The file of its weights, if it was written.
     """
 
     candidates: Mapping[str, Builder]
@@ -110,6 +111,7 @@ class Trainer:
     task: Task | None = None
     structure: Mapping[str, Any] | None = None
     kept: dict[int, TuningResult] = field(default_factory=dict)
+    written: list[Path] = field(default_factory=list)
 
     def attempt(self, trial: optuna.Trial) -> float:
         """Run a trial; record a failure with its candidate."""
@@ -310,12 +312,11 @@ class Trainer:
         others = [t.value for t in finished(trial.study) if t.value is not None]
         if any(self.sign * other < self.sign * value for other in others):
             return
-        superseded = list(self.kept)
         self.kept.clear()
         self.kept[trial.number] = result
         if self.folder is None:
             return
-        path = weights_of(self.folder, trial.number)
+        path, superseded = weights_of(self.folder, trial), list(self.written)
         part = path.with_suffix(".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -330,14 +331,16 @@ class Trainer:
                 error,
             )  # fmt: skip
             return
-        for number in superseded:
-            for old in (".pt", ".json"):
-                weights_of(self.folder, number).with_suffix(old).unlink(missing_ok=True)
+        self.written[:] = [path]
+        for old in superseded:
+            for suffix in (".pt", ".json"):
+                old.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def weights_of(folder: Path, number: int) -> Path:
-    """Path of a trial's weights."""
-    return folder / "weights" / f"{number:04d}.pt"
+def weights_of(folder: Path, trial: optuna.Trial | FrozenTrial) -> Path:
+    """Path of the weights of a trial; when it began tells it from those of other studies."""
+    begun = f"{trial.datetime_start:%Y%m%d-%H%M%S-%f}" if trial.datetime_start else "unknown"
+    return folder / "weights" / f"{trial.number:04d}-{begun}.pt"
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:

@@ -22,8 +22,13 @@ log = logging.getLogger("selftune")
 LAST, BEST = "last.pt", "best.pt"
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
-VERSION = 17
-"""Version of checkpoints; 17 has the parts of the guard."""
+PARTS = frozenset({
+    "identity", "leaves", "frozen", "chosen", "whole", "snapshots", "watch", "population", "train",
+    "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
+})  # fmt: skip
+"""Entries of the checkpoint of a run."""
+VERSION = 18
+"""Version of checkpoints; 18 has the hyperparameters that are not tuned."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
@@ -144,6 +149,9 @@ def read(path: Path) -> dict[str, Any]:
             f"resume: {path} has version {version}, but this selftune's Tuner reads version "
             f"{VERSION}: finish the run with the selftune that saved it, or start a new run"
         )
+    missing = sorted(PARTS - state.keys()) if path.name != BEST else []
+    if missing:
+        raise ValueError(f"resume: {path} is incomplete: it lacks {missing}; nothing was changed")
     return state
 
 

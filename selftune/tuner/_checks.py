@@ -60,7 +60,12 @@ def check_hparams(
                 f"hparams={name!r} is not one of {type(rule).__name__}'s: use one of "
                 f"{sorted(names)}, and penalty= for penalties"
             )
-        if isinstance(value, bool):
+        flag = isinstance(rule.defaults.get(name), bool)
+        if flag != isinstance(value, bool):
+            raise TypeError(
+                f"hparams[{name!r}]={value!r} must be {'True or False' if flag else 'a number'}"
+            )
+        if flag:
             continue
         check({f"hparams[{name!r}]": SCALAR}, {f"hparams[{name!r}]": value})
         if name in strengths:
@@ -94,8 +99,9 @@ ARGUMENTS: dict[str, Kind] = {
     "objective": That(lambda f: f is None or callable(f), "None or a function"),
     "augment": NONE | Instance((nn.Module,), "a module"),
     "metrics": NONE | That(
-        lambda m: isinstance(m, Mapping) and all(map(callable, m.values())),
-        "a dictionary of functions of output and target by name, {'accuracy': accuracy}",
+        lambda m: isinstance(m, Mapping) and all(map(callable, m.values())) and "loss" not in m,
+        "a dictionary of functions of output and target by name, {'accuracy': accuracy}, without "
+        "'loss', which is the loss itself",
     ),
     "parallel": NONE | OneOf(("ddp", "fsdp")),
     "device": NONE | TEXT | Instance((torch.device,), "a torch.device"),

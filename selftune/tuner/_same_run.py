@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
     """Settings that must be equal in a run and in its continuation."""
     model = given.objective.model
+    # Of those that the user passed: the others may follow the length, which an extension changes.
+    fixed = {n: v for n, v in steps.options.items() if n in given.chosen - {UNTIL}}
     found = {
         "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
         "trained parameters": str(steps.params),
@@ -30,6 +32,7 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
         "tuned hyperparameters": str(given.names),
         LENGTH: plan.total,
         "every": plan.every,
+        "fixed hyperparameters": str(dict(sorted(fixed.items()))),
         "size of a hyperparameter step": str(given.hyper_rate),
         "schedule": given.schedule,
         "warmup_steps": given.warmup,
