@@ -141,7 +141,7 @@ def alive() -> dict[int, int]:
     return {s.data_ptr(): s.nbytes() for s in storages}
 
 
-def weigh(rule: str, tune: tuple[str, ...]) -> None:
+def weigh(rule: str, tune: tuple[str, ...], device: str) -> None:
     """One row of the table of memory: what lives between two steps of a run."""
     net = NETS["MLP 784-256-256-10, batch 128"]()
     batch = net.batches[0]
@@ -156,7 +156,7 @@ def weigh(rule: str, tune: tuple[str, ...]) -> None:
 
     gc.collect()
     before = alive()
-    fit(net, rule, batches(), 21, "cpu", tune, compile=False)
+    fit(net, rule, batches(), 21, device, tune, compile=False)
     base = plain.memory(net, rule)
     print(
         f"| {rule} | {', '.join(tune)} | {base / 1e6:.2f} MB | {sizes[0] / 1e6:.2f} MB "
@@ -227,7 +227,7 @@ def main() -> None:
         print("\n| rule | tuned | torch | ours | ratio |\n|---|---|---|---|---|")
         for rule in rules:
             for tune in (("lr", "weight_decay"), FOUR[rule]):
-                weigh(rule, tune)
+                weigh(rule, tune, args.device)
     if args.part in (None, "population"):
         print(
             "\n| rule | members | one run, ms a step | population ÷ one run (quartiles) "

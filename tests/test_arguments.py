@@ -1,6 +1,7 @@
 """Wrong calls over the whole public face. Truth: a list of values that cannot be."""
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 
@@ -49,3 +50,22 @@ def test_no_argument_is_left_out() -> None:
 def test_arguments_of_a_search(name: str, value: object) -> None:
     with pytest.raises((TypeError, ValueError), match=f"{name}="):
         search.select(lambda space: 1.0, **{"progress": False, name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: st.penalties.L1(-1.0), "strength=-1.0"),
+        (lambda: st.penalties.L2(float("nan")), "strength=nan"),
+        (lambda: st.estimators.OneStep(stride=0), "stride=0"),
+        (lambda: st.linear_solve.CG(iterations=-1), "iterations=-1"),
+        (lambda: st.linear_solve.Neumann(terms=0), "terms=0"),
+        (lambda: st.linear_solve.Neumann(scale=float("nan")), "scale=nan"),
+        (lambda: st.linear_solve.Nystrom(rank=0), "rank=0"),
+    ],
+)
+def test_settings_of_parts_are_checked_where_they_are_made(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

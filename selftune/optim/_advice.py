@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+from torch import nn
+
+from selftune.nn import tunables
 from selftune.optim._engine import Engine
 from selftune.optim._weight_steps import STEPS_ALONE
 from selftune.schedules import Schedule
@@ -25,6 +28,15 @@ class Advice:
         self._engine, self._schedule = engine, schedule
         self._regularizers = frozenset(regularizers)
         self._given: set[str] = set()
+
+    def name_strengths(self, model: nn.Module | None) -> None:
+        """Warn about strengths of layers, which only ``st.Tuner`` tunes."""
+        found = {} if model is None else tunables(model)
+        if found:
+            log.warning(
+                "%s: the strengths of layers %s keep their values: only st.Tuner tunes them",
+                self._engine.label, list(found),
+            )  # fmt: skip
 
     def give(self, *, annealed: bool) -> None:
         """Warn after a step.

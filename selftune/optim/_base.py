@@ -59,6 +59,7 @@ class SelfTuningOptimizer(EvaluationMode):
         self._assembly = Assembly(self._engine, self._groups)
         self._log = OptimizerLog(self._engine.monitor, shifts)
         self._advice = Advice(self._engine, self._schedule, update.regularizers)
+        self._advice.name_strengths(options.model)
         super().__init__(params, defaults)
         if not any(p.requires_grad for g in self.param_groups for p in g["params"]):
             raise ValueError(

@@ -72,7 +72,7 @@ class Block:
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
         weights = self.weights()
-        self._scratch: dict[str, Tensor] = {}
+        self.scratch: dict[str, Tensor] = {}
         self._firsts = cut.firsts(self.layout.sizes)
         self._rows = [Rows(p, cut.stride, n) for p, n in zip(params, self._firsts, strict=True)]
         self.part = sensitivities.begin(weights, values, cut, tensors=len(params), fresh=True)
@@ -154,22 +154,26 @@ class Block:
                     entry[name] = view
             self._stale = False
 
+    def _let_go(self) -> None:
+        """Drop views of the rule's previous state, so that its memory is freed."""
+        for entry in self._entries:
+            for name in self.part.rule:
+                entry.pop(name, None)
+        self._views, self._viewed, self._stale = {}, {}, True
+
     def weights(self) -> Tensor:
         """A copy of the concatenated weights."""
         return self.layout.flatten([p.detach() for p in self.params])
 
     def before(self) -> Tensor:
-        """The concatenated weights, in a buffer that is reused at the next step.
-
-        Allocating a copy of the model at every step would take longer than the arithmetic.
-        """
+        """The concatenated weights, in a buffer reused at each step: allocating one takes long."""
         return self.layout.flatten(self.params, out=self._kept_memory("weights"))
 
     def _kept_memory(self, use: str) -> Tensor:
         """A buffer reused at each step."""
-        if use not in self._scratch:
-            self._scratch[use] = self.part.average.new_empty(self.layout.numel)
-        return self._scratch[use]
+        if use not in self.scratch:
+            self.scratch[use] = self.part.average.new_empty(self.layout.numel)
+        return self.scratch[use]
 
     def slice(self, tensors: Sequence[Tensor]) -> Tensor:
         """The slices of tensors shaped like the parameters, concatenated."""
@@ -205,12 +209,7 @@ class Block:
         swap(self.params, self.averages)
 
     def show(self, place: float, weights: Sequence[Tensor]) -> None:
-        """Write other weights into the parameters.
-
-        Args:
-            place: -1 the good weights, 0 the average, 1 ``weights``.
-            weights: The training weights.
-        """
+        """Write the good (place -1), averaged (0) or given weights (1) into the parameters."""
         others = weights if place > 0 else self.layout.views(self.good)
         params = map(local, self.params)
         for param, view, other in zip(params, self.averages, others, strict=True):
@@ -296,7 +295,7 @@ class Block:
             counted: Which tensors took part; None: all.
         """
         self.part = part._replace(params=moved.new_empty(0))
-        self._stale = True
+        self._let_go()
         self.layout.write(moved, self.params)
         if counted is None:
             self.count()
@@ -329,11 +328,9 @@ class Block:
             self.snapshots[kind if kind == "candidate" else "good"].copy_(self.part.average)
 
     def go_back(self, *, swept: bool) -> None:
-        """Return weights and average to the last good ones.
+        """Return weights and average to the last good ones, or the sweep's iterate in the average.
 
-        Args:
-            swept: Whether to return to the iterate that the sweep stored in the average instead;
-                the initial weights then remain the good ones.
+        After a sweep the initial weights remain the good ones.
         """
         self.layout.write(self.part.average if swept else self.good, self.params)
         self._fill(self.part.average)
@@ -341,7 +338,7 @@ class Block:
     def rewound(self, part: Part) -> None:
         """Reset the rule's state."""
         self.part = part._replace(params=part.average.new_empty(0))
-        self._stale = True
+        self._let_go()
         self._steps.zero_()
         self._ages, self._lead = [0.0] * len(self._ages), 0
 

@@ -76,6 +76,10 @@ def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
             (b.snapshots[kind] for b in blocks for kind in b.snapshots if kind != "good"),
             "good if later losses confirm it; small models only",
         ),
+        "step": (
+            (t for b in blocks for t in b.scratch.values()),
+            "weights and gradients as vectors, where steps are pure",
+        ),
     }  # fmt: skip
     entries = [Entry(name, _bytes(tensors), why) for name, (tensors, why) in kinds.items()]
     weights = _bytes(p for b in blocks for p in b.params)

@@ -98,3 +98,53 @@ def test_sync_inside_averaged_is_refused() -> None:
     step(net, opt)
     with opt.averaged(), pytest.raises(RuntimeError, match=r"sync\(\) inside averaged"):
         opt.sync()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_late_mask_holds_in_the_last_good_weights(shell: str) -> None:
+    """Weights that were good before the mask are shown at the end with the mask, or not at all."""
+    net = network()
+    opt = SHELLS[shell](net, total_steps=120)
+    mask = torch.rand(net[0].weight.shape, generator=torch.Generator().manual_seed(1)) > 0.8
+    for at in range(120):
+        step(net, opt)
+        if at >= 40:
+            net[0].weight.data *= mask
+        tune(net, opt)
+    assert (averaged(net, opt)["0.weight"][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_rewind_leaves_a_frozen_layer_alone(shell: str) -> None:
+    net = network()
+    opt = SHELLS[shell](net, total_steps=120)
+    for at in range(90):
+        if at == 40:
+            net[0].requires_grad_(False)
+            net[0].weight.grad = net[0].bias.grad = None
+            held = net[0].weight.clone()
+        opt.zero_grad()
+        (net(X) - Y).square().mean().backward()
+        if at in (80, 81, 82):  # a rewind
+            net[2].weight.grad.fill_(float("nan"))
+        opt.step()
+        tune(net, opt)
+    assert torch.equal(net[0].weight, held)
+    assert torch.equal(averaged(net, opt)["0.weight"], held)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "device"])
+def test_the_sweep_returns_to_its_best_weights_exactly(storage: str) -> None:
+    """Truth: in float32 a weight is hardly ever a multiple of a bfloat16's last digit."""
+    net = network()
+    opt = st.AdamW(net, lr=1e-6, total_steps=300, snapshots=storage)
+    for _ in range(30):
+        step(net, opt)
+        weight = net[0].weight
+        assert not torch.equal(weight, weight.bfloat16().float())
+        tune(net, opt)
+
+
+def test_strengths_of_layers_are_named_as_fixed(caplog: pytest.LogCaptureFixture) -> None:
+    st.AdamW(nn.Sequential(nn.Linear(5, 9), st.nn.Dropout(0.3, name="hidden"), nn.Linear(9, 1)))
+    assert "strengths of layers ['hidden'] keep their values" in caplog.text

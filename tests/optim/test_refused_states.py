@@ -109,10 +109,36 @@ def without_an_average(state: dict) -> None:
     state["state"][1] = {k: v for k, v in state["state"][1].items() if k != "average"}
 
 
+def without_good_statistics(state: dict) -> None:
+    with run_of(state) as run:
+        del run["buffers"]["good"]
+
+
+def without_written_values(state: dict) -> None:
+    with run_of(state) as run:
+        del run["groups"]["shown"]
+
+
+def without_momentum(state: dict) -> None:
+    state["state"][1] = {k: v for k, v in state["state"][1].items() if k != "momentum_buffer"}
+
+
+def flipped(state: dict) -> None:
+    """A bit of the clock, or of another tensor."""
+    group = state["param_groups"][0]
+    packed = bytearray(group["selftune"])
+    at = packed.index(b"data.pkl") + 200
+    packed[at] ^= 4
+    group["selftune"] = bytes(packed)
+
+
 @pytest.mark.parametrize(
     "damage",
-    [without_a_clock, without_shifts, of_another_type, cut_off, empty, without_an_average],
-)
+    [
+        without_a_clock, without_shifts, of_another_type, cut_off, empty, without_an_average,
+        without_good_statistics, without_written_values, without_momentum, flipped,
+    ],
+)  # fmt: skip
 def test_a_state_that_is_not_whole_is_refused_whole(damage: Callable[[dict], None]) -> None:
     net, source = network(), network()
     opt, saved = st.SGD(net.parameters(), lr=0.02), st.SGD(source.parameters(), lr=0.05)
@@ -125,6 +151,20 @@ def test_a_state_that_is_not_whole_is_refused_whole(damage: Callable[[dict], Non
         opt.load_state_dict(state)
     torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)
     assert [g["lr"] for g in opt.param_groups] == [g["lr"] for g in groups]
+
+
+def test_tensors_of_another_shape_are_refused_whole() -> None:
+    net, source = network(), network()
+    opt, saved = st.SGD(net.parameters(), lr=0.02), st.SGD(source.parameters(), lr=0.05)
+    train(net, opt, range(60))
+    train(source, saved, range(60))
+    before = snapshot(net, opt)
+    for name in ("momentum_buffer", "good"):
+        state = saved.state_dict()
+        state["state"][1] = state["state"][1] | {name: torch.zeros(3)}
+        with pytest.raises(ValueError, match=f"its shape of {name} of parameter 1"):
+            opt.load_state_dict(state)
+    torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)
 
 
 SETTINGS = {

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from optuna.samplers import CmaEsSampler
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import CmaEsSampler, PartialFixedSampler
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import IntegrityError
 from torch import nn
@@ -139,10 +140,16 @@ class Trap:
 def test_a_sampler_that_unpickles_a_shared_storage_is_refused(tmp_path: Path) -> None:
     path, mark = tmp_path / "study.journal", tmp_path / "mark"
     assert pickle.dumps(Trap(mark))
-    for sampler in ("cmaes", CmaEsSampler()):
+    with pytest.warns(ExperimentalWarning):
+        inside = PartialFixedSampler({"x": 0.5}, CmaEsSampler())
+    for sampler in ("cmaes", CmaEsSampler(), inside):
         with pytest.raises(ValueError, match=r"unpickles its state.*trust_storage=True"):
             search.select(objective, trials=2, storage=path, sampler=sampler, progress=False)
     assert not path.exists()
+    with pytest.raises(ValueError, match="unpickles its state"):  # others may write to log_dir
+        search.select(
+            objective, trials=2, workers=2, log_dir=tmp_path, sampler="cmaes", progress=False
+        )
     found = search.select(
         objective, trials=2, storage=path, sampler="cmaes", trust_storage=True, progress=False
     )

@@ -155,6 +155,19 @@ def test_a_journal_goes_on_and_gives_the_best_back(tmp_path: Path) -> None:
     assert len(list((tmp_path / "study.journal.runs" / "weights").glob("*.pt"))) <= 2
 
 
+def test_studies_of_a_storage_keep_their_own_weights(tmp_path: Path) -> None:
+    train, val = data()
+    far = [(x, y - 50.0) for x, y in val]
+    x, y = (torch.cat(parts) for parts in zip(*val, strict=True))
+    options: dict[str, Any] = dict(trials=2, storage=tmp_path / "study.journal", **QUICK)
+    first = search.select(build, train, val, study="one", **options)
+    search.select(build, [(x, y - 50.0) for x, y in train], far, study="two", **options)
+    again = search.select(build, train, val, study="one", **options)
+    assert again.value == first.value
+    assert again.model is not None
+    assert F.mse_loss(again.model(x), y).item() == pytest.approx(first.value, rel=1e-5)
+
+
 def test_storages_of_something_else_are_left_alone(tmp_path: Path) -> None:
     train, val = data()
     corrupt = tmp_path / "notes.txt"
@@ -162,6 +175,11 @@ def test_storages_of_something_else_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a journal"):
         search.select(build, train, val, trials=1, storage=corrupt, **QUICK)
     assert corrupt.read_text() == "these are\nmy notes\n"
+    for text in ("one line, 0.93", '{"steps": [1, 2]}'):
+        corrupt.write_text(text)
+        with pytest.raises(ValueError, match="not a journal"):
+            search.select(build, train, val, trials=1, storage=corrupt, **QUICK)
+        assert corrupt.read_text() == text
     path = tmp_path / "study.journal"
     search.select(build, train, val, trials=1, storage=path, **QUICK)
     before = path.read_bytes()

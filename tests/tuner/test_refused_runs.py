@@ -172,10 +172,24 @@ def test_a_damaged_checkpoint_is_refused_and_the_folder_untouched(
     assert contents(tmp_path) == before
 
 
+def test_an_incomplete_checkpoint_is_refused_and_the_folder_untouched(tmp_path: Path) -> None:
+    fit(log_dir=tmp_path)
+    whole = torch.load(tmp_path / "last.pt", weights_only=True)
+    for name in ("leaves", "identity", "frozen", "joining"):
+        torch.save({n: v for n, v in whole.items() if n != name}, tmp_path / "last.pt")
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=f"is incomplete: it lacks .*{name}"):
+            fit(log_dir=tmp_path, resume=True)
+        assert contents(tmp_path) == before
+
+
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "model": (dict(model=nn.Sequential(nn.Linear(2, 3))), {}, "parameters"),
     "rule": (dict(rule=st.rules.AdamW(), hparams={}), {}, "rule"),
     "hyperparameters": (dict(tune=("lr",)), {}, "tuned hyperparameters"),
+    "a fixed hyperparameter": (
+        dict(hparams=dict(lr=0.02, momentum=0.5), tune=("lr",)), {}, "fixed hyperparameters|tuned",
+    ),
     "length": ({}, dict(steps=10), "number of steps"),
     "population": (dict(population=2), {}, "population"),
     "activation": (
