@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tasks import (
-    averaged,
-    copied,
-    equal,
-    loss_of,
-    needs,
-    network,
-    run,
-    train_loader,
-    tuned,
-    val_loader,
-)
+from tasks import averaged, equal, loss_of, needs, network, run, train_loader, tuned, val_loader
 
 from selftune.integrations import ValidationBatches, unwrap
 
@@ -113,27 +98,3 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, evaluating: bool) 
     assert unwrap(rest.opt).hparams == unwrap(whole.opt).hparams
     ends = [averaged(r.accelerator.unwrap_model(r.model), unwrap(r.opt)) for r in (rest, whole)]
     assert equal(*ends)
-
-
-@pytest.mark.slow
-def test_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    """Truth: the run that goes on with two ranks, to rounding."""
-    script = Path(__file__).with_name("accelerate_ranks.py")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
-    command = [sys.executable, str(script), port, str(tmp_path)]
-    done = subprocess.run(command, timeout=300, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    want, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert want["hparams"] == other["hparams"]
-    rest = Run(ranks=1)
-    rest.accelerator.load_state(str(tmp_path / "half"))
-    rest.step = 12
-    rest.epochs(2)
-    opt = unwrap(rest.opt)
-    assert opt.hparams == pytest.approx(want["hparams"], rel=1e-4)
-    with opt.averaged():
-        for name, weight in copied(rest.accelerator.unwrap_model(rest.model)).items():
-            assert torch.allclose(weight, want["weights"][name], atol=1e-4), name
