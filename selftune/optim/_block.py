@@ -232,17 +232,17 @@ class Block:
         """Move the average toward the parameters, in place."""
         torch._foreach_lerp_(self.averages, self.params, share)
 
-    def settle(self) -> None:
+    def settle(self, *, thresholded: bool) -> None:
         """Apply masks and frozen parameters to the average and the snapshots.
 
         A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in
-        them too; a frozen parameter is copied.
+        them too (only in the average if a penalty thresholds weights); frozen ones are copied.
         """
         snapshots = [self.layout.views(flat) for flat in self.snapshots.values()]
         for param, *views in zip(self.params, self.averages, *snapshots, strict=True):
             if param.requires_grad:  # read here, not from the local shard
                 mask = local(param) == 0
-                for view in views:
+                for view in views[: 1 if thresholded else None]:
                     view.masked_fill_(mask.to(view.device), 0.0)
             else:
                 for view in views:

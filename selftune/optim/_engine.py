@@ -107,8 +107,9 @@ class Engine:
 
     def settle(self) -> None:
         """Apply masks and frozen parameters to averages and snapshots."""
+        penalties = self.method.sensitivities.update.penalties
         for block in () if self.buffers.shown else self.blocks:
-            block.settle()
+            block.settle(thresholded=any(p.proximal for p in penalties))
 
     def sync(self) -> None:
         """Copy the current weights to the averaged and good ones."""

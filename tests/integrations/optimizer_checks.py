@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,17 @@ def inside_selftuning(
         opt = st.SelfTuning(found[name](other), total_steps=40, every=2, probe=False)
         assert bool(torch.isfinite(steps(other, opt)).all()), name
         assert opt.hparams["lr"] != pytest.approx(1e-3), name
+        fresh = matrices(width)  # goes on from a checkpoint
+        again = st.SelfTuning(found[name](fresh), total_steps=40, every=2, probe=False)
+        fresh.load_state_dict(other.state_dict())
+        file = io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        again.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=False))
+        ends = []
+        for net, run in ((other, opt), (fresh, again)):
+            torch.manual_seed(2)
+            ends.append(steps(net, run))
+        assert torch.equal(*ends), name
 
 
 def quantized(folder: Path) -> None:

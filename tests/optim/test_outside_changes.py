@@ -148,3 +148,21 @@ def test_the_sweep_returns_to_its_best_weights_exactly(storage: str) -> None:
 def test_strengths_of_layers_are_named_as_fixed(caplog: pytest.LogCaptureFixture) -> None:
     st.AdamW(nn.Sequential(nn.Linear(5, 9), st.nn.Dropout(0.3, name="hidden"), nn.Linear(9, 1)))
     assert "strengths of layers ['hidden'] keep their values" in caplog.text
+
+
+def test_weights_that_a_penalty_has_thresholded_stay_good() -> None:
+    """A proximal penalty that zeroes the whole net is undone by a rewind. Truth: the loss."""
+    net = network()
+    opt = st.SGD(net, lr=0.05, momentum=0.9, penalty=st.penalties.ProximalL1(1e-4), tune=("lr",))
+    for _ in range(100):
+        step(net, opt)
+        tune(net, opt)
+    with opt.averaged(), torch.no_grad():
+        before = float((net(X) - Y).square().mean())
+    opt.param_groups[0]["l1"] = 100.0
+    for _ in range(3):
+        step(net, opt)
+        assert all(bool((p == 0).all()) for p in net.parameters())
+        opt.report(float("nan"))
+    with torch.no_grad():
+        assert float((net(X) - Y).square().mean()) < 2 * before + 0.1
