@@ -188,9 +188,7 @@ def test_other_options_are_refused_on_resume_and_change_nothing(tmp_path: Path) 
     model = net()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     other = tuner(model, rule=st.rules.Adam(), hparams={"lr": 0.01, "amsgrad": True})
-    with pytest.raises(
-        ValueError, match="fixed hyperparameters is"
-    ):
+    with pytest.raises(ValueError, match="fixed hyperparameters is"):
         other.fit(loader(), VAL, resume=True, **options)
     assert same(before, model.state_dict())
 
