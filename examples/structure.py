@@ -2,8 +2,9 @@
 
 Channels and hidden units have gates, residual blocks can be removed, one layer chooses its kernel
 size, and batches follow the gradient noise scale. ``structure.Goal`` closes units early in the run
-until half of the parameters and multiply-adds remain, ``st.AdamW`` tunes its hyperparameters on
-validation batches, and ``prune`` returns the smaller network in plain torch.
+until half of the parameters and multiply-adds remain, ``st.Mixture`` chooses the optimizer and
+tunes its hyperparameters on validation batches, and ``prune`` returns the smaller network in plain
+torch.
 
     python examples/structure.py [--epochs 3] [--budget 0.5] [--quick]
 
@@ -103,8 +104,9 @@ val_x, val_y = (torch.stack(list(column)) for column in zip(*val, strict=True))
 model = make_model(width=8 if args.quick else 16, blocks=2)
 epochs = 1 if args.quick else args.epochs
 steps = epochs * len(batches)
-opt = st.AdamW(
-    st.structure.parameter_groups(model), lr=3e-3, weight_decay=0.01, total_steps=steps,
+rules = [st.rules.SGD(), st.rules.AdamW(), st.rules.Lion()]
+opt = st.Mixture(
+    st.structure.parameter_groups(model), rules, lr=3e-3, weight_decay=0.01, total_steps=steps,
     model=model, log_dir=writer,
 )  # fmt: skip
 example = train_images.tensors[0][:1]
@@ -114,7 +116,7 @@ goal = st.structure.Goal(
 )  # fmt: skip
 chooser = st.structure.Chooser(model, steps, recorder=writer)
 start = {**size(model), "batch size": batches.size}
-given = {name: v for name, v in opt.hparams.items() if isinstance(v, float)}
+given = opt.hparams["lr"]
 
 
 def validation() -> Tensor:
@@ -164,8 +166,9 @@ for name, value in start.items():
     print(f"{name:26} {value:9,} → {end[name]:8,}")
 for name, (left, whole) in goal.open().items():
     print(f"{'gates of ' + name:26} {whole:9,} → {left:8,}")
-for name, value in given.items():
-    print(f"{name:26} {value:9.3g} → {float(opt.hparams[name]):8.3g}")
+print(f"{'lr':26} {given:9.3g} → {opt.hparams['lr']:8.3g}")
 print(f"{'kernel':26} {'3, 5, 7':>9} → {small[0].kernel_size[0]:8}")
+chosen = str(opt.rule).partition("(")[0].rpartition(".")[2]
+print(f"{'optimizer':26} {f'of {len(rules)}':>9} → {chosen:>8}")
 print(f"\nnoise scale {batches.scale.value:.0f}, test accuracy {right:.1f} %")
 print(f"Look at the run:  tensorboard --logdir {args.log_dir}")
