@@ -84,11 +84,11 @@ def two(rank: int, port: int, folder: Path) -> None:
 
     net = network().double()
     opt, model = st.SGD(net, lr=0.01), DistributedDataParallel(net)
-    train(model, opt, 9)
+    train(model, opt, 40)
     state = opt.state_dict()
     opt = st.SGD(net, lr=0.01)
     opt.load_state_dict(state)  # of a run that has been validated on both ranks
-    train(model, opt, 4, validate=False)
+    train(model, opt, 9, validate=False)
     found["one rank"] = refused(lambda: train(model, opt, 1, validate=rank == 0))
     torch.save(found, folder / f"{rank}.pt")
     os._exit(0)  # the other rank may hang in what was never answered
