@@ -44,7 +44,8 @@ def test_structure_ends_smaller(tmp_path: Path) -> None:
         [*command, "--data-dir", str(tmp_path), "--log-dir", str(tmp_path / "run")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for name in ("parameters", "multiply-adds", "batch size", "gates of 12", "lr", "kernel", "optimizer"):
+    sizes = ("parameters", "multiply-adds", "batch size", "gates of 12")
+    for name in (*sizes, "lr", "kernel", "optimizer"):
         assert re.search(rf"^{name} .* → +\S+$", done.stdout, re.MULTILINE), done.stdout
     for name in ("parameters", "multiply-adds"):
         start, end = re.search(rf"^{name} +([\d,]+) → +([\d,]+)", done.stdout, re.M).groups()  # type: ignore[union-attr]
