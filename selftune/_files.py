@@ -1,11 +1,19 @@
-"""Text files, written atomically."""
+"""Text files, written atomically; files of torch, with their checksums compared."""
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import uuid
+import zipfile
+import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,3 +35,27 @@ def write_text(path: Path, text: str) -> None:
             f"{path} was not written ({error.strerror}); the previous file is kept: free space "
             "there, or pass another path",
         ) from error
+
+
+def load(source: Path | io.BytesIO, safe: Sequence[type] = ()) -> Any:
+    """Load what torch has saved, after checking its checksums, which torch does not read.
+
+    Args:
+        source: A file, or its content.
+        safe: Classes that it may hold besides tensors and plain containers.
+
+    Raises:
+        ValueError: It is damaged, or was not saved by torch.
+    """
+    try:
+        with zipfile.ZipFile(source) as held:
+            broken = held.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} does not match")
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
+        with torch.serialization.safe_globals(list(safe)):
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError, ValueError,
+            zipfile.BadZipFile, zlib.error, NotImplementedError) as error:  # fmt: skip
+        raise ValueError(str(error) or type(error).__name__) from error

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import time
-import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import torch
 
+from selftune import _files
 from selftune.estimators import MEMORIES
 
 log = logging.getLogger("selftune")
@@ -115,16 +113,7 @@ def load(path: Path) -> Any:
     Raises:
         ValueError: It is damaged, or was not saved by torch.
     """
-    try:
-        with zipfile.ZipFile(path) as held:  # torch writes checksums and does not read them
-            broken = held.testzip()
-        if broken is not None:
-            raise ValueError(f"the checksum of {broken} does not match")
-        with torch.serialization.safe_globals(MEMORIES):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError, ValueError,
-            zipfile.BadZipFile, zlib.error, NotImplementedError) as error:  # fmt: skip
-        raise ValueError(str(error) or type(error).__name__) from error
+    return _files.load(path, MEMORIES)
 
 
 def read(path: Path) -> dict[str, Any]:
