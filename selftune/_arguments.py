@@ -1,19 +1,23 @@
 """Valid values of arguments: one declaration for each, and one check for all.
 
-ARGUMENTS = {"every": Whole(least=1) | NONE, "amp": FLAG}
-check(ARGUMENTS, {"every": 0, "amp": True})   # ValueError: every=0 must be …
+@checked(every=Whole(least=1) | NONE, amp=FLAG)
+def train(every, amp): ...
+train(every=0, amp=True)   # ValueError: every=0 must be …
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Kind(ABC):
@@ -153,6 +157,20 @@ class Either(Kind):
 FLAG = Instance((bool,), "True or False")
 NONE = Instance((type(None),), "None")
 TEXT = Instance((str,), "a string")
+COUNT = Whole(least=1)
+SHARE = Number(least=0, most=1)
+MODULE = Instance((nn.Module,), "a torch.nn.Module")
+MODULES = That(
+    lambda v: isinstance(v, (tuple, list, nn.ModuleList)) and all(map(MODULE.fits, v)),
+    "a list of torch.nn.Modules",
+)
+NAMES = That(
+    lambda v: isinstance(v, (tuple, list, set, frozenset)) and all(map(TEXT.fits, v)),
+    "a list of names",
+)
+PATH = Instance((str, os.PathLike), "a path")
+MAPPING = Instance((Mapping,), "a dictionary")
+FUNCTION = That(callable, "a function")
 SCALAR = That(
     lambda v: Number().fits(v) or (isinstance(v, Tensor) and v.numel() == 1),
     "a number, or a tensor with one element",
@@ -187,6 +205,33 @@ def check(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
             raise TypeError(f"{name}={_short(value)} must be {kind}")
         if not kind.holds(value):
             raise ValueError(f"{name}={_short(value)} must be {kind}")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def checked(**kinds: Kind) -> Callable[[Function], Function]:
+    """Decorate a function, or an ``__init__``, to :func:`check` the arguments it is given.
+
+    Examples:
+        >>> @checked(size=Whole(least=1))
+        ... def loader(size=32): ...
+        >>> loader(2.5)
+        Traceback (most recent call last):
+        TypeError: size=2.5 must be at least 1, a whole number
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            check(kinds, signature.bind(*args, **kwargs).arguments)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def _short(value: Any) -> str:

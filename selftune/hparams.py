@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._arguments import Number, check
 from selftune.bijections import AbstractBijection, Identity, Log, Memory
 
 
@@ -76,6 +77,14 @@ class Hparam:
         """The value after a change of its raw value, within the bounds."""
         raw = self.bijection.inverse(torch.tensor(value, dtype=torch.float64)) + change
         return min(max(float(self.bijection.forward(raw)), self.lower), self.upper)
+
+    def check(self, argument: str, value: Any) -> None:
+        """Raise an error for an initial value that is neither 0 nor within the bounds."""
+        check({argument: Number(finite=False)}, {argument: value})
+        if not (value == 0 or self.lower <= value <= self.upper):
+            raise ValueError(
+                f"{argument}={value!r} must be 0 or between {self.lower:g} and {self.upper:g}"
+            )
 
     def bounded(self, lower: float, upper: float) -> Hparam:
         """The same hyperparameter within other bounds."""

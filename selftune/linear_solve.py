@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._arguments import NONE, Kind, Number, Whole, check
+from selftune._arguments import COUNT, NONE, Kind, Number, check
 
 Product = Callable[[Tensor], Tensor]
 TOLERANCE: dict[str, Kind] = {"tolerance": Number(least=0)}
@@ -138,7 +138,7 @@ class Neumann(AbstractIteration):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check({"terms": Whole(least=1), "scale": NONE | Number(above=0), **TOLERANCE}, vars(self))
+        check({"terms": COUNT, "scale": NONE | Number(above=0), **TOLERANCE}, vars(self))
 
     @property
     def rounds(self) -> int:
@@ -214,7 +214,7 @@ class CG(AbstractIteration):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check({"iterations": Whole(least=1), "damping": Number(least=0), **TOLERANCE}, vars(self))
+        check({"iterations": COUNT, "damping": Number(least=0), **TOLERANCE}, vars(self))
 
     @property
     def rounds(self) -> int:
@@ -282,7 +282,7 @@ class Nystrom(AbstractSolver):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check({"rank": Whole(least=1), **TOLERANCE}, vars(self))
+        check({"rank": COUNT, **TOLERANCE}, vars(self))
         if not self.damping > 0:
             raise ValueError(f"damping={self.damping} must be above 0; 0.01 is usual")
 

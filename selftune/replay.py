@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selftune._arguments import Number, Whole, check
+from selftune._arguments import COUNT, MAPPING, TEXT, Number, check
 from selftune._files import write_text
 from selftune.nn import Tunable
 from selftune.rules.adam import BETA1, BETA2
@@ -53,7 +53,7 @@ class TunedSchedule:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        check({"steps": Whole(least=1)}, {"steps": self.steps})
+        check({"rule": TEXT, "steps": COUNT, "values": MAPPING}, vars(self))
         for name, entries in self.values.items():
             firsts = [first for first, _ in entries]
             if not firsts or firsts != sorted(firsts):

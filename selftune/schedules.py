@@ -8,11 +8,12 @@ hyperparameter (``decay``).
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
+
+from selftune._arguments import COUNT, NONE, OneOf, Whole, check
 
 Scalar = TypeVar("Scalar", float, Tensor)
 
@@ -90,16 +91,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the arguments against one another."""
-        for name in ("total_steps", "warmup_steps"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name}={value!r} must be an integer: pass int({value!r})")
+        check({"total_steps": COUNT | NONE, "warmup_steps": Whole(least=0)}, vars(self))
         if self.shape is None:
             object.__setattr__(self, "shape", "linear" if self.total_steps else "constant")
-        if self.shape not in SHAPES:
-            raise ValueError(f"schedule={self.shape!r} is unknown: use one of {sorted(SHAPES)}")
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f"total_steps={self.total_steps} must be at least 1, or None")
+        check({"schedule": OneOf(tuple(SHAPES))}, {"schedule": self.shape})
         if self.shape != "constant" and self.total_steps is None:
             raise ValueError(f"schedule={self.shape!r} needs a horizon: pass total_steps=")
         if not 0 <= self.warmup_steps < (self.total_steps or math.inf):

@@ -6,7 +6,6 @@ name of the argument in the message; anything else is obscure, and no error is a
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,15 +15,7 @@ import torch
 from torch import nn
 
 import selftune as st
-
-NAN, INF = math.nan, math.inf
-COUNT = (0, -1, 2.5, NAN, "5", [5], True)
-"""Wrong for a number of steps."""
-SIZE = (-1, -0.5, NAN, INF, "0.1", [0.1])
-"""Wrong for a strength or size."""
-FLAG = ("no", 2, None, [])
-THING = (3, "thing", object(), [])
-"""Wrong for an object of the library, or a function."""
+from benchmarks.reliability.parts import COUNT, FLAG, INF, NAN, PARTS, SIZE, THING
 
 TUNING: dict[str, tuple[Any, ...]] = {
     "tune": ("lr", 3, ("lrs",), ("lr", "nothing")),
@@ -121,26 +112,6 @@ FIT: dict[str, tuple[Any, ...]] = {
 }
 BEYOND: dict[str, tuple[Any, ...]] = {"probe": (3, 50), "warmup_steps": (3, 10**6)}
 """Options of a tuner that do not fit a run of three steps."""
-WRONG_PAIRS: tuple[list[Any], ...] = ([[0, NAN]], [[0, "a"]], [], [[2, 1.0], [0, 1.0]])
-OTHERS: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
-    "Average": (st.Average, {"rho": (1.0, -0.1, NAN, "0.9")}),
-    "Trace": (st.Trace, {"discount": (1.5, -0.1, NAN, "0.9"), "stride": COUNT}),
-    "Forward": (st.Forward, {"discount": (1.5, -0.1, NAN, "0.9")}),
-    "Unrolled": (st.Unrolled, {"horizon": COUNT}),
-    "GuardPolicy": (st.control.GuardPolicy, {
-        "patience": (-1, 2.5, "3"), "explosion": (NAN, "2"), "sigmas": (-1.0, NAN), "cool": (NAN,),
-    }),
-    "SweepSettings": (st.control.SweepSettings, {
-        "parts": (-1, 2.5), "margin": (NAN, -1.0), "trial": (-1, 2.5), "decades": (NAN, "4"),
-    }),
-    "HyperSettings": (st.method.HyperSettings, {
-        "rate": (NAN, -0.1), "often": (-1, 2.5), "longest": (NAN, -1.0),
-    }),
-    "TunedSchedule": (
-        lambda values: st.TunedSchedule(rule="SGD", steps=4, values=values),
-        {"values": tuple({"lr": pairs} for pairs in WRONG_PAIRS)},
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,7 +210,7 @@ def calls() -> Iterator[Call]:
     for name, values in BEYOND.items():
         for value in values:
             yield call("Tuner.fit", lambda **o: _fit({}, **o), name, value)
-    for face, (make, table) in OTHERS.items():
+    for face, (make, table) in PARTS.items():
         for name, values in table.items():
             for value in values:
                 yield call(face, make, name, value)

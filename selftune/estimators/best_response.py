@@ -13,7 +13,7 @@ from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from selftune._arguments import Number, Whole, check
+from selftune._arguments import COUNT, FLAG, Number, OneOf, check
 from selftune._gradient import pulling
 from selftune.bijections import AbstractBijection, Log
 from selftune.estimators._base import AbstractEstimator, Estimate
@@ -85,11 +85,9 @@ class BestResponse(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.curvature not in CURVATURES:
-            raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
         kinds = {
-            "scale": Number(above=0, most=2), "every": Whole(least=1),
-            "discount": Number(above=0, most=1),
+            "curvature": OneOf(CURVATURES), "update": FLAG, "scale": Number(above=0, most=2),
+            "every": COUNT, "discount": Number(above=0, most=1),
         }  # fmt: skip
         check(kinds, vars(self))
 

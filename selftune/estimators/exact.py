@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selftune._arguments import Number, check
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.problem import Hparams, Point, Problem
 
@@ -71,6 +72,10 @@ class FiniteDifference(AbstractReference):
     """
 
     relative_step: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check the argument."""
+        check({"relative_step": Number(above=0)}, vars(self))
 
     def estimate(
         self, problem: Problem, memory: Run, end: Point, hparams: Hparams, outer_grads: Tensor

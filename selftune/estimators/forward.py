@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._arguments import NONE, Number, Whole, check
+from selftune._arguments import COUNT, NONE, SHARE, OneOf, Whole, check
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.estimators._directions import Bend, Tangent, basis, entries, pushed, still
 from selftune.problem import Hparams, Point, Problem
@@ -64,11 +64,11 @@ class Forward(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check(
-            {"discount": Number(least=0, most=1), "projections": Whole(least=1) | NONE}, vars(self)
-        )
-        if self.curvature not in CURVATURES:
-            raise ValueError(f"curvature={self.curvature!r} must be one of {CURVATURES}")
+        kinds = {
+            "discount": SHARE, "curvature": OneOf(CURVATURES), "projections": COUNT | NONE,
+            "seed": Whole(),
+        }  # fmt: skip
+        check(kinds, vars(self))
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
         """Raise an error for the Gauss-Newton matrix in training runs."""

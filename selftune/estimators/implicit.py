@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._arguments import Whole, check
+from selftune._arguments import COUNT, FLAG, Instance, OneOf, check
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.linear_solve import AbstractIteration, AbstractSolver, Neumann, Product, Solution
 from selftune.problem import Hparams, Point, Problem
@@ -65,9 +65,11 @@ class Implicit(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check({"together": Whole(least=1)}, vars(self))
-        if self.through not in ("loss", "update"):
-            raise ValueError(f"through={self.through!r} must be 'loss' or 'update'")
+        kinds = {
+            "solver": Instance((AbstractSolver,), "a solver, such as st.Neumann()"),
+            "through": OneOf(("loss", "update")), "warm": FLAG, "together": COUNT,
+        }  # fmt: skip
+        check(kinds, vars(self))
         if self.through == "update" and not isinstance(self.solver, Neumann):
             raise ValueError(
                 f"solver={type(self.solver).__name__} needs a symmetric matrix, but that of an "

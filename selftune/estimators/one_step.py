@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from selftune._arguments import Whole, check
+from selftune._arguments import COUNT, FLAG, check
 from selftune.estimators._rows import AbstractRows
 from selftune.update import Tangents, Transition
 
@@ -34,7 +34,7 @@ class OneStep(AbstractRows):
 
     def __post_init__(self) -> None:
         """Check the stride."""
-        check({"stride": Whole(least=1)}, vars(self))
+        check({"stride": COUNT, "closed_forms": FLAG}, vars(self))
 
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]

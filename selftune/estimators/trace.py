@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from selftune._arguments import Number, Whole, check
+from selftune._arguments import COUNT, FLAG, SHARE, check
 from selftune.estimators._rows import AbstractRows
 from selftune.update import Tangents, Transition
 
@@ -38,7 +38,7 @@ class Trace(AbstractRows):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check({"discount": Number(least=0, most=1), "stride": Whole(least=1)}, vars(self))
+        check({"discount": SHARE, "stride": COUNT, "closed_forms": FLAG}, vars(self))
 
     def push(
         self, tangents: Tangents, transition: Transition, slopes: Mapping[str, Any]

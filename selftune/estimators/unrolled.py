@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._arguments import NONE, Whole, check
+from selftune._arguments import COUNT, NONE, check
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.problem import Hparams, Point, Problem
 from selftune.update import Update
@@ -64,7 +64,7 @@ class Unrolled(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        kinds = dict.fromkeys(("horizon", "checkpoint", "share"), Whole(least=1) | NONE)
+        kinds = dict.fromkeys(("horizon", "checkpoint", "share"), COUNT | NONE)
         check(kinds, vars(self))
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftune._arguments import MAPPING, MODULE, NONE, Number, OneOf, checked
 from selftune.estimators._structured import unknown
 from selftune.hparams import Hparam, penalty_hparam
 from selftune.hypernet._places import Place, Report, places_of
@@ -18,6 +19,7 @@ from selftune.nn import own_counters, tunables
 PERTURBATIONS = ("auto", "example", "batch")
 
 
+@checked(model=MODULE, hparams=MAPPING | NONE, perturb=OneOf(PERTURBATIONS), scale=Number(above=0))
 def convert(
     model: nn.Module,
     hparams: Mapping[str, float] | None = None,
@@ -57,10 +59,6 @@ def convert(
 
     Source: MacKay et al. 2019 (STN); centred as in Bae & Grosse 2020 (Δ-STN).
     """
-    if perturb not in PERTURBATIONS:
-        raise ValueError(f"perturb={perturb!r} must be one of {PERTURBATIONS}")
-    if not scale > 0:
-        raise ValueError(f"scale={scale} must be above 0")
     if isinstance(model, SelfTuned):
         raise ValueError("model is already converted: revert() it first")
     found = tunables(model)
@@ -72,11 +70,7 @@ def convert(
             "in hparams= and read them with net.value(name) in the loss"
         )
     for name, value in given.items():
-        if not (value == 0 or known[name].lower <= value <= known[name].upper):
-            raise ValueError(
-                f"hparams[{name!r}]={value} must be 0 or between {known[name].lower:g} and "
-                f"{known[name].upper:g}"
-            )
+        known[name].check(f"hparams[{name!r}]", value)
     places, plain, alone = places_of(model)
     if not places:
         raise ValueError(f"no layer of model can respond: {plain or 'it has no parameters'}")

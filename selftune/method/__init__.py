@@ -1,10 +1,10 @@
 """The method: functions of an explicit state, which both drivers call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-from selftune._arguments import NONE, PAIR, Instance, Kind, Number, OneOf, That, Whole
+from selftune._arguments import COUNT, NAMES, NONE, PAIR, Instance, Kind, Number, OneOf, That
 from selftune.method import choice
 from selftune.method.averaging import Average
 from selftune.method.displacement import Displacement
@@ -26,14 +26,14 @@ from selftune.method.weight_decay_floor import WeightDecayFloor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ARGUMENTS: dict[str, Kind] = {
-    "tune": NONE | That(lambda n: isinstance(n, (Sequence, set, frozenset)), "a sequence of names"),
+    "tune": NONE | NAMES,
     "bounds": NONE
     | That(
         lambda b: isinstance(b, Mapping) and all(map(PAIR.fits, b.values())),
         "(lowest, highest) values by name, such as {'lr': (1e-5, 0.1)}",
     ),
     "average": NONE | Instance((Average,), "an st.Average"),
-    "every": NONE | Whole(least=1),
+    "every": NONE | COUNT,
     "settings": NONE | Instance((MethodSettings,), "an st.method.MethodSettings"),
     "snapshots": NONE | OneOf(SNAPSHOTS),
     "tangents": NONE | Number(above=0, most=1) | OneOf(FLOATS),

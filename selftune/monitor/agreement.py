@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selftune._arguments import COUNT, checked
+
 
 class Agreement:
     """Agreement of predicted and realised changes of the validation loss.
@@ -20,6 +22,7 @@ class Agreement:
         looks: Number of intervals.
     """
 
+    @checked(looks=COUNT)
     def __init__(self, looks: int = 20) -> None:
         self._pairs: deque[tuple[float, float]] = deque(maxlen=looks)
         self._last: tuple[list[float], float] | None = None

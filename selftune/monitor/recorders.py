@@ -9,11 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selftune._arguments import FUNCTION, PATH, That, checked
 from selftune._files import write_text
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor.tensorboard import TensorBoard
 
 log = logging.getLogger("selftune")
+
+RECORDERS = That(
+    lambda v: isinstance(v, (tuple, list)) and all(isinstance(r, AbstractRecorder) for r in v),
+    "a list of recorders of selftune.monitor",
+)
 
 
 class InMemory(AbstractRecorder):
@@ -77,6 +83,7 @@ class JSONL(AbstractRecorder):
         path: Path of the file; its folder is created.
     """
 
+    @checked(path=PATH)
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
@@ -143,6 +150,7 @@ class JSONL(AbstractRecorder):
             file.write(block.encode())
 
 
+@checked(path=PATH)
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a log, without truncated ones."""
     found = []
@@ -174,6 +182,7 @@ class Listener(AbstractRecorder):
         5 {'hyper/lr': 0.1, 'Loss/val': 2.0}
     """
 
+    @checked(function=FUNCTION)
     def __init__(self, function: Callable[[dict[str, float], int], Any]) -> None:
         self.function = function
 
@@ -250,6 +259,7 @@ def as_recorder(target: Any, name: str | None = None) -> AbstractRecorder:
 class Several(AbstractRecorder):
     """Passes everything to several recorders, and drops those that fail."""
 
+    @checked(recorders=RECORDERS)
     def __init__(self, recorders: Sequence[AbstractRecorder]) -> None:
         self.recorders = list(recorders)
 

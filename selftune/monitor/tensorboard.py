@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from selftune._arguments import PATH, That, checked
 from selftune._processes import alive
 from selftune.monitor._base import AbstractRecorder, Row
 from selftune.monitor.axes import WHEN
@@ -45,6 +46,9 @@ class TensorBoard(AbstractRecorder):
         about: Additional columns of the HParams dashboard: numbers, strings or booleans by name.
     """
 
+    @checked(
+        target=PATH | That(lambda v: hasattr(v, "add_scalar"), "a SummaryWriter"),
+    )
     def __init__(self, target: str | Path | Any, about: Mapping[str, Any] | None = None) -> None:
         self._about = dict(about or {})
         self._folder = target if isinstance(target, (str, Path)) else None

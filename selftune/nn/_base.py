@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from selftune._arguments import MODULE, TEXT, check, checked
 from selftune.hparams import Hparam
 
 STRENGTH = "strength"
@@ -27,24 +28,22 @@ class Tunable(nn.Module):
         hparam: Name, scale and bounds. Modules with the same name share one strength.
 
     Attributes:
+        argument: What subclasses call the initial strength, in messages.
         strength: Shape (1,), or (batch,) with one strength for each example.
 
     Raises:
         ValueError: The value is outside the bounds; 0 is always allowed.
     """
 
+    argument: ClassVar[str] = "value"
     strength: Tensor
 
     def __init__(self, value: float, hparam: Hparam) -> None:
         super().__init__()
-        value = float(value)
-        if not (value == 0 or hparam.lower <= value <= hparam.upper):  # NaN too
-            raise ValueError(
-                f"{type(self).__name__}({value}, name={hparam.name!r}): the strength must be 0 or "
-                f"between {hparam.lower:g} and {hparam.upper:g}"
-            )
+        check({"name": TEXT}, {"name": hparam.name})
+        hparam.check(f"{type(self).__name__}(name={hparam.name!r}): {self.argument}", value)
         self.hparam = hparam
-        self.register_buffer(STRENGTH, torch.full((1,), value))
+        self.register_buffer(STRENGTH, torch.full((1,), float(value)))
 
     def level(self, like: Tensor) -> Tensor:
         """The strength, shaped to be multiplied with a batch."""
@@ -139,6 +138,7 @@ class Found(NamedTuple):
     buffers: list[str]
 
 
+@checked(model=MODULE)
 def tunables(model: nn.Module) -> dict[str, Found]:
     """The strengths of a model by name.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selftune._arguments import COUNT, MODULES, Number, Whole, checked
 from selftune.bijections import Log, Logit
 from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
@@ -171,13 +172,12 @@ class Cutout(Stochastic):
     Source: DeVries & Taylor 2017.
     """
 
+    @checked(size=Number(above=0, most=1), most=COUNT)
     def __init__(
         self, value: float = 0.5, name: str = "cutout", size: float = 0.3, most: int = 4
     ) -> None:
         hparam = Hparam(name=name, bijection=Log(), lower=0.01, upper=float(most), from_zero=0.1)
         super().__init__(value, hparam)
-        if not 0 < size <= 1:
-            raise ValueError(f"size={size} must be above 0 and at most 1")
         self.size, self.most = size, most
 
     def change(self, input: Tensor) -> Tensor:
@@ -222,6 +222,7 @@ class Mixup(Stochastic):
     Source: Zhang et al. 2018.
     """
 
+    @checked(classes=Whole(least=0))
     def __init__(self, classes: int, value: float = 0.2, name: str = "mixup") -> None:
         super().__init__(value, _share(name, 0.05))
         self.classes = classes
@@ -255,6 +256,7 @@ class Augment(nn.Module):
         (torch.Size([4, 1, 8, 8]), torch.Size([4, 10]))
     """
 
+    @checked(parts=MODULES)
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)

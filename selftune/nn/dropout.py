@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from selftune._arguments import MODULE, NONE, Instance, That, Whole, checked
 from selftune.bijections import Logit
 from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
 
 EDGE = 1e-6
 """Minimum distance of a rate from 0 and 1 in its log-odds."""
+
+
+DIMENSIONS = That(
+    lambda dims: isinstance(dims, (tuple, list)) and all(map(Whole().fits, dims)),
+    "dimensions, whole numbers in a tuple",
+)
 
 
 def rate(name: str, start: float = 0.05) -> Hparam:
@@ -49,6 +56,9 @@ class Dropout(Stochastic):
     Source: Srivastava et al. 2014; shared draws: Gal & Ghahramani 2016.
     """
 
+    argument: ClassVar[str] = "p"
+
+    @checked(share=DIMENSIONS)
     def __init__(self, p: float = 0.5, name: str = "dropout", share: Sequence[int] = ()) -> None:
         super().__init__(p, rate(name))
         self.share = tuple(share)
@@ -113,6 +123,7 @@ class DropConnect(Dropout):
     Source: Wan et al. 2013; Merity et al. 2018, section 2.
     """
 
+    @checked(module=MODULE, weights=NONE | Instance((tuple, list), "names in a list"))
     def __init__(
         self,
         module: nn.Module,
@@ -160,6 +171,7 @@ class EmbeddingDropout(Dropout):
     Source: Gal & Ghahramani 2016.
     """
 
+    @checked(embedding=Instance((nn.Embedding,), "a torch.nn.Embedding"))
     def __init__(self, embedding: nn.Embedding, p: float = 0.1, name: str = "embedding") -> None:
         super().__init__(p, name)
         self.embedding = embedding

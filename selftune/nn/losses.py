@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selftune._arguments import MODULE, Whole, checked
 from selftune.bijections import Log, Logit
 from selftune.hparams import Hparam
 from selftune.nn._base import Tunable
@@ -34,6 +35,7 @@ class LabelSmoothing(Tunable):
     Source: Szegedy et al. 2016, section 7.
     """
 
+    @checked(ignore_index=Whole())
     def __init__(
         self, value: float = 0.1, name: str = "label_smoothing", ignore_index: int = -100
     ) -> None:
@@ -132,6 +134,7 @@ class TemporalPenalty(_Penalty):
     Source: Merity et al. 2017, "Revisiting activation regularization", equation 2 (TAR).
     """
 
+    @checked(dim=Whole())
     def __init__(self, value: float = 1e-2, name: str = "tar", dim: int = 1) -> None:
         super().__init__(value, name)
         self.dim = dim
@@ -141,6 +144,7 @@ class TemporalPenalty(_Penalty):
         return input.diff(dim=self.dim).square()
 
 
+@checked(model=MODULE)
 def extra_loss(model: nn.Module) -> Tensor | float:
     """The penalties of the last pass; a second call returns 0."""
     total: Tensor | float = 0.0

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from selftune import control, method
-from selftune._arguments import FLAG, NONE, TEXT, Instance, Kind, That, check
+from selftune._arguments import FLAG, FUNCTION, MAPPING, MODULE, NONE, TEXT, Kind, That, check
 from selftune._identity import describe, flatten
 from selftune.control import Controller, SweepSettings, make_guard, make_sweep
 from selftune.estimators import AbstractEstimator, assign
@@ -42,15 +42,13 @@ ARGUMENTS: dict[str, Kind] = {
     **method.ARGUMENTS,
     **control.ARGUMENTS,
     "schedule": TEXT | NONE,
-    "per": TEXT | Instance((Mapping,), "a scope by name"),
+    "per": TEXT | MAPPING,
     "total_steps": That(
         lambda n: n is None or (isinstance(n, numbers.Real) and not isinstance(n, bool)),
         "steps, or None",
     ),
-    "hyper_optimizer": That(
-        lambda f: f is None or callable(f), "None or a function that makes a torch optimizer"
-    ),
-    "model": Instance((nn.Module, type(None)), "a module, or None"),
+    "hyper_optimizer": FUNCTION | NONE,
+    "model": MODULE | NONE,
     "distributed": FLAG | NONE,
     "name": TEXT | NONE,
 }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftune._arguments import MODULE, NAMES, NONE, checked
 from selftune._flat import Layout
 from selftune.rules._base import AbstractRule, ParameterOptions, State, Values, mix
 from selftune.rules.adam import Adam, fitting_beta2
@@ -192,6 +193,7 @@ def orthogonal(update: Tensor, values: Values) -> Tensor:
     return (x.to(dtype) * scale).reshape(update.shape)
 
 
+@checked(model=MODULE, others=NAMES | NONE)
 def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The usual two parameter groups: hidden matrices for Muon, and the rest for AdamW.
 
@@ -220,8 +222,6 @@ def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[d
         >>> len(hidden["params"]), len(rest["params"])
         (1, 5)
     """
-    if isinstance(others, str):
-        raise ValueError(f"others={others!r} must be a sequence of names: ({others!r},)")
     tables = {
         id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
     }

@@ -6,11 +6,11 @@ except ImportError as error:
     raise ImportError("selftune.search needs optuna: pip install 'selftune[search]'") from error
 
 from selftune.search import families
+from selftune.search._candidates import Candidate
 from selftune.search._result import Selection
 from selftune.search._selecting import select
 from selftune.search._shape import Shape, accuracy
 from selftune.search._space import Space
-from selftune.search._trial import Candidate
 from selftune.search.memory import Memory, Task, batch_for
 
 __all__ = [

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from selftune._arguments import FUNCTION, MAPPING, MODULE, NONE, check
 from selftune.search._shape import Shape
 from selftune.search._space import Counting, Space
-from selftune.search._trial import Builder
 from selftune.search.families import AbstractFamily, auto
 
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model with its own data, loss or tuner arguments; can be returned instead of a model.
+
+    Args:
+        model: The model.
+        train: Training batches; by default those passed to ``select``.
+        val: Validation batches; by default those passed to ``select``.
+        loss_fn: Loss function; by default the one passed to ``select``.
+        tuner: Additional arguments of :class:`~selftune.Tuner`, by name.
+    """
+
+    model: nn.Module
+    train: Iterable[Any] | None = None
+    val: Iterable[Any] | float | None = None
+    loss_fn: Any = None
+    tuner: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check({"model": MODULE, "loss_fn": FUNCTION | NONE, "tuner": MAPPING}, vars(self))
+
+
+Builder = Callable[[Space], Any]
 Candidates = str | Builder | Sequence[Any] | Mapping[str, Any]
 
 MOST = 1000

@@ -11,8 +11,9 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from torch import nn
 
 from selftune.replay import TunedSchedule
+from selftune.search._candidates import Candidate
 from selftune.search._pruning import recut
-from selftune.search._trial import Candidate, Trainer, finished, weights_of
+from selftune.search._trial import Trainer, finished, weights_of
 from selftune.tuner._checkpoints import load  # compares checksums
 
 log = logging.getLogger("selftune")

@@ -12,9 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from tqdm import tqdm
 
-from selftune._arguments import FLAG, NONE, TEXT, Instance, Kind, Number, That, Whole, check
+from selftune._arguments import (
+    COUNT,
+    FLAG,
+    FUNCTION,
+    MAPPING,
+    NONE,
+    PATH,
+    TEXT,
+    Instance,
+    Kind,
+    Number,
+    Whole,
+    check,
+)
 from selftune.rules import AdamW
 from selftune.search._candidates import Candidates, builders_of, points_of
 from selftune.search._pruning import settings_of
@@ -32,24 +47,25 @@ STUDY = "selftune"
 """Default name of the study."""
 
 
-SOME = Whole(least=1) | NONE
 ARGUMENTS: dict[str, Kind] = {
-    "trials": Whole(least=1),
-    "epochs": SOME,
-    "steps": SOME,
-    "loss_fn": That(lambda f: f is None or callable(f), "a function, or None"),
+    "trials": COUNT,
+    "epochs": COUNT | NONE,
+    "steps": COUNT | NONE,
+    "loss_fn": FUNCTION | NONE,
     "metric": TEXT,
     "maximize": FLAG,
     "timeout": Number(above=0) | NONE,
+    "sampler": TEXT | Instance((BaseSampler,), "a sampler of Optuna"),
+    "storage": PATH | NONE | Instance((BaseStorage,), "a storage of Optuna"),
     "trust_storage": FLAG,
     "study": TEXT,
-    "workers": Whole(least=1),
+    "workers": COUNT,
     "warm_start": FLAG,
     "memory": Instance((Memory,), "a selftune.search.Memory") | NONE,
-    "patience": SOME,
-    "tuner": Instance((Mapping,), "arguments of st.Tuner by name") | NONE,
-    "fit": Instance((Mapping,), "arguments of Tuner.fit by name") | NONE,
-    "log_dir": TEXT | Instance((Path,), "a path") | NONE,
+    "patience": COUNT | NONE,
+    "tuner": MAPPING | NONE,
+    "fit": MAPPING | NONE,
+    "log_dir": PATH | NONE,
     "seed": Whole(),
     "force": FLAG,
     "progress": FLAG,

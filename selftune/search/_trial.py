@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import nn
 
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
+from selftune.search._candidates import Builder, Candidate
 from selftune.search._pruning import (
     close,
     cut,
@@ -42,28 +43,6 @@ log = logging.getLogger("selftune")
 
 NEAREST = 3
 """Number of best trials of a family from whose tuned values a new trial starts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A model with its own data, loss or tuner arguments; can be returned instead of a model.
-
-    Args:
-        model: The model.
-        train: Training batches; by default those passed to ``select``.
-        val: Validation batches; by default those passed to ``select``.
-        loss_fn: Loss function; by default the one passed to ``select``.
-        tuner: Additional arguments of :class:`~selftune.Tuner`, by name.
-    """
-
-    model: nn.Module
-    train: Iterable[Any] | None = None
-    val: Iterable[Any] | float | None = None
-    loss_fn: Any = None
-    tuner: Mapping[str, Any] = field(default_factory=dict)
-
-
-Builder = Callable[[Space], Any]
 
 
 class Lost(Exception):
@@ -232,6 +211,8 @@ class Trainer:
         options = {**self.tuner, **made.tuner, **more}
         if not {"every", "estimator"} & options.keys():  # an estimator's stride goes with ``every``
             options["every"] = HyperSettings().every(self._steps(made))
+        if self.metric not in (known := ["loss", *options.get("metrics", {})]):
+            raise ValueError(f"metric={self.metric!r} must be one of {known}: add it to metrics")
         return Tuner(made.model, made.loss_fn or self.loss_fn, seed=self.seed, **options)
 
     def _fit(

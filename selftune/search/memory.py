@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selftune._arguments import NONE, TEXT, Kind, Number, check
+from selftune._arguments import COUNT, NONE, PATH, TEXT, Kind, Number, check, checked
 from selftune._files import write_text
 from selftune.hparams import Hparam
 from selftune.search._shape import Shape
@@ -125,6 +125,7 @@ class Memory:
     Source: Nichol et al. 2018 (Reptile); Feurer et al. 2015 (meta-features).
     """
 
+    @checked(path=PATH)
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.is_file():
@@ -233,6 +234,7 @@ def _mean(weighed: list[tuple[float, float]], known: Hparam | None) -> float:
     return float(known.bijection.forward(raw @ weights / weights.sum()))
 
 
+@checked(batch=COUNT, memory_there=COUNT, memory_here=COUNT, noise=Number(least=0) | NONE)
 def batch_for(batch: int, memory_there: int, memory_here: int, noise: float | None = None) -> int:
     """The batch size that fits a device with a different amount of memory.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from selftune._arguments import COUNT, FLAG, FUNCTION, NONE, Instance, Number, Whole, checked
 from selftune.monitor import Monitor
 from selftune.structure.noise_scale import NoiseScale
 
@@ -67,6 +68,16 @@ class Batches(Sampler[list[int]]):
     Source: McCandlish et al. 2018, section 2.3 (steps and examples to a target).
     """
 
+    @checked(
+        start=COUNT,
+        most=COUNT,
+        least=COUNT | NONE,
+        scale=Instance((NoiseScale,), "an st.structure.NoiseScale") | NONE,
+        interval=COUNT | NONE,
+        overhead=Number(above=0) | NONE,
+        drop_last=FLAG,
+        seed=Whole(),
+    )
     def __init__(
         self,
         dataset: Sized,
@@ -86,10 +97,6 @@ class Batches(Sampler[list[int]]):
             raise ValueError(
                 f"least={least}, start={start}, most={most} must be in this order and at least 1"
             )
-        if interval is not None and interval < 1:
-            raise ValueError(f"interval={interval} must be at least 1 batch, or None for never")
-        if overhead is not None and not overhead > 0:
-            raise ValueError(f"overhead={overhead} must be a positive number of examples, or None")
         try:
             count = len(dataset)
         except TypeError as error:
@@ -175,6 +182,7 @@ class Batches(Sampler[list[int]]):
         self.scale.load_state_dict(state["scale"])
 
 
+@checked(step=FUNCTION, small=COUNT, large=COUNT, repeats=COUNT)
 def step_overhead(
     step: Callable[[int], object], small: int = 16, large: int = 256, *, repeats: int = 10
 ) -> float:
@@ -194,17 +202,14 @@ def step_overhead(
         A number of examples, at least 1; inf if the larger step does not take longer.
 
     Raises:
-        ValueError: ``1 ≤ small < large`` or ``repeats ≥ 1`` is violated.
+        ValueError: ``small`` is not less than ``large``.
 
     Examples:
         >>> 1 <= step_overhead(lambda size: time.sleep(1e-3 + 1e-5 * size), repeats=3) < 200
         True
     """
-    if not 1 <= small < large or repeats < 1:
-        raise ValueError(
-            f"small={small}, large={large}, repeats={repeats} must satisfy 1 ≤ small < large "
-            "and repeats ≥ 1"
-        )
+    if not small < large:
+        raise ValueError(f"small={small} must be less than large={large}")
     seconds: dict[int, list[float]] = {small: [], large: []}
     for size in seconds:  # the first step of each size is slower
         step(size)

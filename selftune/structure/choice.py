@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from selftune._arguments import COUNT, MODULE, MODULES, NONE, Number, checked
 from selftune.monitor import Monitor
 from selftune.structure._saliency import Closure, buffers_kept
 
@@ -44,6 +45,7 @@ class Choice(nn.Module):
 
     scores: Tensor
 
+    @checked(branches=MODULES)
     def __init__(self, branches: Sequence[nn.Module]) -> None:
         super().__init__()
         if len(branches) < 2:
@@ -121,20 +123,17 @@ class Chooser:
 
     start, sharpen, end = 0.1, 0.4, 0.8
 
+    @checked(model=MODULE, total_steps=COUNT | NONE, every=COUNT | NONE, rate=Number(above=0))
     def __init__(
         self, model: nn.Module, total_steps: int | None = None, *, every: int | None = None,
         rate: float = 0.2, recorder: Any = None,
     ) -> None:  # fmt: skip
         total = total_steps or 0
-        if total_steps is not None and total < 1:
-            raise ValueError(f"total_steps={total_steps} must be at least 1")
         found = dict(choices(model))
         if not found:
             raise ValueError("model has no choices: put selftune.structure.Choice into it")
         self._model, self._choices, self._total = model, found, total
         self._every = max(1, total // 60) if every is None else every
-        if self._every < 1:
-            raise ValueError(f"every={every} must be at least 1")
         if total // self._every * self._every < self.end * total:
             most = max(1, total - math.ceil(self.end * total))
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftune._arguments import COUNT, FLAG, MODULE, SHARE, Whole, checked
 from selftune.penalties import GATE_AXES
 
 
@@ -25,9 +26,8 @@ class AbstractGated(nn.Module, ABC):
     gates: nn.Parameter
     mask: Tensor
 
+    @checked(units=COUNT, batch_dim=Whole())
     def __init__(self, units: int, batch_dim: int = 0) -> None:
-        if units < 1:
-            raise ValueError(f"units={units} must be at least 1")
         super().__init__()
         self.batch_dim = batch_dim
         self.gates = nn.Parameter(torch.ones(units, *GATE_AXES))
@@ -75,6 +75,7 @@ class Gate(AbstractGated):
         [[1.0, 0.0, 1.0]]
     """
 
+    @checked(dim=Whole())
     def __init__(self, units: int, dim: int = 1, batch_dim: int = 0) -> None:
         super().__init__(units, batch_dim)
         self.dim = dim
@@ -130,6 +131,7 @@ class Optional(AbstractGated):
         [[1.0, 1.0]]
     """
 
+    @checked(block=MODULE, residual=FLAG)
     def __init__(self, block: nn.Module, residual: bool = True, batch_dim: int = 0) -> None:
         super().__init__(1, batch_dim)
         self.block, self.residual = block, residual
@@ -158,6 +160,7 @@ class Optional(AbstractGated):
         return f"residual={self.residual}"
 
 
+@checked(model=MODULE)
 def gated(model: nn.Module) -> Iterator[tuple[str, AbstractGated]]:
     """Names and modules with gates; a shared module is listed once."""
     for name, module in model.named_modules():
@@ -165,6 +168,7 @@ def gated(model: nn.Module) -> Iterator[tuple[str, AbstractGated]]:
             yield name, module
 
 
+@checked(model=MODULE)
 def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: weights, and gates without weight decay.
 
@@ -183,6 +187,7 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     return [{"params": weights}, {"params": gates, "weight_decay": 0.0, **options}]
 
 
+@checked(model=MODULE, threshold=SHARE)
 def open_gates(model: nn.Module, threshold: float = 0.0) -> dict[str, tuple[int, int]]:
     """Number of open gates and of all gates, by module.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from selftune._arguments import COUNT, MODULE, NAMES, NONE, SHARE, TEXT, Number, checked
 from selftune.monitor import Monitor
 from selftune.structure._saliency import Closure, buffers_kept, saliency
 from selftune.structure._sizes import KINDS, Sizes
@@ -74,6 +74,16 @@ class Goal:
     Source: saliency, Theis et al. 2018; schedule, Zhu & Gupta 2017.
     """
 
+    @checked(
+        model=MODULE,
+        budget=Number(above=0) | NONE,
+        of=TEXT | NAMES,
+        tolerance=Number(least=0) | NONE,
+        total_steps=COUNT | NONE,
+        start=SHARE | NONE,
+        end=SHARE | NONE,
+        **dict.fromkeys(("closings", "batches"), COUNT),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -96,16 +106,11 @@ class Goal:
             raise ValueError(
                 "a goal needs budget=, the final size, or tolerance=, the allowed loss increase"
             )
-        if tolerance is not None and not 0 <= tolerance < math.inf:
-            raise ValueError(f"tolerance={tolerance} must be a fraction of the loss, at least 0")
         early = tolerance is None
         start = (0.03 if early else 0.5) if start is None else start
         end = max(start, 0.2 if early else 0.8) if end is None else end
-        if not 0 <= start <= end <= 1:
+        if start > end:
             raise ValueError(f"start={start}, end={end} must be fractions of the run in this order")
-        for name, count in (("closings", closings), ("batches", batches)):
-            if count < 1:
-                raise ValueError(f"{name}={count} must be at least 1")
         if not any(True for _ in gated(model)):
             raise ValueError(
                 "model has no gates: put selftune.structure.Gate after the units that may be "

@@ -6,6 +6,7 @@ import logging
 
 from torch import nn
 
+from selftune._arguments import MODULE, checked
 from selftune.structure.recurrent import Recurrent, RecurrentLayers, one_layer
 from selftune.structure.transformer import Attention, Encoder, EncoderLayer
 
@@ -15,6 +16,7 @@ COMPOSITES = (Attention, EncoderLayer, Encoder, RecurrentLayers)
 """Modules of this library that pruning replaces by graphs of torch modules."""
 
 
+@checked(model=MODULE)
 def with_gates(model: nn.Module) -> nn.Module:
     """Add gates to every attention layer, encoder layer, LSTM and GRU of a model, in place.
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._arguments import Number, checked
+
 
 class NoiseScale:
     """Estimates ``B = tr Σ / ‖G‖²`` from the gradients of micro-batches and of the full batch.
@@ -45,9 +47,8 @@ class NoiseScale:
     Source: McCandlish et al. 2018, appendix A.1.
     """
 
+    @checked(memory=Number(least=1))
     def __init__(self, memory: float = 50.0) -> None:
-        if not memory >= 1:
-            raise ValueError(f"memory={memory} must be at least 1 step")
         self.memory = float(memory)
         self._signal, self._noise, self._weight = 0.0, 0.0, 0.0
         self._sum: list[Tensor] | None = None

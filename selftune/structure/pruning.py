@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from selftune._arguments import FUNCTION, MODULE, NONE, SHARE, Number, checked
 from selftune.structure._channels import Follower
 from selftune.structure._folding import fold, replace_optionals
 from selftune.structure._tracing import Tracer, call, original
@@ -25,6 +26,7 @@ TOLERANCE = 1e-5
 """Largest difference of outputs, relative to the largest output, or 1 if that is below."""
 
 
+@checked(model=MODULE, threshold=SHARE, loss=FUNCTION | NONE, tolerance=Number(least=0))
 def prune(
     model: nn.Module, example: Any, *, threshold: float = 1e-2,
     loss: Callable[[nn.Module], Any] | None = None, tolerance: float = 0.01,

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from selftune._arguments import Instance, checked
 from selftune.structure.gates import AbstractGated
+
+LSTM_OR_GRU = Instance((nn.LSTM, nn.GRU), "a torch.nn.LSTM or GRU")
 
 
 class Recurrent(AbstractGated):
@@ -32,6 +35,7 @@ class Recurrent(AbstractGated):
         True
     """
 
+    @checked(cell=LSTM_OR_GRU)
     def __init__(self, cell: nn.LSTM | nn.GRU) -> None:
         super().__init__(cell.hidden_size, batch_dim=0 if cell.batch_first else 1)
         for name, usual in (("num_layers", 1), ("bidirectional", False), ("proj_size", 0)):
@@ -127,6 +131,7 @@ class RecurrentLayers(nn.Module):
         ValueError: The layer is bidirectional or has a projection.
     """
 
+    @checked(rnn=LSTM_OR_GRU)
     def __init__(self, rnn: nn.LSTM | nn.GRU) -> None:
         super().__init__()
         layers = [Recurrent(one_layer(rnn, i)) for i in range(rnn.num_layers)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from selftune._arguments import Instance, checked
 from selftune.structure.gates import Gate
 
 
@@ -35,6 +36,7 @@ class Attention(nn.Module):
         True
     """
 
+    @checked(attention=Instance((nn.MultiheadAttention,), "a torch.nn.MultiheadAttention"))
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         a = attention
@@ -151,6 +153,7 @@ class EncoderLayer(nn.Module):
         True
     """
 
+    @checked(layer=Instance((nn.TransformerEncoderLayer,), "a torch.nn.TransformerEncoderLayer"))
     def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
         super().__init__()
         attention = copy.copy(layer.self_attn)
@@ -207,6 +210,7 @@ class Encoder(nn.Module):
         encoder: The encoder from which the layers and the final norm are copied.
     """
 
+    @checked(encoder=Instance((nn.TransformerEncoder,), "a torch.nn.TransformerEncoder"))
     def __init__(self, encoder: nn.TransformerEncoder) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(x) for x in encoder.layers)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,13 @@ from torch import Tensor, nn
 
 from selftune import control, method
 from selftune._arguments import (
+    COUNT,
     FLAG,
+    FUNCTION,
+    MAPPING,
+    MODULE,
     NONE,
+    PATH,
     SCALAR,
     TEXT,
     Instance,
@@ -69,12 +73,7 @@ def check_hparams(
             continue
         check({f"hparams[{name!r}]": SCALAR}, {f"hparams[{name!r}]": value})
         if name in strengths:
-            hparam = strengths[name].hparam
-            if not (value == 0 or hparam.lower <= float(value) <= hparam.upper):
-                raise ValueError(
-                    f"hparams[{name!r}]={value!r} must be 0 or between {hparam.lower:g} and "
-                    f"{hparam.upper:g}"
-                )
+            strengths[name].hparam.check(f"hparams[{name!r}]", float(value))
             continue
         if not 0 <= float(value) < math.inf or (name == "lr" and value == 0):
             least = "above 0" if name == "lr" else "0 or more"
@@ -86,18 +85,18 @@ def check_hparams(
 ARGUMENTS: dict[str, Kind] = {
     **method.ARGUMENTS,
     **control.ARGUMENTS,
-    "model": Instance((nn.Module,), "a torch.nn.Module"),
+    "model": MODULE,
     "loss_fn": That(
         lambda f: f is None or (callable(f) and not isinstance(f, type)),
         "None, a function or an instance, such as nn.MSELoss()",
     ),
     "rule": NONE | Instance((AbstractRule,), "a rule, such as st.rules.AdamW()"),
-    "hparams": NONE | Instance((Mapping,), "values by name"),
+    "hparams": NONE | MAPPING,
     "hyper_rate": NONE | Number(above=0),
     "schedule": OneOf(tuple(sorted(SHAPES))),
     "warmup_steps": Whole(least=0),
-    "objective": That(lambda f: f is None or callable(f), "None or a function"),
-    "augment": NONE | Instance((nn.Module,), "a module"),
+    "objective": NONE | FUNCTION,
+    "augment": NONE | MODULE,
     "metrics": NONE | That(
         lambda m: isinstance(m, Mapping) and all(map(callable, m.values())) and "loss" not in m,
         "a dictionary of functions of output and target by name, {'accuracy': accuracy}, without "
@@ -107,25 +106,24 @@ ARGUMENTS: dict[str, Kind] = {
     "device": NONE | TEXT | Instance((torch.device,), "a torch.device"),
     "amp": FLAG,
     "compile": FLAG | OneOf(("auto",)),
-    "population": Whole(least=1),
-    "exploit_every": Whole(least=1),
+    "population": COUNT,
+    "exploit_every": COUNT,
     "seed": Whole(),
 }  # fmt: skip
 """Valid values of the arguments of a tuner."""
-SOME = NONE | Whole(least=1)
 FIT_ARGUMENTS: dict[str, Kind] = {
-    "epochs": SOME,
-    "steps": SOME,
-    "log_dir": NONE | TEXT | Instance((Path,), "a path"),
+    "epochs": NONE | COUNT,
+    "steps": NONE | COUNT,
+    "log_dir": NONE | PATH,
     "callbacks": That(
         lambda c: isinstance(c, Sequence) and all(map(callable, c)), "a sequence of functions, [f]"
     ),
-    "resume": FLAG | TEXT | Instance((Path,), "a path"),
-    "patience": SOME,
-    "evaluate_every": SOME,
-    "checkpoint_every": SOME,
-    "log_every": SOME,
-    "pictures_every": SOME,
+    "resume": FLAG | PATH,
+    "patience": NONE | COUNT,
+    "evaluate_every": NONE | COUNT,
+    "checkpoint_every": NONE | COUNT,
+    "log_every": NONE | COUNT,
+    "pictures_every": NONE | COUNT,
     "progress": FLAG,
 }
 """Valid values of the arguments of ``fit``."""

@@ -193,7 +193,7 @@ def test_a_response_that_is_not_finite_is_not_learned() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"curvature": "hessian"}, "curvature='hessian' must be one of"),
+        ({"curvature": "hessian"}, "curvature='hessian' must be 'exact' or 'gauss-newton'"),
         ({"scale": 0.0}, "scale=0.0 must be above 0"),
         ({"every": 0}, "every=0 must be at least 1"),
         ({"discount": 1.5}, "discount=1.5 must be above 0"),

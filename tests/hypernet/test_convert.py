@@ -288,7 +288,7 @@ def test_penalties_are_hyperparameters_of_the_loss() -> None:
     [
         (lambda: st.hypernet.convert(nn.Linear(2, 2)), "holds no hyperparameter"),
         (lambda: st.hypernet.convert(mlp(), {"dropout": 0.99}), "must be 0 or between"),
-        (lambda: st.hypernet.convert(mlp(), perturb="layer"), "perturb='layer' must be one of"),
+        (lambda: st.hypernet.convert(mlp(), perturb="layer"), "perturb='layer' must be 'auto'"),
         (lambda: st.hypernet.convert(mlp(), scale=0), "scale=0 must be above 0"),
         (lambda: st.hypernet.convert(Tied(), perturb="example"), "perturb='example' is not"),
         (lambda: st.hypernet.convert(st.hypernet.convert(mlp())), "already converted"),

@@ -109,6 +109,18 @@ def test_a_metric_that_is_nan_fails() -> None:
     assert found.value == 1.0
 
 
+def test_an_unknown_metric_is_named_before_a_run_is_trained() -> None:
+    train, val = data()
+    steps: list[int] = []
+    with pytest.raises(RuntimeError, match=r"metric='acuracy' must be one of \['loss', 'accuracy'\]"):
+        search.select(
+            build, train, val, trials=2, metric="acuracy",
+            fit=dict(callbacks=[lambda progress: steps.append(progress.step)]),
+            **{**QUICK, "tuner": dict(metrics=dict(accuracy=search.accuracy))},
+        )  # fmt: skip
+    assert not steps
+
+
 def test_runs_start_where_the_best_ended() -> None:
     """Truth: the median of where the runs before ended, seen before the first step of tuning."""
     train, val = data()

@@ -200,7 +200,7 @@ def test_data_and_sizes_that_do_not_fit_are_named() -> None:
         Batches(range(10), 4, 8, interval=0)
     with pytest.raises(ValueError, match="overhead=nan"):
         Batches(range(10), 4, 8, overhead=float("nan"))
-    with pytest.raises(ValueError, match="small=8, large=8"):
+    with pytest.raises(ValueError, match="small=8 must be less than large=8"):
         step_overhead(lambda size: None, 8, 8)
     with pytest.raises(ValueError, match="is empty"):
         Batches([])
