@@ -112,7 +112,8 @@ def test_a_metric_that_is_nan_fails() -> None:
 def test_an_unknown_metric_is_named_before_a_run_is_trained() -> None:
     train, val = data()
     steps: list[int] = []
-    with pytest.raises(RuntimeError, match=r"metric='acuracy' must be one of \['loss', 'accuracy'\]"):
+    told = r"metric='acuracy' must be one of \['loss', 'accuracy'\]"
+    with pytest.raises(RuntimeError, match=told):
         search.select(
             build, train, val, trials=2, metric="acuracy",
             fit=dict(callbacks=[lambda progress: steps.append(progress.step)]),
