@@ -38,6 +38,7 @@ from selftune.structure._operations import (
     TRANSPOSES,
 )  # fmt: skip
 from selftune.structure._units import Channels, Units
+from selftune.structure.choice import mixed
 from selftune.structure.gates import Gate
 from selftune.structure.recurrent import Recurrent
 
@@ -201,7 +202,10 @@ class Follower(fx.Interpreter):
             if target in targets and given is not None and found[1:].count(None) == len(found) - 1:
                 return rule(node, given, value)
         if target in SUMS:
-            return self._sum(node, value)
+            those, others = self._operands(node, value)
+            return self._sum(node, [*those, *(None for _ in others)])
+        if target is mixed:
+            return self._sum(node, [self.channels[branch] for branch in node.args[0]])
         if target in PRODUCTS:
             return self._product(node, value)
         if target in CATS:
@@ -265,10 +269,10 @@ class Follower(fx.Interpreter):
                 others.append(arg)
         return those, others
 
-    def _sum(self, node: fx.Node, value: Tensor) -> Channels | None:
-        """Join units that are added; the sum is 0 if both are 0."""
-        those, others = self._operands(node, value)
-        if others or len({(c.axis, len(c.ids)) for c in those}) != 1:
+    def _sum(self, node: fx.Node, terms: Sequence[Channels | None]) -> Channels | None:
+        """Join units that are added; the sum is 0 if all are 0."""
+        those = [c for c in terms if c is not None]
+        if len(those) < len(terms) or len({(c.axis, len(c.ids)) for c in those}) != 1:
             self.unknown(node)
             return None
         zero = torch.ones_like(those[0].zero)

@@ -59,7 +59,7 @@ class Choice(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The weighted sum."""
-        return _mixed([branch(input) for branch in self.branches], self.weights())
+        return mixed([branch(input) for branch in self.branches], self.weights())
 
     @property
     def chosen(self) -> nn.Module:
@@ -72,7 +72,8 @@ class Choice(nn.Module):
 
 
 @fx.wrap  # one node of a graph, as the shapes are compared
-def _mixed(outputs: list[Tensor], weights: Tensor) -> Tensor:
+def mixed(outputs: list[Tensor], weights: Tensor) -> Tensor:
+    """Σ_k weights_k · outputs_k."""
     shapes = [tuple(o.shape) for o in outputs]
     if len(set(shapes)) > 1:
         raise ValueError(
