@@ -205,7 +205,7 @@ class Follower(fx.Interpreter):
             those, others = self._operands(node, value)
             return self._sum(node, [*those, *(None for _ in others)])
         if target is mixed:
-            return self._sum(node, [self.channels[branch] for branch in node.args[0]])
+            return self._sum(node, self._of(node.args[0]))
         if target in PRODUCTS:
             return self._product(node, value)
         if target in CATS:
