@@ -1,7 +1,7 @@
 """A goal for size against magnitude pruning: parameters, multiply-adds and test accuracy.
 
-A convolutional net that is wider than 5,000 images of Fashion-MNIST need, trained for as many
-gradient evaluations in each row:
+A convolutional net, or a residual one (``--net resnet``), that is wider than 5,000 images of
+Fashion-MNIST need, trained for as many gradient evaluations in each row:
 
 - *wide*: as it is;
 - *goal*: a gate on each unit, and `structure.Goal` of half the parameters and multiply-adds; the
@@ -14,7 +14,7 @@ gradient evaluations in each row:
 
 Means ± standard deviations over the seeds; "kept" are the shares of the wide net's.
 
-    SELFTUNE_DATA=... python -m benchmarks.structure [--seeds 0 1 2] [--steps 600] [--rows ...]
+    SELFTUNE_DATA=... python -m benchmarks.structure [--net resnet] [--seeds 0 1 2] [--steps 600]
 
 Typical output (two shared cores, torch 2.13):
 
@@ -45,8 +45,8 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 import selftune as st
+from benchmarks.wide_nets import NETS, Net, norm_of
 
-WIDTHS, LAYERS = (24, 48, 96), (0, 5, 11)
 TRAIN, VAL, BATCH = 5000, 1000, 64
 START = 3e-3
 """λ at the start."""
@@ -76,20 +76,6 @@ class Data:
             size, (2 * BATCH if val else BATCH,), generator=self._generator
         )
         return self.x[pick], self.y[pick]
-
-
-def net(gates: bool, widths: tuple[int, ...] = WIDTHS) -> nn.Sequential:
-    """Two convolutions and a hidden layer, with a gate after each or without."""
-    a, b, c = widths
-
-    def gate(units: int) -> nn.Module:
-        return st.structure.Gate(units) if gates else nn.Identity()
-
-    return nn.Sequential(
-        nn.Conv2d(1, a, 3, padding=1), nn.BatchNorm2d(a), nn.ReLU(), gate(a), nn.MaxPool2d(2),
-        nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), gate(b), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(49 * b, c), nn.ReLU(), gate(c), nn.Linear(c, 10),
-    )  # fmt: skip
 
 
 def train(
@@ -127,32 +113,18 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return 100 * right / len(y)
 
 
-def size(units: tuple[int, ...]) -> tuple[int, int]:
-    """Parameters and multiply-adds of the net with so many units a layer."""
-    a, b, c = units
-    weights = (9 * a, 9 * a * b, 49 * b * c, 10 * c)
-    others = a + 2 * a + b + 2 * b + c + 10  # biases and norms
-    multiplied = 784 * weights[0] + 196 * weights[1] + weights[2] + weights[3]
-    return sum(weights) + others, multiplied
-
-
-def units(model: nn.Sequential) -> tuple[int, ...]:
-    """Rows of the hidden layers that are not all 0."""
-    return tuple(int(model[i].weight.flatten(1).any(1).sum()) for i in LAYERS)
-
-
-def wide(data: Data, steps: int, widths: tuple[int, ...] = WIDTHS) -> tuple[Any, float]:
+def wide(net: Net, data: Data, steps: int, widths: tuple[int, ...]) -> tuple[Any, float]:
     """All units, or a net that is smaller from the start."""
-    model = net(gates=False, widths=widths)
+    model = net.make(False, widths)
     opt = st.AdamW(model, lr=3e-3, weight_decay=0.01, total_steps=steps)
     train(opt, model, data, steps)
     with opt.averaged():
         return model, accuracy(model, data)
 
 
-def goal(data: Data, steps: int, end: float) -> tuple[nn.Sequential, float]:
+def goal(net: Net, data: Data, steps: int, end: float) -> tuple[nn.Module, float]:
     """The pruned model at half the size, and its accuracy."""
-    model, closings, batches = net(gates=True), 5, 4
+    model, closings, batches = net.make(True, net.widths), 5, 4
     steps -= closings * batches
     groups = st.structure.parameter_groups(model)
     opt = st.AdamW(groups, lr=3e-3, weight_decay=0.01, total_steps=steps, model=model)
@@ -163,13 +135,12 @@ def goal(data: Data, steps: int, end: float) -> tuple[nn.Sequential, float]:
     train(opt, model, data, steps, aim)
     with opt.averaged():
         pruned = st.structure.prune(model, data.x[:2])
-    assert isinstance(pruned, nn.Sequential)
     return pruned, accuracy(pruned, data)
 
 
-def gates(data: Data, steps: int, least: float | None) -> tuple[nn.Sequential, float, float]:
+def gates(net: Net, data: Data, steps: int, least: float | None) -> tuple[nn.Module, float, float]:
     """The pruned model, its accuracy, and λ at the end."""
-    model = net(gates=True)
+    model = net.make(True, net.widths)
     groups = st.structure.parameter_groups(model, lr=3e-2)
     opt = st.AdamW(
         groups, lr=3e-3, weight_decay=0.01, total_steps=steps, model=model,
@@ -179,27 +150,30 @@ def gates(data: Data, steps: int, least: float | None) -> tuple[nn.Sequential, f
     train(opt, model, data, steps)
     with opt.averaged():
         pruned = st.structure.prune(model, data.x[:2])
-    assert isinstance(pruned, nn.Sequential)
     return pruned, accuracy(pruned, data), float(opt.hparams["gates"])
 
 
-def magnitude(data: Data, steps: int, kept: tuple[int, ...]) -> tuple[nn.Sequential, float]:
+def magnitude(net: Net, data: Data, steps: int, kept: tuple[int, ...]) -> tuple[nn.Module, float]:
     """The wide net, cut to the units of largest norm, and trained on."""
-    model, first = net(gates=False), steps * 2 // 3
+    model, first = net.make(False, net.widths), steps * 2 // 3
     opt = st.AdamW(model, lr=3e-3, weight_decay=0.01, total_steps=first)
     train(opt, model, data, first)
     opt.eval()
     masked: list[tuple[nn.Module, str]] = []
-    for i, width, count in zip(LAYERS, WIDTHS, kept, strict=True):
-        layer, norm = model[i], model[i + 1]
-        torch_prune.ln_structured(layer, "weight", width - count, n=2, dim=0)
-        units = layer.weight_mask.flatten(1).any(1).float()  # type: ignore[union-attr,operator]
-        rest = [(layer, "bias")]
-        if isinstance(norm, nn.BatchNorm2d):
-            rest += [(norm, "weight"), (norm, "bias")]
+    for group, width, count in zip(net.groups, net.widths, kept, strict=True):
+        first_layer, *others = (model.get_submodule(path) for path in group)
+        torch_prune.ln_structured(first_layer, "weight", width - count, n=2, dim=0)
+        units = first_layer.weight_mask.flatten(1).any(1)  # type: ignore[union-attr,operator]
+        masked.append((first_layer, "weight"))
+        norms = [norm for path in group if (norm := norm_of(model, path)) is not None]
+        rest = [(layer, "weight") for layer in others]
+        rest += [(m, n) for m in norms for n in ("weight", "bias")]
+        rest += [(m, "bias") for m in (first_layer, *others) if m.bias is not None]
         for module, name in rest:
-            torch_prune.custom_from_mask(module, name, units)
-        masked += [(layer, "weight"), *rest]
+            axes = [1] * (getattr(module, name).ndim - 1)
+            mask = units.float().view(-1, *axes).expand_as(getattr(module, name))
+            torch_prune.custom_from_mask(module, name, mask)
+        masked += rest
     fine = st.AdamW(model, lr=1e-3, weight_decay=0.01, total_steps=steps - first)
     train(fine, model, data, steps - first)
     with fine.averaged():
@@ -211,6 +185,7 @@ def magnitude(data: Data, steps: int, kept: tuple[int, ...]) -> tuple[nn.Sequent
 def main() -> None:
     """Train, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--net", choices=list(NETS), default="cnn")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--least", type=float, default=0.003)
@@ -218,36 +193,36 @@ def main() -> None:
         "--rows", nargs="+", default=["wide", "goal, late", "goal", "magnitude", "small"]
     )
     args = parser.parse_args()
-    steps, least = args.steps, args.least
+    steps, least, net = args.steps, args.least, NETS[args.net]
     rows: dict[str, list[tuple[float, tuple[int, ...], float]]] = {}
 
     def add(name: str, seed: int, run: Callable[[Data], Any]) -> tuple[int, ...]:
         torch.manual_seed(seed)
         model, right, *strength = run(Data(seed))
-        left = units(model)
+        left = net.units(model)
         rows.setdefault(name, []).append((right, left, strength[0] if strength else math.nan))
         print(f"seed {seed}: {name}, {right:.2f} %, units {left}, λ {strength}", flush=True)
         return left
 
     for seed in args.seeds:
-        left: tuple[int, ...] = WIDTHS
+        left: tuple[int, ...] = net.widths
         runs: dict[str, Callable[[Data], Any]] = {
-            "wide": lambda d: wide(d, steps),
-            "goal, late": lambda d: goal(d, steps, 0.5),
-            "gates, λ tuned": lambda d: gates(d, steps, None),
-            f"gates, λ ≥ {least:g}": lambda d: gates(d, steps, least),
-            "goal": lambda d: goal(d, steps, 0.2),
-            "magnitude": lambda d: magnitude(d, steps, left),  # noqa: B023
-            "small": lambda d: wide(d, steps, left),  # noqa: B023
+            "wide": lambda d: wide(net, d, steps, net.widths),
+            "goal, late": lambda d: goal(net, d, steps, 0.5),
+            "gates, λ tuned": lambda d: gates(net, d, steps, None),
+            f"gates, λ ≥ {least:g}": lambda d: gates(net, d, steps, least),
+            "goal": lambda d: goal(net, d, steps, 0.2),
+            "magnitude": lambda d: magnitude(net, d, steps, left),  # noqa: B023
+            "small": lambda d: wide(net, d, steps, left),  # noqa: B023
         }
         for name, run in runs.items():
             if name in args.rows:
                 left = add(name, seed, run)
     print("\n| | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |")
     print("|---|---|---|---|---|---|")
-    whole = size(WIDTHS)
+    whole = net.size(net.widths)
     for name, found in rows.items():
-        shares = [[100 * size(left)[i] / whole[i] for _, left, _ in found] for i in (0, 1)]
+        shares = [[100 * net.size(left)[i] / whole[i] for _, left, _ in found] for i in (0, 1)]
         means = [statistics.mean(k) for k in zip(*(left for _, left, _ in found), strict=True)]
         cells = [_spread([right for right, _, _ in found], 2), *(_spread(s, 0) for s in shares)]
         cells += [" / ".join(f"{m:.0f}" for m in means)]

@@ -38,7 +38,9 @@ class Lion(AbstractRule):
         """The sign of the interpolated momentum, and the updated momentum."""
         mean = state["exp_avg"]
         direction = mix(mean, grads, 1 - values["beta1"]).sign()
-        return direction, {"exp_avg": mix(mean, grads, 1 - values["beta2"])}
+        kept = mix(mean, grads, 1 - values["beta2"])
+        # The sign of NaN is 0: without this term nobody would see that the momentum is lost.
+        return torch.add(direction, kept, alpha=0), {"exp_avg": kept}
 
     def tangent(
         self,

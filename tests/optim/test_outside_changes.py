@@ -1,5 +1,7 @@
 """Masks, frozen layers, weights loaded in the middle. Truth: the weights themselves."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,10 @@ import selftune as st
 SHELLS = {
     "SGD": lambda net, **o: st.SGD(net, lr=0.05, momentum=0.9, **o),
     "AdamW": lambda net, **o: st.AdamW(net, lr=0.01, **o),
+    "RMSprop": lambda net, **o: st.RMSprop(net, lr=0.01, momentum=0.5, **o),
+    "Lion": lambda net, **o: st.Lion(net, lr=0.003, **o),
+    "Muon": lambda net, **o: st.Muon(muons(net), lr=0.01, model=net, **o),
+    "Mixture": lambda net, **o: st.Mixture(net, [st.rules.SGD(), st.rules.AdamW()], lr=0.01, **o),
     "NAdam": lambda net, **o: st.SelfTuning(torch.optim.NAdam(net.parameters(), lr=0.01), **o),
 }
 X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
@@ -18,6 +24,11 @@ Y = X.sum(1, keepdim=True)
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 1))
+
+
+def muons(net: nn.Module) -> list[dict[str, Any]]:
+    """All matrices by Muon: the first as well, which the tests mask and freeze."""
+    return st.muon_groups(net, ["2"])
 
 
 def step(net: nn.Module, opt: st.SGD) -> None:
@@ -90,6 +101,23 @@ def test_sync_takes_weights_over(shell: str) -> None:
         ((net(X) - Y).square().mean() * torch.nan).backward()
         opt.step()
     assert all(torch.equal(v, other[n]) for n, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(shell: str, bad: float) -> None:
+    net = network()
+    opt = SHELLS[shell](net, probe=False)
+    for at in range(60):
+        step(net, opt)
+        if 30 <= at < 34:  # one of them at a step at which live units are counted
+            before = {n: v.clone() for n, v in net.state_dict().items()}
+            net[0].weight.grad.fill_(bad)
+            opt.step()
+            assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+        tune(net, opt)
+    kept = [v for state in opt.state.values() for v in state.values() if isinstance(v, Tensor)]
+    assert all(bool(torch.isfinite(v).all()) for v in kept)
 
 
 def test_sync_inside_averaged_is_refused() -> None:

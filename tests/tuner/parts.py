@@ -24,6 +24,7 @@ RULES: dict[str, tuple[st.rules.AbstractRule, dict[str, float]]] = {
     "Adam": (st.rules.Adam(), dict(lr=0.01, weight_decay=1e-3)),
     "AdamW": (st.rules.AdamW(), dict(lr=0.01, weight_decay=0.1)),
     "RMSprop": (st.rules.RMSprop(), dict(lr=0.01, momentum=0.5, weight_decay=1e-3)),
+    "Lion": (st.rules.Lion(), dict(lr=1e-3, weight_decay=0.1)),
 }
 
 
