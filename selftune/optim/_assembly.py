@@ -6,7 +6,7 @@ import copy
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selftune._flat import is_sharded, local
 from selftune.method.shards import by_rows, shard
@@ -145,6 +145,21 @@ def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list
         str(given[places[id(p)]]) if given else f"param_groups[{index}][{places[id(p)]}]"
         for p in params
     ]
+
+
+def alike(groups: Sequence[Group], group: Group) -> Group:
+    """A group whose parameters have names if those of the others do; torch does not mix them."""
+    params = group.get("params") if isinstance(group, dict) else None
+    if isinstance(params, nn.Module):
+        params = params.named_parameters()
+    if not groups or params is None or isinstance(params, (Tensor, set)):
+        return group if params is None else {**group, "params": params}
+    entries = [e if isinstance(e, tuple) else ("", e) for e in params]
+    if not groups[0].get("param_names"):
+        return {**group, "params": [param for _, param in entries]}
+    place = f"param_groups[{len(groups)}]"
+    named = [(name or f"{place}[{i}]", param) for i, (name, param) in enumerate(entries)]
+    return {**group, "params": named}
 
 
 def _trained(groups: Sequence[Group], state: State) -> list[list[Tensor]]:

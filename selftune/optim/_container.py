@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.optim._assembly import Assembly, names
+from selftune.optim._assembly import Assembly, alike, names
 from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
 from selftune.optim._engine import Engine
@@ -54,7 +54,11 @@ class Container(torch.optim.Optimizer):
         super().__setstate__(own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, at any time; tuned values of the other groups do not change."""
+        """Add a parameter group, at any time; tuned values of the other groups do not change.
+
+        Its ``"params"`` may be a module. Names are added or left out as in the other groups.
+        """
+        param_group = alike(self.param_groups, param_group)
         with warnings.catch_warnings():  # torch only warns about duplicate parameters
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
             super().add_param_group(param_group)

@@ -63,7 +63,7 @@ class Muon(AbstractRule):
     shrinks = True
     elementwise = False
     tuned = ("lr", "decay", "weight_decay")
-    defaults = MappingProxyType(
+    defaults: Mapping[str, Any] = MappingProxyType(
         dict(
             lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_coefficients=COEFFICIENTS,
             eps=1e-7, ns_steps=5, adjust_lr_fn="match_rms_adamw", beta1=0.9, beta2=0.999,
@@ -81,7 +81,7 @@ class Muon(AbstractRule):
                 )
         self._others, self._ratio = others, lr_ratio
         self._layout: Layout | None = None
-        self.defaults = MappingProxyType({**self.defaults, **settings})
+        self.defaults = {**self.defaults, **settings}  # a copy of the rule can be pickled
         self._given = frozenset(settings)
 
     def joined(self, layout: Layout) -> Muon:

@@ -69,6 +69,20 @@ def test_a_group_that_is_added_takes_up_the_factor_of_the_run(per: str) -> None:
     job.train(20)
 
 
+@pytest.mark.parametrize("given", [nn.Module.parameters, lambda late: late])
+@pytest.mark.parametrize("first", [nn.Module.parameters, lambda net: net])
+def test_groups_are_added_as_parameters_or_as_a_module(given: Any, first: Any) -> None:
+    """Torch refuses a group without names beside named ones. Truth: the gradients are followed."""
+    net, late = nn.Linear(3, 3), nn.Linear(3, 1)
+    opt = st.SGD(first(net), lr=0.1, probe=False)
+    opt.add_param_group({"params": given(late)})
+    before = late.weight.detach().clone()
+    late(net(torch.ones(2, 3))).square().sum().backward()
+    opt.step()
+    assert not torch.equal(late.weight, before)
+    assert {len(g.get("param_names", "ab")) for g in opt.param_groups} == {2}
+
+
 def test_parameters_that_join_a_group_take_its_present_values() -> None:
     """The applied rate, which the schedule has annealed, is not their peak."""
     job = FineTuning()

@@ -1,5 +1,6 @@
 """Masks, frozen layers, weights loaded in the middle. Truth: the weights themselves."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -118,6 +119,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(shell: str, bad: float) -
         tune(net, opt)
     kept = [v for state in opt.state.values() for v in state.values() if isinstance(v, Tensor)]
     assert all(bool(torch.isfinite(v).all()) for v in kept)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_copy_goes_on_like_the_original(shell: str) -> None:
+    net = network()
+    opt = SHELLS[shell](net, total_steps=120)
+    for _ in range(60):
+        step(net, opt)
+        tune(net, opt)
+    twin, other = copy.deepcopy((net, opt))
+    for model, tuned in ((net, opt), (twin, other)):
+        for _ in range(60):
+            step(model, tuned)
+            tune(model, tuned)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
 
 
 def test_sync_inside_averaged_is_refused() -> None:
