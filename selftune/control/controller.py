@@ -79,7 +79,7 @@ class Controller:
     def _sweep(self, record: SweepSlope) -> Action:
         assert self.sweep is not None
         lowered = self.sweep.lowered
-        lowest = self.sweep.observe(record.slope, record.start)
+        lowest = self.sweep.observe(record.slope, record.start, record.gain)
         snapshot = "iterate" if lowest else ""
         moves: Mapping[str, float] | None = None
         if self.sweep.lowered != lowered:  # the sweep restarts

@@ -122,6 +122,8 @@ class LRSweep:
     change: float = 0.0
     lowest: float = 0.0
     best: float = math.nan
+    gain: float = 1.0
+    last_gain: float = 1.0
     balance: int = 0
     seen: bool = False
     uphill: int = 0
@@ -144,7 +146,7 @@ class LRSweep:
         """Factor of the given rate at a step of the sweep."""
         return 10.0 ** (self.settings.decades * (2 * step / (self.steps - 1) - 1) - self.lowered)
 
-    def observe(self, slope: float, start: float = 0.0) -> bool:
+    def observe(self, slope: float, start: float = 0.0, gain: float = 1.0) -> bool:
         """Record the slope at the end of the last step; true if C is the lowest so far.
 
         At very low rates slopes on different batches may differ in sign by chance, so the sweep
@@ -157,8 +159,10 @@ class LRSweep:
             slope: g · Δw at the end of the step; 0, as at its start, if the step was too short to
                 be measured.
             start: The same at its start; 0 if unknown.
+            gain: Length of the step, divided by that of a late one at the same rate
+                (:meth:`selftune.rules.AbstractRule.initial_gain`).
         """
-        self.missed = 0
+        self.missed, self.last_gain = 0, gain
         # Slopes are proportional to the rate until a step diverges; `steepest` is their ratio.
         rate, wild = self.factor(self.taken - 1), self.settings.wild
         self.steepest = max(self.steepest, abs(start) / rate)
@@ -190,6 +194,7 @@ class LRSweep:
         counts = rate <= near or (self.change < 2 * self.lowest and not slight)
         if self.change < self.lowest and counts and plausible:
             self.lowest, self.best, self.real, self.proven = self.change, rate, real, False
+            self.gain = gain
             return True
         return False
 
@@ -231,7 +236,8 @@ class LRSweep:
             )
             blown = self.factor(0) if uphill else self.blown
             return min(1.0, blown / 10) if blown else 1.0
-        return self.best / self.settings.margin
+        # The next step must not be longer than the best one, and late ones shorter by the margin.
+        return self.best * self.gain / max(self.settings.margin, self.last_gain)
 
     @property
     def _certain(self) -> float:

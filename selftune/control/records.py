@@ -13,11 +13,13 @@ class SweepSlope(NamedTuple):
         slope: The slope at the end of the step.
         values: Current hyperparameters.
         start: The slope at the start of the step.
+        gain: Length of the step, divided by that of a late one at the same rate.
     """
 
     slope: float
     values: Mapping[str, float]
     start: float = 0.0
+    gain: float = 1.0
 
 
 class Gradient(NamedTuple):

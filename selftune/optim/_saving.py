@@ -19,7 +19,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 25
+VERSION = 26
 """Version of the state; in 25 a sweep keeps its best weights in the average."""
 
 

@@ -225,7 +225,9 @@ class WeightSteps:
         weights = [local(p) for b in self._blocks for p in b.params]
         slopes = engine.slopes.along(grads, weights, engine.reducer.total)
         if slopes is not None:
-            record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0])
+            rule = engine.method.sensitivities.update.rule
+            gain = rule.initial_gain(self._values[0], sweep.taken)
+            record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0], gain)
             if engine.carry_out(engine.controller.observe(record)):
                 if sweep.ended:
                     engine.mark(engine.controller.swept, given=True)

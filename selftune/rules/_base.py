@@ -95,6 +95,17 @@ class AbstractRule(ABC):
         """The values in effect at a step, for rules whose values depend on the step number."""
         return values
 
+    def initial_gain(self, values: Values, step: int) -> float:
+        """Length of the n-th step of a run, divided by that of a late one with such gradients.
+
+        Above 1 if running means start at 0 and their bias is not corrected.
+
+        Args:
+            values: Hyperparameters and options, all of them numbers.
+            step: n, from 1.
+        """
+        return 1.0
+
     def in_place(self, values: Values) -> InPlace | None:
         """The step ``w − η (d + λ w)`` as a fused torch kernel, if torch has one for these options.
 

@@ -41,6 +41,10 @@ class RMSprop(AbstractRule):
         names = ["square_avg", "momentum_buffer"] + ["grad_avg"] * bool(values["centered"])
         return {name: torch.zeros_like(params) for name in names}
 
+    def initial_gain(self, values: Values, step: int) -> float:
+        """1/√(1 − aⁿ), because v starts at 0."""
+        return float((1 - values["alpha"] ** step) ** -0.5)
+
     def direction(
         self, grads: Tensor, state: State, values: Values, age: int | Tensor
     ) -> tuple[Tensor, State]:

@@ -25,7 +25,7 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 18
+VERSION = 19
 """Version of checkpoints; 18 has the hyperparameters that are not tuned."""
 
 

@@ -53,7 +53,8 @@ def sweep(
         found = slopes.along(grads, steps.views(run.weights), steps.method.total, cuts)
         if found is not None:
             values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
-            action = controller.observe(SweepSlope(found[1], values, found[0]))
+            gain = steps.update.rule.initial_gain({**steps.options, **values}, state.taken)
+            action = controller.observe(SweepSlope(found[1], values, found[0], gain))
             if action.snapshot:
                 snapshots.take(action.snapshot)
             if action.rewind is not None:
