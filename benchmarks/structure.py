@@ -25,6 +25,8 @@ Typical output (two shared cores, torch 2.13):
     | goal | 87.88 ± 0.18 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
     | magnitude | 86.73 ± 0.34 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
     | small | 87.42 ± 0.12 | 38 ± 4 | 49 ± 1 | 22 / 24 / 71 | – |
+
+The residual network is in ``docs/structure.md``.
 """
 
 from __future__ import annotations
