@@ -13,7 +13,7 @@ from selftune._flat import local
 from selftune._identity import digest
 
 PATIENCE = 10
-"""Seconds that a process waits for the others at its first validation loss."""
+"""Seconds that a process waits at its first validation loss; later, as long as for a reduction."""
 
 
 class Reducer:
@@ -34,7 +34,7 @@ class Reducer:
         self._wanted = wanted
         self.sharded = False
         self._digest = 0
-        self._met = False
+        self._left: list[str] = []
 
     @property
     def together(self) -> bool:
@@ -64,27 +64,36 @@ class Reducer:
             )
 
     def meet(self, step: int) -> None:
-        """Wait for the other processes at the first validation loss of this process.
+        """Wait for the other processes before a hyperparameter step.
+
+        A reduction would wait longer at first, or meet one of a training step of another process.
 
         Raises:
             RuntimeError: Another process does not call this method in time.
         """
-        if self._met or not self.together:
+        if not self.together:
             return
         rank, ranks = dist.get_rank(), range(dist.get_world_size())
         store = dist.distributed_c10d._get_default_store()
-        keys = [f"selftune/{self._digest}/{step}/{r}" for r in ranks]
+        later: timedelta = store.timeout  # type: ignore[attr-defined]  # of the process group
+        patience = later if self._left else timedelta(seconds=PATIENCE)
+        place = f"selftune/{self._digest}/{step}"
+        keys = [f"{place}/{r}" for r in ranks]
         store.set(keys[rank], "here")
+        if store.add(f"{place}/count", 1) == len(ranks):
+            store.set(f"{place}/all", "here")
         try:
-            store.wait(keys, timedelta(seconds=PATIENCE))
+            store.wait([f"{place}/all"], patience)
         except RuntimeError as error:  # of the kind dist.DistStoreError
-            absent = [r for r in ranks if not store.check([keys[r]])]
+            absent = [f"rank {r}" for r in ranks if not store.check([keys[r]])]
             raise RuntimeError(
                 f"hyper_step was called on rank {rank}, after {step} steps, but not on "
-                f"{', '.join(f'rank {r}' for r in absent)} within {PATIENCE} s: call it on every "
+                f"{', '.join(absent)} within {patience.total_seconds():g} s: call it on every "
                 "process, each with its own validation batch"
             ) from error
-        self._met = True
+        for key in self._left:  # all have left the place before
+            store.delete_key(key)
+        self._left = [keys[rank], *([f"{place}/count", f"{place}/all"] if rank == 0 else [])]
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over processes."""

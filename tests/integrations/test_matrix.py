@@ -176,6 +176,9 @@ ROWS = [
     Row(what="DDP: `hyper_step` on one rank only, at first or after loading",
         truth="an error within seconds",
         check="../optim/test_processes.py::test_two_processes"),
+    Row(what="DDP: a rank that stops calling `hyper_step`",
+        truth="an error within the timeout of the process group",
+        check="../optim/test_processes.py::test_a_process_that_stops_tuning_is_named"),
     Row(what="ZeroRedundancyOptimizer", truth="a refusal", refused=True,
         check="../optim/test_processes.py::test_two_processes"),
 ]  # fmt: skip

@@ -94,13 +94,39 @@ def two(rank: int, port: int, folder: Path) -> None:
     os._exit(0)  # the other rank may hang in what was never answered
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def apart(rank: int, port: int, folder: Path) -> None:
+    """One of two processes stops to call ``hyper_step`` in the middle of a run."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), USE_LIBUV="0")
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    net = network().double()
+    opt, model = st.SGD(net, lr=0.01), DistributedDataParallel(net)
+    train(model, opt, 60)
+    torch.save(refused(lambda: train(model, opt, 60, validate=rank == 0)), folder / f"{rank}.pt")
+    os._exit(0)
+
+
+def test_a_process_that_stops_tuning_is_named(tmp_path: Path) -> None:
+    """Without a meeting, its training gradients would be taken for the validation losses."""
+    spawned(apart, tmp_path)
+    message, seconds = torch.load(tmp_path / "0.pt")
+    assert "hyper_step was called on rank 0" in message
+    assert "not on rank 1 within 20 s" in message
+    assert seconds < 40
+
+
+def spawned(work: Callable[..., None], folder: Path) -> None:
+    """Run two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = mp.spawn(two, (port, tmp_path), nprocs=2, join=False)
+    context = mp.spawn(work, (port, folder), nprocs=2, join=False)
     for process in context.processes:
         process.join(240)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    spawned(two, tmp_path)
     zero, one = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     for name, make in MAKES.items():
         net = network().double()
