@@ -144,7 +144,7 @@ def loss(workload: Workload, face: str, rule: str, seed: int, row: str) -> float
 def summary(ratios: dict[str, list[float]]) -> list[str]:
     """The cells of a row, from ratios by workload."""
     every = [r for found in ratios.values() for r in found]
-    low, middle, high = statistics.quantiles(every, n=4)
+    low, middle, high = statistics.quantiles(every, n=4) if len(every) > 1 else every * 3
     cells = [f"{middle:.3f}", f"{low:.2f} to {high:.2f}", f"{max(every):.2f}"]
     cells.append(f"{100 * sum(r <= 1 for r in every) / len(every):.0f} %")
     return cells + [f"{math.exp(statistics.fmean(map(math.log, f))):.3f}" for f in ratios.values()]

@@ -116,12 +116,16 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SUITE))
     parser.add_argument("--shells", default=",".join(SHELLS))
     args = parser.parse_args()
+    names, shells = args.only.split(","), args.shells.split(",")
+    for given, known in ((names, SUITE), (shells, SHELLS)):
+        if unknown := sorted({*given} - known.keys()):
+            parser.error(f"{', '.join(unknown)}: unknown; use some of {', '.join(known)}")
     logging.getLogger("selftune").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     found: dict[tuple[str, str], list[float]] = {}
-    for name in args.only.split(","):
+    for name in names:
         workload = SUITE[name]()
-        for shell in args.shells.split(","):
+        for shell in shells:
             make, plain, default, rates = SHELLS[shell]
             draw = random.Random(f"{name} {shell}")
             rows: dict[str, list[float]] = {"default": [], "random": []}
