@@ -18,6 +18,8 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -68,16 +70,20 @@ def synchronize(batches: list[Batch]) -> None:
 
 
 def fit(
-    net: Net, rule: str, loader: Any, steps: int, device: str, tune: tuple[str, ...], **options: Any
-) -> None:
+    net: Net, rule: str, loader: Any, steps: int, device: str, tune: tuple[str, ...],
+    evaluate_every: int | None = None, log_dir: Path | None = None, **options: Any,
+) -> None:  # fmt: skip
     """A self-tuned run."""
     torch.manual_seed(0)
     tuner = st.Tuner(
-        net.make(), net.loss, rule=getattr(st.rules, rule)(), tune=tune, probe=False, device=device,
+        net.make(), net.loss, rule=getattr(st.rules, rule)(), tune=tune, device=device,
         hparams=plain.OPTIONS[rule] | {"decay": 1e-5},
-        **{"compile": True, "schedule": "constant"} | options,
+        **{"compile": True, "schedule": "constant", "probe": False} | options,
     )  # fmt: skip
-    tuner.fit(loader, net.batches, steps=steps, evaluate_every=steps, progress=False)
+    tuner.fit(
+        loader, net.batches, steps=steps, evaluate_every=evaluate_every or steps,
+        log_dir=log_dir, progress=False,
+    )  # fmt: skip
 
 
 def spread(ratios: list[float]) -> str:
@@ -142,27 +148,31 @@ def alive() -> dict[int, int]:
 
 
 def weigh(rule: str, tune: tuple[str, ...], device: str) -> None:
-    """One row of the table of memory: what lives between two steps of a run."""
+    """One row of the table of memory: what lives between two steps, after sweep and evaluation."""
     net = NETS["MLP 784-256-256-10, batch 128"]()
-    batch = net.batches[0]
+    base, sizes = plain.memory(net, rule), []
+    with TemporaryDirectory() as folder:
+        for log_dir in (Path(folder), None):
+            sizes.append(held(net, rule, device, tune, log_dir))
+    cells = [f"{size / 1e6:.2f} MB | {size / base:.2f}" for size in sizes]
+    print(f"| {rule} | {', '.join(tune)} | {base / 1e6:.2f} MB | {' | '.join(cells)} |", flush=True)
+
+
+def held(net: Net, rule: str, device: str, tune: tuple[str, ...], log_dir: Path | None) -> int:
+    """Bytes between two late steps of a run."""
     sizes: list[int] = []
 
     def batches() -> Iterator[Batch]:
-        for step in range(21):
-            if step == 20:
+        for step in range(41):
+            if step == 40:
                 gc.collect()
                 sizes.append(sum(v for k, v in alive().items() if k not in before))
-            yield batch
+            yield net.batches[0]
 
     gc.collect()
     before = alive()
-    fit(net, rule, batches(), 21, device, tune, compile=False)
-    base = plain.memory(net, rule)
-    print(
-        f"| {rule} | {', '.join(tune)} | {base / 1e6:.2f} MB | {sizes[0] / 1e6:.2f} MB "
-        f"| {sizes[0] / base:.2f} |",
-        flush=True,
-    )
+    fit(net, rule, batches(), 41, device, tune, 10, log_dir, compile=False, probe=True)
+    return sizes[0]
 
 
 def populate(rule: str, members: int, rounds: int, device: str) -> None:
@@ -224,7 +234,10 @@ def main() -> None:
                 for every in args.every:
                     time_steps(name, rule, every, args.rounds, args.device)
     if args.part in (None, "memory"):
-        print("\n| rule | tuned | torch | ours | ratio |\n|---|---|---|---|---|")
+        print(
+            "\n| rule | tuned | torch | best weights on disk | ratio | in memory | ratio |\n"
+            "|---|---|---|---|---|---|---|"
+        )
         for rule in rules:
             for tune in (("lr", "weight_decay"), FOUR[rule]):
                 weigh(rule, tune, args.device)
