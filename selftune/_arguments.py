@@ -11,12 +11,13 @@ import functools
 import inspect
 import math
 import numbers
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 
 
@@ -30,6 +31,10 @@ class Kind(ABC):
     def holds(self, value: Any) -> bool:
         """Whether a value of this type is in the range."""
         return True
+
+    def remedy(self, value: Any) -> str:
+        """What would be valid instead of a value of another type, to end a message with."""
+        return ""
 
     @abstractmethod
     def __str__(self) -> str:
@@ -135,6 +140,28 @@ class That(Kind):
         return self.words
 
 
+@dataclass(frozen=True)
+class Several(Kind):
+    """A collection of values of one kind: a list, a tuple, a set or alike, but no string."""
+
+    kind: Kind
+    words: str
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is a collection of such values."""
+        fits = isinstance(value, (Collection, nn.Sequential, nn.ModuleList))
+        return fits and not isinstance(value, (str, Mapping, Tensor)) and all(
+            map(self.kind.fits, value)
+        )  # fmt: skip
+
+    def remedy(self, value: Any) -> str:
+        """A single value in a list."""
+        return f": [{value!r}]" if self.kind.fits(value) else ""
+
+    def __str__(self) -> str:
+        return f"a list of {self.words}"
+
+
 class Either(Kind):
     """Values of one of several kinds."""
 
@@ -146,6 +173,10 @@ class Either(Kind):
         """Whether it is of one of the types."""
         return any(k.fits(value) for k in self.kinds)
 
+    def remedy(self, value: Any) -> str:
+        """That of one of the kinds."""
+        return next(filter(None, (k.remedy(value) for k in self.kinds)), "")
+
     def holds(self, value: Any) -> bool:
         """Whether it is in the range of its type."""
         return any(k.fits(value) and k.holds(value) for k in self.kinds)
@@ -154,21 +185,15 @@ class Either(Kind):
         return ", or ".join(map(str, self.kinds))
 
 
-FLAG = Instance((bool,), "True or False")
+FLAG = Instance((bool, np.bool_), "True or False")
 NONE = Instance((type(None),), "None")
 TEXT = Instance((str,), "a string")
 COUNT = Whole(least=1)
 SHARE = Number(least=0, most=1)
 MODULE = Instance((nn.Module,), "a torch.nn.Module")
-MODULES = That(
-    lambda v: isinstance(v, (tuple, list, nn.ModuleList)) and all(map(MODULE.fits, v)),
-    "a list of torch.nn.Modules",
-)
-NAMES = That(
-    lambda v: isinstance(v, (tuple, list, set, frozenset)) and all(map(TEXT.fits, v)),
-    "a list of names",
-)
-PATH = Instance((str, os.PathLike), "a path")
+MODULES = Several(MODULE, "torch.nn.Modules")
+NAMES = Several(TEXT, "names")
+PATH = Instance((str, Path), "a path")
 MAPPING = Instance((Mapping,), "a dictionary")
 FUNCTION = That(callable, "a function")
 SCALAR = That(
@@ -202,7 +227,7 @@ def check(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
             continue
         value = values[name]
         if not kind.fits(value):
-            raise TypeError(f"{name}={_short(value)} must be {kind}")
+            raise TypeError(f"{name}={_short(value)} must be {kind}{kind.remedy(value)}")
         if not kind.holds(value):
             raise ValueError(f"{name}={_short(value)} must be {kind}")
 
@@ -226,7 +251,11 @@ def checked(**kinds: Kind) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            check(kinds, signature.bind(*args, **kwargs).arguments)
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError:  # the call itself names the function
+                given = {}
+            check(kinds, given)
             return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]
@@ -235,8 +264,8 @@ def checked(**kinds: Kind) -> Callable[[Function], Function]:
 
 
 def _short(value: Any) -> str:
-    """Its ``repr``, truncated if long."""
-    text = repr(value)
+    """Its ``repr`` on one line, truncated if long."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 

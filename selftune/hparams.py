@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._arguments import Number, check
+from selftune._arguments import SCALAR, check
 from selftune.bijections import AbstractBijection, Identity, Log, Memory
 
 
@@ -80,10 +80,11 @@ class Hparam:
 
     def check(self, argument: str, value: Any) -> None:
         """Raise an error for an initial value that is neither 0 nor within the bounds."""
-        check({argument: Number(finite=False)}, {argument: value})
+        check({argument: SCALAR}, {argument: value})
         if not (value == 0 or self.lower <= value <= self.upper):
             raise ValueError(
-                f"{argument}={value!r} must be 0 or between {self.lower:g} and {self.upper:g}"
+                f"{argument}={float(value)!r} must be 0 or between {self.lower:g} and "
+                f"{self.upper:g}"
             )
 
     def bounded(self, lower: float, upper: float) -> Hparam:

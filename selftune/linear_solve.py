@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selftune._arguments import COUNT, NONE, Kind, Number, check
+from selftune._arguments import COUNT, NONE, Kind, Number, Whole, check
 
 Product = Callable[[Tensor], Tensor]
 TOLERANCE: dict[str, Kind] = {"tolerance": Number(least=0)}
@@ -138,7 +138,8 @@ class Neumann(AbstractIteration):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check({"terms": COUNT, "scale": NONE | Number(above=0), **TOLERANCE}, vars(self))
+        kinds = {"terms": COUNT, "scale": NONE | Number(above=0), "head": NONE | COUNT}
+        check({**kinds, **TOLERANCE}, vars(self))
 
     @property
     def rounds(self) -> int:
@@ -282,9 +283,8 @@ class Nystrom(AbstractSolver):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check({"rank": COUNT, **TOLERANCE}, vars(self))
-        if not self.damping > 0:
-            raise ValueError(f"damping={self.damping} must be above 0; 0.01 is usual")
+        kinds = {"rank": COUNT, "damping": Number(above=0), "seed": Whole(), **TOLERANCE}
+        check(kinds, vars(self))
 
     def solve(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         """Compute the columns and solve; ``start`` is not used."""

@@ -1,12 +1,19 @@
 """Wrong calls over the whole public face. Truth: a list of values that cannot be."""
 
 import inspect
+import math
+from collections import UserList
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import selftune as st
 from benchmarks.reliability.calls import FIT, OPTIONS, TUNER, TUNING, calls
 from benchmarks.reliability.parts import PARTS
+from selftune import search
 
 CALLS = list(calls())
 FACES = list(dict.fromkeys(c.face for c in CALLS))
@@ -47,3 +54,49 @@ LEFT_OUT = {
 }  # fmt: skip
 for _policy in ("GuardPolicy", "SweepSettings", "HyperSettings"):  # checked by one base class
     LEFT_OUT[_policy] = arguments(dict(PARTS)[_policy][0])
+
+
+def test_every_argument_of_the_list_exists() -> None:
+    """Law: a signature names what the list has, so that no call is refused for another reason."""
+    for name, (part, wrong) in PARTS.items():
+        assert wrong.keys() <= arguments(part), name
+
+
+NET = nn.Sequential(st.nn.Dropout(0.3), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+RULES = {"a": st.rules.SGD(), "b": st.rules.AdamW()}
+LAYERS = {"a": nn.ReLU(), "b": nn.Tanh()}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: st.structure.Batches(range(9), 4, 8, overhead=math.inf),  # of step_overhead
+        lambda: search.batch_for(64, 16, 80, noise=math.inf),  # of a noise scale
+        lambda: search.batch_for(64, 16e9, 80e9, noise=math.nan),
+        lambda: st.structure.NoiseScale(memory=math.inf),
+        lambda: st.structure.Choice(nn.Sequential(*LAYERS.values())),
+        lambda: st.structure.Choice(LAYERS.values()),
+        lambda: st.nn.Dropout(0.5, share=range(1, 2)),
+        lambda: st.nn.DropConnect(nn.Linear(2, 2), weights={"weight"}),
+        lambda: st.AdamW(NET, tune=UserList(["lr"])),
+        lambda: st.muon_groups(NET, {"1": 1}.keys()),
+        lambda: st.rules.Mixture(RULES.values()),
+        lambda: st.nn.Dropout(torch.tensor(0.5)),
+        lambda: st.nn.Dropout(np.float32(0.5)),
+        lambda: st.hypernet.convert(NET, {"dropout": torch.tensor(0.2)}),
+        lambda: st.structure.Optional(nn.Linear(2, 2), residual=np.True_),
+        lambda: st.structure.Gate(np.int64(4)),
+    ],
+)
+def test_values_of_other_types_that_mean_the_same_are_taken(call: Callable[[], object]) -> None:
+    call()
+
+
+def test_python_names_the_function_of_a_missing_argument() -> None:
+    with pytest.raises(TypeError, match=r"Gate.*missing 1 required positional argument: 'units'"):
+        st.structure.Gate()  # type: ignore[call-arg]
+
+
+def test_a_single_name_is_offered_in_a_list() -> None:
+    with pytest.raises(TypeError, match=r"tune='lr' must be a list of names, or None: \['lr'\]"):
+        st.AdamW(NET, tune="lr")

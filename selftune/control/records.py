@@ -13,7 +13,7 @@ class SweepSlope(NamedTuple):
         slope: The slope at the end of the step.
         values: Current hyperparameters.
         start: The slope at the start of the step.
-        gain: Length of the step, divided by that of a late one at the same rate.
+        gain: Factor of the step because running means start at 0.
     """
 
     slope: float

@@ -71,6 +71,7 @@ def convert(
         )
     for name, value in given.items():
         known[name].check(f"hparams[{name!r}]", value)
+        given[name] = float(value)
     places, plain, alone = places_of(model)
     if not places:
         raise ValueError(f"no layer of model can respond: {plain or 'it has no parameters'}")

@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selftune._arguments import FUNCTION, PATH, That, checked
+from selftune import _arguments as arguments
+from selftune._arguments import FUNCTION, PATH, checked
 from selftune._files import write_text
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor.tensorboard import TensorBoard
 
 log = logging.getLogger("selftune")
 
-RECORDERS = That(
-    lambda v: isinstance(v, (tuple, list)) and all(isinstance(r, AbstractRecorder) for r in v),
-    "a list of recorders of selftune.monitor",
+RECORDERS = arguments.Several(
+    arguments.Instance((AbstractRecorder,), "a recorder"), "recorders of selftune.monitor"
 )
 
 

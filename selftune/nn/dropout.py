@@ -9,19 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from selftune._arguments import MODULE, NONE, Instance, That, Whole, checked
+from selftune._arguments import MODULE, NAMES, NONE, Instance, Several, Whole, checked
 from selftune.bijections import Logit
 from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
 
 EDGE = 1e-6
 """Minimum distance of a rate from 0 and 1 in its log-odds."""
-
-
-DIMENSIONS = That(
-    lambda dims: isinstance(dims, (tuple, list)) and all(map(Whole().fits, dims)),
-    "dimensions, whole numbers in a tuple",
-)
 
 
 def rate(name: str, start: float = 0.05) -> Hparam:
@@ -58,7 +52,7 @@ class Dropout(Stochastic):
 
     argument: ClassVar[str] = "p"
 
-    @checked(share=DIMENSIONS)
+    @checked(share=Several(Whole(), "dimensions"))
     def __init__(self, p: float = 0.5, name: str = "dropout", share: Sequence[int] = ()) -> None:
         super().__init__(p, rate(name))
         self.share = tuple(share)
@@ -123,7 +117,7 @@ class DropConnect(Dropout):
     Source: Wan et al. 2013; Merity et al. 2018, section 2.
     """
 
-    @checked(module=MODULE, weights=NONE | Instance((tuple, list), "names in a list"))
+    @checked(module=MODULE, weights=NAMES | NONE)
     def __init__(
         self,
         module: nn.Module,

@@ -147,13 +147,14 @@ def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list
     ]
 
 
-def alike(groups: Sequence[Group], group: Group) -> Group:
+def match_names(groups: Sequence[Group], group: Group) -> Group:
     """A group whose parameters have names if those of the others do; torch does not mix them."""
     params = group.get("params") if isinstance(group, dict) else None
     if isinstance(params, nn.Module):
         params = params.named_parameters()
-    if not groups or params is None or isinstance(params, (Tensor, set)):
+    if not groups or params is None or isinstance(params, set):
         return group if params is None else {**group, "params": params}
+    params = [params] if isinstance(params, Tensor) else params
     entries = [e if isinstance(e, tuple) else ("", e) for e in params]
     if not groups[0].get("param_names"):
         return {**group, "params": [param for _, param in entries]}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.optim._assembly import Assembly, alike, names
+from selftune.optim._assembly import Assembly, match_names, names
 from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
 from selftune.optim._engine import Engine
@@ -58,7 +58,7 @@ class Container(torch.optim.Optimizer):
 
         Its ``"params"`` may be a module. Names are added or left out as in the other groups.
         """
-        param_group = alike(self.param_groups, param_group)
+        param_group = match_names(self.param_groups, param_group)
         with warnings.catch_warnings():  # torch only warns about duplicate parameters
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
             super().add_param_group(param_group)

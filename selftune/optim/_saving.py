@@ -20,7 +20,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 26
-"""Version of the state; in 25 a sweep keeps its best weights in the average."""
+"""Version of the state; 26 has the factors of the first steps in the sweep."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:

@@ -226,7 +226,7 @@ class WeightSteps:
         slopes = engine.slopes.along(grads, weights, engine.reducer.total)
         if slopes is not None:
             rule = engine.method.sensitivities.update.rule
-            gain = rule.initial_gain(self._values[0], sweep.taken)
+            gain = max(rule.initial_gain(v, sweep.taken) for v in self._values)
             record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0], gain)
             if engine.carry_out(engine.controller.observe(record)):
                 if sweep.ended:

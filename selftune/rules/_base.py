@@ -96,9 +96,9 @@ class AbstractRule(ABC):
         return values
 
     def initial_gain(self, values: Values, step: int) -> float:
-        """Length of the n-th step of a run, divided by that of a late one with such gradients.
+        """Factor of the n-th step of a run because running means start at 0, without momentum.
 
-        Above 1 if running means start at 0 and their bias is not corrected.
+        Above 1 if a running mean of squares divides the step, and its bias is not corrected.
 
         Args:
             values: Hyperparameters and options, all of them numbers.

@@ -211,7 +211,7 @@ class Trainer:
         options = {**self.tuner, **made.tuner, **more}
         if not {"every", "estimator"} & options.keys():  # an estimator's stride goes with ``every``
             options["every"] = HyperSettings().every(self._steps(made))
-        if self.metric not in (known := ["loss", *options.get("metrics", {})]):
+        if self.metric not in (known := ["loss", *(options.get("metrics") or {})]):
             raise ValueError(f"metric={self.metric!r} must be one of {known}: add it to metrics")
         return Tuner(made.model, made.loss_fn or self.loss_fn, seed=self.seed, **options)
 

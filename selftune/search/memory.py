@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selftune._arguments import COUNT, NONE, PATH, TEXT, Kind, Number, check, checked
+from selftune._arguments import COUNT, NONE, PATH, TEXT, Kind, Number, That, check, checked
 from selftune._files import write_text
 from selftune.hparams import Hparam
 from selftune.search._shape import Shape
@@ -234,7 +234,10 @@ def _mean(weighed: list[tuple[float, float]], known: Hparam | None) -> float:
     return float(known.bijection.forward(raw @ weights / weights.sum()))
 
 
-@checked(batch=COUNT, memory_there=COUNT, memory_here=COUNT, noise=Number(least=0) | NONE)
+@checked(
+    batch=COUNT, memory_there=Number(above=0), memory_here=Number(above=0),
+    noise=That(lambda b: b is None or (Number().fits(b) and not b < 0), "a size, or None"),
+)  # fmt: skip
 def batch_for(batch: int, memory_there: int, memory_here: int, noise: float | None = None) -> int:
     """The batch size that fits a device with a different amount of memory.
 
@@ -242,7 +245,8 @@ def batch_for(batch: int, memory_there: int, memory_here: int, noise: float | No
         batch: Batch size on the original device.
         memory_there: Memory of the original device in bytes.
         memory_here: Memory of this device in bytes.
-        noise: Gradient noise scale in examples; the batch size is not increased beyond it.
+        noise: Gradient noise scale in examples, beyond which the batch size is not increased; None
+            or NaN if it is unknown.
 
     Examples:
         >>> batch_for(64, 8 * 2**30, 24 * 2**30)
@@ -251,6 +255,6 @@ def batch_for(batch: int, memory_there: int, memory_here: int, noise: float | No
         64
     """
     most = batch * memory_here / memory_there
-    if noise is not None and most > batch:
+    if noise is not None and not math.isnan(noise) and most > batch:
         most = max(batch, min(most, noise))
     return int(max(1, 2 ** math.floor(math.log2(most))))

@@ -74,7 +74,7 @@ class Batches(Sampler[list[int]]):
         least=COUNT | NONE,
         scale=Instance((NoiseScale,), "an st.structure.NoiseScale") | NONE,
         interval=COUNT | NONE,
-        overhead=Number(above=0) | NONE,
+        overhead=Number(above=0, finite=False) | NONE,
         drop_last=FLAG,
         seed=Whole(),
     )

@@ -47,7 +47,7 @@ class NoiseScale:
     Source: McCandlish et al. 2018, appendix A.1.
     """
 
-    @checked(memory=Number(least=1))
+    @checked(memory=Number(least=1, finite=False))
     def __init__(self, memory: float = 50.0) -> None:
         self.memory = float(memory)
         self._signal, self._noise, self._weight = 0.0, 0.0, 0.0

@@ -26,7 +26,9 @@ TOLERANCE = 1e-5
 """Largest difference of outputs, relative to the largest output, or 1 if that is below."""
 
 
-@checked(model=MODULE, threshold=SHARE, loss=FUNCTION | NONE, tolerance=Number(least=0))
+@checked(
+    model=MODULE, threshold=SHARE, loss=FUNCTION | NONE, tolerance=Number(least=0, finite=False)
+)
 def prune(
     model: nn.Module, example: Any, *, threshold: float = 1e-2,
     loss: Callable[[nn.Module], Any] | None = None, tolerance: float = 0.01,

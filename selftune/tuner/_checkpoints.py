@@ -26,7 +26,7 @@ PARTS = frozenset({
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
 VERSION = 19
-"""Version of checkpoints; 18 has the hyperparameters that are not tuned."""
+"""Version of checkpoints; 19 has the factors of the first steps in the sweep."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

@@ -1,5 +1,7 @@
 """Gates around and within choices. Truths: the model with closed gates, sizes by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ def within() -> nn.Module:
     ("make", "example"), [(images, torch.randn(3, 1, 7, 7)), (within, torch.randn(5, 4))]
 )
 def test_units_on_both_sides_of_a_choice_are_removed(
-    make: type[nn.Module], example: torch.Tensor, chosen: int
+    make: Callable[[], nn.Module], example: torch.Tensor, chosen: int
 ) -> None:
     """Truth: the outputs of the model with closed gates and the branch that is chosen."""
     torch.manual_seed(0)
