@@ -171,11 +171,7 @@ class TensorBoard(AbstractRecorder):
 
     def _end(self, status: str) -> None:
         self.writer.flush()
-        from torch.utils.tensorboard import SummaryWriter
-
-        ending = self.writer
-        if self._folder is not None:
-            ending = SummaryWriter(str(self._folder), filename_suffix=END)
+        ending = self.writer if self._folder is None else _ending(Path(self._folder))
         from tensorboard.plugins.hparams import api_pb2, metadata
         from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
 
@@ -259,6 +255,21 @@ def _wait(folder: Path) -> None:
     newest = max((int(n[0]) for n in names if n and n[0].isdigit()), default=0)
     while newest == int(time.time()):
         time.sleep(0.05)
+
+
+def _ending(folder: Path) -> Any:
+    """A writer whose file sorts after the others; names of one second end in a counter."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = {*_names_in(folder)}
+    writer = SummaryWriter(str(folder), filename_suffix=END)
+    (made,) = {*_names_in(folder)} - before
+    if made > max(before):
+        return writer
+    writer.close()  # the tenth sorts before the ninth
+    (folder / made).unlink()
+    _wait(folder)
+    return SummaryWriter(str(folder), filename_suffix=END)
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.summary.writer import event_file_writer
 
 import selftune as st
 from selftune.monitor import JSONL, InMemory, Monitor, Row, TensorBoard, read_jsonl, reading
@@ -66,6 +67,18 @@ def test_the_end_of_a_run_that_is_resumed_is_not_doubled(tmp_path: Path) -> None
         assert [e.step for e in twice.Scalars(tag)] == steps
         lines = read_jsonl(tmp_path / "twice" / "run.jsonl")
         assert [r["step"] for r in lines if r.get("tag") == tag] == steps
+
+
+def test_the_end_sorts_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second are numbered, and the tenth sorts before the ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    recorder = TensorBoard(tmp_path)
+    recorder.begin({"lr": 0.1}, ["lr"])
+    recorder.scalars([Row("Loss/val", 0.5, 10)])
+    recorder.last([Row("Loss/val", 0.4, 20)])
+    recorder.end("finished")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars("Loss/val")] == [10, 20]
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_its_curves_anew(
