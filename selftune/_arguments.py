@@ -141,7 +141,7 @@ class That(Kind):
 
 
 @dataclass(frozen=True)
-class Several(Kind):
+class ListOf(Kind):
     """A collection of values of one kind: a list, a tuple, a set or alike, but no string."""
 
     kind: Kind
@@ -191,8 +191,8 @@ TEXT = Instance((str,), "a string")
 COUNT = Whole(least=1)
 SHARE = Number(least=0, most=1)
 MODULE = Instance((nn.Module,), "a torch.nn.Module")
-MODULES = Several(MODULE, "torch.nn.Modules")
-NAMES = Several(TEXT, "names")
+MODULES = ListOf(MODULE, "torch.nn.Modules")
+NAMES = ListOf(TEXT, "names")
 PATH = Instance((str, Path), "a path")
 MAPPING = Instance((Mapping,), "a dictionary")
 FUNCTION = That(callable, "a function")

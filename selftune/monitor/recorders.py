@@ -9,17 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selftune import _arguments as arguments
-from selftune._arguments import FUNCTION, PATH, checked
+from selftune._arguments import FUNCTION, PATH, Instance, ListOf, checked
 from selftune._files import write_text
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
 from selftune.monitor.tensorboard import TensorBoard
 
 log = logging.getLogger("selftune")
 
-RECORDERS = arguments.Several(
-    arguments.Instance((AbstractRecorder,), "a recorder"), "recorders of selftune.monitor"
-)
+RECORDERS = ListOf(Instance((AbstractRecorder,), "a recorder"), "recorders of selftune.monitor")
 
 
 class InMemory(AbstractRecorder):

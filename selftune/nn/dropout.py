@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from selftune._arguments import MODULE, NAMES, NONE, Instance, Several, Whole, checked
+from selftune._arguments import MODULE, NAMES, NONE, Instance, ListOf, Whole, checked
 from selftune.bijections import Logit
 from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic
@@ -52,7 +52,7 @@ class Dropout(Stochastic):
 
     argument: ClassVar[str] = "p"
 
-    @checked(share=Several(Whole(), "dimensions"))
+    @checked(share=ListOf(Whole(), "dimensions"))
     def __init__(self, p: float = 0.5, name: str = "dropout", share: Sequence[int] = ()) -> None:
         super().__init__(p, rate(name))
         self.share = tuple(share)

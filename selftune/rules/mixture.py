@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._arguments import Instance, Several, check
+from selftune._arguments import Instance, ListOf, check
 from selftune.bijections import Log
 from selftune.hparams import Hparam
 from selftune.rules._base import AbstractRule, InPlace, State, Values
@@ -287,7 +287,7 @@ def _squares(directions: Mapping[str, Tensor], after: State) -> Tensor:
 
 def _named(rules: Sequence[AbstractRule]) -> dict[str, AbstractRule]:
     """The members by name, checked."""
-    check({"rules": Several(Instance((object,), "a rule"), "rules")}, {"rules": rules})
+    check({"rules": ListOf(Instance((object,), "a rule"), "rules")}, {"rules": rules})
     found = list(rules)
     if not found:
         raise ValueError("rules=[] is empty: pass one or more, such as [SGD(), AdamW(), Lion()]")
