@@ -12,7 +12,7 @@ from torch import nn
 
 import selftune as st
 from benchmarks.reliability.calls import FIT, OPTIONS, TUNER, TUNING, calls
-from benchmarks.reliability.parts import PARTS
+from benchmarks.reliability.invalid_values import PARTS
 from selftune import search
 
 CALLS = list(calls())

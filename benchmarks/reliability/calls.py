@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import selftune as st
-from benchmarks.reliability.parts import COUNT, FLAG, INF, NAN, PARTS, SIZE, THING
+from benchmarks.reliability.invalid_values import COUNT, FLAG, INF, NAN, PARTS, SIZE, THING
 
 TUNING: dict[str, tuple[Any, ...]] = {
     "tune": ("lr", 3, ("lrs",), ("lr", "nothing")),

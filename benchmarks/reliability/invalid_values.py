@@ -1,4 +1,4 @@
-"""Values that cannot be, for each argument of the parts that stand beside the drivers."""
+"""Invalid values for each argument of everything public beside the drivers."""
 
 from __future__ import annotations
 
