@@ -3,11 +3,13 @@
     python -m benchmarks.quality.selection [--only digits] [--seeds 3] [--journal FILE]
     python -m benchmarks.quality.selection --part memory|engine
 
-``search``: on digits, 8,000 Fashion-MNIST images and three UCI sets, ``selftune.search.select``
+``search``: on digits, 8,000 Fashion-MNIST images and six UCI sets, ``selftune.search.select``
 over families (depth, width, dropout, …) against Optuna's TPE with ASHA over the same families *and*
 optimizer, learning rate, momentum, weight decay, α and schedule. Both stop asking for trials after
 the same seconds, one thread each; both keep a trial's best epoch by validation loss; the test
-metric is that of the chosen model: accuracy in percent, or RMSE. ``reached``: the share of its time
+metric is that of the chosen model: accuracy in percent, or RMSE. ``trees``: gradient-boosted trees
+of scikit-learn on the UCI sets, with its default settings, and tuned by TPE in the same seconds.
+``reached``: the share of its time
 after which ours was at or below the other's final validation loss (– if never). ``--journal`` keeps
 rows and goes on. ``memory``: a run that starts from what the other UCI sets converged to.
 ``engine``: what a trial costs besides its run, and what a second worker brings.
@@ -32,13 +34,16 @@ import optuna
 import torch
 from torch import nn
 
-from benchmarks.quality.selection_jobs import CLASSES, Job, Shuffled, Split, job, judged
+from benchmarks.quality.boosted_trees import boosted_trees
+from benchmarks.quality.selection_jobs import CLASSES, TABLES, Job, Shuffled, Split, job, judged
 from benchmarks.quality.warm_starts import memory
 from selftune import search
 from selftune.search import families
 
 LOOKS = 20
 """Evaluations in a trial, by both."""
+MEMBERS = 8
+"""Trials from which an ensemble is chosen."""
 
 
 def loss_of(model: nn.Module, loss: nn.Module, split: Split) -> float:
@@ -58,26 +63,40 @@ def loss_of(model: nn.Module, loss: nn.Module, split: Split) -> float:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to: test metric, best validation loss, trials, and its course."""
+    """What a search came to: test metric, best validation loss, trials, and its course.
+
+    ``ensemble`` is the test metric of an ensemble of the best trials, if there is one.
+    """
 
     test: float
     val: float
     trials: int
     course: list[tuple[float, float]]
+    ensemble: float = math.nan
 
 
 def ours(name: str, seed: int) -> Found:
-    """Self-tuned runs inside."""
+    """Self-tuned runs inside; the ensemble is chosen from the same trials."""
     data = job(name)
+    given: dict[str, Any] = dict(
+        steps=data.steps, seed=seed, progress=False, fit=dict(evaluate_every=data.steps // LOOKS)
+    )
+    train, val = Shuffled(data, seed), data.batches("val")
     begun = time.time()
-    found = search.select(
-        "auto", Shuffled(data, seed), data.batches("val"), trials=10_000, timeout=data.seconds,
-        steps=data.steps, seed=seed, progress=False,
-        fit=dict(evaluate_every=data.steps // LOOKS),
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        given |= dict(storage=Path(folder) / "study.journal", log_dir=Path(folder) / "runs")
+        joined = search.select(
+            "auto", train, val, trials=10_000, timeout=data.seconds, ensemble=MEMBERS, **given
+        )
+        count = len(joined.study.trials)
+        found = search.select("auto", train, val, trials=count, **given)
+        lowest = course(found.study, begun)
     assert found.model is not None
-    test = judged(found.model, data.splits["test"], name in CLASSES)
-    return Found(test, found.value, len(found.study.trials), course(found.study, begun))
+    assert joined.model is not None
+    test, ensemble = (
+        judged(model, data.splits["test"], name in CLASSES) for model in (found.model, joined.model)
+    )
+    return Found(test, found.value, count, lowest, ensemble)
 
 
 def plain(name: str, seed: int) -> Found:
@@ -181,35 +200,43 @@ def searches(names: list[str], seeds: list[int], journal: Path | None) -> None:
             entry = json.loads(line)
             known[entry["key"]] = entry
     print(
-        "| data | seed | ours, test | Optuna, test | ours, val | Optuna, val | trials | reached |"
+        "| data | seed | ours, test | ensemble | Optuna, test | trees, test | ours, val "
+        "| Optuna, val | trials | reached |"
     )
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     shares: list[float] = []
     for name in names:
-        tests: list[tuple[float, float]] = []
+        tests: list[tuple[float, ...]] = []
         for seed in seeds:
             key = f"{name} {seed}"
             if key not in known:
                 a, b = ours(name, seed), plain(name, seed)
                 known[key] = dict(
-                    key=key, tests=(a.test, b.test), vals=(a.val, b.val),
+                    key=key, tests=(a.test, a.ensemble, b.test), vals=(a.val, b.val),
                     trials=(a.trials, b.trials), reached=reached(a, b),
+                    trees=boosted_trees(name, seed) if name in TABLES else (),
                 )  # fmt: skip
                 if journal is not None:
                     with journal.open("a") as file:
                         file.write(json.dumps(known[key]) + "\n")
             one = known[key]
-            tests.append(tuple(one["tests"]))
+            tests.append((*one["tests"], *one["trees"]))
+            trees = ", ".join(f"{t:.4g}" for t in one["trees"])
             shares.append(one["reached"])
             share = "–" if math.isinf(one["reached"]) else f"{one['reached']:.2f}"
             print(
                 f"| {name} | {seed} | {one['tests'][0]:.4g} | {one['tests'][1]:.4g} "
+                f"| {one['tests'][2]:.4g} | {trees} "
                 f"| {one['vals'][0]:.4g} | {one['vals'][1]:.4g} "
                 f"| {one['trials'][0]}, {one['trials'][1]} | {share} |", flush=True,
             )  # fmt: skip
-        a, b = (statistics.median(column) for column in zip(*tests, strict=True))
+        a, joined, b, *trees = (statistics.median(column) for column in zip(*tests, strict=True))
         better = a > b if name in CLASSES else a < b
-        print(f"| {name} | median | {a:.4g} | {b:.4g} | | | | {'better' if better else 'worse'} |")
+        told = ", ".join(f"{t:.4g}" for t in trees)
+        print(
+            f"| {name} | median | {a:.4g} | {joined:.4g} | {b:.4g} | {told} | | | "
+            f"| {'better' if better else 'worse'} |"
+        )
     print(f"\nreached, median: {statistics.median(shares):.2f}", flush=True)
 
 
@@ -268,7 +295,7 @@ def main() -> None:
     elif args.part == "memory":
         memory(seeds)
     else:
-        names = [args.only] if args.only else [*CLASSES, "energy", "concrete", "yacht"]
+        names = [args.only] if args.only else [*CLASSES[:2], *TABLES]
         searches(names, seeds, args.journal)
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 
 from benchmarks.workloads import digits, fashion
 from selftune import search
 
 Split = tuple[Tensor, Tensor]
-CLASSES = ("digits", "fashion")
+CLASSES = ("digits", "fashion", "breast_cancer")
+TABLES = ("energy", "concrete", "yacht", "power", "wine_red", "breast_cancer")
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Shuffled:
 
 @cache
 def job(name: str) -> Job:
-    """One of the five."""
-    if name in CLASSES:
+    """The job of a name."""
+    if name in CLASSES[:2]:
         work = {"digits": digits, "fashion": fashion}[name]()
         splits = {k: (x, y) for k, (x, y) in work.splits.items()}
         return Job(splits, 64, *{"digits": (2000, 60.0), "fashion": (625, 150.0)}[name])
@@ -65,15 +67,20 @@ def job(name: str) -> Job:
 @cache
 def uci(name: str) -> dict[str, Split]:
     """A UCI set, standardised by its training part: 64 % to train, 16 % to validate, the rest."""
-    with np.load(Path(os.environ["SELFTUNE_DATA"]) / "uci" / f"{name}.npz") as data:
-        x, y = (torch.tensor(data[k], dtype=torch.float32) for k in ("x", "y"))
-    y = y.reshape(len(y), -1)
+    if name in CLASSES:
+        x, y = map(torch.from_numpy, load_breast_cancer(return_X_y=True))
+        x = x.float()
+    else:
+        with np.load(Path(os.environ["SELFTUNE_DATA"]) / "uci" / f"{name}.npz") as data:
+            x, y = (torch.tensor(data[k], dtype=torch.float32) for k in ("x", "y"))
+        y = y.reshape(len(y), -1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     cut = [int(0.64 * len(x)), int(0.8 * len(x))]
     parts = torch.tensor_split(order, cut)
     train = parts[0]
     x = (x - x[train].mean(0)) / x[train].std(0).clamp_min(1e-6)
-    y = (y - y[train].mean(0)) / y[train].std(0)
+    if y.is_floating_point():
+        y = (y - y[train].mean(0)) / y[train].std(0)
     return {k: (x[p], y[p]) for k, p in zip(("train", "val", "test"), parts, strict=True)}
 
 

@@ -200,13 +200,19 @@ METHOD: Mapping[str, Part] = {
 
 SEARCH: Mapping[str, Part] = {
     "select": (partial(search.select, lambda space: 1.0), {
-        "trials": COUNT, "epochs": (0, -1, 2.5, "5"), "steps": (0, -1, 2.5, "5"),
+        "ensemble": COUNT, "trials": COUNT, "epochs": (0, -1, 2.5, "5"), "steps": (0, -1, 2.5, "5"),
         "loss_fn": (3, "mse"), "metric": TEXT, "maximize": FLAG, "sampler": ("tpee", 3, []),
         "pruner": ("ash", 3, []), "timeout": (-1.0, NAN, "5"), "storage": (3, []),
         "trust_storage": FLAG, "study": TEXT, "workers": COUNT, "warm_start": FLAG,
         "memory": (3, "folder"), "patience": (0, -1, 2.5), "structure": ("outside", 3, []),
         "tuner": (3, "fast", []), "fit": (3, "fast", []), "log_dir": (3, 2.5),
         "seed": (0.5, "0", None), "force": FLAG, "progress": FLAG,
+    }),
+    "Periodic": (partial(search.families.Periodic, 3), {
+        "features": COUNT, "scale": (0.0, *SIZE), "frequencies": COUNT, "dims": COUNT,
+    }),
+    "Ensemble": (partial(search.Ensemble, [nn.Linear(2, 1)], [1.0]), {
+        "models": (3, [], [3]), "weights": (3, [], [1.0, 2.0], ["1"], [NAN]),
     }),
     "Memory": (search.Memory, {"path": (3, None, [])}),
     "Candidate": (partial(search.Candidate, model=nn.Linear(2, 1)), {

@@ -7,6 +7,7 @@ except ImportError as error:
 
 from selftune.search import families
 from selftune.search._candidates import Candidate
+from selftune.search._ensemble import Ensemble
 from selftune.search._result import Selection
 from selftune.search._selecting import select
 from selftune.search._shape import Shape, accuracy
@@ -15,6 +16,7 @@ from selftune.search.memory import Memory, Task, batch_for
 
 __all__ = [
     "Candidate",
+    "Ensemble",
     "Memory",
     "Selection",
     "Shape",

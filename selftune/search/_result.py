@@ -12,9 +12,11 @@ from torch import nn
 
 from selftune.replay import TunedSchedule
 from selftune.search._candidates import Candidate
+from selftune.search._ensemble import Ensemble, choose
 from selftune.search._pruning import recut
 from selftune.search._trial import Trainer, finished, weights_of
 from selftune.tuner._checkpoints import load  # compares checksums
+from selftune.tuner._joining import parts
 
 log = logging.getLogger("selftune")
 
@@ -34,6 +36,8 @@ class Selection:
         sizes: With ``structure=``, the sizes to which the model was cut: ``units`` of each gated
             layer, ``heads`` of each attention, number of optional ``blocks`` left, and
             ``parameters``. Otherwise empty.
+        members: With ``ensemble=``, the weights of the trials in the mean that ``model`` computes,
+            by trial number. The other attributes are those of the best trial.
     """
 
     model: nn.Module | None
@@ -44,6 +48,7 @@ class Selection:
     schedule: TunedSchedule | None
     study: optuna.Study
     sizes: dict[str, Any] = field(default_factory=dict)
+    members: dict[int, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         values = {**self.params, **{n: f"{v:.3g}" for n, v in self.hparams.items()}}
@@ -81,20 +86,22 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
             f"none of {len(study.trials)} trials finished: " + ("; ".join(errors[:3]) or "see logs")
         )
     best = study.best_trial
-    asked = FixedTrial(best.params, number=best.number)
-    family = trainer.family(asked)
-    made = trainer.build(asked, family)
-    schedule = None
+    family, made = _built(trainer, best)
+    model, schedule = None, None
+    members: dict[int, float] = {}
     if isinstance(made, Candidate):
         filled = _fill(trainer, best, made)
         if filled is None:
-            result = trainer.run(trainer.build(asked, family), family, None)
-            made = trainer.build(asked, family)
+            log.warning("trial %d is trained again", best.number)
+            result = trainer.run(_built(trainer, best)[1], family, None)
+            made = _built(trainer, best)[1]
             filled = _put(trainer, made, result.best_weights), result.schedule
-        made, schedule = filled
+        model, schedule = filled[0].model.eval(), filled[1]
+        if trainer.ensemble > 1:
+            model, members = _joined(trainer, study, model)
     sizes = dict(best.user_attrs.get("sizes", {}))
     return Selection(
-        model=made.model.eval() if isinstance(made, Candidate) else None,
+        model=model,
         value=float(study.best_value),
         family=family,
         params={**{trainer.prefix(family) + n: v for n, v in sizes.items()}, **best.params},
@@ -102,7 +109,31 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
         schedule=schedule,
         study=study,
         sizes=sizes,
+        members=members,
     )
+
+
+def _built(trainer: Trainer, trial: FrozenTrial) -> tuple[str, Any]:
+    """The family and the candidate of a trial, with its initial weights."""
+    asked = FixedTrial(trial.params, number=trial.number)
+    family = trainer.family(asked)
+    return family, trainer.build(asked, family)
+
+
+def _joined(
+    trainer: Trainer, study: optuna.Study, model: nn.Module
+) -> tuple[nn.Module, dict[int, float]]:
+    """An ensemble of the best trials whose weights are available, and its weights."""
+    ranked = sorted(finished(study), key=lambda t: trainer.sign * (t.value or 0.0))
+    models = {study.best_trial.number: model}
+    for trial in ranked[: trainer.ensemble]:
+        if trial.number not in models:
+            filled = _fill(trainer, trial, _built(trainer, trial)[1])
+            if filled is not None:
+                models[trial.number] = filled[0].model.eval()
+    val = parts(trainer.train, trainer.val, trainer.seed)[1]
+    members = choose(models, trainer.loss_fn, val)
+    return Ensemble([models[n] for n in members], list(members.values())).eval(), members
 
 
 def _put(trainer: Trainer, made: Candidate, weights: dict[str, Any]) -> Candidate:
@@ -124,10 +155,7 @@ def _fill(
             filled = _put(trainer, made, load(path))
             return filled, TunedSchedule.load(path.with_suffix(".json"))
         except (ValueError, RuntimeError, TypeError, OSError) as error:
-            log.warning(
-                "%s: the weights of trial %d cannot be read (%s): it is trained again", path,
-                number, error,
-            )  # fmt: skip
+            log.warning("%s: the weights of trial %d cannot be read: %s", path, number, error)
             return None
-    log.warning("the weights of trial %d are not available here: it is trained again", number)
+    log.warning("the weights of trial %d are not available here", number)
     return None

@@ -63,6 +63,7 @@ ARGUMENTS: dict[str, Kind] = {
     "warm_start": FLAG,
     "memory": Instance((Memory,), "a selftune.search.Memory") | NONE,
     "patience": COUNT | NONE,
+    "ensemble": COUNT,
     "tuner": MAPPING | NONE,
     "fit": MAPPING | NONE,
     "log_dir": PATH | NONE,
@@ -95,6 +96,7 @@ def select(
     memory: Memory | None = None,
     patience: int | None = None,
     structure: str | Mapping[str, Any] | None = None,
+    ensemble: int = 1,
     tuner: Mapping[str, Any] | None = None,
     fit: Mapping[str, Any] | None = None,
     log_dir: str | Path | None = None,
@@ -141,6 +143,8 @@ def select(
             blocks during its run instead of searching over widths, or a mapping with arguments of
             :class:`~selftune.structure.Goal`, such as ``dict(budget=0.25)``. By default sizes are
             searched.
+        ensemble: Number of the best trials from which an ensemble is chosen: the weighted mean of
+            outputs with the lowest validation loss. 1 for the best model alone.
         tuner: Further arguments of :class:`~selftune.Tuner`. By default ``every`` is a thirtieth of
             the run, between 5 and 20 steps.
         fit: Further arguments of ``Tuner.fit``.
@@ -190,12 +194,17 @@ def select(
         trials = points_of(builders, force, structure is not None)
     if loss_fn is None and any(isinstance(b, AbstractFamily) for b in builders.values()):
         loss_fn = Shape.of(train).loss()
+    if ensemble > 1 and (loss_fn is None or "objective" in (tuner or {})):
+        raise ValueError(
+            f"ensemble={ensemble} needs loss_fn, the loss of outputs and targets, for the mean of "
+            "the models' outputs: pass it instead of objective=, or omit ensemble="
+        )
     trainer = Trainer(
         candidates=builders, train=train, val=val, loss_fn=loss_fn, metric=metric,
         sign=-1 if maximize else 1,
         length={k: v for k, v in (("epochs", epochs), ("steps", steps)) if v is not None},
         fit={"patience": patience, **(fit or {})}, tuner=dict(tuner or {}), structure=goal,
-        warm=warm_start, folder=folder, seed=seed, memory=memory,
+        warm=warm_start, folder=folder, seed=seed, memory=memory, ensemble=ensemble,
         task=None if memory is None else task_of(train, epochs, steps, dict(tuner or {})),
     )  # fmt: skip
     about = {

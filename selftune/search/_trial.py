@@ -70,8 +70,9 @@ class Trainer:
         task: The task of this search, for the memory.
         structure: Arguments of :class:`~selftune.structure.Goal` for models that are cut during
             their run, or None.
-        kept: The best run of this process, by trial number.
-        written: The file of its weights, if it was written.
+        ensemble: Number of best runs whose weights are kept.
+        kept: The best runs of this process, by trial number.
+        written: The files of their weights that were written.
     """
 
     candidates: Mapping[str, Builder]
@@ -89,8 +90,9 @@ class Trainer:
     memory: Memory | None = None
     task: Task | None = None
     structure: Mapping[str, Any] | None = None
+    ensemble: int = 1
     kept: dict[int, TuningResult] = field(default_factory=dict)
-    written: list[Path] = field(default_factory=list)
+    written: dict[int, Path] = field(default_factory=dict)
 
     def attempt(self, trial: optuna.Trial) -> float:
         """Run a trial; record a failure with its candidate."""
@@ -156,6 +158,12 @@ class Trainer:
             raise TypeError(
                 f"a builder returned {type(made).__name__}: return a model, a Candidate, or the "
                 "trial's value as a number"
+            )
+        own = [n for n in ("train", "val", "loss_fn") if getattr(made, n) is not None]
+        if self.ensemble > 1 and own:
+            raise ValueError(
+                f"ensemble={self.ensemble} needs candidates with the same data and loss, but this "
+                f"one has its own {', '.join(own)}: omit ensemble="
             )
         calls = () if trial is None else (self._reporting(trial),)
         if self.structure is None:
@@ -289,15 +297,18 @@ class Trainer:
         return {n: statistics.median_low(v) for n, v in found.items()}
 
     def _keep(self, trial: optuna.Trial, value: float, result: TuningResult) -> None:
-        """Keep the weights if they are the best so far, and delete the previous best."""
+        """Keep the weights if they are among the best so far, and delete those that are not."""
         others = [t.value for t in finished(trial.study) if t.value is not None]
-        if any(self.sign * other < self.sign * value for other in others):
+        better = sum(self.sign * other < self.sign * value for other in others)
+        if better >= self.ensemble:
             return
-        self.kept.clear()
         self.kept[trial.number] = result
+        ranked = sorted(self.kept, key=lambda number: self.sign * self._judged(self.kept[number]))
+        for number in ranked[self.ensemble :]:
+            del self.kept[number]
         if self.folder is None:
             return
-        path, superseded = weights_of(self.folder, trial), list(self.written)
+        path = weights_of(self.folder, trial)
         part = path.with_suffix(".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,8 +323,9 @@ class Trainer:
                 error,
             )  # fmt: skip
             return
-        self.written[:] = [path]
-        for old in superseded:
+        self.written[trial.number] = path
+        for number in self.written.keys() - self.kept.keys():
+            old = self.written.pop(number)
             for suffix in (".pt", ".json"):
                 old.with_suffix(suffix).unlink(missing_ok=True)
 

@@ -137,6 +137,25 @@ def kinds() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
+def test_embedded_tables_are_cut() -> None:
+    """Truth: the loss in the study."""
+    x, y = kinds()["table"]
+    batches = list(zip(x.split(32), y.split(32), strict=True))
+    shape = search.Shape.of(batches)
+    asked = {"depth": 1, "batch_norm": False, "dropout": 0.0, "frequency": 0.3}
+
+    def embedded(space: search.Space) -> nn.Module:
+        fixed = optuna.trial.FixedTrial(asked)
+        return families.MLP(shape)(search.Space(fixed, inside=space.inside))
+
+    given = {**QUICK, "steps": 10, "loss_fn": shape.loss()}
+    found = search.select(embedded, batches[:3], batches[3:], trials=1, structure="inside", **given)
+    assert found.model is not None
+    assert isinstance(found.model[0], families.Periodic)
+    assert loss_of(found.model, batches[3:], shape.loss()) == pytest.approx(found.value, rel=1e-4)
+    assert not list(gated(found.model))
+
+
 FAMILIES = [
     (kind, name)
     for kind, names in {

@@ -282,6 +282,8 @@ def test_families_fit_the_data(kind: str) -> None:
     for build in families.auto(shape).values():
         for trial in (First(), Counting()):
             model = build(search.Space(trial))
+            embedded = any(isinstance(m, families.Periodic) for m in model.modules())
+            assert embedded == (kind == "table" and isinstance(trial, Counting))
             output = model(x)
             assert loss(output, y).ndim == 0
             if kind == "words":
@@ -290,6 +292,33 @@ def test_families_fit_the_data(kind: str) -> None:
                 changed[:, -1] = (changed[:, -1] + 1) % 9
                 model.eval()
                 torch.testing.assert_close(model(changed)[:, :-1], model(x)[:, :-1])
+
+
+def test_an_embedding_is_the_formula_for_each_feature() -> None:
+    torch.manual_seed(0)
+    layer = families.Periodic(3, 0.5, frequencies=2, dims=4)
+    assert 0.2 < families.Periodic(50, 0.5).frequency.std().item() < 0.8
+    x = torch.randn(5, 3)
+    found = layer(x).view(5, 3, 4)
+    for i, row in enumerate(x.tolist()):
+        for j, value in enumerate(row):
+            angles = [2 * math.pi * c * value for c in layer.frequency[j].tolist()]
+            waves = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            for d in range(4):
+                column = layer.weight[j, :, d].tolist()
+                sum_ = sum(w * v for w, v in zip(column, waves, strict=True))
+                expected = max(0.0, sum_ + layer.bias[j, d].item())
+                assert found[i, j, d].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_wide_tables_are_not_embedded() -> None:
+    from selftune.search._space import Counting
+
+    for features, embedded in ((128, True), (129, False)):
+        model = families.MLP(search.Shape((features,), 3, "classification"))(
+            search.Space(Counting())
+        )
+        assert any(isinstance(m, families.Periodic) for m in model.modules()) == embedded
 
 
 def test_families_refuse_other_data() -> None:

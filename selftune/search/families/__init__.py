@@ -2,6 +2,7 @@
 
 from selftune.search._shape import Shape
 from selftune.search.families._base import AbstractFamily
+from selftune.search.families._periodic import Periodic
 from selftune.search.families.cnn import CNN
 from selftune.search.families.gan import GAN, energy_distance
 from selftune.search.families.mlp import MLP
@@ -17,6 +18,7 @@ __all__ = [
     "MLP",
     "RNN",
     "AbstractFamily",
+    "Periodic",
     "ResNet",
     "Transformer",
     "auto",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from selftune.search._space import Space
 from selftune.search.families._base import AbstractFamily, Closed, dropout
+from selftune.search.families._periodic import inputs
 
 
 class MLP(AbstractFamily):
-    """Linear layers with ReLU and dropout; depth, width and BatchNorm are searched."""
+    """Linear layers with ReLU and dropout; depth, width and BatchNorm are searched.
+
+    On tables, so is the embedding of the features (:class:`Periodic`).
+    """
 
     def __call__(self, space: Space) -> nn.Module:
         """A model."""
@@ -21,8 +23,8 @@ class MLP(AbstractFamily):
         width = space.suggest_width("width", (32, 64, 128, 256))
         norm = space.suggest_categorical("batch_norm", (False, True))
         drop = dropout(space)
-        layers: list[nn.Module] = [nn.Flatten()]
-        size = math.prod(self.shape.inputs)
+        first, size = inputs(space, self.shape)
+        layers = [first]
         for _ in range(depth):
             layers.append(nn.Linear(size, width))
             layers += [nn.BatchNorm1d(width)] if norm else []

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from selftune.search._space import Space
 from selftune.search.families._base import AbstractFamily, Closed, dropout
+from selftune.search.families._periodic import inputs
 
 LARGE = 16
 """Image size from which the first layer has stride 2, so later layers cost a quarter."""
@@ -15,6 +14,8 @@ LARGE = 16
 
 class ResNet(AbstractFamily):
     """Pre-activation residual blocks; number of blocks and width are searched.
+
+    On tables, so is the embedding of the features (:class:`Periodic`).
 
     Source: He et al. 2016 (images); Gorishniy et al. 2021 (tables).
     """
@@ -51,6 +52,7 @@ class ResNet(AbstractFamily):
         )  # fmt: skip
 
     def _table(self, space: Space, blocks: int, width: int, drop: nn.Module) -> nn.Module:
+        first, size = inputs(space, self.shape)
         layers = [
             space.residual(
                 nn.Sequential(
@@ -61,6 +63,6 @@ class ResNet(AbstractFamily):
             for _ in range(blocks)
         ]  # fmt: skip
         return Closed(
-            self.shape, nn.Flatten(), nn.Linear(math.prod(self.shape.inputs), width), *layers,
+            self.shape, first, nn.Linear(size, width), *layers,
             nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, self.shape.outputs),
         )  # fmt: skip
