@@ -86,6 +86,7 @@ PARTS: dict[str, Options] = {
     "γ = 0 (OneStep)": {"estimator": st.OneStep(stride=4)},
     "one pace for all hyperparameters": {"momenta": {"pace": 1.0}},
     "sweep with a margin of 1": sweep(margin=1.0),
+    "sweep without interpolation": sweep(interpolation=0.0),
     "fixed hyperparameters, same schedule and average": {"tune": (), "guard": False},
     "every 5": {"every": 5},
     "every 10": {"every": 10},

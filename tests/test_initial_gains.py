@@ -87,8 +87,18 @@ def test_steps_after_a_sweep_are_not_longer_than_those_of_it(
 @pytest.mark.parametrize(("gains", "factor"), [([3.0, 3.0, 1.2], 2.0), ([9.0, 6.0, 4.0], 1.5)])
 def test_late_steps_are_shorter_by_the_margin_at_least(gains: list[float], factor: float) -> None:
     """Law: late steps of the second rate, the best, would be 3 or 6 times as short as it was."""
-    sweep = LRSweep(steps=4)
+    sweep = LRSweep(steps=4, settings=SweepSettings(interpolation=0.0))
     for slope, gain in zip((-1.0, -9.0, 100.0), gains, strict=True):
         sweep.taken += 1
         sweep.observe(slope, -1.0, gain)
     assert sweep.choice == pytest.approx(factor * sweep.factor(1))
+
+
+def test_interpolation_compares_steps_with_their_factors() -> None:
+    """Closed form: the third step is longer by rate and factor; its slope is 0 at a half of it."""
+    sweep = LRSweep(steps=4, settings=SweepSettings(interpolation=1.0))
+    for start, slope, gain in ((-1.0, -1.0, 3.0), (-9.0, -8.0, 2.0), (-90.0, 90.0, 1.2)):
+        sweep.taken += 1
+        sweep.observe(slope, start, gain)
+    margin = SweepSettings().margin
+    assert sweep.choice == pytest.approx(0.5 * 1.2 * sweep.factor(2) / margin**3)

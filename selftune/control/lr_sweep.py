@@ -5,7 +5,9 @@ one, and further while the loss falls. After each step the next gradient gives t
 at the end of that step, ``s = g₊ · Δw``, on a new batch. While the slope is negative a longer step
 would have been better; once it is positive the rate is too high. The sum of the slopes,
 ``C = Σ s``, estimates the change of the loss (a Riemann sum along the path), so the rate at which C
-is lowest is the largest that still descends. The sweep needs no loss and no extra pass.
+is lowest is the largest that still descends. Along the next, too long step the slope is 0 at the
+fraction ``τ = s₀ / (s₀ − s)`` if it changes linearly from ``s₀ = g · Δw`` to s; so the best rate
+lies between the two. The sweep needs no loss and no extra pass.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ class SweepSettings(Settings):
         decades: Range of the sweep on either side of the given rate.
         stretch: While the descent is certain and continues, the sweep goes on above its range,
             to this multiple of its number of steps.
-        margin: The selected rate is the largest descending one divided by this, or by the
-            factor of its initial steps (RMSprop) if that is larger.
+        margin: The selected rate is the largest descending one, interpolated, divided by this, or
+            by the factor of its initial steps (RMSprop) if that is larger.
+        interpolation: Position of the selected rate between the largest descending one and the
+            one at which the slope is 0, divided by ``margin²``, on a logarithmic scale. It changes
+            nothing in sweeps of 24 steps or more, whose rates are close.
         near: Up to this factor above the best rate so far, or at the next rate, any descent
             counts; farther above, C must be below twice its minimum so far, and a descent that was
             certain must not be below the share ``real`` while most slopes are negative.
@@ -65,6 +70,7 @@ class SweepSettings(Settings):
     decades: float = 4.0
     stretch: float = 2.0
     margin: float = 1.5
+    interpolation: float = 0.75
     near: float = 4.0
     rise: float = 0.5
     real: float = 0.25
@@ -123,6 +129,7 @@ class LRSweep:
     change: float = 0.0
     lowest: float = 0.0
     best: float = math.nan
+    zero: float = 1.0
     gain: float = 1.0
     last_gain: float = 1.0
     balance: int = 0
@@ -177,7 +184,8 @@ class LRSweep:
         self.hoped += abs(start)
         self.balance += (slope < 0) - (slope > 0)
         self.seen = self.seen or self.balance >= 3
-        near = max(self.settings.near, 1.01 * self.factor(1) / self.factor(0)) * self.best
+        following = 1.01 * self.best * self.factor(1) / self.factor(0)
+        near = max(self.settings.near * self.best, following)
         lost = self.real and rate > near and self.change > 0
         rising = lost or self.change > self.settings.rise * (
             abs(start) if self.real else self.hoped
@@ -195,8 +203,11 @@ class LRSweep:
         counts = rate <= near or (self.change < 2 * self.lowest and not slight)
         if self.change < self.lowest and counts and plausible:
             self.lowest, self.best, self.real, self.proven = self.change, rate, real, False
-            self.gain = gain
+            self.gain, self.zero = gain, 1.0
             return True
+        if start < 0 < slope and rate <= following:  # in multiples of the best step
+            longer = rate * gain / (self.best * self.gain)
+            self.zero = max(1.0, longer * start / (start - slope))
         return False
 
     def miss(self) -> bool:
@@ -215,7 +226,7 @@ class LRSweep:
         if not self.ended:
             self.lowered = 2 * self.settings.decades
             self.taken = self.measured = 0
-            self.change, self.lowest, self.best = 0.0, 0.0, math.nan
+            self.change, self.lowest, self.best, self.zero = 0.0, 0.0, math.nan, 1.0
             self.balance, self.seen, self.uphill, self.steepest = 0, False, 0, 0.0
             self.alarmed, self.real, self.hoped = False, False, 0.0
 
@@ -239,7 +250,9 @@ class LRSweep:
             return min(1.0, blown / 10) if blown else 1.0
         # The next step must not be longer than the best one, and late ones shorter by the margin.
         least = self.last_gain if self.last_gain > 1 else 0.0
-        return self.best * self.gain / max(self.settings.margin, least)
+        margin = self.settings.margin
+        higher = max(1.0, self.zero / margin**2) ** self.settings.interpolation
+        return self.best * higher * self.gain / max(margin, least)
 
     @property
     def _certain(self) -> float:

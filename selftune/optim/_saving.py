@@ -19,7 +19,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 26
+VERSION = 27
 """Version of the state; 26 has the factors of the first steps in the sweep."""
 
 

@@ -25,7 +25,7 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 19
+VERSION = 20
 """Version of checkpoints; 19 has the factors of the first steps in the sweep."""
 
 

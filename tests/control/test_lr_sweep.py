@@ -17,19 +17,25 @@ from selftune.update import Update
 SETTINGS = SweepSettings()
 
 
-def swept(sweep: LRSweep, curvatures: list[float], given: float, noise: float = 0.0) -> float:
-    """Run the sweep on ½ Σ c w² with gradient noise; returns the rate chosen."""
+def swept(
+    sweep: LRSweep, curvatures: list[float], given: float, noise: float = 0.0, starts: bool = False
+) -> float:
+    """Run the sweep on ½ Σ c w² with gradient noise; returns the rate chosen.
+
+    With ``starts`` it is told the slopes at the start of the steps as well.
+    """
     c = torch.tensor(curvatures, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    w, moved = torch.ones_like(c), torch.zeros_like(c)
+    w, moved, start = torch.ones_like(c), torch.zeros_like(c), 0.0
     while True:
         disturbed = noise * torch.randn(len(c), dtype=torch.float64, generator=generator)
         gradient = c * (w + disturbed)
         if sweep.taken:
-            sweep.observe(float(gradient @ moved))
+            sweep.observe(float(gradient @ moved), start)
         if sweep.ended:
             return given * sweep.choice
         moved = -given * sweep.factor(sweep.taken) * gradient
+        start = float(gradient @ moved) if starts else 0.0
         w = w + moved
         sweep.taken += 1
 
@@ -69,6 +75,29 @@ def test_short_sweeps_are_as_exact_as_their_ratio(steps: int, given: float) -> N
     grid = [given * sweep.factor(t) for t in range(steps)]
     want = max(r for r in grid if r < 1) / SETTINGS.margin
     assert swept(sweep, [1.0], given) == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("steps", [8, 12, 25, 100])
+@pytest.mark.parametrize("position", [0.0, 0.75, 1.0])
+def test_the_rate_is_interpolated(position: float, steps: int, given: float) -> None:
+    """Closed form: from the last of the rates below 1/c to 1/c over the squared margin, in logs."""
+    sweep = LRSweep(steps=steps, settings=SweepSettings(interpolation=position))
+    grid = [given * sweep.factor(t) for t in range(steps)]
+    best = max(r for r in grid if r < 0.5)
+    higher = max(best, 0.5 / SETTINGS.margin**2)
+    want = best ** (1 - position) * higher**position / SETTINGS.margin
+    assert swept(sweep, [2.0], given, starts=True) == pytest.approx(want, rel=1e-9)
+
+
+def test_a_step_that_diverges_is_not_interpolated() -> None:
+    """Law: its slope tells nothing of the rates before it."""
+    sweep = LRSweep(steps=8)
+    for slope in (-1.0, -10.0, -100.0, -1e3, 1e9):
+        sweep.taken += 1
+        sweep.observe(slope, -abs(slope) if slope < 0 else -1e4)
+    assert sweep.ended
+    assert sweep.choice == pytest.approx(sweep.factor(3) / SETTINGS.margin)
 
 
 @pytest.mark.parametrize("steps", [25, 100])
@@ -239,7 +268,7 @@ def test_small_batches_are_not_wild() -> None:
 
 def test_a_descent_far_beyond_its_promise_is_none() -> None:
     """Law: in a bowl slopes get flatter on the way down; where they do not, weights diverged."""
-    sweep = LRSweep(steps=25)
+    sweep = LRSweep(steps=25, settings=SweepSettings(interpolation=0.0))
     before = [True] * 3 + [False] * 3
     rising = [(-sweep.factor(t), sweep.factor(t)) for t in range(3, 6)]
     assert observed(sweep, *growing(3), *rising) == before
@@ -314,7 +343,7 @@ def test_a_sweep_that_has_lost_all_descent_ends() -> None:
     The loss of a network of sines is bounded in its inner weights: at rates far too high the slopes
     at the end of steps are small beside those at their start, and of either sign.
     """
-    sweep = LRSweep(steps=75)
+    sweep = LRSweep(steps=75, settings=SweepSettings(interpolation=0.0))
     descending = [(-sweep.factor(t), -0.8 * sweep.factor(t)) for t in range(38)]
     observed(sweep, *descending)
     best = sweep.best
