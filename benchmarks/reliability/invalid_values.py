@@ -208,10 +208,10 @@ SEARCH: Mapping[str, Part] = {
         "tuner": (3, "fast", []), "fit": (3, "fast", []), "log_dir": (3, 2.5),
         "seed": (0.5, "0", None), "force": FLAG, "progress": FLAG,
     }),
-    "Periodic": (partial(search.families.Periodic, 3), {
+    "Periodic": (partial(search.families.Periodic, features=3), {
         "features": COUNT, "scale": (0.0, *SIZE), "frequencies": COUNT, "dims": COUNT,
     }),
-    "Ensemble": (partial(search.Ensemble, [nn.Linear(2, 1)], [1.0]), {
+    "Ensemble": (partial(search.Ensemble, models=[nn.Linear(2, 1)], weights=[1.0]), {
         "models": (3, [], [3]), "weights": (3, [], [1.0, 2.0], ["1"], [NAN]),
     }),
     "Memory": (search.Memory, {"path": (3, None, [])}),
