@@ -154,6 +154,10 @@ class ListOf(Kind):
             map(self.kind.fits, value)
         )  # fmt: skip
 
+    def holds(self, value: Any) -> bool:
+        """Whether all are in the range."""
+        return all(map(self.kind.holds, value))
+
     def remedy(self, value: Any) -> str:
         """A single value in a list."""
         return f": [{value!r}]" if self.kind.fits(value) else ""

@@ -36,7 +36,7 @@ class Ensemble(nn.Module):
         2.5
     """
 
-    @checked(models=MODULES, weights=ListOf(Number(), "numbers"))
+    @checked(models=MODULES, weights=ListOf(Number(), "finite numbers"))
     def __init__(self, models: Collection[nn.Module], weights: Sequence[float]) -> None:
         super().__init__()
         if len(models) != len(weights) or not models:
