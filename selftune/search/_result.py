@@ -93,7 +93,7 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
         filled = _fill(trainer, best, made)
         if filled is None:
             log.warning("trial %d is trained again", best.number)
-            result = trainer.run(_built(trainer, best)[1], family, None)
+            result = trainer.run(_built(trainer, best)[1], family, best)
             made = _built(trainer, best)[1]
             filled = _put(trainer, made, result.best_weights), result.schedule
         model, schedule = filled[0].model.eval(), filled[1]

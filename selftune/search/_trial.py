@@ -152,8 +152,11 @@ class Trainer:
         """Prefix of the parameter names of a family."""
         return f"{family}." if len(self.candidates) > 1 or family != "model" else ""
 
-    def run(self, made: Candidate, family: str, trial: optuna.Trial | None) -> TuningResult:
-        """Train a candidate; with ``structure``, at its largest sizes first, then cut."""
+    def run(self, made: Candidate, family: str, trial: optuna.Trial | FrozenTrial) -> TuningResult:
+        """Train a candidate; with ``structure``, at its largest sizes first, then cut.
+
+        A finished trial is trained again, from the same starting values.
+        """
         if not isinstance(made, Candidate):
             raise TypeError(
                 f"a builder returned {type(made).__name__}: return a model, a Candidate, or the "
@@ -165,7 +168,7 @@ class Trainer:
                 f"ensemble={self.ensemble} needs candidates with the same data and loss, but this "
                 f"one has its own {', '.join(own)}: omit ensemble="
             )
-        calls = () if trial is None else (self._reporting(trial),)
+        calls = (self._reporting(trial),) if isinstance(trial, optuna.Trial) else ()
         if self.structure is None:
             tuner = self._tuner(made)
             tuner.start_from(self._start(tuner, family, trial))
@@ -174,7 +177,7 @@ class Trainer:
 
     def _run_inside(
         self, made: Candidate, structure: Mapping[str, Any], family: str,
-        trial: optuna.Trial | None, calls: tuple[Callable[[Progress], bool], ...],
+        trial: optuna.Trial | FrozenTrial, calls: tuple[Callable[[Progress], bool], ...],
     ) -> TuningResult:  # fmt: skip
         """Train at the largest sizes, remove units, and train the smaller model for the rest."""
         val = self.val if made.val is None else made.val
@@ -193,14 +196,14 @@ class Trainer:
             made, tuner, trial, (*calls, until(end * total)), suffix="-wide", steps=total,
             evaluate_every=evaluations(self.fit.get("evaluate_every"), train, total, end),
         )  # fmt: skip
-        pruned = trial is not None and trial.user_attrs.get("pruned")
+        pruned = calls and trial.user_attrs.get("pruned")
         if pruned or wide.ended == "interrupted":
             return wide
         loss_fn = made.loss_fn or self.loss_fn
         objective = Objective(made.model, loss_fn, {**self.tuner, **made.tuner}.get("objective"))
         close(made.model, objective, val, structure)
         small = cut(made.model, example_of(next(iter(train)), made.model))
-        if trial is not None:
+        if isinstance(trial, optuna.Trial):
             trial.set_user_attr("sizes", sizes_of(made.model, small))
         left = max(1, total - wide.steps)
         warm = (
@@ -224,14 +227,14 @@ class Trainer:
         return Tuner(made.model, made.loss_fn or self.loss_fn, seed=self.seed, **options)
 
     def _fit(
-        self, made: Candidate, tuner: Tuner, trial: optuna.Trial | None,
+        self, made: Candidate, tuner: Tuner, trial: optuna.Trial | FrozenTrial,
         calls: tuple[Callable[[Progress], bool], ...], suffix: str = "", **more: Any,
     ) -> TuningResult:  # fmt: skip
         """Fit a tuner, with reports to the search and a log of its own."""
         length = {} if "steps" in more else self.length
         options = {"progress": False, **length, **self.fit, **more}
         options["callbacks"] = [*options.get("callbacks", ()), *calls]
-        if trial is not None and self.folder is not None:
+        if isinstance(trial, optuna.Trial) and self.folder is not None:
             about = {"family": trial.user_attrs["family"], **trial.params}
             name = f"{trial.number:04d}-{trial.user_attrs['family']}{suffix}"
             board = TensorBoard(self.folder / name, about=about)
@@ -278,12 +281,17 @@ class Trainer:
         scores = result.history[f"score/{self.metric}"].tolist()
         return float(scores[losses.index(min(losses))])
 
-    def _start(self, tuner: Tuner, family: str, trial: optuna.Trial | None) -> dict[str, float]:
+    def _start(
+        self, tuner: Tuner, family: str, trial: optuna.Trial | FrozenTrial
+    ) -> dict[str, float]:
         """Starting values: from the best trials of the family, or else from the memory."""
-        found = {} if trial is None or not self.warm else self._medians(trial.study, family)
+        if isinstance(trial, FrozenTrial):  # trained again
+            return dict(trial.user_attrs.get("start", {}))
+        found = self._medians(trial.study, family) if self.warm else {}
         if not found and self.memory is not None and self.task is not None:
             task = replace(self.task, family=family)
             found = self.memory.start(task, tuner.starts, tuner.scales)
+        trial.set_user_attr("start", found)
         return found
 
     def _medians(self, study: optuna.Study, family: str) -> dict[str, float]:

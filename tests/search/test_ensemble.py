@@ -77,8 +77,20 @@ def test_batches_count_by_their_examples() -> None:
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_is_the_mean_of_the_best_trials(tmp_path: Path, workers: int) -> None:
     given = batches()
+
+    def build(space: search.Space) -> nn.Module:  # workers get it by value, and cannot import tests
+        width = space.suggest_int("width", 3, 8)
+        return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+
     found = search.select(
-        net, given[:3], given[3:], trials=6, ensemble=3, log_dir=tmp_path, workers=workers, **QUICK
+        build,
+        given[:3],
+        given[3:],
+        trials=6,
+        ensemble=3,
+        log_dir=tmp_path,
+        workers=workers,
+        **QUICK,
     )
     trials = sorted(found.study.trials, key=lambda t: t.value or 0.0)
     assert set(found.members) <= {t.number for t in trials[:3]}
@@ -89,7 +101,7 @@ def test_it_is_the_mean_of_the_best_trials(tmp_path: Path, workers: int) -> None
     x, y = (torch.cat(each) for each in zip(*given[3:], strict=True))
     mean = torch.zeros_like(y)
     for trial in trials[:3]:
-        model = net(search.Space(optuna.trial.FixedTrial(trial.params)))
+        model = build(search.Space(optuna.trial.FixedTrial(trial.params)))
         model.load_state_dict(torch.load(files[trial.number]))
         loss = F.mse_loss(model(x), y).item()
         assert loss == pytest.approx(trial.value, rel=1e-4)

@@ -187,14 +187,16 @@ def damaged(path: Path, how: str) -> None:
         torch.save({"model": {}}, path)
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "another's"])
+@pytest.mark.parametrize(
+    ("how", "warm"), [("cut", False), ("flipped", False), ("another's", False), ("cut", True)]
+)
 def test_damaged_weights_of_a_search_are_trained_again(
-    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, how: str, warm: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = trained(storage=tmp_path / "study.journal", warm_start=False)
+    whole = trained(storage=tmp_path / "study.journal", warm_start=warm)
     (path,) = (tmp_path / "study.journal.runs" / "weights").glob("*.pt")
     damaged(path, how)
-    again = trained(storage=tmp_path / "study.journal", warm_start=False)
+    again = trained(storage=tmp_path / "study.journal", warm_start=warm)
     assert again.model is not None
     assert whole.model is not None
     for mine, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
