@@ -18,10 +18,9 @@ def boosted_trees(name: str, seed: int) -> tuple[float, float]:
     classes = name in CLASSES
     kind = HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor
     train, val, test = (
-        tuple(part.flatten(1).numpy() if part.ndim > 1 else part.numpy() for part in split)
-        for split in (data.splits[k] for k in ("train", "val", "test"))
+        (x.numpy(), y.flatten().numpy())
+        for x, y in (data.splits[split] for split in ("train", "val", "test"))
     )
-    train, val, test = ((x, y.ravel()) for x, y in (train, val, test))
 
     def judged(model: HistGradientBoostingRegressor) -> float:
         if classes:

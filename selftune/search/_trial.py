@@ -196,8 +196,7 @@ class Trainer:
             made, tuner, trial, (*calls, until(end * total)), suffix="-wide", steps=total,
             evaluate_every=evaluations(self.fit.get("evaluate_every"), train, total, end),
         )  # fmt: skip
-        pruned = calls and trial.user_attrs.get("pruned")
-        if pruned or wide.ended == "interrupted":
+        if trial.user_attrs.get("pruned") or wide.ended == "interrupted":
             return wide
         loss_fn = made.loss_fn or self.loss_fn
         objective = Objective(made.model, loss_fn, {**self.tuner, **made.tuner}.get("objective"))
@@ -305,7 +304,7 @@ class Trainer:
         return {n: statistics.median_low(v) for n, v in found.items()}
 
     def _keep(self, trial: optuna.Trial, value: float, result: TuningResult) -> None:
-        """Keep the weights if they are among the best so far, and delete those that are not."""
+        """Keep the weights if they are among the best so far, and delete the others."""
         others = [t.value for t in finished(trial.study) if t.value is not None]
         better = sum(self.sign * other < self.sign * value for other in others)
         if better >= self.ensemble:

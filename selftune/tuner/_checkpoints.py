@@ -26,7 +26,7 @@ PARTS = frozenset({
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
 VERSION = 20
-"""Version of checkpoints; 19 has the factors of the first steps in the sweep."""
+"""Version of checkpoints; 20 has the interpolated rate of the sweep."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

@@ -22,7 +22,7 @@ def swept(
 ) -> float:
     """Run the sweep on ½ Σ c w² with gradient noise; returns the rate chosen.
 
-    With ``starts`` it is told the slopes at the start of the steps as well.
+    With ``starts`` it also gets the slopes at the start of the steps.
     """
     c = torch.tensor(curvatures, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
