@@ -20,7 +20,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 27
-"""Version of the state; 26 has the factors of the first steps in the sweep."""
+"""Version of the state; 27 has the interpolated rate of the sweep."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
