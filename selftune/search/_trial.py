@@ -163,6 +163,7 @@ class Trainer:
                 "trial's value as a number"
             )
         own = [n for n in ("train", "val", "loss_fn") if getattr(made, n) is not None]
+        own += ["objective"] if "objective" in made.tuner else []
         if self.ensemble > 1 and own:
             raise ValueError(
                 f"ensemble={self.ensemble} needs candidates with the same data and loss, but this "

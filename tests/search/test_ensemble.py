@@ -148,8 +148,14 @@ def test_wrong_calls() -> None:
     with pytest.raises(ValueError, match="ensemble=2 needs loss_fn"):
         search.select(net, given[:3], given[3:], ensemble=2, **{**QUICK, "loss_fn": None})
 
-    def own(space: search.Space) -> search.Candidate:
-        return search.Candidate(model=net(space), train=given[:2])
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
 
-    with pytest.raises(RuntimeError, match="ensemble=2 needs candidates with the same data"):
-        search.select(own, given[:3], given[3:], trials=1, ensemble=2, **QUICK)
+    options: tuple[dict[str, Any], ...] = ({"train": given[:2]}, {"tuner": {"objective": loss}})
+    for given_own, named in zip(options, ("train", "objective"), strict=True):
+
+        def own(space: search.Space, options: Any = given_own) -> search.Candidate:
+            return search.Candidate(model=net(space), **options)
+
+        with pytest.raises(RuntimeError, match=f"ensemble=2 needs candidates.*its own {named}"):
+            search.select(own, given[:3], given[3:], trials=1, ensemble=2, **QUICK)
