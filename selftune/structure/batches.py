@@ -52,6 +52,7 @@ class Batches(Sampler[list[int]]):
         size: Current batch size.
         scale: The noise-scale estimator, to be updated in the training loop.
         epoch: Number of epochs started.
+        entries: Batch size and noise scale, if known, as they are logged.
 
     Raises:
         ValueError: ``least ≤ start ≤ most`` is violated, ``interval`` or ``overhead`` is not
@@ -112,6 +113,8 @@ class Batches(Sampler[list[int]]):
         self._interval, self._overhead = interval, overhead
         self._drop_last, self._seed = drop_last, seed
         self._monitor, self._taken = Monitor(recorder), 0
+        self._drawn: list[int] = []  # sizes of the batches of this epoch
+        self._again: list[int] = []  # those of an interrupted epoch
 
     def __len__(self) -> int:
         """Number of batches in an epoch at the current batch size."""
@@ -121,19 +124,25 @@ class Batches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Start a new epoch, adjusting the batch size."""
         # At the first batch: a DataLoader with workers makes an iterator that it does not use.
-        self._resize()
+        again, self._again, self._drawn = self._again, [], []
+        if not again:
+            self._resize()
         self.epoch += 1
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self.epoch)
         order: list[int] = torch.randperm(self._count, generator=generator).tolist()
         place = 0
         for number in itertools.count():
-            if number and self._interval and number % self._interval == 0:
+            if number < len(again):
+                self.size = again[number]
+            elif number and self._interval and number % self._interval == 0:
                 self._resize()
             batch = list(order[place : place + self.size])
             if not batch or (self._drop_last and len(batch) < self.size):
+                self._drawn = []
                 return
             place += len(batch)
             self._taken += 1
+            self._drawn.append(self.size)
             yield batch
 
     def _resize(self) -> None:
@@ -153,21 +162,29 @@ class Batches(Sampler[list[int]]):
             self.size = size
         self._log()
 
-    def _log(self) -> None:
-        """Log size and noise scale, at the number of batches so far."""
+    @property
+    def entries(self) -> list[tuple[str, float]]:
+        """Tags and values for a log."""
         rows = [("structure/batch_size", float(self.size))]
         if math.isfinite(self.scale.value):
             rows.append(("structure/noise_scale", self.scale.value))
-        self._monitor.scalars(rows, self._taken)
+        return rows
+
+    def _log(self) -> None:
+        """Log size and noise scale, at the number of batches so far."""
+        self._monitor.scalars(self.entries, self._taken)
         self._monitor.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Size, epoch, noise scale. Save it between epochs: a partial epoch cannot be resumed."""
+        """Size, epoch, noise scale, and the sizes of the batches of an incomplete epoch."""
         own = {"size": self.size, "epoch": self.epoch, "taken": self._taken}
-        return {**own, "scale": self.scale.state_dict()}
+        return {**own, "drawn": list(self._drawn), "scale": self.scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the epoch that follows the saved one.
+        """Continue with the next epoch, or repeat an incomplete one from its first batch.
+
+        Repeated batches have the same examples as before: skip those already used, for example with
+        ``itertools.islice(loader, used, None)``.
 
         Raises:
             ValueError: The saved batch size is outside the bounds.
@@ -178,7 +195,10 @@ class Batches(Sampler[list[int]]):
                 f"state has batches of {size} examples, outside least={self._least} and "
                 f"most={self._most}: pass the same least= and most="
             )
-        self.size, self.epoch, self._taken = size, int(state["epoch"]), int(state["taken"])
+        drawn = [int(n) for n in state["drawn"]]
+        self.size, self._again = size, drawn
+        self.epoch = int(state["epoch"]) - bool(drawn)
+        self._taken = int(state["taken"]) - len(drawn)
         self.scale.load_state_dict(state["scale"])
 
 

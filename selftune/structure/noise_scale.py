@@ -64,14 +64,14 @@ class NoiseScale:
         return max(0.0, self._noise / self._signal)
 
     def observe(
-        self, small: float | Tensor, big: float | Tensor, small_size: int, big_size: int
+        self, small: float | Tensor, big: float | Tensor, small_size: float, big_size: float
     ) -> None:
         """Update the estimates with the gradients of one step.
 
         Args:
             small: ‖g_small‖², the mean over the micro-batches, or over data-parallel ranks.
             big: ‖g_big‖², of the mean of their gradients.
-            small_size: Examples in each micro-batch.
+            small_size: Examples in each micro-batch; their harmonic mean if they differ.
             big_size: Examples in the whole batch.
 
         Raises:
@@ -105,7 +105,7 @@ class NoiseScale:
             parts = [g.clone() for g in grads] if before is None else [
                 g - s for g, s in zip(grads, before, strict=True)
             ]  # fmt: skip
-            self._norms.append(_squared_norm(parts))
+            self._norms.append(squared_norm(parts))
             self._sum = parts if before is None else [g.clone() for g in grads]
 
     def whole_batch(self, size: int) -> None:
@@ -124,7 +124,7 @@ class NoiseScale:
         # .grad holds the sum of g_i / k, so that a part is g_i / k and the sum is g_big
         small = torch.stack(self._norms).mean() * count**2
         self._sum, self._norms = None, []
-        self.observe(small, _squared_norm(total), size // count, size)
+        self.observe(small, squared_norm(total), size // count, size)
 
     def state_dict(self) -> dict[str, Any]:
         """Both averages."""
@@ -136,7 +136,8 @@ class NoiseScale:
         self._weight = float(state["weight"])
 
 
-def _squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of squares of several tensors, in float64."""
     norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32))
              for t in tensors]  # fmt: skip
     return torch.stack([n.double() for n in norms]).square().sum()

@@ -36,6 +36,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._fsdp import shard_model
 from selftune.tuner._group import Group
 from selftune.tuner._joining import Joining
+from selftune.tuner._noise_scale import HalvedBatches
 from selftune.tuner._objective import InMode, Objective, for_tuning
 from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._plan import Plan
@@ -204,6 +205,14 @@ def build(
     fits = fitting if "lr" in names else {UNTIL} & fitting.keys()
     given.values |= {n: fitting[n] for n in fits if n not in given.chosen}
     steps = _steps(given, plan, device, autocast)
+    batches = streams[0].following
+    if batches is not None:
+        if members is not None:
+            raise ValueError(
+                f"population={members}: structure.Batches follow the noise scale of one run: pass "
+                "population=1, or a DataLoader with a batch_size"
+            )
+        steps.halved = HalvedBatches(batches=batches, group=given.group, total=given.group.total)
     if given.every is None:
         _choice.pace(steps)
     _set_layers(given)

@@ -37,9 +37,9 @@ from selftune.hypernet import SelfTuned
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
-from selftune.structure import Batches
-from selftune.tuner._data import Stream, size
+from selftune.tuner._data import Stream, batches_of, size
 from selftune.tuner._group import Group
+from selftune.tuner._noise_scale import halves
 from selftune.tuner._run_state import RunState
 from selftune.tuner._steps import Steps
 
@@ -145,10 +145,10 @@ def check_fit(values: Mapping[str, Any]) -> None:
             f"pictures_every={values['pictures_every']} needs matplotlib: pip install matplotlib "
             "(extra report)"
         )
-    if isinstance(getattr(values["train"], "batch_sampler", None), Batches):
-        log.warning(
-            "train: st.Tuner does not measure the noise scale, so structure.Batches keep their "
-            "size; use st.AdamW or another optimizer in your own loop to change it"
+    if values["epochs"] is not None and batches_of(values["train"]) is not None:
+        raise ValueError(
+            f"epochs={values['epochs']}: structure.Batches change the number of batches in an "
+            "epoch during the run: pass steps="
         )
 
 
@@ -173,6 +173,8 @@ def check_first(
     passes = (("train", steps.inner), ("val", steps.outer))
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
+        if name == "train" and steps.halved is not None:
+            halves(batch)
         held = _held(module), _explained()
         with torch.random.fork_rng(devices), steps.autocast(), held[0], held[1]:
             with torch.set_grad_enabled(not steps.group.sharded):

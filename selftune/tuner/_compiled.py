@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from selftune._trees import leaves
 from selftune.tuner._fast_path import FastPath
+from selftune.tuner._graph import compile_step, enable_hooks, first_line, for_shapes, signature
 from selftune.tuner._run_state import Batch, RunState
 from selftune.tuner._steps import Steps
 from selftune.tuner._whole_step import FunctionalSteps
@@ -76,14 +76,14 @@ class Fused:
         log.info("compiling the training step: takes 20 s to several minutes, less if cached")
         if self._steps.group.together:
             self._exact = self._parted(
-                lambda step: _compile(step, device, dynamic=False),
-                lambda passing: _for_shapes(passing, device),
+                lambda step: compile_step(step, device, dynamic=False),
+                lambda passing: for_shapes(passing, device),
             )
             return
-        self._exact = self._graphs(lambda step: _compile(step, device, dynamic=False))
-        self._any = self._graphs(lambda step: _compile(step, device, dynamic=True))
+        self._exact = self._graphs(lambda step: compile_step(step, device, dynamic=False))
+        self._any = self._graphs(lambda step: compile_step(step, device, dynamic=True))
         if self.whole is not None:
-            self.whole.wrap(lambda function: _for_shapes(function, device))
+            self.whole.wrap(lambda function: for_shapes(function, device))
 
     def train(self, batch: Batch, *, tracked: bool, last: bool = False) -> Tensor:
         """A step of the weights.
@@ -112,7 +112,8 @@ class Fused:
 
     @torch.no_grad()
     def _take(self, kind: str, batch: Batch) -> Tensor:
-        if not self.compiled:
+        halved = self._steps.halved
+        if not self.compiled or (halved is not None and halved.due):
             return self._eager[kind](self.run, batch)
         self._taken += 1
         shapes = signature(batch)
@@ -123,8 +124,15 @@ class Fused:
         if shapes == self._shapes[kind] or self._steps.group.together:
             return self._compiled(kind, first, batch)
         self._odd += 1
-        step = self._any if self._odd > max(ODD, SHARE * self._taken) else self._eager
-        return step[kind](self.run, batch)
+        if self._odd > max(ODD, SHARE * self._taken):
+            dynamo = torch._dynamo.exc  # imported lazily, as it is slow
+            try:
+                return self._any[kind](self.run, batch)
+            except (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit) as error:
+                enable_hooks()
+                log.warning("batches of other shapes are trained eagerly: %s", first_line(error))
+                self._any = self._eager
+        return self._eager[kind](self.run, batch)
 
     def _compiled(self, kind: str, first: bool, batch: Batch) -> Tensor:
         """A compiled step, or its eager version if torch cannot compile it."""
@@ -135,7 +143,7 @@ class Fused:
             self._fall_back("a number in the model or the loss keeps changing")
             return self._take(kind, batch)
         except torch._dynamo.exc.TorchDynamoException as error:
-            self._fall_back(str(error).strip().splitlines()[0])
+            self._fall_back(first_line(error))
             return self._take(kind, batch)
         if first:
             log.info("compiled the %s step in %.0f s", kind, time.perf_counter() - start)
@@ -143,7 +151,7 @@ class Fused:
 
     def _fall_back(self, reason: str) -> None:
         """Run the model's passes eagerly; if they already are eager, run everything eagerly."""
-        torch._C._autograd._saved_tensors_hooks_enable()  # a failed graph leaves them disabled
+        enable_hooks()
         self.compiled = not self._apart and self.whole is None
         if not self.compiled:
             log.warning("the training step stays eager from here on: %s", reason)
@@ -151,7 +159,7 @@ class Fused:
         self._apart = True
         log.warning("the model's passes stay eager, and the update alone is compiled: %s", reason)
         device = self.run.step.device
-        self._exact = self._parted(lambda step: _compile(step, device, dynamic=False))
+        self._exact = self._parted(lambda step: compile_step(step, device, dynamic=False))
         self._any = self._exact
 
     def _graphs(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
@@ -270,56 +278,6 @@ def _in_place(step: Step) -> Step:
     return stepped
 
 
-def _compile(step: Step, device: torch.device, *, dynamic: bool, keep: bool = False) -> Step:
-    """The step as one graph, launched from C++ on a CPU and as a CUDA graph on a GPU.
-
-    The outputs of a CUDA graph are overwritten at its next launch; ``keep`` avoids CUDA graphs.
-    """
-    # Dynamo limits the graphs per code object, so each run gets a code object of its own.
-    assert isinstance(step, types.FunctionType)
-    code = step.__code__.replace()
-    own = types.FunctionType(code, step.__globals__, closure=step.__closure__)
-    launch = "triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"
-    options: dict[str, Any] = {launch: device.type == "cpu" or not keep}
-    if not dynamic:
-        options["guard_filter_fn"] = _needed
-    return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
-
-
-def _for_shapes(function: Step, device: torch.device) -> Step:
-    """A function as one graph for arguments of the first layout; eager for others."""
-    graph = _compile(_plain(function), device, dynamic=False, keep=True)
-    shapes: list[Any] = []
-
-    def run(*args: Any) -> Any:
-        found = signature(args)
-        if not shapes:
-            shapes.append(found)
-        if found != shapes[0]:
-            return function(*args)
-        try:
-            return graph(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            log.warning(
-                "a part of the estimator stays eager: %s", str(error).strip().split("\n")[0]
-            )
-            shapes[0] = None
-            return function(*args)
-
-    return run
-
-
-def _plain(function: Step) -> Step:
-    """Any callable as a function."""
-    return lambda *args: function(*args)
-
-
-def _needed(guards: Sequence[Any]) -> list[bool]:
-    """Guards of numbers that users may change; checking all takes as long as a small step."""
-    ours = ("G['__import_", "__import__(", "dict(type(")
-    return [g.guard_type == "CONSTANT_MATCH" and not g.name.startswith(ours) for g in guards]
-
-
 def _mapper(population: int | None) -> Callable[[Step, int], Step]:
     """Maps steps over a population; their last ``shared`` arguments are the same for all."""
     if population is None:
@@ -334,16 +292,3 @@ def _mapper(population: int | None) -> Callable[[Step, int], Step]:
         return over_members
 
     return mapped
-
-
-def signature(batches: Any) -> Any:
-    """Structure and layout of batches, for which a graph is compiled."""
-    if isinstance(batches, Tensor):
-        return batches.shape, batches.stride(), batches.dtype, batches.device
-    if isinstance(batches, dict):
-        return tuple((k, signature(v)) for k, v in batches.items())
-    if isinstance(batches, (tuple, list)):
-        return tuple(map(signature, batches))
-    if hasattr(batches, "to"):  # opaque tensors: never equal
-        return object()
-    return type(batches)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from selftune.structure import Batches
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._randomness import restore, snapshot
 
@@ -33,6 +34,9 @@ class Stream:
             loader has a state, which would then be one batch ahead.
         skips: Whether to skip a last batch of one example, which BatchNorm does not support.
         shard: Makes the loader yield this rank's part of each batch.
+
+    Attributes:
+        following: The loader's sampler, if the size of its batches follows the noise scale.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Stream:
             )
         self.once = isinstance(loader, Iterator)  # a generator: it cannot be started again
         self._own = alone(loader)
+        self.following = batches_of(self._own)
         self._loader = self._own if shard is None else shard(self._own)
         self._name = name
         known = ("state_dict", "load_state_dict")
@@ -172,16 +177,21 @@ class Stream:
         return [g.get_state() for g in self._generators()]
 
     def _randomness(self) -> dict[str, Any]:
-        return {"all": snapshot(), "own": self.own()}
+        return {"all": snapshot(), "own": self.own(), "sizes": self._sizes()}
 
     def _restore(self, state: dict[str, Any]) -> None:
         restore(state["all"])
         self.settle(state)
+        if self.following is not None:
+            self.following.load_state_dict(state["sizes"])
+
+    def _sizes(self) -> dict[str, Any] | None:
+        return None if self.following is None else self.following.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""
         return {"epoch": self.epoch, "taken": self.taken, "start": self._start, "own": self.own(),
-                "usual": self._usual, "loader": self._place()}  # fmt: skip
+                "usual": self._usual, "loader": self._place(), "sizes": self._sizes()}  # fmt: skip
 
     def _place(self) -> Any:
         """The loader's own state; None if it has none, or one that cannot be saved."""
@@ -209,7 +219,7 @@ class Stream:
         place = state.get("loader")
         if place is None and getattr(self._own, "persistent_workers", False):
             self._begin()  # starts the workers, which draws a seed that later epochs do not draw
-        self._restore(state["start"])
+        self._restore(state["start"] | {"sizes": state["sizes"]})
         if place is not None and not self._stateful:
             raise ValueError(
                 f"resume: {self._name} had a state_dict when the run was saved, but has none now: "
@@ -255,6 +265,12 @@ def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
             yield receive(waiting.pop(0))
     if waiting:
         yield receive(waiting.pop(0))
+
+
+def batches_of(loader: Any) -> Batches | None:
+    """The sampler of a loader whose batches follow the noise scale."""
+    sampler = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    return sampler if isinstance(sampler, Batches) else None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+REMEDY = "among ranks: pass a DataLoader with num_workers=1 or more, whose indices are divided"
+
 
 def shard(name: str, rank: int, ranks: int) -> Shard | None:
     """The shard of a loader for this rank; None for a single process."""
@@ -67,35 +69,48 @@ class Shard:
         return slice(*ends)
 
     def _cut(self, batch: Any) -> Any:
-        batch = dict(batch.items()) if hasattr(batch, "items") else batch
-        arrays = [t for t in tree_leaves(batch) if isinstance(t, (Tensor, np.ndarray)) and t.ndim]
-        if not arrays and not isinstance(batch, (tuple, list)):
-            return self._of(batch, slice(None), 1)  # refused
-        count = len(arrays[0] if arrays else batch)
-        return self._of(batch, self._bounds(count), count)
+        return cut(batch, self._bounds, self._name, REMEDY)
 
-    def _of(self, batch: Any, part: slice, count: int) -> Any:
+
+def cut(batch: Any, bounds: Callable[[int], slice], name: str, remedy: str) -> Any:
+    """A range of the examples of a batch.
+
+    Args:
+        batch: The batch.
+        bounds: Returns the range, given the number of examples.
+        name: Name of the loader for error messages.
+        remedy: Why the batch is divided and what to do instead, for error messages.
+
+    Raises:
+        ValueError: The batch has a tensor or object that cannot be divided.
+    """
+    batch = dict(batch.items()) if hasattr(batch, "items") else batch
+    arrays = [t for t in tree_leaves(batch) if isinstance(t, (Tensor, np.ndarray)) and t.ndim]
+    whole = not arrays and not isinstance(batch, (tuple, list))  # refused
+    count = 1 if whole else len(arrays[0] if arrays else batch)
+    part = slice(None) if whole else bounds(count)
+
+    def of(batch: Any) -> Any:
         if isinstance(batch, (Tensor, np.ndarray)):
             if batch.ndim and len(batch) != count:
                 raise ValueError(
-                    f"{self._name}: a batch of {count} examples holds a tensor of shape "
-                    f"{tuple(batch.shape)}, which cannot be divided along its first dimension: "
-                    "pass a DataLoader with num_workers=1 or more, whose indices are divided"
+                    f"{name}: a batch of {count} examples holds a tensor of shape "
+                    f"{tuple(batch.shape)}, which cannot be divided along its first dimension "
+                    f"{remedy}"
                 )
             return batch[part] if batch.ndim else batch
         if hasattr(batch, "items"):
-            return {k: self._of(v, part, count) for k, v in batch.items()}
+            return {k: of(v) for k, v in batch.items()}
         if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):
             if not any(isinstance(b, (Tensor, np.ndarray, dict, tuple, list)) for b in batch):
                 return batch[part] if len(batch) == count else batch
-            found = [self._of(b, part, count) for b in batch]
+            found = [of(b) for b in batch]
             return type(batch)(*found) if hasattr(batch, "_fields") else type(batch)(found)
         if isinstance(batch, (str, bytes, int, float, type(None))):
             return batch
-        raise ValueError(
-            f"{self._name}: a {type(batch).__name__} in a batch cannot be divided among ranks: "
-            "pass a DataLoader with num_workers=1 or more, whose indices are divided"
-        )
+        raise ValueError(f"{name}: a {type(batch).__name__} in a batch cannot be divided {remedy}")
+
+    return of(batch)
 
 
 def steady(loader: Any, rank: int = 0) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, choice, layers, live_units
 from selftune.nn import Stochastic
 from selftune.tuner._group import Group
+from selftune.tuner._noise_scale import HalvedBatches
 from selftune.tuner._passes import APART, Passed, Passes, ShardedPasses
 from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._run_state import Batch, RunState
@@ -53,6 +55,7 @@ class Steps:
         group: The ranks, over whose batches gradients are averaged.
         chosen: The member that a mixture of rules has chosen.
         shards: The layout of the run's tensors over the ranks.
+        halved: Takes some steps on both halves of their batch, or None.
 
     Attributes:
         params: Names of the trained parameters.
@@ -75,6 +78,7 @@ class Steps:
     group: Group = field(default_factory=Group)
     chosen: choice.Chosen | None = None
     shards: Shards = field(default_factory=Shards)
+    halved: HalvedBatches | None = None
 
     def __post_init__(self) -> None:
         """Look up the parameters."""
@@ -167,7 +171,10 @@ class Steps:
 
     def gradient(self, run: RunState, batch: Batch) -> Passed:
         """Loss, gradients and next buffers of the training objective, over all ranks."""
-        return self.group.mean(self.train_pass, run, batch)
+        passing = partial(self.group.mean, self.train_pass)
+        if self.halved is not None and self.halved.due:
+            return self.halved.gradient(passing, run, batch)
+        return passing(run, batch)
 
     def outer_gradient(self, run: RunState, batch: Batch) -> Passed:
         """Loss, gradients and next buffers of the validation objective, over all ranks."""

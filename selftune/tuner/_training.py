@@ -19,6 +19,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._group import Group, RankLost
 from selftune.tuner._interrupt import Interruption
 from selftune.tuner._joining import Joining
+from selftune.tuner._noise_scale import EVERY
 from selftune.tuner._payoff import Compiling
 from selftune.tuner._pictures import picture
 from selftune.tuner._plan import Plan
@@ -187,8 +188,12 @@ class Training:
 
     def _step_weights(self, step: int, batch: Any, tracked: bool, tune: bool) -> bool:
         """Take a weight step; return whether a hyperparameter step follows."""
+        halved = self.steps.halved
+        measured = halved is not None and halved.prepare(step, batch)
         told = self.fused.train(batch, tracked=tracked, last=tune)
         self.watch.trained(step, told)
+        if halved is not None and measured and step % self.plan.log < EVERY:
+            self.watch.metrics.monitor.scalars(halved.batches.entries, step)
         if tune and not told.is_cuda:
             self.watch.digest(step)
             tune = self.watch.since < step  # unless the guard rewound the run

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import selftune as st
 from selftune.structure import Batches, Gate, Goal, Optional, prune, with_gates
 
 X, Y = torch.randn(32, 8), torch.randn(32, 1)
@@ -154,13 +153,3 @@ def test_optional_passes_arguments_on() -> None:
     x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     found = Optional(layer, residual=False)(x, src_key_padding_mask=padding)
     assert torch.allclose(found, layer(x, src_key_padding_mask=padding), atol=1e-6)
-
-
-def test_the_tuner_says_that_batches_keep_their_size(caplog: pytest.LogCaptureFixture) -> None:
-    batches = Batches(range(64), start=8, most=32)
-    loader = DataLoader(TensorDataset(torch.randn(64, 8), torch.randn(64, 1)),
-                        batch_sampler=batches)  # fmt: skip
-    st.Tuner(nn.Linear(8, 1), F.mse_loss, compile=False).fit(
-        loader, [(X, Y)], steps=20, progress=False
-    )
-    assert "keep their size" in caplog.text

@@ -47,8 +47,9 @@ def train(
     given = dict(hparams={"lr": 0.01, "weight_decay": 1e-3}, rule=st.rules.SGD(), compile=False)
     given["loss_fn"] = F.cross_entropy
     val = options.pop("val", loader(61, 1, batch_size=16))
+    batches: Any = options.pop("batches", None)
     tuner = st.Tuner(model, **(given | options))
-    batches: Any = loader(size, 0, batch_size=20, num_workers=workers)
+    batches = batches or loader(size, 0, batch_size=20, num_workers=workers)
     if died is not None:
         batches = Dying(batches, died)
     fit["callbacks"] = [lambda progress: killed and os.kill(os.getpid(), signal.SIGKILL)]

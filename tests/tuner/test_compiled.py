@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import selftune as st
-from selftune.tuner._compiled import Fused, signature
+from selftune.tuner._compiled import Fused
+from selftune.tuner._graph import signature
 
 
 class Recurrent(nn.Module):
@@ -141,6 +142,19 @@ def test_many_shapes_end_in_one_graph_for_all() -> None:
     before = graphs()
     assert_same_runs(eager, compiled, data[60:])
     assert graphs() - before <= 3
+
+
+@pytest.mark.slow
+def test_shapes_that_torch_cannot_compile_are_trained_eagerly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Torch 2.13 has no graph of ``nn.Dropout`` for every shape within ``torch.func``."""
+    _, compiled = twins(lambda: nn.Sequential(nn.Dropout(0.3), net()))
+    with caplog.at_level(logging.WARNING, "selftune"):
+        told = follow(compiled, [batches(1, size=4 + i % 9)[0] for i in range(60)])
+    assert caplog.text.count("batches of other shapes are trained eagerly") == 1
+    assert (int(compiled.run.step), compiled.compiled) == (60, True)
+    assert all(bool(t[0].isfinite()) for t in told)
 
 
 @pytest.mark.slow

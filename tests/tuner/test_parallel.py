@@ -30,6 +30,12 @@ def random_net() -> nn.Module:
     return net(nn.Dropout(0.3), st.nn.Dropout(0.1))
 
 
+def following() -> DataLoader[Any]:
+    x, y = points(480)
+    data = TensorDataset(x.double(), y)
+    return DataLoader(data, batch_sampler=st.structure.Batches(data, 8, 64, interval=5))
+
+
 TUNED = ("lr", "weight_decay")
 JOBS: dict[str, Callable[..., Any]] = {
     "SGD": lambda folder, **o: train(net(), folder, **o),
@@ -37,11 +43,14 @@ JOBS: dict[str, Callable[..., Any]] = {
         net(), folder, size=205, rule=st.rules.AdamW(), **o
     ),
     "workers": lambda folder, **o: train(net(), folder, size=2005, workers=1, **o),
+    "batches follow the noise scale": lambda folder, **o: train(
+        net(), folder, batches=following(), **o
+    ),
     "no validation set": lambda folder, **o: train(net(), folder, val=None, **o),
     "dropout": lambda folder, **o: train(random_net(), folder, tune=TUNED, **o),
     "norm": lambda folder, **o: train(net(nn.BatchNorm1d(16)), folder, size=203, **o),
 }
-EQUAL = list(JOBS)[:4]
+EQUAL = list(JOBS)[:5]
 
 
 def rank(number: int, port: int, folder: Path) -> None:

@@ -1,0 +1,86 @@
+"""Compiling a function into one graph."""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("selftune")
+
+Step = Callable[..., Any]
+
+
+def compile_step(step: Step, device: torch.device, *, dynamic: bool, keep: bool = False) -> Step:
+    """The step as one graph, launched from C++ on a CPU and as a CUDA graph on a GPU.
+
+    The outputs of a CUDA graph are overwritten at its next launch; ``keep`` avoids CUDA graphs.
+    """
+    # Dynamo limits the graphs per code object, so each run gets a code object of its own.
+    assert isinstance(step, types.FunctionType)
+    code = step.__code__.replace()
+    own = types.FunctionType(code, step.__globals__, closure=step.__closure__)
+    launch = "triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"
+    options: dict[str, Any] = {launch: device.type == "cpu" or not keep}
+    if not dynamic:
+        options["guard_filter_fn"] = _needed
+    return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+
+
+def for_shapes(function: Step, device: torch.device) -> Step:
+    """A function as one graph for arguments of the first layout; eager for others."""
+    graph = compile_step(_plain(function), device, dynamic=False, keep=True)
+    shapes: list[Any] = []
+
+    def run(*args: Any) -> Any:
+        found = signature(args)
+        if not shapes:
+            shapes.append(found)
+        if found != shapes[0]:
+            return function(*args)
+        try:
+            return graph(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            log.warning("a part of the estimator stays eager: %s", first_line(error))
+            shapes[0] = None
+            return function(*args)
+
+    return run
+
+
+def _plain(function: Step) -> Step:
+    """Any callable as a function."""
+    return lambda *args: function(*args)
+
+
+def _needed(guards: Sequence[Any]) -> list[bool]:
+    """Guards of numbers that users may change; checking all takes as long as a small step."""
+    ours = ("G['__import_", "__import__(", "dict(type(")
+    return [g.guard_type == "CONSTANT_MATCH" and not g.name.startswith(ours) for g in guards]
+
+
+def signature(batches: Any) -> Any:
+    """Structure and layout of batches, for which a graph is compiled."""
+    if isinstance(batches, Tensor):
+        return batches.shape, batches.stride(), batches.dtype, batches.device
+    if isinstance(batches, dict):
+        return tuple((k, signature(v)) for k, v in batches.items())
+    if isinstance(batches, (tuple, list)):
+        return tuple(map(signature, batches))
+    if hasattr(batches, "to"):  # opaque tensors: never equal
+        return object()
+    return type(batches)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error message; those of torch are long."""
+    return str(error).strip().splitlines()[0]
+
+
+def enable_hooks() -> None:
+    """Enable the hooks of saved tensors again, which a graph that failed leaves disabled."""
+    torch._C._autograd._saved_tensors_hooks_enable()
