@@ -7,7 +7,9 @@ the overhead of a step, measured before, sizes minimise the time. Means over see
 of all rows alternate; ratios are geometric means over seeds relative to the size with the lowest
 one, ± standard errors of pairs.
 
-    SELFTUNE_DATA=... python -m benchmarks.batches [--seeds 10] [--target 0.37]
+    SELFTUNE_DATA=... python -m benchmarks.batches [--seeds 10] [--target 0.37] [--driver tuner]
+
+``st.Tuner`` divides the batches itself; its evaluations are more frequent, and count as time.
 
 Typical output (one core, torch 2.13):
 
@@ -40,6 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import selftune as st
 
@@ -97,6 +100,17 @@ def overhead(x: Tensor, y: Tensor) -> float:
     return st.structure.step_overhead(step)
 
 
+def sampler(sizes: int | Following, seed: int, x: Tensor, y: Tensor) -> st.structure.Batches:
+    """Of a fixed size, or one that follows the noise scale."""
+    if isinstance(sizes, int):
+        return st.structure.Batches(range(TRAIN), sizes, sizes, seed=seed)
+    return st.structure.Batches(
+        range(TRAIN), sizes.start, max(FIXED), least=16 if sizes.timed else None,
+        scale=st.structure.NoiseScale(memory=20),
+        overhead=overhead(x, y) if sizes.timed else None, seed=seed,
+    )  # fmt: skip
+
+
 def run(seed: int, sizes: int | Following, target: float) -> tuple[float, float, int]:
     """Examples and seconds to the target, and the last size of batches."""
     x, y = images(seed)
@@ -104,15 +118,7 @@ def run(seed: int, sizes: int | Following, target: float) -> tuple[float, float,
     model = network()
     opt = st.AdamW(model, lr=1e-3, weight_decay=0.01)
     examples, evaluated, begun = 0, 0, time.perf_counter()
-    if isinstance(sizes, int):
-        batches = st.structure.Batches(range(TRAIN), sizes, sizes, seed=seed)
-    else:
-        fixed = overhead(x, y) if sizes.timed else None
-        scale = st.structure.NoiseScale(memory=20)
-        batches = st.structure.Batches(
-            range(TRAIN), sizes.start, 512, least=16 if sizes.timed else None, scale=scale,
-            overhead=fixed, seed=seed,
-        )  # fmt: skip
+    batches = sampler(sizes, seed, x, y)
 
     def closure() -> Tensor:
         at = TRAIN + torch.randint(VAL, (128,))
@@ -140,6 +146,43 @@ def run(seed: int, sizes: int | Following, target: float) -> tuple[float, float,
     return math.inf, math.inf, batches.size
 
 
+def run_tuner(seed: int, sizes: int | Following, target: float) -> tuple[float, float, int]:
+    """The same with ``st.Tuner``."""
+    x, y = images(seed)
+    torch.manual_seed(seed)
+    tuner = st.Tuner(
+        network(), F.cross_entropy, hparams={"lr": 1e-3, "weight_decay": 0.01}, compile=False,
+        schedule="constant",
+    )  # fmt: skip
+    begun = time.perf_counter()
+    batches = sampler(sizes, seed, x, y)
+    examples, reached = 0, math.inf
+
+    def counted(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        nonlocal examples
+        examples += len(batch[1])
+        return batch
+
+    def ends(progress: st.Progress) -> bool:
+        nonlocal reached
+        reached = examples if progress.scores["loss"] <= target else math.inf
+        return reached < math.inf or examples >= MOST
+
+    data = TensorDataset(x[:TRAIN], y[:TRAIN])
+    train = DataLoader(data, batch_size=None, sampler=batches, collate_fn=counted)
+    val = DataLoader(
+        TensorDataset(x[TRAIN:], y[TRAIN:]), batch_size=None,
+        sampler=BatchSampler(RandomSampler(range(VAL)), 128, drop_last=False),
+    )  # fmt: skip
+    most, smallest = (max(FIXED), 16) if isinstance(sizes, Following) else (sizes, sizes)
+    tuner.fit(
+        train, val, steps=MOST // smallest, evaluate_every=max(1, BETWEEN // most),
+        callbacks=[ends], progress=False,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    return reached, seconds if reached < math.inf else math.inf, batches.size
+
+
 def ratio(found: Sequence[float], best: Sequence[float]) -> str:
     """Geometric mean of the ratios of pairs, and its standard error."""
     logs = [math.log(a / b) for a, b in zip(found, best, strict=True)]
@@ -153,13 +196,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--target", type=float, default=0.37)
+    parser.add_argument("--driver", default="optimizer", choices=("optimizer", "tuner"))
     args = parser.parse_args()
+    go = run_tuner if args.driver == "tuner" else run
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
     found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ROWS}
     for seed in range(args.seeds):
         for name, sizes in ROWS.items():
-            found[name].append(run(seed, sizes, args.target))
+            found[name].append(go(seed, sizes, args.target))
     columns = {
         name: ([f[0] for f in runs], [f[1] for f in runs], [f[2] for f in runs])
         for name, runs in found.items()

@@ -269,8 +269,9 @@ def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
 
 def batches_of(loader: Any) -> Batches | None:
     """The sampler of a loader whose batches follow the noise scale."""
-    sampler = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    return sampler if isinstance(sampler, Batches) else None
+    loader = loader if isinstance(loader, DataLoader) else None
+    samplers = [getattr(loader, name, None) for name in ("batch_sampler", "sampler")]
+    return next((s for s in samplers if isinstance(s, Batches)), None)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

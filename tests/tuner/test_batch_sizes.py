@@ -15,14 +15,20 @@ from selftune.structure import Batches
 VAL = [points(100, seed=1)]
 
 
-def following(count: int = 400, *, workers: int = 0, **options: Any) -> DataLoader[Any]:
+def following(
+    count: int = 400, *, workers: int = 0, whole: bool = False, **options: Any
+) -> DataLoader[Any]:
     data = TensorDataset(*points(count))
-    return DataLoader(data, batch_sampler=Batches(data, **options), num_workers=workers)
+    batches = Batches(data, **options)
+    if whole:  # the dataset is indexed by lists
+        return DataLoader(data, batch_size=None, sampler=batches)
+    return DataLoader(data, batch_sampler=batches, num_workers=workers)
 
 
 def sizes_of(loader: Any) -> Batches:
-    assert isinstance(loader.batch_sampler, Batches)
-    return loader.batch_sampler
+    found = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    assert isinstance(found, Batches)
+    return found
 
 
 class Custom:
@@ -86,7 +92,10 @@ def fail(progress: Any) -> None:
         raise Outage
 
 
-@pytest.mark.parametrize("options", [{}, {"workers": 1}, {"interval": None}, {"drop_last": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"workers": 1}, {"interval": None}, {"drop_last": True}, {"whole": True}],
+)
 def test_a_killed_run_resumes_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
     """Truth: the same run, uninterrupted; its batches grow within an epoch."""
     options = {"start": 8, "most": 64, "interval": 5} | options
