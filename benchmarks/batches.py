@@ -9,7 +9,7 @@ one, ± standard errors of pairs.
 
     SELFTUNE_DATA=... python -m benchmarks.batches [--seeds 10] [--target 0.37] [--driver tuner]
 
-``st.Tuner`` divides the batches itself; its evaluations are more frequent, and count as time.
+``st.Tuner`` divides the batches itself; it is evaluated at the first step after as many examples.
 
 Typical output (one core, torch 2.13):
 
@@ -47,7 +47,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 import selftune as st
 
 FIXED = (16, 32, 64, 128, 256, 512)
-TRAIN, VAL, BETWEEN, MOST, EVERY = 40_000, 2_000, 4_000, 1_000_000, 8
+TRAIN, VAL, BETWEEN, MOST, EVERY = 40_000, 2_000, 4_000, 400_000, 8
 """Examples to train on, to tune on, between two evaluations, and at most; batches between two that
 are divided into micro-batches."""
 
@@ -156,7 +156,7 @@ def run_tuner(seed: int, sizes: int | Following, target: float) -> tuple[float, 
     )  # fmt: skip
     begun = time.perf_counter()
     batches = sampler(sizes, seed, x, y)
-    examples, reached = 0, math.inf
+    examples, evaluated, reached = 0, 0, math.inf
 
     def counted(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal examples
@@ -164,19 +164,25 @@ def run_tuner(seed: int, sizes: int | Following, target: float) -> tuple[float, 
         return batch
 
     def ends(progress: st.Progress) -> bool:
-        nonlocal reached
-        reached = examples if progress.scores["loss"] <= target else math.inf
+        nonlocal evaluated, reached
+        if examples - evaluated >= BETWEEN:
+            evaluated = examples
+            reached = examples if progress.scores["loss"] <= target else math.inf
         return reached < math.inf or examples >= MOST
 
     data = TensorDataset(x[:TRAIN], y[:TRAIN])
-    train = DataLoader(data, batch_size=None, sampler=batches, collate_fn=counted)
+    followed = isinstance(sizes, Following)
+    fixed = BatchSampler(RandomSampler(range(TRAIN)), batches.size, drop_last=False)
+    train = DataLoader(
+        data, batch_size=None, sampler=batches if followed else fixed, collate_fn=counted
+    )
     val = DataLoader(
         TensorDataset(x[TRAIN:], y[TRAIN:]), batch_size=None,
         sampler=BatchSampler(RandomSampler(range(VAL)), 128, drop_last=False),
     )  # fmt: skip
-    most, smallest = (max(FIXED), 16) if isinstance(sizes, Following) else (sizes, sizes)
+    most = max(FIXED) if followed else batches.size
     tuner.fit(
-        train, val, steps=MOST // smallest, evaluate_every=max(1, BETWEEN // most),
+        train, val, steps=MOST // batches.size, evaluate_every=max(1, BETWEEN // most),
         callbacks=[ends], progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - begun
@@ -201,9 +207,10 @@ def main() -> None:
     go = run_tuner if args.driver == "tuner" else run
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
-    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ROWS}
+    rows = {n: s for n, s in ROWS.items() if go is run or isinstance(s, int) or not s.timed}
+    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in rows}
     for seed in range(args.seeds):
-        for name, sizes in ROWS.items():
+        for name, sizes in rows.items():
             found[name].append(go(seed, sizes, args.target))
     columns = {
         name: ([f[0] for f in runs], [f[1] for f in runs], [f[2] for f in runs])

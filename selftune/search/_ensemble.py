@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from selftune._arguments import MODULES, ListOf, Number, checked
-from selftune.tuner._data import alone, size, to_device
+from selftune.tuner._batch import size, to_device
+from selftune.tuner._data import alone
 from selftune.tuner._objective import LossFn, Objective
 
 ROUNDS = 25

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from selftune.structure import Attention, Gate, Goal, Optional, gated, prune
 from selftune.structure._sizes import KINDS, Sizes
 from selftune.tuner import Progress
-from selftune.tuner._data import alone, to_device
+from selftune.tuner._batch import to_device
+from selftune.tuner._data import alone
 from selftune.tuner._objective import TARGETS, Objective, modes_kept
 
 INSIDE = {"budget": 0.5, "of": "multiply_adds"}

@@ -22,9 +22,11 @@ from sklearn.utils.validation import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from selftune._arguments import Number, check
 from selftune.nn import Dropout
 from selftune.search._shape import Shape
 from selftune.search.families._base import Closed
+from selftune.search.families._periodic import first_layer
 from selftune.tuner import Tuner
 
 Array = NDArray[Any]
@@ -41,6 +43,7 @@ class _SelfTuning(BaseEstimator):
     _: KW_ONLY
     depth: int = 2
     width: int = 128
+    frequency: float = 0.0
     epochs: int = 30
     batch_size: int = 64
     validation_fraction: float = 0.2
@@ -56,6 +59,7 @@ class _SelfTuning(BaseEstimator):
 
     def _fit(self, X: Array, y: Array, shape: Shape, loss: nn.Module, fresh: bool) -> None:
         """Train on checked arrays."""
+        check({"frequency": Number(least=0)}, {"frequency": self.frequency})
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if fresh:
             self._learn_scale(X)
@@ -108,8 +112,8 @@ class _SelfTuning(BaseEstimator):
     def _build(self, shape: Shape) -> nn.Module:
         if self.module is not None:
             return self.module(shape)
-        size = int(np.prod(shape.inputs))
-        layers: list[nn.Module] = [nn.Flatten()]
+        first, size = first_layer(shape, self.frequency)
+        layers: list[nn.Module] = [first]
         for _ in range(self.depth):
             layers += [nn.Linear(size, self.width), nn.ReLU(), Dropout(DROPOUT)]
             size = self.width
@@ -146,6 +150,9 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
             default an MLP.
         depth: Number of hidden layers of the default network.
         width: Number of units per hidden layer.
+        frequency: Scale of the embedding of numerical features by sines, for steep functions
+            (:class:`~selftune.search.families.Periodic`), in tables of up to 128 features; 0 for
+            none.
         epochs: Number of passes over the training part.
         batch_size: Batch size; at most an eighth of the training part.
         validation_fraction: Fraction of the data used to tune hyperparameters.
@@ -224,11 +231,13 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         return self.classes_[best]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SelfTuningRegressor(RegressorMixin, _SelfTuning):
     """A regressor that tunes its hyperparameters during ``fit``.
 
     Targets are scaled to mean 0 and variance 1 for training. Arguments and attributes are those of
-    :class:`SelfTuningClassifier`, except for ``class_weight`` and ``classes_``.
+    :class:`SelfTuningClassifier`, except for ``class_weight`` and ``classes_``; features are
+    embedded by default.
 
     Examples:
         >>> from sklearn.datasets import load_diabetes
@@ -237,6 +246,8 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
         >>> bool(SelfTuningRegressor(epochs=10).fit(X, y).score(X, y) > 0.2)
         True
     """
+
+    frequency: float = 0.3
 
     def fit(self, X: Any, y: Any) -> SelfTuningRegressor:
         """Train from newly initialised weights.

@@ -51,6 +51,7 @@ class Batches(Sampler[list[int]]):
     Attributes:
         size: Current batch size.
         scale: The noise-scale estimator, to be updated in the training loop.
+        least: Smallest batch size.
         epoch: Number of epochs started.
         entries: Batch size and noise scale, if known, as they are logged.
 
@@ -109,12 +110,15 @@ class Batches(Sampler[list[int]]):
             raise ValueError("dataset is empty")
         self.size, self.epoch = start, 0
         self.scale = NoiseScale() if scale is None else scale
-        self._count, self._least, self._most = count, least, min(most, max(count, start))
+        self.least = least
+        self._count, self._most = count, min(most, max(count, start))
         self._interval, self._overhead = interval, overhead
         self._drop_last, self._seed = drop_last, seed
         self._monitor, self._taken = Monitor(recorder), 0
+        self._start = start
         self._drawn: list[int] = []  # sizes of the batches of this epoch
-        self._again: list[int] = []  # those of an interrupted epoch
+        self._ended = True  # whether all of them are drawn
+        self._again: list[int] = []  # sizes of the batches to repeat
 
     def __len__(self) -> int:
         """Number of batches in an epoch at the current batch size."""
@@ -124,7 +128,7 @@ class Batches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Start a new epoch, adjusting the batch size."""
         # At the first batch: a DataLoader with workers makes an iterator that it does not use.
-        again, self._again, self._drawn = self._again, [], []
+        again, self._again, self._drawn, self._ended = self._again, [], [], False
         if not again:
             self._resize()
         self.epoch += 1
@@ -138,7 +142,7 @@ class Batches(Sampler[list[int]]):
                 self._resize()
             batch = list(order[place : place + self.size])
             if not batch or (self._drop_last and len(batch) < self.size):
-                self._drawn = []
+                self._ended = True
                 return
             place += len(batch)
             self._taken += 1
@@ -153,7 +157,7 @@ class Batches(Sampler[list[int]]):
                 best = max(math.sqrt(self._overhead * best), 1.0)
             wanted = 2.0 ** round(math.log2(min(best, 2.0 * self.size)))
             wanted = min(max(wanted, self.size / 2), 2 * self.size)
-            size = int(min(max(wanted, self._least), self._most))
+            size = int(min(max(wanted, self.least), self._most))
             if size != self.size:
                 log.info(
                     "batches of %d examples instead of %d: the noise scale is %.3g",
@@ -161,6 +165,15 @@ class Batches(Sampler[list[int]]):
                 )  # fmt: skip
             self.size = size
         self._log()
+
+    @property
+    def initial_length(self) -> int:
+        """Number of batches in an epoch at the initial batch size."""
+        return math.ceil(self._count / self._start)
+
+    def examples(self, number: int) -> int:
+        """Number of examples in a batch of the current epoch, counted from 0."""
+        return min(self._drawn[number], self._count - sum(self._drawn[:number]))
 
     @property
     def entries(self) -> list[tuple[str, float]]:
@@ -177,28 +190,33 @@ class Batches(Sampler[list[int]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Size, epoch, noise scale, and the sizes of the batches of an incomplete epoch."""
-        own = {"size": self.size, "epoch": self.epoch, "taken": self._taken}
-        return {**own, "drawn": list(self._drawn), "scale": self.scale.state_dict()}
+        again = self._again  # loaded, but not repeated yet
+        return {
+            "size": self.size, "epoch": self.epoch + bool(again), "taken": self._taken + len(again),
+            "drawn": list(again or self._drawn), "ended": self._ended,
+            "scale": self.scale.state_dict(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the next epoch, or repeat an incomplete one from its first batch.
 
         Repeated batches have the same examples as before: skip those already used, for example with
-        ``itertools.islice(loader, used, None)``.
+        ``itertools.islice(loader, used, None)``. The workers of a DataLoader draw batches in
+        advance: with workers, save between epochs.
 
         Raises:
             ValueError: The saved batch size is outside the bounds.
         """
         size = int(state["size"])
-        if not self._least <= size <= self._most:
+        if not self.least <= size <= self._most:
             raise ValueError(
-                f"state has batches of {size} examples, outside least={self._least} and "
+                f"state has batches of {size} examples, outside least={self.least} and "
                 f"most={self._most}: pass the same least= and most="
             )
-        drawn = [int(n) for n in state["drawn"]]
-        self.size, self._again = size, drawn
-        self.epoch = int(state["epoch"]) - bool(drawn)
-        self._taken = int(state["taken"]) - len(drawn)
+        again = [] if state.get("ended", True) else [int(n) for n in state["drawn"]]
+        self.size, self._again, self._drawn, self._ended = size, again, [], not again
+        self.epoch = int(state["epoch"]) - bool(again)
+        self._taken = int(state["taken"]) - len(again)
         self.scale.load_state_dict(state["scale"])
 
 

@@ -50,7 +50,7 @@ class NoiseScale:
     @checked(memory=Number(least=1, finite=False))
     def __init__(self, memory: float = 50.0) -> None:
         self.memory = float(memory)
-        self._signal, self._noise, self._weight = 0.0, 0.0, 0.0
+        self.forget()
         self._sum: list[Tensor] | None = None
         self._norms: list[Tensor] = []
 
@@ -91,6 +91,10 @@ class NoiseScale:
         self._signal += share * (signal - self._signal)
         self._noise += share * (noise - self._noise)
         self._weight += share * (1 - self._weight)
+
+    def forget(self) -> None:
+        """Start anew, for example at other weights."""
+        self._signal, self._noise, self._weight = 0.0, 0.0, 0.0
 
     def micro_batch(self, params: Iterable[Tensor]) -> None:
         """Record ``.grad`` after the backward pass of a micro-batch (mean loss divided by k)."""

@@ -234,6 +234,8 @@ def build(
     fused = Fused(steps, run, members)
     if fused.whole is not None:
         snapshots.rewound.append(fused.whole.whole.forget)
+    if steps.halved is not None:
+        snapshots.rewound.append(steps.halved.batches.scale.forget)
     scorer = Scorer(given.objective, given.metrics, val, steps, mapped, device, autocast)
     controllers = [_controller(given, steps, total) for _ in range(members or 1)]
     policy = GuardPolicy() if controllers[0].guard is None else controllers[0].guard.policy

@@ -25,8 +25,8 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 20
-"""Version of checkpoints; 20 has the interpolated rate of the sweep."""
+VERSION = 21
+"""Version of checkpoints; 21 has the sizes of batches that follow the noise scale."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

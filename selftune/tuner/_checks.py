@@ -37,7 +37,8 @@ from selftune.hypernet import SelfTuned
 from selftune.nn import Found
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
-from selftune.tuner._data import Stream, batches_of, size
+from selftune.tuner._batch import size
+from selftune.tuner._data import Stream, batches_of
 from selftune.tuner._group import Group
 from selftune.tuner._noise_scale import halves
 from selftune.tuner._run_state import RunState
@@ -173,8 +174,6 @@ def check_first(
     passes = (("train", steps.inner), ("val", steps.outer))
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
-        if name == "train" and steps.halved is not None:
-            halves(batch)
         held = _held(module), _explained()
         with torch.random.fork_rng(devices), steps.autocast(), held[0], held[1]:
             with torch.set_grad_enabled(not steps.group.sharded):
@@ -184,7 +183,10 @@ def check_first(
                 _check_dependence(loss, name, module)
             value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
+            divided = name == "train" and steps.halved is not None
             with torch.set_grad_enabled(mapped or steps.whole is not None):  # by torch.func then
+                for part in halves(batch) if divided else ():
+                    passed(run, part)
                 grads = passed(run, batch)[1]
             if not steps.group.any(any(bool(g.any()) for g in grads)):
                 raise ValueError(
@@ -214,13 +216,16 @@ def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Strea
     )  # fmt: skip
 
 
-def check_agreement(run: RunState, group: Group) -> None:
-    """Raise an error if weights or hyperparameters of ranks differ."""
+def check_agreement(steps: Steps, run: RunState) -> None:
+    """Raise an error if weights, hyperparameters or batch sizes of ranks differ."""
+    group = steps.group
     if not group.together:
         return
     weights = [] if group.sharded else run.weights
+    size = 0 if steps.halved is None else steps.halved.batches.size
     group.check_same(
-        "weights and hyperparameters", digest([*weights, run.hyper.raw]),
+        "weights, hyperparameters and batch sizes",
+        digest([*weights, run.hyper.raw, torch.tensor(size)]),
         "ranks must compute identically: do all have the same hardware and torch version?",
     )  # fmt: skip
 

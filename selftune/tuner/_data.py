@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from selftune.structure import Batches
+from selftune.tuner._batch import size, structure, to_device
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._randomness import restore, snapshot
 
@@ -61,7 +62,9 @@ class Stream:
         self._loader = self._own if shard is None else shard(self._own)
         self._name = name
         known = ("state_dict", "load_state_dict")
-        self._stateful = all(callable(getattr(self._loader, n, None)) for n in known)
+        self._stateful = self.following is None and all(
+            callable(getattr(self._loader, n, None)) for n in known
+        )
         self._usual = 0  # examples in the first batch
         self._device = device
         self._ahead = device.type == "cuda" and not self._stateful
@@ -75,6 +78,19 @@ class Stream:
     def __len__(self) -> int:
         """Batches in an epoch."""
         return len(self._loader)
+
+    @property
+    def initial_length(self) -> int | None:
+        """Batches in an epoch at the initial batch size, if known."""
+        if self.following is not None:
+            return self.following.initial_length
+        return len(self) if self.sized else None
+
+    @property
+    def drawn(self) -> int:
+        """Examples in the last batch taken, over all ranks, if its size follows the noise scale."""
+        assert self.following is not None
+        return self.following.examples(self.taken - 1)
 
     @property
     def sized(self) -> bool:
@@ -219,7 +235,9 @@ class Stream:
         place = state.get("loader")
         if place is None and getattr(self._own, "persistent_workers", False):
             self._begin()  # starts the workers, which draws a seed that later epochs do not draw
-        self._restore(state["start"] | {"sizes": state["sizes"]})
+        # The sampler may have drawn all batches of this epoch in advance.
+        sizes = None if self.following is None else {**state["sizes"], "ended": False}
+        self._restore(state["start"] | {"sizes": sizes})
         if place is not None and not self._stateful:
             raise ValueError(
                 f"resume: {self._name} had a state_dict when the run was saved, but has none now: "
@@ -274,43 +292,6 @@ def batches_of(loader: Any) -> Batches | None:
     return next((s for s in samplers if isinstance(s, Batches)), None)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device; arrays become tensors."""
-    if isinstance(batch, Tensor):
-        if batch.device == device:
-            return batch
-        if device.type == "cuda" and batch.device.type == "cpu":
-            return batch.pin_memory().to(device, non_blocking=True)
-        return batch.to(device)
-    if type(batch) in (tuple, list):  # the usual case, tested before slower look-ups
-        return tuple([to_device(b, device) for b in batch])
-    if hasattr(batch, "items"):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if hasattr(batch, "to"):  # packed sequences, graphs
-        return batch.to(device)
-    if hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(b, device) for b in batch))
-    if isinstance(batch, (tuple, list)):
-        return tuple([to_device(b, device) for b in batch])
-    if hasattr(batch, "__array__"):
-        return torch.as_tensor(batch).to(device)
-    return batch
-
-
-def structure(batch: Any, top: bool = True) -> Any:
-    """Properties that must be equal in all batches: containers, keys, dtypes.
-
-    Sequences within a batch may have any length: captions, boxes of an image.
-    """
-    if isinstance(batch, Tensor):
-        return batch.dtype
-    if isinstance(batch, dict):
-        return {k: structure(v, False) for k, v in batch.items()}
-    if isinstance(batch, tuple) and top:
-        return tuple([structure(b, False) for b in batch])
-    return type(batch).__name__
-
-
 def alone(loader: Any) -> Any:
     """The same loader with its own iterator.
 
@@ -327,13 +308,3 @@ def end_workers(loader: Any) -> None:
     """Delete the iterator of a loader with persistent workers."""
     if isinstance(loader, DataLoader):
         vars(loader)["_iterator"] = None
-
-
-def size(batch: Any) -> int:
-    """Examples in a batch: the first dimension of its first tensor."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, dict) else batch
-    if isinstance(parts, (str, bytes)) or not isinstance(parts, Iterable):
-        return 1
-    return next((size(p) for p in parts if isinstance(p, (Tensor, dict, tuple))), 1)

@@ -42,9 +42,10 @@ def for_shapes(function: Step, device: torch.device) -> Step:
             shapes.append(found)
         if found != shapes[0]:
             return function(*args)
+        dynamo = torch._dynamo.exc  # imported lazily, as it is slow
         try:
             return graph(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit) as error:
             log.warning("a part of the estimator stays eager: %s", first_line(error))
             shapes[0] = None
             return function(*args)

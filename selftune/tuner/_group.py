@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selftune._identity import digest
 from selftune.method import choice
-from selftune.tuner._data import size
+from selftune.tuner._batch import size
 from selftune.tuner._fsdp import check_sharded
 from selftune.tuner._passes import Passed
 from selftune.tuner._randomness import restore, snapshot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,15 @@ from torch import Tensor
 
 from selftune.structure import Batches
 from selftune.structure.noise_scale import squared_norm
-from selftune.tuner._data import size
-from selftune.tuner._group import Group
+from selftune.tuner._group import Group, RankLost
 from selftune.tuner._passes import Passed
 from selftune.tuner._run_state import RunState
 from selftune.tuner._sharding import cut
 
 EVERY = 8
 """Steps between two whose batch is divided."""
+FEWEST = 4
+"""Examples on a rank in the smallest batch that is divided."""
 REMEDY = (
     "into the halves from which structure.Batches estimate the noise scale: pass a DataLoader "
     "with a batch_size instead of batch_sampler=Batches(…)"
@@ -38,16 +40,39 @@ class HalvedBatches:
 
     Attributes:
         due: Whether the next step is taken on halves.
+        examples: Examples in its batch, over all ranks.
     """
 
     batches: Batches
     group: Group
     total: Callable[[Tensor], Tensor]
     due: bool = False
+    examples: int = 0
 
-    def prepare(self, step: int, batch: Any) -> bool:
-        """Decide whether a step is taken on halves, which need two examples on every rank."""
-        self.due = step % EVERY == 0 and min(self.group.gather(size(batch))) >= 4
+    def __post_init__(self) -> None:
+        """Check that the smallest batches can be divided.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        fewest = FEWEST * self.group.size
+        if self.batches.least < fewest:
+            where = f" on {self.group.size} ranks" if self.group.size > 1 else ""
+            raise ValueError(
+                f"train: batches of structure.Batches may have least={self.batches.least} "
+                f"examples, but halves of at least two{where} need {fewest}: pass "
+                f"start={fewest}, and least={fewest} or none"
+            )
+
+    def prepare(self, step: int, examples: int) -> bool:
+        """Decide whether a step is taken on halves.
+
+        Args:
+            step: The step.
+            examples: Examples in its batch, over all ranks.
+        """
+        self.examples = examples
+        self.due = step % EVERY == 0 and examples >= FEWEST * self.group.size
         return self.due
 
     def gradient(
@@ -60,17 +85,21 @@ class HalvedBatches:
             run: The run.
             batch: This rank's part of the batch.
         """
-        self.due = False
+        self.due, before = False, self.group.state_dict()
         first, second = halves(batch)
-        one = passing(run, first)
-        two = passing(run._replace(buffers=one[2]), second)
-        mine = torch.tensor([size(first), size(second)])
-        few, more = torch.stack(self.group.gather(mine)).sum(0).tolist()
-        share = more / (few + more)
+        try:
+            one = passing(run, first)
+            two = passing(run._replace(buffers=one[2]), second)
+        except RankLost:  # the whole step is repeated, with the same random numbers
+            self.group.load_state_dict(before)
+            raise
+        ends = [self.examples * rank // self.group.size for rank in range(self.group.size + 1)]
+        odd = sum((end - start) // 2 for start, end in itertools.pairwise(ends))
+        even, share = self.examples - odd, odd / self.examples
         grads = torch._foreach_lerp(one[1], two[1], share)
         squares = [self.total(squared_norm(g)) for g in (one[1], two[1], grads)]
-        part = 2 * few * more / (few + more)  # harmonic mean, as the variance is inverse to sizes
-        self.batches.scale.observe((squares[0] + squares[1]) / 2, squares[2], part, few + more)
+        part = 2 * even * odd / self.examples  # harmonic mean, as variances are inverse to sizes
+        self.batches.scale.observe((squares[0] + squares[1]) / 2, squares[2], part, self.examples)
         return torch.lerp(one[0], two[0], share), list(grads), two[2]
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from selftune._flat import local
 from selftune._gradient import gradient, plainly
-from selftune.tuner._data import size
+from selftune.tuner._batch import size
 from selftune.tuner._objective import InMode
 
 Passed = tuple[Tensor, list[Tensor], list[Tensor]]

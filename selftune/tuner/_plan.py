@@ -34,7 +34,7 @@ def length(train: Stream, epochs: int | None, steps: int | None) -> int:
 
 def between_evaluations(train: Stream, total: int) -> int:
     """Steps between evaluations: one or more epochs; if ``train`` is unsized, 1/10 of the run."""
-    score = max(1, len(train) if train.sized else total // 10)
+    score = max(1, train.initial_length or total // 10)
     return score * max(1, -(-total // (50 * score)))
 
 

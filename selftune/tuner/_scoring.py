@@ -14,7 +14,8 @@ from torch.func import functional_call
 
 from selftune._flat import local
 from selftune.control.final_weights import BACK, between
-from selftune.tuner._data import Stream, alone, end_workers, size, to_device
+from selftune.tuner._batch import size, to_device
+from selftune.tuner._data import Stream, alone, end_workers
 from selftune.tuner._objective import InMode, Objective, for_scoring
 from selftune.tuner._passes import reshard
 from selftune.tuner._run_state import RunState

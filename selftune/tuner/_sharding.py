@@ -98,7 +98,9 @@ def cut(batch: Any, bounds: Callable[[int], slice], name: str, remedy: str) -> A
                     f"{tuple(batch.shape)}, which cannot be divided along its first dimension "
                     f"{remedy}"
                 )
-            return batch[part] if batch.ndim else batch
+            if not batch.ndim:
+                return batch
+            return batch[part].contiguous() if isinstance(batch, Tensor) else batch[part]
         if hasattr(batch, "items"):
             return {k: of(v) for k, v in batch.items()}
         if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):

@@ -177,6 +177,8 @@ class Training:
             if self.due == WEIGHTS:
                 tune = self._step_weights(step, batch, tracked, tune)
             if tune:
+                if between:  # the step may have measured the noise scale
+                    between["train"] = self.train.state_dict()
                 self.due, self._position = HYPER, between
                 self.watch.tuned(step, self.fused.tune(outer))
         self._reach(WEIGHTS)
@@ -189,7 +191,7 @@ class Training:
     def _step_weights(self, step: int, batch: Any, tracked: bool, tune: bool) -> bool:
         """Take a weight step; return whether a hyperparameter step follows."""
         halved = self.steps.halved
-        measured = halved is not None and halved.prepare(step, batch)
+        measured = halved is not None and halved.prepare(step, self.train.drawn)
         told = self.fused.train(batch, tracked=tracked, last=tune)
         self.watch.trained(step, told)
         if halved is not None and measured and step % self.plan.log < EVERY:
@@ -230,7 +232,7 @@ class Training:
     def _evaluate(self) -> dict[str, float]:
         """Evaluate losses and metrics over the whole validation set, and log them."""
         self.watch.digest(self.step)
-        check_agreement(self.fused.run, self.group)
+        check_agreement(self.steps, self.fused.run)
         metrics, leader = self.watch.metrics, self.watch.leader
         scores, last = self.scorer.score(self.fused.run, self.val, leader, last=metrics.monitor.on)
         better = scores["loss"] < self.best

@@ -13,6 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
+from selftune.search.families import Periodic
 from selftune.search.sklearn import SelfTuningClassifier, SelfTuningRegressor
 
 EXCEPTIONS: dict[str, str] = {}
@@ -74,6 +75,23 @@ def test_a_regressor_in_units_of_its_targets() -> None:
     assert two.predict(x).shape == (len(x), 2)
 
 
+def test_an_embedding_fits_steep_functions() -> None:
+    """Truth: a square wave with six steps, whose variance an MLP of features leaves unexplained."""
+    x = np.random.default_rng(0).uniform(-1, 1, (600, 2))
+    y = np.sign(np.sin(9 * x[:, 0]))
+    found = {
+        frequency: SelfTuningRegressor(frequency=frequency, tuner=dict(compile=False))
+        .fit(x[:400], y[:400])
+        .score(x[400:], y[400:])
+        for frequency in (0.0, 0.3)
+    }
+    assert found[0.3] > found[0.0] + 0.1
+    assert SelfTuningRegressor().frequency == 0.3
+    wide = np.random.default_rng(1).normal(size=(40, 129))  # too many features to embed
+    model = SelfTuningRegressor(**QUICK).fit(wide, wide[:, 0]).model_
+    assert not any(isinstance(m, Periodic) for m in model.modules())
+
+
 def test_tools_of_scikit_learn() -> None:
     x, y = load_iris(return_X_y=True)
     grid = GridSearchCV(SelfTuningClassifier(**QUICK), {"depth": [0, 1]}, cv=2).fit(x, y)
@@ -124,6 +142,8 @@ def test_what_cannot_be_fitted_is_told() -> None:
         SelfTuningClassifier(**QUICK).fit(x[:50], y[:50])
     with pytest.raises(ValueError, match="validation_fraction=1"):
         SelfTuningClassifier(**QUICK, validation_fraction=1).fit(x, y)
+    with pytest.raises(ValueError, match="frequency=-1 "):
+        SelfTuningClassifier(**QUICK, frequency=-1).fit(x, y)
     with pytest.raises(ValueError, match="n_samples=3"):
         SelfTuningRegressor(**QUICK).fit(x[:3], y[:3])
 

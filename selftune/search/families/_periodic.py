@@ -59,13 +59,23 @@ class Periodic(nn.Module):
         return (torch.einsum("bnk,nkd->bnd", waves, self.weight) + self.bias).relu().flatten(1)
 
 
-def inputs(space: Space, shape: Shape) -> tuple[nn.Module, int]:
-    """The first layer of an MLP or a ResNet for vectors, and its number of outputs.
+def first_layer(shape: Shape, frequency: float) -> tuple[nn.Module, int]:
+    """The first layer of a network for vectors, and its number of outputs.
 
-    For tables, its frequencies are searched; 0 stands for the features themselves.
+    Args:
+        shape: Shape of the data.
+        frequency: Scale of the embedding; 0 for the features themselves, which larger tables and
+            other data always keep.
     """
     size = math.prod(shape.inputs)
-    if shape.kind != "table" or size > MOST:
+    if not frequency or shape.kind != "table" or size > MOST:
         return nn.Flatten(), size
-    scale = space.suggest_categorical("frequency", (0.0, 0.1, 0.3, 1.0))
-    return (Periodic(size, scale), size * DIMS) if scale else (nn.Flatten(), size)
+    return Periodic(size, frequency), size * DIMS
+
+
+def inputs(space: Space, shape: Shape) -> tuple[nn.Module, int]:
+    """The first layer, with a searched frequency for tables."""
+    frequency = 0.0
+    if shape.kind == "table" and math.prod(shape.inputs) <= MOST:
+        frequency = space.suggest_categorical("frequency", (0.0, 0.1, 0.3, 1.0))
+    return first_layer(shape, frequency)
