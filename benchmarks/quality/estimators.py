@@ -58,7 +58,8 @@ def errors(name: str, split: int) -> list[float]:
     regression = np.issubdtype(y.dtype, np.floating)
     ours = SelfTuningRegressor if regression else SelfTuningClassifier
     trees = HistGradientBoostingRegressor if regression else HistGradientBoostingClassifier
-    models = [ours(frequency=f, random_state=split) for f in FREQUENCIES]
+    eager = {"compile": False}  # compiling takes longer than most of these runs
+    models = [ours(frequency=f, random_state=split, tuner=eager) for f in FREQUENCIES]
     found = []
     for model in (*models, trees(random_state=split)):
         model.fit(train, target)

@@ -1,7 +1,7 @@
 """One self-tuned run against searches over the same regularizers.
 
     python -m benchmarks.quality.regularizers --job digits|images|text [--trials 30]
-        [--robust NAME]
+        [--robust NAME] [--only self-tuned --every 1]
 
 ``digits``: a CNN on 1,000 of scikit-learn's digits with four dropout rates and translation.
 ``images``: a CNN on 10,000 Fashion-MNIST images with three dropout rates, label smoothing and four
@@ -9,7 +9,8 @@ augmentations. ``text``: an LSTM on tiny-Shakespeare characters with seven regul
 choose these, the learning rate and weight decay, for plain AdamW runs of the same length; every
 run is judged at its averaged weights. Three splits: the validation loss tunes and chooses, the
 test loss is reported. ``--robust`` starts a rate at 0 and at 0.9 instead: where does it end, and
-with which loss? Needs optuna (extra ``bench``) and ``SELFTUNE_DATA``.
+with which loss? ``--every`` perturbs every so many steps (``BestResponse``). Needs optuna (extra
+``bench``) and ``SELFTUNE_DATA``.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--robust", help="a rate to start at 0 and at 0.9 instead")
     parser.add_argument("--journal", help="file that keeps the searches' trials, to go on later")
+    parser.add_argument("--every", type=int, help="steps between two perturbed steps")
     parser.add_argument("--only", choices=("searches", "self-tuned"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -185,7 +187,8 @@ def main() -> None:
     for seed in range(args.seeds):
         starts = [{args.robust: rate} for rate in (0.0, 0.9)] if args.robust else [{}]
         for start in () if args.only == "searches" else starts:
-            *found, ends = self_tuned(job, seed, start)
+            estimator = st.BestResponse(every=args.every) if args.every else None
+            *found, ends = self_tuned(job, seed, start, estimator=estimator)
             told = "".join(f", {name} from {rate:g}" for name, rate in start.items())
             row("one self-tuned run" + told, seed, (found[0], found[1], found[2]))
             print(f"<!-- { ({n: round(v, 4) for n, v in ends.items()}) } -->", flush=True)

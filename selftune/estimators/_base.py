@@ -49,6 +49,15 @@ class AbstractEstimator(ABC):
 
     sees_all: ClassVar[bool] = True
 
+    def sees(self, step: int, *, last: bool) -> bool:
+        """Whether it observes a step of a training run.
+
+        Args:
+            step: Number of steps before.
+            last: Whether an estimate follows, or may follow.
+        """
+        return self.sees_all or last
+
     @property
     def answers_for_update(self) -> bool:
         """Whether it covers hyperparameters of the update in training runs."""

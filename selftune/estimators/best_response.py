@@ -13,7 +13,7 @@ from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from selftune._arguments import COUNT, FLAG, Number, OneOf, check
+from selftune._arguments import COUNT, FLAG, NONE, Number, OneOf, check
 from selftune._gradient import pulling
 from selftune.bijections import AbstractBijection, Log
 from selftune.estimators._base import AbstractEstimator, Estimate
@@ -25,6 +25,8 @@ LEAST = 0.1
 """Perturbations that a bound cuts to less than this fraction are set to 0."""
 FARTHEST = 4.0
 """Largest length of J relative to the weights; above it, J has diverged."""
+EVERY = 2
+"""Steps between two perturbed steps, by default."""
 MOST = 1000
 """Largest number of entries of hyperparameters, the columns of U."""
 
@@ -45,16 +47,17 @@ class Response(NamedTuple):
 class BestResponse(AbstractEstimator):
     """A learned model of the weights as a function of hyperparameters, ``w(z + δ) = w + J δ``.
 
-    Each observed step is accompanied by a perturbed step from ``w + J δ`` at ``z + δ``, on the same
-    batch and with the same random numbers, and J is fitted to the difference::
+    Each observed step (one of two) is accompanied by a perturbed step from ``w + J δ`` at
+    ``z + δ``, on the same batch and with the same random numbers, and J is fitted to the
+    difference::
 
         J₊ δ  ←  U(w + J δ, ∇L(w + J δ; z + δ), z + δ) − U(w, ∇L(w; z), z)
 
     This is the recursion of :class:`Forward` along one direction per step, so one additional
-    gradient for each step serves all hyperparameters: those of the objective, for which J converges
-    to the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, for which J is a finite-horizon
-    sensitivity. J is structured (``diag(U δ) V`` for a weight matrix, unconstrained for
-    vectors). With few hyperparameters it takes about as much memory as the weights.
+    gradient for each observed step serves all hyperparameters: those of the objective, for which J
+    converges to the best response ``−H⁻¹ ∂²L/∂w∂z``, and those of the update, for which J is a
+    finite-horizon sensitivity. J is structured (``diag(U δ) V`` for a weight matrix, unconstrained
+    for vectors). With few hyperparameters it takes about as much memory as the weights.
 
     Perturbations are finite, so operations without a derivative (dropping a unit, cutting a hole)
     are supported. Random numbers are the same in both steps if they come from :mod:`selftune.nn`.
@@ -66,7 +69,7 @@ class BestResponse(AbstractEstimator):
         scale: σ, size of the perturbations in raw (log or log-odds) space.
         update: In training runs, whether hyperparameters of the update are inputs of the
             hypernetwork too; otherwise :class:`Trace` estimates them.
-        every: Steps between two perturbed steps.
+        every: Steps between two perturbed steps; by default 2, or 1 with ``update=True``.
         discount: Factor of J in each step. With 1, J is the sensitivity over the whole run, but
             mostly noise in noisy runs, because differences of gradients accumulate.
 
@@ -80,16 +83,21 @@ class BestResponse(AbstractEstimator):
     curvature: str = "exact"
     scale: float = 0.5
     update: bool = False
-    every: int = 1
+    every: int | None = None
     discount: float = 0.99
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         kinds = {
             "curvature": OneOf(CURVATURES), "update": FLAG, "scale": Number(above=0, most=2),
-            "every": COUNT, "discount": Number(above=0, most=1),
+            "every": COUNT | NONE, "discount": Number(above=0, most=1),
         }  # fmt: skip
         check(kinds, vars(self))
+
+    def sees(self, step: int, *, last: bool) -> bool:
+        """Whether it perturbs a step."""
+        every = EVERY if self.every is None and not self.update else self.every or 1
+        return step % every == 0
 
     @property
     def answers_for_update(self) -> bool:
@@ -117,8 +125,6 @@ class BestResponse(AbstractEstimator):
         self, problem: Problem, memory: Response, point: Point, hparams: Hparams
     ) -> Response:
         """Learn from one perturbed step."""
-        if self.every > 1 and int(point.clock.step) % self.every:
-            return memory
         point = problem.known(point, hparams)
         # Three graphs: if torch cannot compile the model, the others stay compiled.
         begin = problem.graph("perturb", partial(self._begun, problem))

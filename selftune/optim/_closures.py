@@ -215,8 +215,10 @@ class ClosureSteps:
         params, grads = step.params.clone(), grads.clone()
         point = Point(params, dict(step.state), call, step.clock, grads, options)
         call.know(params, grads)
-        self._steps.observe(problem, point, hparams)
-        kept = None if self._steps.estimator.sees_all else (params, grads)
+        estimator = self._steps.estimator
+        if estimator.sees(int(step.clock.step), last=True):
+            self._steps.observe(problem, point, hparams)
+        kept = None if estimator.sees_all else (params, grads)
         self._last = _Last(call, step.clock, kept)
 
     def signal(self, block: Block, values: Mapping[str, Any], grads: Tensor) -> Tensor | None:

@@ -85,19 +85,20 @@ class Fused:
         if self.whole is not None:
             self.whole.wrap(lambda function: for_shapes(function, device))
 
-    def train(self, batch: Batch, *, tracked: bool, last: bool = False) -> Tensor:
+    def train(self, batch: Batch, *, tracked: bool, last: bool = False, step: int = 0) -> Tensor:
         """A step of the weights.
 
         Args:
             batch: The training batch.
             tracked: Whether the step updates averages and sensitivities.
             last: Whether a hyperparameter step follows.
+            step: Number of steps before.
 
         Returns:
             The result of :meth:`Steps.told`.
         """
         kind = "tracked" if tracked else "plain"
-        if self.whole is not None and (last or self.whole.sees_all):
+        if self.whole is not None and self.whole.sees(step, last=last):
             kind = f"seen {kind}"
         return self._take(kind, batch)
 

@@ -192,7 +192,7 @@ class Training:
         """Take a weight step; return whether a hyperparameter step follows."""
         halved = self.steps.halved
         measured = halved is not None and halved.prepare(step, self.train.drawn)
-        told = self.fused.train(batch, tracked=tracked, last=tune)
+        told = self.fused.train(batch, tracked=tracked, last=tune, step=self.step)
         self.watch.trained(step, told)
         if halved is not None and measured and step % self.plan.log < EVERY:
             self.watch.metrics.monitor.scalars(halved.batches.entries, step)

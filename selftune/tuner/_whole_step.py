@@ -44,7 +44,6 @@ class FunctionalSteps:
 
     Attributes:
         whole: The estimator with its memory.
-        sees_all: Whether every step must be observed.
     """
 
     def __init__(self, steps: Steps, estimator: AbstractEstimator, run: RunState) -> None:
@@ -63,7 +62,7 @@ class FunctionalSteps:
         )  # fmt: skip
         # Created here, because a module created within a graph cannot be called in it.
         self._halves = {n: _Method(inner, n) for n in ("predicted", "judged") if splits}
-        self.sees_all = estimator.sees_all
+        self.sees = estimator.sees
         self.whole = WholeSteps(estimator)
         self._batch: Any = None  # of the last step
 
