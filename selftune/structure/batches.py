@@ -117,6 +117,7 @@ class Batches(Sampler[list[int]]):
         self._monitor, self._taken = Monitor(recorder), 0
         self._start = start
         self._drawn: list[int] = []  # sizes of the batches of this epoch
+        self._last = 0  # examples in the last one
         self._ended = True  # whether all of them are drawn
         self._again: list[int] = []  # sizes of the batches to repeat
 
@@ -147,6 +148,7 @@ class Batches(Sampler[list[int]]):
             place += len(batch)
             self._taken += 1
             self._drawn.append(self.size)
+            self._last = len(batch)
             yield batch
 
     def _resize(self) -> None:
@@ -173,7 +175,7 @@ class Batches(Sampler[list[int]]):
 
     def examples(self, number: int) -> int:
         """Number of examples in a batch of the current epoch, counted from 0."""
-        return min(self._drawn[number], self._count - sum(self._drawn[:number]))
+        return self._last if number == len(self._drawn) - 1 else self._drawn[number]
 
     @property
     def entries(self) -> list[tuple[str, float]]:

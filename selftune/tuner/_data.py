@@ -235,6 +235,12 @@ class Stream:
         place = state.get("loader")
         if place is None and getattr(self._own, "persistent_workers", False):
             self._begin()  # starts the workers, which draws a seed that later epochs do not draw
+        if (self.following is None) != (state["sizes"] is None):
+            had = "no" if state["sizes"] is None else "a"
+            raise ValueError(
+                f"resume: {self._name} had {had} sampler structure.Batches when the run was saved: "
+                "resume with the same loader"
+            )
         # The sampler may have drawn all batches of this epoch in advance.
         sizes = None if self.following is None else {**state["sizes"], "ended": False}
         self._restore(state["start"] | {"sizes": sizes})

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import Outage, net, points, same, tuner
+from jobs import Outage, loader, net, points, same, tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,8 +26,8 @@ def following(
     return DataLoader(data, batch_sampler=batches, num_workers=workers)
 
 
-def sizes_of(loader: Any) -> Batches:
-    found = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+def sizes_of(train: Any) -> Batches:
+    found = train.sampler if train.batch_sampler is None else train.batch_sampler
     assert isinstance(found, Batches)
     return found
 
@@ -119,6 +119,8 @@ def test_a_killed_run_resumes_bit_for_bit(options: dict[str, Any], tmp_path: Pat
     assert same(resumed.history, whole.history)
     assert same(resumed.best_weights, whole.best_weights)
     assert sizes_of(second).state_dict() == sizes_of(first).state_dict()
+    with pytest.raises(ValueError, match="train had a sampler structure"):
+        run(tmp_path / "cut", loader(), resume=True)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -154,12 +156,12 @@ def test_targets_for_each_position() -> None:
     """A view of the halves, as of whole batches."""
     x = torch.randn(64, 6, 4)
     data = TensorDataset(x, x.sum(2).gt(0).long())
-    loader = DataLoader(data, batch_sampler=Batches(data, 8, 8))
+    train = DataLoader(data, batch_sampler=Batches(data, 8, 8))
     model = nn.Linear(4, 2)
     loss = st.Tuner(
         model, lambda out, y: nn.functional.cross_entropy(out.view(-1, 2), y.view(-1)),
         compile=False,
-    ).fit(loader, [data[:]], steps=60, progress=False)  # fmt: skip
+    ).fit(train, [data[:]], steps=60, progress=False)  # fmt: skip
     assert loss.best_loss < 0.6
 
 
