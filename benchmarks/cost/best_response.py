@@ -142,14 +142,15 @@ LOOPS = {
 TUNED: dict[str, dict[str, Any]] = {
     "BestResponse, eager": dict(compile=False, estimator=st.BestResponse()),
     "BestResponse, compiled": dict(compile=True, estimator=st.BestResponse()),
+    "BestResponse every 1, compiled": dict(compile=True, estimator=st.BestResponse(every=1)),
     "delta (Gauss-Newton), eager": dict(
         compile=False, estimator=st.BestResponse("gauss-newton")
     ),
     "delta (Gauss-Newton), compiled": dict(
         compile=True, estimator=st.BestResponse("gauss-newton")
     ),
-    "delta (Gauss-Newton) every 2, compiled": dict(
-        compile=True, estimator=st.BestResponse("gauss-newton", every=2)
+    "delta (Gauss-Newton) every 1, compiled": dict(
+        compile=True, estimator=st.BestResponse("gauss-newton", every=1)
     ),
 }  # fmt: skip
 
