@@ -191,6 +191,8 @@ def run_tuner(seed: int, sizes: int | Following, target: float) -> tuple[float, 
 
 def ratio(found: Sequence[float], best: Sequence[float]) -> str:
     """Geometric mean of the ratios of pairs, and its standard error."""
+    if math.inf in found:
+        return f"{found.count(math.inf)} of {len(found)} did not reach it"
     logs = [math.log(a / b) for a, b in zip(found, best, strict=True)]
     mean = math.exp(statistics.mean(logs))
     error = mean * statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else math.nan
