@@ -85,7 +85,19 @@ class Stochastic(Tunable):
         raise NotImplementedError
 
     def uniform(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:
-        """Numbers in [0, 1), the same for the same counter, shape and stream."""
+        """Numbers in [0, 1), the same for the same counter, shape and stream.
+
+        Raises:
+            RuntimeError: An activation checkpoint runs the module again in the backward pass.
+        """
+        # torch restores the state of its own generator for such a pass, but not this counter. A
+        # compiled checkpoint repeats the same operations on the counter that it was given.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{type(self).__name__}(name={self.hparam.name!r}) would draw other numbers in an "
+                "activation checkpoint's second pass than in the first: leave it outside the "
+                "checkpoint, or use torch's own layer there"
+            )
         return uniform(self.key, shape, stream)
 
     def normal(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:

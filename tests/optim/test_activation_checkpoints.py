@@ -51,3 +51,11 @@ def run(reentrant: bool | None, adapted: bool, split: bool) -> tuple[Any, Any]:
 def test_equals_the_model_without(reentrant: bool, split: bool, adapted: bool) -> None:
     got, want = run(reentrant, adapted, split), run(None, adapted, split)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_with_random_numbers_of_its_own_is_refused(reentrant: bool) -> None:
+    middle = nn.Sequential(nn.Linear(8, 8), st.nn.Dropout(0.5, name="middle"), nn.Tanh())
+    loss = checkpoint(middle, torch.randn(4, 8, requires_grad=True), use_reentrant=reentrant).sum()
+    with pytest.raises(RuntimeError, match=r"Dropout\(name='middle'\).*outside the checkpoint"):
+        loss.backward()

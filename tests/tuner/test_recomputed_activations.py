@@ -72,3 +72,11 @@ def test_what_cannot_be_differentiated_is_refused(case: str) -> None:
 def test_so_is_a_tuned_layer_beside_a_checkpoint() -> None:
     with pytest.raises(ValueError, match=r"leave others out of tune=, or train without"):
         fit(False, st.nn.Dropout(0.1))
+
+
+def test_so_is_a_layer_with_random_numbers_of_its_own_in_a_checkpoint() -> None:
+    net = Recomputed(False)
+    net.middle[1] = st.nn.Dropout(0.2)
+    run = tuner(net, tune=("lr",))
+    with pytest.raises(RuntimeError, match=r"Dropout.*outside the checkpoint"):
+        run.fit(loader(205), VAL, steps=5, progress=False)
