@@ -118,7 +118,7 @@ def between(start: Tensor, end: Tensor, share: float) -> Tensor:
         >>> between(torch.zeros(1), torch.ones(1), 0.25)
         tensor([0.2500])
     """
-    end = end.to(start.dtype)
+    end = end.to(start)
     if share in (0, 1) or not start.is_floating_point():
         return (end if share else start).clone()
     return start.lerp(end, share)

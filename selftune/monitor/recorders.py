@@ -193,7 +193,10 @@ class Listener(AbstractRecorder):
 
 
 class Named(AbstractRecorder):
-    """Passes everything on with the name of an optimizer as a prefix: ``name/hyper/lr``."""
+    """Passes entries on with the name of an optimizer as a prefix: ``name/hyper/lr``.
+
+    Beginning and end are those of one optimizer, not of the target that several share.
+    """
 
     def __init__(self, recorder: AbstractRecorder, name: str) -> None:
         self.recorder, self.name = recorder, name
@@ -201,6 +204,10 @@ class Named(AbstractRecorder):
     def scalars(self, rows: Sequence[Row]) -> None:
         """Prefix the tags."""
         self.recorder.scalars([Row(f"{self.name}/{r.tag}", r.value, r.step) for r in rows])
+
+    def last(self, rows: Sequence[Row]) -> None:
+        """Prefix the tags."""
+        self.recorder.last([Row(f"{self.name}/{r.tag}", r.value, r.step) for r in rows])
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Prefix the tag."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,10 +46,14 @@ def structure(batch: Any, top: bool = True) -> Any:
 
 
 def size(batch: Any) -> int:
-    """Examples in a batch: the first dimension of its first tensor."""
+    """Examples in a batch on the device: the first dimension of its first tensor."""
+    first = _first(batch)
+    return 1 if first is None or not first.ndim else len(first)
+
+
+def _first(batch: Any) -> Tensor | None:
+    """The first tensor in tuples and dictionaries, if any."""
     if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, dict) else batch
-    if isinstance(parts, (str, bytes)) or not isinstance(parts, Iterable):
-        return 1
-    return next((size(p) for p in parts if isinstance(p, (Tensor, dict, tuple))), 1)
+        return batch
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else ()
+    return next((tensor for tensor in map(_first, parts) if tensor is not None), None)

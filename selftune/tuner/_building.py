@@ -224,7 +224,9 @@ def build(
                 name, value, given.values[name],
             )  # fmt: skip
     mapped = members is not None
-    start = check_first(steps, run, streams[:2], mapped=mapped) if new else math.nan
+    start = math.nan
+    if new:
+        start = check_first(steps, run, streams[:2], given.metrics, mapped=mapped)
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))

@@ -20,7 +20,8 @@ def stop(training: Training, scores: dict[str, float]) -> str:
         scores: Scores of the last evaluation.
 
     Raises:
-        ValueError: Scores of choices changed in a run whose held-out examples join.
+        ValueError: Scores of choices changed in a run whose held-out examples join, or a callback
+            froze or unfroze parameters.
     """
     plan, watch = training.plan, training.watch
     ends = plan.patience is not None and training.waited >= plan.patience
@@ -33,6 +34,7 @@ def stop(training: Training, scores: dict[str, float]) -> str:
         parts = training.steps, training.scorer, training.snapshots, watch.leader
         with structure_followed(*parts) as changes:
             ends |= any([bool(call(progress)) for call in training.callbacks])
+        _check_trained(training)
         if changes.scores and training.joining is not None:
             raise ValueError(
                 "val=None: a callback tunes choices until late in the run, but the held-out "
@@ -45,3 +47,17 @@ def stop(training: Training, scores: dict[str, float]) -> str:
             watch.controllers[0].restart()
         training.group.share_streams()  # callbacks may have drawn random numbers
     return "stopped" if training.group.any(ends) else "finished"
+
+
+def _check_trained(training: Training) -> None:
+    """Raise an error if a callback froze or unfroze parameters."""
+    steps = training.steps
+    now = {n for n, p in steps.inner.named_parameters() if p.requires_grad}
+    changed = sorted(now ^ set(steps.params))
+    if changed:
+        names = [n.removeprefix("model.") for n in changed]
+        raise ValueError(
+            f"a callback changed requires_grad of {', '.join(names)}: st.Tuner trains the "
+            "parameters that were trainable when fit began; unfreeze after fit and call fit of a "
+            "new Tuner, or use st.AdamW in your own loop"
+        )

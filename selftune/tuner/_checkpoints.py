@@ -82,7 +82,13 @@ def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
     """
     last = None if folder is None else folder / LAST
     if not isinstance(resume, bool):
-        last = Path(resume)
+        given = Path(resume)
+        if last is not None and last.exists() and not (given.exists() and last.samefile(given)):
+            raise ValueError(
+                f"log_dir={folder} contains another run than resume={resume}: pass resume=True to "
+                "continue that one, or another folder"
+            )
+        last = given
     elif resume and last is None:
         raise ValueError("resume=True needs the log_dir of the run; or pass a checkpoint's path")
     elif last is None or not last.exists():
@@ -93,8 +99,7 @@ def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
             "another folder"
         )
     assert last is not None
-    best = last.with_name(BEST)
-    return [read(last), read(best) if best.exists() else None]
+    return [read(last), read_best(last.parent)]
 
 
 def plain(tree: Any) -> bool:
@@ -116,8 +121,8 @@ def load(path: Path) -> Any:
     return _files.load(path, MEMORIES)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint.
+def read(path: Path, *, run: bool = True) -> dict[str, Any]:
+    """Read a checkpoint: that of a run, or the best weights.
 
     Raises:
         FileNotFoundError: It does not exist.
@@ -138,13 +143,16 @@ def read(path: Path) -> dict[str, Any]:
             f"resume: {path} has version {version}, but this selftune's Tuner reads version "
             f"{VERSION}: finish the run with the selftune that saved it, or start a new run"
         )
-    missing = sorted(PARTS - state.keys()) if path.name != BEST else []
+    missing = sorted(PARTS - state.keys()) if run else []
     if missing:
-        raise ValueError(f"resume: {path} is incomplete: it lacks {missing}; nothing was changed")
+        raise ValueError(
+            f"resume: {path} is not the checkpoint of a run, {LAST}: it lacks {missing}; nothing "
+            "was changed"
+        )
     return state
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
     """Read the best weights saved in a folder, if any."""
     path = folder / BEST
-    return read(path) if path.exists() else None
+    return read(path, run=False) if path.exists() else None

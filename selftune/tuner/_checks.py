@@ -41,7 +41,9 @@ from selftune.tuner._batch import size
 from selftune.tuner._data import Stream, batches_of
 from selftune.tuner._group import Group
 from selftune.tuner._noise_scale import halves
+from selftune.tuner._objective import Objective
 from selftune.tuner._run_state import RunState
+from selftune.tuner._scoring import Metric, measured
 from selftune.tuner._steps import Steps
 
 log = logging.getLogger("selftune")
@@ -154,7 +156,12 @@ def check_fit(values: Mapping[str, Any]) -> None:
 
 
 def check_first(
-    steps: Steps, run: RunState, streams: tuple[Stream, Stream], *, mapped: bool
+    steps: Steps,
+    run: RunState,
+    streams: tuple[Stream, Stream],
+    metrics: Mapping[str, Metric],
+    *,
+    mapped: bool,
 ) -> float:
     """Evaluate both objectives on first batches without side effects; return the validation loss.
 
@@ -162,11 +169,13 @@ def check_first(
         steps: The steps.
         run: The initial run.
         streams: Training and validation batches.
+        metrics: Functions of output and target by name.
         mapped: Whether members of a population are trained, by ``torch.func``.
 
     Raises:
         TypeError: A loss is not a tensor.
-        ValueError: A loss is not a scalar, is not finite, or does not depend on the parameters.
+        ValueError: A loss is not a scalar, is not finite, or does not depend on the parameters; or
+            a metric is not one number.
     """
     device = run.step.device
     devices = [device] if device.type == "cuda" else []
@@ -181,6 +190,9 @@ def check_first(
             _check_loss(loss, name)
             if not steps.group.sharded:  # whose graph holds the gathered weights
                 _check_dependence(loss, name, module)
+                if name == "val" and metrics and isinstance(module, Objective):
+                    with torch.no_grad():
+                        measured(metrics, *module.outputs(batch)[1:])
             value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
             divided = name == "train" and steps.halved is not None
@@ -311,4 +323,12 @@ def _check_dependence(loss: Tensor, name: str, module: torch.nn.Module) -> None:
         raise ValueError(
             f"the loss on the first {name} batch does not depend on the model's parameters: "
             "compute it from the model's output, with its graph"
+        )
+    names = [n for n, p in module.named_parameters() if p.requires_grad]
+    unused = [n.removeprefix("model.") for n, g in zip(names, grads, strict=True) if g is None]
+    if unused and name == "train":
+        log.warning(
+            "the loss on the first train batch does not depend on %s: weight decay and penalties "
+            "shrink them all the same; freeze them with requires_grad_(False) if no loss does",
+            ", ".join(unused),
         )

@@ -101,13 +101,20 @@ class Stream:
             return False
 
     def peek(self) -> Any:
-        """The next batch, without taking it; restores random states if the loader can restart."""
+        """The next batch, without taking it.
+
+        If the loader can restart, random states are restored, and its own position, if it has one.
+        """
         now = self._randomness()
+        restarts = isinstance(self._own, DataLoader)
+        place = self._loader_state() if self._stateful and not restarts else None
         batch = self.next()
         if self.once or self.taken > 1:
             self.put_back(batch)
         else:  # start again, since a loader's workers draw random numbers as well
             self._batches, self.taken, self._start = None, 0, {}
+            if place is not None:
+                self._loader.load_state_dict(place)
             self._restore(now)
         return batch
 
@@ -213,8 +220,11 @@ class Stream:
         """The loader's own state; None if it has none, or one that cannot be saved."""
         if not self._stateful or self._batches is None or self._waiting:
             return None
-        place = self._loader.state_dict()
-        return copy.deepcopy(place) if plain(place) else None
+        return self._loader_state()
+
+    def _loader_state(self) -> Any:
+        state = self._loader.state_dict()
+        return copy.deepcopy(state) if plain(state) else None
 
     def settle(self, state: dict[str, Any]) -> None:
         """Restore the loader's own generators to a saved state."""
@@ -299,15 +309,17 @@ def batches_of(loader: Any) -> Batches | None:
 
 
 def alone(loader: Any) -> Any:
-    """The same loader with its own iterator.
+    """The same loader with its own iterator, or its own position.
 
     Persistent workers share one iterator, which would restart when another reader starts.
     """
-    if not isinstance(loader, DataLoader):
+    if isinstance(loader, Iterator):
         return loader
-    own = copy.copy(loader)
-    vars(own)["_iterator"] = None
-    return own
+    if isinstance(loader, DataLoader):
+        own = copy.copy(loader)
+        vars(own)["_iterator"] = None
+        return own
+    return copy.copy(loader) if hasattr(loader, "load_state_dict") else loader
 
 
 def end_workers(loader: Any) -> None:

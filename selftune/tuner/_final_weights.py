@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from selftune.tuner._shards import from_first
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
+
+log = logging.getLogger("selftune")
 
 
 def place(training: Training) -> float:
@@ -38,13 +41,23 @@ def _saved(training: Training) -> dict[str, Any] | None:
 
 
 def save_best(training: Training, loss: float) -> None:
-    """Save the best weights to disk, or keep them in memory if there is no space or folder."""
+    """Save the best weights to disk, or keep them in memory.
+
+    They are kept in memory without a folder, if the disk is full, and if the model's state has
+    objects that a checkpoint cannot contain.
+    """
     if not (training.group.first or training.group.sharded):
         return
     with training.scorer.shown(training.fused.run, training.watch.leader):
         state = shown_state(training, loss)
     folder = training.writes
-    written = folder and _checkpoints.write(folder / _checkpoints.BEST, state)
+    storable = _checkpoints.plain(state)
+    if folder and not storable and training.saved_best is None:
+        log.warning(
+            "the model's state_dict has other objects than tensors, numbers and containers: the "
+            "best weights are kept in memory, not in %s", _checkpoints.BEST,
+        )  # fmt: skip
+    written = folder and storable and _checkpoints.write(folder / _checkpoints.BEST, state)
     training.saved_best = state if training.group.first and not written else None
 
 
@@ -52,7 +65,7 @@ def write_best(training: Training, loss: float) -> None:
     """Write the weights of the model, whose loss is known, to ``best.pt``."""
     if training.writes is not None or training.group.sharded:
         state = shown_state(training, loss)
-        if training.writes is not None:
+        if training.writes is not None and _checkpoints.plain(state):
             _checkpoints.write(training.writes / _checkpoints.BEST, state)
 
 

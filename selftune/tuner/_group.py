@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selftune._identity import digest
+from selftune.control import make_guard
 from selftune.method import choice
 from selftune.tuner._batch import size
 from selftune.tuner._fsdp import check_sharded
@@ -340,6 +341,11 @@ def check_together(given: Given, compile: bool | str) -> None:
             f"{group.kind} needs an elementwise estimator (Trace, OneStep) for "
             f"all tuned hyperparameters, but {assigned.names} need {assigned.whole}: leave them "
             "out of tune=, or train on one rank"
+        )
+    if members is not None and make_guard(given.guard) is None:
+        raise ValueError(
+            f"population={members.size} ranks its members by the guard's mean validation loss, but "
+            f"guard={given.guard}: leave guard= out, or pass population=1"
         )
     if group.together and members is not None:
         raise ValueError(

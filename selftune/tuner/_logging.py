@@ -63,6 +63,12 @@ class TunerLog:
             self._noted = now
             self.metrics.monitor.scalar("Loss/train", loss, step)
 
+    def note_floors(self, values: Mapping[str, float], member: int) -> None:
+        """Record the floors at the first hyperparameter step, for the explanations."""
+        if self.metrics.floors is None:
+            raw, ends = self._raw(values, member), self._ends(values, member)
+            self.metrics.note_floors(values, raw, ends)
+
     def hyper_step(
         self, step: int, loss: float, outer: float, values: Mapping[str, float], member: int
     ) -> None:
@@ -76,12 +82,7 @@ class TunerLog:
             member: The logged member.
         """
         now, monitor = time.monotonic(), self.metrics.monitor
-        if not monitor.on:
-            return
-        if self.metrics.floors is None:
-            ends = self._ends(values, member)
-            self.metrics.note_floors(values, self._raw(values, member), ends)
-        if now - self._noted < self._rest:
+        if not monitor.on or now - self._noted < self._rest:
             return
         self._noted = now
         monitor.scalar("Loss/train", loss, step)

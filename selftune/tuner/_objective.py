@@ -125,7 +125,13 @@ def twin(objective: Objective) -> Objective:
     for module in objective.modules():  # activations that a module keeps cannot be copied
         kept = [t for t in tree_leaves(dict(vars(module))) if isinstance(t, Tensor)]
         memo |= {id(t): t.detach() for t in kept if t.grad_fn is not None}
-    return copy.deepcopy(objective, memo)
+    try:
+        return copy.deepcopy(objective, memo)
+    except TypeError as error:
+        raise ValueError(
+            f"model: validation uses a copy of it, but it holds an object that cannot be copied "
+            f"({error}): create that object in forward, or define __deepcopy__ of its class"
+        ) from error
 
 
 def for_tuning(objective: Objective, every: int) -> Objective:

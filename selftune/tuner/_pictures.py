@@ -20,13 +20,14 @@ BATCHES = 10
 def picture(watch: Watch, predictor: Predictor, step: int) -> None:
     """Log the predicted losses around each hyperparameter, and a map of two of them.
 
-    The run's random states do not change.
+    The run's random states do not change, nor those of the validation loader's generators.
     """
     if watch.metrics.monitor.on:
         watch.digest(step)
-        streams = snapshot()
+        streams, own = snapshot(), predictor.val.own()
         _draw(watch, predictor, step)
         restore(streams)
+        predictor.val.settle({"own": own})
 
 
 def _draw(watch: Watch, predictor: Predictor, step: int) -> None:

@@ -112,8 +112,8 @@ class Parts:
         if shapes != [(t.shape, t.dtype) for t in state["leaves"]]:
             raise ValueError(
                 "resume: the checkpoint's tensors do not match this run's: resume with the "
-                "same options of rule, penalties and estimator, or start a new run in another "
-                "log_dir"
+                "same options of rule, penalties, estimator and compile, or start a new run in "
+                "another log_dir"
             )
 
     def _remembered(self) -> Any:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -43,7 +44,25 @@ class _Scores(nn.Module):
         if not self.metrics:
             return {"loss": self.objective(batch)}
         loss, output, target = self.objective.outputs(batch)
-        return {"loss": loss} | {n: metric(output, target) for n, metric in self.metrics.items()}
+        return {"loss": loss, **measured(self.metrics, output, target)}
+
+
+def measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[str, Any]:
+    """The metrics of a batch.
+
+    Raises:
+        ValueError: A metric is not one number.
+    """
+    found = {name: metric(output, target) for name, metric in metrics.items()}
+    for name, value in found.items():
+        number = isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1
+        if not number and not isinstance(value, (int, float, np.number)):
+            what = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+            raise ValueError(
+                f"metrics[{name!r}] returned {what} for a batch: return one number, for example "
+                "the mean over its examples"
+            )
+    return found
 
 
 class Scorer:
@@ -129,14 +148,14 @@ class Scorer:
         names = [*self._names, *self._buffers]
         there = []
         for weights, buffers in points:
-            found = zip(self._tensors, [*self._views(weights), *buffers], strict=True)
-            parts = [self._apart(self._part(t, member).to(held.dtype), held) for held, t in found]
+            own = [b.clone() for b in buffers]  # a model may count passes in evaluation mode
+            found = zip(self._tensors, [*self._views(weights), *own], strict=True)
+            parts = [self._apart(self._part(t, member).to(held), held) for held, t in found]
             there.append(dict(zip(names, parts, strict=True)))
         group, total = self._group, 0
         sums: list[dict[str, Tensor]] = [{} for _ in points]
         with self._evaluating():
             for batch, weight in self._weighted(stream, most if stream.sized else FEW):
-                batch = to_device(batch, self._device)
                 total += weight
                 for tensors, adding in zip(there, sums, strict=True):
                     scores = self._scores_of(tensors, batch)
@@ -193,13 +212,14 @@ class Scorer:
             self._few = self._few or [stream.next() for _ in range(FEW)]
             yield from ((batch, size(batch)) for batch in self._few)
         elif not group.sharded:
-            taken = islice(self._batches, group.rank, most, group.size)
-            yield from ((batch, size(batch)) for batch in taken)
+            for batch in islice(self._batches, group.rank, most, group.size):
+                batch = to_device(batch, self._device)
+                yield batch, size(batch)
         else:
             batches = islice(self._batches, most)
             while found := list(islice(batches, group.size)):
                 own = group.rank < len(found)
-                batch = found[group.rank if own else 0]
+                batch = to_device(found[group.rank if own else 0], self._device)
                 yield batch, size(batch) if own else 0
 
     @contextmanager

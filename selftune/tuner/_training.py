@@ -113,6 +113,8 @@ class Training:
                 half = self._within and self.group.together  # others wait for this rank
                 if half or (isinstance(error, RuntimeError) and not ended_loader):
                     raise
+                if self.step == self.watch.since and not self.watch.history.rollbacks:
+                    raise  # a second Ctrl-C, before the first step after the sweep
                 ended = "interrupted"
                 self._break_off()
         self.watch.close(self.step)
@@ -152,7 +154,9 @@ class Training:
         controller = self.watch.controllers[0]
         if controller.sweeping:
             run, batch = self.fused.run, self.train.next
+            self._within = True
             self.step = sweep(self.steps, run, self.snapshots, controller, batch)
+            self._within = False
             self.watch.history.train_loss += [math.nan] * self.step
         self.watch.begin(self.step)
 
@@ -325,7 +329,8 @@ class Training:
         self.step, self.best, self.waited = state["numbers"]
         self.saved_best = best if self.best < math.inf and self.group.first else None
         self.ended, self.due = state["ended"], state["due"]
-        self.plan.compile = state["compile"]
+        if self.plan.compile == "auto":
+            self.plan.compile = state["compile"]
         self.watch.bar.update(self.step)
         rates = self.steps.rates  # an extended run keeps its earlier rates
         rates[: len(state["rates"])].copy_(state["rates"])

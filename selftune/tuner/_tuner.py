@@ -212,6 +212,7 @@ class Tuner:
                 raise ValueError(f"values[{name!r}]={values[name]} must be finite")
             known = self._given.known[name]
             self._given.values[name] = min(max(values[name], known.lower), known.upper)
+        self._given.chosen.update(taken)
         return taken
 
     def fit(
@@ -276,7 +277,8 @@ class Tuner:
             group.from_first(lambda: held.enter_context(owned(folder)))
             saved = from_first(group, lambda: _checkpoints.find(resume, folder))
             group.share_streams()
-            whole, (train, val, holding) = train, parts(train, val, self._seed)
+            data, (train, val, holding) = train, parts(train, val, self._seed)
+            whole = train if holding is None else data
             device = self._device or next(self.model.parameters()).device
             objective.train()
             streams = held.enter_context(open_streams(train, val, whole, device, self._given))

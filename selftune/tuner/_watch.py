@@ -140,6 +140,7 @@ class Watch:
         named = dict(zip(self._steps.hyper.names, values, strict=True))
         self.history.hyper(step, outer, named)
         self.log.note(named)
+        self.log.note_floors(named, self.leader)
         known = self._last_losses.get(step)
         loss = math.nan if known is None else known[self.leader][0]
         if self._due(step):

@@ -178,7 +178,7 @@ def test_an_incomplete_checkpoint_is_refused_and_the_folder_untouched(tmp_path: 
     for name in ("leaves", "identity", "frozen", "joining"):
         torch.save({n: v for n, v in whole.items() if n != name}, tmp_path / "last.pt")
         before = contents(tmp_path)
-        with pytest.raises(ValueError, match=f"is incomplete: it lacks .*{name}"):
+        with pytest.raises(ValueError, match=f"is not the checkpoint of a run, last.pt: it lacks .*{name}"):
             fit(log_dir=tmp_path, resume=True)
         assert contents(tmp_path) == before
 
