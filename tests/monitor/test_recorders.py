@@ -84,6 +84,15 @@ def test_several_listen() -> None:
         as_recorder(3)
 
 
+def test_a_shared_one_drops_the_final_numbers_of_a_resumed_run() -> None:
+    memory = InMemory()
+    named = as_recorder(memory, "generator")
+    named.last(ROWS[:1])
+    assert memory.rows == [Row(f"generator/{ROWS[0].tag}", ROWS[0].value, ROWS[0].step)]
+    named.resume(ROWS[0].step)
+    assert memory.rows == []
+
+
 def test_one_that_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     memory = InMemory()

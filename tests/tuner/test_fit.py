@@ -175,6 +175,34 @@ def test_a_share_of_the_training_data_is_set_aside() -> None:
     assert not seen[True] & seen[False]
 
 
+def test_epochs_are_those_of_the_part_that_is_trained_on() -> None:
+    result = tuner().fit(loader(), 0.2, epochs=3, progress=False)
+    assert result.steps == 3 * 8
+
+
+def test_a_run_starts_from_the_values_it_is_given(caplog: pytest.LogCaptureFixture) -> None:
+    """β₂, which would follow from the length of the run."""
+    run = tuner(rule=st.rules.AdamW(), hparams={}, tune=("lr", "beta2"), probe=False)
+    assert run.start_from({"beta2": 0.95, "weight_decay": 0.1}) == ["beta2"]
+    result = run.fit(loader(), VAL, steps=20, progress=False)
+    assert "beta2: given 0.95" in result.why
+
+
+def test_explanations_do_not_depend_on_the_log() -> None:
+    found = [
+        tuner(rule=st.rules.AdamW(), hparams={"weight_decay": 1e-6}, probe=False)
+        .fit(loader(), VAL, steps=400, progress=False, recorder=recorder, log_every=every)
+        .why
+        for recorder, every in (
+            (None, None),
+            (st.monitor.InMemory(), 1),
+            (st.monitor.InMemory(), 300),
+        )
+    ]
+    assert "given 1e-06 → 0.1, its floor → " in found[0]
+    assert found[1:] == found[:1] * 2
+
+
 def test_metrics_are_means_over_the_validation_set() -> None:
     def accuracy(output: Tensor, target: Tensor) -> Tensor:
         return (output.argmax(1) == target).float().mean()

@@ -90,6 +90,13 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         dict(run=st.Tuner(net(), lambda o, t: 1.0)), TypeError, "is a float: return a tensor",
     ),
     "no loss": (dict(run=st.Tuner(net())), ValueError, "pass loss_fn="),
+    "a metric with a value per example": (
+        dict(run=tuner(metrics={"hits": lambda o, t: o.argmax(1) == t})),
+        ValueError, r"metrics\['hits'\] returned shape \(100,\) for a batch: return one number",
+    ),
+    "a metric that returns nothing": (
+        dict(run=tuner(metrics={"hits": lambda o, t: None})), ValueError, "returned None for",
+    ),
     "a batch without a target": (
         dict(train=[points(20)[0]], run=st.Tuner(net(), F.cross_entropy)), ValueError,
         "objective=lambda model, batch: loss",
@@ -115,6 +122,9 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "bounds": (dict(bounds={"lr": (1.0, 0.1)}), "bounds"),
     "schedule": (dict(schedule="zigzag"), "zigzag"),
     "population": (dict(population=0), "population=0 must be at least 1"),
+    "members that nothing ranks": (
+        dict(population=3, guard=False), "ranks its members by the guard's mean",
+    ),
     "metrics": (
         dict(metrics={"a": F.mse_loss}, objective=lambda m, b: m(b)), "metrics need outputs",
     ),
@@ -178,7 +188,9 @@ def test_an_incomplete_checkpoint_is_refused_and_the_folder_untouched(tmp_path: 
     for name in ("leaves", "identity", "frozen", "joining"):
         torch.save({n: v for n, v in whole.items() if n != name}, tmp_path / "last.pt")
         before = contents(tmp_path)
-        with pytest.raises(ValueError, match=f"is not the checkpoint of a run, last.pt: it lacks .*{name}"):
+        with pytest.raises(
+            ValueError, match=f"is not the checkpoint of a run, last.pt: it lacks .*{name}"
+        ):
             fit(log_dir=tmp_path, resume=True)
         assert contents(tmp_path) == before
 
@@ -287,6 +299,43 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already contains a run: pass resume=True"):
         fit(log_dir=tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_a_path_to_resume_from_does_not_replace_another_run(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    fit(log_dir=here)
+    fit(log_dir=there)
+    before = contents(here)
+    with pytest.raises(ValueError, match="contains another run than resume="):
+        fit(log_dir=here, resume=there / "last.pt")
+    assert contents(here) == before
+    assert fit(log_dir=here, resume=here / "last.pt").steps == 20
+    with pytest.raises(ValueError, match=r"best\.pt is not the checkpoint of a run, last\.pt"):
+        fit(resume=there / "best.pt")
+
+
+def test_a_layer_that_a_callback_unfreezes_is_named() -> None:
+    model = net()
+    model[0].requires_grad_(False)
+
+    def unfreeze(progress: Any) -> None:
+        model[0].requires_grad_(True)
+
+    with pytest.raises(ValueError, match=r"requires_grad of 0\.bias, 0\.weight: st\.Tuner trains"):
+        fit(run=tuner(model), callbacks=[unfreeze])
+
+
+def test_a_part_that_no_loss_uses_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(2, 3), nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    fit(run=tuner(Unused()))
+    assert "does not depend on spare.weight, spare.bias: weight decay" in caplog.text
 
 
 def test_a_converted_model_is_refused() -> None:

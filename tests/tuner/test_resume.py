@@ -145,6 +145,27 @@ def test_a_second_ctrl_c_inside_a_step_leaves_the_checkpoint_before(
     assert_same(run(tmp_path, resume=True), whole)
 
 
+@pytest.mark.parametrize("at", [8, 20])
+def test_two_at_once_before_the_first_step_end_the_call_without_a_checkpoint(
+    tmp_path: Path, at: int
+) -> None:
+    """The weights are those of a step of the sweep then."""
+
+    class Twice(Pressed):
+        def __iter__(self) -> Iterator[Any]:
+            for batch in self.batches:
+                self.at -= 1
+                if self.at == 0:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Twice(at), probe=30)
+    assert not (tmp_path / "last.pt").exists()
+    assert_same(run(tmp_path, resume=True, probe=30), run(None, probe=30))
+
+
 WORKERS = """
     import sys
     from pathlib import Path

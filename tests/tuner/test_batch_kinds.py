@@ -1,0 +1,144 @@
+"""Batches of other kinds than pairs of tensors, streams with a position, models with a state.
+
+Truth: the run with tensors, with a list of batches, or without an evaluation in between.
+"""
+
+import datetime
+import threading
+from collections import UserDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import loader, net, points, same, tuner
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import selftune as st
+
+X, Y = points(17, seed=1)
+X[-1] *= 50  # so that the weight of a last batch of one example shows
+CUTS = (slice(0, 16), slice(16, 17))
+KINDS: dict[str, Any] = {
+    "arrays": lambda c: (X[c].numpy(), Y[c].numpy()),
+    "a dictionary that is no dict": lambda c: UserDict(x=X[c], y=Y[c]),
+    "names first": lambda c: (["name"] * len(X[c]), X[c], Y[c]),
+    "a tuple of names first": lambda c: (("name",) * len(X[c]), X[c], Y[c]),
+}
+
+
+def objective(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch.values() if isinstance(batch, dict) else batch[-2:]
+    return F.cross_entropy(model(x), y)
+
+
+def best(val: Any) -> float:
+    return (
+        tuner(loss_fn=None, objective=objective, probe=False)
+        .fit(loader(), val, steps=10, progress=False)
+        .best_loss
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validation_batches_are_weighed_by_their_examples(kind: str) -> None:
+    assert best([KINDS[kind](c) for c in CUTS]) == best([(X[c], Y[c]) for c in CUTS])
+
+
+class Placed:
+    """Batches that continue from a position, which an ended epoch resets."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.at = batches, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def test_a_stream_with_a_position_is_read_from_its_start() -> None:
+    train, val = list(loader()), list(loader(90, seed=1))
+    runs = [
+        tuner().fit(kind(train), kind(val), steps=20, evaluate_every=5, progress=False)
+        for kind in (list, Placed)
+    ]
+    assert same(runs[0].history, runs[1].history)
+
+
+class Dated(nn.Sequential):
+    """A model whose state holds a date."""
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"made": datetime.date(2020, 1, 1)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.made = state["made"]
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_kept_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tuner(Dated(nn.Linear(2, 3)))
+    result = run.fit(loader(), [(X, Y)], steps=20, progress=False, log_dir=tmp_path)
+    assert result.best_weights["_extra_state"] == {"made": datetime.date(2020, 1, 1)}
+    assert caplog.text.count("kept in memory") == 1
+    assert not (tmp_path / "best.pt").exists()
+
+
+class Counting(nn.Sequential):
+    """A model that counts its passes, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 3))
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes.add_(1)
+        return super().forward(x)
+
+
+def test_evaluations_change_no_buffers() -> None:
+    counts = [
+        tuner(Counting(), probe=False)
+        .fit(loader(), [(X, Y)] * batches, steps=20, evaluate_every=20, progress=False)
+        .best_weights["passes"]
+        for batches in (1, 3)
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_pictures_leave_the_validation_loader_where_it_is() -> None:
+    def fit(every: int | None) -> Any:
+        val = DataLoader(
+            list(zip(*points(60, seed=1), strict=True)), 20, shuffle=True,
+            generator=torch.Generator().manual_seed(3),
+        )  # fmt: skip
+        torch.manual_seed(1)
+        run = tuner(nn.Sequential(st.nn.Dropout(0.1), *net()), estimator=st.BestResponse())
+        return run.fit(
+            loader(), val, steps=30, progress=False, pictures_every=every,
+            recorder=st.monitor.InMemory(),
+        )  # fmt: skip
+
+    assert fit(10).best_loss == fit(None).best_loss
+
+
+def test_a_lock_in_a_model_is_named() -> None:
+    model = net()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"cannot be copied.*lock.*__deepcopy__"):
+        tuner(model).fit(loader(), [(X, Y)], steps=5, progress=False)
