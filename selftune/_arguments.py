@@ -278,14 +278,16 @@ class Settings:
 
     Attributes:
         signed: Names of numbers that may be negative.
+        positive: Names of counts of at least 1.
     """
 
     signed: ClassVar[tuple[str, ...]] = ()
+    positive: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check the numbers against the types of their defaults."""
         for each in fields(self):  # type: ignore[arg-type]
-            least = -math.inf if each.name in self.signed else 0.0
+            least = -math.inf if each.name in self.signed else float(each.name in self.positive)
             kinds: dict[type, Kind] = {
                 bool: FLAG, int: Whole(least=least), float: Number(least=least, finite=False)
             }  # fmt: skip

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections import UserList
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import selftune as st
 from benchmarks.reliability.calls import FIT, OPTIONS, TUNER, TUNING, calls
 from benchmarks.reliability.invalid_values import PARTS
 from selftune import search
+from selftune.control import GuardPolicy, SweepSettings
+from selftune.method import HyperSettings, SliceSettings, StiffSettings
 
 CALLS = list(calls())
 FACES = list(dict.fromkeys(c.face for c in CALLS))
@@ -100,3 +103,16 @@ def test_python_names_the_function_of_a_missing_argument() -> None:
 def test_a_single_name_is_offered_in_a_list() -> None:
     with pytest.raises(TypeError, match=r"tune='lr' must be a list of names, or None: \['lr'\]"):
         st.AdamW(NET, tune="lr")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (GuardPolicy, "pulse"), (GuardPolicy, "window"), (StiffSettings, "weights"),
+        (SliceSettings, "least"), (SliceSettings, "each"), (HyperSettings, "fewest"),
+        (SweepSettings, "parts"),
+    ],
+)  # fmt: skip
+def test_counts_that_divide_are_not_zero(settings: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        settings(**{name: 0})

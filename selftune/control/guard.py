@@ -66,6 +66,7 @@ class GuardPolicy(Settings):
     """
 
     signed = ("momentum",)
+    positive = ("pulse", "window")
 
     patience: int = 3
     explosion: float = 2.0

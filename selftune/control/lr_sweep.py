@@ -62,6 +62,8 @@ class SweepSettings(Settings):
             noisier with less momentum.
     """
 
+    positive = ("parts",)
+
     parts: int = 20
     shortest: int = 8
     longest: int = 100

@@ -88,7 +88,10 @@ class SelfTuning(Callback):
         self._seen = step
         assert self._batches is not None
         batches = self._batches.at(step)
-        loss = self._opt.hyper_step(lambda: self._value(trainer, pl_module, next(batches)))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        loss = self._opt.hyper_step(
+            lambda: self._value(trainer, pl_module, next(batches)), scaler=scaler
+        )
         if loss is not None:
             values = logged(self._opt, loss)
             for logger in trainer.loggers:

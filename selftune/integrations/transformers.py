@@ -71,7 +71,8 @@ class SelfTuningCallback(TrainerCallback):
         """Step the hyperparameters; use the averaged weights for evaluation and checkpoint."""
         assert self._batches is not None
         batches = self._batches.at(state.global_step)
-        loss = self._opt.hyper_step(lambda: self._value(next(batches)))
+        scaler = self._trainer.accelerator.scaler
+        loss = self._opt.hyper_step(lambda: self._value(next(batches)), scaler=scaler)
         self._unlogged = loss if loss is not None else self._unlogged
         if control.should_log and self._unlogged is not None:
             self._trainer.log(logged(self._opt, self._unlogged))

@@ -34,6 +34,8 @@ class HyperSettings(Settings):
             change plus this share of its deviation, as single hypergradients are noisier.
     """
 
+    positive = ("fewest",)
+
     rate: float = 0.01
     betas: tuple[float, float] = (0.8, 0.98)
     eps: float = 1e-8
@@ -130,6 +132,8 @@ class StiffSettings(Settings):
             as linearly dependent.
     """
 
+    positive = ("weights",)
+
     pairs: int = 4
     weights: int = 50
     dependent: float = 1e-5
@@ -149,6 +153,8 @@ class SliceSettings(Settings):
             error of an inner product estimated from n weights falls as 1/√n.
         each: Minimum size in a parameter group, or in a tensor with its own hyperparameters.
     """
+
+    positive = ("least", "each")
 
     least: int = 4096
     most: int = 2**20

@@ -19,32 +19,32 @@ class Advice:
     """Warnings about a rate annealed twice, a run longer than stated, and missing hyper steps.
 
     Args:
-        engine: The engine of the optimizer.
-        schedule: Its schedule.
+        schedule: The optimizer's schedule.
         regularizers: Names of the hyperparameters that only a validation loss tunes.
     """
 
-    def __init__(self, engine: Engine, schedule: Schedule, regularizers: Iterable[str]) -> None:
-        self._engine, self._schedule = engine, schedule
+    def __init__(self, schedule: Schedule, regularizers: Iterable[str]) -> None:
+        self._schedule = schedule
         self._regularizers = frozenset(regularizers)
         self._given: set[str] = set()
 
-    def name_strengths(self, model: nn.Module | None) -> None:
-        """Warn about strengths of layers, which only ``st.Tuner`` tunes."""
+    def name_strengths(self, label: str, model: nn.Module | None) -> None:
+        """Warn about strengths of a model's layers, which only ``st.Tuner`` tunes."""
         found = {} if model is None else tunables(model)
         if found:
             log.warning(
                 "%s: the strengths of layers %s keep their values: only st.Tuner tunes them",
-                self._engine.label, list(found),
+                label, list(found),
             )  # fmt: skip
 
-    def give(self, *, annealed: bool) -> None:
+    def give(self, engine: Engine, *, annealed: bool) -> None:
         """Warn after a step.
 
         Args:
+            engine: The engine of the optimizer.
             annealed: Whether a torch scheduler lowers the rate.
         """
-        engine, steps = self._engine, self._engine.clock.steps
+        steps = engine.clock.steps
         shape, total = self._schedule.shape, self._schedule.total_steps
         if annealed and shape != "constant" and self._first("twice"):
             log.warning(

@@ -32,7 +32,7 @@ class Assembly:
 
     def __init__(self, engine: Engine, groups: Groups) -> None:
         self._engine, self._groups = engine, groups
-        self._built: list[int] = []
+        self._built: list[list[int]] = []
         self._frozen: list[Tensor] = []
 
     @property
@@ -47,8 +47,8 @@ class Assembly:
         return other
 
     def current(self, groups: Sequence[Group], state: State) -> list[Block]:
-        """The blocks, rebuilt if parameters were added, replaced or unfrozen."""
-        ids = [id(p) for g in groups for p in g["params"]]
+        """The blocks, rebuilt if parameters were added, moved, replaced or unfrozen."""
+        ids = [[id(p) for p in g["params"]] for g in groups]
         if ids == self._built and not any(p.requires_grad for p in self._frozen):
             return self._engine.blocks
         if self._built:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune.monitor import Course
+from selftune.optim import _autocast as autocast
 from selftune.optim._advice import Advice
 from selftune.optim._assembly import Assembly
 from selftune.optim._building import TuningOptions, build, check_names
@@ -58,8 +59,8 @@ class SelfTuningOptimizer(EvaluationMode):
         self._groups = Groups(update, shifts)
         self._assembly = Assembly(self._engine, self._groups)
         self._log = OptimizerLog(self._engine.monitor, shifts)
-        self._advice = Advice(self._engine, self._schedule, update.regularizers)
-        self._advice.name_strengths(options.model)
+        self._advice = Advice(self._schedule, update.regularizers)
+        self._advice.name_strengths(self._engine.label, options.model)
         super().__init__(params, defaults)
         if not any(p.requires_grad for g in self.param_groups for p in g["params"]):
             raise ValueError(
@@ -78,10 +79,17 @@ class SelfTuningOptimizer(EvaluationMode):
         """
         self._outside("step()")
         loss = None
+        if closure is not None:
+            closure = autocast.keeping(closure, self._device)
         call = self._call(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with autocast.disabled(self._device):
+            return self._step(call, loss)
+
+    def _step(self, call: Call | None, loss: Tensor | None) -> Tensor | None:
+        """The rest of a step, after its closure."""
         if self._idle():
             # Distributed checkpointing only needs the state; nothing is tuned yet.
             self._assembly.make(self.param_groups, self.state)
@@ -92,22 +100,23 @@ class SelfTuningOptimizer(EvaluationMode):
             return loss
         if engine.clock.steps == 0:
             engine.reducer.check_alike([p for b in blocks for p in b.params])
-        if self._groups.take_up(self.param_groups):
-            self._publish()
+        self._take_up()
         values = self._groups.values(self.param_groups)
         rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))
         step = WeightSteps(engine, values, rates, call, raised=self._groups.raised)
         if step.take():
             self._publish()
         self._groups.show_rates(self.param_groups, step.factors, engine.clock.steps - 1)
-        self._advice.give(annealed=self._groups.annealed)
+        self._advice.give(engine, annealed=self._groups.annealed)
         if loss is not None:
             self.report(loss)
         self._stepped()
         return loss
 
     @torch._disable_dynamo
-    def hyper_step(self, closure: Closure) -> Tensor | None:
+    def hyper_step(
+        self, closure: Closure, *, scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor | None:
         """Take a hyperparameter step with the gradient of a validation loss at averaged weights.
 
         You may call it after every training step. It returns at once if fewer than ``every``
@@ -118,6 +127,8 @@ class SelfTuningOptimizer(EvaluationMode):
             closure: Returns the validation loss, a scalar with its graph, without calling
                 ``backward``. The loss is minimised, even with ``maximize=True``. The closure runs
                 more than once at the first call, for the log, after an alarm and at the run's end.
+            scaler: The scaler of the training loss, if there is one. The validation loss is then
+                differentiated at the same scale, so that float16 gradients do not underflow.
 
         Returns:
             The loss, detached; None if no hyperparameter step is due or no training step has been
@@ -125,7 +136,7 @@ class SelfTuningOptimizer(EvaluationMode):
 
         Raises:
             RuntimeError: Called inside ``averaged()``, or another process does not call it.
-            TypeError: The closure does not return a tensor.
+            TypeError: The closure does not return a tensor, or ``scaler`` has no ``get_scale``.
             ValueError: The loss is not a scalar, has no graph, does not depend on the parameters,
                 or is not finite, even at the last good weights; nothing is changed.
         """
@@ -135,18 +146,28 @@ class SelfTuningOptimizer(EvaluationMode):
                 f"hyper_step takes a function, got {type(closure).__name__}: "
                 "opt.hyper_step(lambda: loss_fn(model(x), y))"
             )
-        engine, clock = self._engine, self._engine.clock
-        if clock.steps == 0:
+        if scaler is not None and not hasattr(scaler, "get_scale"):
+            raise TypeError(
+                f"scaler={type(scaler).__name__} must be a torch.amp.GradScaler, or None"
+            )
+        if self._engine.clock.steps == 0:
             return None
+        closure = autocast.keeping(closure, self._device)
+        with autocast.disabled(self._device):
+            return self._hyper_step(closure, scaler)
+
+    def _hyper_step(self, closure: Closure, scaler: torch.amp.GradScaler | None) -> Tensor | None:
+        engine, clock = self._engine, self._engine.clock
         due, ends = engine.due(self._schedule.total_steps)
         known = engine.looked and engine.buffers.complete
         if known and not due and not ends:
             clock.called()
             return None
         engine.reducer.meet(clock.steps)
-        outer = OuterLoss(engine)
+        outer = OuterLoss(engine, 1.0 if scaler is None else scaler.get_scale())
         with torch.no_grad():
             self._blocks()
+            self._take_up()
             engine.settle()
         if not known:
             # Also an early check of the return value, without advancing random generators.
@@ -164,6 +185,11 @@ class SelfTuningOptimizer(EvaluationMode):
         elif clock.steps > (self._schedule.total_steps or 0):
             engine.controller.final.forget()
         return loss
+
+    @property
+    def _device(self) -> str:
+        """The type of the parameters' device."""
+        return str(next(p.device.type for g in self.param_groups for p in g["params"]))
 
     def _begin(self, first: Tensor) -> None:
         engine = self._engine
@@ -226,9 +252,10 @@ class SelfTuningOptimizer(EvaluationMode):
     def report(self, loss: Tensor | float) -> None:
         """Pass the training loss to the log and the guard; optional.
 
-        ``step(closure)`` does so automatically. The run rewinds to the last good weights if the
-        loss explodes, or is not finite three times in a row; losses on a GPU, or of several
-        processes, are only logged.
+        ``step(closure)`` does so automatically; otherwise call it after ``step()``. The run rewinds
+        to the last good weights if the loss explodes, or is not finite three times in a row, and
+        gradients at other weights are then dropped; losses on a GPU, or of several processes, are
+        only logged.
         """
         engine = self._engine
         value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
@@ -238,8 +265,11 @@ class SelfTuningOptimizer(EvaluationMode):
         if not engine.blocks or not alone:
             return
         with torch.no_grad():
+            self._take_up()
             if engine.report(float(value)):
                 self._publish()
+                for param in (p for block in engine.blocks for p in block.params):
+                    param.grad = None
 
     def memory(self) -> Memory:
         """Memory used besides the weights: a table of names, sizes and reasons.

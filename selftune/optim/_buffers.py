@@ -164,6 +164,8 @@ class Buffers:
         these weights change more slowly, so a layer's momentum m becomes 1 − (1 − m)^(every/2).
         """
         self.shown = not self.shown
+        if self.shown:  # a schedule may have changed them
+            self._momenta = [layer.momentum for layer in self.layers]  # type: ignore[misc]
         self._others = others if self.shown else []
         if not self.shown:
             known = zip(self._counts, self._batches(), strict=False)  # layers may have been added

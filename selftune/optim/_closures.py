@@ -85,6 +85,7 @@ class Call:
         try:
             return self._gradient(weights)
         finally:
+            torch.clear_autocast_cache()
             block.layout.write(before, block.params)
             for param, grad in zip(block.params, grads, strict=True):
                 param.grad = grad
@@ -97,6 +98,7 @@ class Call:
             torch.set_rng_state(self._random)
             if self._cuda is not None:
                 torch.cuda.set_rng_state(self._cuda, self._device)
+            torch.clear_autocast_cache()  # of casts of other weights
             block.layout.write(weights, block.params)
             for param in block.params:  # do not accumulate into the user's gradients
                 param.grad = None

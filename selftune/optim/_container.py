@@ -90,8 +90,7 @@ class Container(torch.optim.Optimizer):
         with torch.no_grad():
             if not self._assembly.empty:  # before the first step the groups hold the values
                 self._blocks()
-                if self._groups.take_up(self.param_groups):
-                    self._publish()
+                self._take_up()
         return self._groups.present(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,6 +168,7 @@ class Container(torch.optim.Optimizer):
         """State of a copy, which rebuilds blocks from the state; schedulers wrap ``step`` again."""
         with torch.no_grad():
             self._blocks()
+            self._take_up()
         engine = copy.copy(self._engine)
         engine.store = copy.copy(engine.store)
         engine.store.blocks = []
@@ -188,6 +188,11 @@ class Container(torch.optim.Optimizer):
 
     def _stepped(self) -> None:
         """Called after a weight step; does nothing unless an optimizer chooses its rule."""
+
+    def _take_up(self) -> None:
+        """Adopt values that were written to the groups."""
+        if self._groups.take_up(self.param_groups):
+            self._publish()
 
     def _publish(self) -> None:
         self._assembly.publish(self.param_groups)

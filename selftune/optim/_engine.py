@@ -114,6 +114,13 @@ class Engine:
     def sync(self) -> None:
         """Copy the current weights to the averaged and good ones."""
         self.begin()
+        store = self.store
+        if store.displacement is not None:
+            store.displacement = store.displacement.rewound([], self.clock.steps)
+        if store.stiffness is not None:
+            store.stiffness = store.stiffness.rewound()
+        for secants in (s for block in self.blocks for s in block.secants):
+            secants.forget()  # changes of the gradient between other weights
         self.slopes.forget()
         self.looked = False
         self.controller.restart()

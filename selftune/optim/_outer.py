@@ -48,9 +48,11 @@ class OuterLoss:
 
     Args:
         engine: Holds the weights and the statistics of BatchNorm.
+        scale: Factor of the differentiated loss, by which its gradients are divided.
     """
 
     engine: Engine
+    scale: float = 1.0
 
     @contextmanager
     def showing(self, place: float, *, live: bool = False) -> Iterator[Sequence[Sequence[Tensor]]]:
@@ -99,7 +101,8 @@ class OuterLoss:
         with shown, self.engine.buffers.apart(), torch.enable_grad():
             loss = _asked(closure)
             check_outer_loss(loss)
-            return loss.detach(), outer_gradients(loss, self.engine.blocks, take or _nothing)
+            found = outer_gradients(loss, self.engine.blocks, take or _nothing, self.scale)
+            return loss.detach(), found
 
     def random(self) -> AbstractContextManager[None]:
         """Restores the random states after the block."""
@@ -217,7 +220,7 @@ def _nothing(block: Block, index: int, grad: Tensor) -> Tensor:
     return grad.new_empty(0)
 
 
-def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take) -> Taken:
+def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: float = 1.0) -> Taken:
     """The needed parts of the gradients of every block, zeros for unused parameters.
 
     Each gradient is freed at once, so that only one is in memory.
@@ -229,10 +232,12 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take) -> Taken:
     found: dict[Tensor, Tensor] = {}
 
     def seen(param: Tensor, grad: Tensor) -> Tensor:
-        found[param] = take(*places[param], grad.detach())
+        grad = grad.detach()
+        found[param] = take(*places[param], grad if scale == 1 else grad / scale)
         return grad.new_zeros(()).expand_as(grad)  # a placeholder without memory
 
-    _differentiate(loss, [p for p in places if p.requires_grad], seen)
+    scaled = loss if scale == 1 else loss * scale
+    _differentiate(scaled, [p for p in places if p.requires_grad], seen)
     check_dependence([found.get(p) for p in places])
     for param, (block, index) in places.items():
         if param not in found:

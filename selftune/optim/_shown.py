@@ -39,6 +39,7 @@ class Shown:
         live: bool = False,
         exchanged: bool = False,
     ) -> None:
+        torch.clear_autocast_cache()  # else an enclosing autocast would use casts of other weights
         self._blocks, self._buffers = blocks, buffers
         self.kept: Sequence[Sequence[Tensor]] = []
         if exchanged:
@@ -70,6 +71,7 @@ class Shown:
     @torch.no_grad()
     def back(self, *, keep: bool = False) -> None:
         """Restore the training weights, or keep the current ones."""
+        torch.clear_autocast_cache()
         present = self._buffers.tensors() if keep else []
         present = [t.clone() for t in present]
         if self._statistics is not None:

@@ -147,10 +147,12 @@ class Mixture(RuleOptimizer):
             return
         blocks, values = engine.blocks, self._groups.values(self.param_groups)
         moments = engine.store.moments([None] * len(blocks), values, [1.0] * len(blocks))
+        grads = [b.gradient()[0] for b in blocks]
         found = choice.squares(
             [self._update.joined(b.layout) for b in blocks],
             [b.part._replace(params=b.weights()) for b in blocks],
-            [b.gradient()[0] for b in blocks], moments, engine.method.total,
+            [-g if v["maximize"] else g for g, v in zip(grads, values, strict=True)],
+            moments, engine.method.total,
         )  # fmt: skip
         present = {n: _mean(v) for n, v in self.hparams.items()}
         name = choice.best(rule, present)

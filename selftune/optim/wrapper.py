@@ -66,10 +66,14 @@ class SelfTuning(SelfTuningOptimizer):
                 f"per={per!r}: a wrapped optimizer has one lr per parameter group; use per='group'"
             )
         for group in inner.param_groups:
-            if "lr" not in group:
-                raise ValueError("inner has a parameter group without lr: nothing can be tuned")
+            if group.get("lr") is None:
+                raise ValueError(
+                    f"inner={type(inner).__name__} has a parameter group without lr: pass a number "
+                    "as its lr; nothing can be tuned otherwise"
+                )
             group.setdefault("weight_decay", 0.0)
-        if "tune" not in tuning and not any(float(g["weight_decay"]) for g in inner.param_groups):
+        decays = any(float(group["weight_decay"]) for group in inner.param_groups)
+        if tuning.get("tune") is None and not decays:
             tuning["tune"] = ("lr",)
         update = Update(Opaque())
         options = {"weight_decay": 0.0, "decay": 0.0, **inner.defaults}

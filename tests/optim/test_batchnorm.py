@@ -218,3 +218,20 @@ def test_weights_may_be_loaded_after_the_optimizer_is_made_and_looked_at(kind: s
         with opt.averaged():
             runs.append(copy.deepcopy(net.state_dict()))
     torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def test_a_momentum_that_a_schedule_sets_is_kept() -> None:
+    """Truth: the number that was set."""
+    net = network()
+    opt = MAKES["module"](net)
+    for step in range(4):
+        weight_step(net, opt, step)
+        opt.hyper_step(outer(net))
+    net[1].momentum = 0.01
+    weight_step(net, opt, 4)
+    for step in range(5, 12):
+        opt.hyper_step(outer(net))
+        with opt.averaged():
+            pass
+        weight_step(net, opt, step)
+    assert net[1].momentum == 0.01

@@ -81,3 +81,21 @@ def test_an_optimizer_of_second_order_is_refused_by_name() -> None:
 
     with pytest.raises(TypeError, match="Newton needs second derivatives"):
         st.SelfTuning(Newton(network().parameters(), lr=0.1))
+
+
+def test_no_rate_is_named() -> None:
+    inner = torch.optim.SGD(network().parameters(), lr=0.1)
+    inner.param_groups[0]["lr"] = None  # as transformers' Adafactor
+    with pytest.raises(ValueError, match="inner=SGD has a parameter group without lr: pass a num"):
+        st.SelfTuning(inner)
+
+
+def test_tune_none_is_tune_left_out() -> None:
+    found = [
+        sorted(
+            n for n in ("lr", "weight_decay") if f"{n}:" in st.SelfTuning(inner, **given).explain()
+        )
+        for given in ({}, {"tune": None})
+        for inner in (torch.optim.SGD(network().parameters(), lr=0.1),)
+    ]
+    assert found == [["lr"], ["lr"]]
