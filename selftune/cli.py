@@ -48,9 +48,9 @@ def _show(runs: Sequence[str]) -> int:
         print("\n".join([run, table(log.lines()), *(["", why] if why else []), ""]))
     if len(logs) > 1:
         print("validation loss and final hyperparameters")
-        for run, log in sorted(logs.items(), key=lambda item: item[1].loss() or float("inf")):
-            ends = ", ".join(f"{one.name}={one.end:.3g}" for one in log.lines())
-            loss = log.loss()
+        losses = {run: log.loss() for run, log in logs.items()}
+        for run, loss in sorted(losses.items(), key=lambda item: (item[1] is None, item[1] or 0.0)):
+            ends = ", ".join(f"{one.name}={one.end:.3g}" for one in logs[run].lines())
             print(f"{'–' if loss is None else f'{loss:.4g}':>8}  {run}  {ends}")
     return 1 if missing else 0
 

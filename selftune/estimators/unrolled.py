@@ -64,8 +64,8 @@ class Unrolled(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        kinds = dict.fromkeys(("horizon", "checkpoint", "share"), COUNT | NONE)
-        check(kinds, vars(self))
+        limits = dict.fromkeys(("horizon", "share"), COUNT | NONE)
+        check({**limits, "checkpoint": COUNT}, vars(self))
 
     def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
         """Raise an error for an unlimited horizon in a training run."""

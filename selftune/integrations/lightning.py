@@ -162,7 +162,8 @@ def _module_loss(module: LightningModule, batch: Any) -> Tensor:
     for name in ("validation_step", "training_step"):
         step: Any = getattr(module, name)
         numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-        found = step(batch, 0) if numbered else step(batch)
+        several = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
+        found = step(batch, *[0] * numbered, **{"dataloader_idx": 0} if several else {})
         loss = found.get("loss") if isinstance(found, dict) else found
         if isinstance(loss, Tensor):
             return loss
@@ -174,8 +175,9 @@ def _module_loss(module: LightningModule, batch: Any) -> Tensor:
 
 @contextmanager
 def _silent(module: LightningModule) -> Iterator[None]:
-    """Log nothing, and leave torchmetrics as they are."""
+    """Log nothing, and leave torchmetrics, and lists that outputs are appended to, as they are."""
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    lists = [(v, len(v)) for v in vars(module).values() if isinstance(v, list)]
     kept = [{n: _state(v) for n, v in vars(m).items()} for m in metrics]
     vars(module)["log"] = lambda *args, **kwargs: None
     try:
@@ -184,6 +186,8 @@ def _silent(module: LightningModule) -> Iterator[None]:
         del vars(module)["log"]
         for metric, values in zip(metrics, kept, strict=True):
             vars(metric).update(values)
+        for appended, length in lists:
+            del appended[length:]
 
 
 def _state(value: Any) -> Any:

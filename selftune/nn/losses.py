@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,6 +57,7 @@ class LabelSmoothing(Tunable):
         plain = F.cross_entropy(output, target, ignore_index=index, reduction="none")
         even = -F.log_softmax(output, dim=1).mean(1)
         level = self.level(plain)
+        even = torch.where(level > 0, even, 0.0)  # infinite if a class is excluded by −inf
         smoothed = (1 - level) * plain + level * even
         if target.is_floating_point():
             return smoothed.mean()

@@ -10,7 +10,7 @@ from torch import nn
 
 from selftune._arguments import FUNCTION, MAPPING, MODULE, NONE, check
 from selftune.search._shape import Shape
-from selftune.search._space import Counting, Space
+from selftune.search._space import GridPoint, Space
 from selftune.search.families import AbstractFamily, auto
 
 
@@ -91,7 +91,10 @@ def _name(candidate: Any) -> str:
 def points_of(
     builders: Mapping[str, Callable[[Space], Any]], force: bool, inside: bool = False
 ) -> int:
-    """An upper bound on the number of grid points.
+    """The number of grid points.
+
+    Every point of a grid of models is built, because parameters may depend on others. A builder
+    that returns the metric is called once, and its parameters count as independent.
 
     Args:
         builders: Builders by name.
@@ -103,17 +106,26 @@ def points_of(
     """
     total = 0
     for name, build in builders.items():
-        counting = Counting()
-        build(Space(counting, name if len(builders) > 1 or name != "model" else "", inside))
-        if counting.endless is not None:
-            raise ValueError(
-                f"sampler='grid': {counting.endless} is a range without steps: give suggest_float "
-                "a step=, let the run tune it, or use another sampler"
-            )
-        total += counting.count
-    if total > MOST and not force:
-        raise ValueError(
-            f"sampler='grid': up to {total:,} points, one run each; pass force=True to search them "
-            "all, or sampler='tpe' with trials="
-        )
+        path: list[int] | None = []
+        while path is not None:
+            point = GridPoint(path)
+            prefix = name if len(builders) > 1 or name != "model" else ""
+            built = build(Space(point, prefix, inside))
+            if point.endless is not None:
+                raise ValueError(
+                    f"sampler='grid': {point.endless} is a range without steps: give suggest_float "
+                    "a step=, let the run tune it, or use another sampler"
+                )
+            metric = not isinstance(built, (nn.Module, Candidate))
+            _check_points(max(total + 1, point.count), force)
+            total += point.count if metric else 1
+            path = None if metric else point.following()
     return total
+
+
+def _check_points(count: int, force: bool) -> None:
+    if count > MOST and not force:
+        raise ValueError(
+            f"sampler='grid': {count:,} points or more, one run each; pass force=True to search "
+            "them all, or sampler='tpe' with trials="
+        )

@@ -56,8 +56,13 @@ def mean(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
     """The weighted mean of outputs with the same structure."""
 
     def mixed(*parts: Any) -> Any:
-        if not isinstance(parts[0], Tensor):
+        if parts[0] is None or isinstance(parts[0], (int, float, str)):
             return parts[0]
+        if not isinstance(parts[0], Tensor):
+            raise TypeError(
+                f"a model of the ensemble returned {type(parts[0]).__name__}, of which there is no "
+                "mean: return tensors, or tuples, lists or dictionaries of tensors"
+            )
         return torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum(0)
 
     return tree_map(mixed, *outputs)

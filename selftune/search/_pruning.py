@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import cycle, islice
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from selftune.structure import Attention, Gate, Goal, Optional, gated, prune
 from selftune.structure._sizes import KINDS, Sizes
+from selftune.structure._tracing import original
 from selftune.tuner import Progress
 from selftune.tuner._batch import to_device
 from selftune.tuner._data import alone
@@ -179,10 +181,15 @@ def sizes_of(model: nn.Module, small: nn.Module) -> dict[str, Any]:
 
 
 def example_of(batch: Any, model: nn.Module) -> tuple[Any, ...]:
-    """The inputs of a batch, two examples of each, on the device of a model."""
+    """The inputs of a batch, two examples of each, on the device of a model.
+
+    Those of a dictionary are in the order of the arguments of ``forward``.
+    """
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
-        inputs = [v for k, v in batch.items() if k not in TARGETS]
+        target = next((name for name in TARGETS if name in batch), None)
+        names = inspect.signature(original(model).forward).parameters
+        inputs = [batch[name] for name in names if name in batch and name != target]
     else:
         inputs = list(batch[:-1])
     return tuple(to_device(t[:2] if isinstance(t, Tensor) else t, device) for t in inputs)

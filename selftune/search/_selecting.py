@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
+from optuna.trial import FixedTrial
 from tqdm import tqdm
 
 from selftune._arguments import (
@@ -247,14 +249,35 @@ def _begin(trainer: Trainer, study: optuna.Study) -> int:
     before = len(study.trials)
     if trainer.memory is not None and trainer.task is not None and not before:
         for params in trainer.memory.best(trainer.task):
-            study.enqueue_trial(params, skip_if_exists=True)
+            if _known(trainer, params):
+                study.enqueue_trial(params, skip_if_exists=True)
     return before
 
 
+def _known(trainer: Trainer, params: dict[str, Any]) -> bool:
+    """Whether these parameters are a point of the search space."""
+    trial = FixedTrial(params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The value .* is out of the range", UserWarning)
+        try:
+            trainer.build(trial, trainer.family(trial))
+        except (ValueError, UserWarning) as error:
+            log.info("memory: an earlier search chose %s: %s", params, error)
+            return False
+    return True
+
+
 def task_of(train: Any, epochs: int | None, steps: int | None, tuner: Mapping[str, Any]) -> Task:
-    """The task of a search, inferred from the training batches."""
+    """The task of a search, inferred from the training batches.
+
+    Raises:
+        ValueError: There are none, or they are not pairs.
+    """
+    if train is None:
+        raise ValueError("memory= compares data sets: pass train=, or omit memory=")
+    shape = Shape.of(train, "memory=")
     sizes = [len(batch[0]) for batch in train]
     return Task.of(
-        Shape.of(train), sum(sizes), steps or len(sizes) * (epochs or 1), sizes[0],
+        shape, sum(sizes), steps or len(sizes) * (epochs or 1), sizes[0],
         rule=type(tuner.get("rule", AdamW())).__name__,
     )  # fmt: skip

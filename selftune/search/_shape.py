@@ -39,11 +39,15 @@ class Shape:
 
     def loss(self) -> nn.Module:
         """The standard loss for the task."""
-        return Classes() if self.task == "classification" else nn.MSELoss()
+        return Classes() if self.task == "classification" else Squared()
 
     @classmethod
-    def of(cls, batches: Iterable[Any]) -> Shape:
+    def of(cls, batches: Iterable[Any], use: str = "candidates='auto'") -> Shape:
         """Infer the shape from all batches, which must be pairs (inputs, target).
+
+        Args:
+            batches: The batches.
+            use: What needs the shape, for the error.
 
         Raises:
             ValueError: There are no batches, or a batch is not a pair of tensors.
@@ -53,19 +57,24 @@ class Shape:
         for batch in batches:
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise ValueError(
-                    "candidates='auto' needs batches (inputs, target): for others, pass functions "
-                    "that build a model"
+                    f"{use} needs batches (inputs, target), not {type(batch).__name__}: for "
+                    "others, omit it, and pass functions that build a model"
                 )
             x, y = batch
-            if inputs is None:
-                inputs = tuple(x.shape[1:])
+            inputs = tuple(map(max, inputs or x.shape[1:], x.shape[1:]))
             if not x.is_floating_point():
+                if x.ndim > 2:
+                    raise ValueError(
+                        f"train has inputs of {x.dtype} and shape {tuple(x.shape)}: integers are "
+                        "word indices of shape (batch, length); convert images to float first"
+                    )
                 words = max(words, int(x.max()) + 1)
-            if y.is_floating_point():
-                return cls(inputs, y[0].numel(), "regression", words or None, flat=y.ndim == 1)
-            classes = max(classes, int(y.max()) + 1)
+            if not y.is_floating_point():
+                classes = max(classes, int(y.max()) + 1)
         if inputs is None:
             raise ValueError("train has no batches: its shapes cannot be inferred")
+        if y.is_floating_point():
+            return cls(inputs, y[0].numel(), "regression", words or None, flat=y.ndim == 1)
         if words:
             words = max(words, classes if y.ndim > 1 else 0)
         return cls(inputs, classes, "classification", words or None, each=y.ndim > 1)
@@ -83,6 +92,28 @@ class Classes(nn.CrossEntropyLoss):
         return super().forward(output.flatten(0, -2), target.flatten())
 
 
+class Squared(nn.MSELoss):
+    """Squared error; outputs of shape (batch, 1) also fit targets of shape (batch,)."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean over all values."""
+        if output.shape != target.shape and output.numel() != target.numel():
+            raise ValueError(
+                f"the model returned shape {tuple(output.shape)} for targets of shape "
+                f"{tuple(target.shape)}: return one value for each"
+            )
+        return super().forward(output.reshape(target.shape), target)
+
+
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """The fraction of correct predictions."""
+    """The fraction of correct predictions.
+
+    Raises:
+        ValueError: There is not one target for each vector of class scores.
+    """
+    if output.shape[:-1] != target.shape:
+        raise ValueError(
+            f"accuracy: outputs of shape {tuple(output.shape)} need targets of shape "
+            f"{tuple(output.shape[:-1])}, not {tuple(target.shape)}"
+        )
     return (output.argmax(-1) == target).to(torch.float32).mean()

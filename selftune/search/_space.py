@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,44 +100,60 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-class Counting:
-    """A trial that counts grid points by suggesting the last or highest value of each parameter.
+class GridPoint:
+    """A trial that suggests one point of a grid; the first has the last value of each parameter.
 
-    If the number of parameters depends on a value (one width per layer), the highest value is
-    assumed to have the most parameters, so the count is an upper bound.
+    Args:
+        path: Distance of each parameter from its last value, in the order of suggestion; 0 for
+            further parameters.
 
     Attributes:
-        count: Points of the grid so far.
+        count: Points of a grid in which no parameter depends on another.
         endless: Name of the first range without steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Sequence[int] = ()) -> None:
         self.count = 1
         self.endless: str | None = None
+        self._path = list(path)
+        self._counts: list[int] = []
         self._known: dict[str, Any] = {}
 
+    def following(self) -> list[int] | None:
+        """The path of the next point, or None after the last one.
+
+        Parameters may depend on others: those after the last one that can move are asked anew.
+        """
+        path = self._path + [0] * (len(self._counts) - len(self._path))
+        while path and path[-1] + 1 == self._counts[len(path) - 1]:
+            path.pop()
+        return [*path[:-1], path[-1] + 1] if path else None
+
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Suggest the last choice."""
-        return self._last(name, len(choices), choices[-1])
+        """Suggest a choice."""
+        return self._value(name, len(choices), lambda at: choices[at])
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        """Suggest the highest value."""
-        count = (high - low) // step + 1
-        return int(self._last(name, count, low + (count - 1) * step))
+        """Suggest an integer."""
+        return int(self._value(name, (high - low) // step + 1, lambda at: low + at * step))
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        """Suggest the highest value."""
+        """Suggest a number."""
         if step is None:
             self.endless = self.endless or name
-        count = 1 if step is None else math.floor((high - low) / step + 1e-9) + 1
-        return float(self._last(name, count, high))
+            return self._value(name, 1, lambda at: high)
+        count = math.floor((high - low) / step + 1e-9) + 1
+        return float(self._value(name, count, lambda at: low + at * step))
 
-    def _last(self, name: str, count: int, value: Any) -> Any:
+    def _value(self, name: str, count: int, value: Callable[[int], Any]) -> Any:
         if name not in self._known:
+            place = len(self._counts)
+            back = self._path[place] if place < len(self._path) else 0
             self.count *= count
-            self._known[name] = value
+            self._counts.append(count)
+            self._known[name] = value(count - 1 - back)
         return self._known[name]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
 from optuna.exceptions import StorageInternalError
@@ -117,7 +118,7 @@ class Trainer:
         family = self.family(trial)
         trial.set_user_attr("family", family)
         made = self.build(trial, family)
-        if isinstance(made, (int, float)) and not isinstance(made, bool):
+        if isinstance(made, (int, float, np.number)) and not isinstance(made, bool):
             if not math.isfinite(made):
                 raise Lost(f"the objective is {made}")
             return float(made)
@@ -277,9 +278,10 @@ class Trainer:
         """The value of the metric at the evaluation with the lowest loss."""
         if self.metric == "loss":
             return result.best_loss
-        losses = result.history["score/loss"].tolist()
-        scores = result.history[f"score/{self.metric}"].tolist()
-        return float(scores[losses.index(min(losses))])
+        losses = np.nan_to_num(result.history["score/loss"], nan=np.inf)
+        scores = result.history[f"score/{self.metric}"]
+        best = int(losses.argmin())
+        return float(scores[best]) if losses[best] < np.inf else math.nan
 
     def _start(
         self, tuner: Tuner, family: str, trial: optuna.Trial | FrozenTrial

@@ -53,6 +53,7 @@ class _SelfTuning(BaseEstimator):
     device: str = "cpu"
     random_state: Any = 0
     verbose: bool = False
+    model_: nn.Module = field(init=False)
     hparams_: dict[str, float] = field(init=False)
 
     # shared by both estimators
@@ -66,11 +67,8 @@ class _SelfTuning(BaseEstimator):
         parts = self._split(X, y, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if fresh:
-                self.model_ = self._build(shape)
-            tuner = Tuner(
-                self.model_, loss, seed=seed, device=self.device, **dict(self.tuner or {})
-            )
+            model = self._build(shape) if fresh else self.model_
+            tuner = Tuner(model, loss, seed=seed, device=self.device, **dict(self.tuner or {}))
             if not fresh:
                 tuner.start_from(self.hparams_)
             batch = max(2, min(self.batch_size, len(parts[0]) // FEWEST))
@@ -83,7 +81,7 @@ class _SelfTuning(BaseEstimator):
             result = tuner.fit(
                 train, val, epochs=self.epochs, patience=self.patience, progress=self.verbose
             )
-        self.model_.eval()
+        self.model_ = model.eval()
         self.hparams_ = result.hparams
         self.schedule_ = result.schedule
         self.history_ = result.history
@@ -120,16 +118,17 @@ class _SelfTuning(BaseEstimator):
         return Closed(shape, *layers, nn.Linear(size, shape.outputs))
 
     def _learn_scale(self, X: Array) -> None:
-        self.mean_ = X.mean(0, dtype=np.float64).astype(X.dtype)
-        scale = X.std(0, dtype=np.float64).astype(X.dtype)
-        self.scale_ = np.where(scale > 0, scale, 1).astype(X.dtype)
+        self.mean_, scale = X.mean(0), X.std(0)
+        self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, 1.0)
 
     def _scaled(self, X: Array) -> Array:
-        return (X - self.mean_) / self.scale_ if self.standardize else X
+        """Inputs as float32, after their mean is subtracted, which may be much larger than they."""
+        scaled = (X - self.mean_) / self.scale_ if self.standardize else X
+        return np.asarray(scaled, dtype=np.float32)
 
     def _outputs(self, X: Any) -> torch.Tensor:
         """Outputs of the model for unscaled inputs."""
-        check_is_fitted(self)
+        check_is_fitted(self, "model_")
         X = self._checked(X, reset=False)
         data = torch.from_numpy(np.ascontiguousarray(self._scaled(X)))
         with torch.no_grad():
@@ -138,7 +137,7 @@ class _SelfTuning(BaseEstimator):
 
     def _checked(self, X: Any, **options: Any) -> Any:
         """Validate inputs as arrays of finite numbers."""
-        return validate_data(self, X, dtype=np.float32, allow_nd=True, **options)
+        return validate_data(self, X, dtype=np.float64, allow_nd=True, **options)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -276,12 +275,14 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
             self.target_scale_ = np.where(scale > 0, scale, 1.0)
         scaled = ((y - self.target_mean_) / self.target_scale_).astype(np.float32)
         shape = Shape(X.shape[1:], scaled[0].size, "regression", flat=scaled.ndim == 1)
-        self._fit(X, scaled, shape, nn.MSELoss(), fresh)
+        self._fit(X, scaled, shape, shape.loss(), fresh)
         return self
 
     def predict(self, X: Any) -> Array:
         """Predicted values, in the shape of the targets."""
         found = self._outputs(X).double().numpy()
+        if np.ndim(self.target_mean_) == 0:
+            found = found.reshape(len(found))
         return found * self.target_scale_ + self.target_mean_
 
 

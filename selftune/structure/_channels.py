@@ -189,14 +189,13 @@ class Follower(fx.Interpreter):
             return _inside.indexed(self, node, found[0])
         rules: list[tuple[set[Any], Callable[[fx.Node, Channels, Tensor], Channels | None]]] = [
             (SAME, lambda n, c, v: c),
-            (SHIFTED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
+            (SHIFTED | MASKED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
             (POOLED, self._resized),
             (RESHAPES, self._reshaped),
             (MEANS, self._mean),
             (TRANSPOSES, partial(_inside.transposed, self)),
             (PERMUTES, partial(_inside.permuted, self)),
             (SOFTMAXES, partial(_inside.softmax, self)),
-            (MASKED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
         ]
         for targets, rule in rules:
             if target in targets and given is not None and found[1:].count(None) == len(found) - 1:

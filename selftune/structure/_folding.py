@@ -131,25 +131,18 @@ def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
     return fx.GraphModule(root, graph, "Scale")
 
 
-def replace_optionals(model: nn.Module, threshold: float) -> list[str]:
-    """Replace every Optional by an identity, or by its sum in torch operations only.
-
-    Returns the names of the removed blocks.
-    """
-    removed: list[str] = []
+def replace_optionals(model: nn.Module) -> None:
+    """Replace every closed Optional by an identity, the others by sums in torch operations only."""
     plains: dict[int, nn.Module] = {}
     optionals = [
         (path, m) for path, m in model.named_modules(remove_duplicate=False)
         if isinstance(m, Optional)
     ]  # fmt: skip
     for path, module in reversed(optionals):  # inner ones first
-        closed = bool(module.closed(threshold).all())
-        if closed:
-            removed.append(path)
         if id(module) not in plains:
+            closed = bool(module.closed().all())
             plains[id(module)] = nn.Identity() if closed else _sum(module)
         model.set_submodule(path, plains[id(module)])
-    return removed[::-1]
 
 
 def _sum(optional: Optional) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from selftune.structure._channels import Follower
 from selftune.structure._folding import as_sum
-from selftune.structure._tracing import Tracer, call
+from selftune.structure._tracing import Tracer, call, plain_copy
 from selftune.structure.gates import AbstractGated, Optional, gated
 from selftune.structure.recurrent import Recurrent
 
@@ -35,19 +34,17 @@ class _Block:
         axes: The unit of each position, by axis; −1 if it cannot be removed.
         positions: Multiply-adds per weight in one example; 0 for a bias.
         within: Units of ``Optional`` blocks whose removal removes the whole tensor.
-        counted: Whether its weights are parameters that no other block counts.
     """
 
     fixed: float
     axes: tuple[NDArray[np.int64], ...]
     positions: float
     within: tuple[int, ...]
-    counted: bool
 
     @cached_property
     def kinds(self) -> NDArray[np.float64]:
         """Parameters and multiply-adds of one weight, shape (2,)."""
-        return np.array([float(self.counted), self.positions])
+        return np.array([1.0, self.positions])
 
 
 class Sizes:
@@ -72,7 +69,7 @@ class Sizes:
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         inputs = example if isinstance(example, tuple) else (example,)
-        plain = copy.deepcopy(model).eval()
+        plain = plain_copy(model)
         optionals = [n for n, m in gated(plain) if isinstance(m, Optional)]
         with torch.no_grad():
             call(plain, inputs)
@@ -134,7 +131,7 @@ class Sizes:
             fixed = param.numel() / math.prod(len(units) for _, units in axes)
             within = tuple(self._optionals[n] for n in optionals if name.startswith(f"{n}."))
             times = positions.get(path, 0.0) if leaf.startswith("weight") else 0.0
-            blocks.append(_Block(fixed, tuple(u for _, u in axes), times, within, True))
+            blocks.append(_Block(fixed, tuple(u for _, u in axes), times, within))
         return blocks
 
     def count(self, gone: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from selftune.structure.gates import Gate
@@ -52,6 +54,24 @@ def original(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile`` has wrapped, or the model itself."""
     found: nn.Module = getattr(model, "_orig_mod", model)
     return found
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose parametrized tensors are parameters.
+
+    Not ``remove_parametrizations``, which changes the class that the copy shares with the model.
+    """
+    copied = copy.deepcopy(model).eval()
+    for module in list(copied.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        names = list(module.parametrizations)  # type: ignore[arg-type]
+        values = {name: nn.Parameter(getattr(module, name).detach()) for name in names}
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, value)
+    return copied
 
 
 def _defaults(model: nn.Module, given: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from selftune._arguments import FUNCTION, MODULE, NONE, SHARE, Number, checked
 from selftune.structure._channels import Follower
 from selftune.structure._folding import fold, replace_optionals
-from selftune.structure._tracing import Tracer, call, original
+from selftune.structure._tracing import Tracer, call, original, plain_copy
 from selftune.structure.choice import Choice, choose
 from selftune.structure.gates import AbstractGated, gated
 from selftune.structure.insertion import COMPOSITES
@@ -88,13 +87,13 @@ def prune(
         )
     inputs = example if isinstance(example, tuple) else (example,)
     modes = {name: module.training for name, module in model.named_modules()}
-    pruned = copy.deepcopy(model).eval()
+    pruned = plain_copy(model)
     with torch.no_grad():
         for _, module in gated(pruned):
             module.gates[module.closed(threshold)] = 0.0
         pruned = choose(pruned, loss, tolerance)
         before = call(pruned, inputs)
-        replace_optionals(pruned, 0.0)
+        replace_optionals(pruned)
         if any(isinstance(m, (AbstractGated, COMPOSITES)) for m in pruned.modules()):
             pruned = _remove(pruned, inputs)
         _check(before, pruned, inputs)
@@ -125,7 +124,9 @@ def _as_graphs(model: nn.Module) -> nn.Module:
     plains: dict[int, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Recurrent):
-            model.set_submodule(path, plains.setdefault(id(module), _plain(module, plains)))
+            if id(module) not in plains:
+                plains[id(module)] = module.plain()
+            model.set_submodule(path, plains[id(module)])
     done = ""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, COMPOSITES) or (done and path.startswith(done)):
@@ -140,10 +141,6 @@ def _as_graphs(model: nn.Module) -> nn.Module:
         model.set_submodule(path, traced)
         done = f"{path}."
     return model
-
-
-def _plain(module: Recurrent, known: dict[int, nn.Module]) -> nn.Module:
-    return known.get(id(module)) or module.plain()
 
 
 def _name_kept(follower: Follower, gone: set[int]) -> None:

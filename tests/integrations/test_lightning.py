@@ -264,3 +264,31 @@ def test_two_processes(tmp_path: Path) -> None:
     assert one["hparams"] == two["hparams"] == by_hand["hparams"]
     assert equal(one["weights"], two["weights"])
     assert equal(one["weights"], by_hand["weights"])
+
+
+class Gathering(Net):
+    """Gathers outputs for the end of a validation epoch, and has an index of the loader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Any] = []
+        self.gathered: list[int] = []
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        assert dataloader_idx in (0, 1)
+        loss = loss_of(self.net, batch)
+        self.outputs.append(loss)
+        return loss
+
+    def on_validation_epoch_end(self) -> None:
+        self.gathered.append(len(self.outputs))
+        self.outputs.clear()
+
+
+def test_outputs_gathered_for_the_end_of_an_epoch_are_those_of_validation(tmp_path: Path) -> None:
+    """By hand: two loaders of three batches; hyperparameter steps use the first."""
+    module = Gathering()
+    found = trainer(tmp_path, num_sanity_val_steps=0)
+    found.fit(module, train_loader(), [val_loader(), val_loader()])
+    assert module.gathered == [6] * 4
+    assert found.optimizers[0].hparams["lr"] != 0.01

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -159,3 +160,13 @@ def test_wrong_calls() -> None:
 
         with pytest.raises(RuntimeError, match=f"ensemble=2 needs candidates.*its own {named}"):
             search.select(own, given[:3], given[3:], trials=1, ensemble=2, **QUICK)
+
+
+def test_outputs_without_a_mean_are_named() -> None:
+    class Held(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=x)
+
+    mixed = search.Ensemble([Held(), Held()], [0.5, 0.5])
+    with pytest.raises(TypeError, match="returned SimpleNamespace, of which there is no mean"):
+        mixed(torch.ones(2))

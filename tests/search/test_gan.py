@@ -79,3 +79,8 @@ def test_bad_input() -> None:
         GAN(2, penalty=0)
     with pytest.raises(ValueError, match="val has shape"):
         GAN(2).fit(torch.randn(10, 2), torch.randn(10, 3), 5)
+
+
+def test_single_examples_are_no_batches() -> None:
+    with pytest.raises(ValueError, match="batch=1 must be at least 2"):
+        GAN(2).fit(torch.randn(8, 2), torch.randn(8, 2), steps=2, batch=1)

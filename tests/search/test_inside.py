@@ -6,7 +6,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selftune import search
@@ -191,3 +191,29 @@ def test_families(kind: str, name: str) -> None:
     assert sum(p.numel() for p in found.model.parameters()) == found.sizes["parameters"]
     wide = family(search.Space(optuna.trial.FixedTrial(found.study.best_params), name, inside=True))
     assert found.sizes["parameters"] < sum(p.numel() for p in wide.parameters() if p.ndim < 6)
+
+
+class Scaled(nn.Module):
+    """Two inputs, which a dictionary has in another order."""
+
+    def __init__(self, width: int, gates: list[nn.Module]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, width), nn.ReLU(), *gates, nn.Linear(width, 1))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.body(x) * scale
+
+
+def test_dictionaries_are_passed_by_name() -> None:
+    train, val = (
+        [{"scale": torch.ones(len(x), 1), "x": x, "label": y} for x, y in batches]
+        for batches in data()
+    )
+
+    def build(space: search.Space) -> nn.Module:
+        width = space.suggest_width("width", (8, 32))
+        return Scaled(width, space.gates(width))
+
+    found = search.select(build, train, val, trials=1, structure="inside", **QUICK)
+    assert found.sizes is not None
+    assert found.sizes["units"][0] < 32

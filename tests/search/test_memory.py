@@ -110,3 +110,45 @@ def test_a_tuner_starts_from_it(tmp_path: Path) -> None:
         tuner.start_from({"lr": 0.1})
     with pytest.raises(ValueError, match="must be finite"):
         st.Tuner(nn.Linear(8, 1), F.mse_loss).start_from({"lr": math.nan})
+
+
+def test_what_another_space_has_chosen_is_not_tried(tmp_path: Path) -> None:
+    x = torch.randn(128, 4, generator=torch.Generator().manual_seed(0))
+    batches = list(zip(x.split(32), x.sum(1, keepdim=True).split(32), strict=True))
+    memory = search.Memory(tmp_path)
+    options: dict[str, Any] = dict(
+        steps=10, trials=1, sampler="random", pruner=None, loss_fn=F.mse_loss, memory=memory,
+        progress=False, tuner=dict(compile=False, probe=False),
+    )  # fmt: skip
+
+    def build(most: int) -> Any:
+        def network(space: search.Space) -> nn.Module:
+            width = space.suggest_int("width", most - 9, most)
+            return nn.Sequential(nn.Linear(4, width), nn.Linear(width, 1))
+
+        return network
+
+    def linear(space: search.Space) -> nn.Module:
+        return nn.Linear(4, 1)
+
+    search.select({"a": build(100), "b": linear}, batches[:3], batches[3:], **options)
+    search.select({"c": build(10), "d": linear}, batches[:3], batches[3:], **options)
+    search.select(build(100), batches[:3], batches[3:], **options)
+    found = search.select(build(10), batches[:3], batches[3:], **options)
+    assert all(t.state.name == "COMPLETE" for t in found.study.trials)
+    assert 1 <= found.params["width"] <= 10
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (None, "memory= compares data sets: pass train="),
+        ([{"x": torch.ones(2, 4), "y": torch.ones(2, 1)}], "memory= needs batches .*not dict"),
+    ],
+)
+def test_a_memory_needs_pairs(tmp_path: Path, train: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        search.select(
+            lambda s: nn.Linear(4, 1), train, train, memory=search.Memory(tmp_path), steps=5,
+            loss_fn=F.mse_loss, progress=False,
+        )  # fmt: skip

@@ -277,13 +277,13 @@ def test_families_fit_the_data(kind: str) -> None:
         def suggest_int(self, name: str, low: int, high: int, **_: Any) -> int:
             return low
 
-    from selftune.search._space import Counting
+    from selftune.search._space import GridPoint
 
     for build in families.auto(shape).values():
-        for trial in (First(), Counting()):
+        for trial in (First(), GridPoint()):
             model = build(search.Space(trial))
             embedded = any(isinstance(m, families.Periodic) for m in model.modules())
-            assert embedded == (kind == "table" and isinstance(trial, Counting))
+            assert embedded == (kind == "table" and isinstance(trial, GridPoint))
             output = model(x)
             assert loss(output, y).ndim == 0
             if kind == "words":
@@ -312,11 +312,11 @@ def test_an_embedding_is_the_formula_for_each_feature() -> None:
 
 
 def test_wide_tables_are_not_embedded() -> None:
-    from selftune.search._space import Counting
+    from selftune.search._space import GridPoint
 
     for features, embedded in ((128, True), (129, False)):
         model = families.MLP(search.Shape((features,), 3, "classification"))(
-            search.Space(Counting())
+            search.Space(GridPoint())
         )
         assert any(isinstance(m, families.Periodic) for m in model.modules()) == embedded
 
@@ -344,3 +344,35 @@ def test_auto_searches_families_of_the_data() -> None:
     )  # fmt: skip
     assert {t.user_attrs["family"] for t in found.study.trials} <= {"mlp", "resnet"}
     assert 0 <= found.value <= 1
+
+
+def test_a_grid_has_the_points_of_choices_that_depend_on_others() -> None:
+    """By hand: three kernels of one kind, none of the other."""
+
+    def network(space: search.Space) -> nn.Module:
+        if space.suggest_categorical("kind", ("hidden", "linear")) == "linear":
+            return nn.Linear(4, 1)
+        return nn.Sequential(nn.Linear(4, space.suggest_int("units", 1, 3)), nn.Linear(1, 1))
+
+    train, val = data()
+    searching = lambda: search.select(network, train, val, sampler="grid", **QUICK)  # noqa: E731
+    points = [tuple(sorted(t.params.items())) for t in searching().study.trials]
+    assert len(points) == len(set(points)) == 4
+
+
+def test_lengths_and_words_of_all_batches_count() -> None:
+    x = [torch.tensor([[1, 2, 3]]), torch.tensor([[7, 2, 3, 4, 5]])]
+    shape = search.Shape.of([(x[0], torch.rand(1)), (x[1], torch.rand(1))])
+    assert (shape.inputs, shape.words) == ((5,), 8)
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="convert images to float first"):
+        search.Shape.of([(images, torch.tensor([0, 1]))])
+
+
+def test_targets_that_fit_no_output_are_named() -> None:
+    with pytest.raises(ValueError, match=r"targets of shape \(3,\), not \(3, 1\)"):
+        search.accuracy(torch.eye(3), torch.tensor([[0], [1], [2]]))
+    loss = search.Shape((4,), 1, "regression", flat=True).loss()
+    assert loss(torch.ones(3, 1), torch.zeros(3)).item() == 1.0
+    with pytest.raises(ValueError, match=r"returned shape \(3, 2\) for targets of shape \(3,\)"):
+        loss(torch.ones(3, 2), torch.zeros(3))

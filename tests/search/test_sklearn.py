@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -161,3 +162,40 @@ def test_a_search_of_optuna() -> None:
     ).fit(x, y)  # fmt: skip
     assert found.best_params_["depth"] in (0, 1)
     assert found.score(x, y) > 0.5
+
+
+def columns(count: int = 300) -> tuple[Any, Any]:
+    x = np.random.default_rng(0).normal(size=(count, 4))
+    return x, x @ np.array([1.0, 2.0, 3.0, 4.0])
+
+
+def test_a_module_may_return_one_column_for_targets_without_columns() -> None:
+    x, y = columns()
+    model = SelfTuningRegressor(
+        lambda shape: torch.nn.Linear(shape.inputs[0], shape.outputs), epochs=20,
+        tuner=dict(compile=False),
+    ).fit(x, y)  # fmt: skip
+    assert model.score(x, y) > 0.99
+    assert model.predict(x).shape == y.shape
+
+
+def test_features_far_from_zero_keep_their_differences() -> None:
+    """Seconds since 1970, which float32 rounds to two minutes. Truth: the same, from 0 on."""
+    seconds = np.random.default_rng(0).uniform(0, 60, size=(300, 1))
+    y = np.sin(seconds[:, 0] / 20)
+    near, far = (
+        SelfTuningRegressor(epochs=20, tuner=dict(compile=False)).fit(x, y).score(x, y)
+        for x in (seconds, seconds + 1.7e9)
+    )
+    assert near > 0.9
+    assert far == pytest.approx(near, abs=0.02)
+
+
+def test_a_fit_that_failed_leaves_no_model() -> None:
+    x, y = columns(50)
+    model = SelfTuningRegressor(tuner={"bad": 1})
+    for _ in range(2):
+        with pytest.raises(TypeError, match="bad"):
+            model.partial_fit(x, y)
+    with pytest.raises(NotFittedError):
+        model.predict(x)

@@ -153,3 +153,27 @@ def test_optional_passes_arguments_on() -> None:
     x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     found = Optional(layer, residual=False)(x, src_key_padding_mask=padding)
     assert torch.allclose(found, layer(x, src_key_padding_mask=padding), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_layers_are_cut(kind: str) -> None:
+    """Truth: the outputs of the gated model; sizes by hand."""
+    wrap = getattr(nn.utils.parametrizations, kind)
+    torch.manual_seed(0)
+    gates = [Gate(8), Gate(8)]
+    net = nn.Sequential(
+        wrap(nn.Linear(8, 8)), nn.ReLU(), gates[0], wrap(nn.Linear(8, 8)), nn.ReLU(), gates[1],
+        nn.Linear(8, 1),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for gate in gates:
+            gate.gates.uniform_(0.5, 1.5)
+            gate.gates[3:] = 0.0
+    x = torch.randn(5, 8)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    small = prune(net, x)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) == (8 + 1) * 3 + (3 + 1) * 3 + 4
+    assert nn.utils.parametrize.is_parametrized(net[0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    Goal(net, x, budget=0.3)  # can be reached

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from selftune._arguments import Whole, check
 from selftune.optim import Adam
 
 EVERY = 5
@@ -112,6 +113,7 @@ class GAN:
                     f"{name} has shape {tuple(data.shape)}, but must have shape (at least 2, "
                     f"{self.features})"
                 )
+        check({"batch": Whole(least=2)}, {"batch": batch})  # single examples are left out
         # Each player is a moving target for the other, tracked better by frequent small steps.
         options = dict(
             lr=lr, betas=(0.5, 0.9), probe=False, total_steps=steps, guard=False, every=EVERY
