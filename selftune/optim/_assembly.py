@@ -54,6 +54,8 @@ class Assembly:
         if self._built:
             self._groups.take_up(groups)  # values written since the last step
             self._engine.training_signal = None  # its shape may change
+        else:
+            self._groups.check(groups)
         trained = _trained(groups, state)
         self._recut(trained, state)
         self._groups.lay_out(groups, trained)

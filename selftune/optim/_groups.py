@@ -184,6 +184,13 @@ class Groups:
             shown = self._shifts.rows[name].start[self._spans[index].start]
         return abs(shown - value) <= 1e-14 * abs(value)
 
+    def check(self, groups: Sequence[Group]) -> None:
+        """Raise an error for values outside their range that were written before the first step."""
+        for group in groups:
+            for hparam in self._update.hparams.values():
+                if not (hparam.role == "rate" and "initial_lr" in group):  # a scheduler's may be 0
+                    check_option(hparam, group)
+
     def take_up(self, groups: Sequence[Group]) -> bool:
         """Read values written to the groups from outside; return whether there were any.
 

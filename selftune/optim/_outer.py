@@ -202,7 +202,7 @@ def _asked(closure: Closure) -> Tensor:
     except StopIteration as error:
         raise RuntimeError(
             "closure ran out of validation batches (StopIteration): draw them from an endless "
-            "stream, such as itertools.cycle(batches), or restart its loader"
+            "generator: def endless(loader): while True: yield from loader"
         ) from error
     if isinstance(loss, Tensor) and getattr(loss.grad_fn, "_sequence_nr", lambda: mark)() < mark:
         raise RuntimeError(OLD_LOSS)

@@ -66,7 +66,7 @@ CLOSURES: dict[str, tuple[Callable, type, list[str]]] = {
     "raises": (fail, KeyError, ["user's"]),
     "tuple": (lambda n: (n(X).mean(), X), TypeError, ["closure", "tuple", "alone"]),
     "backward": (lambda n: went_back(n), RuntimeError, ["closure", "backward", "return the loss"]),
-    "no batch left": (lambda n: next(iter(())), RuntimeError, ["closure", "stream", "cycle"]),
+    "no batch left": (lambda n: next(iter(())), RuntimeError, ["closure", "endless", "yield from"]),
 }
 
 

@@ -152,3 +152,20 @@ def test_a_mixture_that_maximizes_chooses_as_one_that_minimizes() -> None:
         found.append((opt.hparams, nn.utils.parameters_to_vector(net.parameters())))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(("name", "value"), [("momentum", 1.5), ("lr", -1.0), ("lr", 0.0)])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_values_outside_their_range_are_refused_when_they_are_read(
+    steps: int, name: str, value: float
+) -> None:
+    net = network()
+    opt = make(net, tune=("lr", "momentum"))
+    for _ in range(steps):
+        weight_step(net, opt)
+    opt.param_groups[0][name] = value
+    if steps and value == 0:  # freezes the weights
+        weight_step(net, opt)
+        return
+    with pytest.raises(ValueError, match=f"{name}={value} must be"):
+        weight_step(net, opt)
