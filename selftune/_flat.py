@@ -73,7 +73,7 @@ class Layout:
         self.sizes = [t.numel() for t in tensors]
         self.numel = sum(self.sizes)
         self.device = tensors[0].device
-        dtype = torch.promote_types(tensors[0].dtype, tensors[-1].dtype)
+        dtype = tensors[0].dtype
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
         self.dtype = torch.float32 if dtype in _HALF else dtype

@@ -14,6 +14,13 @@ def leaves(tree: Any) -> list[Tensor]:
     return found
 
 
+def copy_into(old: Any, new: Any) -> None:
+    """Write the tensors of a tree into those of another one of the same structure."""
+    for tensor, value in zip(leaves(old), leaves(new), strict=True):
+        if value is not tensor:
+            tensor.copy_(value)
+
+
 def _gather(tree: Any, found: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
         found.append(tree)

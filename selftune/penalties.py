@@ -82,14 +82,7 @@ class ProximalL1(AbstractPenalty):
 
     name = "l1"
     proximal = True
-
-    def value(self, params: Tensor) -> Tensor:
-        """Σ|w|."""
-        return params.abs().sum()
-
-    def gradient(self, params: Tensor) -> Tensor:
-        """sign(w), 0 at 0."""
-        return params.sign()
+    value, gradient = L1.value, L1.gradient
 
     @staticmethod
     def prox(params: Tensor, threshold: Tensor | float) -> Tensor:

@@ -110,11 +110,10 @@ class Problem:
                 f"value, or ({fits},) for one per {one}"
             )
 
-    def gather(self, name: str, single: Tensor, hparam: Tensor) -> Tensor:
+    def gather(self, single: Tensor, hparam: Tensor) -> Tensor:
         """Derivatives w.r.t. a hyperparameter, from those w.r.t. its value at each weight.
 
         Args:
-            name: Name of the hyperparameter.
             single: Derivatives at each weight, shape (N,).
             hparam: Its value: one for all, for each segment or for each weight.
         """
@@ -239,20 +238,6 @@ class Problem:
 
     # derivatives of a step
 
-    def push(
-        self, point: Point, hparams: Hparams, tangent: tuple[Tensor, State], moving: Hparams
-    ) -> tuple[Tensor, State]:
-        """The step's derivative along a direction, with curvature.
-
-        Args:
-            point: The point before the step.
-            hparams: All hyperparameters.
-            tangent: Direction of weights and state.
-            moving: Direction of hyperparameters.
-        """
-        curved = self.products.push(point.params, hparams, point.batch)(tangent[0], moving)
-        return self.push_update(point, hparams, tangent, curved, moving)
-
     def push_update(
         self,
         point: Point,
@@ -261,7 +246,15 @@ class Problem:
         grads_dot: Tensor,
         moving: Hparams,
     ) -> tuple[Tensor, State]:
-        """The step's derivative for a known derivative of the gradient."""
+        """The step's derivative along a direction, for a known derivative of the gradient.
+
+        Args:
+            point: The point before the step.
+            hparams: All hyperparameters.
+            tangent: Direction of weights and state.
+            grads_dot: Derivative of the gradient along it, with curvature.
+            moving: Direction of hyperparameters.
+        """
 
         def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
             return self.moved(point._replace(params=params, state=state), grads, h)
@@ -273,13 +266,11 @@ class Problem:
     def pull(
         self, point: Point, hparams: Hparams, cotangent: tuple[Tensor, State]
     ) -> tuple[tuple[Tensor, State], dict[str, Tensor]]:
-        """The transpose of ``push``: cotangents of the earlier point and of hyperparameters."""
-        return self.pulling(point, hparams)(cotangent)
+        """The transpose of the step's derivative, with curvature.
 
-    def pulling(
-        self, point: Point, hparams: Hparams
-    ) -> Callable[[tuple[Tensor, State]], tuple[tuple[Tensor, State], dict[str, Tensor]]]:
-        """``pull`` as a function of cotangents; the loss is evaluated only once."""
+        Returns:
+            Cotangents of the earlier point and of hyperparameters.
+        """
 
         def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
             return self.moved(point._replace(params=params, state=state), grads, h)
@@ -287,18 +278,17 @@ class Problem:
         gradient, product = self.products.linear(point.params, hparams, point.batch)
         gradient = gradient if point.grads is None else point.grads
         update = vjp(moved, point.params, dict(point.state), gradient, dict(hparams))[1]
-
-        def pull(cotangent: tuple[Tensor, State]) -> Any:
-            params, state, grads, direct = update(cotangent)
-            curved, mixed = product(grads)
-            return (params + curved, state), {n: direct[n] + mixed[n] for n in hparams}
-
-        return pull
+        params, state, grads, direct = update(cotangent)
+        curved, mixed = product(grads)
+        return (params + curved, state), {n: direct[n] + mixed[n] for n in hparams}
 
     def turning(
         self, point: Point, hparams: Hparams
     ) -> Callable[[tuple[Tensor, State]], tuple[Tensor, State]]:
-        """``pulling`` without the cotangents of hyperparameters."""
+        """``pull`` without the cotangents of hyperparameters, as a function of cotangents.
+
+        The loss is evaluated only once.
+        """
 
         def moved(params: Tensor, state: State, grads: Tensor) -> Any:
             return self.moved(point._replace(params=params, state=state), grads, hparams)

@@ -56,8 +56,9 @@ def test_push_and_pull_are_the_derivative_of_a_step(name: str) -> None:
     tangent = (draw(), {k: draw() for k in state})
     moving = {"lr": number(0.4), "weight_decay": draw(), "l2": number(-1.0), "scale": number(2.0)}
     expected = torch.func.jvp(step, inputs, (*tangent, moving))[1]
-    torch.testing.assert_close(problem.push(point, hparams, tangent, moving), expected,
-                               rtol=1e-10, atol=1e-12)  # fmt: skip
+    curved = problem.products.push(point.params, hparams, point.batch)(tangent[0], moving)
+    pushed = problem.push_update(point, hparams, tangent, curved, moving)
+    torch.testing.assert_close(pushed, expected, rtol=1e-10, atol=1e-12)
     params, states, hyper = torch.func.vjp(step, *inputs)[1](tangent)
     before, found = problem.pull(point, hparams, tangent)
     torch.testing.assert_close(before, (params, states), rtol=1e-10, atol=1e-12)

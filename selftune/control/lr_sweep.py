@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from selftune._arguments import Settings
-from selftune.hparams import Hparam
 
 FIRST = 3
 """Number of initial steps of a sweep, and of the first measured ones."""
@@ -260,20 +259,6 @@ class LRSweep:
     def _certain(self) -> float:
         """Excess of slopes of one sign that is not chance: two standard errors."""
         return 2 * math.sqrt(self.measured)
-
-    def moves(
-        self, values: Mapping[str, float], hparams: Mapping[str, Hparam], total_steps: int | None
-    ) -> dict[str, float]:
-        """Changes of raw values at the end of the sweep, by name.
-
-        Args:
-            values: Current values of the tuned hyperparameters.
-            hparams: Their definitions.
-            total_steps: Steps in the run, or None.
-        """
-        averaging = [n for n, h in hparams.items() if h.role == "momentum" and not h.accumulates]
-        calmed = {n: self.settings.calmed(values[n], total_steps) for n in averaging}
-        return {"lr": math.log(self.choice)} | calmed
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers to save."""

@@ -68,7 +68,7 @@ class AbstractRows(AbstractEstimator):
         """``J ∘ ∇L_val``, summed over the weights that share a hyperparameter."""
         rows = iter(memory.params * outer_grads)
         inside = [n for n in hparams if n in problem.update.hparams]
-        found = {n: problem.gather(n, next(rows), hparams[n]) for n in inside}
+        found = {n: problem.gather(next(rows), hparams[n]) for n in inside}
         for n, h in hparams.items():
             if n not in found:
                 sums = [next(rows).sum() for _ in range(h.numel())]

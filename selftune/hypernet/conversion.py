@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune._arguments import MAPPING, MODULE, NONE, Number, OneOf, checked
+from selftune._modes import evaluating
 from selftune.estimators._structured import unknown
 from selftune.hparams import Hparam, penalty_hparam
 from selftune.hypernet._places import Place, Report, places_of
@@ -189,15 +190,12 @@ class SelfTuned(nn.Module):
             raise ValueError(
                 f"hparams {idle} do not enter the loss: read them with net.value(name) there"
             )
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
         self._tuning = True
         try:
-            yield
+            with evaluating(self):
+                yield
         finally:
             self._tuning = False
-            for module, training in modes.items():
-                module.training = training
 
     def entropy(self) -> Tensor:
         """Entropy of the perturbations, ``Σ log σ`` up to a constant; subtract it from the loss."""

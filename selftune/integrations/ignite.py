@@ -9,8 +9,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
+from selftune._modes import evaluating
 from selftune.integrations._batches import ValidationBatches
-from selftune.integrations._evaluating import evaluating
 from selftune.integrations._unwrapping import unwrap
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torchmetrics import Metric
 
+from selftune._modes import evaluating
 from selftune.integrations._batches import ValidationBatches
-from selftune.integrations._evaluating import evaluating
 from selftune.integrations._logged import logged
 from selftune.integrations._unwrapping import only
 

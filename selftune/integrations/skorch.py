@@ -9,8 +9,8 @@ from skorch.callbacks import Callback
 from skorch.dataset import unpack_data
 from torch import Tensor
 
+from selftune._modes import evaluating
 from selftune.integrations._batches import ValidationBatches
-from selftune.integrations._evaluating import evaluating
 from selftune.integrations._logged import numbered
 from selftune.integrations._unwrapping import unwrap
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from selftune._modes import evaluating
 from selftune.integrations._batches import ValidationBatches
-from selftune.integrations._evaluating import evaluating
 from selftune.integrations._logged import logged
 from selftune.integrations._unwrapping import unwrap
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selftune.method.displacement import Reduce
 from selftune.method.sensitivities import Moment, Part
-from selftune.method.step import Reduce, propose
+from selftune.method.step import propose
 from selftune.rules import Mixture
 from selftune.rules._base import Values
 from selftune.rules.mixture import LEAST

@@ -21,6 +21,7 @@ from selftune.method.averaging import move_towards
 from selftune.method.settings import DisplacementLimit
 
 Reduce = Callable[[Tensor], Tensor]
+"""Sums a number over the processes that hold parts of the weights."""
 
 
 class Displacement(NamedTuple):

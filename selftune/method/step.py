@@ -7,7 +7,7 @@ state reuses the tensors of its input: do not use the old state afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,15 +16,13 @@ from torch import Tensor
 
 from selftune.method import sensitivities as rows
 from selftune.method.averaging import move_towards
-from selftune.method.displacement import Displacement
+from selftune.method.displacement import Displacement, Reduce
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState, Propose
 from selftune.method.sensitivities import Moment, Part, Sensitivities
 from selftune.method.settings import MethodSettings
 from selftune.method.slices import WHOLE, Pieces, Slice
 from selftune.method.stiff_directions import Secants, Stiffness
 from selftune.update import Transition, Update
-
-Reduce = Callable[[Tensor], Tensor]
 
 SHORTEST = 1e-18  # smaller gradient norms count as 0: their squares underflow
 

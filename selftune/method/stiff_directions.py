@@ -16,16 +16,15 @@ directions and keeps those along flat ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from selftune._gradient import plainly
+from selftune.method.displacement import Reduce
 from selftune.method.settings import StiffSettings
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 class Secants(NamedTuple):

@@ -10,12 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from selftune._arguments import MODULE, TEXT, check, checked
+from selftune.bijections import Log, Logit
 from selftune.hparams import Hparam
 
 STRENGTH = "strength"
 MASK = 0xFFFFFFFF
 SPREAD, MIX = -1640531527, 0x45D9F3B
 """2³² over the golden ratio, and a multiplier of the hash."""
+
+
+def fraction(name: str, start: float = 0.05) -> Hparam:
+    """The hyperparameter of a rate, or of a strength below 1; ``start`` replaces a tuned 0."""
+    return Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.95, from_zero=start)
+
+
+def amount(name: str) -> Hparam:
+    """The hyperparameter of a strength in units of the input."""
+    return Hparam(name=name, bijection=Log(), lower=1e-3, upper=10.0, from_zero=0.05)
 
 
 class Tunable(nn.Module):

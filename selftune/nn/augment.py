@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selftune._arguments import COUNT, MODULES, Number, Whole, checked
-from selftune.bijections import Log, Logit
+from selftune.bijections import Log
 from selftune.hparams import Hparam
-from selftune.nn._base import Stochastic
-
-
-def _share(name: str, start: float) -> Hparam:
-    return Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.95, from_zero=start)
+from selftune.nn._base import Stochastic, amount, fraction
 
 
 class Noise(Stochastic):
@@ -36,8 +32,7 @@ class Noise(Stochastic):
     """
 
     def __init__(self, value: float = 0.05, name: str = "noise") -> None:
-        hparam = Hparam(name=name, bijection=Log(), lower=1e-3, upper=10.0, from_zero=0.05)
-        super().__init__(value, hparam)
+        super().__init__(value, amount(name))
 
     def change(self, input: Tensor) -> Tensor:
         """Add noise."""
@@ -67,8 +62,7 @@ class Brightness(_OneAnExample):
     """
 
     def __init__(self, value: float = 0.05, name: str = "brightness") -> None:
-        hparam = Hparam(name=name, bijection=Log(), lower=1e-3, upper=10.0, from_zero=0.05)
-        super().__init__(value, hparam)
+        super().__init__(value, amount(name))
 
     def change(self, input: Tensor) -> Tensor:
         """Shift all values."""
@@ -91,7 +85,7 @@ class Contrast(_OneAnExample):
     """
 
     def __init__(self, value: float = 0.05, name: str = "contrast") -> None:
-        super().__init__(value, _share(name, 0.05))
+        super().__init__(value, fraction(name, 0.05))
 
     def change(self, input: Tensor) -> Tensor:
         """Stretch values about their mean."""
@@ -113,7 +107,7 @@ class Scale(_OneAnExample):
     """
 
     def __init__(self, value: float = 0.02, name: str = "scale") -> None:
-        super().__init__(value, _share(name, 0.02))
+        super().__init__(value, fraction(name, 0.02))
 
     def change(self, input: Tensor) -> Tensor:
         """Resample about the centre."""
@@ -136,7 +130,7 @@ class Translate(_OneAnExample):
     """
 
     def __init__(self, value: float = 0.02, name: str = "translate") -> None:
-        super().__init__(value, _share(name, 0.02))
+        super().__init__(value, fraction(name, 0.02))
 
     def change(self, input: Tensor) -> Tensor:
         """Resample at shifted coordinates."""
@@ -224,7 +218,7 @@ class Mixup(Stochastic):
 
     @checked(classes=Whole(least=0))
     def __init__(self, classes: int, value: float = 0.2, name: str = "mixup") -> None:
-        super().__init__(value, _share(name, 0.05))
+        super().__init__(value, fraction(name, 0.05))
         self.classes = classes
 
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -10,17 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune._arguments import MODULE, NAMES, NONE, Instance, ListOf, Whole, checked
-from selftune.bijections import Logit
-from selftune.hparams import Hparam
-from selftune.nn._base import Stochastic
+from selftune.nn._base import Stochastic, fraction
 
 EDGE = 1e-6
 """Minimum distance of a rate from 0 and 1 in its log-odds."""
-
-
-def rate(name: str, start: float = 0.05) -> Hparam:
-    """The hyperparameter of a dropout rate."""
-    return Hparam(name=name, bijection=Logit(), lower=1e-3, upper=0.95, from_zero=start)
 
 
 class Dropout(Stochastic):
@@ -54,18 +47,14 @@ class Dropout(Stochastic):
 
     @checked(share=ListOf(Whole(), "dimensions"))
     def __init__(self, p: float = 0.5, name: str = "dropout", share: Sequence[int] = ()) -> None:
-        super().__init__(p, rate(name))
+        super().__init__(p, fraction(name))
         self.share = tuple(share)
 
     def change(self, input: Tensor) -> Tensor:
         """Drop entries."""
-        shape = [1 if i in self._shared(input) else n for i, n in enumerate(input.shape)]
-        return input * self.kept(tuple(shape), input)
-
-    def kept(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The factor of the inputs."""
-        p = self.level(like)
-        return scaled_mask(self.uniform(shape).to(like.dtype), p)
+        shared = self._shared(input)
+        shape = tuple(1 if i in shared else n for i, n in enumerate(input.shape))
+        return input * scaled_mask(self.uniform(shape).to(input.dtype), self.level(input))
 
     def _shared(self, input: Tensor) -> set[int]:
         return {i % input.ndim for i in self.share}

@@ -228,8 +228,7 @@ class Engine:
         )  # fmt: skip
         self.store.take(state)
         self.shifts.take(state.hyper)
-        # NaN before the first segment ends; a GPU does not synchronise for it.
-        if square is not None and (square.is_cuda or not math.isnan(float(square))):
+        if square is not None and not math.isnan(float(square)):  # before the first segment ends
             self.monitor.scalar("weights/displacement", square.sqrt(), step)
         return True
 

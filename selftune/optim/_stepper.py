@@ -207,10 +207,7 @@ class InnerStepper(AbstractStepper):
         return rates
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
-        """Ready if all gradients exist and are finite, and strengths are numbers."""
-        strengths = [(v["lr"], v["weight_decay"], v["decay"]) for v in values]
-        if any(isinstance(x, Tensor) for found in strengths for x in found):
-            return None
+        """Ready if all gradients exist and are finite."""
         return _plain_gradients(blocks)
 
     def step(

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftune._modes import modes_kept
 from selftune.structure import Attention, Gate, Goal, Optional, gated, prune
 from selftune.structure._sizes import KINDS, Sizes
 from selftune.structure._tracing import original
 from selftune.tuner import Progress
 from selftune.tuner._batch import to_device
 from selftune.tuner._data import alone
-from selftune.tuner._objective import TARGETS, Objective, modes_kept
+from selftune.tuner._objective import TARGETS, Objective
 
 INSIDE = {"budget": 0.5, "of": "multiply_adds"}
 """Arguments of :class:`~selftune.structure.Goal` for ``structure="inside"``."""

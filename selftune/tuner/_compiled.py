@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from selftune._trees import leaves
+from selftune._trees import copy_into, leaves
 from selftune.tuner._fast_path import FastPath
 from selftune.tuner._graph import compile_step, enable_hooks, first_line, for_shapes, signature
 from selftune.tuner._run_state import Batch, RunState
@@ -271,9 +271,7 @@ def _in_place(step: Step) -> Step:
 
     def stepped(run: RunState, *rest: Any) -> Any:
         after, told = step(run, *rest)
-        for old, new in zip(leaves(run), leaves(after), strict=True):
-            if new is not old:
-                old.copy_(new)
+        copy_into(run, after)
         return told
 
     return stepped

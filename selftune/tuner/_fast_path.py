@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selftune._trees import leaves
+from selftune._trees import copy_into
 from selftune.method import Moment, fast_path
 from selftune.method.averaging import move_towards
 from selftune.tuner._run_state import Batch, RunState
@@ -78,9 +78,6 @@ class FastPath:
 
     def _after(self, run: RunState, found: list[Transition], moments: list[Moment]) -> None:
         """Update averages and sensitivities by the steps."""
-        after = self._steps.method.track(run.method, found, moments)
-        for old, new in zip(leaves(run.method), leaves(after), strict=True):
-            if new is not old:
-                old.copy_(new)
+        copy_into(run.method, self._steps.method.track(run.method, found, moments))
         for part, moment in zip(run.method.parts, moments, strict=True):
             move_towards(part.average, part.params, moment.share)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
+from selftune._modes import modes_kept
 from selftune.nn import extra_loss
 
 LossFn = Callable[..., Tensor]
@@ -189,17 +190,6 @@ class InMode(nn.Module):
         """The objective of a batch."""
         with self.entered():
             return self.objective(batch)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Restores the mode of every module after the block."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def for_scoring(objective: Objective) -> Objective:

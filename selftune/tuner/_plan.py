@@ -14,17 +14,13 @@ def length(train: Stream, epochs: int | None, steps: int | None) -> int:
     """Steps in the run.
 
     Raises:
-        ValueError: Not exactly one length is given, it is below 1, or there are no batches.
+        ValueError: Not exactly one length is given, or there are no batches.
     """
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
     if steps is not None:
-        if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1")
         return steps
     assert epochs is not None
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs} must be at least 1")
     if not train.sized:
         raise ValueError(f"epochs={epochs} needs train to have a length: pass steps= instead")
     if len(train) == 0:

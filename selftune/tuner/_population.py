@@ -36,8 +36,6 @@ class Population:
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        if size < 1:
-            raise ValueError(f"population={size} must be at least 1")
         self.size = size
         self._generator = torch.Generator().manual_seed(seed)
 

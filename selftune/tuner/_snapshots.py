@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from selftune._trees import leaves
+from selftune._trees import copy_into, leaves
 from selftune.method import Method
 from selftune.method.snapshots import copy
 from selftune.tuner._run_state import RunState
@@ -107,9 +107,7 @@ class Snapshots:
         for name, change in moves.items():
             held = held._replace(raw=hyper.move(held.raw, name, change, frame))
         state = state._replace(hyper=held)
-        for old, new in zip(leaves(mine.method), leaves(state), strict=True):
-            if new is not old:
-                old.copy_(new)
+        copy_into(mine.method, state)
         mine.since.copy_(mine.step)
         mine.age.zero_()
         for call in self.rewound:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from selftune._modes import modes_kept
 from selftune.structure import gated
 from selftune.structure.choice import choices
-from selftune.tuner._objective import modes_kept
 from selftune.tuner._scoring import Scorer
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps

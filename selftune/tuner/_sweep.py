@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from selftune._trees import leaves
+from selftune._trees import copy_into
 from selftune.control import Activity, Controller, Gradient, SweepSlope, TrainingLoss
 from selftune.method import live_units
 from selftune.method.slopes import Slopes
@@ -63,9 +63,7 @@ def sweep(
                 snapshots.rewind(action.rewind, swept=action.planned)
                 continue
         after, _ = steps.advance(run, passed, tracked=False, rate=state.factor(state.taken))
-        for old, new in zip(leaves(run), leaves(after), strict=True):
-            if new is not old:
-                old.copy_(new)
+        copy_into(run, after)
         state.taken += 1
         controller.observe(TrainingLoss(float(passed[0])))
     return int(run.step)

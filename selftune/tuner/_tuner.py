@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from selftune import nn as st_nn
 from selftune._arguments import check
+from selftune._modes import modes_kept
 from selftune.control import SweepSettings
 from selftune.estimators import AbstractEstimator
 from selftune.holdout import HoldOut
@@ -30,7 +31,7 @@ from selftune.tuner._group import Group, check_together, join, quiet
 from selftune.tuner._joining import parts
 from selftune.tuner._lock import owned
 from selftune.tuner._logging import monitor_of
-from selftune.tuner._objective import LossFn, Objective, modes_kept
+from selftune.tuner._objective import LossFn, Objective
 from selftune.tuner._plan import Plan, Progress, between_entries, between_evaluations, length
 from selftune.tuner._population import Population
 from selftune.tuner._result import TuningResult

@@ -10,7 +10,7 @@ import torch
 
 import selftune as st
 from selftune import rules
-from selftune.control import LRSweep, SweepSettings
+from selftune.control import Controller, LRSweep, SweepSettings
 from selftune.hparams import Hparam
 from selftune.update import Update
 
@@ -193,17 +193,19 @@ def test_a_memory_of_gradients_is_shortened_to_fit_into_the_run(
     beta1: float, total: int | None, memory: float
 ) -> None:
     """Closed form: 1/(1 − β₁) is T/300 at most, but 3 at least; −log(1 − β₁) is its raw value."""
-    sweep = LRSweep(steps=10, best=3.0)
-    moves = sweep.moves({"lr": 0.1, "beta1": beta1, "beta2": 0.999}, hparams(rules.Adam()), total)
-    assert set(moves) == {"lr", "beta1"}
-    assert math.exp(moves["lr"]) == pytest.approx(2.0)
+    adam = hparams(rules.Adam())
+    made = Controller(hparams=adam, total_steps=total, sweep=LRSweep(steps=10, best=3.0))
+    moves = made.calmed({"lr": 0.1, "beta1": beta1, "beta2": 0.999}, adam)
+    assert set(moves) == {"beta1"}
+    assert LRSweep(steps=10, best=3.0).choice == pytest.approx(2.0)
     assert 1 / (1 - beta1) * math.exp(moves["beta1"]) == pytest.approx(memory)
 
 
 def test_a_momentum_that_makes_steps_longer_stays() -> None:
     """Law: at another momentum the rate that was found would be another step."""
-    moves = LRSweep(steps=10).moves({"lr": 0.1, "momentum": 0.99}, hparams(rules.SGD()), 300)
-    assert moves == {"lr": 0.0}
+    sgd = hparams(rules.SGD())
+    made = Controller(hparams=sgd, total_steps=300, sweep=LRSweep(steps=10))
+    assert made.calmed({"lr": 0.1, "momentum": 0.99}, sgd) == {}
 
 
 def test_state_round_trip_through_json() -> None:
