@@ -54,7 +54,7 @@ class Assembly:
         if self._built:
             self._groups.take_up(groups)  # values written since the last step
             self._engine.training_signal = None  # its shape may change
-        else:
+        elif self._engine.clock.steps == 0:  # not in a copy
             self._groups.check(groups)
         trained = _trained(groups, state)
         self._recut(trained, state)

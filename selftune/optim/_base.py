@@ -254,7 +254,7 @@ class SelfTuningOptimizer(EvaluationMode):
 
         ``step(closure)`` does so automatically; otherwise call it after ``step()``. The run rewinds
         to the last good weights if the loss explodes, or is not finite three times in a row, and
-        gradients at other weights are then dropped; losses on a GPU, or of several processes, are
+        gradients at other weights are then set to 0; losses on a GPU, or of several processes, are
         only logged.
         """
         engine = self._engine
@@ -269,7 +269,8 @@ class SelfTuningOptimizer(EvaluationMode):
             if engine.report(float(value)):
                 self._publish()
                 for param in (p for block in engine.blocks for p in block.params):
-                    param.grad = None
+                    if param.grad is not None:  # not None, which a GradScaler would refuse
+                        param.grad.zero_()
 
     def memory(self) -> Memory:
         """Memory used besides the weights: a table of names, sizes and reasons.

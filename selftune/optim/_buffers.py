@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from selftune.control.final_weights import between
+
+_usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+"""Momenta of the layers while other statistics are shown; optimizers may share layers."""
 
 
 class Buffers:
@@ -164,8 +168,10 @@ class Buffers:
         these weights change more slowly, so a layer's momentum m becomes 1 − (1 − m)^(every/2).
         """
         self.shown = not self.shown
-        if self.shown:  # a schedule may have changed them
-            self._momenta = [layer.momentum for layer in self.layers]  # type: ignore[misc]
+        if self.shown:  # read anew, because a schedule may have changed them
+            found: list[Any] = [layer.momentum for layer in self.layers]
+            pairs = zip(self.layers, found, strict=True)
+            self._momenta = [_usual.setdefault(layer, momentum) for layer, momentum in pairs]
         self._others = others if self.shown else []
         if not self.shown:
             known = zip(self._counts, self._batches(), strict=False)  # layers may have been added
@@ -173,6 +179,8 @@ class Buffers:
         for layer, usual in zip(self.layers, self._momenta, strict=True):
             quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
             layer.momentum = quick if self.shown else usual  # type: ignore[assignment]
+            if not self.shown:
+                _usual.pop(layer, None)
         for tensor, kept in zip(self.tensors(), others, strict=True):
             held = tensor.clone()
             tensor.copy_(kept)

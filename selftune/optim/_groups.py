@@ -188,7 +188,7 @@ class Groups:
         """Raise an error for values outside their range that were written before the first step."""
         for group in groups:
             for hparam in self._update.hparams.values():
-                if not (hparam.role == "rate" and "initial_lr" in group):  # a scheduler's may be 0
+                if hparam.role != "rate" or hparam.read(group) != 0:  # 0 freezes the weights
                     check_option(hparam, group)
 
     def take_up(self, groups: Sequence[Group]) -> bool:

@@ -98,11 +98,16 @@ class OuterLoss:
         shown: AbstractContextManager[Any],
         take: Take | None = None,
     ) -> tuple[Tensor, Taken]:
+        scale = self.scale
         with shown, self.engine.buffers.apart(), torch.enable_grad():
-            loss = _asked(closure)
-            check_outer_loss(loss)
-            found = outer_gradients(loss, self.engine.blocks, take or _nothing, self.scale)
-            return loss.detach(), found
+            while True:
+                loss = _asked(closure)
+                check_outer_loss(loss)
+                grads = outer_gradients(loss, self.engine.blocks, take or _nothing, scale)
+                if scale == 1 or _finite(grads):
+                    return loss.detach(), grads
+                # A scaler adapts to training gradients only.
+                scale = max(1.0, scale / 16)
 
     def random(self) -> AbstractContextManager[None]:
         """Restores the random states after the block."""
@@ -218,6 +223,10 @@ def _next_node() -> int:
 
 def _nothing(block: Block, index: int, grad: Tensor) -> Tensor:
     return grad.new_empty(0)
+
+
+def _finite(grads: Taken) -> bool:
+    return bool(torch.stack([g.isfinite().all() for some in grads for g in some]).all())
 
 
 def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: float = 1.0) -> Taken:

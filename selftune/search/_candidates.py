@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -12,6 +15,8 @@ from selftune._arguments import FUNCTION, MAPPING, MODULE, NONE, check
 from selftune.search._shape import Shape
 from selftune.search._space import GridPoint, Space
 from selftune.search.families import AbstractFamily, auto
+
+log = logging.getLogger("selftune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +98,9 @@ def points_of(
 ) -> int:
     """The number of grid points.
 
-    Every point of a grid of models is built, because parameters may depend on others. A builder
-    that returns the metric is called once, and its parameters count as independent.
+    Parameters may depend on others. If no change of a single parameter changes the others, the
+    number is the product of their sizes, else every point is built. A builder that returns the
+    metric, or fails, is called once, and its parameters count as independent.
 
     Args:
         builders: Builders by name.
@@ -106,21 +112,37 @@ def points_of(
     """
     total = 0
     for name, build in builders.items():
+        prefix = name if len(builders) > 1 or name != "model" else ""
+        point, is_model = _point(build, [], prefix, inside)
+        if point.endless is not None:
+            raise ValueError(
+                f"sampler='grid': {point.endless} is a range without steps: give suggest_float "
+                "a step=, let the run tune it, or use another sampler"
+            )
+        others = islice(point.neighbours() if is_model else (), MOST)
+        if all(_point(build, p, prefix, inside)[0].sizes == point.sizes for p in others):
+            total += math.prod(point.sizes.values())
+            _check_points(total, force)
+            continue
         path: list[int] | None = []
         while path is not None:
-            point = GridPoint(path)
-            prefix = name if len(builders) > 1 or name != "model" else ""
-            built = build(Space(point, prefix, inside))
-            if point.endless is not None:
-                raise ValueError(
-                    f"sampler='grid': {point.endless} is a range without steps: give suggest_float "
-                    "a step=, let the run tune it, or use another sampler"
-                )
-            metric = not isinstance(built, (nn.Module, Candidate))
-            _check_points(max(total + 1, point.count), force)
-            total += point.count if metric else 1
-            path = None if metric else point.following()
+            path = _point(build, path, prefix, inside)[0].next_path()
+            total += 1
+            _check_points(total, force)
     return total
+
+
+def _point(
+    build: Callable[[Space], Any], path: Sequence[int], prefix: str, inside: bool
+) -> tuple[GridPoint, bool]:
+    """A point of the grid of a builder, and whether a model was built there."""
+    point = GridPoint(path)
+    try:
+        built = build(Space(point, prefix, inside))
+    except Exception as error:  # its trial will fail, and tell why
+        log.info("sampler='grid': a builder failed: %s", error)
+        return point, True
+    return point, isinstance(built, (nn.Module, Candidate))
 
 
 def _check_points(count: int, force: bool) -> None:

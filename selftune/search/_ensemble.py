@@ -56,9 +56,9 @@ def mean(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
     """The weighted mean of outputs with the same structure."""
 
     def mixed(*parts: Any) -> Any:
-        if parts[0] is None or isinstance(parts[0], (int, float, str)):
-            return parts[0]
         if not isinstance(parts[0], Tensor):
+            if not any(isinstance(v, Tensor) for v in getattr(parts[0], "__dict__", {}).values()):
+                return parts[0]
             raise TypeError(
                 f"a model of the ensemble returned {type(parts[0]).__name__}, of which there is no "
                 "mean: return tensors, or tuples, lists or dictionaries of tensors"

@@ -184,13 +184,24 @@ def sizes_of(model: nn.Module, small: nn.Module) -> dict[str, Any]:
 def example_of(batch: Any, model: nn.Module) -> tuple[Any, ...]:
     """The inputs of a batch, two examples of each, on the device of a model.
 
-    Those of a dictionary are in the order of the arguments of ``forward``.
+    Those of a dictionary are in the order of the arguments of ``forward``, with the defaults of
+    arguments in between that a batch does not have.
+
+    Raises:
+        ValueError: An entry of a dictionary is no positional argument.
     """
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
         target = next((name for name in TARGETS if name in batch), None)
-        names = inspect.signature(original(model).forward).parameters
-        inputs = [batch[name] for name in names if name in batch and name != target]
+        known = inspect.signature(original(model).forward).parameters
+        entries = {name: value for name, value in batch.items() if name != target}
+        last = max((i for i, name in enumerate(known) if name in entries), default=-1)
+        inputs = [entries.pop(n, p.default) for n, p in list(known.items())[: last + 1]]
+        if entries or any(value is inspect.Parameter.empty for value in inputs):
+            raise ValueError(
+                f"structure= passes batches to the model by position, but forward{known} does not "
+                f"take {sorted(map(str, batch))}: name them as its arguments"
+            )
     else:
         inputs = list(batch[:-1])
     return tuple(to_device(t[:2] if isinstance(t, Tensor) else t, device) for t in inputs)

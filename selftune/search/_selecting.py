@@ -264,6 +264,8 @@ def _known(trainer: Trainer, params: dict[str, Any]) -> bool:
         except (ValueError, UserWarning) as error:
             log.info("memory: an earlier search chose %s: %s", params, error)
             return False
+        except Exception as error:  # not a matter of the space: the trial will tell
+            log.info("memory: a builder failed for %s: %s", params, error)
     return True
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+AUTO = "candidates='auto'"
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class Shape:
         return Classes() if self.task == "classification" else Squared()
 
     @classmethod
-    def of(cls, batches: Iterable[Any], use: str = "candidates='auto'") -> Shape:
+    def of(cls, batches: Iterable[Any], use: str = AUTO) -> Shape:
         """Infer the shape from all batches, which must be pairs (inputs, target).
+
+        Of batches without a length the first hundred are read.
 
         Args:
             batches: The batches.
@@ -54,7 +59,7 @@ class Shape:
         """
         inputs: tuple[int, ...] | None = None
         words = classes = 0
-        for batch in batches:
+        for batch in batches if isinstance(batches, Sized) else islice(batches, 100):
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise ValueError(
                     f"{use} needs batches (inputs, target), not {type(batch).__name__}: for "
@@ -63,7 +68,7 @@ class Shape:
             x, y = batch
             inputs = tuple(map(max, inputs or x.shape[1:], x.shape[1:]))
             if not x.is_floating_point():
-                if x.ndim > 2:
+                if x.ndim > 2 and use == AUTO:
                     raise ValueError(
                         f"train has inputs of {x.dtype} and shape {tuple(x.shape)}: integers are "
                         "word indices of shape (batch, length); convert images to float first"
@@ -97,7 +102,7 @@ class Squared(nn.MSELoss):
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean over all values."""
-        if output.shape != target.shape and output.numel() != target.numel():
+        if output.shape not in (target.shape, (*target.shape, 1)):
             raise ValueError(
                 f"the model returned shape {tuple(output.shape)} for targets of shape "
                 f"{tuple(target.shape)}: return one value for each"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,24 +108,26 @@ class GridPoint:
             further parameters.
 
     Attributes:
-        count: Points of a grid in which no parameter depends on another.
+        sizes: Number of values of each parameter, by name.
         endless: Name of the first range without steps.
     """
 
     def __init__(self, path: Sequence[int] = ()) -> None:
-        self.count = 1
+        self.sizes: dict[str, int] = {}
         self.endless: str | None = None
         self._path = list(path)
-        self._counts: list[int] = []
-        self._known: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
 
-    def following(self) -> list[int] | None:
-        """The path of the next point, or None after the last one.
+    def neighbours(self) -> Iterator[list[int]]:
+        """The paths of the points that differ in one parameter."""
+        for place, size in enumerate(self.sizes.values()):
+            yield from ([0] * place + [back] for back in range(1, size))
 
-        Parameters may depend on others: those after the last one that can move are asked anew.
-        """
-        path = self._path + [0] * (len(self._counts) - len(self._path))
-        while path and path[-1] + 1 == self._counts[len(path) - 1]:
+    def next_path(self) -> list[int] | None:
+        """The path of the next point in lexicographic order, or None after the last one."""
+        sizes = list(self.sizes.values())
+        path = self._path + [0] * (len(sizes) - len(self._path))
+        while path and path[-1] + 1 == sizes[len(path) - 1]:
             path.pop()
         return [*path[:-1], path[-1] + 1] if path else None
 
@@ -150,10 +152,9 @@ class GridPoint:
         return float(self._value(name, count, lambda at: low + at * step))
 
     def _value(self, name: str, count: int, value: Callable[[int], Any]) -> Any:
-        if name not in self._known:
-            place = len(self._counts)
+        if name not in self._values:
+            place = len(self.sizes)
             back = self._path[place] if place < len(self._path) else 0
-            self.count *= count
-            self._counts.append(count)
-            self._known[name] = value(count - 1 - back)
-        return self._known[name]
+            self.sizes[name] = count
+            self._values[name] = value(count - 1 - back)
+        return self._values[name]

@@ -278,7 +278,8 @@ class Trainer:
         """The value of the metric at the evaluation with the lowest loss."""
         if self.metric == "loss":
             return result.best_loss
-        losses = np.nan_to_num(result.history["score/loss"], nan=np.inf)
+        losses = np.asarray(result.history["score/loss"])
+        losses = np.where(np.isfinite(losses), losses, np.inf)
         scores = result.history[f"score/{self.metric}"]
         best = int(losses.argmin())
         return float(scores[best]) if losses[best] < np.inf else math.nan

@@ -124,6 +124,8 @@ class _SelfTuning(BaseEstimator):
     def _scaled(self, X: Array) -> Array:
         """Inputs as float32, after their mean is subtracted, which may be much larger than they."""
         scaled = (X - self.mean_) / self.scale_ if self.standardize else X
+        if np.abs(scaled).max(initial=0.0) > np.finfo(np.float32).max:
+            raise ValueError("X has a value too large for float32: scale it, or standardize=True")
         return np.asarray(scaled, dtype=np.float32)
 
     def _outputs(self, X: Any) -> torch.Tensor:

@@ -35,14 +35,14 @@ class Tracer(fx.Tracer):
 
         Args:
             model: The model.
-            inputs: Its inputs; further arguments then have their defaults. If None, all arguments
+            inputs: Its inputs; further arguments have their defaults. If it is None, all arguments
                 of ``forward`` are inputs of the graph.
 
         Raises:
             ValueError: It cannot be traced.
         """
         try:
-            return self.trace(model, None if inputs is None else _defaults(model, len(inputs)))
+            return self.trace(model, None if inputs is None else _fixed(model, inputs))
         except Exception as error:
             raise ValueError(
                 f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
@@ -65,19 +65,25 @@ def plain_copy(model: nn.Module) -> nn.Module:
     for module in list(copied.modules()):
         if not parametrize.is_parametrized(module):
             continue
-        names = list(module.parametrizations)  # type: ignore[arg-type]
-        values = {name: nn.Parameter(getattr(module, name).detach()) for name in names}
+        values = {}
+        for name, parts in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            value = getattr(module, name).detach()
+            params = list(parts.parameters())
+            trained = any(p.requires_grad for p in params)
+            values[name] = nn.Parameter(value, requires_grad=trained) if params else value
         module.__class__ = type(module).__bases__[0]
         del module.parametrizations
         for name, value in values.items():
-            module.register_parameter(name, value)
+            parameter = isinstance(value, nn.Parameter)
+            (module.register_parameter if parameter else module.register_buffer)(name, value)
     return copied
 
 
-def _defaults(model: nn.Module, given: int) -> dict[str, Any]:
-    """Defaults of the arguments of ``forward`` after the given ones."""
-    params = list(inspect.signature(model.forward).parameters.values())[given:]
-    return {p.name: p.default for p in params if p.default is not p.empty}
+def _fixed(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments of ``forward`` that the graph has as constants: None, and defaults after inputs."""
+    params = list(inspect.signature(model.forward).parameters.values())
+    fixed = {p.name: p.default for p in params[len(inputs) :] if p.default is not p.empty}
+    return fixed | {p.name: None for p, x in zip(params, inputs, strict=False) if x is None}
 
 
 def call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from selftune.structure import Batches
 from selftune.tuner._batch import size, structure, to_device
 from selftune.tuner._checkpoints import plain
+from selftune.tuner._positions import position
 from selftune.tuner._randomness import restore, snapshot
 
 log = logging.getLogger("selftune")
@@ -106,15 +107,14 @@ class Stream:
         If the loader can restart, random states are restored, and its own position, if it has one.
         """
         now = self._randomness()
-        restarts = isinstance(self._own, DataLoader)
-        place = self._loader_state() if self._stateful and not restarts else None
+        place = position(self._own)
         batch = self.next()
         if self.once or self.taken > 1:
             self.put_back(batch)
         else:  # start again, since a loader's workers draw random numbers as well
             self._batches, self.taken, self._start = None, 0, {}
             if place is not None:
-                self._loader.load_state_dict(place)
+                self._own.load_state_dict(place)
             self._restore(now)
         return batch
 
@@ -309,17 +309,15 @@ def batches_of(loader: Any) -> Batches | None:
 
 
 def alone(loader: Any) -> Any:
-    """The same loader with its own iterator, or its own position.
+    """The same loader with its own iterator.
 
     Persistent workers share one iterator, which would restart when another reader starts.
     """
-    if isinstance(loader, Iterator):
+    if not isinstance(loader, DataLoader):
         return loader
-    if isinstance(loader, DataLoader):
-        own = copy.copy(loader)
-        vars(own)["_iterator"] = None
-        return own
-    return copy.copy(loader) if hasattr(loader, "load_state_dict") else loader
+    own = copy.copy(loader)
+    vars(own)["_iterator"] = None
+    return own
 
 
 def end_workers(loader: Any) -> None:

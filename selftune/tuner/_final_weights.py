@@ -51,13 +51,17 @@ def save_best(training: Training, loss: float) -> None:
     with training.scorer.shown(training.fused.run, training.watch.leader):
         state = shown_state(training, loss)
     folder = training.writes
-    storable = _checkpoints.plain(state)
-    if folder and not storable and training.saved_best is None:
-        log.warning(
-            "the model's state_dict has other objects than tensors, numbers and containers: the "
-            "best weights are kept in memory, not in %s", _checkpoints.BEST,
-        )  # fmt: skip
-    written = folder and storable and _checkpoints.write(folder / _checkpoints.BEST, state)
+    written = None
+    if folder and training.storable is not False:
+        written = _checkpoints.write(folder / _checkpoints.BEST, state)
+    if folder and written and training.storable is None:
+        try:
+            _checkpoints.read_best(folder)
+            training.storable = True
+        except ValueError as error:
+            (folder / _checkpoints.BEST).unlink()
+            training.storable = written = False
+            log.warning("the best weights are kept in memory, not in %s: %s", folder, error)
     training.saved_best = state if training.group.first and not written else None
 
 
@@ -65,7 +69,7 @@ def write_best(training: Training, loss: float) -> None:
     """Write the weights of the model, whose loss is known, to ``best.pt``."""
     if training.writes is not None or training.group.sharded:
         state = shown_state(training, loss)
-        if training.writes is not None and _checkpoints.plain(state):
+        if training.writes is not None and training.storable is not False:
             _checkpoints.write(training.writes / _checkpoints.BEST, state)
 
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,6 +18,7 @@ from selftune.tuner._batch import size, to_device
 from selftune.tuner._data import Stream, alone, end_workers
 from selftune.tuner._objective import InMode, Objective, for_scoring
 from selftune.tuner._passes import reshard
+from selftune.tuner._positions import position, read_from
 from selftune.tuner._run_state import RunState
 from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
@@ -53,16 +53,19 @@ def measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[st
     Raises:
         ValueError: A metric is not one number.
     """
-    found = {name: metric(output, target) for name, metric in metrics.items()}
-    for name, value in found.items():
-        number = isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1
-        if not number and not isinstance(value, (int, float, np.number)):
+    values = {name: metric(output, target) for name, metric in metrics.items()}
+    for name, value in values.items():
+        try:
+            single = torch.as_tensor(value).numel() == 1
+        except (TypeError, ValueError, RuntimeError):  # no numbers at all
+            single = False
+        if not single:
             what = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
             raise ValueError(
                 f"metrics[{name!r}] returned {what} for a batch: return one number, for example "
                 "the mean over its examples"
             )
-    return found
+    return values
 
 
 class Scorer:
@@ -99,7 +102,7 @@ class Scorer:
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
         own = alone(batches)
         self._batches: Iterable[Any] = steady(own) if steps.group.together else own
-        self._own = own
+        self._own, self._start = own, position(own)
         self._few: list[Any] = []  # batches of an iterator that cannot restart
         self._members = members
         self._device = device
@@ -154,7 +157,7 @@ class Scorer:
             there.append(dict(zip(names, parts, strict=True)))
         group, total = self._group, 0
         sums: list[dict[str, Tensor]] = [{} for _ in points]
-        with self._evaluating():
+        with self._evaluating(), read_from(self._own, self._start):
             for batch, weight in self._weighted(stream, most if stream.sized else FEW):
                 total += weight
                 for tensors, adding in zip(there, sums, strict=True):

@@ -60,6 +60,7 @@ class Training:
     ended: str = "finished"
     longer: bool = False  # whether it extends a finished run
     saved_best: dict[str, Any] | None = None
+    storable: bool | None = None  # whether best.pt can be read again; None before it was tried
 
     def __post_init__(self) -> None:
         """Set the initial state."""

@@ -81,3 +81,24 @@ def test_what_is_no_scaler_is_refused() -> None:
     wrong: Callable[..., Any] = st.SGD(net).hyper_step
     with pytest.raises(TypeError, match=r"scaler=float must be a torch\.amp\.GradScaler"):
         wrong(lambda: net(X).sum(), scaler=2.0)
+
+
+def test_a_scale_that_overflows_is_lowered() -> None:
+    """Truth: the run without a scaler, whose hypergradients are the same."""
+
+    class Scaler:
+        def get_scale(self) -> float:
+            return 3e38
+
+    found = []
+    for scaler in (None, Scaler()):
+        torch.manual_seed(0)
+        net = nn.Linear(10, 10)
+        opt = st.SGD(net, lr=0.01, probe=False, every=1)
+        for _ in range(20):
+            opt.zero_grad()
+            F.mse_loss(net(X[:32]), Y[:32]).backward()
+            opt.step()
+            opt.hyper_step(lambda net=net: 30 * F.mse_loss(net(X[32:]), Y[32:]), scaler=scaler)
+        found.append(opt.hparams["lr"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

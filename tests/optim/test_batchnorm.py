@@ -235,3 +235,20 @@ def test_a_momentum_that_a_schedule_sets_is_kept() -> None:
             pass
         weight_step(net, opt, step)
     assert net[1].momentum == 0.01
+
+
+def test_two_optimizers_of_a_layer_give_its_momentum_back() -> None:
+    net = network()
+    one, other = (st.SGD(net[i].parameters(), lr=0.05, probe=False, model=net) for i in (0, 3))
+    for step in range(3):
+        net.train()
+        (net(batch(step)) - 1).square().mean().backward()
+        for opt in (one, other):
+            opt.step()
+            opt.zero_grad()
+            opt.hyper_step(outer(net))
+        for opt in (one, other):
+            opt.eval()
+        for opt in (one, other):
+            opt.train()
+        assert net[1].momentum == 0.1

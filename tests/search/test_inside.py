@@ -194,14 +194,15 @@ def test_families(kind: str, name: str) -> None:
 
 
 class Scaled(nn.Module):
-    """Two inputs, which a dictionary has in another order."""
+    """Two inputs, which a dictionary has in another order, and one that it has not."""
 
     def __init__(self, width: int, gates: list[nn.Module]) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(4, width), nn.ReLU(), *gates, nn.Linear(width, 1))
 
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self.body(x) * scale
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: Any = None) -> Tensor:
+        found = self.body(x) * scale
+        return found if mask is None else found * mask
 
 
 def test_dictionaries_are_passed_by_name() -> None:

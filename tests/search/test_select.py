@@ -355,9 +355,21 @@ def test_a_grid_has_the_points_of_choices_that_depend_on_others() -> None:
         return nn.Sequential(nn.Linear(4, space.suggest_int("units", 1, 3)), nn.Linear(1, 1))
 
     train, val = data()
-    searching = lambda: search.select(network, train, val, sampler="grid", **QUICK)  # noqa: E731
-    points = [tuple(sorted(t.params.items())) for t in searching().study.trials]
+    found = search.select(network, train, val, sampler="grid", **QUICK)
+    points = [tuple(sorted(t.params.items())) for t in found.study.trials]
     assert len(points) == len(set(points)) == 4
+
+
+def test_a_point_of_a_grid_that_cannot_be_built_is_one_failed_trial() -> None:
+    def network(space: search.Space) -> nn.Module:
+        units = space.suggest_categorical("units", (1, 2, 3))
+        if units == 3:
+            raise RuntimeError("too many")
+        return nn.Sequential(nn.Linear(4, units), nn.Linear(units, 1))
+
+    train, val = data()
+    found = search.select(network, train, val, sampler="grid", **QUICK)
+    assert sorted(t.state.name for t in found.study.trials) == ["COMPLETE", "COMPLETE", "FAIL"]
 
 
 def test_lengths_and_words_of_all_batches_count() -> None:

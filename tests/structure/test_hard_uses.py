@@ -169,6 +169,7 @@ def test_parametrized_layers_are_cut(kind: str) -> None:
         for gate in gates:
             gate.gates.uniform_(0.5, 1.5)
             gate.gates[3:] = 0.0
+    net[3].requires_grad_(False)
     x = torch.randn(5, 8)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     small = prune(net, x)
@@ -176,4 +177,9 @@ def test_parametrized_layers_are_cut(kind: str) -> None:
     assert sum(p.numel() for p in small.parameters()) == (8 + 1) * 3 + (3 + 1) * 3 + 4
     assert nn.utils.parametrize.is_parametrized(net[0])
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert [m.weight.requires_grad for m in small if isinstance(m, nn.Linear)] == [
+        True,
+        False,
+        True,
+    ]
     Goal(net, x, budget=0.3)  # can be reached

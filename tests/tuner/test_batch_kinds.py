@@ -49,25 +49,25 @@ def test_validation_batches_are_weighed_by_their_examples(kind: str) -> None:
 
 
 class Placed:
-    """Batches that continue from a position, which an ended epoch resets."""
+    """Batches that continue from a position, held by another object; an ended epoch resets it."""
 
     def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.at = batches, 0
+        self.batches, self.place = batches, {"at": 0}
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        while self.at < len(self.batches):
-            self.at += 1
-            yield self.batches[self.at - 1]
-        self.at = 0
+        while self.place["at"] < len(self.batches):
+            self.place["at"] += 1
+            yield self.batches[self.place["at"] - 1]
+        self.place["at"] = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at}
+        return dict(self.place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.at = state["at"]
+        self.place.update(state)
 
 
 def test_a_stream_with_a_position_is_read_from_its_start() -> None:
