@@ -1,6 +1,6 @@
 """Layers, losses and augmentation whose strengths are hyperparameters."""
 
-from selftune.nn._base import Found, Stochastic, Tunable, own_counters, tunables, uniform
+from selftune.nn._base import Stochastic, Strength, Tunable, own_counters, tunables, uniform
 from selftune.nn.augment import (
     Augment,
     Brightness,
@@ -24,12 +24,12 @@ __all__ = [
     "Dropout",
     "Dropout2d",
     "EmbeddingDropout",
-    "Found",
     "LabelSmoothing",
     "Mixup",
     "Noise",
     "Scale",
     "Stochastic",
+    "Strength",
     "TemporalPenalty",
     "Translate",
     "Tunable",

@@ -147,7 +147,7 @@ def _hash(bits: Tensor) -> Tensor:
     return (bits >> 16) ^ bits
 
 
-class Found(NamedTuple):
+class Strength(NamedTuple):
     """A strength in a model.
 
     Attributes:
@@ -162,7 +162,7 @@ class Found(NamedTuple):
 
 
 @checked(model=MODULE)
-def tunables(model: nn.Module) -> dict[str, Found]:
+def tunables(model: nn.Module) -> dict[str, Strength]:
     """The strengths of a model by name.
 
     Raises:
@@ -174,10 +174,10 @@ def tunables(model: nn.Module) -> dict[str, Found]:
         >>> {name: found.buffers for name, found in tunables(net).items()}
         {'input': ['0.strength']}
     """
-    found: dict[str, Found] = {}
+    found: dict[str, Strength] = {}
     for path, module in _tunable_modules(model):
         hparam, value = module.hparam, float(module.strength.flatten()[0])
-        before = found.setdefault(hparam.name, Found(hparam, value, []))
+        before = found.setdefault(hparam.name, Strength(hparam, value, []))
         if before.hparam != hparam or before.value != value:
             raise ValueError(
                 f"{path} and {before.buffers[0]} share the name {hparam.name!r} and so one "

@@ -9,7 +9,7 @@ from torch import nn
 
 from selftune.nn import tunables
 from selftune.optim._engine import Engine
-from selftune.optim._weight_steps import STEPS_ALONE
+from selftune.optim._weight_steps import TRAINING_ONLY_AFTER
 from selftune.schedules import Schedule
 
 log = logging.getLogger("selftune")
@@ -59,7 +59,7 @@ class Advice:
                 "of 0, so the weights do not change. Pass total_steps= of the whole run.",
                 engine.label, steps, total, shape,
             )  # fmt: skip
-        alone = steps > STEPS_ALONE and not engine.clock.last_validation_step
+        alone = steps > TRAINING_ONLY_AFTER and not engine.clock.last_validation_step
         if alone and engine.whole is None and self._first("alone"):
             names = set(engine.shifts.names)
             stay = sorted(self._regularizers & names | set(engine.shifts.asleep))
@@ -67,7 +67,7 @@ class Advice:
                 log.warning(
                     "%s: no hyper_step in %d steps: training gradients tune the learning rate; "
                     "not tuned: %s. Call opt.hyper_step(lambda: loss on a validation batch) to "
-                    "tune all.", engine.label, STEPS_ALONE, ", ".join(stay),
+                    "tune all.", engine.label, TRAINING_ONLY_AFTER, ", ".join(stay),
                 )  # fmt: skip
 
     def _first(self, warning: str) -> bool:

@@ -19,7 +19,7 @@ from selftune.optim._closures import Call
 from selftune.optim._evaluation import EvaluationMode
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
-from selftune.optim._memory import Memory, of, tensors_of
+from selftune.optim._memory import Memory, memory_of, tensors_of
 from selftune.optim._outer import OuterLoss
 from selftune.optim._stepper import AbstractStepper
 from selftune.optim._weight_steps import WeightSteps
@@ -159,7 +159,7 @@ class SelfTuningOptimizer(EvaluationMode):
     def _hyper_step(self, closure: Closure, scaler: torch.amp.GradScaler | None) -> Tensor | None:
         engine, clock = self._engine, self._engine.clock
         due, ends = engine.due(self._schedule.total_steps)
-        known = engine.looked and engine.buffers.complete
+        known = engine.first_loss_seen and engine.buffers.complete
         if known and not due and not ends:
             clock.called()
             return None
@@ -168,14 +168,14 @@ class SelfTuningOptimizer(EvaluationMode):
         with torch.no_grad():
             self._blocks()
             self._take_up()
-            engine.settle()
+            engine.apply_masks()
         if not known:
             # Also an early check of the return value, without advancing random generators.
             params = [p for block in engine.blocks for p in block.params]
             with outer.random(), engine.buffers.discovering(params):
                 first = outer.first(closure)
             engine.buffers.passed()
-            if not engine.looked:
+            if not engine.first_loss_seen:
                 self._begin(first)
         clock.called()
         loss = self._tune(outer, closure) if due else None
@@ -196,7 +196,7 @@ class SelfTuningOptimizer(EvaluationMode):
         loss = float(engine.reducer.mean(first))
         if engine.controller.guard is not None:
             engine.controller.guard.begin(loss)
-        engine.looked = True
+        engine.first_loss_seen = True
         self._log.begin(self.hparams)
         if math.isfinite(loss) and engine.shifts.wake():
             self._publish()
@@ -289,7 +289,7 @@ class SelfTuningOptimizer(EvaluationMode):
         """
         with torch.no_grad():
             blocks = self._blocks()
-        return of(blocks, tensors_of(dict(self._engine.stepper.state)))
+        return memory_of(blocks, tensors_of(dict(self._engine.stepper.state)))
 
     def explain(self) -> str:
         """Explain the value of each tuned hyperparameter in one line, from the recorded run.

@@ -232,7 +232,7 @@ class Block:
         """Move the average toward the parameters, in place."""
         torch._foreach_lerp_(self.averages, self.params, share)
 
-    def settle(self, *, thresholded: bool) -> None:
+    def apply_masks(self, *, thresholded: bool) -> None:
         """Apply masks and frozen parameters to the average and the snapshots.
 
         A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in

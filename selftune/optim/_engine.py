@@ -55,7 +55,7 @@ class Engine:
     training_signal: Tensor | None = None
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
-    looked: bool = False  # at the first validation batch
+    first_loss_seen: bool = False  # at the first validation batch
     shown: Shown | None = None  # by ``averaged`` or ``eval``
     restored: Restored | None = None  # by ``load_state_dict``, until training continues
     identity: Mapping[str, Any] = field(default_factory=dict)  # settings of the run
@@ -105,11 +105,11 @@ class Engine:
             block.begin()
         self.buffers.begin()
 
-    def settle(self) -> None:
+    def apply_masks(self) -> None:
         """Apply masks and frozen parameters to averages and snapshots."""
         penalties = self.method.sensitivities.update.penalties
         for block in () if self.buffers.shown else self.blocks:
-            block.settle(thresholded=any(p.proximal for p in penalties))
+            block.apply_masks(thresholded=any(p.proximal for p in penalties))
 
     def sync(self) -> None:
         """Copy the current weights to the averaged and good ones."""
@@ -122,7 +122,7 @@ class Engine:
         for secants in (s for block in self.blocks for s in block.secants):
             secants.forget()  # changes of the gradient between other weights
         self.slopes.forget()
-        self.looked = False
+        self.first_loss_seen = False
         self.controller.restart()
 
     def training_weights(self) -> list[tuple[Tensor, Tensor]]:
@@ -135,7 +135,7 @@ class Engine:
 
     # hyperparameter steps
 
-    def train_alone(self, grads: Sequence[Tensor]) -> bool:
+    def training_only_step(self, grads: Sequence[Tensor]) -> bool:
         """Use a training gradient with the averaged sensitivities instead of a validation gradient.
 
         The sensitivities do not include its batch yet, so within the first epoch it is an unbiased
@@ -155,7 +155,7 @@ class Engine:
         self.clock.outer = self.clock.steps
         signal = self.method.unit(self.training_signal, grads, self.reducer.total)
         self.training_signal = None
-        self.settle()
+        self.apply_masks()
         averages = [b.part.average for b in self.blocks]
         guard = self.controller.guard
         due = self.clock.steps % (10 * self.every) < self.every  # no losses to select good weights
@@ -249,7 +249,7 @@ class Engine:
                 self.buffers.mend()
             return False
         step = self.clock.steps
-        self.settle()
+        self.apply_masks()
         for block in self.blocks:
             block.go_back(swept=action.planned)
         averages = [b.part.average for b in self.blocks]

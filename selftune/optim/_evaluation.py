@@ -72,7 +72,7 @@ class EvaluationMode(Container):
         self._outside("eval()")
         with torch.no_grad():
             self._blocks()
-            engine.settle()
+            engine.apply_masks()
         if engine.buffers.waiting:
             log.warning(
                 "%s: averaged() before the first training pass of a loaded run: BatchNorm layers "
@@ -80,7 +80,7 @@ class EvaluationMode(Container):
                 "st.SGD(model, ...), or model=",
                 engine.label,
             )
-        end = OuterLoss(engine).end
+        end = OuterLoss(engine).final_position
         engine.shown = Shown(engine.blocks, engine.buffers, end, live=end == 0)
 
     def train(self) -> None:

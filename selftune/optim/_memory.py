@@ -53,7 +53,7 @@ class Memory(NamedTuple):
         )
 
 
-def of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
+def memory_of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
     """The memory of the state of blocks.
 
     Args:

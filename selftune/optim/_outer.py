@@ -101,7 +101,7 @@ class OuterLoss:
         scale = self.scale
         with shown, self.engine.buffers.apart(), torch.enable_grad():
             while True:
-                loss = _asked(closure)
+                loss = _call(closure)
                 check_outer_loss(loss)
                 grads = outer_gradients(loss, self.engine.blocks, take or _nothing, scale)
                 if scale == 1 or _finite(grads):
@@ -121,7 +121,7 @@ class OuterLoss:
 
     def _value(self, closure: Closure) -> Tensor:
         with torch.enable_grad(), self.engine.buffers.kept():
-            return _asked(closure).detach()
+            return _call(closure).detach()
 
     def check_finite(self, closure: Closure) -> None:
         """Distinguish a closure that is never finite from weights that have diverged."""
@@ -133,7 +133,7 @@ class OuterLoss:
             )
 
     @property
-    def end(self) -> float:
+    def final_position(self) -> float:
         """The position of the final weights if the run ended now."""
         guard = self.engine.controller.guard
         lost = guard is not None and guard.lost and not self.engine.clock.last_validation_step
@@ -200,7 +200,7 @@ class OuterLoss:
         return torch.stack([s for slopes in found for s in slopes]).sum(0)
 
 
-def _asked(closure: Closure) -> Tensor:
+def _call(closure: Closure) -> Tensor:
     mark = _next_node()
     try:
         loss = closure()

@@ -62,7 +62,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "stiffness": _numbers(engine.store.stiffness),
         "controller": engine.controller.state_dict(),
         "buffers": engine.buffers.state_dict(),
-        "looked": engine.looked,
+        "looked": engine.first_loss_seen,
         "shown": bool(engine.training_weights()),
         "training_signal": None if signal is None else signal.clone(),
         "log": log.state_dict(),
@@ -90,7 +90,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     )
     engine.buffers.load_state_dict(run["buffers"])
     engine.buffers.expect(p for block in engine.blocks for p in block.params)
-    engine.looked = run["looked"]
+    engine.first_loss_seen = run["looked"]
 
 
 def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:

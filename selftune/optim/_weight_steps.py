@@ -24,7 +24,7 @@ from selftune.rules._base import Values
 from selftune.update import Clock, Transition
 
 THINNED = 5  # steps between two samples of BatchNorm statistics in their average
-STEPS_ALONE = 50  # steps without a hyper_step after which training gradients serve instead
+TRAINING_ONLY_AFTER = 50  # steps without a hyper_step after which training gradients serve instead
 
 
 class WeightSteps:
@@ -76,7 +76,7 @@ class WeightSteps:
                 return engine.carry_out(action)
         if engine.controller.guard is not None:
             engine.controller.guard.gradient(finite=True)
-        changed = self._alone(found)
+        changed = self._training_only(found)
         if engine.clock.since == engine.clock.steps:  # rewound
             return True
         self._in_place(found, tracked=self._age % engine.stride == 0)
@@ -109,13 +109,13 @@ class WeightSteps:
             averaging = engine.method.sensitivities.averaging
             engine.buffers.blend(averaging.weight(self._age, THINNED), engine.lapsed)
 
-    def _alone(self, grads: Sequence[Sequence[Tensor]]) -> bool:
+    def _training_only(self, grads: Sequence[Sequence[Tensor]]) -> bool:
         """Use training gradients if there are no validation gradients."""
         engine = self._engine
-        if engine.clock.last_validation_step or engine.clock.steps <= STEPS_ALONE:
+        if engine.clock.last_validation_step or engine.clock.steps <= TRAINING_ONLY_AFTER:
             return False
         pairs = zip(self._blocks, self._descending(grads), strict=True)
-        return engine.train_alone([block.scaled(g) for block, g in pairs])
+        return engine.training_only_step([block.scaled(g) for block, g in pairs])
 
     def _descending(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """Gradients of the minimised loss, block by block; negated with ``maximize``."""
@@ -172,8 +172,8 @@ class WeightSteps:
             if not finite:  # the step is skipped
                 return engine.carry_out(action)
         changed = False
-        if not engine.clock.last_validation_step and engine.clock.steps > STEPS_ALONE:
-            changed = engine.train_alone(engine.method.cut([g for g, _ in grads]))
+        if not engine.clock.last_validation_step and engine.clock.steps > TRAINING_ONLY_AFTER:
+            changed = engine.training_only_step(engine.method.cut([g for g, _ in grads]))
         if engine.clock.since == engine.clock.steps:  # rewound
             return True
         if engine.whole is not None and self._call is not None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from selftune._arguments import MODULES, ListOf, Number, checked
 from selftune.tuner._batch import size, to_device
-from selftune.tuner._data import alone
+from selftune.tuner._data import own_iterator
 from selftune.tuner._objective import LossFn, Objective
 
 ROUNDS = 25
@@ -85,7 +85,7 @@ def choose(
     Source: Caruana et al. 2004, "Ensemble Selection from Libraries of Models".
     """
     device = next((p.device for m in models.values() for p in m.parameters()), torch.device("cpu"))
-    batches = [to_device(batch, device) for batch in alone(val)]
+    batches = [to_device(batch, device) for batch in own_iterator(val)]
     sizes = [size(batch) for batch in batches]
     objectives = {n: Objective(model, loss_fn, None) for n, model in models.items()}
     predicted = {n: [o.predicted(b) for b in batches] for n, o in objectives.items()}

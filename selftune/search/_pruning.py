@@ -16,7 +16,7 @@ from selftune.structure._sizes import KINDS, Sizes
 from selftune.structure._tracing import original
 from selftune.tuner import Progress
 from selftune.tuner._batch import to_device
-from selftune.tuner._data import alone
+from selftune.tuner._data import own_iterator
 from selftune.tuner._objective import TARGETS, Objective
 
 INSIDE = {"budget": 0.5, "of": "multiply_adds"}
@@ -104,7 +104,7 @@ def close(
     Raises:
         ValueError: There are no validation batches, or the goal does not fit the model.
     """
-    few = list(islice(alone(val), FEW))
+    few = list(islice(own_iterator(val), FEW))
     if not few:
         raise ValueError("val has no batches: units cannot be judged by validation loss")
     example, device = example_of(few[0], model), next(model.parameters()).device

@@ -26,7 +26,7 @@ from selftune.method import (
 from selftune.method.slices import choose as choose_slices
 from selftune.method.slices import wanted
 from selftune.method.snapshots import kinds, resolve
-from selftune.nn import Found
+from selftune.nn import Strength
 from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
 from selftune.tuner import _choice
@@ -92,7 +92,7 @@ class Given:
     objective: Objective
     rule: AbstractRule
     update: Update
-    found: Mapping[str, Found]
+    found: Mapping[str, Strength]
     known: Mapping[str, Hparam]
     values: dict[str, float]
     chosen: set[str]
@@ -128,7 +128,7 @@ class Given:
 
 
 def tuned_names(
-    tune: Sequence[str] | None, update: Update, found: Mapping[str, Found], schedule: str
+    tune: Sequence[str] | None, update: Update, found: Mapping[str, Strength], schedule: str
 ) -> list[str]:
     """Names of the tuned hyperparameters; ``decay`` only without an annealing schedule."""
     if tune is not None:

@@ -34,7 +34,7 @@ from selftune._arguments import (
 from selftune._flat import is_sharded
 from selftune._identity import digest
 from selftune.hypernet import SelfTuned
-from selftune.nn import Found
+from selftune.nn import Strength
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
 from selftune.tuner._batch import size
@@ -50,7 +50,7 @@ log = logging.getLogger("selftune")
 
 
 def check_hparams(
-    given: Mapping[str, Any], rule: AbstractRule, strengths: Mapping[str, Found]
+    given: Mapping[str, Any], rule: AbstractRule, strengths: Mapping[str, Strength]
 ) -> None:
     """Raise an error for unknown names and values outside their range."""
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}

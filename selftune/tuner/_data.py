@@ -58,7 +58,7 @@ class Stream:
                 f"{name}={type(loader).__name__} must be a DataLoader or an iterable of batches"
             )
         self.once = isinstance(loader, Iterator)  # a generator: it cannot be started again
-        self._own = alone(loader)
+        self._own = own_iterator(loader)
         self.following = batches_of(self._own)
         self._loader = self._own if shard is None else shard(self._own)
         self._name = name
@@ -68,7 +68,7 @@ class Stream:
         )
         self._usual = 0  # examples in the first batch
         self._device = device
-        self._ahead = device.type == "cuda" and not self._stateful
+        self._prefetches = device.type == "cuda" and not self._stateful
         self._batches: Iterator[Any] | None = None
         self._waiting: list[Any] = []  # batches that were put back
         self._start: dict[str, Any] = {}
@@ -158,15 +158,15 @@ class Stream:
     def _begin(self) -> None:
         self._start = self._randomness()
         self._batches, self.taken = iter(self._loader), 0
-        if self._ahead:
-            self._batches = _ahead(self._batches, self._device)
+        if self._prefetches:
+            self._batches = _prefetched(self._batches, self._device)
 
     def _fetch(self) -> Any:
         assert self._batches is not None
         if self._waiting:
             return self._waiting.pop()
         batch = next(self._batches)
-        return batch if self._ahead else to_device(batch, self._device)
+        return batch if self._prefetches else to_device(batch, self._device)
 
     def close(self) -> None:
         """End the loader's workers.
@@ -276,7 +276,7 @@ class Stream:
             self.taken += 1
 
 
-def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+def _prefetched(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """Batches on the GPU, with the next one copied in advance."""
     copying = torch.cuda.Stream(device)
 
@@ -308,7 +308,7 @@ def batches_of(loader: Any) -> Batches | None:
     return next((s for s in samplers if isinstance(s, Batches)), None)
 
 
-def alone(loader: Any) -> Any:
+def own_iterator(loader: Any) -> Any:
     """The same loader with its own iterator.
 
     Persistent workers share one iterator, which would restart when another reader starts.

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from selftune._flat import local
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._batch import size, to_device
-from selftune.tuner._data import Stream, alone, end_workers
+from selftune.tuner._data import Stream, end_workers, own_iterator
 from selftune.tuner._objective import InMode, Objective, for_scoring
 from selftune.tuner._passes import reshard
 from selftune.tuner._positions import position, read_from
@@ -100,7 +100,7 @@ class Scorer:
         self._module = _Scores(objective if self._sharded else for_scoring(objective), metrics)
         self._names = [f"objective.{n}" for n in params]
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
-        own = alone(batches)
+        own = own_iterator(batches)
         self._batches: Iterable[Any] = steady(own) if steps.group.together else own
         self._own, self._start = own, position(own)
         self._few: list[Any] = []  # batches of an iterator that cannot restart

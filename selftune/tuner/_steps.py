@@ -151,7 +151,7 @@ class Steps:
         for name in () if apart else self.params:
             named[name].data = named[name].data.clone()
 
-    def observed(self, age: int) -> tuple[bool, bool]:
+    def due(self, age: int) -> tuple[bool, bool]:
         """Whether the step that ends at an age is tracked; whether a hyperparameter step is due."""
         return age % self.method.sensitivities.estimator.stride == 0, age % self.every == 0
 

@@ -169,7 +169,7 @@ class Training:
             _choice.choose(self, batch)
             self._within = False
             since = 0 if self.population is not None else self.watch.since
-            tracked, tune = self.steps.observed(step - since)  # members share one clock
+            tracked, tune = self.steps.due(step - since)  # members share one clock
         between = self._now() if tune else {}
         try:
             outer = self.val.next() if tune and not self.joined else None

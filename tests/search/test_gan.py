@@ -34,7 +34,7 @@ def test_the_penalty_s_hypergradient() -> None:
 
         def ahead(strength: torch.Tensor) -> torch.Tensor:
             torch.manual_seed(1)
-            return gan._ahead(real, held, strength, [0.5, 0.5])
+            return gan._unrolled_energy(real, held, strength, [0.5, 0.5])
 
         strength = torch.tensor(0.7, requires_grad=True)
         ahead(strength).backward(inputs=[strength])

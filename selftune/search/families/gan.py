@@ -129,8 +129,8 @@ class GAN:
             players[0].hyper_step(lambda: self.energy(next(held)))
             if step % self.every == 0:
                 rates = [float(p.param_groups[0]["lr"]) for p in players]
-                ahead = self._ahead(next(real), next(held), strength.exp(), rates)
-                (slope,) = torch.autograd.grad(ahead, strength)
+                energy = self._unrolled_energy(next(real), next(held), strength.exp(), rates)
+                (slope,) = torch.autograd.grad(energy, strength)
                 if bool(torch.isfinite(slope)):  # else keep λ until the next update
                     strength.grad = slope
                     hyper.step()
@@ -182,7 +182,9 @@ class GAN:
         (slope,) = torch.autograd.grad(out, x, create_graph=True)
         return ((slope.square().sum(1) + 1e-12).sqrt() - 1).square().mean()
 
-    def _ahead(self, real: Tensor, held: Tensor, strength: Tensor, rates: list[float]) -> Tensor:
+    def _unrolled_energy(
+        self, real: Tensor, held: Tensor, strength: Tensor, rates: list[float]
+    ) -> Tensor:
         """The energy distance after one plain step of both players, differentiable in λ."""
         critic = {n: p.detach().requires_grad_() for n, p in self.critic.named_parameters()}
         maker = {n: p.detach().requires_grad_() for n, p in self.generator.named_parameters()}
