@@ -193,14 +193,15 @@ def example_of(batch: Any, model: nn.Module) -> tuple[Any, ...]:
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
         target = next((name for name in TARGETS if name in batch), None)
-        known = inspect.signature(original(model).forward).parameters
+        signature = inspect.signature(original(model).forward)
         entries = {name: value for name, value in batch.items() if name != target}
-        last = max((i for i, name in enumerate(known) if name in entries), default=-1)
-        inputs = [entries.pop(n, p.default) for n, p in list(known.items())[: last + 1]]
+        known = list(signature.parameters.values())
+        last = max((i for i, param in enumerate(known) if param.name in entries), default=-1)
+        inputs = [entries.pop(param.name, param.default) for param in known[: last + 1]]
         if entries or any(value is inspect.Parameter.empty for value in inputs):
             raise ValueError(
-                f"structure= passes batches to the model by position, but forward{known} does not "
-                f"take {sorted(map(str, batch))}: name them as its arguments"
+                "structure= passes batches to the model by position, but forward"
+                f"{signature} does not take {sorted(map(str, batch))}: name them as its arguments"
             )
     else:
         inputs = list(batch[:-1])

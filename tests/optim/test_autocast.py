@@ -19,7 +19,7 @@ def run(outside: bool) -> tuple[float, list[float], dict[str, Any]]:
     torch.manual_seed(0)
     net = nn.Linear(10, 10)
     opt = st.SGD(net, lr=0.05, probe=False, every=1, total_steps=60)
-    told = []
+    losses = []
     for step in range(60):
         if step == 30:
             opt.param_groups[0]["lr"] = 20.0
@@ -35,9 +35,9 @@ def run(outside: bool) -> tuple[float, list[float], dict[str, Any]]:
 
         with torch.autocast("cpu", torch.bfloat16, enabled=outside):
             found = opt.hyper_step(closure)
-        told += [] if found is None else [float(found)]
+        losses += [] if found is None else [float(found)]
     with opt.averaged():
-        return float(closure().detach()), told, opt.hparams
+        return float(closure().detach()), losses, opt.hparams
 
 
 def test_autocast_around_a_hyperparameter_step_is_that_of_its_closure() -> None:

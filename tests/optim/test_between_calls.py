@@ -101,7 +101,7 @@ def test_a_parameter_that_moves_to_another_group_takes_its_rate() -> None:
 
 
 def test_a_loss_that_rewinds_the_run_takes_the_old_gradient_with_it() -> None:
-    """Truth: a loss that is told after the step, whose weights the rewind replaces."""
+    """Truth: a loss that is reported after the step, whose weights the rewind replaces."""
     found = []
     for early in (True, False):
         net = network()

@@ -218,3 +218,24 @@ def test_dictionaries_are_passed_by_name() -> None:
     found = search.select(build, train, val, trials=1, structure="inside", **QUICK)
     assert found.sizes is not None
     assert found.sizes["units"][0] < 32
+
+
+def test_entries_that_forward_does_not_name_are_named() -> None:
+    train, val = (
+        [{"features": x, "label": y} for x, y in batches] for batches in data()
+    )  # fmt: skip
+
+    class Named(nn.Module):
+        def __init__(self, width: int, gates: list[nn.Module]) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, width), nn.ReLU(), *gates, nn.Linear(width, 1))
+
+        def forward(self, **entries: Tensor) -> Tensor:
+            return self.body(entries["features"])
+
+    def build(space: search.Space) -> nn.Module:
+        width = space.suggest_width("width", (8, 32))
+        return Named(width, space.gates(width))
+
+    with pytest.raises(RuntimeError, match=r"forward\(\*\*entries.*name them as its arguments"):
+        search.select(build, train, val, trials=1, structure="inside", **QUICK)
