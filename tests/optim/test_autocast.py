@@ -102,3 +102,35 @@ def test_a_scale_that_overflows_is_lowered() -> None:
             opt.hyper_step(lambda net=net: 30 * F.mse_loss(net(X[32:]), Y[32:]), scaler=scaler)
         found.append(opt.hparams["lr"])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+SHELLS: dict[str, Callable[..., Any]] = {
+    **{
+        shell.__name__: shell for shell in (st.SGD, st.Adam, st.AdamW, st.RMSprop, st.Lion, st.Muon)
+    },
+    "SelfTuning": lambda p, lr, **options: st.SelfTuning(torch.optim.NAdam(p, lr=lr), **options),
+}
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_whole_iterations_inside_autocast_are_those_of_its_passes(name: str) -> None:
+    def train(outside: bool) -> tuple[Tensor, dict[str, Any]]:
+        torch.manual_seed(0)
+        net = nn.Linear(10, 10, bias=False)
+        opt = SHELLS[name](net.parameters(), lr=0.003, probe=False, total_steps=40, every=5)
+
+        def loss(part: slice) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return F.mse_loss(net(X[part]).float(), Y[part])
+
+        for _ in range(40):
+            opt.zero_grad()
+            loss(slice(0, 32)).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+                opt.step()
+                opt.hyper_step(lambda: loss(slice(32, 64)))
+        return net.weight.detach(), opt.hparams
+
+    (weights, hparams), (others, expected) = train(True), train(False)
+    assert torch.equal(weights, others)
+    assert hparams == expected
