@@ -8,8 +8,8 @@ workloads in percent (below 0: the change is better), ± its standard error from
 on how many workloads the change is better. ``--face`` and ``--rule`` choose driver and rule,
 ``--only`` workloads, ``--suite extended`` the second list of them; ``--save FILE`` keeps every run
 as a line of JSON and skips the runs that it holds already. A change takes about two minutes with
-two seeds on two idle cores. The tables are kept in ``docs/ablations.md``, changes that lost
-included.
+two seeds on two idle cores. The tables are kept in ``docs/ablations.md`` and
+``docs/ablations-details.md``, changes that lost included.
 """
 
 from __future__ import annotations

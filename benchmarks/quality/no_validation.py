@@ -8,7 +8,7 @@ out at random. Baseline: a tuned run with this 10 % split. Printed is the test l
 divided by the baseline's from the same seed: median, quartiles and the largest over workloads and
 seeds, the share of runs that are not worse, and the geometric mean of each workload. Rivals: other
 times of the join and other shares, and a tenth that rotates every epoch, by the optimizer only. A
-run takes 2 to 6 seconds; the table is kept in ``docs/ablations.md``.
+run takes 2 to 6 seconds; the table is kept in ``docs/ablations-details.md``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Each run is one of AdamW, SGD (momentum 0.9), RMSprop or Lion on a workload of t
 1e-4), a hundredth of it, and thirty times it. Printed is the geometric mean, over workloads, rules
 and seeds, of the test loss with a sweep over the test loss without one; in brackets the same
 without interpolation between the rates of the sweep. Six minutes on one core; the table is kept in
-``docs/ablations.md``.
+``docs/ablations-details.md``.
 """
 
 from __future__ import annotations
