@@ -7,7 +7,7 @@ baselines take theirs (:mod:`benchmarks.cost.plain`), so that all are interleave
 
     python -m benchmarks.fused [--part time|memory|population] [--rule SGD|AdamW] [--only MLP]
 
-Typical output is kept in ``docs/benchmarks.md``.
+Typical output is kept in ``docs/benchmarks-cost.md``.
 """
 
 from __future__ import annotations

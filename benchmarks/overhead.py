@@ -7,7 +7,7 @@ one run and medians are compared, since shared machines drift.
 
     python -m benchmarks.overhead
 
-Typical output is kept in ``docs/benchmarks.md``.
+Typical output is kept in ``docs/benchmarks-cost.md``.
 """
 
 from __future__ import annotations

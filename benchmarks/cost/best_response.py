@@ -6,7 +6,7 @@ Cost: a weight step of a tuned run, one hyperparameter step with its validation 
 weight steps included, against the plain eager loop with ``nn.Dropout`` at fixed rates. Loops of
 one's own (:mod:`selftune.hypernet`) are eager, and so is what they are held against;
 ``BestResponse`` is ``Tuner.fit`` as users call it, eager and compiled. All are interleaved in one
-run. Typical output is kept in ``docs/benchmarks.md``.
+run. Typical output is kept in ``docs/benchmarks-estimators.md``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ its steps the plain loops (:mod:`benchmarks.cost.plain`) and the other libraries
     python -m benchmarks.estimators.compare [--part time|peers|equal|many|bias] [--only Forward]
 
 ``many`` holds a weight decay for each of a million weights. ``bias`` needs scikit-learn, and
-``peers`` and ``equal`` the libraries themselves. Typical output is kept in ``docs/benchmarks.md``.
+``peers`` and ``equal`` the libraries themselves. Typical output is kept in
+``docs/benchmarks-estimators.md``.
 """
 
 from __future__ import annotations

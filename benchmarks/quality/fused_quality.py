@@ -7,7 +7,7 @@ and test loss, means over the seeds with standard error.
 
     SELFTUNE_DATA=... python -m benchmarks.quality.fused_quality [--seeds 10] [--only digits]
 
-Typical output is kept in ``docs/benchmarks.md``.
+Typical output is kept in ``docs/benchmarks-cost.md``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ hyper steps count as training steps. Rank: the share of the pool that is better.
 
     SELFTUNE_DATA=... python -m benchmarks.quality.one_run
 
-Typical output is kept in ``docs/benchmarks.md``.
+Typical output is kept in ``docs/benchmarks-selection.md``.
 """
 
 from __future__ import annotations
