@@ -48,8 +48,8 @@ def load(source: Path | io.BytesIO, safe: Sequence[type] = ()) -> Any:
         ValueError: It is damaged, or was not saved by torch.
     """
     try:
-        with zipfile.ZipFile(source) as held:
-            broken = held.testzip()
+        with zipfile.ZipFile(source) as archive:
+            broken = archive.testzip()
         if broken is not None:
             raise ValueError(f"the checksum of {broken} does not match")
         if isinstance(source, io.BytesIO):

@@ -47,9 +47,9 @@ def swap(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         if tensor.numel() > FEW and tensor.is_contiguous():
             parts = [t.view(-1).split(FEW) for t in (tensor, other)]
         for some, those in zip(*parts, strict=True):
-            held = some.clone()
+            copy = some.clone()
             some.copy_(those)
-            those.copy_(held)
+            those.copy_(copy)
 
 
 class Layout:

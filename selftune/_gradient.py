@@ -46,8 +46,8 @@ def pulling(
         params: The point of differentiation.
     """
     if not plainly():
-        found: Any = torch.func.vjp(function, params)
-        return found[0], lambda cotangent: found[1](cotangent)[0]
+        value_and_pull: Any = torch.func.vjp(function, params)
+        return value_and_pull[0], lambda cotangent: value_and_pull[1](cotangent)[0]
     leaf = params.detach().requires_grad_()
     with torch.enable_grad():
         out = function(leaf)

@@ -29,10 +29,10 @@ def flatten(name: str, value: Any) -> dict[str, Any]:
         pairs = [(str(k), v) for k, v in value.items()]
     else:
         return {name: value if isinstance(value, (bool, int, float, str)) else describe(value)}
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, part in pairs:
-        found |= flatten(f"{name}.{key}", part)
-    return found or {name: "none"}
+        entries |= flatten(f"{name}.{key}", part)
+    return entries or {name: "none"}
 
 
 def describe(value: Any) -> str:
@@ -47,7 +47,7 @@ def differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
         >>> differences({"amp": True, "every": 5}, {"amp": False, "every": 5})
         ['amp is True there and False here']
     """
-    found = []
+    differing = []
     for name in dict.fromkeys([*mine, *saved]):
         there, here = (str(side.get(name, "none")) for side in (saved, mine))
         if there == here:
@@ -55,17 +55,17 @@ def differences(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
         lines = zip(f"{there}\n".splitlines(), f"{here}\n".splitlines(), strict=False)
         first = next(((a, b) for a, b in lines if a != b), (there, here))
         a, b = (line.strip() for line in first)
-        found.append(f"{name} is {a} there and {b} here")
-    return found
+        differing.append(f"{name} is {a} there and {b} here")
+    return differing
 
 
 def digest(tensors: Iterable[Tensor], *, values: bool = True) -> int:
     """A checksum of shapes, dtypes and, optionally, about 1,024 values of each tensor."""
-    found = 0
+    checksum = 0
     for tensor in tensors:
-        found = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), found)
+        checksum = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
         if values:
             flat = tensor.detach().reshape(-1)
             some = flat[:: max(1, flat.numel() // SAMPLED)].cpu().contiguous()
-            found = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), found)
-    return found
+            checksum = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), checksum)
+    return checksum

@@ -9,9 +9,9 @@ from torch import Tensor
 
 def leaves(tree: Any) -> list[Tensor]:
     """The tensors of nested tuples, lists and dictionaries, always in the same order."""
-    found: list[Tensor] = []
-    _gather(tree, found)
-    return found
+    tensors: list[Tensor] = []
+    _gather(tree, tensors)
+    return tensors
 
 
 def copy_into(old: Any, new: Any) -> None:
@@ -21,12 +21,12 @@ def copy_into(old: Any, new: Any) -> None:
             tensor.copy_(value)
 
 
-def _gather(tree: Any, found: list[Tensor]) -> None:
+def _gather(tree: Any, tensors: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
-        found.append(tree)
+        tensors.append(tree)
     elif isinstance(tree, dict):
         for value in tree.values():
-            _gather(value, found)
+            _gather(value, tensors)
     else:
         for value in tree:
-            _gather(value, found)
+            _gather(value, tensors)

@@ -57,11 +57,11 @@ def _show(runs: Sequence[str]) -> int:
 
 def _expanded(runs: Sequence[str]) -> list[str]:
     """The given runs; a folder without a run is replaced by the runs below it."""
-    found: dict[str, None] = {}
+    folders: dict[str, None] = {}
     for run in runs:
         below = [str(path) for path in runs_in(run)] if Path(run).is_dir() else []
-        found |= dict.fromkeys([run] if not below or str(Path(run)) in below else below)
-    return list(found)
+        folders |= dict.fromkeys([run] if not below or str(Path(run)) in below else below)
+    return list(folders)
 
 
 def _worker(storage: str, script: str, rest: Sequence[str]) -> int:

@@ -41,8 +41,8 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
 
     def call(params: Tensor, *inputs: Any) -> Any:
         tensors = dict(zip(names, layout.views(params), strict=True))
-        held = {n: b.clone() if buffers else b for n, b in kept.items()}
-        return functional_call(hollow, {**tensors, **held}, inputs)
+        buffers_now = {n: b.clone() if buffers else b for n, b in kept.items()}
+        return functional_call(hollow, {**tensors, **buffers_now}, inputs)
 
     with torch.no_grad():
         return layout.flatten(list(named.values())).clone(), call

@@ -296,14 +296,14 @@ def divide(
         raise ValueError(
             f"{given} cannot keep the order of sampler={type(loader.sampler).__name__}: {instead}"
         )
-    held = round(share * total)
-    if not 0 < held < total:
+    held_out = round(share * total)
+    if not 0 < held_out < total:
         raise ValueError(
-            f"{given} of {total} examples leaves {held} for validation, {total - held} for "
+            f"{given} of {total} examples leaves {held_out} for validation, {total - held_out} for "
             f"training: pass another share, or {instead}"
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order[: total - held], order[total - held :]
+    return order[: total - held_out], order[total - held_out :]
 
 
 def like(loader: DataLoader[Any], data: Any, **changes: Any) -> DataLoader[Any]:
@@ -330,9 +330,11 @@ def split(
         ValueError: See :func:`divide`.
     """
     parts = divide(loader, share, seed, given, "train", "pass validation batches, fit(train, val)")
-    rest, held = (Subset(loader.dataset, indices) for indices in parts)
+    rest, held_out = (Subset(loader.dataset, indices) for indices in parts)
     shuffled = isinstance(loader.sampler, RandomSampler)
-    return like(loader, rest, shuffle=shuffled), like(loader, held, shuffle=True, drop_last=False)
+    return like(loader, rest, shuffle=shuffled), like(
+        loader, held_out, shuffle=True, drop_last=False
+    )
 
 
 def _size(loader: DataLoader[Any]) -> int:

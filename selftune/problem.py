@@ -198,12 +198,12 @@ class Problem:
         with torch.enable_grad():
             loss = self.inner_loss(point.params, leaves, point.batch)
             tracked = loss.requires_grad
-            found = (
+            slopes = (
                 torch.autograd.grad(loss, [leaves[n] for n in outside], allow_unused=True)
                 if tracked
                 else [None] * len(outside)
             )
-        idle = [n for n, g in zip(outside, found, strict=True) if g is None]
+        idle = [n for n, g in zip(outside, slopes, strict=True) if g is None]
         if idle:
             raise ValueError(
                 f"hparams {idle} influence neither the training loss nor the update, which reads "
@@ -260,8 +260,8 @@ class Problem:
             return self.moved(point._replace(params=params, state=state), grads, h)
 
         primals = (point.params, dict(point.state), self.gradient(point, hparams), dict(hparams))
-        found: tuple[Tensor, State] = jvp(moved, primals, (*tangent, grads_dot, dict(moving)))[1]
-        return found
+        pushed: tuple[Tensor, State] = jvp(moved, primals, (*tangent, grads_dot, dict(moving)))[1]
+        return pushed
 
     def pull(
         self, point: Point, hparams: Hparams, cotangent: tuple[Tensor, State]

@@ -103,8 +103,8 @@ class Products:
         backend, values = self._chosen(params, hparams, *batch), dict(hparams)
         gradient = self._at(batch)
         if backend == "double backward":
-            found: Any = vjp(gradient, params, values)
-            return found[0], found[1]
+            product: Any = vjp(gradient, params, values)
+            return product[0], product[1]
         both = self._at(batch, (0, 1))
         if backend == "forward over reverse":
             return gradient(params, values), lambda v: jvp(
@@ -126,8 +126,8 @@ class Products:
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """∇L and ``v ↦ H v`` only, which is cheaper than ``pull``."""
         if self._chosen(params, hparams, *batch) != "double backward":
-            found, pull = self.linear(params, hparams, *batch)
-            return found, lambda v: pull(v)[0]
+            product, pull = self.linear(params, hparams, *batch)
+            return product, lambda v: pull(v)[0]
         gradient, values = self._at(batch), dict(hparams)
         primal: Any = vjp(lambda w: gradient(w, values), params)
         return primal[0], lambda v: primal[1](v)[0]
@@ -197,8 +197,8 @@ class Products:
             loss = self._loss(leaf, hparams, *batch)
             if not loss.requires_grad:  # the loss does not depend on the weights
                 return
-            (found,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
-        waiting, seen = [found.grad_fn], set()
+            (slope,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
+        waiting, seen = [slope.grad_fn], set()
         while waiting:
             node = waiting.pop()
             if node is None or node in seen:

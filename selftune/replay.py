@@ -64,11 +64,11 @@ class TunedSchedule:
 
     def at(self, step: int) -> dict[str, float]:
         """All hyperparameters at a step counted from 0; past the end, the last ones."""
-        found = {}
+        values = {}
         for name, entries in self.values.items():
             place = bisect_right([first for first, _ in entries], step)
-            found[name] = entries[max(place - 1, 0)][1]
-        return found
+            values[name] = entries[max(place - 1, 0)][1]
+        return values
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write JSON.
@@ -86,8 +86,8 @@ class TunedSchedule:
             ValueError: The file is not a schedule.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            return TunedSchedule(**found)
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            return TunedSchedule(**fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a schedule saved by selftune ({error}): pass another "

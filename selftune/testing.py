@@ -108,8 +108,8 @@ def _sentence(agrees: bool, cosine: float, doubtful: Sequence[str]) -> str:
     return "the estimate points uphill: do not tune with it here"
 
 
-def _relative(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm().clamp_min(torch.finfo(truth.dtype).tiny))
+def _relative(value: Tensor, truth: Tensor) -> float:
+    return float((value - truth).norm() / truth.norm().clamp_min(torch.finfo(truth.dtype).tiny))
 
 
 def _shown(value: Tensor) -> str:

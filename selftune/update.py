@@ -86,8 +86,8 @@ class Update:
     @property
     def heavy(self) -> list[Hparam]:
         """Heavy-ball momenta that are currently active."""
-        found = self.rule.hparams
-        return [h for h in found if h.accumulates and h.name not in self.rule.inactive]
+        hparams = self.rule.hparams
+        return [h for h in hparams if h.accumulates and h.name not in self.rule.inactive]
 
     @property
     def tuned(self) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ class Update:
         single = replace(self, penalties=tuple(penalties))
         transition = single.observed(weight, weight, state, {**values, **numbers}, Clock(0))[2]
         tangents = transition.push(zero_tangents(len(rows), weight), dict.fromkeys(rows, 1.0), 0.0)
-        return {row: set(found) for row, found in tangents.state.items()}
+        return {row: set(names) for row, names in tangents.state.items()}
 
     def penalised(
         self, params: Tensor, grads: Tensor, values: Values, names: Sequence[str] | None = None

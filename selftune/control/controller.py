@@ -277,8 +277,8 @@ def make_guard(guard: Any) -> Guard | None:
     if guard is False or guard is None:
         return None
     policy = GuardPolicy() if guard is True else guard
-    found: Guard = policy.begin()
-    return found
+    begun: Guard = policy.begin()
+    return begun
 
 
 def make_sweep(

@@ -169,10 +169,10 @@ def hypergradient(
         memory = estimator.observe(problem, memory, point, hparams)
         point = problem.step(point, hparams)
     outer_grads = torch.func.grad(problem.outer_loss)(point.params, outer_batch)
-    found = estimator.estimate(problem, memory, point, hparams, outer_grads)
-    if found.solution is not None and bool(found.solution.diverged):
+    estimate = estimator.estimate(problem, memory, point, hparams, outer_grads)
+    if estimate.solution is not None and bool(estimate.solution.diverged):
         log.warning(
             "%s: the linear solve diverged; using its best iterate (relative residual %.2g): "
-            "add damping, or use fewer terms", estimator, float(found.solution.residual),
+            "add damping, or use fewer terms", estimator, float(estimate.solution.residual),
         )  # fmt: skip
-    return found._replace(grads={n: g.detach() for n, g in found.grads.items()})
+    return estimate._replace(grads={n: g.detach() for n, g in estimate.grads.items()})

@@ -86,8 +86,8 @@ def over_rows(problem: Problem, push: Callable[..., Any], rows: tuple[Any, ...])
             products.refused["vmap"] = str(error).strip().splitlines()[0]
     count = len(rows[0])
     parts = tree_map(lambda t: list(t.unbind()), rows)
-    found = [push(*tree_map(itemgetter(i), parts, is_leaf=_listed)) for i in range(count)]
-    return tree_map(lambda *t: torch.stack(t), *found)
+    moved = [push(*tree_map(itemgetter(i), parts, is_leaf=_listed)) for i in range(count)]
+    return tree_map(lambda *t: torch.stack(t), *moved)
 
 
 def _listed(part: Any) -> bool:

@@ -68,9 +68,9 @@ class AbstractRows(AbstractEstimator):
         """``J ∘ ∇L_val``, summed over the weights that share a hyperparameter."""
         rows = iter(memory.params * outer_grads)
         inside = [n for n in hparams if n in problem.update.hparams]
-        found = {n: problem.gather(next(rows), hparams[n]) for n in inside}
+        grads = {n: problem.gather(next(rows), hparams[n]) for n in inside}
         for n, h in hparams.items():
-            if n not in found:
+            if n not in grads:
                 sums = [next(rows).sum() for _ in range(h.numel())]
-                found[n] = torch.stack(sums).reshape(h.shape)
-        return Estimate({n: found[n] for n in hparams})
+                grads[n] = torch.stack(sums).reshape(h.shape)
+        return Estimate({n: grads[n] for n in hparams})

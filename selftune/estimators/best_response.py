@@ -132,8 +132,8 @@ class BestResponse(AbstractEstimator):
         learn = problem.graph("learn", partial(self._learned, problem))
         near, move, shift = begin(memory, point, hparams)
         grads = gradient(point, shift, near)
-        found: Response = learn(memory, point, hparams, (near, move, shift), grads)
-        return found
+        response: Response = learn(memory, point, hparams, (near, move, shift), grads)
+        return response
 
     def _begun(
         self, problem: Problem, memory: Response, point: Point, hparams: Hparams
@@ -229,10 +229,10 @@ class BestResponse(AbstractEstimator):
         parts = zip(memory.tensors, problem.views(outer_grads), strict=True)
         raw = torch.stack([t.pull(g) for t, g in parts]).sum(0)
         split = raw.split([h.numel() for h in hparams.values()])
-        found = {}
+        grads = {}
         for (name, h), part in zip(hparams.items(), split, strict=True):
-            found[name] = part.reshape(h.shape) / _range(problem, name)[2].slope(h)
-        return Estimate(found)
+            grads[name] = part.reshape(h.shape) / _range(problem, name)[2].slope(h)
+        return Estimate(grads)
 
     def shift(self, problem: Problem, memory: Response, params: Tensor, move: Tensor) -> Tensor:
         """J δ, shape (N,), for a move δ of all entries in raw space."""

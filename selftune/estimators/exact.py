@@ -81,14 +81,14 @@ class FiniteDifference(AbstractReference):
         self, problem: Problem, memory: Run, end: Point, hparams: Hparams, outer_grads: Tensor
     ) -> Estimate:
         """Central differences in each entry of each hyperparameter."""
-        found = {}
+        grads = {}
         for name, value in hparams.items():
             slopes = [
                 self._slope(problem, memory, hparams, name, i, outer_grads)
                 for i in range(value.numel())
             ]
-            found[name] = torch.stack(slopes).reshape(value.shape)
-        return Estimate(found)
+            grads[name] = torch.stack(slopes).reshape(value.shape)
+        return Estimate(grads)
 
     def _slope(
         self, problem: Problem, memory: Run, hparams: Hparams, name: str, entry: int, grads: Tensor

@@ -100,8 +100,8 @@ class Forward(AbstractEstimator):
         """Propagate through the step, including curvature."""
         problem.products.prepare(point.params, hparams, point.batch)
         observe = problem.graph("observe", partial(self._observe, problem))
-        found: ForwardMemory = observe(memory, point, hparams)
-        return found
+        after: ForwardMemory = observe(memory, point, hparams)
+        return after
 
     def _observe(
         self, problem: Problem, memory: ForwardMemory, point: Point, hparams: Hparams

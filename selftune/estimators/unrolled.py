@@ -137,8 +137,8 @@ class Unrolled(AbstractEstimator):
                 if left == len(steps) + 1:  # first of the horizon
                     steps.append(reach(point, values, cotangent))
                     continue
-                cotangent, found = pull(point, values, cotangent)
-                steps.append(found)
+                cotangent, grads = pull(point, values, cotangent)
+                steps.append(grads)
         if not steps:
             raise ValueError("no step was observed: there is nothing to differentiate")
         stacked = {n: torch.stack([s[n] for s in reversed(steps)]) for n in hparams}
@@ -151,12 +151,12 @@ class Unrolled(AbstractEstimator):
     @staticmethod
     def _stretches(memory: tuple[Passed, ...]) -> list[list[Passed]]:
         """The steps, grouped by checkpoint."""
-        found: list[list[Passed]] = []
+        stretches: list[list[Passed]] = []
         for passed in memory:
             if passed.point.params.numel():
-                found.append([])
-            found[-1].append(passed)
-        return found
+                stretches.append([])
+            stretches[-1].append(passed)
+        return stretches
 
     @staticmethod
     def _points(problem: Problem, stretch: list[Passed]) -> list[tuple[Point, Hparams]]:
@@ -179,8 +179,8 @@ def _free(device: torch.device) -> int:
     known = Path("/proc/meminfo")
     if not known.exists():
         return sys.maxsize  # unknown: nothing is refused
-    found = re.search(r"MemAvailable:\s+(\d+) kB", known.read_text())
-    return int(found[1]) * 1024 if found else sys.maxsize
+    match = re.search(r"MemAvailable:\s+(\d+) kB", known.read_text())
+    return int(match[1]) * 1024 if match else sys.maxsize
 
 
 __all__ = ["Passed", "Unrolled"]

@@ -45,7 +45,7 @@ def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
     Raises:
         ValueError: A parameter is shared between layers of which only some are supported.
     """
-    found: dict[int, Place] = {}
+    places: dict[int, Place] = {}
     plain: dict[str, str] = {}
     alone = True
     kinds: dict[int, set[bool]] = {}
@@ -59,7 +59,7 @@ def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
             name = f"{path}.{attribute}" if path else attribute
             kinds.setdefault(id(param), set()).add(knows)
             if len(kinds[id(param)]) == 2:
-                other = found[id(param)].name if id(param) in found else name
+                other = places[id(param)].name if id(param) in places else name
                 raise ValueError(
                     f"{name} is shared between layers, and only one of them can "
                     f"respond ({other}): give each its own parameter, or freeze it"
@@ -67,10 +67,10 @@ def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
             if not knows:
                 plain[name] = f"{type(host).__name__} is not supported"
                 continue
-            place = found.setdefault(id(param), Place(name, param))
+            place = places.setdefault(id(param), Place(name, param))
             place.users.append((module, attribute))
             alone &= term is not None and host is module
-    return list(found.values()), plain, alone
+    return list(places.values()), plain, alone
 
 
 def _host(model: nn.Module, path: str) -> nn.Module:

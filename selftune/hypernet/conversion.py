@@ -62,9 +62,9 @@ def convert(
     """
     if isinstance(model, SelfTuned):
         raise ValueError("model is already converted: revert() it first")
-    found = tunables(model)
-    given = {n: f.value for n, f in found.items()} if hparams is None else dict(hparams)
-    known = {n: found[n].hparam if n in found else penalty_hparam(n) for n in given}
+    strengths = tunables(model)
+    given = {n: f.value for n, f in strengths.items()} if hparams is None else dict(hparams)
+    known = {n: strengths[n].hparam if n in strengths else penalty_hparam(n) for n in given}
     if not given:
         raise ValueError(
             "model holds no hyperparameter: add layers of selftune.nn, or name penalties "
@@ -77,8 +77,10 @@ def convert(
     if not places:
         raise ValueError(f"no layer of model can respond: {plain or 'it has no parameters'}")
     if perturb == "example" and not alone:
-        held = [p.name for p in places if term_of(p.users[0][0]) is None]
-        raise ValueError(f"perturb='example' is not possible for {held}: use 'batch' or 'auto'")
+        unconverted = [p.name for p in places if term_of(p.users[0][0]) is None]
+        raise ValueError(
+            f"perturb='example' is not possible for {unconverted}: use 'batch' or 'auto'"
+        )
     report = Report(tuple(p.name for p in places), plain, alone and perturb != "batch")
     return SelfTuned(model, given, known, places, report, scale)
 
@@ -109,9 +111,9 @@ class SelfTuned(nn.Module):
         super().__init__()
         self.model, self.report = model, report
         own_counters(model)
-        found = tunables(model)
+        strengths = tunables(model)
         self._known = dict(known)
-        self._buffers_of = {n: found[n].buffers if n in found else [] for n in known}
+        self._buffers_of = {n: strengths[n].buffers if n in strengths else [] for n in known}
         self._places = places
         like = next(model.parameters())
         raw = [
@@ -170,11 +172,11 @@ class SelfTuned(nn.Module):
         """
         if name not in self._known:
             raise ValueError(f"name={name!r} is unknown: use one of {list(self._known)}")
-        found = self._present.get(name, self._values(self.raw.detach())[name])
-        if found.numel() > 1 and self._buffers_of[name]:
+        value = self._present.get(name, self._values(self.raw.detach())[name])
+        if value.numel() > 1 and self._buffers_of[name]:
             raise ValueError(f"name={name!r} has one value per example: only its layer reads it")
         self._read.add(name)
-        return found.flatten()[0]
+        return value.flatten()[0]
 
     @contextmanager
     def tuning(self) -> Iterator[None]:
@@ -249,37 +251,37 @@ class SelfTuned(nn.Module):
             kwargs: Keyword arguments of the model.
             tensors: Parameters that replace ``w + J δ``.
         """
-        held = self.strengths() if self.training else {}
+        tensors_now = self.strengths() if self.training else {}
         if delta.ndim == 1:
-            held |= self.moved(delta) if tensors is None else tensors
-            return torch.func.functional_call(self.model, held, args, kwargs)
+            tensors_now |= self.moved(delta) if tensors is None else tensors
+            return torch.func.functional_call(self.model, tensors_now, args, kwargs)
         self._delta = delta / self.unit
         try:
-            return torch.func.functional_call(self.model, held, args, kwargs)
+            return torch.func.functional_call(self.model, tensors_now, args, kwargs)
         finally:
             self._delta = None
 
     def strengths(self) -> dict[str, Tensor]:
         """The strength buffers of this pass by name, shape (1,) or (batch,)."""
-        found: dict[str, Tensor] = {}
+        strengths: dict[str, Tensor] = {}
         for name, places in self._buffers_of.items():
-            found |= dict.fromkeys(places, self._present[name].reshape(-1))
-        return found
+            strengths |= dict.fromkeys(places, self._present[name].reshape(-1))
+        return strengths
 
     def moved(self, delta: Tensor) -> dict[str, Tensor]:
         """The parameters ``w + J δ`` by name."""
         named = dict(self.model.named_parameters())
         move = delta / self.unit
-        found = {}
+        moved = {}
         for place in self._places:
             param, gain = named[place.name], self.gains[place.key] @ move
             if place.key in self.rows:
                 rows = self.rows[place.key].view(place.shape)
                 gain = gain.view(-1, *[1] * (param.ndim - 1))
-                found[place.name] = torch.addcmul(param, gain, rows)  # in one pass
+                moved[place.name] = torch.addcmul(param, gain, rows)  # in one pass
             else:
-                found[place.name] = param + gain.view(place.shape)
-        return found
+                moved[place.name] = param + gain.view(place.shape)
+        return moved
 
     def along(self, place: Place, delta: Tensor) -> Tensor:
         """J δ of a parameter."""

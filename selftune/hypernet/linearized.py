@@ -80,7 +80,7 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
     """The gradient w.r.t. all weights of the linearised network, then w.r.t. sensitivities."""
     named = dict(net.model.named_parameters())
     moves = {p.name: net.along(p, delta).detach() for p in net._places}
-    held = {n: named[n].detach().requires_grad_() for n in moves}
+    leaves = {n: named[n].detach().requires_grad_() for n in moves}
     draws = [m for m in net.model.modules() if isinstance(m, Stochastic)]
     counters = [m.key.clone() for m in draws]
 
@@ -90,22 +90,22 @@ def _by_batch(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) 
 
     try:
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            along = {n: forward_ad.make_dual(held[n], moves[n]) for n in held}
+            along = {n: forward_ad.make_dual(leaves[n], moves[n]) for n in leaves}
             out, tangent = forward_ad.unpack_dual(net.at(delta, args, kwargs, along))
             along.clear()
     except NotImplementedError:
         rewind()
         step = torch.finfo(delta.dtype).eps ** 0.5
-        out = net.at(delta, args, kwargs, held)
+        out = net.at(delta, args, kwargs, leaves)
         rewind()
         with torch.no_grad():
-            beside = {n: w + step * moves[n] for n, w in held.items()}
+            beside = {n: w + step * moves[n] for n, w in leaves.items()}
             tangent = (net.at(delta, args, kwargs, beside) - out) / step
     there = (out.detach() if tangent is None else out.detach() + tangent.detach()).requires_grad_()
     (slope,) = torch.autograd.grad(loss(there), there)
     moves.clear()  # free copies of the weights before the next ones
     del tangent
-    grads = list(torch.autograd.grad(out, list(held.values()), slope, allow_unused=True))
+    grads = list(torch.autograd.grad(out, list(leaves.values()), slope, allow_unused=True))
     move = delta / net.unit
     for place in net._places:
         grad = grads.pop(0)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 def numbered(hparams: Mapping[str, Any], sign: str) -> dict[str, float]:
     """Hyperparameters by name; those with several values are numbered: name, sign, number."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, value in hparams.items():
         if isinstance(value, (list, tuple)):
-            found |= {f"{name}{sign}{i}": float(v) for i, v in enumerate(value)}
+            values |= {f"{name}{sign}{i}": float(v) for i, v in enumerate(value)}
         else:
-            found[name] = float(value)
-    return found
+            values[name] = float(value)
+    return values
 
 
 def logged(opt: Any, loss: Tensor) -> dict[str, float]:
@@ -29,9 +29,9 @@ def logged(opt: Any, loss: Tensor) -> dict[str, float]:
         opt: The self-tuned optimizer.
         loss: Return value of ``hyper_step``.
     """
-    found = {"hyper/loss": float(loss)}
-    found |= {f"hyper/{name}": value for name, value in numbered(opt.hparams, "/").items()}
+    metrics = {"hyper/loss": float(loss)}
+    metrics |= {f"hyper/{name}": value for name, value in numbered(opt.hparams, "/").items()}
     rates = [float(group["applied_lr"]) for group in opt.param_groups]
     if len(set(rates)) == 1:
-        return found | {"lr": rates[0]}
-    return found | {f"lr/{i}": rate for i, rate in enumerate(rates)}
+        return metrics | {"lr": rates[0]}
+    return metrics | {f"lr/{i}": rate for i, rate in enumerate(rates)}

@@ -28,11 +28,11 @@ def unwrap(optimizer: Any) -> Any:
         >>> unwrap(opt) is opt
         True
     """
-    found = _inside(optimizer)
-    if isinstance(found, SelfTuningOptimizer):
-        return found
+    inner = _inside(optimizer)
+    if isinstance(inner, SelfTuningOptimizer):
+        return inner
     raise TypeError(
-        f"optimizer={type(found).__name__} is not self-tuned: use st.AdamW, st.SGD, … or "
+        f"optimizer={type(inner).__name__} is not self-tuned: use st.AdamW, st.SGD, … or "
         "st.SelfTuning(inner)"
     )
 

@@ -163,8 +163,8 @@ def _module_loss(module: LightningModule, batch: Any) -> Tensor:
         step: Any = getattr(module, name)
         numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
         several = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
-        found = step(batch, *[0] * numbered, **{"dataloader_idx": 0} if several else {})
-        loss = found.get("loss") if isinstance(found, dict) else found
+        output = step(batch, *[0] * numbered, **{"dataloader_idx": 0} if several else {})
+        loss = output.get("loss") if isinstance(output, dict) else output
         if isinstance(loss, Tensor):
             return loss
     raise ValueError(

@@ -84,8 +84,8 @@ class HyperStep(Callback):
         def loss() -> Tensor:
             inputs, target = unpack_data(next(batches))
             with evaluating(net.module_):
-                found: Tensor = net.get_loss(net.infer(inputs), target, X=inputs, training=False)
-            return found
+                value: Tensor = net.get_loss(net.infer(inputs), target, X=inputs, training=False)
+            return value
 
         self.opt_.hyper_step(loss)
 

@@ -81,13 +81,13 @@ def squares(
     total: Reduce,
 ) -> Tensor:
     """Squared lengths of the members' directions over all weights, shape (members,), float64."""
-    found = []
+    squared = []
     for update, part, grad, moment in zip(updates, parts, grads, moments, strict=True):
         rule, dtype, values = update.rule, part.average.dtype, moment.values
         assert isinstance(rule, Mixture)
         penalised = update.penalised(part.params.to(dtype), grad.to(dtype), values)
-        found.append(rule.squares(penalised, part.rule, values, moment.clock.age))
-    return total(torch.stack(found).sum(0))
+        squared.append(rule.squares(penalised, part.rule, values, moment.clock.age))
+    return total(torch.stack(squared).sum(0))
 
 
 def propose_all(
@@ -104,8 +104,8 @@ def propose_all(
     A single unsharded part computes its own lengths.
     """
     if undecided(updates[0]) is not None and (len(parts) > 1 or sharded):
-        found = squares(updates, parts, grads, moments, total)
-        moments = [m._replace(values={**m.values, "squares": found}) for m in moments]
+        squared = squares(updates, parts, grads, moments, total)
+        moments = [m._replace(values={**m.values, "squares": squared}) for m in moments]
     return [propose(*step) for step in zip(updates, parts, grads, moments, strict=True)]
 
 

@@ -59,8 +59,8 @@ class Displacement(NamedTuple):
 
     def square(self, weights: Sequence[Tensor], reduce: Reduce) -> Tensor:
         """S² at weights, shape (1,); NaN before the end of the first segment."""
-        found = reduce(_square_distance(weights, self.centre)).to(self.squares)
-        return torch.where(self.squares > 0, found / self.squares, math.nan)
+        square = reduce(_square_distance(weights, self.centre)).to(self.squares)
+        return torch.where(self.squares > 0, square / self.squares, math.nan)
 
     def update(
         self, weights: Sequence[Tensor], step: Tensor, limit: DisplacementLimit, reduce: Reduce

@@ -28,11 +28,11 @@ def live_units(grads: Sequence[Tensor], present: Sequence[bool] | None = None) -
     """
     places = layers(grads)
     rows = [g.flatten(1) if g.ndim >= 2 else g.reshape(-1, 1) for g in (grads[i] for i in places)]
-    found = torch.stack([(m != 0).any(1).sum() for m in rows]).float()
+    counts = torch.stack([(m != 0).any(1).sum() for m in rows]).float()
     if present is None or all(present):
-        return found
-    missing = torch.tensor([not present[i] for i in places], device=found.device)
-    return found.masked_fill(missing, torch.nan)
+        return counts
+    missing = torch.tensor([not present[i] for i in places], device=counts.device)
+    return counts.masked_fill(missing, torch.nan)
 
 
 def layers(params: Sequence[Tensor]) -> list[int]:

@@ -89,8 +89,8 @@ def closed(names: Sequence[str], rule: AbstractRule, estimator: AbstractRows) ->
     """
     if not estimator.closed_forms:
         return set()
-    found = {"lr", "decay"} if "lr" in names else set()
-    return found | ({"weight_decay"} if rule.shrinks else set())
+    covered = {"lr", "decay"} if "lr" in names else set()
+    return covered | ({"weight_decay"} if rule.shrinks else set())
 
 
 class Sensitivities:
@@ -204,16 +204,16 @@ class Sensitivities:
         given = _copied(tangents, dtype) if apart else tangents
         slopes = {n: moment.slopes[n] for n in rows}
         after = self.estimator.push(given, transition, slopes)
-        found = [
+        pushed = [
             *after.params, *(after.state[r][k] for r, s in tangents.state.items() for k in s)
         ]  # fmt: skip
         if mask is not None:
-            pairs = zip(kept, found, strict=True)
-            found = [torch.where(mask, new, old.to(dtype)) for old, new in pairs]
-        for old, new in zip(kept, found, strict=True):
+            pairs = zip(kept, pushed, strict=True)
+            pushed = [torch.where(mask, new, old.to(dtype)) for old, new in pairs]
+        for old, new in zip(kept, pushed, strict=True):
             if new is not old:
                 old.copy_(new)
-        for row, now in zip(averaged, found, strict=False):
+        for row, now in zip(averaged, pushed, strict=False):
             move_towards(row, now, moment.share)
 
     def _shrink(self, unit: UnitDecay, moment: Moment) -> None:
@@ -272,24 +272,24 @@ class Sensitivities:
             return torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1) * cut.root
 
         rows, average = [*self.rows, *self.leads], cut.take(part.average)
-        found = {n: along(n, row) for n, row in zip(rows, part.averaged, strict=True)}
+        grads_of = {n: along(n, row) for n, row in zip(rows, part.averaged, strict=True)}
         stride = self.estimator.stride
         for name in self.leads:  # assumes equal moves within a stride
-            found[name] = found[name] * (geometric(self.estimator.discount, stride) / stride)
+            grads_of[name] = grads_of[name] * (geometric(self.estimator.discount, stride) / stride)
         for name, unit in zip(self.shrinks, part.decay, strict=True):
             value = unit.averaged
             if by_tensor or len(value) == 1 or bool((value == value[0]).all()):
-                found[name] = (value if by_tensor else value[:1]) * along(name, average)
+                grads_of[name] = (value if by_tensor else value[:1]) * along(name, average)
             else:
-                found[name] = along(name, _spread(value, average, pieces))
-        if "decay" in self.names and "decay" not in found:  # d log η/d log α = −αt/(1 + αt)
+                grads_of[name] = along(name, _spread(value, average, pieces))
+        if "decay" in self.names and "decay" not in grads_of:  # d log η/d log α = −αt/(1 + αt)
             lag = self.averaging.rho / (1 - self.averaging.rho)  # of the averaged sensitivity
             time = torch.as_tensor(step, dtype=torch.float64, device=grads.device)
             shrunk = moment["decay"] * (time - (time / 2).clamp(max=lag))
-            found["decay"] = (-found["lr"] * shrunk / (1 + shrunk)).to(found["lr"].dtype)
-        if len(found) < len(self.names):  # some are inactive
-            found = dict.fromkeys(self.names, along("", torch.zeros_like(grads))) | found
-        return torch.stack([found[n] for n in self.names])
+            grads_of["decay"] = (-grads_of["lr"] * shrunk / (1 + shrunk)).to(grads_of["lr"].dtype)
+        if len(grads_of) < len(self.names):  # some are inactive
+            grads_of = dict.fromkeys(self.names, along("", torch.zeros_like(grads))) | grads_of
+        return torch.stack([grads_of[n] for n in self.names])
 
 
 def rewind(part: Part, good: Tensor, cut: Slice = WHOLE) -> None:

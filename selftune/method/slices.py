@@ -151,7 +151,7 @@ def choose(
     if share == SHARE and total:
         share = min(share, settings.most / total)
     most = min(int(1 / share + 1e-9), total // settings.least)
-    found = []
+    slices = []
     for shapes in parts:
         sizes = [shape.numel() for shape in shapes]
         smallest = min(sizes) if by_tensor else sum(sizes)
@@ -159,8 +159,8 @@ def choose(
         rows = math.prod(d for shape in shapes for d in shape[1:])
         while math.gcd(stride, rows) > 1:
             stride -= 1
-        found.append(Slice(stride))
-    return found
+        slices.append(Slice(stride))
+    return slices
 
 
 def wanted(

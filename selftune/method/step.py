@@ -212,7 +212,7 @@ class Method:
         self, state: State, outer: Outer, deflated: Sequence[Tensor | None] | None = None
     ) -> Tensor:
         """Hypergradients along an unnormalised gradient."""
-        found = [
+        products = [
             self.sensitivities.hypergradient(
                 part, grads, values, outer.step,
                 cut=cut, pieces=self._pieces(i), by_tensor=self.by_tensor,
@@ -222,7 +222,7 @@ class Method:
                 zip(self.cuts(state.parts), outer.grads, outer.values, strict=True)
             )
         ]  # fmt: skip
-        return torch.cat(found, dim=1) if self.by_tensor else torch.stack(found).sum(0)
+        return torch.cat(products, dim=1) if self.by_tensor else torch.stack(products).sum(0)
 
     def unit(self, signal: Tensor, grads: Sequence[Tensor], reduce: Reduce) -> Tensor:
         """Normalised hypergradients, from those along an unnormalised gradient."""

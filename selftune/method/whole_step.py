@@ -52,22 +52,22 @@ class WholeSteps:
         if self.memory is None:
             return {n: torch.full_like(h, torch.nan) for n, h in hparams.items()}
         length = grads.norm().clamp_min(torch.finfo(grads.dtype).tiny)
-        found, self.memory = self.estimator.solve(
+        solved, self.memory = self.estimator.solve(
             problem, self.memory, end, hparams, grads / length
         )
-        solution = found.solution
+        solution = solved.solution
         if solution is not None and "solve" not in self._warned and bool(solution.diverged):
             self._warned.add("solve")
             log.warning(
                 "the linear solve diverged; using its best iterate (relative residual %.2g): "
                 "add damping, or use fewer terms", float(solution.residual),
             )  # fmt: skip
-        fine = all(bool(torch.isfinite(g).all()) for g in found.grads.values())
+        fine = all(bool(torch.isfinite(g).all()) for g in solved.grads.values())
         if not fine and "finite" not in self._warned:
             self._warned.add("finite")
             log.warning("hypergradients are not finite, so the hyperparameters do not change: %s",
-                        {n: g.tolist() for n, g in found.grads.items()})  # fmt: skip
-        return found.grads
+                        {n: g.tolist() for n, g in solved.grads.items()})  # fmt: skip
+        return solved.grads
 
     def forget(self) -> None:
         """Reset the memory, after a rewind."""

@@ -130,8 +130,8 @@ def _read(rows: Sequence[Buffered]) -> list[Row]:
         if isinstance(value, Tensor):
             waiting.setdefault(value.device, []).append(at)
     for places in waiting.values():
-        found = torch.stack([rows[at][1] for at in places]).tolist()
-        numbers.update(zip(places, found, strict=True))
+        flat = torch.stack([rows[at][1] for at in places]).tolist()
+        numbers.update(zip(places, flat, strict=True))
     return [Row(tag, float(numbers[at]), step) for at, (tag, _, step) in enumerate(rows)]
 
 
@@ -158,8 +158,8 @@ def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:
 
 def plain_rows(values: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Names and numbers of hyperparameters, summarised if many tensors differ."""
-    found = [row for name, value in values.items() for row in named("", name, value)]
-    return [(name.removeprefix("/"), value) for name, value in found]
+    rows = [row for name, value in values.items() for row in named("", name, value)]
+    return [(name.removeprefix("/"), value) for name, value in rows]
 
 
 def hyper_rows(

@@ -204,7 +204,7 @@ class Metrics:
             signals: Hypergradients of the tuned ones.
             ends: Bounds of each, by name.
         """
-        found = {}
+        verdicts = {}
         for name, course in self.course.items():
             if not course:
                 continue
@@ -217,25 +217,27 @@ class Metrics:
             forward = partial(_value, scale, value, course[-1])
             judged = judge(name, course, ratio, ends(name), value, mean, role, forward)
             raised = (self.floors or {}).get(name, math.nan)
-            found[name] = replace(judged, snr=ratio, raised=raised)
-        return found
+            verdicts[name] = replace(judged, snr=ratio, raised=raised)
+        return verdicts
 
-    def verdict_rows(self, found: Mapping[str, Verdict], step: int) -> None:
+    def verdict_rows(self, verdicts: Mapping[str, Verdict], step: int) -> None:
         """Log verdicts as numbers."""
-        self.monitor.scalars([(f"verdict/{v.name}", float(v.code)) for v in found.values()], step)
+        self.monitor.scalars(
+            [(f"verdict/{v.name}", float(v.code)) for v in verdicts.values()], step
+        )
 
-    def last_verdicts(self, found: Mapping[str, Verdict], step: int) -> None:
+    def last_verdicts(self, verdicts: Mapping[str, Verdict], step: int) -> None:
         """Log the final verdicts, which a resumed run replaces."""
-        self.monitor.last([(f"verdict/{v.name}", float(v.code)) for v in found.values()], step)
+        self.monitor.last([(f"verdict/{v.name}", float(v.code)) for v in verdicts.values()], step)
 
     def finish(
-        self, values: Mapping[str, Any], found: Mapping[str, Verdict], step: int, why: str
+        self, values: Mapping[str, Any], verdicts: Mapping[str, Verdict], step: int, why: str
     ) -> None:
         """Log the final hyperparameters, with verdicts and explanations."""
         if step > self._logged:
             self.monitor.last(self._present(values), step)
-        if self.monitor.on and found:
-            self.monitor.text("verdicts", sentences(list(found.values())), step)
+        if self.monitor.on and verdicts:
+            self.monitor.text("verdicts", sentences(list(verdicts.values())), step)
             self.monitor.text("why", "\n".join(f"- {line}" for line in why.splitlines()), step)
 
 

@@ -39,7 +39,7 @@ class Log:
 
     def lines(self) -> list[Line]:
         """Rows of the report, one for each hyperparameter."""
-        found = []
+        lines = []
         for tag, curve in sorted(self.curves.items()):
             if tag.startswith("hyper/"):
                 name = tag.removeprefix("hyper/")
@@ -51,12 +51,12 @@ class Log:
                      if f"verdict/{n}" in self.curves),
                     (),
                 )  # fmt: skip
-                told = self.sentences.get(name) or self.sentences.get(whole) or ""
-                if codes and not told:
-                    told = in_words(name, KINDS[int(codes[-1])], curve[1][-1])
-                told = told or "no verdict yet"
-                found.append(line(name, curve, told))
-        return found
+                sentence = self.sentences.get(name) or self.sentences.get(whole) or ""
+                if codes and not sentence:
+                    sentence = in_words(name, KINDS[int(codes[-1])], curve[1][-1])
+                sentence = sentence or "no verdict yet"
+                lines.append(line(name, curve, sentence))
+        return lines
 
     def reasons(self) -> str:
         """Explanations of the values: as logged at the end, or derived from the log."""
@@ -65,20 +65,20 @@ class Log:
         return self.why or "\n".join(map(self._reasons, names))
 
     def _reasons(self, name: str) -> str:
-        value, told = self.curves[f"hyper/{name}"][1][-1], []
+        value, reasons = self.curves[f"hyper/{name}"][1][-1], []
         if name in self.given:
-            told.append(f"given {self.given[name]:.3g}")
+            reasons.append(f"given {self.given[name]:.3g}")
         rewinds = self.curves.get("weights/rewinds", ((), ()))[0]
         for step, height in zip(*self.curves.get(f"{WHEN}/{name}", ((), ())), strict=True):
             if step and math.isfinite(height):
                 set_to = 10**height if f"{LOG10}/{name}" in self.curves else height
-                told.append(f"{'rewind' if step in rewinds else 'sweep'} {set_to:.3g}")
+                reasons.append(f"{'rewind' if step in rewinds else 'sweep'} {set_to:.3g}")
         codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
         if codes and KINDS[int(codes[-1])] == "at bound":
-            return f"{name}: " + " → ".join([*told, f"{value:.3g}, its bound or floor"])
+            return f"{name}: " + " → ".join([*reasons, f"{value:.3g}, its bound or floor"])
         ratio = self.curves.get(f"hypergrad/{name}/snr", ((), (math.nan,)))[1][-1]
         known = f" (signal-to-noise {ratio:.1f})" if math.isfinite(ratio) else ""
-        return f"{name}: " + " → ".join([*told, f"{value:.3g} by hypergradients so far{known}"])
+        return f"{name}: " + " → ".join([*reasons, f"{value:.3g} by hypergradients so far{known}"])
 
     def loss(self) -> float | None:
         """The last validation loss: over the whole set, or of the last batch."""
@@ -101,16 +101,16 @@ def read(folder: str | Path) -> Log:
     events_file = path.is_file() and "tfevents" in path.name
     if path.is_file() and not events_file:
         rows = [r for r in read_jsonl(path) if r.get("value") is not None]
-        found: dict[str, tuple[list[float], list[float]]] = {}
+        points: dict[str, tuple[list[float], list[float]]] = {}
         for row in rows:
-            steps, values = found.setdefault(row["tag"], ([], []))
+            steps, values = points.setdefault(row["tag"], ([], []))
             steps.append(row["step"])
             values.append(row["value"])
-        if found:
-            told = {r["tag"]: r["text"] for r in read_jsonl(path) if "text" in r}
+        if points:
+            sentences = {r["tag"]: r["text"] for r in read_jsonl(path) if "text" in r}
             begun = [r["hparams"] for r in read_jsonl(path) if "hparams" in r]
-            verdicts, why = (told.get(tag, "") for tag in ("verdicts", "why"))
-            return Log(dict(found), _by_name(verdicts), _lines(why), begun[-1] if begun else {})
+            verdicts, why = (sentences.get(tag, "") for tag in ("verdicts", "why"))
+            return Log(dict(points), _by_name(verdicts), _lines(why), begun[-1] if begun else {})
     if not events_file and not list(path.glob("events.out.tfevents.*")):
         raise FileNotFoundError(
             f"{path}: no log of a run: pass a log_dir, or a file written by JSONL"
@@ -139,10 +139,10 @@ def _given(events: Any) -> dict[str, float]:
     from tensorboard.plugins.hparams import metadata
 
     try:
-        found = events.PluginTagToContent(metadata.PLUGIN_NAME)
+        texts = events.PluginTagToContent(metadata.PLUGIN_NAME)
     except KeyError:  # a log without the beginning of a run
         return {}
-    content = found.get(metadata.SESSION_START_INFO_TAG)
+    content = texts.get(metadata.SESSION_START_INFO_TAG)
     if content is None:
         return {}
     start = metadata.parse_session_start_info_plugin_data(content).hparams

@@ -122,15 +122,15 @@ class JSONL(AbstractRecorder):
 
     def _check(self) -> None:
         """Keep a copy of a file that is truncated or has other contents."""
-        held = self.path.read_bytes()
-        lines = held.decode("utf-8", errors="replace").splitlines()
+        content = self.path.read_bytes()
+        lines = content.decode("utf-8", errors="replace").splitlines()
         if lines and len(read_jsonl(self.path)) == len(lines):
             return
-        if not held:
+        if not content:
             log.warning("%s is empty: its curves start here, and the run continues", self.path)
             return
         backup = self.path.with_name(f"{self.path.name}.cut")
-        backup.write_bytes(held)
+        backup.write_bytes(content)
         log.warning(
             "%s contains invalid lines, perhaps from a killed process: they are dropped; a copy "
             "of the file is kept in %s", self.path, backup,
@@ -150,15 +150,15 @@ class JSONL(AbstractRecorder):
 @checked(path=PATH)
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a log, without truncated ones."""
-    found = []
+    rows = []
     for line in Path(path).read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:  # a process was killed while it wrote
             continue
         if isinstance(row, dict):
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def _finite(value: float) -> float | None:

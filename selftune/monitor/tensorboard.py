@@ -289,9 +289,9 @@ def _killed(folder: Path) -> bool:
     All its files belong to dead processes of this machine, and none contains a session's end.
     """
     names = _names_in(folder)
-    found = [re.fullmatch(r"events\.out\.tfevents\.\d+\.(.+)\.(\d+)\.\d+", n) for n in names]
+    writers = [re.fullmatch(r"events\.out\.tfevents\.\d+\.(.+)\.(\d+)\.\d+", n) for n in names]
     return bool(names) and all(
-        m is not None and m[1] == socket.gethostname() and not alive(int(m[2])) for m in found
+        m is not None and m[1] == socket.gethostname() and not alive(int(m[2])) for m in writers
     )
 
 

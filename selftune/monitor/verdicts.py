@@ -116,8 +116,8 @@ validation is like training data'
     for side, end in zip(("lower", "upper"), ends[:2], strict=True):
         if math.isfinite(end) and abs(recent[-1] - end) <= NEAR and not inward[side]:
             floored = side == "lower" and ends.floored
-            told = _at_floor(name, value) if floored else _at_bound(name, side, value, role)
-            return Verdict(name, "at bound", told, floored=floored)
+            sentence = _at_floor(name, value) if floored else _at_bound(name, side, value, role)
+            return Verdict(name, "at bound", sentence, floored=floored)
 
     def went(course: Sequence[float]) -> str:
         way = "rose" if course[-1] > course[0] else "fell"
@@ -133,8 +133,8 @@ validation is like training data'
     if spread > LOOSE and abs(change) > FAR and not noisy:
         return Verdict(name, "moving", f"{went(late)}: {LONGER}")
     if spread > LOOSE or noisy:
-        told = f"{name} fluctuates around {value:.3g}: its hypergradients are mostly noise"
-        return Verdict(name, "noise", told + "; use larger validation batches")
+        sentence = f"{name} fluctuates around {value:.3g}: its hypergradients are mostly noise"
+        return Verdict(name, "noise", sentence + "; use larger validation batches")
     if abs(change) > FAR:
         since = f"{name} went from {forward(late[0]):.3g} to {value:.3g} in the last third"
         return Verdict(name, "settled", f"{since} of the run, then stayed there")

@@ -87,9 +87,9 @@ class Stochastic(Tunable):
         """The input, with random changes while training."""
         if not self.training:
             return input
-        found = self.change(input)
+        changed = self.change(input)
         self.key.add_(1)
-        return found
+        return changed
 
     def change(self, input: Tensor) -> Tensor:
         """The changed batch."""
@@ -174,10 +174,10 @@ def tunables(model: nn.Module) -> dict[str, Strength]:
         >>> {name: found.buffers for name, found in tunables(net).items()}
         {'input': ['0.strength']}
     """
-    found: dict[str, Strength] = {}
+    strengths: dict[str, Strength] = {}
     for path, module in _tunable_modules(model):
         hparam, value = module.hparam, float(module.strength.flatten()[0])
-        before = found.setdefault(hparam.name, Strength(hparam, value, []))
+        before = strengths.setdefault(hparam.name, Strength(hparam, value, []))
         if before.hparam != hparam or before.value != value:
             raise ValueError(
                 f"{path} and {before.buffers[0]} share the name {hparam.name!r} and so one "
@@ -185,7 +185,7 @@ def tunables(model: nn.Module) -> dict[str, Strength]:
                 "or bounds: give them the same value, or names of their own"
             )
         before.buffers.append(f"{path}.{STRENGTH}" if path else STRENGTH)
-    return found
+    return strengths
 
 
 def own_counters(model: nn.Module) -> None:

@@ -127,10 +127,10 @@ class DropConnect(Dropout):
         """The module's output with some weights dropped."""
         if not self.training:
             return self.module(*args, **kwargs)
-        held = dict(self.module.named_parameters())
+        params = dict(self.module.named_parameters())
         p, dropped = self.strength.mean(), {}
         for stream, name in enumerate(self.weights):
-            weight = held[name]
+            weight = params[name]
             draw = self.uniform(tuple(weight.shape), stream).to(weight.dtype)
             dropped[name] = weight * scaled_mask(draw, p.to(weight.dtype))
         self.key.add_(1)
@@ -178,8 +178,8 @@ def scaled_mask(draw: Tensor, p: Tensor) -> Tensor:
         draw: Uniform numbers; entries below p are dropped.
         p: The rate, in a shape that broadcasts.
     """
-    held = p.detach()
-    mask = (draw >= held).to(draw.dtype) / (1 - held)
+    fixed = p.detach()
+    mask = (draw >= fixed).to(draw.dtype) / (1 - fixed)
     odds = torch.logit(p.clamp(EDGE, 1 - EDGE))
     growth = (odds - odds.detach()) / 2  # 0, with a derivative
     return mask + (mask - 1) * growth

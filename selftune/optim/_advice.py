@@ -30,11 +30,11 @@ class Advice:
 
     def name_strengths(self, label: str, model: nn.Module | None) -> None:
         """Warn about strengths of a model's layers, which only ``st.Tuner`` tunes."""
-        found = {} if model is None else tunables(model)
-        if found:
+        strengths = {} if model is None else tunables(model)
+        if strengths:
             log.warning(
                 "%s: the strengths of layers %s keep their values: only st.Tuner tunes them",
-                label, list(found),
+                label, list(strengths),
             )  # fmt: skip
 
     def give(self, engine: Engine, *, annealed: bool) -> None:

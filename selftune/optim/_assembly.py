@@ -83,13 +83,13 @@ class Assembly:
         weights = sum(p.numel() for params in trained for p in params)
         slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
         cuts, where = self._slices(trained), resolve(engine.snapshots, weights)
-        held = kinds(weights)
+        stored = kinds(weights)
         if engine.controller.guard is not None:
-            engine.controller.guard.good.hold("candidate" in held)
+            engine.controller.guard.good.hold("candidate" in stored)
         blocks = [
             Block(
                 params, names(groups, i, params), [state[p] for p in params],
-                sensitivities, self._groups.options(groups[i]), cuts.pop(0), slots, where, held,
+                sensitivities, self._groups.options(groups[i]), cuts.pop(0), slots, where, stored,
             )
             for i, params in enumerate(trained)
             if params

@@ -107,12 +107,12 @@ class Block:
         """The state of each parameter in the format of checkpoints."""
         self.sync()
         wholes = {k: self.layout.views(t) for k, t in self._wholes().items()}
-        found: list[dict[str, Tensor]] = [{} for _ in self._rows]
+        entries: list[dict[str, Tensor]] = [{} for _ in self._rows]
         for key, views in (wholes | self._pieces()).items():
             sliced = self.cut.stride > 1 and key in self.sliced
-            for row, entry, view in zip(self._rows, found, views, strict=True):
+            for row, entry, view in zip(self._rows, entries, views, strict=True):
                 entry[key] = row.save(view) if sliced else whole(row.param, view)
-        return found
+        return entries
 
     def _wholes(self) -> dict[str, Tensor]:
         """The state over all weights."""
@@ -344,7 +344,7 @@ class Block:
 
 
 def _tangents(key: str, tangents: Any) -> dict[str, Tensor]:
-    found = {f"{key}/{i}": t for i, t in enumerate(tangents.params)}
-    return found | {
+    tensors = {f"{key}/{i}": t for i, t in enumerate(tangents.params)}
+    return tensors | {
         f"{key}/{row}/{name}": t for row, s in tangents.state.items() for name, t in s.items()
     }

@@ -81,8 +81,8 @@ class Buffers:
         def look(module: nn.Module, _: Any) -> None:
             if id(module) in others:
                 return
-            held = [id(p) in ours for p in module.parameters()]
-            if any(held) or not held:
+            owned = [id(p) in ours for p in module.parameters()]
+            if any(owned) or not owned:
                 self.add(module)
                 return
             known = {id(layer) for layer in (*self.layers, *self.foreign)}
@@ -169,8 +169,8 @@ class Buffers:
         """
         self.shown = not self.shown
         if self.shown:  # read anew, because a schedule may have changed them
-            found: list[Any] = [layer.momentum for layer in self.layers]
-            pairs = zip(self.layers, found, strict=True)
+            momenta: list[Any] = [layer.momentum for layer in self.layers]
+            pairs = zip(self.layers, momenta, strict=True)
             self._momenta = [_usual.setdefault(layer, momentum) for layer, momentum in pairs]
         self._others = others if self.shown else []
         if not self.shown:
@@ -182,14 +182,14 @@ class Buffers:
             if not self.shown:
                 _usual.pop(layer, None)
         for tensor, kept in zip(self.tensors(), others, strict=True):
-            held = tensor.clone()
+            copy = tensor.clone()
             tensor.copy_(kept)
-            kept.copy_(held)
+            kept.copy_(copy)
         self._counts = [c.clone() for c in self._batches()]
 
     def _batches(self) -> list[Tensor]:
-        found = (layer.num_batches_tracked for layer in self.layers)
-        return [count for count in found if isinstance(count, Tensor)]
+        counts = (layer.num_batches_tracked for layer in self.layers)
+        return [count for count in counts if isinstance(count, Tensor)]
 
     def blend(self, share: float, lapsed: bool = False) -> None:
         """Move the average toward the modules' statistics, unless validation passes update it.
@@ -297,5 +297,5 @@ def _tracks(module: nn.Module) -> bool:
 
 
 def _statistics(layer: nn.Module) -> list[Tensor]:
-    found = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    return [t for t in found if isinstance(t, Tensor)]
+    statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    return [t for t in statistics if isinstance(t, Tensor)]

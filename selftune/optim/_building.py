@@ -133,14 +133,14 @@ class TuningOptions:
 
     def identity(self, estimator: str) -> dict[str, Any]:
         """Settings that must be equal in a run and in its continuation."""
-        found: dict[str, Any] = {
+        entries: dict[str, Any] = {
             "estimator": estimator, "schedule": self.learning_rate.shape,
             "bounds": str(dict(self.bounds or {})), "tangents": str(self.tangents),
             "snapshots": self.snapshots,
         }  # fmt: skip
         for name in ("average", "settings", "guard"):
-            found |= flatten(name, getattr(self, name))
-        return found
+            entries |= flatten(name, getattr(self, name))
+        return entries
 
     def cadence(self) -> int:
         """Training steps between two hyperparameter steps."""

@@ -56,8 +56,8 @@ class Call:
     def known(self, weights: Tensor | None = None) -> Tensor | None:
         """The gradient at its own step, if ``weights`` are those of that step or None."""
         at, grads = (None, None) if self._known is None else (r() for r in self._known)
-        found: Tensor | None = grads if at is weights or weights is None else None
-        return found
+        gradient: Tensor | None = grads if at is weights or weights is None else None
+        return gradient
 
     def check(self, weights: Tensor, expected: Tensor, near: Tensor | None = None) -> None:
         """Raise an error if the gradient of a closure differs from that at its own step.
@@ -68,8 +68,8 @@ class Call:
             near: Its approximate gradient now; if this matches, the exact one is not computed.
         """
 
-        def same(found: Tensor) -> bool:
-            return bool((found - expected).norm() <= CHANGED * (expected.norm() + found.norm()))
+        def same(value: Tensor) -> bool:
+            return bool((value - expected).norm() <= CHANGED * (expected.norm() + value.norm()))
 
         if not (near is not None and same(near)) and not same(self.gradient(weights)):
             raise RuntimeError(
@@ -120,8 +120,8 @@ class _ByClosures(Products):
 
     def gradient(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
         """The closure's gradient."""
-        found: Tensor = batch[0].gradient(params)
-        return found
+        gradient: Tensor = batch[0].gradient(params)
+        return gradient
 
     def linear(self, params: Tensor, hparams: Values, *batch: Any) -> tuple[Tensor, Pull]:
         """Zero for hyperparameters, on which the closure does not depend."""
@@ -236,10 +236,10 @@ class ClosureSteps:
             call.check(*kept)
         clock = clock._replace(step=clock.step + 1, age=block.layout.expand(block.ages()))
         end = Point(block.weights(), dict(block.part.rule), call, clock)
-        found = self._steps.estimate(problem, end, hparams, grads)
+        hypergrads = self._steps.estimate(problem, end, hparams, grads)
         slopes = {n: t.slopes().to(grads) for n, t in self._shifts.rows.items()}
         rows = [
-            (found[n] * (slopes[n][0] if self._shifts.shared else slopes[n])).reshape(-1)
+            (hypergrads[n] * (slopes[n][0] if self._shifts.shared else slopes[n])).reshape(-1)
             for n in hparams
         ]
         return torch.stack(rows)

@@ -158,8 +158,8 @@ class Container(torch.optim.Optimizer):
         self._assembly.make(self.param_groups, self.state)
         unpack(self._engine, self._groups, run)
         buffers = self._engine.buffers
-        held = Restored([*training], [*training.values()], buffers) if training else None
-        self._engine.restored = held
+        restored = Restored([*training], [*training.values()], buffers) if training else None
+        self._engine.restored = restored
         self._engine.store.cached = self._groups.cache(self.param_groups, self._engine.blocks)
         self._log.load_state_dict(run["log"])
         self._engine.monitor.resume(self._engine.clock.steps)

@@ -195,10 +195,10 @@ class Engine:
             return False
         if self.whole is not None:
             joined = self._mean(self.blocks[0].layout.flatten(grads[0]))
-            found = self.whole.signal(self.blocks[0], values[0], joined)
-            if found is None:
+            whole_signal = self.whole.signal(self.blocks[0], values[0], joined)
+            if whole_signal is None:
                 return False
-            signal = self.reducer.outer(found)
+            signal = self.reducer.outer(whole_signal)
         else:
             pairs = zip(self.blocks, grads, strict=True)
             outer = self._outer([self._mean(b.joined(g) * b.cut.root) for b, g in pairs], gone)

@@ -114,7 +114,7 @@ class Groups:
 
     def present(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Current values of all hyperparameters; a list if groups or tensors differ."""
-        found: dict[str, Any] = {}
+        common: dict[str, Any] = {}
         for name, hparam in self._update.hparams.items():
             if name in self._shifts.rows and self._spans:
                 values = self._shifts.rows[name].values().tolist()
@@ -123,8 +123,8 @@ class Groups:
                     values = [part[0] for part in parts]
             else:
                 values = [hparam.read(g) for g in groups]
-            found[name] = values[0] if all(v == values[0] for v in values) else values
-        return found
+            common[name] = values[0] if all(v == values[0] for v in values) else values
+        return common
 
     def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Cached]:
         """Prepare tuned values for the steps of each block."""

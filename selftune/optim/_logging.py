@@ -100,9 +100,9 @@ class OptimizerLog:
 
     def finish(self, values: Mapping[str, Any], step: int, why: str) -> None:
         """Log the end of the run, with explanations."""
-        found = self.verdicts(values, step)
-        self.metrics.last_verdicts(found, step)
-        self.metrics.finish(values, found, step, why)
+        verdicts = self.verdicts(values, step)
+        self.metrics.last_verdicts(verdicts, step)
+        self.metrics.finish(values, verdicts, step, why)
         self._monitor.histograms(values, step)
         self._monitor.end("finished")
 
@@ -129,9 +129,9 @@ class OptimizerLog:
         return {n: self._shifts.state.raw[self._shifts.hyper.slots(n)] for n in self._shifts.rows}
 
     def _signals(self) -> dict[str, tuple[Tensor, Tensor]]:
-        state, found = self._shifts.state, {}
+        state, signals = self._shifts.state, {}
         for name in self._shifts.rows:
             slots = self._shifts.hyper.slots(name)
             mean = state.mean[slots]
-            found[name] = mean, signal_to_noise(mean, state.square[slots])
-        return found
+            signals[name] = mean, signal_to_noise(mean, state.square[slots])
+        return signals

@@ -164,16 +164,16 @@ class OuterLoss:
         guard = self.engine.controller.guard
         assert guard is not None
         count = guard.policy.batches(self.engine.shifts.horizon)
-        found: list[list[float]] = [[], []]
+        losses_at: list[list[float]] = [[], []]
         with self.random():  # around all of them: a closure may draw its batches at random
             for _ in range(count):  # alternately, because batches differ
-                for place, losses in zip((0.0, -1.0), found, strict=True):
+                for place, losses in zip((0.0, -1.0), losses_at, strict=True):
                     with self.showing(place):
                         losses.append(float(self.engine.reducer.mean(self._value(closure))))
-        now, then = map(statistics.fmean, found)
+        now, then = map(statistics.fmean, losses_at)
         if not (math.isfinite(now) and math.isfinite(then)):
             return now, then, math.nan
-        return now, then, math.sqrt(sum(map(statistics.variance, found)) / count)
+        return now, then, math.sqrt(sum(map(statistics.variance, losses_at)) / count)
 
     def _slopes(self, closure: Closure, places: Sequence[float]) -> Tensor:
         """Slopes at positions on the paths from good to averaged and from averaged to last weights.
@@ -181,12 +181,12 @@ class OuterLoss:
         Returns:
             Shape (places, 2, batches), float64.
         """
-        found = []
+        sums_of = []
         with self.random():
             for _ in range(max(2, self.engine.shifts.horizon // RARER)):
                 for place in places:
-                    found.append(self._slopes_at(closure, place))
-        sums = self.engine.reducer.outer(torch.stack(found)).to("cpu", torch.float64)
+                    sums_of.append(self._slopes_at(closure, place))
+        sums = self.engine.reducer.outer(torch.stack(sums_of)).to("cpu", torch.float64)
         return sums.view(-1, len(places), 2).movedim(0, -1)
 
     def _slopes_at(self, closure: Closure, place: float) -> Tensor:
@@ -196,8 +196,8 @@ class OuterLoss:
             def along(block: Block, index: int, grad: Tensor) -> Tensor:
                 return block.slopes(index, grad, kept[id(block)])
 
-            found = self._gradients(closure, nullcontext(), along)[1]
-        return torch.stack([s for slopes in found for s in slopes]).sum(0)
+            slopes_of = self._gradients(closure, nullcontext(), along)[1]
+        return torch.stack([s for slopes in slopes_of for s in slopes]).sum(0)
 
 
 def _call(closure: Closure) -> Tensor:
@@ -238,20 +238,20 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: fl
         ValueError: The loss does not depend on the parameters.
     """
     places = {p: (b, i) for b in blocks for i, p in enumerate(b.params)}
-    found: dict[Tensor, Tensor] = {}
+    grads: dict[Tensor, Tensor] = {}
 
     def seen(param: Tensor, grad: Tensor) -> Tensor:
         grad = grad.detach()
-        found[param] = take(*places[param], grad if scale == 1 else grad / scale)
+        grads[param] = take(*places[param], grad if scale == 1 else grad / scale)
         return grad.new_zeros(()).expand_as(grad)  # a placeholder without memory
 
     scaled = loss if scale == 1 else loss * scale
     _differentiate(scaled, [p for p in places if p.requires_grad], seen)
-    check_dependence([found.get(p) for p in places])
+    check_dependence([grads.get(p) for p in places])
     for param, (block, index) in places.items():
-        if param not in found:
-            found[param] = take(block, index, torch.zeros_like(param))
-    return [[found[p] for p in b.params] for b in blocks]
+        if param not in grads:
+            grads[param] = take(block, index, torch.zeros_like(param))
+    return [[grads[p] for p in b.params] for b in blocks]
 
 
 def _differentiate(

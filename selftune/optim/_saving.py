@@ -37,13 +37,13 @@ def from_bytes(run: Any) -> dict[str, Any]:
         ValueError: It is not a packed run.
     """
     try:
-        found: dict[str, Any] = load(io.BytesIO(run))
+        run_state: dict[str, Any] = load(io.BytesIO(run))
     except (TypeError, ValueError) as error:
         raise ValueError(
             "state_dict is incomplete: param_groups[0]['selftune'] contains no selftune run "
             f"({error})"
         ) from error
-    return found
+    return run_state
 
 
 def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
 
 def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:
     """The tensors of a state whose sizes do not depend on the weights."""
-    found = {} if state is None else state._asdict()
-    return {n: t.clone() for n, t in found.items() if isinstance(t, torch.Tensor)}
+    tensors = {} if state is None else state._asdict()
+    return {n: t.clone() for n, t in tensors.items() if isinstance(t, torch.Tensor)}
 
 
 def check_state(
@@ -133,10 +133,10 @@ def check_state(
             "its weights"
         )
     _match("rule", run.get("rule"), whole["rule"])
-    found = differences(run.get("settings", {}), whole["settings"])
-    if found:
+    other = differences(run.get("settings", {}), whole["settings"])
+    if other:
         raise ValueError(
-            f"state_dict is from another run: {'; '.join(found)}. Build the optimizer as it was "
+            f"state_dict is from another run: {'; '.join(other)}. Build the optimizer as it was "
             "when the state was saved"
         )
     _match("set of tuned hyperparameters", list(run.get("tuned", ())), whole["tuned"])

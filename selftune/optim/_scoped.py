@@ -160,8 +160,8 @@ class Scoped:
         """Constrained values, one for each segment; 0 if off."""
         if self._values is None:
             raw = self.base + self.shift[self.slots]
-            found = self.hparam.bijection.forward(raw).nan_to_num(0.0)
-            self._values = found.masked_fill(self.asleep, 0.0)
+            values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
+            self._values = values.masked_fill(self.asleep, 0.0)
         return self._values
 
     def slopes(self) -> Tensor:

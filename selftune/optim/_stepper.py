@@ -99,9 +99,9 @@ class RuleStepper(AbstractStepper):
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
         """Ready if torch has a kernel for the rule and all gradients exist and are finite."""
-        found = [fast_path.kernel(self._update, v) for v in values]
-        self._kernels = [kernel for kernel in found if kernel is not None]
-        return _plain_gradients(blocks) if len(self._kernels) == len(found) else None
+        kernels = [fast_path.kernel(self._update, v) for v in values]
+        self._kernels = [kernel for kernel in kernels if kernel is not None]
+        return _plain_gradients(blocks) if len(self._kernels) == len(kernels) else None
 
     def step(
         self,
@@ -286,10 +286,12 @@ def _show(group: dict[str, Any], rate: Any, decay: Any) -> None:
 
 def _plain_gradients(blocks: Sequence[Block]) -> list[list[Tensor]] | None:
     """All gradients, if they exist, are finite, and are supported by torch's kernels."""
-    found = [grads for b in blocks if (grads := b.plain_gradients()) is not None]
-    if len(found) < len(blocks) or not fast_path.finite([g for grads in found for g in grads]):
+    gradients = [grads for b in blocks if (grads := b.plain_gradients()) is not None]
+    if len(gradients) < len(blocks) or not fast_path.finite(
+        [g for grads in gradients for g in grads]
+    ):
         return None
-    return found
+    return gradients
 
 
 def _tensors(block: Block, grads: Sequence[Tensor], moment: Moment) -> tuple[Tensor, Tensor, State]:

@@ -60,26 +60,26 @@ class WeightSteps:
     def take(self) -> bool:
         """Take a step from the gradients in ``.grad``; return whether hyperparameters changed."""
         engine = self._engine
-        found = None
+        plain = None
         if engine.whole is None:
-            found = engine.stepper.ready(engine.blocks, self._values)
-        if found is None:
+            plain = engine.stepper.ready(engine.blocks, self._values)
+        if plain is None:
             self._gather()  # rejects unsupported gradients before counting the step
         engine.clock.steps += 1
         if engine.controller.sweeping:
-            return self._sweep(found)
-        if found is None:
+            return self._sweep(plain)
+        if plain is None:
             return self._pure()
         if self._pulse:
-            action = self._observe_activity([g for grads in found for g in grads])
+            action = self._observe_activity([g for grads in plain for g in grads])
             if action.skip:
                 return engine.carry_out(action)
         if engine.controller.guard is not None:
             engine.controller.guard.gradient(finite=True)
-        changed = self._training_only(found)
+        changed = self._training_only(plain)
         if engine.clock.since == engine.clock.steps:  # rewound
             return True
-        self._in_place(found, tracked=self._age % engine.stride == 0)
+        self._in_place(plain, tracked=self._age % engine.stride == 0)
         self._blend_buffers()
         return changed
 
@@ -144,10 +144,10 @@ class WeightSteps:
 
     def _gather(self) -> None:
         """Concatenated gradients of every block, and which tensors have one."""
-        found = [b.gradient() for b in self._blocks]
+        gradients = [b.gradient() for b in self._blocks]
         self._grads = [
             (-g if v.get("maximize") else g, counted)
-            for v, (g, counted) in zip(self._values, found, strict=True)
+            for v, (g, counted) in zip(self._values, gradients, strict=True)
         ]
         if self._call is not None and self._grads[0][1] is not None:
             raise ValueError("estimator: every parameter needs a gradient at every step")
@@ -210,16 +210,16 @@ class WeightSteps:
 
     # the sweep
 
-    def _sweep(self, found: Sequence[Sequence[Tensor]] | None) -> bool:
+    def _sweep(self, plain: Sequence[Sequence[Tensor]] | None) -> bool:
         engine, sweep = self._engine, self._engine.controller.sweep
         assert sweep is not None
         if self._raised and sweep.taken:
             return engine.carry_out(engine.controller.leave_sweep())
-        if found is None and not self._finite_gradients():
+        if plain is None and not self._finite_gradients():
             action = engine.controller.observe(Gradient(False))
             if action.skip:
                 return engine.carry_out(action)
-        grads = self._sweeping(found)
+        grads = self._sweeping(plain)
         if not sweep.taken:
             self._observe_activity(grads)
         weights = [local(p) for b in self._blocks for p in b.params]
@@ -233,17 +233,17 @@ class WeightSteps:
                     engine.mark(engine.controller.swept, given=True)
                 return True
         self._rates = [sweep.factor(sweep.taken)] * len(self._blocks)
-        if found is not None:
-            self._in_place(found, tracked=False)
+        if plain is not None:
+            self._in_place(plain, tracked=False)
         else:
             moments, steps = self._move()
             self._store.absorb(steps, moments, [c for _, c in self._grads], tracked=False)
         sweep.taken += 1
         return False
 
-    def _sweeping(self, found: Sequence[Sequence[Tensor]] | None) -> list[Tensor]:
+    def _sweeping(self, plain: Sequence[Sequence[Tensor]] | None) -> list[Tensor]:
         """Gradients of the minimised loss, in the shapes of the parameters."""
-        if found is None:
+        if plain is None:
             pairs = zip(self._blocks, self._grads, strict=True)
             return [t for b, (g, _) in pairs for t in b.layout.views(g)]
-        return [g for some in self._descending(found) for g in some]
+        return [g for some in self._descending(plain) for g in some]

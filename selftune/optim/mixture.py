@@ -148,7 +148,7 @@ class Mixture(RuleOptimizer):
         blocks, values = engine.blocks, self._groups.values(self.param_groups)
         moments = engine.store.moments([None] * len(blocks), values, [1.0] * len(blocks))
         grads = [b.gradient()[0] for b in blocks]
-        found = choice.squares(
+        squared = choice.squares(
             [self._update.joined(b.layout) for b in blocks],
             [b.part._replace(params=b.weights()) for b in blocks],
             [-g if v["maximize"] else g for g, v in zip(grads, values, strict=True)],
@@ -156,7 +156,7 @@ class Mixture(RuleOptimizer):
         )  # fmt: skip
         present = {n: _mean(v) for n, v in self.hparams.items()}
         name = choice.best(rule, present)
-        moves = choice.moves(rule, name, present, found)
+        moves = choice.moves(rule, name, present, squared)
         if moves is None:  # a gradient that is not finite: the next step chooses
             return
         moves |= engine.controller.calmed(present, rule.own(name))
@@ -168,9 +168,9 @@ class Mixture(RuleOptimizer):
             for own, value in zip(leaves(block.part), leaves(part), strict=True):
                 own.copy_(value)
         plain = self.rule
-        told = f"step {engine.clock.steps}: {choice.announcement(rule, present)}, now {plain}"
-        log.info("%s, %s", engine.label, told)
-        engine.monitor.text("rule", told, engine.clock.steps)
+        sentence = f"step {engine.clock.steps}: {choice.announcement(rule, present)}, now {plain}"
+        log.info("%s, %s", engine.label, sentence)
+        engine.monitor.text("rule", sentence, engine.clock.steps)
 
     def _become(
         self,

@@ -124,10 +124,10 @@ class Mixture(AbstractRule):
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
         """The step of the choice, and the members' own values for a run of this length."""
         until = UNKNOWN if total_steps is None else max(1, int(total_steps * WITHIN))
-        found: dict[str, float] = {"mix_until": until}
+        settings: dict[str, float] = {"mix_until": until}
         for name, member in self.members.items():
-            found |= {f"{name}_{k}": v for k, v in member.fitting(total_steps).items()}
-        return {n: v for n, v in found.items() if n not in self._given}
+            settings |= {f"{name}_{k}": v for k, v in member.fitting(total_steps).items()}
+        return {n: v for n, v in settings.items() if n not in self._given}
 
     def init(self, params: Tensor, values: Values) -> State:
         """The state of every member, or of the chosen one."""
@@ -201,16 +201,16 @@ class Mixture(AbstractRule):
             if slope is not None:
                 factor = values.get("sharpness", 1.0) * slope / values[f"mix_{name}"]
                 total = total + factor * shares[name] * (after[f"{name}/scaled"] - direction)
-            held = _of(name, state_dot)
-            if grads_dot is None and not held:
+            moved_state = _of(name, state_dot)
+            if grads_dot is None and not moved_state:
                 continue
             scale = after[f"{name}/scale"]
-            found, later = member.tangent(
+            direction_dot, later = member.tangent(
                 grads, _of(name, state), self._own(name, values), age,
                 (after[f"{name}/scaled"] / scale.clamp_min(LEAST), _of(name, after)),
-                (grads_dot, held, {}), discount, steps,
+                (grads_dot, moved_state, {}), discount, steps,
             )  # fmt: skip
-            total = total + shares[name] * scale * found
+            total = total + shares[name] * scale * direction_dot
             state_after |= {f"{name}/{k}": v for k, v in later.items()}
         return total, state_after
 
@@ -227,11 +227,11 @@ class Mixture(AbstractRule):
 
     def own(self, name: str) -> dict[str, Hparam]:
         """A member's hyperparameters, by their prefixed names."""
-        found = [
+        hparams = [
             replace(h, name=f"{name}_{h.name}", option="", index=None)
             for h in self.members[name].hparams
         ]
-        return {h.name: h for h in found}
+        return {h.name: h for h in hparams}
 
     def plain(self, values: Values) -> PlainOptimizer | None:
         """The chosen rule as a plain torch optimizer, or None before the choice."""
@@ -281,17 +281,17 @@ def _squares(directions: Mapping[str, Tensor], after: State) -> Tensor:
     """``Σ v d²`` of each direction, or Σ d² where no member keeps the second moment v."""
     moments = [v for k, v in after.items() if k.endswith("/exp_avg_sq")]
     metric = moments[0].detach().sqrt() if moments else 1.0
-    found = [torch.linalg.vector_norm(d.detach() * metric) for d in directions.values()]
-    return torch.stack(found).double().square()
+    norms = [torch.linalg.vector_norm(d.detach() * metric) for d in directions.values()]
+    return torch.stack(norms).double().square()
 
 
 def _named(rules: Sequence[AbstractRule]) -> dict[str, AbstractRule]:
     """The members by name, checked."""
     check({"rules": ListOf(Instance((object,), "a rule"), "rules")}, {"rules": rules})
-    found = list(rules)
-    if not found:
+    members = list(rules)
+    if not members:
         raise ValueError("rules=[] is empty: pass one or more, such as [SGD(), AdamW(), Lion()]")
-    for rule in found:
+    for rule in members:
         if not isinstance(rule, AbstractRule) or isinstance(rule, Mixture):
             raise TypeError(
                 f"rules contains {rule!r}, which must be a rule of the library, such as "
@@ -307,7 +307,7 @@ def _named(rules: Sequence[AbstractRule]) -> dict[str, AbstractRule]:
                 f"rules contains {type(rule).__name__}, which rescales the gradient of its decay, "
                 "so that its weight decay is not comparable to that of the others: use AdamW"
             )
-    names = [type(rule).__name__.lower() for rule in found]
+    names = [type(rule).__name__.lower() for rule in members]
     if len(set(names)) < len(names):
         raise ValueError(f"rules={names} contains duplicates: pass each rule once")
-    return dict(zip(names, found, strict=True))
+    return dict(zip(names, members, strict=True))

@@ -135,10 +135,10 @@ class Muon(AbstractRule):
             return orthogonal(mean, values), after
         views = self._layout.views(mean)
         parts = parts if isinstance(use, tuple) else [None] * len(views)
-        found = [
+        directions = [
             orthogonal(v, values) if p is None else p for v, p in zip(views, parts, strict=True)
         ]
-        return torch.cat([d.reshape(-1) for d in found]), after
+        return torch.cat([d.reshape(-1) for d in directions]), after
 
     def tangent(
         self,
@@ -155,10 +155,10 @@ class Muon(AbstractRule):
         use, values = values["use_muon"], _adamw(values)
         if use is True:
             return torch.zeros_like(grads), {}
-        found, after = ADAM.tangent(grads, state, values, age, moved, dots, discount, steps)
+        direction_dot, after = ADAM.tangent(grads, state, values, age, moved, dots, discount, steps)
         if isinstance(use, tuple) and self._layout is not None:
-            found = found * self._layout.expand([float(not own) for own in use])
-        return found, after
+            direction_dot = direction_dot * self._layout.expand([float(not own) for own in use])
+        return direction_dot, after
 
 
 def _check_matrix(tensor: Tensor) -> None:
@@ -257,14 +257,14 @@ def _is_weight(name: str) -> bool:
 
 def _named(model: nn.Module, name: str) -> list[Tensor]:
     """The parameters of a module, or one parameter, by name."""
-    found: list[Tensor] = [
+    params: list[Tensor] = [
         p
         for n, p in model.named_parameters(remove_duplicate=False)
         if n == name or n.startswith(f"{name}.")
     ]
-    if not found:
+    if not params:
         raise ValueError(
             f"others={name!r} is not the name of a module or parameter with weights: use names "
             f"such as {next(n for n, _ in model.named_parameters())!r}"
         )
-    return found
+    return params

@@ -42,13 +42,13 @@ class Untuned(torch.optim.Optimizer):
             values = {**group, **{h.name: h.read(group) for h in rule.hparams}}
             rate, decay = group["lr"], group["weight_decay"]
             for param in (p for p in group["params"] if p.grad is not None):
-                held = self.state[param]
-                if not held:
-                    held.update(rule.init(param, values), step=0)
+                entry = self.state[param]
+                if not entry:
+                    entry.update(rule.init(param, values), step=0)
                 grads = param.grad if rule.decoupled else param.grad + decay * param
-                state = {n: t for n, t in held.items() if n != "step"}
-                direction, after = rule.direction(grads, state, values, held["step"])
-                held.update({n: after[n] for n in state}, step=held["step"] + 1)
+                state = {n: t for n, t in entry.items() if n != "step"}
+                direction, after = rule.direction(grads, state, values, entry["step"])
+                entry.update({n: after[n] for n in state}, step=entry["step"] + 1)
                 if rule.decoupled:
                     direction = direction + decay * param
                 param.sub_(rate * direction)
@@ -102,15 +102,15 @@ class PlainOptimizer:
 
 def _settings(rule: AbstractRule, values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of an optimizer, in which momenta may share a tuple."""
-    found: dict[str, Any] = {"lr": values["lr"]}
+    settings: dict[str, Any] = {"lr": values["lr"]}
     for hparam in rule.hparams:
         if hparam.index is None:
-            found[hparam.option or hparam.name] = values[hparam.name]
+            settings[hparam.option or hparam.name] = values[hparam.name]
         else:
-            found[hparam.option] = (*found.get(hparam.option, ()), values[hparam.name])
+            settings[hparam.option] = (*settings.get(hparam.option, ()), values[hparam.name])
     own = {h.name for h in rule.hparams}
     rest = {n: values[n] for n in rule.defaults if n not in (*own, "lr", "weight_decay")}
-    return {**found, **rest, "weight_decay": values["weight_decay"]}
+    return {**settings, **rest, "weight_decay": values["weight_decay"]}
 
 
 def _shown(value: Any) -> str:

@@ -19,8 +19,8 @@ def main() -> None:
     """Run a worker."""
     if sys.argv[1:] and sys.argv[1].isdecimal():
         # Standard input is a file that all workers share, so it is mapped and not read.
-        with mmap.mmap(sys.stdin.fileno(), 0, access=mmap.ACCESS_READ) as held:
-            payload: Payload = pickle.loads(held)
+        with mmap.mmap(sys.stdin.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            payload: Payload = pickle.loads(mapped)
         work(payload, payload.open(int(sys.argv[1])))
         return
     parser = argparse.ArgumentParser(prog="python -m selftune.search")

@@ -68,14 +68,14 @@ def start_wide(model: Any, family: str) -> None:
             f"candidates[{family!r}] returned a {type(model).__name__}: with structure= it must "
             "return the model, whose units are removed during its run; or omit structure="
         )
-    found = [module for _, module in gated(model)]
-    if not found:
+    gated_modules = [module for _, module in gated(model)]
+    if not gated_modules:
         raise ValueError(
             f"candidates[{family!r}] built a model without gates: with structure= its builder "
             "takes space.suggest_width and places space.gates(width) after the activation; or "
             "omit structure="
         )
-    for module in found:
+    for module in gated_modules:
         module.gates.requires_grad_(False)
 
 
@@ -169,16 +169,16 @@ def sizes_of(model: nn.Module, small: nn.Module) -> dict[str, Any]:
     modules = dict(gated(model))
     optional = {n for n, m in modules.items() if isinstance(m, Optional)}
     removed = tuple(f"{n}." for n in optional if bool(modules[n].closed().all()))
-    found: dict[str, Any] = {"units": [], "heads": []}
+    sizes: dict[str, Any] = {"units": [], "heads": []}
     for name, module in modules.items():
         if name in optional or name.startswith(removed):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
         kind = "heads" if isinstance(parent, Attention) and isinstance(module, Gate) else "units"
-        found[kind].append(max(1, int((~module.closed()).sum())))
-    found = {kind: counts for kind, counts in found.items() if counts}
-    found |= {"blocks": len(optional) - len(removed)} if optional else {}
-    return found | {"parameters": sum(p.numel() for p in small.parameters())}
+        sizes[kind].append(max(1, int((~module.closed()).sum())))
+    sizes = {kind: counts for kind, counts in sizes.items() if counts}
+    sizes |= {"blocks": len(optional) - len(removed)} if optional else {}
+    return sizes | {"parameters": sum(p.numel() for p in small.parameters())}
 
 
 def example_of(batch: Any, model: nn.Module) -> tuple[Any, ...]:

@@ -67,8 +67,8 @@ class Selection:
         rows = [f"{'trial':>5}  {'value':>9}  choices"]
         for trial in ranked:
             value = "–" if trial.value is None else f"{trial.value:.4g}"
-            told = {**trial.params, **trial.user_attrs.get("sizes", {})}
-            chosen = ", ".join(f"{k}={v}" for k, v in told.items())
+            settings = {**trial.params, **trial.user_attrs.get("sizes", {})}
+            chosen = ", ".join(f"{k}={v}" for k, v in settings.items())
             why = trial.user_attrs.get("error") or states.get(trial.state, "running")
             rows.append(f"{trial.number:>5}  {value:>9}  {chosen}{'  ' + why if why else ''}")
         return "\n".join(rows)

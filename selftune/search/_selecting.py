@@ -230,17 +230,17 @@ def select(
         # Replace trials whose workers were killed before they began.
         if ended and persist(lambda: reclaim(opened), opened):
             run(payload, opened, bar=bar)
-    found = persist(lambda: selected(trainer, opened), opened)
+    selection = persist(lambda: selected(trainer, opened), opened)
     if memory is not None and trainer.task is not None and len(opened.trials) > before:
-        schedule = None if found.schedule is None else asdict(found.schedule)
+        schedule = None if selection.schedule is None else asdict(selection.schedule)
         try:
             memory.remember(
-                replace(trainer.task, family=found.family), found.hparams, value=found.value,
-                params=found.study.best_params, schedule=schedule,
+                replace(trainer.task, family=selection.family), selection.hparams,
+                value=selection.value, params=selection.study.best_params, schedule=schedule,
             )  # fmt: skip
         except OSError as error:
             log.warning("memory: this search could not be stored: %s", error)
-    return found
+    return selection
 
 
 def _begin(trainer: Trainer, study: optuna.Study) -> int:

@@ -59,8 +59,8 @@ class Space:
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
         """Suggest a floating-point number."""
-        found = self.trial.suggest_float(self._prefix + name, low, high, step=step, log=log)
-        return float(found)
+        value = self.trial.suggest_float(self._prefix + name, low, high, step=step, log=log)
+        return float(value)
 
     def suggest_width(self, name: str, choices: Sequence[int]) -> int:
         """Suggest a number of units; the largest if units are removed during the run."""

@@ -72,8 +72,8 @@ def storage_of(given: Any) -> BaseStorage:
     lock = JournalFileOpenLock(text)
     if not _check_journal(path):
         _repair(path, lock)
-    held = Path(f"{text}.lock")
-    if held.exists() and time.time() - held.stat().st_mtime > PATIENCE:
+    lock_file = Path(f"{text}.lock")
+    if lock_file.exists() and time.time() - lock_file.stat().st_mtime > PATIENCE:
         log.warning(
             "storage=%s has been locked for some time, perhaps by a worker that was killed: the "
             "lock is taken over if it is not released within 30 s", path,
@@ -187,23 +187,23 @@ def _repair(path: Path, lock: JournalFileOpenLock) -> None:
     try:
         if _check_journal(path):
             return
-        held = path.read_bytes()
-        start = held.rfind(b"\n") + 1
+        content = path.read_bytes()
+        start = content.rfind(b"\n") + 1
         try:
-            json.loads(held[start:])
-            whole = held + b"\n"
+            json.loads(content[start:])
+            whole = content + b"\n"
         except ValueError:
-            whole = held[:start]
+            whole = content[:start]
         backup = path.with_name(f"{path.name}.cut")
-        backup.write_bytes(held)
+        backup.write_bytes(content)
         with path.open("r+b") as file:  # in place: other workers may have it open
             file.write(whole)
             file.truncate()
         log.warning(
             "storage=%s ended within a line, as after a kill or on a full disk: %s; a copy of the "
             "original file is kept in %s", path,
-            "the line was complete and is now terminated" if len(whole) > len(held)
-            else f"its last {len(held) - len(whole)} bytes were removed", backup,
+            "the line was complete and is now terminated" if len(whole) > len(content)
+            else f"its last {len(content) - len(whole)} bytes were removed", backup,
         )  # fmt: skip
     finally:
         lock.release()
@@ -345,6 +345,8 @@ def open_study(
             for k in {**known, **about}
             if known.get(k) != about.get(k)
         }
-        told = "; ".join(f"{k}: there {a}, here {b}" for k, (a, b) in different.items())
-        raise ValueError(f"study={name!r} belongs to another search ({told}): pass another name")
+        described = "; ".join(f"{k}: there {a}, here {b}" for k, (a, b) in different.items())
+        raise ValueError(
+            f"study={name!r} belongs to another search ({described}): pass another name"
+        )
     return study

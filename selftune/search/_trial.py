@@ -108,9 +108,11 @@ class Trainer:
             if isinstance(error, StorageInternalError):
                 raise Unwritable from error
             family = trial.user_attrs.get("family", "?")
-            told = f"{type(error).__name__}: {error}"
-            trial.set_user_attr("error", told)
-            log.warning("trial %d (%s, %s) failed: %s", trial.number, family, trial.params, told)
+            described = f"{type(error).__name__}: {error}"
+            trial.set_user_attr("error", described)
+            log.warning(
+                "trial %d (%s, %s) failed: %s", trial.number, family, trial.params, described
+            )
             raise
 
     def __call__(self, trial: optuna.Trial) -> float:
@@ -259,15 +261,15 @@ class Trainer:
 
     def _reporting(self, trial: optuna.Trial) -> Callable[[Progress], bool]:
         """A callback that reports evaluations to the pruner, and ends a pruned run."""
-        told = 0
+        reports = 0
 
         def report(progress: Progress) -> bool:
-            nonlocal told
-            told += 1
+            nonlocal reports
+            reports += 1
             value = progress.scores[self.metric]
             if not math.isfinite(value):
                 return False
-            trial.report(value, told)
+            trial.report(value, reports)
             if trial.should_prune():
                 trial.set_user_attr("pruned", True)
             return bool(trial.user_attrs.get("pruned"))
@@ -290,22 +292,22 @@ class Trainer:
         """Starting values: from the best trials of the family, or else from the memory."""
         if isinstance(trial, FrozenTrial):  # trained again
             return dict(trial.user_attrs.get("start", {}))
-        found = self._medians(trial.study, family) if self.warm else {}
-        if not found and self.memory is not None and self.task is not None:
+        start = self._medians(trial.study, family) if self.warm else {}
+        if not start and self.memory is not None and self.task is not None:
             task = replace(self.task, family=family)
-            found = self.memory.start(task, tuner.starts, tuner.scales)
-        trial.set_user_attr("start", found)
-        return found
+            start = self.memory.start(task, tuner.starts, tuner.scales)
+        trial.set_user_attr("start", start)
+        return start
 
     def _medians(self, study: optuna.Study, family: str) -> dict[str, float]:
         """Medians of the final hyperparameters of the best trials of a family."""
         known = [t for t in finished(study) if t.user_attrs.get("family") == family]
         best = sorted(known, key=lambda t: self.sign * (t.value or 0.0))[:NEAREST]
-        found: dict[str, list[float]] = {}
+        values_of: dict[str, list[float]] = {}
         for one in best:
             for name, value in one.user_attrs.get("hparams", {}).items():
-                found.setdefault(name, []).append(value)
-        return {n: statistics.median_low(v) for n, v in found.items()}
+                values_of.setdefault(name, []).append(value)
+        return {n: statistics.median_low(v) for n, v in values_of.items()}
 
     def _keep(self, trial: optuna.Trial, value: float, result: TuningResult) -> None:
         """Keep the weights if they are among the best so far, and delete the others."""

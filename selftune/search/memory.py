@@ -158,14 +158,14 @@ class Memory:
 
     def runs(self) -> list[dict[str, Any]]:
         """All stored runs that can be read."""
-        found = []
+        entries = []
         for path in sorted(self.path.glob("*.json")):
             try:
-                found.append(_entry(json.loads(path.read_text())))
+                entries.append(_entry(json.loads(path.read_text())))
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
                 # A file truncated by a full disk does not affect the others.
                 log.warning("memory: %s is left out: %s", path, error)
-        return found
+        return entries
 
     def start(
         self,
@@ -185,7 +185,7 @@ class Memory:
             size of this task.
         """
         near = [(math.exp(-((task.distance(e["task"]) / NEAR) ** 2) / 2), e) for e in self.runs()]
-        found = dict(hparams)
+        start = dict(hparams)
         for name, value in hparams.items():
             some = [(w, self._of(e, name, task)) for w, e in near if name in e["hparams"]]
             some = [(w, v) for w, v in some if w > 1e-6 and v > 0]
@@ -195,8 +195,8 @@ class Memory:
                 some, base = some[1:], some[0]
             else:
                 base = (PRIOR, value)
-            found[name] = _mean([base, *some], None if known is None else known.get(name))
-        return found
+            start[name] = _mean([base, *some], None if known is None else known.get(name))
+        return start
 
     def best(self, task: Task, count: int = 3) -> list[dict[str, Any]]:
         """Parameters that searches selected for the most similar tasks, nearest first."""

@@ -97,14 +97,14 @@ class _SelfTuning(BaseEstimator):
             raise ValueError(
                 f"n_samples={len(X)} is too few for training and validation parts: at least 5"
             )
-        held = max(1, round(self.validation_fraction * len(X)))
-        groups = self._strata(y, held)
-        found: list[Array] = train_test_split(
-            X, y, test_size=held, random_state=seed, stratify=groups
+        count = max(1, round(self.validation_fraction * len(X)))
+        groups = self._strata(y, count)
+        parts: list[Array] = train_test_split(
+            X, y, test_size=count, random_state=seed, stratify=groups
         )
-        return found
+        return parts
 
-    def _strata(self, y: Array, held: int) -> Array | None:
+    def _strata(self, y: Array, count: int) -> Array | None:
         return None
 
     def _build(self, shape: Shape) -> nn.Module:
@@ -209,22 +209,22 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
             raise ValueError(f"y has classes {unknown} that the first fit did not know")
         weight = None
         if self.class_weight is not None:
-            found = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
-            weight = torch.tensor(found, dtype=torch.float32, device=self.device)
+            weights = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
+            weight = torch.tensor(weights, dtype=torch.float32, device=self.device)
         shape = Shape(X.shape[1:], len(self.classes_), "classification")
         codes = np.searchsorted(self.classes_, y)
         self._fit(X, codes, shape, nn.CrossEntropyLoss(weight), fresh)
         return self
 
-    def _strata(self, y: Array, held: int) -> Array | None:
+    def _strata(self, y: Array, count: int) -> Array | None:
         """The classes, if each has enough examples for both parts; else None."""
         counts = np.unique(y, return_counts=True)[1]
-        return y if counts.min() >= 2 and min(held, len(y) - held) >= len(counts) else None
+        return y if counts.min() >= 2 and min(count, len(y) - count) >= len(counts) else None
 
     def predict_proba(self, X: Any) -> Array:
         """Probabilities, shape (examples, classes)."""
-        found: Array = self._outputs(X).double().softmax(1).numpy()
-        return found
+        probabilities: Array = self._outputs(X).double().softmax(1).numpy()
+        return probabilities
 
     def predict(self, X: Any) -> Array:
         """Classes, shape (examples,)."""
@@ -282,10 +282,10 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
 
     def predict(self, X: Any) -> Array:
         """Predicted values, in the shape of the targets."""
-        found = self._outputs(X).double().numpy()
+        predictions = self._outputs(X).double().numpy()
         if np.ndim(self.target_mean_) == 0:
-            found = found.reshape(len(found))
-        return found * self.target_scale_ + self.target_mean_
+            predictions = predictions.reshape(len(predictions))
+        return predictions * self.target_scale_ + self.target_mean_
 
 
 def _tensors(x: Array, y: Array) -> TensorDataset:

@@ -65,14 +65,14 @@ class Follower(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, then track its units."""
         value = self.values[n] = super().run_node(n)
-        found = None
+        channels = None
         if n.op == "output":
             self.units.need(*self._of(n.args))
         elif n.op == "call_module":
-            found = self._module(n, value)
+            channels = self._module(n, value)
         elif n.op in ("call_function", "call_method"):
-            found = self._operation(n, value)
-        self.channels[n] = found
+            channels = self._operation(n, value)
+        self.channels[n] = channels
         return value
 
     def _of(self, args: Any) -> list[Channels | None]:
@@ -90,8 +90,8 @@ class Follower(fx.Interpreter):
     def _module(self, node: fx.Node, value: Any) -> Channels | None:
         path = str(node.target)
         module = self.fetch_attr(path)
-        found = self._of((node.args, node.kwargs))
-        given = found[0] if len(found) == 1 else None
+        inputs = self._of((node.args, node.kwargs))
+        given = inputs[0] if len(inputs) == 1 else None
         if isinstance(module, Recurrent):
             _inside.recurrent(self, node, module, given)
             return None
@@ -175,18 +175,18 @@ class Follower(fx.Interpreter):
         target = node.target
         if target in SIZES:
             return None
-        found = self._of((node.args, node.kwargs))
+        inputs = self._of((node.args, node.kwargs))
         if target is operator.getitem and node.args[0] in self.pieces:
             return _inside.item(self, node)
-        given = found[0] if found else None
+        given = inputs[0] if inputs else None
         if target in CHUNKS and given is not None:
             _inside.chunks(self, node, given)
             return None
-        if not any(c is not None for c in found) or not isinstance(value, Tensor):
+        if not any(c is not None for c in inputs) or not isinstance(value, Tensor):
             self.unknown(node)
             return None
-        if target is operator.getitem and len(found) == 1:
-            return _inside.indexed(self, node, found[0])
+        if target is operator.getitem and len(inputs) == 1:
+            return _inside.indexed(self, node, inputs[0])
         rules: list[tuple[set[Any], Callable[[fx.Node, Channels, Tensor], Channels | None]]] = [
             (SAME, lambda n, c, v: c),
             (SHIFTED | MASKED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
@@ -198,7 +198,11 @@ class Follower(fx.Interpreter):
             (SOFTMAXES, partial(_inside.softmax, self)),
         ]
         for targets, rule in rules:
-            if target in targets and given is not None and found[1:].count(None) == len(found) - 1:
+            if (
+                target in targets
+                and given is not None
+                and inputs[1:].count(None) == len(inputs) - 1
+            ):
                 return rule(node, given, value)
         if target in SUMS:
             those, others = self._operands(node, value)
@@ -320,4 +324,4 @@ def _shared(graph: fx.GraphModule) -> set[int]:
         for param in module._parameters.values():
             if param is not None:
                 owners.setdefault(id(param), set()).add(id(module))
-    return {param for param, held in owners.items() if len(held) > 1}
+    return {param for param, users in owners.items() if len(users) > 1}

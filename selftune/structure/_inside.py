@@ -94,11 +94,11 @@ def item(follower: Follower, node: fx.Node) -> Channels | None:
     """One part of a tuple."""
     source, at = node.args
     assert isinstance(source, fx.Node)
-    found = follower.pieces[source][at]  # type: ignore[index]
-    if isinstance(found, list):
-        follower.pieces[node] = found
+    piece = follower.pieces[source][at]  # type: ignore[index]
+    if isinstance(piece, list):
+        follower.pieces[node] = piece
         return None
-    known: Channels | None = found
+    known: Channels | None = piece
     return known
 
 

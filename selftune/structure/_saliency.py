@@ -53,8 +53,8 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
             "the model that the goal was made for, with gates that require a gradient; of a "
             "compiled model, the original one, because hooks do not run in compiled code"
         )
-    found = {n: 0.5 * len(c) * c.square().sum(0) for n, c in rows.items()}
-    return {n: s * sizes.get(n, 1) for n, s in found.items()}
+    saliencies = {n: 0.5 * len(c) * c.square().sum(0) for n, c in rows.items()}
+    return {n: s * sizes.get(n, 1) for n, s in saliencies.items()}
 
 
 def _watch(
@@ -72,9 +72,9 @@ def _watch(
     value = value.detach()
 
     def add(grad: Tensor) -> None:
-        found = module.per_unit(grad * value)
+        slopes = module.per_unit(grad * value)
         known = rows.get(name)
-        rows[name] = found if known is None or known.shape != found.shape else known + found
+        rows[name] = slopes if known is None or known.shape != slopes.shape else known + slopes
 
     if output.requires_grad:
         output.register_hook(add)
@@ -84,10 +84,10 @@ def _watch(
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore buffers, such as running statistics, after the block; masks may change."""
     masks = {id(module.mask) for _, module in gated(model)}
-    held = [(b, b.clone()) for b in model.buffers() if id(b) not in masks]
+    copies = [(b, b.clone()) for b in model.buffers() if id(b) not in masks]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, before in held:
+            for buffer, before in copies:
                 buffer.copy_(before)

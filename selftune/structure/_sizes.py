@@ -161,13 +161,13 @@ class Sizes:
 
     def last(self, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which units are the last of a layer and are therefore kept; shape (units,)."""
-        found, padded = np.zeros(len(gone), dtype=bool), np.append(gone, False)
+        last, padded = np.zeros(len(gone), dtype=bool), np.append(gone, False)
         optional = set(self._optionals)
         for name, axis in self.axes.items():
             left = np.unique(axis[~padded[axis]])
             if name not in optional and len(left) == 1 and left[0] >= 0:
-                found[left[0]] = True
-        return found
+                last[left[0]] = True
+        return last
 
     def floor(self) -> NDArray[np.float64]:
         """The size with one unit in each layer and no Optional block, shape (2,)."""
@@ -207,14 +207,14 @@ class Sizes:
 
 def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[str, float]:
     """Multiply-adds per weight of each layer, for one example."""
-    found: dict[str, float] = {}
+    positions: dict[str, float] = {}
     for node, value in follower.values.items():
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Linear):
             times = value.numel() / module.out_features
         elif isinstance(module, Recurrent):
             times = value[0].numel() / len(module.gates)
-            found[f"{node.target}.cell"] = times / batch
+            positions[f"{node.target}.cell"] = times / batch
             continue
         elif isinstance(module, _ConvNd):
             read = follower.values[node.all_input_nodes[0]]
@@ -224,5 +224,5 @@ def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[str, 
             )  # fmt: skip
         else:
             continue
-        found[str(node.target)] = found.get(str(node.target), 0.0) + times / batch
-    return found
+        positions[str(node.target)] = positions.get(str(node.target), 0.0) + times / batch
+    return positions

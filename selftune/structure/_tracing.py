@@ -52,8 +52,8 @@ class Tracer(fx.Tracer):
 
 def original(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile`` has wrapped, or the model itself."""
-    found: nn.Module = getattr(model, "_orig_mod", model)
-    return found
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -112,13 +112,13 @@ class Units:
             warn: Called with the name of each module whose units are all closed.
         """
         gone = self.removable()
-        told: set[str] = set()
+        named: set[str] = set()
         for cut in self.cuts.values():
             if all(self.root(u) in gone for u in cut.ids):
                 gone.discard(self.root(cut.ids[0]))
-                if cut.path not in told:
+                if cut.path not in named:
                     warn(cut.path)
-                told.add(cut.path)
+                named.add(cut.path)
         return gone
 
     def remove(self, gone: set[int]) -> None:

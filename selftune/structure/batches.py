@@ -254,10 +254,10 @@ def step_overhead(
     for size in seconds:  # the first step of each size is slower
         step(size)
     for _ in range(repeats):
-        for size, found in seconds.items():
+        for size, times in seconds.items():
             begun = time.perf_counter()
             step(size)
-            found.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - begun)
     short, long = (statistics.median(s) for s in seconds.values())
     each = (long - short) / (large - small)
     return max(1.0, short / each - small) if each > 0 else math.inf

@@ -130,10 +130,10 @@ class Chooser:
         rate: float = 0.2, recorder: Any = None,
     ) -> None:  # fmt: skip
         total = total_steps or 0
-        found = dict(choices(model))
-        if not found:
+        by_name = dict(choices(model))
+        if not by_name:
             raise ValueError("model has no choices: put selftune.structure.Choice into it")
-        self._model, self._choices, self._total = model, found, total
+        self._model, self._choices, self._total = model, by_name, total
         self._every = max(1, total // 60) if every is None else every
         if total // self._every * self._every < self.end * total:
             most = max(1, total - math.ceil(self.end * total))
@@ -295,15 +295,15 @@ def choose(
         ValueError: No loss is given.
         RuntimeError: The loss increases by more.
     """
-    found = dict(choices(model))
-    if not found:
+    chosen = dict(choices(model))
+    if not chosen:
         return model
     if loss is None:
         raise ValueError(
-            f"loss=None: {', '.join(map(repr, found))} become one branch each, which changes "
+            f"loss=None: {', '.join(map(repr, chosen))} become one branch each, which changes "
             "outputs; pass loss=, a function of the model, to compare before and after"
         )
-    weights = {n: [round(w, 3) for w in c.weights().tolist()] for n, c in found.items()}
+    weights = {n: [round(w, 3) for w in c.weights().tolist()] for n, c in chosen.items()}
     before = float(loss(model))
     for path, module in reversed(list(model.named_modules(remove_duplicate=False))):
         if isinstance(module, Choice) and path:

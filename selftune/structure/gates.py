@@ -182,8 +182,8 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
         [4, 1]
     """
     gates = [module.gates for _, module in gated(model)]
-    held = {id(g) for g in gates}
-    weights = [p for p in model.parameters() if id(p) not in held]
+    gate_ids = {id(g) for g in gates}
+    weights = [p for p in model.parameters() if id(p) not in gate_ids]
     return [{"params": weights}, {"params": gates, "weight_decay": 0.0, **options}]
 
 
@@ -199,8 +199,8 @@ def open_gates(model: nn.Module, threshold: float = 0.0) -> dict[str, tuple[int,
         >>> open_gates(nn.Sequential(nn.Linear(4, 8), Gate(8)))
         {'1': (8, 8)}
     """
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for name, module in gated(model):
         closed: Sequence[bool] = module.closed(threshold).tolist()
-        found[name] = (len(closed) - sum(closed), len(closed))
-    return found
+        counts[name] = (len(closed) - sum(closed), len(closed))
+    return counts

@@ -240,8 +240,8 @@ class Goal:
             return None
         known = self._known or fresh
         self._known = {n: known[n] + MEMORY * (v - known[n]) for n, v in fresh.items()}
-        found = {n: v.double().cpu().numpy() for n, v in self._known.items()}
-        return np.array([sum(found[n][i] for n, i in at) for at in self._sizes.places])
+        saliencies = {n: v.double().cpu().numpy() for n, v in self._known.items()}
+        return np.array([sum(saliencies[n][i] for n, i in at) for at in self._sizes.places])
 
     def _order(
         self, gone: NDArray[np.bool_], worth: NDArray[np.float64], want: NDArray[np.float64]
@@ -296,8 +296,8 @@ class Goal:
             middle = (low + high + 1) // 2
             self._mask(order[:middle])
             rose = self._loss(closure) - before
-            for mask, held in masks:
-                mask.copy_(held)
+            for mask, open_mask in masks:
+                mask.copy_(open_mask)
             if rose <= allowed:
                 low, rise = middle, rose
             else:

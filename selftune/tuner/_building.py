@@ -66,7 +66,7 @@ class Given:
         objective: The model with its training loss.
         rule: The update rule.
         update: The rule with penalties and learning-rate decay.
-        found: Tuned layers and losses by name.
+        strengths: Tuned layers and losses by name.
         known: Scales and bounds of all hyperparameters by name.
         values: Their starting values.
         chosen: Names whose starting values were passed by the user.
@@ -92,7 +92,7 @@ class Given:
     objective: Objective
     rule: AbstractRule
     update: Update
-    found: Mapping[str, Strength]
+    strengths: Mapping[str, Strength]
     known: Mapping[str, Hparam]
     values: dict[str, float]
     chosen: set[str]
@@ -121,21 +121,21 @@ class Given:
     def assignment(self, total: int | None) -> Assignment:
         """The estimators of a run."""
         return assign(
-            self.estimator, self.update, self.names, self.found,
+            self.estimator, self.update, self.names, self.strengths,
             stride=min(self.average.stride, self.cadence(total)),
             splits=self.objective.splits,
         )  # fmt: skip
 
 
 def tuned_names(
-    tune: Sequence[str] | None, update: Update, found: Mapping[str, Strength], schedule: str
+    tune: Sequence[str] | None, update: Update, strengths: Mapping[str, Strength], schedule: str
 ) -> list[str]:
     """Names of the tuned hyperparameters; ``decay`` only without an annealing schedule."""
     if tune is not None:
         if isinstance(tune, str):
             raise ValueError(f"tune={tune!r} must be a sequence: ({tune!r},)")
         return list(tune)
-    return [*(n for n in update.tuned if n != "decay" or schedule == "constant"), *found]
+    return [*(n for n in update.tuned if n != "decay" or schedule == "constant"), *strengths]
 
 
 @contextmanager
@@ -307,13 +307,13 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
             guarded=make_guard(given.guard) is not None,
             total=group.total, outer_total=group.total,
         ),
-        options={k: v for k, v in given.values.items() if k not in (*names, *given.found)},
+        options={k: v for k, v in given.values.items() if k not in (*names, *given.strengths)},
         rates=rates,
         every=plan.every,
         autocast=autocast,
         whole=assigned.whole,
         answers=[n for n in hyper.names if n in assigned.names],
-        layers={n: f.buffers for n, f in given.found.items() if n in names},
+        layers={n: f.buffers for n, f in given.strengths.items() if n in names},
         joined=joined,
         own=PerParameter(given.rule.by_parameter(given.objective.model, trained)),
         group=group,
@@ -335,6 +335,6 @@ def _small(objective: Objective) -> bool:
 def _set_layers(given: Given) -> None:
     """Write the given values into their layers."""
     buffers = dict(given.objective.named_buffers())
-    for name, found in given.found.items():
-        for buffer in found.buffers:
+    for name, strength in given.strengths.items():
+        for buffer in strength.buffers:
             buffers[buffer].fill_(given.values[name])

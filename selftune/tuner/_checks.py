@@ -183,8 +183,8 @@ def check_first(
     passes = (("train", steps.inner), ("val", steps.outer))
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
-        held = _held(module), _explained()
-        with torch.random.fork_rng(devices), steps.autocast(), held[0], held[1]:
+        before = _held(module), _explained()
+        with torch.random.fork_rng(devices), steps.autocast(), before[0], before[1]:
             with torch.set_grad_enabled(not steps.group.sharded):
                 loss = module(batch)
             _check_loss(loss, name)

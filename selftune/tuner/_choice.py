@@ -38,11 +38,11 @@ def choose(training: Training, batch: Any) -> None:
     grads = steps.gradient(run, batch)[1]
     parts = run.method.parts
     updates = [steps.update] * len(parts)
-    found = choice.squares(updates, parts, grads, steps.moments(run), steps.method.total)
+    squared = choice.squares(updates, parts, grads, steps.moments(run), steps.method.total)
     present = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
     values = {**steps.options, **present}
     name = choice.best(rule, values)
-    moves = choice.moves(rule, name, values, found)
+    moves = choice.moves(rule, name, values, squared)
     if moves is None:
         return
     moves |= training.watch.controllers[0].calmed(values, rule.own(name))
@@ -50,9 +50,9 @@ def choose(training: Training, batch: Any) -> None:
     become(steps, training.fused, chosen)
     training.watch.note(training.step)
     plain = optimizer_of(steps, training.watch.hparams())
-    told = f"step {training.step}: {choice.announcement(rule, values)}, now {plain}"
-    log.info("Tuner, %s", told)
-    training.watch.metrics.monitor.text("rule", told, training.step)
+    sentence = f"step {training.step}: {choice.announcement(rule, values)}, now {plain}"
+    log.info("Tuner, %s", sentence)
+    training.watch.metrics.monitor.text("rule", sentence, training.step)
 
 
 def pace(steps: Steps) -> None:

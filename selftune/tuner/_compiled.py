@@ -95,7 +95,7 @@ class Fused:
             step: Number of steps before.
 
         Returns:
-            The result of :meth:`Steps.told`.
+            The result of :meth:`Steps.record`.
         """
         kind = "tracked" if tracked else "plain"
         if self.whole is not None and self.whole.sees(step, last=last):
@@ -176,30 +176,30 @@ class Fused:
         def tune(run: RunState, batch: Batch) -> Any:
             return steps.tune(run, batch)
 
-        found = {"plain": plain, "tracked": tracked, "tune": tune}
-        graphs = {n: wrap(_in_place(mapped(f, 1))) for n, f in found.items()}
+        compiled = {"plain": plain, "tracked": tracked, "tune": tune}
+        graphs = {n: wrap(_in_place(mapped(f, 1))) for n, f in compiled.items()}
         return graphs if self.whole is None else {**graphs, **self._seen(self.whole, wrap)}
 
     def _seen(self, whole: FunctionalSteps, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Every kind of step, observed by an estimator that runs between the graphs."""
         steps = self._steps
         # A CUDA graph overwrites its previous outputs.
-        kept = partial(tree_map, torch.clone) if self.run.step.is_cuda else lambda found: found
+        kept = partial(tree_map, torch.clone) if self.run.step.is_cuda else lambda tree: tree
 
         def seen(tracked: bool) -> Step:
             def advance(run: RunState, batch: Batch) -> tuple[RunState, Any]:
                 point, hparams = whole.seen(run)
-                run, told = steps.train(run, batch, tracked=tracked)
-                return run, (told, point, hparams)
+                run, record = steps.train(run, batch, tracked=tracked)
+                return run, (record, point, hparams)
 
             advancing = wrap(_in_place(advance))
 
             def train(run: RunState, batch: Batch) -> Tensor:
-                told, point, hparams = advancing(run, batch)
-                if bool(told[1]):  # the step was taken
+                record, point, hparams = advancing(run, batch)
+                if bool(record[1]):  # the step was taken
                     point, hparams = kept((point, hparams))
                     whole.observe(point, hparams, batch)
-                return told
+                return record
 
             return train
 
@@ -208,15 +208,15 @@ class Fused:
             end, hparams = whole.seen(run)
             return run, (passed, whole.joined(passed[1]), end, hparams)
 
-        def step(run: RunState, passed: Any, found: Any) -> tuple[RunState, Tensor]:
-            return steps.hyper_step(run, passed, whole.raw(run, found))
+        def step(run: RunState, passed: Any, grads: Any) -> tuple[RunState, Tensor]:
+            return steps.hyper_step(run, passed, whole.raw(run, grads))
 
         validating, stepping = wrap(_in_place(validate)), wrap(_in_place(step))
 
         def tune(run: RunState, batch: Batch) -> Tensor:
             passed, grads, end, hparams = validating(run, batch)
-            found = whole.estimate(end, hparams, grads)
-            return stepping(run, passed, found)
+            hypergrads = whole.estimate(end, hparams, grads)
+            return stepping(run, passed, hypergrads)
 
         return {"seen plain": seen(False), "seen tracked": seen(True), "tune": tune}
 
@@ -251,8 +251,8 @@ def _either(first: Step, second: Step) -> Step:
     """A step, or another one if that returns None."""
 
     def taken(*args: Any) -> Tensor:
-        told = first(*args)
-        return second(*args) if told is None else told
+        record = first(*args)
+        return second(*args) if record is None else record
 
     return taken
 
@@ -270,9 +270,9 @@ def _in_place(step: Step) -> Step:
     """Wrap a pure step so that it writes the next run into the tensors of the current one."""
 
     def stepped(run: RunState, *rest: Any) -> Any:
-        after, told = step(run, *rest)
+        after, record = step(run, *rest)
         copy_into(run, after)
-        return told
+        return record
 
     return stepped
 

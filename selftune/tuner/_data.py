@@ -178,13 +178,13 @@ class Stream:
         end_workers(self._own)
 
     def _check(self, batch: Any) -> None:
-        found = structure(batch)
+        layout = structure(batch)
         if self._structure is None:
-            self._structure = found
-        elif found != self._structure:
+            self._structure = layout
+        elif layout != self._structure:
             raise ValueError(
-                f"{self._name}: batch {self.taken} of epoch {self.epoch} is {found}, the first was "
-                f"{self._structure}; every batch must have the same structure"
+                f"{self._name}: batch {self.taken} of epoch {self.epoch} is {layout}, the first "
+                f"was {self._structure}; every batch must have the same structure"
             )
 
     def _generators(self) -> list[torch.Generator]:
@@ -192,8 +192,8 @@ class Stream:
         groups = getattr(self._loader, "batch_sampler", None)
         holders = (self._loader, getattr(self._loader, "sampler", None), groups,
                    getattr(groups, "sampler", None))  # fmt: skip
-        found = [getattr(h, "generator", None) for h in holders]
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+        generators = [getattr(h, "generator", None) for h in holders]
+        return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
     def own(self) -> list[Tensor]:
         """States of the loader's own generators."""
@@ -228,13 +228,13 @@ class Stream:
 
     def settle(self, state: dict[str, Any]) -> None:
         """Restore the loader's own generators to a saved state."""
-        found = self._generators()
-        if len(found) != len(state["own"]):
+        generators = self._generators()
+        if len(generators) != len(state["own"]):
             raise ValueError(
-                f"resume: {self._name} has {len(found)} generators of its own, but had "
+                f"resume: {self._name} has {len(generators)} generators of its own, but had "
                 f"{len(state['own'])} when the run was saved: resume with the same loader"
             )
-        for generator, saved in zip(found, state["own"], strict=True):
+        for generator, saved in zip(generators, state["own"], strict=True):
             generator.set_state(saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

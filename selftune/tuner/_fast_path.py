@@ -44,7 +44,7 @@ class FastPath:
         loss, grads, buffers = steps.gradient(run, batch)
         grads = [g.contiguous() for g in grads]
         norms = torch.stack(torch._foreach_norm(grads))
-        fine, told = steps.told(loss, norms, steps.views(grads) if self._tracked else ())
+        fine, record = steps.record(loss, norms, steps.views(grads) if self._tracked else ())
         if bool(fine):
             parts = run.method.parts
             step, age = int(run.step), int(run.age)
@@ -59,13 +59,13 @@ class FastPath:
                 old.copy_(new)
             run.age.add_(1)
         run.step.add_(1)
-        return told
+        return record
 
     def _before(self, run: RunState, grads: list[Tensor]) -> tuple[list[Transition], list[Moment]]:
         """The steps of the slices, and their moments."""
         steps, moments = self._steps, self._steps.moments(run)
         cuts = zip(steps.method.cuts(run.method.parts), grads, moments, strict=True)
-        found = [
+        transitions = [
             fast_path.of_slice(
                 steps.update,
                 cut,
@@ -74,10 +74,10 @@ class FastPath:
             )
             for (cut, part), grad, moment in cuts
         ]
-        return found, moments
+        return transitions, moments
 
-    def _after(self, run: RunState, found: list[Transition], moments: list[Moment]) -> None:
+    def _after(self, run: RunState, transitions: list[Transition], moments: list[Moment]) -> None:
         """Update averages and sensitivities by the steps."""
-        copy_into(run.method, self._steps.method.track(run.method, found, moments))
+        copy_into(run.method, self._steps.method.track(run.method, transitions, moments))
         for part, moment in zip(run.method.parts, moments, strict=True):
             move_towards(part.average, part.params, moment.share)

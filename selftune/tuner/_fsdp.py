@@ -114,7 +114,7 @@ def blocks(model: nn.Module, least: int = LEAST) -> list[nn.Module]:
         >>> [block.out_features for block in blocks(nn.Sequential(*layers), least=15)]
         [9, 4]
     """
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     claimed: set[int] = set()
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for container in reversed(list(model.modules())):
@@ -125,6 +125,6 @@ def blocks(model: nn.Module, least: int = LEAST) -> list[nn.Module]:
             size = sum(p.numel() for p in own.values())
             if isinstance(element, CONTAINERS) or shared or size < least:
                 continue
-            found.append(element)
+            modules.append(element)
             claimed |= own.keys()
-    return found
+    return modules

@@ -37,10 +37,10 @@ def for_shapes(function: Step, device: torch.device) -> Step:
     shapes: list[Any] = []
 
     def run(*args: Any) -> Any:
-        found = signature(args)
+        layout = signature(args)
         if not shapes:
-            shapes.append(found)
-        if found != shapes[0]:
+            shapes.append(layout)
+        if layout != shapes[0]:
             return function(*args)
         dynamo = torch._dynamo.exc  # imported lazily, as it is slow
         try:

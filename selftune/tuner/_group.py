@@ -120,10 +120,10 @@ class Group:
         """Sum products over shards; replicated weights have their sums already."""
         if not self.sharded:
             return products
-        found = products.contiguous().clone()
+        total = products.contiguous().clone()
         with self.exchange():
-            dist.all_reduce(found)
-        return found
+            dist.all_reduce(total)
+        return total
 
     def concatenate(
         self, shard: Tensor, counts: Sequence[int], dim: int = 0, *, everywhere: bool = False
@@ -140,12 +140,12 @@ class Group:
         shape[dim] = max(counts)
         padded = shard.new_zeros(shape)
         padded.narrow(dim, 0, shard.shape[dim]).copy_(shard)
-        found = [torch.empty_like(padded) for _ in counts]
+        pieces = [torch.empty_like(padded) for _ in counts]
         with self.exchange():
-            dist.all_gather(found, padded)
+            dist.all_gather(pieces, padded)
         if not (self.first or everywhere):
             return shard
-        parts = [f.narrow(dim, 0, n).cpu() for f, n in zip(found, counts, strict=True)]
+        parts = [f.narrow(dim, 0, n).cpu() for f, n in zip(pieces, counts, strict=True)]
         return torch.cat(parts, dim)
 
     def asked(self) -> bool:
@@ -158,17 +158,17 @@ class Group:
         """The values of all ranks, on each of them."""
         if not self.together:
             return [value]
-        found: list[Any] = [None] * self.size
+        gathered: list[Any] = [None] * self.size
         with self.exchange():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(gathered, value)
+        return gathered
 
     def average(self, value: float, weight: float) -> float:
         """The weighted mean over ranks."""
         if not self.together:
             return value
-        found = self.gather((value, weight))
-        return sum(v * w for v, w in found) / sum(w for _, w in found)
+        gathered = self.gather((value, weight))
+        return sum(v * w for v, w in gathered) / sum(w for _, w in gathered)
 
     def any(self, flag: bool) -> bool:
         """Whether a condition holds on any rank."""
@@ -178,17 +178,17 @@ class Group:
         """Call a function on the first rank only; return or raise its result on all ranks."""
         if not self.together:
             return function()
-        found: list[Any] = [None, None]
+        message: list[Any] = [None, None]
         if self.first:
             try:
-                found[0] = function()
+                message[0] = function()
             except Exception as error:
-                found[1] = error
+                message[1] = error
         with self.exchange():
-            dist.broadcast_object_list(found)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
+            dist.broadcast_object_list(message)
+        if message[1] is not None:
+            raise message[1]
+        return message[0]
 
     def check_same(self, what: str, value: Any, remedy: str) -> None:
         """Raise an error if a value differs from that of the first rank.
@@ -203,12 +203,12 @@ class Group:
 
     def broadcast(self, tensor: Tensor, device: torch.device) -> Tensor:
         """The first rank's tensor; those of the others only have its shape and dtype."""
-        found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        received = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if self.first:
-            found.copy_(tensor)
+            received.copy_(tensor)
         with self.exchange():
-            dist.broadcast(found, 0)
-        return found
+            dist.broadcast(received, 0)
+        return received
 
     @contextmanager
     def exchange(self, *, mixed: bool = False) -> Iterator[None]:

@@ -81,7 +81,7 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 def _owner(folder: Path) -> tuple[str, int | None, float]:
     """Host, process and age of the last owner."""
     try:
-        found = json.loads((folder / OWNER).read_text())
-        return str(found["host"]), int(found["process"]), time.time() - float(found["since"])
+        owner = json.loads((folder / OWNER).read_text())
+        return str(owner["host"]), int(owner["process"]), time.time() - float(owner["since"])
     except (OSError, ValueError, TypeError, KeyError):  # no owner, or a partly written file
         return "an unknown host", None, 0.0

@@ -103,19 +103,19 @@ class Objective(nn.Module):
         return self.loss_fn(output, target), output, target
 
     def _from_names(self, batch: dict[str, Any]) -> tuple[Tensor, Any, Any]:
-        found = [name for name in TARGETS if name in batch]
+        targets = [name for name in TARGETS if name in batch]
         if self.loss_fn is None:
             output = self.model(**batch)
             loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
             if loss is None:
                 raise ValueError("the model's output has no loss: pass loss_fn=")
-            return loss, output, batch[found[0]] if found else None
-        if not found:
+            return loss, output, batch[targets[0]] if targets else None
+        if not targets:
             raise ValueError(
                 f"a batch has the keys {list(batch)}, none of which is a target {TARGETS}: "
                 "rename one, or pass objective=lambda model, batch: loss"
             )
-        target = batch.pop(found[0])
+        target = batch.pop(targets[0])
         output = self.model(**batch)
         return self.loss_fn(output, target), output, target
 

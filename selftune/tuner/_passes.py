@@ -62,9 +62,9 @@ class Passes:
         tensors: dict[str, Tensor] = {}
 
         def loss_at(params: list[Tensor], call: Callable[..., Tensor]) -> Tensor:
-            held = [b.clone() for b in buffers]  # modules modify buffers in place
+            copies = [b.clone() for b in buffers]  # modules modify buffers in place
             tensors.update(zip(self.params, self.views(params), strict=True))
-            tensors.update({**dict(zip(self.buffers, held, strict=True)), **layers})
+            tensors.update({**dict(zip(self.buffers, copies, strict=True)), **layers})
             for name, ahead in self.counters.items():
                 tensors[name].add_(ahead)
             with self.autocast():
@@ -124,8 +124,8 @@ class ShardedPasses:
             batch: Argument of the objective.
             layers: Buffers to replace, by name.
         """
-        held = [b.clone() for b in buffers]  # modules modify buffers in place
-        tensors = {**dict(zip(self.buffers, held, strict=True)), **layers}
+        copies = [b.clone() for b in buffers]  # modules modify buffers in place
+        tensors = {**dict(zip(self.buffers, copies, strict=True)), **layers}
         for name, ahead in self.counters.items():
             tensors[name].add_(ahead)
         shards = [local(p.detach()) for p in self.trained]

@@ -70,7 +70,7 @@ class Predictor:
         assert whole is not None
         run = self.fused.run
         present = dict(zip(steps.hyper.names, run.hyper.raw, strict=True))
-        found = []
+        outputs = []
         for values in itertools.product(*asked.values()):
             move = {n: torch.zeros_like(present[n]) for n in known}
             for name, value in zip(asked, values, strict=True):
@@ -78,5 +78,5 @@ class Predictor:
                 move[name] = scale.inverse(torch.full_like(present[name], value)) - present[name]
             shift = whole.shift(run, torch.stack([move[n] for n in known]))
             weights = [w + s for w, s in zip(run.averages, shift, strict=True)]
-            found.append(self.scorer.loss(weights, run.average_buffers, self.val, most))
-        return np.asarray(found).reshape([len(v) for v in asked.values()])
+            outputs.append(self.scorer.loss(weights, run.average_buffers, self.val, most))
+        return np.asarray(outputs).reshape([len(v) for v in asked.values()])

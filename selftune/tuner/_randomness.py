@@ -12,14 +12,14 @@ import torch
 def snapshot() -> dict[str, Any]:
     """The random states of torch, Python and NumPy as tensors and numbers."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - users' data sets use it
-    found = {
+    states = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state_all()
-    return found
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
 
 
 def restore(state: dict[str, Any]) -> None:

@@ -53,15 +53,15 @@ class History:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The history as arrays by name."""
-        found = {
+        arrays = {
             "train_loss": np.asarray(self.train_loss),
             "hyper_step": np.asarray(self.hyper_step, dtype=np.int64),
             "val_loss": np.asarray(self.val_loss),
             "score_step": np.asarray(self.score_step, dtype=np.int64),
             "rollbacks": np.asarray(self.rollbacks, dtype=np.int64),
         }
-        found |= {f"score/{n}": np.asarray(v) for n, v in self.scores.items()}
-        return found | {n: np.asarray(v) for n, v in self.hparams.items()}
+        arrays |= {f"score/{n}": np.asarray(v) for n, v in self.scores.items()}
+        return arrays | {n: np.asarray(v) for n, v in self.hparams.items()}
 
 
 def schedule_of(

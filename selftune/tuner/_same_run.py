@@ -20,7 +20,7 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
     model = given.objective.model
     # Of those that the user passed: the others may follow the length, which an extension changes.
     fixed = {n: v for n, v in steps.options.items() if n in given.chosen - {UNTIL}}
-    found = {
+    entries = {
         "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
         "trained parameters": str(steps.params),
         # fully_shard names the class of a module FSDP…
@@ -41,11 +41,11 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
         "bounds": str(dict(given.bounds or {})),
     }
     if isinstance(given.rule, Mixture):
-        found["members of the rule"] = ", ".join(given.rule.members)
-        found[UNTIL] = steps.options[UNTIL]
+        entries["members of the rule"] = ", ".join(given.rule.members)
+        entries[UNTIL] = steps.options[UNTIL]
     if plan.join is not None:
-        found[JOINS] = plan.join
+        entries[JOINS] = plan.join
     parts = {"average": given.average, "settings": given.settings, "guard": given.guard}
     for name, part in parts.items():
-        found |= flatten(name, part)
-    return found
+        entries |= flatten(name, part)
+    return entries

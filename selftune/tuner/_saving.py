@@ -98,10 +98,10 @@ class Parts:
             {n: v for n, v in side.items() if n not in but}
             for side in (state["identity"], self.identity)
         )
-        found = differences(saved, mine)
-        if found:
+        other = differences(saved, mine)
+        if other:
             raise ValueError(
-                f"resume: the checkpoint is from another run: {'; '.join(found)}: resume with the "
+                f"resume: the checkpoint is from another run: {'; '.join(other)}: resume with the "
                 "same model and settings, or start a new run in another log_dir"
             )
         run, shards = (

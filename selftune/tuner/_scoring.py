@@ -122,8 +122,8 @@ class Scorer:
         points = [_average(run)]
         if last:
             points.append((run.weights, run.buffers))
-        found = self._score(points, stream, member)
-        return found[0], found[-1]["loss"] if last else math.nan
+        scores = self._score(points, stream, member)
+        return scores[0], scores[-1]["loss"] if last else math.nan
 
     def loss(
         self,
@@ -152,8 +152,8 @@ class Scorer:
         there = []
         for weights, buffers in points:
             own = [b.clone() for b in buffers]  # a model may count passes in evaluation mode
-            found = zip(self._tensors, [*self._views(weights), *own], strict=True)
-            parts = [self._apart(self._part(t, member).to(held), held) for held, t in found]
+            pairs = zip(self._tensors, [*self._views(weights), *own], strict=True)
+            parts = [self._apart(self._part(t, member).to(target), target) for target, t in pairs]
             there.append(dict(zip(names, parts, strict=True)))
         group, total = self._group, 0
         sums: list[dict[str, Tensor]] = [{} for _ in points]
@@ -169,18 +169,18 @@ class Scorer:
         everywhere = group.gather((total, numbers))
         group.share_streams()  # metrics may have drawn random numbers
         total = sum(count for count, _ in everywhere)
-        known = dict.fromkeys(name for _, found in everywhere for name in found[0])
+        known = dict.fromkeys(name for _, pairs in everywhere for name in pairs[0])
         return [
             {
-                name: sum(found[i].get(name, 0.0) for _, found in everywhere) / total
+                name: sum(pairs[i].get(name, 0.0) for _, pairs in everywhere) / total
                 for name in known
             }
             for i in range(len(points))
         ]
 
-    def _apart(self, tensor: Tensor, held: Tensor) -> Tensor:
+    def _apart(self, tensor: Tensor, target: Tensor) -> Tensor:
         """A copy of a tensor of the model itself, if evaluation writes to it."""
-        same = self._sharded and tensor.data_ptr() == held.data_ptr()
+        same = self._sharded and tensor.data_ptr() == target.data_ptr()
         return tensor.clone() if same else tensor
 
     def _scores_of(self, tensors: dict[str, Tensor], batch: Any) -> dict[str, Any]:
@@ -188,8 +188,8 @@ class Scorer:
         with self._autocast():
             if not self._sharded:
                 return functional_call(self._module, tensors, (batch,))
-            for held, tensor in zip(self._tensors, tensors.values(), strict=True):
-                held.copy_(tensor)
+            for target, tensor in zip(self._tensors, tensors.values(), strict=True):
+                target.copy_(tensor)
             reshard(self._objective)
             with self._group.exchange(mixed=True):
                 return self._module(batch)
@@ -220,19 +220,19 @@ class Scorer:
                 yield batch, size(batch)
         else:
             batches = islice(self._batches, most)
-            while found := list(islice(batches, group.size)):
-                own = group.rank < len(found)
-                batch = to_device(found[group.rank if own else 0], self._device)
+            while some := list(islice(batches, group.size)):
+                own = group.rank < len(some)
+                batch = to_device(some[group.rank if own else 0], self._device)
                 yield batch, size(batch) if own else 0
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
         """Restore the weights and buffers of the model after the block."""
-        held = [t.clone() for t in self._tensors]
+        kept = [t.clone() for t in self._tensors]
         try:
             yield
         finally:
-            for tensor, old in zip(self._tensors, held, strict=True):
+            for tensor, old in zip(self._tensors, kept, strict=True):
                 tensor.copy_(old)
 
     @contextmanager
@@ -249,10 +249,10 @@ class Scorer:
 
     def state(self) -> dict[str, Any]:
         """Copies of the current state of the model, and of a loss with parameters."""
-        found = {"model": self._shards.state_of(self.model)}
+        state = {"model": self._shards.state_of(self.model)}
         if isinstance(self._objective.loss_fn, nn.Module):
-            found["loss_fn"] = self._shards.state_of(self._objective.loss_fn)
-        return found
+            state["loss_fn"] = self._shards.state_of(self._objective.loss_fn)
+        return state
 
     @torch.no_grad()
     def best(
@@ -272,15 +272,15 @@ class Scorer:
         candidates = [_between(run, good, position) for position in positions]
         losses = [scores["loss"] for scores in self._score(candidates, stream, member)]
         losses = [x if math.isfinite(x) else math.inf for x in losses]
-        found = min(losses)
-        weights, buffers = candidates[losses.index(found)]
+        lowest = min(losses)
+        weights, buffers = candidates[losses.index(lowest)]
         self._write(weights, buffers, member)
-        if saved is not None and saved["loss"] < found:
+        if saved is not None and saved["loss"] < lowest:
             self._shards.load(self.model, saved["model"])
             if "loss_fn" in saved and isinstance(self._objective.loss_fn, nn.Module):
                 self._shards.load(self._objective.loss_fn, saved["loss_fn"])
-            found = saved["loss"]
-        return found
+            lowest = saved["loss"]
+        return lowest
 
     @torch.no_grad()
     def place(self, run: RunState, member: int, good: Snapshots | None) -> None:
@@ -294,10 +294,10 @@ def _average(run: RunState) -> Where:
 
 def _between(run: RunState, good: Snapshots | None, place: float) -> Where:
     """Weights at a position between the good ones (−1), the average (0) and the last (1)."""
-    there, held = run.weights, run.buffers
+    there, buffers_before = run.weights, run.buffers
     if good is not None and place < 0:
-        there, held = good.weights, good.buffers
-    buffers = zip(run.average_buffers, held, strict=True)
+        there, buffers_before = good.weights, good.buffers
+    buffers = zip(run.average_buffers, buffers_before, strict=True)
     weights = zip(run.averages, there, strict=True)
     return (
         [between(a, t, abs(place)) for a, t in weights],

@@ -106,8 +106,8 @@ def cut(batch: Any, bounds: Callable[[int], slice], name: str, remedy: str) -> A
         if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):
             if not any(isinstance(b, (Tensor, np.ndarray, dict, tuple, list)) for b in batch):
                 return batch[part] if len(batch) == count else batch
-            found = [of(b) for b in batch]
-            return type(batch)(*found) if hasattr(batch, "_fields") else type(batch)(found)
+            parts = [of(b) for b in batch]
+            return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
         if isinstance(batch, (str, bytes, int, float, type(None))):
             return batch
         raise ValueError(f"{name}: a {type(batch).__name__} in a batch cannot be divided {remedy}")

@@ -29,14 +29,14 @@ def from_first(group: Group, read: Callable[[], Any]) -> Any:
     """
     if not group.sharded:
         return group.from_first(read)
-    found: list[Any] = []
+    tensors: list[Any] = []
 
     def shapes() -> Any:
-        found.append(read())
-        return _without_values(found[0])
+        tensors.append(read())
+        return _without_values(tensors[0])
 
     others = group.from_first(shapes)
-    return found[0] if found else others
+    return tensors[0] if tensors else others
 
 
 def _without_values(state: Any) -> Any:
@@ -91,16 +91,16 @@ class Shards:
             return [Place()] * len(leaves(run))
         parts, method = range(len(self.parts)), run.method
         sliced = [Place(i, sliced=True) for i in parts]
-        found: list[Place] = []
+        places: list[Place] = []
         for i, part in enumerate(method.parts):
-            found += self._of_part(i, part)
-        found += [Place()] * len(leaves(method.hyper))
+            places += self._of_part(i, part)
+        places += [Place()] * len(leaves(method.hyper))
         for displacement in method.displacement:
-            found += [*sliced, *sliced, *[Place()] * len(displacement[2:])]
+            places += [*sliced, *sliced, *[Place()] * len(displacement[2:])]
         for i, _ in enumerate(method.secants):
-            found += [Place(i, sliced=True, dim=1), sliced[i], sliced[i]]
+            places += [Place(i, sliced=True, dim=1), sliced[i], sliced[i]]
         rest = [method.stiffness, *run[1:]]
-        return found + [Place()] * len(leaves(rest))
+        return places + [Place()] * len(leaves(rest))
 
     @staticmethod
     def _of_part(index: int, part: Part) -> list[Place]:
@@ -140,11 +140,11 @@ class Shards:
         whole = self._received(whole)
         if place.part is None:
             return whole
-        rank, found, start = self.group.rank, [], 0
+        rank, pieces, start = self.group.rank, [], 0
         for counts in self._counts(place):
-            found.append(whole.narrow(place.dim, start + sum(counts[:rank]), counts[rank]))
+            pieces.append(whole.narrow(place.dim, start + sum(counts[:rank]), counts[rank]))
             start += sum(counts)
-        return torch.cat(found, place.dim)
+        return torch.cat(pieces, place.dim)
 
     def _received(self, tensor: Tensor) -> Tensor:
         if not self.group.sharded:

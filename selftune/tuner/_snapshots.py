@@ -95,18 +95,18 @@ class Snapshots:
         for weights, average, then in zip(mine.weights, mine.averages, kept, strict=True):
             weights.copy_(average if swept else then)
             average.copy_(weights)
-        for held in (mine.buffers, mine.average_buffers):
-            for tensor, then in zip(held, self.buffers, strict=True):
+        for buffers in (mine.buffers, mine.average_buffers):
+            for tensor, then in zip(buffers, self.buffers, strict=True):
                 tensor.copy_(self.part(then, member))
         state = self._method.rewind(mine.method, mine.averages, mine.step)
         hyper, frame = self._method.hyper, self._method.hyper.frame(mine.step.device)
-        held = state.hyper
+        buffers = state.hyper
         if raw_before is not None:
-            held = held._replace(raw=held.raw.new_tensor(raw_before))
-        held = held.diverged() if diverged else held
+            buffers = buffers._replace(raw=buffers.raw.new_tensor(raw_before))
+        buffers = buffers.diverged() if diverged else buffers
         for name, change in moves.items():
-            held = held._replace(raw=hyper.move(held.raw, name, change, frame))
-        state = state._replace(hyper=held)
+            buffers = buffers._replace(raw=hyper.move(buffers.raw, name, change, frame))
+        state = state._replace(hyper=buffers)
         copy_into(mine.method, state)
         mine.since.copy_(mine.step)
         mine.age.zero_()

@@ -195,8 +195,8 @@ class Steps:
             return {}
         dtype = run.method.parts[0].average.dtype
         values = self.hyper.values(run.hyper.raw)
-        held = {n: v.to(dtype).view(1) for n, v in values.items() if n in self.layers}
-        return {buffer: held[n] for n in held for buffer in self.layers[n]}
+        strengths = {n: v.to(dtype).view(1) for n, v in values.items() if n in self.layers}
+        return {buffer: strengths[n] for n in strengths for buffer in self.layers[n]}
 
     def advance(
         self, run: RunState, passed: Passed, *, tracked: bool, rate: float | None = None
@@ -217,10 +217,10 @@ class Steps:
             [self.update] * len(parts), parts, grads, moments, total, sharded=self.group.sharded
         )
         sums = torch.stack([s.moved.sum(dtype=torch.float64) for s in steps])
-        fine, told = self.told(loss, sums, self.views(grads) if tracked else ())
+        fine, record = self.record(loss, sums, self.views(grads) if tracked else ())
         if self._on_host(run):
             if not bool(fine):
-                return run._replace(step=run.step + 1), told
+                return run._replace(step=run.step + 1), record
         else:
             steps = [s.masked(fine) for s in steps]
             moments = [
@@ -234,9 +234,9 @@ class Steps:
             step=run.step + 1,
             age=run.age + fine.to(run.age.dtype),
         )
-        return after, told
+        return after, record
 
-    def told(self, loss: Tensor, sums: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def record(self, loss: Tensor, sums: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Whether the step is taken, and a vector of the loss, this, and the live units by layer.
 
         Args:
@@ -246,8 +246,8 @@ class Steps:
         """
         unknown = torch.full((self._counted,), torch.nan, device=loss.device)
         alive = live_units(grads) if grads else unknown
-        found = torch.cat([sums.sum().double().view(1), alive.double()])
-        total = self.method.total(found)  # one all-reduce
+        numbers = torch.cat([sums.sum().double().view(1), alive.double()])
+        total = self.method.total(numbers)  # one all-reduce
         fine = torch.isfinite(loss) & torch.isfinite(total[0])
         return fine, torch.cat([torch.stack([loss.double(), fine.double()]), total[1:]])
 
@@ -326,23 +326,23 @@ class Steps:
         both = zip(buffers, run.average_buffers, strict=True)
         kept = [torch.where(fine, new, old) for new, old in both]
         after = run._replace(method=state, average_buffers=kept)
-        told = torch.stack([t.to(torch.float64) for t in (loss, fine, *present)])
-        return after, torch.cat([told, before])
+        record = torch.stack([t.to(torch.float64) for t in (loss, fine, *present)])
+        return after, torch.cat([record, before])
 
     def signal(
         self, run: RunState, grads: Sequence[Tensor], answers: Mapping[str, Tensor]
     ) -> tuple[State, Tensor]:
         """dL/d(raw) of every tuned hyperparameter, shape (hyperparameters,), and the state."""
         names = self.method.sensitivities.names
-        state, found = run.method, {}
+        state, hypergrads = run.method, {}
         if names:
             values = {**self.options, **self.hyper.values(run.hyper.raw)}
             parts = zip(grads, run.averages, strict=True)
             grads = [g.to(average.dtype) for g, average in parts]
             outer = Outer(self.method.cut(grads), [values] * len(grads), run.step, self.every)
             state, rows = self.method.hypergradient(run.method, outer)
-            found = dict(zip(names, rows.squeeze(1), strict=True))
-        found |= answers
-        if not found:
+            hypergrads = dict(zip(names, rows.squeeze(1), strict=True))
+        hypergrads |= answers
+        if not hypergrads:
             return state, torch.zeros_like(run.hyper.raw)
-        return state, torch.stack([found[n].to(torch.float64) for n in self.hyper.names])
+        return state, torch.stack([hypergrads[n].to(torch.float64) for n in self.hyper.names])

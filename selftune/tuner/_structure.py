@@ -57,11 +57,11 @@ def structure_followed(
     with scorer.shown(snapshots.run, member), modes_kept(scorer.model):
         before = _copies(tensors)
         yield changes
-        found = steps.group.from_first(lambda: _copies(tensors)) if tensors else {}
-    changed = [n for n, t in found.items() if not torch.equal(t, before[n])]
+        copies = steps.group.from_first(lambda: _copies(tensors)) if tensors else {}
+    changed = [n for n, t in copies.items() if not torch.equal(t, before[n])]
     changes.masks = [n for n in changed if n in masks]
     changes.scores = [n for n in changed if n in scores]
-    changes.made = any(float(found[n].softmax(0).max()) == 1 for n in changes.scores)
+    changes.made = any(float(copies[n].softmax(0).max()) == 1 for n in changes.scores)
     members = snapshots.run.step.numel()
     if changed and members > 1:
         raise ValueError(
@@ -69,13 +69,13 @@ def structure_followed(
             "member, but all members share them; omit population="
         )
     run = snapshots.run
-    held: list[Sequence[Tensor]] = [run.buffers, run.average_buffers, snapshots.buffers]
+    tensor_lists: list[Sequence[Tensor]] = [run.buffers, run.average_buffers, snapshots.buffers]
     if snapshots.candidate:
-        held.append(snapshots.candidate[len(snapshots.weights) :])
+        tensor_lists.append(snapshots.candidate[len(snapshots.weights) :])
     with torch.no_grad():
         for name in changed:
-            for buffers in held:
-                buffers[steps.buffers.index(name)].copy_(found[name])
+            for buffers in tensor_lists:
+                buffers[steps.buffers.index(name)].copy_(copies[name])
 
 
 def _joined(path: str, name: str) -> str:

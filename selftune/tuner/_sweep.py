@@ -50,11 +50,11 @@ def sweep(
             continue
         if not state.taken:
             controller.observe(Activity(steps.method.total(live_units(grads)).tolist()))
-        found = slopes.along(grads, steps.views(run.weights), steps.method.total, cuts)
-        if found is not None:
+        slopes_now = slopes.along(grads, steps.views(run.weights), steps.method.total, cuts)
+        if slopes_now is not None:
             values = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
             gain = steps.update.rule.initial_gain({**steps.options, **values}, state.taken)
-            action = controller.observe(SweepSlope(found[1], values, found[0], gain))
+            action = controller.observe(SweepSlope(slopes_now[1], values, slopes_now[0], gain))
             if action.snapshot:
                 snapshots.take(action.snapshot)
             if action.rewind is not None:

@@ -197,11 +197,11 @@ class Training:
         """Take a weight step; return whether a hyperparameter step follows."""
         halved = self.steps.halved
         measured = halved is not None and halved.prepare(step, self.train.drawn)
-        told = self.fused.train(batch, tracked=tracked, last=tune, step=self.step)
-        self.watch.trained(step, told)
+        record = self.fused.train(batch, tracked=tracked, last=tune, step=self.step)
+        self.watch.trained(step, record)
         if halved is not None and measured and step % self.plan.log < EVERY:
             self.watch.metrics.monitor.scalars(halved.batches.entries, step)
-        if tune and not told.is_cuda:
+        if tune and not record.is_cuda:
             self.watch.digest(step)
             tune = self.watch.since < step  # unless the guard rewound the run
         whole = self.fused.whole

@@ -150,25 +150,25 @@ class Tuner:
             group, self._device = join(parallel, self._device or next(model.parameters()).device)
         rule = AdamW() if rule is None else rule.fresh()
         whole = Objective(model, loss_fn, objective, augment)
-        found = st_nn.tunables(whole)
+        strengths = st_nn.tunables(whole)
         st_nn.own_counters(whole)
-        check_hparams(hparams or {}, rule, found)
+        check_hparams(hparams or {}, rule, strengths)
         given = {n: v if isinstance(v, bool) else float(v) for n, v in (hparams or {}).items()}
         penalties = as_list(penalty)
         if "l1" in given and not any(p.name == "l1" for p in penalties):
             penalties.append(L1(given["l1"]))
         update = Update(rule, tuple(penalties))
         values = {n: 0.0 for n in update.hparams} | dict(rule.defaults)
-        values |= {n: f.value for n, f in found.items()}
+        values |= {n: f.value for n, f in strengths.items()}
         values |= {p.name: p.strength for p in penalties} | given
-        known = update.hparams | {n: as_layer(f.hparam) for n, f in found.items()}
-        names = tuned_names(tune, update, found, schedule)
+        known = update.hparams | {n: as_layer(f.hparam) for n, f in strengths.items()}
+        names = tuned_names(tune, update, strengths, schedule)
         members = Population(population, seed) if population != 1 else None
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         choose(known, names, bounds, 1)
         self._given = Given(
-            objective=whole, rule=rule, update=update, found=found, known=known, values=values,
-            chosen=set(given), names=names, bounds=bounds, estimator=estimator,
+            objective=whole, rule=rule, update=update, strengths=strengths, known=known,
+            values=values, chosen=set(given), names=names, bounds=bounds, estimator=estimator,
             tangents=tangents, snapshots=snapshots, every=every, hyper_rate=hyper_rate,
             average=Average() if average is None else average, schedule=schedule, probe=probe,
             guard=guard, warmup=warmup_steps, metrics=dict(metrics or {}), amp=amp,
@@ -274,15 +274,15 @@ class Tuner:
         check_fit(locals())
         objective, group = self._given.objective, self._given.group
         folder = None if log_dir is None else Path(log_dir)
-        with quiet(not group.first), ExitStack() as held, modes_kept(objective):
-            group.from_first(lambda: held.enter_context(owned(folder)))
+        with quiet(not group.first), ExitStack() as stack, modes_kept(objective):
+            group.from_first(lambda: stack.enter_context(owned(folder)))
             saved = from_first(group, lambda: _checkpoints.find(resume, folder))
             group.share_streams()
             data, (train, val, holding) = train, parts(train, val, self._seed)
             whole = train if holding is None else data
             device = self._device or next(self.model.parameters()).device
             objective.train()
-            streams = held.enter_context(open_streams(train, val, whole, device, self._given))
+            streams = stack.enter_context(open_streams(train, val, whole, device, self._given))
             total = length(streams[2], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             spacing, rest = between_entries(total, log_every)
@@ -293,7 +293,7 @@ class Tuner:
                 exploit=self._exploit, join=None if holding is None else holding.join(total),
             )  # fmt: skip
             training = build(self._given, plan, streams, val, device, saved is None)
-            held.callback(training.scorer.close)
+            stack.callback(training.scorer.close)
             training.callbacks, hidden = callbacks, not (progress and group.first)
             training.watch.bar = tqdm(total=total, disable=hidden, unit="step")
             if saved is not None:

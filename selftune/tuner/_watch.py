@@ -83,13 +83,13 @@ class Watch:
     def _many(self) -> bool:
         return len(self.controllers) > 1
 
-    def trained(self, step: int, told: Tensor) -> None:
+    def trained(self, step: int, record: Tensor) -> None:
         """Store the outputs of a training step, without reading them."""
-        self._trained.append((step, _kept(told)))
+        self._trained.append((step, _kept(record)))
 
-    def tuned(self, step: int, told: Tensor) -> None:
+    def tuned(self, step: int, record: Tensor) -> None:
         """Store the outputs of a hyperparameter step, without reading them."""
-        self._tuned.append((step, _kept(told)))
+        self._tuned.append((step, _kept(record)))
 
     def read(self, step: int) -> None:
         """Read at the end of a step; synchronises with a GPU only if a log entry is due."""
@@ -121,16 +121,16 @@ class Watch:
         """Each member's raw hyperparameters before a hyperparameter step."""
         return [row[2 + len(self._steps.hyper.names) :] for row in rows]
 
-    def _read(self, told: list[tuple[int, Tensor]]) -> list[tuple[int, list[list[float]]]]:
+    def _read(self, records: list[tuple[int, Tensor]]) -> list[tuple[int, list[list[float]]]]:
         """Steps and numbers of each member, copied from a GPU at once."""
-        tensors = [t for _, t in told]
+        tensors = [t for _, t in records]
         values = (
             torch.stack(tensors).tolist()
             if tensors and tensors[0].is_cuda
             else [t.tolist() for t in tensors]
         )
         rows = values if self._many else [[row] for row in values]
-        return list(zip([at for at, _ in told], rows, strict=True))
+        return list(zip([at for at, _ in records], rows, strict=True))
 
     def _note(self, step: int, rows: list[list[float]]) -> None:
         """Record a hyperparameter step in history, log and progress bar."""
@@ -201,11 +201,11 @@ class Watch:
             actions: One for each member.
             raw: Each member's raw hyperparameters before the judged step, restored on a rewind.
         """
-        found = [
+        candidates = [
             self._carry_out(step, m, action, None if raw is None else raw[m])
             for m, action in enumerate(actions)
         ]
-        return any(found)
+        return any(candidates)
 
     def _carry_out(self, step: int, member: int, action: Action, raw: list[float] | None) -> bool:
         if action.snapshot:
@@ -255,20 +255,22 @@ class Watch:
 
     # the present hyperparameters
 
-    def why(self, given: Mapping[str, float], schedule: Any, found: Mapping[str, Verdict]) -> str:
+    def why(
+        self, given: Mapping[str, float], schedule: Any, verdicts: Mapping[str, Verdict]
+    ) -> str:
         """Explain each hyperparameter's value; for a population, that of its leader.
 
         Args:
             given: Starting values.
             schedule: Schedule of the learning rate.
-            found: Verdicts.
+            verdicts: Verdicts.
         """
         controller = self.controllers[self.leader]
         course = Course(
             given=given, swept=controller.swept, rewinds=controller.rewinds, annealed=schedule
         )
         known = self.hparams()
-        return course.explain({n: known[n] for n in given}, found)
+        return course.explain({n: known[n] for n in given}, verdicts)
 
     def verdicts(self) -> dict[str, Verdict]:
         """The current verdict on each tuned hyperparameter."""
@@ -312,6 +314,6 @@ class Watch:
         self.metrics.load_state_dict(state["metrics"])
 
 
-def _kept(told: Tensor) -> Tensor:
+def _kept(record: Tensor) -> Tensor:
     """A copy of a step's outputs, which a CUDA graph overwrites at the next step."""
-    return told.clone() if told.is_cuda else told
+    return record.clone() if record.is_cuda else record

@@ -74,8 +74,8 @@ class FunctionalSteps:
         return self._call("predicted", params, hparams, batch)
 
     def _judged(self, predicted: Any, hparams: Hparams, batch: Any) -> Tensor:
-        found: Tensor = self._call("judged", None, hparams, batch, predicted)
-        return found
+        loss: Tensor = self._call("judged", None, hparams, batch, predicted)
+        return loss
 
     def _call(
         self, method: str, params: Tensor | None, hparams: Hparams, batch: Any, *first: Any
@@ -117,8 +117,8 @@ class FunctionalSteps:
         step, age = (t.squeeze(0).to(dtype) for t in (run.step, run.age))
         values = {n: v.to(dtype) for n, v in steps.hyper.values(run.hyper.raw).items()}
         others = {n: v for n, v in values.items() if n not in steps.answers} or None
-        held = [b.clone() for b in run.buffers]
-        point = Point(params, state, held, Clock(step, rate * self._rates, age), options=others)
+        buffers = [b.clone() for b in run.buffers]
+        point = Point(params, state, buffers, Clock(step, rate * self._rates, age), options=others)
         return point, {n: values[n] for n in steps.answers}
 
     def joined(self, grads: Sequence[Tensor]) -> Tensor:

@@ -121,20 +121,20 @@ class GAN:
         players = Adam(self.generator, **options), Adam(self.critic, **options)  # type: ignore[arg-type]
         strength = torch.tensor(self.penalty).log().requires_grad_()
         hyper = torch.optim.Adam([strength], lr=HYPER_RATE)
-        real, held = _endless(train, batch), _endless(val, min(4 * batch, len(val)))
+        real, held_out = _endless(train, batch), _endless(val, min(4 * batch, len(val)))
         for step in range(1, steps + 1):
             self._critic_step(players[1], next(real), float(strength.detach().exp()))
-            players[1].hyper_step(lambda: self._critic_loss(next(held)))
+            players[1].hyper_step(lambda: self._critic_loss(next(held_out)))
             self._generator_step(players[0], batch)
-            players[0].hyper_step(lambda: self.energy(next(held)))
+            players[0].hyper_step(lambda: self.energy(next(held_out)))
             if step % self.every == 0:
                 rates = [float(p.param_groups[0]["lr"]) for p in players]
-                energy = self._unrolled_energy(next(real), next(held), strength.exp(), rates)
+                energy = self._unrolled_energy(next(real), next(held_out), strength.exp(), rates)
                 (slope,) = torch.autograd.grad(energy, strength)
                 if bool(torch.isfinite(slope)):  # else keep λ until the next update
                     strength.grad = slope
                     hyper.step()
-                self._note(next(held), rates, float(strength.detach().exp()))
+                self._note(next(held_out), rates, float(strength.detach().exp()))
         for net, player in zip((self.generator, self.critic), players, strict=True):
             with player.averaged():
                 averaged = {k: v.clone() for k, v in net.state_dict().items()}
@@ -142,9 +142,9 @@ class GAN:
         self.penalty = float(strength.detach().exp())
         return self
 
-    def energy(self, held: Tensor) -> Tensor:
+    def energy(self, held_out: Tensor) -> Tensor:
         """Energy distance between the held-out examples and as many samples."""
-        return energy_distance(self.sample(len(held)), held)
+        return energy_distance(self.sample(len(held_out)), held_out)
 
     # the players
 
@@ -183,7 +183,7 @@ class GAN:
         return ((slope.square().sum(1) + 1e-12).sqrt() - 1).square().mean()
 
     def _unrolled_energy(
-        self, real: Tensor, held: Tensor, strength: Tensor, rates: list[float]
+        self, real: Tensor, held_out: Tensor, strength: Tensor, rates: list[float]
     ) -> Tensor:
         """The energy distance after one plain step of both players, differentiable in λ."""
         critic = {n: p.detach().requires_grad_() for n, p in self.critic.named_parameters()}
@@ -194,12 +194,12 @@ class GAN:
         critic = _stepped(critic, loss, rates[1])
         made = functional_call(self.generator, maker, (torch.randn(len(real), self.latent),))
         maker = _stepped(maker, -functional_call(self.critic, critic, (made,)).mean(), rates[0])
-        draws = torch.randn(len(held), self.latent)
-        return energy_distance(functional_call(self.generator, maker, (draws,)), held)
+        draws = torch.randn(len(held_out), self.latent)
+        return energy_distance(functional_call(self.generator, maker, (draws,)), held_out)
 
-    def _note(self, held: Tensor, rates: list[float], strength: float) -> None:
+    def _note(self, held_out: Tensor, rates: list[float], strength: float) -> None:
         with torch.no_grad():
-            energy = float(self.energy(held))
+            energy = float(self.energy(held_out))
         names = ("energy", "generator.lr", "critic.lr", "penalty")
         for name, value in zip(names, (energy, *rates, strength), strict=True):
             self.history.setdefault(name, []).append(value)
