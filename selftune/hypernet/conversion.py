@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ from selftune._arguments import MAPPING, MODULE, NONE, Number, OneOf, checked
 from selftune._modes import evaluating
 from selftune.estimators._structured import unknown
 from selftune.hparams import Hparam, penalty_hparam
+from selftune.hypernet._examples import difference, hooks_of
 from selftune.hypernet._places import Place, Report, places_of
-from selftune.hypernet._terms import primal, term_of
+from selftune.hypernet._terms import term_of
 from selftune.nn import own_counters, tunables
+
+log = logging.getLogger("selftune")
 
 PERTURBATIONS = ("auto", "example", "batch")
 
@@ -41,8 +46,8 @@ def convert(
         hparams: Initial values by name: of strengths in :mod:`selftune.nn` layers, or of penalties
             that the loss reads with ``net.value(name)``. By default all strengths of the layers.
         perturb: ``"example"`` for a separate perturbation of each example, ``"batch"`` for a common
-            one; ``"auto"`` for the former if all layers support it. Penalties are
-            perturbed once per batch.
+            one; ``"auto"`` for the former if all layers support it and the first training pass
+            confirms it. Penalties are perturbed once per batch.
         scale: Initial σ of the perturbations, in raw (log or log-odds) space.
 
     Raises:
@@ -82,7 +87,7 @@ def convert(
             f"perturb='example' is not possible for {unconverted}: use 'batch' or 'auto'"
         )
     report = Report(tuple(p.name for p in places), plain, alone and perturb != "batch")
-    return SelfTuned(model, given, known, places, report, scale)
+    return SelfTuned(model, given, known, places, report, scale, perturb == "example")
 
 
 class SelfTuned(nn.Module):
@@ -97,6 +102,8 @@ class SelfTuned(nn.Module):
         raw: The unconstrained hyperparameters z, shape (hyperparameters,).
         spread: log σ of the perturbations, shape (hyperparameters,).
         unit: Unit of δ in U and C, chosen so that they learn as fast as the weights.
+        delta: δ of each example in a pass with hooks, else None.
+        linear: Whether the pass is one of :meth:`linearised`.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class SelfTuned(nn.Module):
         places: list[Place],
         report: Report,
         scale: float,
+        must: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.report = model, report
@@ -130,11 +138,13 @@ class SelfTuned(nn.Module):
             self.gains[place.key] = nn.Parameter(start.gains)
             if not start.free:
                 self.rows[place.key] = nn.Parameter(start.rows)
-        self._delta: Tensor | None = None  # of each example, while a pass with hooks is under way
+        self.delta: Tensor | None = None  # of each example, while a pass with hooks is under way
+        self.linear = False
         self._present: dict[str, Tensor] = {}
-        self._tuning = self._linear = False
+        self._tuning = self._compared = False
         self._read: set[str] = set()
-        self._hooks = self._hooked() if report.per_example else []
+        self._must = must
+        self._hooks = hooks_of(self, places) if report.per_example else []
 
     # public methods
 
@@ -210,8 +220,7 @@ class SelfTuned(nn.Module):
         for name, places in self._buffers_of.items():
             for place in places:
                 buffers[place].copy_(values[name])
-        for hook in self._hooks:
-            hook.remove()
+        self._remove_hooks()
         return self.model
 
     # a pass
@@ -223,7 +232,9 @@ class SelfTuned(nn.Module):
         Strengths have one value for each example if the model supports it, penalties one for each
         pass.
         """
-        batch = _batch_size(args, kwargs) if self.report.per_example else 1
+        if self.report.per_example and not self._compared:
+            self._compare(args, kwargs)
+        batch = self.batch_size(args, kwargs) if self.report.per_example else 1
         draw = torch.randn(batch, len(self.raw), dtype=self.raw.dtype, device=self.raw.device)
         if batch > 1:
             shared = [not places for places in self._buffers_of.values()]
@@ -255,11 +266,11 @@ class SelfTuned(nn.Module):
         if delta.ndim == 1:
             tensors_now |= self.moved(delta) if tensors is None else tensors
             return torch.func.functional_call(self.model, tensors_now, args, kwargs)
-        self._delta = delta / self.unit
+        self.delta = delta / self.unit
         try:
             return torch.func.functional_call(self.model, tensors_now, args, kwargs)
         finally:
-            self._delta = None
+            self.delta = None
 
     def strengths(self) -> dict[str, Tensor]:
         """The strength buffers of this pass by name, shape (1,) or (batch,)."""
@@ -290,53 +301,46 @@ class SelfTuned(nn.Module):
             return gain.view(place.shape)
         return (gain[:, None] * self.rows[place.key]).view(place.shape)
 
-    def _hooked(self) -> list[Any]:
-        by_module: dict[nn.Module, dict[str, Place]] = {}
-        for place in self._places:
-            for module, attribute in place.users:
-                by_module.setdefault(module, {})[attribute] = place
-        return [
-            module.register_forward_hook(self._hook(module, places))
-            for module, places in by_module.items()
-        ]
-
-    def _hook(self, module: nn.Module, places: dict[str, Place]) -> Callable[..., Any]:
-        term = term_of(module)
-        assert term is not None
-
-        def add(module: nn.Module, args: Any, output: Any) -> Any:
-            delta = self._delta
-            if delta is None:
-                return None
-            known = {a: self._tensors(p) for a, p in places.items()}
-            x = primal(args[0]) if self._linear else args[0]
-            return output + term(module, x, known, delta)
-
-        return add
-
     @contextmanager
     def linearised(self) -> Iterator[None]:
         """Passes at δ = 0, in which sensitivities only enter through tangents in δ."""
-        self._linear = True
+        self.linear = True
         try:
             yield
         finally:
-            self._linear = False
+            self.linear = False
 
     def centred(self, args: Any, kwargs: Any) -> Any:
         """A training pass at the unperturbed hyperparameters and weights."""
         self._present = self._values(self.raw.detach())
         return torch.func.functional_call(self.model, self.strengths(), args, kwargs)
 
-    def _tensors(self, place: Place) -> tuple[Tensor, Tensor]:
+    def tensors(self, place: Place) -> tuple[Tensor, Tensor]:
+        """U and V of a parameter; C and an empty matrix of a vector."""
         gains = self.gains[place.key]
         return gains, self.rows[place.key] if place.key in self.rows else gains[:, :0]
 
+    def batch_size(self, args: Any, kwargs: Any) -> int:
+        """Number of examples: the length of the first tensor among the arguments."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.ndim:
+                return len(value)
+        raise ValueError(
+            "no argument of the model is a tensor with a batch dimension: use perturb='batch'"
+        )
 
-def _batch_size(args: Any, kwargs: Any) -> int:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    raise ValueError(
-        "no argument of the model is a tensor with a batch dimension: use perturb='batch'"
-    )
+    def _compare(self, args: Any, kwargs: Any) -> None:
+        """Perturb the whole batch if the model has other outputs with perturbed examples."""
+        self._compared = True
+        reason = difference(self, args, kwargs)
+        if not reason:
+            return
+        if self._must:
+            raise ValueError(f"perturb='example' is not possible ({reason}): use 'batch' or 'auto'")
+        log.warning("the model is perturbed once per batch, not per example: %s", reason)
+        self.report = replace(self.report, per_example=False)
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()

@@ -57,8 +57,21 @@ class Tunable(nn.Module):
         self.register_buffer(STRENGTH, torch.full((1,), float(value)))
 
     def level(self, like: Tensor) -> Tensor:
-        """The strength, shaped to be multiplied with a batch."""
+        """The strength, shaped to be multiplied with a batch.
+
+        Raises:
+            TypeError: The batch is not of a floating-point type.
+        """
+        self.check_floating(like)
         return self.strength.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+    def check_floating(self, input: Tensor) -> None:
+        """Refuse integers, in which most strengths would be rounded to 0."""
+        if not input.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__}(name={self.hparam.name!r}) got an input of {input.dtype}: "
+                "convert it to a floating-point type, as input.float()"
+            )
 
     def extra_repr(self) -> str:
         """Strength and name."""

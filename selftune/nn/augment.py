@@ -89,6 +89,7 @@ class Contrast(_OneAnExample):
 
     def change(self, input: Tensor) -> Tensor:
         """Stretch values about their mean."""
+        self.check_floating(input)
         mean = input.mean(tuple(range(1, input.ndim)), keepdim=True)
         return mean + (input - mean) * (1 + self.drawn(input))
 

@@ -52,11 +52,24 @@ class Dropout(Stochastic):
 
     def change(self, input: Tensor) -> Tensor:
         """Drop entries."""
+        self.check_floating(input)
         shared = self._shared(input)
         shape = tuple(1 if i in shared else n for i, n in enumerate(input.shape))
-        return input * scaled_mask(self.uniform(shape).to(input.dtype), self.level(input))
+        draw = self.uniform(shape).to(wide(input.dtype))
+        return input * scaled_mask(draw, self.level(draw)).to(input.dtype)
 
     def _shared(self, input: Tensor) -> set[int]:
+        """Dimensions of the input along which the mask is constant.
+
+        Raises:
+            ValueError: The input has fewer dimensions.
+        """
+        outside = [i for i in self.share if not -input.ndim <= i < input.ndim]
+        if outside:
+            raise ValueError(
+                f"{type(self).__name__}(share={self.share}): an input of shape "
+                f"{tuple(input.shape)} has no dimension {outside[0]}"
+            )
         return {i % input.ndim for i in self.share}
 
 
@@ -131,8 +144,8 @@ class DropConnect(Dropout):
         p, dropped = self.strength.mean(), {}
         for stream, name in enumerate(self.weights):
             weight = params[name]
-            draw = self.uniform(tuple(weight.shape), stream).to(weight.dtype)
-            dropped[name] = weight * scaled_mask(draw, p.to(weight.dtype))
+            draw = self.uniform(tuple(weight.shape), stream).to(wide(weight.dtype))
+            dropped[name] = weight * scaled_mask(draw, p.to(draw.dtype)).to(weight.dtype)
         self.key.add_(1)
         return functional_call(self.module, dropped, args, kwargs)
 
@@ -164,11 +177,16 @@ class EmbeddingDropout(Dropout):
         vectors: Tensor = self.embedding(input)
         if not self.training:
             return vectors
-        words = self.uniform((self.embedding.num_embeddings,)).to(vectors.dtype)
-        level = self.strength.to(vectors.dtype).view(-1, *[1] * (input.ndim - 1))
-        kept = scaled_mask(words[input], level)
+        words = self.uniform((self.embedding.num_embeddings,)).to(wide(vectors.dtype))
+        level = self.strength.to(words.dtype).view(-1, *[1] * (input.ndim - 1))
+        kept = scaled_mask(words[input], level).to(vectors.dtype)
         self.key.add_(1)
         return vectors * kept.unsqueeze(-1)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of random numbers: in half precision, the nearest numbers to a rate would differ."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def scaled_mask(draw: Tensor, p: Tensor) -> Tensor:

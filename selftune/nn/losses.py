@@ -76,7 +76,9 @@ class _Penalty(Tunable):
     def forward(self, input: Tensor) -> Tensor:
         """The input."""
         if self.training:
-            self.extra = (self.level(input) * self.measure(input)).mean()
+            measured = self.level(input) * self.measure(input)
+            # A sequence of length 1 has no changes, whose mean would be NaN.
+            self.extra = measured.mean() if measured.numel() else measured.sum()
         return input
 
     def measure(self, input: Tensor) -> Tensor:

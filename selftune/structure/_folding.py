@@ -118,15 +118,20 @@ def _scale(module: nn.Module, name: str, factors: Tensor, axis: int) -> None:
 
 def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
     """Multiplication by factors along a dimension, as a module of torch operations only."""
-    shapes = {len(n.meta["shape"]) for n in nodes} or {dim + 1 if dim >= 0 else -dim}
-    ndim = shapes.pop()
-    shape = [1] * ndim
-    shape[dim] = len(factors)
+    ndims = {len(n.meta["shape"]) for n in nodes} or {dim + 1 if dim >= 0 else -dim}
     root = nn.Module()
-    root.register_buffer("factors", factors.view(shape))
     graph = fx.Graph()
     given = graph.placeholder("input")
-    product = graph.call_function(operator.mul, (given, graph.get_attr("factors")))
+    if len(ndims) == 1:
+        shape = [1] * ndims.pop()
+        shape[dim] = len(factors)
+        root.register_buffer("factors", factors.view(shape))
+        product = graph.call_function(operator.mul, (given, graph.get_attr("factors")))
+    else:  # inputs of several ranks
+        root.register_buffer("factors", factors)
+        last = graph.call_function(torch.movedim, (given, dim, -1))
+        product = graph.call_function(operator.mul, (last, graph.get_attr("factors")))
+        product = graph.call_function(torch.movedim, (product, -1, dim))
     graph.output(product)
     return fx.GraphModule(root, graph, "Scale")
 

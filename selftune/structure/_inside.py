@@ -59,13 +59,23 @@ def attended(follower: Follower, node: fx.Node, value: Tensor) -> Channels | Non
     parts = [follower.channels[a] for a in node.args[:count] if isinstance(a, fx.Node)]
     known = [c for c in parts if c is not None]
     same = len({(c.axis, len(c.ids)) for c in known}) == 1 and len(known) == count
-    if not same or known[0].axis >= value.ndim - 2:
+    if not same or known[0].axis >= value.ndim - 2 or _by_head(follower, node, known[0], value):
         follower.unknown(node)
         return None
     for one in known[1:]:
         follower.units.join(known[0].ids, one.ids)
     zero = known[2].zero if count == 3 else known[0].zero | known[1].zero
     return Channels(known[0].axis, known[0].ids, zero)
+
+
+def _by_head(follower: Follower, node: fx.Node, heads: Channels, value: Tensor) -> bool:
+    """Whether an attention mask has an entry for each head, which would have to be removed."""
+    mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+    if not isinstance(mask, fx.Node):
+        return False
+    shape = follower.values[mask].shape
+    axis = len(shape) - value.ndim + heads.axis
+    return axis >= 0 and shape[axis] != 1
 
 
 def chunks(follower: Follower, node: fx.Node, given: Channels) -> None:

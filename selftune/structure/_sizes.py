@@ -51,8 +51,9 @@ class Sizes:
     """The size of a model with some of its units closed.
 
     A unit comprises everything that shares a channel; it is removed if all of its gates are closed.
-    The size counts weights and biases, and the multiply-adds of Linear, convolution and recurrent
-    layers for one example.
+    The size counts weights and biases, and the multiply-adds of weights of Linear,
+    convolution, recurrent and attention layers for one example; those of functions, such as
+    ``F.linear``, and of attention scores are not counted.
 
     Args:
         model: A model with gates. It is not modified.
@@ -124,13 +125,12 @@ class Sizes:
         positions = _positions(follower, plain, self._batch)
         blocks: list[_Block] = []
         for name, param in plain.named_parameters():
-            path, _, leaf = name.rpartition(".")
-            if isinstance(plain.get_submodule(path), AbstractGated):
+            if isinstance(plain.get_submodule(name.rpartition(".")[0]), AbstractGated):
                 continue
             axes = cuts.get(id(param), [])
             fixed = param.numel() / math.prod(len(units) for _, units in axes)
             within = tuple(self._optionals[n] for n in optionals if name.startswith(f"{n}."))
-            times = positions.get(path, 0.0) if leaf.startswith("weight") else 0.0
+            times = positions.get(id(param), 0.0)
             blocks.append(_Block(fixed, tuple(u for _, u in axes), times, within))
         return blocks
 
@@ -205,24 +205,34 @@ class Sizes:
         return target
 
 
-def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[str, float]:
-    """Multiply-adds per weight of each layer, for one example."""
-    positions: dict[str, float] = {}
+def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[int, float]:
+    """Multiply-adds per weight for one example, by the id of the parameter, over all its uses."""
+    positions: dict[int, float] = {}
+
+    def add(params: Iterable[Any], times: float) -> None:
+        for param in params:
+            if isinstance(param, nn.Parameter):
+                positions[id(param)] = positions.get(id(param), 0.0) + times / batch
+
     for node, value in follower.values.items():
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Linear):
-            times = value.numel() / module.out_features
-        elif isinstance(module, Recurrent):
-            times = value[0].numel() / len(module.gates)
-            positions[f"{node.target}.cell"] = times / batch
-            continue
+            add([module.weight], value.numel() / module.out_features)
         elif isinstance(module, _ConvNd):
             read = follower.values[node.all_input_nodes[0]]
-            times = (
-                read.numel() / module.in_channels if module.transposed
-                else value.numel() / module.out_channels
-            )  # fmt: skip
-        else:
-            continue
-        positions[str(node.target)] = positions.get(str(node.target), 0.0) + times / batch
+            add([module.weight], read.numel() / module.in_channels if module.transposed
+                else value.numel() / module.out_channels)  # fmt: skip
+        elif isinstance(module, (Recurrent, nn.RNNBase)):
+            cell = module.cell if isinstance(module, Recurrent) else module
+            output = getattr(value[0], "data", value[0])  # of a packed sequence
+            matrices = (p for n, p in cell.named_parameters() if n.startswith("weight"))
+            add(matrices, output.numel() / output.shape[-1])
+        elif isinstance(module, nn.MultiheadAttention):
+            read = [follower.values[a] for a in node.all_input_nodes[:3]]
+            tokens = [x.numel() / x.shape[-1] for x in (*read, *read[-1:] * 2)[:3]]
+            own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+            for param, times in zip(own, tokens, strict=True):
+                add([param], times)
+            add([module.in_proj_weight], sum(tokens) / 3)
+            add([module.out_proj.weight], tokens[0])
     return positions

@@ -74,6 +74,8 @@ def _gated(
     """
     if id(model) in known:
         return known[id(model)]
+    if isinstance(model, (Recurrent, COMPOSITES)):  # has its gates already
+        return model
     made: nn.Module | None = None
     if isinstance(model, (nn.LSTM, nn.GRU)):
         made = Recurrent(one_layer(model, 0)) if model.num_layers == 1 else RecurrentLayers(model)

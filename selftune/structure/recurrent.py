@@ -57,11 +57,17 @@ class Recurrent(AbstractGated):
             hx: None, because the initial state is 0.
 
         Raises:
-            ValueError: The input is packed or has no batch dimension, or ``hx`` is given.
+            ValueError: The input is packed, has no batch dimension or another number of features,
+                or ``hx`` is given.
         """
         check_input(input, hx)
-        gates = self.factors()
         cell: Any = self.cell
+        if input.shape[-1] != cell.input_size:  # torch.lstm reads beyond the weights
+            raise ValueError(
+                f"input of shape {tuple(input.shape)} has {input.shape[-1]} features, and the cell "
+                f"input_size={cell.input_size}"
+            )
+        gates = self.factors()
         weights = [cell.weight_ih_l0, cell.weight_hh_l0 * gates]
         if cell.bias:
             weights += [cell.bias_ih_l0, cell.bias_hh_l0]

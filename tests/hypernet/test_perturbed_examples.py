@@ -1,0 +1,164 @@
+"""Models whose parameters are used outside their layers. Truth: finite differences of w + J δ."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import selftune as st
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(6, 5, 4, generator=GENERATOR, dtype=torch.float64)
+
+
+class Tied(nn.Module):
+    """The output layer is a function of the embedding's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.drop = nn.Embedding(4, 4), st.nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.drop(self.words(x.argmax(-1)))), self.words.weight)
+
+
+class Doubled(nn.Linear):
+    """A subclass with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input).tanh()
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.layer = st.nn.Dropout(0.2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=self.drop(x))
+
+
+class Flat(nn.Module):
+    """Its layers see tokens, not examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.layer = st.nn.Dropout(0.2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.drop(x).flatten(0, 1))
+
+
+def frozen_inside() -> nn.Module:
+    """Only the output projection of attention responds, which calls it as a function."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.inner = st.nn.Dropout(0.2), nn.MultiheadAttention(4, 2, bias=False)
+            self.inner.in_proj_weight.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.drop(x)
+            out: Tensor = self.inner(x, x, x, need_weights=False)[0]
+            return out
+
+    return Attends()
+
+
+MODELS: dict[str, Any] = {
+    "tied by a function": Tied,
+    "a forward of its own": lambda: nn.Sequential(st.nn.Dropout(0.2), Doubled(4, 3)),
+    "spectral norm by a hook": lambda: nn.Sequential(
+        st.nn.Dropout(0.2), torch.nn.utils.spectral_norm(nn.Linear(4, 3))
+    ),
+    "attention, inner weights frozen": frozen_inside,
+    "LayerNorm over two dimensions": lambda: nn.Sequential(
+        st.nn.Dropout(0.2), nn.LayerNorm((5, 4))
+    ),
+    "called by keyword": ByKeyword,
+    "batch and length as one dimension": Flat,
+}
+
+
+def make(name: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    net = st.hypernet.convert(MODELS[name]().double(), **options)
+    with torch.no_grad():
+        for param in net.response_parameters():
+            param.copy_(torch.linspace(-1, 1, param.numel()).view_as(param))
+        net.spread.fill_(-50.0)  # no perturbation
+    return net
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_hypergradient_is_that_of_all_uses_of_a_parameter(name: str) -> None:
+    net = make(name)
+    assert net.report.per_example
+    with net.tuning():
+        net(X).square().mean().backward()
+    assert not net.report.per_example
+
+    def loss(move: float) -> float:
+        weights = net.moved(torch.tensor([move], dtype=torch.float64))
+        with torch.no_grad():
+            return float(functional_call(net.model.eval(), weights, (X,)).square().mean())
+
+    slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    assert float(net.raw.grad) == pytest.approx(slope, rel=1e-5)
+
+
+def test_examples_perturbed_on_request_are_refused_if_the_model_does_not_follow() -> None:
+    net = make("tied by a function", perturb="example")
+    with pytest.raises(ValueError, match="perturb='example' is not possible"):
+        net(X)
+
+
+def test_the_comparison_leaves_weights_buffers_and_random_numbers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(5), st.nn.Dropout(0.5)).double()
+    net = st.hypernet.convert(model, scale=1e-9)
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    net.eval()
+    net.perturbation((X,), {})
+    assert net.report.per_example
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    torch.set_rng_state(state)
+    torch.randn(len(X), 1, dtype=torch.float64)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    net.perturbation((X,), {})
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+def test_copies_respond_like_the_original(how: str) -> None:
+    """A copy used to keep the hooks of the original, and did not respond at all."""
+    torch.manual_seed(0)
+    net = st.hypernet.convert(nn.Sequential(st.nn.Dropout(0.2), nn.Linear(4, 3)).double())
+    with torch.no_grad():
+        for gain in net.gains.values():
+            gain.normal_()
+    if how == "deepcopy":
+        other = copy.deepcopy(net)
+    else:
+        file = io.BytesIO()
+        torch.save(net, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    outputs = []
+    for one in (net, other):
+        torch.manual_seed(1)
+        outputs.append(one(X))
+        outputs[-1].square().mean().backward()
+    assert torch.equal(*outputs)
+    for mine, its in zip(net.response_parameters(), other.response_parameters(), strict=True):
+        assert mine.grad is not None
+        assert torch.equal(mine.grad, its.grad)
+        assert mine is not its
