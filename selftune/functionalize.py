@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from selftune._arguments import FUNCTION, MODULE, NONE, Instance, checked
 from selftune._flat import Layout
 from selftune.problem import Hparams, Problem
 from selftune.rules._base import concatenated
 from selftune.update import Update
+
+UPDATE = Instance((Update,), "a selftune.Update, such as st.Update(st.rules.SGD())")
 
 
 def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tensor, Any], Any]]:
@@ -27,6 +30,9 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
     Returns:
         The parameters, shape (N,), and ``call(params, *inputs)``.
 
+    Raises:
+        ValueError: The model has no trained parameters.
+
     Examples:
         >>> import torch
         >>> weights, call = flat(torch.nn.Linear(3, 2))
@@ -34,6 +40,8 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
         (torch.Size([8]), torch.Size([5, 2]))
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("model has no parameters that require a gradient")
     layout = Layout(list(named.values()))
     kept = dict(model.named_buffers())
     hollow = _hollow(model)
@@ -58,6 +66,7 @@ def _hollow(model: nn.Module) -> nn.Module:
         return model
 
 
+@checked(model=MODULE, loss_fn=FUNCTION, update=UPDATE, outer_loss_fn=FUNCTION | NONE)
 def as_problem(
     model: nn.Module,
     loss_fn: Callable[..., Tensor],

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._arguments import Instance, ListOf, check
 from selftune._flat import Layout, add_to, plus
 from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
 from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1
@@ -72,7 +73,10 @@ class Update:
     penalties: tuple[AbstractPenalty, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise an error if two penalties share a name."""
+        """Check the arguments: two penalties must not share a name."""
+        penalties = ListOf(Instance((AbstractPenalty,), "a penalty"), "penalties such as (L1(),)")
+        rule = Instance((AbstractRule,), "a rule such as st.rules.SGD()")
+        check({"rule": rule, "penalties": penalties}, vars(self))
         names = [p.name for p in self.penalties]
         if len(set(names)) < len(names):
             raise ValueError(f"penalty={names}: two penalties share a name; pass each once")

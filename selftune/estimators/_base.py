@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._arguments import MAPPING, Instance, checked
 from selftune.linear_solve import Solution
 from selftune.problem import Hparams, Point, Problem
 from selftune.update import Update
@@ -125,6 +126,10 @@ class AbstractEstimator(ABC):
         return self.estimate(problem, memory, end, hparams, outer_grads), memory
 
 
+@checked(
+    problem=Instance((Problem,), "a selftune.Problem"), hparams=MAPPING,
+    estimator=Instance((AbstractEstimator,), "an estimator, such as st.Forward()"),
+)  # fmt: skip
 def hypergradient(
     problem: Problem,
     estimator: AbstractEstimator,
@@ -144,7 +149,8 @@ def hypergradient(
         outer_batch: The validation batch.
 
     Raises:
-        ValueError: A hyperparameter has no influence; the message names it.
+        ValueError: A hyperparameter has no influence or is not a tensor of floating-point numbers;
+            the message names it. There are no hyperparameters, or no batches.
 
     Examples:
         >>> import torch, selftune as st
@@ -158,8 +164,15 @@ def hypergradient(
         >>> found.grads
         {'lr': tensor(-0.9000)}
     """
+    if not hparams:
+        raise ValueError("hparams is empty: pass the hyperparameters by name")
+    for name, value in hparams.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(
+                f"hparams[{name!r}]={value!r} must be a tensor of floating-point numbers"
+            )
     point = problem.start(params, hparams)
-    memory = estimator.init(problem, point, hparams)
+    memory, step = estimator.init(problem, point, hparams), -1
     for step, batch in enumerate(batches):
         point = point._replace(batch=batch)
         if step == 0:
@@ -168,6 +181,8 @@ def hypergradient(
         point = problem.known(point, hparams)
         memory = estimator.observe(problem, memory, point, hparams)
         point = problem.step(point, hparams)
+    if step < 0:
+        raise ValueError("batches is empty: pass one training batch for each step")
     outer_grads = torch.func.grad(problem.outer_loss)(point.params, outer_batch)
     estimate = estimator.estimate(problem, memory, point, hparams, outer_grads)
     if estimate.solution is not None and bool(estimate.solution.diverged):

@@ -21,19 +21,23 @@ from selftune.structure._operations import (
     CATS,
     CHUNKS,
     ELEMENTWISE,
+    EXPANSIONS,
     MASKED,
     MATMULS,
     MEANS,
+    PADS,
     PERMUTES,
     POOLED,
     POOLS,
     PRODUCTS,
     RESHAPES,
+    RESIZING,
     SAME,
     SHIFTED,
     SHIFTING,
     SIZES,
     SOFTMAXES,
+    SQUEEZES,
     SUMS,
     TRANSPOSES,
 )  # fmt: skip
@@ -97,7 +101,7 @@ class Follower(fx.Interpreter):
             return None
         if isinstance(module, nn.Linear):
             return self._layer(node, module, given, value.ndim - 1)
-        if isinstance(module, _ConvNd) and not module.transposed:
+        if isinstance(module, _ConvNd):
             return self._convolution(node, module, given, value)
         if given is None:
             self.unknown(node)
@@ -112,7 +116,7 @@ class Follower(fx.Interpreter):
             return given
         if isinstance(module, SHIFTING):
             return Channels(given.axis, given.ids, torch.zeros_like(given.zero))
-        if isinstance(module, POOLS) and isinstance(value, Tensor):
+        if isinstance(module, (*POOLS, *RESIZING)) and isinstance(value, Tensor):
             return self._resized(node, given, value)
         if isinstance(module, (nn.Flatten, nn.Unflatten)):
             return self._reshaped(node, given, value)
@@ -122,18 +126,22 @@ class Follower(fx.Interpreter):
     def _layer(
         self, node: fx.Node, module: nn.Module, given: Channels | None, axis: int
     ) -> Channels:
-        """A layer with a row for each output unit and a column for each input unit."""
+        """A layer with a row for each output unit and a column for each input unit.
+
+        The other way round in a transposed convolution.
+        """
         path = str(node.target)
         linear = isinstance(module, nn.Linear)
+        across = int(not getattr(module, "transposed", False))
         ins, outs = ("in_features", "out_features") if linear else ("in_channels", "out_channels")
         if given is not None and given.axis == axis:
-            self.units.cut(path, module, "weight", 1, given.ids, [ins])
+            self.units.cut(path, module, "weight", across, given.ids, [ins])
             self.units.use(given)
         else:
             self.unknown(node)
         size = getattr(module, outs)
         made = Channels(axis, self.units.new(size), torch.zeros(size, dtype=torch.bool))
-        self.units.cut(path, module, "weight", 0, made.ids, [outs])
+        self.units.cut(path, module, "weight", 1 - across, made.ids, [outs])
         self.units.cut(path, module, "bias", 0, made.ids)
         if id(module.weight) in self._shared or id(module.bias) in self._shared:
             self.units.need(given, made)
@@ -191,6 +199,8 @@ class Follower(fx.Interpreter):
             (SAME, lambda n, c, v: c),
             (SHIFTED | MASKED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
             (POOLED, self._resized),
+            (PADS, self._padded),
+            (SQUEEZES, partial(_inside.squeezed, self)),
             (RESHAPES, self._reshaped),
             (MEANS, self._mean),
             (TRANSPOSES, partial(_inside.transposed, self)),
@@ -209,6 +219,8 @@ class Follower(fx.Interpreter):
             return self._sum(node, [*those, *(None for _ in others)])
         if target is mixed:
             return self._sum(node, self._of(node.args[0]))
+        if target in EXPANSIONS:
+            return self._expanded(node, value)
         if target in PRODUCTS:
             return self._product(node, value)
         if target in CATS:
@@ -225,6 +237,23 @@ class Follower(fx.Interpreter):
             return given
         self.unknown(node)
         return None
+
+    def _padded(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
+        """Padding of the axes after that of the units; closed ones stay 0 if it is with 0."""
+        args: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False))
+        args |= node.kwargs
+        shifted = args.get("mode", "constant") == "constant" and args.get("value")
+        given = Channels(given.axis, given.ids, given.zero & (not shifted))
+        return self._resized(node, given, value)
+
+    def _expanded(self, node: fx.Node, value: Tensor) -> Channels | None:
+        """A tensor with one value for each unit, repeated in the shape of another."""
+        those, others = self._operands(node, value)
+        if others or len({(c.axis, len(c.ids)) for c in those}) != 1:
+            self.unknown(node)
+            return None
+        self.units.join(those[0].ids, those[1].ids)
+        return those[0]
 
     def _reshaped(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
         """A reshape: find the axis of the units in the new shape.

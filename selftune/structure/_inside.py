@@ -118,15 +118,36 @@ def indexed(follower: Follower, node: fx.Node, given: Channels | None) -> Channe
     parts = list(index) if isinstance(index, tuple) else [index]
     assert given is not None
     before = follower.values[node.all_input_nodes[0]].ndim
-    if parts.count(Ellipsis) == 1:
-        at = parts.index(Ellipsis)
-        parts[at : at + 1] = [slice(None)] * (before - len(parts) + 1)
-    plain = all(isinstance(p, (int, slice)) for p in parts)
-    if not plain or (given.axis < len(parts) and parts[given.axis] != slice(None)):
+    if any(p is Ellipsis for p in parts):
+        at = next(i for i, p in enumerate(parts) if p is Ellipsis)
+        named = sum(p is not None for p in parts) - 1
+        parts[at : at + 1] = [slice(None)] * (before - named)
+    if not all(p is None or isinstance(p, (int, slice)) for p in parts):
         follower.unknown(node)
         return None
-    gone = sum(isinstance(p, int) for p in parts[: given.axis])
-    return Channels(given.axis - gone, given.ids, given.zero)
+    axes = [i for i, p in enumerate(parts) if p is not None]  # None adds an axis
+    place = axes[given.axis] if given.axis < len(axes) else len(parts)
+    if place < len(parts) and parts[place] != slice(None):
+        follower.unknown(node)
+        return None
+    kept = sum(not isinstance(p, int) for p in parts[:place]) + max(0, given.axis - len(axes))
+    return Channels(kept, given.ids, given.zero)
+
+
+def squeezed(follower: Follower, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
+    """An axis of size 1 added or removed, other than that of the units."""
+    dims = [*node.args[1:], *node.kwargs.values()]
+    before = follower.values[node.all_input_nodes[0]].ndim
+    if len(dims) != 1 or not isinstance(dims[0], int):  # all axes of size 1, perhaps the units'
+        follower.unknown(node)
+        return None
+    moved = value.ndim - before
+    axis = dims[0] % max(before, value.ndim)
+    if moved <= 0 and axis == given.axis:
+        follower.unknown(node)
+        return None
+    before_units = axis <= given.axis if moved > 0 else axis < given.axis
+    return Channels(given.axis + (moved if before_units else 0), given.ids, given.zero)
 
 
 def recurrent(

@@ -39,10 +39,11 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
             handle = module.register_forward_hook(partial(_watch, rows, sizes, name))
             hooks.callback(handle.remove)
         with torch.enable_grad():
-            loss = closure()
-            gates = [m.gates for m in modules.values()]
-            grads = torch.autograd.grad(loss, gates, allow_unused=True)
-    for name, grad in zip(modules, grads, strict=True):
+            tuned = {n: m.gates for n, m in modules.items() if m.gates.requires_grad}
+            loss = loss_of(closure)
+            inputs = list(tuned.values())
+            grads = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+    for name, grad in zip(tuned, grads, strict=True):
         # Without per-example gradients: ½ N (mean c_n)², which has the same mean if E c_n = 0.
         if grad is not None and name in sizes:
             rows[name] = (modules[name].gates.detach() * grad).flatten()[None]
@@ -55,6 +56,24 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
         )
     saliencies = {n: 0.5 * len(c) * c.square().sum(0) for n, c in rows.items()}
     return {n: s * sizes.get(n, 1) for n, s in saliencies.items()}
+
+
+def loss_of(closure: Closure) -> Tensor:
+    """The loss of a closure.
+
+    Raises:
+        ValueError: It is not a scalar tensor with a gradient.
+    """
+    loss = closure()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"closure returned {what}: return the validation loss, a scalar tensor")
+    if not loss.requires_grad:
+        raise ValueError(
+            "closure: its loss has no gradient: compute it without torch.no_grad(), by the model "
+            "that has the gates or choices, with gates that require a gradient"
+        )
+    return loss
 
 
 def _watch(

@@ -8,11 +8,17 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
 from selftune.structure.gates import Gate
 from selftune.structure.recurrent import Recurrent
 from selftune.structure.transformer import mask_types_noted
+
+HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Hooks that compute a weight before each pass."""
 
 
 class Tracer(fx.Tracer):
@@ -60,7 +66,18 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose parametrized tensors are parameters.
 
     Not ``remove_parametrizations``, which changes the class that the copy shares with the model.
+
+    Raises:
+        ValueError: A weight is computed by a hook, whose own tensors would keep their size.
     """
+    for name, layer in model.named_modules():
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, HOOKS):
+                raise ValueError(
+                    f"{name or 'model'}: its weight is set by a hook of {type(hook).__name__}: use "
+                    "torch.nn.utils.parametrizations.weight_norm or spectral_norm, or make pruned "
+                    "weights permanent by torch.nn.utils.prune.remove"
+                )
     copied = copy.deepcopy(model).eval()
     for module in list(copied.modules()):
         if not parametrize.is_parametrized(module):

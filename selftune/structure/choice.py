@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from selftune._arguments import COUNT, MODULE, MODULES, NONE, Number, checked
 from selftune.monitor import Monitor
-from selftune.structure._saliency import Closure, buffers_kept
+from selftune.structure._saliency import Closure, buffers_kept, loss_of
 
 log = logging.getLogger("selftune")
 
@@ -215,9 +215,7 @@ class Chooser:
             for score in scores:
                 score.requires_grad_()
             try:
-                loss = closure()
-                if not loss.requires_grad:
-                    raise ValueError(_apart(self._choices))
+                loss = loss_of(closure)
                 grads = torch.autograd.grad(loss, scores, allow_unused=True)
             finally:
                 for score in scores:

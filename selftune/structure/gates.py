@@ -89,7 +89,7 @@ class Gate(AbstractGated):
             )
         shape = [1] * input.ndim
         shape[self.dim] = len(self.gates)
-        return input * self.factors().view(shape)
+        return input * self.factors().view(shape).to(input.dtype)  # as autocast chose it
 
     def passed(self, input: Tensor, output: Tensor) -> Tensor:
         """The whole output."""

@@ -97,8 +97,14 @@ class NoiseScale:
         self._signal, self._noise, self._weight = 0.0, 0.0, 0.0
 
     def micro_batch(self, params: Iterable[Tensor]) -> None:
-        """Record ``.grad`` after the backward pass of a micro-batch (mean loss divided by k)."""
+        """Record ``.grad`` after the backward pass of a micro-batch (mean loss divided by k).
+
+        Raises:
+            ValueError: No parameter has a gradient, or others than before have one.
+        """
         grads = [p.grad for p in params if p.grad is not None]
+        if not grads:
+            raise ValueError("params have no gradients: call loss.backward() first")
         before = self._sum
         if before is not None and len(before) != len(grads):
             raise ValueError(

@@ -59,8 +59,8 @@ def prune(
         A copy of the model with smaller layers, in the same training or evaluation mode.
 
     Raises:
-        ValueError: The model has no gates, the example does not fit, or the model cannot be
-            traced.
+        ValueError: The model has no gates, the example does not fit, its outputs are not finite, or
+            the model cannot be traced.
         RuntimeError: The smaller model fails or has different outputs, or replacing the choices
             raises the loss by more than ``tolerance``.
 
@@ -93,6 +93,11 @@ def prune(
             module.gates[module.closed(threshold)] = 0.0
         pruned = choose(pruned, loss, tolerance)
         before = call(pruned, inputs)
+        if not all(bool(t.isfinite().all()) for t in tree_leaves(before) if _floating(t)):
+            raise ValueError(
+                "model: its outputs on the example are not finite, so those of a smaller model "
+                "cannot be compared: check its weights for NaN"
+            )
         replace_optionals(pruned)
         if any(isinstance(m, (AbstractGated, COMPOSITES)) for m in pruned.modules()):
             pruned = _remove(pruned, inputs)
@@ -165,6 +170,10 @@ def _name_kept(follower: Follower, gone: set[int]) -> None:
         )
 
 
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _check(before: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
     try:
         after = model(*inputs)
@@ -176,7 +185,7 @@ def _check(before: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         ) from error
     pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
     for old, new in pairs:
-        if not isinstance(old, Tensor) or not old.is_floating_point():
+        if not _floating(old):
             continue
         allowed = TOLERANCE * max(1.0, float(old.abs().max())) if old.numel() else 0.0
         if old.dtype in (torch.float16, torch.bfloat16):
