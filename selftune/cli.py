@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     worker.add_argument("script", help="a Python file that calls selftune.search.select")
     worker.add_argument("rest", nargs=argparse.REMAINDER, help="script arguments")
     args = parser.parse_args(arguments)
-    if args.command == "demo":
-        return _demo(args.log_dir, args.epochs)
     if args.command == "worker":
         return _worker(args.storage, args.script, args.rest)
-    return _show(args.runs)
+    try:
+        status = _show(args.runs) if args.command == "show" else _demo(args.log_dir, args.epochs)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has seen enough; Python would fail again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 def _show(runs: Sequence[str]) -> int:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from selftune._arguments import COUNT, MAPPING, TEXT, Number, check
+from selftune._arguments import COUNT, MAPPING, TEXT, Number, Whole, check
 from selftune._files import write_text
 from selftune.nn import Tunable
 from selftune.rules.adam import BETA1, BETA2
 
+FORMAT = "selftune schedule 1"
 OPTIONS = {h.name: (h.option, int(h.index or 0)) for h in (BETA1, BETA2)}
 """Hyperparameters that are elements of a tuple in a parameter group."""
 
@@ -49,11 +50,13 @@ class TunedSchedule:
     rule: str
     steps: int
     values: Mapping[str, Sequence[Sequence[float]]]
-    format: str = field(default="selftune schedule 1", kw_only=True)
+    format: str = field(default=FORMAT, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         check({"rule": TEXT, "steps": COUNT, "values": MAPPING}, vars(self))
+        if self.format != FORMAT:
+            raise ValueError(f"format={self.format!r} must be {FORMAT!r}")
         for name, entries in self.values.items():
             firsts = [first for first, _ in entries]
             if not firsts or firsts != sorted(firsts):
@@ -61,6 +64,8 @@ class TunedSchedule:
             for first, value in entries:
                 check({f"values[{name!r}] from step {first}": Number()},
                       {f"values[{name!r}] from step {first}": value})  # fmt: skip
+                check({f"values[{name!r}]: first step": Whole()},
+                      {f"values[{name!r}]: first step": first})  # fmt: skip
 
     def at(self, step: int) -> dict[str, float]:
         """All hyperparameters at a step counted from 0; past the end, the last ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -69,7 +70,7 @@ class ValidationBatches:
 def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     """A function that draws a batch; None if examples are not indexable."""
     if isinstance(loader, Sequence) and loader:
-        return lambda random: loader[_mine(random, range(len(loader)), 1)[0]]
+        return partial(_element, loader)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     batched: Any = loader.batch_sampler
@@ -81,16 +82,23 @@ def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     if not indices:
         return None
     size = None if batched is None else min(batched.batch_size, len(indices))
+    return partial(_batch, loader, indices, size)
 
-    def draw(random: Random) -> Any:
-        chosen = _mine(random, indices, size or 1)
-        if size is None:  # the dataset's items are batches
-            return loader.collate_fn(loader.dataset[chosen[0]])
-        together = getattr(loader.dataset, "__getitems__", None)  # as torch's own fetcher does
-        examples = [loader.dataset[i] for i in chosen] if together is None else together(chosen)
-        return loader.collate_fn(examples)
 
-    return draw
+# Functions of the module, not closures, so that an object that holds them can be pickled.
+def _element(batches: Sequence[Any], random: Random) -> Any:
+    return batches[_mine(random, range(len(batches)), 1)[0]]
+
+
+def _batch(
+    loader: DataLoader[Any], indices: Sequence[int], size: int | None, random: Random
+) -> Any:
+    chosen = _mine(random, indices, size or 1)
+    if size is None:  # the dataset's items are batches
+        return loader.collate_fn(loader.dataset[chosen[0]])
+    together = getattr(loader.dataset, "__getitems__", None)  # as torch's own fetcher does
+    examples = [loader.dataset[i] for i in chosen] if together is None else together(chosen)
+    return loader.collate_fn(examples)
 
 
 def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:

@@ -175,9 +175,16 @@ def _module_loss(module: LightningModule, batch: Any) -> Tensor:
 
 @contextmanager
 def _silent(module: LightningModule) -> Iterator[None]:
-    """Log nothing, and leave torchmetrics, and lists that outputs are appended to, as they are."""
+    """Log nothing, and leave torchmetrics, and lists that outputs are appended to, as they are.
+
+    The lists may be attributes of any submodule, or values of dictionaries that are.
+    """
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    lists = [(v, len(v)) for v in vars(module).values() if isinstance(v, list)]
+    attributes = [v for m in module.modules() for v in vars(m).values()]
+    tables = [(v, set(v)) for m in module.modules() for n, v in vars(m).items()
+              if isinstance(v, dict) and not n.startswith("_")]  # fmt: skip
+    entries = [v for table, _ in tables for v in table.values()]
+    lists = [(v, len(v)) for v in (*attributes, *entries) if isinstance(v, list)]
     kept = [{n: _state(v) for n, v in vars(m).items()} for m in metrics]
     vars(module)["log"] = lambda *args, **kwargs: None
     try:
@@ -188,6 +195,9 @@ def _silent(module: LightningModule) -> Iterator[None]:
             vars(metric).update(values)
         for appended, length in lists:
             del appended[length:]
+        for table, keys in tables:
+            for key in set(table) - keys:
+                del table[key]
 
 
 def _state(value: Any) -> Any:

@@ -89,6 +89,10 @@ class HyperStep(Callback):
 
         self.opt_.hyper_step(loss)
 
+    def on_train_end(self, net: Any, **kwargs: Any) -> None:
+        """Let go of the validation data, which a saved network would contain."""
+        self.batches_ = None
+
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Record the hyperparameters, and put the averaged weights into the module."""
         self.opt_.eval()

@@ -74,9 +74,7 @@ class SelfTuningCallback(TrainerCallback):
         scaler = self._trainer.accelerator.scaler
         loss = self._opt.hyper_step(lambda: self._value(next(batches)), scaler=scaler)
         self._unlogged = loss if loss is not None else self._unlogged
-        if control.should_log and self._unlogged is not None:
-            self._trainer.log(logged(self._opt, self._unlogged))
-            self._unlogged = None
+        self._log(control)
         if control.should_evaluate or control.should_save:
             self._opt.eval()
 
@@ -84,7 +82,13 @@ class SelfTuningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the averaged weights into the model, also at the end of the run."""
+        self._log(control)  # with logging_strategy="epoch"
         self._opt.eval()
+
+    def _log(self, control: TrainerControl) -> None:
+        if control.should_log and self._unlogged is not None:
+            self._trainer.log(logged(self._opt, self._unlogged))
+            self._unlogged = None
 
     def _applied(self) -> float:
         """The learning rate of the last step, of the first group."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import os
 import re
 import socket
@@ -125,8 +126,12 @@ class TensorBoard(AbstractRecorder):
         for name, value in hparams.items():
             start.hparams[f"start/{name}"].number_value = value
         for name, value in self._about.items():
-            kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
-            setattr(start.hparams[name], kind, value)
+            if isinstance(value, bool):
+                start.hparams[name].bool_value = value
+            elif isinstance(value, numbers.Real):
+                start.hparams[name].number_value = float(value)
+            else:  # None, a tuple, a class, …
+                start.hparams[name].string_value = str(value)
         _session(self.writer, metadata.SESSION_START_INFO_TAG, session_start_info=start)
         self.writer.flush()
         if self._folder is not None:

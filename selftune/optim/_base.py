@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune.monitor import Course
+from selftune.monitor.axes import middle
 from selftune.optim import _autocast as autocast
 from selftune.optim._advice import Advice
 from selftune.optim._assembly import Assembly
@@ -307,7 +308,7 @@ class SelfTuningOptimizer(EvaluationMode):
             given={n: t.given for n, t in rows.items()}, swept=controller.swept,
             rewinds=controller.rewinds, annealed=str(self._schedule.shape),
         )  # fmt: skip
-        present = {n: float(t.values().median()) for n, t in rows.items()}
+        present = {n: middle(t.values().tolist()) for n, t in rows.items()}
         return course.explain(present, self._log.verdicts(values, self._engine.clock.steps))
 
     def flush(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from selftune.optim._logging import OptimizerLog
 from selftune.optim._saving import check_state, pack, to_bytes, unpack
 from selftune.optim._shown import Restored
 from selftune.update import Update
+
+log = logging.getLogger("selftune")
 
 
 class Container(torch.optim.Optimizer):
@@ -58,6 +62,7 @@ class Container(torch.optim.Optimizer):
 
         Its ``"params"`` may be a module. Names are added or left out as in the other groups.
         """
+        derived = "lr" in param_group
         param_group = match_names(self.param_groups, param_group)
         with warnings.catch_warnings():  # torch only warns about duplicate parameters
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
@@ -80,6 +85,23 @@ class Container(torch.optim.Optimizer):
         groups[0].setdefault("selftune", None)  # flattened checkpoints look for keys here
         for key in ("peak_lr", "applied_lr"):
             group.setdefault(key, float(group["lr"]))
+        if derived and not self._assembly.empty:
+            self._warn_of_tuned_rate(group)
+
+    def _warn_of_tuned_rate(self, group: Mapping[str, Any]) -> None:
+        """Warn if the tuned factor lifts a new group's rate above those of all others."""
+        rate = self._engine.shifts.rows.get("lr")
+        if rate is None:
+            return
+        peaks = rate.values()
+        new = float(group["lr"]) * float(peaks.max()) / max(rate.start)
+        if new > float(peaks.max()):
+            log.warning(
+                "%s: the new group's lr=%.3g is multiplied by the tuned factor of the others, to "
+                "%.3g, above their %.3g. Pass a rate on the scale of those that the optimizer was "
+                "given, not one computed from param_groups, which hold tuned rates",
+                self._engine.label, float(group["lr"]), new, float(peaks.max()),
+            )  # fmt: skip
 
     @property
     def hparams(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Engine:
         """Each parameter and its training weights, if others are in place."""
         if self.shown is not None:
             return self.shown.saved()
-        if self.restored is not None and self.restored.overwritten:
+        if self.restored is not None and self.restored.changed:
             return self.restored.saved()
         return []
 

@@ -99,7 +99,7 @@ class EvaluationMode(Container):
     def _restore(self) -> None:
         """Restore loaded training weights if the model's state was loaded after them."""
         restored, self._engine.restored = self._engine.restored, None
-        if restored is not None and restored.overwritten:
+        if restored is not None and restored.changed:
             restored.put()
 
     def _leave(self) -> bool:
@@ -120,7 +120,7 @@ class EvaluationMode(Container):
 
     def _outside(self, what: str) -> None:
         restored, self._engine.restored = self._engine.restored, None
-        if restored is not None and restored.overwritten:
+        if restored is not None and restored.changed:
             self._engine.restored = restored
             raise RuntimeError(
                 f"{what} at averaged weights: the model's state was loaded after the optimizer's, "

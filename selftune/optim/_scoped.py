@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selftune.hparams import Hparam
+from selftune.monitor.axes import middle
 
 SCOPES = ("run", "group", "tensor")
 
@@ -83,7 +84,7 @@ class Scoped:
         first = len(self.base) == 0
         if first:
             self.from_zero = not bool(start.any())
-            self.given = float(start.median())
+            self.given = middle(start.tolist())
         scopes = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
         slots = list(scopes[self.scope])
         mean = 0.0 if first else float(self.shift[self.slots].mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,28 @@ from selftune.optim._buffers import Buffers
 from selftune.optim._shards import whole
 
 
-class Shown:
+class _Watched:
+    """Detects changes of parameters by torch's version counters, which copies do not have."""
+
+    _params: list[Tensor]
+    _versions: list[int] | None
+
+    def _watch(self) -> None:
+        self._versions = [p._version for p in self._params]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the parameters were changed from outside; in a copy, after the first look."""
+        if self._versions is None:
+            self._watch()
+        return self._versions != [p._version for p in self._params]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a copy."""
+        return {**vars(self), "_versions": None}
+
+
+class Shown(_Watched):
     """Puts other weights, with their statistics of normalisation layers, into the model.
 
     Args:
@@ -55,18 +77,13 @@ class Shown:
             self._buffers.exchange(self._statistics)
         # Changes are detected for copies only: hyperparameter steps exchange weights in place.
         self._params = [local(p) for b in self._blocks for p in b.params] if self.kept else []
-        self._versions = _versions(self._params)
+        self._watch()
 
     def saved(self) -> list[tuple[Tensor, Tensor]]:
         """Each parameter, and its training weights as they are saved."""
         pairs = zip(self._blocks, self.kept, strict=True)
         both = [b for block, kept in pairs for b in zip(block.params, kept, strict=True)]
         return [(param, whole(param, value)) for param, value in both]
-
-    @property
-    def changed(self) -> bool:
-        """Whether the weights in place were changed from outside."""
-        return _versions(self._params) != self._versions
 
     @torch.no_grad()
     def back(self, *, keep: bool = False) -> None:
@@ -87,7 +104,7 @@ class Shown:
             block.put(weights)
 
 
-class Restored:
+class Restored(_Watched):
     """Training weights of a loaded state, restored at once and again when training continues.
 
     The model's state, with averaged weights, may be loaded before or after the optimizer's.
@@ -116,14 +133,4 @@ class Restored:
         torch._foreach_copy_(self._params, self._weights)
         for tensor, value in zip(self._buffers.tensors(), self._statistics, strict=False):
             tensor.copy_(value)
-        self._versions = _versions(self._params)
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether the weights have changed since they were restored."""
-        return _versions(self._params) != self._versions
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Version counters, incremented by in-place changes."""
-    return [t._version for t in tensors]
+        self._watch()

@@ -40,6 +40,17 @@ class Candidate:
     def __post_init__(self) -> None:
         """Check the arguments."""
         check({"model": MODULE, "loss_fn": FUNCTION | NONE, "tuner": MAPPING}, vars(self))
+        check_own(self.tuner, "seed= of select")
+
+
+def check_own(tuner: Mapping[str, Any] | None, instead: str) -> None:
+    """Refuse arguments of the tuner that the search passes itself.
+
+    Raises:
+        ValueError: The seed is among them.
+    """
+    if tuner is not None and "seed" in tuner:
+        raise ValueError(f"tuner: seed={tuner['seed']!r} is set by the search: pass {instead}")
 
 
 Builder = Callable[[Space], Any]
@@ -72,6 +83,9 @@ def builders_of(candidates: Candidates, train: Any) -> dict[str, Builder]:
             raise ValueError(f"candidates={list(candidates)}: two have the same name, use a dict")
     else:
         given = {"model": candidates}
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"candidates: the name {name!r} must be a string")
     if not given:
         raise ValueError("candidates is empty: pass 'auto', a function, or several by name")
     kinds = [c for c in given.values() if isinstance(c, type) and issubclass(c, AbstractFamily)]
@@ -96,11 +110,12 @@ def _name(candidate: Any) -> str:
 def points_of(
     builders: Mapping[str, Callable[[Space], Any]], force: bool, inside: bool = False
 ) -> int:
-    """The number of grid points.
+    """The number of grid points, before the search.
 
     Parameters may depend on others. If no change of a single parameter changes the others, the
     number is the product of their sizes, else every point is built. A builder that returns the
-    metric, or fails, is called once, and its parameters count as independent.
+    metric, or fails, is called once, and its parameters count as independent. The search itself
+    ends when Optuna has tried every point, of which there may be more.
 
     Args:
         builders: Builders by name.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftune._arguments import Number, check
 from selftune._modes import modes_kept
 from selftune.structure import Attention, Gate, Goal, Optional, gated, prune
 from selftune.structure._sizes import KINDS, Sizes
@@ -51,9 +52,11 @@ def settings_of(structure: Any) -> dict[str, Any] | None:
     given = {} if structure == "inside" else dict(structure)
     if "of" in given and not isinstance(given["of"], str):
         given["of"] = list(given["of"])  # as a storage returns it
+    kinds = given.get("of", KINDS)
+    if not kinds or set([kinds] if isinstance(kinds, str) else kinds) - set(KINDS):
+        raise ValueError(f"structure: of={kinds!r} must be one of {', '.join(KINDS)}, or both")
     end = given.setdefault("end", LATE if "tolerance" in given else END)
-    if not 0 < end < 1:
-        raise ValueError(f"structure: end={end} must be a fraction of the run, in (0, 1)")
+    check({"structure: end": Number(above=0, below=1)}, {"structure: end": end})
     return given
 
 

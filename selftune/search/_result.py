@@ -74,17 +74,27 @@ class Selection:
         return "\n".join(rows)
 
 
-def selected(trainer: Trainer, study: optuna.Study) -> Selection:
+def selected(trainer: Trainer, study: optuna.Study, *, new: bool) -> Selection:
     """The best trial with its model, trained.
+
+    Args:
+        trainer: Runs a trial.
+        study: The finished study.
+        new: Whether this search has started trials.
 
     Raises:
         RuntimeError: No trial finished.
+        ValueError: The best trial is one of a search with other choices.
     """
     if not finished(study):
         errors = [t.user_attrs["error"] for t in study.trials if "error" in t.user_attrs]
-        raise RuntimeError(
-            f"none of {len(study.trials)} trials finished: " + ("; ".join(errors[:3]) or "see logs")
-        )
+        why = "; ".join(errors[:3]) or "all were pruned, or the timeout came first"
+        old = (
+            "" if new or not study.trials
+            else ". These trials are of an earlier call: pass more trials=, or another study= or "
+            "storage="
+        )  # fmt: skip
+        raise RuntimeError(f"none of {len(study.trials)} trials finished: {why}{old}")
     best = study.best_trial
     family, made = _built(trainer, best)
     model, schedule = None, None
@@ -116,8 +126,14 @@ def selected(trainer: Trainer, study: optuna.Study) -> Selection:
 def _built(trainer: Trainer, trial: FrozenTrial) -> tuple[str, Any]:
     """The family and the candidate of a trial, with its initial weights."""
     asked = FixedTrial(trial.params, number=trial.number)
-    family = trainer.family(asked)
-    return family, trainer.build(asked, family)
+    try:
+        family = trainer.family(asked)
+        return family, trainer.build(asked, family)
+    except ValueError as error:
+        raise ValueError(
+            f"trial {trial.number} ({trial.params}), the best of the study, cannot be built now "
+            f"({error}): if the choices have changed, pass another study= or storage="
+        ) from error
 
 
 def _joined(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -33,7 +34,13 @@ from selftune._arguments import (
     check,
 )
 from selftune.rules import AdamW
-from selftune.search._candidates import Candidates, builders_of, points_of
+from selftune.search._candidates import (
+    MOST,
+    Candidates,
+    builders_of,
+    check_own,
+    points_of,
+)
 from selftune.search._pruning import settings_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
@@ -176,6 +183,7 @@ def select(
         True
     """
     check(ARGUMENTS, locals())
+    check_own(tuner, "seed= of select")
     goal = settings_of(structure)
     builders = builders_of(candidates, train)
     joined = os.environ.get(JOIN)
@@ -192,8 +200,10 @@ def select(
         raise ValueError(
             f"workers={workers} needs a storage that all workers can open: pass a path or a URL"
         )
+    most: float | None = None
     if sampler == "grid":
         trials = points_of(builders, force, structure is not None)
+        most = math.inf if force else MOST
     if loss_fn is None and any(isinstance(b, AbstractFamily) for b in builders.values()):
         loss_fn = Shape.of(train).loss()
     if ensemble > 1 and (loss_fn is None or "objective" in (tuner or {})):
@@ -217,7 +227,7 @@ def select(
         about["structure"] = {n: goal[n] for n in sorted(goal)}
     payload = Payload(
         trainer=trainer, about=about, storage=storage, study=study, trials=trials,
-        sampler=sampler, pruner=pruner, timeout=timeout,
+        sampler=sampler, pruner=pruner, timeout=timeout, most=most,
     )  # fmt: skip
     worker = os.getpid() if joined else 0
     with writable(storage, lambda: payload.open(worker)):
@@ -230,15 +240,16 @@ def select(
         # Replace trials whose workers were killed before they began.
         if ended and persist(lambda: reclaim(opened), opened):
             run(payload, opened, bar=bar)
-    selection = persist(lambda: selected(trainer, opened), opened)
-    if memory is not None and trainer.task is not None and len(opened.trials) > before:
+    new = len(opened.trials) > before
+    selection = persist(lambda: selected(trainer, opened, new=new), opened)
+    if memory is not None and trainer.task is not None and new:
         schedule = None if selection.schedule is None else asdict(selection.schedule)
         try:
             memory.remember(
                 replace(trainer.task, family=selection.family), selection.hparams,
                 value=selection.value, params=selection.study.best_params, schedule=schedule,
             )  # fmt: skip
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # choices may be no numbers or strings
             log.warning("memory: this search could not be stored: %s", error)
     return selection
 

@@ -67,6 +67,10 @@ class Shape:
                 )
             x, y = batch
             inputs = tuple(map(max, inputs or x.shape[1:], x.shape[1:]))
+            if use == AUTO and x.dtype in (torch.float64, torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"train has inputs of {x.dtype}: families are float32, convert with x.float()"
+                )
             if not x.is_floating_point():
                 if x.ndim > 2 and use == AUTO:
                     raise ValueError(
@@ -75,6 +79,8 @@ class Shape:
                     )
                 words = max(words, int(x.max()) + 1)
             if not y.is_floating_point():
+                if y.ndim == 1 and int(y.min()) < 0:
+                    raise ValueError(f"train has the class {int(y.min())}: number them from 0")
                 classes = max(classes, int(y.max()) + 1)
         if inputs is None:
             raise ValueError("train has no batches: its shapes cannot be inferred")
@@ -94,7 +100,7 @@ class Classes(nn.CrossEntropyLoss):
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean over all positions."""
-        return super().forward(output.flatten(0, -2), target.flatten())
+        return super().forward(output.flatten(0, -2), target.flatten().long())
 
 
 class Squared(nn.MSELoss):

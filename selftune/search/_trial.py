@@ -277,14 +277,8 @@ class Trainer:
         return report
 
     def _judged(self, result: TuningResult) -> float:
-        """The value of the metric at the evaluation with the lowest loss."""
-        if self.metric == "loss":
-            return result.best_loss
-        losses = np.asarray(result.history["score/loss"])
-        losses = np.where(np.isfinite(losses), losses, np.inf)
-        scores = result.history[f"score/{self.metric}"]
-        best = int(losses.argmin())
-        return float(scores[best]) if losses[best] < np.inf else math.nan
+        """The value of the metric at the weights of the result."""
+        return result.best_scores[self.metric] if math.isfinite(result.best_loss) else math.nan
 
     def _start(
         self, tuner: Tuner, family: str, trial: optuna.Trial | FrozenTrial

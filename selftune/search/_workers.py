@@ -43,6 +43,10 @@ Samplers that draw all values at once do so before signing, which may take a whi
 """
 
 
+WHOLE = "all points tried"
+"""Attribute of a study whose grid search has ended at the last point."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Payload:
     """Everything that a worker needs.
@@ -56,6 +60,7 @@ class Payload:
         sampler: Name of a sampler, or an Optuna sampler.
         pruner: Name of a pruner, or an Optuna pruner.
         timeout: Seconds after which a worker starts no new trial.
+        most: Largest number of points of a grid, whose end Optuna finds; None for other searches.
     """
 
     trainer: Trainer
@@ -66,6 +71,7 @@ class Payload:
     sampler: Any
     pruner: Any
     timeout: float | None = None
+    most: float | None = None
 
     def open(self, worker: int = 0) -> optuna.Study:
         """The study, with a sampler seeded for this worker and this call."""
@@ -88,6 +94,8 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
         done = taken(study)
         if bar is not None:
             bar.update(len([t for t in done if t.state.is_finished()]) - bar.n)
+        if payload.most is not None:  # a grid, whose last point Optuna finds
+            return len(done) >= payload.most
         return len(done) >= payload.trials
 
     def after(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -100,12 +108,15 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
         nonlocal begun
         if begun:  # the connection was lost, and a trial with it
             orphans(study, os.getpid())
-        begun = True
-        if not enough():
+        begun, start = True, time.monotonic()
+        if not enough() and not whole(study, payload):
             study.optimize(
                 payload.trainer.attempt, callbacks=[after], catch=(Exception,),
                 timeout=payload.timeout,
             )  # fmt: skip
+            late = payload.timeout is not None and time.monotonic() - start >= payload.timeout
+            if payload.most is not None and not late:
+                study.set_user_attr(WHOLE, len(taken(study)) < payload.most)
 
     try:
         with quiet():
@@ -118,6 +129,14 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
             orphans(study, os.getpid())
         raise
     return True
+
+
+def whole(study: optuna.Study, payload: Payload) -> bool:
+    """Whether a grid search has tried all points, and no lost trial waits to be tried again."""
+    if payload.most is None or len(taken(study)) < payload.trials:
+        return False
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    return bool(study.user_attrs.get(WHOLE)) and not waiting
 
 
 def join(storage: str, script: str, rest: Sequence[str]) -> None:

@@ -22,14 +22,28 @@ from sklearn.utils.validation import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from selftune._arguments import Number, check
+from selftune._arguments import COUNT, FLAG, FUNCTION, MAPPING, NONE, Kind, Number, Whole, check
 from selftune.nn import Dropout
+from selftune.search._candidates import check_own
 from selftune.search._shape import Shape
 from selftune.search.families._base import Closed
 from selftune.search.families._periodic import first_layer
 from selftune.tuner import Tuner
 
 Array = NDArray[Any]
+ARGUMENTS: dict[str, Kind] = {
+    "module": FUNCTION | NONE,
+    "depth": Whole(least=0),
+    "width": COUNT,
+    "frequency": Number(least=0),
+    "epochs": COUNT,
+    "batch_size": COUNT,
+    "validation_fraction": Number(above=0, below=1),
+    "patience": COUNT | NONE,
+    "standardize": FLAG,
+    "tuner": MAPPING | NONE,
+}
+"""Allowed values of the arguments of both estimators."""
 DROPOUT = 0.1
 FEWEST = 8
 """Minimum number of steps in an epoch."""
@@ -60,7 +74,8 @@ class _SelfTuning(BaseEstimator):
 
     def _fit(self, X: Array, y: Array, shape: Shape, loss: nn.Module, fresh: bool) -> None:
         """Train on checked arrays."""
-        check({"frequency": Number(least=0)}, {"frequency": self.frequency})
+        check(ARGUMENTS, vars(self))
+        check_own(self.tuner, "random_state=")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if fresh:
             self._learn_scale(X)
@@ -89,15 +104,16 @@ class _SelfTuning(BaseEstimator):
         self.n_iter_ = result.steps
 
     def _split(self, X: Array, y: Array, seed: int) -> list[Array]:
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} must be between 0 and 1"
-            )
         if len(X) < 5:
             raise ValueError(
                 f"n_samples={len(X)} is too few for training and validation parts: at least 5"
             )
         count = max(1, round(self.validation_fraction * len(X)))
+        if len(X) - count < 2:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} leaves {len(X) - count} of "
+                f"{len(X)} examples for training: lower it"
+            )
         groups = self._strata(y, count)
         parts: list[Array] = train_test_split(
             X, y, test_size=count, random_state=seed, stratify=groups
@@ -118,7 +134,7 @@ class _SelfTuning(BaseEstimator):
         return Closed(shape, *layers, nn.Linear(size, shape.outputs))
 
     def _learn_scale(self, X: Array) -> None:
-        self.mean_, scale = X.mean(0), X.std(0)
+        self.mean_, scale = _moments(X)
         self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, 1.0)
 
     def _scaled(self, X: Array) -> Array:
@@ -203,7 +219,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         if fresh:
             self.classes_ = np.unique(y if classes is None else classes)
         if len(self.classes_) < 2:
-            raise ValueError(f"y has 1 class, {self.classes_[0]!r}: at least 2 are needed")
+            raise ValueError(f"y has 1 class, {self.classes_[0]}: at least 2 are needed")
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(f"y has classes {unknown} that the first fit did not know")
@@ -249,6 +265,7 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
     """
 
     frequency: float = 0.3
+    target_mean_: Any = field(init=False)
 
     def fit(self, X: Any, y: Any) -> SelfTuningRegressor:
         """Train from newly initialised weights.
@@ -272,8 +289,13 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
     def _train(self, X: Any, y: Any, fresh: bool) -> SelfTuningRegressor:
         X, y = self._checked(X, y=y, multi_output=True, reset=fresh)
         y = np.asarray(y, dtype=np.float64)
+        if not fresh and y.shape[1:] != np.shape(self.target_mean_):
+            raise ValueError(
+                f"y has shape {y.shape}, and the first fit had targets of shape "
+                f"{('n', *np.shape(self.target_mean_))}: pass as many, or call fit"
+            )
         if fresh:
-            self.target_mean_, scale = y.mean(0), y.std(0)
+            self.target_mean_, scale = _moments(y)
             self.target_scale_ = np.where(scale > 0, scale, 1.0)
         scaled = ((y - self.target_mean_) / self.target_scale_).astype(np.float32)
         shape = Shape(X.shape[1:], scaled[0].size, "regression", flat=scaled.ndim == 1)
@@ -286,6 +308,20 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
         if np.ndim(self.target_mean_) == 0:
             predictions = predictions.reshape(len(predictions))
         return predictions * self.target_scale_ + self.target_mean_
+
+
+def _moments(values: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation by column, also where squares leave the range of float64."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, scale = values.mean(0), values.std(0)
+    most = np.abs(values).max(0)
+    varies = values.max(0) != values.min(0)
+    beyond = ~np.isfinite(mean) | ~np.isfinite(scale) | (varies & (scale == 0))
+    if beyond.any():
+        part = values / np.where(most > 0, most, 1.0)
+        mean = np.where(beyond, part.mean(0) * most, mean)
+        scale = np.where(beyond, part.std(0) * most, scale)
+    return mean, scale
 
 
 def _tensors(x: Array, y: Array) -> TensorDataset:

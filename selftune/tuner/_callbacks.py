@@ -24,7 +24,9 @@ def stop(training: Training, scores: dict[str, float]) -> str:
             froze or unfroze parameters.
     """
     plan, watch = training.plan, training.watch
-    ends = plan.patience is not None and training.waited >= plan.patience
+    # After the join, whose evaluation may be the last without improvement, there are no scores.
+    waits = plan.patience is not None and not training.joined
+    ends = waits and training.waited >= (plan.patience or 0)
     if training.callbacks:
         progress = Progress(
             step=training.step, total=plan.total, epoch=training.train.epoch,

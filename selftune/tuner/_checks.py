@@ -253,6 +253,16 @@ def check_model(model: torch.nn.Module) -> None:
             "model was converted by st.hypernet.convert, for your own loop; the tuner tunes layers "
             "of selftune.nn without it: pass the plain model, or model.revert()"
         )
+    for name, param in model.named_parameters():
+        if torch.nn.parameter.is_lazy(param):
+            raise ValueError(f"model: {name} is not initialised yet: call the model once before")
+        if param.is_meta:
+            raise ValueError(
+                f"model: {name} is on the meta device: call model.to_empty(device=) and initialise "
+                "its weights"
+            )
+        if param.is_complex():
+            raise ValueError(f"model: {name} is complex ({param.dtype}); use torch.view_as_real")
     for name, module in model.named_modules():
         if getattr(module, "sparse", False):
             raise ValueError(f"model: {name} gives sparse gradients: create it with sparse=False")

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("selftune")
 
 
-def place(training: Training) -> float:
-    """Put the best weights into the model; return their validation loss.
+def place(training: Training) -> dict[str, float]:
+    """Put the best weights into the model; return their scores over the validation set.
 
-    Without a validation set they are the averaged ones, and the loss is that at the join. If the
-    run overfitted before the join, they are the last good ones from before it, with their loss.
+    Without a validation set they are the averaged ones, with the scores at the join. If the run
+    overfitted before the join, they are the last good ones from before it, with their loss.
     """
     scorer, run, leader = training.scorer, training.fused.run, training.watch.leader
     if training.joining is not None and training.joined:
         scorer.place(run, leader, training.snapshots if training.joining.back else None)
-        return training.joining.loss
+        return {**training.joining.scores, "loss": training.joining.loss}
     saved = from_first(training.group, lambda: _saved(training))
     guarded = training.watch.controllers[0].guard is not None
     good = training.snapshots if guarded else None
@@ -40,7 +40,7 @@ def _saved(training: Training) -> dict[str, Any] | None:
     return _checkpoints.read_best(training.folder)
 
 
-def save_best(training: Training, loss: float) -> None:
+def save_best(training: Training, scores: dict[str, float]) -> None:
     """Save the best weights to disk, or keep them in memory.
 
     They are kept in memory without a folder, if the disk is full, and if the model's state has
@@ -49,7 +49,7 @@ def save_best(training: Training, loss: float) -> None:
     if not (training.group.first or training.group.sharded):
         return
     with training.scorer.shown(training.fused.run, training.watch.leader):
-        state = shown_state(training, loss)
+        state = shown_state(training, scores)
     folder = training.writes
     written = None
     if folder and training.storable is not False:
@@ -65,15 +65,16 @@ def save_best(training: Training, loss: float) -> None:
     training.saved_best = state if training.group.first and not written else None
 
 
-def write_best(training: Training, loss: float) -> None:
-    """Write the weights of the model, whose loss is known, to ``best.pt``."""
+def write_best(training: Training, scores: dict[str, float]) -> None:
+    """Write the weights of the model, whose scores are known, to ``best.pt``."""
     if training.writes is not None or training.group.sharded:
-        state = shown_state(training, loss)
+        state = shown_state(training, scores)
         if training.writes is not None and training.storable is not False:
             _checkpoints.write(training.writes / _checkpoints.BEST, state)
 
 
-def shown_state(training: Training, loss: float) -> dict[str, Any]:
-    """The current weights of the model, whose loss is known."""
-    known = {"step": training.step, "loss": loss, "hparams": training.watch.hparams()}
+def shown_state(training: Training, scores: dict[str, float]) -> dict[str, Any]:
+    """The current weights of the model, whose scores are known."""
+    known: dict[str, Any] = {"step": training.step, "loss": scores["loss"], "scores": scores}
+    known["hparams"] = training.watch.hparams()
     return {**training.scorer.state(), **known}

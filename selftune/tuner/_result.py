@@ -129,6 +129,8 @@ class TuningResult:
             results on other data. With ``val=None`` it is measured on the held-out examples at the
             join, and the loss of the final weights is usually lower; after overfitting, it is that
             of the last good weights.
+        best_scores: ``"loss"`` and the metrics of these weights over the whole validation set; with
+            ``val=None`` those at the join.
         hparams: All hyperparameters at the end; the learning rate is the tuned peak.
         schedule: The trajectory of all hyperparameters, for :func:`selftune.replay`, without the
             sweep and without steps undone by a rewind.
@@ -151,6 +153,7 @@ class TuningResult:
     schedule: TunedSchedule
     steps: int
     ended: str
+    best_scores: dict[str, float] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     why: str = ""
     folder: Path | None = None

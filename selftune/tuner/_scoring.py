@@ -263,24 +263,24 @@ class Scorer:
         good: Snapshots | None,
         saved: dict[str, Any] | None,
         positions: Sequence[float] = POSITIONS,
-    ) -> float:
-        """Put the best of good, averaged, last and saved weights into the model; return its loss.
+    ) -> dict[str, float]:
+        """Put the best of good, averaged, last and saved weights into the model.
 
-        Positions in between are also tried.
+        Positions in between are also tried. Returns the scores of the weights.
         """
         positions = [p for p in positions if p >= 0 or good is not None]
         candidates = [_between(run, good, position) for position in positions]
-        losses = [scores["loss"] for scores in self._score(candidates, stream, member)]
-        losses = [x if math.isfinite(x) else math.inf for x in losses]
+        scores = self._score(candidates, stream, member)
+        losses = [s["loss"] if math.isfinite(s["loss"]) else math.inf for s in scores]
         lowest = min(losses)
-        weights, buffers = candidates[losses.index(lowest)]
-        self._write(weights, buffers, member)
+        at = losses.index(lowest)
+        self._write(*candidates[at], member)
         if saved is not None and saved["loss"] < lowest:
             self._shards.load(self.model, saved["model"])
             if "loss_fn" in saved and isinstance(self._objective.loss_fn, nn.Module):
                 self._shards.load(self._objective.loss_fn, saved["loss_fn"])
-            lowest = saved["loss"]
-        return lowest
+            return {"loss": saved["loss"], **saved.get("scores", {})}
+        return {**scores[at], "loss": lowest}
 
     @torch.no_grad()
     def place(self, run: RunState, member: int, good: Snapshots | None) -> None:

@@ -242,7 +242,7 @@ class Training:
         scores, last = self.scorer.score(self.fused.run, self.val, leader, last=metrics.monitor.on)
         better = scores["loss"] < self.best
         if better:
-            _final_weights.save_best(self, scores["loss"])
+            _final_weights.save_best(self, scores)
             self.group.any(False)  # the first rank has written them, or was lost before
         self.best, self.waited = (scores["loss"], 0) if better else (self.best, self.waited + 1)
         if not math.isfinite(scores["loss"]):
@@ -257,9 +257,9 @@ class Training:
 
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and return the result."""
-        best = _final_weights.place(self)
-        if self.folder is not None and (self.joined or best < self.best):
-            _final_weights.write_best(self, best)
+        scores = _final_weights.place(self)
+        if self.folder is not None and (self.joined or scores["loss"] < self.best):
+            _final_weights.write_best(self, scores)
         self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()
@@ -267,11 +267,12 @@ class Training:
         log.info("%s", why)
         self.watch.metrics.finish(known, verdicts, self.step, why)
         if not self.joined:
-            self.watch.metrics.monitor.last([("Loss/final", best)], self.step)
+            self.watch.metrics.monitor.last([("Loss/final", scores["loss"])], self.step)
         return TuningResult(
             history=history.arrays(),
             best_weights=self.steps.shards.weights_of(self.scorer.model),
-            best_loss=best,
+            best_loss=scores["loss"],
+            best_scores=scores,
             hparams=known,
             schedule=schedule_of(history, self.steps, known, self.step),
             steps=self.step, ended=ended, verdicts=verdicts, why=why, folder=self.writes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tasks import (
     tuned,
     val_loader,
 )
+from torch import nn
 
 pytestmark = needs("lightning")
 try:
@@ -292,3 +294,35 @@ def test_outputs_gathered_for_the_end_of_an_epoch_are_those_of_validation(tmp_pa
     found.fit(module, train_loader(), [val_loader(), val_loader()])
     assert module.gathered == [6] * 4
     assert found.optimizers[0].hparams["lr"] != 0.01
+
+
+def test_outputs_collected_in_dictionaries_and_submodules_are_those_of_validation(
+    tmp_path: Path,
+) -> None:
+    """Count: one epoch of validation batches, none of those of hyperparameter steps."""
+
+    class Collects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.losses: list[float] = []
+
+    class Gathers(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outs: dict[str, list[float]] = defaultdict(list)
+            self.part, self.counts = Collects(), []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().validation_step(batch, batch_idx)
+            self.outs["loss"].append(float(loss.detach()))
+            self.part.losses.append(float(loss.detach()))
+            return loss
+
+        def on_validation_epoch_end(self) -> None:
+            self.counts.append((len(self.outs["loss"]), len(self.part.losses)))
+            self.outs.clear()
+            self.part.losses.clear()
+
+    module = Gathers()
+    fit(module, tmp_path, epochs=2, num_sanity_val_steps=0)
+    assert module.counts == [(len(val_loader()),) * 2] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,13 @@ def test_refusals() -> None:
         fit(plain)
     with pytest.raises(ValueError, match="train_split=None"):
         fit(net(train_split=None))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_a_fitted_net_train_on(how: str) -> None:
+    """Truth: the original."""
+    done = fit(net(epochs=2))
+    other = copy.deepcopy(done) if how == "deepcopy" else pickle.loads(pickle.dumps(done))
+    fit(done)
+    fit(other)
+    assert equal(copied(done.module_), copied(other.module_))

@@ -142,8 +142,9 @@ def test_through_optimizer_cls_and_kwargs(tmp_path: Path) -> None:
     assert equal(copied(done.model.net), expected)
 
 
-def test_logs_hyperparameters(tmp_path: Path) -> None:
-    done = trainer(tmp_path, logging_strategy="steps", logging_steps=4)
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_logs_hyperparameters(tmp_path: Path, strategy: str) -> None:
+    done = trainer(tmp_path, logging_strategy=strategy, logging_steps=4)
     done.train()
     found = [r["hyper/lr"] for r in done.state.log_history if "hyper/lr" in r]
     assert found[-1] == pytest.approx(done.optimizer.optimizer.hparams["lr"])

@@ -199,3 +199,29 @@ def test_a_state_inside_the_closure_is_refused() -> None:
         opt.step()
     with pytest.raises(RuntimeError, match="inside the closure"):
         opt.hyper_step(closure)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize("name", MAKES)
+def test_copies_made_in_evaluation_mode_train_on(name: str, how: str) -> None:
+    """Truth: the original. Copies of tensors have other version counters."""
+    net = network()
+    opt = MAKES[name](net)
+    train(net, opt, range(30))
+    opt.eval()
+    if how == "deepcopy":
+        other, its = copy.deepcopy((net, opt))
+    else:
+        file = io.BytesIO()
+        torch.save((net, opt), file)
+        file.seek(0)
+        other, its = torch.load(file, weights_only=False)
+    train(net, opt, range(30, 40))
+    train(other, its, range(30, 40))
+    for key, value in weights(net).items():
+        assert torch.equal(value, weights(other)[key]), key
+    its.eval()
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    with pytest.raises(RuntimeError, match="weights were changed"):
+        its.train()

@@ -137,3 +137,38 @@ def test_the_slice_may_change_where_parameters_join(width: int, grouped: bool) -
     before = job.loss(torch.arange(448, 512)).item()
     job.train(200)
     assert job.loss(torch.arange(448, 512)).item() < before
+
+
+def test_a_rate_computed_from_the_tuned_ones_is_pointed_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As Lightning's BaseFinetuning computes it; the tuned factor would act twice."""
+    job = FineTuning()
+    job.train(150)
+    extra = nn.Linear(3, 3)
+    job.opt.add_param_group({"params": list(extra.parameters()), "lr": HEAD / 10})
+    assert "tuned factor" not in caplog.text
+    other = nn.Linear(3, 3)
+    rate = job.opt.param_groups[1]["lr"] / 10
+    job.opt.add_param_group({"params": list(other.parameters()), "lr": rate})
+    assert "not one computed from param_groups" in caplog.text
+
+
+def test_one_value_stands_for_groups_that_differ_everywhere() -> None:
+    """Truth: the chart, whose value the explanation must end with."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(64, 4)
+    rows = st.monitor.InMemory()
+    groups: list[dict[str, Any]] = [
+        {"params": net[0].parameters(), "lr": 1e-3}, {"params": net[2].parameters(), "lr": 3e-3}
+    ]  # fmt: skip
+    opt = st.AdamW(groups, total_steps=60, log_dir=rows, tune=("lr",))
+    for _ in range(60):
+        opt.zero_grad()
+        F.mse_loss(net(x), x.sum(1, keepdim=True)).backward()
+        opt.step()
+        opt.hyper_step(lambda: F.mse_loss(net(x), x.sum(1, keepdim=True)))
+    opt.finish()
+    assert "given 0.003 → " in opt.explain()
+    assert f"{rows.curve('hyper/lr')[1][-1]:.3g}" in opt.explain()

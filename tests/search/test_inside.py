@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_named() -> None:
     for wrong in ("outside", dict(width=3), 1):
         with pytest.raises(ValueError, match=r"must be .inside., a mapping"):
             search.select(build, train, val, **{**given, "structure": wrong})
-    with pytest.raises(ValueError, match=r"end=1.5 must be a fraction"):
+    with pytest.raises(ValueError, match=r"end=1.5 must be above 0 and below 1"):
         search.select(build, train, val, **{**given, "structure": dict(end=1.5)})
 
 

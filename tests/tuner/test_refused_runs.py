@@ -342,3 +342,16 @@ def test_a_converted_model_is_refused() -> None:
     converted = st.hypernet.convert(nn.Sequential(st.nn.Dropout(0.1), nn.Linear(4, 3)))
     with pytest.raises(ValueError, match=r"model\.revert\(\)"):
         st.Tuner(converted, F.cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: nn.LazyLinear(1), "not initialised yet: call the model once"),
+        (lambda: nn.Linear(3, 1, device="meta"), r"to_empty\(device=\)"),
+        (lambda: nn.Linear(3, 1, dtype=torch.complex64), "torch.view_as_real"),
+    ],
+)
+def test_parameters_without_values_and_complex_ones_are_named(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        st.Tuner(nn.Sequential(make()), nn.MSELoss())

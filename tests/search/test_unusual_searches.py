@@ -1,0 +1,207 @@
+"""Unusual choices, classes and studies. Truths: counts by hand, torch itself, a message."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import selftune as st
+from selftune import search
+from selftune.search.sklearn import SelfTuningClassifier, SelfTuningRegressor
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(64, 8, generator=GENERATOR)
+BATCHES = list(zip(X.split(16), X.sum(1, keepdim=True).split(16), strict=True))
+ONCE: dict[str, Any] = {"epochs": 1, "progress": False, "loss_fn": F.mse_loss, "pruner": "none"}
+
+
+def select(candidates: Any, **options: Any) -> search.Selection:
+    return search.select(candidates, BATCHES[:3], BATCHES[3:], **{**ONCE, "trials": 2, **options})
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical:UserWarning")
+def test_choices_that_are_no_numbers_are_logged(tmp_path: Path) -> None:
+    """A trial must not fail because of its log."""
+
+    def build(space: search.Space) -> nn.Module:
+        space.suggest_categorical("norm", (None, "batch"))
+        space.suggest_categorical("sizes", ((3, 3), (5, 5)))
+        return nn.Linear(8, 1)
+
+    study = select(build, sampler="grid", log_dir=tmp_path).study
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_grid_has_every_point_of_choices_that_depend_on_two_others(
+    workers: int, tmp_path: Path
+) -> None:
+    """Count by hand: 3 + 5 points. No change of one choice alone shows that ``c`` exists."""
+
+    def build(space: search.Space) -> nn.Module:
+        a, b = (space.suggest_categorical(n, (0, 1)) for n in "ab")
+        if a == b == 0:
+            space.suggest_categorical("c", (1, 2, 3, 4, 5))
+        return nn.Linear(8, 1)
+
+    options = {"sampler": "grid", "storage": tmp_path / "j", "workers": workers}
+    study = select(build, **options).study
+    points = {tuple(sorted(t.params.items())) for t in study.trials}
+    assert len(points) == 8
+    assert len(study.trials) <= 8 + (workers - 1)  # two workers may take the same last point
+    before = len(study.trials)
+    assert len(select(build, **options).study.trials) == before
+
+
+def test_a_grid_over_an_objective_has_every_point() -> None:
+    """Count by hand: 10 + 2. An objective is not called to count points."""
+
+    def objective(space: search.Space) -> float:
+        if space.suggest_categorical("kind", ("tree", "none", "mean")) == "tree":
+            return -float(space.suggest_int("depth", 1, 10))
+        return 0.0
+
+    best = search.select(objective, sampler="grid", progress=False)
+    assert (len(best.study.trials), best.value, best.params["depth"]) == (12, -10, 10)
+
+
+def test_a_metric_is_that_of_the_returned_weights() -> None:
+    """Truth: the metric of the model that is returned, over the validation data."""
+
+    def far(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output - target).abs().max()
+
+    options = {"metric": "far", "tuner": {"metrics": {"far": far}}, "epochs": 3}
+    best = select(lambda space: nn.Linear(8, 1), trials=1, **options)
+    with torch.no_grad():
+        assert best.model is not None
+        assert best.value == pytest.approx(float(far(best.model(BATCHES[3][0]), BATCHES[3][1])))
+
+
+def test_scores_of_a_run_are_those_of_its_weights() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+        tuner = st.Tuner(net, F.mse_loss, metrics={"mae": F.l1_loss})
+        result = tuner.fit(BATCHES[:3], BATCHES[3:], epochs=4, progress=False)
+        with torch.no_grad():
+            expected = F.l1_loss(net(BATCHES[3][0]), BATCHES[3][1])
+        assert result.best_scores["mae"] == pytest.approx(float(expected))
+        assert result.best_scores["loss"] == result.best_loss
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.int64])
+def test_classes_of_every_integer_type(dtype: torch.dtype) -> None:
+    batches = [(x, (x[:, 0] > 0).to(dtype)) for x in X.split(16)]
+    best = search.select(
+        [search.families.MLP], batches[:3], batches[3:], trials=1, epochs=1, progress=False
+    )
+    assert np.isfinite(best.value)
+
+
+def test_inputs_of_another_type_and_negative_classes_are_named() -> None:
+    doubles = [(x.double(), (x[:, 0] > 0).long()) for x in X.split(16)]
+    with pytest.raises(ValueError, match=r"torch.float64.*x.float\(\)"):
+        search.select("auto", doubles[:3], doubles[3:], epochs=1)
+    batches = [(x, 2 * (x[:, 0] > 0).long() - 1) for x in X.split(16)]
+    with pytest.raises(ValueError, match="class -1: number them from 0"):
+        search.select("auto", batches[:3], batches[3:], epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical:UserWarning")
+def test_a_memory_that_cannot_store_a_choice_keeps_the_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(space: search.Space) -> nn.Module:
+        width = int(space.suggest_categorical("width", list(np.array([4, 8]))))  # type: ignore[arg-type]
+        return nn.Sequential(nn.Linear(8, width), nn.Linear(width, 1))
+
+    assert select(build, memory=search.Memory(tmp_path)).params["width"] in (4, 8)
+    assert "could not be stored" in caplog.text
+
+
+def test_failures_of_an_earlier_call_are_told_from_new_ones(tmp_path: Path) -> None:
+    wrong = True
+
+    def build(space: search.Space) -> nn.Module:
+        if wrong:
+            raise NameError("typo")
+        return nn.Linear(8, 1)
+
+    with pytest.raises(RuntimeError, match=r"typo$"):
+        select(build, storage=tmp_path / "j")
+    wrong = False
+    with pytest.raises(RuntimeError, match="of an earlier call: pass more trials="):
+        select(build, storage=tmp_path / "j")
+    assert select(build, storage=tmp_path / "j", trials=3).model is not None
+
+
+def test_other_choices_in_the_same_study_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(*widths: int) -> Any:
+        def of(space: search.Space) -> nn.Module:
+            width = space.suggest_categorical("width", widths)
+            return nn.Sequential(nn.Linear(8, width), nn.Linear(width, 1))
+
+        return of
+
+    caplog.set_level(logging.ERROR)
+    select(build(4, 8), storage=tmp_path / "j")
+    with pytest.raises(ValueError, match="if the choices have changed, pass another study="):
+        select(build(32, 64), storage=tmp_path / "j", trials=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"structure": {"of": "flops"}}, "of='flops' must be one of parameters, multiply_adds"),
+        ({"structure": {"end": "a"}}, "structure: end='a' must be"),
+        ({"tuner": {"seed": 3}}, "seed=3 is set by the search"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        select(lambda space: nn.Linear(8, 1), **options)
+    with pytest.raises(TypeError, match="name 1 must be a string"):
+        select({1: lambda space: nn.Linear(8, 1)})
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"depth": -1}, "depth=-1 must be"),
+        ({"width": 0}, "width=0 must be"),
+        ({"validation_fraction": "a"}, "validation_fraction='a' must be"),
+        ({"validation_fraction": 0.999}, r"validation_fraction=0.999 leaves 0 of 64"),
+        ({"tuner": "x"}, "tuner='x' must be"),
+        ({"module": "x"}, "module='x' must be"),
+        ({"tuner": {"seed": 1}}, "pass random_state="),
+    ],
+)
+def test_wrong_arguments_of_estimators_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        SelfTuningClassifier(**options).fit(X.numpy(), (X[:, 0] > 0).numpy())
+
+
+def test_more_targets_than_the_first_fit_had_are_refused() -> None:
+    y = X[:, :2].double().numpy()
+    model = SelfTuningRegressor(epochs=1).fit(X.numpy(), y)
+    with pytest.raises(ValueError, match="pass as many, or call fit"):
+        model.partial_fit(X.numpy(), y[:, :1])
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300])
+def test_scales_near_the_limits_of_float64_are_learned_like_others(scale: float) -> None:
+    """Truth: the same data in units of 1; squares of the others overflow or vanish."""
+    x, y = X.double().numpy(), X.sum(1).double().numpy()
+    plain = SelfTuningRegressor(epochs=2).fit(x, y)
+    other = SelfTuningRegressor(epochs=2).fit(x * scale, y * scale)
+    np.testing.assert_allclose(other.predict(x * scale) / scale, plain.predict(x), rtol=1e-4)
