@@ -109,7 +109,3 @@ class Layout:
         return torch.tensor(values, dtype=self.dtype, device=self.device).repeat_interleave(
             repeats, output_size=self.numel
         )
-
-    def sums(self, flat: Tensor) -> Tensor:
-        """Sum over each tensor's elements: shape (…, N) to (…, number of tensors)."""
-        return torch.stack([p.sum(-1) for p in flat.split(self.sizes, dim=-1)], dim=-1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +22,18 @@ def copy_into(old: Any, new: Any) -> None:
     for tensor, value in zip(leaves(old), leaves(new), strict=True):
         if value is not tensor:
             tensor.copy_(value)
+
+
+@contextmanager
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restores the values of tensors after the block."""
+    tensors = list(tensors)
+    before = [t.clone() for t in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            copy_into(tensors, before)
 
 
 def _gather(tree: Any, tensors: list[Tensor]) -> None:

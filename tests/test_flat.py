@@ -87,7 +87,7 @@ def test_write_into_parameters_that_require_gradients() -> None:
     assert [p.data_ptr() for p in params] == pointers
 
 
-def test_expand_and_sums_equal_loops_over_tensors() -> None:
+def test_expand_equals_a_loop_over_tensors() -> None:
     """Truth: torch.full_like and Tensor.sum for each tensor."""
     tensors = randoms(torch.float64)
     layout = Layout(tensors)
@@ -96,9 +96,6 @@ def test_expand_and_sums_equal_loops_over_tensors() -> None:
     assert isinstance(expanded, Tensor)
     want = layout.flatten([torch.full_like(t, v) for t, v in zip(tensors, values, strict=True)])
     assert torch.equal(expanded, want)
-    both = torch.stack([layout.flatten(tensors), expanded])
-    sums = torch.stack([torch.stack([t.sum() for t in layout.views(f)]) for f in both])
-    torch.testing.assert_close(layout.sums(both), sums)
 
 
 def test_expand_gives_a_number_where_all_agree() -> None:

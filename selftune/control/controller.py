@@ -63,6 +63,12 @@ class Controller:
         """Whether the sweep is in progress."""
         return self.sweep is not None and not self.sweep.ended
 
+    @property
+    def standing(self) -> float:
+        """The recent mean validation loss, which ranks members; infinite if unknown."""
+        mean = math.inf if self.guard is None else self.guard.mean
+        return mean if math.isfinite(mean) else math.inf
+
     def observe(self, record: Record) -> Action:
         """Return the action for a record of the run."""
         decide: Any = {
@@ -289,15 +295,12 @@ def make_sweep(
     Raises:
         ValueError: The sweep is not shorter than the run.
     """
-    settings, steps = SweepSettings(), 0
-    if isinstance(probe, SweepSettings):
-        settings = probe
-    elif probe is not True:
-        steps = int(probe)
-    if probe is True or probe is settings:
-        steps = settings.steps(total_steps)
     if "lr" not in tuned or not probe:
         return None
+    settings = probe if isinstance(probe, SweepSettings) else SweepSettings()
+    steps = settings.steps(total_steps)
+    if not isinstance(probe, SweepSettings) and probe is not True:
+        steps = int(probe)
     if not steps:
         log.warning(
             "a run of %d steps is too short for the learning-rate sweep, which needs %d or more: "

@@ -107,8 +107,7 @@ class FinalWeights:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)
 
 
 def between(start: Tensor, end: Tensor, share: float) -> Tensor:

@@ -266,5 +266,4 @@ class LRSweep:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)

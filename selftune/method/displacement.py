@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._trees import copy_into
 from selftune.method.averaging import move_towards
 from selftune.method.settings import DisplacementLimit
 
@@ -83,8 +84,7 @@ class Displacement(NamedTuple):
     def rewound(self, weights: Sequence[Tensor], step: Any) -> Displacement:
         """Restart from new weights; reuses tensors."""
         for place in (self.centre, self.mark):
-            for tensor, now in zip(place, weights, strict=True):
-                tensor.copy_(now)
+            copy_into(place, weights)
         zeros = torch.zeros_like(self.squares)
         since = torch.zeros_like(self.since) + step
         return self._replace(squares=zeros, since=since, segments=torch.zeros_like(self.segments))

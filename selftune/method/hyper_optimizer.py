@@ -7,6 +7,7 @@ values have different origins and a common shift.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -121,13 +122,12 @@ class HyperOptimizer:
         self.size, self.settings = size, settings or HyperSettings()
         self.floor = floor if {"lr", "weight_decay"} <= set(hparams) else None
         counts = [1] * len(hparams) if shifts is None else list(shifts)
-        self._slots, start = {}, 0
-        for name, count in zip(self.hparams, counts, strict=True):
-            self._slots[name] = slice(start, start + count)
-            start += count
+        ends = [0, *itertools.accumulate(counts)]
+        self._slots = {n: slice(*e) for n, e in zip(hparams, itertools.pairwise(ends), strict=True)}
         self._ends = [[h.raw_ends[end] for h in self.hparams.values()] for end in (0, 1)]
-        self._pace = self._each(lambda h: h.pace)
-        self._whole = self._each(lambda h: float(h.role == "layer"))
+        self._owners = [n for n, count in zip(hparams, counts, strict=True) for _ in range(count)]
+        self._pace = [self.hparams[n].pace for n in self._owners]
+        self._whole = [float(self.hparams[n].role == "layer") for n in self._owners]
 
     @property
     def names(self) -> list[str]:
@@ -137,6 +137,15 @@ class HyperOptimizer:
     def slots(self, name: str) -> slice:
         """The slice of a hyperparameter's shifts."""
         return self._slots[name]
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Each hyperparameter's part of a vector of shifts, by name."""
+        return {n: vector[slots] for n, slots in self._slots.items()}
+
+    def signals(self, mean: Tensor, square: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean hypergradient and signal-to-noise ratio of the shifts, by name."""
+        ratios = self.split(signal_to_noise(mean, square))
+        return {n: (own, ratios[n]) for n, own in self.split(mean).items()}
 
     def frame(self, device: torch.device | str = "cpu") -> Frame:
         """The frame with origin 0: shifts are raw values."""
@@ -167,7 +176,7 @@ class HyperOptimizer:
         frame: Frame,
         *,
         memory: Any = 1.0,
-        climb: Any = 1.0,
+        lr_increase_scale: Any = 1.0,
         steps: int = 0,
         moving: Sequence[str] | None = None,
         propose: Propose | None = None,
@@ -182,7 +191,7 @@ class HyperOptimizer:
             signal: dL/d(raw), shape (shifts,).
             frame: Bounds of the shifts.
             memory: 1/(1 − μ) with heavy-ball momentum, else 1.
-            climb: Factor of a step that raises the learning rate.
+            lr_increase_scale: Factor of a step that raises the learning rate.
             steps: Training steps taken, for the floor if the horizon is unknown.
             moving: Names with a hypergradient; the others do not change. None: all.
             propose: An optimizer instead of Adam.
@@ -191,7 +200,7 @@ class HyperOptimizer:
         fine = torch.isfinite(signal).all()
         free: Any = 1.0
         if moving is not None and not set(self.hparams) <= set(moving):
-            free = self._vector(self._each_name(lambda n: n in moving), signal)
+            free = self._vector([float(n in moving) for n in self._owners], signal)
         stepped = self._adam(state, signal, free, propose)
         share = trust(stepped.mean, stepped.square, self.settings)
         if any(self._whole):
@@ -202,7 +211,7 @@ class HyperOptimizer:
         raw = (state.raw + change.clamp(-longest, longest)).maximum(frame.low).minimum(frame.high)
         if "lr" in self.hparams:
             rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
-            raw = self._added(raw, "lr", (climb * self._caution(state) - 1) * rise)
+            raw = self._added(raw, "lr", (lr_increase_scale * self._caution(state) - 1) * rise)
         raw = raw.maximum(self.lay_floor(raw, frame, memory, steps))
         if isinstance(free, Tensor):
             raw = torch.where(free > 0, raw, state.raw)
@@ -264,15 +273,16 @@ class HyperOptimizer:
         least = least - self._of(frame.origin, "weight_decay")
         return self._put(frame.low, "weight_decay", least).minimum(frame.high)
 
-    def _each(self, of: Callable[[Hparam], float]) -> list[float]:
-        """A number for each shift, by its hyperparameter."""
-        return [of(h) for n, h in self.hparams.items() for _ in self._range(n)]
-
-    def _each_name(self, of: Callable[[str], bool]) -> list[float]:
-        return [float(of(n)) for n in self.hparams for _ in self._range(n)]
-
-    def _range(self, name: str) -> range:
-        return range(self._slots[name].start, self._slots[name].stop)
+    def ends(
+        self, raw: Tensor, frame: Frame, memory: Any, steps: int
+    ) -> dict[str, tuple[float, float, bool]]:
+        """Mean lowest and highest shift by name, and whether the floor raises the lowest."""
+        least = self.split(self.lay_floor(raw, frame, memory, steps))
+        low, high = self.split(frame.low), self.split(frame.high)
+        return {
+            n: (float(own.mean()), float(high[n].mean()), bool((own > low[n]).any()))
+            for n, own in least.items()
+        }
 
     def _of(self, vector: Tensor, name: str) -> Tensor:
         return vector[self._slots[name]]

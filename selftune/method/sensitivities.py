@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._trees import leaves
 from selftune.estimators import AbstractRows
 from selftune.method.averaging import Average, move_towards
 from selftune.method.slices import WHOLE, Pieces, Slice
@@ -123,8 +124,8 @@ class Sensitivities:
         names, update = self.names, self.update
         known = closed(names, update.rule, self.estimator) | update.rule.inactive
         self.rows = [n for n in names if n not in known]
-        self.leads = [n for n in names if n == "lr" and n in known]
-        self.shrinks = [n for n in names if n == "weight_decay" and n in known]
+        self.lr_rows = [n for n in names if n == "lr" and n in known]
+        self.decay_names = [n for n in names if n == "weight_decay" and n in known]
         self.smooth = [n for n in names if n in update.smooth]
 
     def begin(
@@ -149,14 +150,14 @@ class Sensitivities:
         kept = cut.take(like)
         zeros = torch.zeros_like(kept, dtype=self.storage or like.dtype)
         decay = []
-        if self.shrinks:
+        if self.decay_names:
             unit = torch.zeros(tensors, dtype=like.dtype, device=like.device)
-            decay = [UnitDecay(self._still(self.shrinks, unit, values), unit.clone())]
+            decay = [UnitDecay(self._still(self.decay_names, unit, values), unit.clone())]
         return Part(
             params, self.update.rule.init(like, values), like if fresh else like.clone(),
             self._still(self.rows, zeros, values),
-            [zeros.clone() for _ in (*self.rows, *self.leads)],
-            [kept.clone() for _ in self.leads], decay,
+            [zeros.clone() for _ in (*self.rows, *self.lr_rows)],
+            [kept.clone() for _ in self.lr_rows], decay,
         )  # fmt: skip
 
     def _still(self, rows: Sequence[str], zeros: Tensor, values: Mapping[str, Any]) -> Tangents:
@@ -199,7 +200,7 @@ class Sensitivities:
         if not rows:
             return
         dtype, mask = transition.params.dtype, moment.mask
-        kept = [*tangents.params, *(v for s in tangents.state.values() for v in s.values())]
+        kept = leaves(tangents)
         apart = mask is not None or any(t.dtype != dtype for t in kept)
         given = _copied(tangents, dtype) if apart else tangents
         slopes = {n: moment.slopes[n] for n in rows}
@@ -222,7 +223,7 @@ class Sensitivities:
         transition = Transition(
             self.update, one, zeros, {}, moment.values, moment.clock, zeros, zeros, {}, one
         )
-        self._push(unit.tangents, [unit.averaged], self.shrinks, transition, moment)
+        self._push(unit.tangents, [unit.averaged], self.decay_names, transition, moment)
 
     # at a hyperparameter step
 
@@ -233,7 +234,7 @@ class Sensitivities:
         for name, row in zip(self.rows, part.averaged, strict=False):
             if name in self.smooth:
                 total += row.to(total.dtype)
-        for unit in part.decay if {*self.shrinks} & {*self.smooth} else []:
+        for unit in part.decay if {*self.decay_names} & {*self.smooth} else []:
             total += _spread(unit.averaged, average, pieces)
         return total
 
@@ -241,7 +242,7 @@ class Sensitivities:
         self,
         part: Part,
         grads: Tensor,
-        moment: Mapping[str, Any],
+        hparams: Mapping[str, Any],
         step: Any,
         *,
         cut: Slice = WHOLE,
@@ -254,7 +255,7 @@ class Sensitivities:
         Args:
             part: The weights.
             grads: The outer gradient at the part's average, over the slice, times ``cut.root``.
-            moment: Current values of hyperparameters by name, for each tensor or for all.
+            hparams: Current values of hyperparameters by name, for each tensor or for all.
             step: Steps taken.
             cut: The slice.
             pieces: Places of the concatenated tensors of the part.
@@ -271,12 +272,12 @@ class Sensitivities:
                 return (vector * outer).sum().view(1) * cut.root
             return torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1) * cut.root
 
-        rows, average = [*self.rows, *self.leads], cut.take(part.average)
+        rows, average = [*self.rows, *self.lr_rows], cut.take(part.average)
         grads_of = {n: along(n, row) for n, row in zip(rows, part.averaged, strict=True)}
         stride = self.estimator.stride
-        for name in self.leads:  # assumes equal moves within a stride
+        for name in self.lr_rows:  # assumes equal moves within a stride
             grads_of[name] = grads_of[name] * (geometric(self.estimator.discount, stride) / stride)
-        for name, unit in zip(self.shrinks, part.decay, strict=True):
+        for name, unit in zip(self.decay_names, part.decay, strict=True):
             value = unit.averaged
             if by_tensor or len(value) == 1 or bool((value == value[0]).all()):
                 grads_of[name] = (value if by_tensor else value[:1]) * along(name, average)
@@ -285,7 +286,7 @@ class Sensitivities:
         if "decay" in self.names and "decay" not in grads_of:  # d log η/d log α = −αt/(1 + αt)
             lag = self.averaging.rho / (1 - self.averaging.rho)  # of the averaged sensitivity
             time = torch.as_tensor(step, dtype=torch.float64, device=grads.device)
-            shrunk = moment["decay"] * (time - (time / 2).clamp(max=lag))
+            shrunk = hparams["decay"] * (time - (time / 2).clamp(max=lag))
             grads_of["decay"] = (-grads_of["lr"] * shrunk / (1 + shrunk)).to(grads_of["lr"].dtype)
         if len(grads_of) < len(self.names):  # some are inactive
             grads_of = dict.fromkeys(self.names, along("", torch.zeros_like(grads))) | grads_of
@@ -300,14 +301,7 @@ def rewind(part: Part, good: Tensor, cut: Slice = WHOLE) -> None:
     part.average.copy_(good)
     for recent in part.recent:
         recent.copy_(cut.take(good))
-    stale = [*part.rule.values(), *part.averaged]
-    trees = [part.tangents]
-    for unit in part.decay:
-        stale.append(unit.averaged)
-        trees.append(unit.tangents)
-    for tangents in trees:
-        stale += [*tangents.params, *(v for s in tangents.state.values() for v in s.values())]
-    for tensor in stale:
+    for tensor in leaves([part.rule, part.averaged, part.tangents, part.decay]):
         tensor.zero_()
 
 

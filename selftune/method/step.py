@@ -194,7 +194,7 @@ class Method:
 
         Also returns the state with the updated time of the stiff directions.
         """
-        deflated: Sequence[Tensor | None] = [None] * len(state.parts)
+        deflated: Sequence[Tensor] | None = None
         if state.stiffness:
             answers = [
                 self.sensitivities.answers(p, self._pieces(i), cut) * cut.root
@@ -208,9 +208,7 @@ class Method:
             state = state._replace(stiffness=[stiffness])
         return state, self.unit(self.along(state, outer, deflated), outer.grads, self.outer_total)
 
-    def along(
-        self, state: State, outer: Outer, deflated: Sequence[Tensor | None] | None = None
-    ) -> Tensor:
+    def along(self, state: State, outer: Outer, deflated: Sequence[Tensor] | None = None) -> Tensor:
         """Hypergradients along an unnormalised gradient."""
         products = [
             self.sensitivities.hypergradient(
@@ -259,18 +257,20 @@ class Method:
             moving: Names that may change; None: all.
             propose: An optimizer of the shifts instead of Adam.
         """
-        climb: Any = 1.0
+        lr_increase_scale: Any = 1.0
         square = None
         limit = self.settings.displacement
         if state.displacement and limit is not None and (moving is None or "lr" in moving):
             displacement = state.displacement[0].update(weights, step, limit, self.total)
             square = displacement.square(weights, self.total)
-            climb = limit.climb(square)
-            climb = torch.where(step < self.horizon * limit.free_share, 1.0, climb)
+            lr_increase_scale = limit.climb(square)
+            free = step < self.horizon * limit.free_share
+            lr_increase_scale = torch.where(free, 1.0, lr_increase_scale)
             state = state._replace(displacement=[displacement])
         hyper = self.hyper.step(
             state.hyper, signal.to(state.hyper.raw.device), frame,
-            memory=memory, climb=climb, steps=steps, moving=moving, propose=propose,
+            memory=memory, lr_increase_scale=lr_increase_scale, steps=steps, moving=moving,
+            propose=propose,
         )  # fmt: skip
         return state._replace(hyper=hyper), square
 

@@ -143,23 +143,25 @@ def _write_rest(recorder: AbstractRecorder, rows: Sequence[Buffered]) -> None:
         log.warning("%s: the last %d entries are lost: %s", recorder, len(rows), error)
 
 
-def named(prefix: str, name: str, values: Any) -> list[tuple[str, float]]:
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """The range of many values, and their upper median."""
+    ordered = sorted(values)
+    return {"lowest": ordered[0], "median": ordered[len(ordered) // 2], "highest": ordered[-1]}
+
+
+def named(tag: str, values: Any) -> list[tuple[str, float]]:
     """Tags and numbers of a hyperparameter: one, or its range if tensors differ."""
     if not isinstance(values, list):
-        return [(f"{prefix}/{name}", float(values))]
+        return [(tag, float(values))]
     distinct = list(dict.fromkeys(values))
     if len(distinct) <= DISTINCT:
-        return [(f"{prefix}/{name}/{i}", float(v)) for i, v in enumerate(distinct)]
-    ordered = sorted(values)
-    middle = ordered[len(ordered) // 2]
-    ends = {"lowest": ordered[0], "median": middle, "highest": ordered[-1]}
-    return [(f"{prefix}/{name}/{end}", float(v)) for end, v in ends.items()]
+        return [(f"{tag}/{i}", float(v)) for i, v in enumerate(distinct)]
+    return [(f"{tag}/{end}", float(v)) for end, v in summary(values).items()]
 
 
 def plain_rows(values: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Names and numbers of hyperparameters, summarised if many tensors differ."""
-    rows = [row for name, value in values.items() for row in named("", name, value)]
-    return [(name.removeprefix("/"), value) for name, value in rows]
+    return [row for name, value in values.items() for row in named(name, value)]
 
 
 def hyper_rows(
@@ -174,7 +176,7 @@ def hyper_rows(
     """
     rows: list[tuple[str, float | Tensor]] = [("Loss/val", loss)]
     for name, value in values.items():
-        rows += named("hyper", name, value)
+        rows += named(f"hyper/{name}", value)
     for name, (mean, snr) in signals.items():
         rows.append((f"hypergrad/{name}/norm", float(mean.norm())))
         rows.append((f"hypergrad/{name}/snr", float(snr.mean())))

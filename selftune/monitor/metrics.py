@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -88,7 +88,7 @@ class Metrics:
         self,
         values: Mapping[str, Any],
         raw: Mapping[str, Tensor],
-        ends: Callable[[str], Ends],
+        ends: Mapping[str, Ends],
     ) -> None:
         """Record the floors at the first hyperparameter step, which raise lower given values.
 
@@ -97,7 +97,7 @@ class Metrics:
             raw: Raw values of the tuned ones.
             ends: Bounds of each, by name.
         """
-        known = {n: (float(r.mean()), ends(n)) for n, r in raw.items()}
+        known = {n: (float(r.mean()), ends[n]) for n, r in raw.items()}
         self.floors = {
             n: _value(self._hparams[n].bijection, middle(values[n]), place, low)
             for n, (place, (low, _, floored)) in known.items() if floored
@@ -175,7 +175,7 @@ class Metrics:
         self._logged = step
 
     def _present(self, values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        tuned = [row for name in self.course for row in named("hyper", name, values[name])]
+        tuned = [row for name in self.course for row in named(f"hyper/{name}", values[name])]
         return [*self.margins(values), *tuned]
 
     def mark(self, values: Mapping[str, float | Sequence[float]], step: int) -> None:
@@ -195,7 +195,7 @@ class Metrics:
         self,
         values: Mapping[str, Any],
         signals: Signals,
-        ends: Callable[[str], Ends],
+        ends: Mapping[str, Ends],
     ) -> dict[str, Verdict]:
         """A verdict on each tuned hyperparameter over the whole run.
 
@@ -209,13 +209,10 @@ class Metrics:
             if not course:
                 continue
             mean, snr = (float(t.mean()) for t in signals[name])
-            some = values[name] if isinstance(values[name], list) else [values[name]]
-            value = sorted(some)[len(some) // 2]
-            ratio = snr if snr > 0 else math.nan
-            role, scale = self._hparams[name].role, self._hparams[name].bijection
-
-            forward = partial(_value, scale, value, course[-1])
-            judged = judge(name, course, ratio, ends(name), value, mean, role, forward)
+            value, ratio = middle(values[name]), snr if snr > 0 else math.nan
+            hparam = self._hparams[name]
+            forward = partial(_value, hparam.bijection, value, course[-1])
+            judged = judge(name, course, ratio, ends[name], value, mean, hparam.role, forward)
             raised = (self.floors or {}).get(name, math.nan)
             verdicts[name] = replace(judged, snr=ratio, raised=raised)
         return verdicts

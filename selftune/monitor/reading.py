@@ -100,15 +100,15 @@ def read(folder: str | Path) -> Log:
     path = Path(folder)
     events_file = path.is_file() and "tfevents" in path.name
     if path.is_file() and not events_file:
-        rows = [r for r in read_jsonl(path) if r.get("value") is not None]
+        rows = read_jsonl(path)
         points: dict[str, tuple[list[float], list[float]]] = {}
-        for row in rows:
+        for row in (r for r in rows if r.get("value") is not None):
             steps, values = points.setdefault(row["tag"], ([], []))
             steps.append(row["step"])
             values.append(row["value"])
         if points:
-            sentences = {r["tag"]: r["text"] for r in read_jsonl(path) if "text" in r}
-            begun = [r["hparams"] for r in read_jsonl(path) if "hparams" in r]
+            sentences = {r["tag"]: r["text"] for r in rows if "text" in r}
+            begun = [r["hparams"] for r in rows if "hparams" in r]
             verdicts, why = (sentences.get(tag, "") for tag in ("verdicts", "why"))
             return Log(dict(points), _by_name(verdicts), _lines(why), begun[-1] if begun else {})
     if not events_file and not list(path.glob("events.out.tfevents.*")):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -201,25 +202,18 @@ class Named(AbstractRecorder):
     def __init__(self, recorder: AbstractRecorder, name: str) -> None:
         self.recorder, self.name = recorder, name
 
-    def scalars(self, rows: Sequence[Row]) -> None:
-        """Prefix the tags."""
-        self.recorder.scalars([Row(f"{self.name}/{r.tag}", r.value, r.step) for r in rows])
+    def _rows(self, method: str, rows: Sequence[Row]) -> None:
+        tagged = [row._replace(tag=f"{self.name}/{row.tag}") for row in rows]
+        getattr(self.recorder, method)(tagged)
 
-    def last(self, rows: Sequence[Row]) -> None:
-        """Prefix the tags."""
-        self.recorder.last([Row(f"{self.name}/{r.tag}", r.value, r.step) for r in rows])
+    def _entry(self, method: str, tag: str, value: Any, step: int) -> None:
+        getattr(self.recorder, method)(f"{self.name}/{tag}", value, step)
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Prefix the tag."""
-        self.recorder.text(f"{self.name}/{tag}", text, step)
-
-    def figure(self, tag: str, figure: Any, step: int) -> None:
-        """Prefix the tag."""
-        self.recorder.figure(f"{self.name}/{tag}", figure, step)
-
-    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        """Prefix the tag."""
-        self.recorder.histogram(f"{self.name}/{tag}", values, step)
+    scalars = partialmethod(_rows, "scalars")
+    last = partialmethod(_rows, "last")
+    text = partialmethod(_entry, "text")
+    figure = partialmethod(_entry, "figure")
+    histogram = partialmethod(_entry, "histogram")
 
     def resume(self, step: int) -> None:
         """Resume unchanged."""
@@ -270,38 +264,6 @@ class Several(AbstractRecorder):
     def __str__(self) -> str:
         return ", ".join(map(str, self.recorders))
 
-    def scalars(self, rows: Sequence[Row]) -> None:
-        """Pass on the rows."""
-        self._each("scalars", rows)
-
-    def last(self, rows: Sequence[Row]) -> None:
-        """Pass on the rows."""
-        self._each("last", rows)
-
-    def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
-        """Pass on the hyperparameters."""
-        self._each("begin", hparams, tuned)
-
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Pass on the text."""
-        self._each("text", tag, text, step)
-
-    def figure(self, tag: str, figure: Any, step: int) -> None:
-        """Pass on the figure."""
-        self._each("figure", tag, figure, step)
-
-    def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        """Pass on the values."""
-        self._each("histogram", tag, values, step)
-
-    def resume(self, step: int) -> None:
-        """Pass on the step."""
-        self._each("resume", step)
-
-    def end(self, status: str) -> None:
-        """Pass on the status."""
-        self._each("end", status)
-
     def _each(self, method: str, *args: Any) -> None:
         for recorder in list(self.recorders):
             try:
@@ -311,3 +273,12 @@ class Several(AbstractRecorder):
                     raise
                 self.recorders.remove(recorder)
                 log.warning("%s no longer logs: %s", recorder, error)
+
+    scalars = partialmethod(_each, "scalars")
+    last = partialmethod(_each, "last")
+    begin = partialmethod(_each, "begin")
+    text = partialmethod(_each, "text")
+    figure = partialmethod(_each, "figure")
+    histogram = partialmethod(_each, "histogram")
+    resume = partialmethod(_each, "resume")
+    end = partialmethod(_each, "end")

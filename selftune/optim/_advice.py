@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 from torch import nn
 
@@ -20,12 +19,10 @@ class Advice:
 
     Args:
         schedule: The optimizer's schedule.
-        regularizers: Names of the hyperparameters that only a validation loss tunes.
     """
 
-    def __init__(self, schedule: Schedule, regularizers: Iterable[str]) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._regularizers = frozenset(regularizers)
         self._given: set[str] = set()
 
     def name_strengths(self, label: str, model: nn.Module | None) -> None:
@@ -50,24 +47,25 @@ class Advice:
             log.warning(
                 "%s: a torch scheduler lowers the learning rate, and so does schedule=%r with "
                 "total_steps=%d: the rate is annealed twice. Pass schedule=\"constant\", or "
-                "remove the scheduler.", engine.label, shape, total,
+                "remove the scheduler.", engine.controller.label, shape, total,
             )  # fmt: skip
         over = total is not None and steps > total + engine.every
         if over and self._first("over") and self._schedule(steps) == 0:
             log.warning(
                 "%s: step %d is past total_steps=%d, where the %s schedule has a learning rate "
                 "of 0, so the weights do not change. Pass total_steps= of the whole run.",
-                engine.label, steps, total, shape,
+                engine.controller.label, steps, total, shape,
             )  # fmt: skip
         alone = steps > TRAINING_ONLY_AFTER and not engine.clock.last_validation_step
         if alone and engine.whole is None and self._first("alone"):
             names = set(engine.shifts.names)
-            stay = sorted(self._regularizers & names | set(engine.shifts.asleep))
+            regularizers = engine.method.sensitivities.update.regularizers
+            stay = sorted(regularizers & names | set(engine.shifts.asleep))
             if stay:
                 log.warning(
                     "%s: no hyper_step in %d steps: training gradients tune the learning rate; "
                     "not tuned: %s. Call opt.hyper_step(lambda: loss on a validation batch) to "
-                    "tune all.", engine.label, TRAINING_ONLY_AFTER, ", ".join(stay),
+                    "tune all.", engine.controller.label, TRAINING_ONLY_AFTER, ", ".join(stay),
                 )  # fmt: skip
 
     def _first(self, warning: str) -> bool:

@@ -20,7 +20,7 @@ from selftune.optim._closures import Call
 from selftune.optim._evaluation import EvaluationMode
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
-from selftune.optim._memory import Memory, memory_of, tensors_of
+from selftune.optim._memory import Memory, memory_of
 from selftune.optim._outer import OuterLoss
 from selftune.optim._stepper import AbstractStepper
 from selftune.optim._weight_steps import WeightSteps
@@ -60,8 +60,8 @@ class SelfTuningOptimizer(EvaluationMode):
         self._groups = Groups(update, shifts)
         self._assembly = Assembly(self._engine, self._groups)
         self._log = OptimizerLog(self._engine.monitor, shifts)
-        self._advice = Advice(self._schedule, update.regularizers)
-        self._advice.name_strengths(self._engine.label, options.model)
+        self._advice = Advice(self._schedule)
+        self._advice.name_strengths(self._engine.controller.label, options.model)
         super().__init__(params, defaults)
         if not any(p.requires_grad for g in self.param_groups for p in g["params"]):
             raise ValueError(
@@ -290,7 +290,7 @@ class SelfTuningOptimizer(EvaluationMode):
         """
         with torch.no_grad():
             blocks = self._blocks()
-        return memory_of(blocks, tensors_of(dict(self._engine.stepper.state)))
+        return memory_of(blocks, dict(self._engine.stepper.state))
 
     def explain(self) -> str:
         """Explain the value of each tuned hyperparameter in one line, from the recorded run.

@@ -252,7 +252,7 @@ class Block:
         """The concatenated gradients in a reused buffer, and which of them exist (None: all)."""
         grads = [p.grad for p in self.params]
         for name, grad in zip(self._names, grads, strict=True):
-            if grad is not None and grad.is_sparse:
+            if grad is not None:
                 check_gradient(name, grad)
         present = [g for g in grads if g is not None]
         if len(present) == len(grads):

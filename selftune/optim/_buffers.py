@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from selftune._flat import swap
+from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
 
 _usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
@@ -113,7 +115,7 @@ class Buffers:
 
     def apart(self) -> AbstractContextManager[None]:
         """Restores the statistics of foreign layers after the block."""
-        return _unchanged([t for layer in self.foreign for t in _statistics(layer)])
+        return unchanged([t for layer in self.foreign for t in _statistics(layer)])
 
     def expect(self, params: Iterable[Tensor]) -> None:
         """Find the layers of loaded statistics in later forward passes.
@@ -154,7 +156,7 @@ class Buffers:
     def kept(self) -> AbstractContextManager[None]:
         """Restores all statistics after the block."""
         layers = (*self.layers, *self.foreign)
-        return _unchanged([t for layer in layers for t in _statistics(layer)])
+        return unchanged([t for layer in layers for t in _statistics(layer)])
 
     def at(self, place: float) -> list[Tensor]:
         """Copies of the statistics of the good (−1), averaged (0) or current weights (1)."""
@@ -181,10 +183,7 @@ class Buffers:
             layer.momentum = quick if self.shown else usual  # type: ignore[assignment]
             if not self.shown:
                 _usual.pop(layer, None)
-        for tensor, kept in zip(self.tensors(), others, strict=True):
-            copy = tensor.clone()
-            tensor.copy_(kept)
-            kept.copy_(copy)
+        swap(self.tensors(), others)
         self._counts = [c.clone() for c in self._batches()]
 
     def _batches(self) -> list[Tensor]:
@@ -226,22 +225,18 @@ class Buffers:
         """Reset averaged and good statistics to the current ones."""
         self.mend()
         for kept in (self.average, self.good, self.candidate):
-            for tensor, now in zip(kept, self.tensors(), strict=True):
-                tensor.copy_(now)
+            copy_into(kept, self.tensors())
 
     def snapshot(self, kind: str) -> None:
         """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
         target = self.candidate if kind == "candidate" else self.good
         source = self.candidate if kind == "promote" else self.average
-        for kept, now in zip(target, source, strict=True):
-            kept.copy_(now)
+        copy_into(target, source)
 
     def restore(self, first: int = 0) -> None:
         """Restore good statistics for the training weights and the average."""
-        groups = (self.tensors(), self.average, self.candidate, self.good)
-        for *others, kept in zip(*(g[first:] for g in groups), strict=True):
-            for tensor in others:
-                tensor.copy_(kept)
+        for others in (self.tensors(), self.average, self.candidate):
+            copy_into(others[first:], self.good[first:])
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged and good statistics, and the training statistics if not in place."""
@@ -268,18 +263,7 @@ class Buffers:
         for name, mine in owned.items():
             saved = state[name]
             if [t.shape for t in mine] == [t.shape for t in saved]:
-                for tensor, value in zip(mine, saved, strict=True):
-                    tensor.copy_(value)
-
-
-@contextmanager
-def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
-    before = [t.clone() for t in tensors]
-    try:
-        yield
-    finally:
-        for tensor, old in zip(tensors, before, strict=True):
-            tensor.copy_(old)
+                copy_into(mine, saved)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -100,7 +100,7 @@ class Container(torch.optim.Optimizer):
                 "%s: the new group's lr=%.3g is multiplied by the tuned factor of the others, to "
                 "%.3g, above their %.3g. Pass a rate on the scale of those that the optimizer was "
                 "given, not one computed from param_groups, which hold tuned rates",
-                self._engine.label, float(group["lr"]), new, float(peaks.max()),
+                self._engine.controller.label, float(group["lr"]), new, float(peaks.max()),
             )  # fmt: skip
 
     @property

@@ -39,7 +39,6 @@ class Engine:
     Attributes:
         share: Minimum share of the weights with sensitivities.
         snapshots: Storage of the last good weights.
-        label: Name of the optimizer in messages.
     """
 
     store: Store
@@ -48,10 +47,8 @@ class Engine:
     buffers: Buffers
     monitor: Monitor
     stepper: AbstractStepper
-    regularizers: set[str]
     share: float = 1.0
     snapshots: str | None = None
-    label: str = "selftune"
     training_signal: Tensor | None = None
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
@@ -144,7 +141,8 @@ class Engine:
         Args:
             grads: Gradients of the slice of every block.
         """
-        names = [n for n in self.shifts.names if n not in self.regularizers]
+        regularizers = self.method.sensitivities.update.regularizers
+        names = [n for n in self.shifts.names if n not in regularizers]
         if self.whole is not None or not names:  # whole-step estimates cost too much
             return False
         signal = self.method.along(self.store.state(), self._outer(grads, 0))

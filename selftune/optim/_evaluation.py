@@ -78,7 +78,7 @@ class EvaluationMode(Container):
                 "%s: averaged() before the first training pass of a loaded run: BatchNorm layers "
                 "are not found yet and keep the training weights' statistics. Pass the model: "
                 "st.SGD(model, ...), or model=",
-                engine.label,
+                engine.controller.label,
             )
         end = OuterLoss(engine).final_position
         engine.shown = Shown(engine.blocks, engine.buffers, end, live=end == 0)
@@ -119,13 +119,13 @@ class EvaluationMode(Container):
         )
 
     def _outside(self, what: str) -> None:
-        restored, self._engine.restored = self._engine.restored, None
+        restored = self._engine.restored
         if restored is not None and restored.changed:
-            self._engine.restored = restored
             raise RuntimeError(
                 f"{what} at averaged weights: the model's state was loaded after the optimizer's, "
                 "which contains the training weights; call train() first to restore them"
             )
+        self._engine.restored = None
         if self._engine.buffers.shown:
             raise RuntimeError(
                 f"{what} inside averaged() or after eval() would be lost: leave the block or call "

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from selftune.method.hyper_optimizer import signal_to_noise
 from selftune.monitor import Ends, Metrics, Monitor, Verdict, plain_rows
-from selftune.monitor._monitor import DISTINCT
+from selftune.monitor._monitor import DISTINCT, summary
 from selftune.optim._shifts import Shifts
 
 SPARSE = 20
@@ -28,9 +27,7 @@ def rate_rows(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     if len(rates) < 2:
         return []
     if len(rates) > DISTINCT:
-        ordered = sorted(rate for _, rate in rates)
-        ends = (("lowest", 0), ("median", len(ordered) // 2), ("highest", -1))
-        rates = [(end, ordered[at]) for end, at in ends]
+        rates = list(summary(rate for _, rate in rates).items())
     elif len(dict(rates)) < len(rates):  # names are not unique
         rates = [(str(i), rate) for i, (_, rate) in enumerate(rates)]
     return [(f"lr/{name}", float(rate)) for name, rate in rates]
@@ -67,7 +64,7 @@ class OptimizerLog:
         begun: float,
     ) -> None:
         """Log a hyperparameter step with its start time, and the rates of the last weight step."""
-        raw = self._raw()
+        raw = self._shifts.hyper.split(self._shifts.state.raw)
         self._monitor.scalars(rate_rows(groups), step)
         self.metrics.note(raw)
         tuned = {n: values[n] for n in self._shifts.rows}
@@ -112,26 +109,12 @@ class OptimizerLog:
             return {}
         return self.metrics.verdicts(values, self._signals(), self._ends(step))
 
-    def _ends(self, step: int) -> Callable[[str], Ends]:
+    def _ends(self, step: int) -> dict[str, Ends]:
+        """Bounds of the shifts, because the log records shifts."""
         shifts = self._shifts
-        frame = shifts.frame()
-        low = shifts.hyper.lay_floor(shifts.state.raw, frame, shifts.memory, step)
-
-        def ends(name: str) -> Ends:
-            # Bounds of shifts, because the log records shifts.
-            slots = shifts.hyper.slots(name)
-            floored = bool((low[slots] > frame.low[slots]).any())
-            return Ends(float(low[slots].mean()), float(frame.high[slots].mean()), floored)
-
-        return ends
-
-    def _raw(self) -> dict[str, Tensor]:
-        return {n: self._shifts.state.raw[self._shifts.hyper.slots(n)] for n in self._shifts.rows}
+        ends = shifts.hyper.ends(shifts.state.raw, shifts.frame(), shifts.memory, step)
+        return {n: Ends(*each) for n, each in ends.items()}
 
     def _signals(self) -> dict[str, tuple[Tensor, Tensor]]:
-        state, signals = self._shifts.state, {}
-        for name in self._shifts.rows:
-            slots = self._shifts.hyper.slots(name)
-            mean = state.mean[slots]
-            signals[name] = mean, signal_to_noise(mean, state.square[slots])
-        return signals
+        state = self._shifts.state
+        return self._shifts.hyper.signals(state.mean, state.square)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from selftune._trees import leaves
 from selftune.optim._block import Block
 
 
@@ -53,18 +54,20 @@ class Memory(NamedTuple):
         )
 
 
-def memory_of(blocks: Iterable[Block], inner: Iterable[Tensor]) -> Memory:
+def memory_of(blocks: Iterable[Block], inner: object) -> Memory:
     """The memory of the state of blocks.
 
     Args:
         blocks: Blocks of the run.
-        inner: State of a wrapped optimizer.
+        inner: State of a wrapped optimizer, nested.
     """
     blocks = list(blocks)
+    rules = tree_leaves([*(b.part.rule for b in blocks), inner])
+    rows = [[p.averaged, p.recent, p.tangents] for p in (b.part for b in blocks)]
     kinds = {
-        "rule state": (_rule(blocks, inner), "as in torch's optimizer"),
+        "rule state": ((t for t in rules if isinstance(t, Tensor)), "as in torch's optimizer"),
         "average": ((b.part.average for b in blocks), "where the validation loss is measured"),
-        "sensitivities": (_rows(blocks), f"of {_share(blocks)} of the weights, to hyperparameters"),
+        "sensitivities": (leaves(rows), f"of {_share(blocks)} of the weights, to hyperparameters"),
         "displacement": ((t for b in blocks for t in (b.centre, b.mark)), "limits the rate"),
         "stiff directions": (
             (t for b in blocks for s in b.secants for t in s), "for weight decay and penalties"
@@ -102,29 +105,3 @@ def _share(blocks: list[Block]) -> str:
         *((sum(b.pieces.sizes), b.layout.numel) for b in blocks), strict=True
     ))  # fmt: skip
     return "all" if kept == weights else f"1/{weights / kept:.0f}"
-
-
-def _rule(blocks: list[Block], inner: Iterable[Tensor]) -> Iterator[Tensor]:
-    for block in blocks:
-        yield from block.part.rule.values()
-    yield from inner
-
-
-def _rows(blocks: list[Block]) -> Iterator[Tensor]:
-    for block in blocks:
-        part = block.part
-        yield from (*part.averaged, *part.recent, *part.tangents.params)
-        for state in part.tangents.state.values():
-            yield from state.values()
-
-
-def tensors_of(state: object) -> Iterator[Tensor]:
-    """All tensors of a nested state."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from tensors_of(value)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            yield from tensors_of(value)

@@ -55,29 +55,24 @@ class OuterLoss:
     scale: float = 1.0
 
     @contextmanager
-    def showing(self, place: float, *, live: bool = False) -> Iterator[Sequence[Sequence[Tensor]]]:
-        """Put other weights and statistics in place in a block; yields copies of the current ones.
+    def showing(
+        self, place: float, *, live: bool = False, exchanged: bool = False
+    ) -> Iterator[Sequence[Sequence[Tensor]]]:
+        """Put other weights and statistics in place in a block; yields :attr:`Shown.kept`.
 
-        Args:
-            place: Position of the weights.
-            live: Whether the statistics are those of the average, updated by passes.
+        The arguments are those of :class:`Shown`.
         """
-        shown = Shown(self.engine.blocks, self.engine.buffers, place, live=live)
+        engine = self.engine
+        shown = Shown(engine.blocks, engine.buffers, place, live=live, exchanged=exchanged)
         try:
             yield shown.kept
         finally:
             shown.back()
 
-    @contextmanager
-    def _average(self) -> Iterator[None]:
+    def _average(self) -> AbstractContextManager[Any]:
         """Put the average in place, by exchange with the weights if possible."""
-        blocks = self.engine.blocks
-        exchanged = all(b.layout.native for b in blocks)
-        shown = Shown(blocks, self.engine.buffers, 0.0, live=True, exchanged=exchanged)
-        try:
-            yield
-        finally:
-            shown.back()
+        exchanged = all(b.layout.native for b in self.engine.blocks)
+        return self.showing(0.0, live=True, exchanged=exchanged)
 
     def gradients(self, closure: Closure) -> tuple[Tensor, Taken]:
         """The loss at the average, and the needed parts of its gradients."""
@@ -154,7 +149,7 @@ class OuterLoss:
             slopes = self._slopes(closure, (*BACK, 1.0))
             final.judge(step, slopes[-2:, 1], slopes[:-1, 0])
         engine.monitor.scalar("weights/position", final.position, step)
-        log.info("%s: final weights: %s", engine.label, final)
+        log.info("%s: final weights: %s", engine.controller.label, final)
 
     def compared(self, closure: Closure) -> tuple[float, float, float]:
         """Mean losses at averaged and at good weights, and the standard error of their difference.

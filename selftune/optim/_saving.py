@@ -74,8 +74,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     """Load a packed state into an engine with blocks."""
     engine.shifts.load_state_dict(run["shifts"])
     groups.load_state_dict(run["groups"])
-    for name, value in run["clock"].items():
-        setattr(engine.clock, name, value)
+    vars(engine.clock).update(run["clock"])
     parts = {n: t.to("cpu", copy=True) for n, t in run["displacement"].items()}
     engine.store.displacement = Displacement([], [], **parts)
     device = engine.blocks[0].layout.device

@@ -90,11 +90,10 @@ class Shifts:
                 raise ValueError(f"per={name!r} is unknown: use one of {list(hparams)}")
             if scope not in SCOPES:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
-        self._floor = None if "weight_decay" in (bounds or {}) else floor
-        self._size, self._settings, self._make = size, settings, make
-        self.memory, self._label = 1.0, label
+        floor = None if "weight_decay" in (bounds or {}) else floor
+        self.memory, self._make, self._label = 1.0, make, label
         self.rows = {n: Scoped(h, scopes.get(n, "run")) for n, h in self.tuned.items()}
-        self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=self._floor)
+        self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=floor)
         self.state = HyperState.begin(torch.zeros(len(self.tuned), dtype=torch.float64))
         self.propose: TorchProposal | None = None
         self._laid_out = False
@@ -130,9 +129,9 @@ class Shifts:
         shifts = [t.shift for t in self.rows.values()]
         moved = known is not None and known != list(range(len(known)))
         if not self._laid_out or sizes != [len(s) for s in shifts] or moved:
-            self._laid_out = True
+            self._laid_out, now = True, self.hyper
             self.hyper = HyperOptimizer(
-                self.tuned, size=self._size, settings=self._settings, floor=self._floor,
+                self.tuned, size=now.size, settings=now.settings, floor=now.floor,
                 shifts=[len(s) for s in shifts],
             )  # fmt: skip
             self.state = HyperState.begin(_joined(shifts))
@@ -171,15 +170,6 @@ class Shifts:
             raw = self.hyper.move(raw, name, change, frame)
         self.take(self.state._replace(raw=raw))
 
-    @property
-    def size(self) -> float:
-        """Size of a hyperparameter step in raw space."""
-        return self._size
-
-    @size.setter
-    def size(self, value: float) -> None:
-        self._size = self.hyper.size = value
-
     def begin_again(self, rule: AbstractRule, moves: Mapping[str, float]) -> None:
         """Reset the state of past hypergradients, and change raw values through their bases.
 
@@ -188,9 +178,8 @@ class Shifts:
             moves: Changes of raw values by name; names that are not tuned are ignored.
         """
         self.memory = 1.0
-        if self._floor is not None:
-            self._floor = self._floor.under(rule)
-            self.hyper.floor = self.hyper.floor and self._floor
+        if self.hyper.floor is not None:
+            self.hyper.floor = self.hyper.floor.under(rule)
         for name in moves.keys() & self.rows.keys():
             self.rows[name].displace(moves[name])
         frame = self.frame()

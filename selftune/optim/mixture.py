@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selftune import rules as rule_module
-from selftune._trees import leaves
+from selftune._trees import copy_into
 from selftune.method import choice
 from selftune.optim._base import Params
 from selftune.optim._saving import from_bytes
@@ -92,7 +92,7 @@ class Mixture(RuleOptimizer):
         self._mixture = rule
         super().__init__(params, rule, options, penalty, tuning)
         engine, hyper = self._engine, self._engine.method.settings.hyper
-        self._later = engine.every, engine.shifts.size
+        self._later = engine.every, engine.shifts.hyper.size
         self._often = self._later
         if tuning.get("every") is None:
             self._often = hyper.often, hyper.size(hyper.often, tuning.get("total_steps"))
@@ -134,7 +134,7 @@ class Mixture(RuleOptimizer):
         """Set the interval of hyperparameter steps, which is short until the choice is made."""
         engine = self._engine
         undecided = self._mixture.chosen is None
-        engine.every, engine.shifts.size = self._often if undecided else self._later
+        engine.every, engine.shifts.hyper.size = self._often if undecided else self._later
 
     def _packed(self) -> dict[str, Any]:
         return {**super()._packed(), "chosen": self._mixture.chosen}
@@ -164,12 +164,10 @@ class Mixture(RuleOptimizer):
         kept = {p: {k: e[k] for k in KEPT if k in e} for p, e in self.state.items()}
         self._become(name, moves, kept)
         for old, block in zip(before, engine.blocks, strict=True):
-            part = choice.taken_over(rule, old, block.part)
-            for own, value in zip(leaves(block.part), leaves(part), strict=True):
-                own.copy_(value)
+            copy_into(block.part, choice.taken_over(rule, old, block.part))
         plain = self.rule
         sentence = f"step {engine.clock.steps}: {choice.announcement(rule, present)}, now {plain}"
-        log.info("%s, %s", engine.label, sentence)
+        log.info("%s, %s", engine.controller.label, sentence)
         engine.monitor.text("rule", sentence, engine.clock.steps)
 
     def _become(

@@ -27,7 +27,6 @@ from selftune.method.slices import choose as choose_slices
 from selftune.method.slices import wanted
 from selftune.method.snapshots import kinds, resolve
 from selftune.nn import Strength
-from selftune.rules import AbstractRule
 from selftune.schedules import Schedule
 from selftune.tuner import _choice
 from selftune.tuner._checks import check_first, check_ranks
@@ -41,10 +40,9 @@ from selftune.tuner._objective import InMode, Objective, for_tuning
 from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
-from selftune.tuner._resuming import UNTIL
-from selftune.tuner._same_run import identity
+from selftune.tuner._resuming import UNTIL, identity
 from selftune.tuner._scoring import Metric, Scorer
-from selftune.tuner._sharding import shard
+from selftune.tuner._sharding import Shard
 from selftune.tuner._shards import Shards
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
@@ -64,7 +62,6 @@ class Given:
 
     Attributes:
         objective: The model with its training loss.
-        rule: The update rule.
         update: The rule with penalties and learning-rate decay.
         strengths: Tuned layers and losses by name.
         known: Scales and bounds of all hyperparameters by name.
@@ -90,7 +87,6 @@ class Given:
     """
 
     objective: Objective
-    rule: AbstractRule
     update: Update
     strengths: Mapping[str, Strength]
     known: Mapping[str, Hparam]
@@ -132,8 +128,6 @@ def tuned_names(
 ) -> list[str]:
     """Names of the tuned hyperparameters; ``decay`` only without an annealing schedule."""
     if tune is not None:
-        if isinstance(tune, str):
-            raise ValueError(f"tune={tune!r} must be a sequence: ({tune!r},)")
         return list(tune)
     return [*(n for n in update.tuned if n != "decay" or schedule == "constant"), *strengths]
 
@@ -157,20 +151,19 @@ def open_streams(
     group = given.group
     if not group.sharded:  # shards are moved after the model is divided
         given.objective.to(device)
-    names = ("train", "val", "train")
-    parts = [shard(name, group.rank, group.size) for name in names]
-    streams = (
-        Stream(train, "train", device, shard=parts[0]),
-        Stream(val, "val", device, skips=True, shard=parts[1]),
-        Stream(whole, "train", device, shard=parts[2]),
-    )
+
+    def stream(loader: Any, name: str) -> Stream:
+        own = Shard(name, group.rank, group.size) if group.size > 1 else None
+        return Stream(loader, name, device, skips=name == "val", shard=own)
+
+    streams = stream(train, "train"), stream(val, "val"), stream(whole, "train")
     try:
         check_ranks(group, given.objective, streams[:2])
         group.seed()
         yield streams
     finally:
-        for stream in streams:
-            stream.close()
+        for each in streams:
+            each.close()
 
 
 def build(
@@ -201,7 +194,7 @@ def build(
     if given.amp:
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
     members = None if population is None else population.size
-    fitting = given.rule.fitting(total)
+    fitting = given.update.rule.fitting(total)
     fits = fitting if "lr" in names else {UNTIL} & fitting.keys()
     given.values |= {n: fitting[n] for n in fits if n not in given.chosen}
     steps = _steps(given, plan, device, autocast)
@@ -238,7 +231,7 @@ def build(
         snapshots.rewound.append(fused.whole.whole.forget)
     if steps.halved is not None:
         snapshots.rewound.append(steps.halved.batches.scale.forget)
-    scorer = Scorer(given.objective, given.metrics, val, steps, mapped, device, autocast)
+    scorer = Scorer(given.objective, given.metrics, val, steps, mapped, device)
     controllers = [_controller(given, steps, total) for _ in range(members or 1)]
     policy = GuardPolicy() if controllers[0].guard is None else controllers[0].guard.policy
     compare = partial(scorer.compared, run, snapshots, streams[1], policy.most_batches)
@@ -277,7 +270,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     total, names, settings = plan.total, given.names, given.settings
     schedule = Schedule(shape=given.schedule, total_steps=total, warmup_steps=given.warmup)
     rates = torch.tensor([schedule(t) for t in range(total)], dtype=torch.float64, device=device)
-    floor = WeightDecayFloor.of(given.rule, schedule, settings.floor)
+    floor = WeightDecayFloor.of(given.update.rule, schedule, settings.floor)
     if "weight_decay" in (given.bounds or {}):
         floor = None
     size = given.hyper_rate
@@ -290,7 +283,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     rows = [n for n in hyper.names if n not in assigned.names]
     share, storage = wanted(given.tangents, given.update, assigned.whole)
     joined = plan.compile is not True and given.population is None and _small(given.objective)
-    joined = joined and given.rule.elementwise
+    joined = joined and given.update.rule.elementwise
     trained = [p for p in given.objective.parameters() if p.requires_grad]
     parts = [trained] if joined else [[p] for p in trained]
     cuts = choose_slices([[p.shape for p in part] for part in parts], share, settings.slices)
@@ -315,7 +308,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         answers=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.strengths.items() if n in names},
         joined=joined,
-        own=PerParameter(given.rule.by_parameter(given.objective.model, trained)),
+        own=PerParameter(given.update.rule.by_parameter(given.objective.model, trained)),
         group=group,
         shards=shards,
     )  # fmt: skip

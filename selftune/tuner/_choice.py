@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selftune._trees import copy_into
 from selftune.method import HyperState, State, choice
 from selftune.rules import Mixture, PlainOptimizer
 from selftune.tuner._compiled import Fused
@@ -86,9 +87,7 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
         raw = hyper.move(raw, name, change, hyper.frame(raw.device))
         if name not in hyper.hparams:
             steps.options[name] *= math.exp(change)
-    begun = HyperState.begin(raw)
-    for old, new in zip(run.hyper, begun, strict=True):
-        old.copy_(new)
+    copy_into(run.hyper, HyperState.begin(raw))
     fresh = _begun(steps, run)
     for name in BEGUN:
         getattr(state, name)[:] = getattr(fresh, name)  # in place, because the run is shared

@@ -166,18 +166,9 @@ class Fused:
     def _graphs(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Every kind of step, each wrapped as one function."""
         steps, mapped = self._steps, self._mapped
-
-        def plain(run: RunState, batch: Batch) -> Any:
-            return steps.train(run, batch, tracked=False)
-
-        def tracked(run: RunState, batch: Batch) -> Any:
-            return steps.train(run, batch, tracked=True)
-
-        def tune(run: RunState, batch: Batch) -> Any:
-            return steps.tune(run, batch)
-
-        compiled = {"plain": plain, "tracked": tracked, "tune": tune}
-        graphs = {n: wrap(_in_place(mapped(f, 1))) for n, f in compiled.items()}
+        train = {k: partial(steps.train, tracked=k == "tracked") for k in ("plain", "tracked")}
+        kinds: dict[str, Step] = {**train, "tune": steps.tune}
+        graphs = {n: wrap(_in_place(mapped(f, 1))) for n, f in kinds.items()}
         return graphs if self.whole is None else {**graphs, **self._seen(self.whole, wrap)}
 
     def _seen(self, whole: FunctionalSteps, wrap: Callable[[Step], Step]) -> dict[str, Step]:
@@ -226,24 +217,15 @@ class Fused:
         """Every kind of step in two parts: the model's pass, by default unwrapped, and the rest."""
         steps, mapped = self._steps, self._mapped
 
-        def plain(run: RunState, *passed: Any) -> Any:
-            return steps.advance(run, passed, tracked=False)
-
-        def tracked(run: RunState, *passed: Any) -> Any:
-            return steps.advance(run, passed, tracked=True)
-
-        def tune(run: RunState, *passed: Any) -> Any:
-            return steps.hyper_step(run, passed)
-
         def parted(passing: Step, step: Step) -> Step:
             stepping = wrap(_in_place(mapped(step, 0)))
-            return lambda run, batch: stepping(run, *steps.group.mean(passing, run, batch))
+            return lambda run, batch: stepping(run, steps.group.mean(passing, run, batch))
 
         train, val = (wrap_pass(mapped(p, 1)) for p in (steps.train_pass, steps.val_pass))
         return {
-            "plain": parted(train, plain),
-            "tracked": parted(train, tracked),
-            "tune": parted(val, tune),
+            "plain": parted(train, partial(steps.advance, tracked=False)),
+            "tracked": parted(train, partial(steps.advance, tracked=True)),
+            "tune": parted(val, steps.hyper_step),
         }
 
 

@@ -220,9 +220,6 @@ class Stream:
         """The loader's own state; None if it has none, or one that cannot be saved."""
         if not self._stateful or self._batches is None or self._waiting:
             return None
-        return self._loader_state()
-
-    def _loader_state(self) -> Any:
         state = self._loader.state_dict()
         return copy.deepcopy(state) if plain(state) else None
 

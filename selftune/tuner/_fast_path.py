@@ -55,8 +55,7 @@ class FastPath:
             kernel(run.weights, grads, state, ages, learning_rate(values, clock))
             if seen is not None:
                 self._after(run, *seen)
-            for old, new in zip(run.buffers, buffers, strict=True):
-                old.copy_(new)
+            copy_into(run.buffers, buffers)
             run.age.add_(1)
         run.step.add_(1)
         return record

@@ -33,7 +33,8 @@ def compile_step(step: Step, device: torch.device, *, dynamic: bool, keep: bool 
 
 def for_shapes(function: Step, device: torch.device) -> Step:
     """A function as one graph for arguments of the first layout; eager for others."""
-    graph = compile_step(_plain(function), device, dynamic=False, keep=True)
+    # A lambda, because Dynamo needs a function with a code object.
+    graph = compile_step(lambda *args: function(*args), device, dynamic=False, keep=True)
     shapes: list[Any] = []
 
     def run(*args: Any) -> Any:
@@ -51,11 +52,6 @@ def for_shapes(function: Step, device: torch.device) -> Step:
             return function(*args)
 
     return run
-
-
-def _plain(function: Step) -> Step:
-    """Any callable as a function."""
-    return lambda *args: function(*args)
 
 
 def _needed(guards: Sequence[Any]) -> list[bool]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,15 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selftune._identity import digest
-from selftune.control import make_guard
-from selftune.method import choice
 from selftune.tuner._batch import size
-from selftune.tuner._fsdp import check_sharded
 from selftune.tuner._passes import Passed
 from selftune.tuner._randomness import restore, snapshot
-
-if TYPE_CHECKING:
-    from selftune.tuner._building import Given
 
 log = logging.getLogger("selftune")
 
@@ -313,43 +307,3 @@ def quiet(silent: bool) -> Iterator[None]:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_together(given: Given, compile: bool | str) -> None:
-    """Raise an error for options that do not work in a population or on several ranks.
-
-    Args:
-        given: The arguments of the tuner.
-        compile: Its argument.
-
-    Raises:
-        ValueError: There are such options; the message names them.
-    """
-    members, group, assigned = given.population, given.group, given.assignment(None)
-    if members is not None and choice.undecided(given.update) is not None:
-        raise ValueError(
-            f"population={members.size} needs one rule for all members, but a mixture would "
-            "choose one per member: pass population=1, or a single rule"
-        )
-    if assigned.whole is not None and members is not None:
-        raise ValueError(
-            f"population={members.size} needs an elementwise estimator, Trace or OneStep, for all "
-            f"tuned hyperparameters, but {assigned.names} need {assigned.whole}"
-        )
-    if group.together and assigned.whole is not None:
-        raise ValueError(
-            f"{group.kind} needs an elementwise estimator (Trace, OneStep) for "
-            f"all tuned hyperparameters, but {assigned.names} need {assigned.whole}: leave them "
-            "out of tune=, or train on one rank"
-        )
-    if members is not None and make_guard(given.guard) is None:
-        raise ValueError(
-            f"population={members.size} ranks its members by the guard's mean validation loss, but "
-            f"guard={given.guard}: leave guard= out, or pass population=1"
-        )
-    if group.together and members is not None:
-        raise ValueError(
-            f"population={members.size} cannot be trained with {group.kind}: "
-            "pass population=1, or train on one rank"
-        )
-    check_sharded(given, compile)

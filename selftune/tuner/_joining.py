@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +55,7 @@ class Joining:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)
 
 
 def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None]:
@@ -125,22 +125,16 @@ def follow(training: Training, batch: Any) -> None:
     """
     steps, fused, step = training.steps, training.fused, training.step
     if steps.buffers:
-        fused.eagerly(_Refresh(steps), batch)
+        fused.eagerly(partial(_refresh, steps), batch)
     if training.plan.due(step) or not fused.run.step.is_cuda:
         training.watch.digest(step)
         training.watch.log.trained(step, training.watch.history.train_loss[-1])
 
 
-class _Refresh:
-    """A pass at the averaged weights, for their BatchNorm statistics."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-
-    def __call__(self, run: RunState, batch: Any) -> tuple[RunState, Tensor]:
-        """The run with updated buffers of the average, and the loss of the pass."""
-        loss, _, buffers = self._steps.outer_gradient(run, batch)
-        fine = torch.isfinite(loss)
-        pairs = zip(buffers, run.average_buffers, strict=True)
-        kept = [torch.where(fine, new, old) for new, old in pairs]
-        return run._replace(average_buffers=kept), loss
+def _refresh(steps: Steps, run: RunState, batch: Any) -> tuple[RunState, Tensor]:
+    """The run after a pass at the average, for its BatchNorm statistics, and that pass's loss."""
+    loss, _, buffers = steps.outer_gradient(run, batch)
+    fine = torch.isfinite(loss)
+    pairs = zip(buffers, run.average_buffers, strict=True)
+    kept = [torch.where(fine, new, old) for new, old in pairs]
+    return run._replace(average_buffers=kept), loss

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from selftune.method.hyper_optimizer import signal_to_noise
 from selftune.monitor import Ends, Metrics, Monitor, Verdict
 from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
@@ -45,16 +44,9 @@ class TunerLog:
 
     def note(self, values: Mapping[str, float]) -> None:
         """Record values for verdicts."""
-        self.metrics.note({n: self._inverse(n, [v]) for n, v in values.items()})
-
-    def _inverse(self, name: str, values: Sequence[float]) -> Tensor:
-        scale = self._steps.hyper.hparams[name].bijection
-        return scale.inverse(torch.tensor(values, dtype=torch.float64))
-
-    def placed(self, step: int, values: Mapping[str, float]) -> None:
-        """Log hyperparameters set by something other than a hyperparameter step."""
-        if self.metrics.monitor.on:
-            self.metrics.placed(values, step)
+        known = self._steps.hyper.hparams
+        numbers = {n: torch.tensor([v], dtype=torch.float64) for n, v in values.items()}
+        self.metrics.note({n: known[n].bijection.inverse(v) for n, v in numbers.items()})
 
     def trained(self, step: int, loss: float) -> None:
         """Log a training loss without a hyperparameter step, if the last entry is old enough."""
@@ -66,7 +58,7 @@ class TunerLog:
     def note_floors(self, values: Mapping[str, float], member: int) -> None:
         """Record the floors at the first hyperparameter step, for the explanations."""
         if self.metrics.floors is None:
-            raw, ends = self._raw(values, member), self._ends(values, member)
+            raw, ends = self._raw(member), self._ends(values, member)
             self.metrics.note_floors(values, raw, ends)
 
     def hyper_step(
@@ -87,8 +79,7 @@ class TunerLog:
         self._noted = now
         monitor.scalar("Loss/train", loss, step)
         self.metrics.trained = loss
-        raw = self._raw(values, member)
-        self.metrics.hyper_step(step, outer, values, raw, self._signals(member))
+        self.metrics.hyper_step(step, outer, values, self._raw(member), self._signals(member))
         monitor.scalars(self._displacement(member), step)
         monitor.scalars(self._overhead(), step)
 
@@ -96,30 +87,23 @@ class TunerLog:
         """A verdict on each tuned hyperparameter."""
         return self.metrics.verdicts(values, self._signals(member), self._ends(values, member))
 
-    def _ends(self, values: Mapping[str, float], member: int) -> Callable[[str], Ends]:
-        hyper = self._steps.hyper
-        frame, raw = hyper.frame(), self._snapshots.part(self._run.hyper.raw, member).cpu()
-        steps = int(self._snapshots.part(self._run.step, member))
+    def _own(self, tensor: Tensor, member: int) -> Tensor:
+        """A member's part of a tensor, on the CPU."""
+        return self._snapshots.part(tensor, member).cpu()
+
+    def _ends(self, values: Mapping[str, float], member: int) -> dict[str, Ends]:
+        hyper, steps = self._steps.hyper, int(self._own(self._run.step, member))
+        frame, raw = hyper.frame(), self._own(self._run.hyper.raw, member)
         memory = self._steps.memory({**self._steps.options, **values})
-        low = hyper.lay_floor(raw, frame, memory, steps)
+        return {n: Ends(*each) for n, each in hyper.ends(raw, frame, memory, steps).items()}
 
-        def ends(name: str) -> Ends:
-            slots = hyper.slots(name)
-            floored = bool((low[slots] > frame.low[slots]).any())
-            return Ends(float(low[slots].mean()), float(frame.high[slots].mean()), floored)
-
-        return ends
-
-    def _raw(self, names: Iterable[str], member: int) -> dict[str, Tensor]:
-        state = self._snapshots.part(self._run.hyper.raw, member).cpu()
-        return {n: state[i : i + 1] for i, n in enumerate(names)}
+    def _raw(self, member: int) -> dict[str, Tensor]:
+        return self._steps.hyper.split(self._own(self._run.hyper.raw, member))
 
     def _signals(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
         state = self._run.hyper
-        mean, square = (self._snapshots.part(t, member).cpu() for t in (state.mean, state.square))
-        ratio = signal_to_noise(mean, square)
-        names = self._steps.hyper.names
-        return {n: (mean[i : i + 1], ratio[i : i + 1]) for i, n in enumerate(names)}
+        both = (self._own(t, member) for t in (state.mean, state.square))
+        return self._steps.hyper.signals(*both)
 
     def clocked(self, seconds: float, tuned: bool) -> None:
         """Measure the time of a step."""

@@ -58,15 +58,14 @@ class Population:
         self, snapshots: Snapshots, controllers: list[Controller], hyper: HyperOptimizer
     ) -> None:
         """Replace the worst members by copies of the best, with perturbed learning rates."""
-        guards = [c.guard for c in controllers]
-        means = [g.mean if g is not None and math.isfinite(g.mean) else math.inf for g in guards]
+        means = [c.standing for c in controllers]
         order = sorted(range(self.size), key=means.__getitem__)
         best, worst = order[0], order[self.size - max(1, round(SHARE * self.size)) :]
         for member in worst:
             if member == best or not means[member] > means[best]:
                 continue
             snapshots.copy_member(best, member)
-            controllers[member].guard = copy.deepcopy(guards[best])
+            controllers[member].guard = copy.deepcopy(controllers[best].guard)
             kick = KICK if torch.rand((), generator=self._generator) < 0.5 else -KICK
             raw = snapshots.run.hyper.raw[member]
             raw.copy_(hyper.move(raw, "lr", kick, hyper.frame(raw.device)))

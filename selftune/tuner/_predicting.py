@@ -4,79 +4,62 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from selftune.tuner._compiled import Fused
-from selftune.tuner._data import Stream
-from selftune.tuner._scoring import Scorer
-from selftune.tuner._steps import Steps
+if TYPE_CHECKING:
+    from selftune.tuner._training import Training
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predictor:
-    """Predicts validation losses at other hyperparameters of a run.
+def predicted(training: Training) -> list[str]:
+    """Hyperparameters with a learned sensitivity."""
+    return [] if training.fused.whole is None else list(training.steps.answers)
+
+
+@torch.no_grad()
+def predict(
+    training: Training, asked: Mapping[str, Sequence[float]], most: int | None = None
+) -> NDArray[np.float64]:
+    """The loss over the validation set at the averaged weights moved by ``J δ``.
 
     Args:
-        steps: The run's steps.
-        fused: The run's tensors.
-        scorer: Computes losses at given weights.
-        val: Validation batches.
+        training: The run.
+        asked: Values of one or two hyperparameters by name.
+        most: Largest number of validation batches.
+
+    Raises:
+        ValueError: There are not one or two names, a sensitivity was not learned, or a value is
+            out of bounds.
     """
-
-    steps: Steps
-    fused: Fused
-    scorer: Scorer
-    val: Stream
-
-    @property
-    def names(self) -> list[str]:
-        """Hyperparameters with a learned sensitivity."""
-        return [] if self.fused.whole is None else list(self.steps.answers)
-
-    @torch.no_grad()
-    def predict(
-        self, asked: Mapping[str, Sequence[float]], most: int | None = None
-    ) -> NDArray[np.float64]:
-        """The loss over the validation set at the averaged weights moved by ``J δ``.
-
-        Args:
-            asked: Values of one or two hyperparameters by name.
-            most: Largest number of validation batches.
-
-        Raises:
-            ValueError: There are not one or two names, a sensitivity was not learned, or a value is
-                out of bounds.
-        """
-        steps, whole, known = self.steps, self.fused.whole, self.names
-        if not 1 <= len(asked) <= 2:
-            raise ValueError(f"predict({', '.join(asked)}): name one or two hyperparameters")
-        for name, values in asked.items():
-            if name not in known:
-                raise ValueError(
-                    f"predict({name}=…): its sensitivity was not learned, only those of {known}: "
-                    "tune it with estimator=BestResponse(), or BestResponse(update=True) for the "
-                    "update's"
-                )
-            hparam = steps.hyper.hparams[name]
-            if not all(hparam.lower <= v <= hparam.upper for v in values):
-                raise ValueError(
-                    f"predict({name}={list(values)}): values must be between {hparam.lower:g} and "
-                    f"{hparam.upper:g}"
-                )
-        assert whole is not None
-        run = self.fused.run
-        present = dict(zip(steps.hyper.names, run.hyper.raw, strict=True))
-        outputs = []
-        for values in itertools.product(*asked.values()):
-            move = {n: torch.zeros_like(present[n]) for n in known}
-            for name, value in zip(asked, values, strict=True):
-                scale = steps.hyper.hparams[name].bijection
-                move[name] = scale.inverse(torch.full_like(present[name], value)) - present[name]
-            shift = whole.shift(run, torch.stack([move[n] for n in known]))
-            weights = [w + s for w, s in zip(run.averages, shift, strict=True)]
-            outputs.append(self.scorer.loss(weights, run.average_buffers, self.val, most))
-        return np.asarray(outputs).reshape([len(v) for v in asked.values()])
+    steps, whole, known = training.steps, training.fused.whole, predicted(training)
+    if not 1 <= len(asked) <= 2:
+        raise ValueError(f"predict({', '.join(asked)}): name one or two hyperparameters")
+    for name, values in asked.items():
+        if name not in known:
+            raise ValueError(
+                f"predict({name}=…): its sensitivity was not learned, only those of {known}: "
+                "tune it with estimator=BestResponse(), or BestResponse(update=True) for the "
+                "update's"
+            )
+        hparam = steps.hyper.hparams[name]
+        if not all(hparam.lower <= v <= hparam.upper for v in values):
+            raise ValueError(
+                f"predict({name}={list(values)}): values must be between {hparam.lower:g} and "
+                f"{hparam.upper:g}"
+            )
+    assert whole is not None
+    run = training.fused.run
+    present = dict(zip(steps.hyper.names, run.hyper.raw, strict=True))
+    outputs = []
+    for values in itertools.product(*asked.values()):
+        move = {n: torch.zeros_like(present[n]) for n in known}
+        for name, value in zip(asked, values, strict=True):
+            scale = steps.hyper.hparams[name].bijection
+            move[name] = scale.inverse(torch.full_like(present[name], value)) - present[name]
+        shift = whole.shift(run, torch.stack([move[n] for n in known]))
+        weights = [w + s for w, s in zip(run.averages, shift, strict=True)]
+        outputs.append(training.scorer.loss(weights, run.average_buffers, training.val, most))
+    return np.asarray(outputs).reshape([len(v) for v in asked.values()])

@@ -1,13 +1,21 @@
-"""Resuming a saved run, with the same or a greater length."""
+"""Resuming a saved run, with the same settings and the same or a greater length."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from selftune._identity import describe, flatten
+from selftune.rules import Mixture
+from selftune.tuner._plan import Plan
 from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._steps import Steps
 from selftune.tuner._watch import Watch
+
+if TYPE_CHECKING:
+    from selftune.tuner._building import Given
 
 log = logging.getLogger("selftune")
 
@@ -21,6 +29,42 @@ JOINS = "step of the join"
 """Key of the step after which held-out examples join."""
 FOLLOWS = (LENGTH, "every", UNTIL, JOINS)
 """Settings that differ between a run and its extension."""
+
+
+def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
+    """Settings that must be equal in a run and in its continuation."""
+    model = given.objective.model
+    # Of those that the user passed: the others may follow the length, which an extension changes.
+    fixed = {n: v for n, v in steps.options.items() if n in given.chosen - {UNTIL}}
+    entries = {
+        "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
+        "trained parameters": str(steps.params),
+        # fully_shard names the class of a module FSDP…
+        "model": re.sub(r"\bFSDP(?=\w+\()", "", describe(given.objective)),
+        "rule": type(given.update.rule).__name__,
+        "estimator": describe(given.assignment(plan.total)),
+        "tangents": str(given.tangents),
+        "snapshots": given.snapshots,
+        "tuned hyperparameters": str(given.names),
+        LENGTH: plan.total,
+        "every": plan.every,
+        "fixed hyperparameters": str(dict(sorted(fixed.items()))),
+        "size of a hyperparameter step": str(given.hyper_rate),
+        "schedule": given.schedule,
+        "warmup_steps": given.warmup,
+        "amp": given.amp,
+        "population": 1 if given.population is None else given.population.size,
+        "bounds": str(dict(given.bounds or {})),
+    }
+    if isinstance(given.update.rule, Mixture):
+        entries["members of the rule"] = ", ".join(given.update.rule.members)
+        entries[UNTIL] = steps.options[UNTIL]
+    if plan.join is not None:
+        entries[JOINS] = plan.join
+    parts = {"average": given.average, "settings": given.settings, "guard": given.guard}
+    for name, part in parts.items():
+        entries |= flatten(name, part)
+    return entries
 
 
 def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune._flat import local
+from selftune._trees import unchanged
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._batch import size, to_device
 from selftune.tuner._data import Stream, end_workers, own_iterator
@@ -78,7 +79,6 @@ class Scorer:
         steps: The steps, with the trained parameters and their parts of the run's weights.
         members: Whether the run's tensors have a leading dimension of members.
         device: Device of the evaluation.
-        autocast: Makes the context of the forward passes.
     """
 
     def __init__(
@@ -89,7 +89,6 @@ class Scorer:
         steps: Steps,
         members: bool,
         device: torch.device,
-        autocast: Callable[[], Any],
     ) -> None:
         self.model, self._objective = objective.model, objective
         named, params = dict(objective.named_parameters()), steps.params
@@ -106,7 +105,7 @@ class Scorer:
         self._few: list[Any] = []  # batches of an iterator that cannot restart
         self._members = members
         self._device = device
-        self._autocast = autocast
+        self._autocast = steps.autocast
 
     def close(self) -> None:
         """End the loader's persistent workers; they restart when needed again."""
@@ -200,7 +199,7 @@ class Scorer:
         if not self._sharded:
             yield
             return
-        with self._kept(), self._mode.entered():
+        with unchanged(self._tensors), self._mode.entered():
             yield
         reshard(self._objective)
 
@@ -226,19 +225,9 @@ class Scorer:
                 yield batch, size(batch) if own else 0
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
-        """Restore the weights and buffers of the model after the block."""
-        kept = [t.clone() for t in self._tensors]
-        try:
-            yield
-        finally:
-            for tensor, old in zip(self._tensors, kept, strict=True):
-                tensor.copy_(old)
-
-    @contextmanager
     def shown(self, run: RunState, member: int) -> Iterator[None]:
         """Put the averaged weights into the model within a block."""
-        with self._kept():
+        with unchanged(self._tensors):
             self._write(*_average(run), member)
             yield
 

@@ -16,11 +16,6 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 REMEDY = "among ranks: pass a DataLoader with num_workers=1 or more, whose indices are divided"
 
 
-def shard(name: str, rank: int, ranks: int) -> Shard | None:
-    """The shard of a loader for this rank; None for a single process."""
-    return Shard(name, rank, ranks) if ranks > 1 else None
-
-
 class Shard:
     """Makes loaders yield this rank's part of each batch.
 

@@ -95,9 +95,9 @@ class Snapshots:
         for weights, average, then in zip(mine.weights, mine.averages, kept, strict=True):
             weights.copy_(average if swept else then)
             average.copy_(weights)
+        good = [self.part(t, member) for t in self.buffers]
         for buffers in (mine.buffers, mine.average_buffers):
-            for tensor, then in zip(buffers, self.buffers, strict=True):
-                tensor.copy_(self.part(then, member))
+            copy_into(buffers, good)
         state = self._method.rewind(mine.method, mine.averages, mine.step)
         hyper, frame = self._method.hyper, self._method.hyper.frame(mine.step.device)
         buffers = state.hyper
@@ -123,8 +123,7 @@ class Snapshots:
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Continue from ``state_dict``."""
         for name, tensors in self.state_dict().items():
-            for tensor, value in zip(tensors, state[name], strict=True):
-                tensor.copy_(value)
+            copy_into(tensors, state[name])
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshots."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selftune.tuner import _checkpoints, _choice, _final_weights, _joining, _resuming
+from selftune.tuner import _checkpoints, _choice, _final_weights, _joining, _resuming, _saving
 from selftune.tuner._callbacks import stop
 from selftune.tuner._checks import check_agreement
 from selftune.tuner._compiled import Fused
@@ -24,10 +24,8 @@ from selftune.tuner._payoff import Compiling
 from selftune.tuner._pictures import picture
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import Population
-from selftune.tuner._predicting import Predictor
 from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._resuming import HYPER, SCORES, WEIGHTS
-from selftune.tuner._saving import Parts
 from selftune.tuner._scoring import Scorer
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
@@ -98,7 +96,7 @@ class Training:
                         ended = self.ended = stop(self, scores)
                         self._reach(WEIGHTS)
                     if self.plan.pictured(self.step) and not self.joined:
-                        picture(self.watch, self.predictor, self.step)
+                        picture(self)
                         self._reach(WEIGHTS)
                     if ended == "stopped" or self.plan.falls(self.plan.save, self.step):
                         self.save()
@@ -126,7 +124,7 @@ class Training:
         self.due, self._position = due, self._now()
 
     def _now(self) -> dict[str, Any]:
-        return self._parts.position() if self.group.together else {}
+        return _saving.position(self) if self.group.together else {}
 
     def _asked(self) -> bool:
         """Whether Ctrl-C was pressed on any rank.
@@ -137,11 +135,6 @@ class Training:
             return self.interruption.asked
         on_gpu = self.fused.run.step.is_cuda and self.step % self.plan.every
         return not on_gpu and self.group.asked()
-
-    @property
-    def predictor(self) -> Predictor:
-        """Predicts losses at other hyperparameters of the run."""
-        return Predictor(steps=self.steps, fused=self.fused, scorer=self.scorer, val=self.val)
 
     def _break_off(self) -> None:
         if self._within or (self.group.sharded and not self.group.asked()):  # on this rank alone
@@ -287,14 +280,6 @@ class Training:
         """The folder, on the rank that writes to it."""
         return self.folder if self.group.first else None
 
-    @property
-    def _parts(self) -> Parts:
-        return Parts(
-            steps=self.steps, fused=self.fused, train=self.train, val=self.val,
-            snapshots=self.snapshots, watch=self.watch,
-            population=self.population, identity=self.identity,
-        )  # fmt: skip
-
     def save(self, everywhere: bool = False) -> None:
         """Write a checkpoint on the first rank, or ``everywhere`` if the first may have died."""
         if self.folder is None:
@@ -310,7 +295,7 @@ class Training:
             "rates": self.steps.rates.clone(),
             "compile": True if self.fused.compiled else self.plan.compile,
         }
-        state = {**self._parts.pack(), **self._position, **own}
+        state = {**_saving.pack(self), **self._position, **own}
         suffix = f".{self.group.rank}.partial" if everywhere else ".partial"
         if everywhere or self.group.first:
             _checkpoints.write(self.folder / _checkpoints.LAST, state, suffix)
@@ -327,7 +312,7 @@ class Training:
             self.joining.load_state_dict(state["joining"])
             self.joining.back &= not longer  # an extension restarts from the average
             self.train = self.joining.batches if self.joined else self.train
-        self._parts.unpack(state, _resuming.FOLLOWS if longer else ())
+        _saving.unpack(self, state, _resuming.FOLLOWS if longer else ())
         self.step, self.best, self.waited = state["numbers"]
         self.saved_best = best if self.best < math.inf and self.group.first else None
         self.ended, self.due = state["ended"], state["due"]

@@ -27,13 +27,15 @@ from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
-from selftune.tuner._group import Group, check_together, join, quiet
+from selftune.tuner._combinations import check_together
+from selftune.tuner._group import Group, join, quiet
 from selftune.tuner._joining import parts
 from selftune.tuner._lock import owned
 from selftune.tuner._logging import monitor_of
 from selftune.tuner._objective import LossFn, Objective
 from selftune.tuner._plan import Plan, Progress, between_entries, between_evaluations, length
 from selftune.tuner._population import Population
+from selftune.tuner._predicting import predict
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
 from selftune.tuner._shards import from_first
@@ -167,7 +169,7 @@ class Tuner:
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         choose(known, names, bounds, 1)
         self._given = Given(
-            objective=whole, rule=rule, update=update, strengths=strengths, known=known,
+            objective=whole, update=update, strengths=strengths, known=known,
             values=values, chosen=set(given), names=names, bounds=bounds, estimator=estimator,
             tangents=tangents, snapshots=snapshots, every=every, hyper_rate=hyper_rate,
             average=Average() if average is None else average, schedule=schedule, probe=probe,
@@ -350,4 +352,4 @@ class Tuner:
             raise RuntimeError(
                 "predict needs validation data, and val=None has trained on it: pass fit(val=0.1)"
             )
-        return self._ended.predictor.predict(values)
+        return predict(self._ended, values)

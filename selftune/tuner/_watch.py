@@ -134,7 +134,7 @@ class Watch:
 
     def _note(self, step: int, rows: list[list[float]]) -> None:
         """Record a hyperparameter step in history, log and progress bar."""
-        self.leader = min(range(len(rows)), key=self._standing)
+        self.leader = min(range(len(rows)), key=lambda m: self.controllers[m].standing)
         outer, _, *values = rows[self.leader]
         values = values[: len(self._steps.hyper.names)]
         named = dict(zip(self._steps.hyper.names, values, strict=True))
@@ -150,11 +150,6 @@ class Watch:
             self._looked = now
             shown = {n: f"{v:.2g}" for n, v in named.items()}
             self.bar.set_postfix(loss=f"{loss:.3f}", val=f"{outer:.3f}", **shown, refresh=False)
-
-    def _standing(self, member: int) -> float:
-        """A member's recent validation loss, for ranking."""
-        guard = self.controllers[member].guard
-        return guard.mean if guard is not None and math.isfinite(guard.mean) else math.inf
 
     # failures and rewinds
 
@@ -285,7 +280,8 @@ class Watch:
         values = self._tuned_values()
         self.history.hyper(step, math.nan, values)
         self.log.note(values)
-        self.log.placed(step, values)
+        if self.metrics.monitor.on:
+            self.metrics.placed(values, step)
 
     def hparams(self) -> dict[str, float]:
         """All current hyperparameters; the learning rate is the tuned peak."""

@@ -58,7 +58,10 @@ class FunctionalSteps:
             inner_loss=lambda w, h, batch: self._call("forward", w, h, batch),
             outer_loss=lambda params, batch: params.sum(), options={**steps.options, **own},
             shapes=self._layout.shapes, scales=steps.hyper.hparams,
-            split=(self._predicted, self._judged) if splits else None,
+            split=(
+                lambda w, h, batch: self._call("predicted", w, h, batch),
+                lambda predicted, h, batch: self._call("judged", None, h, batch, predicted),
+            ) if splits else None,
         )  # fmt: skip
         # Created here, because a module created within a graph cannot be called in it.
         self._halves = {n: _Method(inner, n) for n in ("predicted", "judged") if splits}
@@ -69,13 +72,6 @@ class FunctionalSteps:
     def wrap(self, wrap: Callable[[Function], Function]) -> None:
         """Wrap the estimator's functions."""
         self._problem = replace(self._problem, graphs=Graphs(wrap))
-
-    def _predicted(self, params: Tensor, hparams: Hparams, batch: Any) -> Any:
-        return self._call("predicted", params, hparams, batch)
-
-    def _judged(self, predicted: Any, hparams: Hparams, batch: Any) -> Tensor:
-        loss: Tensor = self._call("judged", None, hparams, batch, predicted)
-        return loss
 
     def _call(
         self, method: str, params: Tensor | None, hparams: Hparams, batch: Any, *first: Any

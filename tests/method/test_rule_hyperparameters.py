@@ -111,7 +111,9 @@ def test_a_rate_that_may_not_climb_may_fall(slope: float, climb: float) -> None:
     start = state.raw
     for _ in range(5):
         state = hyper.step(state, vector(slope, slope), hyper.frame())
-        held = hyper.step(held, vector(slope, slope), hyper.frame(), climb=vector(climb))
+        held = hyper.step(
+            held, vector(slope, slope), hyper.frame(), lr_increase_scale=vector(climb)
+        )
     way, short = state.raw - start, held.raw - start
     assert abs(float(way[0])) > 0.1
     share = climb if slope < 0 else 1.0
@@ -161,7 +163,7 @@ def test_it_maps_over_a_population(case: Case) -> None:
     memory, climb = vector(1.0, 5.0, 10.0).view(3, 1), vector(1.0, 0.5, 0.0).view(3, 1)
 
     def step(state: HyperState, signal: Tensor, memory: Tensor, climb: Tensor) -> HyperState:
-        return hyper.step(state, signal, hyper.frame(), memory=memory, climb=climb)
+        return hyper.step(state, signal, hyper.frame(), memory=memory, lr_increase_scale=climb)
 
     for signals in noise(15, len(case.values)).view(5, 3, -1):
         stacked = torch.func.vmap(step)(stacked, signals, memory, climb)

@@ -86,7 +86,7 @@ def test_a_rate_that_may_not_climb_may_fall(slope: float, climb: float, per: str
     rows = torch.full((2, 2), slope)
     for _ in range(5):
         step(free, rows)
-        step(held, rows, climb=torch.tensor([climb]))
+        step(held, rows, lr_increase_scale=torch.tensor([climb]))
     assert held.value("l1") == free.value("l1") != START["l1"]
     way = math.log(free.value("lr") / START["lr"])
     assert abs(way) > 0.1
