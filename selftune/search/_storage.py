@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -33,16 +32,15 @@ from optuna.storages import (
     RDBStorage,
     RetryHeartbeatStaleTrialCallback,
 )
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
+
+from selftune.search._journal import opened
 
 log = logging.getLogger("selftune")
 
 BEAT, GRACE, RETRIES = 30, 120, 2
 """Heartbeat interval and grace period in seconds, and number of retries of a stale trial."""
-PATIENCE = 5
-"""Seconds for which a journal may be locked before a warning."""
-FIRST = b'{"op_code":'  # of a journal
 AWAY, PAUSE = 60, 0.2
 """Seconds for which a database may be unreachable, and seconds between attempts."""
 T = TypeVar("T")
@@ -69,16 +67,7 @@ def storage_of(given: Any) -> BaseStorage:
             return _remote(text)
     path = Path(text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = JournalFileOpenLock(text)
-    if not _check_journal(path):
-        _repair(path, lock)
-    lock_file = Path(f"{text}.lock")
-    if lock_file.exists() and time.time() - lock_file.stat().st_mtime > PATIENCE:
-        log.warning(
-            "storage=%s has been locked for some time, perhaps by a worker that was killed: the "
-            "lock is taken over if it is not released within 30 s", path,
-        )  # fmt: skip
-    return JournalStorage(JournalFileBackend(text, lock_obj=lock))
+    return JournalStorage(JournalFileBackend(text, lock_obj=opened(path)))
 
 
 def _remote(address: str) -> BaseStorage:
@@ -154,59 +143,6 @@ def transient(error: BaseException | None) -> str | None:
                 return str(error.orig).strip()
         error = error.__cause__ or error.__context__
     return None
-
-
-def _check_journal(path: Path) -> bool:
-    """Raise an error if a file is not a journal; return whether its last line is complete."""
-    if path.is_dir():
-        raise ValueError(f"storage={path} is a folder: pass the path of a file in it")
-    if not path.exists():
-        return True
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            known = number > 1 or line[: len(FIRST)] == FIRST[: len(line)]
-            if not line.endswith(b"\n") and known:
-                return False  # another worker is writing it, or was killed while it did
-            try:
-                entry = json.loads(line)
-                assert "op_code" in entry
-            except (ValueError, TypeError, AssertionError):
-                raise ValueError(
-                    f"storage={path} is not a journal of Optuna (line {number}): pass another "
-                    "path; the file is untouched"
-                ) from None
-    return True
-
-
-def _repair(path: Path, lock: JournalFileOpenLock) -> None:
-    """Terminate or remove a last line left incomplete by a kill or a full disk.
-
-    Otherwise the next worker would append to this line, and the journal could not be read.
-    """
-    lock.acquire()  # nobody writes now, so an unfinished line stays unfinished
-    try:
-        if _check_journal(path):
-            return
-        content = path.read_bytes()
-        start = content.rfind(b"\n") + 1
-        try:
-            json.loads(content[start:])
-            whole = content + b"\n"
-        except ValueError:
-            whole = content[:start]
-        backup = path.with_name(f"{path.name}.cut")
-        backup.write_bytes(content)
-        with path.open("r+b") as file:  # in place: other workers may have it open
-            file.write(whole)
-            file.truncate()
-        log.warning(
-            "storage=%s ended within a line, as after a kill or on a full disk: %s; a copy of the "
-            "original file is kept in %s", path,
-            "the line was complete and is now terminated" if len(whole) > len(content)
-            else f"its last {len(content) - len(whole)} bytes were removed", backup,
-        )  # fmt: skip
-    finally:
-        lock.release()
 
 
 def check_sampler(given: Any, storage: Any, *, trust_storage: bool) -> None:

@@ -16,31 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from selftune.structure import _inside
-from selftune.structure._operations import (
-    ATTENTION,
-    CATS,
-    CHUNKS,
-    ELEMENTWISE,
-    EXPANSIONS,
-    MASKED,
-    MATMULS,
-    MEANS,
-    PADS,
-    PERMUTES,
-    POOLED,
-    POOLS,
-    PRODUCTS,
-    RESHAPES,
-    RESIZING,
-    SAME,
-    SHIFTED,
-    SHIFTING,
-    SIZES,
-    SOFTMAXES,
-    SQUEEZES,
-    SUMS,
-    TRANSPOSES,
-)  # fmt: skip
+from selftune.structure import _operations as ops
 from selftune.structure._units import Channels, Units
 from selftune.structure.choice import mixed
 from selftune.structure.gates import Gate
@@ -112,11 +88,11 @@ class Follower(fx.Interpreter):
             return Channels(given.axis, given.ids, given.zero | closed)
         if isinstance(module, _BatchNorm) and given.axis == 1:
             return self._batch_norm(path, module, given)
-        if isinstance(module, ELEMENTWISE):
+        if isinstance(module, ops.ELEMENTWISE):
             return given
-        if isinstance(module, SHIFTING):
+        if isinstance(module, ops.SHIFTING):
             return Channels(given.axis, given.ids, torch.zeros_like(given.zero))
-        if isinstance(module, (*POOLS, *RESIZING)) and isinstance(value, Tensor):
+        if isinstance(module, (*ops.POOLS, *ops.RESIZING)) and isinstance(value, Tensor):
             return self._resized(node, given, value)
         if isinstance(module, (nn.Flatten, nn.Unflatten)):
             return self._reshaped(node, given, value)
@@ -181,13 +157,13 @@ class Follower(fx.Interpreter):
 
     def _operation(self, node: fx.Node, value: Any) -> Channels | None:
         target = node.target
-        if target in SIZES:
+        if target in ops.SIZES:
             return None
         inputs = self._of((node.args, node.kwargs))
         if target is operator.getitem and node.args[0] in self.pieces:
             return _inside.item(self, node)
         given = inputs[0] if inputs else None
-        if target in CHUNKS and given is not None:
+        if target in ops.CHUNKS and given is not None:
             _inside.chunks(self, node, given)
             return None
         if not any(c is not None for c in inputs) or not isinstance(value, Tensor):
@@ -196,16 +172,19 @@ class Follower(fx.Interpreter):
         if target is operator.getitem and len(inputs) == 1:
             return _inside.indexed(self, node, inputs[0])
         rules: list[tuple[set[Any], Callable[[fx.Node, Channels, Tensor], Channels | None]]] = [
-            (SAME, lambda n, c, v: c),
-            (SHIFTED | MASKED, lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero))),
-            (POOLED, self._resized),
-            (PADS, self._padded),
-            (SQUEEZES, partial(_inside.squeezed, self)),
-            (RESHAPES, self._reshaped),
-            (MEANS, self._mean),
-            (TRANSPOSES, partial(_inside.transposed, self)),
-            (PERMUTES, partial(_inside.permuted, self)),
-            (SOFTMAXES, partial(_inside.softmax, self)),
+            (ops.SAME, lambda n, c, v: c),
+            (
+                ops.SHIFTED | ops.MASKED,
+                lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero)),
+            ),
+            (ops.POOLED, self._resized),
+            (ops.PADS, self._padded),
+            (ops.SQUEEZES, partial(_inside.squeezed, self)),
+            (ops.RESHAPES, self._reshaped),
+            (ops.MEANS, self._mean),
+            (ops.TRANSPOSES, partial(_inside.transposed, self)),
+            (ops.PERMUTES, partial(_inside.permuted, self)),
+            (ops.SOFTMAXES, partial(_inside.softmax, self)),
         ]
         for targets, rule in rules:
             if (
@@ -214,18 +193,18 @@ class Follower(fx.Interpreter):
                 and inputs[1:].count(None) == len(inputs) - 1
             ):
                 return rule(node, given, value)
-        if target in SUMS:
+        if target in ops.SUMS:
             those, others = self._operands(node, value)
             return self._sum(node, [*those, *(None for _ in others)])
         if target is mixed:
             return self._sum(node, self._of(node.args[0]))
-        if target in EXPANSIONS:
+        if target in ops.EXPANSIONS:
             return self._expanded(node, value)
-        if target in PRODUCTS:
+        if target in ops.PRODUCTS:
             return self._product(node, value)
-        if target in CATS:
+        if target in ops.CATS:
             return self._cat(node, value)
-        if target in ATTENTION or target in MATMULS:
+        if target in ops.ATTENTION or target in ops.MATMULS:
             return _inside.attended(self, node, value)
         self.unknown(node)
         return None

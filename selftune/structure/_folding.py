@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from selftune.structure._channels import POOLS, Follower
+from selftune.structure._channels import Follower
+from selftune.structure._operations import POOLS
 from selftune.structure.gates import Gate, Optional
 
 THROUGH = (

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from selftune.tuner._building import Given
 
 
+def check_objective(objective: Any, metrics: Any, augment: Any) -> None:
+    """Raise an error for options that an objective of the user leaves no place for."""
+    if metrics and objective is not None:
+        raise ValueError("metrics need outputs and targets, which objective= does not return")
+    if augment is not None and objective is not None:
+        raise ValueError("augment= changes batches for loss_fn=, which objective= replaces")
+
+
 def check_together(given: Given, compile: bool | str) -> None:
     """Raise an error for options that do not work in a population or on several ranks.
 

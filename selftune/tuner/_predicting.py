@@ -31,9 +31,14 @@ def predict(
         most: Largest number of validation batches.
 
     Raises:
+        RuntimeError: Held-out examples have joined the training data.
         ValueError: There are not one or two names, a sensitivity was not learned, or a value is
             out of bounds.
     """
+    if training.joined:
+        raise RuntimeError(
+            "predict needs validation data, and val=None has trained on it: pass fit(val=0.1)"
+        )
     steps, whole, known = training.steps, training.fused.whole, predicted(training)
     if not 1 <= len(asked) <= 2:
         raise ValueError(f"predict({', '.join(asked)}): name one or two hyperparameters")

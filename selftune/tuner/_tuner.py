@@ -27,7 +27,7 @@ from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
 from selftune.tuner._building import Given, build, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
-from selftune.tuner._combinations import check_together
+from selftune.tuner._combinations import check_objective, check_together
 from selftune.tuner._group import Group, join, quiet
 from selftune.tuner._joining import parts
 from selftune.tuner._lock import owned
@@ -139,11 +139,8 @@ class Tuner:
         settings: MethodSettings | None = None,
     ) -> None:
         check(ARGUMENTS, locals())
-        if metrics and objective is not None:
-            raise ValueError("metrics need outputs and targets, which objective= does not return")
+        check_objective(objective, metrics, augment)
         check_model(model)
-        if augment is not None and objective is not None:
-            raise ValueError("augment= changes batches for loss_fn=, which objective= replaces")
         if augment is not None and not isinstance(augment, st_nn.Augment):
             augment = st_nn.Augment(augment)
         self.model = model
@@ -348,8 +345,4 @@ class Tuner:
         """
         if self._ended is None:
             raise RuntimeError("predict needs the sensitivities learned by a run: call fit first")
-        if self._ended.joined:
-            raise RuntimeError(
-                "predict needs validation data, and val=None has trained on it: pass fit(val=0.1)"
-            )
         return predict(self._ended, values)
