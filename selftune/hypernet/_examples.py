@@ -51,7 +51,6 @@ def hooks_of(net: SelfTuned, places: list[Place]) -> list[Any]:
     return [m.register_forward_hook(AddTerm(net, known)) for m, known in by_module.items()]
 
 
-@torch.compiler.disable
 def difference(net: SelfTuned, args: Any, kwargs: Any) -> str:
     """Why the model has other outputs with perturbations of each example; "" if it has not.
 
