@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 WIDTH = 0.5
 """Standard deviation of the gains U with which both kinds of perturbation are compared."""
-TOLERANCE = 0.02
-"""Largest difference of the two outputs, relative to the effect of the perturbation."""
+TOLERANCE, ROUNDING = 0.02, 10.0
+"""Largest difference of the two outputs, relative to the effect of the perturbation, and to the
+rounding error of the outputs."""
 
 
 class AddTerm:
@@ -51,45 +53,76 @@ def hooks_of(net: SelfTuned, places: list[Place]) -> list[Any]:
     return [m.register_forward_hook(AddTerm(net, known)) for m, known in by_module.items()]
 
 
-def difference(net: SelfTuned, args: Any, kwargs: Any) -> str:
+def difference(net: SelfTuned, args: Any, kwargs: Any) -> str | None:
     """Why the model has other outputs with perturbations of each example; "" if it has not.
 
     Compares two passes in evaluation mode at the same δ, once of the whole batch and once of each
     example. A parameter that is used outside the forward of its layer, such as tied weights in
-    ``F.linear``, does not respond to the latter.
+    ``F.linear``, does not respond to the latter. None if nothing can be compared: the model fails
+    on this input, or its outputs are random or not finite.
     """
-    gains = list(net.gains.values())
-    kept = [g.detach().clone() for g in gains]
-    buffers = [(b, b.clone()) for b in net.model.buffers()]
-    device = net.raw.device
+    gains = {n: torch.zeros_like(g) for n, g in net.gains.items()}
     generator = torch.Generator().manual_seed(0)
+    for gain in gains.values():
+        gain.copy_(torch.randn(gain.shape, generator=generator) * WIDTH)
+    delta = torch.full_like(net.raw.detach(), net.unit)
+    each = delta.expand(net.batch_size(args, kwargs), -1)
+
+    def output(move: Tensor) -> Tensor:
+        with torch.random.fork_rng([delta.device] if delta.is_cuda else []):
+            return _flat(net.at(move, args, kwargs))
+
+    kept = net.gains
+    with evaluating(net), torch.no_grad(), _buffers_kept(net.model):
+        try:
+            net.gains = nn.ParameterDict(gains)
+            whole, again, still = output(delta), output(delta), output(0 * delta)
+        except Exception:  # the pass itself will raise it
+            return None
+        else:
+            try:
+                return _compared(whole, again, output(each), still, _precision(net, whole))
+            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+                return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        finally:
+            net.gains = kept
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restores buffers, whether they are changed in place or replaced."""
+    kept = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items()
+            if b is not None]  # fmt: skip
     try:
-        with evaluating(net), torch.no_grad():
-            for gain in gains:
-                gain.copy_(torch.randn(gain.shape, generator=generator) * WIDTH)
-            delta = torch.full_like(net.raw.detach(), net.unit)
-            outputs = []
-            for move in (delta, delta.expand(net.batch_size(args, kwargs), -1), 0 * delta):
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    outputs.append(net.at(move, args, kwargs))
-            return _compared(*map(_flat, outputs))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        yield
     finally:
-        with torch.no_grad():
-            for gain, before in zip(gains, kept, strict=True):
-                gain.copy_(before)
-            for buffer, old in buffers:
-                buffer.copy_(old)
+        for module, name, buffer, before in kept:
+            buffer.copy_(before)
+            module._buffers[name] = buffer
+
+
+def _precision(net: SelfTuned, output: Tensor) -> float:
+    """Machine precision of the coarsest type among parameters and output."""
+    types = {p.dtype for p in net.parameters()} | {output.dtype}
+    if torch.is_autocast_enabled(net.raw.device.type):
+        types.add(torch.get_autocast_dtype(net.raw.device.type))
+    return max(torch.finfo(t).eps for t in types)
 
 
 def _flat(output: Any) -> Tensor:
     parts = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return torch.cat([p.reshape(-1).double() for p in parts]) if parts else torch.zeros(0)
+    return torch.cat([p.reshape(-1) for p in parts]) if parts else torch.zeros(0)
 
 
-def _compared(whole: Tensor, each: Tensor, still: Tensor) -> str:
-    rounding = 100 * torch.finfo(torch.get_default_dtype()).eps * still.norm()
-    if float((each - whole).norm()) <= TOLERANCE * float((whole - still).norm()) + float(rounding):
+def _compared(
+    whole: Tensor, again: Tensor, each: Tensor, still: Tensor, precision: float
+) -> str | None:
+    fine = whole.isfinite() & still.isfinite() & each.isfinite()
+    whole, again, each, still = (t[fine].double() for t in (whole, again, each, still))
+    effect = float((whole - still).norm())
+    if not fine.any() or not torch.equal(whole, again):
+        return None
+    allowed = TOLERANCE * effect + ROUNDING * precision * float(still.norm())
+    if float((each - whole).norm()) <= allowed:
         return ""
     return "some parameters are used outside the forward of their layer"

@@ -232,7 +232,8 @@ class SelfTuned(nn.Module):
         Strengths have one value for each example if the model supports it, penalties one for each
         pass.
         """
-        if self.report.per_example and not self._compared:
+        new = self.report.per_example and not self._compared
+        if new and not torch.compiler.is_compiling():
             self._compare(args, kwargs)
         batch = self.batch_size(args, kwargs) if self.report.per_example else 1
         draw = torch.randn(batch, len(self.raw), dtype=self.raw.dtype, device=self.raw.device)
@@ -331,11 +332,8 @@ class SelfTuned(nn.Module):
 
     def _compare(self, args: Any, kwargs: Any) -> None:
         """Perturb the whole batch if the model has other outputs with perturbed examples."""
-        self._compared = True
-        compare = difference
-        if torch.compiler.is_compiling():  # not a decorator, which would import the compiler
-            compare = torch.compiler.disable(difference)
-        reason = compare(self, args, kwargs)
+        reason = difference(self, args, kwargs)
+        self._compared = reason is not None
         if not reason:
             return
         if self._must:

@@ -19,6 +19,8 @@ from selftune.integrations._unwrapping import only
 
 RAW = "current_model_state"
 """Key of the training weights in a checkpoint, as in Lightning's ``WeightAveraging``."""
+MOST = 1000
+"""Largest dictionary whose values may be lists of outputs."""
 
 
 class SelfTuning(Callback):
@@ -181,8 +183,7 @@ def _silent(module: LightningModule) -> Iterator[None]:
     """
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
     attributes = [v for m in module.modules() for v in vars(m).values()]
-    tables = [(v, set(v)) for m in module.modules() for n, v in vars(m).items()
-              if isinstance(v, dict) and not n.startswith("_")]  # fmt: skip
+    tables = [(v, len(v)) for v in attributes if isinstance(v, dict) and len(v) <= MOST]
     entries = [v for table, _ in tables for v in table.values()]
     lists = [(v, len(v)) for v in (*attributes, *entries) if isinstance(v, list)]
     kept = [{n: _state(v) for n, v in vars(m).items()} for m in metrics]
@@ -195,9 +196,10 @@ def _silent(module: LightningModule) -> Iterator[None]:
             vars(metric).update(values)
         for appended, length in lists:
             del appended[length:]
-        for table, keys in tables:
-            for key in set(table) - keys:
-                del table[key]
+        for table, length in tables:
+            for key in list(table)[length:]:
+                if isinstance(table[key], list):
+                    del table[key]
 
 
 def _state(value: Any) -> Any:

@@ -89,6 +89,7 @@ class SelfTuningCallback(TrainerCallback):
         if control.should_log and self._unlogged is not None:
             self._trainer.log(logged(self._opt, self._unlogged))
             self._unlogged = None
+            control.should_log = True  # which log() resets, for the training loss
 
     def _applied(self) -> float:
         """The learning rate of the last step, of the first group."""

@@ -206,8 +206,8 @@ class Named(AbstractRecorder):
         tagged = [row._replace(tag=f"{self.name}/{row.tag}") for row in rows]
         getattr(self.recorder, method)(tagged)
 
-    def _entry(self, method: str, tag: str, value: Any, step: int) -> None:
-        getattr(self.recorder, method)(f"{self.name}/{tag}", value, step)
+    def _entry(self, method: str, tag: str, *rest: Any, **named: Any) -> None:
+        getattr(self.recorder, method)(f"{self.name}/{tag}", *rest, **named)
 
     scalars = partialmethod(_rows, "scalars")
     last = partialmethod(_rows, "last")
@@ -264,10 +264,10 @@ class Several(AbstractRecorder):
     def __str__(self) -> str:
         return ", ".join(map(str, self.recorders))
 
-    def _each(self, method: str, *args: Any) -> None:
+    def _each(self, method: str, *args: Any, **named: Any) -> None:
         for recorder in list(self.recorders):
             try:
-                getattr(recorder, method)(*args)
+                getattr(recorder, method)(*args, **named)
             except OSError as error:
                 if len(self.recorders) == 1:
                     raise

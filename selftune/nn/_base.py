@@ -67,7 +67,7 @@ class Tunable(nn.Module):
 
     def check_floating(self, input: Tensor) -> None:
         """Refuse integers, in which most strengths would be rounded to 0."""
-        if not input.is_floating_point():
+        if not (input.is_floating_point() or input.is_complex()):
             raise TypeError(
                 f"{type(self).__name__}(name={self.hparam.name!r}) got an input of {input.dtype}: "
                 "convert it to a floating-point type, as input.float()"

@@ -79,7 +79,7 @@ class Shape:
                     )
                 words = max(words, int(x.max()) + 1)
             if not y.is_floating_point():
-                if y.ndim == 1 and int(y.min()) < 0:
+                if use == AUTO and y.ndim == 1 and int(y.min()) < 0:
                     raise ValueError(f"train has the class {int(y.min())}: number them from 0")
                 classes = max(classes, int(y.max()) + 1)
         if inputs is None:

@@ -289,7 +289,7 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
     def _train(self, X: Any, y: Any, fresh: bool) -> SelfTuningRegressor:
         X, y = self._checked(X, y=y, multi_output=True, reset=fresh)
         y = np.asarray(y, dtype=np.float64)
-        if not fresh and y.shape[1:] != np.shape(self.target_mean_):
+        if not fresh and y[0].size != np.size(self.target_mean_):
             raise ValueError(
                 f"y has shape {y.shape}, and the first fit had targets of shape "
                 f"{('n', *np.shape(self.target_mean_))}: pass as many, or call fit"

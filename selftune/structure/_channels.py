@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from selftune.structure import _inside
 from selftune.structure import _operations as ops
+from selftune.structure._tracing import hooked
 from selftune.structure._units import Channels, Units
 from selftune.structure.choice import mixed
 from selftune.structure.gates import Gate
@@ -92,6 +93,10 @@ class Follower(fx.Interpreter):
             return given
         if isinstance(module, ops.SHIFTING):
             return Channels(given.axis, given.ids, torch.zeros_like(given.zero))
+        pads = getattr(module, "padding", ()) if isinstance(module, ops.RESIZING) else ()
+        if len(pads) // 2 >= getattr(value, "ndim", 0) - given.axis:  # also along the units
+            self.unknown(node)
+            return None
         if isinstance(module, (*ops.POOLS, *ops.RESIZING)) and isinstance(value, Tensor):
             return self._resized(node, given, value)
         if isinstance(module, (nn.Flatten, nn.Unflatten)):
@@ -119,7 +124,8 @@ class Follower(fx.Interpreter):
         made = Channels(axis, self.units.new(size), torch.zeros(size, dtype=torch.bool))
         self.units.cut(path, module, "weight", 1 - across, made.ids, [outs])
         self.units.cut(path, module, "bias", 0, made.ids)
-        if id(module.weight) in self._shared or id(module.bias) in self._shared:
+        shared = id(module.weight) in self._shared or id(module.bias) in self._shared
+        if shared or hooked(module):
             self.units.need(given, made)
         return made
 
@@ -130,7 +136,7 @@ class Follower(fx.Interpreter):
         if module.groups == 1:
             return self._layer(node, module, given, axis)
         depthwise = module.groups == module.in_channels == module.out_channels
-        if given is None or not depthwise or given.axis != axis:
+        if given is None or not depthwise or given.axis != axis or hooked(module):
             self.unknown(node)
             return None
         sizes = ["in_channels", "out_channels", "groups"]
@@ -221,6 +227,9 @@ class Follower(fx.Interpreter):
         """Padding of the axes after that of the units; closed ones stay 0 if it is with 0."""
         args: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False))
         args |= node.kwargs
+        if len(args["pad"]) // 2 >= value.ndim - given.axis:  # also along the units
+            self.unknown(node)
+            return None
         shifted = args.get("mode", "constant") == "constant" and args.get("value")
         given = Channels(given.axis, given.ids, given.zero & (not shifted))
         return self._resized(node, given, value)

@@ -228,8 +228,10 @@ def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[int, 
             matrices = (p for n, p in cell.named_parameters() if n.startswith("weight"))
             add(matrices, output.numel() / output.shape[-1])
         elif isinstance(module, nn.MultiheadAttention):
-            read = [follower.values[a] for a in node.all_input_nodes[:3]]
-            tokens = [x.numel() / x.shape[-1] for x in (*read, *read[-1:] * 2)[:3]]
+            names = ("query", "key", "value")
+            given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            read = [follower.values[given[n]] for n in names]
+            tokens = [x.numel() / x.shape[-1] for x in read]
             own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
             for param, times in zip(own, tokens, strict=True):
                 add([param], times)

@@ -21,6 +21,11 @@ HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Hooks that compute a weight before each pass."""
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook computes the weights of a layer, from tensors of the same size."""
+    return any(isinstance(hook, HOOKS) for hook in module._forward_pre_hooks.values())
+
+
 class Tracer(fx.Tracer):
     """Traces into the user's modules; torch's modules and gates are leaves."""
 
@@ -68,17 +73,19 @@ def plain_copy(model: nn.Module) -> nn.Module:
     Not ``remove_parametrizations``, which changes the class that the copy shares with the model.
 
     Raises:
-        ValueError: A weight is computed by a hook, whose own tensors would keep their size.
+        ValueError: A weight is computed by a hook, and torch cannot copy it.
     """
-    for name, layer in model.named_modules():
-        for hook in layer._forward_pre_hooks.values():
-            if isinstance(hook, HOOKS):
-                raise ValueError(
-                    f"{name or 'model'}: its weight is set by a hook of {type(hook).__name__}: use "
-                    "torch.nn.utils.parametrizations.weight_norm or spectral_norm, or make pruned "
-                    "weights permanent by torch.nn.utils.prune.remove"
-                )
-    copied = copy.deepcopy(model).eval()
+    try:
+        copied = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        names = [n or "model" for n, layer in model.named_modules() if hooked(layer)]
+        if not names:
+            raise
+        raise ValueError(
+            f"weights of {', '.join(names)} are set by hooks, and torch cannot copy the model: use "
+            "torch.nn.utils.parametrizations.weight_norm or spectral_norm, or make pruned weights "
+            "permanent by torch.nn.utils.prune.remove"
+        ) from error
     for module in list(copied.modules()):
         if not parametrize.is_parametrized(module):
             continue

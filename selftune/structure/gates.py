@@ -89,7 +89,9 @@ class Gate(AbstractGated):
             )
         shape = [1] * input.ndim
         shape[self.dim] = len(self.gates)
-        return input * self.factors().view(shape).to(input.dtype)  # as autocast chose it
+        factors = self.factors().view(shape)
+        # The input's type is that which autocast has chosen.
+        return input * (factors.to(input.dtype) if input.is_floating_point() else factors)
 
     def passed(self, input: Tensor, output: Tensor) -> Tensor:
         """The whole output."""

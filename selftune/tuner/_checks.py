@@ -261,7 +261,7 @@ def check_model(model: torch.nn.Module) -> None:
                 f"model: {name} is on the meta device: call model.to_empty(device=) and initialise "
                 "its weights"
             )
-        if param.is_complex():
+        if param.requires_grad and param.is_complex():
             raise ValueError(f"model: {name} is complex ({param.dtype}); use torch.view_as_real")
     for name, module in model.named_modules():
         if getattr(module, "sparse", False):

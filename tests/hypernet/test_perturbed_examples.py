@@ -162,3 +162,86 @@ def test_copies_respond_like_the_original(how: str) -> None:
         assert mine.grad is not None
         assert torch.equal(mine.grad, its.grad)
         assert mine is not its
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(st.nn.Dropout(0.2), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("perturb", ["auto", "example"])
+def test_a_call_that_fails_decides_nothing(perturb: str) -> None:
+    """The error is that of the model, and the next call is compared."""
+    net = st.hypernet.convert(plain().double(), perturb=perturb)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        net(torch.randn(6, 7, dtype=torch.float64))
+    net(X)
+    assert net.report.per_example
+    tied = make("tied by a function")
+    with pytest.raises((RuntimeError, IndexError)):
+        tied(torch.randn(6, 5, 9, dtype=torch.float64))
+    tied(X)
+    assert not tied.report.per_example
+
+
+class Masks(nn.Module):
+    """Some logits are −inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return out.masked_fill(torch.arange(3) == 2, -torch.inf)
+
+
+class Own(nn.Module):
+    """Draws from a generator of its own, and counts its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.generator = plain(), torch.Generator().manual_seed(0)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes = self.passes + 1
+        return self.inner(x) + torch.rand(3, generator=self.generator)
+
+
+class Residual(nn.Module):
+    """A small change of a large input, in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(st.nn.Dropout(0.2), nn.Linear(4, 4)).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.bfloat16()
+        return x + 0.02 * self.inner(x)
+
+
+@pytest.mark.parametrize("model", [Masks, Own, Residual])
+def test_correct_models_keep_perturbations_of_examples(model: type[nn.Module]) -> None:
+    net = st.hypernet.convert(model().float(), perturb="auto")
+    if model is Residual:
+        net = st.hypernet.convert(model(), perturb="auto")
+    for _ in range(2):
+        net(X.float())
+    assert net.report.per_example
+    if model is Own:
+        assert float(net.model.passes) == 2
+
+
+def test_a_graph_made_before_the_first_pass_stays_valid() -> None:
+    net = st.hypernet.convert(plain().double())
+    penalty = sum(g.square().sum() for g in net.gains.values())
+    (net(X).sum() + penalty).backward()
+    assert all(g.grad is not None for g in net.gains.values())
+
+
+@pytest.mark.slow
+def test_a_converted_model_compiles_as_one_graph() -> None:
+    net = st.hypernet.convert(plain().double(), scale=1e-9)
+    torch.testing.assert_close(
+        torch.compile(net, fullgraph=True, backend="eager")(X).shape, net(X).shape
+    )

@@ -148,6 +148,8 @@ def test_logs_hyperparameters(tmp_path: Path, strategy: str) -> None:
     done.train()
     found = [r["hyper/lr"] for r in done.state.log_history if "hyper/lr" in r]
     assert found[-1] == pytest.approx(done.optimizer.optimizer.hparams["lr"])
+    losses = [r["step"] for r in done.state.log_history if "loss" in r]
+    assert losses == ([4, 8, 12, 16, 20, 24] if strategy == "steps" else [6, 12, 18, 24])
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear"])

@@ -128,6 +128,12 @@ def test_integers_are_refused(name: str) -> None:
         IMAGES[name](0.3)((images() * 255).to(torch.uint8))
 
 
+@pytest.mark.parametrize("name", ["Noise", "Brightness", "Contrast", "ActivationPenalty"])
+def test_complex_inputs_keep_their_type(name: str) -> None:
+    x = torch.complex(images(), images())
+    assert IMAGES[name](0.3)(x).dtype == torch.complex64
+
+
 def test_dimensions_that_the_input_does_not_have_are_refused() -> None:
     with pytest.raises(ValueError, match="no dimension 7"):
         st.nn.Dropout(0.5, share=(0, 7))(torch.ones(3, 4))

@@ -189,20 +189,71 @@ def test_gates_keep_the_type_that_autocast_chose() -> None:
         assert net(torch.ones(2, 3)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
+@pytest.mark.parametrize("kind", ["weight_norm", "prune"])
 def test_weights_that_hooks_compute_are_named(kind: str) -> None:
     layer: Any = nn.Linear(8, 3)
     if kind == "prune":
         torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
-    elif kind == "weight_norm":
+    else:
         with pytest.warns(FutureWarning):
             torch.nn.utils.weight_norm(layer)
-    else:
-        torch.nn.utils.spectral_norm(layer)
     net = nn.Sequential(nn.Linear(5, 8), Gate(8), layer)
     net[1].gates.data[0] = 0.0
-    with pytest.raises(ValueError, match=r"2: its weight is set by a hook.*parametrizations"):
+    with pytest.raises(ValueError, match=r"weights of 2 are set by hooks.*parametrizations"):
         prune(net, torch.zeros(1, 5))
+
+
+def test_units_beside_a_layer_with_a_hook_stay() -> None:
+    """Truth: the gated model; the hook would compute a weight of the size before."""
+    torch.manual_seed(0)
+    last = torch.nn.utils.spectral_norm(nn.Linear(6, 2))
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), Gate(8), nn.Linear(8, 6), Gate(6), last)
+    half_closed(net, net[2], net[4])
+    x = torch.randn(3, 5)
+    small: Any = prune(net, x[:1])
+    torch.testing.assert_close(small(x), net(x))
+    assert (small[0].out_features, small[3].out_features) == (4, 6)
+
+
+@pytest.mark.parametrize("pad", [(1, -1), (1, -1, 0, 0)])
+def test_padding_along_the_units_keeps_them(pad: tuple[int, ...]) -> None:
+    class Shifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate, self.last = nn.Linear(3, 8), Gate(8, dim=-1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.pad(self.gate(self.first(x)), pad))
+
+    torch.manual_seed(0)
+    model = Shifts()
+    half_closed(model, model.gate)
+    x = torch.randn(2, 5, 3)
+    small: Any = prune(model, x[:1])
+    torch.testing.assert_close(small(x), model(x))
+    assert small.first.out_features == 8
+
+
+def test_multiply_adds_of_attention_with_a_mask() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.first, self.gate, self.last = nn.Linear(8, 8), Gate(8, dim=-1), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            x = self.last(self.gate(self.first(x)))
+            return self.inner(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    example = (torch.randn(1, 5, 8), torch.zeros(1, 5, dtype=torch.bool))
+    goal = Goal(Masked(), example, budget=0.99, of="multiply_adds")
+    assert goal.size()["multiply_adds"] == 5 * 6 * 8 * 8
+
+
+def test_gates_of_integers_are_not_rounded() -> None:
+    gate = Gate(2)
+    gate.gates.data = torch.tensor([[0.5], [1.5]]).view_as(gate.gates)
+    assert gate(torch.tensor([[2, 2]])).tolist() == [[1.0, 3.0]]
 
 
 @pytest.mark.parametrize(

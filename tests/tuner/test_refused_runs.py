@@ -355,3 +355,22 @@ def test_a_converted_model_is_refused() -> None:
 def test_parameters_without_values_and_complex_ones_are_named(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         st.Tuner(nn.Sequential(make()), nn.MSELoss())
+
+
+def test_frozen_complex_parameters_are_no_obstacle() -> None:
+    """As the tables of rotary embeddings are."""
+
+    class Rotated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+            table = torch.polar(torch.ones(1), torch.ones(1))
+            self.table = nn.Parameter(table, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(torch.view_as_real(torch.view_as_complex(x) * self.table))
+
+    x = torch.randn(32, 2)
+    batches = [(part, part.sum(1, keepdim=True)) for part in x.split(8)]
+    result = st.Tuner(Rotated(), F.mse_loss).fit(batches[:3], batches[3:], epochs=3, progress=False)
+    assert math.isfinite(result.best_loss)
