@@ -227,7 +227,7 @@ class Sensitivities:
 
     # at a hyperparameter step
 
-    def answers(self, part: Part, pieces: Pieces | None, cut: Slice = WHOLE) -> Tensor:
+    def penalty_sensitivity(self, part: Part, pieces: Pieces | None, cut: Slice = WHOLE) -> Tensor:
         """Sum of the sensitivities to the penalties' strengths, over the slice."""
         average = cut.take(part.average)
         total = torch.zeros_like(average)

@@ -196,13 +196,13 @@ class Method:
         """
         deflated: Sequence[Tensor] | None = None
         if state.stiffness:
-            answers = [
-                self.sensitivities.answers(p, self._pieces(i), cut) * cut.root
+            summed = [
+                self.sensitivities.penalty_sensitivity(p, self._pieces(i), cut) * cut.root
                 for i, (cut, p) in enumerate(self.cuts(state.parts))
             ]
             memories = outer.gone * (1 - self.sensitivities.estimator.discount)
             deflated, stiffness = state.stiffness[0].deflated(
-                outer.grads, state.secants, answers, memories,
+                outer.grads, state.secants, summed, memories,
                 self.settings.stiff.dependent, self.total,
             )  # fmt: skip
             state = state._replace(stiffness=[stiffness])

@@ -132,7 +132,7 @@ class Stiffness(NamedTuple):
         self,
         grads: Sequence[Tensor],
         secants: Sequence[Secants],
-        answers: Sequence[Tensor],
+        summed: Sequence[Tensor],
         memories: float | Tensor,
         dependent: float,
         reduce: Reduce,
@@ -142,13 +142,13 @@ class Stiffness(NamedTuple):
         Args:
             grads: The outer gradient, part by part.
             secants: Secants of every part.
-            answers: J of the penalties' strengths in log space, summed over penalties.
+            summed: J of the penalties' strengths in log space, summed over penalties.
             memories: Steps since the last call, divided by the memory 1/(1 − γ) of J. τ grows
                 by ‖J‖ / ‖push‖ in one memory, so here by ``memories`` times this.
             dependent: As in :class:`StiffSettings`.
             reduce: Sums products over processes that hold parts of the weights.
         """
-        square = reduce(torch.stack([a.square().sum() for a in answers]).sum()).view(1)
+        square = reduce(torch.stack([a.square().sum() for a in summed]).sum()).view(1)
         recent = (square.to(self.push) / self.push).sqrt().nan_to_num(nan=0.0, posinf=0.0)
         time = self.time + memories * recent
         pull = self.rises / torch.maximum(time, recent)

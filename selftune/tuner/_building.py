@@ -228,7 +228,7 @@ def build(
     snapshots = Snapshots(run, steps.method, mapped, where, candidate=second)
     fused = Fused(steps, run, members)
     if fused.whole is not None:
-        snapshots.rewound.append(fused.whole.whole.forget)
+        snapshots.rewound.append(fused.whole.estimates.forget)
     if steps.halved is not None:
         snapshots.rewound.append(steps.halved.batches.scale.forget)
     scorer = Scorer(given.objective, given.metrics, val, steps, mapped, device)
@@ -305,7 +305,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         every=plan.every,
         autocast=autocast,
         whole=assigned.whole,
-        answers=[n for n in hyper.names if n in assigned.names],
+        whole_step_names=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.strengths.items() if n in names},
         joined=joined,
         own=PerParameter(given.update.rule.by_parameter(given.objective.model, trained)),

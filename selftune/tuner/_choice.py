@@ -93,7 +93,7 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
         getattr(state, name)[:] = getattr(fresh, name)  # in place, because the run is shared
     steps.chosen = chosen
     if fused.whole is not None:
-        fused.whole.whole.forget()
+        fused.whole.estimates.forget()
     compiled, fused.compiled = fused.compiled, False
     if compiled:  # the graphs use the previous tensors
         fused.compile()

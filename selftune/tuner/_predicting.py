@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def predicted(training: Training) -> list[str]:
     """Hyperparameters with a learned sensitivity."""
-    return [] if training.fused.whole is None else list(training.steps.answers)
+    return [] if training.fused.whole is None else list(training.steps.whole_step_names)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ def unpack(training: Training, state: dict[str, Any], but: Sequence[str] = ()) -
     for name, param in _frozen_params(training).items():
         shards.load_param(param, state["frozen"][name])
     if training.fused.whole is not None:
-        training.fused.whole.whole.memory = tree_map_only(
+        training.fused.whole.estimates.memory = tree_map_only(
             Tensor, lambda t: t.to(run.step.device), state["whole"]
         )
     training.snapshots.load_state_dict(_snapshots(training, shards.shard, state["snapshots"]))
@@ -108,7 +108,7 @@ def _remembered(training: Training) -> Any:
     A checkpoint contains plain containers only, so reading it executes no code; with custom
     types the estimator restarts on resuming.
     """
-    memory = None if training.fused.whole is None else training.fused.whole.whole.memory
+    memory = None if training.fused.whole is None else training.fused.whole.estimates.memory
     return memory if plain(memory) else None
 
 

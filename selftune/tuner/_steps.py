@@ -47,7 +47,7 @@ class Steps:
         every: Weight steps between two hyperparameter steps.
         autocast: Makes the context of the forward passes.
         whole: A whole-step estimator, or None.
-        answers: Names of the hyperparameters that it handles.
+        whole_step_names: Names of the hyperparameters that it handles.
         layers: Buffers of the objective that contain hyperparameters, by name.
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
             operation handles all tensors. This shortens eager steps of small networks.
@@ -71,7 +71,7 @@ class Steps:
     every: int
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     whole: AbstractEstimator | None = None
-    answers: Sequence[str] = ()
+    whole_step_names: Sequence[str] = ()
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joined: bool = False
     own: PerParameter = field(default_factory=PerParameter)
@@ -306,17 +306,17 @@ class Steps:
         return 1 / (1 - values[heavy[0].name]) if heavy else 1.0
 
     def hyper_step(
-        self, run: RunState, passed: Passed, answers: Mapping[str, Tensor] | None = None
+        self, run: RunState, passed: Passed, whole_step_grads: Mapping[str, Tensor] | None = None
     ) -> tuple[RunState, Tensor]:
         """The run after a step of the hyperparameters; see :meth:`tune`.
 
         Args:
             run: The run before the step.
             passed: The validation pass.
-            answers: Hypergradients in raw space from a whole-step estimator.
+            whole_step_grads: Hypergradients in raw space from a whole-step estimator.
         """
         (loss, grads, buffers), before = passed, run.hyper.raw.clone()
-        state, signal = self.signal(run, grads, answers or {})
+        state, signal = self.signal(run, grads, whole_step_grads or {})
         weights = self.method.cut([p.params.to(p.average.dtype) for p in run.method.parts])
         memory = self.memory({**self.options, **self.hyper.values(run.hyper.raw)})
         frame = self.hyper.frame(run.step.device)
@@ -330,7 +330,7 @@ class Steps:
         return after, torch.cat([record, before])
 
     def signal(
-        self, run: RunState, grads: Sequence[Tensor], answers: Mapping[str, Tensor]
+        self, run: RunState, grads: Sequence[Tensor], whole_step_grads: Mapping[str, Tensor]
     ) -> tuple[State, Tensor]:
         """dL/d(raw) of every tuned hyperparameter, shape (hyperparameters,), and the state."""
         names = self.method.sensitivities.names
@@ -342,7 +342,7 @@ class Steps:
             outer = Outer(self.method.cut(grads), [values] * len(grads), run.step, self.every)
             state, rows = self.method.hypergradient(run.method, outer)
             hypergrads = dict(zip(names, rows.squeeze(1), strict=True))
-        hypergrads |= answers
+        hypergrads |= whole_step_grads
         if not hypergrads:
             return state, torch.zeros_like(run.hyper.raw)
         return state, torch.stack([hypergrads[n].to(torch.float64) for n in self.hyper.names])

@@ -198,7 +198,7 @@ class Training:
             self.watch.digest(step)
             tune = self.watch.since < step  # unless the guard rewound the run
         whole = self.fused.whole
-        if whole is not None and whole.whole.memory is None:
+        if whole is not None and whole.estimates.memory is None:
             tune = False  # no step was seen yet
         return tune
 

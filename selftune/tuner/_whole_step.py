@@ -66,7 +66,7 @@ class FunctionalSteps:
         # Created here, because a module created within a graph cannot be called in it.
         self._halves = {n: _Method(inner, n) for n in ("predicted", "judged") if splits}
         self.sees = estimator.sees
-        self.whole = WholeSteps(estimator)
+        self.estimates = WholeSteps(estimator)
         self._batch: Any = None  # of the last step
 
     def wrap(self, wrap: Callable[[Function], Function]) -> None:
@@ -112,10 +112,10 @@ class FunctionalSteps:
         rate = rates.gather(0, last).squeeze(0).to(dtype)
         step, age = (t.squeeze(0).to(dtype) for t in (run.step, run.age))
         values = {n: v.to(dtype) for n, v in steps.hyper.values(run.hyper.raw).items()}
-        others = {n: v for n, v in values.items() if n not in steps.answers} or None
+        others = {n: v for n, v in values.items() if n not in steps.whole_step_names} or None
         buffers = [b.clone() for b in run.buffers]
         point = Point(params, state, buffers, Clock(step, rate * self._rates, age), options=others)
-        return point, {n: values[n] for n in steps.answers}
+        return point, {n: values[n] for n in steps.whole_step_names}
 
     def joined(self, grads: Sequence[Tensor]) -> Tensor:
         """Gradients concatenated to one vector."""
@@ -133,12 +133,12 @@ class FunctionalSteps:
         """Observe a step on a batch."""
         self._batch = batch
         point = point._replace(batch=(batch, point.batch))
-        self.whole.observe(self._problem, point, hparams)
+        self.estimates.observe(self._problem, point, hparams)
 
     def estimate(self, end: Point, hparams: Hparams, grads: Tensor) -> Mapping[str, Tensor]:
         """Hypergradients along an outer gradient of length 1, at the end of the last step."""
         end = end._replace(batch=(self._batch, end.batch))
-        return self.whole.estimate(self._problem, end, hparams, grads)
+        return self.estimates.estimate(self._problem, end, hparams, grads)
 
     def shift(self, run: RunState, move: Tensor) -> list[Tensor]:
         """``J δ`` for a change δ of the hyperparameters in raw space, one tensor for each part.
@@ -148,9 +148,9 @@ class FunctionalSteps:
         """
         params = self._layout.flatten(run.averages)
         move = move.to(self._layout.dtype)
-        memory = self.whole.memory
+        memory = self.estimates.memory
         if memory is None:
             shift = torch.zeros_like(params)
         else:
-            shift = self.whole.estimator.shift(self._problem, memory, params, move)
+            shift = self.estimates.estimator.shift(self._problem, memory, params, move)
         return [shift] if self._steps.layout is not None else self._layout.views(shift)
