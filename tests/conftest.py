@@ -1,6 +1,8 @@
 """Options of the suite."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 # The nets of the tests are so small that threads would only wait for one another, above all where
 # two suites run side by side; read by torch when it is imported, and by processes of a test.
@@ -19,3 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="RUNS",
         help="with --browser: write docs/img/ anew, from the runs of examples/inspect_runs.py",
     )
+
+
+@pytest.fixture(autouse=True)
+def loggers_kept() -> Iterator[None]:
+    """Restores levels, which the commands of benchmarks raise: later tests read messages."""
+    logger = logging.getLogger("selftune")
+    level, propagate, disabled = logger.level, logger.propagate, logging.root.manager.disable
+    yield
+    logger.setLevel(level)
+    logger.propagate = propagate
+    logging.disable(disabled)
