@@ -39,7 +39,7 @@ def test_choices_that_are_no_numbers_are_logged(tmp_path: Path) -> None:
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_grid_has_every_point_of_choices_that_depend_on_two_others(
     workers: int, tmp_path: Path
 ) -> None:
