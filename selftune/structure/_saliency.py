@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from selftune._trees import unchanged
 from selftune.structure.gates import AbstractGated, gated
 
 Closure = Callable[[], Tensor]
@@ -99,14 +100,7 @@ def _watch(
         output.register_hook(add)
 
 
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_kept(model: nn.Module) -> AbstractContextManager[None]:
     """Restore buffers, such as running statistics, after the block; masks may change."""
     masks = {id(module.mask) for _, module in gated(model)}
-    copies = [(b, b.clone()) for b in model.buffers() if id(b) not in masks]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in copies:
-                buffer.copy_(before)
+    return unchanged(b for b in model.buffers() if id(b) not in masks)

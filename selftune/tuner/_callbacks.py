@@ -25,8 +25,7 @@ def stop(training: Training, scores: dict[str, float]) -> str:
     """
     plan, watch = training.plan, training.watch
     # After the join, whose evaluation may be the last without improvement, there are no scores.
-    waits = plan.patience is not None and not training.joined
-    ends = waits and training.waited >= (plan.patience or 0)
+    ends = plan.patience is not None and training.waited >= plan.patience and not training.joined
     if training.callbacks:
         progress = Progress(
             step=training.step, total=plan.total, epoch=training.train.epoch,

@@ -57,19 +57,11 @@ def check_together(given: Given, compile: bool | str) -> None:
             f"population={members.size} cannot be trained with {group.kind}: "
             "pass population=1, or train on one rank"
         )
-    check_sharded(given, compile)
+    _check_sharded(given, compile)
 
 
-def check_sharded(given: Given, compile: bool | str) -> None:
-    """Raise an error for options that do not work with sharded weights, and for a sharded model.
-
-    Args:
-        given: The arguments of the tuner.
-        compile: Its argument.
-
-    Raises:
-        ValueError: There are such options; the message names them.
-    """
+def _check_sharded(given: Given, compile: bool | str) -> None:
+    """Raise an error for options that do not work with sharded weights, or a sharded model."""
     rule = type(given.update.rule).__name__
     whole = [p.name for p in given.update.penalties if not p.elementwise]
     params: dict[str, Any] = dict(given.objective.model.named_parameters())
