@@ -98,6 +98,19 @@ class Update:
         """Names tuned by default: those of the rule and all penalties."""
         return (*self.rule.tuned, *(p.name for p in self.penalties))
 
+    def check_gradients(self, tune: Sequence[str]) -> None:
+        """Check that a step has a derivative with respect to each hyperparameter in ``tune``.
+
+        Raises:
+            ValueError: It is zero almost everywhere for one of them.
+        """
+        for name in self.rule.without_gradient.intersection(tune):
+            raise ValueError(
+                f"tune={name!r} would have no effect: the steps of {type(self.rule).__name__} have "
+                f"a derivative of zero with respect to {name}. Leave it out of tune=; a population "
+                "of st.Tuner or a search can choose its value."
+            )
+
     @property
     def regularizers(self) -> set[str]:
         """Names of the strengths of weight decay and penalties."""

@@ -182,6 +182,7 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
     every, tune = options.cadence(), options.tune
     if tune is None:  # ``decay`` only if no schedule anneals
         tune = [n for n in update.tuned if total is None or n != "decay"]
+    update.check_gradients(tune)
     shifts = Shifts(
         update.hparams, tune=tune, size=settings.hyper.size(every, total), per=options.per,
         bounds=options.bounds, total_steps=total,

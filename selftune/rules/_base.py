@@ -59,6 +59,8 @@ class AbstractRule(ABC):
         tuned: Names of the hyperparameters that are tuned by default.
         defaults: Default options and hyperparameters, as in ``torch.optim``.
         inactive: Hyperparameters that currently have no effect and no sensitivities.
+        without_gradient: Hyperparameters of which the derivative of a step is zero almost
+            everywhere, so that they cannot be tuned by gradient.
         elementwise: Whether all operations are elementwise. If not, ``joined`` returns the rule
             for concatenated tensors, and sharded weights are not supported.
     """
@@ -69,6 +71,7 @@ class AbstractRule(ABC):
     tuned: tuple[str, ...]
     defaults: Mapping[str, Any]
     inactive: frozenset[str] = frozenset()
+    without_gradient: frozenset[str] = frozenset()
     elementwise: bool = True
 
     @abstractmethod

@@ -163,6 +163,8 @@ class Tuner:
         known = update.hparams | {n: as_layer(f.hparam) for n, f in strengths.items()}
         names = tuned_names(tune, update, strengths, schedule)
         members = Population(population, seed) if population != 1 else None
+        if members is None:
+            update.check_gradients(names)
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         choose(known, names, bounds, 1)
         self._given = Given(

@@ -289,6 +289,7 @@ def test_compiled_layers_draw_and_differentiate_the_same(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [7, 50])
 def test_compiled_draws_fill_shapes_that_do_not_fit_the_vectors_of_the_machine(count: int) -> None:
     """Against the eager draws: a compiled loop over the positions must not end early."""

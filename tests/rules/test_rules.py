@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import selftune as st
 from selftune import rules
 from selftune.penalties import L1, L2, Elastic, Group
 from selftune.update import Clock, Update
@@ -152,3 +153,27 @@ def test_group_and_elastic_enter_the_gradient() -> None:
     (want,) = torch.autograd.grad(total, w)
     got = update.penalised(w.detach(), torch.zeros_like(w), values)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (st.rules.Lion(), "beta1"),
+        (st.rules.Lion(), "beta2"),
+        (st.rules.Mixture([st.rules.Lion(), st.rules.AdamW()]), "lion_beta2"),
+    ],
+)
+def test_what_has_no_derivative_is_not_tuned_by_gradient(
+    rule: rules.AbstractRule, name: str
+) -> None:
+    """Both drivers refuse it by name; a population chooses by loss instead."""
+    model = torch.nn.Linear(2, 1)
+    match = f"tune='{name}' would have no effect: the steps of {type(rule).__name__}"
+    with pytest.raises(ValueError, match=match):
+        st.Tuner(model, torch.nn.functional.mse_loss, rule=rule, tune=("lr", name))
+    if isinstance(rule, st.rules.Lion):
+        with pytest.raises(ValueError, match=match):
+            st.Lion(model, tune=("lr", name))
+        st.Tuner(
+            model, torch.nn.functional.mse_loss, rule=rule, tune=("lr", name), population=2
+        )  # fmt: skip
