@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from selftune._flat import swap
 from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
+from selftune.optim._carried import Carried
 
 _usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 """Momenta of the layers while other statistics are shown; optimizers may share layers."""
@@ -36,11 +37,13 @@ class Buffers:
     Attributes:
         layers: Layers of the trained model.
         foreign: Layers of other models.
+        carried: Other buffers that training passes change.
     """
 
     def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
         self.layers: list[nn.Module] = []
         self.foreign: list[nn.Module] = []
+        self.carried = Carried()
         self.average: list[Tensor] = []
         self.good: list[Tensor] = []
         self.candidate: list[Tensor] = []
@@ -52,7 +55,7 @@ class Buffers:
         self._gathered: list[Tensor] = []  # whether the last pass updated each layer
         self._others: Sequence[Tensor] = []  # the training statistics, while others are shown
         self._saved: dict[str, Any] | None = None
-        self._strangers = 0  # number of foreign layers in a saved run
+        self._expected = 0  # number of foreign layers and carried buffers of a saved run
         if module is not None:
             self.add(module)
 
@@ -86,6 +89,7 @@ class Buffers:
             owned = [id(p) in ours for p in module.parameters()]
             if any(owned) or not owned:
                 self.add(module)
+                self.carried.look(module, _statistics(module) if _tracks(module) else [])
                 return
             known = {id(layer) for layer in (*self.layers, *self.foreign)}
             for part in module.modules():
@@ -109,13 +113,17 @@ class Buffers:
             for layer in self.foreign:
                 for tensor, old in zip(_statistics(layer), others.get(id(layer), []), strict=False):
                     tensor.copy_(old)
+            self.carried.looked()
             if self._saved is not None:
                 self.load_state_dict(self._saved)
-            self._strangers = 0
+            self._expected = 0
 
-    def apart(self) -> AbstractContextManager[None]:
-        """Restores the statistics of foreign layers after the block."""
-        return unchanged([t for layer in self.foreign for t in _statistics(layer)])
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Restores the statistics of foreign layers and the carried buffers after the block."""
+        statistics = unchanged([t for layer in self.foreign for t in _statistics(layer)])
+        with statistics, self.carried.unchanged():
+            yield
 
     def expect(self, params: Iterable[Tensor]) -> None:
         """Find the layers of loaded statistics in later forward passes.
@@ -146,17 +154,19 @@ class Buffers:
 
     @property
     def complete(self) -> bool:
-        """Whether all layers of a loaded run are found, including foreign ones."""
-        return not self.waiting and len(self.foreign) >= self._strangers
+        """Whether all layers and buffers of a loaded run are found, including foreign ones."""
+        known = len(self.foreign) + len(self.carried.buffers)
+        return not self.waiting and known >= self._expected
 
     def tensors(self) -> list[Tensor]:
         """The current statistics of the modules."""
         return [t for layer in self.layers for t in _statistics(layer)]
 
-    def kept(self) -> AbstractContextManager[None]:
-        """Restores all statistics after the block."""
-        layers = (*self.layers, *self.foreign)
-        return unchanged([t for layer in layers for t in _statistics(layer)])
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Restores all statistics and the carried buffers after the block."""
+        with unchanged(self.tensors()), self.apart():
+            yield
 
     def at(self, place: float) -> list[Tensor]:
         """Copies of the statistics of the good (−1), averaged (0) or current weights (1)."""
@@ -249,13 +259,13 @@ class Buffers:
             "good": [t.clone() for t in self.good],
             "candidate": [t.clone() for t in self.candidate],
             "own": self._own,
-            "foreign": len(self.foreign),
+            "foreign": len(self.foreign) + len(self.carried.buffers),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``, as soon as the layers are found."""
         self._saved = None if self.layers or not state["average"] else state
-        self._own, self._strangers = state["own"], state["foreign"]
+        self._own, self._expected = state["own"], state["foreign"]
         owned = {
             "average": self.average, "good": self.good, "candidate": self.candidate,
             "training": self.tensors(),

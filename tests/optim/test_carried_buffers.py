@@ -1,0 +1,98 @@
+"""Buffers that training passes change. Truths: the buffers before a step, an undisturbed run."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import selftune as st
+
+
+class Codebook(nn.Module):
+    """A running mean of its inputs, changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+class Recurrent(nn.Module):
+    """A hidden state between batches, which each pass replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.RNNCell(4, 4)
+        self.register_buffer("hidden", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.zeros(len(x), 4) if self.hidden is None else self.hidden
+        out = self.cell(x, hidden)
+        self.hidden = out.detach()
+        return out
+
+
+def network(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    layer = {
+        "codebook": Codebook, "recurrent": Recurrent,
+        "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+        "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    }[kind]()  # fmt: skip
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), layer, nn.Linear(4, 1))
+
+
+def loss(net: nn.Module, seed: int) -> Tensor:
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+    return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def train(net: nn.Module, opt: Any, steps: range) -> None:
+    for step in steps:
+        opt.zero_grad()
+        loss(net, step).backward()
+        opt.step()
+        opt.hyper_step(lambda step=step: loss(net, 1000 + step))
+
+
+KINDS = "codebook", "recurrent", "spectral norm", "old spectral norm"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validation_passes_in_training_mode_leave_them(kind: str) -> None:
+    net = network(kind)
+    opt = st.AdamW(net, every=2, probe=False, total_steps=100)
+    taken = 0
+    for step in range(20):
+        opt.zero_grad()
+        loss(net, step).backward()
+        opt.step()
+        before = {n: b.clone() for n, b in net.named_buffers()}
+        assert before
+        taken += opt.hyper_step(lambda step=step: loss(net, 1000 + step)) is not None
+        for name, buffer in net.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+    assert taken > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_same(kind: str) -> None:
+    whole, half, resumed = network(kind), network(kind), network(kind)
+    options: dict[str, Any] = dict(every=2, probe=False, total_steps=60)
+    train(whole, st.AdamW(whole, **options), range(60))
+    first = st.AdamW(half, **options)
+    train(half, first, range(25))
+    if kind == "recurrent":
+        resumed[2].register_buffer("hidden", torch.zeros(8, 4))
+    resumed.load_state_dict(half.state_dict())
+    second = st.AdamW(resumed, **options)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(resumed, second, range(25, 60))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
