@@ -29,6 +29,7 @@ from selftune.method.snapshots import kinds, resolve
 from selftune.nn import Strength
 from selftune.schedules import Schedule
 from selftune.tuner import _choice
+from selftune.tuner._carried import carried
 from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
@@ -220,6 +221,7 @@ def build(
     start = math.nan
     if new:
         start = check_first(steps, run, streams[:2], given.metrics, mapped=mapped)
+    steps.carried = carried(steps, run, streams[:2], mapped=mapped)
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))

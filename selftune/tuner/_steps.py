@@ -61,6 +61,7 @@ class Steps:
         params: Names of the trained parameters.
         layout: Layout of the vector, or None.
         buffers: Names of the buffers.
+        carried: Positions of the buffers of the training pass that validation passes use too.
     """
 
     inner: nn.Module
@@ -79,6 +80,7 @@ class Steps:
     chosen: choice.Chosen | None = None
     shards: Shards = field(default_factory=Shards)
     halved: HalvedBatches | None = None
+    carried: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Look up the parameters."""
@@ -187,7 +189,9 @@ class Steps:
     def val_pass(self, run: RunState, batch: Batch) -> Passed:
         """:meth:`outer_gradient` on this rank's part of the batch, at the average."""
         params = [p.average.to(p.params.dtype) for p in run.method.parts]
-        return self._pass(self.outer, params, run.average_buffers, batch, self._layers(run))
+        both = enumerate(zip(run.buffers, run.average_buffers, strict=True))
+        buffers = [mine if i in self.carried else average for i, (mine, average) in both]
+        return self._pass(self.outer, params, buffers, batch, self._layers(run))
 
     def _layers(self, run: RunState) -> dict[str, Tensor]:
         """The buffers with the current values of tuned layers, shape (1,) each."""
@@ -226,8 +230,7 @@ class Steps:
             moments = [
                 m._replace(share=torch.where(fine, m.share, 0.0), mask=fine) for m in moments
             ]
-            both = zip(buffers, run.buffers, strict=True)
-            buffers = [torch.where(fine, new, old) for new, old in both]
+            buffers = [torch.where(fine, *b) for b in zip(buffers, run.buffers, strict=True)]
         after = run._replace(
             method=self.method.weight_step(run.method, steps, moments, tracked=tracked),
             buffers=buffers,
@@ -323,8 +326,7 @@ class Steps:
         state, _ = self.method.hyper_step(state, signal, weights, frame, run.step, memory=memory)
         present = self.hyper.values(state.hyper.raw).values()
         fine = torch.isfinite(signal).all()
-        both = zip(buffers, run.average_buffers, strict=True)
-        kept = [torch.where(fine, new, old) for new, old in both]
+        kept = [torch.where(fine, *b) for b in zip(buffers, run.average_buffers, strict=True)]
         after = run._replace(method=state, average_buffers=kept)
         record = torch.stack([t.to(torch.float64) for t in (loss, fine, *present)])
         return after, torch.cat([record, before])

@@ -1,0 +1,94 @@
+"""Buffers that training passes change. Truths: unit spectral norm, the data's mean, whole runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import Outage, same
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+import selftune as st
+
+MEAN = 20.0
+
+
+class Normaliser(nn.Module):
+    """Subtracts a running mean of its inputs, which passes in training mode update."""
+
+    mean: Tensor
+
+    def __init__(self, *, bound_anew: bool) -> None:
+        super().__init__()
+        self._anew = bound_anew
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            if self._anew:
+                self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            else:
+                self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return x - self.mean
+
+
+def batches(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    x = MEAN + torch.randn(count, 16, 4, generator=torch.Generator().manual_seed(seed))
+    return list(zip(x, (x[..., :2] - MEAN).argmax(-1), strict=True))
+
+
+def network(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    first = Normaliser(bound_anew=kind == "bound anew")
+    middle = nn.Linear(4, 16)
+    if kind == "spectral norm":
+        middle = spectral_norm(middle)
+    return nn.Sequential(first, middle, nn.ReLU(), nn.Linear(16, 3))
+
+
+def fit(model: nn.Module, **options: Any) -> st.TuningResult:
+    settings = {
+        n: options.pop(n) for n in ("population", "exploit_every", "compile") if n in options
+    }
+    run = st.Tuner(model, F.cross_entropy, **{"compile": False, **settings})
+    return run.fit(batches(20, 0), batches(4, 1), epochs=8, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+@pytest.mark.parametrize("population", [1, 3])
+def test_a_running_mean_is_that_of_the_data(population: int, compiled: bool) -> None:
+    model = network("in place")
+    result = fit(model, population=population, compile=compiled)
+    torch.testing.assert_close(model[0].mean, torch.full((4,), MEAN), atol=0.5, rtol=0)
+    assert result.best_loss < 0.3
+
+
+def test_a_buffer_that_is_bound_anew_counts_too() -> None:
+    model = network("bound anew")
+    fit(model)
+    torch.testing.assert_close(model[0].mean, torch.full((4,), MEAN), atol=0.5, rtol=0)
+
+
+def test_spectral_norms_stay_at_one() -> None:
+    model = network("spectral norm")
+    fit(model)
+    model.eval()
+    assert float(torch.linalg.matrix_norm(model[1].weight.detach(), 2)) == pytest.approx(1, abs=0.05)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def fail(progress: Any) -> None:
+        if progress.step == 100:
+            raise Outage
+
+    options: dict[str, Any] = dict(evaluate_every=20)
+    whole = fit(network("spectral norm"), log_dir=tmp_path / "whole", **options)
+    with pytest.raises(Outage):
+        fit(network("spectral norm"), log_dir=tmp_path / "cut", callbacks=[fail], **options)
+    resumed = fit(network("spectral norm"), log_dir=tmp_path / "cut", resume=True, **options)
+    assert same(resumed.history, whole.history)
+    assert same(resumed.best_weights, whole.best_weights)
