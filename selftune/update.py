@@ -11,6 +11,7 @@ where λ w appears only if the rule decouples weight decay. ``rate`` is the sche
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
 from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1
 from selftune.rules._base import AbstractRule, State, Values, geometric
 from selftune.schedules import inverse_time
+
+log = logging.getLogger("selftune")
 
 
 class Clock(NamedTuple):
@@ -95,8 +98,15 @@ class Update:
 
     @property
     def tuned(self) -> tuple[str, ...]:
-        """Names tuned by default: those of the rule and all penalties."""
-        return (*self.rule.tuned, *(p.name for p in self.penalties))
+        """Names tuned by default: those of the rule and all penalties that have a gradient."""
+        penalties = (p.name for p in self.penalties if p.name not in self.without_gradient)
+        return (*self.rule.tuned, *penalties)
+
+    @property
+    def without_gradient(self) -> set[str]:
+        """Hyperparameters of which the derivative of a step is zero almost everywhere."""
+        added = {p.name for p in self.penalties if not p.proximal}
+        return set(self.rule.without_gradient) | (set() if self.rule.smooth else added)
 
     def check_gradients(self, tune: Sequence[str]) -> None:
         """Check that a step has a derivative with respect to each hyperparameter in ``tune``.
@@ -104,12 +114,19 @@ class Update:
         Raises:
             ValueError: It is zero almost everywhere for one of them.
         """
-        for name in self.rule.without_gradient.intersection(tune):
+        rule = type(self.rule).__name__
+        for name in sorted(self.without_gradient.intersection(tune)):
             raise ValueError(
-                f"tune={name!r} would have no effect: the steps of {type(self.rule).__name__} have "
-                f"a derivative of zero with respect to {name}. Leave it out of tune=; a population "
-                "of st.Tuner or a search can choose its value."
+                f"tune={name!r} would have no effect: the steps of {rule} have a derivative of "
+                f"zero with respect to {name}. Leave it out of tune=; a population of st.Tuner or "
+                "a search can choose its value."
             )
+        for name in (p.name for p in self.penalties if p.name in self.without_gradient):
+            log.warning(
+                "%s: %s keeps its value, because the steps of this rule have a derivative of zero "
+                "with respect to it; a population of st.Tuner or a search can choose it",
+                rule, name,
+            )  # fmt: skip
 
     @property
     def regularizers(self) -> set[str]:

@@ -58,7 +58,8 @@ class RuleOptimizer(SelfTuningOptimizer):
                 raise ValueError(f"{name}=True is not supported: leave it out")
         l1 = options.pop("l1")
         listed = as_list(penalty)
-        if l1 or "l1" in (extras.get("tune") or ()):
+        named = "l1" in (extras.get("tune") or ()) and all(p.name != "l1" for p in listed)
+        if l1 or named:
             listed.append(L1(l1))
         options |= {p.name: p.strength for p in listed}
         update = Update(rule, tuple(listed))

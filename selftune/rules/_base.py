@@ -59,8 +59,8 @@ class AbstractRule(ABC):
         tuned: Names of the hyperparameters that are tuned by default.
         defaults: Default options and hyperparameters, as in ``torch.optim``.
         inactive: Hyperparameters that currently have no effect and no sensitivities.
-        without_gradient: Hyperparameters of which the derivative of a step is zero almost
-            everywhere, so that they cannot be tuned by gradient.
+        smooth: Whether the direction depends smoothly on the gradient. A sign does not: neither
+            the rule's hyperparameters nor penalties added to the gradient have a hypergradient.
         elementwise: Whether all operations are elementwise. If not, ``joined`` returns the rule
             for concatenated tensors, and sharded weights are not supported.
     """
@@ -71,8 +71,13 @@ class AbstractRule(ABC):
     tuned: tuple[str, ...]
     defaults: Mapping[str, Any]
     inactive: frozenset[str] = frozenset()
-    without_gradient: frozenset[str] = frozenset()
+    smooth: bool = True
     elementwise: bool = True
+
+    @property
+    def without_gradient(self) -> frozenset[str]:
+        """Hyperparameters of which the derivative of the direction is zero almost everywhere."""
+        return frozenset(() if self.smooth else (h.name for h in self.hparams))
 
     @abstractmethod
     def init(self, params: Tensor, values: Values) -> State:

@@ -16,8 +16,8 @@ from selftune.rules.adam import BETA1, BETA2
 class Lion(AbstractRule):
     """``d = sign(β₁ m + (1 − β₁) g)``; ``m₊ = β₂ m + (1 − β₂) g``; weight decay decoupled.
 
-    The derivative of the sign is zero almost everywhere, so β₁ and β₂ have no hypergradient and
-    cannot be tuned by gradient.
+    The derivative of the sign is zero almost everywhere, so β₁, β₂ and penalties added to
+    the gradient have no hypergradient and cannot be tuned by gradient.
 
     Source: Chen et al. 2023, algorithm 2.
     """
@@ -26,7 +26,7 @@ class Lion(AbstractRule):
     decoupled = True
     shrinks = True
     tuned = ("lr", "decay", "weight_decay")
-    without_gradient = frozenset({"beta1", "beta2"})
+    smooth = False
     defaults = MappingProxyType(dict(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=1e-2))
 
     def init(self, params: Tensor, values: Values) -> State:

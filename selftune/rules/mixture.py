@@ -93,11 +93,13 @@ class Mixture(AbstractRule):
         momenta = [f"{n}_{k}" for n, m in self.members.items() for k in m.tuned
                    if k in {h.name for h in m.hparams}]  # fmt: skip
         self.tuned = ("lr", "decay", "weight_decay", *self.weights, *momenta)
-        self.without_gradient = frozenset(
-            f"{n}_{k}" for n, m in self.members.items() for k in m.without_gradient
-        )
         self._given = settings
         self.choose(next(iter(self.members)) if len(members) == 1 else None)
+
+    @property
+    def without_gradient(self) -> frozenset[str]:
+        """Those of the members, prefixed."""
+        return frozenset(f"{n}_{k}" for n, m in self.members.items() for k in m.without_gradient)
 
     @property
     def weights(self) -> list[str]:

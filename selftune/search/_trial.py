@@ -185,7 +185,7 @@ class Trainer:
     ) -> TuningResult:  # fmt: skip
         """Train at the largest sizes, remove units, and train the smaller model for the rest."""
         val = self.val if made.val is None else made.val
-        train, val, _ = parts(self.train_of(made), val, self.seed)
+        train, val, *_ = parts(self.train_of(made), val, self.seed)
         made = replace(made, train=train, val=val)
         total = self._steps(made)
         if total is None or total < 2:

@@ -25,7 +25,7 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 21
+VERSION = 22
 """Version of checkpoints; 21 has the sizes of batches that follow the noise scale."""
 
 

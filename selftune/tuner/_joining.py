@@ -58,8 +58,8 @@ class Joining:
         vars(self).update(state)
 
 
-def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None]:
-    """Training and validation batches, and the settings of the join, if there is one.
+def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None, float | None]:
+    """Training and validation batches; the settings of the join and the share of a split, if any.
 
     Args:
         train: Training batches.
@@ -72,16 +72,16 @@ def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None]:
     if val is None or isinstance(val, HoldOut):
         holding = HoldOut() if val is None else val
         given = f"val=None (a held-out share of {holding.share})" if val is None else f"val={val}"
-        return *split(train, holding.share, seed, given), holding
+        return *split(train, holding.share, seed, given), holding, holding.share
     if isinstance(val, (int, float)):
         if not 0 < val < 1:
             raise ValueError(
                 f"val={val} must be between 0 and 1, or a loader of validation batches"
             )
-        return *split(train, float(val), seed, f"val={val}"), None
+        return *split(train, float(val), seed, f"val={val}"), None, float(val)
     if val is train:
         log.warning("val is train: regularization cannot be tuned on the training data")
-    return train, val, None
+    return train, val, None, None
 
 
 def join(training: Training, scores: dict[str, float]) -> None:

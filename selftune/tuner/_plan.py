@@ -76,7 +76,8 @@ class Progress:
 class Plan:
     """The length of a run and the intervals of its events, in steps.
 
-    Held-out examples, if any, join after step ``join``, where all events are due.
+    Held-out examples, if any, join after step ``join``, where all events are due. ``share`` is the
+    part of the training data that was split off with ``seed``.
     """
 
     total: int
@@ -90,6 +91,8 @@ class Plan:
     compile: bool | str
     exploit: int
     join: int | None = None
+    share: float | None = None
+    seed: int = 0
 
     def due(self, step: int) -> bool:
         """Whether a log entry is due at a hyperparameter step."""

@@ -47,7 +47,8 @@ class Population:
                 offsets = torch.linspace(-reach, reach, self.size, dtype=torch.float64)
                 order = torch.randperm(self.size, generator=self._generator)
                 offsets = offsets[order]
-                offsets[0] = 0.0
+                middle = int(offsets.abs().argmin())
+                offsets[middle], offsets[0] = offsets[0].clone(), 0.0
                 frame, raw = hyper.frame(run.step.device), run.hyper.raw
                 moved = [hyper.move(raw, name, float(o), frame)[hyper.slots(name)] for o in offsets]
                 stacked.hyper.raw[:, hyper.slots(name)] = torch.stack(moved)

@@ -36,7 +36,7 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
     model = given.objective.model
     # Of those that the user passed: the others may follow the length, which an extension changes.
     fixed = {n: v for n, v in steps.options.items() if n in given.chosen - {UNTIL}}
-    entries = {
+    entries: dict[str, Any] = {
         "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
         "trained parameters": str(steps.params),
         # fully_shard names the class of a module FSDP…
@@ -61,6 +61,10 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
         entries[UNTIL] = steps.options[UNTIL]
     if plan.join is not None:
         entries[JOINS] = plan.join
+    if plan.share is not None:
+        entries["share of the training data for validation"] = plan.share
+    if plan.share is not None or given.population is not None:
+        entries["seed"] = plan.seed
     parts = {"average": given.average, "settings": given.settings, "guard": given.guard}
     for name, part in parts.items():
         entries |= flatten(name, part)

@@ -314,6 +314,8 @@ class Training:
             self.train = self.joining.batches if self.joined else self.train
         _saving.unpack(self, state, _resuming.FOLLOWS if longer else ())
         self.step, self.best, self.waited = state["numbers"]
+        if longer and best is not None:  # the end of the finished run was judged after its saving
+            self.best = min(self.best, best["loss"])
         self.saved_best = best if self.best < math.inf and self.group.first else None
         self.ended, self.due = state["ended"], state["due"]
         if self.plan.compile == "auto":

@@ -279,7 +279,7 @@ class Tuner:
             group.from_first(lambda: stack.enter_context(owned(folder)))
             saved = from_first(group, lambda: _checkpoints.find(resume, folder))
             group.share_streams()
-            data, (train, val, holding) = train, parts(train, val, self._seed)
+            data, (train, val, holding, share) = train, parts(train, val, self._seed)
             whole = train if holding is None else data
             device = self._device or next(self.model.parameters()).device
             objective.train()
@@ -288,9 +288,9 @@ class Tuner:
             score = evaluate_every or between_evaluations(streams[0], total)
             spacing, rest = between_entries(total, log_every)
             plan = Plan(
-                total=total, every=self._given.cadence(total), score=score,
+                total=total, every=self._given.cadence(total), score=score, seed=self._seed,
                 save=checkpoint_every or score, log=spacing, rest=rest,
-                patience=patience, picture=pictures_every, compile=self._compile,
+                patience=patience, picture=pictures_every, compile=self._compile, share=share,
                 exploit=self._exploit, join=None if holding is None else holding.join(total),
             )  # fmt: skip
             training = build(self._given, plan, streams, val, device, saved is None)

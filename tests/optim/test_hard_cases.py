@@ -262,3 +262,9 @@ def test_what_is_not_finite_is_left_out_and_three_in_a_row_bring_the_run_back(ki
     assert float(weights.abs().max()) < 2.0
     assert after["lr"] != before["lr"]
     assert broken(kind)[1][0] == (23 if kind == "gradients" else 35)
+
+
+def test_a_penalty_of_ones_own_may_be_named_in_tune() -> None:
+    """It was added a second time, and refused."""
+    opt = st.AdamW(nn.Linear(2, 1), penalty=st.penalties.ProximalL1(1e-3), tune=("lr", "l1"))
+    assert opt.hparams["l1"] == 1e-3

@@ -5,7 +5,7 @@ import torch
 
 import selftune as st
 from selftune import rules
-from selftune.penalties import L1, L2, Elastic, Group
+from selftune.penalties import L1, L2, AbstractPenalty, Elastic, Group, ProximalL1
 from selftune.update import Clock, Update
 
 OPTIONS = {
@@ -159,7 +159,7 @@ def test_group_and_elastic_enter_the_gradient() -> None:
     ("rule", "name"),
     [
         (st.rules.Lion(), "beta1"),
-        (st.rules.Lion(), "beta2"),
+        (st.rules.Lion(), "l1"),
         (st.rules.Mixture([st.rules.Lion(), st.rules.AdamW()]), "lion_beta2"),
     ],
 )
@@ -167,13 +167,22 @@ def test_what_has_no_derivative_is_not_tuned_by_gradient(
     rule: rules.AbstractRule, name: str
 ) -> None:
     """Both drivers refuse it by name; a population chooses by loss instead."""
-    model = torch.nn.Linear(2, 1)
-    match = f"tune='{name}' would have no effect: the steps of {type(rule).__name__}"
-    with pytest.raises(ValueError, match=match):
-        st.Tuner(model, torch.nn.functional.mse_loss, rule=rule, tune=("lr", name))
-    if isinstance(rule, st.rules.Lion):
+    model, match = torch.nn.Linear(2, 1), f"tune='{name}' would have no effect: the steps of "
+    loss_fn = torch.nn.functional.mse_loss
+    with pytest.raises(ValueError, match=match + type(rule).__name__):
+        st.Tuner(model, loss_fn, rule=rule, penalty=L1(1e-3), tune=("lr", name))
+    if isinstance(rule, rules.Lion):
+        st.Tuner(model, loss_fn, rule=rule, penalty=L1(1e-3), tune=("lr", name), population=2)
         with pytest.raises(ValueError, match=match):
-            st.Lion(model, tune=("lr", name))
-        st.Tuner(
-            model, torch.nn.functional.mse_loss, rule=rule, tune=("lr", name), population=2
-        )  # fmt: skip
+            st.Lion(model, penalty=L1(1e-3), tune=("lr", name))
+
+
+def test_lion_tunes_proximal_penalties_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def starts(penalty: AbstractPenalty) -> dict[str, float]:
+        loss_fn = torch.nn.functional.mse_loss
+        return st.Tuner(torch.nn.Linear(2, 1), loss_fn, rule=rules.Lion(), penalty=penalty).starts
+
+    assert starts(ProximalL1(1e-3))["l1"] == 1e-3
+    assert not caplog.text
+    assert "l1" not in starts(L1(1e-3))
+    assert "l1 keeps its value" in caplog.text

@@ -77,7 +77,9 @@ def test_spectral_norms_stay_at_one() -> None:
     model = network("spectral norm")
     fit(model)
     model.eval()
-    assert float(torch.linalg.matrix_norm(model[1].weight.detach(), 2)) == pytest.approx(1, abs=0.05)
+    assert float(torch.linalg.matrix_norm(model[1].weight.detach(), 2)) == pytest.approx(
+        1, abs=0.05
+    )
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -236,6 +236,28 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_folder_untouched(
     assert same(other.model.state_dict(), weights)
 
 
+@pytest.mark.parametrize(
+    ("options", "val", "message"),
+    [
+        ({}, 0.3, r"share of the training data for validation is 0\.2 there and 0\.3 here"),
+        ({"seed": 5}, 0.2, "seed is 0 there and 5 here"),
+    ],
+)
+def test_another_split_of_the_data_is_refused(
+    options: dict[str, Any], val: float, message: str, tmp_path: Path
+) -> None:
+    """Otherwise examples that were trained on would be those of the validation."""
+    fit(val=0.2, log_dir=tmp_path)
+    with pytest.raises(ValueError, match=f"from another run: .*{message}"):
+        fit(val=val, log_dir=tmp_path, resume=True, run=tuner(**options))
+
+
+def test_a_seed_without_effect_may_change(tmp_path: Path) -> None:
+    first = fit(log_dir=tmp_path)
+    again = fit(log_dir=tmp_path, resume=True, run=tuner(seed=5))
+    assert again.best_loss == first.best_loss
+
+
 @pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_a_flipped_bit_is_refused_or_changes_nothing(place: float, tmp_path: Path) -> None:
     """Truth: the checkpoint as it was. Some bits of the file are padding, which holds nothing."""

@@ -269,6 +269,22 @@ def test_a_finished_run_is_made_longer(
     assert_same(run(tmp_path, resume=True, epochs=12, **options), longer)
 
 
+def test_the_weights_of_a_finished_run_stay_the_best_ones(tmp_path: Path) -> None:
+    """The end is chosen after the last checkpoint; what follows is better than that one only."""
+
+    def fit(steps: int) -> st.TuningResult:
+        x, y = points(200)
+        batches = list(zip(x.split(20), y.split(20), strict=True))
+        return tuner().fit(batches, VAL, steps=steps, evaluate_every=40, progress=False,
+                           log_dir=tmp_path, resume=True)  # fmt: skip
+
+    short, scores = fit(40), fit(50).history["score/loss"]
+    assert short.best_loss < scores[1] < scores[0]
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["loss"] == short.best_loss
+    assert same(best["model"], short.best_weights)
+
+
 def test_a_run_made_longer_resumes_bit_for_bit(tmp_path: Path) -> None:
     for name in ("whole", "cut"):
         run(tmp_path / name)
