@@ -13,9 +13,12 @@ from selftune.schedules import Schedule
 
 log = logging.getLogger("selftune")
 
+MANY = 20
+"""Written learning rates that are no longer occasional changes."""
+
 
 class Advice:
-    """Warnings about a rate annealed twice, a run longer than stated, and missing hyper steps.
+    """Warnings about rates set twice, a run longer than stated, and missing hyper steps.
 
     Args:
         schedule: The optimizer's schedule.
@@ -34,12 +37,13 @@ class Advice:
                 label, list(strengths),
             )  # fmt: skip
 
-    def give(self, engine: Engine, *, annealed: bool) -> None:
+    def give(self, engine: Engine, *, annealed: bool, writes: int) -> None:
         """Warn after a step.
 
         Args:
             engine: The engine of the optimizer.
             annealed: Whether a torch scheduler lowers the rate.
+            writes: How often the training loop has written a rate.
         """
         steps = engine.clock.steps
         shape, total = self._schedule.shape, self._schedule.total_steps
@@ -48,6 +52,13 @@ class Advice:
                 "%s: a torch scheduler lowers the learning rate, and so does schedule=%r with "
                 "total_steps=%d: the rate is annealed twice. Pass schedule=\"constant\", or "
                 "remove the scheduler.", engine.controller.label, shape, total,
+            )  # fmt: skip
+        if writes > MANY and self._first("written"):
+            log.warning(
+                "%s: the training loop writes the learning rate to param_groups at every step, "
+                "which replaces the tuned one, so it is not tuned. Let a scheduler of "
+                "torch.optim.lr_scheduler set it, whose rate the tuned factor multiplies, or "
+                "remove the line and pass total_steps=", engine.controller.label,
             )  # fmt: skip
         over = total is not None and steps > total + engine.every
         if over and self._first("over") and self._schedule(steps) == 0:

@@ -108,7 +108,8 @@ class SelfTuningOptimizer(EvaluationMode):
         if step.take():
             self._publish()
         self._groups.show_rates(self.param_groups, step.factors, engine.clock.steps - 1)
-        self._advice.give(engine, annealed=self._groups.annealed)
+        groups = self._groups
+        self._advice.give(engine, annealed=groups.annealed, writes=groups.writes)
         if loss is not None:
             self.report(loss)
         self._stepped()

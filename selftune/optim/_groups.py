@@ -58,6 +58,7 @@ class Groups:
         annealed: Whether a torch scheduler has lowered a rate.
         raised: Whether a torch scheduler has raised a rate, as in a warm-up, or a rate was written
             from outside since the first step.
+        writes: Number of rates written from outside since the first step.
         scale: Factor of a rate that is not tuned and belongs to a torch scheduler; the choice of a
             rule sets it, because many schedulers store their starting values privately.
     """
@@ -73,6 +74,7 @@ class Groups:
         self._cached: list[Cached] = []
         self._seen: dict[int, float] = {}  # last rate of a torch scheduler
         self.annealed = self.raised = False
+        self.writes = 0
         self.scale = 1.0
 
     def scale_of(self, group: Group) -> float:
@@ -213,7 +215,9 @@ class Groups:
             span = self._spans[i]
             self._shifts.rows[name].rebase(range(span.start, span.stop), value, shown)
             self._shown[name][i] = value
-            self.raised = self.raised or (name == "lr" and i in self._factors)
+            if name == "lr" and i in self._factors:
+                self.raised = True
+                self.writes += 1
         changed = [self._take_scheduler(*each) for each in scheduled]
         return bool(written) or any(changed)
 

@@ -268,3 +268,18 @@ def test_a_penalty_of_ones_own_may_be_named_in_tune() -> None:
     """It was added a second time, and refused."""
     opt = st.AdamW(nn.Linear(2, 1), penalty=st.penalties.ProximalL1(1e-3), tune=("lr", "l1"))
     assert opt.hparams["l1"] == 1e-3
+
+
+@pytest.mark.parametrize("often", [True, False])
+def test_a_rate_that_the_loop_writes_at_every_step_is_pointed_out(
+    often: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = nn.Linear(2, 1)
+    opt = st.AdamW(net, lr=0.01, probe=False)
+    for step in range(40):
+        if often or step % 10 == 0:
+            opt.param_groups[0]["lr"] = 0.01 * (1 - step / 40)
+        opt.zero_grad()
+        net(torch.ones(4, 2)).square().mean().backward()
+        opt.step()
+    assert caplog.text.count("so it is not tuned") == often
