@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._gathered import reshard
 from selftune.control import (
     Action,
     Controller,
@@ -250,6 +251,7 @@ class Engine:
         self.apply_masks()
         for block in self.blocks:
             block.go_back(swept=action.planned)
+        reshard()
         averages = [b.part.average for b in self.blocks]
         state = self.method.rewind(self.store.state(), averages, step)
         self.store.take(state)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from selftune._flat import is_sharded
+from selftune._gathered import gradients_apart, reshard
 from selftune.control.final_weights import BACK
 from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
@@ -116,7 +117,9 @@ class OuterLoss:
 
     def _value(self, closure: Closure) -> Tensor:
         with torch.enable_grad(), self.engine.buffers.kept():
-            return _call(closure).detach()
+            loss = _call(closure).detach()
+        reshard()  # there is no backward pass; a weight step may be next
+        return loss
 
     def check_finite(self, closure: Closure) -> None:
         """Distinguish a closure that is never finite from weights that have diverged."""
@@ -274,17 +277,11 @@ def _differentiate(
             for handle in handles:
                 handle.remove()
         return
-    kept = [p.grad for p in leaves]
-    for param in leaves:
-        param.grad = None
-    try:
+    with gradients_apart(leaves):
         loss.backward()
         for param in leaves:
             if param.grad is not None:
                 seen(param, param.grad)
-    finally:
-        for param, grad in zip(leaves, kept, strict=True):
-            param.grad = grad
 
 
 def _reentrant(loss: Tensor) -> bool:

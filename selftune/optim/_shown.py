@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selftune._flat import local
+from selftune._gathered import reshard
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._shards import whole
@@ -71,6 +72,7 @@ class Shown(_Watched):
             self.kept = [b.copies() for b in self._blocks]
             for block, weights in zip(self._blocks, self.kept, strict=True):
                 block.show(place, weights)
+        reshard()
         self._statistics: list[Tensor] | None = None
         if not self._buffers.shown:
             self._statistics = self._buffers.average if live else self._buffers.at(place)
@@ -102,6 +104,7 @@ class Shown(_Watched):
                 block.exchange()
         for block, weights in zip(self._blocks, self.kept, strict=False):
             block.put(weights)
+        reshard()
 
 
 class Restored(_Watched):
@@ -131,6 +134,7 @@ class Restored(_Watched):
     def put(self) -> None:
         """Put the training weights and their statistics into the model."""
         torch._foreach_copy_(self._params, self._weights)
+        reshard()
         for tensor, value in zip(self._buffers.tensors(), self._statistics, strict=False):
             tensor.copy_(value)
         self._watch()

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils.stateless import _reparametrize_module
 
 from selftune._flat import local
+from selftune._gathered import reshard
 from selftune._gradient import gradient, plainly
 from selftune.tuner._batch import size
 from selftune.tuner._objective import InMode
@@ -132,7 +133,7 @@ class ShardedPasses:
         mode = module.entered() if isinstance(module, InMode) else nullcontext(module)
         within = put(shards, self.views(params)), torch.enable_grad(), ExitStack()
         with mode as objective, within[0], within[1], within[2] as bound:
-            reshard(objective)
+            reshard()
             with self.autocast():
                 loss = _call_bound(bound, objective, tensors, (batch,))
             if loss.requires_grad:
@@ -156,15 +157,6 @@ def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for (target, _), old in zip(apart, before, strict=True):
             target.copy_(old)
-
-
-def reshard(module: nn.Module) -> None:
-    """Free weights that were gathered, before their shards changed, in a pass without backward."""
-    from torch.distributed.fsdp import FSDPModule  # takes a second to import
-
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
 
 
 def _taken(param: nn.Parameter) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selftune._flat import local
+from selftune._gathered import reshard
 from selftune._trees import unchanged
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._batch import size, to_device
 from selftune.tuner._data import Stream, end_workers, own_iterator
 from selftune.tuner._objective import InMode, Objective, for_scoring
-from selftune.tuner._passes import reshard
 from selftune.tuner._positions import position, read_from
 from selftune.tuner._run_state import RunState
 from selftune.tuner._sharding import steady
@@ -189,7 +189,7 @@ class Scorer:
                 return functional_call(self._module, tensors, (batch,))
             for target, tensor in zip(self._tensors, tensors.values(), strict=True):
                 target.copy_(tensor)
-            reshard(self._objective)
+            reshard()
             with self._group.exchange(mixed=True):
                 return self._module(batch)
 
@@ -201,7 +201,7 @@ class Scorer:
             return
         with unchanged(self._tensors), self._mode.entered():
             yield
-        reshard(self._objective)
+        reshard()
 
     def _weighted(self, stream: Stream, most: int | None) -> Iterator[tuple[Any, int]]:
         """This rank's batches and their numbers of examples.

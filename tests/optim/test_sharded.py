@@ -53,13 +53,18 @@ def train(rank: int, world: int, make: Callable[[nn.Module], Any], offload: bool
         policy = dist.fsdp.CPUOffloadPolicy(pin_memory=False)  # pinned for GPUs alone
         dist.fsdp.fully_shard(net, mesh=mesh, **({"offload_policy": policy} if offload else {}))
     opt = make(net)
+    losses, (xw, yw, *_) = {}, batches(-1)  # the same batch for all ranks
     for step in range(60):
         x, y, xv, yv = (t[rank::world] for t in batches(step))
         opt.zero_grad()
         cross_entropy(net(x), y).backward()
         opt.step()
         opt.hyper_step(lambda xv=xv, yv=yv: cross_entropy(net(xv), yv))
-    return dict(opt.hparams)
+        with torch.no_grad():  # the outermost module stays gathered
+            with opt.averaged():
+                losses[f"average {step}"] = float(cross_entropy(net(xw), yw))
+            losses[f"training {step}"] = float(cross_entropy(net(xw), yw))
+    return {**opt.hparams, **losses}
 
 
 def test_sharded_parameters_tune_as_whole_ones_do(tmp_path: Path) -> None:
