@@ -6,6 +6,7 @@ import copy
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from selftune._flat import is_sharded, local
@@ -18,6 +19,8 @@ from selftune.optim._groups import Group, Groups
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
+Kind = tuple[int, torch.Size, torch.dtype]
+"""Identity, shape and dtype of a parameter."""
 SCALED = {"centre", "mark"}
 """Keys of state over the slice that is scaled by √stride."""
 
@@ -32,7 +35,7 @@ class Assembly:
 
     def __init__(self, engine: Engine, groups: Groups) -> None:
         self._engine, self._groups = engine, groups
-        self._built: list[list[int]] = []
+        self._built: list[list[Kind]] = []
         self._frozen: list[Tensor] = []
 
     @property
@@ -47,10 +50,15 @@ class Assembly:
         return other
 
     def current(self, groups: Sequence[Group], state: State) -> list[Block]:
-        """The blocks, rebuilt if parameters were added, moved, replaced or unfrozen."""
-        ids = [[id(p) for p in g["params"]] for g in groups]
-        if ids == self._built and not any(p.requires_grad for p in self._frozen):
+        """The blocks, rebuilt if parameters were added, moved, replaced or unfrozen.
+
+        Raises:
+            ValueError: A parameter has another shape or dtype than at the first step.
+        """
+        kinds = [[(id(p), p.shape, p.dtype) for p in g["params"]] for g in groups]
+        if kinds == self._built and not any(p.requires_grad for p in self._frozen):
             return self._engine.blocks
+        self._check_kinds(groups, state)
         if self._built:
             self._groups.take_up(groups)  # values written since the last step
             self._engine.training_signal = None  # its shape may change
@@ -61,8 +69,31 @@ class Assembly:
         self._groups.lay_out(groups, trained)
         self.make(groups, state)
         self.publish(groups)
-        self._built = ids
+        self._built = kinds
         return self._engine.blocks
+
+    def _check_kinds(self, groups: Sequence[Group], state: State) -> None:
+        """Raise an error if a shape or dtype changed; before the first step restart instead."""
+        before = {
+            key: (tuple(shape), dtype) for kinds in self._built for key, shape, dtype in kinds
+        }
+        present = [
+            (name, before.get(id(p)), (tuple(p.shape), p.dtype))
+            for i in range(len(groups))
+            for name, p in named(groups, i)
+            if p in state  # else the identity may be that of a parameter that was freed
+        ]
+        changed = [(name, old, now) for name, old, now in present if old not in (None, now)]
+        if changed and self._engine.clock.steps:
+            name, old, now = changed[0]
+            raise ValueError(
+                f"params: the shape or dtype of {name} has changed during the run, from {old} to "
+                f"{now}: make a new optimizer; or assign a new nn.Parameter instead of .data, and "
+                "pass it to add_param_group"
+            )
+        if changed:
+            state.clear()
+            self._engine.forget()
 
     def make(self, groups: Sequence[Group], state: State) -> None:
         """Concatenate the trained parameters of every group; their state is in ``state``."""
@@ -86,9 +117,10 @@ class Assembly:
         stored = kinds(weights)
         if engine.controller.guard is not None:
             engine.controller.guard.good.hold("candidate" in stored)
+        names = {p: name for i in range(len(groups)) for name, p in named(groups, i)}
         blocks = [
             Block(
-                params, names(groups, i, params), [state[p] for p in params],
+                params, [names[p] for p in params], [state[p] for p in params],
                 sensitivities, self._groups.options(groups[i]), cuts.pop(0), slots, where, stored,
             )
             for i, params in enumerate(trained)
@@ -138,15 +170,13 @@ class Assembly:
         self._engine.store.cached = self._groups.publish(groups, self._engine.blocks)
 
 
-def names(groups: Sequence[Group], index: int, params: Sequence[Tensor]) -> list[str]:
-    """Names of parameters for error messages."""
-    group = groups[index]
-    places = {id(p): j for j, p in enumerate(group["params"])}
-    given = group.get("param_names")
-    return [
-        str(given[places[id(p)]]) if given else f"param_groups[{index}][{places[id(p)]}]"
-        for p in params
-    ]
+def named(groups: Sequence[Group], index: int) -> list[tuple[str, Tensor]]:
+    """The parameters of a group, with names for error messages."""
+    params = groups[index]["params"]
+    names = groups[index].get("param_names") or ()
+    if len(names) != len(params):  # there are none, or "params" alone was replaced
+        names = [f"param_groups[{index}][{i}]" for i in range(len(params))]
+    return list(zip(names, params, strict=True))
 
 
 def match_names(groups: Sequence[Group], group: Group) -> Group:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune.optim._assembly import Assembly, match_names, names
+from selftune.optim._assembly import Assembly, match_names, named
 from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
 from selftune.optim._engine import Engine
@@ -71,11 +71,7 @@ class Container(torch.optim.Optimizer):
         group = groups[-1]
         try:
             check_group(group, self._update.hparams.values())
-            check_params(
-                named
-                for i, g in enumerate(groups)
-                for named in zip(names(groups, i, g["params"]), g["params"], strict=True)
-            )
+            check_params(pair for i in range(len(groups)) for pair in named(groups, i))
         except ValueError:
             groups.pop()
             raise

@@ -103,6 +103,12 @@ class Engine:
             block.begin()
         self.buffers.begin()
 
+    def forget(self) -> None:
+        """Drop the state over the weights, before the first step."""
+        store = self.store
+        store.blocks, store.displacement, store.stiffness = [], None, None
+        self.stepper.forget()
+
     def apply_masks(self) -> None:
         """Apply masks and frozen parameters to averages and snapshots."""
         penalties = self.method.sensitivities.update.penalties

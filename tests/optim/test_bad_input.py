@@ -52,7 +52,7 @@ BUILDS: dict[str, tuple[Callable, list[str]]] = {
     "schedule": (lambda: st.SGD([param()], schedule="cosine"), ["'cosine'", "total_steps="]),
     "probe": (lambda: st.SGD([param()], probe=1), ["probe=1", "at least 2"]),
     "empty": (lambda: st.SGD([]), ["params|parameter list", "empty"]),
-    "twice": (lambda: st.SGD(twice()), ["params|param_groups", "twice|duplicate|more than once"]),
+    "twice": (lambda: st.SGD(twice()), [r"params: .*\[0\]\[1\] duplicates .*\[0\]\[0\]", "once"]),
     "two groups": (lambda: st.SGD([{"params": p} for p in twice()]), ["parameters", "more than"]),
     "sparse": (lambda: st.SGD([sparse()]), [r"param_groups\[0\]\[0\]", "sparse", "dense"]),
     "complex": (lambda: st.SGD([param(dtype=torch.cfloat)]), ["complex64", "view_as_real"]),
