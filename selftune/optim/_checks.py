@@ -93,6 +93,11 @@ def check_outer_loss(loss: Any) -> None:
             f"closure returned a tensor of shape {tuple(loss.shape)}; return a scalar, "
             "for example loss.mean()"
         )
+    if loss.is_complex():
+        raise ValueError(
+            f"closure returned a loss of dtype {loss.dtype}; return a real one, for example "
+            "loss.real or loss.abs()"
+        )
     if not loss.requires_grad:
         raise ValueError(
             "closure returned a loss without a graph (detached, or computed under no_grad); "

@@ -60,6 +60,7 @@ CLOSURES: dict[str, tuple[Callable, type, list[str]]] = {
     "float": (lambda n: n(X).mean().item(), TypeError, ["closure", "float", "item"]),
     "none": (lambda n: None, TypeError, ["closure", "None", "tensor"]),
     "detached": (lambda n: n(X).mean().detach(), ValueError, ["closure", "detached", "graph"]),
+    "complex": (lambda n: n(X).mean() + 0j, ValueError, ["closure", "complex64", "real"]),
     "nan": (lambda n: n(X).mean() * torch.nan, ValueError, ["closure", "nan", "check"]),
     "inf": (lambda n: n(X).mean().exp() * torch.inf, ValueError, ["closure", "inf", "check"]),
     "foreign": (lambda n: param().sum(), ValueError, ["closure", "does not depend", "model"]),
