@@ -1,10 +1,11 @@
-"""Training and evaluation modes of modules."""
+"""Training and evaluation modes of modules, and torch's inference mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -17,6 +18,13 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Creates tensors that later steps may change in place, also under ``torch.inference_mode``."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune._flat import is_sharded, local
+from selftune._modes import ordinary_tensors
 from selftune.method.shards import by_rows, shard
 from selftune.method.slices import Slice, choose
 from selftune.method.snapshots import kinds, resolve
@@ -59,6 +60,13 @@ class Assembly:
         if kinds == self._built and not any(p.requires_grad for p in self._frozen):
             return self._engine.blocks
         self._check_kinds(groups, state)
+        self._rebuild(groups, state)
+        self._built = kinds
+        return self._engine.blocks
+
+    @ordinary_tensors()
+    def _rebuild(self, groups: Sequence[Group], state: State) -> None:
+        """Make the blocks, with the state of known parameters."""
         if self._built:
             self._groups.take_up(groups)  # values written since the last step
             self._engine.training_signal = None  # its shape may change
@@ -69,8 +77,6 @@ class Assembly:
         self._groups.lay_out(groups, trained)
         self.make(groups, state)
         self.publish(groups)
-        self._built = kinds
-        return self._engine.blocks
 
     def _check_kinds(self, groups: Sequence[Group], state: State) -> None:
         """Raise an error if a shape or dtype changed; before the first step restart instead."""

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from selftune._flat import swap
+from selftune._modes import ordinary_tensors
 from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
 from selftune.optim._carried import Carried
@@ -59,6 +60,7 @@ class Buffers:
         if module is not None:
             self.add(module)
 
+    @ordinary_tensors()
     def add(self, module: nn.Module) -> None:
         """Add new layers, with their current statistics as those of all other weights."""
         known = {id(layer) for layer in self.layers}

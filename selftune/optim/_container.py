@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._modes import ordinary_tensors
 from selftune.optim._assembly import Assembly, match_names, named
 from selftune.optim._block import Block
 from selftune.optim._checks import check_group, check_params
@@ -142,7 +143,7 @@ class Container(torch.optim.Optimizer):
     def _packed(self) -> dict[str, Any]:
         return pack(self._engine, self._groups, self._log, self._kind)
 
-    @torch.no_grad()
+    @ordinary_tensors()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a run, bit for bit on a CPU.
 
