@@ -226,6 +226,11 @@ class Mixup(Stochastic):
         """Mixed inputs and targets."""
         if not self.training:
             return input, target
+        if not isinstance(target, Tensor):
+            raise TypeError(
+                f"Mixup(name={self.hparam.name!r}) got target={target!r}, which must be a tensor: "
+                "pass batches with one target, or leave Mixup out"
+            )
         if self.classes:
             target = F.one_hot(target, self.classes).to(input.dtype)
         share = self.uniform((len(input),)).to(input.dtype) / 2

@@ -32,7 +32,8 @@ class Objective(nn.Module):
         model: The model.
         loss_fn: The loss of outputs and targets.
         objective: ``objective(model, batch)``, used instead.
-        augment: Changes the first input and the target of training batches that are tuples.
+        augment: Changes the first input of training batches, in a dictionary the only
+            floating-point one, and the target.
     """
 
     def __init__(
@@ -103,21 +104,40 @@ class Objective(nn.Module):
         return self.loss_fn(output, target), output, target
 
     def _from_names(self, batch: dict[str, Any]) -> tuple[Tensor, Any, Any]:
-        targets = [name for name in TARGETS if name in batch]
+        name = next((name for name in TARGETS if name in batch), None)
+        target = None if name is None else batch.pop(name)
+        if self.augment is not None:
+            first = _augmentable(batch)
+            batch[first], target = self.augment(batch[first], target)
         if self.loss_fn is None:
-            output = self.model(**batch)
+            output = self.model(**batch, **({} if name is None else {name: target}))
             loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
             if loss is None:
                 raise ValueError("the model's output has no loss: pass loss_fn=")
-            return loss, output, batch[targets[0]] if targets else None
-        if not targets:
+            return loss, output, target
+        if name is None:
             raise ValueError(
                 f"a batch has the keys {list(batch)}, none of which is a target {TARGETS}: "
                 "rename one, or pass objective=lambda model, batch: loss"
             )
-        target = batch.pop(targets[0])
         output = self.model(**batch)
         return self.loss_fn(output, target), output, target
+
+
+def _augmentable(inputs: Mapping[str, Any]) -> str:
+    """Name of the input that an augmentation changes."""
+    floating = [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    if len(floating) != 1:
+        raise ValueError(
+            "augment= changes the one floating-point input of a dictionary, but of the inputs "
+            f"{list(inputs)} these are {floating}: call the augmentation in the model's forward "
+            "instead, or pass tuples (*inputs, target), whose first input it changes"
+        )
+    return floating[0]
 
 
 def twin(objective: Objective) -> Objective:

@@ -79,7 +79,7 @@ class Tuner:
             False for no guard, or a policy, such as :class:`~selftune.control.GuardPolicy`.
         objective: ``objective(model, batch)`` returns the loss, instead of ``loss_fn``.
         augment: Augmentation of training batches on the device (:class:`selftune.nn.Augment` or
-            one of its parts).
+            one of its parts): of the first input, in a dictionary of the floating-point one.
         metrics: Functions of (output, target) by name, averaged over the validation set.
         parallel: ``"ddp"`` to train on all ranks started by ``torchrun``, each on its part of every
             batch; ``"fsdp"`` to also shard the weights and their state (``fully_shard``). Then the

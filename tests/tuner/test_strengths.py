@@ -1,5 +1,6 @@
 """Strengths of layers in the tuner. Truths: the eager path, the plain run, laws."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 
 import selftune as st
 from selftune.tuner._steps import Steps  # private: gradients come from inside a run
+
+
+X, Y = points(16)
 
 
 def net(p: float = 0.2) -> nn.Module:
@@ -169,6 +173,47 @@ def test_augmentation_runs_in_training_alone() -> None:
         given = (x[:, None] == known).all(-1).any(1)
         assert not given.any() if training else given.all()
     assert {"noise", "mixup"} <= set(result.hparams)
+
+
+class ByName(nn.Module):
+    """The network on a dictionary; with labels it returns its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, inputs: Any, mask: Any = None, labels: Any = None) -> Any:
+        output = self.net(inputs)
+        return output if labels is None else {"loss": F.cross_entropy(output, labels)}
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, None])
+def test_augmentation_of_dictionaries_is_that_of_tuples(loss_fn: Any) -> None:
+    """The run on tuples, which was without augmentation for dictionaries."""
+    torch.manual_seed(1)
+    tuples = list(loader())
+    augment = st.nn.Augment(st.nn.Noise(0.5), st.nn.Mixup(classes=3, value=0.3))
+    named = [{"labels": y, "mask": y, "inputs": x} for x, y in tuples]
+    runs = [
+        tuner(model, loss, augment=copy.deepcopy(augment))
+        .fit(batches, batches[:2], steps=10, progress=False)
+        for model, loss, batches in ((net(), F.cross_entropy, tuples), (ByName(), loss_fn, named))
+    ]  # fmt: skip
+    assert same(runs[0].history, runs[1].history)
+
+
+@pytest.mark.parametrize(
+    ("batch", "match"),
+    [
+        ({"inputs": X, "mask": X, "labels": Y}, r"augment= .*\['inputs', 'mask'\].*tuples"),
+        ({"mask": Y, "labels": Y}, r"augment= .*\['mask'\] these are \[\].*forward"),
+        ({"inputs": X, "mask": Y}, "target=None.*leave Mixup out"),
+    ],
+)
+def test_dictionaries_without_one_input_to_augment_are_refused(batch: Any, match: str) -> None:
+    augment = st.nn.Augment(st.nn.Noise(), st.nn.Mixup(classes=3))
+    with pytest.raises((TypeError, ValueError), match=match):
+        tuner(ByName(), None, augment=augment).fit([batch] * 2, [batch], steps=2, progress=False)
 
 
 def test_penalties_of_activations_are_part_of_the_training_loss() -> None:
