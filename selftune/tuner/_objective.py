@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from selftune._modes import modes_kept
 from selftune.nn import extra_loss
+from selftune.nn.losses import begin_pass
 
 LossFn = Callable[..., Tensor]
 TARGETS = ("labels", "label", "targets", "target", "y")
@@ -51,6 +52,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         """The loss of a batch, with activation penalties."""
+        begin_pass(self)
         if self.objective is not None:
             loss = self.objective(self.model, batch)
         else:

@@ -1,7 +1,9 @@
 """Tunable layers, against their formulas, finite differences of expectations, and laws."""
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import selftune as st
 from selftune.nn._base import uniform
@@ -56,10 +59,10 @@ def test_a_strength_for_each_example_does_what_it_does_alone(name: str) -> None:
     if "Penalty" in name:
         layer.strength = torch.tensor([0.3, 0.0, 0.0, 0.0])
         layer(x)
-        got = layer.extra
+        got = st.nn.extra_loss(layer)
         layer.strength = torch.tensor([0.3])
         layer(x[:1])
-        torch.testing.assert_close(got, layer.extra / 4)
+        torch.testing.assert_close(got, st.nn.extra_loss(layer) / 4)
         return
     whole = copy.deepcopy(layer)(x)
     layer.strength = torch.tensor([0.3, 0.0, 0.3, 0.3])
@@ -246,6 +249,102 @@ def test_penalties_are_taken_once() -> None:
     expected = 0.5 * found.square().mean() + 2 * found.diff(dim=1).square().mean()
     torch.testing.assert_close(st.nn.extra_loss(net), expected)
     assert st.nn.extra_loss(net) == 0
+
+
+class Twice(nn.Module):
+    """Uses one penalty for two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.penalty = st.nn.ActivationPenalty(0.5)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.penalty(self.second(x).tanh())
+
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        hidden = self.penalty(self.first(x))
+        return checkpoint(self.part, hidden, use_reentrant=False) if again else self.part(hidden)
+
+    def expected(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return 0.5 * (hidden.square().mean() + self.second(hidden).tanh().square().mean())
+
+
+def gradients(net: nn.Module, loss: Tensor) -> list[Tensor]:
+    return [g.clone() for g in torch.autograd.grad(loss, list(net.parameters()))]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["plain", "activation checkpoint"])
+def test_a_penalty_used_twice_counts_twice(again: bool) -> None:
+    """The formula; a checkpoint's second pass is not one more use."""
+    net, x = Twice(), torch.randn(4, 3)
+    for _ in range(2):
+        net(x, again)
+        extra = st.nn.extra_loss(net)
+        torch.testing.assert_close(extra, net.expected(x))
+        torch.testing.assert_close(gradients(net, extra), gradients(net, net.expected(x)))
+        output = net(x, again)
+        (output.sum() + st.nn.extra_loss(net)).backward()
+    assert st.nn.extra_loss(net) == 0
+
+
+def test_a_siamese_model_counts_both_passes() -> None:
+    net, (x, y) = Twice(), torch.randn(2, 4, 3)
+    loss = (net(x) - net(y)).square().mean()
+    extra = st.nn.extra_loss(net)
+    torch.testing.assert_close(extra, net.expected(x) + net.expected(y))
+    (loss + extra).backward()
+
+
+@pytest.mark.parametrize("kind", ["backward", "no_grad", "eval"])
+def test_a_pass_whose_penalties_nobody_takes_is_not_added_to_the_next(kind: str) -> None:
+    net, (x, other) = Twice(), torch.randn(2, 4, 3)
+    for _ in range(3):
+        if kind == "backward":
+            net(other).sum().backward()
+        else:
+            with torch.no_grad():
+                net.train(kind == "no_grad")(other)
+        net.train()(x)
+        torch.testing.assert_close(st.nn.extra_loss(net), net.expected(x))
+
+
+def test_a_penalty_of_the_gradient_leaves_those_of_activations() -> None:
+    """A backward pass that creates a graph is part of the loss."""
+    net, x = Twice(), torch.randn(4, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    extra = st.nn.extra_loss(net)
+    torch.testing.assert_close(extra, net.expected(x))
+    (slope.square().sum() + extra).backward()
+
+
+def test_a_pass_in_progress_keeps_no_model_alive_and_is_not_copied() -> None:
+    net, x = Twice(), torch.randn(4, 3)
+    net(x)
+    copied = copy.deepcopy(net)
+    assert st.nn.extra_loss(copied) == 0
+    copied(x)
+    torch.testing.assert_close(st.nn.extra_loss(copied), st.nn.extra_loss(net))
+    copied(x)
+    layer = weakref.ref(copied.penalty)
+    del copied
+    gc.collect()
+    assert layer() is None
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_the_penalties_of_its_last_uses() -> None:
+    """The documented limit; passes without ``extra_loss`` are not added."""
+    net, x = Twice(), torch.randn(4, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        output = compiled(x)
+        extra = st.nn.extra_loss(net)
+        torch.testing.assert_close(extra, 0.5 * output.square().mean())
+        (output.sum() + extra).backward()
+        compiled(x).sum().backward()  # as in the closure of hyper_step
 
 
 def test_strengths_are_found_by_name_and_counters_told_apart() -> None:

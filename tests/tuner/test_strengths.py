@@ -14,7 +14,6 @@ from torch.nn import functional as F
 import selftune as st
 from selftune.tuner._steps import Steps  # private: gradients come from inside a run
 
-
 X, Y = points(16)
 
 
@@ -230,6 +229,29 @@ def test_penalties_of_activations_are_part_of_the_training_loss() -> None:
     assert large.history["train_loss"][-1] > small.history["train_loss"][-1] + 0.1
     tuned = fit(tuner(Penalised()))
     assert tuned.hparams["ar"] != 0.5
+
+
+class Sharing(nn.Module):
+    """Calls one penalty for each element of a list."""
+
+    def __init__(self, penalties: list[nn.Module]) -> None:
+        super().__init__()
+        self.net, self.penalties = net(), nn.ModuleList(penalties)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.penalties[0](self.net[0](x))
+        return self.penalties[-1](self.net[1:](x))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_shared_penalty_is_two_of_one_name(compiled: bool) -> None:
+    results = []
+    for count in (1, 2):
+        model = Sharing([st.nn.ActivationPenalty(0.5) for _ in range(count)])
+        made = tuner(model, probe=False, compile=compiled)
+        results.append(fit(made, steps=20))
+    one, two = (r.history["train_loss"] for r in results)
+    assert one == pytest.approx(two, rel=1e-5)
 
 
 @pytest.mark.parametrize("start", [0.0, 0.9])
