@@ -47,13 +47,16 @@ def _show(runs: Sequence[str]) -> int:
     missing = 0
     for run in _expanded(runs):
         try:
-            logs[run] = read(run)
+            for name, log in read(run).by_optimizer().items():
+                logs[f"{run}: {name}" if name else run] = log
         except FileNotFoundError as error:
             print(error, file=sys.stderr)
             missing += 1
     for run, log in logs.items():
-        why = log.reasons()
-        print("\n".join([run, table(log.lines()), *(["", why] if why else []), ""]))
+        lines, why = log.lines(), log.reasons()
+        others = ", ".join(log.curves) or "an empty log"
+        shown = table(lines) if lines else f"no hyperparameters, only {others}"
+        print("\n".join([run, shown, *(["", why] if why else []), ""]))
     if len(logs) > 1:
         print("validation loss and final hyperparameters")
         losses = {run: log.loss() for run, log in logs.items()}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selftune.monitor.axes import LOG10, WHEN
-from selftune.monitor.recorders import read_jsonl
+from selftune.monitor.recorders import numbered_jsonl
 from selftune.monitor.report import Curve, Line, line
+from selftune.monitor.tensorboard import CODE
 from selftune.monitor.verdicts import KINDS, in_words
 
 log = logging.getLogger("selftune")
+T = TypeVar("T")
 TEXT = "/text_summary"
 """Last part of the tag of a text."""
 PARTS = ("0", "median")
@@ -27,19 +30,41 @@ class Log:
 
     Attributes:
         curves: Steps and values by tag.
-        sentences: Verdicts at the end of the run in words, by name.
-        why: Explanations of the values, one line each; empty before the end.
+        texts: Texts by tag: at the end of the run ``verdicts`` and ``why``, as lists in Markdown.
         given: Initial hyperparameters.
     """
 
     curves: dict[str, Curve] = field(default_factory=dict)
-    sentences: dict[str, str] = field(default_factory=dict)
-    why: str = ""
+    texts: dict[str, str] = field(default_factory=dict)
     given: dict[str, float] = field(default_factory=dict)
+
+    def by_optimizer(self) -> dict[str, Log]:
+        """One log for each optimizer by its name, which is the first part of its tags.
+
+        The rest, under ``""``, is left out if it has no hyperparameters.
+        """
+        matched = (re.fullmatch("(.+)/Loss/val", tag) for tag in self.curves)
+        names = sorted(m[1] for m in matched if m)
+        parts = {n: Log(_below(n, self.curves), _below(n, self.texts)) for n in names}
+        return parts if parts and not self.lines() else {"": self, **parts}
+
+    @property
+    def why(self) -> str:
+        """Explanations of the values, one line each; empty before the end."""
+        return "\n".join(_items(self.texts.get("why", "")))
+
+    @property
+    def sentences(self) -> dict[str, str]:
+        """Verdicts at the end of the run in words, by name."""
+        names = [t.removeprefix("verdict/") for t in self.curves if t.startswith("verdict/")]
+        return {  # names may contain spaces
+            max((n for n in names if one.startswith(f"{n} ")), key=len, default=""): one
+            for one in _items(self.texts.get("verdicts", ""))
+        }
 
     def lines(self) -> list[Line]:
         """Rows of the report, one for each hyperparameter."""
-        lines = []
+        lines, sentences = [], self.sentences
         for tag, curve in sorted(self.curves.items()):
             if tag.startswith("hyper/"):
                 name = tag.removeprefix("hyper/")
@@ -51,7 +76,7 @@ class Log:
                      if f"verdict/{n}" in self.curves),
                     (),
                 )  # fmt: skip
-                sentence = self.sentences.get(name) or self.sentences.get(whole) or ""
+                sentence = sentences.get(name) or sentences.get(whole) or ""
                 if codes and not sentence:
                     sentence = in_words(name, KINDS[int(codes[-1])], curve[1][-1])
                 sentence = sentence or "no verdict yet"
@@ -100,17 +125,9 @@ def read(folder: str | Path) -> Log:
     path = Path(folder)
     events_file = path.is_file() and "tfevents" in path.name
     if path.is_file() and not events_file:
-        rows = read_jsonl(path)
-        points: dict[str, tuple[list[float], list[float]]] = {}
-        for row in (r for r in rows if r.get("value") is not None):
-            steps, values = points.setdefault(row["tag"], ([], []))
-            steps.append(row["step"])
-            values.append(row["value"])
-        if points:
-            sentences = {r["tag"]: r["text"] for r in rows if "text" in r}
-            begun = [r["hparams"] for r in rows if "hparams" in r]
-            verdicts, why = (sentences.get(tag, "") for tag in ("verdicts", "why"))
-            return Log(dict(points), _by_name(verdicts), _lines(why), begun[-1] if begun else {})
+        found = _read_lines(path)
+        if found.curves:
+            return found
     if not events_file and not list(path.glob("events.out.tfevents.*")):
         raise FileNotFoundError(
             f"{path}: no log of a run: pass a log_dir, or a file written by JSONL"
@@ -127,11 +144,41 @@ def read(folder: str | Path) -> Log:
     }
     tensors = {t: events.Tensors(t)[-1].tensor_proto for t in events.Tags()["tensors"]}
     for tag, code in tensors.items():
-        if tag.startswith("verdict/"):
+        if CODE.match(tag):
             numbers[tag] = ([events.Tensors(tag)[-1].step], [float(make_ndarray(code))])
-    texts = {t: p.string_val[0].decode() for t, p in tensors.items() if t.endswith(TEXT)}
-    verdicts, why = (texts.get(f"{tag}{TEXT}", "") for tag in ("verdicts", "why"))
-    return Log(numbers, _by_name(verdicts), _lines(why), _given(events))
+    texts = {
+        t.removesuffix(TEXT): p.string_val[0].decode()
+        for t, p in tensors.items()
+        if t.endswith(TEXT)
+    }
+    return Log(numbers, texts, _given(events))
+
+
+def _read_lines(path: Path) -> Log:
+    """The log in a JSON-lines file."""
+    found, left_out = Log(), []
+    points: dict[str, tuple[list[Any], list[Any]]] = {}
+    for number, row in numbered_jsonl(path).items():
+        tag, value, step = (row.get(key) for key in ("tag", "value", "step"))
+        if isinstance(row.get("hparams"), dict):  # the last run in the file
+            found.given = {n: v for n, v in row["hparams"].items() if isinstance(v, (int, float))}
+        if isinstance(row.get("text"), str) and isinstance(tag, str):
+            found.texts[tag] = row["text"]
+        elif value is None:  # not finite, or another kind of line
+            continue
+        elif isinstance(tag, str) and all(isinstance(n, (int, float)) for n in (value, step)):
+            steps, values = points.setdefault(tag, ([], []))
+            steps.append(step)
+            values.append(value)
+        else:
+            left_out.append(number)
+    found.curves |= points
+    if left_out:
+        log.warning(
+            "%s, line %d: no tag with numbers as value and step; %d such lines are left out",
+            path, left_out[0], len(left_out),
+        )  # fmt: skip
+    return found
 
 
 def _given(events: Any) -> dict[str, float]:
@@ -155,14 +202,15 @@ def runs_in(folder: str | Path) -> list[Path]:
     return sorted({path.parent for path in Path(folder).rglob("events.out.tfevents.*")})
 
 
-def _lines(text: str) -> str:
-    """A list in Markdown as lines."""
-    return "\n".join(one.removeprefix("- ") for one in text.splitlines())
+def _below(name: str, entries: Mapping[str, T]) -> dict[str, T]:
+    """The entries with tags that begin with a name, without it."""
+    prefix = f"{name}/"
+    return {t.removeprefix(prefix): e for t, e in entries.items() if t.startswith(prefix)}
 
 
-def _by_name(text: str) -> dict[str, str]:
-    """The sentences of a list of verdicts, by their first word."""
-    return {one.split(" ", 1)[0]: one for one in _lines(text).splitlines()}
+def _items(text: str) -> list[str]:
+    """The items of a list in Markdown."""
+    return [one.removeprefix("- ") for one in text.splitlines()]
 
 
 def _check(file: Path) -> None:

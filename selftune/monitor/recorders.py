@@ -151,14 +151,20 @@ class JSONL(AbstractRecorder):
 @checked(path=PATH)
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a log, without truncated ones."""
-    rows = []
-    for line in Path(path).read_text("utf-8", errors="replace").splitlines():
+    return list(numbered_jsonl(path).values())
+
+
+def numbered_jsonl(path: str | Path) -> dict[int, dict[str, Any]]:
+    """The lines of a log by their number from 1, without truncated ones."""
+    rows = {}
+    text = Path(path).read_text("utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:  # a process was killed while it wrote
             continue
         if isinstance(row, dict):
-            rows.append(row)
+            rows[number] = row
     return rows
 
 

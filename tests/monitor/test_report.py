@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 import selftune as st
 from selftune.cli import main
@@ -159,6 +160,74 @@ def test_a_run_under_way_has_sentences_too(tmp_path: Path, capsys: Any) -> None:
     out = capsys.readouterr().out
     assert "lr is moving, now at 0.5" in out
     assert "running" in out
+
+
+@pytest.mark.parametrize("kind", [SummaryWriter, JSONL])
+def test_the_console_shows_named_optimizers_apart(kind: Any, tmp_path: Path, capsys: Any) -> None:
+    """The optimizers' own hyperparameters and explanations."""
+    torch.manual_seed(0)
+    x, net = torch.randn(32, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+    path = str(tmp_path / "run")
+    options: dict[str, Any] = {"log_dir": kind(path), "total_steps": 30, "lr": 1e-2}
+    opts = {
+        "body": st.AdamW(net[0], name="body", **options),
+        "a/head": st.SGD(net[1], name="a/head", **options),
+    }
+
+    def loss() -> torch.Tensor:
+        return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+    for _ in range(30):
+        loss().backward()
+        for opt in opts.values():
+            opt.step()
+            opt.zero_grad()
+            opt.hyper_step(loss)
+    for opt in opts.values():
+        opt.finish()
+    assert main(["show", path]) == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    for at, (name, opt) in enumerate(sorted(opts.items())):
+        title, _, *rows = blocks[2 * at].splitlines()
+        assert title == f"{path}: {name}"
+        ends = {row.split()[0]: row.split()[2] for row in rows}
+        assert ends == {n: f"{v:.3g}" for n, v in opt.hparams.items() if n in ends}
+        assert {"lr", "weight_decay"} <= set(ends)
+        assert blocks[2 * at + 1] == opt.explain()
+
+
+def test_sentences_of_names_with_spaces_are_found(tmp_path: Path) -> None:
+    """The sentences as written; one name begins another."""
+    recorder = JSONL(tmp_path / "run.jsonl")
+    names = ("first", "first layer", "first layer dropout")
+    sentences = {name: f"{name} has settled at 0.5" for name in names}
+    recorder.scalars([Row(f"{tag}/{n}", 0.0, 5) for n in names for tag in ("hyper", "verdict")])
+    recorder.text("verdicts", "\n".join(f"- {s}" for s in sentences.values()), 5)
+    assert {one.name: one.verdict for one in read(recorder.path).lines()} == sentences
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"tag": "hyper/lr", "value": 0.1}', '{"tag": "hyper/lr", "value": "x", "step": 1}',
+     '{"value": 0.1, "step": 1}', '{"tag": "hyper/lr", "value": 0.1, "step": [1]}'],
+)  # fmt: skip
+def test_lines_that_are_no_entries_are_named(
+    line: str, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(f'{{"hparams": 3}}\n{line}\n')
+    assert main(["show", str(path)]) == 1
+    assert "no log of a run" in capsys.readouterr().err
+    JSONL(path).scalars([Row("hyper/lr", 0.5, 5)])
+    assert read(path).curves == {"hyper/lr": ([5], [0.5])}
+    assert f"{path}, line 2: no tag with numbers as value and step; 1 such" in caplog.text
+
+
+def test_a_log_without_hyperparameters_says_what_it_has(tmp_path: Path, capsys: Any) -> None:
+    recorder = JSONL(tmp_path / "run.jsonl")
+    recorder.scalars([Row("score/loss", 0.5, 5)])
+    assert main(["show", str(recorder.path)]) == 0
+    assert "no hyperparameters, only score/loss" in capsys.readouterr().out
 
 
 def test_the_demo_ends_with_a_score(tmp_path: Path, capsys: Any) -> None:
