@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from selftune._modes import evaluating
 from selftune.hypernet._places import Place
 from selftune.hypernet._terms import primal, term_of
+from selftune.nn import Stochastic
 
 if TYPE_CHECKING:
     from selftune.hypernet.conversion import SelfTuned
@@ -73,7 +74,7 @@ def difference(net: SelfTuned, args: Any, kwargs: Any) -> str | None:
             return _flat(net.at(move, args, kwargs))
 
     kept = net.gains
-    with evaluating(net), torch.no_grad(), _buffers_kept(net.model):
+    with evaluating(net), torch.no_grad(), buffers_kept(net.model):
         try:
             net.gains = nn.ParameterDict(gains)
             whole, again, still = output(delta), output(delta), output(0 * delta)
@@ -89,16 +90,22 @@ def difference(net: SelfTuned, args: Any, kwargs: Any) -> str | None:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restores buffers, whether they are changed in place or replaced."""
-    kept = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items()
-            if b is not None]  # fmt: skip
+def buffers_kept(model: nn.Module, counters: bool = True) -> Iterator[None]:
+    """Restores buffers, whether they are changed in place or replaced.
+
+    Args:
+        model: The model.
+        counters: Whether counters of random numbers are restored too.
+    """
+    modules = [m for m in model.modules() if counters or not isinstance(m, Stochastic)]
+    kept = [(m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None]
     try:
         yield
     finally:
-        for module, name, buffer, before in kept:
-            buffer.copy_(before)
-            module._buffers[name] = buffer
+        with torch.no_grad():
+            for module, name, buffer, before in kept:
+                buffer.copy_(before)
+                module._buffers[name] = buffer
 
 
 def _precision(net: SelfTuned, output: Tensor) -> float:

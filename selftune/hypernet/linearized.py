@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from selftune.hypernet._examples import buffers_kept
 from selftune.hypernet.conversion import SelfTuned
 from selftune.nn import Stochastic
 
@@ -36,6 +38,7 @@ def delta_backward(
 
     Raises:
         ValueError: The model is in evaluation mode.
+        RuntimeError: Examples are perturbed under autocast, in a model with norms or Softmax.
 
     Examples:
         >>> import torch, selftune as st
@@ -51,10 +54,11 @@ def delta_backward(
     if not net.training:
         raise ValueError("net is in evaluation mode: call net.train() before training passes")
     delta, net._present = net.perturbation(args, kwargs)  # first, while .grad takes no memory
-    if net.report.per_example:
-        _by_example(net, loss, delta, args, kwargs)
-    else:
-        _by_batch(net, loss, delta, args, kwargs)
+    with buffers_kept(net.model, counters=False):  # BatchNorm's statistics are of one pass
+        if net.report.per_example:
+            _by_example(net, loss, delta, args, kwargs)
+        else:
+            _by_batch(net, loss, delta, args, kwargs)
     value = loss(net.centred(args, kwargs))
     value.backward()
     return value.detach()
@@ -63,12 +67,30 @@ def delta_backward(
 def _by_example(net: SelfTuned, loss: Any, delta: Tensor, args: Any, kwargs: Any) -> None:
     """Reverse over forward through the hooks, at a primal of 0 with tangent δ."""
     response = list(net.response_parameters())
-    with forward_ad.dual_level(), net.linearised(), sdpa_kernel(SDPBackend.MATH):
+    with _explained(net), forward_ad.dual_level(), net.linearised(), sdpa_kernel(SDPBackend.MATH):
         out = net.at(forward_ad.make_dual(torch.zeros_like(delta), delta), args, kwargs)
         parts = tree_map(forward_ad.unpack_dual, out)
-    there = tree_map(_near, parts, is_leaf=lambda p: hasattr(p, "tangent"))
-    grads = torch.autograd.grad(loss(there), response, allow_unused=True)
+    value = loss(tree_map(_near, parts, is_leaf=lambda p: hasattr(p, "tangent")))
+    with _explained(net):
+        grads = torch.autograd.grad(value, response, allow_unused=True)
     _accumulate(response, grads)
+
+
+@contextmanager
+def _explained(net: SelfTuned) -> Iterator[None]:
+    """Explains errors under autocast, where torch has no forward derivatives of some layers."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not torch.is_autocast_enabled(net.raw.device.type):
+            raise
+        raise RuntimeError(
+            "delta_backward failed under torch.autocast, where torch cannot differentiate norms "
+            f"and Softmax with respect to the perturbations of examples ({error}): call it "
+            "outside of autocast, or convert the model with perturb='batch'"
+        ) from error
 
 
 def _near(part: Any) -> Tensor:

@@ -256,3 +256,38 @@ def test_the_comparison_is_made_once_even_if_outputs_are_random() -> None:
     for _ in range(3):
         net(X.float())
     assert net.model.calls == before + 3
+
+
+def normed(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(st.nn.Dropout(0.2), nn.Linear(8, 6), layer, nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("perturb", ["example", "batch"])
+def test_running_statistics_of_delta_backward_are_those_of_one_plain_pass(perturb: str) -> None:
+    """Truth: a forward pass of the plain model; counters of random numbers advance."""
+    model, x = normed(nn.BatchNorm1d(6)), torch.randn(16, 8)
+    net = st.hypernet.convert(copy.deepcopy(model), perturb=perturb)
+    st.hypernet.delta_backward(net, lambda out: out.square().mean(), x)
+    model.load_state_dict(copy.deepcopy(model.state_dict()) | {"0.key": net.model[0].key - 1})
+    model(x)
+    for name, buffer in model[2].named_buffers():
+        torch.testing.assert_close(net.model[2].get_buffer(name), buffer, msg=name)
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.BatchNorm1d(6), nn.Softmax(1)], ids=str)
+def test_layers_that_torch_cannot_differentiate_under_autocast_are_named(layer: nn.Module) -> None:
+    """Perturbed per batch, the gradients are those without autocast, to its precision."""
+    x, y = torch.randn(16, 8), torch.randn(16, 3)
+
+    def gradient(perturb: str, autocast: bool) -> Tensor:
+        net = st.hypernet.convert(normed(copy.deepcopy(layer)), perturb=perturb)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            st.hypernet.delta_backward(net, lambda out: (out.float() - y).square().mean(), x)
+        return torch.cat([p.grad.flatten() for p in net.weights() if p.grad is not None])
+
+    with pytest.raises(RuntimeError, match=r"outside of autocast.*perturb='batch'"):
+        gradient("example", autocast=True)
+    plain = gradient("batch", autocast=False)
+    assert float((gradient("batch", autocast=True) - plain).norm()) < 0.1 * float(plain.norm())
