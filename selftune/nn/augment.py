@@ -94,6 +94,15 @@ class Contrast(_OneAnExample):
         return mean + (input - mean) * (1 + self.drawn(input))
 
 
+def _check_images(layer: Stochastic, input: Tensor, accepted: bool, shape: str) -> None:
+    """Refuse inputs that are no images."""
+    if not accepted:
+        raise ValueError(
+            f"{type(layer).__name__}(name={layer.hparam.name!r}) got an input of shape "
+            f"{tuple(input.shape)}: pass images, {shape}, or leave this augmentation out"
+        )
+
+
 class Scale(_OneAnExample):
     """Images scaled by a factor 1 + s u, u uniform in −1…1.
 
@@ -112,6 +121,7 @@ class Scale(_OneAnExample):
 
     def change(self, input: Tensor) -> Tensor:
         """Resample about the centre."""
+        _check_images(self, input, input.ndim == 4, "(batch, channels, height, width)")
         factor = 1 / (1 + self.drawn(input).flatten())
         still = torch.zeros_like(factor)
         return _resampled(input, factor, still, still)
@@ -135,12 +145,15 @@ class Translate(_OneAnExample):
 
     def change(self, input: Tensor) -> Tensor:
         """Resample at shifted coordinates."""
+        _check_images(self, input, input.ndim == 4, "(batch, channels, height, width)")
         across, down = (2 * self.drawn(input, stream).flatten() for stream in (0, 1))
         return _resampled(input, torch.ones_like(across), across, down)
 
 
 def _resampled(images: Tensor, factor: Tensor, across: Tensor, down: Tensor) -> Tensor:
     """Bilinear resampling with zero padding; coordinates from −1 to 1."""
+    if not len(images):  # refused by affine_grid
+        return images
     zero = torch.zeros_like(factor)
     rows = [torch.stack([factor, zero, across], 1), torch.stack([zero, factor, down], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
@@ -177,6 +190,7 @@ class Cutout(Stochastic):
 
     def change(self, input: Tensor) -> Tensor:
         """Cut holes."""
+        _check_images(self, input, input.ndim >= 3, "(batch, …, height, width)")
         batch, (height, width) = len(input), input.shape[-2:]
         across, down, drawn = (self.uniform((batch, self.most), stream) for stream in range(3))
         rank = torch.arange(self.most, device=input.device)

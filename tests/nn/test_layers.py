@@ -231,6 +231,18 @@ def test_cutout_cuts_as_many_holes_as_it_is_told_on_average() -> None:
     assert half == pytest.approx(once / 2, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["Scale", "Translate", "Cutout"])
+def test_inputs_that_are_no_images_are_refused(name: str) -> None:
+    match = rf"{name}\(name='{name.lower()}'\) got an input of shape \(16, 8\): pass images, "
+    with pytest.raises(ValueError, match=match):
+        IMAGES[name](0.3)(torch.randn(16, 8))
+
+
+@each
+def test_an_empty_batch_passes_through(name: str) -> None:
+    assert IMAGES[name](0.3)(images()[:0]).shape == (0, 3, 12, 12)
+
+
 def test_mixup_mixes_targets_as_inputs() -> None:
     mixup = st.nn.Mixup(classes=4, value=0.9)
     inputs = F.one_hot(torch.arange(4), 4).float()
