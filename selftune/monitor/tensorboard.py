@@ -80,7 +80,7 @@ class TensorBoard(AbstractRecorder):
             elif (
                 self._purge is None
                 and not self._tags
-                and (Path(self._folder).resolve() in _begun or _others_in(Path(self._folder)))
+                and (_begun_in(Path(self._folder)) or _others_in(Path(self._folder)))
             ):
                 log.warning(
                     "log_dir=%r already contains a run, whose curves TensorBoard will draw "
@@ -280,6 +280,11 @@ def _ending(folder: Path) -> Any:
 def _names_in(folder: Path) -> list[str]:
     """Names of the event files in a folder."""
     return [file.name for file in folder.glob("events.out.tfevents.*")]
+
+
+def _begun_in(folder: Path) -> bool:
+    """Whether a run of this process has begun in a folder that has not been deleted since."""
+    return folder.resolve() in _begun and bool(_names_in(folder))
 
 
 def _others_in(folder: Path) -> bool:

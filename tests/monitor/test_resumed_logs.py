@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,17 @@ def test_a_second_run_of_a_process_in_the_folder_of_the_first_warns(
         recorder.end("finished")
     assert len(caplog.messages) == 1
     assert "already contains a run" in caplog.messages[0]
+
+
+def test_a_run_in_a_folder_that_was_deleted_does_not_warn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        recorder = TensorBoard(tmp_path / "run")
+        recorder.begin({"lr": 0.1}, ["lr"])
+        recorder.end("finished")
+        shutil.rmtree(tmp_path / "run")
+    assert not caplog.messages
 
 
 def test_two_writers_share_a_folder(tmp_path: Path) -> None:
