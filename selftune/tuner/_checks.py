@@ -42,6 +42,7 @@ from selftune.tuner._data import Stream, batches_of
 from selftune.tuner._group import Group
 from selftune.tuner._noise_scale import halves
 from selftune.tuner._objective import Objective
+from selftune.tuner._result import History
 from selftune.tuner._run_state import RunState
 from selftune.tuner._scoring import Metric, measured
 from selftune.tuner._steps import Steps
@@ -54,12 +55,15 @@ def check_hparams(
 ) -> None:
     """Raise an error for unknown names and values outside their range."""
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
-    clash = names & set(strengths)
-    if clash:
-        raise ValueError(
-            f"layers named {sorted(clash)} have the names of hyperparameters of the update: give "
-            "them other names"
-        )
+    for what, owned in (
+        ("hyperparameters of the update", names),
+        ("entries of result.history", History().arrays()),
+    ):
+        clash = sorted(set(strengths).intersection(owned))
+        if clash:
+            raise ValueError(
+                f"layers named {clash} have the names of {what}: give them other names"
+            )
     names |= set(strengths)
     for name, value in given.items():
         if name not in names:

@@ -39,7 +39,8 @@ def check_together(given: Given, compile: bool | str) -> None:
     if assigned.whole is not None and members is not None:
         raise ValueError(
             f"population={members.size} needs an elementwise estimator, Trace or OneStep, for all "
-            f"tuned hyperparameters, but {assigned.names} need {assigned.whole}"
+            f"tuned hyperparameters, but {assigned.names} need {assigned.whole}: leave them out of "
+            "tune=, or pass population=1"
         )
     if group.together and assigned.whole is not None:
         raise ValueError(

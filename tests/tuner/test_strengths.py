@@ -287,6 +287,21 @@ def test_bad_input_is_refused(options: Any, match: str) -> None:
         tuner(**options)
 
 
+@pytest.mark.parametrize("name", ["train_loss", "val_loss", "hyper_step"])
+def test_layers_named_like_entries_of_the_history_are_refused(name: str) -> None:
+    """They would replace the entry."""
+    with pytest.raises(ValueError, match=f"'{name}'.*entries of result.history: give them other"):
+        tuner(nn.Sequential(nn.Linear(2, 3), st.nn.Dropout(0.1, name=name)))
+
+
+def test_a_population_trains_with_strengths_that_are_not_tuned() -> None:
+    """The remedy that the error names."""
+    options: dict[str, Any] = {"population": 3, "augment": st.nn.Noise(0.1), "probe": False}
+    with pytest.raises(ValueError, match=r"\['hidden', 'noise'\] need .*leave them out of tune="):
+        tuner(**options)
+    assert fit(tuner(tune=("lr",), **options), steps=10).ended == "finished"
+
+
 def test_a_schedule_replays_strengths_too() -> None:
     result = fit(tuner())
     model = net()
