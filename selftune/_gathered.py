@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 
 def _modules() -> list[Any]:
     """All modules that were passed to ``fully_shard``: shards do not know theirs."""
+    if not (dist.is_available() and dist.is_initialized()):  # ``fully_shard`` needs a group
+        return []
     from torch.distributed._composable_state import _module_state_mapping
 
     if not _module_state_mapping:
