@@ -77,6 +77,7 @@ def test_a_sweep_that_kills_units_is_undone() -> None:
     assert end.live[1] > 0.8
 
 
+@pytest.mark.slow
 def test_a_tuner_does_not_take_weights_with_dying_units_for_good() -> None:
     """Law: plain torch ends at 0.10; this run ended at 2.4, above its initial weights."""
     (start,) = itertools.islice(ordinary(100, "SGD", "tuner"), 18, 19)

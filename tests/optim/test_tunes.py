@@ -60,7 +60,13 @@ def plain(name: str, lr: float) -> float:
 
 
 @pytest.mark.parametrize("lr", [1e-6, 1.0])
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Lion"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SGD", "AdamW"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Adam", "RMSprop", "Lion")),
+    ],
+)
 def test_ends_well_from_a_start_decades_off(name: str, lr: float) -> None:
     """Better than chance (ln 2), where plain torch stays there or worse."""
     loss, opt = run(lambda n: getattr(st, name)(n.parameters(), lr=lr, total_steps=400))
@@ -70,7 +76,10 @@ def test_ends_well_from_a_start_decades_off(name: str, lr: float) -> None:
     assert opt.hparams["lr"] != lr
 
 
-@pytest.mark.parametrize("name", ["NAdam", "Adafactor", "RAdam"])
+@pytest.mark.parametrize(
+    "name",
+    ["NAdam", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Adafactor", "RAdam"))],
+)
 def test_optimizers_without_a_rule(name: str) -> None:
     """Tuned from the outside, from a rate a thousand times too low, where plain stays at chance."""
     assert plain(name, 1e-6) > 0.68

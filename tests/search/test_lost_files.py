@@ -46,7 +46,7 @@ def trained(**options: Any) -> search.Selection:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("missing", [1, 10])
+@pytest.mark.parametrize("missing", [pytest.param(1, marks=pytest.mark.slow), 10])
 def test_a_cut_journal_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, missing: int
 ) -> None:

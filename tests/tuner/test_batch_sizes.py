@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_bit_for_bit(options: dict[str, Any], tmp_path: Pat
         run(tmp_path / "cut", loader(), resume=True)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_batches_continue_after_any_of_them(workers: int) -> None:
     """Truth: the same batches, uninterrupted; workers draw them ahead, up to the next epoch."""
 

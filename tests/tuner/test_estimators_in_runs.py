@@ -109,7 +109,14 @@ def test_compiled_is_eager(estimator: AbstractEstimator) -> None:
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("estimator", [st.Forward(0.9), st.Unrolled(10), st.Trace(stride=3)])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        pytest.param(st.Forward(0.9), marks=pytest.mark.slow),
+        pytest.param(st.Unrolled(10), marks=pytest.mark.slow),
+        st.Trace(stride=3),
+    ],
+)
 def test_they_raise_a_rate_that_is_far_too_low(estimator: AbstractEstimator) -> None:
     made = tuner(net(), estimator=estimator, hparams={"lr": 1e-4, "momentum": 0.5}, probe=False)
     result = made.fit(loader(200), [points(100, seed=1)], steps=300, progress=False)
