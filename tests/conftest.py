@@ -7,7 +7,8 @@ from collections.abc import Iterator
 # The nets of the tests are so small that threads would only wait for one another, above all where
 # two suites run side by side; read by torch when it is imported, and by processes of a test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Compiled steps are compared with eager ones, not timed, and unoptimised C++ compiles twice as fast.
+# Compiled steps are compared with eager ones, not timed: C++ that is not optimised compiles in
+# half the time.
 os.environ.setdefault("TORCHINDUCTOR_DEBUG_COMPILE", "1")
 
 import pytest
