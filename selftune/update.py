@@ -98,9 +98,8 @@ class Update:
 
     @property
     def tuned(self) -> tuple[str, ...]:
-        """Names tuned by default: those of the rule and all penalties that have a gradient."""
-        penalties = (p.name for p in self.penalties if p.name not in self.without_gradient)
-        return (*self.rule.tuned, *penalties)
+        """Names tuned by default: those of the rule and all penalties."""
+        return (*self.rule.tuned, *(p.name for p in self.penalties))
 
     @property
     def without_gradient(self) -> set[str]:
@@ -108,25 +107,29 @@ class Update:
         added = {p.name for p in self.penalties if not p.proximal}
         return set(self.rule.without_gradient) | (set() if self.rule.smooth else added)
 
-    def check_gradients(self, tune: Sequence[str]) -> None:
-        """Check that a step has a derivative with respect to each hyperparameter in ``tune``.
+    def with_gradient(self, names: Sequence[str], *, given: bool) -> list[str]:
+        """The names among these with respect to which a step has a derivative.
+
+        Args:
+            names: Names of hyperparameters to be tuned by gradient.
+            given: Whether the user named them; otherwise those without one are left out.
 
         Raises:
-            ValueError: It is zero almost everywhere for one of them.
+            ValueError: A given one has a derivative of zero almost everywhere.
         """
-        rule = type(self.rule).__name__
-        for name in sorted(self.without_gradient.intersection(tune)):
-            raise ValueError(
-                f"tune={name!r} would have no effect: the steps of {rule} have a derivative of "
-                f"zero with respect to {name}. Leave it out of tune=; a population of st.Tuner or "
-                "a search can choose its value."
-            )
-        for name in (p.name for p in self.penalties if p.name in self.without_gradient):
+        rule, without = type(self.rule).__name__, self.without_gradient
+        for name in (n for n in names if n in without):
+            if given:
+                raise ValueError(
+                    f"tune={name!r} would have no effect: the steps of {rule} have a derivative of "
+                    "zero with respect to it. Leave it out; a population or a search can choose it"
+                )
             log.warning(
                 "%s: %s keeps its value, because the steps of this rule have a derivative of zero "
                 "with respect to it; a population of st.Tuner or a search can choose it",
                 rule, name,
             )  # fmt: skip
+        return [n for n in names if n not in without]
 
     @property
     def regularizers(self) -> set[str]:

@@ -43,8 +43,8 @@ class Log:
 
         The rest, under ``""``, is left out if it has no hyperparameters.
         """
-        matched = (re.fullmatch("(.+)/Loss/val", tag) for tag in self.curves)
-        names = sorted(m[1] for m in matched if m)
+        matched = (re.fullmatch("(.+?)/hyper/.+", tag) for tag in self.curves)
+        names = sorted({m[1] for m in matched if m})
         parts = {n: Log(_below(n, self.curves), _below(n, self.texts)) for n in names}
         return parts if parts and not self.lines() else {"": self, **parts}
 

@@ -12,7 +12,13 @@ from selftune.nn.augment import (
     Translate,
 )
 from selftune.nn.dropout import DropConnect, Dropout, Dropout2d, EmbeddingDropout
-from selftune.nn.losses import ActivationPenalty, LabelSmoothing, TemporalPenalty, extra_loss
+from selftune.nn.losses import (
+    ActivationPenalty,
+    LabelSmoothing,
+    TemporalPenalty,
+    begin_pass,
+    extra_loss,
+)
 
 __all__ = [
     "ActivationPenalty",
@@ -33,6 +39,7 @@ __all__ = [
     "TemporalPenalty",
     "Translate",
     "Tunable",
+    "begin_pass",
     "extra_loss",
     "own_counters",
     "tunables",

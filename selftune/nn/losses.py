@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -71,46 +70,29 @@ class LabelSmoothing(Tunable):
 class _Penalty(Tunable):
     """Returns its input, and stores a penalty on it for ``extra_loss``.
 
-    The penalties of all uses in a pass are added up. ``extra_loss`` ends the pass, and so does a
-    backward pass through the layer: a pass whose penalties were not taken is not added to the next.
-
     Attributes:
-        extra: The sum so far.
-        pending: The grad mode of the pass to which the next use belongs; None to begin one.
+        extra: The penalty of the last use, or the sum over all uses since ``begin_pass``.
+        adding: Whether uses are added up: between ``begin_pass`` and ``extra_loss``.
     """
 
     def __init__(self, value: float, name: str) -> None:
         hparam = Hparam(name=name, bijection=Log(), lower=1e-6, upper=1e2, from_zero=1e-2)
         super().__init__(value, hparam)
         self.extra: Tensor | None = None
-        self.pending: bool | None = None
+        self.adding = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are not in the middle of a pass, whose graph could not be copied."""
-        return {**self.__dict__, "extra": None, "pending": None}
+        return {**self.__dict__, "extra": None, "adding": False}
 
     def forward(self, input: Tensor) -> Tensor:
         """The input."""
         if self.training:
             measured = self.level(input) * self.measure(input)
             # A sequence of length 1 has no changes, whose mean would be NaN.
-            self._add(measured.mean() if measured.numel() else measured.sum(), input)
+            term = measured.mean() if measured.numel() else measured.sum()
+            self.extra = term if self.extra is None or not self.adding else self.extra + term
         return input
-
-    def _add(self, term: Tensor, input: Tensor) -> None:
-        compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._current_graph_task_id() != -1:
-            return  # an activation checkpoint runs the layer again in the backward pass
-        mode = torch.is_grad_enabled()
-        if self.pending is mode and self.extra is not None:
-            term = self.extra + term
-        self.extra = term
-        if compiling:
-            return  # without the hook below, only the passes of `begin_pass` are told apart
-        self.pending = mode
-        if not input.is_leaf:
-            layer = weakref.ref(self)  # otherwise the sum, its graph and the layer form a cycle
-            input.register_hook(lambda _: _end_pass(layer()))
 
     def measure(self, input: Tensor) -> Tensor:
         """The penalty of each entry."""
@@ -179,24 +161,30 @@ class TemporalPenalty(_Penalty):
         return input.diff(dim=self.dim).square()
 
 
-def _end_pass(layer: _Penalty | None) -> None:
-    """After a backward pass; one that creates a graph is part of a loss."""
-    if layer is not None and not torch.is_grad_enabled():
-        layer.pending = None
-
-
 def begin_pass(model: nn.Module) -> None:
-    """Drop penalties of earlier passes, and add up those until ``extra_loss``."""
+    """Add up the penalties of all uses of a layer until ``extra_loss``.
+
+    Without it, as after a forward pass whose penalties nobody takes, only the last use counts.
+
+    Examples:
+        >>> import torch, selftune as st
+        >>> layer = st.nn.ActivationPenalty(1.0)
+        >>> st.nn.begin_pass(layer)
+        >>> for value in (1.0, 3.0):
+        ...     _ = layer(torch.full((4,), value))
+        >>> float(st.nn.extra_loss(layer))
+        10.0
+    """
     for module in model.modules():
         if isinstance(module, _Penalty):
-            module.extra, module.pending = None, torch.is_grad_enabled()
+            module.extra, module.adding = None, True
 
 
 def extra_loss(model: nn.Module) -> Tensor | float:
-    """The penalties of the last pass, summed over all uses of a layer; a second call returns 0.
+    """The activation penalties of the last pass; a second call returns 0.
 
-    The pass began after the last call, or the last backward pass. In a loop that compiles the
-    model with ``torch.compile``, only the last use of each layer counts.
+    Of a layer that is used more than once in a pass, the last use counts, or all uses since
+    :func:`begin_pass`.
     """
     if not isinstance(model, nn.Module):  # not by `checked`: this is compiled with the pass
         raise TypeError(f"model={model!r} must be a torch.nn.Module")
@@ -204,5 +192,5 @@ def extra_loss(model: nn.Module) -> Tensor | float:
     for module in model.modules():
         if isinstance(module, _Penalty) and module.extra is not None:
             total = total + module.extra
-            module.extra = module.pending = None
+            module.extra, module.adding = None, False
     return total

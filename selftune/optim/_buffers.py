@@ -38,7 +38,7 @@ class Buffers:
     Attributes:
         layers: Layers of the trained model.
         foreign: Layers of other models.
-        carried: Other buffers that training passes change.
+        carried: Other buffers, which validation passes must not change.
     """
 
     def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
@@ -56,7 +56,7 @@ class Buffers:
         self._gathered: list[Tensor] = []  # whether the last pass updated each layer
         self._others: Sequence[Tensor] = []  # the training statistics, while others are shown
         self._saved: dict[str, Any] | None = None
-        self._expected = 0  # number of foreign layers and carried buffers of a saved run
+        self._strangers = 0  # number of foreign layers in a saved run
         if module is not None:
             self.add(module)
 
@@ -91,7 +91,6 @@ class Buffers:
             owned = [id(p) in ours for p in module.parameters()]
             if any(owned) or not owned:
                 self.add(module)
-                self.carried.look(module, _statistics(module) if _tracks(module) else [])
                 return
             known = {id(layer) for layer in (*self.layers, *self.foreign)}
             for part in module.modules():
@@ -115,10 +114,9 @@ class Buffers:
             for layer in self.foreign:
                 for tensor, old in zip(_statistics(layer), others.get(id(layer), []), strict=False):
                     tensor.copy_(old)
-            self.carried.looked()
             if self._saved is not None:
                 self.load_state_dict(self._saved)
-            self._expected = 0
+            self._strangers = 0
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -156,9 +154,8 @@ class Buffers:
 
     @property
     def complete(self) -> bool:
-        """Whether all layers and buffers of a loaded run are found, including foreign ones."""
-        known = len(self.foreign) + len(self.carried.buffers)
-        return not self.waiting and known >= self._expected
+        """Whether all layers of a loaded run are found, including foreign ones."""
+        return not self.waiting and len(self.foreign) >= self._strangers
 
     def tensors(self) -> list[Tensor]:
         """The current statistics of the modules."""
@@ -261,13 +258,13 @@ class Buffers:
             "good": [t.clone() for t in self.good],
             "candidate": [t.clone() for t in self.candidate],
             "own": self._own,
-            "foreign": len(self.foreign) + len(self.carried.buffers),
+            "foreign": len(self.foreign),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``, as soon as the layers are found."""
         self._saved = None if self.layers or not state["average"] else state
-        self._own, self._expected = state["own"], state["foreign"]
+        self._own, self._strangers = state["own"], state["foreign"]
         owned = {
             "average": self.average, "good": self.good, "candidate": self.candidate,
             "training": self.tensors(),

@@ -182,7 +182,8 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
     every, tune = options.cadence(), options.tune
     if tune is None:  # ``decay`` only if no schedule anneals
         tune = [n for n in update.tuned if total is None or n != "decay"]
-    update.check_gradients(tune)
+    if not isinstance(tune, str):  # a string is refused by the shifts
+        tune = update.with_gradient(tune, given=options.tune is not None)
     shifts = Shifts(
         update.hparams, tune=tune, size=settings.hyper.size(every, total), per=options.per,
         bounds=options.bounds, total_steps=total,

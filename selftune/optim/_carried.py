@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class Kept(NamedTuple):
@@ -18,22 +20,16 @@ class Kept(NamedTuple):
     buffer: Tensor | None
     values: Tensor | None
 
-    @property
-    def changed(self) -> bool:
-        """Whether the buffer has been replaced or has other values."""
-        if getattr(self.module, self.name) is not self.buffer:
-            return True
-        if self.buffer is None or self.values is None:
-            return False
-        return not torch.equal(self.buffer, self.values)
-
     @torch.no_grad()
     def restore(self) -> None:
         """Put the tensor back, with its values."""
-        if not self.changed:
+        if getattr(self.module, self.name) is not self.buffer:
+            setattr(self.module, self.name, self.buffer)
+        if self.buffer is None or self.values is None:
             return
-        setattr(self.module, self.name, self.buffer)
-        if self.buffer is not None and self.values is not None:
+        if self.buffer.shape != self.values.shape:
+            self.buffer.data = self.values
+        elif not torch.equal(self.buffer, self.values):  # a copy would invalidate earlier graphs
             self.buffer.copy_(self.values)
 
 
@@ -42,46 +38,48 @@ class Carried:
 
     Vectors of a power iteration, running codebooks and hidden states between batches depend on the
     training batches and weights. A validation pass must not change them, or validation data would
-    enter the training. Integer buffers, such as counters of random numbers, may advance.
+    enter the training. Integer buffers, such as counters of random numbers, may advance, and so may
+    modules outside of a model with parameters, such as metrics.
 
     Attributes:
-        buffers: Module and name of each of these buffers.
+        buffers: Module and name of each floating-point buffer of the models that the closure calls;
+            None before its first pass.
     """
 
     def __init__(self) -> None:
-        self.buffers: list[tuple[nn.Module, str]] = []
-        self._seen: dict[tuple[int, str], Kept] = {}  # by module and name, in the first pass
-
-    def look(self, module: nn.Module, statistics: list[Tensor]) -> None:
-        """Note the buffers of a module before its first pass.
-
-        Args:
-            module: The module, without its children.
-            statistics: Its running statistics, which are handled elsewhere.
-        """
-        apart = {id(t) for t in statistics}
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and id(buffer) not in apart:
-                self._seen.setdefault((id(module), name), _keep(module, name))
-
-    def looked(self) -> None:
-        """After the first pass: restore the buffers that it has changed, and protect them."""
-        known = {(id(module), name) for module, name in self.buffers}
-        for key, kept in self._seen.items():
-            if kept.changed and key not in known:
-                self.buffers.append((kept.module, kept.name))
-            kept.restore()
-        self._seen = {}
+        self.buffers: list[tuple[nn.Module, str]] | None = None
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Restores the buffers after the block."""
-        before = [_keep(module, name) for module, name in self.buffers]
+        """Restores the buffers after the block, whose first one also finds them."""
+        kept: dict[tuple[int, str], Kept] = {}
+
+        def look(module: nn.Module, _: Any = None) -> None:
+            if any(True for _ in module.parameters()):
+                for part, name in _floating(module):
+                    if (id(part), name) not in kept:
+                        kept[id(part), name] = _keep(part, name)
+
+        for module, name in self.buffers or ():
+            kept[id(module), name] = _keep(module, name)
+        handle = register_module_forward_pre_hook(look) if self.buffers is None else None
         try:
             yield
+            self.buffers = [(k.module, k.name) for k in kept.values()]
         finally:
-            for kept in before:
-                kept.restore()
+            if handle is not None:
+                handle.remove()
+            for one in kept.values():
+                one.restore()
+
+
+def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Module and name of the floating-point buffers, without BatchNorm's statistics."""
+    for part in module.modules():
+        if not isinstance(part, _NormBase):
+            for name, buffer in part.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    yield part, name
 
 
 def _keep(module: nn.Module, name: str) -> Kept:

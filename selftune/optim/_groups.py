@@ -58,7 +58,7 @@ class Groups:
         annealed: Whether a torch scheduler has lowered a rate.
         raised: Whether a torch scheduler has raised a rate, as in a warm-up, or a rate was written
             from outside since the first step.
-        writes: Number of rates written from outside since the first step.
+        writes: How often rates have been written from outside since the first step.
         scale: Factor of a rate that is not tuned and belongs to a torch scheduler; the choice of a
             rule sets it, because many schedulers store their starting values privately.
     """
@@ -215,9 +215,9 @@ class Groups:
             span = self._spans[i]
             self._shifts.rows[name].rebase(range(span.start, span.stop), value, shown)
             self._shown[name][i] = value
-            if name == "lr" and i in self._factors:
-                self.raised = True
-                self.writes += 1
+        if any(name == "lr" and i in self._factors for name, i, *_ in written):
+            self.raised = True
+            self.writes += 1
         changed = [self._take_scheduler(*each) for each in scheduled]
         return bool(written) or any(changed)
 

@@ -93,6 +93,7 @@ class Mixture(AbstractRule):
         momenta = [f"{n}_{k}" for n, m in self.members.items() for k in m.tuned
                    if k in {h.name for h in m.hparams}]  # fmt: skip
         self.tuned = ("lr", "decay", "weight_decay", *self.weights, *momenta)
+        self.smooth = any(m.smooth for m in self.members.values())
         self._given = settings
         self.choose(next(iter(self.members)) if len(members) == 1 else None)
 

@@ -221,7 +221,7 @@ def build(
     start = math.nan
     if new:
         start = check_first(steps, run, streams[:2], given.metrics, mapped=mapped)
-    steps.carried = carried(steps, run, streams[:2], mapped=mapped)
+    steps.carried = carried(steps, run, streams[1], mapped=mapped)
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))

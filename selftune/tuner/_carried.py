@@ -1,4 +1,4 @@
-"""Buffers that training passes change and validation passes do not, such as running codebooks."""
+"""Buffers of the training that validation passes use, such as running codebooks."""
 
 from __future__ import annotations
 
@@ -11,35 +11,30 @@ from selftune.tuner._run_state import RunState
 from selftune.tuner._steps import Steps
 
 
-def carried(
-    steps: Steps, run: RunState, streams: tuple[Stream, Stream], *, mapped: bool
-) -> set[int]:
-    """The positions of these buffers, from a pass on the first batch of each stream.
+def carried(steps: Steps, run: RunState, stream: Stream, *, mapped: bool) -> set[int]:
+    """The positions of the buffers that a pass on the first validation batch leaves unchanged.
 
-    Their values in the training pass fit the averaged weights as well. A hidden state, which
-    validation passes change too, stays that of the validation batches.
+    Their values in training, such as a running codebook's, fit the averaged weights as well. A
+    hidden state, which validation passes change too, stays that of the validation batches.
 
     Args:
         steps: The steps.
         run: The initial run.
-        streams: Training and validation batches.
+        stream: Validation batches.
         mapped: Whether members of a population are trained, by ``torch.func``.
     """
     apart = _statistics(steps.inner) | {n for names in steps.layers.values() for n in names}
     named = enumerate(zip(steps.buffers, run.buffers, strict=True))
-    maybe = [i for i, (n, b) in named if b.is_floating_point() and n not in apart]
+    maybe = {i for i, (n, b) in named if b.is_floating_point() and n not in apart}
     if not maybe:
         return set()
     device = run.step.device
-    changed: list[set[int]] = []
-    for stream, passed in zip(streams, (steps.train_pass, steps.val_pass), strict=True):
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.set_grad_enabled(mapped or steps.whole is not None),
-        ):
-            after = passed(run, stream.peek())[2]
-        changed.append({i for i in maybe if not torch.equal(after[i], run.buffers[i])})
-    return changed[0] - changed[1]
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.set_grad_enabled(mapped or steps.whole is not None),
+    ):
+        after = steps.val_pass(run, stream.peek())[2]
+    return {i for i in maybe if torch.equal(after[i], run.buffers[i])}
 
 
 def _statistics(module: nn.Module) -> set[str]:

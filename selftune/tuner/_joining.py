@@ -72,7 +72,7 @@ def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None, fl
     if val is None or isinstance(val, HoldOut):
         holding = HoldOut() if val is None else val
         given = f"val=None (a held-out share of {holding.share})" if val is None else f"val={val}"
-        return *split(train, holding.share, seed, given), holding, holding.share
+        return *split(train, holding.share, seed, given), holding, float(holding.share)
     if isinstance(val, (int, float)):
         if not 0 < val < 1:
             raise ValueError(

@@ -14,8 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from selftune._modes import modes_kept
-from selftune.nn import extra_loss
-from selftune.nn.losses import begin_pass
+from selftune.nn import begin_pass, extra_loss
 
 LossFn = Callable[..., Tensor]
 TARGETS = ("labels", "label", "targets", "target", "y")
@@ -67,6 +66,7 @@ class Objective(nn.Module):
 
     def predicted(self, batch: Any) -> tuple[Any, Tensor]:
         """The first part of the loss: outputs and activation penalties."""
+        begin_pass(self)
         output = self.outputs(batch)[1]
         return output, torch.as_tensor(extra_loss(self), device=output.device)
 
@@ -78,7 +78,7 @@ class Objective(nn.Module):
 
     def _target(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            return batch[next(name for name in TARGETS if name in batch)]
+            return self._named(batch)[2]
         return self._augmented(*batch)[-1]
 
     def _augmented(self, *batch: Any) -> tuple[Any, ...]:
@@ -92,7 +92,7 @@ class Objective(nn.Module):
     def outputs(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Loss, output and target of a batch."""
         if isinstance(batch, Mapping):
-            return self._from_names(dict(batch))
+            return self._from_names(batch)
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise ValueError(
                 f"a batch is a {type(batch).__name__}; (*inputs, target) or a dictionary is "
@@ -105,14 +105,20 @@ class Objective(nn.Module):
         output = self.model(*inputs)
         return self.loss_fn(output, target), output, target
 
-    def _from_names(self, batch: dict[str, Any]) -> tuple[Tensor, Any, Any]:
-        name = next((name for name in TARGETS if name in batch), None)
-        target = None if name is None else batch.pop(name)
+    def _named(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, Any]:
+        """Inputs of a dictionary, name of the target and target, augmented."""
+        inputs = dict(batch)
+        name = next((name for name in TARGETS if name in inputs), None)
+        target = None if name is None else inputs.pop(name)
         if self.augment is not None:
-            first = _augmentable(batch)
-            batch[first], target = self.augment(batch[first], target)
+            first = _augmentable(inputs)
+            inputs[first], target = self.augment(inputs[first], target)
+        return inputs, name, target
+
+    def _from_names(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any, Any]:
+        inputs, name, target = self._named(batch)
         if self.loss_fn is None:
-            output = self.model(**batch, **({} if name is None else {name: target}))
+            output = self.model(**inputs, **({} if name is None else {name: target}))
             loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
             if loss is None:
                 raise ValueError("the model's output has no loss: pass loss_fn=")
@@ -122,7 +128,7 @@ class Objective(nn.Module):
                 f"a batch has the keys {list(batch)}, none of which is a target {TARGETS}: "
                 "rename one, or pass objective=lambda model, batch: loss"
             )
-        output = self.model(**batch)
+        output = self.model(**inputs)
         return self.loss_fn(output, target), output, target
 
 

@@ -164,7 +164,7 @@ class Tuner:
         names = tuned_names(tune, update, strengths, schedule)
         members = Population(population, seed) if population != 1 else None
         if members is None:
-            update.check_gradients(names)
+            names = update.with_gradient(names, given=tune is not None)
         Schedule(shape=schedule, total_steps=None if schedule == "constant" else 10**9)
         choose(known, names, bounds, 1)
         self._given = Given(

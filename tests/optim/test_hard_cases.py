@@ -270,6 +270,20 @@ def test_a_penalty_of_ones_own_may_be_named_in_tune() -> None:
     assert opt.hparams["l1"] == 1e-3
 
 
+def test_many_groups_whose_rates_change_once_are_no_schedule(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(25)))
+    opt = st.AdamW([{"params": [*layer.parameters()]} for layer in net], lr=0.01, probe=False)
+    for step in range(10):
+        for group in opt.param_groups if step == 5 else ():
+            group["lr"] *= 0.5
+        opt.zero_grad()
+        net(torch.ones(4, 2)).square().mean().backward()
+        opt.step()
+    assert "so it is not tuned" not in caplog.text
+
+
 @pytest.mark.parametrize("often", [True, False])
 def test_a_rate_that_the_loop_writes_at_every_step_is_pointed_out(
     often: bool, caplog: pytest.LogCaptureFixture

@@ -186,3 +186,6 @@ def test_lion_tunes_proximal_penalties_alone(caplog: pytest.LogCaptureFixture) -
     assert not caplog.text
     assert "l1" not in starts(L1(1e-3))
     assert "l1 keeps its value" in caplog.text
+    loss_fn, model = torch.nn.functional.mse_loss, torch.nn.Linear(2, 1)
+    several = st.Tuner(model, loss_fn, rule=rules.Lion(), penalty=L1(1e-3), population=2)
+    assert several.starts["l1"] == 1e-3  # chosen by loss

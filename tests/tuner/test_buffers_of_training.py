@@ -45,6 +45,9 @@ def network(kind: str) -> nn.Module:
     middle = nn.Linear(4, 16)
     if kind == "spectral norm":
         middle = spectral_norm(middle)
+    if kind == "one output":
+        last = spectral_norm(nn.Linear(16, 1))
+        return nn.Sequential(first, middle, nn.ReLU(), last, nn.Linear(1, 3))
     return nn.Sequential(first, middle, nn.ReLU(), nn.Linear(16, 3))
 
 
