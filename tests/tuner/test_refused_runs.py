@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import loader, net, points, same, tuner
@@ -250,6 +251,13 @@ def test_another_split_of_the_data_is_refused(
     fit(val=0.2, log_dir=tmp_path)
     with pytest.raises(ValueError, match=f"from another run: .*{message}"):
         fit(val=val, log_dir=tmp_path, resume=True, run=tuner(**options))
+
+
+def test_a_share_may_be_a_number_of_numpy(tmp_path: Path) -> None:
+    """Checkpoints hold plain numbers."""
+    val = st.HoldOut(share=np.float64(0.2))
+    first = fit(val=val, log_dir=tmp_path)
+    assert fit(val=val, log_dir=tmp_path, resume=True).best_loss == first.best_loss
 
 
 def test_a_seed_without_effect_may_change(tmp_path: Path) -> None:

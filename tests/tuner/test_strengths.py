@@ -186,15 +186,18 @@ class ByName(nn.Module):
         return output if labels is None else {"loss": F.cross_entropy(output, labels)}
 
 
-@pytest.mark.parametrize("loss_fn", [F.cross_entropy, None])
-def test_augmentation_of_dictionaries_is_that_of_tuples(loss_fn: Any) -> None:
+@pytest.mark.parametrize(
+    ("loss_fn", "name"),
+    [(F.cross_entropy, "default"), (None, "default"), (F.cross_entropy, "Gauss-Newton")],
+)
+def test_augmentation_of_dictionaries_is_that_of_tuples(loss_fn: Any, name: str) -> None:
     """The run on tuples, which was without augmentation for dictionaries."""
     torch.manual_seed(1)
     tuples = list(loader())
     augment = st.nn.Augment(st.nn.Noise(0.5), st.nn.Mixup(classes=3, value=0.3))
     named = [{"labels": y, "mask": y, "inputs": x} for x, y in tuples]
     runs = [
-        tuner(model, loss, augment=copy.deepcopy(augment))
+        tuner(model, loss, augment=copy.deepcopy(augment), estimator=ESTIMATORS[name])
         .fit(batches, batches[:2], steps=10, progress=False)
         for model, loss, batches in ((net(), F.cross_entropy, tuples), (ByName(), loss_fn, named))
     ]  # fmt: skip
@@ -248,10 +251,10 @@ def test_a_shared_penalty_is_two_of_one_name(compiled: bool) -> None:
     results = []
     for count in (1, 2):
         model = Sharing([st.nn.ActivationPenalty(0.5) for _ in range(count)])
-        made = tuner(model, probe=False, compile=compiled)
+        made = tuner(model, probe=False, compile=compiled and count == 1)
         results.append(fit(made, steps=20))
     one, two = (r.history["train_loss"] for r in results)
-    assert one == pytest.approx(two, rel=1e-5)
+    assert one == pytest.approx(two, rel=1e-4 if compiled else 1e-5)
 
 
 @pytest.mark.parametrize("start", [0.0, 0.9])
