@@ -91,7 +91,9 @@ class _Penalty(Tunable):
             measured = self.level(input) * self.measure(input)
             # A sequence of length 1 has no changes, whose mean would be NaN.
             term = measured.mean() if measured.numel() else measured.sum()
-            self.extra = term if self.extra is None or not self.adding else self.extra + term
+            if self.adding and self.extra is not None:
+                term = self.extra + term
+            self.extra = term
         return input
 
     def measure(self, input: Tensor) -> Tensor:
