@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from selftune._kept_buffers import KeptBuffer
 from selftune._modes import evaluating
 from selftune.hypernet._places import Place
 from selftune.hypernet._terms import primal, term_of
@@ -98,14 +99,12 @@ def buffers_kept(model: nn.Module, counters: bool = True) -> Iterator[None]:
         counters: Whether counters of random numbers are restored too.
     """
     modules = [m for m in model.modules() if counters or not isinstance(m, Stochastic)]
-    kept = [(m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None]
+    kept = [KeptBuffer.of(m, n) for m in modules for n, _ in m.named_buffers(recurse=False)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, before in kept:
-                buffer.copy_(before)
-                module._buffers[name] = buffer
+        for buffer in kept:
+            buffer.restore()
 
 
 def _precision(net: SelfTuned, output: Tensor) -> float:

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-
-class Kept(NamedTuple):
-    """A buffer before a forward pass: the tensor, which a pass may replace, and its values."""
-
-    module: nn.Module
-    name: str
-    buffer: Tensor | None
-    values: Tensor | None
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the tensor back, with its values."""
-        if getattr(self.module, self.name) is not self.buffer:
-            setattr(self.module, self.name, self.buffer)
-        if self.buffer is None or self.values is None:
-            return
-        if self.buffer.shape != self.values.shape:
-            self.buffer.data = self.values
-        elif not torch.equal(self.buffer, self.values):  # a copy would invalidate earlier graphs
-            self.buffer.copy_(self.values)
+from selftune._kept_buffers import KeptBuffer
 
 
 class Carried:
@@ -52,16 +32,16 @@ class Carried:
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Restores the buffers after the block, whose first one also finds them."""
-        kept: dict[tuple[int, str], Kept] = {}
+        kept: dict[tuple[int, str], KeptBuffer] = {}
 
         def look(module: nn.Module, _: Any = None) -> None:
             if any(True for _ in module.parameters()):
                 for part, name in _floating(module):
                     if (id(part), name) not in kept:
-                        kept[id(part), name] = _keep(part, name)
+                        kept[id(part), name] = KeptBuffer.of(part, name)
 
         for module, name in self.buffers or ():
-            kept[id(module), name] = _keep(module, name)
+            kept[id(module), name] = KeptBuffer.of(module, name)
         handle = register_module_forward_pre_hook(look) if self.buffers is None else None
         try:
             yield
@@ -80,8 +60,3 @@ def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             for name, buffer in part.named_buffers(recurse=False):
                 if buffer.is_floating_point():
                     yield part, name
-
-
-def _keep(module: nn.Module, name: str) -> Kept:
-    buffer = getattr(module, name)
-    return Kept(module, name, buffer, None if buffer is None else buffer.detach().clone())

@@ -26,7 +26,7 @@ PARTS = frozenset({
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
 VERSION = 22
-"""Version of checkpoints; 21 has the sizes of batches that follow the noise scale."""
+"""Version of checkpoints; 22 has the share of the data and the seed in the identity."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
