@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from selftune._flat import swap
 from selftune._modes import ordinary_tensors
 from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
-from selftune.optim._carried import Carried
+from selftune.optim._carried import Carried, watching
 
 _usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 """Momenta of the layers while other statistics are shown; optimizers may share layers."""
@@ -99,15 +98,12 @@ class Buffers:
                     self.foreign.append(part)
                     others[id(part)] = [t.clone() for t in _statistics(part)]
 
-        handle = register_module_forward_pre_hook(look)
         known = len(self.good)
         before = [t.clone() for t in self.average]  # this pass must not change the averages
         try:
-            with warnings.catch_warnings():  # a compiled model calls hooks twice: harmless
-                warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
+            with watching(look):
                 yield
         finally:
-            handle.remove()
             self.restore(known)
             for tensor, old in zip(self.average, before, strict=False):
                 tensor.copy_(old)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -42,15 +43,25 @@ class Carried:
 
         for module, name in self.buffers or ():
             kept[id(module), name] = KeptBuffer.of(module, name)
-        handle = register_module_forward_pre_hook(look) if self.buffers is None else None
         try:
-            yield
+            with watching(look) if self.buffers is None else nullcontext():
+                yield
             self.buffers = [(k.module, k.name) for k in kept.values()]
         finally:
-            if handle is not None:
-                handle.remove()
             for one in kept.values():
                 one.restore()
+
+
+@contextmanager
+def watching(look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Calls a function before the forward pass of every module within the block."""
+    handle = register_module_forward_pre_hook(look)
+    try:
+        with warnings.catch_warnings():  # a compiled model calls hooks twice: harmless
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
+            yield
+    finally:
+        handle.remove()
 
 
 def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
