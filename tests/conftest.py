@@ -1,5 +1,6 @@
 """Options of the suite."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_DEBUG_COMPILE", "1")
 
 import pytest
+import torch
+
+# Seeding also queues the seed for devices that are missing, each time with the formatted stack: a
+# millisecond, in tests that seed every step.
+if not torch.accelerator.is_available():
+    torch.manual_seed = torch.default_generator.manual_seed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="RUNS",
         help="with --browser: write docs/img/ anew, from the runs of examples/inspect_runs.py",
     )
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector all modules and tests, which live as long as the process."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

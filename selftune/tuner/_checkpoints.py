@@ -25,8 +25,8 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 22
-"""Version of checkpoints; 22 has the share of the data and the seed in the identity."""
+VERSION = 23
+"""Version of checkpoints; 23 has the state of Python's generator as a tensor."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
