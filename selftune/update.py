@@ -23,7 +23,7 @@ from selftune._arguments import Instance, ListOf, check
 from selftune._flat import Layout, add_to, plus
 from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
 from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1
-from selftune.rules._base import AbstractRule, State, Values, geometric
+from selftune.rules._base import AbstractRule, Dots, Evaluation, State, Values, geometric
 from selftune.schedules import inverse_time
 
 log = logging.getLogger("selftune")
@@ -308,15 +308,14 @@ class Transition(NamedTuple):
         self, name: str, slope: Any, before: State, discount: float, steps: int
     ) -> tuple[Tensor, State]:
         smooth = self.update._smooth_terms
-        dots: tuple[Tensor | None, State, Mapping[str, Any]]
         if name in smooth:
-            dots = (slope * smooth[name](self.params), before, {})
+            dots = Dots(slope * smooth[name](self.params), before, {}, discount, steps)
         else:
-            dots = (None, before, {name: slope})
-        moved = (self.direction, self.after)
-        return self.update.rule.tangent(
-            self.grads, self.state, self.values, self.clock.age, moved, dots, discount, steps
+            dots = Dots(None, before, {name: slope}, discount, steps)
+        at = Evaluation(
+            self.grads, self.state, self.values, self.clock.age, self.direction, self.after
         )
+        return self.update.rule.tangent(at, dots)
 
     def _push_prox(
         self, rows: Iterable[Tensor], name: str, gain: Any, slopes: Mapping[str, Any]

@@ -15,7 +15,7 @@ from selftune.method import Moment, choice, fast_path
 from selftune.optim._block import Block
 from selftune.optim._reducer import Reducer
 from selftune.rules import AbstractRule
-from selftune.rules._base import InPlace, State, Values
+from selftune.rules._base import Dots, Evaluation, InPlace, State, Values
 from selftune.update import Transition, Update, learning_rate
 
 
@@ -144,19 +144,9 @@ class Opaque(AbstractRule):
         """Not available."""
         raise TypeError("an opaque optimizer takes its own steps, so its direction is unknown")
 
-    def tangent(
-        self,
-        grads: Tensor,
-        state: State,
-        values: Values,
-        age: Any,
-        moved: tuple[Tensor, State],
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float = 1.0,
-        steps: int = 1,
-    ) -> tuple[Tensor, State]:
+    def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
         """No hyperparameters."""
-        return torch.zeros_like(grads), {}
+        return torch.zeros_like(at.grads), {}
 
 
 class InnerStepper(AbstractStepper):

@@ -1,6 +1,6 @@
 """Update rules: pure, and differentiable in every hyperparameter."""
 
-from selftune.rules._base import AbstractRule, direction_jvp
+from selftune.rules._base import AbstractRule, Dots, Evaluation
 from selftune.rules.adam import Adam, AdamW
 from selftune.rules.lion import Lion
 from selftune.rules.mixture import Mixture
@@ -14,11 +14,12 @@ __all__ = [
     "AbstractRule",
     "Adam",
     "AdamW",
+    "Dots",
+    "Evaluation",
     "Lion",
     "Mixture",
     "Muon",
     "PlainOptimizer",
     "RMSprop",
     "Untuned",
-    "direction_jvp",
 ]

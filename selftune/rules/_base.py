@@ -20,6 +20,44 @@ Values = Mapping[str, Any]
 """Hyperparameters and options by name: numbers, or tensors that broadcast to the weights."""
 
 
+class Evaluation(NamedTuple):
+    """Arguments and results of ``direction``.
+
+    Attributes:
+        grads: As in ``direction``.
+        state: As in ``direction``.
+        values: As in ``direction``.
+        age: As in ``direction``.
+        direction: The direction.
+        after: The next state, with intermediate values.
+    """
+
+    grads: Tensor
+    state: State
+    values: Values
+    age: int | Tensor
+    direction: Tensor
+    after: State
+
+
+class Dots(NamedTuple):
+    """Tangents of the arguments of ``direction``.
+
+    Attributes:
+        grads: Of the gradients (None: zero).
+        state: Of the state (missing: zero); its tensors may be overwritten.
+        values: Of the hyperparameters (missing: zero).
+        discount: Factor by which the tangents of the state are multiplied at each step.
+        steps: Number of consecutive steps to apply, with gradients and state held constant.
+    """
+
+    grads: Tensor | None
+    state: State
+    values: Mapping[str, Any]
+    discount: float = 1.0
+    steps: int = 1
+
+
 class ParameterOptions(NamedTuple):
     """Options of a single parameter, for rules that do not treat all parameters alike.
 
@@ -139,36 +177,44 @@ class AbstractRule(ABC):
             age: Number of earlier updates of these weights, 0 at the first.
         """
 
-    @abstractmethod
-    def tangent(
-        self,
-        grads: Tensor,
-        state: State,
-        values: Values,
-        age: int | Tensor,
-        moved: tuple[Tensor, State],
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float = 1.0,
-        steps: int = 1,
-    ) -> tuple[Tensor, State]:
-        """The derivative of ``direction`` along one tangent.
+    def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
+        """The derivative of ``direction`` along one tangent, by forward-mode differentiation.
 
-        Built-in rules implement it by hand for speed; ``direction_jvp`` works for any rule.
+        Built-in rules have closed forms, which are faster.
 
         Args:
-            grads: As in ``direction``.
-            state: As in ``direction``.
-            values: As in ``direction``.
-            age: As in ``direction``.
-            moved: The return value of ``direction`` for these arguments.
-            dots: Tangents of gradients (None: zero), state (missing: zero; its tensors may be
-                overwritten) and hyperparameters (missing: zero).
-            discount: Factor by which the tangents of the state are multiplied at each step.
-            steps: Number of consecutive steps to apply, with gradients and state held constant.
+            at: Arguments and results of ``direction``.
+            dots: Tangents of the arguments.
 
         Returns:
             Tangents of the direction and of the next state (missing: zero).
         """
+        for _ in range(dots.steps - 1):
+            dots = dots._replace(state=self._forward(at, dots)[1])
+        return self._forward(at, dots)
+
+    def _forward(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
+        """The tangent over one step."""
+        names = list(dots.values)
+
+        def run(grads: Tensor, state: State, moving: list[Tensor]) -> tuple[Tensor, State]:
+            moved = dict(zip(names, moving, strict=True))
+            return self.direction(grads, state, {**at.values, **moved}, at.age)
+
+        def like(value: Any) -> Tensor:
+            return torch.as_tensor(value, dtype=at.grads.dtype, device=at.grads.device)
+
+        primals = (at.grads, dict(at.state), [like(at.values[n]) for n in names])
+        tangents = (
+            torch.zeros_like(at.grads) if dots.grads is None else dots.grads,
+            {
+                k: dots.discount * dots.state.get(k, torch.zeros_like(v))
+                for k, v in at.state.items()
+            },
+            [like(dots.values[n]).expand_as(p) for n, p in zip(names, primals[2], strict=True)],
+        )
+        direction, after = torch.func.jvp(run, primals, tangents)[1]
+        return direction, {name: after[name] for name in at.state}
 
 
 def mix(old: Tensor, new: Tensor, weight: Any) -> Tensor:
@@ -200,38 +246,3 @@ def geometric(factor: Any, steps: int) -> Any:
     for _ in range(steps - 1):
         total = 1 + factor * total
     return total
-
-
-def direction_jvp(
-    rule: AbstractRule,
-    grads: Tensor,
-    state: State,
-    values: Values,
-    age: int | Tensor,
-    dots: tuple[Tensor | None, State, Mapping[str, Any]],
-    discount: float = 1.0,
-    steps: int = 1,
-) -> tuple[Tensor, State]:
-    """``rule.tangent`` by forward-mode differentiation of ``rule.direction``."""
-    for _ in range(steps - 1):
-        after = direction_jvp(rule, grads, state, values, age, dots, discount)[1]
-        dots = (dots[0], after, dots[2])
-    grads_dot, state_dot, values_dot = dots
-    names = list(values_dot)
-
-    def run(grads: Tensor, state: State, moving: list[Tensor]) -> tuple[Tensor, State]:
-        return rule.direction(
-            grads, state, {**values, **dict(zip(names, moving, strict=True))}, age
-        )
-
-    def like(value: Any) -> Tensor:
-        return torch.as_tensor(value, dtype=grads.dtype, device=grads.device)
-
-    primals = (grads, dict(state), [like(values[n]) for n in names])
-    tangents = (
-        torch.zeros_like(grads) if grads_dot is None else grads_dot,
-        {k: discount * state_dot.get(k, torch.zeros_like(v)) for k, v in state.items()},
-        [like(values_dot[n]).expand_as(p) for n, p in zip(names, primals[2], strict=True)],
-    )
-    direction, after = torch.func.jvp(run, primals, tangents)[1]
-    return direction, {name: after[name] for name in state}

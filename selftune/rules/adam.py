@@ -14,10 +14,11 @@ from selftune.bijections import Memory
 from selftune.hparams import SLOW, Hparam
 from selftune.rules._base import (
     AbstractRule,
+    Dots,
+    Evaluation,
     InPlace,
     State,
     Values,
-    direction_jvp,
     geometric,
     mix,
     root,
@@ -102,27 +103,18 @@ class Adam(AbstractRule):
         after["root"] = root(square) + small
         return mean / after["root"] * _factor(values, age), after
 
-    def tangent(
-        self,
-        grads: Tensor,
-        state: State,
-        values: Values,
-        age: int | Tensor,
-        moved: tuple[Tensor, State],
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float = 1.0,
-        steps: int = 1,
-    ) -> tuple[Tensor, State]:
+    def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
         """Closed form, except for β₂, with ``r = √v₊ + ε √c₂`` and f from ``_factor``.
 
         ``ṁ₊ = β₁ ṁ + (1 − β₁) ġ + β̇₁ (m − g)``; ``v̇₊ = β₂ v̇ + 2 (1 − β₂) g ġ``;
         ``ḋ = f ṁ₊/r − d v̇₊/(2 √v₊ r) + d ḟ/f`` with ``ḟ/f = t β₁ᵗ⁻¹ β̇₁/(1 − β₁ᵗ)``. Over k
         steps, a factor β becomes βᵏ, and the terms added at each step form a geometric sum.
         """
-        grads_dot, state_dot, values_dot = dots
+        grads_dot, state_dot, values_dot, discount, steps = dots
         if "beta2" in values_dot:
-            return direction_jvp(self, grads, state, values, age, dots, discount, steps)
-        beta1, step, (direction, after) = values["beta1"], age + 1, moved
+            return AbstractRule.tangent(self, at, dots)
+        grads, state, values, age, direction, after = at
+        beta1, step = values["beta1"], age + 1
         decay = beta1 * discount
         gain = geometric(decay, steps)
         mean_dot = _scaled(state_dot.get("exp_avg"), decay**steps, grads)

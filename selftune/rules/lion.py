@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from selftune.rules._base import AbstractRule, State, Values, mix
+from selftune.rules._base import AbstractRule, Dots, Evaluation, State, Values, mix
 from selftune.rules.adam import BETA1, BETA2
 
 
@@ -43,16 +41,6 @@ class Lion(AbstractRule):
         # The sign of NaN is 0: without this term nobody would see that the momentum is lost.
         return torch.add(direction, kept, alpha=0), {"exp_avg": kept}
 
-    def tangent(
-        self,
-        grads: Tensor,
-        state: State,
-        values: Values,
-        age: int | Tensor,
-        moved: tuple[Tensor, State],
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float = 1.0,
-        steps: int = 1,
-    ) -> tuple[Tensor, State]:
+    def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
         """Zero: the sign is constant almost everywhere."""
-        return torch.zeros_like(grads), {}
+        return torch.zeros_like(at.grads), {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from selftune._arguments import Instance, ListOf, check
 from selftune.bijections import Log
 from selftune.hparams import Hparam
-from selftune.rules._base import AbstractRule, InPlace, State, Values
+from selftune.rules._base import AbstractRule, Dots, Evaluation, InPlace, State, Values
 from selftune.rules.plain import PlainOptimizer
 from selftune.rules.sgd import SGD
 
@@ -178,44 +178,34 @@ class Mixture(AbstractRule):
             total = total + share * after[f"{name}/scaled"]
         return total, after
 
-    def tangent(
-        self,
-        grads: Tensor,
-        state: State,
-        values: Values,
-        age: int | Tensor,
-        moved: tuple[Tensor, State],
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float = 1.0,
-        steps: int = 1,
-    ) -> tuple[Tensor, State]:
+    def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
         """``Σ pᵢ sᵢ ḋᵢ + (b ȧᵢ/aᵢ) pᵢ (sᵢ dᵢ − d)``, lengths held constant."""
-        grads_dot, state_dot, values_dot = dots
-        direction, after = moved
+        grads, state, values, _, direction, after = at
         if self.chosen is not None:
-            own = self._own(self.chosen, values)
             cut = len(self.chosen) + 1
-            own_dot = {n[cut:]: v for n, v in values_dot.items()}
+            own_dot = {n[cut:]: v for n, v in dots.values.items()}
             return self.members[self.chosen].tangent(
-                grads, state, own, age, moved, (grads_dot, state_dot, own_dot), discount, steps
+                at._replace(values=self._own(self.chosen, values)), dots._replace(values=own_dot)
             )
         shares = dict(zip(self.members, self._shares(values, grads), strict=True))
         total = torch.zeros_like(grads)
         state_after: State = {}
         for name, member in self.members.items():
-            slope = values_dot.get(f"mix_{name}")
+            slope = dots.values.get(f"mix_{name}")
             if slope is not None:
                 factor = values.get("sharpness", 1.0) * slope / values[f"mix_{name}"]
                 total = total + factor * shares[name] * (after[f"{name}/scaled"] - direction)
-            moved_state = _of(name, state_dot)
-            if grads_dot is None and not moved_state:
+            state_dot = _of(name, dots.state)
+            if dots.grads is None and not state_dot:
                 continue
             scale = after[f"{name}/scale"]
-            direction_dot, later = member.tangent(
-                grads, _of(name, state), self._own(name, values), age,
-                (after[f"{name}/scaled"] / scale.clamp_min(LEAST), _of(name, after)),
-                (grads_dot, moved_state, {}), discount, steps,
-            )  # fmt: skip
+            own = at._replace(
+                state=_of(name, state),
+                values=self._own(name, values),
+                direction=after[f"{name}/scaled"] / scale.clamp_min(LEAST),
+                after=_of(name, after),
+            )
+            direction_dot, later = member.tangent(own, dots._replace(state=state_dot, values={}))
             total = total + shares[name] * scale * direction_dot
             state_after |= {f"{name}/{k}": v for k, v in later.items()}
         return total, state_after

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from selftune._arguments import MODULE, NAMES, NONE, checked
 from selftune._flat import Layout
-from selftune.rules._base import AbstractRule, ParameterOptions, State, Values, mix
+from selftune.rules._base import (
+    AbstractRule,
+    Dots,
+    Evaluation,
+    ParameterOptions,
+    State,
+    Values,
+    mix,
+)
 from selftune.rules.adam import Adam, fitting_beta2
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -140,22 +148,12 @@ class Muon(AbstractRule):
         ]
         return torch.cat([d.reshape(-1) for d in directions]), after
 
-    def tangent(
-        self,
-        grads: Tensor,
-        state: State,
-        values: Values,
-        age: int | Tensor,
-        moved: tuple[Tensor, State],
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float = 1.0,
-        steps: int = 1,
-    ) -> tuple[Tensor, State]:
+    def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
         """AdamW's tangent; 0 for matrices, because NS is not elementwise."""
-        use, values = values["use_muon"], _adamw(values)
+        use = at.values["use_muon"]
         if use is True:
-            return torch.zeros_like(grads), {}
-        direction_dot, after = ADAM.tangent(grads, state, values, age, moved, dots, discount, steps)
+            return torch.zeros_like(at.grads), {}
+        direction_dot, after = ADAM.tangent(at._replace(values=_adamw(at.values)), dots)
         if isinstance(use, tuple) and self._layout is not None:
             direction_dot = direction_dot * self._layout.expand([float(not own) for own in use])
         return direction_dot, after

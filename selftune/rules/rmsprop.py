@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from selftune._flat import add_to, plus
 from selftune.bijections import Memory
 from selftune.hparams import MOMENTUM, Hparam
-from selftune.rules._base import AbstractRule, State, Values, direction_jvp, mix, root
+from selftune.rules._base import AbstractRule, Dots, Evaluation, State, Values, mix, root
 
 ALPHA = Hparam(name="alpha", bijection=Memory(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1)
 
@@ -61,40 +60,23 @@ class RMSprop(AbstractRule):
         after["momentum_buffer"] = plus(scaled, state["momentum_buffer"], values["momentum"])
         return after["momentum_buffer"], after
 
-    def tangent(
-        self,
-        grads: Tensor,
-        state: State,
-        values: Values,
-        age: int | Tensor,
-        moved: tuple[Tensor, State],
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float = 1.0,
-        steps: int = 1,
-    ) -> tuple[Tensor, State]:
+    def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
         """Closed form, except for a: ``ḃ₊ = μ ḃ + μ̇ b + ṡ`` with ``s = g/(r + ε)``, r² = v₊ − ḡ₊².
 
         ``v̇₊ = a v̇ + 2 (1 − a) g ġ``; ``ṙ = (v̇₊ − 2 ḡ₊ ḡ̇₊)/2r``; ``ṡ = (ġ − s ṙ)/(r + ε)``.
         """
-        if "alpha" in dots[2]:
-            return direction_jvp(self, grads, state, values, age, dots, discount, steps)
-        dot, state_dot = grads, dots[1]
-        for _ in range(steps):
-            following = (dots[0], state_dot, dots[2])
-            dot, state_dot = self._tangent(grads, state, values, moved[1], following, discount)
+        if "alpha" in dots.values:
+            return super().tangent(at, dots)
+        dot, state_dot = at.grads, dots.state
+        for _ in range(dots.steps):
+            dot, state_dot = self._tangent(at, dots._replace(state=state_dot))
         return dot, state_dot
 
     @staticmethod
-    def _tangent(
-        grads: Tensor,
-        state: State,
-        values: Values,
-        after: State,
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float,
-    ) -> tuple[Tensor, State]:
+    def _tangent(at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
         """The tangent over one step."""
-        grads_dot, state_dot, values_dot = dots
+        grads, state, values, _, _, after = at
+        grads_dot, state_dot, values_dot, discount, _ = dots
         alpha, momentum = values["alpha"], values["momentum"] * discount
         dot = _scaled(state_dot, "momentum_buffer", momentum, grads)
         if "momentum" in values_dot:

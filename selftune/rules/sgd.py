@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selftune._flat import add_to, plus
 from selftune.hparams import MOMENTUM
-from selftune.rules._base import AbstractRule, InPlace, State, Values, geometric
+from selftune.rules._base import AbstractRule, Dots, Evaluation, InPlace, State, Values, geometric
 
 
 class SGD(AbstractRule):
@@ -61,37 +61,26 @@ class SGD(AbstractRule):
         direction = plus(grads, buffer, momentum) if values["nesterov"] else buffer
         return direction, {"momentum_buffer": buffer}
 
-    def tangent(
-        self,
-        grads: Tensor,
-        state: State,
-        values: Values,
-        age: int | Tensor,
-        moved: tuple[Tensor, State],
-        dots: tuple[Tensor | None, State, Mapping[str, Any]],
-        discount: float = 1.0,
-        steps: int = 1,
-    ) -> tuple[Tensor, State]:
+    def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
         """``ḃ₊ = μ ḃ + μ̇ b + (1 − τ) ġ``; ``ḋ = ḃ₊`` or ``ġ + μ ḃ₊ + μ̇ b₊``.
 
         Over several steps: ``ḃ₊ = μᵏ ḃ + (1 + μ + … + μᵏ⁻¹) (μ̇ b + (1 − τ) ġ)``.
         """
-        grads_dot, state_dot, values_dot = dots
-        momentum, momentum_dot = values["momentum"], values_dot.get("momentum")
-        buffer_dot, decay = state_dot.get("momentum_buffer"), momentum * discount
-        dot = torch.zeros_like(grads) if buffer_dot is None else buffer_dot.mul_(decay**steps)
-        gain = geometric(decay, steps)
+        momentum, momentum_dot = at.values["momentum"], dots.values.get("momentum")
+        decay, dot = momentum * dots.discount, dots.state.get("momentum_buffer")
+        dot = torch.zeros_like(at.grads) if dot is None else dot.mul_(decay**dots.steps)
+        gain = geometric(decay, dots.steps)
         if momentum_dot is not None:
-            add_to(dot, state["momentum_buffer"], gain * momentum_dot)
-        if grads_dot is not None:
-            dot.add_(_fresh(grads_dot, values, age) * gain)
-        if not values["nesterov"]:
+            add_to(dot, at.state["momentum_buffer"], gain * momentum_dot)
+        if dots.grads is not None:
+            dot.add_(_fresh(dots.grads, at.values, at.age) * gain)
+        if not at.values["nesterov"]:
             return dot, {"momentum_buffer": dot}
         direction_dot = momentum * dot
         if momentum_dot is not None:
-            direction_dot += momentum_dot * moved[1]["momentum_buffer"]
-        if grads_dot is not None:
-            direction_dot += grads_dot
+            direction_dot += momentum_dot * at.after["momentum_buffer"]
+        if dots.grads is not None:
+            direction_dot += dots.grads
         return direction_dot, {"momentum_buffer": dot}
 
 

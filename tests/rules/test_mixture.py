@@ -82,7 +82,9 @@ def test_the_derivative_in_a_weight_is_a_finite_difference(step: int) -> None:
     moved = rule.direction(G, state, held, 3)
     for name in rule.weights:
         high, low = at(**{name: values[name] + 1e-6}), at(**{name: values[name] - 1e-6})
-        got = rule.tangent(G, state, held, 3, moved, (None, {}, {name: 0.5}))[0]
+        got = rule.tangent(
+            rules.Evaluation(G, state, held, 3, *moved), rules.Dots(None, {}, {name: 0.5})
+        )[0]
         torch.testing.assert_close(got, 0.5 * (high - low) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
@@ -95,10 +97,10 @@ def test_tangents_of_gradient_and_state_equal_forward_mode(discount: float, step
     values["squares"] = rule.squares(G, state, values, 3)
     moved = rule.direction(G, state, values, 3)
     for state_dot in ({}, {k: 0.2 * M for k in state}):
-        dots = (W, state_dot, {})
-        want = rules.direction_jvp(rule, G, state, values, 3, dots, discount, steps)
-        copied = (W, {k: v.clone() for k, v in state_dot.items()}, {})
-        got = rule.tangent(G, state, values, 3, moved, copied, discount, steps)
+        at = rules.Evaluation(G, state, values, 3, *moved)
+        dots = rules.Dots(W, state_dot, {}, discount, steps)
+        want = rules.AbstractRule.tangent(rule, at, dots)
+        got = rule.tangent(at, dots._replace(state={k: v.clone() for k, v in state_dot.items()}))
         torch.testing.assert_close(got[0], want[0], rtol=1e-10, atol=1e-12)
         for name in got[1]:
             torch.testing.assert_close(got[1][name], want[1][name], rtol=1e-10, atol=1e-12)

@@ -121,7 +121,7 @@ def test_gradcheck_through_every_hyperparameter(name: str, options: dict) -> Non
 def test_hand_derived_tangents_equal_forward_mode(
     name: str, options: dict, discount: float, steps: int
 ) -> None:
-    """``rule.tangent`` for each hyperparameter against ``direction_jvp``, from a random state."""
+    """``rule.tangent`` for each hyperparameter against forward mode, from a random state."""
     rule = getattr(rules, name)()
     generator = torch.Generator().manual_seed(1)
     w, g, other = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -134,10 +134,11 @@ def test_hand_derived_tangents_equal_forward_mode(
         rows = [(None, {h.name: 0.3}) for h in rule.hparams] + [(other, {})]
         for grads_dot, hparams_dot in rows:
             for state_dot in ({}, {k: other * 0.2 for k in state}):
-                dots = (grads_dot, state_dot, hparams_dot)
-                want = rules.direction_jvp(rule, g, state, values, age, dots, discount, steps)
-                copied = (grads_dot, {k: v.clone() for k, v in state_dot.items()}, hparams_dot)
-                got = rule.tangent(g, state, values, age, moved, copied, discount, steps)
+                at = rules.Evaluation(g, state, values, age, *moved)
+                dots = rules.Dots(grads_dot, state_dot, hparams_dot, discount, steps)
+                want = rules.AbstractRule.tangent(rule, at, dots)
+                copied = {k: v.clone() for k, v in state_dot.items()}
+                got = rule.tangent(at, dots._replace(state=copied))
                 torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
                 for key, value in want[1].items():
                     zero = torch.zeros_like(value)
