@@ -123,6 +123,11 @@ class Assembly:
                 f"params are sharded, but {type(sensitivities.update.rule).__name__} needs whole "
                 "matrices: use DDP instead of FSDP2, or st.AdamW"
             )
+        if sharded and engine.whole is not None:
+            raise ValueError(
+                "params are sharded, but this estimator needs whole vectors: use DDP instead of "
+                "FSDP2, or the estimators Trace or OneStep"
+            )
         weights = sum(p.numel() for params in trained for p in params)
         slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
         cuts, where = self._slices(trained), resolve(engine.snapshots, weights)

@@ -167,3 +167,22 @@ def test_a_hyper_step_keeps_the_gradients_of_another_optimizer() -> None:
     before = [p.grad.full_tensor().clone() for p in net.parameters()]
     assert ours.hyper_step(lambda: loss(net, XV)) is not None
     assert [p.grad.full_tensor().tolist() for p in net.parameters()] == [b.tolist() for b in before]
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [st.estimators.Unrolled(4), st.estimators.Forward(), st.estimators.Implicit(through="update")],
+)
+def test_whole_step_estimators_are_refused(estimator: Any) -> None:
+    """Their inner products would be those of one rank's shards."""
+    net = network(True)
+    opt = st.SGD(net.parameters(), lr=0.05, estimator=estimator)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        value = loss(net, X)
+        value.backward()
+        return value
+
+    with pytest.raises(ValueError, match="this estimator needs whole vectors: use DDP"):
+        opt.step(closure)
