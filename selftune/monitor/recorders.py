@@ -13,7 +13,7 @@ from typing import Any
 from selftune._arguments import FUNCTION, PATH, Instance, ListOf, checked
 from selftune._files import write_text
 from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
-from selftune.monitor.tensorboard import TensorBoard
+from selftune.monitor.tensorboard import EVENT, TensorBoard, writes_scalars
 
 log = logging.getLogger("selftune")
 
@@ -83,7 +83,7 @@ class JSONL(AbstractRecorder):
 
     @checked(path=PATH)
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # as the process may change its directory
 
     def __str__(self) -> str:
         return str(self.path)
@@ -175,6 +175,9 @@ def _finite(value: float) -> float | None:
 class Listener(AbstractRecorder):
     """Calls a function with the numbers of each step, for Weights & Biases, MLflow and others.
 
+    Marks of events (``when/lr``) are left out: they are points of TensorBoard's charts, in another
+    order than the steps.
+
     Args:
         function: ``function(values, step)``, values by tag.
 
@@ -194,7 +197,8 @@ class Listener(AbstractRecorder):
         """Call the function once per step."""
         steps: dict[int, dict[str, float]] = {}
         for tag, value, step in rows:
-            steps.setdefault(step, {})[tag] = value
+            if not EVENT.match(tag):
+                steps.setdefault(step, {})[tag] = value
         for step, values in steps.items():
             self.function(values, step)
 
@@ -248,7 +252,7 @@ def as_recorder(target: Any, name: str | None = None) -> AbstractRecorder:
         return Named(as_recorder(target), name)
     if isinstance(target, AbstractRecorder):
         return target
-    if isinstance(target, (str, Path)) or hasattr(target, "add_scalar"):
+    if isinstance(target, (str, Path)) or writes_scalars(target):
         return TensorBoard(target)
     if isinstance(target, Sequence):
         return Several([as_recorder(one) for one in target])
@@ -256,7 +260,8 @@ def as_recorder(target: Any, name: str | None = None) -> AbstractRecorder:
         return Listener(target)
     raise TypeError(
         f"log_dir or recorder={target!r}: use a folder, a recorder of selftune.monitor, "
-        "a SummaryWriter, a function(values, step), or a list of these"
+        "a SummaryWriter or an object with its add_scalar and flush, a function(values, step), "
+        "or a list of these"
     )
 
 

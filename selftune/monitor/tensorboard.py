@@ -34,6 +34,11 @@ END = ".end"
 """Suffix of the event file with the session's end."""
 
 
+def writes_scalars(target: Any) -> bool:
+    """Whether an object has a writer's ``add_scalar`` and ``flush``."""
+    return hasattr(target, "add_scalar") and hasattr(target, "flush")
+
+
 class TensorBoard(AbstractRecorder):
     """Writes event files: scalars, their layout, texts, figures and the HParams dashboard.
 
@@ -48,12 +53,14 @@ class TensorBoard(AbstractRecorder):
     """
 
     @checked(
-        target=PATH | That(lambda v: hasattr(v, "add_scalar"), "a SummaryWriter"),
+        target=PATH | That(writes_scalars, "a SummaryWriter, or with its add_scalar and flush"),
     )
     def __init__(self, target: str | Path | Any, about: Mapping[str, Any] | None = None) -> None:
         self._about = dict(about or {})
-        self._folder = target if isinstance(target, (str, Path)) else None
-        self._writer = None if self._folder is not None else target
+        named = isinstance(target, (str, Path))
+        # Absolute, because the process may change its directory.
+        self._folder = Path(target).absolute() if named else None
+        self._writer = None if named else target
         self._purge: int | None = None
         self._last: list[Row] = []
         self._tags: set[str] = set()
@@ -75,12 +82,12 @@ class TensorBoard(AbstractRecorder):
                 raise OSError("a copied run cannot use the writer of the original")
             from torch.utils.tensorboard import SummaryWriter
 
-            if self._purge is None and _killed(Path(self._folder)):
+            if self._purge is None and _killed(self._folder):
                 self._purge = 0
             elif (
                 self._purge is None
                 and not self._tags
-                and (_begun_in(Path(self._folder)) or _others_in(Path(self._folder)))
+                and (_begun_in(self._folder) or _others_in(self._folder))
             ):
                 log.warning(
                     "log_dir=%r already contains a run, whose curves TensorBoard will draw "
@@ -88,7 +95,7 @@ class TensorBoard(AbstractRecorder):
                     "with load_state_dict", str(self._folder),
                 )  # fmt: skip
             if self._purge is not None or self._tags:  # another file follows earlier ones
-                _wait(Path(self._folder))
+                _wait(self._folder)
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
             self._purge = None  # a writer opened later appends
             # The writer's thread ends with this recorder at the latest.
@@ -135,7 +142,7 @@ class TensorBoard(AbstractRecorder):
         _session(self.writer, metadata.SESSION_START_INFO_TAG, session_start_info=start)
         self.writer.flush()
         if self._folder is not None:
-            _begun.add(Path(self._folder).resolve())
+            _begun.add(self._folder.resolve())
         self._charts = True
 
     def text(self, tag: str, text: str, step: int) -> None:
@@ -158,9 +165,9 @@ class TensorBoard(AbstractRecorder):
         self._purge = step + 1
         self._charts = True
         if self._folder is not None:
-            for file in Path(self._folder).glob(f"events.out.tfevents.*{END}"):
+            for file in self._folder.glob(f"events.out.tfevents.*{END}"):
                 file.unlink()
-            self._tags.update(_tags_in(Path(self._folder)))
+            self._tags.update(_tags_in(self._folder))
 
     def end(self, status: str) -> None:
         """Write the session's end and the final numbers, and close the writer.
@@ -176,7 +183,7 @@ class TensorBoard(AbstractRecorder):
 
     def _end(self, status: str) -> None:
         self.writer.flush()
-        ending = self.writer if self._folder is None else _ending(Path(self._folder))
+        ending = self.writer if self._folder is None else _ending(self._folder)
         from tensorboard.plugins.hparams import api_pb2, metadata
         from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
 

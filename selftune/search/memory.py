@@ -127,7 +127,7 @@ class Memory:
 
     @checked(path=PATH)
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         if self.path.is_file():
             raise ValueError(f"path={path} is a file: pass a folder")
 

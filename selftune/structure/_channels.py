@@ -89,9 +89,10 @@ class Follower(fx.Interpreter):
             return Channels(given.axis, given.ids, given.zero | closed)
         if isinstance(module, _BatchNorm) and given.axis == 1:
             return self._batch_norm(path, module, given)
-        if isinstance(module, ops.ELEMENTWISE):
+        clips = isinstance(module, nn.Hardtanh) and not module.min_val <= 0 <= module.max_val
+        if isinstance(module, ops.ELEMENTWISE) and not clips:
             return given
-        if isinstance(module, ops.SHIFTING):
+        if isinstance(module, ops.SHIFTING) or clips:
             return Channels(given.axis, given.ids, torch.zeros_like(given.zero))
         pads = getattr(module, "padding", ()) if isinstance(module, ops.RESIZING) else ()
         if len(pads) // 2 >= getattr(value, "ndim", 0) - given.axis:  # also along the units

@@ -84,7 +84,7 @@ class Sizes:
         self.places: list[list[Place]] = []
         self.axes: dict[str, NDArray[np.int64]] = {}
         self._number(follower, optionals, dict(gated(model)))
-        self._batch = next((float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim), 1.0)
+        self._batch = _examples(follower, plain, inputs)
         self._blocks = self._made(follower, plain, optionals)
         self.whole = self.count(np.zeros(len(self.places), dtype=bool))
 
@@ -203,6 +203,17 @@ class Sizes:
                     f"{fewest:,.0f} {kind} of {most:,.0f}; raise the budget, or gate more layers"
                 )
         return target
+
+
+def _examples(follower: Follower, model: nn.Module, inputs: Iterable[Any]) -> float:
+    """Number of examples in a pass: in the input of a gate, or else along the first axis."""
+    for node in follower.values:
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, AbstractGated) and node.all_input_nodes:
+            given = follower.values.get(node.all_input_nodes[0])
+            if isinstance(given, Tensor):
+                return float(given.shape[module.batch_dim])
+    return next((float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim), 1.0)
 
 
 def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[int, float]:

@@ -274,7 +274,7 @@ class Tuner:
             )
         check_fit(locals())
         objective, group = self._given.objective, self._given.group
-        folder = None if log_dir is None else Path(log_dir)
+        folder = None if log_dir is None else Path(log_dir).absolute()
         with quiet(not group.first), ExitStack() as stack, modes_kept(objective):
             group.from_first(lambda: stack.enter_context(owned(folder)))
             saved = from_first(group, lambda: _checkpoints.find(resume, folder))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import selftune as st
@@ -68,6 +69,70 @@ def test_a_function_is_called_once_a_step() -> None:
     calls: list[Any] = []
     as_recorder(lambda values, step: calls.append((step, values))).scalars(ROWS[::2])
     assert calls == [(1, {"Loss/val": 0.5}), (2, {"Loss/val": 0.25})]
+
+
+def test_a_function_sees_steps_in_order() -> None:
+    """As W&B needs them; marks of the sweep are written after it, at its start."""
+    steps: list[int] = []
+    model = torch.nn.Linear(4, 1)
+    opt = st.SGD(model, lr=1e-3, total_steps=100, log_dir=lambda values, step: steps.append(step))
+    x = torch.randn(32, 4)
+    for _ in range(100):
+        opt.zero_grad()
+        loss = (model(x) - x[:, :1]).square().mean()
+        loss.backward()
+        opt.step()
+        opt.report(loss)
+        opt.hyper_step(lambda: (model(x) - x[:, :1]).square().mean())
+    opt.finish()
+    assert steps == sorted(steps)
+    assert len(steps) > 5
+
+
+def test_an_object_without_flush_is_refused() -> None:
+    class Writer:
+        def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+
+    with pytest.raises(TypeError, match="with its add_scalar and flush"):
+        as_recorder(Writer())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tensorboard"])
+def test_the_place_does_not_depend_on_later_directories(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recorder: Any = JSONL("run.jsonl") if kind == "jsonl" else TensorBoard("run")
+    recorder.scalars(ROWS[:1])
+    monkeypatch.chdir(tmp_path / "other")
+    recorder.scalars(ROWS[2:])
+    recorder.end("finished")
+    assert not list((tmp_path / "other").iterdir())
+    if kind == "jsonl":
+        assert [r.get("value") for r in read_jsonl(tmp_path / "run.jsonl")] == [0.5, 0.25, None]
+    else:
+        events = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("Loss/val")
+        assert [e.value for e in events] == [0.5, 0.25]
+
+
+def test_a_run_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback changes the directory; log, checkpoints and report stay together."""
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    batches = [(x, x.sum(1, keepdim=True)) for x in torch.randn(6, 8, 3)]
+
+    def change(progress: Any) -> None:
+        monkeypatch.chdir(tmp_path / "other")
+
+    tuner = st.Tuner(torch.nn.Linear(3, 1), torch.nn.MSELoss(), compile=False, probe=False)
+    result = tuner.fit(
+        batches[:4], batches[4:], steps=12, log_dir="run", callbacks=[change], progress=False
+    )
+    result.report()
+    assert not list((tmp_path / "other").iterdir())
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert {"best.pt", "last.pt", "report.html", "schedule.json"} <= names
 
 
 def test_several_listen() -> None:

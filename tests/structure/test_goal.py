@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import selftune as st
-from selftune.structure import Gate, Goal, Optional, open_gates, parameter_groups, prune
+from selftune.structure import (
+    Gate,
+    Goal,
+    Optional,
+    open_gates,
+    parameter_groups,
+    prune,
+    with_gates,
+)
 from selftune.structure._saliency import saliency
 
 
@@ -316,6 +324,19 @@ def test_multiply_adds_by_hand() -> None:
     sizes = Goal(cnn(), torch.zeros(2, 1, 8, 8), 1.0).size()
     assert sizes["multiply_adds"] == 6 * 36 * 9 + 8 * 9 * 54 + 72 * 3
     assert sizes["parameters"] == 60 + 12 + 440 + 219
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["batch first", "sequence first"])
+def test_multiply_adds_are_those_of_an_example(first: bool) -> None:
+    """Count: 10 positions of 8 × 32 and 32 × 4 weights; an encoder alike in both layouts."""
+    gate = Gate(32, dim=-1, batch_dim=0 if first else 1)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), gate, nn.Linear(32, 4))
+    x = torch.zeros(3, 10, 8)
+    sizes = Goal(model, x if first else x.transpose(0, 1), 1.0).size()
+    assert sizes["multiply_adds"] == 10 * (8 * 32 + 32 * 4)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=first)
+    sizes = Goal(with_gates(layer), x if first else x.transpose(0, 1), 1.0).size()
+    assert sizes["multiply_adds"] == 10 * (4 * 8 * 8 + 2 * 8 * 16)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 12, 22, 52])

@@ -252,6 +252,18 @@ def test_layers_and_gates_that_are_used_twice() -> None:
     assert pruned.head.in_features == 6
 
 
+@pytest.mark.parametrize(("lowest", "removed"), [(-1.0, 4), (0.1, 0)])
+def test_bounds_that_move_0_keep_the_units(lowest: float, removed: int) -> None:
+    gates = Gate(8)
+    model = nn.Sequential(nn.Linear(5, 8), gates, nn.Hardtanh(lowest, 0.5), nn.Linear(8, 2))
+    with torch.no_grad():
+        gates.gates[:4] = 0.0
+    x = torch.randn(16, 5)
+    pruned = prune(model, x)
+    assert pruned[0].out_features == 8 - removed
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_the_threshold_closes_traces_of_gates() -> None:
     """Truth: the model with these gates at exactly 0."""
     model = half_closed(mlp, share=0.0)
