@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,8 @@ from selftune.optim._carried import Carried, watching
 
 _usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 """Momenta of the layers while other statistics are shown; optimizers may share layers."""
+_kept: WeakKeyDictionary[nn.Module, list[list[Tensor]]] = WeakKeyDictionary()
+"""What each optimizer that shows statistics in a layer keeps instead: first those of training."""
 
 
 class Buffers:
@@ -183,13 +186,22 @@ class Buffers:
         if not self.shown:
             known = zip(self._counts, self._batches(), strict=False)  # layers may have been added
             self._gathered = [before != now for before, now in known]
-        for layer, usual in zip(self.layers, self._momenta, strict=True):
-            quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
-            layer.momentum = quick if self.shown else usual  # type: ignore[assignment]
-            if not self.shown:
+        mine = self._by_layer(others)
+        for layer, usual, own in zip(self.layers, self._momenta, mine, strict=True):
+            swap(_place(layer, own), own)
+            kept = [k for k in _kept.get(layer, []) if k[0] is not own[0]]
+            _kept[layer] = [*kept, own] if self.shown else kept
+            if self.shown:
+                quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
+                layer.momentum = quick  # type: ignore[assignment]
+            elif not kept:
+                layer.momentum = usual  # type: ignore[assignment]
                 _usual.pop(layer, None)
-        swap(self.tensors(), others)
         self._counts = [c.clone() for c in self._batches()]
+
+    def _by_layer(self, tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+        rest = iter(tensors)
+        return [list(islice(rest, len(_statistics(layer)))) for layer in self.layers]
 
     def _batches(self) -> list[Tensor]:
         counts = (layer.num_batches_tracked for layer in self.layers)
@@ -247,9 +259,14 @@ class Buffers:
         """The averaged and good statistics, and the training statistics if not in place."""
         if self._saved is not None:
             return self._saved
-        average = self.tensors() if self._others is self.average else self.average
+        average, training = self.average, []
+        if self.shown:
+            pairs = list(zip(self.layers, self._by_layer(self._others), strict=True))
+            training = [t for layer, own in pairs for t in _kept.get(layer, [own])[0]]
+            if self._others is self.average:
+                average = [t for layer, own in pairs for t in _place(layer, own)]
         return {
-            "training": [t.clone() for t in self._others],
+            "training": [t.clone() for t in training],
             "average": [t.clone() for t in average],
             "good": [t.clone() for t in self.good],
             "candidate": [t.clone() for t in self.candidate],
@@ -279,6 +296,16 @@ def _reset_if_not_finite(layer: Any) -> None:
     """Reset statistics that are not finite, after a batch with NaN before the first step."""
     if not all(map(_finite, _statistics(layer))):
         layer.reset_running_stats()
+
+
+def _place(layer: nn.Module, own: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Where the statistics exchanged for others lie.
+
+    In the layer, or with the optimizer that has shown others after them.
+    """
+    kept = _kept.get(layer, [])
+    after = [k for before, k in pairwise(kept) if before[0] is own[0]]
+    return after[0] if after else _statistics(layer)
 
 
 def _tracks(module: nn.Module) -> bool:

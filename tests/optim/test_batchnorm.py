@@ -252,3 +252,54 @@ def test_two_optimizers_of_a_layer_give_its_momentum_back() -> None:
         for opt in (one, other):
             opt.train()
         assert net[1].momentum == 0.1
+
+
+def two_optimizers(steps: int) -> tuple[nn.Module, list[st.SGD]]:
+    net = network()
+    opts = [st.SGD(net[i].parameters(), lr=0.05, probe=False, model=net) for i in (0, 3)]
+    train_both(net, opts, range(steps))
+    return net, opts
+
+
+def train_both(net: nn.Module, opts: list[st.SGD], steps: range) -> None:
+    for step in steps:
+        (net(batch(step)) - 1).square().mean().backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        for opt in opts:
+            opt.hyper_step(outer(net))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_optimizers_of_a_layer_give_its_statistics_back(order: tuple[int, int]) -> None:
+    """In whatever order they leave; then the run goes on as one that was never evaluated."""
+    net, opts = two_optimizers(12)
+    before = statistics(net)
+    for opt in opts:
+        opt.eval()
+    assert not torch.equal(statistics(net)["running_mean"], before["running_mean"])
+    for at in order:
+        opts[at].train()
+    for key, value in statistics(net).items():
+        assert torch.equal(value, before[key])
+    train_both(net, opts, range(12, 24))
+    never, others = two_optimizers(24)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, never.state_dict()[key])
+    assert [o.hparams for o in opts] == [o.hparams for o in others]
+
+
+def test_two_optimizers_of_a_layer_save_its_statistics() -> None:
+    """Saved while both show averages. Truth: the uninterrupted run."""
+    net, opts = two_optimizers(12)
+    with opts[0].averaged(), opts[1].averaged():
+        saved = copy.deepcopy((net.state_dict(), [opt.state_dict() for opt in opts]))
+    again, resumed = two_optimizers(0)
+    again.load_state_dict(saved[0])
+    for opt, state in zip(resumed, saved[1], strict=True):
+        opt.load_state_dict(state)
+    train_both(net, opts, range(12, 24))
+    train_both(again, resumed, range(12, 24))
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, net.state_dict()[key])
