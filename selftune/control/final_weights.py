@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from selftune.control.records import Saved
 
 BACK = (-1.0, -0.75, -0.5, -0.25, 0.0)
 """Positions from the last good weights to the average at which slopes are taken."""
@@ -22,7 +22,7 @@ _REST = torch.tensor(
 
 
 @dataclass(kw_only=True)
-class FinalWeights:
+class FinalWeights(Saved):
     """The position of the final weights between last good weights, average and last iterate.
 
     The average lags behind the weights, which hurts while the loss still decreases and helps once
@@ -100,14 +100,6 @@ class FinalWeights:
     def forget(self) -> None:
         """Reset the position to the average, when the run continues."""
         self.judged, self.position = 0, 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers to save."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``."""
-        vars(self).update(state)
 
 
 def between(start: Tensor, end: Tensor, share: float) -> Tensor:

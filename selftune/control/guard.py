@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from selftune._arguments import Settings
 from selftune.control.good_weights import GoodWeights
 from selftune.control.live_units import LiveUnits, total
 from selftune.control.loss_spike import LossSpike
+from selftune.control.records import Saved
 from selftune.control.training_losses import TrainingLosses
-
-_PARTS: dict[str, Callable[..., Any]] = {
-    "good": GoodWeights, "units": LiveUnits, "training": TrainingLosses, "spike": LossSpike,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +111,7 @@ class GuardPolicy(Settings):
 
 
 @dataclass(kw_only=True)
-class Guard:
+class Guard(Saved):
     """Monitors gradients and losses; its state is plain numbers, saved with the run.
 
     Each judgement is one of ``"ok"``, a snapshot of :class:`GoodWeights` (``"candidate"``,
@@ -338,13 +334,3 @@ class Guard:
         if worsened:
             return math.log(policy.cool_worsened)
         return math.log(policy.cool) * min(self.streak, policy.limit)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers to save."""
-        return {n: v for n, v in asdict(self).items() if n != "policy"}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``."""
-        for name, value in state.items():
-            part = _PARTS.get(name)
-            setattr(self, name, value if part is None else part(**value))

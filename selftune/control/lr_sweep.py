@@ -13,11 +13,10 @@ lies between the two. The sweep needs no loss and no extra pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from selftune._arguments import Settings
+from selftune.control.records import Saved
 
 FIRST = 3
 """Number of initial steps of a sweep, and of the first measured ones."""
@@ -113,7 +112,7 @@ class SweepSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class LRSweep:
+class LRSweep(Saved):
     """The state of a sweep: plain numbers, saved with the run.
 
     Args:
@@ -259,11 +258,3 @@ class LRSweep:
     def _certain(self) -> float:
         """Excess of slopes of one sign that is not chance: two standard errors."""
         return 2 * math.sqrt(self.measured)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers to save."""
-        return {n: v for n, v in asdict(self).items() if n != "settings"}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``."""
-        vars(self).update(state)

@@ -3,7 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import asdict, is_dataclass
+from typing import Any, NamedTuple
+
+
+class Saved:
+    """A dataclass of plain numbers and of such dataclasses, saved without its settings."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers to save."""
+        numbers = asdict(self)  # type: ignore[call-overload]
+        return {n: v for n, v in numbers.items() if n not in ("policy", "settings")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+        for name, value in state.items():
+            part = getattr(self, name)
+            if is_dataclass(part):
+                vars(part).update(value)
+            else:
+                setattr(self, name, value)
 
 
 class SweepSlope(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,10 +13,13 @@ from torch import Tensor
 from selftune.method.displacement import Reduce
 from selftune.method.sensitivities import Moment, Part
 from selftune.method.step import propose
+from selftune.monitor import Monitor
 from selftune.rules import Mixture
 from selftune.rules._base import Values
 from selftune.rules.mixture import LEAST
 from selftune.update import Transition, Update
+
+log = logging.getLogger("selftune")
 
 
 class Chosen(NamedTuple):
@@ -40,22 +44,18 @@ def undecided(update: Update) -> Mixture | None:
     return rule if isinstance(rule, Mixture) and rule.chosen is None else None
 
 
-def best(rule: Mixture, values: Mapping[str, float]) -> str:
-    """The member with the largest weight; ties go to the reference, then the first."""
-    return max(rule.members, key=lambda n: (values[f"mix_{n}"], n == rule.reference))
+def decide(rule: Mixture, values: Values, squares: Tensor) -> tuple[str, dict[str, float]] | None:
+    """The member with the largest weight, and its changes in log learning rate and weight decay.
 
-
-def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str, float] | None:
-    """Changes in log learning rate and log weight decay when a member is chosen.
-
-    None if a length is 0 or not finite: such a gradient does not determine the rate.
+    Ties go to the reference, then the first. None if a length is 0 or not finite: such a gradient
+    does not determine the rate.
 
     Args:
         rule: The mixture.
-        name: The member.
         values: Hyperparameters and options.
         squares: Squared lengths of the directions over all weights.
     """
+    name = max(rule.members, key=lambda n: (values[f"mix_{n}"], n == rule.reference))
     member, at = rule.members[name], [*rule.members].index(name)
     ratio = float(rule.scales(squares)[at])
     if not LEAST < ratio < 1 / LEAST or not bool(torch.isfinite(squares).all()):  # or NaN
@@ -63,14 +63,18 @@ def moves(rule: Mixture, name: str, values: Values, squares: Tensor) -> dict[str
     scale = math.log(ratio)
     heavy = [h.name for h in member.hparams if h.accumulates and not member.decoupled]
     kept = sum(math.log(1 - float(values[f"{name}_{n}"])) for n in heavy)
-    return {"lr": scale, "weight_decay": kept - scale}
+    return name, {"lr": scale, "weight_decay": kept - scale}
 
 
-def announcement(rule: Mixture, values: Mapping[str, float]) -> str:
-    """The choice in words, with the members' weights."""
+def announce(
+    rule: Mixture, values: Values, optimizer: object, label: str, monitor: Monitor, step: int
+) -> None:
+    """Log the choice, with the members' weights, and the chosen rule as a plain optimizer."""
     total = sum(values[n] for n in rule.weights)
-    shares = (f"{n} {values[f'mix_{n}'] / total:.2f}" for n in rule.members)
-    return f"{rule.chosen} is chosen ({', '.join(shares)})"
+    shares = ", ".join(f"{n} {values[f'mix_{n}'] / total:.2f}" for n in rule.members)
+    sentence = f"step {step}: {rule.chosen} is chosen ({shares}), now {optimizer}"
+    log.info("%s, %s", label, sentence)
+    monitor.text("rule", sentence, step)
 
 
 def squares(

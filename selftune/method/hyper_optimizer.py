@@ -18,6 +18,7 @@ from torch import Tensor
 from selftune.hparams import Hparam
 from selftune.method.settings import HyperSettings
 from selftune.method.weight_decay_floor import WeightDecayFloor
+from selftune.monitor import Ends
 
 
 def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
@@ -107,6 +108,7 @@ class HyperOptimizer:
     Attributes:
         hparams: The tuned hyperparameters by name, in the order of the shifts.
         floor: The weight decay floor, or None.
+        slots: The slice of each hyperparameter's shifts, by name.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class HyperOptimizer:
         self.floor = floor if {"lr", "weight_decay"} <= set(hparams) else None
         counts = [1] * len(hparams) if shifts is None else list(shifts)
         ends = [0, *itertools.accumulate(counts)]
-        self._slots = {n: slice(*e) for n, e in zip(hparams, itertools.pairwise(ends), strict=True)}
+        self.slots = {n: slice(*e) for n, e in zip(hparams, itertools.pairwise(ends), strict=True)}
         self._ends = [[h.raw_ends[end] for h in self.hparams.values()] for end in (0, 1)]
         self._owners = [n for n, count in zip(hparams, counts, strict=True) for _ in range(count)]
         self._pace = [self.hparams[n].pace for n in self._owners]
@@ -134,13 +136,9 @@ class HyperOptimizer:
         """Names of the tuned hyperparameters."""
         return list(self.hparams)
 
-    def slots(self, name: str) -> slice:
-        """The slice of a hyperparameter's shifts."""
-        return self._slots[name]
-
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Each hyperparameter's part of a vector of shifts, by name."""
-        return {n: vector[slots] for n, slots in self._slots.items()}
+        return {n: vector[slots] for n, slots in self.slots.items()}
 
     def signals(self, mean: Tensor, square: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean hypergradient and signal-to-noise ratio of the shifts, by name."""
@@ -273,19 +271,17 @@ class HyperOptimizer:
         least = least - self._of(frame.origin, "weight_decay")
         return self._put(frame.low, "weight_decay", least).minimum(frame.high)
 
-    def ends(
-        self, raw: Tensor, frame: Frame, memory: Any, steps: int
-    ) -> dict[str, tuple[float, float, bool]]:
-        """Mean lowest and highest shift by name, and whether the floor raises the lowest."""
+    def ends(self, raw: Tensor, frame: Frame, memory: Any, steps: int) -> dict[str, Ends]:
+        """Mean bounds of the shifts, by name."""
         least = self.split(self.lay_floor(raw, frame, memory, steps))
         low, high = self.split(frame.low), self.split(frame.high)
         return {
-            n: (float(own.mean()), float(high[n].mean()), bool((own > low[n]).any()))
+            n: Ends(float(own.mean()), float(high[n].mean()), bool((own > low[n]).any()))
             for n, own in least.items()
         }
 
     def _of(self, vector: Tensor, name: str) -> Tensor:
-        return vector[self._slots[name]]
+        return vector[self.slots[name]]
 
     def _added(self, vector: Tensor, name: str, value: Any) -> Tensor:
         """Add ``value`` to the slots of a name; out of place, for vmap."""
@@ -293,7 +289,7 @@ class HyperOptimizer:
 
     def _put(self, vector: Tensor, name: str, values: Tensor) -> Tensor:
         """Replace the slots of a name."""
-        slots = self._slots[name]
+        slots = self.slots[name]
         return torch.cat([vector[: slots.start], values, vector[slots.stop :]])
 
     @staticmethod

@@ -50,16 +50,20 @@ class HyperSettings(Settings):
     caution: float = 3.0
     apart: float = 0.1
 
-    def every(self, total_steps: int | None) -> int:
+    def every(self, total_steps: int | None, given: int | None = None) -> int:
         """Training steps between two hyperparameter steps: a thirtieth of the run, within 5…20.
+
+        Args:
+            total_steps: Steps in the run, or None.
+            given: The interval passed by the user, which is returned, or None.
 
         Examples:
             >>> settings = HyperSettings()
             >>> settings.every(None), settings.every(300), settings.every(10_000)
             (5, 10, 20)
         """
-        if total_steps is None:
-            return self.often
+        if total_steps is None or given is not None:
+            return given or self.often
         return max(self.often, min(self.rare, total_steps // self.fewest))
 
     def size(self, every: int, total_steps: int | None = None) -> float:

@@ -142,12 +142,6 @@ class TuningOptions:
             entries |= flatten(name, getattr(self, name))
         return entries
 
-    def cadence(self) -> int:
-        """Training steps between two hyperparameter steps."""
-        if self.every is None:
-            return self.settings.hyper.every(self.total_steps)
-        return self.every
-
 
 def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
     """Raise an error for an unknown option, and name the closest known one.
@@ -179,7 +173,7 @@ def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> E
         ValueError: Options contradict one another or the update rule.
     """
     settings, total, label = options.settings, options.total_steps, options.name or stepper.name
-    every, tune = options.cadence(), options.tune
+    every, tune = settings.hyper.every(total, options.every), options.tune
     if tune is None:  # ``decay`` only if no schedule anneals
         tune = [n for n in update.tuned if total is None or n != "decay"]
     if not isinstance(tune, str):  # a string is refused by the shifts

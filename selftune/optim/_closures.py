@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,8 +16,6 @@ from selftune.optim._shifts import Shifts
 from selftune.problem import Point, Problem
 from selftune.products import Products, Pull, Push, Values
 from selftune.update import Clock, Transition, Update
-
-log = logging.getLogger("selftune")
 
 CHANGED = 0.3
 """Largest relative change of the gradient of a closure at the same weights."""

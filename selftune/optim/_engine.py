@@ -104,9 +104,10 @@ class Engine:
         self.buffers.begin()
 
     def forget(self) -> None:
-        """Drop the state over the weights, before the first step."""
+        """Drop the state over the weights: before the first step, or at the choice of a rule."""
         store = self.store
         store.blocks, store.displacement, store.stiffness = [], None, None
+        self.training_signal = None
         self.stepper.forget()
 
     def apply_masks(self) -> None:

@@ -161,7 +161,7 @@ class Shifts:
         """Replace the state of the shifts."""
         self.state = state
         for name, tuned in self.rows.items():
-            tuned.shift = state.raw[self.hyper.slots(name)].clone()
+            tuned.shift = state.raw[self.hyper.slots[name]].clone()
 
     def move(self, moves: Mapping[str, float]) -> None:
         """Add to the raw values of tuned hyperparameters."""
@@ -232,7 +232,7 @@ class Shifts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
         for name, tuned in self.rows.items():
-            shift = state["state"]["raw"][self.hyper.slots(name)]
+            shift = state["state"]["raw"][self.hyper.slots[name]]
             asleep, waiting = state["asleep"][name]
             tuned.resume(state["base"][name].cpu(), shift.cpu(), asleep.cpu(), waiting)
         self.take(HyperState(**{n: t.to("cpu", copy=True) for n, t in state["state"].items()}))

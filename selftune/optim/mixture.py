@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,6 @@ from selftune.optim._saving import from_bytes
 from selftune.optim.shells import RuleOptimizer
 from selftune.penalties import Penalties
 from selftune.rules import AbstractRule, PlainOptimizer
-
-log = logging.getLogger("selftune")
 
 KEPT = ("step", "average", "good", "candidate")
 """Keys of a parameter's state that are kept in addition to those of the chosen rule."""
@@ -155,20 +152,18 @@ class Mixture(RuleOptimizer):
             moments, engine.method.total,
         )  # fmt: skip
         present = {n: _mean(v) for n, v in self.hparams.items()}
-        name = choice.best(rule, present)
-        moves = choice.moves(rule, name, present, squared)
-        if moves is None:  # a gradient that is not finite: the next step chooses
+        decided = choice.decide(rule, present, squared)
+        if decided is None:  # a gradient that is not finite: the next step chooses
             return
+        name, moves = decided
         moves |= engine.controller.calmed(present, rule.own(name))
         before = [b.part for b in blocks]
         kept = {p: {k: e[k] for k in KEPT if k in e} for p, e in self.state.items()}
         self._become(name, moves, kept)
         for old, block in zip(before, engine.blocks, strict=True):
             copy_into(block.part, choice.taken_over(rule, old, block.part))
-        plain = self.rule
-        sentence = f"step {engine.clock.steps}: {choice.announcement(rule, present)}, now {plain}"
-        log.info("%s, %s", engine.controller.label, sentence)
-        engine.monitor.text("rule", sentence, engine.clock.steps)
+        label, step = engine.controller.label, engine.clock.steps
+        choice.announce(rule, present, self.rule, label, engine.monitor, step)
 
     def _become(
         self,
@@ -195,8 +190,7 @@ class Mixture(RuleOptimizer):
                     self._groups.scale = change
                 else:
                     group[key] *= change
-        engine.store.blocks = []
-        engine.store.displacement = engine.store.stiffness = engine.training_signal = None
+        engine.forget()
         for param, entry in state.items():
             entry.clear()
             entry.update(states.get(param, {}))

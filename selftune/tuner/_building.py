@@ -111,15 +111,11 @@ class Given:
     settings: MethodSettings
     group: Group
 
-    def cadence(self, total: int | None) -> int:
-        """Weight steps between two hyperparameter steps."""
-        return self.settings.hyper.every(total) if self.every is None else self.every
-
     def assignment(self, total: int | None) -> Assignment:
         """The estimators of a run."""
         return assign(
             self.estimator, self.update, self.names, self.strengths,
-            stride=min(self.average.stride, self.cadence(total)),
+            stride=min(self.average.stride, self.settings.hyper.every(total, self.every)),
             splits=self.objective.splits,
         )  # fmt: skip
 

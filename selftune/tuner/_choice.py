@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,6 @@ from selftune.tuner._steps import Steps
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
-
-log = logging.getLogger("selftune")
 
 BEGUN = ("parts", "displacement", "secants", "stiffness")
 """Fields of the method's state that are reset at the choice."""
@@ -42,18 +39,16 @@ def choose(training: Training, batch: Any) -> None:
     squared = choice.squares(updates, parts, grads, steps.moments(run), steps.method.total)
     present = {n: float(v) for n, v in steps.hyper.values(run.hyper.raw).items()}
     values = {**steps.options, **present}
-    name = choice.best(rule, values)
-    moves = choice.moves(rule, name, values, squared)
-    if moves is None:
+    decided = choice.decide(rule, values, squared)
+    if decided is None:
         return
-    moves |= training.watch.controllers[0].calmed(values, rule.own(name))
+    (name, moves), watch, controller = decided, training.watch, training.watch.controllers[0]
+    moves |= controller.calmed(values, rule.own(name))
     chosen = choice.Chosen(name, moves, training.step, training.plan.every)
     become(steps, training.fused, chosen)
-    training.watch.note(training.step)
-    plain = optimizer_of(steps, training.watch.hparams())
-    sentence = f"step {training.step}: {choice.announcement(rule, values)}, now {plain}"
-    log.info("Tuner, %s", sentence)
-    training.watch.metrics.monitor.text("rule", sentence, training.step)
+    watch.note(training.step)
+    plain, monitor = optimizer_of(steps, watch.hparams()), watch.metrics.monitor
+    choice.announce(rule, values, plain, controller.label, monitor, training.step)
 
 
 def pace(steps: Steps) -> None:

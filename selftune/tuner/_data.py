@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,8 +16,6 @@ from selftune.tuner._batch import size, structure, to_device
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._positions import position
 from selftune.tuner._randomness import restore, snapshot
-
-log = logging.getLogger("selftune")
 
 
 class Stream:

@@ -253,13 +253,10 @@ class Group:
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        shared = torch.get_rng_state()
         drawn = np.random.SeedSequence((self._start, self._passes, self.rank)).generate_state(1)
-        torch.manual_seed(int(drawn[0]))
-        try:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(int(drawn[0]))
             yield
-        finally:
-            torch.set_rng_state(shared)
 
 
 def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:

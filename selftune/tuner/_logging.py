@@ -93,9 +93,8 @@ class TunerLog:
 
     def _ends(self, values: Mapping[str, float], member: int) -> dict[str, Ends]:
         hyper, steps = self._steps.hyper, int(self._own(self._run.step, member))
-        frame, raw = hyper.frame(), self._own(self._run.hyper.raw, member)
         memory = self._steps.memory({**self._steps.options, **values})
-        return {n: Ends(*each) for n, each in hyper.ends(raw, frame, memory, steps).items()}
+        return hyper.ends(self._own(self._run.hyper.raw, member), hyper.frame(), memory, steps)
 
     def _raw(self, member: int) -> dict[str, Tensor]:
         return self._steps.hyper.split(self._own(self._run.hyper.raw, member))

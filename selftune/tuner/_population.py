@@ -50,8 +50,8 @@ class Population:
                 middle = int(offsets.abs().argmin())
                 offsets[middle], offsets[0] = offsets[0].clone(), 0.0
                 frame, raw = hyper.frame(run.step.device), run.hyper.raw
-                moved = [hyper.move(raw, name, float(o), frame)[hyper.slots(name)] for o in offsets]
-                stacked.hyper.raw[:, hyper.slots(name)] = torch.stack(moved)
+                moved = [hyper.move(raw, name, float(o), frame)[hyper.slots[name]] for o in offsets]
+                stacked.hyper.raw[:, hyper.slots[name]] = torch.stack(moved)
         return stacked
 
     @torch.no_grad()

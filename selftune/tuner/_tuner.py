@@ -273,7 +273,7 @@ class Tuner:
                 "resume=True and the same log_dir to its fit"
             )
         check_fit(locals())
-        objective, group = self._given.objective, self._given.group
+        given, objective, group = self._given, self._given.objective, self._given.group
         folder = None if log_dir is None else Path(log_dir).absolute()
         with quiet(not group.first), ExitStack() as stack, modes_kept(objective):
             group.from_first(lambda: stack.enter_context(owned(folder)))
@@ -283,17 +283,17 @@ class Tuner:
             whole = train if holding is None else data
             device = self._device or next(self.model.parameters()).device
             objective.train()
-            streams = stack.enter_context(open_streams(train, val, whole, device, self._given))
+            streams = stack.enter_context(open_streams(train, val, whole, device, given))
             total = length(streams[2], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             spacing, rest = between_entries(total, log_every)
             plan = Plan(
-                total=total, every=self._given.cadence(total), score=score, seed=self._seed,
-                save=checkpoint_every or score, log=spacing, rest=rest,
+                total=total, every=given.settings.hyper.every(total, given.every), score=score,
+                seed=self._seed, save=checkpoint_every or score, log=spacing, rest=rest,
                 patience=patience, picture=pictures_every, compile=self._compile, share=share,
                 exploit=self._exploit, join=None if holding is None else holding.join(total),
             )  # fmt: skip
-            training = build(self._given, plan, streams, val, device, saved is None)
+            training = build(given, plan, streams, val, device, saved is None)
             stack.callback(training.scorer.close)
             training.callbacks, hidden = callbacks, not (progress and group.first)
             training.watch.bar = tqdm(total=total, disable=hidden, unit="step")

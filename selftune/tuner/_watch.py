@@ -174,7 +174,7 @@ class Watch:
         hyper = self._steps.hyper
         if "lr" not in hyper.hparams:
             return 0.0
-        raw = self._snapshots.part(self._run.hyper.raw, member)[hyper.slots("lr")]
+        raw = self._snapshots.part(self._run.hyper.raw, member)[hyper.slots["lr"]]
         return float(raw) - math.log(self._steps.start["lr"])
 
     def _judge_outer(self, member: int, row: list[float]) -> Action:

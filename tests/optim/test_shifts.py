@@ -123,7 +123,7 @@ def test_signals_of_segments_are_summed_into_what_shares_a_shift() -> None:
     step(made, torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]))
     assert made.rows["lr"].shift.tolist() == pytest.approx([-0.03, -0.04], rel=1e-12)
     assert made.rows["decay"].shift.tolist() == pytest.approx([-0.01, -0.02, -0.04], rel=1e-12)
-    mean = made.state.mean[made.hyper.slots("lr")]
+    mean = made.state.mean[made.hyper.slots["lr"]]
     assert mean.tolist() == [3.0, 4.0]
     assert made.state.square.tolist() == made.state.mean.square().tolist()
 
