@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,6 +59,17 @@ def pulling(
         return torch.autograd.grad(ends, leaf, given, materialize_grads=True)[0]
 
     return tree_map_only(Tensor, Tensor.detach, out), pulled
+
+
+def nodes(tensor: Tensor) -> Iterator[Any]:
+    """The nodes of a tensor's graph."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
 
 
 def plainly() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selftune._gradient import gradient
+from selftune._gradient import gradient, nodes
 
 Values = Mapping[str, Tensor]
 Loss = Callable[..., Tensor]
@@ -198,15 +198,8 @@ class Products:
             if not loss.requires_grad:  # the loss does not depend on the weights
                 return
             (slope,) = torch.autograd.grad(loss, leaf, create_graph=True, materialize_grads=True)
-        waiting, seen = [slope.grad_fn], set()
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node.name() == "torch::autograd::Error":
-                raise RuntimeError("one of its operations can be differentiated only once")
-            waiting += [following for following, _ in node.next_functions]
+        if any(node.name() == "torch::autograd::Error" for node in nodes(slope)):
+            raise RuntimeError("one of its operations can be differentiated only once")
 
     @staticmethod
     def _check_symmetry(product: Callable[[Tensor], Tensor], params: Tensor) -> None:

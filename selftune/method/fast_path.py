@@ -50,13 +50,14 @@ def of_slice(
     return update.observed(params, grads, rule, values, clock)[2]
 
 
-def plain(params: list[Tensor], grads: list[Tensor | None]) -> bool:
-    """Whether kernels support the tensors: dense, contiguous, gradients of equal dtype."""
-    return all(
-        g is not None and not g.is_sparse and g.dtype == p.dtype
+def plain(params: list[Tensor]) -> list[Tensor] | None:
+    """All gradients, if kernels support the tensors: dense, contiguous, of equal dtype."""
+    pairs = [(p, p.grad) for p in params]
+    grads = [
+        g for p, g in pairs if g is not None and not g.is_sparse and g.dtype == p.dtype
         and g.is_contiguous() and p.is_contiguous()
-        for p, g in zip(params, grads, strict=True)
-    )  # fmt: skip
+    ]  # fmt: skip
+    return grads if len(grads) == len(params) else None
 
 
 def finite(grads: list[Tensor]) -> bool:

@@ -22,7 +22,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._memory import Memory, memory_of
 from selftune.optim._outer import OuterLoss
-from selftune.optim._stepper import AbstractStepper
+from selftune.optim._stepper import Stepper
 from selftune.optim._weight_steps import WeightSteps
 from selftune.update import Update
 
@@ -46,7 +46,7 @@ class SelfTuningOptimizer(EvaluationMode):
         params: Params,
         defaults: dict[str, Any],
         update: Update,
-        stepper: AbstractStepper,
+        stepper: Stepper,
         **tuning: Any,
     ) -> None:
         if isinstance(params, nn.Module):

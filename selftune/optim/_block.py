@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selftune._flat import Layout, local, swap
 from selftune.control.final_weights import between
-from selftune.method import Part, Sensitivities, fast_path
+from selftune.method import Part, Sensitivities
 from selftune.method.slices import Pieces, Slice
 from selftune.method.snapshots import copy
 from selftune.method.stiff_directions import Secants
@@ -275,12 +275,6 @@ class Block:
         """Count a step of all parameters."""
         self._steps.add_(1)
         self._lead += 1
-
-    def plain_gradients(self) -> list[Tensor] | None:
-        """Gradients of all parameters, if torch's kernels support them."""
-        grads = [p.grad for p in self.params]
-        plain = self.layout.native and fast_path.plain(self.params, grads)
-        return [g for g in grads if g is not None] if plain else None
 
     def ages(self) -> list[float]:
         """Number of previous updates of each tensor, for bias corrections."""

@@ -85,7 +85,8 @@ class Buffers:
             params: Parameters of the optimizer. Modules with only other parameters are foreign.
         """
         ours = {id(p) for p in params}
-        others: dict[int, list[Tensor]] = {}  # statistics of foreign layers before the block
+        others: set[int] = set()
+        before: list[tuple[Tensor, Tensor]] = []  # statistics of foreign layers, and copies
 
         def look(module: nn.Module, _: Any) -> None:
             if id(module) in others:
@@ -96,23 +97,19 @@ class Buffers:
                 return
             known = {id(layer) for layer in (*self.layers, *self.foreign)}
             for part in module.modules():
-                others.setdefault(id(part), [])
+                others.add(id(part))
                 if _tracks(part) and id(part) not in known:
                     self.foreign.append(part)
-                    others[id(part)] = [t.clone() for t in _statistics(part)]
+                    before.extend((t, t.clone()) for t in _statistics(part))
 
         known = len(self.good)
-        before = [t.clone() for t in self.average]  # this pass must not change the averages
         try:
-            with watching(look):
+            with watching(look), unchanged(self.average):
                 yield
         finally:
             self.restore(known)
-            for tensor, old in zip(self.average, before, strict=False):
+            for tensor, old in before:
                 tensor.copy_(old)
-            for layer in self.foreign:
-                for tensor, old in zip(_statistics(layer), others.get(id(layer), []), strict=False):
-                    tensor.copy_(old)
             if self._saved is not None:
                 self.load_state_dict(self._saved)
             self._strangers = 0
@@ -265,14 +262,10 @@ class Buffers:
             training = [t for layer, own in pairs for t in _kept.get(layer, [own])[0]]
             if self._others is self.average:
                 average = [t for layer, own in pairs for t in _place(layer, own)]
-        return {
-            "training": [t.clone() for t in training],
-            "average": [t.clone() for t in average],
-            "good": [t.clone() for t in self.good],
-            "candidate": [t.clone() for t in self.candidate],
-            "own": self._own,
-            "foreign": len(self.foreign),
-        }
+        lists = {"training": training, "average": average, "good": self.good,
+                 "candidate": self.candidate}  # fmt: skip
+        clones = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+        return {**clones, "own": self._own, "foreign": len(self.foreign)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``, as soon as the layers are found."""

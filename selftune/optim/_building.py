@@ -33,7 +33,7 @@ from selftune.optim._closures import ClosureSteps
 from selftune.optim._engine import Engine
 from selftune.optim._reducer import Reducer
 from selftune.optim._shifts import MakeOptimizer, Shifts
-from selftune.optim._stepper import AbstractStepper, Opaque
+from selftune.optim._stepper import Opaque, Stepper
 from selftune.optim._store import Store
 from selftune.schedules import Schedule
 from selftune.update import Update
@@ -161,7 +161,7 @@ def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
     raise TypeError(f"{optimizer.__name__} has no argument {wrong}={given[wrong]!r}: {hint}")
 
 
-def build(options: TuningOptions, update: Update, stepper: AbstractStepper) -> Engine:
+def build(options: TuningOptions, update: Update, stepper: Stepper) -> Engine:
     """Build the engine of a run.
 
     Args:

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._flat import local
+from selftune._gathered import gradients_apart
+from selftune._trees import unchanged
 from selftune.estimators import AbstractEstimator
 from selftune.method.whole_step import WholeSteps
 from selftune.optim._block import Block
@@ -77,32 +80,21 @@ class Call:
     def gradient(self, weights: Tensor) -> Tensor:
         """The gradient at given weights, shape (N,)."""
         block = self._block
-        before, grads = block.weights(), [p.grad for p in block.params]
-        statistics = [(t, t.clone()) for t in self._statistics()]
+        random = torch.random.fork_rng([self._device] if self._on_cuda else [])
+        changed = unchanged([*map(local, block.params), *self._statistics()])
         try:
-            return self._gradient(weights)
+            with random, changed, gradients_apart(block.params):
+                torch.set_rng_state(self._random)
+                if self._cuda is not None:
+                    torch.cuda.set_rng_state(self._cuda, self._device)
+                torch.clear_autocast_cache()  # of casts of other weights
+                block.layout.write(weights, block.params)
+                with torch.enable_grad():
+                    self._closure()
+                parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
+                return block.layout.flatten(parts).clone()
         finally:
             torch.clear_autocast_cache()
-            block.layout.write(before, block.params)
-            for param, grad in zip(block.params, grads, strict=True):
-                param.grad = grad
-            for tensor, value in statistics:
-                tensor.copy_(value)
-
-    def _gradient(self, weights: Tensor) -> Tensor:
-        block = self._block
-        with torch.random.fork_rng([self._device] if self._on_cuda else []):
-            torch.set_rng_state(self._random)
-            if self._cuda is not None:
-                torch.cuda.set_rng_state(self._cuda, self._device)
-            torch.clear_autocast_cache()  # of casts of other weights
-            block.layout.write(weights, block.params)
-            for param in block.params:  # do not accumulate into the user's gradients
-                param.grad = None
-            with torch.enable_grad():
-                self._closure()
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
-        return block.layout.flatten(parts).clone()
 
 
 class _ByClosures(Products):

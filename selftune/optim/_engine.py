@@ -25,7 +25,7 @@ from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._closures import ClosureSteps
 from selftune.optim._shown import Restored, Shown
-from selftune.optim._stepper import AbstractStepper
+from selftune.optim._stepper import Stepper
 from selftune.optim._store import Store
 from selftune.rules._base import Values
 
@@ -47,7 +47,7 @@ class Engine:
     every: int
     buffers: Buffers
     monitor: Monitor
-    stepper: AbstractStepper
+    stepper: Stepper
     share: float = 1.0
     snapshots: str | None = None
     training_signal: Tensor | None = None

@@ -84,13 +84,9 @@ def memory_of(blocks: Iterable[Block], inner: object) -> Memory:
             "weights and gradients as vectors, where steps are pure",
         ),
     }  # fmt: skip
-    entries = [Entry(name, _bytes(tensors), why) for name, (tensors, why) in kinds.items()]
-    weights = _bytes(p for b in blocks for p in b.params)
+    entries = [Entry(name, sum(map(_size, tensors)), why) for name, (tensors, why) in kinds.items()]
+    weights = sum(_size(p) for b in blocks for p in b.params)
     return Memory(weights, [e for e in entries if e.size])
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(_size(t) for t in tensors)
 
 
 def _size(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selftune._flat import is_sharded
 from selftune._gathered import gradients_apart, reshard
+from selftune._gradient import nodes
 from selftune.control.final_weights import BACK
 from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
@@ -92,14 +93,14 @@ class OuterLoss:
         self,
         closure: Closure,
         shown: AbstractContextManager[Any],
-        take: Take | None = None,
+        take: Take = lambda block, index, grad: grad.new_empty(0),
     ) -> tuple[Tensor, Taken]:
         scale = self.scale
         with shown, self.engine.buffers.apart(), torch.enable_grad():
             while True:
                 loss = _call(closure)
                 check_outer_loss(loss)
-                grads = outer_gradients(loss, self.engine.blocks, take or _nothing, scale)
+                grads = outer_gradients(loss, self.engine.blocks, take, scale)
                 if scale == 1 or _finite(grads):
                     return loss.detach(), grads
                 # A scaler adapts to training gradients only.
@@ -219,15 +220,11 @@ def _next_node() -> int:
     return int(getattr(node, "_sequence_nr", lambda: 0)())
 
 
-def _nothing(block: Block, index: int, grad: Tensor) -> Tensor:
-    return grad.new_empty(0)
-
-
 def _finite(grads: Taken) -> bool:
     return bool(torch.stack([g.isfinite().all() for some in grads for g in some]).all())
 
 
-def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: float = 1.0) -> Taken:
+def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: float) -> Taken:
     """The needed parts of the gradients of every block, zeros for unused parameters.
 
     Each gradient is freed at once, so that only one is in memory.
@@ -260,7 +257,9 @@ def _differentiate(
     Sharded parameters need ``backward``, whose hooks reduce their gradients, and so do reentrant
     activation checkpoints, which call ``backward`` themselves.
     """
-    if not any(is_sharded(p) for p in leaves) and not _reentrant(loss):
+    if not any(map(is_sharded, leaves)) and not any(
+        node.name() == "CheckpointFunctionBackward" for node in nodes(loss)
+    ):
         handles = [p.register_hook(partial(seen, p)) for p in leaves]
         try:
             torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -282,17 +281,3 @@ def _differentiate(
         for param in leaves:
             if param.grad is not None:
                 seen(param, param.grad)
-
-
-def _reentrant(loss: Tensor) -> bool:
-    """Whether a reentrant activation checkpoint is part of the graph."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-    return False

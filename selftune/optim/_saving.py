@@ -149,22 +149,18 @@ def check_state(
     params = [p for g in mine for p in g["params"]]
     order = [i for g in saved for i in g["params"]]
     begun = run["clock"]["steps"] > 0  # the rule's state has been saved
-    needed = {
-        id(p): block.keys | (set(block.part.rule) if begun else set())
-        for block in engine.blocks for p in block.params
-    }  # fmt: skip
-    rules = {id(p): {*b.part.rule, *b.snapshots} for b in engine.blocks for p in b.params}
+    owners = {id(p): block for block in engine.blocks for p in block.params}
     for index, param in zip(order, params, strict=True):
-        entry = state["state"].get(index, {})
-        average = entry.get("average")
-        if isinstance(average, Tensor):
-            _match(f"shape of parameter {index}", tuple(average.shape), tuple(param.shape))
-        for name in rules.get(id(param), set()) & entry.keys():
-            _match(f"shape of {name} of parameter {index}", tuple(entry[name].shape),
-                   tuple(param.shape))  # fmt: skip
-        wanted = needed.get(id(param), set())
-        if wanted and run["shown"]:
-            wanted = wanted | {"training"}
+        entry, shape = state["state"].get(index, {}), tuple(param.shape)
+        if isinstance(entry.get("average"), Tensor):
+            _match(f"shape of parameter {index}", tuple(entry["average"].shape), shape)
+        block = owners.get(id(param))
+        if block is None:  # frozen
+            continue
+        for name in {*block.part.rule, *block.snapshots} & entry.keys():
+            _match(f"shape of {name} of parameter {index}", tuple(entry[name].shape), shape)
+        wanted = block.keys | set(block.part.rule if begun else ())
+        wanted |= {"training"} if run["shown"] else set()
         missing = sorted(wanted - entry.keys())
         if missing == ["training"]:
             raise ValueError(

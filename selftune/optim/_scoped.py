@@ -178,13 +178,10 @@ class Scoped:
     def _measure(self) -> None:
         """Find bounds and origins by extreme bases; hyperparameters that are off are ignored."""
         self._values = None
-        lowest, highest = (
-            torch.full_like(self.shift, math.inf),
-            torch.full_like(self.shift, -math.inf),
-        )
         on = ~self.base.isnan()
-        lowest = lowest.scatter_reduce(0, self.slots[on], self.base[on], "amin")
-        highest = highest.scatter_reduce(0, self.slots[on], self.base[on], "amax")
+        slots, base = self.slots[on], self.base[on]
+        lowest = torch.full_like(self.shift, math.inf).scatter_reduce(0, slots, base, "amin")
+        highest = torch.full_like(self.shift, -math.inf).scatter_reduce(0, slots, base, "amax")
         low, high = self.hparam.raw_ends
         self.bounds = low - lowest, high - highest
         extreme = lowest if self.hparam.role == "regularizer" else highest

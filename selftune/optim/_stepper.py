@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +18,8 @@ from selftune.rules._base import Dots, Evaluation, InPlace, State, Values
 from selftune.update import Transition, Update, learning_rate
 
 
-class AbstractStepper(ABC):
-    """Takes weight steps, with state in addition to that of the blocks.
+class Stepper:
+    """Takes weight steps with a rule of the library, whose state is in the blocks.
 
     Attributes:
         name: Name that a loaded state must have.
@@ -28,55 +27,8 @@ class AbstractStepper(ABC):
         reducer: Sums over processes; the engine's.
     """
 
-    name: str
-    commits: bool
-    reducer: Reducer | None = None
-
-    @abstractmethod
-    def move(
-        self, blocks: Sequence[Block], grads: Sequence[Tensor], moments: Sequence[Moment]
-    ) -> list[Transition]:
-        """The weight step of every block; may leave the parameters unwritten."""
-
-    @abstractmethod
-    def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
-        """Gradients of every block if they are suitable for ``step``, else None."""
-
-    @abstractmethod
-    def step(
-        self,
-        blocks: Sequence[Block],
-        grads: Sequence[Sequence[Tensor]],
-        moments: Sequence[Moment],
-        *,
-        tracked: bool,
-    ) -> list[Transition]:
-        """Step the parameters in place; return the steps of their slices, if tracked."""
-
-    def forget(self) -> None:  # noqa: B027 - blocks keep all of a rule's state
-        """Reset the state."""
-
-    @property
-    def state(self) -> Mapping[Tensor, Any]:
-        """The state in addition to the blocks, by parameter."""
-        return {}
-
-    def make_state(self) -> None:  # noqa: B027 - blocks make that of a rule
-        """Create the state by a step with zero gradients and rate, before loading."""
-
-    def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
-        """Write the state to where it is saved."""
-
-    def adopt(  # noqa: B027
-        self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]
-    ) -> None:
-        """Read the state and the parameter groups from where they were loaded."""
-
-
-class RuleStepper(AbstractStepper):
-    """Steps with a rule, whose state is in the blocks."""
-
     commits = False
+    reducer: Reducer | None = None
 
     def __init__(self, update: Update) -> None:
         self._update = update
@@ -90,7 +42,7 @@ class RuleStepper(AbstractStepper):
     def move(
         self, blocks: Sequence[Block], grads: Sequence[Tensor], moments: Sequence[Moment]
     ) -> list[Transition]:
-        """The pure update of every block."""
+        """The weight step of every block; leaves the parameters unwritten unless it commits."""
         updates = [self._update.joined(block.layout) for block in blocks]
         parts = [block.part._replace(params=block.before()) for block in blocks]
         assert self.reducer is not None
@@ -98,7 +50,10 @@ class RuleStepper(AbstractStepper):
         return choice.propose_all(updates, parts, grads, moments, total, sharded=sharded)
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
-        """Ready if torch has a kernel for the rule and all gradients exist and are finite."""
+        """Gradients of every block if they are suitable for ``step``, else None.
+
+        They must exist and be finite, and torch must have a kernel for the rule.
+        """
         kernels = [fast_path.kernel(self._update, v) for v in values]
         self._kernels = [kernel for kernel in kernels if kernel is not None]
         return _plain_gradients(blocks) if len(self._kernels) == len(kernels) else None
@@ -111,7 +66,7 @@ class RuleStepper(AbstractStepper):
         *,
         tracked: bool,
     ) -> list[Transition]:
-        """Step with torch's fused kernels."""
+        """Step the parameters in place; return the steps of their slices, if tracked."""
         steps = [
             fast_path.of_slice(self._update, block.cut, _tensors(block, g, moment), moment)
             for block, g, moment in zip(blocks, grads, moments, strict=True)
@@ -123,6 +78,23 @@ class RuleStepper(AbstractStepper):
             block.step_in_place(kernel, list(g), float(learning_rate(values, clock)))
         self._kernels = []
         return steps
+
+    def forget(self) -> None:
+        """Reset the state besides the blocks'."""
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        """The state besides the blocks', by parameter."""
+        return {}
+
+    def make_state(self) -> None:
+        """Create this state by a step with zero gradients and rate, before loading."""
+
+    def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Write this state to where it is saved."""
+
+    def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        """Read this state and the parameter groups from where they were loaded."""
 
 
 class Opaque(AbstractRule):
@@ -138,9 +110,7 @@ class Opaque(AbstractRule):
         """No state."""
         return {}
 
-    def direction(
-        self, grads: Tensor, state: State, values: Values, age: Any
-    ) -> tuple[Tensor, State]:
+    def direction(self, *args: Any) -> tuple[Tensor, State]:
         """Not available."""
         raise TypeError("an opaque optimizer takes its own steps, so its direction is unknown")
 
@@ -149,14 +119,14 @@ class Opaque(AbstractRule):
         return torch.zeros_like(at.grads), {}
 
 
-class InnerStepper(AbstractStepper):
+class InnerStepper(Stepper):
     """Steps with another optimizer, and computes the direction from the change of the weights."""
 
     commits = True
 
     def __init__(self, inner: torch.optim.Optimizer, update: Update) -> None:
+        super().__init__(update)
         self._inner = inner
-        self._update = update
         self.name = f"SelfTuning({type(inner).__name__})"
 
     def move(
@@ -276,7 +246,8 @@ def _show(group: dict[str, Any], rate: Any, decay: Any) -> None:
 
 def _plain_gradients(blocks: Sequence[Block]) -> list[list[Tensor]] | None:
     """All gradients, if they exist, are finite, and are supported by torch's kernels."""
-    gradients = [grads for b in blocks if (grads := b.plain_gradients()) is not None]
+    native = [b.params for b in blocks if b.layout.native]
+    gradients = [grads for some in native if (grads := fast_path.plain(some)) is not None]
     if len(gradients) < len(blocks) or not fast_path.finite(
         [g for grads in gradients for g in grads]
     ):

@@ -109,12 +109,14 @@ class WeightSteps:
             averaging = engine.method.sensitivities.averaging
             engine.buffers.blend(averaging.weight(self._age, THINNED), engine.lapsed)
 
-    def _training_only(self, grads: Sequence[Sequence[Tensor]]) -> bool:
+    def _training_only(self, plain: Sequence[Sequence[Tensor]] | None) -> bool:
         """Use training gradients if there are no validation gradients."""
-        engine = self._engine
-        if engine.clock.last_validation_step or engine.clock.steps <= TRAINING_ONLY_AFTER:
+        engine, clock = self._engine, self._engine.clock
+        if clock.last_validation_step or clock.steps <= TRAINING_ONLY_AFTER:
             return False
-        pairs = zip(self._blocks, self._descending(grads), strict=True)
+        if plain is None:
+            return engine.training_only_step(engine.method.cut([g for g, _ in self._grads]))
+        pairs = zip(self._blocks, self._descending(plain), strict=True)
         return engine.training_only_step([block.scaled(g) for block, g in pairs])
 
     def _descending(self, grads: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
@@ -171,9 +173,7 @@ class WeightSteps:
             action = engine.controller.observe(Gradient(finite))
             if not finite:  # the step is skipped
                 return engine.carry_out(action)
-        changed = False
-        if not engine.clock.last_validation_step and engine.clock.steps > TRAINING_ONLY_AFTER:
-            changed = engine.training_only_step(engine.method.cut([g for g, _ in grads]))
+        changed = self._training_only(None)
         if engine.clock.since == engine.clock.steps:  # rewound
             return True
         if engine.whole is not None and self._call is not None:
@@ -201,8 +201,7 @@ class WeightSteps:
             return Action(skip=not finite)
         action = controller.observe(Gradient(finite))
         if finite and self._pulse:
-            pairs = zip(self._blocks, grads, strict=True)
-            action = self._observe_activity([t for b, (g, _) in pairs for t in b.layout.views(g)])
+            action = self._observe_activity(self._shaped())
         return action
 
     def _finite_gradients(self) -> bool:
@@ -219,7 +218,8 @@ class WeightSteps:
             action = engine.controller.observe(Gradient(False))
             if action.skip:
                 return engine.carry_out(action)
-        grads = self._sweeping(plain)
+        some = [] if plain is None else self._descending(plain)
+        grads = self._shaped() if plain is None else [g for each in some for g in each]
         if not sweep.taken:
             self._observe_activity(grads)
         weights = [local(p) for b in self._blocks for p in b.params]
@@ -241,9 +241,7 @@ class WeightSteps:
         sweep.taken += 1
         return False
 
-    def _sweeping(self, plain: Sequence[Sequence[Tensor]] | None) -> list[Tensor]:
-        """Gradients of the minimised loss, in the shapes of the parameters."""
-        if plain is None:
-            pairs = zip(self._blocks, self._grads, strict=True)
-            return [t for b, (g, _) in pairs for t in b.layout.views(g)]
-        return [g for some in self._descending(plain) for g in some]
+    def _shaped(self) -> list[Tensor]:
+        """The concatenated gradients, in the shapes of the parameters."""
+        pairs = zip(self._blocks, self._grads, strict=True)
+        return [t for b, (g, _) in pairs for t in b.layout.views(g)]

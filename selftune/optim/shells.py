@@ -11,7 +11,7 @@ from selftune import rules
 from selftune._arguments import FLAG, PAIR, SCALAR, Kind, Number, check
 from selftune.optim._base import Params, SelfTuningOptimizer
 from selftune.optim._building import ARGUMENTS as TUNING
-from selftune.optim._stepper import RuleStepper
+from selftune.optim._stepper import Stepper
 from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule
 from selftune.rules.adam import fitting_beta2
@@ -63,7 +63,7 @@ class RuleOptimizer(SelfTuningOptimizer):
             listed.append(L1(l1))
         options |= {p.name: p.strength for p in listed}
         update = Update(rule, tuple(listed))
-        super().__init__(params, options, update, RuleStepper(update), **extras)
+        super().__init__(params, options, update, Stepper(update), **extras)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in :class:`SelfTuningOptimizer`; also checks its options."""
