@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,13 +12,10 @@ from torch import Tensor
 from selftune.method.displacement import Reduce
 from selftune.method.sensitivities import Moment, Part
 from selftune.method.step import propose
-from selftune.monitor import Monitor
 from selftune.rules import Mixture
 from selftune.rules._base import Values
 from selftune.rules.mixture import LEAST
 from selftune.update import Transition, Update
-
-log = logging.getLogger("selftune")
 
 
 class Chosen(NamedTuple):
@@ -66,15 +62,11 @@ def decide(rule: Mixture, values: Values, squares: Tensor) -> tuple[str, dict[st
     return name, {"lr": scale, "weight_decay": kept - scale}
 
 
-def announce(
-    rule: Mixture, values: Values, optimizer: object, label: str, monitor: Monitor, step: int
-) -> None:
-    """Log the choice, with the members' weights, and the chosen rule as a plain optimizer."""
+def announcement(rule: Mixture, values: Values, optimizer: object, step: int) -> str:
+    """The choice in words, with the members' weights, and the rule as a plain optimizer."""
     total = sum(values[n] for n in rule.weights)
     shares = ", ".join(f"{n} {values[f'mix_{n}'] / total:.2f}" for n in rule.members)
-    sentence = f"step {step}: {rule.chosen} is chosen ({shares}), now {optimizer}"
-    log.info("%s, %s", label, sentence)
-    monitor.text("rule", sentence, step)
+    return f"step {step}: {rule.chosen} is chosen ({shares}), now {optimizer}"
 
 
 def squares(

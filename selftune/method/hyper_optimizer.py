@@ -18,7 +18,6 @@ from torch import Tensor
 from selftune.hparams import Hparam
 from selftune.method.settings import HyperSettings
 from selftune.method.weight_decay_floor import WeightDecayFloor
-from selftune.monitor import Ends
 
 
 def signal_to_noise(mean: Tensor, square: Tensor) -> Tensor:
@@ -271,12 +270,14 @@ class HyperOptimizer:
         least = least - self._of(frame.origin, "weight_decay")
         return self._put(frame.low, "weight_decay", least).minimum(frame.high)
 
-    def ends(self, raw: Tensor, frame: Frame, memory: Any, steps: int) -> dict[str, Ends]:
-        """Mean bounds of the shifts, by name."""
+    def ends(
+        self, raw: Tensor, frame: Frame, memory: Any, steps: int
+    ) -> dict[str, tuple[float, float, bool]]:
+        """Mean lowest and highest shift by name, and whether the floor raises the lowest."""
         least = self.split(self.lay_floor(raw, frame, memory, steps))
         low, high = self.split(frame.low), self.split(frame.high)
         return {
-            n: Ends(float(own.mean()), float(high[n].mean()), bool((own > low[n]).any()))
+            n: (float(own.mean()), float(high[n].mean()), bool((own > low[n]).any()))
             for n, own in least.items()
         }
 

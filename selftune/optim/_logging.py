@@ -112,7 +112,8 @@ class OptimizerLog:
     def _ends(self, step: int) -> dict[str, Ends]:
         """Bounds of the shifts, because the log records shifts."""
         shifts = self._shifts
-        return shifts.hyper.ends(shifts.state.raw, shifts.frame(), shifts.memory, step)
+        ends = shifts.hyper.ends(shifts.state.raw, shifts.frame(), shifts.memory, step)
+        return {n: Ends(*each) for n, each in ends.items()}
 
     def _signals(self) -> dict[str, tuple[Tensor, Tensor]]:
         state = self._shifts.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from selftune.optim._saving import from_bytes
 from selftune.optim.shells import RuleOptimizer
 from selftune.penalties import Penalties
 from selftune.rules import AbstractRule, PlainOptimizer
+
+log = logging.getLogger("selftune")
 
 KEPT = ("step", "average", "good", "candidate")
 """Keys of a parameter's state that are kept in addition to those of the chosen rule."""
@@ -162,8 +165,9 @@ class Mixture(RuleOptimizer):
         self._become(name, moves, kept)
         for old, block in zip(before, engine.blocks, strict=True):
             copy_into(block.part, choice.taken_over(rule, old, block.part))
-        label, step = engine.controller.label, engine.clock.steps
-        choice.announce(rule, present, self.rule, label, engine.monitor, step)
+        sentence = choice.announcement(rule, present, self.rule, engine.clock.steps)
+        log.info("%s, %s", engine.controller.label, sentence)
+        engine.monitor.text("rule", sentence, engine.clock.steps)
 
     def _become(
         self,

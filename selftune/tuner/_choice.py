@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from selftune.tuner._steps import Steps
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
+
+log = logging.getLogger("selftune")
 
 BEGUN = ("parts", "displacement", "secants", "stiffness")
 """Fields of the method's state that are reset at the choice."""
@@ -47,8 +50,10 @@ def choose(training: Training, batch: Any) -> None:
     chosen = choice.Chosen(name, moves, training.step, training.plan.every)
     become(steps, training.fused, chosen)
     watch.note(training.step)
-    plain, monitor = optimizer_of(steps, watch.hparams()), watch.metrics.monitor
-    choice.announce(rule, values, plain, controller.label, monitor, training.step)
+    plain = optimizer_of(steps, watch.hparams())
+    sentence = choice.announcement(rule, values, plain, training.step)
+    log.info("%s, %s", controller.label, sentence)
+    watch.metrics.monitor.text("rule", sentence, training.step)
 
 
 def pace(steps: Steps) -> None:

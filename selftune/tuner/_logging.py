@@ -94,7 +94,8 @@ class TunerLog:
     def _ends(self, values: Mapping[str, float], member: int) -> dict[str, Ends]:
         hyper, steps = self._steps.hyper, int(self._own(self._run.step, member))
         memory = self._steps.memory({**self._steps.options, **values})
-        return hyper.ends(self._own(self._run.hyper.raw, member), hyper.frame(), memory, steps)
+        raw = self._own(self._run.hyper.raw, member)
+        return {n: Ends(*each) for n, each in hyper.ends(raw, hyper.frame(), memory, steps).items()}
 
     def _raw(self, member: int) -> dict[str, Tensor]:
         return self._steps.hyper.split(self._own(self._run.hyper.raw, member))
