@@ -28,12 +28,14 @@ class Graphs:
         return self._known[name]
 
 
+def alone(function: Function) -> Function:
+    """A copy with its own code object, as Dynamo limits graphs per code object."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, closure=function.__closure__)
+
+
 def compile_alone(function: Function) -> Function:
-    """Compile a function with its own code object, as Dynamo limits graphs per code object."""
-
-    def run(*args: Any) -> Any:
-        return function(*args)
-
-    own = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-    compiled: Function = torch.compile(own, fullgraph=True)
+    """Compile a function with its own code object."""
+    compiled: Function = torch.compile(alone(lambda *args: function(*args)), fullgraph=True)
     return compiled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -33,3 +35,14 @@ class KeptBuffer(NamedTuple):
             self.buffer.data = self.values
         elif not torch.equal(self.buffer, self.values):  # a copy would invalidate earlier graphs
             self.buffer.copy_(self.values)
+
+
+@contextmanager
+def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restores the modules' own buffers, whether they are changed in place or replaced."""
+    kept = [KeptBuffer.of(m, n) for m in modules for n, _ in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer in kept:
+            buffer.restore()

@@ -1,12 +1,15 @@
-"""Training and evaluation modes of modules, and torch's inference mode."""
+"""Modes of modules and of torch: training, inference, autocast and random states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -27,9 +30,36 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
+def random_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Restores the random states of the CPU and of a GPU after the block."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within a block."""
     with modes_kept(model):
         model.eval()
         yield
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """A context without autocast, which would compute inner products in low precision."""
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def autocast_kept(closure: Callable[[], Result], device: str) -> Callable[[], Result]:
+    """A closure that runs in the autocast of the caller of this function, wherever it is called."""
+    if not _autocasts(device):
+        return closure
+    dtype, caches = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+
+    def called() -> Result:
+        with torch.autocast(device, dtype, cache_enabled=caches):
+            return closure()
+
+    return called
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -11,6 +11,7 @@ from torch.func import grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selftune._gradient import gradient, nodes
+from selftune._modes import random_kept
 
 Values = Mapping[str, Tensor]
 Loss = Callable[..., Tensor]
@@ -173,8 +174,7 @@ class Products:
             asked = self.backend
             for self.backend in BACKENDS if asked == "auto" else (asked,):
                 # The trial must not advance the generators, because a resumed run repeats it.
-                devices = [params.device] if params.is_cuda else []
-                with torch.random.fork_rng(devices):
+                with random_kept(params.device):
                     if self._works(params, hparams, *batch):
                         break
             else:

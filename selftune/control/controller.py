@@ -83,21 +83,22 @@ class Controller:
         return decide(record) if self.guard is not None or sweeping else Action()
 
     def _sweep(self, record: SweepSlope) -> Action:
-        assert self.sweep is not None
-        lowered = self.sweep.lowered
-        lowest = self.sweep.observe(record.slope, record.start, record.gain)
+        lowered = self._lr_sweep.lowered
+        lowest = self._lr_sweep.observe(record.slope, record.start, record.gain)
         snapshot = "iterate" if lowest else ""
         moves: Mapping[str, float] | None = None
-        if self.sweep.lowered != lowered:  # the sweep restarts
+        if self._lr_sweep.lowered != lowered:  # the sweep restarts
             snapshot, moves = "average", {}
-        if self.sweep.ended:
-            moves = {"lr": math.log(self.sweep.choice)} | self.calmed(record.values, self.hparams)
+        if self._lr_sweep.ended:
+            moves = {"lr": math.log(self._lr_sweep.choice)} | self.calmed(
+                record.values, self.hparams
+            )
             self.swept = {n: self.hparams[n].moved(record.values[n], m) for n, m in moves.items()}
             log.info(
                 "%s: sweep of %d steps, learning rate times %.3g",
                 self.label,
-                self.sweep.taken,
-                self.sweep.choice,
+                self._lr_sweep.taken,
+                self._lr_sweep.choice,
             )
         return Action(snapshot=snapshot, rewind=moves)
 
@@ -119,8 +120,7 @@ class Controller:
 
     def leave_sweep(self) -> Action:
         """Return to the start and the given rate, because something else sets the learning rate."""
-        assert self.sweep is not None
-        self.sweep.leave()
+        self._lr_sweep.leave()
         log.warning(
             "%s: a scheduler (such as OneCycleLR or ReduceLROnPlateau) or the training loop sets "
             "the learning rate in param_groups: the learning-rate sweep is skipped, and the run "
@@ -138,9 +138,8 @@ class Controller:
                     "batches, loss and model for NaN or infinite values", self.label,
                 )  # fmt: skip
             return action
-        assert self.sweep is not None
-        skip = not record.finite and self.sweep.miss()
-        if skip and self.sweep.missed == 1:
+        skip = not record.finite and self._lr_sweep.miss()
+        if skip and self._lr_sweep.missed == 1:
             log.warning(
                 "%s: a training gradient of the learning-rate sweep is not finite; the step is "
                 "skipped. Check the batch for NaN or infinite values", self.label,
@@ -161,17 +160,15 @@ class Controller:
 
     def _training_loss(self, record: TrainingLoss) -> Action:
         if self.sweeping:
-            assert self.sweep is not None
             if math.isfinite(record.loss):  # otherwise gradients decide
-                self.sweep.alarmed = self._guard.sweeping_loss(record.loss)
+                self._lr_sweep.alarmed = self._guard.sweeping_loss(record.loss)
             return Action()
         verdict = self._guard.training_loss(record.loss)
         action = self._judged(verdict, "the training loss exploded or is not finite")
         if action.rewind is not None:
             return self._undone(action)
         if self.unproven and self._guard.training.count > PROOF:
-            assert self.sweep is not None
-            self.sweep.proven = not self._guard.units.faded
+            self._lr_sweep.proven = not self._guard.units.faded
             if self._guard.lost or self._guard.units.faded:
                 return action
             self._guard.units.spare()
@@ -186,8 +183,7 @@ class Controller:
     def _undone(self, action: Action) -> Action:
         """The action, which undoes an unconfirmed sweep."""
         if self.unproven:
-            assert self.sweep is not None
-            self.sweep.proven = True
+            self._lr_sweep.proven = True
             action = action._replace(diverged=False)
         return action
 
@@ -202,11 +198,10 @@ class Controller:
     def _validation_loss(self, record: ValidationLoss) -> Action:
         guard, loss, proof = self._guard, record.loss, False
         if self.unproven and not self.sweeping:
-            assert self.sweep is not None
             if math.isfinite(loss) and loss > guard.start + PROVEN * abs(guard.start):
                 return self._undone(self._rewind("the sweep increased the loss", worsened=True))
-            self.sweep.proven = math.isfinite(loss) and not guard.units.faded
-            proof = loss <= guard.start and self.sweep.proven
+            self._lr_sweep.proven = math.isfinite(loss) and not guard.units.faded
+            proof = loss <= guard.start and self._lr_sweep.proven
             if proof:
                 guard.units.spare()
         verdict = guard.validation_loss(loss)
@@ -220,6 +215,11 @@ class Controller:
             )
         kept = verdict if verdict in ("candidate", "promote", "average") else ""
         return Action(snapshot="average" if proof and kept in ("", "candidate") else kept)
+
+    @property
+    def _lr_sweep(self) -> LRSweep:
+        assert self.sweep is not None
+        return self.sweep
 
     @property
     def _guard(self) -> Guard:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from selftune._kept_buffers import KeptBuffer
-from selftune._modes import evaluating
+from selftune._kept_buffers import buffers_kept
+from selftune._modes import evaluating, random_kept
 from selftune.hypernet._places import Place
 from selftune.hypernet._terms import primal, term_of
-from selftune.nn import Stochastic
 
 if TYPE_CHECKING:
     from selftune.hypernet.conversion import SelfTuned
@@ -71,11 +69,11 @@ def difference(net: SelfTuned, args: Any, kwargs: Any) -> str | None:
     each = delta.expand(net.batch_size(args, kwargs), -1)
 
     def output(move: Tensor) -> Tensor:
-        with torch.random.fork_rng([delta.device] if delta.is_cuda else []):
+        with random_kept(delta.device):
             return _flat(net.at(move, args, kwargs))
 
     kept = net.gains
-    with evaluating(net), torch.no_grad(), buffers_kept(net.model):
+    with evaluating(net), torch.no_grad(), buffers_kept(net.model.modules()):
         try:
             net.gains = nn.ParameterDict(gains)
             whole, again, still = output(delta), output(delta), output(0 * delta)
@@ -88,23 +86,6 @@ def difference(net: SelfTuned, args: Any, kwargs: Any) -> str | None:
                 return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         finally:
             net.gains = kept
-
-
-@contextmanager
-def buffers_kept(model: nn.Module, counters: bool = True) -> Iterator[None]:
-    """Restores buffers, whether they are changed in place or replaced.
-
-    Args:
-        model: The model.
-        counters: Whether counters of random numbers are restored too.
-    """
-    modules = [m for m in model.modules() if counters or not isinstance(m, Stochastic)]
-    kept = [KeptBuffer.of(m, n) for m in modules for n, _ in m.named_buffers(recurse=False)]
-    try:
-        yield
-    finally:
-        for buffer in kept:
-            buffer.restore()
 
 
 def _precision(net: SelfTuned, output: Tensor) -> float:

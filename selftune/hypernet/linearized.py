@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from selftune.hypernet._examples import buffers_kept
+from selftune._kept_buffers import buffers_kept
 from selftune.hypernet.conversion import SelfTuned
 from selftune.nn import Stochastic
 
@@ -54,7 +54,8 @@ def delta_backward(
     if not net.training:
         raise ValueError("net is in evaluation mode: call net.train() before training passes")
     delta, net._present = net.perturbation(args, kwargs)  # first, while .grad takes no memory
-    with buffers_kept(net.model, counters=False):  # BatchNorm's statistics are of one pass
+    modules = (m for m in net.model.modules() if not isinstance(m, Stochastic))
+    with buffers_kept(modules):  # BatchNorm's statistics are of one pass
         if net.report.per_example:
             _by_example(net, loss, delta, args, kwargs)
         else:

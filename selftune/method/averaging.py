@@ -59,6 +59,15 @@ class Average:
         return 1 - min(self.rho**stride, max(0.0, 1 - stride / (step + 2)))
 
 
+def statistics_momentum(momentum: float | None, every: int) -> float | None:
+    """The momentum of BatchNorm's statistics of the averaged weights: 1 − (1 − m)^(every/2).
+
+    Passes at the averaged weights are ``every`` times less frequent than training passes, and
+    these weights change more slowly.
+    """
+    return momentum and 1 - (1 - momentum) ** max(1.0, every / 2)
+
+
 def move_towards(average: Tensor, newest: Tensor, share: float | Tensor) -> Tensor:
     """``average += share · (newest − average)``, in place, computed in the wider dtype."""
     if not isinstance(share, Tensor) and average.dtype == newest.dtype and plainly():

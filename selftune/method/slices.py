@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selftune.method.settings import SliceSettings
-from selftune.update import Transition, Update
+from selftune.update import Clock, Transition, Update
 
 SHARE = 1 / 40
 """Default share of the weights with sensitivities."""
@@ -84,18 +84,14 @@ class Slice:
         size = step.params.numel()
 
         def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.numel() == size:
-                return self.take(value)
-            return value
+            if isinstance(value, Mapping):
+                return {n: cut(v) for n, v in value.items()}
+            if isinstance(value, Clock):
+                return Clock(*map(cut, value))
+            whole = isinstance(value, Tensor) and value.numel() == size
+            return self.take(value) if whole else value
 
-        return step._replace(
-            params=self.take(step.params), grads=self.take(step.grads),
-            state={n: cut(v) for n, v in step.state.items()},
-            values={n: cut(v) for n, v in step.values.items()},
-            clock=step.clock._replace(**{n: cut(v) for n, v in step.clock._asdict().items()}),
-            direction=self.take(step.direction), total=self.take(step.total),
-            after={n: cut(v) for n, v in step.after.items()}, moved=self.take(step.moved),
-        )  # fmt: skip
+        return Transition(*map(cut, step))
 
 
 WHOLE = Slice()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -91,8 +91,7 @@ class Assembly:
         }
         present = [
             (name, before.get(id(p)), (tuple(p.shape), p.dtype))
-            for i in range(len(groups))
-            for name, p in named(groups, i)
+            for name, p in named(groups)
             if p in state  # else the identity may be that of a parameter that was freed
         ]
         changed = [(name, old, now) for name, old, now in present if old not in (None, now)]
@@ -134,7 +133,7 @@ class Assembly:
         stored = kinds(weights)
         if engine.controller.guard is not None:
             engine.controller.guard.good.hold("candidate" in stored)
-        names = {p: name for i in range(len(groups)) for name, p in named(groups, i)}
+        names = {p: name for name, p in named(groups)}
         blocks = [
             Block(
                 params, [names[p] for p in params], [state[p] for p in params],
@@ -187,13 +186,13 @@ class Assembly:
         self._engine.store.cached = self._groups.publish(groups, self._engine.blocks)
 
 
-def named(groups: Sequence[Group], index: int) -> list[tuple[str, Tensor]]:
-    """The parameters of a group, with names for error messages."""
-    params = groups[index]["params"]
-    names = groups[index].get("param_names") or ()
-    if len(names) != len(params):  # there are none, or "params" alone was replaced
-        names = [f"param_groups[{index}][{i}]" for i in range(len(params))]
-    return list(zip(names, params, strict=True))
+def named(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, with names for error messages."""
+    for index, group in enumerate(groups):
+        params, names = group["params"], group.get("param_names") or ()
+        if len(names) != len(params):  # there are none, or "params" alone was replaced
+            names = [f"param_groups[{index}][{i}]" for i in range(len(params))]
+        yield from zip(names, params, strict=True)
 
 
 def match_names(groups: Sequence[Group], group: Group) -> Group:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftune._modes import autocast_kept, without_autocast
 from selftune.monitor import Course
 from selftune.monitor.axes import middle
-from selftune.optim import _autocast as autocast
 from selftune.optim._advice import Advice
 from selftune.optim._assembly import Assembly
 from selftune.optim._building import TuningOptions, build, check_names
@@ -81,12 +81,12 @@ class SelfTuningOptimizer(EvaluationMode):
         self._outside("step()")
         loss = None
         if closure is not None:
-            closure = autocast.keeping(closure, self._device)
+            closure = autocast_kept(closure, self._device)
         call = self._call(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with autocast.disabled(self._device):
+        with without_autocast(self._device):
             return self._step(call, loss)
 
     def _step(self, call: Call | None, loss: Tensor | None) -> Tensor | None:
@@ -154,8 +154,8 @@ class SelfTuningOptimizer(EvaluationMode):
             )
         if self._engine.clock.steps == 0:
             return None
-        closure = autocast.keeping(closure, self._device)
-        with autocast.disabled(self._device):
+        closure = autocast_kept(closure, self._device)
+        with without_autocast(self._device):
             return self._hyper_step(closure, scaler)
 
     def _hyper_step(self, closure: Closure, scaler: torch.amp.GradScaler | None) -> Tensor | None:

@@ -92,16 +92,13 @@ class Block:
                     del entry[key]
         self.averages = self.layout.views(self.part.average)
         for key, views in self._kept().items():
-            for index, (entry, view) in enumerate(zip(self._entries, views, strict=True)):
-                if key in entry:
-                    view.copy_(self._loaded(index, entry[key], view))
+            for row, entry, view in zip(self._rows, self._entries, views, strict=True):
+                if key in entry:  # saved, in the format of checkpoints or as this process's part
+                    part = local(entry[key])
+                    view.copy_(part if part.shape == view.shape else row.load(entry[key]))
                 entry[key] = view
         self.part = self.part._replace(params=weights.new_empty(0))
         self.sliced = set(self._pieces())
-
-    def _loaded(self, index: int, value: Tensor, view: Tensor) -> Tensor:
-        """This process's part of a saved tensor of a parameter."""
-        return local(value) if local(value).shape == view.shape else self._rows[index].load(value)
 
     def saved(self) -> list[dict[str, Tensor]]:
         """The state of each parameter in the format of checkpoints."""

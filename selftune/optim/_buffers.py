@@ -17,6 +17,7 @@ from selftune._flat import swap
 from selftune._modes import ordinary_tensors
 from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
+from selftune.method.averaging import statistics_momentum
 from selftune.optim._carried import Carried, watching
 
 _usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
@@ -68,7 +69,8 @@ class Buffers:
         known = {id(layer) for layer in self.layers}
         for layer in module.modules():
             if _tracks(layer) and id(layer) not in known:
-                _reset_if_not_finite(layer)
+                if not all(map(_finite, _statistics(layer))):  # a batch with NaN before the start
+                    layer.reset_running_stats()  # type: ignore[operator]
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
@@ -169,11 +171,7 @@ class Buffers:
         return [between(a, b, abs(place)) for a, b in pairs]
 
     def exchange(self, others: Sequence[Tensor]) -> None:
-        """Swap the modules' statistics with others, such as those of the average.
-
-        Passes at the averaged weights are ``every`` times less frequent than training passes, and
-        these weights change more slowly, so a layer's momentum m becomes 1 − (1 − m)^(every/2).
-        """
+        """Swap the modules' statistics with others, such as those of the average."""
         self.shown = not self.shown
         if self.shown:  # read anew, because a schedule may have changed them
             momenta: list[Any] = [layer.momentum for layer in self.layers]
@@ -189,7 +187,7 @@ class Buffers:
             kept = [k for k in _kept.get(layer, []) if k[0] is not own[0]]
             _kept[layer] = [*kept, own] if self.shown else kept
             if self.shown:
-                quick = usual and 1 - (1 - usual) ** max(1.0, self._every / 2)
+                quick = statistics_momentum(usual, self._every)
                 layer.momentum = quick  # type: ignore[assignment]
             elif not kept:
                 layer.momentum = usual  # type: ignore[assignment]
@@ -283,12 +281,6 @@ class Buffers:
 
 def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _reset_if_not_finite(layer: Any) -> None:
-    """Reset statistics that are not finite, after a batch with NaN before the first step."""
-    if not all(map(_finite, _statistics(layer))):
-        layer.reset_running_stats()
 
 
 def _place(layer: nn.Module, own: Sequence[Tensor]) -> Sequence[Tensor]:

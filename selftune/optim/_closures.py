@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selftune._flat import local
 from selftune._gathered import gradients_apart
+from selftune._modes import random_kept
 from selftune._trees import unchanged
 from selftune.estimators import AbstractEstimator
 from selftune.method.whole_step import WholeSteps
@@ -42,12 +43,9 @@ class Call:
         self._closure, self._block, self._statistics = closure, block, statistics
         self._device = block.layout.device
         self._random = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(self._device) if self._on_cuda else None
+        on_cuda = self._device.type == "cuda"
+        self._cuda = torch.cuda.get_rng_state(self._device) if on_cuda else None
         self._known: tuple[Any, Any] | None = None
-
-    @property
-    def _on_cuda(self) -> bool:
-        return self._device.type == "cuda"
 
     def know(self, weights: Tensor, grads: Tensor) -> None:
         """Store weak references to the weights and the gradient of the closure's own step."""
@@ -80,10 +78,9 @@ class Call:
     def gradient(self, weights: Tensor) -> Tensor:
         """The gradient at given weights, shape (N,)."""
         block = self._block
-        random = torch.random.fork_rng([self._device] if self._on_cuda else [])
         changed = unchanged([*map(local, block.params), *self._statistics()])
         try:
-            with random, changed, gradients_apart(block.params):
+            with random_kept(self._device), changed, gradients_apart(block.params):
                 torch.set_rng_state(self._random)
                 if self._cuda is not None:
                     torch.cuda.set_rng_state(self._cuda, self._device)
@@ -141,14 +138,6 @@ class _ByClosures(Products):
         return lambda v, moving: product(v)
 
 
-class _ClosureProblem(Problem):
-    """A problem with closures as batches."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "products", _ByClosures())
-
-
 class _Last(NamedTuple):
     """The last step."""
 
@@ -180,15 +169,17 @@ class ClosureSteps:
         return ClosureSteps(self._steps.estimator, self._update, self._shifts)
 
     def _problem(self, block: Block, values: Mapping[str, Any]) -> Problem:
-        """The problem with the group's current options."""
+        """The problem with the group's current options, and with closures as batches."""
         index = torch.arange(len(block.layout.sizes), device=block.layout.device)
         sizes = torch.tensor(block.layout.sizes, device=block.layout.device)
-        return _ClosureProblem(
+        problem = Problem(
             update=self._update.joined(block.layout), inner_loss=lambda w, h, b: w.sum(),
             outer_loss=lambda w, b: w.sum(), segments=index.repeat_interleave(sizes),
             shapes=block.layout.shapes,
             options={n: v for n, v in values.items() if n not in self._shifts.rows},
         )  # fmt: skip
+        object.__setattr__(problem, "products", _ByClosures())
+        return problem
 
     def _hparams(self, block: Block) -> dict[str, Tensor]:
         """One value for all tensors, or one for each."""

@@ -72,7 +72,7 @@ class Container(torch.optim.Optimizer):
         group = groups[-1]
         try:
             check_group(group, self._update.hparams.values())
-            check_params(pair for i in range(len(groups)) for pair in named(groups, i))
+            check_params(named(groups))
         except ValueError:
             groups.pop()
             raise

@@ -249,7 +249,9 @@ class Engine:
     def carry_out(self, action: Action) -> bool:
         """Carry out an action: snapshot and rewind; return whether hyperparameters changed."""
         if action.snapshot:
-            self._snapshot(action.snapshot)
+            for block in self.blocks:
+                block.snapshot(action.snapshot)
+            self.buffers.snapshot(action.snapshot)
         if action.rewind is None:
             if action.skip:
                 self.buffers.mend()
@@ -294,8 +296,3 @@ class Engine:
             self.monitor.scalars(marks(tuned, {n: r.given for n, r in rows.items()}), 0)
         values = {n: r.values().tolist() for n, r in rows.items()}
         self.monitor.scalars(marks(tuned, values), self.clock.steps)
-
-    def _snapshot(self, kind: str) -> None:
-        for block in self.blocks:
-            block.snapshot(kind)
-        self.buffers.snapshot(kind)

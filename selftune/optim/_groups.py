@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,23 +91,15 @@ class Groups:
         known = {id(p): at for at, p in enumerate(self._params)}
         self._params = [p for params in trained for p in params]
         owner = [i for i, params in enumerate(trained) for _ in params]
-        present = {
-            name: {i: _mean(tuned.values()[span].tolist()) for i, span in self._spans.items()}
-            for name, tuned in self._shifts.rows.items()
-        }
         siblings = [self._spans[i].start if i in self._spans else None for i in owner]
-        values = {
-            name: [
-                present[name][i] if i in self._spans else self._start(name, tuned, groups[i])
-                for i in owner
+        values: dict[str, list[float]] = {}
+        for name, tuned in self._shifts.rows.items():
+            present = {i: _mean(tuned.values()[s].tolist()) for i, s in self._spans.items()}
+            values[name] = [
+                present[i] if i in present else self._start(name, tuned, groups[i]) for i in owner
             ]
-            for name, tuned in self._shifts.rows.items()
-        }
-        start, self._spans = 0, {}
-        for i, params in enumerate(trained):
-            if params:
-                self._spans[i] = slice(start, start + len(params))
-            start += len(params)
+        ends = itertools.pairwise(itertools.accumulate(map(len, trained), initial=0))
+        self._spans = {i: slice(*both) for i, both in enumerate(ends) if trained[i]}
         places = [known.get(id(p)) for p in self._params]
         self._shifts.lay_out(values, owner, places, siblings)
 

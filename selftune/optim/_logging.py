@@ -43,7 +43,7 @@ class OptimizerLog:
 
     def __init__(self, monitor: Monitor, shifts: Shifts) -> None:
         self.metrics = Metrics(monitor, shifts.tuned)
-        self._monitor, self._shifts = monitor, shifts
+        self._shifts = shifts
         self._noted: float | None = None
         self._steps = 0
 
@@ -52,7 +52,7 @@ class OptimizerLog:
         given = {
             n: r.given for n, r in self._shifts.rows.items() if not isinstance(values[n], list)
         }
-        self._monitor.begin(dict(plain_rows({**values, **given})), self._shifts.names)
+        self.metrics.monitor.begin(dict(plain_rows({**values, **given})), self._shifts.names)
         self._noted = time.monotonic()
 
     def hyper_step(
@@ -65,21 +65,23 @@ class OptimizerLog:
     ) -> None:
         """Log a hyperparameter step with its start time, and the rates of the last weight step."""
         raw = self._shifts.hyper.split(self._shifts.state.raw)
-        self._monitor.scalars(rate_rows(groups), step)
+        self.metrics.monitor.scalars(rate_rows(groups), step)
         self.metrics.note(raw)
         tuned = {n: values[n] for n in self._shifts.rows}
         if self.metrics.floors is None:
             self.metrics.note_floors(tuned, raw, self._ends(step))
         self.metrics.hyper_step(step, loss, tuned, raw, self._signals())
-        self._monitor.scalar("Loss/final", self.metrics.recent_loss, step)
+        self.metrics.monitor.scalar("Loss/final", self.metrics.recent_loss, step)
         self._steps += 1
         if self.due:
-            self._monitor.histograms(values, step)
+            self.metrics.monitor.histograms(values, step)
             self.metrics.verdict_rows(self.verdicts(values, step), step)
         now, before = time.monotonic(), self._noted
         self._noted = now
         if before is not None and now > before:  # the share of the time since the last entry
-            self._monitor.scalar("time/overhead", min((now - begun) / (now - before), 1.0), step)
+            self.metrics.monitor.scalar(
+                "time/overhead", min((now - begun) / (now - before), 1.0), step
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state needed for later entries, as plain containers."""
@@ -93,15 +95,15 @@ class OptimizerLog:
     @property
     def due(self) -> bool:
         """Whether infrequent entries are due at this step."""
-        return self._monitor.on and self._steps % SPARSE == 0
+        return self.metrics.monitor.on and self._steps % SPARSE == 0
 
     def finish(self, values: Mapping[str, Any], step: int, why: str) -> None:
         """Log the end of the run, with explanations."""
         verdicts = self.verdicts(values, step)
         self.metrics.last_verdicts(verdicts, step)
         self.metrics.finish(values, verdicts, step, why)
-        self._monitor.histograms(values, step)
-        self._monitor.end("finished")
+        self.metrics.monitor.histograms(values, step)
+        self.metrics.monitor.end("finished")
 
     def verdicts(self, values: Mapping[str, Any], step: int) -> dict[str, Verdict]:
         """A verdict on each tuned hyperparameter."""

@@ -97,7 +97,5 @@ def _size(tensor: Tensor) -> int:
 
 
 def _share(blocks: list[Block]) -> str:
-    kept, weights = (sum(sizes) for sizes in zip(
-        *((sum(b.pieces.sizes), b.layout.numel) for b in blocks), strict=True
-    ))  # fmt: skip
+    kept, weights = sum(sum(b.pieces.sizes) for b in blocks), sum(b.layout.numel for b in blocks)
     return "all" if kept == weights else f"1/{weights / kept:.0f}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from selftune._flat import is_sharded
 from selftune._gathered import gradients_apart, reshard
 from selftune._gradient import nodes
+from selftune._modes import random_kept
 from selftune.control.final_weights import BACK
 from selftune.optim._block import Block
 from selftune.optim._checks import check_dependence, check_outer_loss
@@ -108,8 +109,7 @@ class OuterLoss:
 
     def random(self) -> AbstractContextManager[None]:
         """Restores the random states after the block."""
-        device = self.engine.blocks[0].layout.device
-        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+        return random_kept(self.engine.blocks[0].layout.device)
 
     def value(self, closure: Closure) -> Tensor:
         """The loss at the current weights; statistics and random states do not change."""

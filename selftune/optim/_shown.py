@@ -91,8 +91,7 @@ class Shown(_Watched):
     def back(self, *, keep: bool = False) -> None:
         """Restore the training weights, or keep the current ones."""
         torch.clear_autocast_cache()
-        present = self._buffers.tensors() if keep else []
-        present = [t.clone() for t in present]
+        present = [t.clone() for t in self._buffers.tensors() if keep]
         if self._statistics is not None:
             self._buffers.exchange(self._statistics)
         for tensor, value in zip(self._buffers.tensors(), present, strict=False):

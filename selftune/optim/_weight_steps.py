@@ -36,6 +36,9 @@ class WeightSteps:
         rates: Factor of the schedule for every block.
         call: Computes gradients at other weights, for an estimator that needs them.
         raised: Whether the learning rate is raised from outside, which ends the sweep.
+
+    Attributes:
+        factors: Factors of the peaks of the learning rates, for every block.
     """
 
     def __init__(
@@ -49,13 +52,8 @@ class WeightSteps:
     ) -> None:
         self._engine, self._store, self._call = engine, engine.store, call
         self._raised = raised
-        self._values, self._rates = values, rates
+        self._values, self.factors = values, rates
         self._grads: Grads = []
-
-    @property
-    def factors(self) -> Sequence[float]:
-        """Factors of the peaks of the learning rates, for every block."""
-        return self._rates
 
     def take(self) -> bool:
         """Take a step from the gradients in ``.grad``; return whether hyperparameters changed."""
@@ -129,7 +127,7 @@ class WeightSteps:
     # in place
 
     def _in_place(self, grads: Sequence[Sequence[Tensor]], *, tracked: bool) -> None:
-        engine, rates = self._engine, self._rates
+        engine, rates = self._engine, self.factors
         if not tracked:
             step = engine.clock.steps - 1
             pairs = zip(self._values, rates, strict=True)
@@ -155,7 +153,7 @@ class WeightSteps:
             raise ValueError("estimator: every parameter needs a gradient at every step")
 
     def _move(self) -> tuple[list[Moment], list[Transition]]:
-        moments = self._store.moments([c for _, c in self._grads], self._values, self._rates)
+        moments = self._store.moments([c for _, c in self._grads], self._values, self.factors)
         return moments, self._engine.stepper.move(
             self._blocks, [g for g, _ in self._grads], moments
         )
@@ -232,7 +230,7 @@ class WeightSteps:
                 if sweep.ended:
                     engine.mark(engine.controller.swept, given=True)
                 return True
-        self._rates = [sweep.factor(sweep.taken)] * len(self._blocks)
+        self.factors = [sweep.factor(sweep.taken)] * len(self._blocks)
         if plain is not None:
             self._in_place(plain, tracked=False)
         else:

@@ -33,7 +33,6 @@ from selftune.tuner._carried import carried
 from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
-from selftune.tuner._fsdp import shard_model
 from selftune.tuner._group import Group
 from selftune.tuner._joining import Joining
 from selftune.tuner._noise_scale import HalvedBatches
@@ -44,7 +43,7 @@ from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._resuming import UNTIL, identity
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._sharding import Shard
-from selftune.tuner._shards import Shards
+from selftune.tuner._shards import Shards, shard_model
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._training import Training
@@ -59,7 +58,7 @@ JOINED = 2**22
 
 @dataclass(kw_only=True)
 class Given:
-    """The arguments of a tuner, independent of its data.
+    """The arguments of a :class:`Tuner`, independent of its data, where the others are explained.
 
     Attributes:
         objective: The model with its training loss.
@@ -69,21 +68,8 @@ class Given:
         values: Their starting values.
         chosen: Names whose starting values were passed by the user.
         names: Names of the tuned hyperparameters.
-        bounds: (lowest, highest) values by name.
-        estimator: The user's estimator, or None.
-        tangents: Share of the weights with sensitivities, or a dtype.
-        snapshots: Storage of the last good weights.
-        average: The running average at which the outer loss is measured.
-        every: Weight steps between two hyperparameter steps, or None.
-        hyper_rate: Size of a hyperparameter step, or None.
-        schedule: Shape of the learning rate.
         warmup: Steps of the linear warm-up.
-        probe: Whether to sweep the learning rate, or the number of steps.
-        guard: Whether to use a guard, or a policy.
-        metrics: Metrics by name.
-        amp: Whether passes run in bfloat16.
         population: The population, or None.
-        settings: Settings of the method.
         group: The ranks.
     """
 
@@ -202,7 +188,7 @@ def build(
                 f"population={members}: structure.Batches follow the noise scale of one run: pass "
                 "population=1, or a DataLoader with a batch_size"
             )
-        steps.halved = HalvedBatches(batches=batches, group=given.group, total=given.group.total)
+        steps.halved = HalvedBatches(batches=batches, group=given.group)
     if given.every is None:
         _choice.pace(steps)
     _set_layers(given)
@@ -229,11 +215,19 @@ def build(
         snapshots.rewound.append(fused.whole.estimates.forget)
     if steps.halved is not None:
         snapshots.rewound.append(steps.halved.batches.scale.forget)
-    scorer = Scorer(given.objective, given.metrics, val, steps, mapped, device)
-    controllers = [_controller(given, steps, total) for _ in range(members or 1)]
+    scorer = Scorer(given.objective, given.metrics, val, steps, snapshots, device)
+    tuned = steps.hyper.hparams
+    controllers = [
+        Controller(
+            hparams=tuned, total_steps=total, label="Tuner",
+            sweep=None if mapped else make_sweep(given.probe, total, tuned),
+            guard=make_guard(given.guard) if names else None,
+        )
+        for _ in range(members or 1)
+    ]  # fmt: skip
     policy = GuardPolicy() if controllers[0].guard is None else controllers[0].guard.policy
-    compare = partial(scorer.compared, run, snapshots, streams[1], policy.most_batches)
-    watch = Watch(steps, run, snapshots, controllers, plan.due, plan.rest, compare)
+    compare = partial(scorer.compared, streams[1], policy.most_batches)
+    watch = Watch(steps, snapshots, controllers, plan.due, plan.rest, compare)
     for controller in controllers:
         if controller.guard is not None:
             controller.guard.good.hold(second)
@@ -253,16 +247,6 @@ def build(
     )
 
 
-def _controller(given: Given, steps: Steps, total: int) -> Controller:
-    """The controller of one member."""
-    tuned = steps.hyper.hparams
-    sweep = make_sweep(given.probe, total, tuned) if given.population is None else None
-    guard = make_guard(given.guard) if given.names else None
-    return Controller(
-        hparams=tuned, total_steps=total, sweep=sweep, guard=guard, label="Tuner"
-    )  # fmt: skip
-
-
 def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[], Any]) -> Steps:
     """The steps of weights and hyperparameters."""
     total, names, settings = plan.total, given.names, given.settings
@@ -280,9 +264,9 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     assigned = given.assignment(total)
     rows = [n for n in hyper.names if n not in assigned.names]
     share, storage = wanted(given.tangents, given.update, assigned.whole)
-    joined = plan.compile is not True and given.population is None and _small(given.objective)
-    joined = joined and given.update.rule.elementwise
     trained = [p for p in given.objective.parameters() if p.requires_grad]
+    joined = plan.compile is not True and given.population is None and _small(trained)
+    joined = joined and given.update.rule.elementwise
     parts = [trained] if joined else [[p] for p in trained]
     cuts = choose_slices([[p.shape for p in part] for part in parts], share, settings.slices)
     group, shards = given.group, Shards(given.group, parts, cuts, joined)
@@ -312,9 +296,8 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     )  # fmt: skip
 
 
-def _small(objective: Objective) -> bool:
+def _small(trained: Sequence[torch.Tensor]) -> bool:
     """Whether the time of eager steps is determined by the number of operations."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
     dtypes = {p.dtype for p in trained}
     return (
         sum(p.numel() for p in trained) <= JOINED

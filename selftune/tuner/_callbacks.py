@@ -1,12 +1,19 @@
-"""Early stopping, by patience or a callback."""
+"""Callbacks after an evaluation: early stopping, and changed masks and scores of choices."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from selftune._modes import modes_kept
+from selftune.structure import gated
+from selftune.structure.choice import choices
 from selftune.tuner._plan import Progress
-from selftune.tuner._structure import structure_followed
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
@@ -32,19 +39,21 @@ def stop(training: Training, scores: dict[str, float]) -> str:
             train_loss=watch.history.mean_loss(plan.score), scores=scores, hparams=watch.hparams(),
             joined=training.joined,
         )  # fmt: skip
-        parts = training.steps, training.scorer, training.snapshots, watch.leader
-        with structure_followed(*parts) as changes:
+        with _structure_followed(training) as changed:
             ends |= any([bool(call(progress)) for call in training.callbacks])
         _check_trained(training)
-        if changes.scores and training.joining is not None:
+        masks = [mask for name, mask in changed.items() if name.endswith("mask")]
+        scores_of = [scores for name, scores in changed.items() if name.endswith("scores")]
+        if scores_of and training.joining is not None:
             raise ValueError(
                 "val=None: a callback tunes choices until late in the run, but the held-out "
                 f"examples join after step {training.joining.step}: pass validation batches, or "
                 "val=0.1"
             )
-        if changes.masks or changes.scores:  # losses under others are not comparable
+        if changed:  # losses under others are not comparable
             training.best, training.saved_best, training.waited = math.inf, None, 0
-        if changes.masks or changes.made:  # closed units have no gradient, and are not dead
+        made = any(float(each.softmax(0).max()) == 1 for each in scores_of)
+        if masks or made:  # closed units have no gradient, and are not dead
             watch.controllers[0].restart()
         training.group.share_streams()  # callbacks may have drawn random numbers
     return "stopped" if training.group.any(ends) else "finished"
@@ -62,3 +71,46 @@ def _check_trained(training: Training) -> None:
             "parameters that were trainable when fit began; unfreeze after fit and call fit of a "
             "new Tuner, or use st.AdamW in your own loop"
         )
+
+
+@contextmanager
+def _structure_followed(training: Training) -> Iterator[dict[str, Tensor]]:
+    """Put the averaged weights into the model; copy changed masks and scores to the run at the end.
+
+    Yields:
+        Changed masks and scores of choices by name, complete after the block.
+
+    Raises:
+        ValueError: Masks or scores of a population changed.
+    """
+    steps, scorer, snapshots = training.steps, training.scorer, training.snapshots
+    changed: dict[str, Tensor] = {}
+    tensors = {_joined(n, "mask"): m.mask for n, m in gated(steps.inner)}
+    tensors |= {_joined(n, "scores"): c.scores for n, c in choices(steps.inner)}
+    with scorer.shown(training.watch.leader), modes_kept(scorer.model):
+        before = _copies(tensors)
+        yield changed
+        copies = steps.group.from_first(lambda: _copies(tensors)) if tensors else {}
+    changed |= {n: t for n, t in copies.items() if not torch.equal(t, before[n])}
+    members = snapshots.run.step.numel()
+    if changed and members > 1:
+        raise ValueError(
+            f"population={members}: a callback closed units or changed scores of choices of one "
+            "member, but all members share them; omit population="
+        )
+    run = snapshots.run
+    tensor_lists: list[Sequence[Tensor]] = [run.buffers, run.average_buffers, snapshots.buffers]
+    if snapshots.candidate:
+        tensor_lists.append(snapshots.candidate[len(snapshots.weights) :])
+    with torch.no_grad():
+        for name, tensor in changed.items():
+            for buffers in tensor_lists:
+                buffers[steps.buffers.index(name)].copy_(tensor)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().cpu().clone() for n, t in tensors.items()}

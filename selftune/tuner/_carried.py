@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from selftune._modes import random_kept
 from selftune.tuner._data import Stream
 from selftune.tuner._run_state import RunState
 from selftune.tuner._steps import Steps
@@ -28,11 +29,8 @@ def carried(steps: Steps, run: RunState, stream: Stream, *, mapped: bool) -> set
     maybe = {i for i, (n, b) in named if b.is_floating_point() and n not in apart}
     if not maybe:
         return set()
-    device = run.step.device
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.set_grad_enabled(mapped or steps.whole is not None),
-    ):
+    grads = torch.set_grad_enabled(mapped or steps.whole is not None)
+    with random_kept(run.step.device), grads:
         after = steps.val_pass(run, stream.peek())[2]
     return {i for i in maybe if torch.equal(after[i], run.buffers[i])}
 

@@ -33,6 +33,8 @@ from selftune._arguments import (
 )
 from selftune._flat import is_sharded
 from selftune._identity import digest
+from selftune._kept_buffers import buffers_kept
+from selftune._modes import random_kept
 from selftune.hypernet import SelfTuned
 from selftune.nn import Strength
 from selftune.rules import AbstractRule
@@ -181,14 +183,12 @@ def check_first(
         ValueError: A loss is not a scalar, is not finite, or does not depend on the parameters; or
             a metric is not one number.
     """
-    device = run.step.device
-    devices = [device] if device.type == "cuda" else []
     value = math.nan
     passes = (("train", steps.inner), ("val", steps.outer))
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
-        before = _held(module), _explained()
-        with torch.random.fork_rng(devices), steps.autocast(), before[0], before[1]:
+        kept = buffers_kept(module.modules())
+        with random_kept(run.step.device), steps.autocast(), kept, _explained():
             with torch.set_grad_enabled(not steps.group.sharded):
                 loss = module(batch)
             _check_loss(loss, name)
@@ -270,18 +270,6 @@ def check_model(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "sparse", False):
             raise ValueError(f"model: {name} gives sparse gradients: create it with sparse=False")
-
-
-@contextmanager
-def _held(module: torch.nn.Module) -> Iterator[None]:
-    """Restores the module's buffers after the block."""
-    before = [b.clone() for b in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, old in zip(module.buffers(), before, strict=True):
-                buffer.copy_(old)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Fused:
         self._steps = steps
         self.run = run
         self._mapped = _mapper(population)
-        self.whole = None if steps.whole is None else FunctionalSteps(steps, steps.whole, run)
+        self.whole = None if steps.whole is None else FunctionalSteps(steps, run)
         self.compiled = False
         self._eager = self._graphs(lambda step: step)
         if population is None and FastPath.serves(steps, run):

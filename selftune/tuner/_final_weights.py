@@ -22,15 +22,14 @@ def place(training: Training) -> dict[str, float]:
     Without a validation set they are the averaged ones, with the scores at the join. If the run
     overfitted before the join, they are the last good ones from before it, with their loss.
     """
-    scorer, run, leader = training.scorer, training.fused.run, training.watch.leader
+    scorer, leader = training.scorer, training.watch.leader
     if training.joining is not None and training.joined:
-        scorer.place(run, leader, training.snapshots if training.joining.back else None)
+        scorer.place(-1 if training.joining.back else 0, leader)
         return {**training.joining.scores, "loss": training.joining.loss}
     saved = from_first(training.group, lambda: _saved(training))
     guarded = training.watch.controllers[0].guard is not None
-    good = training.snapshots if guarded else None
-    positions = POSITIONS if training.steps.method.settings.final_weights else (0.0,)
-    return scorer.best(run, training.val, leader, good, saved, positions)
+    tried = POSITIONS if training.steps.method.settings.final_weights else (0.0,)
+    return scorer.best(training.val, leader, saved, [p for p in tried if p >= 0 or guarded])
 
 
 def _saved(training: Training) -> dict[str, Any] | None:
@@ -48,7 +47,7 @@ def save_best(training: Training, scores: dict[str, float]) -> None:
     """
     if not (training.group.first or training.group.sharded):
         return
-    with training.scorer.shown(training.fused.run, training.watch.leader):
+    with training.scorer.shown(training.watch.leader):
         state = shown_state(training, scores)
     folder = training.writes
     written = None

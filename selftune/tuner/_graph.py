@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from selftune._graphs import alone
 
 log = logging.getLogger("selftune")
 
@@ -20,15 +21,11 @@ def compile_step(step: Step, device: torch.device, *, dynamic: bool, keep: bool 
 
     The outputs of a CUDA graph are overwritten at its next launch; ``keep`` avoids CUDA graphs.
     """
-    # Dynamo limits the graphs per code object, so each run gets a code object of its own.
-    assert isinstance(step, types.FunctionType)
-    code = step.__code__.replace()
-    own = types.FunctionType(code, step.__globals__, closure=step.__closure__)
     launch = "triton.cudagraphs" if device.type == "cuda" else "cpp_wrapper"
     options: dict[str, Any] = {launch: device.type == "cpu" or not keep}
     if not dynamic:
         options["guard_filter_fn"] = _needed
-    return torch.compile(own, fullgraph=True, dynamic=dynamic, options=options)
+    return torch.compile(alone(step), fullgraph=True, dynamic=dynamic, options=options)
 
 
 def for_shapes(function: Step, device: torch.device) -> Step:

@@ -97,8 +97,7 @@ def join(training: Training, scores: dict[str, float]) -> None:
     joining.scores, joining.loss = dict(scores), scores["loss"]
     joining.back = guard is not None and guard.worsened > 0
     if joining.back:
-        parts = training.fused.run, training.snapshots, training.val, sys.maxsize, leader
-        joining.loss = training.scorer.compared(*parts)[1]
+        joining.loss = training.scorer.compared(training.val, sys.maxsize, leader)[1]
         log.warning(
             "val=None: the run overfitted before the held-out examples joined at step %d; it "
             "ends with its last good weights from before the join (validation loss %.4g). Train "

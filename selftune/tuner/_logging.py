@@ -9,21 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from selftune.monitor import Ends, Metrics, Monitor, Verdict
-from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 
 
 def monitor_of(targets: Sequence[Any], writes: bool) -> Monitor:
     """The monitor of a rank; entries are computed on all ranks and written by the first."""
-    return Monitor((list(targets) if writes else [_discard]) if targets else None)
-
-
-def _discard(values: Mapping[str, float], step: int) -> None:
-    """A recorder that discards everything."""
+    discard = [lambda values, step: None]
+    return Monitor((list(targets) if writes else discard) if targets else None)
 
 
 class TunerLog:
@@ -31,14 +26,13 @@ class TunerLog:
 
     Args:
         steps: The steps.
-        run: Their tensors.
-        snapshots: Select a member's part of a tensor.
+        snapshots: Hold the run, and select a member's part of a tensor.
         rest: Minimum seconds between two entries.
     """
 
-    def __init__(self, steps: Steps, run: RunState, snapshots: Snapshots, rest: float) -> None:
+    def __init__(self, steps: Steps, snapshots: Snapshots, rest: float) -> None:
         self.metrics = Metrics(Monitor(None), steps.hyper.hparams)
-        self._steps, self._run, self._snapshots = steps, run, snapshots
+        self._steps, self._snapshots = steps, snapshots
         self._rest, self._noted = rest, -math.inf
         self._plain, self._tuning = [0.0, 0], [0.0, 0]  # (seconds, steps) without and with tuning
 
@@ -87,23 +81,18 @@ class TunerLog:
         """A verdict on each tuned hyperparameter."""
         return self.metrics.verdicts(values, self._signals(member), self._ends(values, member))
 
-    def _own(self, tensor: Tensor, member: int) -> Tensor:
-        """A member's part of a tensor, on the CPU."""
-        return self._snapshots.part(tensor, member).cpu()
-
     def _ends(self, values: Mapping[str, float], member: int) -> dict[str, Ends]:
-        hyper, steps = self._steps.hyper, int(self._own(self._run.step, member))
+        hyper, run = self._steps.hyper, self._snapshots.mine(member)
         memory = self._steps.memory({**self._steps.options, **values})
-        raw = self._own(self._run.hyper.raw, member)
-        return {n: Ends(*each) for n, each in hyper.ends(raw, hyper.frame(), memory, steps).items()}
+        ends = hyper.ends(run.hyper.raw.cpu(), hyper.frame(), memory, int(run.step))
+        return {n: Ends(*each) for n, each in ends.items()}
 
     def _raw(self, member: int) -> dict[str, Tensor]:
-        return self._steps.hyper.split(self._own(self._run.hyper.raw, member))
+        return self._steps.hyper.split(self._snapshots.mine(member).hyper.raw.cpu())
 
     def _signals(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
-        state = self._run.hyper
-        both = (self._own(t, member) for t in (state.mean, state.square))
-        return self._steps.hyper.signals(*both)
+        state = self._snapshots.mine(member).hyper
+        return self._steps.hyper.signals(state.mean.cpu(), state.square.cpu())
 
     def clocked(self, seconds: float, tuned: bool) -> None:
         """Measure the time of a step."""
@@ -121,9 +110,6 @@ class TunerLog:
 
     def _displacement(self, member: int) -> list[tuple[str, float | Tensor]]:
         """The displacement ratio of a member's weights."""
-        if not self._run.method.displacement:
-            return []
-        state = tree_map(lambda t: self._snapshots.part(t, member), self._run.method)
-        weights = [self._snapshots.part(w, member) for w in self._run.weights]
-        ratio = self._steps.method.ratio(state, weights)
+        run = self._snapshots.mine(member)
+        ratio = self._steps.method.ratio(run.method, run.weights)
         return [] if math.isnan(ratio) else [("weights/displacement", ratio)]

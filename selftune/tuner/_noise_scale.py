@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from selftune.structure import Batches
 from selftune.structure.noise_scale import squared_norm
@@ -37,7 +35,6 @@ class HalvedBatches:
     Args:
         batches: The sampler to update.
         group: The ranks.
-        total: Sums products over sharded weights.
 
     Attributes:
         due: Whether the next step is taken on halves.
@@ -46,7 +43,6 @@ class HalvedBatches:
 
     batches: Batches
     group: Group
-    total: Callable[[Tensor], Tensor]
     due: bool = False
     examples: int = 0
 
@@ -98,7 +94,7 @@ class HalvedBatches:
         odd = sum((end - start) // 2 for start, end in itertools.pairwise(ends))
         even, share = self.examples - odd, odd / self.examples
         grads = torch._foreach_lerp(one[1], two[1], share)
-        squares = [self.total(squared_norm(g)) for g in (one[1], two[1], grads)]
+        squares = [self.group.total(squared_norm(g)) for g in (one[1], two[1], grads)]
         part = 2 * even * odd / self.examples  # harmonic mean, as variances are inverse to sizes
         self.batches.scale.observe((squares[0] + squares[1]) / 2, squares[2], part, self.examples)
         return torch.lerp(one[0], two[0], share), list(grads), two[2]
@@ -112,8 +108,7 @@ def halves(batch: Any) -> list[Any]:
     Raises:
         ValueError: It cannot be divided.
     """
-    return [cut(batch, partial(_every_second, first), "train", REMEDY) for first in (0, 1)]
-
-
-def _every_second(first: int, count: int) -> slice:
-    return slice(first, count, 2)
+    return [
+        cut(batch, lambda _: slice(0, None, 2), "train", REMEDY),
+        cut(batch, lambda _: slice(1, None, 2), "train", REMEDY),
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from selftune._modes import modes_kept
+from selftune.method.averaging import statistics_momentum
 from selftune.nn import begin_pass, extra_loss
 
 LossFn = Callable[..., Tensor]
@@ -74,62 +75,48 @@ class Objective(nn.Module):
         """The second part: the loss of the outputs."""
         assert self.loss_fn is not None
         output, extra = predicted
-        return self.loss_fn(output, self._target(batch)) + extra
-
-    def _target(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            return self._named(batch)[2]
-        return self._augmented(*batch)[-1]
-
-    def _augmented(self, *batch: Any) -> tuple[Any, ...]:
-        """A batch with its first input and its target augmented."""
-        if self.augment is None:
-            return batch
-        first, *rest, target = batch
-        first, target = self.augment(first, target)
-        return first, *rest, target
+        return self.loss_fn(output, self._parts(batch)[-1]) + extra
 
     def outputs(self, batch: Any) -> tuple[Tensor, Any, Any]:
         """Loss, output and target of a batch."""
-        if isinstance(batch, Mapping):
-            return self._from_names(batch)
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        mapping = isinstance(batch, Mapping)
+        if not mapping and (not isinstance(batch, (tuple, list)) or len(batch) < 2):
             raise ValueError(
                 f"a batch is a {type(batch).__name__}; (*inputs, target) or a dictionary is "
                 "expected. Pass a loader of batches, such as DataLoader(TensorDataset(x, y), 64); "
                 "for other batches pass objective=lambda model, batch: loss"
             )
-        if self.loss_fn is None:
+        if not mapping and self.loss_fn is None:
             raise ValueError("batches are tuples, which need a loss function: pass loss_fn=")
-        *inputs, target = self._augmented(*batch)
-        output = self.model(*inputs)
-        return self.loss_fn(output, target), output, target
-
-    def _named(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, Any]:
-        """Inputs of a dictionary, name of the target and target, augmented."""
-        inputs = dict(batch)
-        name = next((name for name in TARGETS if name in inputs), None)
-        target = None if name is None else inputs.pop(name)
-        if self.augment is not None:
-            first = _augmentable(inputs)
-            inputs[first], target = self.augment(inputs[first], target)
-        return inputs, name, target
-
-    def _from_names(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any, Any]:
-        inputs, name, target = self._named(batch)
+        inputs, named, name, target = self._parts(batch)
         if self.loss_fn is None:
-            output = self.model(**inputs, **({} if name is None else {name: target}))
+            output = self.model(**named, **({} if name is None else {name: target}))
             loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
             if loss is None:
                 raise ValueError("the model's output has no loss: pass loss_fn=")
             return loss, output, target
-        if name is None:
+        if mapping and name is None:
             raise ValueError(
                 f"a batch has the keys {list(batch)}, none of which is a target {TARGETS}: "
                 "rename one, or pass objective=lambda model, batch: loss"
             )
-        output = self.model(**inputs)
+        output = self.model(*inputs, **named)
         return self.loss_fn(output, target), output, target
+
+    def _parts(self, batch: Any) -> tuple[Sequence[Any], dict[str, Any], str | None, Any]:
+        """Inputs of a batch, without and with names, name of the target and target, augmented."""
+        if not isinstance(batch, Mapping):
+            first, *rest, target = batch
+            if self.augment is not None:
+                first, target = self.augment(first, target)
+            return (first, *rest), {}, None, target
+        inputs = dict(batch)
+        name = next((name for name in TARGETS if name in inputs), None)
+        target = None if name is None else inputs.pop(name)
+        if self.augment is not None:
+            key = _augmentable(inputs)
+            inputs[key], target = self.augment(inputs[key], target)
+        return (), inputs, name, target
 
 
 def _augmentable(inputs: Mapping[str, Any]) -> str:
@@ -166,9 +153,7 @@ def twin(objective: Objective) -> Objective:
 def for_tuning(objective: Objective, every: int) -> Objective:
     """The validation objective: without dropout, but with updates of BatchNorm's statistics.
 
-    The statistics belong to the averaged weights, which change more slowly than the training
-    weights and have ``every`` times fewer passes, so a momentum m becomes 1 − (1 − m)^(every/2), as
-    in the optimizers.
+    The statistics belong to the averaged weights, which have ``every`` times fewer passes.
     """
     copied = twin(objective)
     _to_tuning(copied, every)
@@ -182,8 +167,7 @@ def _to_tuning(objective: nn.Module, every: int) -> None:
     for norm in norms:  # the others are frozen, by the model's own train()
         if norm.running_mean is not None:
             norm.train()
-            if norm.momentum is not None:
-                norm.momentum = 1 - (1 - norm.momentum) ** max(1.0, every / 2)
+            norm.momentum = statistics_momentum(norm.momentum, every)
 
 
 class InMode(nn.Module):
@@ -218,8 +202,3 @@ class InMode(nn.Module):
         """The objective of a batch."""
         with self.entered():
             return self.objective(batch)
-
-
-def for_scoring(objective: Objective) -> Objective:
-    """The objective in evaluation mode."""
-    return twin(objective).eval()

@@ -25,7 +25,7 @@ APART = 2**24
 """Distance between the random-number counters of two ranks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Passes:
     """Passes of objectives that share parameters and buffers.
 
@@ -63,11 +63,8 @@ class Passes:
         tensors: dict[str, Tensor] = {}
 
         def loss_at(params: list[Tensor], call: Callable[..., Tensor]) -> Tensor:
-            copies = [b.clone() for b in buffers]  # modules modify buffers in place
             tensors.update(zip(self.params, self.views(params), strict=True))
-            tensors.update({**dict(zip(self.buffers, copies, strict=True)), **layers})
-            for name, ahead in self.counters.items():
-                tensors[name].add_(ahead)
+            tensors.update(self._before(buffers, layers))
             with self.autocast():
                 return call(module, tensors, (batch,))
 
@@ -83,30 +80,34 @@ class Passes:
             after = [tensors[n].detach() for n in self.buffers]
         else:
             grads, loss, after = gradient(whole, params)
+        return loss, grads, self._after(after)
+
+    def _before(self, buffers: list[Tensor], layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the buffers, which modules modify in place, with this rank's counters."""
+        copies = dict(zip(self.buffers, [b.clone() for b in buffers], strict=True))
+        tensors = {**copies, **layers}
         for name, ahead in self.counters.items():
-            after[self.buffers.index(name)].sub_(ahead)
-        return loss, grads, after
+            tensors[name].add_(ahead)
+        return tensors
+
+    def _after(self, buffers: list[Tensor]) -> list[Tensor]:
+        """The buffers with the counters of all ranks."""
+        for name, ahead in self.counters.items():
+            buffers[self.buffers.index(name)].sub_(ahead)
+        return buffers
 
 
-@dataclass(frozen=True)
-class ShardedPasses:
+@dataclass(frozen=True, kw_only=True)
+class ShardedPasses(Passes):
     """Passes of a model sharded by ``fully_shard``: torch gathers weights and scatters gradients.
 
     Args:
         trained: The trained parameters, sharded.
-        buffers: Names of the buffers.
-        views: Returns one tensor for each parameter, from the run's weights.
         joined: The inverse of ``views``.
-        autocast: Makes the context of the forward pass.
-        counters: Offsets of random-number counters for the pass, by buffer name.
     """
 
     trained: Sequence[nn.Parameter]
-    buffers: Sequence[str]
-    views: Callable[[list[Tensor]], list[Tensor]]
     joined: Callable[[list[Tensor]], list[Tensor]]
-    autocast: Callable[[], AbstractContextManager[Any]]
-    counters: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -125,10 +126,7 @@ class ShardedPasses:
             batch: Argument of the objective.
             layers: Buffers to replace, by name.
         """
-        copies = [b.clone() for b in buffers]  # modules modify buffers in place
-        tensors = {**dict(zip(self.buffers, copies, strict=True)), **layers}
-        for name, ahead in self.counters.items():
-            tensors[name].add_(ahead)
+        tensors = self._before(buffers, layers)
         shards = [local(p.detach()) for p in self.trained]
         mode = module.entered() if isinstance(module, InMode) else nullcontext(module)
         within = put(shards, self.views(params)), torch.enable_grad(), ExitStack()
@@ -138,9 +136,7 @@ class ShardedPasses:
                 loss = _call_bound(bound, objective, tensors, (batch,))
             if loss.requires_grad:
                 (loss * size(batch)).backward()
-        after = [tensors[n].detach() for n in self.buffers]
-        for name, ahead in self.counters.items():
-            after[self.buffers.index(name)].sub_(ahead)
+        after = self._after([tensors[n].detach() for n in self.buffers])
         return loss.detach(), self.joined([_taken(p) for p in self.trained]), after
 
 

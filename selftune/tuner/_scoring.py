@@ -17,10 +17,8 @@ from selftune._gathered import reshard
 from selftune._trees import unchanged
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._batch import size, to_device
-from selftune.tuner._data import Stream, end_workers, own_iterator
-from selftune.tuner._objective import InMode, Objective, for_scoring
-from selftune.tuner._positions import position, read_from
-from selftune.tuner._run_state import RunState
+from selftune.tuner._data import Stream, end_workers, own_iterator, position, read_from
+from selftune.tuner._objective import InMode, Objective, twin
 from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
@@ -77,7 +75,7 @@ class Scorer:
         metrics: Functions of output and target by name, averaged over examples.
         batches: The validation set.
         steps: The steps, with the trained parameters and their parts of the run's weights.
-        members: Whether the run's tensors have a leading dimension of members.
+        snapshots: The run, and its last good weights.
         device: Device of the evaluation.
     """
 
@@ -87,7 +85,7 @@ class Scorer:
         metrics: Mapping[str, Metric],
         batches: Any,
         steps: Steps,
-        members: bool,
+        snapshots: Snapshots,
         device: torch.device,
     ) -> None:
         self.model, self._objective = objective.model, objective
@@ -96,32 +94,25 @@ class Scorer:
         self._tensors = [local(named[n].detach()) for n in params] + list(objective.buffers())
         self._sharded, self._shards = steps.group.sharded, steps.shards
         self._mode = InMode(objective, None)
-        self._module = _Scores(objective if self._sharded else for_scoring(objective), metrics)
+        self._module = _Scores(objective if self._sharded else twin(objective).eval(), metrics)
         self._names = [f"objective.{n}" for n in params]
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
         own = own_iterator(batches)
         self._batches: Iterable[Any] = steady(own) if steps.group.together else own
         self._own, self._start = own, position(own)
         self._few: list[Any] = []  # batches of an iterator that cannot restart
-        self._members = members
-        self._device = device
+        self._snapshots, self._part, self._device = snapshots, snapshots.part, device
         self._autocast = steps.autocast
 
     def close(self) -> None:
         """End the loader's persistent workers; they restart when needed again."""
         end_workers(self._own)
 
-    def _part(self, tensor: Tensor, member: int) -> Tensor:
-        return tensor[member] if self._members else tensor
-
     def score(
-        self, run: RunState, stream: Stream, member: int, *, last: bool = False
+        self, stream: Stream, member: int, *, last: bool = False
     ) -> tuple[dict[str, float], float]:
         """Scores at the average and, on request, the loss at the last iterate."""
-        points = [_average(run)]
-        if last:
-            points.append((run.weights, run.buffers))
-        scores = self._score(points, stream, member)
+        scores = self._score([self._at(p) for p in ((0, 1) if last else (0,))], stream, member)
         return scores[0], scores[-1]["loss"] if last else math.nan
 
     def loss(
@@ -134,12 +125,9 @@ class Scorer:
         """The validation loss at given weights of a single run, over all or the first batches."""
         return self._score([(weights, buffers)], stream, 0, most)[0]["loss"]
 
-    def compared(
-        self, run: RunState, good: Snapshots, stream: Stream, most: int, member: int
-    ) -> tuple[float, float]:
+    def compared(self, stream: Stream, most: int, member: int) -> tuple[float, float]:
         """Losses at the average and at the good weights, over a limited number of batches."""
-        points = [_average(run), (good.weights, good.buffers)]
-        now, then = self._score(points, stream, member, most)
+        now, then = self._score([self._at(0), self._at(-1)], stream, member, most)
         return now["loss"], then["loss"]
 
     @torch.no_grad()
@@ -225,13 +213,17 @@ class Scorer:
                 yield batch, size(batch) if own else 0
 
     @contextmanager
-    def shown(self, run: RunState, member: int) -> Iterator[None]:
+    def shown(self, member: int) -> Iterator[None]:
         """Put the averaged weights into the model within a block."""
         with unchanged(self._tensors):
-            self._write(*_average(run), member)
+            self.place(0, member)
             yield
 
     @torch.no_grad()
+    def place(self, position: float, member: int) -> None:
+        """Put the weights at a position into the model."""
+        self._write(*self._at(position), member)
+
     def _write(self, weights: list[Tensor], buffers: list[Tensor], member: int) -> None:
         for tensor, source in zip(self._tensors, [*self._views(weights), *buffers], strict=True):
             tensor.copy_(self._part(source, member))
@@ -246,19 +238,16 @@ class Scorer:
     @torch.no_grad()
     def best(
         self,
-        run: RunState,
         stream: Stream,
         member: int,
-        good: Snapshots | None,
         saved: dict[str, Any] | None,
-        positions: Sequence[float] = POSITIONS,
+        positions: Sequence[float],
     ) -> dict[str, float]:
-        """Put the best of good, averaged, last and saved weights into the model.
+        """Put the best of the weights at these positions and the saved ones into the model.
 
-        Positions in between are also tried. Returns the scores of the weights.
+        Returns the scores of the weights.
         """
-        positions = [p for p in positions if p >= 0 or good is not None]
-        candidates = [_between(run, good, position) for position in positions]
+        candidates = [self._at(position) for position in positions]
         scores = self._score(candidates, stream, member)
         losses = [s["loss"] if math.isfinite(s["loss"]) else math.inf for s in scores]
         lowest = min(losses)
@@ -271,24 +260,19 @@ class Scorer:
             return {"loss": saved["loss"], **saved.get("scores", {})}
         return {**scores[at], "loss": lowest}
 
-    @torch.no_grad()
-    def place(self, run: RunState, member: int, good: Snapshots | None) -> None:
-        """Put the good weights into the model, or the averaged ones."""
-        self._write(*_between(run, good, 0.0 if good is None else -1.0), member)
-
-
-def _average(run: RunState) -> Where:
-    return run.averages, run.average_buffers
-
-
-def _between(run: RunState, good: Snapshots | None, place: float) -> Where:
-    """Weights at a position between the good ones (−1), the average (0) and the last (1)."""
-    there, buffers_before = run.weights, run.buffers
-    if good is not None and place < 0:
-        there, buffers_before = good.weights, good.buffers
-    buffers = zip(run.average_buffers, buffers_before, strict=True)
-    weights = zip(run.averages, there, strict=True)
-    return (
-        [between(a, t, abs(place)) for a, t in weights],
-        [between(a, b, abs(place)) for a, b in buffers],
-    )
+    def _at(self, position: float) -> Where:
+        """Weights at a position between the good ones (−1), the average (0) and the last (1)."""
+        run = self._snapshots.run
+        average = run.averages, run.average_buffers
+        ends: dict[float, Where] = {
+            -1: (self._snapshots.weights, self._snapshots.buffers), 0: average,
+            1: (run.weights, run.buffers),
+        }  # fmt: skip
+        if position in ends:
+            return ends[position]
+        pairs = zip(average, ends[math.copysign(1, position)], strict=True)
+        share = abs(position)
+        weights, buffers = (
+            [between(a, b, share) for a, b in zip(*pair, strict=True)] for pair in pairs
+        )
+        return weights, buffers

@@ -52,6 +52,10 @@ class Snapshots:
         """A member's part of a tensor of the run."""
         return tensor[member] if self._members else tensor
 
+    def mine(self, member: int) -> RunState:
+        """A member's part of the run."""
+        return tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
+
     @property
     def _good(self) -> list[Tensor]:
         return [*self.weights, *self.buffers]
@@ -90,7 +94,7 @@ class Snapshots:
                 the initial weights then remain the good ones.
             diverged: Whether the learning rate was too high.
         """
-        mine = tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
+        mine = self.mine(member)
         kept = [self.part(t, member) for t in self.weights]
         for weights, average, then in zip(mine.weights, mine.averages, kept, strict=True):
             weights.copy_(average if swept else then)
@@ -100,13 +104,13 @@ class Snapshots:
             copy_into(buffers, good)
         state = self._method.rewind(mine.method, mine.averages, mine.step)
         hyper, frame = self._method.hyper, self._method.hyper.frame(mine.step.device)
-        buffers = state.hyper
+        present = state.hyper
         if raw_before is not None:
-            buffers = buffers._replace(raw=buffers.raw.new_tensor(raw_before))
-        buffers = buffers.diverged() if diverged else buffers
+            present = present._replace(raw=present.raw.new_tensor(raw_before))
+        present = present.diverged() if diverged else present
         for name, change in moves.items():
-            buffers = buffers._replace(raw=hyper.move(buffers.raw, name, change, frame))
-        state = state._replace(hyper=buffers)
+            present = present._replace(raw=hyper.move(present.raw, name, change, frame))
+        state = state._replace(hyper=present)
         copy_into(mine.method, state)
         mine.since.copy_(mine.step)
         mine.age.zero_()

@@ -84,22 +84,21 @@ class Steps:
 
     def __post_init__(self) -> None:
         """Look up the parameters."""
-        trained = {n: p for n, p in self.inner.named_parameters() if p.requires_grad}
-        self.params = list(trained)
-        self.layout = Layout(list(trained.values())) if self.joined else None
-        self._counted = len(layers(list(trained.values())))
+        named = [(n, p) for n, p in self.inner.named_parameters() if p.requires_grad]
+        self.params, trained = [n for n, _ in named], [p for _, p in named]
+        self.layout = Layout(trained) if self.joined else None
+        self._counted = len(layers(trained))
         self.buffers = [n for n, _ in self.inner.named_buffers()]
         modules = self.inner.named_modules()
-        keys = {f"{n}.key" for n, m in modules if isinstance(m, Stochastic)}
-        own = {n: self.group.rank * APART for n in keys if self.group.rank}
-        self._pass: Passes | ShardedPasses
+        keys = [f"{n}.key" for n, m in modules if isinstance(m, Stochastic) and self.group.rank]
+        own = dict.fromkeys(keys, self.group.rank * APART)
+        common: dict[str, Any] = dict(
+            params=self.params, buffers=self.buffers, views=self.views, autocast=self.autocast,
+            counters=own,
+        )  # fmt: skip
+        self._pass = Passes(**common)
         if self.group.sharded:
-            params = list(trained.values())
-            self._pass = ShardedPasses(
-                params, self.buffers, self.views, self.joins, self.autocast, own
-            )
-        else:
-            self._pass = Passes(self.params, self.buffers, self.views, self.autocast, own)
+            self._pass = ShardedPasses(**common, trained=trained, joined=self.joins)
         self.hyper = self.method.hyper
         rows = self.method.sensitivities
         if self.layout is not None:
@@ -271,24 +270,25 @@ class Steps:
             return self.own.moments([Moment(values, slopes, clock, share)] * len(run.method.parts))
         present = self.hyper.values(run.hyper.raw)
         derivatives = self.hyper.slopes(present)
-        now = run.step.squeeze(0)
-        even = 1 - stride / (now + 3 - run.since.squeeze(0)).double()
+        even = 1 - stride / (run.step + 3 - run.since).squeeze(0).double()
         newest = 1 - even.clamp(0.0, rho**stride)
         moments = {}
         for part in run.method.parts:
             dtype = part.average.dtype
             if dtype not in moments:
-                last = torch.clamp(run.step, max=len(self.rates) - 1)
-                factor: Any = rate
-                if rate is None:
-                    factor = self.rates.gather(0, last).squeeze(0).to(dtype)
-                clock = Clock(now.to(dtype), factor, run.age.squeeze(0).to(dtype))
                 moments[dtype] = Moment(
                     {**self.options, **{n: v.to(dtype) for n, v in present.items()}},
                     {n: s.to(dtype) for n, s in derivatives.items()},
-                    clock, newest.to(dtype),
+                    self.clock(run, dtype, rate), newest.to(dtype),
                 )  # fmt: skip
         return self.own.moments([moments[p.average.dtype] for p in run.method.parts])
+
+    def clock(self, run: RunState, dtype: torch.dtype, rate: Any = None) -> Clock:
+        """The time of the step as tensors, with the schedule's factor by default."""
+        if rate is None:
+            last = torch.clamp(run.step, max=len(self.rates) - 1)
+            rate = self.rates.gather(0, last).squeeze(0).to(dtype)
+        return Clock(run.step.squeeze(0).to(dtype), rate, run.age.squeeze(0).to(dtype))
 
     def factor(self, step: int) -> float:
         """The schedule's factor at a step."""

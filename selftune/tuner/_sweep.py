@@ -11,18 +11,13 @@ from selftune._trees import copy_into
 from selftune.control import Activity, Controller, Gradient, SweepSlope, TrainingLoss
 from selftune.method import live_units
 from selftune.method.slopes import Slopes
-from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 
 
 @torch.no_grad()
 def sweep(
-    steps: Steps,
-    run: RunState,
-    snapshots: Snapshots,
-    controller: Controller,
-    batch: Callable[[], Any],
+    steps: Steps, snapshots: Snapshots, controller: Controller, batch: Callable[[], Any]
 ) -> int:
     """Sweep the rate, eagerly and in place, and return to the best weights and the selected rate.
 
@@ -31,15 +26,15 @@ def sweep(
 
     Args:
         steps: The steps.
-        run: Their tensors.
-        snapshots: Storage of the weights at the lowest sum of slopes.
+        snapshots: The run, and storage of the weights at the lowest sum of slopes.
         controller: Controls the sweep.
         batch: Returns the next training batch.
 
     Returns:
         Steps taken.
     """
-    state, slopes, cuts = controller.sweep, Slopes(), steps.shards.of_slopes()
+    run, slopes, cuts = snapshots.run, Slopes(), steps.shards.of_slopes()
+    state = controller.sweep
     assert state is not None
     while not state.ended:
         passed = steps.gradient(run, batch())

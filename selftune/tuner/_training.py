@@ -21,9 +21,9 @@ from selftune.tuner._interrupt import Interruption
 from selftune.tuner._joining import Joining
 from selftune.tuner._noise_scale import EVERY
 from selftune.tuner._payoff import Compiling
-from selftune.tuner._pictures import picture
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import Population
+from selftune.tuner._predicting import picture
 from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._resuming import HYPER, SCORES, WEIGHTS
 from selftune.tuner._scoring import Scorer
@@ -147,9 +147,8 @@ class Training:
         """Run the sweep, and record the initial hyperparameters."""
         controller = self.watch.controllers[0]
         if controller.sweeping:
-            run, batch = self.fused.run, self.train.next
             self._within = True
-            self.step = sweep(self.steps, run, self.snapshots, controller, batch)
+            self.step = sweep(self.steps, self.snapshots, controller, self.train.next)
             self._within = False
             self.watch.history.train_loss += [math.nan] * self.step
         self.watch.begin(self.step)
@@ -171,7 +170,7 @@ class Training:
                 self.train.put_back(batch)
             raise
         follows, tune = tune and self.joined, tune and not self.joined
-        with self._stepping(tune=tune):
+        with self._stepping(tune):
             if self.due == WEIGHTS:
                 tune = self._step_weights(step, batch, tracked, tune)
             if tune:
@@ -203,7 +202,7 @@ class Training:
         return tune
 
     @contextmanager
-    def _stepping(self, tune: bool = False) -> Iterator[None]:
+    def _stepping(self, tune: bool) -> Iterator[None]:
         """Record whether a step was completed, and its time."""
         self._within, begun = True, time.perf_counter()
         yield
@@ -232,7 +231,7 @@ class Training:
         self.watch.digest(self.step)
         check_agreement(self.steps, self.fused.run)
         metrics, leader = self.watch.metrics, self.watch.leader
-        scores, last = self.scorer.score(self.fused.run, self.val, leader, last=metrics.monitor.on)
+        scores, last = self.scorer.score(self.val, leader, last=metrics.monitor.on)
         better = scores["loss"] < self.best
         if better:
             _final_weights.save_best(self, scores)

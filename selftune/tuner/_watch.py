@@ -23,7 +23,6 @@ from selftune.control import (
 from selftune.monitor import Course, Metrics, Verdict
 from selftune.tuner._logging import TunerLog
 from selftune.tuner._result import History
-from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 
@@ -35,8 +34,7 @@ class Watch:
 
     Args:
         steps: The steps.
-        run: Their tensors.
-        snapshots: The last good weights.
+        snapshots: The last good weights, and the run.
         controllers: One for each member of a population, or one.
         due: Whether a log entry is due at a hyperparameter step.
         rest: Minimum seconds between two log entries.
@@ -55,7 +53,6 @@ class Watch:
     def __init__(
         self,
         steps: Steps,
-        run: RunState,
         snapshots: Snapshots,
         controllers: list[Controller],
         due: Callable[[int], bool],
@@ -64,9 +61,9 @@ class Watch:
     ) -> None:
         self.history, self.controllers = History(), controllers
         self.leader = self.since = 0
-        self.log = TunerLog(steps, run, snapshots, rest)
+        self.log = TunerLog(steps, snapshots, rest)
         self.bar: tqdm[Any] = tqdm(disable=True)
-        self._steps, self._run, self._snapshots = steps, run, snapshots
+        self._steps, self._run, self._snapshots = steps, snapshots.run, snapshots
         self._due, self._compare = due, compare
         self._good_at = [0] * len(controllers)  # step of each member's last good weights
         self._trained: list[tuple[int, Tensor]] = []
@@ -186,9 +183,7 @@ class Watch:
         judged = controller.observe(Hypergradient(bool(finite)))
         return judged if judged.rewind is not None else action
 
-    def _act(
-        self, step: int, actions: Sequence[Action], raw: Sequence[list[float]] | None = None
-    ) -> bool:
+    def _act(self, step: int, actions: Sequence[Action], raw: Sequence[list[float]] | None) -> bool:
         """Carry out the action of each member; return whether any was rewound.
 
         Args:
@@ -196,11 +191,9 @@ class Watch:
             actions: One for each member.
             raw: Each member's raw hyperparameters before the judged step, restored on a rewind.
         """
-        candidates = [
-            self._carry_out(step, m, action, None if raw is None else raw[m])
-            for m, action in enumerate(actions)
-        ]
-        return any(candidates)
+        befores: Sequence[list[float] | None] = raw or [None] * len(actions)
+        acted = zip(actions, befores, strict=True)
+        return any([self._carry_out(step, m, *each) for m, each in enumerate(acted)])
 
     def _carry_out(self, step: int, member: int, action: Action, raw: list[float] | None) -> bool:
         if action.snapshot:
@@ -210,7 +203,12 @@ class Watch:
             return False
         self._snapshots.rewind(action.rewind, member, raw, diverged=action.diverged)
         self.controllers[member].announce(action, step)
-        self._rewound(step, member)
+        self.history.rollbacks.append(step)
+        self.metrics.monitor.scalar("weights/rewinds", len(self.history.rollbacks), step)
+        if not self._many:
+            self.history.undone.append([self._good_at[member], step])
+            self._good_at[member] = self.since = step
+        self.note(step)
         if member == self.leader:  # whose values the log shows
             self._mark(action.rewind, step)
         return True
@@ -219,15 +217,6 @@ class Watch:
         """Mark an event in the charts of the hyperparameters that it changed."""
         present = self._tuned_values()
         self.metrics.mark({n: present[n] for n in names if n in present}, step)
-
-    def _rewound(self, step: int, member: int) -> None:
-        """Record a rewind."""
-        self.history.rollbacks.append(step)
-        self.metrics.monitor.scalar("weights/rewinds", len(self.history.rollbacks), step)
-        if not self._many:
-            self.history.undone.append([self._good_at[member], step])
-            self._good_at[member] = self.since = step
-        self.note(step)
 
     def close(self, step: int) -> None:
         """Read and show everything up to the end of the run."""

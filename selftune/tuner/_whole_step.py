@@ -12,13 +12,11 @@ from torch.func import functional_call
 
 from selftune._flat import Layout
 from selftune._graphs import Graphs
-from selftune.estimators import AbstractEstimator
 from selftune.method.whole_step import WholeSteps
 from selftune.problem import Hparams, Point, Problem
 from selftune.rules._base import concatenated
 from selftune.tuner._run_state import RunState
 from selftune.tuner._steps import Steps
-from selftune.update import Clock
 
 Function = Callable[..., Any]
 
@@ -38,15 +36,15 @@ class FunctionalSteps:
     """The steps of a run, for a whole-step estimator.
 
     Args:
-        steps: The run's steps.
-        estimator: The estimator.
+        steps: The run's steps, with the estimator.
         run: The initial run.
 
     Attributes:
         whole: The estimator with its memory.
     """
 
-    def __init__(self, steps: Steps, estimator: AbstractEstimator, run: RunState) -> None:
+    def __init__(self, steps: Steps, run: RunState) -> None:
+        assert steps.whole is not None
         self._steps = steps
         self._layout = steps.layout or Layout(run.averages)
         self._dtypes = [t.dtype for t in steps.views(run.weights)]
@@ -65,8 +63,7 @@ class FunctionalSteps:
         )  # fmt: skip
         # Created here, because a module created within a graph cannot be called in it.
         self._halves = {n: _Method(inner, n) for n in ("predicted", "judged") if splits}
-        self.sees = estimator.sees
-        self.estimates = WholeSteps(estimator)
+        self.sees, self.estimates = steps.whole.sees, WholeSteps(steps.whole)
         self._batch: Any = None  # of the last step
 
     def wrap(self, wrap: Callable[[Function], Function]) -> None:
@@ -99,7 +96,7 @@ class FunctionalSteps:
 
     def seen(self, run: RunState) -> tuple[Point, dict[str, Tensor]]:
         """A copy of the current point, with buffers instead of a batch, and the hyperparameters."""
-        dtype, rates, steps = self._layout.dtype, self._steps.rates, self._steps
+        dtype, steps = self._layout.dtype, self._steps
         parts = run.method.parts
         state = {  # parameters with their own options may have other state tensors
             name: self._layout.flatten(
@@ -108,13 +105,12 @@ class FunctionalSteps:
             for name in sorted({k for p in parts for k in p.rule})
         }
         params = self._layout.flatten(run.weights)
-        last = torch.clamp(run.step, max=len(rates) - 1)
-        rate = rates.gather(0, last).squeeze(0).to(dtype)
-        step, age = (t.squeeze(0).to(dtype) for t in (run.step, run.age))
+        clock = steps.clock(run, dtype)
+        clock = clock._replace(rate=clock.rate * self._rates)
         values = {n: v.to(dtype) for n, v in steps.hyper.values(run.hyper.raw).items()}
         others = {n: v for n, v in values.items() if n not in steps.whole_step_names} or None
         buffers = [b.clone() for b in run.buffers]
-        point = Point(params, state, buffers, Clock(step, rate * self._rates, age), options=others)
+        point = Point(params, state, buffers, clock, options=others)
         return point, {n: values[n] for n in steps.whole_step_names}
 
     def joined(self, grads: Sequence[Tensor]) -> Tensor:

@@ -46,7 +46,7 @@ def test_a_sweep_ends_at_its_lowest_point_and_every_batch_of_it_is_a_step() -> N
         weights.append(run.weights[0].clone())
         return BATCH
 
-    taken = sweep(steps, run, snapshots, controller, batch)
+    taken = sweep(steps, snapshots, controller, batch)
     assert taken == int(run.step) == int(run.since) == len(weights)
     assert int(run.age) == 0
     assert known.taken == taken - 1
