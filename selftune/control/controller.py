@@ -83,23 +83,20 @@ class Controller:
         return decide(record) if self.guard is not None or sweeping else Action()
 
     def _sweep(self, record: SweepSlope) -> Action:
-        lowered = self._lr_sweep.lowered
-        lowest = self._lr_sweep.observe(record.slope, record.start, record.gain)
+        sweep = self._lr_sweep
+        lowered = sweep.lowered
+        lowest = sweep.observe(record.slope, record.start, record.gain)
         snapshot = "iterate" if lowest else ""
         moves: Mapping[str, float] | None = None
-        if self._lr_sweep.lowered != lowered:  # the sweep restarts
+        if sweep.lowered != lowered:  # the sweep restarts
             snapshot, moves = "average", {}
-        if self._lr_sweep.ended:
-            moves = {"lr": math.log(self._lr_sweep.choice)} | self.calmed(
-                record.values, self.hparams
-            )
+        if sweep.ended:
+            moves = {"lr": math.log(sweep.choice)} | self.calmed(record.values, self.hparams)
             self.swept = {n: self.hparams[n].moved(record.values[n], m) for n, m in moves.items()}
             log.info(
                 "%s: sweep of %d steps, learning rate times %.3g",
-                self.label,
-                self._lr_sweep.taken,
-                self._lr_sweep.choice,
-            )
+                self.label, sweep.taken, sweep.choice,
+            )  # fmt: skip
         return Action(snapshot=snapshot, rewind=moves)
 
     def calmed(

@@ -15,7 +15,7 @@ from torch import Tensor
 from selftune._trees import leaves
 from selftune.estimators import AbstractRows
 from selftune.method.averaging import Average, move_towards
-from selftune.method.slices import WHOLE, Pieces, Slice
+from selftune.method.slices import WHOLE, Slice
 from selftune.rules._base import AbstractRule, State, geometric
 from selftune.update import Clock, Tangents, Transition, Update
 
@@ -227,7 +227,7 @@ class Sensitivities:
 
     # at a hyperparameter step
 
-    def penalty_sensitivity(self, part: Part, pieces: Pieces | None, cut: Slice = WHOLE) -> Tensor:
+    def penalty_sensitivity(self, part: Part, pieces: list[int] | None, cut: Slice) -> Tensor:
         """Sum of the sensitivities to the penalties' strengths, over the slice."""
         average = cut.take(part.average)
         total = torch.zeros_like(average)
@@ -246,7 +246,7 @@ class Sensitivities:
         step: Any,
         *,
         cut: Slice = WHOLE,
-        pieces: Pieces | None = None,
+        pieces: list[int] | None = None,
         by_tensor: bool = False,
         deflated: Tensor | None = None,
     ) -> Tensor:
@@ -258,7 +258,7 @@ class Sensitivities:
             hparams: Current values of hyperparameters by name, for each tensor or for all.
             step: Steps taken.
             cut: The slice.
-            pieces: Places of the concatenated tensors of the part.
+            pieces: Sizes of the concatenated tensors in the slice of the part.
             by_tensor: Whether each tensor has its own hypergradient.
             deflated: The outer gradient without stiff directions, for penalties; None: ``grads``.
         """
@@ -267,7 +267,8 @@ class Sensitivities:
             outer = deflated if deflated is not None and name in self.smooth else grads
             vector = vector.to(outer.dtype)
             if by_tensor and pieces is not None:
-                return pieces.sums(vector * outer) * cut.root
+                products = (vector * outer).split(pieces)
+                return torch.stack([p.sum() for p in products]) * cut.root
             if vector.numel() > DOT:
                 return (vector * outer).sum().view(1) * cut.root
             return torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1) * cut.root
@@ -305,11 +306,11 @@ def rewind(part: Part, good: Tensor, cut: Slice = WHOLE) -> None:
         tensor.zero_()
 
 
-def _spread(values: Tensor, average: Tensor, pieces: Pieces | None) -> Tensor:
+def _spread(values: Tensor, average: Tensor, pieces: list[int] | None) -> Tensor:
     """``average`` times a value for each of its tensors."""
     if len(values) == 1 or pieces is None:
         return average * values[0]  # keeps shape ()
-    parts = pieces.views(average)
+    parts = average.split(pieces)
     return torch.cat([(p * v).reshape(-1) for p, v in zip(parts, values, strict=True)])
 
 

@@ -97,25 +97,6 @@ class Slice:
 WHOLE = Slice()
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """Positions of the tensors in the slice of their concatenation.
-
-    Attributes:
-        sizes: Number of weights of each.
-    """
-
-    sizes: Sequence[int]
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """Each tensor's part of a slice; leading dimensions are kept."""
-        return list(flat.split(list(self.sizes), dim=-1))
-
-    def sums(self, flat: Tensor) -> Tensor:
-        """Sum over each tensor's part: shape (…, slice) to (…, tensors)."""
-        return torch.stack([p.sum(-1) for p in self.views(flat)], dim=-1)
-
-
 def choose(
     parts: Sequence[Sequence[torch.Size]],
     share: float,

@@ -20,7 +20,7 @@ from selftune.method.displacement import Displacement, Reduce
 from selftune.method.hyper_optimizer import Frame, HyperOptimizer, HyperState, Propose
 from selftune.method.sensitivities import Moment, Part, Sensitivities
 from selftune.method.settings import MethodSettings
-from selftune.method.slices import WHOLE, Pieces, Slice
+from selftune.method.slices import WHOLE, Slice
 from selftune.method.stiff_directions import Secants, Stiffness
 from selftune.update import Transition, Update
 
@@ -81,8 +81,8 @@ class Method:
         slices: Slice of each part with sensitivities; by default all weights.
         guarded: Whether the run has a guard. Without one, as in a game of two losses, weights may
             oscillate by design, and the displacement limit is off.
-        pieces: Positions of the concatenated tensors in the slice of each part, if each tensor has
-            its own values.
+        pieces: Sizes of the concatenated tensors in the slice of each part, if each tensor has its
+            own values.
         by_tensor: Whether to compute hypergradients for each tensor.
         total: Sums products with training gradients over processes that hold parts of the weights.
         outer_total: The same for outer gradients, which come from a different batch in each
@@ -95,7 +95,7 @@ class Method:
     horizon: int
     slices: Sequence[Slice] = field(default_factory=list)
     guarded: bool = True
-    pieces: Sequence[Pieces | None] = field(default_factory=list)
+    pieces: Sequence[list[int]] = ()
     by_tensor: bool = False
     total: Reduce = local_sum
     outer_total: Reduce = local_sum
@@ -300,7 +300,7 @@ class Method:
             stiffness=[s.rewound() for s in state.stiffness],
         )
 
-    def _pieces(self, index: int) -> Pieces | None:
+    def _pieces(self, index: int) -> list[int] | None:
         return self.pieces[index] if self.pieces else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,13 +21,12 @@ from selftune.optim._evaluation import EvaluationMode
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._memory import Memory, memory_of
-from selftune.optim._outer import OuterLoss
+from selftune.optim._outer import Closure, OuterLoss
 from selftune.optim._stepper import Stepper
 from selftune.optim._weight_steps import WeightSteps
 from selftune.update import Update
 
 Params = nn.Module | Iterable[Any]
-Closure = Callable[[], Tensor]
 
 
 class SelfTuningOptimizer(EvaluationMode):

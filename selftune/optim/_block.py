@@ -11,7 +11,7 @@ from torch import Tensor
 from selftune._flat import Layout, local, swap
 from selftune.control.final_weights import between
 from selftune.method import Part, Sensitivities
-from selftune.method.slices import Pieces, Slice
+from selftune.method.slices import Slice
 from selftune.method.snapshots import copy
 from selftune.method.stiff_directions import Secants
 from selftune.optim._checks import check_gradient
@@ -63,7 +63,7 @@ class Block:
     ) -> None:
         self.params = list(params)
         self.layout, self.cut = Layout(params), cut
-        self.pieces = Pieces(cut.counts(self.layout.sizes))
+        self.pieces = cut.counts(self.layout.sizes)
         self._names = list(names)
         self._entries = list(entries)
         steps = [e["step"] if "step" in e else torch.zeros(()) for e in entries]
@@ -124,8 +124,9 @@ class Block:
         kept |= _tangents("tangent", part.tangents)
         for secants in self.secants:
             kept |= {f"secant/{name}": t for name, t in secants._asdict().items()}
-        views = self.layout.views if self.cut.stride == 1 else self.pieces.views
-        return {k: views(t) for k, t in kept.items()}
+        if self.cut.stride == 1:
+            return {k: self.layout.views(t) for k, t in kept.items()}
+        return {k: list(t.split(self.pieces, -1)) for k, t in kept.items()}
 
     def _kept(self) -> dict[str, Sequence[Tensor]]:
         """All saved state by key: a view for every parameter."""

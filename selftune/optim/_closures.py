@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,14 +138,6 @@ class _ByClosures(Products):
         return lambda v, moving: product(v)
 
 
-class _Last(NamedTuple):
-    """The last step."""
-
-    call: Call
-    clock: Clock
-    kept: tuple[Tensor, Tensor] | None  # its weights and gradient, if not stored elsewhere
-
-
 class ClosureSteps:
     """The steps of an optimizer, for a whole-step estimator.
 
@@ -157,7 +149,8 @@ class ClosureSteps:
 
     def __init__(self, estimator: AbstractEstimator, update: Update, shifts: Shifts) -> None:
         self._steps, self._update, self._shifts = WholeSteps(estimator), update, shifts
-        self._last: _Last | None = None
+        # The call and time of the last step; its weights and gradient, if not stored elsewhere.
+        self._last: tuple[Call, Clock, tuple[Tensor, Tensor] | None] | None = None
 
     def forget(self) -> None:
         """Reset the memory."""
@@ -201,7 +194,7 @@ class ClosureSteps:
         if estimator.sees(int(step.clock.step), last=True):
             self._steps.observe(problem, point, hparams)
         kept = None if estimator.sees_all else (params, grads)
-        self._last = _Last(call, step.clock, kept)
+        self._last = call, step.clock, kept
 
     def signal(self, block: Block, values: Mapping[str, Any], grads: Tensor) -> Tensor | None:
         """dL/d(raw) along an outer gradient of length 1: shape (hyperparameters, tensors or 1).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -256,15 +257,13 @@ class Groups:
 
     def state_dict(self) -> dict[str, Any]:
         """The written values, and the starting values of schedulers."""
-        shown = {n: dict(v) for n, v in self._shown.items()}
-        return {"shown": shown, "scheduled": dict(self._scheduled), "factors": dict(self._factors),
-                "scale": self.scale}  # fmt: skip
+        state = {"shown": self._shown, "scheduled": self._scheduled, "factors": self._factors}
+        return {**copy.deepcopy(state), "scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        self._shown = {n: dict(v) for n, v in state["shown"].items()}
-        self._scheduled = dict(state["scheduled"])
-        self._factors = dict(state["factors"])
+        parts = ("shown", "scheduled", "factors")
+        self._shown, self._scheduled, self._factors = copy.deepcopy([state[n] for n in parts])
         self.scale = state.get("scale", 1.0)
 
 

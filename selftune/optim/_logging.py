@@ -64,24 +64,22 @@ class OptimizerLog:
         begun: float,
     ) -> None:
         """Log a hyperparameter step with its start time, and the rates of the last weight step."""
-        raw = self._shifts.hyper.split(self._shifts.state.raw)
-        self.metrics.monitor.scalars(rate_rows(groups), step)
+        raw, monitor = self._shifts.hyper.split(self._shifts.state.raw), self.metrics.monitor
+        monitor.scalars(rate_rows(groups), step)
         self.metrics.note(raw)
         tuned = {n: values[n] for n in self._shifts.rows}
         if self.metrics.floors is None:
             self.metrics.note_floors(tuned, raw, self._ends(step))
         self.metrics.hyper_step(step, loss, tuned, raw, self._signals())
-        self.metrics.monitor.scalar("Loss/final", self.metrics.recent_loss, step)
+        monitor.scalar("Loss/final", self.metrics.recent_loss, step)
         self._steps += 1
         if self.due:
-            self.metrics.monitor.histograms(values, step)
+            monitor.histograms(values, step)
             self.metrics.verdict_rows(self.verdicts(values, step), step)
         now, before = time.monotonic(), self._noted
         self._noted = now
         if before is not None and now > before:  # the share of the time since the last entry
-            self.metrics.monitor.scalar(
-                "time/overhead", min((now - begun) / (now - before), 1.0), step
-            )
+            monitor.scalar("time/overhead", min((now - begun) / (now - before), 1.0), step)
 
     def state_dict(self) -> dict[str, Any]:
         """The state needed for later entries, as plain containers."""

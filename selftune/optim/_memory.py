@@ -97,5 +97,5 @@ def _size(tensor: Tensor) -> int:
 
 
 def _share(blocks: list[Block]) -> str:
-    kept, weights = sum(sum(b.pieces.sizes) for b in blocks), sum(b.layout.numel for b in blocks)
+    kept, weights = sum(sum(b.pieces) for b in blocks), sum(b.layout.numel for b in blocks)
     return "all" if kept == weights else f"1/{weights / kept:.0f}"

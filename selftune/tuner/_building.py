@@ -11,7 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from selftune._modes import random_kept
 from selftune.control import Controller, GuardPolicy, SweepSettings, make_guard, make_sweep
 from selftune.estimators import AbstractEstimator, Assignment, assign
 from selftune.hparams import Hparam, choose
@@ -29,7 +32,6 @@ from selftune.method.snapshots import kinds, resolve
 from selftune.nn import Strength
 from selftune.schedules import Schedule
 from selftune.tuner import _choice
-from selftune.tuner._carried import carried
 from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
@@ -37,10 +39,10 @@ from selftune.tuner._group import Group
 from selftune.tuner._joining import Joining
 from selftune.tuner._noise_scale import HalvedBatches
 from selftune.tuner._objective import InMode, Objective, for_tuning
-from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
 from selftune.tuner._resuming import UNTIL, identity
+from selftune.tuner._run_state import RunState
 from selftune.tuner._scoring import Metric, Scorer
 from selftune.tuner._sharding import Shard
 from selftune.tuner._shards import Shards, shard_model
@@ -203,7 +205,7 @@ def build(
     start = math.nan
     if new:
         start = check_first(steps, run, streams[:2], given.metrics, mapped=mapped)
-    steps.carried = carried(steps, run, streams[1], mapped=mapped)
+    steps.carried = _carried(steps, run, streams[1], mapped=mapped)
     if population is not None:
         spread = {"lr", *given.update.regularizers}
         run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
@@ -290,7 +292,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         whole_step_names=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.strengths.items() if n in names},
         joined=joined,
-        own=PerParameter(given.update.rule.by_parameter(given.objective.model, trained)),
+        own=given.update.rule.by_parameter(given.objective.model, trained),
         group=group,
         shards=shards,
     )  # fmt: skip
@@ -312,3 +314,31 @@ def _set_layers(given: Given) -> None:
     for name, strength in given.strengths.items():
         for buffer in strength.buffers:
             buffers[buffer].fill_(given.values[name])
+
+
+def _carried(steps: Steps, run: RunState, stream: Stream, *, mapped: bool) -> set[int]:
+    """The positions of the buffers that a pass on the first validation batch leaves unchanged.
+
+    Their values in training, such as a running codebook's, fit the averaged weights as well. A
+    hidden state, which validation passes change too, stays that of the validation batches.
+
+    Args:
+        steps: The steps.
+        run: The initial run.
+        stream: Validation batches.
+        mapped: Whether members of a population are trained, by ``torch.func``.
+    """
+    apart = _statistics(steps.inner) | {n for names in steps.layers.values() for n in names}
+    named = enumerate(zip(steps.buffers, run.buffers, strict=True))
+    maybe = {i for i, (n, b) in named if b.is_floating_point() and n not in apart}
+    if not maybe:
+        return set()
+    with random_kept(run.step.device), torch.set_grad_enabled(mapped or steps.whole is not None):
+        after = steps.val_pass(run, stream.peek())[2]
+    return {i for i in maybe if torch.equal(after[i], run.buffers[i])}
+
+
+def _statistics(module: nn.Module) -> set[str]:
+    """Names of the running statistics, which validation passes collect for the average."""
+    norms = [(n, m) for n, m in module.named_modules() if isinstance(m, _NormBase)]
+    return {f"{n}.{name}" for n, m in norms for name, _ in m.named_buffers(recurse=False)}

@@ -85,8 +85,8 @@ def _structure_followed(training: Training) -> Iterator[dict[str, Tensor]]:
     """
     steps, scorer, snapshots = training.steps, training.scorer, training.snapshots
     changed: dict[str, Tensor] = {}
-    tensors = {_joined(n, "mask"): m.mask for n, m in gated(steps.inner)}
-    tensors |= {_joined(n, "scores"): c.scores for n, c in choices(steps.inner)}
+    tensors = {f"{n}.mask".lstrip("."): m.mask for n, m in gated(steps.inner)}
+    tensors |= {f"{n}.scores".lstrip("."): c.scores for n, c in choices(steps.inner)}
     with scorer.shown(training.watch.leader), modes_kept(scorer.model):
         before = _copies(tensors)
         yield changed
@@ -106,10 +106,6 @@ def _structure_followed(training: Training) -> Iterator[dict[str, Tensor]]:
         for name, tensor in changed.items():
             for buffers in tensor_lists:
                 buffers[steps.buffers.index(name)].copy_(tensor)
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

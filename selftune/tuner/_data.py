@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from selftune._modes import random_states, restore_random_states
 from selftune.structure import Batches
 from selftune.tuner._batch import size, structure, to_device
 from selftune.tuner._checkpoints import plain
-from selftune.tuner._randomness import restore, snapshot
 
 log = logging.getLogger("selftune")
 
@@ -198,10 +198,10 @@ class Stream:
         return [g.get_state() for g in self._generators()]
 
     def _randomness(self) -> dict[str, Any]:
-        return {"all": snapshot(), "own": self.own(), "sizes": self._sizes()}
+        return {"all": random_states(), "own": self.own(), "sizes": self._sizes()}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        restore(state["all"])
+        restore_random_states(state["all"])
         self.settle(state)
         if self.following is not None:
             self.following.load_state_dict(state["sizes"])

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from selftune._identity import digest
+from selftune._modes import random_states, restore_random_states
 from selftune.tuner._batch import size
 from selftune.tuner._passes import Passed
-from selftune.tuner._randomness import restore, snapshot
 
 log = logging.getLogger("selftune")
 
@@ -235,9 +235,9 @@ class Group:
     def share_streams(self) -> None:
         """Set the random state to that of the first rank; GPU generators stay separate."""
         if self.together:
-            state = self.from_first(snapshot)
+            state = self.from_first(random_states)
             state.pop("cuda", None)
-            restore(state)
+            restore_random_states(state)
 
     def seed(self) -> None:
         """Seed the random numbers of passes from the state of the shared stream."""

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from selftune._modes import random_states, restore_random_states
 from selftune.monitor import pictures
-from selftune.tuner._randomness import restore, snapshot
 
 if TYPE_CHECKING:
     from selftune.tuner._training import Training
@@ -87,9 +87,9 @@ def picture(training: Training) -> None:
     """
     if training.watch.metrics.monitor.on:
         training.watch.digest(training.step)
-        streams, own = snapshot(), training.val.own()
+        streams, own = random_states(), training.val.own()
         _draw(training)
-        restore(streams)
+        restore_random_states(streams)
         training.val.settle({"own": own})
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from selftune._identity import differences
+from selftune._modes import random_states, restore_random_states
 from selftune._trees import leaves
 from selftune.tuner import _choice
 from selftune.tuner._checkpoints import plain
-from selftune.tuner._randomness import restore, snapshot
 from selftune.tuner._run_state import RunState
 from selftune.tuner._shards import Place
 
@@ -41,7 +41,7 @@ def pack(training: Training) -> dict[str, Any]:
 def position(training: Training) -> dict[str, Any]:
     """The positions of the batches and the random states."""
     train, val = training.train.state_dict(), training.val.state_dict()
-    return {"train": train, "val": val, "random": snapshot()}
+    return {"train": train, "val": val, "random": random_states()}
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def unpack(training: Training, state: dict[str, Any], but: Sequence[str] = ()) -
     streams = ((training.train, state["train"]), (training.val, state["val"]))
     for stream, saved in streams:
         stream.load_state_dict(saved)
-    restore(state["random"])
+    restore_random_states(state["random"])
     for stream, saved in streams:
         stream.settle(saved)
     training.steps.group.load_state_dict(state["group"])
@@ -127,7 +127,8 @@ def _snapshots(
     training: Training, change: Callable[[Tensor, Place], Tensor], state: dict[str, list[Tensor]]
 ) -> dict[str, list[Tensor]]:
     """The snapshots, whole or this rank's shards."""
-    weights = training.steps.shards.of_weights(len(state["good"]))
+    sharded = training.group.sharded
+    weights = [Place(i) if sharded else Place() for i in range(len(state["good"]))]
     places = [*weights, *[Place()] * len(state["buffers"])]
     known = {"good": weights, "buffers": places[len(weights) :], "candidate": places}
     return {

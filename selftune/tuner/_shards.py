@@ -166,10 +166,6 @@ class Shards:
             *[Place()] * len(leaves(part.decay)),
         ]
 
-    def of_weights(self, count: int) -> list[Place]:
-        """The places of one tensor for each part of the weights."""
-        return [Place(i) if self.group.sharded else Place() for i in range(count)]
-
     def of_slopes(self) -> list[Slice] | None:
         """This rank's part of the slices whose slopes the sweep measures; None: whole tensors."""
         if not self.group.sharded:

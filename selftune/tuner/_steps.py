@@ -2,8 +2,8 @@
 
 A step maps a run to the next::
 
-    run, told = steps.train(run, batch, tracked=True)    # a step of the weights
-    run, told = steps.tune(run, outer_batch)             # a step of the hyperparameters
+    run, record = steps.train(run, batch, tracked=True)  # a step of the weights
+    run, record = steps.tune(run, outer_batch)           # a step of the hyperparameters
 
 The same functions run eagerly, compiled into one graph each (``_compiled``) and mapped over a
 population.
@@ -25,10 +25,10 @@ from selftune._gradient import plainly
 from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, choice, layers, live_units
 from selftune.nn import Stochastic
+from selftune.rules._base import ParameterOptions
 from selftune.tuner._group import Group
 from selftune.tuner._noise_scale import HalvedBatches
 from selftune.tuner._passes import APART, Passed, Passes, ShardedPasses
-from selftune.tuner._per_parameter import PerParameter
 from selftune.tuner._run_state import Batch, RunState
 from selftune.tuner._shards import Shards
 from selftune.update import Clock
@@ -51,7 +51,7 @@ class Steps:
         layers: Buffers of the objective that contain hyperparameters, by name.
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
             operation handles all tensors. This shortens eager steps of small networks.
-        own: Per-parameter values that override the common ones.
+        own: Each part's own values; empty if all parts share the same.
         group: The ranks, over whose batches gradients are averaged.
         chosen: The member that a mixture of rules has chosen.
         shards: The layout of the run's tensors over the ranks.
@@ -75,7 +75,7 @@ class Steps:
     whole_step_names: Sequence[str] = ()
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     joined: bool = False
-    own: PerParameter = field(default_factory=PerParameter)
+    own: Sequence[ParameterOptions] = ()
     group: Group = field(default_factory=Group)
     chosen: choice.Chosen | None = None
     shards: Shards = field(default_factory=Shards)
@@ -89,12 +89,10 @@ class Steps:
         self.layout = Layout(trained) if self.joined else None
         self._counted = len(layers(trained))
         self.buffers = [n for n, _ in self.inner.named_buffers()]
-        modules = self.inner.named_modules()
-        keys = [f"{n}.key" for n, m in modules if isinstance(m, Stochastic) and self.group.rank]
-        own = dict.fromkeys(keys, self.group.rank * APART)
+        keys = [f"{n}.key" for n, m in self.inner.named_modules() if isinstance(m, Stochastic)]
         common: dict[str, Any] = dict(
             params=self.params, buffers=self.buffers, views=self.views, autocast=self.autocast,
-            counters=own,
+            counters=dict.fromkeys(keys if self.group.rank else (), self.group.rank * APART),
         )  # fmt: skip
         self._pass = Passes(**common)
         if self.group.sharded:
@@ -105,9 +103,7 @@ class Steps:
             rows.update = rows.update.joined(self.layout)
         self.update = rows.update
         self._factors = self.rates.tolist()
-        self._known: tuple[Tensor, int] | None = None
-        self._values: dict[str, Any] = {}
-        self._slopes: dict[str, Any] = {}
+        self._known: tuple[Tensor, int, dict[str, Any], dict[str, float]] | None = None
         self.start: dict[str, Any] = {}
 
     def begin(self, values: Mapping[str, float]) -> RunState:
@@ -115,21 +111,19 @@ class Steps:
         named = dict(self.inner.named_parameters())
         self.start = start = {**self.options, **values}
         device = named[self.params[0]].device
-        if self.layout is None:
-            weights = [local(named[n].detach()) for n in self.params]
-        else:
-            vector = self.layout.flatten([named[n].detach() for n in self.params])
-            weights = [vector]
-            if not self.group.sharded:
-                for name, view in zip(self.params, self.layout.views(vector), strict=True):
-                    named[name].data = view
-        rows = self.method.sensitivities
-        parts = self.own.begin(rows, self.method.cuts(weights), start)
+        weights = self.joins([local(named[n].detach()) for n in self.params])
+        if self.layout is not None and not self.group.sharded:
+            for name, view in zip(self.params, self.views(weights), strict=True):
+                named[name].data = view
+        own = [o.options for o in self.own] or [{}] * len(weights)
+        parts = [
+            self.method.sensitivities.begin(part, {**start, **options}, cut)
+            for (cut, part), options in zip(self.method.cuts(weights), own, strict=True)
+        ]
         hyper = HyperState(*(t.to(device) for t in self.hyper.begin(values)))
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        buffers = [b for _, b in self.inner.named_buffers()]
-        state = self.method.begin(parts, hyper, zero)
-        still = [b.clone() for b in buffers]
+        buffers = list(self.inner.buffers())
+        still, state = [b.clone() for b in buffers], self.method.begin(parts, hyper, zero)
         return RunState(state, buffers, still, zero, zero.clone(), zero.clone())
 
     def views(self, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -152,14 +146,10 @@ class Steps:
         for name in () if apart else self.params:
             named[name].data = named[name].data.clone()
 
-    def due(self, age: int) -> tuple[bool, bool]:
-        """Whether the step that ends at an age is tracked; whether a hyperparameter step is due."""
-        return age % self.method.sensitivities.estimator.stride == 0, age % self.every == 0
-
     # the steps
 
     def train(self, run: RunState, batch: Batch, *, tracked: bool) -> tuple[RunState, Tensor]:
-        """A weight step; returns the next run, and the outputs of :meth:`told`."""
+        """A weight step; returns the next run, and the outputs of :meth:`record`."""
         return self.advance(run, self.gradient(run, batch), tracked=tracked)
 
     def tune(self, run: RunState, batch: Batch) -> tuple[RunState, Tensor]:
@@ -204,7 +194,7 @@ class Steps:
     def advance(
         self, run: RunState, passed: Passed, *, tracked: bool, rate: float | None = None
     ) -> tuple[RunState, Tensor]:
-        """The run after a step along gradients, and the outputs of :meth:`told`.
+        """The run after a step along gradients, and the outputs of :meth:`record`.
 
         A step whose loss or new weights are not finite is counted but not taken.
 
@@ -266,8 +256,8 @@ class Steps:
             step, age = int(run.step), int(run.age)
             rate = self.factor(step) if rate is None else rate
             share = rows.averaging.weight(step + 1 - int(run.since), stride)
-            clock = Clock(step, rate, age)
-            return self.own.moments([Moment(values, slopes, clock, share)] * len(run.method.parts))
+            moment = Moment(values, slopes, Clock(step, rate, age), share)
+            return self._with_own([moment] * len(run.method.parts))
         present = self.hyper.values(run.hyper.raw)
         derivatives = self.hyper.slopes(present)
         even = 1 - stride / (run.step + 3 - run.since).squeeze(0).double()
@@ -281,7 +271,18 @@ class Steps:
                     {n: s.to(dtype) for n, s in derivatives.items()},
                     self.clock(run, dtype, rate), newest.to(dtype),
                 )  # fmt: skip
-        return self.own.moments([moments[p.average.dtype] for p in run.method.parts])
+        return self._with_own([moments[p.average.dtype] for p in run.method.parts])
+
+    def _with_own(self, moments: list[Moment]) -> list[Moment]:
+        """The moments with each part's own values and rate."""
+        if not self.own:
+            return moments
+        return [
+            m._replace(
+                values={**m.values, **o.options}, clock=m.clock._replace(rate=m.clock.rate * o.rate)
+            )
+            for m, o in zip(moments, self.own, strict=True)
+        ]
 
     def clock(self, run: RunState, dtype: torch.dtype, rate: Any = None) -> Clock:
         """The time of the step as tensors, with the schedule's factor by default."""
@@ -298,11 +299,11 @@ class Steps:
         """Values and slopes as numbers, which change at hyperparameter steps only."""
         raw = run.hyper.raw
         if self._known is None or self._known[0] is not raw or self._known[1] != raw._version:
-            self._known = raw, raw._version
             present = self.hyper.values(raw)
-            self._values = {**self.options, **{n: float(v) for n, v in present.items()}}
-            self._slopes = {n: float(s) for n, s in self.hyper.slopes(present).items()}
-        return self._values, self._slopes
+            values = {**self.options, **{n: float(v) for n, v in present.items()}}
+            slopes = {n: float(s) for n, s in self.hyper.slopes(present).items()}
+            self._known = raw, raw._version, values, slopes
+        return self._known[2:]
 
     def memory(self, values: Mapping[str, Any]) -> Any:  # 1/(1 − μ) of heavy-ball momentum
         heavy = self.update.heavy
@@ -339,8 +340,7 @@ class Steps:
         state, hypergrads = run.method, {}
         if names:
             values = {**self.options, **self.hyper.values(run.hyper.raw)}
-            parts = zip(grads, run.averages, strict=True)
-            grads = [g.to(average.dtype) for g, average in parts]
+            grads = [g.to(a.dtype) for g, a in zip(grads, run.averages, strict=True)]
             outer = Outer(self.method.cut(grads), [values] * len(grads), run.step, self.every)
             state, rows = self.method.hypergradient(run.method, outer)
             hypergrads = dict(zip(names, rows.squeeze(1), strict=True))

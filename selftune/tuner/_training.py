@@ -160,8 +160,9 @@ class Training:
             batch, self._within = self.train.next(), True
             _choice.choose(self, batch)
             self._within = False
-            since = 0 if self.population is not None else self.watch.since
-            tracked, tune = self.steps.due(step - since)  # members share one clock
+            age = step - (0 if self.population is not None else self.watch.since)
+            stride = self.steps.method.sensitivities.estimator.stride
+            tracked, tune = age % stride == 0, age % self.steps.every == 0  # for all members
         between = self._now() if tune else {}
         try:
             outer = self.val.next() if tune and not self.joined else None

@@ -49,7 +49,7 @@ class FunctionalSteps:
         self._layout = steps.layout or Layout(run.averages)
         self._dtypes = [t.dtype for t in steps.views(run.weights)]
         inner = steps.inner
-        own, self._rates = concatenated(steps.own.all, self._layout)
+        own, self._rates = concatenated(steps.own, self._layout)
         splits = hasattr(inner, "predicted") and hasattr(inner, "judged")
         self._problem = Problem(
             update=steps.update.joined(self._layout),
