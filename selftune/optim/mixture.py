@@ -90,7 +90,7 @@ class Mixture(RuleOptimizer):
         options |= {} if lr is None else {"lr": lr}
         options |= {} if weight_decay is None else {"weight_decay": weight_decay}
         self._mixture = rule
-        super().__init__(params, rule, options, penalty, tuning)
+        super().__init__(params, rule, penalty, tuning, **options)
         engine, hyper = self._engine, self._engine.method.settings.hyper
         self._later = engine.every, engine.shifts.hyper.size
         self._often = self._later

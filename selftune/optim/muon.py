@@ -109,15 +109,16 @@ class Muon(RuleOptimizer):
             adamw_eps=adamw_eps, use_muon=True,
         )  # fmt: skip
         check(ARGUMENTS, {**own, "momentum": momentum, "lr_ratio": lr_ratio})
-        options = dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, eps=eps,
-            betas=betas_for(betas, tuning), decay=decay, l1=l1, maximize=maximize,
-        )  # fmt: skip
+        betas = betas_for(betas, tuning)
         if isinstance(params, nn.Module):
             tuning, params = {"model": params, **tuning}, muon_groups(params)
             if lr_ratio != 1:
                 params[1]["lr"] = lr_ratio * lr
-        super().__init__(params, rules.Muon(), {**options, **own}, penalty, tuning)
+        super().__init__(
+            params, rules.Muon(), penalty, tuning, lr=lr, weight_decay=weight_decay, eps=eps,
+            momentum=momentum, nesterov=nesterov, betas=betas, decay=decay, l1=l1,
+            maximize=maximize, **own,
+        )  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in :class:`RuleOptimizer`; also checks shapes.

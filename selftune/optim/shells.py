@@ -46,9 +46,9 @@ class RuleOptimizer(SelfTuningOptimizer):
         self,
         params: Params,
         rule: AbstractRule,
-        options: dict[str, Any],
         penalty: Penalties,
         extras: dict[str, Any],
+        **options: Any,
     ) -> None:
         check({**ARGUMENTS, **TUNING}, {**options, **extras})
         for name in ("foreach", "fused"):  # torch's kernel options have no effect here
@@ -127,11 +127,10 @@ class SGD(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = dict(
-            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-            nesterov=nesterov, decay=decay, l1=l1, maximize=maximize,
+        super().__init__(
+            params, rules.SGD(), penalty, tuning, lr=lr, momentum=momentum, dampening=dampening,
+            weight_decay=weight_decay, nesterov=nesterov, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
-        super().__init__(params, rules.SGD(), options, penalty, tuning)
 
 
 class Adam(RuleOptimizer):
@@ -181,11 +180,10 @@ class Adam(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = dict(
-            lr=lr, betas=betas_for(betas, tuning), eps=eps, weight_decay=weight_decay,
-            amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
+        super().__init__(
+            params, rules.Adam(), penalty, tuning, lr=lr, betas=betas_for(betas, tuning), eps=eps,
+            weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
-        super().__init__(params, rules.Adam(), options, penalty, tuning)
 
 
 class AdamW(RuleOptimizer):
@@ -235,11 +233,10 @@ class AdamW(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = dict(
-            lr=lr, betas=betas_for(betas, tuning), eps=eps, weight_decay=weight_decay,
-            amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
+        super().__init__(
+            params, rules.AdamW(), penalty, tuning, lr=lr, betas=betas_for(betas, tuning), eps=eps,
+            weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
-        super().__init__(params, rules.AdamW(), options, penalty, tuning)
 
 
 class RMSprop(RuleOptimizer):
@@ -290,11 +287,11 @@ class RMSprop(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = dict(
-            lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum,
-            centered=centered, decay=decay, l1=l1, maximize=maximize,
+        super().__init__(
+            params, rules.RMSprop(), penalty, tuning, lr=lr, alpha=alpha, eps=eps, decay=decay,
+            weight_decay=weight_decay, momentum=momentum, centered=centered, l1=l1,
+            maximize=maximize,
         )  # fmt: skip
-        super().__init__(params, rules.RMSprop(), options, penalty, tuning)
 
 
 class Lion(RuleOptimizer):
@@ -340,7 +337,7 @@ class Lion(RuleOptimizer):
         maximize: bool = False,
         **tuning: Any,
     ) -> None:
-        options = dict(
-            lr=lr, betas=betas, weight_decay=weight_decay, decay=decay, l1=l1, maximize=maximize
-        )
-        super().__init__(params, rules.Lion(), options, penalty, tuning)
+        super().__init__(
+            params, rules.Lion(), penalty, tuning, lr=lr, betas=betas, weight_decay=weight_decay,
+            decay=decay, l1=l1, maximize=maximize,
+        )  # fmt: skip

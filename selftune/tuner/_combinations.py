@@ -86,6 +86,8 @@ def _check_sharded(given: Given, compile: bool | str) -> None:
             f'penalty={whole[0]!r} needs whole tensors, but with parallel="fsdp" each rank '
             'holds some rows: pass parallel="ddp", or an elementwise penalty, such as L1'
         )
+    from torch.distributed.tensor import Shard  # takes a second to import, and is rarely needed
+
     for name, param in params.items():
         if param.ndim == 0:
             raise ValueError(
@@ -103,16 +105,11 @@ def _check_sharded(given: Given, compile: bool | str) -> None:
                 "support: call fully_shard(module) without offload_policy=, or use st.AdamW in "
                 "your own loop"
             )
-        if sharded and not _by_rank(param, given.group.size):
+        by_rows = sharded and param.placements == (Shard(0),)
+        if sharded and not (by_rows and param.device_mesh.size() == given.group.size):
             raise ValueError(
                 f"model: {name} has placements {param.placements} on a mesh of shape "
                 f'{tuple(param.device_mesh.shape)}, but parallel="fsdp" needs rows over all '
                 f"{given.group.size} ranks: call fully_shard(module) without mesh= and "
                 "shard_placement_fn=, or pass the plain model"
             )
-
-
-def _by_rank(param: Any, ranks: int) -> bool:
-    from torch.distributed.tensor import Shard  # takes a second to import, and is rarely needed
-
-    return param.placements == (Shard(0),) and param.device_mesh.size() == ranks

@@ -74,16 +74,15 @@ class Fused:
             for leaf in tensors:
                 torch._dynamo.mark_static_address(leaf)
         log.info("compiling the training step: takes 20 s to several minutes, less if cached")
+        exact = partial(compile_step, device=device, dynamic=False)
+        by_shapes = partial(for_shapes, device=device)
         if self._steps.group.together:
-            self._exact = self._parted(
-                lambda step: compile_step(step, device, dynamic=False),
-                lambda passing: for_shapes(passing, device),
-            )
+            self._exact = self._parted(exact, by_shapes)
             return
-        self._exact = self._graphs(lambda step: compile_step(step, device, dynamic=False))
-        self._any = self._graphs(lambda step: compile_step(step, device, dynamic=True))
+        self._exact = self._graphs(exact)
+        self._any = self._graphs(partial(compile_step, device=device, dynamic=True))
         if self.whole is not None:
-            self.whole.wrap(lambda function: for_shapes(function, device))
+            self.whole.wrap(by_shapes)
 
     def train(self, batch: Batch, *, tracked: bool, last: bool = False, step: int = 0) -> Tensor:
         """A step of the weights.
@@ -159,9 +158,8 @@ class Fused:
             return
         self._apart = True
         log.warning("the model's passes stay eager, and the update alone is compiled: %s", reason)
-        device = self.run.step.device
-        self._exact = self._parted(lambda step: compile_step(step, device, dynamic=False))
-        self._any = self._exact
+        exact = partial(compile_step, device=self.run.step.device, dynamic=False)
+        self._exact = self._any = self._parted(exact)
 
     def _graphs(self, wrap: Callable[[Step], Step]) -> dict[str, Step]:
         """Every kind of step, each wrapped as one function."""

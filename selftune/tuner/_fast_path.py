@@ -53,8 +53,10 @@ class FastPath:
             state = {k: [p.rule[k] for p in parts] for k in parts[0].rule}
             ages = [torch.tensor(float(age + 1))] * len(grads)
             kernel(run.weights, grads, state, ages, learning_rate(values, clock))
-            if seen is not None:
-                self._after(run, *seen)
+            if seen is not None:  # update averages and sensitivities by the steps
+                copy_into(run.method, steps.method.track(run.method, *seen))
+                for part, moment in zip(parts, seen[1], strict=True):
+                    move_towards(part.average, part.params, moment.share)
             copy_into(run.buffers, buffers)
             run.age.add_(1)
         run.step.add_(1)
@@ -74,9 +76,3 @@ class FastPath:
             for (cut, part), grad, moment in cuts
         ]
         return transitions, moments
-
-    def _after(self, run: RunState, transitions: list[Transition], moments: list[Moment]) -> None:
-        """Update averages and sensitivities by the steps."""
-        copy_into(run.method, self._steps.method.track(run.method, transitions, moments))
-        for part, moment in zip(run.method.parts, moments, strict=True):
-            move_towards(part.average, part.params, moment.share)

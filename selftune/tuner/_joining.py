@@ -45,10 +45,6 @@ class Joining:
     back: bool = False
     loss: float = math.nan
 
-    def due(self, step: int) -> bool:
-        """Whether the held-out examples join after a step."""
-        return self.joined is None and step >= self.step
-
     def state_dict(self) -> dict[str, Any]:
         """The state for ``load_state_dict``."""
         return {n: getattr(self, n) for n in ("joined", "scores", "back", "loss")}

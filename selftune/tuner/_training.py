@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,14 +170,16 @@ class Training:
                 self.train.put_back(batch)
             raise
         follows, tune = tune and self.joined, tune and not self.joined
-        with self._stepping(tune):
-            if self.due == WEIGHTS:
-                tune = self._step_weights(step, batch, tracked, tune)
-            if tune:
-                if between:  # the step may have measured the noise scale
-                    between["train"] = self.train.state_dict()
-                self.due, self._position = HYPER, between
-                self.watch.tuned(step, self.fused.tune(outer))
+        self._within, begun, kind = True, time.perf_counter(), tune
+        if self.due == WEIGHTS:
+            tune = self._step_weights(step, batch, tracked, tune)
+        if tune:
+            if between:  # the step may have measured the noise scale
+                between["train"] = self.train.state_dict()
+            self.due, self._position = HYPER, between
+            self.watch.tuned(step, self.fused.tune(outer))
+        self.step, self._within = step, False
+        self.watch.log.clocked(time.perf_counter() - begun, kind)
         self._reach(WEIGHTS)
         self.watch.read(step)
         if follows:
@@ -202,15 +203,6 @@ class Training:
             tune = False  # no step was seen yet
         return tune
 
-    @contextmanager
-    def _stepping(self, tune: bool) -> Iterator[None]:
-        """Record whether a step was completed, and its time."""
-        self._within, begun = True, time.perf_counter()
-        yield
-        self.step += 1
-        self._within = False
-        self.watch.log.clocked(time.perf_counter() - begun, tune)
-
     # evaluation
 
     @property
@@ -223,7 +215,7 @@ class Training:
         if self.joining is not None and self.joined:
             return self.joining.scores
         scores = self._evaluate()
-        if self.joining is not None and self.joining.due(self.step):
+        if self.joining is not None and self.step >= self.joining.step:
             _joining.join(self, scores)
         return scores
 
