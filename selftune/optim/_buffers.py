@@ -1,10 +1,9 @@
-"""Statistics of normalisation layers for the averaged weights, and other buffers in training."""
+"""Statistics of normalisation layers for the averaged weights."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,11 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from selftune._flat import swap
-from selftune._kept_buffers import KeptBuffer
 from selftune._modes import ordinary_tensors
 from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
 from selftune.method.averaging import statistics_momentum
+from selftune.optim._carried import Carried, watching
 
 _usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 """Momenta of the layers while other statistics are shown; optimizers may share layers."""
@@ -301,62 +300,3 @@ def _tracks(module: nn.Module) -> bool:
 def _statistics(layer: nn.Module) -> list[Tensor]:
     statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
     return [t for t in statistics if isinstance(t, Tensor)]
-
-
-class Carried:
-    """Protects training state in buffers from validation passes.
-
-    Vectors of a power iteration, running codebooks and hidden states between batches depend on the
-    training batches and weights. A validation pass must not change them, or validation data would
-    enter the training. Integer buffers, such as counters of random numbers, may advance, and so may
-    modules outside of a model with parameters, such as metrics.
-
-    Attributes:
-        buffers: Module and name of each floating-point buffer of the models that the closure calls;
-            None before its first pass.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: list[tuple[nn.Module, str]] | None = None
-
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Restores the buffers after the block, whose first one also finds them."""
-        kept: dict[tuple[int, str], KeptBuffer] = {}
-
-        def look(module: nn.Module, _: Any = None) -> None:
-            if any(True for _ in module.parameters()):
-                for part, name in _floating(module):
-                    if (id(part), name) not in kept:
-                        kept[id(part), name] = KeptBuffer.of(part, name)
-
-        for module, name in self.buffers or ():
-            kept[id(module), name] = KeptBuffer.of(module, name)
-        try:
-            with watching(look) if self.buffers is None else nullcontext():
-                yield
-            self.buffers = [(k.module, k.name) for k in kept.values()]
-        finally:
-            for one in kept.values():
-                one.restore()
-
-
-@contextmanager
-def watching(look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Calls a function before the forward pass of every module within the block."""
-    handle = register_module_forward_pre_hook(look)
-    try:
-        with warnings.catch_warnings():  # a compiled model calls hooks twice: harmless
-            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
-            yield
-    finally:
-        handle.remove()
-
-
-def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Module and name of the floating-point buffers, without BatchNorm's statistics."""
-    for part in module.modules():
-        if not isinstance(part, _NormBase):
-            for name, buffer in part.named_buffers(recurse=False):
-                if buffer.is_floating_point():
-                    yield part, name

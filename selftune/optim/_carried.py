@@ -1,0 +1,73 @@
+"""Buffers that training carries from pass to pass, which validation passes must not change."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from selftune._kept_buffers import KeptBuffer
+
+
+class Carried:
+    """Protects training state in buffers from validation passes.
+
+    Vectors of a power iteration, running codebooks and hidden states between batches depend on the
+    training batches and weights. A validation pass must not change them, or validation data would
+    enter the training. Integer buffers, such as counters of random numbers, may advance, and so may
+    modules outside of a model with parameters, such as metrics.
+
+    Attributes:
+        buffers: Module and name of each floating-point buffer of the models that the closure calls;
+            None before its first pass.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[nn.Module, str]] | None = None
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Restores the buffers after the block, whose first one also finds them."""
+        kept: dict[tuple[int, str], KeptBuffer] = {}
+
+        def look(module: nn.Module, _: Any = None) -> None:
+            if any(True for _ in module.parameters()):
+                for part, name in _floating(module):
+                    if (id(part), name) not in kept:
+                        kept[id(part), name] = KeptBuffer.of(part, name)
+
+        for module, name in self.buffers or ():
+            kept[id(module), name] = KeptBuffer.of(module, name)
+        try:
+            with watching(look) if self.buffers is None else nullcontext():
+                yield
+            self.buffers = [(k.module, k.name) for k in kept.values()]
+        finally:
+            for one in kept.values():
+                one.restore()
+
+
+@contextmanager
+def watching(look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Calls a function before the forward pass of every module within the block."""
+    handle = register_module_forward_pre_hook(look)
+    try:
+        with warnings.catch_warnings():  # a compiled model calls hooks twice: harmless
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
+            yield
+    finally:
+        handle.remove()
+
+
+def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Module and name of the floating-point buffers, without BatchNorm's statistics."""
+    for part in module.modules():
+        if not isinstance(part, _NormBase):
+            for name, buffer in part.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    yield part, name
