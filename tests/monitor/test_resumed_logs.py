@@ -27,18 +27,18 @@ def fit(folder: Path, callbacks: Any = (), **options: Any) -> Any:
     batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
     tuner = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss, compile=False)
     return tuner.fit(
-        batches[:12], batches[12:], epochs=10, progress=False, log_dir=folder, log_every=5,
-        evaluate_every=30, callbacks=callbacks, recorder=JSONL(folder / "run.jsonl"), **options,
+        batches[:12], batches[12:], epochs=5, progress=False, log_dir=folder, log_every=5,
+        evaluate_every=15, callbacks=callbacks, recorder=JSONL(folder / "run.jsonl"), **options,
     )  # fmt: skip
 
 
 def test_a_resumed_run_goes_on_with_the_same_curves(tmp_path: Path) -> None:
     def die(progress: Any) -> None:
-        if progress.step == 90:
+        if progress.step == 45:
             raise ZeroDivisionError("a defect of the user's")
 
     with pytest.raises(ZeroDivisionError):
-        fit(tmp_path / "twice", [die])  # its last checkpoint is that of step 60
+        fit(tmp_path / "twice", [die])  # its last checkpoint is that of step 30
     resumed = fit(tmp_path / "twice", resume=True)
     whole = fit(tmp_path / "once")
     assert resumed.hparams == whole.hparams
@@ -64,7 +64,7 @@ def test_the_end_of_a_run_that_is_resumed_is_not_doubled(tmp_path: Path) -> None
     )
     for tag in ("hyper/lr", "Loss/final"):
         steps = [e.step for e in once.Scalars(tag)]
-        assert steps[-1] == 120
+        assert steps[-1] == 60
         assert [e.step for e in twice.Scalars(tag)] == steps
         lines = read_jsonl(tmp_path / "twice" / "run.jsonl")
         assert [r["step"] for r in lines if r.get("tag") == tag] == steps
@@ -89,9 +89,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_its_curves_anew(
         raise ZeroDivisionError("a defect of the user's")
 
     with pytest.raises(ZeroDivisionError):
-        fit(tmp_path / "twice", [die], checkpoint_every=60, resume=True)
-    fit(tmp_path / "twice", checkpoint_every=60, resume=True)
-    fit(tmp_path / "once", checkpoint_every=60)
+        fit(tmp_path / "twice", [die], checkpoint_every=30, resume=True)
+    fit(tmp_path / "twice", checkpoint_every=30, resume=True)
+    fit(tmp_path / "once", checkpoint_every=30)
     assert curves(tmp_path / "twice") == curves(tmp_path / "once")
 
 
@@ -132,8 +132,8 @@ def looped(recorder: Any, last: int, state: Any = None) -> Any:
 def test_a_loaded_optimizer_writes_the_same_curves(tmp_path: Path) -> None:
     """Also those that compare an entry with earlier ones: margins, agreement, verdicts."""
     whole, cut = InMemory(), InMemory()
-    looped(whole, 200)
-    looped(cut, 200, looped(cut, 110))
+    looped(whole, 140)
+    looped(cut, 140, looped(cut, 80))
     rows = [[r for r in one.rows if not r.tag.startswith("time/")] for one in (whole, cut)]
     assert {"response/agreement", "margin/lr/low", "verdict/lr"} <= {r.tag for r in rows[0]}
     assert repr(rows[0]) == repr(rows[1])  # for NaN is itself

@@ -85,7 +85,7 @@ def by_torch_save(state: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("half", [10, 40])
+@pytest.mark.parametrize("half", [10, 35])
 @pytest.mark.parametrize("way", ["eval", "averaged"])
 @pytest.mark.parametrize("name", MAKES)
 def test_a_state_saved_at_averaged_weights_holds_the_training_weights(
@@ -101,7 +101,7 @@ def test_a_state_saved_at_averaged_weights_holds_the_training_weights(
     else:
         with opt.averaged():
             state = by_torch_save({"model": net.state_dict(), "opt": opt.state_dict()})
-    train(net, opt, range(half, 60))
+    train(net, opt, range(half, 45))
     want = end(net, opt)
     for evaluating, model_first in ((False, True), (True, True), (False, False)):
         net = network()
@@ -120,7 +120,7 @@ def test_a_state_saved_at_averaged_weights_holds_the_training_weights(
         got = weights(net)
         kept = {k: v for k, v in training.items() if "running" not in k and "num" not in k}
         check({k: got[k] for k in kept}, kept)  # statistics may wait for their layers
-        train(net, opt, range(half, 60))
+        train(net, opt, range(half, 45))
         check(end(net, opt), want)
 
 

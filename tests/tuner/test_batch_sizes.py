@@ -87,7 +87,7 @@ def test_halved_steps_are_those_of_whole_batches(size: int) -> None:
 
 def run(folder: Path | None, train: Any, **options: Any) -> Any:
     torch.manual_seed(3)
-    fit: dict[str, Any] = dict(steps=120, evaluate_every=30, checkpoint_every=7, progress=False)
+    fit: dict[str, Any] = dict(steps=70, evaluate_every=30, checkpoint_every=7, progress=False)
     fit |= {n: options.pop(n) for n in ("resume", "callbacks") if n in options}
     return tuner(net(dropout=0.3), **options).fit(train, VAL, log_dir=folder, **fit)
 

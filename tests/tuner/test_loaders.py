@@ -61,7 +61,7 @@ class Counted:
 
 def fit(train: Any, folder: Path | None = None, val: Any = None, **options: Any) -> Any:
     torch.manual_seed(3)
-    fit = dict(steps=60, evaluate_every=20, checkpoint_every=7, progress=False, log_dir=folder)
+    fit = dict(steps=40, evaluate_every=20, checkpoint_every=7, progress=False, log_dir=folder)
     return tuner(net(dropout=0.3)).fit(train, VAL if val is None else val, **(fit | options))
 
 
@@ -169,4 +169,4 @@ def test_what_has_no_length_asks_for_steps() -> None:
 
 def test_validation_streams_need_no_length_either() -> None:
     for val in (generated(100), rows(), rows(num_workers=1, persistent_workers=True)):
-        assert fit(rows(), val=val).best_loss < 0.5
+        assert fit(rows(), val=val, steps=60).best_loss < 0.5
