@@ -55,7 +55,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 def test_ridge_has_its_closed_form_response_to_the_penalty(shape: str, curvature: str) -> None:
     problem = ridge(SHAPES[shape], lr=0.1)
     strength = {"weight_decay": number(0.2)}
-    memory, _ = learned(problem, st.BestResponse(curvature, scale=0.2, discount=1.0), strength, 600)
+    memory, _ = learned(problem, st.BestResponse(curvature, scale=0.2, discount=1.0), strength, 200)
     x, y = data(0)
     hessian = x.T @ x / 20 + 0.2 * torch.eye(6, dtype=torch.float64)
     truth = -torch.linalg.solve(hessian, 0.2 * torch.linalg.solve(hessian, x.T @ y / 20))
@@ -83,12 +83,12 @@ def test_a_learning_rate_has_its_response_of_finite_horizon(horizon: int) -> Non
 @pytest.mark.parametrize(
     ("shape", "gap"),
     [
-        *[("matrix", 1e-9)],
+        *[("matrix", 1e-15)],
         *[
             pytest.param(shape, gap, marks=pytest.mark.slow)
             for shape, gaps in {
                 "vector": (0.0, 1e-15, 1e-9, 1e-4),
-                "matrix": (0.0, 1e-15, 1e-4),
+                "matrix": (0.0, 1e-9, 1e-4),
             }.items()
             for gap in gaps
         ],
@@ -102,7 +102,7 @@ def test_a_lone_strength_near_its_bound_is_learned_from_the_steps_that_move_it(
     bound = problem.update.hparams["weight_decay"].bounded(1e-10, 0.2)
     problem = replace(problem, scales={"weight_decay": bound})
     strength = {"weight_decay": number(0.2 * (1 - gap))}
-    memory, _ = learned(problem, st.BestResponse(scale=0.2, discount=1.0), strength, 1200)
+    memory, _ = learned(problem, st.BestResponse(scale=0.2, discount=1.0), strength, 400)
     x, y = data(0)
     hessian = x.T @ x / 20 + 0.2 * torch.eye(6, dtype=torch.float64)
     truth = -torch.linalg.solve(hessian, 0.2 * torch.linalg.solve(hessian, x.T @ y / 20))
@@ -143,7 +143,7 @@ def test_momentum_does_not_change_where_the_response_ends(rule: Any) -> None:
         inner_loss=lambda w, h, b: criterion(b[0] @ w, h, b) + h["l2"] * w.square().sum() / 2,
     )  # fmt: skip
     estimator = st.BestResponse(discount=1.0, scale=0.2)
-    memory, _ = learned(problem, estimator, {"l2": number(0.2)}, 800)
+    memory, _ = learned(problem, estimator, {"l2": number(0.2)}, 650)
     hessian = x.T @ x / 20 + 0.2 * torch.eye(6, dtype=torch.float64)
     truth = -torch.linalg.solve(hessian, 0.2 * torch.linalg.solve(hessian, x.T @ y / 20))
     assert error(jacobian(problem, memory, 1)[0], truth) < 0.05
@@ -170,7 +170,7 @@ def test_it_is_stable_where_training_is(count: int, top: float) -> None:
         inner_loss=lambda w, h, b: (curves * w.square()).sum() / 2 - forces(h) @ w,
         outer_loss=lambda w, b: w.sum(),
     )  # fmt: skip
-    memory, _ = learned(problem, st.BestResponse(discount=1.0, scale=0.1), hparams, 800)
+    memory, _ = learned(problem, st.BestResponse(discount=1.0, scale=0.1), hparams, 600)
     assert error(jacobian(problem, memory, count), 0.3 * pulls / curves) < 0.05
 
 

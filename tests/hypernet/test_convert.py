@@ -264,7 +264,7 @@ def test_penalties_are_hyperparameters_of_the_loss() -> None:
     net = st.hypernet.convert(model, {"l2": 0.3}, scale=0.1).train()
     weights = torch.optim.SGD(model.parameters(), lr=0.1)
     response = torch.optim.Adam(net.response_parameters(), lr=0.003)
-    for _ in range(3000):
+    for _ in range(1500):
         net.zero_grad()
         # Joint training as in STN: penalty and prediction at the perturbed weights.
         delta, net._present = net.perturbation((x,), {})

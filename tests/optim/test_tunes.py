@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import selftune as st
 
+STEPS = 300
+
 
 def task(seed: int = 0):
     """Noisy two-class data in 20 dimensions, of which 2 matter: train, validation and test."""
@@ -25,7 +27,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2))
 
 
-def run(make, steps: int = 400, hyper: bool = True) -> tuple[float, st.optim.SelfTuningOptimizer]:
+def run(make, steps: int = STEPS, hyper: bool = True) -> tuple[float, st.optim.SelfTuningOptimizer]:
     """Train on batches of 20; the test loss at the averaged weights."""
     train, val, test = task()
     net = network()
@@ -50,7 +52,7 @@ def plain(name: str, lr: float) -> float:
     net = network()
     opt = getattr(torch.optim, name)(net.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(400):
+    for _ in range(STEPS):
         index = torch.randint(200, (20,), generator=generator)
         opt.zero_grad()
         F.cross_entropy(net(train[0][index]), train[1][index]).backward()
@@ -69,7 +71,7 @@ def plain(name: str, lr: float) -> float:
 )
 def test_ends_well_from_a_start_decades_off(name: str, lr: float) -> None:
     """Better than chance (ln 2), where plain torch stays there or worse."""
-    loss, opt = run(lambda n: getattr(st, name)(n.parameters(), lr=lr, total_steps=400))
+    loss, opt = run(lambda n: getattr(st, name)(n.parameters(), lr=lr, total_steps=STEPS))
     assert loss < math.log(2)
     if name != "Lion":  # torch has none
         assert plain(name, lr) > loss
@@ -84,14 +86,14 @@ def test_optimizers_without_a_rule(name: str) -> None:
     """Tuned from the outside, from a rate a thousand times too low, where plain stays at chance."""
     assert plain(name, 1e-6) > 0.68
     inner = getattr(torch.optim, name)
-    loss, opt = run(lambda n: st.SelfTuning(inner(n.parameters(), lr=1e-6), total_steps=400))
+    loss, opt = run(lambda n: st.SelfTuning(inner(n.parameters(), lr=1e-6), total_steps=STEPS))
     assert loss < 0.6
     assert opt.hparams["lr"] > 1e-5
 
 
 def test_weight_decay_rises_where_a_network_overfits() -> None:
     """Known direction: 18 of 20 inputs are noise and 200 images are few."""
-    _, opt = run(lambda n: st.AdamW(n.parameters(), lr=1e-3, total_steps=400))
+    _, opt = run(lambda n: st.AdamW(n.parameters(), lr=1e-3, total_steps=STEPS))
     assert opt.hparams["weight_decay"] > 0.1
 
 

@@ -222,12 +222,12 @@ def test_a_storage_on_a_full_disk_is_told_by_name(tmp_path: Path, kind: str) -> 
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
     try:
         with pytest.raises(OSError, match=r"study cannot be written to .*free space") as told:
-            search.select(objective, trials=60, storage=storage, progress=False)
+            search.select(objective, trials=40, storage=storage, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(told.value)
-    found = search.select(objective, trials=60, storage=storage, progress=False)
-    assert len([t for t in found.study.trials if t.value is not None]) == 60
+    found = search.select(objective, trials=40, storage=storage, progress=False)
+    assert len([t for t in found.study.trials if t.value is not None]) == 40
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from selftune.search.sklearn import SelfTuningClassifier, SelfTuningRegressor
 EXCEPTIONS: dict[str, str] = {}
 """scikit-learn's checks that are not passed, and why."""
 
-QUICK: dict[str, Any] = dict(epochs=8, width=16, tuner=dict(compile=False))
+QUICK: dict[str, Any] = dict(epochs=4, width=16, tuner=dict(compile=False))
 
 
 def checks() -> list[Any]:
@@ -47,7 +47,7 @@ def test_checks_of_scikit_learn(estimator: Any, check: Any) -> None:
 def test_a_classifier() -> None:
     x, y = load_iris(return_X_y=True)
     names = np.array(["setosa", "versicolor", "virginica"])[y]
-    model = SelfTuningClassifier(epochs=30, tuner=dict(compile=False)).fit(x, names)
+    model = SelfTuningClassifier(epochs=12, tuner=dict(compile=False)).fit(x, names)
     assert model.score(x, names) > 0.9
     chances = model.predict_proba(x)
     np.testing.assert_allclose(chances.sum(1), 1)
@@ -68,7 +68,7 @@ def test_the_same_seed_is_the_same_model_and_leaves_the_users_alone() -> None:
 
 def test_a_regressor_in_units_of_its_targets() -> None:
     x, y = load_diabetes(return_X_y=True)
-    one = SelfTuningRegressor(epochs=20, tuner=dict(compile=False)).fit(x, y)
+    one = SelfTuningRegressor(epochs=8, tuner=dict(compile=False)).fit(x, y)
     assert one.score(x, y) > 0.4
     other = clone(one).fit(x, 1000 * y + 5)
     np.testing.assert_allclose(other.predict(x), 1000 * one.predict(x) + 5, rtol=1e-3)
@@ -81,7 +81,7 @@ def test_an_embedding_fits_steep_functions() -> None:
     x = np.random.default_rng(0).uniform(-1, 1, (600, 2))
     y = np.sign(np.sin(9 * x[:, 0]))
     found = {
-        frequency: SelfTuningRegressor(frequency=frequency, tuner=dict(compile=False))
+        frequency: SelfTuningRegressor(frequency=frequency, epochs=12, tuner=dict(compile=False))
         .fit(x[:400], y[:400])
         .score(x[400:], y[400:])
         for frequency in (0.0, 0.3)
@@ -131,7 +131,7 @@ def test_classes_weigh_as_asked() -> None:
     generator = np.random.default_rng(0)
     y = (generator.random(600) < 0.08).astype(int)
     x = generator.normal(size=(600, 2)) + 0.8 * y[:, None]
-    longer = {**QUICK, "epochs": 30}
+    longer = {**QUICK, "epochs": 8}
     plain = SelfTuningClassifier(**longer).fit(x, y).predict(x).mean()
     balanced = SelfTuningClassifier(class_weight="balanced", **longer).fit(x, y).predict(x).mean()
     assert balanced > plain + 0.05
@@ -157,9 +157,7 @@ def test_a_search_of_optuna() -> None:
 
     x, y = load_iris(return_X_y=True)
     space = {"depth": optuna.distributions.IntDistribution(0, 1)}
-    found = OptunaSearchCV(
-        SelfTuningClassifier(**{**QUICK, "epochs": 20}), space, n_trials=2, cv=2
-    ).fit(x, y)  # fmt: skip
+    found = OptunaSearchCV(SelfTuningClassifier(**QUICK), space, n_trials=2, cv=2).fit(x, y)
     assert found.best_params_["depth"] in (0, 1)
     assert found.score(x, y) > 0.5
 
@@ -184,7 +182,7 @@ def test_features_far_from_zero_keep_their_differences() -> None:
     seconds = np.random.default_rng(0).uniform(0, 60, size=(300, 1))
     y = np.sin(seconds[:, 0] / 20)
     near, far = (
-        SelfTuningRegressor(epochs=20, tuner=dict(compile=False)).fit(x, y).score(x, y)
+        SelfTuningRegressor(epochs=6, tuner=dict(compile=False)).fit(x, y).score(x, y)
         for x in (seconds, seconds + 1.7e9)
     )
     assert near > 0.9

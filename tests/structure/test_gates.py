@@ -10,7 +10,7 @@ from selftune.penalties import Gates
 from selftune.structure import Gate, Optional, open_gates, parameter_groups, prune
 
 Batch = tuple[Tensor, Tensor]
-STEPS, LOOK = 240, 200
+STEPS, LOOK = 120, 100
 
 
 def job(seed: int = 0) -> tuple[nn.Module, list[Batch], Batch]:
@@ -116,7 +116,7 @@ def test_a_population_and_joined_weights_agree_on_gates() -> None:
         tuner = st.Tuner(
             model, F.mse_loss, hparams=dict(lr=1e-2), penalty=Gates(0.3), tune=("lr",), **options
         )
-        tuner.fit(batches, [val], steps=300, progress=False)
+        tuner.fit(batches, [val], steps=150, progress=False)
         assert float(model[2].gates.detach().abs().mean()) < 0.8
 
 

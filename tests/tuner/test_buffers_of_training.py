@@ -55,8 +55,9 @@ def fit(model: nn.Module, **options: Any) -> st.TuningResult:
     settings = {
         n: options.pop(n) for n in ("population", "exploit_every", "compile") if n in options
     }
+    options = {"epochs": 5, **options}
     run = st.Tuner(model, F.cross_entropy, **{"compile": False, **settings})
-    return run.fit(batches(20, 0), batches(4, 1), epochs=8, progress=False, **options)
+    return run.fit(batches(20, 0), batches(4, 1), progress=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +88,10 @@ def test_spectral_norms_stay_at_one() -> None:
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     def fail(progress: Any) -> None:
-        if progress.step == 100:
+        if progress.step == 40:
             raise Outage
 
-    options: dict[str, Any] = dict(evaluate_every=20)
+    options: dict[str, Any] = dict(epochs=3, evaluate_every=20)
     whole = fit(network("spectral norm"), log_dir=tmp_path / "whole", **options)
     with pytest.raises(Outage):
         fit(network("spectral norm"), log_dir=tmp_path / "cut", callbacks=[fail], **options)

@@ -191,12 +191,12 @@ def test_a_run_starts_from_the_values_it_is_given(caplog: pytest.LogCaptureFixtu
 def test_explanations_do_not_depend_on_the_log() -> None:
     found = [
         tuner(rule=st.rules.AdamW(), hparams={"weight_decay": 1e-6}, probe=False)
-        .fit(loader(), VAL, steps=400, progress=False, recorder=recorder, log_every=every)
+        .fit(loader(), VAL, steps=200, progress=False, recorder=recorder, log_every=every)
         .why
         for recorder, every in (
             (None, None),
             (st.monitor.InMemory(), 1),
-            (st.monitor.InMemory(), 300),
+            (st.monitor.InMemory(), 150),
         )
     ]
     assert "given 1e-06 → 0.1, its floor → " in found[0]

@@ -159,13 +159,13 @@ def test_a_resumed_run_is_the_same_with_generators_of_the_loaders_and_frozen_wei
             model[0].requires_grad_(False)
         return tuner(model)
 
-    options: dict[str, Any] = dict(steps=100, evaluate_every=10, progress=False)
+    options: dict[str, Any] = dict(steps=60, evaluate_every=10, progress=False)
     val = dict(seed=1, shuffle=True, generator=torch.Generator().manual_seed(5))
     whole = start().fit(own_generator(), loader(**val), log_dir=tmp_path / "a", **options)
     val["generator"] = torch.Generator().manual_seed(5)
 
     def fail(progress: st.tuner.Progress) -> None:
-        if progress.step == 50:
+        if progress.step == 30:
             raise Outage
 
     with pytest.raises(Outage):
@@ -251,7 +251,7 @@ def test_what_has_no_gradient_is_left_out_and_three_in_a_row_bring_the_run_back(
     assert len(broken(kind, every=1).history["rollbacks"]) > 0
 
 
-CADENCES = [(60, 5), (300, 10), (900, 20)]
+CADENCES = [(60, 5), (300, 10), (660, 20)]
 
 
 @pytest.mark.parametrize(("steps", "every"), CADENCES)

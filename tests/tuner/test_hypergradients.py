@@ -100,7 +100,7 @@ def test_the_decay_needs_no_row_beside_the_rate() -> None:
     values = dict(weight_decay=0.0, decay=0.01)
     both = dict(rule="SGD", tune=("lr", "decay"), values=values, every=1, estimator=st.Trace())
     rows = {**both, "estimator": st.Trace(closed_forms=False)}
-    for count in (50, 300):
+    for count in (50, 200):
         _, found, _ = hypergradient_after(count, None, both, steady=True)
         _, exact, _ = hypergradient_after(count, None, rows, steady=True)
         ratio = exact["decay"] / exact["lr"]
@@ -124,7 +124,7 @@ def hypergradients_by_form(
 def test_weight_decay_needs_no_row_where_it_shrinks_weights(rule: str) -> None:
     """Truth: the row itself; equal but for what weights move within the average's reach."""
     tune, values = ("lr", "weight_decay"), dict(lr=1e-3)
-    closed, row = hypergradients_by_form(rule, tune, values, 200, "average")
+    closed, row = hypergradients_by_form(rule, tune, values, 100, "average")
     assert closed["weight_decay"] == pytest.approx(row["weight_decay"], rel=0.05)
 
 
@@ -132,7 +132,7 @@ def test_weight_decay_needs_no_row_where_it_shrinks_weights(rule: str) -> None:
 def test_the_rate_needs_no_row(rule: str) -> None:
     """Truth: the row itself, up to what decay shrinks of it."""
     values = dict(weight_decay=1e-6)
-    for count in (3, 100):
+    for count in (3, 50):
         closed, row = hypergradients_by_form(rule, ("lr",), values, count, "gradient")
         assert closed["lr"] == pytest.approx(row["lr"], rel=1e-4)
 
@@ -150,7 +150,7 @@ def test_tracking_every_fifth_step_of_a_steady_run_changes_nothing() -> None:
             values=dict(momentum=0.5, weight_decay=0.0, l1=1e-3), every=stride,
             average=st.Average(rho=0.0),
         )  # fmt: skip
-        run = trained(steps, run, batches(1) * 300, stride=stride)
+        run = trained(steps, run, batches(1) * 150, stride=stride)
         found.append(hypergradients(steps, run, [torch.ones_like(w) for w in run.weights]))
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
