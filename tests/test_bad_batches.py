@@ -60,17 +60,17 @@ def chosen(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("train", [loop, fit])
-@pytest.mark.parametrize("bad", [1, 3, 7])
 def test_the_sweep_selects_the_rate_of_a_run_without_the_bad_batch(
-    train: Callable[..., Any], bad: int, caplog: pytest.LogCaptureFixture
+    train: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "selftune")
     train(network(), None)
     clean = chosen(caplog)
-    train(network(), bad)
-    assert "not finite; the step is skipped" in caplog.text
-    assert chosen(caplog) == clean
     assert len(clean) == 1
+    for bad in (1, 3, 7):
+        train(network(), bad)
+        assert "not finite; the step is skipped" in caplog.text
+        assert chosen(caplog) == clean, bad
 
 
 def test_a_bad_first_batch_cannot_be_due_to_the_rate(caplog: pytest.LogCaptureFixture) -> None:

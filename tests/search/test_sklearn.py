@@ -21,6 +21,7 @@ EXCEPTIONS: dict[str, str] = {}
 """scikit-learn's checks that are not passed, and why."""
 
 QUICK: dict[str, Any] = dict(epochs=4, width=16, tuner=dict(compile=False))
+BRIEF = {**QUICK, "epochs": 2}
 
 
 def checks() -> list[Any]:
@@ -61,7 +62,7 @@ def test_the_same_seed_is_the_same_model_and_leaves_the_users_alone() -> None:
     x, y = load_iris(return_X_y=True)
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    found = [SelfTuningClassifier(**QUICK).fit(x, y).predict_proba(x) for _ in range(2)]
+    found = [SelfTuningClassifier(**BRIEF).fit(x, y).predict_proba(x) for _ in range(2)]
     np.testing.assert_array_equal(*found)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -72,7 +73,7 @@ def test_a_regressor_in_units_of_its_targets() -> None:
     assert one.score(x, y) > 0.4
     other = clone(one).fit(x, 1000 * y + 5)
     np.testing.assert_allclose(other.predict(x), 1000 * one.predict(x) + 5, rtol=1e-3)
-    two = SelfTuningRegressor(**QUICK).fit(x, np.stack([y, -y], 1))
+    two = SelfTuningRegressor(**BRIEF).fit(x, np.stack([y, -y], 1))
     assert two.predict(x).shape == (len(x), 2)
 
 
@@ -89,16 +90,16 @@ def test_an_embedding_fits_steep_functions() -> None:
     assert found[0.3] > found[0.0] + 0.1
     assert SelfTuningRegressor().frequency == 0.3
     wide = np.random.default_rng(1).normal(size=(40, 129))  # too many features to embed
-    model = SelfTuningRegressor(**QUICK).fit(wide, wide[:, 0]).model_
+    model = SelfTuningRegressor(**BRIEF).fit(wide, wide[:, 0]).model_
     assert not any(isinstance(m, Periodic) for m in model.modules())
 
 
 def test_tools_of_scikit_learn() -> None:
     x, y = load_iris(return_X_y=True)
-    grid = GridSearchCV(SelfTuningClassifier(**QUICK), {"depth": [0, 1]}, cv=2).fit(x, y)
+    grid = GridSearchCV(SelfTuningClassifier(**BRIEF), {"depth": [0, 1]}, cv=2).fit(x, y)
     assert grid.best_params_["depth"] in (0, 1)
-    assert np.isfinite(cross_val_score(SelfTuningClassifier(**QUICK), x, y, cv=2)).all()
-    piped = make_pipeline(StandardScaler(), SelfTuningClassifier(**QUICK)).fit(x, y)
+    assert np.isfinite(cross_val_score(SelfTuningClassifier(**BRIEF), x, y, cv=2)).all()
+    piped = make_pipeline(StandardScaler(), SelfTuningClassifier(**BRIEF)).fit(x, y)
     assert piped.predict(x).shape == y.shape
 
 
