@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -42,6 +43,11 @@ def go_on(net: nn.Module, opt: st.SGD, steps: int) -> None:
 def later_state(net: nn.Module, opt: st.SGD) -> tuple[dict[str, Tensor], dict]:
     go_on(net, opt, 30)
     return net.state_dict(), opt.hparams
+
+
+@cache
+def undisturbed() -> tuple[dict[str, Tensor], dict]:
+    return later_state(*start())
 
 
 def fail(net: nn.Module) -> Tensor:
@@ -88,7 +94,7 @@ def test_a_wrong_closure_changes_nothing(case: str, first: bool) -> None:
     check_message(error, words)
     torch.testing.assert_close((net.state_dict(), opt.hparams), twins, rtol=0, atol=0)
     if not first:
-        torch.testing.assert_close(later_state(net, opt), later_state(*start()), rtol=0, atol=0)
+        torch.testing.assert_close(later_state(net, opt), undisturbed(), rtol=0, atol=0)
 
 
 def test_sparse_gradients() -> None:
@@ -107,7 +113,7 @@ def test_a_group_that_is_refused_later_changes_nothing(bad: dict | str) -> None:
     group = {"params": [net[0].weight]} if bad == "again" else {"params": [param(2)], **bad}
     with pytest.raises(ValueError, match=r"lr=|complex|more than one"):
         opt.add_param_group(group)
-    torch.testing.assert_close(later_state(net, opt), later_state(*start()), rtol=0, atol=0)
+    torch.testing.assert_close(later_state(net, opt), undisturbed(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,7 @@ def test_a_value_out_of_range_in_a_group_is_refused(
     opt.param_groups[0][name] = before
     opt.zero_grad()
     net.load_state_dict(start()[0].state_dict())  # statistics: of the pass above
-    torch.testing.assert_close(later_state(net, opt), later_state(*start()), rtol=0, atol=0)
+    torch.testing.assert_close(later_state(net, opt), undisturbed(), rtol=0, atol=0)
 
 
 def test_no_group_s_value_is_taken_over_beside_one_that_is_refused() -> None:
