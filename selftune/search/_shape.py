@@ -67,9 +67,11 @@ class Shape:
                 )
             x, y = batch
             inputs = tuple(map(max, inputs or x.shape[1:], x.shape[1:]))
-            if use == AUTO and x.dtype in (torch.float64, torch.float16, torch.bfloat16):
+            dtype = torch.get_default_dtype()
+            if use == AUTO and x.is_floating_point() and x.dtype != dtype:
                 raise ValueError(
-                    f"train has inputs of {x.dtype}: families are float32, convert with x.float()"
+                    f"train has inputs of {x.dtype}: families are {dtype}, convert with "
+                    f"x.to({dtype})"
                 )
             if not x.is_floating_point():
                 if x.ndim > 2 and use == AUTO:

@@ -19,7 +19,7 @@ from sklearn.utils.validation import (
     column_or_1d,
     validate_data,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from selftune._arguments import COUNT, FLAG, FUNCTION, MAPPING, NONE, Kind, Number, Whole, check
@@ -70,8 +70,6 @@ class _SelfTuning(BaseEstimator):
     model_: nn.Module = field(init=False)
     hparams_: dict[str, float] = field(init=False)
 
-    # shared by both estimators
-
     def _fit(self, X: Array, y: Array, shape: Shape, loss: nn.Module, fresh: bool) -> None:
         """Train on checked arrays."""
         check(ARGUMENTS, vars(self))
@@ -83,16 +81,19 @@ class _SelfTuning(BaseEstimator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._build(shape) if fresh else self.model_
+            loss.to(self.device, _dtype(model))
             tuner = Tuner(model, loss, seed=seed, device=self.device, **dict(self.tuner or {}))
             if not fresh:
                 tuner.start_from(self.hparams_)
             batch = max(2, min(self.batch_size, len(parts[0]) // FEWEST))
             # A last batch of one example has no variance for BatchNorm.
             ragged = len(parts[0]) % batch == 1
-            train = DataLoader(_tensors(self._scaled(parts[0]), parts[2]), batch, shuffle=True,
-                               drop_last=ragged)  # fmt: skip
-            val = DataLoader(_tensors(self._scaled(parts[1]), parts[3]), self.batch_size,
-                             shuffle=True)  # fmt: skip
+            data = [
+                TensorDataset(self._inputs(x, model), self._targets(t, model))
+                for x, t in (parts[::2], parts[1::2])
+            ]
+            train = DataLoader(data[0], batch, shuffle=True, drop_last=ragged)
+            val = DataLoader(data[1], self.batch_size, shuffle=True)
             result = tuner.fit(
                 train, val, epochs=self.epochs, patience=self.patience, progress=self.verbose
             )
@@ -137,18 +138,23 @@ class _SelfTuning(BaseEstimator):
         self.mean_, scale = _moments(X)
         self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, 1.0)
 
-    def _scaled(self, X: Array) -> Array:
-        """Inputs as float32, after their mean is subtracted, which may be much larger than they."""
+    def _inputs(self, X: Array, model: nn.Module) -> Tensor:
+        """Scaled inputs in the model's dtype; rounded last, as means may be far from zero."""
         scaled = (X - self.mean_) / self.scale_ if self.standardize else X
-        if np.abs(scaled).max(initial=0.0) > np.finfo(np.float32).max:
-            raise ValueError("X has a value too large for float32: scale it, or standardize=True")
-        return np.asarray(scaled, dtype=np.float32)
+        dtype = _dtype(model)
+        if np.abs(scaled).max(initial=0.0) > torch.finfo(dtype).max:
+            raise ValueError(f"X has a value too large for {dtype}: scale it, or standardize=True")
+        return torch.from_numpy(np.ascontiguousarray(scaled)).to(dtype)
 
-    def _outputs(self, X: Any) -> torch.Tensor:
+    def _targets(self, y: Array, model: nn.Module) -> Tensor:
+        """Targets as a tensor: classes, or values in the model's dtype."""
+        return torch.from_numpy(y).to(_dtype(model) if y.dtype.kind == "f" else torch.int64)
+
+    def _outputs(self, X: Any) -> Tensor:
         """Outputs of the model for unscaled inputs."""
         check_is_fitted(self, "model_")
         X = self._checked(X, reset=False)
-        data = torch.from_numpy(np.ascontiguousarray(self._scaled(X)))
+        data = self._inputs(X, self.model_)
         with torch.no_grad():
             parts = [self.model_(part.to(self.device)).cpu() for part in data.split(1024)]
         return torch.cat(parts)
@@ -179,10 +185,12 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         device: Where to train.
         random_state: Seed of the split, the initial weights and the data order.
         verbose: Whether to show a progress bar.
-        class_weight: ``"balanced"``, a dictionary of weights by class, or None.
+        class_weight: ``"balanced"`` (n / (k · count) for n examples of k classes; ``partial_fit``
+            keeps the counts of the first call), a dictionary of weights by class, or None.
 
     Attributes:
         classes_: The class labels.
+        class_counts_: Number of examples of each class in the first fit.
         model_: The trained network.
         hparams_: Final values of the hyperparameters.
         schedule_: Trajectory of the hyperparameters.
@@ -223,14 +231,26 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(f"y has classes {unknown} that the first fit did not know")
-        weight = None
-        if self.class_weight is not None:
-            weights = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
-            weight = torch.tensor(weights, dtype=torch.float32, device=self.device)
         shape = Shape(X.shape[1:], len(self.classes_), "classification")
         codes = np.searchsorted(self.classes_, y)
-        self._fit(X, codes, shape, nn.CrossEntropyLoss(weight), fresh)
+        if fresh:
+            self.class_counts_ = np.bincount(codes, minlength=len(self.classes_))
+        self._fit(X, codes, shape, nn.CrossEntropyLoss(self._class_weights()), fresh)
         return self
+
+    def _class_weights(self) -> Tensor | None:
+        """Weights by class; ``"balanced"`` ones, n / (k · count), are those of the first fit."""
+        if self.class_weight is None:
+            return None
+        known, counts = self.classes_, self.class_counts_
+        if self.class_weight != "balanced":
+            return torch.from_numpy(compute_class_weight(self.class_weight, classes=known, y=known))
+        if not counts.all():
+            raise ValueError(
+                "class_weight='balanced': the first partial_fit lacks the classes "
+                f"{known[counts == 0].tolist()}: pass data of all, or a dictionary of weights"
+            )
+        return torch.from_numpy(counts.sum() / (len(known) * counts))
 
     def _strata(self, y: Array, count: int) -> Array | None:
         """The classes, if each has enough examples for both parts; else None."""
@@ -297,7 +317,7 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
         if fresh:
             self.target_mean_, scale = _moments(y)
             self.target_scale_ = np.where(scale > 0, scale, 1.0)
-        scaled = ((y - self.target_mean_) / self.target_scale_).astype(np.float32)
+        scaled = (y - self.target_mean_) / self.target_scale_
         shape = Shape(X.shape[1:], scaled[0].size, "regression", flat=scaled.ndim == 1)
         self._fit(X, scaled, shape, shape.loss(), fresh)
         return self
@@ -324,5 +344,7 @@ def _moments(values: Array) -> tuple[Array, Array]:
     return mean, scale
 
 
-def _tensors(x: Array, y: Array) -> TensorDataset:
-    return TensorDataset(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y))
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the inputs of a model: that of its parameters."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(dtypes, torch.get_default_dtype())

@@ -198,3 +198,39 @@ def test_a_fit_that_failed_leaves_no_model() -> None:
             model.partial_fit(x, y)
     with pytest.raises(NotFittedError):
         model.predict(x)
+
+
+def test_balanced_weights_are_those_of_the_first_fit() -> None:
+    """Truth: the definition, n / (k · count), as a dictionary of weights."""
+    x, y = load_iris(return_X_y=True)
+    part = slice(20, 150)
+    weights = {c: 130 / (3 * int((y[part] == c).sum())) for c in range(3)}
+    found = []
+    for given in ("balanced", weights):
+        model = SelfTuningClassifier(class_weight=given, **QUICK).fit(x[part], y[part])
+        model.partial_fit(x[:60], y[:60])  # without the third class
+        found.append(model.predict_proba(x))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    first = SelfTuningClassifier(class_weight="balanced", **QUICK)
+    with pytest.raises(ValueError, match=r"lacks the classes \[2\].*dictionary of weights"):
+        first.partial_fit(x[:60], y[:60], classes=[0, 1, 2])
+
+
+@pytest.mark.parametrize("kind", [SelfTuningClassifier, SelfTuningRegressor])
+def test_models_of_either_default_dtype_predict_under_both(kind: Any) -> None:
+    """Law: a model predicts the same, whatever torch's default dtype is when it is loaded."""
+    x, y = load_iris(return_X_y=True)
+    weighted = {"class_weight": "balanced"} if kind is SelfTuningClassifier else {}
+    usual = torch.get_default_dtype()
+    try:
+        for there, here in (torch.float64, torch.float32), (torch.float32, torch.float64):
+            torch.set_default_dtype(there)
+            model = kind(**QUICK, **weighted).fit(x, y)
+            assert next(model.model_.parameters()).dtype == there
+            before = model.predict(x)
+            torch.set_default_dtype(here)
+            again = pickle.loads(pickle.dumps(model))
+            np.testing.assert_array_equal(again.predict(x), before)
+            again.partial_fit(x, y)
+    finally:
+        torch.set_default_dtype(usual)

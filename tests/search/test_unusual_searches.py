@@ -108,11 +108,28 @@ def test_classes_of_every_integer_type(dtype: torch.dtype) -> None:
 
 def test_inputs_of_another_type_and_negative_classes_are_named() -> None:
     doubles = [(x.double(), (x[:, 0] > 0).long()) for x in X.split(16)]
-    with pytest.raises(ValueError, match=r"torch.float64.*x.float\(\)"):
+    with pytest.raises(ValueError, match=r"torch.float64.*x.to\(torch.float32\)"):
         search.select("auto", doubles[:3], doubles[3:], epochs=1)
     batches = [(x, 2 * (x[:, 0] > 0).long() - 1) for x in X.split(16)]
     with pytest.raises(ValueError, match="class -1: number them from 0"):
         search.select("auto", batches[:3], batches[3:], epochs=1)
+
+
+def test_families_have_the_default_dtype() -> None:
+    """Truth: inputs of torch's default dtype are those that newly built layers take."""
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        batches = [(x.double(), (x[:, 0] > 0).long()) for x in X.split(16)]
+        families = [search.families.MLP, search.families.ResNet]
+        found = search.select(
+            families, batches[:3], batches[3:], trials=2, epochs=1, progress=False
+        )
+        assert {t.state.name for t in found.study.trials} == {"COMPLETE"}
+        with pytest.raises(ValueError, match=r"torch.float32: families are torch.float64"):
+            search.select("auto", BATCHES[:3], BATCHES[3:], epochs=1)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 @pytest.mark.filterwarnings("ignore:Choices for a categorical:UserWarning")
