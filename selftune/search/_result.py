@@ -15,6 +15,7 @@ from selftune.search._candidates import Candidate
 from selftune.search._ensemble import Ensemble, choose
 from selftune.search._pruning import recut
 from selftune.search._trial import Trainer, finished, weights_of
+from selftune.search._workers import differs
 from selftune.tuner._checkpoints import load  # compares checksums
 from selftune.tuner._joining import parts
 
@@ -74,25 +75,28 @@ class Selection:
         return "\n".join(rows)
 
 
-def selected(trainer: Trainer, study: optuna.Study, *, new: bool) -> Selection:
+def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
     """The best trial with its model, trained.
 
     Args:
         trainer: Runs a trial.
         study: The finished study.
-        new: Whether this search has started trials.
+        earlier: Number of trials of earlier calls.
 
     Raises:
         RuntimeError: No trial finished.
-        ValueError: The best trial is one of a search with other choices.
+        ValueError: The best trial is one of a search with other choices, or a trial of this call
+            has others than those of earlier calls.
     """
+    for trial in study.trials:
+        if differs(trial, earlier):
+            raise ValueError(f"trial {trial.number}: {trial.user_attrs['error']}")
     if not finished(study):
         errors = [t.user_attrs["error"] for t in study.trials if "error" in t.user_attrs]
         why = "; ".join(errors[:3]) or "all were pruned, or the timeout came first"
         old = (
-            "" if new or not study.trials
-            else ". These trials are of an earlier call: pass more trials=, or another study= or "
-            "storage="
+            ". These trials are of an earlier call: pass more trials=, or another study= or "
+            "storage=" if 0 < earlier == len(study.trials) else ""
         )  # fmt: skip
         raise RuntimeError(f"none of {len(study.trials)} trials finished: {why}{old}")
     best = study.best_trial

@@ -233,6 +233,7 @@ def select(
     with writable(storage, lambda: payload.open(worker)):
         opened = payload.open(worker)
         before = persist(lambda: _begin(trainer, opened), opened)
+        payload = replace(payload, earlier=before)
     mark = partial(opened.set_user_attr, "selftune", about)
     with writable(storage, mark), tqdm(total=trials, disable=not progress, unit="trial") as bar:
         run = partial(crowd, workers=workers) if workers > 1 else work
@@ -240,9 +241,8 @@ def select(
         # Replace trials whose workers were killed before they began.
         if ended and persist(lambda: reclaim(opened), opened):
             run(payload, opened, bar=bar)
-    new = len(opened.trials) > before
-    selection = persist(lambda: selected(trainer, opened, new=new), opened)
-    if memory is not None and trainer.task is not None and new:
+    selection = persist(lambda: selected(trainer, opened, before), opened)
+    if memory is not None and trainer.task is not None and len(opened.trials) > before:
         schedule = None if selection.schedule is None else asdict(selection.schedule)
         try:
             memory.remember(

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from selftune.structure import Gate, Optional
 
+UNLIKE = "choices unlike those of trial"
+"""Attribute of a failed trial: the number of an earlier one, whose choices were others."""
+
 
 class Space:
     """Suggests values under a prefix: ``depth`` in the family ``cnn`` becomes ``cnn.depth``.
@@ -47,20 +50,36 @@ class Space:
         """Suggest one of several values."""
         if not choices:
             raise ValueError(f"choices of {self._prefix}{name} are empty: pass at least one")
-        return self.trial.suggest_categorical(self._prefix + name, list(choices))
+        return self._suggest("categorical", name, list(choices))
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
         """Suggest an integer between ``low`` and ``high``, both included."""
-        return int(self.trial.suggest_int(self._prefix + name, low, high, step=step, log=log))
+        return int(self._suggest("int", name, low, high, step=step, log=log))
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
         """Suggest a floating-point number."""
-        value = self.trial.suggest_float(self._prefix + name, low, high, step=step, log=log)
-        return float(value)
+        return float(self._suggest("float", name, low, high, step=step, log=log))
+
+    def _suggest(self, kind: str, name: str, *given: Any, **options: Any) -> Any:
+        full = self._prefix + name
+        try:
+            return getattr(self.trial, f"suggest_{kind}")(full, *given, **options)
+        except ValueError as error:
+            study = getattr(self.trial, "study", None)
+            earlier = [] if study is None else study.get_trials(deepcopy=False)
+            first = next((t.number for t in earlier if full in t.distributions), None)
+            if first is None:
+                raise
+            self.trial.set_user_attr(UNLIKE, first)
+            raise ValueError(
+                f"{full} has other choices than in trial {first} ({error}): if they have changed, "
+                "pass another study= or storage=; if they depend on other choices, give each set "
+                "of them its own name"
+            ) from error
 
     def suggest_width(self, name: str, choices: Sequence[int]) -> int:
         """Suggest a number of units; the largest if units are removed during the run."""

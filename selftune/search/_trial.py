@@ -125,7 +125,7 @@ class Trainer:
                 raise Lost(f"the objective is {made}")
             return float(made)
         result = self.run(made, family, trial)
-        value = self._judged(result)
+        value = self.judged(result)
         if result.ended == "interrupted":
             raise KeyboardInterrupt
         trial.set_user_attr("hparams", result.hparams)
@@ -139,7 +139,7 @@ class Trainer:
 
     def family(self, trial: Any) -> str:
         """Suggest the candidate of a trial, by name."""
-        names = list(self.candidates)
+        names = sorted(self.candidates)  # the same choices in any order
         return names[0] if len(names) == 1 else str(trial.suggest_categorical("family", names))
 
     def build(self, trial: Any, family: str) -> Any:
@@ -276,7 +276,7 @@ class Trainer:
 
         return report
 
-    def _judged(self, result: TuningResult) -> float:
+    def judged(self, result: TuningResult) -> float:
         """The value of the metric at the weights of the result."""
         return result.best_scores[self.metric] if math.isfinite(result.best_loss) else math.nan
 
@@ -310,7 +310,7 @@ class Trainer:
         if better >= self.ensemble:
             return
         self.kept[trial.number] = result
-        ranked = sorted(self.kept, key=lambda number: self.sign * self._judged(self.kept[number]))
+        ranked = sorted(self.kept, key=lambda number: self.sign * self.judged(self.kept[number]))
         for number in ranked[self.ensemble :]:
             del self.kept[number]
         if self.folder is None:

@@ -160,9 +160,12 @@ def test_failures_of_an_earlier_call_are_told_from_new_ones(tmp_path: Path) -> N
     assert select(build, storage=tmp_path / "j", trials=3).model is not None
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_other_choices_in_the_same_study_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Truth: the call ends at the first such trial of each worker, and the study goes on."""
+
     def build(*widths: int) -> Any:
         def of(space: search.Space) -> nn.Module:
             width = space.suggest_categorical("width", widths)
@@ -171,9 +174,39 @@ def test_other_choices_in_the_same_study_are_named(
         return of
 
     caplog.set_level(logging.ERROR)
-    select(build(4, 8), storage=tmp_path / "j")
+    options = {"storage": tmp_path / "j", "workers": workers}
+    select(build(4, 8), **options)
+    changed = "width has other choices than in trial 0 .*pass another study="
+    with pytest.raises(ValueError, match=changed) as told:
+        select(build(4, 8, 16), trials=20, **options)
+    again = select(build(4, 8), trials=4 + workers, **options)  # as before
+    assert [t.state.name for t in again.study.trials].count("FAIL") == workers
+    assert "dynamic value space" in str(told.value)  # Optuna's own message
     with pytest.raises(ValueError, match="if the choices have changed, pass another study="):
-        select(build(32, 64), storage=tmp_path / "j", trials=3)
+        select(build(32, 64), trials=1, **options)
+
+
+def test_the_order_of_candidates_does_not_matter(tmp_path: Path) -> None:
+    """Truth: a study's trials do not depend on the order of a dictionary."""
+    one, two = (lambda space: nn.Linear(8, 1) for _ in range(2))
+    select({"one": one, "two": two}, storage=tmp_path / "j")
+    states = select({"two": two, "one": one}, storage=tmp_path / "j", trials=4).study.trials
+    assert [t.state.name for t in states] == ["COMPLETE"] * 4
+
+
+def test_choices_that_depend_on_others_within_a_call_fail_alone() -> None:
+    """Truth: a failed trial is one of a candidate, unless an earlier call had other choices."""
+
+    def build(space: search.Space) -> nn.Module:
+        kind = space.suggest_categorical("kind", (2, 4))
+        width = space.suggest_categorical("width", (kind, 8))
+        return nn.Sequential(nn.Linear(8, width), nn.Linear(width, 1))
+
+    found = select(build, trials=8, sampler="random")
+    errors = [t.user_attrs["error"] for t in found.study.trials if t.state.name == "FAIL"]
+    assert len(found.study.trials) == 8
+    assert errors
+    assert all("if they depend on other choices" in error for error in errors)
 
 
 @pytest.mark.parametrize(
