@@ -41,6 +41,7 @@ from selftune.search._candidates import (
     check_own,
     points_of,
 )
+from selftune.search._identity import about
 from selftune.search._pruning import settings_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape
@@ -136,8 +137,9 @@ def select(
         pruner: ``"asha"``, ``"hyperband"``, ``"median"``, ``"none"``, or an Optuna pruner.
         timeout: Seconds after which no new trial is started.
         storage: A path (a journal), a URL (``sqlite:///…``, ``grpc://host:port``) or an Optuna
-            storage. The search is continued from it, and other workers can join. By default the
-            study is kept in memory.
+            storage. The search is continued from it, if its candidates, metric, length, loss and
+            validation data are the same, and other workers can join. By default the study is kept
+            in memory.
         trust_storage: Whether ``sampler="cmaes"`` may unpickle its state from the storage. Whoever
             can write to the storage can then run code in this process.
         study: Name of the study in the storage.
@@ -219,14 +221,9 @@ def select(
         warm=warm_start, folder=folder, seed=seed, memory=memory, ensemble=ensemble,
         task=None if memory is None else task_of(train, epochs, steps, dict(tuner or {})),
     )  # fmt: skip
-    about = {
-        "direction": "maximize" if maximize else "minimize", "metric": metric,
-        "candidates": sorted(builders), "length": dict(trainer.length),
-    }  # fmt: skip
-    if goal is not None:
-        about["structure"] = {n: goal[n] for n in sorted(goal)}
+    settings = about(trainer)
     payload = Payload(
-        trainer=trainer, about=about, storage=storage, study=study, trials=trials,
+        trainer=trainer, about=settings, storage=storage, study=study, trials=trials,
         sampler=sampler, pruner=pruner, timeout=timeout, most=most,
     )  # fmt: skip
     worker = os.getpid() if joined else 0
@@ -234,7 +231,7 @@ def select(
         opened = payload.open(worker)
         before = persist(lambda: _begin(trainer, opened), opened)
         payload = replace(payload, earlier=before)
-    mark = partial(opened.set_user_attr, "selftune", about)
+    mark = partial(opened.set_user_attr, "selftune", settings)
     with writable(storage, mark), tqdm(total=trials, disable=not progress, unit="trial") as bar:
         run = partial(crowd, workers=workers) if workers > 1 else work
         ended = run(payload, opened, bar=bar)

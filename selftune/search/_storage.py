@@ -283,6 +283,7 @@ def open_study(
         }
         described = "; ".join(f"{k}: there {a}, here {b}" for k, (a, b) in different.items())
         raise ValueError(
-            f"study={name!r} belongs to another search ({described}): pass another name"
+            f"study={name!r} belongs to another search ({described}): pass another study= or "
+            "storage="
         )
     return study
