@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from selftune._identity import describe
+from selftune._modes import random_states, restore_random_states
 from selftune.holdout import HoldOut
 from selftune.search._trial import Trainer
-from selftune.tuner._randomness import restore, snapshot
 
 READS = 4
 """Number of times an example is read; it has a checksum if all are equal."""
@@ -76,7 +76,7 @@ def checksum_of_first(items: Any) -> int | None:
 
     Transforms with a generator of their own may change it.
     """
-    now = snapshot()
+    now = random_states()
     found = set()
     try:
         for _ in range(READS):
@@ -85,7 +85,7 @@ def checksum_of_first(items: Any) -> int | None:
             np.random.seed(0)  # noqa: NPY002 - users' data sets use it
             found.add(checksum(items[0]))
     finally:
-        restore(now)
+        restore_random_states(now)
     return found.pop() if len(found) == 1 else None
 
 
