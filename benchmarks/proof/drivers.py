@@ -89,7 +89,7 @@ def make_optimizer(
     if rule == "AdamW":
         values["betas"] = values.pop("beta1"), values.pop("beta2")
     if momenta:
-        return RuleOptimizer(model, made, values, None, options)
+        return RuleOptimizer(model, made, None, options, **values)
     optimizer: SelfTuningOptimizer = getattr(st, rule)(model, **values, **options)
     return optimizer
 
