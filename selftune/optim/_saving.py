@@ -149,6 +149,7 @@ def check_state(
     params = [p for g in mine for p in g["params"]]
     order = [i for g in saved for i in g["params"]]
     begun = run["clock"]["steps"] > 0  # the rule's state has been saved
+    keys = {id(b): b.keys | set(b.part.rule if begun else ()) for b in engine.blocks}
     owners = {id(p): block for block in engine.blocks for p in block.params}
     for index, param in zip(order, params, strict=True):
         entry, shape = state["state"].get(index, {}), tuple(param.shape)
@@ -159,8 +160,7 @@ def check_state(
             continue
         for name in {*block.part.rule, *block.snapshots} & entry.keys():
             _match(f"shape of {name} of parameter {index}", tuple(entry[name].shape), shape)
-        wanted = block.keys | set(block.part.rule if begun else ())
-        wanted |= {"training"} if run["shown"] else set()
+        wanted = keys[id(block)] | ({"training"} if run["shown"] else set())
         missing = sorted(wanted - entry.keys())
         if missing == ["training"]:
             raise ValueError(
