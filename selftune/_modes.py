@@ -73,7 +73,7 @@ def random_states() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - users' data sets use it
     states = {
         "torch": torch.get_rng_state(),
-        "python": (version, torch.tensor(numbers), gauss),
+        "python": (version, torch.from_numpy(np.array(numbers, dtype=np.int64)), gauss),
         "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():

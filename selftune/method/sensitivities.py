@@ -220,8 +220,9 @@ class Sensitivities:
     def _shrink(self, unit: UnitDecay, moment: Moment) -> None:
         """The weight of 1 takes a step without a gradient, and stays 1."""
         one, zeros = torch.ones_like(unit.averaged), torch.zeros_like(unit.averaged)
+        state = self.update.rule.init(one, moment.values)
         transition = Transition(
-            self.update, one, zeros, {}, moment.values, moment.clock, zeros, zeros, {}, one
+            self.update, one, zeros, state, moment.values, moment.clock, zeros, zeros, {}, one
         )
         self._push(unit.tangents, [unit.averaged], self.decay_names, transition, moment)
 

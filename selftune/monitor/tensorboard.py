@@ -47,8 +47,8 @@ class TensorBoard(AbstractRecorder):
     killed run replaces its curves; in the folder of a finished or running one it adds its own.
 
     Args:
-        target: A folder; or a ``SummaryWriter``, or an object with its ``add_scalar`` and
-            ``flush``.
+        target: A folder, or its URL; or a ``SummaryWriter``, or an object with its ``add_scalar``
+            and ``flush``.
         about: Additional columns of the HParams dashboard: numbers, strings or booleans by name.
     """
 
@@ -57,6 +57,10 @@ class TensorBoard(AbstractRecorder):
     )
     def __init__(self, target: str | Path | Any, about: Mapping[str, Any] | None = None) -> None:
         self._about = dict(about or {})
+        if isinstance(target, str) and "://" in target:
+            from torch.utils.tensorboard import SummaryWriter
+
+            target = SummaryWriter(target)
         named = isinstance(target, (str, Path))
         # Absolute, because the process may change its directory.
         self._folder = Path(target).absolute() if named else None

@@ -71,6 +71,8 @@ class Buffers:
             if _tracks(layer) and id(layer) not in known:
                 if not all(map(_finite, _statistics(layer))):  # a batch with NaN before the start
                     layer.reset_running_stats()  # type: ignore[operator]
+                _kept.pop(layer, None)  # of an optimizer that never went back to training
+                layer.momentum = _usual.pop(layer, layer.momentum)  # type: ignore[assignment, arg-type]
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
@@ -189,7 +191,7 @@ class Buffers:
             if self.shown:
                 quick = statistics_momentum(usual, self._every)
                 layer.momentum = quick  # type: ignore[assignment]
-            elif not kept:
+            else:
                 layer.momentum = usual  # type: ignore[assignment]
                 _usual.pop(layer, None)
         self._counts = [c.clone() for c in self._batches()]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import optuna
-import torch
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from torch import nn
 
@@ -17,19 +14,12 @@ from selftune.replay import TunedSchedule
 from selftune.search._candidates import Candidate
 from selftune.search._ensemble import Ensemble, choose
 from selftune.search._pruning import recut
+from selftune.search._space import UNLIKE
 from selftune.search._trial import Trainer, finished, weights_of
-from selftune.search._workers import differs
-from selftune.tuner._batch import size, to_device
 from selftune.tuner._checkpoints import load  # compares checksums
-from selftune.tuner._data import Stream, end_workers, own_iterator
 from selftune.tuner._joining import parts
-from selftune.tuner._objective import Objective
-from selftune.tuner._scoring import FEW, Scores
 
 log = logging.getLogger("selftune")
-
-SAME = 0.01
-"""Relative difference up to which values are the same; compiled and bfloat16 passes round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +28,7 @@ class Selection:
 
     Attributes:
         model: The best model, trained and in evaluation mode; None if candidates return numbers.
-        value: Its validation metric. The selection used it, so report results on other data. If an
-            earlier call stored the weights, and ``model`` has another value with them, the latter.
+        value: Its validation metric. The selection used it, so report results on other data.
         family: The family of the best model.
         params: The selected parameters, by name, and ``sizes`` under the family's prefix.
         hparams: The final values of its tuned hyperparameters.
@@ -96,13 +85,14 @@ def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
 
     Raises:
         RuntimeError: No trial finished.
-        ValueError: The best trial is one of a search with other choices, or a trial of this call
-            has others than those of earlier calls.
+        ValueError: The best trial is one of a search with other choices, or all trials of this call
+            have others than those of earlier calls.
     """
-    for trial in study.trials:
-        if differs(trial, earlier):
-            why = trial.user_attrs["error"].partition(": ")[2]
-            raise ValueError(f"trial {trial.number}: {why}")
+    own = study.trials[earlier:]
+    unlike = [t for t in own if t.user_attrs.get(UNLIKE)]
+    if unlike and all(t.state == TrialState.FAIL for t in own):
+        why = unlike[0].user_attrs["error"].partition(": ")[2]
+        raise ValueError(f"trial {unlike[0].number}: {why}")
     if not finished(study):
         errors = [t.user_attrs["error"] for t in study.trials if "error" in t.user_attrs]
         why = "; ".join(errors[:3]) or "all were pruned, or the timeout came first"
@@ -125,8 +115,6 @@ def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
             log.warning("trial %d is trained again: %s is %.6g, and was %.6g", best.number,
                         trainer.metric, now, value)  # fmt: skip
             value = now
-        elif best.number < earlier:
-            value = _value(trainer, filled[0], best)
         model, schedule = filled[0].model.eval(), filled[1]
         if trainer.ensemble > 1:
             model, members = _joined(trainer, study, model)
@@ -155,40 +143,6 @@ def _built(trainer: Trainer, trial: FrozenTrial) -> tuple[str, Any]:
             f"trial {trial.number} ({trial.params}), the best of the study, cannot be built now "
             f"({error}): if the choices have changed, pass another study= or storage="
         ) from error
-
-
-@torch.no_grad()
-def _value(trainer: Trainer, made: Candidate, trial: FrozenTrial) -> float:
-    """The value of a trial of an earlier call, measured again: its builder may have changed.
-
-    Batches that cannot be read again are not measured, nor examples that joined the training data.
-    """
-    known = float(trial.value or 0.0)
-    options = {**trainer.tuner, **made.tuner}
-    val = trainer.val if made.val is None else made.val
-    _, val, holding, _ = parts(trainer.train_of(made), val, trainer.seed)
-    device = next((p.device for p in made.model.parameters()), torch.device("cpu"))
-    stream, own = Stream(val, "val", device), own_iterator(val)
-    if holding is not None or stream.once:
-        return known
-    objective = Objective(made.model, made.loss_fn or trainer.loss_fn, options.get("objective"))
-    scores = Scores(objective, options.get("metrics") or {}).eval()
-    total, count = 0.0, 0
-    for batch in islice(own, len(stream) if stream.sized else FEW):
-        batch = to_device(batch, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bool(options.get("amp"))):
-            score = float(scores(batch)[trainer.metric])
-        total, count = total + score * size(batch), count + size(batch)
-    end_workers(own)
-    now = total / count
-    if math.isclose(now, known, rel_tol=SAME):
-        return known
-    log.warning(
-        "the model built now has %s %.6g with the weights of trial %d, and had %.6g: has its "
-        "builder changed? Pass another study= or storage= to search again",
-        trainer.metric, now, trial.number, known,
-    )  # fmt: skip
-    return now
 
 
 def _joined(

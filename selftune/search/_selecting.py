@@ -138,8 +138,8 @@ def select(
         timeout: Seconds after which no new trial is started.
         storage: A path (a journal), a URL (``sqlite:///…``, ``grpc://host:port``) or an Optuna
             storage. The search is continued from it, if its candidates, metric, length, loss and
-            validation data are the same, and other workers can join. By default the study is kept
-            in memory.
+            number of validation examples are the same, and other workers can join. By default the
+            study is kept in memory.
         trust_storage: Whether ``sampler="cmaes"`` may unpickle its state from the storage. Whoever
             can write to the storage can then run code in this process.
         study: Name of the study in the storage.
@@ -230,7 +230,6 @@ def select(
     with writable(storage, lambda: payload.open(worker)):
         opened = payload.open(worker)
         before = persist(lambda: _begin(trainer, opened), opened)
-        payload = replace(payload, earlier=before)
     mark = partial(opened.set_user_attr, "selftune", settings)
     with writable(storage, mark), tqdm(total=trials, disable=not progress, unit="trial") as bar:
         run = partial(crowd, workers=workers) if workers > 1 else work

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from selftune.structure import Gate, Optional
 
-UNLIKE = "choices unlike those of trial"
-"""Attribute of a failed trial: the number of an earlier one, whose choices were others."""
+UNLIKE = "other choices"
+"""Attribute of a trial that failed because an earlier one had other choices of a name."""
 
 
 class Space:
@@ -71,14 +71,14 @@ class Space:
         except ValueError as error:
             study = getattr(self.trial, "study", None)
             earlier = [] if study is None else study.get_trials(deepcopy=False)
-            first = next((t.number for t in earlier if full in t.distributions), None)
-            if first is None:
+            first = next((t for t in earlier if full in t.distributions), None)
+            if first is None or not _differ(first.distributions[full], kind, given):
                 raise
-            self.trial.set_user_attr(UNLIKE, first)
+            self.trial.set_user_attr(UNLIKE, True)
             raise ValueError(
-                f"{full} has other choices than in trial {first} ({error}): if they have changed, "
-                "pass another study= or storage=; if they depend on other choices, give each set "
-                "of them its own name"
+                f"{full} has other choices than in trial {first.number} ({error}): if they have "
+                "changed, pass another study= or storage=; if they depend on other choices, give "
+                "each set of them its own name"
             ) from error
 
     def suggest_width(self, name: str, choices: Sequence[int]) -> int:
@@ -177,3 +177,10 @@ class GridPoint:
             self.sizes[name] = count
             self._values[name] = value(count - 1 - back)
         return self._values[name]
+
+
+def _differ(known: Any, kind: str, given: tuple[Any, ...]) -> bool:
+    """Whether Optuna refuses the values because those of an earlier trial were others."""
+    if type(known).__name__ != f"{kind.title()}Distribution":
+        return True
+    return kind == "categorical" and tuple(known.choices) != tuple(given[0])

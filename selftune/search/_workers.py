@@ -20,7 +20,6 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from selftune._processes import alive
-from selftune.search._space import UNLIKE
 from selftune.search._storage import (
     RETRIES,
     Unwritable,
@@ -62,7 +61,6 @@ class Payload:
         pruner: Name of a pruner, or an Optuna pruner.
         timeout: Seconds after which a worker starts no new trial.
         most: Largest number of points of a grid, whose end Optuna finds; None for other searches.
-        earlier: Number of trials of earlier calls.
     """
 
     trainer: Trainer
@@ -74,7 +72,6 @@ class Payload:
     pruner: Any
     timeout: float | None = None
     most: float | None = None
-    earlier: int = 0
 
     def open(self, worker: int = 0) -> optuna.Study:
         """The study, with a sampler seeded for this worker and this call."""
@@ -102,7 +99,7 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
         return len(done) >= payload.trials
 
     def after(study: optuna.Study, trial: FrozenTrial) -> None:
-        if enough() or differs(trial, payload.earlier):
+        if enough():
             study.stop()
 
     begun = False
@@ -132,11 +129,6 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
             orphans(study, os.getpid())
         raise
     return True
-
-
-def differs(trial: FrozenTrial, earlier: int) -> bool:
-    """Whether a trial failed because choices have changed since an earlier call."""
-    return bool(trial.number >= earlier > trial.user_attrs.get(UNLIKE, earlier))
 
 
 def whole(study: optuna.Study, payload: Payload) -> bool:

@@ -206,10 +206,10 @@ class Sizes:
 
 
 def _examples(follower: Follower, model: nn.Module, inputs: Iterable[Any]) -> float:
-    """Number of examples in a pass: in the input of a gate, or else along the first axis."""
+    """Number of examples in a pass: along the first axis, or one that a gate names."""
     for node in follower.values:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, AbstractGated) and node.all_input_nodes:
+        if isinstance(module, AbstractGated) and module.batch_dim and node.all_input_nodes:
             given = follower.values.get(node.all_input_nodes[0])
             if isinstance(given, Tensor):
                 return float(given.shape[module.batch_dim])

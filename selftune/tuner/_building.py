@@ -207,8 +207,8 @@ def build(
         start = check_first(steps, run, streams[:2], given.metrics, mapped=mapped)
     steps.carried = _carried(steps, run, streams[1], mapped=mapped)
     if population is not None:
-        spread = {"lr", *given.update.regularizers}
-        run = population.stack(run, steps.hyper, dict.fromkeys(spread, SPREAD))
+        spread = dict.fromkeys(("lr", *given.update.regularizers), SPREAD)
+        run = population.stack(run, steps.hyper, spread)
     weights = sum(p.numel() for p in given.objective.parameters() if p.requires_grad)
     where, second = resolve(given.snapshots, weights), "candidate" in kinds(weights)
     snapshots = Snapshots(run, steps.method, mapped, where, candidate=second)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -287,7 +286,12 @@ def _prefetched(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
                 tensor.record_stream(computing)  # otherwise its memory is reused while it is read
         return batch
 
-    for batch, _ in itertools.pairwise(itertools.chain(map(send, batches), [None])):
+    waiting: list[Any] = []  # popped as it is yielded, so that its memory can be reused
+    for batch in batches:
+        waiting.append(send(batch))
+        if len(waiting) > 1:
+            yield receive(waiting.pop(0))
+    for batch in waiting:
         yield receive(batch)
 
 

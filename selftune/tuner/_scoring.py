@@ -30,7 +30,7 @@ FEW = 20  # batches taken from an endless validation set
 POSITIONS = *BACK, 0.5, 1.0  # from the last good weights via the average to the last
 
 
-class Scores(nn.Module):
+class _Scores(nn.Module):
     """An objective that returns the loss and the metrics."""
 
     def __init__(self, objective: Objective, metrics: Mapping[str, Metric]) -> None:
@@ -94,7 +94,7 @@ class Scorer:
         self._tensors = [local(named[n].detach()) for n in params] + list(objective.buffers())
         self._sharded, self._shards = steps.group.sharded, steps.shards
         self._mode = InMode(objective, None)
-        self._module = Scores(objective if self._sharded else twin(objective).eval(), metrics)
+        self._module = _Scores(objective if self._sharded else twin(objective).eval(), metrics)
         self._names = [f"objective.{n}" for n in params]
         self._buffers = [f"objective.{n}" for n, _ in objective.named_buffers()]
         own = own_iterator(batches)

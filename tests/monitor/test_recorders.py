@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.tensorboard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import selftune as st
@@ -95,6 +96,21 @@ def test_an_object_without_flush_is_refused() -> None:
 
     with pytest.raises(TypeError, match="with its add_scalar and flush"):
         as_recorder(Writer())
+
+
+def test_a_url_is_left_to_torch_s_writer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Truth: fsspec, with which the writer opens it; nothing is written to the directory."""
+    monkeypatch.chdir(tmp_path)
+    seen: list[str] = []
+    writer = torch.utils.tensorboard.SummaryWriter
+    monkeypatch.setattr(
+        "torch.utils.tensorboard.SummaryWriter", lambda folder: seen.append(folder) or writer("a")
+    )
+    recorder = TensorBoard("memory://bucket/run")
+    recorder.scalars(ROWS[:1])
+    recorder.end("finished")
+    assert seen == ["memory://bucket/run"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "tensorboard"])

@@ -303,3 +303,33 @@ def test_two_optimizers_of_a_layer_save_its_statistics() -> None:
     train_both(again, resumed, range(12, 24))
     for key, value in again.state_dict().items():
         assert torch.equal(value, net.state_dict()[key])
+
+
+def test_an_optimizer_left_at_averaged_weights_does_not_disturb_the_next() -> None:
+    """Truth: the same run in a network that no optimizer has trained before."""
+    net = network()
+    left = st.SGD(net, lr=0.05, probe=False)
+    for step in range(12):
+        weight_step(net, left, step)
+        left.hyper_step(outer(net))
+    left.eval()
+    fresh = copy.deepcopy(net)
+    fresh[1].momentum = 0.1
+    ends = []
+    for one in (net, fresh):
+        opt = st.SGD(one, lr=0.05, probe=False)
+        for step in range(12, 24):
+            weight_step(one, opt, step)
+            opt.hyper_step(outer(one))
+        opt.eval()
+        again = network()
+        again.load_state_dict(one.state_dict())
+        resumed = st.SGD(again, lr=0.05, probe=False)
+        resumed.load_state_dict(opt.state_dict())
+        opt.train()
+        for each in (one, again):
+            assert each[1].momentum == 0.1
+            ends.append({**statistics(each), "weight": each[0].weight.detach().clone()})
+    for end in ends[1:]:
+        for key, value in end.items():
+            assert torch.equal(value, ends[0][key])

@@ -334,6 +334,8 @@ def test_multiply_adds_are_those_of_an_example(first: bool) -> None:
     x = torch.zeros(3, 10, 8)
     sizes = Goal(model, x if first else x.transpose(0, 1), 1.0).size()
     assert sizes["multiply_adds"] == 10 * (8 * 32 + 32 * 4)
+    flat = nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 32), Gate(32), nn.Linear(32, 4))
+    assert Goal(flat, x, 1.0).size()["multiply_adds"] == 10 * (8 * 32 + 32 * 4)
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=first)
     sizes = Goal(with_gates(layer), x if first else x.transpose(0, 1), 1.0).size()
     assert sizes["multiply_adds"] == 10 * (4 * 8 * 8 + 2 * 8 * 16)
