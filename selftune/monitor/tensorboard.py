@@ -61,10 +61,9 @@ class TensorBoard(AbstractRecorder):
             from torch.utils.tensorboard import SummaryWriter
 
             target = SummaryWriter(target)
-        named = isinstance(target, (str, Path))
-        # Absolute, because the process may change its directory.
-        self._folder = Path(target).absolute() if named else None
-        self._writer = None if named else target
+        folder = Path(target) if isinstance(target, (str, Path)) else None
+        self._folder = folder and folder.absolute()  # the process may change its directory
+        self._writer = target if folder is None else None
         self._purge: int | None = None
         self._last: list[Row] = []
         self._tags: set[str] = set()

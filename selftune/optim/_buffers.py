@@ -72,7 +72,7 @@ class Buffers:
                 if not all(map(_finite, _statistics(layer))):  # a batch with NaN before the start
                     layer.reset_running_stats()  # type: ignore[operator]
                 _kept.pop(layer, None)  # of an optimizer that never went back to training
-                layer.momentum = _usual.pop(layer, layer.momentum)  # type: ignore[assignment, arg-type]
+                layer.momentum = _usual.pop(layer, layer.momentum)  # type: ignore[assignment]
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
