@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +15,7 @@ from selftune._modes import random_states, restore_random_states
 from selftune.structure import Batches
 from selftune.tuner._batch import size, structure, to_device
 from selftune.tuner._checkpoints import plain
-
-log = logging.getLogger("selftune")
+from selftune.tuner._positions import position, stateful
 
 
 class Stream:
@@ -62,7 +59,7 @@ class Stream:
         self.following = batches_of(self._own)
         self._loader = self._own if shard is None else shard(self._own)
         self._name = name
-        self._stateful = self.following is None and _stateful(self._loader)
+        self._stateful = self.following is None and stateful(self._loader)
         self._usual = 0  # examples in the first batch
         self._device = device
         self._prefetches = device.type == "cuda" and not self._stateful
@@ -318,34 +315,3 @@ def end_workers(loader: Any) -> None:
     """Delete the iterator of a loader with persistent workers."""
     if isinstance(loader, DataLoader):
         vars(loader)["_iterator"] = None
-
-
-def _stateful(loader: Any) -> bool:
-    methods = (getattr(loader, name, None) for name in ("state_dict", "load_state_dict"))
-    return all(map(callable, methods))
-
-
-def position(loader: Any) -> Any:
-    """A stream's own position; None if it has none, or restarts by itself, as DataLoaders do."""
-    if isinstance(loader, (DataLoader, Iterator)) or not _stateful(loader):
-        return None
-    try:
-        place = loader.state_dict()
-    except Exception as error:
-        log.info("%s has no position before its first batch: %s", type(loader).__name__, error)
-        return None
-    return copy.deepcopy(place) if plain(place) else None
-
-
-@contextmanager
-def read_from(loader: Any, place: Any) -> Iterator[None]:
-    """Within the block a stream is read from this position; afterwards from where it was."""
-    now = None if place is None else position(loader)
-    if now is None:
-        yield
-        return
-    loader.load_state_dict(copy.deepcopy(place))
-    try:
-        yield
-    finally:
-        loader.load_state_dict(now)

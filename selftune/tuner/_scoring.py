@@ -17,8 +17,9 @@ from selftune._gathered import reshard
 from selftune._trees import unchanged
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._batch import size, to_device
-from selftune.tuner._data import Stream, end_workers, own_iterator, position, read_from
+from selftune.tuner._data import Stream, end_workers, own_iterator
 from selftune.tuner._objective import InMode, Objective, twin
+from selftune.tuner._positions import position, read_from
 from selftune.tuner._sharding import steady
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
