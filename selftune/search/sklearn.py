@@ -144,7 +144,7 @@ class _SelfTuning(BaseEstimator):
         dtype = _dtype(model)
         if np.abs(scaled).max(initial=0.0) > torch.finfo(dtype).max:
             raise ValueError(f"X has a value too large for {dtype}: scale it, or standardize=True")
-        return torch.from_numpy(np.ascontiguousarray(scaled)).to(dtype)
+        return torch.tensor(np.ascontiguousarray(scaled), dtype=dtype)  # may be read-only
 
     def _targets(self, y: Array, model: nn.Module) -> Tensor:
         """Targets as a tensor: classes, or values in the model's dtype."""

@@ -234,3 +234,13 @@ def test_models_of_either_default_dtype_predict_under_both(kind: Any) -> None:
             again.partial_fit(x, y)
     finally:
         torch.set_default_dtype(usual)
+
+
+def test_read_only_features_give_no_warning() -> None:
+    """As joblib hands them to its workers; warnings are errors here."""
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    y = X[:, 0].copy()
+    X.setflags(write=False)
+    y.setflags(write=False)
+    model = SelfTuningRegressor(epochs=1, standardize=False, random_state=0).fit(X, y)
+    assert model.predict(X).shape == (40,)
