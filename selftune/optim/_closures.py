@@ -138,6 +138,14 @@ class _ByClosures(Products):
         return lambda v, moving: product(v)
 
 
+class _ClosureProblem(Problem):
+    """A problem with closures as batches, also in copies with other options."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "products", _ByClosures())
+
+
 class ClosureSteps:
     """The steps of an optimizer, for a whole-step estimator.
 
@@ -162,17 +170,15 @@ class ClosureSteps:
         return ClosureSteps(self._steps.estimator, self._update, self._shifts)
 
     def _problem(self, block: Block, values: Mapping[str, Any]) -> Problem:
-        """The problem with the group's current options, and with closures as batches."""
+        """The problem with the group's current options."""
         index = torch.arange(len(block.layout.sizes), device=block.layout.device)
         sizes = torch.tensor(block.layout.sizes, device=block.layout.device)
-        problem = Problem(
+        return _ClosureProblem(
             update=self._update.joined(block.layout), inner_loss=lambda w, h, b: w.sum(),
             outer_loss=lambda w, b: w.sum(), segments=index.repeat_interleave(sizes),
             shapes=block.layout.shapes,
             options={n: v for n, v in values.items() if n not in self._shifts.rows},
         )  # fmt: skip
-        object.__setattr__(problem, "products", _ByClosures())
-        return problem
 
     def _hparams(self, block: Block) -> dict[str, Tensor]:
         """One value for all tensors, or one for each."""
