@@ -5,7 +5,8 @@ from its loader to the next: weight steps, validation passes and hyperparameter 
 back, guard and log included. The loader itself times it: between blocks of steps it lets the
 baselines take theirs (:mod:`benchmarks.cost.plain`), so that all are interleaved in one run.
 
-    python -m benchmarks.fused [--part time|memory|population] [--rule SGD|AdamW] [--only MLP]
+    python -m benchmarks.fused [--part time|compile|memory|population] [--rule SGD|AdamW]
+        [--only MLP]
 
 Typical output is kept in ``docs/benchmarks-cost.md``.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 
 import selftune as st
 from benchmarks.cost import plain
@@ -49,11 +51,13 @@ class TimedLoader:
         self.warm = 40
         self.steps = self.warm + rounds * net.block
         self.taken: list[float] = []
+        self.warmed = 0.0  # seconds, of which graphs take all but a few
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self.net.batches
+        batches, start = self.net.batches, time.perf_counter()
         for step in range(self.warm):
             yield batches[step % len(batches)]
+        self.warmed = time.perf_counter() - start
         while True:
             self.between()
             start = time.perf_counter()
@@ -139,6 +143,30 @@ def time_steps(name: str, rule: str, every: int, rounds: int, device: str) -> No
     )
 
 
+def time_compiling(name: str, rule: str, rounds: int, device: str) -> None:
+    """One row of the table of compiling: the plain step's graph, and our three, nothing cached."""
+    net, plainly, ours = NETS[name](), [], []
+    for _ in range(rounds):
+        with fresh_cache():
+            torch.compiler.reset()
+            torch.compile(torch.sin)(torch.ones(9))  # what the compiler prepares once a process
+            step = plain.steps(net, rule, device)["whole step compiled, launched from C++"]
+            start = time.perf_counter()
+            step(tuple(t.to(device) for t in net.batches[0]))
+            plainly.append(time.perf_counter() - start)
+        with fresh_cache():
+            torch.compiler.reset()
+            loader = TimedLoader(net, 1)
+            fit(net, rule, loader, loader.steps, device, FOUR[rule])
+            ours.append(loader.warmed)
+    ratio = statistics.median(a / b for a, b in zip(ours, plainly, strict=True))
+    print(
+        f"| {name} | {rule} | {statistics.median(plainly):.0f} | {statistics.median(ours):.0f} "
+        f"({min(ours):.0f}…{max(ours):.0f}) | {ratio:.1f} |",
+        flush=True,
+    )
+
+
 def alive() -> dict[int, int]:
     """Bytes of all tensors that exist, by storage."""
     # By type: asking any object for its class would wake deprecated ones.
@@ -214,7 +242,7 @@ def products(net: Net) -> float:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("time", "memory", "population"))
+    parser.add_argument("--part", choices=("time", "compile", "memory", "population"))
     parser.add_argument("--rule", choices=tuple(FOUR))
     parser.add_argument("--only", default="", help="part of a net's name")
     parser.add_argument("--every", type=int, nargs="+", default=[5, 10])
@@ -233,6 +261,11 @@ def main() -> None:
             for rule in rules if args.only in name else []:
                 for every in args.every:
                     time_steps(name, rule, every, args.rounds, args.device)
+    if args.part in (None, "compile"):
+        print("\n| net | rule | plain step, s | ours, s (range) | ratio |\n|---|---|---|---|---|")
+        for name in NETS:
+            for rule in rules if args.only in name else []:
+                time_compiling(name, rule, min(args.rounds, 3), args.device)
     if args.part in (None, "memory"):
         print(
             "\n| rule | tuned | torch | best weights on disk | ratio | in memory | ratio |\n"

@@ -42,10 +42,23 @@ def normed() -> nn.Module:
     return net(norm=True)
 
 
-def fused(model: nn.Module, population: int | None = None, device: str = "cpu") -> Fused:
+class Offset(nn.Module):
+    """A scalar parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.offset = nn.Linear(4, 2), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.offset
+
+
+def fused(
+    model: nn.Module, population: int | None = None, device: str = "cpu", *, joined: bool = True
+) -> Fused:
     steps, run = made(
         model.double(), st.rules.AdamW(), tune=("lr", "beta1", "weight_decay"), every=2,
-        guarded=True, horizon=100, device=device,
+        guarded=True, horizon=100, device=device, joined=joined and population is None,
     )  # fmt: skip
     if population:
         run = tree_map(lambda t: torch.stack([t] * population), run)
@@ -53,10 +66,11 @@ def fused(model: nn.Module, population: int | None = None, device: str = "cpu") 
 
 
 def twins(
-    make: Any, population: int | None = None, device: str = "cpu", *, compiled: bool = True
-) -> tuple[Fused, Fused]:
+    make: Any, population: int | None = None, device: str = "cpu", *, compiled: bool = True,
+    joined: bool = True,
+) -> tuple[Fused, Fused]:  # fmt: skip
     """One that is eager and one that is compiled, which start alike."""
-    eager, other = (fused(make(), population, device) for _ in range(2))
+    eager, other = (fused(make(), population, device, joined=joined) for _ in range(2))
     for a, b in zip(*map(torch.utils._pytree.tree_leaves, (other.run, eager.run)), strict=True):
         a.copy_(b)
     if compiled:
@@ -86,9 +100,10 @@ def graphs() -> int:
 
 
 @pytest.mark.slow
-def test_compiled_steps_agree_with_eager_ones_to_rounding() -> None:
+@pytest.mark.parametrize("joined", [True, False], ids=["one vector", "tensors"])
+def test_compiled_steps_agree_with_eager_ones_to_rounding(joined: bool) -> None:
     """Twin; a shorter last batch is taken eagerly, by the same function, without a new graph."""
-    eager, compiled = twins(normed)
+    eager, compiled = twins(normed, joined=joined)
     assert_same_runs(eager, compiled, batches(10))
     before = graphs()
     assert_same_runs(eager, compiled, batches(4, size=5))
@@ -166,20 +181,19 @@ def test_a_population_compiles() -> None:
 
 def test_what_torch_would_get_wrong_is_not_compiled(caplog: pytest.LogCaptureFixture) -> None:
     """Law: a float64 scalar among weights, of which torch 2.13 loses what is written to it."""
-
-    class Offset(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.offset = nn.Linear(4, 2), nn.Parameter(torch.zeros(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) + self.offset
-
-    eager, other = twins(Offset)
+    eager, other = twins(Offset, joined=False)
     assert not other.compiled
     assert "not compiled: the model has a float64" in caplog.text
     assert_same_runs(eager, other, batches(4))
     assert other.run.weights[0].any()
+
+
+@pytest.mark.slow
+def test_a_scalar_parameter_within_one_vector_is_compiled() -> None:
+    """Twin."""
+    eager, compiled = twins(Offset)
+    assert_same_runs(eager, compiled, batches(6))
+    assert compiled.compiled
 
 
 def test_eager_steps_write_the_run_in_place() -> None:

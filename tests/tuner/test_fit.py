@@ -311,12 +311,12 @@ def test_time_that_others_take_is_not_saved_by_compiling(caplog: pytest.LogCaptu
 
 
 class Temperature(nn.Module):
-    """A float64 parameter without a dimension, which keeps a run from being compiled."""
+    """A float64 buffer without a dimension, which keeps a run from being compiled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = net().double()
-        self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.register_buffer("log_scale", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.double()) * self.log_scale.exp()
