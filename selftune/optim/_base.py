@@ -151,26 +151,29 @@ class SelfTuningOptimizer(EvaluationMode):
             raise TypeError(
                 f"scaler={type(scaler).__name__} must be a torch.amp.GradScaler, or None"
             )
-        if self._engine.clock.steps == 0:
+        engine = self._engine
+        if engine.clock.steps == 0:
             return None
-        closure = autocast_kept(closure, self._device)
-        with without_autocast(self._device):
-            return self._hyper_step(closure, scaler)
-
-    def _hyper_step(self, closure: Closure, scaler: torch.amp.GradScaler | None) -> Tensor | None:
-        engine, clock = self._engine, self._engine.clock
         due, ends = engine.due(self._schedule.total_steps)
-        known = engine.first_loss_seen and engine.buffers.complete
-        if known and not due and not ends:
-            clock.called()
+        if not due and not ends and engine.first_loss_seen and engine.buffers.complete:
+            engine.clock.called()
             return None
-        engine.reducer.meet(clock.steps)
         outer = OuterLoss(engine, 1.0 if scaler is None else scaler.get_scale())
+        device = self._device
+        closure = autocast_kept(closure, device)
+        with without_autocast(device):
+            return self._hyper_step(outer, closure, due=due, ends=ends)
+
+    def _hyper_step(
+        self, outer: OuterLoss, closure: Closure, *, due: bool, ends: bool
+    ) -> Tensor | None:
+        engine, clock = self._engine, self._engine.clock
+        engine.reducer.meet(clock.steps)
         with torch.no_grad():
             self._blocks()
             self._take_up()
             engine.apply_masks()
-        if not known:
+        if not (engine.first_loss_seen and engine.buffers.complete):
             # Also an early check of the return value, without advancing random generators.
             params = [p for block in engine.blocks for p in block.params]
             with outer.random(), engine.buffers.discovering(params):
