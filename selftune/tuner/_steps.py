@@ -50,8 +50,7 @@ class Steps:
         whole_step_names: Names of the hyperparameters that it handles.
         layers: Buffers of the objective that contain hyperparameters, by name.
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
-            operation handles all tensors. Eager steps of small networks and compiling take less
-            time.
+            operation handles all tensors. Eager steps of small networks and compiling are faster.
         own: Each part's own values; empty if all parts share the same.
         group: The ranks, over whose batches gradients are averaged.
         chosen: The member that a mixture of rules has chosen.
