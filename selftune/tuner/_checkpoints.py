@@ -25,7 +25,7 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 23
+VERSION = 24
 """Version of checkpoints; 23 has the state of Python's generator as a tensor."""
 
 

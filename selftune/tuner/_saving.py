@@ -97,8 +97,7 @@ def _check(training: Training, state: dict[str, Any], but: Sequence[str]) -> Non
     if shapes != [(t.shape, t.dtype) for t in state["leaves"]]:
         raise ValueError(
             "resume: the checkpoint's tensors do not match this run's: resume with the "
-            "same options of rule, penalties, estimator and compile, or start a new run in "
-            "another log_dir"
+            "same options of rule, penalties and estimator, or start a new run in another log_dir"
         )
 
 

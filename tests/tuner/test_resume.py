@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import Dying, Outage, loader, net, points, same, tuner
@@ -57,6 +58,16 @@ def test_a_killed_run_resumes_bit_for_bit(died: int, tmp_path: Path) -> None:
         run(tmp_path, Dying(train_loader(), died))
     torch.rand(7)  # where the random streams are now must not matter
     assert_same(run(tmp_path, resume=True), whole)
+
+
+@pytest.mark.slow
+def test_an_eager_run_may_go_on_compiled(tmp_path: Path) -> None:
+    """Truth: the uninterrupted eager run, up to rounding."""
+    with pytest.raises(Outage):
+        run(tmp_path, Dying(train_loader(), 37))
+    found, whole = run(tmp_path, resume=True, compile=True).history, uninterrupted().history
+    for name, values in whole.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-3, err_msg=name)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
