@@ -261,8 +261,8 @@ def main() -> None:
             for rule in rules if args.only in name else []:
                 for every in args.every:
                     time_steps(name, rule, every, args.rounds, args.device)
-    if args.part in (None, "compile"):
-        print("\n| net | rule | plain step, s | ours, s (range) | ratio |\n|---|---|---|---|---|")
+    if args.part == "compile":  # takes long for large networks
+        print("| net | rule | plain step, s | ours, s (range) | ratio |\n|---|---|---|---|---|")
         for name in NETS:
             for rule in rules if args.only in name else []:
                 time_compiling(name, rule, min(args.rounds, 3), args.device)

@@ -155,7 +155,7 @@ class SelfTuningOptimizer(EvaluationMode):
         if engine.clock.steps == 0:
             return None
         due, ends = engine.due(self._schedule.total_steps)
-        if not due and not ends and engine.first_loss_seen and engine.buffers.complete:
+        if engine.known and not due and not ends:
             engine.clock.called()
             return None
         outer = OuterLoss(engine, 1.0 if scaler is None else scaler.get_scale())
@@ -173,7 +173,7 @@ class SelfTuningOptimizer(EvaluationMode):
             self._blocks()
             self._take_up()
             engine.apply_masks()
-        if not (engine.first_loss_seen and engine.buffers.complete):
+        if not engine.known:
             # Also an early check of the return value, without advancing random generators.
             params = [p for block in engine.blocks for p in block.params]
             with outer.random(), engine.buffers.discovering(params):

@@ -82,6 +82,11 @@ class Engine:
         usual = max(self.every, clock.longest_gap)
         return 0 < clock.last_validation_step < clock.steps - LAPSE * usual
 
+    @property
+    def known(self) -> bool:
+        """Whether a first validation loss was seen, and all layers of a loaded run are found."""
+        return self.first_loss_seen and self.buffers.complete
+
     def due(self, total: int | None) -> tuple[bool, bool]:
         """Whether a hyperparameter step is due, and whether to select the final weights."""
         clock, final = self.clock, self.controller.final

@@ -26,7 +26,7 @@ PARTS = frozenset({
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
 VERSION = 24
-"""Version of checkpoints; 23 has the state of Python's generator as a tensor."""
+"""Version of checkpoints; 24 has the weights of compiled runs in one vector, as of eager ones."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
