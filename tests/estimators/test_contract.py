@@ -193,6 +193,7 @@ def test_misspelt_hyperparameters_are_named(name: str) -> None:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("traced")
 def test_compiled_problems_give_the_same(estimator: AbstractEstimator) -> None:
     net, batches = model("MLP")
     problem, weights = st.as_problem(net, smoothed, st.Update(st.rules.SGD()))

@@ -88,6 +88,7 @@ class Times(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("traced")
 def test_the_tuner_trains_and_validates_with_changed_scores(compiled: bool) -> None:
     """Closed form: (Σ w_k k x / 2)², for fixed weights and scores of 0, (0, 1) and (−50, 50)."""
     model = nn.Sequential(Choice([Times(1.0), Times(3.0)]), nn.Linear(1, 1, bias=False))

@@ -175,6 +175,7 @@ def test_a_return_to_good_weights_forgets_the_noise_scale() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_a_compiled_run_follows_too() -> None:
     train, eager = (following(start=8, most=64, interval=5) for _ in range(2))
     end = run(None, train, compile=True)

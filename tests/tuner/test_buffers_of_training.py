@@ -64,6 +64,7 @@ def fit(model: nn.Module, **options: Any) -> st.TuningResult:
     ("population", "compiled"),
     [(1, False), (3, False), pytest.param(1, True, marks=pytest.mark.slow)],
 )
+@pytest.mark.usefixtures("traced")
 def test_a_running_mean_is_that_of_the_data(population: int, compiled: bool) -> None:
     model = network("in place")
     result = fit(model, population=population, compile=compiled)

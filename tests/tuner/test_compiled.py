@@ -111,6 +111,7 @@ def test_compiled_steps_agree_with_eager_ones_to_rounding(joined: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_a_model_torch_cannot_compile_stays_eager_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_model_torch_cannot_compile_stays_eager_and_says_so_once(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_numbers_changed_on_the_model_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
     """Twin, for which its user turns the same number."""
     eager, compiled = twins(Scaled)
@@ -149,6 +151,7 @@ def test_cuda_graphs_agree_with_eager_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_many_shapes_end_in_one_graph_for_all() -> None:
     """Twin; at most one more graph for each kind of step."""
     eager, compiled = twins(normed)
@@ -160,6 +163,7 @@ def test_many_shapes_end_in_one_graph_for_all() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_shapes_that_torch_cannot_compile_are_trained_eagerly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

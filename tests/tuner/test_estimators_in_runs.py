@@ -97,6 +97,7 @@ def test_hypergradients_are_those_of_a_plain_loop(
     ids=lambda e: type(e).__name__,
 )
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_compiled_is_eager(estimator: AbstractEstimator) -> None:
     """To rounding, with a shorter last batch in each epoch."""
     found = []

@@ -48,6 +48,7 @@ def test_the_run_is_that_of_the_model_without(rule: st.rules.AbstractRule) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_so_is_a_compiled_run(caplog: pytest.LogCaptureFixture) -> None:
     """Torch compiles no checkpoints under torch.func: passes stay eager, the rest is compiled."""
     got, want = fit(False, compile=True), fit(None)

@@ -61,6 +61,7 @@ def test_a_killed_run_resumes_bit_for_bit(died: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_an_eager_run_may_go_on_compiled(tmp_path: Path) -> None:
     """Truth: the uninterrupted eager run, up to rounding."""
     with pytest.raises(Outage):

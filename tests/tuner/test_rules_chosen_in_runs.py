@@ -205,6 +205,7 @@ def test_a_population_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_a_compiled_run_chooses_too() -> None:
     """Truth: the eager run, up to rounding."""
     results = []

@@ -247,6 +247,7 @@ class Sharing(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("traced")
 def test_a_shared_penalty_is_two_of_one_name(compiled: bool) -> None:
     results = []
     for count in (1, 2):
