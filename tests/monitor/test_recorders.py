@@ -346,18 +346,18 @@ def test_an_optimizer_tells_what_the_tuner_tells() -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_rates(tmp_path: Path) -> None:
+def test_thousands_of_rates(tmp_path: Path) -> None:
     """Law: as many charts as for thirty, and the histogram counts all of them."""
     import torch
 
-    params = [torch.nn.Parameter(torch.full((1,), 0.5 + i % 7)) for i in range(10_000)]
+    params = [torch.nn.Parameter(torch.full((1,), 0.5 + i % 7)) for i in range(3_000)]
     opt = st.SGD(params, lr=0.01, per={"lr": "tensor"}, probe=False, log_dir=tmp_path)
 
     def loss() -> torch.Tensor:
         return (torch.cat(params) - noise).square().sum()
 
     for _ in range(20):
-        noise = torch.randn(10_000)
+        noise = torch.randn(3_000)
         opt.zero_grad()
         loss().backward()
         opt.step()
@@ -366,7 +366,7 @@ def test_ten_thousand_rates(tmp_path: Path) -> None:
     read = EventAccumulator(str(tmp_path), {"histograms": 0, "scalars": 0}).Reload()
     assert len(read.Tags()["scalars"]) < 45
     last = read.Histograms("layers/lr")[-1].histogram_value
-    assert last.num == 10_000
+    assert last.num == 3_000
 
 
 def test_logging_leaves_an_optimizer_s_run_alone() -> None:
