@@ -3,8 +3,7 @@
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 # The nets of the tests are so small that threads would only wait for one another, above all where
 # two suites run side by side; read by torch when it is imported, and by processes of a test.
@@ -15,6 +14,8 @@ os.environ.setdefault("TORCHINDUCTOR_DEBUG_COMPILE", "1")
 
 import pytest
 import torch
+
+from tests.traced import trace
 
 # Seeding also queues the seed for devices that are missing, each time with the formatted stack: a
 # millisecond, in tests that seed every step.
@@ -48,19 +49,11 @@ def pytest_collection_finish() -> None:
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled functions are traced into graphs, which torch then runs operation by operation.
 
-    Tracing, guards and what is written into inputs are ours to test in every kind of run; C++,
-    which takes most of the time, is made in a test of each driver of it.
+    Tracing, guards and what is written into inputs may differ between kinds of runs; what C++ does
+    with a graph is the subject of a few tests, and with ``--inductor`` of all.
     """
-    if request.config.getoption("--inductor"):
-        return
-    compiler = torch.compile
-
-    def trace(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-        options = settings.pop("options", None) or {}  # all others are the C++ compiler's
-        kept = {n: o for n, o in options.items() if n == "guard_filter_fn"}
-        return compiler(function, backend="aot_eager", options=kept or None, **settings)
-
-    monkeypatch.setattr(torch, "compile", trace)
+    if not request.config.getoption("--inductor"):
+        monkeypatch.setattr(torch, "compile", trace)
 
 
 @pytest.fixture(autouse=True)

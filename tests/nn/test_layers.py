@@ -376,27 +376,26 @@ def test_layers_of_one_name_that_differ_are_refused(other: nn.Module) -> None:
 
 
 @pytest.mark.slow
-@each
-def test_compiled_layers_draw_and_differentiate_the_same(name: str) -> None:
-    layer = IMAGES[name](0.3)
+def test_compiled_layers_draw_and_differentiate_the_same() -> None:
+    """Twin; one graph for all layers takes a fifth of the time to compile."""
+    layers = {name: make(0.3) for name, make in IMAGES.items()}
 
-    def gradient(x: Tensor, strength: Tensor, key: Tensor) -> Tensor:
-        def loss(x: Tensor, strength: Tensor) -> Tensor:
+    def gradients(x: Tensor, strength: Tensor, key: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        def loss(x: Tensor, strength: Tensor, layer: nn.Module) -> Tensor:
             buffers = {"strength": strength}
             if isinstance(layer, st.nn.Stochastic):
                 buffers["key"] = key.clone()
             found = torch.func.functional_call(layer, buffers, (x,)).square().mean()
             return found + st.nn.extra_loss(layer)
 
-        return torch.func.grad(loss, argnums=(0, 1))(x, strength)
+        return {n: torch.func.grad(loss, argnums=(0, 1))(x, strength, m) for n, m in layers.items()}
 
     args = (images(), torch.tensor([0.3]), torch.tensor([5]))
     torch.compiler.reset()  # it compiles the same function only so many times
-    compiled = torch.compile(gradient, fullgraph=True, options={"cpp_wrapper": True})
+    compiled = torch.compile(gradients, fullgraph=True, options={"cpp_wrapper": True})
     for _ in range(50):  # what writes where it must not is seen sooner or later
         found = compiled(*args)
-    for a, b in zip(found, gradient(*args), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, gradients(*args), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import selftune as st
 from selftune.tuner._group import join  # private: its streams of random numbers
 from selftune.tuner._lock import owned
+from tests.traced import trace
 
 pytestmark = [
     pytest.mark.slow,  # processes that each import torch
+    pytest.mark.xdist_group("parallel"),  # two of them do everything, once
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
 ]
 
@@ -182,6 +184,7 @@ def test_what_ranks_cannot_do_is_refused_on_all(number: int, both: list[dict[str
 
 def compiled(number: int, port: int, folder: Path) -> None:
     launched(number, port)
+    torch.compile = trace  # as the fixture "traced" does; two ranks make six graphs each
     found = [train(net(), parallel="ddp", compile=c) for c in (False, True)]
     torch.save(found, folder / f"{number}.pt")
 
