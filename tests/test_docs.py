@@ -9,7 +9,14 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+LONG = ("recipes.md", "inspect.md", "structure.md", "selection.md", "from-keras.md")
+"""Pages whose code takes seconds."""
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.slow] if p.name in LONG else []) for p in PAGES],
+    ids=lambda p: p.name,
+)  # fmt: skip
 def test_python_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,7 @@ def test_ordinary_starts_are_not_lost(shell: str, driver: str) -> None:
     assert sum(math.log(e.ours / e.plain) for e in ends) / len(ends) < 0.3
 
 
+@pytest.mark.slow
 def test_a_sweep_that_kills_units_is_undone() -> None:
     """Law: plain torch ends at 0.11 with 92 % of the units live; this run did at 0.32 with 52 %."""
     (start,) = itertools.islice(ordinary(100, "SGD"), 98, 99)

@@ -127,7 +127,10 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lstm", "transformer"))],
+)
 def test_both_drivers_follow_the_same_trajectory(name: str, rule: str) -> None:
     one, other = by_optimizer(name, rule), by_tuner(name, rule)
     assert set(other) == set(LOOKS)
@@ -141,6 +144,7 @@ def test_both_drivers_follow_the_same_trajectory(name: str, rule: str) -> None:
         assert off[worst] < 1e-9, f"step {step}, {worst}: {off[worst]:.1e} apart"
 
 
+@pytest.mark.slow
 def test_both_drivers_tune_muon_alike() -> None:
     """A group for each kind of parameters, and a part for each parameter; all sensitivities."""
     one = by_optimizer("transformer", "Muon", tangents=1.0, probe=False)

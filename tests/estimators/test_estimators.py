@@ -184,6 +184,7 @@ def test_without_curvature_forward_is_a_trace() -> None:
         assert float(second[n]) == pytest.approx(float(value), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_projections_are_unbiased_and_know_their_variance() -> None:
     """Monte Carlo: the mean over many draws, and the variance that each draw reports."""
     problem, _ = problem_of("SGD")

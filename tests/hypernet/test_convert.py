@@ -255,6 +255,7 @@ def test_frozen_parameters_do_not_respond() -> None:
     assert "1.weight" not in st.hypernet.convert(model).report.responding
 
 
+@pytest.mark.slow
 def test_penalties_are_hyperparameters_of_the_loss() -> None:
     """Truth: ridge regression, whose response to log λ is known in closed form."""
     torch.manual_seed(0)
@@ -325,6 +326,7 @@ def test_the_spread_is_learned_with_the_entropy() -> None:
     torch.testing.assert_close(net.spread.grad, torch.ones_like(net.spread))
 
 
+@pytest.mark.slow
 def test_a_residual_net_of_torchvision() -> None:
     """ResNet-18, whose code knows nothing of hyperparameters: they are put in front of it."""
     models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")

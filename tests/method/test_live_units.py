@@ -26,6 +26,7 @@ def test_units_of_each_layer() -> None:
     assert some[1].isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["freeze", "tasks"])
 def test_frozen_and_unused_layers_are_not_dead(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Law: a layer without gradients at a raised rate is no reason to return to old weights."""

@@ -92,7 +92,7 @@ def curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     return {tag: ([e.step for e in es], [e.value for e in es]) for tag, es in found.items()}
 
 
-@pytest.mark.parametrize("steps", [60, 300, 1000])
+@pytest.mark.parametrize("steps", [60, 300, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("face", [tuner, optimizer])
 def test_every_chart_of_the_layout_draws(face: Any, steps: int, tmp_path: Path) -> None:
     face(steps, tmp_path)

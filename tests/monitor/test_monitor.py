@@ -121,6 +121,7 @@ for _ in range(60):
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_without_finish_loses_no_entry(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", UNFINISHED, str(tmp_path)], check=True)
     assert EventAccumulator(str(tmp_path)).Reload().Scalars("Loss/val")[-1].step >= 55

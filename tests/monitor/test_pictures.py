@@ -57,7 +57,7 @@ def test_intervals_that_are_none_are_refused(name: str) -> None:
         tuner.fit(batches, batches, steps=5, **{name: 0})
 
 
-@pytest.mark.parametrize("every", [None, 40])
+@pytest.mark.parametrize("every", [None, pytest.param(40, marks=pytest.mark.slow)])
 def test_they_come_into_the_log_and_change_nothing(every: int | None, tmp_path: Path) -> None:
     """Law: a run with pictures is the run without, bit for bit."""
 

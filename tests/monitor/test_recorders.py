@@ -369,6 +369,7 @@ def test_thousands_of_rates(tmp_path: Path) -> None:
     assert last.num == 3_000
 
 
+@pytest.mark.slow
 def test_logging_leaves_an_optimizer_s_run_alone() -> None:
     """Truth: the same run without a log, bit for bit, BatchNorm and dropout included."""
     import torch

@@ -106,6 +106,7 @@ def test_files_that_are_no_log_are_survived(finished: Any, tmp_path: Path, capsy
     assert "weight_decay" in out
 
 
+@pytest.mark.slow
 def test_a_killed_run_can_be_read(tmp_path: Path) -> None:
     """Truth: a process that kills itself by SIGKILL in the middle of training."""
     code = f"""

@@ -139,6 +139,7 @@ def test_a_loaded_optimizer_writes_the_same_curves(tmp_path: Path) -> None:
     assert repr(rows[0]) == repr(rows[1])  # for NaN is itself
 
 
+@pytest.mark.slow
 def test_a_run_in_the_folder_of_a_killed_one_replaces_its_curves(tmp_path: Path) -> None:
     script = f"""
 import os, signal

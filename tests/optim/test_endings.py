@@ -86,6 +86,7 @@ def test_a_loop_that_always_asks_is_judged_a_step_before_its_end() -> None:
     assert shown(weight, opt) == pytest.approx(9.8, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["own generator", "torch's generator"])
 def test_noise_alone_brings_nothing_back(own: bool) -> None:
     """A flat loss in the mean: only luck brings a run back, of four places that share theirs."""

@@ -114,6 +114,7 @@ def test_a_first_hyper_step_after_a_blow_up_rolls_back(first: int) -> None:
     assert opt.hparams["lr"] < 1e30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jump", [0.0, 3.0])
 def test_a_few_unlucky_batches_bring_nothing_back(jump: float) -> None:
     """Law: a weight that grows by 0.1 a step is at 300 in the end, unless its loss does jump."""

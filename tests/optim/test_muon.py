@@ -113,6 +113,7 @@ def test_resumes_through_distributed_checkpoints() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_rate_30_times_too_low_is_raised() -> None:
     """Against the fixed rate, with the same schedule."""
     losses = []

@@ -46,7 +46,8 @@ def trained(**options: Any) -> search.Selection:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("missing", [pytest.param(1, marks=pytest.mark.slow), 10])
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", [1, 10])
 def test_a_cut_journal_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, missing: int
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_sampler_that_unpickles_a_shared_storage_is_refused(tmp_path: Path) ->
     assert len(found.study.trials) == 2
 
 
+@pytest.mark.slow
 def test_workers_leave_no_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What workers are given holds training data: it has no name in the file system at all."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -212,7 +214,7 @@ def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
     assert path.read_text() == "these are my notes"
 
 
-@pytest.mark.parametrize("kind", ["journal", "SQLite"])
+@pytest.mark.parametrize("kind", ["journal", pytest.param("SQLite", marks=pytest.mark.slow)])
 def test_a_storage_on_a_full_disk_is_told_by_name(tmp_path: Path, kind: str) -> None:
     """A limit on the size of files makes the system refuse a write in the middle."""
     path = tmp_path / "study"

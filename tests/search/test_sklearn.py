@@ -69,6 +69,7 @@ def test_the_same_seed_is_the_same_model_and_leaves_the_users_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_regressor_in_units_of_its_targets() -> None:
     x, y = load_diabetes(return_X_y=True)
     one = SelfTuningRegressor(epochs=8, tuner=dict(compile=False)).fit(x, y)
@@ -79,6 +80,7 @@ def test_a_regressor_in_units_of_its_targets() -> None:
     assert two.predict(x).shape == (len(x), 2)
 
 
+@pytest.mark.slow
 def test_an_embedding_fits_steep_functions() -> None:
     """Truth: a square wave with six steps, whose variance an MLP of features leaves unexplained."""
     x = np.random.default_rng(0).uniform(-1, 1, (600, 2))
@@ -96,6 +98,7 @@ def test_an_embedding_fits_steep_functions() -> None:
     assert not any(isinstance(m, Periodic) for m in model.modules())
 
 
+@pytest.mark.slow
 def test_tools_of_scikit_learn() -> None:
     x, y = load_iris(return_X_y=True)
     grid = GridSearchCV(SelfTuningClassifier(**BRIEF), {"depth": [0, 1]}, cv=2).fit(x, y)
@@ -114,6 +117,7 @@ def test_data_frames() -> None:
     assert model.predict(x).shape == y.shape
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_ended() -> None:
     x, y = load_iris(return_X_y=True)
     model = SelfTuningClassifier(**QUICK)
@@ -129,6 +133,7 @@ def test_it_goes_on_where_it_ended() -> None:
         model.partial_fit(x, y + 5)
 
 
+@pytest.mark.slow
 def test_classes_weigh_as_asked() -> None:
     """Truth: weighting a rare class raises how often it is predicted."""
     generator = np.random.default_rng(0)
@@ -218,6 +223,7 @@ def test_balanced_weights_are_those_of_the_first_fit() -> None:
         first.partial_fit(x[:60], y[:60], classes=[0, 1, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SelfTuningClassifier, SelfTuningRegressor])
 def test_models_of_either_default_dtype_predict_under_both(kind: Any) -> None:
     """Law: a model predicts the same, whatever torch's default dtype is when it is loaded."""

@@ -93,6 +93,7 @@ def test_the_branch_that_made_the_data_is_chosen() -> None:
     assert float(loss(pruned)) == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_units_of_other_branches_are_closed_and_not_dead(caplog: pytest.LogCaptureFixture) -> None:
     """Law: three of four branches lose their gradients at a raised rate, without a rewind."""
     model, x, y = wide_job()

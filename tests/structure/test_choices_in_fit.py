@@ -114,6 +114,7 @@ def test_the_tuner_trains_and_validates_with_changed_scores(compiled: bool) -> N
     assert result.best_weights["0.scores"].tolist() == [-50.0, 50.0]
 
 
+@pytest.mark.slow
 def test_units_of_other_branches_are_closed_and_not_dead() -> None:
     """Law: three of four branches lose their gradients at a raised rate, without a rewind."""
     model, x, y = wide_job()
@@ -125,6 +126,7 @@ def test_units_of_other_branches_are_closed_and_not_dead() -> None:
     assert list(result.history["rollbacks"]) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_continues_with_the_same_scores(tmp_path: Path) -> None:
     """Truth: the run that was not interrupted; without the state of Adam, equal scores go on."""
     saved: dict[str, Any] = {}

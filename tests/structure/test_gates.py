@@ -92,6 +92,7 @@ def test_both_drivers_tune_the_same_strength(rule: str) -> None:
         assert opt.hparams[name] == pytest.approx(looks[LOOK][name], rel=1e-9), name
 
 
+@pytest.mark.slow
 def test_useless_units_are_closed_and_useful_ones_are_not() -> None:
     """Convergence: most of 40 units go, and the pruned net's loss stays near the wide net's."""
     losses, left = [], []
@@ -109,6 +110,7 @@ def test_useless_units_are_closed_and_useful_ones_are_not() -> None:
     assert losses[1] < 1.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_population_and_joined_weights_agree_on_gates() -> None:
     """Law: gates close in every layout of the weights: joined, one by one, and mapped."""
     for options in (dict(population=2), dict(compile=False)):

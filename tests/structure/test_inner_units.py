@@ -261,6 +261,7 @@ def test_layers_in_one_are_named() -> None:
         Recurrent(lstm(num_layers=2))
 
 
+@pytest.mark.slow
 def test_it_loads_where_the_library_is_not_installed(tmp_path: Path) -> None:
     """Truth: a Python process in which the library cannot be imported."""
     saved = []

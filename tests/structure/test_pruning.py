@@ -285,6 +285,7 @@ def test_it_goes_through_export(name: str) -> None:
     torch.testing.assert_close(exported.module()(x), pruned(x))
 
 
+@pytest.mark.slow
 def test_it_loads_where_the_library_is_not_installed(tmp_path: Path) -> None:
     """Truth: a Python process in which the library cannot be imported."""
     model, x = half_closed(optional), torch.randn(3, 4)

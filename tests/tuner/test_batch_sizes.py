@@ -100,8 +100,11 @@ def fail(progress: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"workers": 1}, {"interval": None}, {"drop_last": True}, {"whole": True}],
-)
+    [
+        {}, pytest.param({"workers": 1}, marks=pytest.mark.slow),
+        {"interval": None}, {"drop_last": True}, {"whole": True},
+    ],
+)  # fmt: skip
 def test_a_killed_run_resumes_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
     """Truth: the same run, uninterrupted; its batches grow within an epoch."""
     options = {"start": 8, "most": 64, "interval": 5} | options

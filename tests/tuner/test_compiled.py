@@ -241,6 +241,7 @@ def test_a_batch_whose_tensors_cannot_be_seen_is_like_no_other() -> None:
     assert signature((torch.ones(2), 1)) == signature((torch.zeros(2), 1))
 
 
+@pytest.mark.slow
 def test_torchs_compiler_is_not_imported_before_it_is_used() -> None:
     """It takes as long to import as torch itself."""
     asked = "import sys, selftune, selftune.search; print('torch._dynamo' in sys.modules)"

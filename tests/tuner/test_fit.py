@@ -188,6 +188,7 @@ def test_a_run_starts_from_the_values_it_is_given(caplog: pytest.LogCaptureFixtu
     assert "beta2: given 0.95" in result.why
 
 
+@pytest.mark.slow
 def test_explanations_do_not_depend_on_the_log() -> None:
     found = [
         tuner(rule=st.rules.AdamW(), hparams={"weight_decay": 1e-6}, probe=False)

@@ -242,6 +242,7 @@ def broken(kind: str, every: int) -> st.TuningResult:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["training", "validation"])
 def test_what_has_no_gradient_is_left_out_and_three_in_a_row_bring_the_run_back(kind: str) -> None:
     """Law: a third of the gradients, or hypergradients, leads nowhere; three in a row do."""

@@ -83,6 +83,7 @@ def test_equals_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(spied.training.fused.run.hyper.raw, before)
 
 
+@pytest.mark.slow
 def test_a_population_learns_and_survives_a_member_that_blows_up() -> None:
     wild = tuner(population=4, hparams={"lr": 30.0, "momentum": 0.9}, exploit_every=10)
     result = wild.fit(loader(shuffle=True), VAL, epochs=12, progress=False)

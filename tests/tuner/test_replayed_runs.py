@@ -30,6 +30,7 @@ def net(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "optimizer"),
     [(st.rules.SGD(), torch.optim.SGD), (st.rules.AdamW(), torch.optim.AdamW)],

@@ -197,6 +197,7 @@ WORKERS = """
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_that_reaches_the_workers_too_ends_cleanly(tmp_path: Path) -> None:
     """A terminal sends it to the whole group of processes."""
     script = textwrap.dedent(WORKERS.format(tests=str(Path(__file__).parent)))
@@ -262,7 +263,7 @@ def test_resuming_where_nothing_is_starts_anew(tmp_path: Path) -> None:
     assert_same(run(tmp_path / "new", resume=True), uninterrupted())
 
 
-@pytest.mark.parametrize("population", [1, 3])
+@pytest.mark.parametrize("population", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_finished_run_is_made_longer(
     population: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,6 +308,7 @@ def test_the_weights_of_a_finished_run_stay_the_best_ones(tmp_path: Path) -> Non
     assert same(best["model"], short.best_weights)
 
 
+@pytest.mark.slow
 def test_a_run_made_longer_resumes_bit_for_bit(tmp_path: Path) -> None:
     run(tmp_path / "whole", epochs=3)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

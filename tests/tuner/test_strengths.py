@@ -59,6 +59,7 @@ def test_strengths_are_tuned_beside_the_update(name: str) -> None:
     assert loss_of(model, points(100, seed=2)) < 0.7 < loss_of(net(), points(100, seed=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "Gauss-Newton", "all in the hypernetwork", "Unrolled"])
 def test_half_precision_ends_where_float32_does(name: str) -> None:
     """Autocast, and a bfloat16 model, tune to the strengths of the float32 run, from 0.2 and 0.1.
