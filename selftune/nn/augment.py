@@ -217,7 +217,7 @@ class Mixup(Stochastic):
     call it on both. Targets become probabilities.
 
     Args:
-        classes: Number of classes; 0 for regression, where targets are mixed directly.
+        classes: Number of classes; 0 for numbers or probabilities, which are mixed directly.
         value: s, 0 or 0.001…0.95; 0 becomes 0.05 if tuned.
         name: Name of the hyperparameter.
 
@@ -244,6 +244,11 @@ class Mixup(Stochastic):
             raise TypeError(
                 f"Mixup(name={self.hparam.name!r}) got target={target!r}, which must be a tensor: "
                 "pass batches with one target, or leave Mixup out"
+            )
+        if bool(self.classes) == target.is_floating_point():
+            raise TypeError(
+                f"Mixup(classes={self.classes}) got targets of {target.dtype}: pass the number of "
+                "classes for class indices, and classes=0 for probabilities and other numbers"
             )
         if self.classes:
             target = F.one_hot(target, self.classes).to(input.dtype)

@@ -206,7 +206,12 @@ def select(
     if sampler == "grid":
         trials = points_of(builders, force, structure is not None)
         most = math.inf if force else MOST
-    if loss_fn is None and any(isinstance(b, AbstractFamily) for b in builders.values()):
+    of_data = any(isinstance(b, AbstractFamily) for b in builders.values())
+    length = {k: v for k, v in (("epochs", epochs), ("steps", steps)) if v is not None}
+    # An objective, which trains nothing here, needs neither.
+    if len(length) == 2 or (of_data and not {*length, *(fit or {})} & {"epochs", "steps"}):
+        raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
+    if loss_fn is None and of_data:
         loss_fn = Shape.of(train).loss()
     if ensemble > 1 and (loss_fn is None or "objective" in (tuner or {})):
         raise ValueError(
@@ -216,9 +221,8 @@ def select(
     trainer = Trainer(
         candidates=builders, train=train, val=val, loss_fn=loss_fn, metric=metric,
         sign=-1 if maximize else 1,
-        length={k: v for k, v in (("epochs", epochs), ("steps", steps)) if v is not None},
-        fit={"patience": patience, **(fit or {})}, tuner=dict(tuner or {}), structure=goal,
-        warm=warm_start, folder=folder, seed=seed, memory=memory, ensemble=ensemble,
+        length=length, fit={"patience": patience, **(fit or {})}, tuner=dict(tuner or {}),
+        structure=goal, warm=warm_start, folder=folder, seed=seed, memory=memory, ensemble=ensemble,
         task=None if memory is None else task_of(train, epochs, steps, dict(tuner or {})),
     )  # fmt: skip
     settings = about(trainer)

@@ -255,6 +255,16 @@ def test_mixup_mixes_targets_as_inputs() -> None:
     assert st.nn.Mixup(classes=0, value=0.5)(inputs, values)[1].shape == values.shape
 
 
+@pytest.mark.parametrize(
+    ("classes", "target"), [(0, torch.tensor([0, 1, 2, 0])), (3, torch.rand(4, 3))]
+)
+def test_mixup_names_targets_of_another_kind(classes: int, target: Tensor) -> None:
+    with pytest.raises(
+        TypeError, match=rf"Mixup\(classes={classes}\) got targets of {target.dtype}"
+    ):
+        st.nn.Mixup(classes)(torch.rand(4, 2), target)
+
+
 def test_penalties_are_taken_once() -> None:
     net = nn.Sequential(nn.Linear(3, 3), st.nn.ActivationPenalty(0.5), st.nn.TemporalPenalty(2.0))
     found = net(torch.randn(2, 4, 3))

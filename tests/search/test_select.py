@@ -213,6 +213,8 @@ def test_bad_arguments() -> None:
         (dict(workers=0), "workers=0"),
         (dict(sampler="best"), "sampler='best'"),
         (dict(pruner="best"), "pruner='best'"),
+        (dict(epochs=3), "epochs=3, steps=60: pass one of the two"),
+        (dict(candidates="auto", steps=None), "epochs=None, steps=None: pass one of the two"),
     ):
         with pytest.raises(ValueError, match=told):
             search.select(**{**dict(candidates=build, train=train, val=val, **QUICK), **wrong})
