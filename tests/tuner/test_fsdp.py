@@ -21,7 +21,6 @@ import selftune as st
 
 pytestmark = [
     pytest.mark.slow,  # processes that each import torch
-    pytest.mark.xdist_group("fsdp"),  # two of them do everything, once
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
 ]
 ROUNDING = dict(rtol=1e-9, atol=1e-9)  # of float64 sums in another order, over 100 steps

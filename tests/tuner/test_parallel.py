@@ -22,7 +22,6 @@ from tests.traced import trace
 
 pytestmark = [
     pytest.mark.slow,  # processes that each import torch
-    pytest.mark.xdist_group("parallel"),  # two of them do everything, once
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
 ]
 
