@@ -129,7 +129,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "name",
-    ["mlp", "cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lstm", "transformer"))],
+    [pytest.param(n, marks=[] if n in ("mlp", "cnn") else [pytest.mark.slow]) for n in MODELS],
 )
 def test_both_drivers_follow_the_same_trajectory(name: str, rule: str) -> None:
     one, other = by_optimizer(name, rule), by_tuner(name, rule)

@@ -56,9 +56,8 @@ class Offset(nn.Module):
 def fused(
     model: nn.Module, population: int | None = None, device: str = "cpu", *, joined: bool = True
 ) -> Fused:
-    tune = ("lr", "weight_decay") if population else ("lr", "beta1", "weight_decay")
     steps, run = made(
-        model.double(), st.rules.AdamW(), tune=tune, every=2,
+        model.double(), st.rules.AdamW(), tune=("lr", "beta1", "weight_decay"), every=2,
         guarded=True, horizon=100, device=device, joined=joined and population is None,
     )  # fmt: skip
     if population:
@@ -182,9 +181,12 @@ def test_shapes_that_torch_cannot_compile_are_trained_eagerly(
 
 
 @pytest.mark.slow
-def test_a_population_compiles() -> None:
+@pytest.mark.parametrize("make", [net, normed])
+def test_a_population_compiles(make: Any, request: pytest.FixtureRequest) -> None:
     """Twin; here, as with many weights, every tensor is apart."""
-    eager, compiled = twins(net, 3)
+    if make is normed:  # the other one is compiled to C++
+        request.getfixturevalue("traced")
+    eager, compiled = twins(make, 3)
     assert_same_runs(eager, compiled, batches(6))
 
 

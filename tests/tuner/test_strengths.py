@@ -147,7 +147,7 @@ def test_the_length_of_outer_gradients_does_not_count(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "Gauss-Newton"])
 def test_compiled_steps_are_the_eager_ones(name: str, request: pytest.FixtureRequest) -> None:
-    if name == "default":  # whose graphs are among those of the other
+    if name == "default":  # the other one is compiled to C++
         request.getfixturevalue("traced")
     results = []
     for compiled in (False, True):
