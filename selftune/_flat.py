@@ -42,6 +42,11 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
 
 def swap(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """Exchange the values of two lists of tensors, a few at a time."""
+    if tensors and sum(t.numel() for t in tensors) <= FEW:
+        copies = [t.clone() for t in tensors]
+        torch._foreach_copy_(list(tensors), list(others))
+        torch._foreach_copy_(list(others), copies)
+        return
     for tensor, other in zip(tensors, others, strict=True):
         parts: list[Sequence[Tensor]] = [(tensor,), (other,)]
         if tensor.numel() > FEW and tensor.is_contiguous():

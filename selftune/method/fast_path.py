@@ -26,7 +26,7 @@ def kernel(update: Update, values: Mapping[str, Any]) -> InPlace | None:
         update: The weight step.
         values: Hyperparameters and options as numbers; per-tensor values have no kernel.
     """
-    if update.penalties or any(isinstance(v, Tensor) for v in values.values()):
+    if update.penalties or Tensor in map(type, values.values()):
         return None
     return update.rule.in_place(values)
 
@@ -62,4 +62,4 @@ def plain(params: list[Tensor]) -> list[Tensor] | None:
 
 def finite(grads: list[Tensor]) -> bool:
     """Whether all gradients are finite; synchronises a GPU."""
-    return math.isfinite(float(torch.stack(torch._foreach_norm(grads)).sum()))
+    return math.isfinite(sum(torch.stack(torch._foreach_norm(grads)).tolist()))

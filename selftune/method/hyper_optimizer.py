@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selftune._gradient import plainly
 from selftune.hparams import Hparam
 from selftune.method.settings import HyperSettings
 from selftune.method.weight_decay_floor import WeightDecayFloor
@@ -213,6 +214,8 @@ class HyperOptimizer:
         if isinstance(free, Tensor):
             raw = torch.where(free > 0, raw, state.raw)
         stepped = stepped._replace(raw=raw)
+        if plainly() and signal.device.type == "cpu":
+            return stepped if bool(fine) else state
         return HyperState(*(torch.where(fine, a, b) for a, b in zip(stepped, state, strict=True)))
 
     def _caution(self, state: HyperState) -> Any:

@@ -28,7 +28,8 @@ def live_units(grads: Sequence[Tensor], present: Sequence[bool] | None = None) -
     """
     places = layers(grads)
     rows = [g.flatten(1) if g.ndim >= 2 else g.reshape(-1, 1) for g in (grads[i] for i in places)]
-    counts = torch.stack([(m != 0).any(1).sum() for m in rows]).float()
+    lengths = [torch.linalg.vector_norm(m, 1, dim=1) for m in rows]  # faster than any()
+    counts = torch.stack([(length != 0).sum() for length in lengths]).float()
     if present is None or all(present):
         return counts
     missing = torch.tensor([not present[i] for i in places], device=counts.device)

@@ -269,10 +269,10 @@ class Sensitivities:
             vector = vector.to(outer.dtype)
             if by_tensor and pieces is not None:
                 products = (vector * outer).split(pieces)
-                return torch.stack([p.sum() for p in products]) * cut.root
+                return cut.rooted(torch.stack([p.sum() for p in products]))
             if vector.numel() > DOT:
-                return (vector * outer).sum().view(1) * cut.root
-            return torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1) * cut.root
+                return cut.rooted((vector * outer).sum().view(1))
+            return cut.rooted(torch.dot(vector.reshape(-1), outer.reshape(-1)).view(1))
 
         rows, average = [*self.rows, *self.lr_rows], cut.take(part.average)
         grads_of = {n: along(n, row) for n, row in zip(rows, part.averaged, strict=True)}

@@ -68,7 +68,11 @@ class Slice:
             >>> float(x @ x), float(Slice(4).scaled(x).square().sum())
             (1240.0, 1344.0)
         """
-        return whole if self.stride == 1 else self.take(whole) * self.root
+        return self.rooted(self.take(whole))
+
+    def rooted(self, kept: Tensor) -> Tensor:
+        """A vector over the slice times √stride."""
+        return kept if self.stride == 1 else kept * self.root
 
     def counts(self, sizes: Sequence[int]) -> list[int]:
         """Number of weights of the slice in each concatenated tensor."""

@@ -170,8 +170,7 @@ class Method:
         ]
         params, grads = [s.params for s in steps], [s.grads for s in steps]
         scaled = [
-            [t if cut.stride == 1 else t * cut.root for cut, t in self.cuts(tensors)]
-            for tensors in (params, grads, pushes)
+            [cut.rooted(t) for cut, t in self.cuts(tensors)] for tensors in (params, grads, pushes)
         ]
         stiffness = state.stiffness[0].observe(
             state.secants, scaled[0], scaled[1], [m.mask for m in moments], scaled[2],
@@ -197,7 +196,7 @@ class Method:
         deflated: Sequence[Tensor] | None = None
         if state.stiffness:
             summed = [
-                self.sensitivities.penalty_sensitivity(p, self._pieces(i), cut) * cut.root
+                cut.rooted(self.sensitivities.penalty_sensitivity(p, self._pieces(i), cut))
                 for i, (cut, p) in enumerate(self.cuts(state.parts))
             ]
             memories = outer.gone * (1 - self.sensitivities.estimator.discount)

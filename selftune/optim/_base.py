@@ -211,13 +211,14 @@ class SelfTuningOptimizer(EvaluationMode):
         loss, grads = outer.gradients(closure)
         engine.buffers.passed()
         loss = engine.reducer.mean(loss)
-        if not bool(torch.isfinite(loss)):
+        value = float(loss)
+        if not math.isfinite(value):
             outer.check_finite(closure)
         with torch.no_grad():
             if engine.shifts.wake():
                 self._publish()
             values = self._groups.values(self.param_groups)
-            if engine.outer_step(float(loss), grads, values, lambda: outer.compared(closure)):
+            if engine.outer_step(value, grads, values, lambda: outer.compared(closure)):
                 self._publish()
             if engine.monitor.on:
                 groups = self.param_groups

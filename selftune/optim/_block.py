@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -181,7 +182,8 @@ class Block:
 
     def piece(self, index: int, tensor: Tensor) -> Tensor:
         """A view of the slice of a tensor shaped like a parameter."""
-        return local(tensor).detach().reshape(-1)[self._firsts[index] :: self.cut.stride]
+        flat = local(tensor).detach().reshape(-1)
+        return flat if self.cut.stride == 1 else flat[self._firsts[index] :: self.cut.stride]
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
         """Concatenate the slices of all tensors."""
@@ -189,8 +191,7 @@ class Block:
 
     def scaled(self, tensors: Sequence[Tensor]) -> Tensor:
         """``slice`` times √stride."""
-        kept = self.slice(tensors)
-        return kept if self.cut.stride == 1 else kept * self.cut.root
+        return self.cut.rooted(self.slice(tensors))
 
     # other weights in place
 
@@ -236,14 +237,19 @@ class Block:
         A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in
         them too (only in the average if a penalty thresholds weights); frozen ones are copied.
         """
-        snapshots = [self.layout.views(flat) for flat in self.snapshots.values()]
-        for param, *views in zip(self.params, self.averages, *snapshots, strict=True):
-            if param.requires_grad:  # read here, not from the local shard
-                mask = local(param) == 0
-                for view in views[: 1 if thresholded else None]:
-                    view.masked_fill_(mask.to(view.device), 0.0)
-            else:
-                for view in views:
+        least = [0.0] * len(self.params)
+        if self.layout.native and all(self.layout.sizes):  # a GPU would synchronise
+            least = torch.stack(torch._foreach_norm(self.params, -math.inf)).tolist()
+        for index, (param, smallest) in enumerate(zip(self.params, least, strict=True)):
+            if param.requires_grad and smallest > 0:  # read here, not from the local shard
+                continue
+            flats = [self.part.average, *self.snapshots.values()]
+            if param.requires_grad and thresholded:
+                del flats[1:]
+            for view in (self.layout.views(flat)[index] for flat in flats):
+                if param.requires_grad:
+                    view.masked_fill_((local(param) == 0).to(view.device), 0.0)
+                else:
                     view.copy_(local(param))
 
     def gradient(self) -> tuple[Tensor, list[bool] | None]:

@@ -212,14 +212,15 @@ class Engine:
             signal = self.reducer.outer(whole_signal)
         else:
             pairs = zip(self.blocks, grads, strict=True)
-            outer = self._outer([self._mean(b.joined(g) * b.cut.root) for b, g in pairs], gone)
+            outer = self._outer([self._mean(b.cut.rooted(b.joined(g))) for b, g in pairs], gone)
             state, signal = self.method.hypergradient(self.store.state(), outer)
             self.store.take(state)
         return self.tune(signal, self.shifts.names)
 
     def taken(self, block: Block, index: int, grad: Tensor) -> Tensor:
         """The needed part of an outer gradient: a slice, or all of it for whole-step estimators."""
-        return grad if self.whole is not None else block.piece(index, grad).clone()
+        piece = block.piece(index, grad)
+        return piece if block.cut.stride == 1 else piece.clone()  # frees the rest
 
     def _mean(self, grads: Tensor) -> Tensor:
         """Mean over processes, so that the norm is that of the mean gradient; shards unchanged."""

@@ -200,7 +200,7 @@ class OuterLoss:
 
 
 def _call(closure: Closure) -> Tensor:
-    mark = _next_node()
+    mark = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # of the next node
     try:
         loss = closure()
     except StopIteration as error:
@@ -213,13 +213,6 @@ def _call(closure: Closure) -> Tensor:
     return loss
 
 
-def _next_node() -> int:
-    """An autograd sequence number above that of every earlier node of the thread."""
-    with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True).view(()).grad_fn
-    return int(getattr(node, "_sequence_nr", lambda: 0)())
-
-
 def _finite(grads: Taken) -> bool:
     return bool(torch.stack([g.isfinite().all() for some in grads for g in some]).all())
 
@@ -227,7 +220,7 @@ def _finite(grads: Taken) -> bool:
 def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: float) -> Taken:
     """The needed parts of the gradients of every block, zeros for unused parameters.
 
-    Each gradient is freed at once, so that only one is in memory.
+    Where only slices are needed, each gradient is freed at once, so that only one is in memory.
 
     Raises:
         ValueError: The loss does not depend on the parameters.
@@ -235,13 +228,12 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: fl
     places = {p: (b, i) for b in blocks for i, p in enumerate(b.params)}
     grads: dict[Tensor, Tensor] = {}
 
-    def seen(param: Tensor, grad: Tensor) -> Tensor:
-        grad = grad.detach()
+    def seen(param: Tensor, grad: Tensor) -> None:
         grads[param] = take(*places[param], grad if scale == 1 else grad / scale)
-        return grad.new_zeros(()).expand_as(grad)  # a placeholder without memory
 
     scaled = loss if scale == 1 else loss * scale
-    _differentiate(scaled, [p for p in places if p.requires_grad], seen)
+    leaves = [p for p in places if p.requires_grad]
+    _differentiate(scaled, leaves, seen, freed=any(b.cut.stride > 1 for b in blocks))
     check_dependence([grads.get(p) for p in places])
     for param, (block, index) in places.items():
         if param not in grads:
@@ -250,9 +242,9 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: fl
 
 
 def _differentiate(
-    loss: Tensor, leaves: Sequence[Tensor], seen: Callable[[Tensor, Tensor], Tensor]
+    loss: Tensor, leaves: Sequence[Tensor], seen: Callable[[Tensor, Tensor], None], *, freed: bool
 ) -> None:
-    """Pass on the gradients of a loss, without changing ``.grad``.
+    """Pass on the gradients of a loss, without changing ``.grad``; ``freed`` frees each at once.
 
     Sharded parameters need ``backward``, whose hooks reduce their gradients, and so do reentrant
     activation checkpoints, which call ``backward`` themselves.
@@ -260,9 +252,14 @@ def _differentiate(
     if not any(map(is_sharded, leaves)) and not any(
         node.name() == "CheckpointFunctionBackward" for node in nodes(loss)
     ):
-        handles = [p.register_hook(partial(seen, p)) for p in leaves]
+
+        def passed(param: Tensor, grad: Tensor) -> Tensor:
+            seen(param, grad.detach())
+            return grad.new_zeros(()).expand_as(grad)  # a placeholder without memory
+
+        handles = [p.register_hook(partial(passed, p)) for p in leaves if freed]
         try:
-            torch.autograd.grad(loss, leaves, allow_unused=True)
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         except RuntimeError as error:
             if "inplace operation" in str(error):  # weights have been exchanged since
                 raise RuntimeError(OLD_LOSS) from error
@@ -275,6 +272,9 @@ def _differentiate(
         finally:
             for handle in handles:
                 handle.remove()
+        for param, grad in zip(leaves, () if freed else grads, strict=False):
+            if grad is not None:
+                seen(param, grad)
         return
     with gradients_apart(leaves):
         loss.backward()

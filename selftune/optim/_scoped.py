@@ -160,16 +160,14 @@ class Scoped:
     def values(self) -> Tensor:
         """Constrained values, one for each segment; 0 if off."""
         if self._values is None:
-            raw = self.base + self.shift[self.slots]
-            values = self.hparam.bijection.forward(raw).nan_to_num(0.0)
-            self._values = values.masked_fill(self.asleep, 0.0)
+            values = self.hparam.bijection.forward(self.base + self.shift[self.slots])
+            self._values = values if self._off is None else torch.where(self._off, 0.0, values)
         return self._values
 
     def slopes(self) -> Tensor:
         """The derivative of each value w.r.t. its raw shift; 0 if off."""
-        values = self.values()
-        off = self.base.isnan() | self.asleep
-        return torch.where(off, 0.0, self.hparam.bijection.slope(values))
+        slopes = self.hparam.bijection.slope(self.values())
+        return slopes if self._off is None else torch.where(self._off, 0.0, slopes)
 
     def gather(self, signal: Tensor) -> Tensor:
         """Sum per-segment derivatives into the shifts they share."""
@@ -179,6 +177,8 @@ class Scoped:
         """Find bounds and origins by extreme bases; hyperparameters that are off are ignored."""
         self._values = None
         on = ~self.base.isnan()
+        off = ~on | self.asleep
+        self._off = off if bool(off.any()) else None
         slots, base = self.slots[on], self.base[on]
         lowest = torch.full_like(self.shift, math.inf).scatter_reduce(0, slots, base, "amin")
         highest = torch.full_like(self.shift, -math.inf).scatter_reduce(0, slots, base, "amax")

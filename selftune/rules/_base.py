@@ -224,6 +224,17 @@ def mix(old: Tensor, new: Tensor, weight: Any) -> Tensor:
     return torch.lerp(old, new, weight)
 
 
+def hoist(*scalars: Any) -> Sequence[Any]:
+    """The same scalars; as tensors, computed once instead of once for every few weights.
+
+    torch's CPU compiler inlines scalars into its loops over weights, where a power takes as long as
+    the rest of a step. The entries of a stack are in memory instead.
+    """
+    if not all(isinstance(s, Tensor) and s.ndim == 0 for s in scalars):
+        return scalars
+    return torch.stack([*scalars, scalars[0]]).unbind()[:-1]  # a stack of one would be inlined
+
+
 SMALLEST = 1e-30
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ from selftune.rules._base import (
     State,
     Values,
     geometric,
+    hoist,
     mix,
     root,
 )
@@ -99,12 +100,12 @@ class Adam(AbstractRule):
         after: State = {"exp_avg": mean, "exp_avg_sq": square}
         if values["amsgrad"]:
             square = after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
-        small = values["eps"] * (1 - values["beta2"] ** (age + 1)) ** 0.5
-        after["root"] = root(square) + small
-        return mean / after["root"] * _factor(values, age), after
+        factor, size = _corrections(values, age)
+        after["root"] = root(square) + values["eps"] * size
+        return mean / after["root"] * factor, after
 
     def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
-        """Closed form, except for β₂, with ``r = √v₊ + ε √c₂`` and f from ``_factor``.
+        """Closed form, except for β₂, with ``r = √v₊ + ε √c₂`` and f = √c₂/c₁.
 
         ``ṁ₊ = β₁ ṁ + (1 − β₁) ġ + β̇₁ (m − g)``; ``v̇₊ = β₂ v̇ + 2 (1 − β₂) g ġ``;
         ``ḋ = f ṁ₊/r − d v̇₊/(2 √v₊ r) + d ḟ/f`` with ``ḟ/f = t β₁ᵗ⁻¹ β̇₁/(1 − β₁ᵗ)``. Over k
@@ -123,10 +124,10 @@ class Adam(AbstractRule):
             add_to(mean_dot, grads, -gain * values_dot["beta1"])
         if grads_dot is not None:
             mean_dot.add_(grads_dot * ((1 - beta1) * gain))
-        direction_dot = (mean_dot / after["root"]).mul_(_factor(values, age))
+        direction_dot = (mean_dot / after["root"]).mul_(_corrections(values, age)[0])
         if "beta1" in values_dot:
             slope = step * beta1 ** (step - 1) * values_dot["beta1"] / (1 - beta1**step)
-            add_to(direction_dot, direction, slope)
+            add_to(direction_dot, direction, *hoist(slope))
         after_dot = {"exp_avg": mean_dot}
         if grads_dot is not None or set(state_dot) - {"exp_avg"}:
             decay = values["beta2"] * discount
@@ -149,10 +150,10 @@ def _scaled(dot: Tensor | None, factor: Any, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if dot is None else dot.mul_(factor)
 
 
-def _factor(values: Values, age: Any) -> Any:
-    """``f = √c₂/c₁``: the bias corrections, taken out of the tensors."""
-    step = age + 1
-    return (1 - values["beta2"] ** step) ** 0.5 / (1 - values["beta1"] ** step)
+def _corrections(values: Values, age: Any) -> Sequence[Any]:
+    """``f = √c₂/c₁`` and √c₂: the bias corrections, taken out of the tensors."""
+    size = (1 - values["beta2"] ** (age + 1)) ** 0.5
+    return hoist(size / (1 - values["beta1"] ** (age + 1)), size)
 
 
 class AdamW(AbstractRule):

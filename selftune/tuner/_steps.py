@@ -25,7 +25,7 @@ from selftune._gradient import plainly
 from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, choice, layers, live_units
 from selftune.nn import Stochastic
-from selftune.rules._base import ParameterOptions
+from selftune.rules._base import ParameterOptions, hoist
 from selftune.tuner._group import Group
 from selftune.tuner._noise_scale import HalvedBatches
 from selftune.tuner._passes import APART, Passed, Passes, ShardedPasses
@@ -259,18 +259,18 @@ class Steps:
             moment = Moment(values, slopes, Clock(step, rate, age), share)
             return self._with_own([moment] * len(run.method.parts))
         present = self.hyper.values(run.hyper.raw)
-        derivatives = self.hyper.slopes(present)
+        derivatives = self.hyper.slopes(present).values()
         even = 1 - stride / (run.step + 3 - run.since).squeeze(0).double()
         newest = 1 - even.clamp(0.0, rho**stride)
         moments = {}
-        for part in run.method.parts:
-            dtype = part.average.dtype
-            if dtype not in moments:
-                moments[dtype] = Moment(
-                    {**self.options, **{n: v.to(dtype) for n, v in present.items()}},
-                    {n: s.to(dtype) for n, s in derivatives.items()},
-                    self.clock(run, dtype, rate), newest.to(dtype),
-                )  # fmt: skip
+        for dtype in {part.average.dtype: None for part in run.method.parts}:
+            scalars = [s.to(dtype) for s in (*present.values(), *derivatives, newest)]
+            *both, share = hoist(*scalars)
+            values = dict(zip(present, both[: len(present)], strict=True))
+            slopes = dict(zip(present, both[len(present) :], strict=True))
+            moments[dtype] = Moment(
+                {**self.options, **values}, slopes, self.clock(run, dtype, rate), share
+            )
         return self._with_own([moments[p.average.dtype] for p in run.method.parts])
 
     def _with_own(self, moments: list[Moment]) -> list[Moment]:
