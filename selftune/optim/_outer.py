@@ -200,7 +200,7 @@ class OuterLoss:
 
 
 def _call(closure: Closure) -> Tensor:
-    mark = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # of the next node
+    mark = torch.autograd._get_sequence_nr()  # of the next node
     try:
         loss = closure()
     except StopIteration as error:
