@@ -19,6 +19,7 @@ from selftune.bijections import AbstractBijection, Log
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.estimators._structured import Structured, unknown
 from selftune.problem import Hparams, Point, Problem
+from selftune.rules._base import hoist
 
 CURVATURES = ("exact", "gauss-newton")
 LEAST = 0.1
@@ -214,7 +215,7 @@ class BestResponse(AbstractEstimator):
         as_if = problem.moved(point, grads + more, hparams)[0]
         there = problem.moved(beside, own - more, near)[0]
         beta = _memory(problem, point, hparams)
-        lasting = (1 - beta ** (point.clock.age + 1)) / (1 - beta)  # 1 + β + … + β^age
+        (lasting,) = hoist((1 - beta ** (point.clock.age + 1)) / (1 - beta))  # 1 + β + … + β^age
         return lasting * (as_if - step), there - step - shift
 
     def estimate(

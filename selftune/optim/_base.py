@@ -211,8 +211,7 @@ class SelfTuningOptimizer(EvaluationMode):
         loss, grads = outer.gradients(closure)
         engine.buffers.passed()
         loss = engine.reducer.mean(loss)
-        value = float(loss)
-        if not math.isfinite(value):
+        if not math.isfinite(value := float(loss)):
             outer.check_finite(closure)
         with torch.no_grad():
             if engine.shifts.wake():

@@ -6,6 +6,7 @@ import torch
 import selftune as st
 from selftune import rules
 from selftune.penalties import L1, L2, AbstractPenalty, Elastic, Group, ProximalL1
+from selftune.rules._base import hoist
 from selftune.update import Clock, Update
 
 OPTIONS = {
@@ -190,3 +191,16 @@ def test_lion_tunes_proximal_penalties_alone(caplog: pytest.LogCaptureFixture) -
     loss_fn, model = torch.nn.functional.mse_loss, torch.nn.Linear(2, 1)
     several = st.Tuner(model, loss_fn, rule=rules.Lion(), penalty=L1(1e-3), population=2)
     assert several.starts["l1"] == 1e-3  # chosen by loss
+
+
+def test_hoisted_scalars_keep_their_values() -> None:
+    """Law: also gradients through them; numbers, and tensors with a value per weight, as given."""
+    given = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.1, 2.0)]
+    kept = hoist(*given)
+    assert [float(v.detach()) for v in kept] == [0.1, 2.0]
+    grads = torch.autograd.grad(kept[0] * kept[1], given)
+    assert [float(g) for g in grads] == [2.0, 0.1]
+    assert hoist(torch.tensor(3.0))[0].ndim == 0
+    each = torch.ones(3), torch.tensor(2.0)
+    assert all(a is b for a, b in zip(hoist(*each), each, strict=True))
+    assert hoist(1.5, torch.tensor(2.0))[0] == 1.5

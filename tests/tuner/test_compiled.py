@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from parts import Batch, assert_same, batches, made, net
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils._pytree import tree_map
 
 import selftune as st
@@ -112,6 +115,27 @@ def test_compiled_steps_agree_with_eager_ones_to_rounding(
     before = graphs()
     assert_same_runs(eager, compiled, batches(4, size=5))
     assert graphs() == before
+
+
+def loops(source: str, count: int) -> Iterator[str]:
+    """The loops of a C++ source over a number of weights."""
+    for start in re.finditer(rf"for\s*\([^{{]*\b{count}L[^{{]*\{{", source):
+        depth, end = 1, start.end()
+        while depth:
+            depth += {"{": 1, "}": -1}.get(source[end], 0)
+            end += 1
+        yield source[start.start() : end]
+
+
+@pytest.mark.slow
+def test_loops_over_weights_compute_no_powers() -> None:
+    """Law: bias corrections and hyperparameters are the same for all weights, so computed once."""
+    _, compiled = twins(net)
+    with fresh_cache():
+        _, sources = run_and_get_code(follow, compiled, batches(2))
+    over_weights = [x for s in sources for x in loops(s, compiled.run.weights[0].numel())]
+    assert over_weights
+    assert not [x for x in over_weights if re.search(r"std::(pow|exp|expm1)\(", x)]
 
 
 @pytest.mark.slow
