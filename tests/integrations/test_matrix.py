@@ -193,6 +193,7 @@ def marked(row: Row) -> Any:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # dcp, of one process
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.usefixtures("traced")  # timm's Kron compiles its functions
 @pytest.mark.parametrize("row", [marked(row) for row in ROWS if callable(row.check)])
 def test_row(row: Row, tmp_path: Path) -> None:
     assert callable(row.check)
