@@ -42,19 +42,21 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
 
 def swap(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """Exchange the values of two lists of tensors, a few at a time."""
-    if tensors and sum(t.numel() for t in tensors) <= FEW:
-        copies = [t.clone() for t in tensors]
-        torch._foreach_copy_(list(tensors), list(others))
-        torch._foreach_copy_(list(others), copies)
-        return
-    for tensor, other in zip(tensors, others, strict=True):
-        parts: list[Sequence[Tensor]] = [(tensor,), (other,)]
-        if tensor.numel() > FEW and tensor.is_contiguous():
-            parts = [t.view(-1).split(FEW) for t in (tensor, other)]
-        for some, those in zip(*parts, strict=True):
-            copy = some.clone()
-            some.copy_(those)
-            those.copy_(copy)
+    if sum(t.numel() for t in tensors) > FEW:
+        for tensor, other in zip(tensors, others, strict=True):
+            pair = [(tensor,), (other,)]
+            if tensor.is_contiguous():
+                pair = [t.view(-1).split(FEW) for t in (tensor, other)]
+            for some, those in zip(*pair, strict=True):
+                _swap([some], [those])
+    elif tensors:
+        _swap(list(tensors), list(others))
+
+
+def _swap(tensors: list[Tensor], others: list[Tensor]) -> None:
+    copies = [t.clone() for t in tensors]
+    torch._foreach_copy_(tensors, others)
+    torch._foreach_copy_(others, copies)
 
 
 class Layout:
