@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -32,8 +31,8 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            copy_into(tensors, before)
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.data.copy_(value)  # equal to what a graph may have saved, so no new version
 
 
 def _gather(tree: Any, tensors: list[Tensor]) -> None:

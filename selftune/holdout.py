@@ -282,6 +282,11 @@ def divide(
             f"{given} can only split a DataLoader with a batch_size, not {name} "
             f"({type(loader).__name__}): pass such a DataLoader, or {instead}"
         )
+    if type(loader).__iter__ is not DataLoader.__iter__ and not hasattr(loader, "state_dict"):
+        raise ValueError(
+            f"{given} cannot keep the __iter__ of {name}={type(loader).__name__}, which may change "
+            f"the batches: change them in collate_fn or the dataset, or {instead}"
+        )
     try:
         total = len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:
@@ -289,10 +294,9 @@ def divide(
         raise ValueError(
             f"{given} needs a dataset with a length: {instead}; {name}.dataset is a {kind}"
         ) from None
-    drawn = type(loader.sampler) is RandomSampler and (
-        loader.sampler.replacement or loader.sampler.num_samples != total
-    )
-    if drawn or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+    sampler: Any = loader.sampler
+    whole = type(sampler) in (RandomSampler, SequentialSampler) and len(sampler) == total
+    if not whole or getattr(sampler, "replacement", False):
         raise ValueError(
             f"{given} cannot keep the order of sampler={type(loader.sampler).__name__}: {instead}"
         )
@@ -311,7 +315,8 @@ def like(loader: DataLoader[Any], data: Any, **changes: Any) -> DataLoader[Any]:
     options: dict[str, Any] = {"num_workers": loader.num_workers}
     if "batch_sampler" not in changes:
         options |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-        options["generator"] = loader.generator
+        own = getattr(loader.sampler, "generator", None)
+        options["generator"] = own if loader.generator is None else loader.generator
     options |= dict(
         collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn, persistent_workers=loader.persistent_workers,

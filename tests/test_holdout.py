@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)  # fmt: skip
 
 import selftune as st
+from selftune.holdout import split
 
 STEPS, JOIN, COUNT = 60, 36, 103
 
@@ -155,6 +163,16 @@ class Rows(IterableDataset[int]):
         return iter(range(100))
 
 
+class Scaled(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return ((x / 255,) for (x,) in super().__iter__())
+
+
+def part() -> DataLoader[Any]:
+    data = TensorDataset(torch.arange(100.0))
+    return DataLoader(data, batch_size=2, sampler=SequentialSampler(range(50)))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "share": (lambda: st.HoldOut(share=1.0), ValueError, r"share=1.0 must be above 0 and below 1"),
     "until": (lambda: st.HoldOut(until=0), ValueError, r"until=0 must be above 0 and below 1"),
@@ -169,6 +187,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an order of its own": (
         lambda: over(loader(shuffle=False, sampler=WeightedRandomSampler(torch.ones(103), 103))),
         ValueError, "cannot keep the order of sampler=WeightedRandomSampler: hold out examples",
+    ),
+    "a part in its order": (
+        lambda: over(part()), ValueError, "cannot keep the order of sampler=SequentialSampler",
+    ),
+    "batches of its own": (
+        lambda: over(Scaled(TensorDataset(torch.arange(100.0)))), ValueError,
+        "cannot keep the __iter__ of loader=Scaled, which may change the batches",
     ),
     "all dropped": (
         lambda: over(loader(100, batch_size=95, drop_last=True)), ValueError,
@@ -218,3 +243,17 @@ def test_a_run_that_over_fitted_ends_with_its_last_good_weights() -> None:
     with torch.no_grad(), opt.averaged():
         losses = [float(F.cross_entropy(model(x[200:]), y[200:])) for model in (net, twin)]
     assert losses[0] < 0.7 * losses[1]
+
+
+def test_a_split_keeps_the_generator_of_the_sampler() -> None:
+    """Law: the order follows it, whatever torch's own generator does."""
+    data = TensorDataset(torch.arange(40.0))
+    orders = []
+    for seed in (1, 2):
+        own = torch.Generator().manual_seed(0)
+        train, _ = split(
+            DataLoader(data, 8, sampler=RandomSampler(data, generator=own)), 0.1, 0, "val=0.1"
+        )
+        torch.manual_seed(seed)
+        orders.append([x.tolist() for (x,) in train])
+    assert orders[0] == orders[1]

@@ -141,6 +141,12 @@ class Controller:
                 "%s: a training gradient of the learning-rate sweep is not finite; the step is "
                 "skipped. Check the batch for NaN or infinite values", self.label,
             )  # fmt: skip
+        if skip and not self.sweeping:
+            log.warning(
+                "%s: %d training gradients in a row are not finite: the learning-rate sweep ends, "
+                "and the run starts at the given rate", self.label, self._lr_sweep.missed,
+            )  # fmt: skip
+            return Action(skip=True, snapshot="average", rewind={})
         return Action(skip=skip)
 
     def _activity(self, record: Activity) -> Action:

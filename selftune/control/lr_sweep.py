@@ -214,9 +214,12 @@ class LRSweep(Saved):
         """Record a gradient that is not finite; return whether to skip its step.
 
         The batch may be the cause, so the next one decides whether the last step has diverged.
-        Without a last step, the learning rate cannot be the cause.
+        Without a last step, the learning rate cannot be the cause; after as many as the sweep has
+        steps, it ends without a choice.
         """
         self.missed += 1
+        if self.missed > self.steps:
+            self.leave()
         return self.missed == 1 or self.taken == 0
 
     def _blow_up(self) -> None:

@@ -60,6 +60,14 @@ def plain(params: list[Tensor]) -> list[Tensor] | None:
     return grads if len(grads) == len(params) else None
 
 
+def norms(grads: list[Tensor]) -> Tensor:
+    """The norm of each gradient, finite if and only if the gradient is; synchronises a GPU."""
+    lengths = torch.stack(torch._foreach_norm(grads))
+    if math.isfinite(sum(lengths.tolist())):
+        return lengths
+    return torch.stack(torch._foreach_norm(grads, 2, torch.float64))  # squares may overflow
+
+
 def finite(grads: list[Tensor]) -> bool:
     """Whether all gradients are finite; synchronises a GPU."""
-    return math.isfinite(sum(torch.stack(torch._foreach_norm(grads)).tolist()))
+    return math.isfinite(sum(norms(grads).tolist()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from selftune.method.slices import Slice
 from selftune.method.snapshots import copy
 from selftune.method.stiff_directions import Secants
 from selftune.optim._checks import check_gradient
+from selftune.optim._masks import Look
 from selftune.optim._shards import Rows, whole
 from selftune.rules._base import InPlace
 
@@ -48,6 +48,7 @@ class Block:
         centre, mark: State of the displacement.
         secants: Secant pairs, or empty.
         sliced: Keys of the state over the slice only.
+        looks: The last look at parameters with exact zeros, by index.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Block:
         kept = cut.scaled(weights)
         self.centre, self.mark = kept.clone(), kept.clone()
         self.secants = [Secants.begin(kept, pairs)] if pairs else []
+        self.looks: dict[int, Look] = {}
         self._stale = False
         self._views: dict[str, list[Tensor]] = {}  # of the rule's state
         self._viewed: Mapping[str, Tensor] = {}
@@ -230,27 +232,6 @@ class Block:
     def average_towards(self, share: float) -> None:
         """Move the average toward the parameters, in place."""
         torch._foreach_lerp_(self.averages, self.params, share)
-
-    def apply_masks(self, *, thresholded: bool) -> None:
-        """Apply masks and frozen parameters to the average and the snapshots.
-
-        A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in
-        them too (only in the average if a penalty thresholds weights); frozen ones are copied.
-        """
-        least = [0.0] * len(self.params)
-        if self.layout.native and all(self.layout.sizes):  # a GPU would synchronise
-            least = torch.stack(torch._foreach_norm(self.params, -math.inf)).tolist()
-        for index, (param, smallest) in enumerate(zip(self.params, least, strict=True)):
-            if param.requires_grad and smallest > 0:  # read here, not from the local shard
-                continue
-            flats = [self.part.average, *self.snapshots.values()]
-            if param.requires_grad and thresholded:
-                del flats[1:]
-            for view in (self.layout.views(flat)[index] for flat in flats):
-                if param.requires_grad:
-                    view.masked_fill_((local(param) == 0).to(view.device), 0.0)
-                else:
-                    view.copy_(local(param))
 
     def gradient(self) -> tuple[Tensor, list[bool] | None]:
         """The concatenated gradients in a reused buffer, and which of them exist (None: all)."""

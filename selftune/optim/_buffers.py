@@ -113,7 +113,7 @@ class Buffers:
         finally:
             self.restore(known)
             for tensor, old in before:
-                tensor.copy_(old)
+                tensor.data.copy_(old)  # as in ``unchanged``
             if self._saved is not None:
                 self.load_state_dict(self._saved)
             self._strangers = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -54,8 +55,14 @@ class Carried:
 
 @contextmanager
 def watching(look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Calls a function before the forward pass of every module within the block."""
-    handle = register_module_forward_pre_hook(look)
+    """Calls a function before every forward pass of a module in this thread within the block."""
+    thread = get_ident()
+
+    def own(module: nn.Module, inputs: Any) -> None:
+        if get_ident() == thread:
+            look(module, inputs)
+
+    handle = register_module_forward_pre_hook(own)
     try:
         with warnings.catch_warnings():  # a compiled model calls hooks twice: harmless
             warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selftune.hparams import MOMENTUM, Hparam
 
@@ -18,6 +18,7 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
     """Raise an error for parameters that cannot be tuned together."""
     first: Tensor | None = None
     seen: dict[int, str] = {}
+    starts: dict[int, str] = {}  # of the memory of each
     for name, param in named:
         if id(param) in seen:
             raise ValueError(f"params: {name} duplicates {seen[id(param)]}; pass it once")
@@ -30,6 +31,13 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
             )
         if param.layout != torch.strided:
             raise ValueError(f"params: {name} is {param.layout}; only dense tensors can be tuned")
+        if type(param) in (Tensor, nn.Parameter) and param.numel() and param.device.type != "meta":
+            other = starts.setdefault(param.data_ptr(), name)
+            if other != name:
+                raise ValueError(
+                    f"params: {name} shares its memory with {other}; tie them by assigning the "
+                    "same nn.Parameter to both, instead of its .data"
+                )
         first = param if first is None else first
         if param.device != first.device:
             raise ValueError(

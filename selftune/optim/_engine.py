@@ -24,6 +24,7 @@ from selftune.monitor import Monitor, marks
 from selftune.optim._block import Block
 from selftune.optim._buffers import Buffers
 from selftune.optim._closures import ClosureSteps
+from selftune.optim._masks import apply_masks
 from selftune.optim._shown import Restored, Shown
 from selftune.optim._stepper import Stepper
 from selftune.optim._store import Store
@@ -118,8 +119,10 @@ class Engine:
     def apply_masks(self) -> None:
         """Apply masks and frozen parameters to averages and snapshots."""
         penalties = self.method.sensitivities.update.penalties
+        thresholded = any(p.proximal for p in penalties)
+        steps = max((age for block in self.blocks for age in block.ages()), default=0.0)
         for block in () if self.buffers.shown else self.blocks:
-            block.apply_masks(thresholded=any(p.proximal for p in penalties))
+            apply_masks(block, self.clock.steps, steps, thresholded=thresholded)
 
     def sync(self) -> None:
         """Copy the current weights to the averaged and good ones."""

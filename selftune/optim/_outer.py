@@ -38,7 +38,8 @@ RARER = 200
 OLD_LOSS = (
     "closure returned a loss computed before the closure was called, at other weights: hyper_step "
     "measures the validation loss at the averaged weights, so the closure must run the model "
-    "itself: opt.hyper_step(lambda: loss_fn(model(x), y))"
+    "itself: opt.hyper_step(lambda: loss_fn(model(x), y)); averaged() of another optimizer goes "
+    "around hyper_step, not into the closure"
 )
 
 
@@ -229,10 +230,13 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: fl
     grads: dict[Tensor, Tensor] = {}
 
     def seen(param: Tensor, grad: Tensor) -> None:
-        grads[param] = take(*places[param], grad if scale == 1 else grad / scale)
+        part = take(*places[param], grad if scale == 1 else grad / scale)
+        grads[param] = grads[param] + part if param in grads else part
 
     scaled = loss if scale == 1 else loss * scale
     leaves = [p for p in places if p.requires_grad]
+    if not leaves:
+        check_dependence([])
     _differentiate(scaled, leaves, seen, freed=any(b.cut.stride > 1 for b in blocks))
     check_dependence([grads.get(p) for p in places])
     for param, (block, index) in places.items():
@@ -259,7 +263,9 @@ def _differentiate(
 
         handles = [p.register_hook(partial(passed, p)) for p in leaves if freed]
         try:
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            with gradients_apart(leaves):  # reversible layers call backward within their own
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+                inner = [p.grad for p in leaves]
         except RuntimeError as error:
             if "inplace operation" in str(error):  # weights have been exchanged since
                 raise RuntimeError(OLD_LOSS) from error
@@ -272,9 +278,10 @@ def _differentiate(
         finally:
             for handle in handles:
                 handle.remove()
-        for param, grad in zip(leaves, () if freed else grads, strict=False):
-            if grad is not None:
-                seen(param, grad)
+        for param, *both in zip(leaves, grads, inner, strict=True):
+            for grad in () if freed else both:
+                if grad is not None:
+                    seen(param, grad)
         return
     with gradients_apart(leaves):
         loss.backward()

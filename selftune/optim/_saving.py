@@ -18,9 +18,10 @@ from selftune.method.stiff_directions import Stiffness
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
+from selftune.optim._masks import Look
 
-VERSION = 27
-"""Version of the state; 27 has the interpolated rate of the sweep."""
+VERSION = 28
+"""Version of the state; 28 has the numbers of exact zeros."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -63,6 +64,10 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "controller": engine.controller.state_dict(),
         "buffers": engine.buffers.state_dict(),
         "looked": engine.first_loss_seen,
+        "zeros": [
+            {i: [None if n is None else int(n) for n in look] for i, look in block.looks.items()}
+            for block in engine.blocks
+        ],
         "shown": bool(engine.training_weights()),
         "training_signal": None if signal is None else signal.clone(),
         "log": log.state_dict(),
@@ -90,6 +95,8 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.buffers.load_state_dict(run["buffers"])
     engine.buffers.expect(p for block in engine.blocks for p in block.params)
     engine.first_loss_seen = run["looked"]
+    for block, looks in zip(engine.blocks, run["zeros"], strict=True):
+        block.looks = {index: Look(*look) for index, look in looks.items()}
 
 
 def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:
@@ -179,7 +186,7 @@ def check_state(
     return run
 
 
-OPEN = ("training_signal", "slopes", "optimizer")
+OPEN = ("training_signal", "slopes", "optimizer", "zeros")
 """Parts whose content depends on the progress of the run."""
 KEYED = ("groups", "buffers")
 """Parts with known keys, whose values depend on the progress of the run."""

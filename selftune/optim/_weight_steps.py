@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selftune._flat import local
 from selftune.control import Action, Activity, Gradient, SweepSlope
-from selftune.method import Moment, live_units
+from selftune.method import Moment, fast_path, live_units
 from selftune.optim._block import Block
 from selftune.optim._closures import Call
 from selftune.optim._engine import Engine
@@ -203,7 +203,7 @@ class WeightSteps:
         return action
 
     def _finite_gradients(self) -> bool:
-        return math.isfinite(self._store.total([g @ g for g, _ in self._grads]))
+        return math.isfinite(self._store.total([*fast_path.norms([g for g, _ in self._grads])]))
 
     # the sweep
 

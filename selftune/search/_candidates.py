@@ -40,17 +40,24 @@ class Candidate:
     def __post_init__(self) -> None:
         """Check the arguments."""
         check({"model": MODULE, "loss_fn": FUNCTION | NONE, "tuner": MAPPING}, vars(self))
-        check_own(self.tuner, "seed= of select")
+        check_own(self.tuner, seed="seed= of select")
 
 
-def check_own(tuner: Mapping[str, Any] | None, instead: str) -> None:
-    """Refuse arguments of the tuner that the search passes itself.
+def check_own(tuner: Mapping[str, Any] | None, **instead: str) -> None:
+    """Refuse arguments of the tuner that its caller passes itself.
+
+    Args:
+        tuner: Arguments given by the user.
+        **instead: What to pass instead of each refused one.
 
     Raises:
-        ValueError: The seed is among them.
+        ValueError: One of these is among them.
     """
-    if tuner is not None and "seed" in tuner:
-        raise ValueError(f"tuner: seed={tuner['seed']!r} is set by the search: pass {instead}")
+    given = tuner or {}
+    for name in given.keys() & instead.keys():
+        raise ValueError(
+            f"tuner: {name}={given[name]!r} is set by the search: pass {instead[name]}"
+        )
 
 
 Builder = Callable[[Space], Any]

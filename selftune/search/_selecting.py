@@ -185,7 +185,7 @@ def select(
         True
     """
     check(ARGUMENTS, locals())
-    check_own(tuner, "seed= of select")
+    check_own(tuner, seed="seed= of select")
     goal = settings_of(structure)
     builders = builders_of(candidates, train)
     joined = os.environ.get(JOIN)

@@ -98,10 +98,26 @@ class Shape:
 
 
 class Classes(nn.CrossEntropyLoss):
-    """Cross entropy with classes in the last dimension, over any number of positions."""
+    """Cross entropy with classes in the last dimension, over any number of positions.
+
+    Args:
+        weight: The weight of each class; None for equal weights.
+        count: Number of classes; None for any.
+    """
+
+    def __init__(self, weight: Tensor | None = None, count: int | None = None) -> None:
+        super().__init__(weight)
+        self.count = count
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean over all positions."""
+        positions = output.shape[:-1].numel() if output.ndim > 1 else 0
+        if positions != target.numel() or self.count not in (None, output.shape[-1]):
+            raise ValueError(
+                f"the model returned shape {tuple(output.shape)} for targets of shape "
+                f"{tuple(target.shape)}: return one score for each "
+                f"{'class' if self.count is None else f'of the {self.count} classes'}"
+            )
         return super().forward(output.flatten(0, -2), target.flatten().long())
 
 

@@ -18,14 +18,14 @@ from sklearn.utils.validation import (
     check_random_state,
     column_or_1d,
     validate_data,
-)
+)  # fmt: skip
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from selftune._arguments import COUNT, FLAG, FUNCTION, MAPPING, NONE, Kind, Number, Whole, check
 from selftune.nn import Dropout
 from selftune.search._candidates import check_own
-from selftune.search._shape import Shape
+from selftune.search._shape import Classes, Shape
 from selftune.search.families._base import Closed
 from selftune.search.families._periodic import first_layer
 from selftune.tuner import Tuner
@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, Kind] = {
 DROPOUT = 0.1
 FEWEST = 8
 """Minimum number of steps in an epoch."""
+ROUNDING = 10 * np.finfo(np.float64).eps
 
 
 @dataclass(eq=False, repr=False)
@@ -73,10 +74,10 @@ class _SelfTuning(BaseEstimator):
     def _fit(self, X: Array, y: Array, shape: Shape, loss: nn.Module, fresh: bool) -> None:
         """Train on checked arrays."""
         check(ARGUMENTS, vars(self))
-        check_own(self.tuner, "random_state=")
+        check_own(self.tuner, seed="random_state=", device="device=", model="module=")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if fresh:
-            self._learn_scale(X)
+            self.mean_, self.scale_ = _moments(X)
         parts = self._split(X, y, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -134,10 +135,6 @@ class _SelfTuning(BaseEstimator):
             size = self.width
         return Closed(shape, *layers, nn.Linear(size, shape.outputs))
 
-    def _learn_scale(self, X: Array) -> None:
-        self.mean_, scale = _moments(X)
-        self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, 1.0)
-
     def _inputs(self, X: Array, model: nn.Module) -> Tensor:
         """Scaled inputs in the model's dtype; rounded last, as means may be far from zero."""
         scaled = (X - self.mean_) / self.scale_ if self.standardize else X
@@ -153,14 +150,15 @@ class _SelfTuning(BaseEstimator):
     def _outputs(self, X: Any) -> Tensor:
         """Outputs of the model for unscaled inputs."""
         check_is_fitted(self, "model_")
-        X = self._checked(X, reset=False)
-        data = self._inputs(X, self.model_)
+        data = self._inputs(self._checked(X, reset=False), self.model_)
         with torch.no_grad():
             parts = [self.model_(part.to(self.device)).cpu() for part in data.split(1024)]
         return torch.cat(parts)
 
     def _checked(self, X: Any, **options: Any) -> Any:
-        """Validate inputs as arrays of finite numbers."""
+        """Validate inputs as arrays of finite numbers; before a new fit, forget the last model."""
+        if options["reset"]:
+            self.__dict__.pop("model_", None)
         return validate_data(self, X, dtype=np.float64, allow_nd=True, **options)
 
 
@@ -235,7 +233,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         codes = np.searchsorted(self.classes_, y)
         if fresh:
             self.class_counts_ = np.bincount(codes, minlength=len(self.classes_))
-        self._fit(X, codes, shape, nn.CrossEntropyLoss(self._class_weights()), fresh)
+        self._fit(X, codes, shape, Classes(self._class_weights(), shape.outputs), fresh)
         return self
 
     def _class_weights(self) -> Tensor | None:
@@ -315,8 +313,7 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
                 f"{('n', *np.shape(self.target_mean_))}: pass as many, or call fit"
             )
         if fresh:
-            self.target_mean_, scale = _moments(y)
-            self.target_scale_ = np.where(scale > 0, scale, 1.0)
+            self.target_mean_, self.target_scale_ = _moments(y)
         scaled = (y - self.target_mean_) / self.target_scale_
         shape = Shape(X.shape[1:], scaled[0].size, "regression", flat=scaled.ndim == 1)
         self._fit(X, scaled, shape, shape.loss(), fresh)
@@ -331,7 +328,10 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
 
 
 def _moments(values: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation by column, also where squares leave the range of float64."""
+    """Mean and standard deviation by column, also where squares leave the range of float64.
+
+    The scale of a column that is constant up to rounding is 1.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         mean, scale = values.mean(0), values.std(0)
     most = np.abs(values).max(0)
@@ -341,7 +341,7 @@ def _moments(values: Array) -> tuple[Array, Array]:
         part = values / np.where(most > 0, most, 1.0)
         mean = np.where(beyond, part.mean(0) * most, mean)
         scale = np.where(beyond, part.std(0) * most, scale)
-    return mean, scale
+    return mean, np.where(varies & (scale > ROUNDING * np.abs(mean)), scale, 1.0)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device)
     if type(batch) in (tuple, list):  # the usual case, tested before slower look-ups
         return tuple([to_device(b, device) for b in batch])
-    if hasattr(batch, "items"):
+    if hasattr(batch, "items") and not hasattr(batch, "__array__"):  # a data frame is an array
         return {k: to_device(v, device) for k, v in batch.items()}
     if hasattr(batch, "to"):  # packed sequences, graphs
         return batch.to(device)
@@ -27,7 +28,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return tuple([to_device(b, device) for b in batch])
     if hasattr(batch, "__array__"):
-        return torch.as_tensor(batch).to(device)
+        array = np.asarray(batch)  # that of a data frame is read-only
+        return torch.as_tensor(array if array.flags.writeable else array.copy()).to(device)
     return batch
 
 
@@ -46,14 +48,14 @@ def structure(batch: Any, top: bool = True) -> Any:
 
 
 def size(batch: Any) -> int:
-    """Examples in a batch on the device: the first dimension of its first tensor."""
+    """Examples in a batch on the device: the first dimension of its first tensor that has one."""
     first = _first(batch)
-    return 1 if first is None or not first.ndim else len(first)
+    return 1 if first is None else len(first)
 
 
 def _first(batch: Any) -> Tensor | None:
-    """The first tensor in tuples and dictionaries, if any."""
+    """The first tensor with a dimension in tuples and dictionaries, if any."""
     if isinstance(batch, Tensor):
-        return batch
+        return batch if batch.ndim else None
     parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else ()
     return next((tensor for tensor in map(_first, parts) if tensor is not None), None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from selftune._modes import random_states, restore_random_states
 from selftune.structure import Batches
@@ -53,6 +53,11 @@ class Stream:
         if not iterable or isinstance(loader, (str, bytes)):
             raise TypeError(
                 f"{name}={type(loader).__name__} must be a DataLoader or an iterable of batches"
+            )
+        if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+            raise TypeError(
+                f"{name}={type(loader).__name__} yields single examples: pass DataLoader({name}, "
+                "batch_size=64), or DataLoader(..., batch_size=None) if its items are batches"
             )
         self.once = isinstance(loader, Iterator)  # a generator: it cannot be started again
         self._own = own_iterator(loader)

@@ -43,8 +43,8 @@ class FastPath:
             return None
         loss, grads, buffers = steps.gradient(run, batch)
         grads = [g.contiguous() for g in grads]
-        norms = torch.stack(torch._foreach_norm(grads))
-        fine, record = steps.record(loss, norms, steps.views(grads) if self._tracked else ())
+        views = steps.views(grads) if self._tracked else ()
+        fine, record = steps.record(loss, fast_path.norms(grads), views)
         if bool(fine):
             parts = run.method.parts
             step, age = int(run.step), int(run.age)

@@ -51,10 +51,25 @@ def for_shapes(function: Step, device: torch.device) -> Step:
     return run
 
 
+NUMBERS = {"CONSTANT_MATCH", "NOT_PRESENT_IN_GENERIC_DICT"}
+LIBRARIES = ("G['__import_torch", "G['__import_selftune", "__import__(", "dict(type(")
+
+
 def _needed(guards: Sequence[Any]) -> list[bool]:
-    """Guards of numbers that users may change; checking all takes as long as a small step."""
-    ours = ("G['__import_", "__import__(", "dict(type(")
-    return [g.guard_type == "CONSTANT_MATCH" and not g.name.startswith(ours) for g in guards]
+    """Guards of what users may change; checking all takes as long as a small step.
+
+    These are numbers, also of classes and modules, and tensors that a model caches in attributes.
+    """
+    return [_of_user(g.guard_type, g.name) for g in guards]
+
+
+def _of_user(kind: str, name: str) -> bool:
+    theirs = "_modules['model']" in name or "loss_fn" in name
+    if kind == "TENSOR_MATCH":
+        return theirs and "_parameters[" not in name and "_buffers[" not in name
+    if kind not in NUMBERS or "__mro__" in name:
+        return False
+    return theirs or (kind == "CONSTANT_MATCH" and not name.startswith(LIBRARIES))
 
 
 def signature(batches: Any) -> Any:

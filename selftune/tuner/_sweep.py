@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from selftune._trees import copy_into
-from selftune.control import Activity, Controller, Gradient, SweepSlope, TrainingLoss
-from selftune.method import live_units
+from selftune.control import Action, Activity, Controller, Gradient, SweepSlope, TrainingLoss
+from selftune.method import fast_path, live_units
 from selftune.method.slopes import Slopes
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
@@ -39,9 +39,12 @@ def sweep(
     while not state.ended:
         passed = steps.gradient(run, batch())
         grads = steps.views(passed[1])
-        norm = steps.method.total(torch.stack(torch._foreach_norm(grads)).sum())
-        if not bool(norm.isfinite()) and controller.observe(Gradient(False)).skip:
+        norm = steps.method.total(fast_path.norms(grads).sum().double())
+        action = Action() if bool(norm.isfinite()) else controller.observe(Gradient(False))
+        if action.skip:
             run.step.add_(1)
+            if action.rewind is not None:
+                snapshots.rewind(action.rewind, swept=False)
             continue
         if not state.taken:
             controller.observe(Activity(steps.method.total(live_units(grads)).tolist()))

@@ -210,3 +210,42 @@ def test_weights_that_a_penalty_has_thresholded_stay_good() -> None:
         opt.report(float("nan"))
     with torch.no_grad():
         assert float((net(X) - Y).square().mean()) < 2 * before + 0.1
+
+
+@pytest.mark.parametrize("shell", ["SGD", "AdamW", "RMSprop"])
+def test_weights_that_touch_zero_stay_in_the_average(shell: str) -> None:
+    """Law: of weights that are 0 after some steps and not after others; also across a state."""
+    net = network()
+    opt = SHELLS[shell](net, tune=(), guard=False, every=5)
+    drawn = torch.Generator().manual_seed(0)
+    for index in range(120):
+        step(net, opt)
+        with torch.no_grad():
+            net[0].weight.mul_(torch.rand(net[0].weight.shape, generator=drawn) < 0.7)
+        tune(net, opt)
+        if index == 60:
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    touched = net[0].weight == 0
+    assert touched.any()
+    assert averaged(net, opt)["0.weight"][touched].all()
+
+
+@pytest.mark.parametrize("shell", ["SGD", "AdamW", "RMSprop"])
+def test_weights_frozen_after_training_keep_their_average(shell: str) -> None:
+    """Twin: the average before."""
+    net = network()
+    opt = SHELLS[shell](net, total_steps=60, probe=False)
+    for _ in range(40):
+        step(net, opt)
+        tune(net, opt)
+    before = averaged(net, opt)
+    net.requires_grad_(False)
+    for name, value in averaged(net, opt).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_parameters_that_share_memory_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight.data = net[0].weight.data
+    with pytest.raises(ValueError, match=r"1.weight shares its memory with 0.weight; tie them"):
+        st.AdamW(net)

@@ -252,3 +252,37 @@ def test_read_only_features_give_no_warning() -> None:
     y.setflags(write=False)
     model = SelfTuningRegressor(epochs=1, standardize=False, random_state=0).fit(X, y)
     assert model.predict(X).shape == (40,)
+
+
+def test_a_refused_fit_leaves_no_model_of_other_data() -> None:
+    """Law: the network of the first fit is not used with the scales of the second."""
+    x, y = columns(50)
+    for kind, targets in ((SelfTuningRegressor, y), (SelfTuningClassifier, y > 0)):
+        model = kind(epochs=1).fit(x, targets)
+        with pytest.raises(ValueError, match="n_samples=4 is too few"):
+            model.fit(100 * x[:4], targets[:4])
+        with pytest.raises(NotFittedError):
+            model.predict(x)
+
+
+def test_columns_that_differ_by_more_than_rounding_are_scaled() -> None:
+    """Law: by hand, up to rounding at 10⁶; a constant column and constant targets stay."""
+    x, _ = columns(60)
+    narrow, constant = 1e6 + 1e-6 * x[:, :1], np.full((60, 1), 0.1)
+    model = SelfTuningRegressor(epochs=1).fit(np.hstack([narrow, constant]), np.full(60, 0.1))
+    assert model.scale_[0] == pytest.approx(narrow.std(), rel=1e-3)
+    assert model.scale_[1] == model.target_scale_ == 1
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_a_module_returns_a_score_for_each_class(outputs: int) -> None:
+    x, y = columns(50)
+    model = SelfTuningClassifier(module=lambda shape: torch.nn.Linear(x.shape[1], outputs))
+    with pytest.raises(ValueError, match="return one score for each of the 2 classes"):
+        model.fit(x, y > 0)
+
+
+def test_arguments_that_the_estimator_passes_itself_are_refused() -> None:
+    x, y = columns(50)
+    with pytest.raises(ValueError, match="device='cpu' is set by the search: pass device="):
+        SelfTuningRegressor(tuner={"device": "cpu"}).fit(x, y)

@@ -142,3 +142,24 @@ def test_a_lock_in_a_model_is_named() -> None:
     model.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"cannot be copied.*lock.*__deepcopy__"):
         tuner(model).fit(loader(), [(X, Y)], steps=5, progress=False)
+
+
+def test_a_number_before_the_inputs_does_not_count_as_one_example() -> None:
+    """Twin: without the number."""
+    two = torch.tensor(2.0)
+    assert best([(two, X[c], Y[c]) for c in CUTS]) == best([(X[c], Y[c]) for c in CUTS])
+
+
+def test_data_frames_are_arrays() -> None:
+    """Twin: arrays."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frames = [(pandas.DataFrame(X[c].numpy()), Y[c].numpy()) for c in CUTS]
+    assert best(frames) == best([(X[c], Y[c]) for c in CUTS])
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_a_dataset_is_no_loader(which: str) -> None:
+    given = {"train": loader(40), "val": loader(40, seed=1)}
+    given[which] = given[which].dataset
+    with pytest.raises(TypeError, match=rf"{which}=TensorDataset yields single examples: pass"):
+        tuner().fit(given["train"], given["val"], epochs=1, progress=False)

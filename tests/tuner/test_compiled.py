@@ -41,6 +41,27 @@ class Scaled(nn.Module):
         return self.net(x) * self.scale
 
 
+class Classy(Scaled):
+    """The same number, of the class until it is set."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.scale
+
+
+class Cached(Scaled):
+    """A tensor that is made again for batches of another size."""
+
+    rows = torch.ones(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.rows) != len(x):
+            self.rows = torch.full((len(x), 1), 0.5, dtype=x.dtype)
+        return self.net(x) * self.rows
+
+
 def normed() -> nn.Module:
     return net(norm=True)
 
@@ -152,9 +173,12 @@ def test_a_model_torch_cannot_compile_stays_eager_and_says_so_once(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
-def test_numbers_changed_on_the_model_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("make", [Scaled, Classy])
+def test_numbers_changed_on_the_model_are_noticed(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """Twin, for which its user turns the same number."""
-    eager, compiled = twins(Scaled)
+    eager, compiled = twins(make)
 
     def assert_noticed(scales: list[float]) -> None:
         for scale in scales:
@@ -167,6 +191,15 @@ def test_numbers_changed_on_the_model_are_noticed(caplog: pytest.LogCaptureFixtu
         assert "stay eager" not in caplog.text
         assert_noticed([1.2, 1.3, 1.4])  # more graphs than torch makes of one function
     assert "keeps changing" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced")
+def test_tensors_that_a_model_caches_by_shape_may_change() -> None:
+    """Twin; batches of another size are taken eagerly in between."""
+    eager, compiled = twins(Cached)
+    for size in (8, 5, 8):
+        assert_same_runs(eager, compiled, batches(2, size=size))
 
 
 @pytest.mark.gpu

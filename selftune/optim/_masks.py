@@ -1,0 +1,73 @@
+"""Exact zeros and frozen parameters, which averages and snapshots follow."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selftune._flat import local
+
+if TYPE_CHECKING:
+    from selftune.optim._block import Block
+
+
+class Look(NamedTuple):
+    """The number of exact zeros in a parameter at a step, and at an earlier one, if known."""
+
+    step: int
+    count: Any
+    before: Any
+
+
+def apply_masks(block: Block, now: int, steps: float, *, thresholded: bool) -> None:
+    """Apply masks and frozen parameters to the average and the snapshots of a block.
+
+    A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in them
+    too (only in the average if a penalty thresholds weights). Frozen parameters are copied if
+    others were trained since they were frozen.
+
+    Args:
+        block: The block.
+        now: Steps of the run.
+        steps: Updates of the parameter that has been updated most often.
+        thresholded: Whether a penalty sets weights to 0.
+    """
+    params, ages, layout = block.params, block.ages(), block.layout
+    least = [0.0] * len(params)
+    if layout.native and all(layout.sizes):  # a GPU would synchronise
+        least = torch.stack(torch._foreach_norm(params, -math.inf)).tolist()
+    for index, (param, smallest) in enumerate(zip(params, least, strict=True)):
+        flats = [block.part.average, *block.snapshots.values()]
+        if not param.requires_grad:  # read here, not from the local shard
+            if ages[index] < steps:
+                for flat in flats:
+                    layout.views(flat)[index].copy_(local(param))
+        elif smallest > 0:
+            if index in block.looks:
+                _before(block.looks, index, 0, now)
+        else:
+            zeros = local(param) == 0
+            held = zeros if thresholded else _held(block.looks, index, zeros, now)
+            for flat in flats[: 1 if thresholded else None]:
+                layout.views(flat)[index].masked_fill_(held.to(flat.device), 0.0)
+
+
+def _held(looks: dict[int, Look], index: int, zeros: Tensor, now: int) -> Tensor:
+    """The zeros of a parameter if there are as many as at the last look, or it never had any.
+
+    Weights that only touch 0, as with ``clamp_(min=0)`` after every step, are not held there.
+    """
+    count = zeros.sum()
+    before = _before(looks, index, count, now)
+    return zeros if before is None else zeros & (count == before)
+
+
+def _before(looks: dict[int, Look], index: int, count: Any, now: int) -> Any:
+    """Record the number of zeros of a parameter; return that at an earlier step."""
+    look = looks.get(index)
+    before = None if look is None else look.before if look.step == now else look.count
+    looks[index] = Look(now, count, before)
+    return before
