@@ -128,10 +128,10 @@ class HeldOut:
         parts = divide(loader, settings.share, seed, given, "loader", "hold out examples yourself")
         rest, self.held = map(sorted, parts)
         self.steps, self.join, self.step, self._seed = steps, settings.join(steps), 0, seed
-        size, shuffled = _size(loader), isinstance(loader.sampler, RandomSampler)
+        size, shuffled = loader.batch_size or 1, isinstance(loader.sampler, RandomSampler)
         everything = range(len(rest) + len(self.held))
         kept: list[_Batches] = [
-            _Batches(indices, size, shuffled, loader.drop_last, 3 * seed + i, end)
+            _Batches(indices, size, shuffled, _drops(loader, len(indices)), 3 * seed + i, end)
             for i, (indices, end) in enumerate(((rest, self.join), (everything, steps - self.join)))
         ]
         for batches in kept:
@@ -337,11 +337,11 @@ def split(
     parts = divide(loader, share, seed, given, "train", "pass validation batches, fit(train, val)")
     rest, held_out = (Subset(loader.dataset, indices) for indices in parts)
     shuffled = isinstance(loader.sampler, RandomSampler)
-    return like(loader, rest, shuffle=shuffled), like(
-        loader, held_out, shuffle=True, drop_last=False
-    )
+    train = like(loader, rest, shuffle=shuffled, drop_last=_drops(loader, len(rest)))
+    return train, like(loader, held_out, shuffle=True, drop_last=False)
 
 
-def _size(loader: DataLoader[Any]) -> int:
-    assert loader.batch_size is not None  # checked by ``divide``
-    return loader.batch_size
+def _drops(loader: Any, count: int) -> bool:
+    """Whether the last batch is dropped: as by the loader, or if a split left it one example."""
+    size, whole = loader.batch_size, len(loader.dataset)
+    return bool(loader.drop_last) or count % size == 1 != whole % size  # for BatchNorm

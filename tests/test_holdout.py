@@ -257,3 +257,12 @@ def test_a_split_keeps_the_generator_of_the_sampler() -> None:
         torch.manual_seed(seed)
         orders.append([x.tolist() for (x,) in train])
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("size", [17, 18])
+def test_a_split_makes_no_batch_of_one_example(size: int) -> None:
+    """Law: the last batch has 3 of 190 examples, and would have one of 171, or of 181 in 18."""
+    whole = DataLoader(TensorDataset(torch.arange(190.0)), size)
+    train, _ = split(whole, 0.1 if size == 17 else 9 / 190, 0, "val")
+    held = st.HoldOut(share=0.1 if size == 17 else 9 / 190).over(whole, 60)
+    assert min(len(x) for (x,) in [*train, *held]) > 1

@@ -33,6 +33,7 @@ from selftune._arguments import (
     Whole,
     check,
 )
+from selftune.holdout import HoldOut
 from selftune.rules import AdamW
 from selftune.search._candidates import (
     MOST,
@@ -217,6 +218,11 @@ def select(
         raise ValueError(
             f"ensemble={ensemble} needs loss_fn, the loss of outputs and targets, for the mean of "
             "the models' outputs: pass it instead of objective=, or omit ensemble="
+        )
+    if (val is None or isinstance(val, HoldOut)) and (ensemble > 1 or structure is not None):
+        raise ValueError(
+            f"val={val!r} lets validation examples join the training data, on which neither "
+            "ensemble= nor structure= can rely: pass val=0.2, or validation batches"
         )
     trainer = Trainer(
         candidates=builders, train=train, val=val, loss_fn=loss_fn, metric=metric,

@@ -216,6 +216,11 @@ def test_choices_that_depend_on_others_fail_alone(tmp_path: Path) -> None:
         ({"structure": {"of": "flops"}}, "of='flops' must be one of parameters, multiply_adds"),
         ({"structure": {"end": "a"}}, "structure: end='a' must be"),
         ({"tuner": {"seed": 3}}, "seed=3 is set by the search"),
+        ({"val": st.HoldOut(), "structure": {"of": "parameters"}}, "val=HoldOut.* lets validation"),
+        (
+            {"val": None, "structure": {"of": "parameters"}},
+            "val=None lets validation examples join",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], match: str) -> None:
