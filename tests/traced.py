@@ -12,4 +12,4 @@ def trace(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """``torch.compile``, except that torch runs the graph operation by operation."""
     options = settings.pop("options", None) or {}  # all others are the C++ compiler's
     kept = {n: o for n, o in options.items() if n == "guard_filter_fn"}
-    return compiler(function, backend="aot_eager", options=kept or None, **settings)
+    return compiler(function, **{"backend": "aot_eager", "options": kept or None} | settings)

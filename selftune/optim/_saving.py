@@ -95,7 +95,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.buffers.load_state_dict(run["buffers"])
     engine.buffers.expect(p for block in engine.blocks for p in block.params)
     engine.first_loss_seen = run["looked"]
-    for block, looks in zip(engine.blocks, run["zeros"], strict=True):
+    for block, looks in zip(engine.blocks, run["zeros"], strict=False):
         block.looks = {index: Look(*look) for index, look in looks.items()}
 
 

@@ -216,11 +216,6 @@ def test_choices_that_depend_on_others_fail_alone(tmp_path: Path) -> None:
         ({"structure": {"of": "flops"}}, "of='flops' must be one of parameters, multiply_adds"),
         ({"structure": {"end": "a"}}, "structure: end='a' must be"),
         ({"tuner": {"seed": 3}}, "seed=3 is set by the search"),
-        ({"val": st.HoldOut(), "structure": {"of": "parameters"}}, "val=HoldOut.* lets validation"),
-        (
-            {"val": None, "structure": {"of": "parameters"}},
-            "val=None lets validation examples join",
-        ),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], match: str) -> None:
@@ -261,3 +256,14 @@ def test_scales_near_the_limits_of_float64_are_learned_like_others(scale: float)
     plain = SelfTuningRegressor(epochs=2).fit(x, y)
     other = SelfTuningRegressor(epochs=2).fit(x * scale, y * scale)
     np.testing.assert_allclose(other.predict(x * scale) / scale, plain.predict(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("val", [st.HoldOut(), None])
+def test_validation_examples_that_join_do_not_choose(val: Any) -> None:
+    batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
+    for options in ({"ensemble": 2}, {"structure": {"of": "parameters"}}):
+        with pytest.raises(ValueError, match=r"val=.* lets validation examples join the training"):
+            search.select(
+                lambda space: nn.Linear(4, 1), batches, val, epochs=1, trials=2,
+                loss_fn=F.mse_loss, progress=False, **options,
+            )  # fmt: skip
