@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,18 @@ from selftune.method.slices import Slice
 from selftune.method.snapshots import copy
 from selftune.method.stiff_directions import Secants
 from selftune.optim._checks import check_gradient
-from selftune.optim._masks import Look
 from selftune.optim._shards import Rows, whole
 from selftune.rules._base import InPlace
 
 Entries = Sequence[dict[str, Any]]
+
+
+class Look(NamedTuple):
+    """The number of exact zeros in a parameter at a step, and at an earlier one, if known."""
+
+    step: int
+    count: Any
+    before: Any
 
 
 class Block:

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from selftune._flat import local
-
-if TYPE_CHECKING:
-    from selftune.optim._block import Block
-
-
-class Look(NamedTuple):
-    """The number of exact zeros in a parameter at a step, and at an earlier one, if known."""
-
-    step: int
-    count: Any
-    before: Any
+from selftune.optim._block import Block, Look
 
 
 def apply_masks(block: Block, now: int, steps: float, *, thresholded: bool) -> None:
@@ -39,20 +29,21 @@ def apply_masks(block: Block, now: int, steps: float, *, thresholded: bool) -> N
     least = [0.0] * len(params)
     if layout.native and all(layout.sizes):  # a GPU would synchronise
         least = torch.stack(torch._foreach_norm(params, -math.inf)).tolist()
-    for index, (param, smallest) in enumerate(zip(params, least, strict=True)):
-        flats = [block.part.average, *block.snapshots.values()]
-        if not param.requires_grad:  # read here, not from the local shard
-            if ages[index] < steps:
-                for flat in flats:
-                    layout.views(flat)[index].copy_(local(param))
-        elif smallest > 0:
-            if index in block.looks:
-                _before(block.looks, index, 0, now)
-        else:
+    touched = [i for i, p in enumerate(params) if not (p.requires_grad and least[i] > 0)]
+    for index in block.looks.keys() - set(touched):
+        _before(block.looks, index, 0, now)
+    flats = [block.part.average, *block.snapshots.values()]
+    views = [layout.views(flat) for flat in flats] if touched else []
+    for index in touched:
+        param = params[index]
+        if param.requires_grad:  # read here, not from the local shard
             zeros = local(param) == 0
             held = zeros if thresholded else _held(block.looks, index, zeros, now)
-            for flat in flats[: 1 if thresholded else None]:
-                layout.views(flat)[index].masked_fill_(held.to(flat.device), 0.0)
+            for view in views[: 1 if thresholded else None]:
+                view[index].masked_fill_(held.to(view[index].device), 0.0)
+        elif ages[index] < steps:
+            for view in views:
+                view[index].copy_(local(param))
 
 
 def _held(looks: dict[int, Look], index: int, zeros: Tensor, now: int) -> Tensor:

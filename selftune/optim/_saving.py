@@ -15,10 +15,10 @@ from selftune._identity import differences
 from selftune.method import Displacement
 from selftune.method.slopes import Slopes
 from selftune.method.stiff_directions import Stiffness
+from selftune.optim._block import Look
 from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
-from selftune.optim._masks import Look
 
 VERSION = 28
 """Version of the state; 28 has the numbers of exact zeros."""

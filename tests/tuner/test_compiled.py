@@ -67,7 +67,7 @@ def normed() -> nn.Module:
 
 
 class Offset(nn.Module):
-    """A scalar parameter beside others."""
+    """Has a scalar parameter, too."""
 
     def __init__(self) -> None:
         super().__init__()
