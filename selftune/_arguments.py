@@ -126,6 +126,18 @@ class Instance(Kind):
 
 
 @dataclass(frozen=True)
+class Folder(Instance):
+    """Paths of folders, which may be missing."""
+
+    classes: tuple[type, ...] = (str, Path)
+    words: str = "a folder, not a file"
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is no file."""
+        return not Path(value).is_file()
+
+
+@dataclass(frozen=True)
 class That(Kind):
     """Values accepted by a function."""
 
@@ -198,6 +210,7 @@ MODULE = Instance((nn.Module,), "a torch.nn.Module")
 MODULES = ListOf(MODULE, "torch.nn.Modules")
 NAMES = ListOf(TEXT, "names")
 PATH = Instance((str, Path), "a path")
+FOLDER = Folder()
 MAPPING = Instance((Mapping,), "a dictionary")
 FUNCTION = That(callable, "a function")
 SCALAR = That(

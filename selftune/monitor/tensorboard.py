@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from selftune._arguments import PATH, That, checked
+from selftune._arguments import FOLDER, That, checked
 from selftune._processes import alive
 from selftune.monitor._base import AbstractRecorder, Row
 from selftune.monitor.axes import WHEN
@@ -53,7 +53,7 @@ class TensorBoard(AbstractRecorder):
     """
 
     @checked(
-        target=PATH | That(writes_scalars, "a SummaryWriter, or with its add_scalar and flush"),
+        target=FOLDER | That(writes_scalars, "a SummaryWriter, or with its add_scalar and flush"),
     )
     def __init__(self, target: str | Path | Any, about: Mapping[str, Any] | None = None) -> None:
         self._about = dict(about or {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sized
 from contextlib import suppress
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -50,7 +51,7 @@ def validation(train: Any, val: Any, seed: int) -> list[Any] | None:
     """
     if isinstance(val, HoldOut):
         return [val.share, seed, count(train)]
-    if val is None or isinstance(val, (int, float)):
+    if val is None or isinstance(val, Real):
         return [val, seed, count(train)]
     return [count(val)]
 

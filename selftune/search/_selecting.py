@@ -22,6 +22,7 @@ from tqdm import tqdm
 from selftune._arguments import (
     COUNT,
     FLAG,
+    FOLDER,
     FUNCTION,
     MAPPING,
     NONE,
@@ -77,7 +78,7 @@ ARGUMENTS: dict[str, Kind] = {
     "ensemble": COUNT,
     "tuner": MAPPING | NONE,
     "fit": MAPPING | NONE,
-    "log_dir": PATH | NONE,
+    "log_dir": FOLDER | NONE,
     "seed": Whole(),
     "force": FLAG,
     "progress": FLAG,

@@ -35,10 +35,10 @@ class Shape:
 
     @property
     def kind(self) -> str:
-        """``"words"``, ``"table"``, ``"sequence"`` or ``"images"``."""
+        """``"words"``, ``"table"``, ``"sequence"``, ``"images"`` or ``"volumes"``."""
         if self.words is not None:
             return "words"
-        return {1: "table", 2: "sequence"}.get(len(self.inputs), "images")
+        return {1: "table", 2: "sequence", 3: "images"}.get(len(self.inputs), "volumes")
 
     def loss(self) -> nn.Module:
         """The standard loss for the task."""
@@ -55,7 +55,8 @@ class Shape:
             use: What needs the shape, for the error.
 
         Raises:
-            ValueError: There are no batches, or a batch is not a pair of tensors.
+            TypeError: Inputs or targets are not tensors.
+            ValueError: There are no batches, a batch is not a pair, or a family cannot learn it.
         """
         inputs: tuple[int, ...] | None = None
         words = classes = 0
@@ -66,26 +67,18 @@ class Shape:
                     "others, omit it, and pass functions that build a model"
                 )
             x, y = batch
+            if use == AUTO:
+                _check_inputs(x)
+                _check_targets(y, x)
             inputs = tuple(map(max, inputs or x.shape[1:], x.shape[1:]))
-            dtype = torch.get_default_dtype()
-            if use == AUTO and x.is_floating_point() and x.dtype != dtype:
-                raise ValueError(
-                    f"train has inputs of {x.dtype}: families are {dtype}, convert with "
-                    f"x.to({dtype})"
-                )
             if not x.is_floating_point():
-                if x.ndim > 2 and use == AUTO:
-                    raise ValueError(
-                        f"train has inputs of {x.dtype} and shape {tuple(x.shape)}: integers are "
-                        "word indices of shape (batch, length); convert images to float first"
-                    )
                 words = max(words, int(x.max()) + 1)
             if not y.is_floating_point():
-                if use == AUTO and y.ndim == 1 and int(y.min()) < 0:
-                    raise ValueError(f"train has the class {int(y.min())}: number them from 0")
                 classes = max(classes, int(y.max()) + 1)
         if inputs is None:
             raise ValueError("train has no batches: its shapes cannot be inferred")
+        if use == AUTO and classes == 1:
+            raise ValueError("train has targets of class 0 only: there is nothing to learn")
         if y.is_floating_point():
             return cls(inputs, y[0].numel(), "regression", words or None, flat=y.ndim == 1)
         if words:
@@ -95,6 +88,46 @@ class Shape:
     def close(self, output: Tensor) -> Tensor:
         """Reshape a model output to the shape of the target."""
         return output.squeeze(-1) if self.flat else output
+
+
+def _check_inputs(x: Any) -> None:
+    """Raise an error for inputs that no family takes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"train has inputs of type {type(x).__name__}: convert them to tensors")
+    dtype, shape = torch.get_default_dtype(), tuple(x.shape)
+    if x.is_floating_point() or x.is_complex():
+        if x.dtype != dtype:
+            raise ValueError(
+                f"train has inputs of {x.dtype}: families are {dtype}, convert with x.to({dtype})"
+            )
+        if x.ndim < 2 or 0 in shape:
+            raise ValueError(
+                f"train has inputs of shape {shape}: families take (batch, features) or more "
+                "dimensions, none of them 0"
+            )
+        if not bool(x.isfinite().all()):
+            raise ValueError("train has inputs that are missing or infinite: replace them first")
+    elif x.ndim != 2:
+        raise ValueError(
+            f"train has inputs of {x.dtype} and shape {shape}: integers are word indices of shape "
+            "(batch, length); convert images to float first"
+        )
+
+
+def _check_targets(y: Any, x: Tensor) -> None:
+    """Raise an error for targets that no family predicts from these inputs."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"train has targets of type {type(y).__name__}: convert them to tensors")
+    each = not y.is_floating_point() and x.ndim == (3 if x.is_floating_point() else 2)
+    if y.ndim not in (1, 2) or not (y.ndim == 1 or y.is_floating_point() or each):
+        raise ValueError(
+            f"train has targets of {y.dtype} and shape {tuple(y.shape)} for inputs of shape "
+            f"{tuple(x.shape)}: families predict numbers, as floats of shape (batch,) or "
+            "(batch, outputs), and classes, as integers of shape (batch,) or, for sequences, "
+            "(batch, length)"
+        )
+    if y.ndim == 1 and not y.is_floating_point() and int(y.min()) < 0:
+        raise ValueError(f"train has the class {int(y.min())}: number them from 0")
 
 
 class Classes(nn.CrossEntropyLoss):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selftune._arguments import COUNT, NONE, PATH, TEXT, Kind, Number, That, check, checked
+from selftune._arguments import COUNT, FOLDER, NONE, TEXT, Kind, Number, That, check, checked
 from selftune._files import write_text
 from selftune.hparams import Hparam
 from selftune.search._shape import Shape
@@ -41,7 +41,7 @@ class Task:
     """Simple meta-features of a data set and of a training run.
 
     Attributes:
-        kind: ``"table"``, ``"images"``, ``"sequence"`` or ``"words"``.
+        kind: ``"table"``, ``"sequence"``, ``"images"``, ``"volumes"`` or ``"words"``.
         task: ``"classification"`` or ``"regression"``.
         examples: Number of training examples.
         inputs: Number of values in an example.
@@ -125,11 +125,9 @@ class Memory:
     Source: Nichol et al. 2018 (Reptile); Feurer et al. 2015 (meta-features).
     """
 
-    @checked(path=PATH)
+    @checked(path=FOLDER)
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
-        if self.path.is_file():
-            raise ValueError(f"path={path} is a file: pass a folder")
 
     def remember(
         self,

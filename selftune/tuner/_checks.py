@@ -16,6 +16,7 @@ from selftune import control, method
 from selftune._arguments import (
     COUNT,
     FLAG,
+    FOLDER,
     FUNCTION,
     MAPPING,
     MODULE,
@@ -123,7 +124,7 @@ ARGUMENTS: dict[str, Kind] = {
 FIT_ARGUMENTS: dict[str, Kind] = {
     "epochs": NONE | COUNT,
     "steps": NONE | COUNT,
-    "log_dir": NONE | PATH,
+    "log_dir": NONE | FOLDER,
     "callbacks": That(
         lambda c: isinstance(c, Sequence) and all(map(callable, c)), "a sequence of functions, [f]"
     ),
@@ -270,6 +271,11 @@ def check_model(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "sparse", False):
             raise ValueError(f"model: {name} gives sparse gradients: create it with sparse=False")
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(
+                f"model: {name} has max_norm={module.max_norm} and writes to its weights during a "
+                "forward pass, which cannot be differentiated: create it with max_norm=None"
+            )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,12 +70,13 @@ def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None, fl
         holding = HoldOut() if val is None else val
         given = f"val=None (a held-out share of {holding.share})" if val is None else f"val={val}"
         return *split(train, holding.share, seed, given), holding, float(holding.share)
-    if isinstance(val, (int, float)):
-        if not 0 < val < 1:
+    if isinstance(val, Real):
+        share = float(val)
+        if not 0 < share < 1:
             raise ValueError(
                 f"val={val} must be between 0 and 1, or a loader of validation batches"
             )
-        return *split(train, float(val), seed, f"val={val}"), None, float(val)
+        return *split(train, share, seed, f"val={val}"), None, share
     if val is train:
         log.warning("val is train: regularization cannot be tuned on the training data")
     return train, val, None, None

@@ -68,7 +68,7 @@ def test_files_that_are_broken_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "foreign.json").write_text("[1, 2]")
     assert len(memory.runs()) == 1
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="must be a folder, not a file"):
         search.Memory(tmp_path / "file")
 
 

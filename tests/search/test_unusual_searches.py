@@ -267,3 +267,31 @@ def test_validation_examples_that_join_do_not_choose(val: Any) -> None:
                 lambda space: nn.Linear(4, 1), batches, val, epochs=1, trials=2,
                 loss_fn=F.mse_loss, progress=False, **options,
             )  # fmt: skip
+
+
+LABELS = (X[:, 0] > 0).long()
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "matrices to predict": (X, X[:, :4].reshape(-1, 2, 2), "targets of torch.float32 and shape"),
+    "several classes for a row": (X, torch.stack([LABELS, LABELS], 1), "targets of torch.int64"),
+    "no batch dimension": (X[:, 0], LABELS, r"inputs of shape \(16,\)"),
+    "no features": (X[:, :0], LABELS, r"inputs of shape \(16, 0\)"),
+    "a missing value": (torch.where(X > 1, torch.nan, X), LABELS, "missing or infinite"),
+    "complex": (X.cfloat(), LABELS, "inputs of torch.complex64"),
+    "one class": (X, torch.zeros_like(LABELS), "class 0 only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_data_that_no_family_learns_is_refused_before_the_first_trial(case: str) -> None:
+    inputs, targets, message = REFUSED[case]
+    batches = list(zip(inputs.split(16), targets.split(16), strict=True))
+    with pytest.raises(ValueError, match=message):
+        search.select("auto", batches[:3], batches[3:], epochs=1)
+
+
+def test_volumes_are_learnt_by_layers_that_take_any_shape() -> None:
+    volumes = X.reshape(-1, 1, 2, 2, 2)
+    batches = list(zip(volumes.split(16), LABELS.split(16), strict=True))
+    found = search.select("auto", batches[:3], batches[3:], trials=2, epochs=1, progress=False)
+    assert {n.split(".")[0] for t in found.study.trials for n in t.params} == {"mlp"}
+    assert {t.state.name for t in found.study.trials} == {"COMPLETE"}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import Batch, Outage, loader, net, points, same, tuner
@@ -158,6 +159,11 @@ def test_workers_end_with_the_run(persistent: bool) -> None:
     del run, batches, result
     gc.collect()
     assert time.monotonic() - begun < 4
+
+
+def test_a_share_of_numpy_splits_like_a_float() -> None:
+    of_numpy, plain = (fit(loader(), val=val).history for val in (np.float32(0.1), 0.1))
+    assert same(of_numpy, plain)
 
 
 def test_what_has_no_length_asks_for_steps() -> None:

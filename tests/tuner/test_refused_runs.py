@@ -80,6 +80,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError, "sampler=WeightedRandomSampler",
     ),
     "resume without a place": (dict(resume=True), ValueError, "resume=True needs the log_dir"),
+    "a file as folder": (dict(log_dir=__file__), ValueError, "a folder, not a file"),
     "resume from nothing": (
         dict(resume="nowhere/last.pt"), FileNotFoundError, "there is no checkpoint nowhere",
     ),
@@ -146,6 +147,21 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
         fit(val=not_finite(), run=tuner(model))
     assert same(model.state_dict(), before)
     assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Embedding(9, 3, max_norm=1.0), "model: 0 has max_norm=1.0"),
+        (nn.Embedding(9, 3, sparse=True), "model: 0 gives sparse gradients"),
+        (nn.Linear(3, 3, dtype=torch.cfloat), "model: 0.weight is complex"),
+        (nn.Linear(3, 3, device="meta"), "model: 0.weight is on the meta device"),
+        (nn.LazyLinear(3), "model: 0.weight is not initialised yet"),
+    ],
+)
+def test_models_that_cannot_be_tuned_are_refused(layer: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tuner(nn.Sequential(layer))
 
 
 def test_one_tuner_is_one_run() -> None:

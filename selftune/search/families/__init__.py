@@ -28,6 +28,7 @@ __all__ = [
 AUTO: dict[str, tuple[type[AbstractFamily], ...]] = {
     "table": (MLP, ResNet),
     "images": (CNN, ResNet, MLP),
+    "volumes": (MLP,),
     "sequence": (LSTM, GRU, Transformer),
     "words": (LSTM, GRU, Transformer),
 }
