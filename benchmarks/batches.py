@@ -127,7 +127,8 @@ def run(seed: int, sizes: int | Following, target: float) -> tuple[float, float,
     while examples < MOST:
         for number, pick in enumerate(batches):
             opt.zero_grad()
-            if isinstance(sizes, Following) and number % EVERY == 0 and len(pick) % 2 == 0:
+            measured = isinstance(sizes, Following) and not opt.sweeping
+            if measured and number % EVERY == 0 and len(pick) % 2 == 0:
                 for half in (pick[::2], pick[1::2]):
                     (F.cross_entropy(model(x[half]), y[half]) / 2).backward()
                     batches.scale.micro_batch(model.parameters())

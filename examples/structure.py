@@ -129,11 +129,14 @@ taken = 0
 while taken < steps:
     for x, y in loader:
         opt.zero_grad()
+        sweeping = opt.sweeping  # at rates that may be much too high
         for part, target in zip(x.chunk(2), y.chunk(2), strict=True):
             loss = F.cross_entropy(model(part), target) / 2
             loss.backward()
-            batches.scale.micro_batch(model.parameters())
-        batches.scale.whole_batch(len(x))
+            if not sweeping:
+                batches.scale.micro_batch(model.parameters())
+        if not sweeping:
+            batches.scale.whole_batch(len(x))
         opt.step()
         opt.hyper_step(validation)
         if goal.step(validation):

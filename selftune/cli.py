@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -60,10 +61,16 @@ def _show(runs: Sequence[str]) -> int:
     if len(logs) > 1:
         print("validation loss and final hyperparameters")
         losses = {run: log.loss() for run, log in logs.items()}
-        for run, loss in sorted(losses.items(), key=lambda item: (item[1] is None, item[1] or 0.0)):
+        for run, loss in sorted(losses.items(), key=lambda item: _rank(item[1])):
             ends = ", ".join(f"{one.name}={one.end:.3g}" for one in logs[run].lines())
             print(f"{'–' if loss is None else f'{loss:.4g}':>8}  {run}  {ends}")
     return 1 if missing else 0
+
+
+def _rank(loss: float | None) -> tuple[bool, float]:
+    """Runs without a loss, or with one that is not a number, come last."""
+    unknown = loss is None or math.isnan(loss)
+    return unknown, math.inf if loss is None or unknown else loss
 
 
 def _expanded(runs: Sequence[str]) -> list[str]:

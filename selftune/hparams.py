@@ -87,6 +87,10 @@ class Hparam:
                 f"{self.upper:g}"
             )
 
+    def start(self, given: float) -> float:
+        """The value at which tuning starts."""
+        return self.from_zero if given == 0 else min(max(given, self.lower), self.upper)
+
     def bounded(self, lower: float, upper: float) -> Hparam:
         """The same hyperparameter within other bounds."""
         if not lower < upper:

@@ -15,6 +15,11 @@ class Row(NamedTuple):
     step: int
 
 
+def is_final(tag: str) -> bool:
+    """Whether a text with this tag is written at the end of a run, and again after a resume."""
+    return tag.rpartition("/")[2] in ("verdicts", "why")
+
+
 class AbstractRecorder(ABC):
     """Receives a run's log in blocks.
 

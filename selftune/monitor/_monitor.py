@@ -150,12 +150,11 @@ def summary(values: Iterable[float]) -> dict[str, float]:
 
 
 def named(tag: str, values: Any) -> list[tuple[str, float]]:
-    """Tags and numbers of a hyperparameter: one, or its range if tensors differ."""
+    """Tags and numbers of a hyperparameter: one, or several or their range if tensors differ."""
     if not isinstance(values, list):
         return [(tag, float(values))]
-    distinct = list(dict.fromkeys(values))
-    if len(distinct) <= DISTINCT:
-        return [(f"{tag}/{i}", float(v)) for i, v in enumerate(distinct)]
+    if len(values) <= DISTINCT:
+        return [(f"{tag}/{i}", float(v)) for i, v in enumerate(values)]
     return [(f"{tag}/{end}", float(v)) for end, v in summary(values).items()]
 
 

@@ -50,7 +50,7 @@ class Agreement:
             loss: Current running mean of the validation loss.
         """
         before, self._last = self._last, (list(raw), loss)
-        if before is None:
+        if before is None or len(before[0]) != len(raw):  # a parameter group was added
             return []
         moved = zip(grads, raw, before[0], strict=True)
         predicted = sum(g * (now - then) for g, now, then in moved)

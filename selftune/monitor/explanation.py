@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from selftune.hparams import Hparam
 from selftune.monitor.verdicts import Verdict
 
 
@@ -18,12 +19,15 @@ class Course:
         swept: Values set by the learning-rate sweep.
         rewinds: Step, factor of the learning rate and reason of each rewind.
         annealed: Shape of the learning rate's schedule; ``"constant"`` if there is none.
+        hparams: The tuned hyperparameters, for values that start elsewhere than given: those given
+            as 0 or outside their bounds.
     """
 
     given: Mapping[str, float]
     swept: Mapping[str, float] = field(default_factory=dict)
     rewinds: Sequence[tuple[int, float, str]] = ()
     annealed: str = "constant"
+    hparams: Mapping[str, Hparam] = field(default_factory=dict)
 
     def explain(self, values: Mapping[str, float], verdicts: Mapping[str, Verdict]) -> str:
         """A line for each tuned hyperparameter.
@@ -42,6 +46,10 @@ class Course:
     def _line(self, name: str, value: float, verdict: Verdict | None) -> str:
         parts = [f"{name}: given {self.given[name]:.3g}"]
         last = self.given[name]
+        start = self.hparams[name].start(last) if name in self.hparams else last
+        if not _same(start, last) and value != last and name not in self.swept:
+            last = start
+            parts.append(f"starts at {start:.3g}")
         if name in self.swept and not _same(self.swept[name], last):
             last = self.swept[name]
             parts.append(f"sweep {last:.3g}")

@@ -79,10 +79,10 @@ class Metrics:
         self._logged = state.get("logged", -1)
         self.floors = state.get("floors")
 
-    def note(self, raw: Mapping[str, Tensor]) -> None:
-        """Append raw values to the course."""
+    def note(self, raw: Mapping[str, Tensor], *, last: bool = False) -> None:
+        """Append raw values to the course, or replace the ``last`` ones."""
         for name, shifts in raw.items():
-            self.course[name].append(float(shifts.mean()))
+            self.course[name][-1 if last else len(self.course[name]) :] = [float(shifts.mean())]
 
     def note_floors(
         self,
@@ -127,9 +127,10 @@ class Metrics:
         outer = float(loss)
         self._recent.append(outer)
         self._logged = step
-        mean = outer if self._mean_loss is None else self._mean_loss
-        self._mean_loss = RECENT * mean + (1 - RECENT) * outer
-        if signals:
+        if math.isfinite(outer):
+            mean = outer if self._mean_loss is None else self._mean_loss
+            self._mean_loss = RECENT * mean + (1 - RECENT) * outer
+        if signals and self._mean_loss is not None:
             grads = torch.cat([mean.view(-1).cpu() for mean, _ in signals.values()]).tolist()
             places = torch.cat([r.view(-1).cpu() for r in raw.values()]).tolist()
             rows += self._agreement.look(grads, places, self._mean_loss)

@@ -94,10 +94,12 @@ class Log:
         if name in self.given:
             reasons.append(f"given {self.given[name]:.3g}")
         rewinds = self.curves.get("weights/rewinds", ((), ()))[0]
+        first = self.curves[f"hyper/{name}"][0][0]
         for step, height in zip(*self.curves.get(f"{WHEN}/{name}", ((), ())), strict=True):
             if step and math.isfinite(height):
                 set_to = 10**height if f"{LOG10}/{name}" in self.curves else height
-                reasons.append(f"{'rewind' if step in rewinds else 'sweep'} {set_to:.3g}")
+                event = "sweep" if step <= first else "extension"
+                reasons.append(f"{'rewind' if step in rewinds else event} {set_to:.3g}")
         codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
         if codes and KINDS[int(codes[-1])] == "at bound":
             return f"{name}: " + " → ".join([*reasons, f"{value:.3g}, its bound or floor"])
@@ -160,7 +162,11 @@ def _read_lines(path: Path) -> Log:
     points: dict[str, tuple[list[Any], list[Any]]] = {}
     for number, row in numbered_jsonl(path).items():
         tag, value, step = (row.get(key) for key in ("tag", "value", "step"))
-        if isinstance(row.get("hparams"), dict):  # the last run in the file
+        if isinstance(row.get("hparams"), dict):  # of several runs, the last one is read
+            if points:
+                log.warning("%s, line %d: another run begins; it alone is shown", path, number)
+            points.clear()
+            found.texts.clear()
             found.given = {n: v for n, v in row["hparams"].items() if isinstance(v, (int, float))}
         if isinstance(row.get("text"), str) and isinstance(tag, str):
             found.texts[tag] = row["text"]

@@ -12,11 +12,13 @@ from typing import Any
 
 from selftune._arguments import FUNCTION, PATH, Instance, ListOf, checked
 from selftune._files import write_text
-from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
+from selftune.monitor._base import AbstractRecorder, NoRecorder, Row, is_final
 from selftune.monitor.tensorboard import EVENT, TensorBoard, writes_scalars
 
 log = logging.getLogger("selftune")
 
+OVER = ("finished", "stopped")
+"""Ends of runs that are complete."""
 RECORDERS = ListOf(Instance((AbstractRecorder,), "a recorder"), "recorders of selftune.monitor")
 
 
@@ -37,6 +39,8 @@ class InMemory(AbstractRecorder):
         self.hparams: dict[str, float] = {}
         self.status = ""
         self._last: list[Row] = []
+        # Number of rows before the last run, and at the end of the last complete one.
+        self._began = self._ended = 0
 
     def scalars(self, rows: Sequence[Row]) -> None:
         """Store the rows."""
@@ -44,7 +48,7 @@ class InMemory(AbstractRecorder):
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """Store the hyperparameters."""
-        self.hparams = dict(hparams)
+        self.hparams, self._began = dict(hparams), len(self.rows)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Store the text."""
@@ -55,15 +59,26 @@ class InMemory(AbstractRecorder):
         self.rows += rows
         self._last += rows
 
-    def resume(self, step: int) -> None:
-        """Drop rows of later steps and final rows."""
-        for row in self._last:  # the last occurrence, if an equal row was logged before
+    def resume(self, step: int, prefix: str = "") -> None:
+        """Drop the last run's rows of later steps and its final rows.
+
+        Args:
+            step: The step; -1 if the run did not reach a checkpoint.
+            prefix: First part of the tags to be dropped, if several optimizers share the recorder.
+        """
+        for row in [r for r in self._last if r.tag.startswith(prefix)]:
+            # The last occurrence, if an equal row was logged before.
             del self.rows[len(self.rows) - 1 - self.rows[::-1].index(row)]
-        self.rows, self._last = [r for r in self.rows if r.step <= step], []
+            self._last.remove(row)
+        first = min(self._ended if step < 0 else self._began, len(self.rows))
+        self.rows[first:] = [
+            r for r in self.rows[first:] if r.step <= step or not r.tag.startswith(prefix)
+        ]
 
     def end(self, status: str) -> None:
         """Store the status."""
         self.status = status
+        self._ended = len(self.rows) if status in OVER else self._ended
 
     def curve(self, tag: str) -> tuple[list[int], list[float]]:
         """Steps and values of a tag."""
@@ -103,21 +118,32 @@ class JSONL(AbstractRecorder):
         self._append([{"hparams": known, "tuned": list(tuned)}])
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Append the text."""
-        self._append([{"tag": tag, "text": text, "step": step}])
+        """Append the text; with ``"end": true`` if a resumed run writes it again."""
+        end = {"end": True} if is_final(tag) else {}
+        self._append([{"tag": tag, "text": text, "step": step} | end])
 
-    def resume(self, step: int) -> None:
-        """Drop lines of later steps, final lines, and a truncated last line.
+    def resume(self, step: int, prefix: str = "") -> None:
+        """Drop the last run's lines of later steps, final lines, and a truncated last line.
 
         If the file has other contents, a copy is kept, with a warning.
+
+        Args:
+            step: The step; -1 if the run did not reach a checkpoint.
+            prefix: First part of the tags to be dropped, if several optimizers share the file.
         """
         if not self.path.exists():
             return
         self._check()
-        kept = [
+        rows = read_jsonl(self.path)
+        ends = [number for number, row in enumerate(rows, 1) if "status" in row]
+        if ends and ends[-1] == len(rows) and (step >= 0 or rows[-1]["status"] not in OVER):
+            del ends[-1]  # that of the run which goes on
+        first = ends[-1] if ends and not prefix else 0
+        kept = rows[:first] + [
             row
-            for row in read_jsonl(self.path)
-            if row.get("step", 0) <= step and not {"status", "end"} & row.keys()
+            for row in rows[first:]
+            if not str(row.get("tag", prefix)).startswith(prefix)
+            or (row.get("step", 0) <= step and not {"status", "end"} & row.keys())
         ]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -226,8 +252,11 @@ class Named(AbstractRecorder):
     histogram = partialmethod(_entry, "histogram")
 
     def resume(self, step: int) -> None:
-        """Resume unchanged."""
-        self.recorder.resume(step)
+        """Drop later entries of this optimizer; other targets than ours drop those of all."""
+        if isinstance(self.recorder, (InMemory, JSONL)):
+            self.recorder.resume(step, f"{self.name}/")
+        else:
+            self.recorder.resume(step)
 
 
 def as_recorder(target: Any, name: str | None = None) -> AbstractRecorder:

@@ -18,7 +18,7 @@ import numpy as np
 
 from selftune._arguments import FOLDER, That, checked
 from selftune._processes import alive
-from selftune.monitor._base import AbstractRecorder, Row
+from selftune.monitor._base import AbstractRecorder, Row, is_final
 from selftune.monitor.axes import WHEN
 from selftune.monitor.layout import Chart, layout
 
@@ -66,6 +66,7 @@ class TensorBoard(AbstractRecorder):
         self._writer = target if folder is None else None
         self._purge: int | None = None
         self._last: list[Row] = []
+        self._texts: dict[str, tuple[str, int]] = {}
         self._tags: set[str] = set()
         self._charts = False  # whether the layout is this recorder's
         self._close: Callable[[], Any] | None = None
@@ -149,8 +150,10 @@ class TensorBoard(AbstractRecorder):
         self._charts = True
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Write the text."""
-        if self._whole():
+        """Write the text; that of a run's end goes to the file with the session's end."""
+        if self._folder is not None and is_final(tag):
+            self._texts[tag] = (text, step)
+        elif self._whole():
             self.writer.add_text(tag, text, step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
@@ -195,7 +198,9 @@ class TensorBoard(AbstractRecorder):
         end = SessionEndInfo(status=code, end_time_secs=time.time())
         _write(ending, self._last)
         self._lay_out(row.tag for row in self._last)
-        self._last = []
+        for tag, (text, step) in self._texts.items():
+            ending.add_text(tag, text, step)
+        self._last, self._texts = [], {}
         _session(ending, metadata.SESSION_END_INFO_TAG, session_end_info=end)
         ending.flush()
         if ending is not self.writer:

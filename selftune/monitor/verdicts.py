@@ -112,7 +112,8 @@ validation is like training data'
     recent, late = _tail(raw, RECENT), _tail(raw, LATE)
     if not recent:
         return Verdict(name, "settled", f"{name} stayed at {value:.3g}: no step was taken")
-    inward = {"lower": slope < 0, "upper": slope > 0}  # it started at a bound, and leaves it
+    # It started at a bound, and leaves it or was not moved.
+    inward = {"lower": slope <= 0, "upper": slope >= 0}
     for side, end in zip(("lower", "upper"), ends[:2], strict=True):
         if math.isfinite(end) and abs(recent[-1] - end) <= NEAR and not inward[side]:
             floored = side == "lower" and ends.floored

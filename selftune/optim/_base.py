@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from selftune._modes import autocast_kept, without_autocast
 from selftune.monitor import Course
-from selftune.monitor.axes import middle
 from selftune.optim._advice import Advice
 from selftune.optim._assembly import Assembly
 from selftune.optim._building import TuningOptions, build, check_names
@@ -219,9 +218,10 @@ class SelfTuningOptimizer(EvaluationMode):
             values = self._groups.values(self.param_groups)
             if engine.outer_step(value, grads, values, lambda: outer.compared(closure)):
                 self._publish()
+            self._log.note(clock.steps)
             if engine.monitor.on:
-                groups = self.param_groups
-                self._log.hyper_step(loss, self.hparams, groups, clock.steps, begun)
+                values = self._groups.present(self.param_groups, constant=True)
+                self._log.hyper_step(loss, values, self.param_groups, clock.steps, begun)
             if self._log.due and not engine.reducer.together:
                 self._log.metrics.compared(loss, outer.value(closure), clock.steps)
         return loss
@@ -303,16 +303,17 @@ class SelfTuningOptimizer(EvaluationMode):
             >>> print(st.SGD(torch.nn.Linear(2, 1), lr=0.1, tune=("lr",), total_steps=90).explain())
             lr: given 0.1 → unchanged → annealed by a linear schedule
         """
-        values, controller = self.hparams, self._engine.controller
+        values, controller, shifts = self.hparams, self._engine.controller, self._engine.shifts
         with torch.no_grad():
             self._blocks()
-        rows = self._engine.shifts.rows
         course = Course(
-            given={n: t.given for n, t in rows.items()}, swept=controller.swept,
+            given={n: t.given for n, t in shifts.rows.items()}, swept=controller.swept,
             rewinds=controller.rewinds, annealed=str(self._schedule.shape),
+            hparams=shifts.tuned,
         )  # fmt: skip
-        present = {n: middle(t.values().tolist()) for n, t in rows.items()}
-        return course.explain(present, self._log.verdicts(values, self._engine.clock.steps))
+        return course.explain(
+            shifts.middles(), self._log.verdicts(values, self._engine.clock.steps)
+        )
 
     def flush(self) -> None:
         """Write buffered log entries now; otherwise they are written in blocks."""
@@ -320,7 +321,8 @@ class SelfTuningOptimizer(EvaluationMode):
 
     def finish(self) -> None:
         """Log the final hyperparameters and the end of the run; optional."""
-        self._log.finish(self.hparams, self._engine.clock.steps, self.explain())
+        why, steps = self.explain(), self._engine.clock.steps
+        self._log.finish(self._groups.present(self.param_groups, constant=True), steps, why)
 
     # internals
 

@@ -101,6 +101,15 @@ class Container(torch.optim.Optimizer):
             )  # fmt: skip
 
     @property
+    def sweeping(self) -> bool:
+        """Whether the learning-rate sweep is running; the run then returns to its lowest loss.
+
+        Gradients of its steps are at weights that are left again: skip them in measurements of your
+        own.
+        """
+        return self._engine.controller.sweeping
+
+    @property
     def hparams(self) -> dict[str, Any]:
         """Current values of all hyperparameters; a list if groups or tensors differ.
 

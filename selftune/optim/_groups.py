@@ -108,18 +108,27 @@ class Groups:
         scheduled = name == "lr" and "initial_lr" in group
         return float(group["initial_lr"]) if scheduled else tuned.hparam.read(group)
 
-    def present(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Current values of all hyperparameters; a list if groups or tensors differ."""
+    def present(self, groups: Sequence[Group], *, constant: bool = False) -> dict[str, Any]:
+        """Current values of all hyperparameters; a list if groups or tensors differ.
+
+        Args:
+            groups: The parameter groups.
+            constant: Whether lists keep their length when the values in them become equal, as in
+                the log; they have one value for each group or tensor with a shift of its own.
+        """
         common: dict[str, Any] = {}
         for name, hparam in self._update.hparams.items():
+            scope = "run"
             if name in self._shifts.rows and self._spans:
                 values = self._shifts.rows[name].values().tolist()
+                scope = self._shifts.rows[name].scope if constant else scope
                 parts = [values[span] for span in self._spans.values()]
-                if all(min(part) == max(part) for part in parts):
+                if scope != "tensor" and all(min(part) == max(part) for part in parts):
                     values = [part[0] for part in parts]
             else:
                 values = [hparam.read(g) for g in groups]
-            common[name] = values[0] if all(v == values[0] for v in values) else values
+            alike = len(values) == 1 or (scope == "run" and all(v == values[0] for v in values))
+            common[name] = values[0] if alike else values
         return common
 
     def cache(self, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Cached]:

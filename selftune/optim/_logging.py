@@ -34,7 +34,7 @@ def rate_rows(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
 
 
 class OptimizerLog:
-    """The metrics of an optimizer; without a recorder it does nothing.
+    """The metrics of an optimizer.
 
     Args:
         monitor: The log.
@@ -55,6 +55,13 @@ class OptimizerLog:
         self.metrics.monitor.begin(dict(plain_rows({**values, **given})), self._shifts.names)
         self._noted = time.monotonic()
 
+    def note(self, step: int) -> None:
+        """Record a hyperparameter step for verdicts; without a recorder, only the last one."""
+        raw = self._raw()
+        if self.metrics.floors is None:
+            self.metrics.note_floors(self._shifts.middles(), raw, self._ends(step))
+        self.metrics.note(raw, last=not self.metrics.monitor.on)
+
     def hyper_step(
         self,
         loss: Tensor,
@@ -64,12 +71,9 @@ class OptimizerLog:
         begun: float,
     ) -> None:
         """Log a hyperparameter step with its start time, and the rates of the last weight step."""
-        raw, monitor = self._shifts.hyper.split(self._shifts.state.raw), self.metrics.monitor
+        raw, monitor = self._raw(), self.metrics.monitor
         monitor.scalars(rate_rows(groups), step)
-        self.metrics.note(raw)
         tuned = {n: values[n] for n in self._shifts.rows}
-        if self.metrics.floors is None:
-            self.metrics.note_floors(tuned, raw, self._ends(step))
         self.metrics.hyper_step(step, loss, tuned, raw, self._signals())
         monitor.scalar("Loss/final", self.metrics.recent_loss, step)
         self._steps += 1
@@ -105,9 +109,10 @@ class OptimizerLog:
 
     def verdicts(self, values: Mapping[str, Any], step: int) -> dict[str, Verdict]:
         """A verdict on each tuned hyperparameter."""
-        if not self._steps:
-            return {}
         return self.metrics.verdicts(values, self._signals(), self._ends(step))
+
+    def _raw(self) -> dict[str, Tensor]:
+        return self._shifts.hyper.split(self._shifts.state.raw)
 
     def _ends(self, step: int) -> dict[str, Ends]:
         """Bounds of the shifts, because the log records shifts."""

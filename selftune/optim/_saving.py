@@ -186,7 +186,7 @@ def check_state(
     return run
 
 
-OPEN = ("training_signal", "slopes", "optimizer", "zeros")
+OPEN = ("swept", "training_signal", "slopes", "optimizer", "zeros")
 """Parts whose content depends on the progress of the run."""
 KEYED = ("groups", "buffers")
 """Parts with known keys, whose values depend on the progress of the run."""

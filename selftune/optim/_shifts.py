@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selftune.hparams import Hparam, choose
 from selftune.method import Frame, HyperOptimizer, HyperSettings, HyperState, WeightDecayFloor
+from selftune.monitor.axes import middle
 from selftune.optim._scoped import SCOPES, Scoped
 from selftune.rules import AbstractRule
 from selftune.schedules import HORIZON
@@ -218,6 +219,10 @@ class Shifts:
     def values(self) -> dict[str, float]:
         """The largest current value of each tuned hyperparameter."""
         return {n: self.value(n) for n in self.rows}
+
+    def middles(self) -> dict[str, float]:
+        """The value of each tuned hyperparameter that represents groups or tensors that differ."""
+        return {n: middle(t.values().tolist()) for n, t in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""

@@ -228,6 +228,8 @@ class WeightSteps:
             record = SweepSlope(slopes[1], engine.shifts.values(), slopes[0], gain)
             if engine.carry_out(engine.controller.observe(record)):
                 if sweep.ended:
+                    swept, middles = engine.controller.swept, engine.shifts.middles()
+                    swept.update((n, v) for n, v in middles.items() if n in swept)
                     engine.mark(engine.controller.swept, given=True)
                 return True
         self.factors = [sweep.factor(sweep.taken)] * len(self._blocks)

@@ -233,8 +233,7 @@ class Training:
         if not math.isfinite(scores["loss"]):
             log.warning("step %d: the validation loss is %s", self.step, scores["loss"])
         self.watch.history.score(self.step, scores)
-        tags = {n: "Loss/final" if n == "loss" else f"score/{n}" for n in scores}
-        metrics.monitor.scalars([(tags[n], v) for n, v in scores.items()], self.step)
+        metrics.monitor.scalars(_tagged(scores), self.step)
         if metrics.monitor.on:
             metrics.compared(scores["loss"], last, self.step)
             metrics.verdict_rows(self.watch.verdicts(), self.step)
@@ -252,7 +251,7 @@ class Training:
         log.info("%s", why)
         self.watch.metrics.finish(known, verdicts, self.step, why)
         if not self.joined:
-            self.watch.metrics.monitor.last([("Loss/final", scores["loss"])], self.step)
+            self.watch.metrics.monitor.last(_tagged(scores), self.step)
         return TuningResult(
             history=history.arrays(),
             best_weights=self.steps.shards.weights_of(self.scorer.model),
@@ -318,3 +317,8 @@ class Training:
         _resuming.name_changes(state, self.steps.starts, self.watch.hparams())
         _resuming.announce(state, self.plan.total, longer=longer)
         self.longer = longer
+
+
+def _tagged(scores: dict[str, float]) -> list[tuple[str, float]]:
+    """Scores with their tags in the log."""
+    return [("Loss/final" if n == "loss" else f"score/{n}", v) for n, v in scores.items()]

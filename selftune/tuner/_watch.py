@@ -251,8 +251,9 @@ class Watch:
         """
         controller = self.controllers[self.leader]
         course = Course(
-            given=given, swept=controller.swept, rewinds=controller.rewinds, annealed=schedule
-        )
+            given=given, swept=controller.swept, rewinds=controller.rewinds, annealed=schedule,
+            hparams=self._steps.hyper.hparams,
+        )  # fmt: skip
         known = self.hparams()
         return course.explain({n: known[n] for n in given}, verdicts)
 

@@ -44,6 +44,32 @@ def test_lines_by_hand() -> None:
 
 
 @pytest.mark.parametrize("driver", ["optimizer", "tuner"])
+def test_values_that_start_elsewhere_than_given_are_not_ascribed_to_hypergradients(
+    driver: str,
+) -> None:
+    """Law: no hyperparameter step was taken; 100 is the highest rate of tuning."""
+    net, options = network(), dict(probe=False, guard=False, every=10)
+    if driver == "optimizer":
+        opt = st.SGD(net.parameters(), lr=1e3, total_steps=20, **options)
+        for _ in range(3):
+            opt.zero_grad()
+            (1e-6 * loss_of(net, slice(64))).backward()
+            opt.step()
+            opt.hyper_step(lambda: loss_of(net, slice(64, 128)))
+        why = opt.explain()
+    else:
+        made = st.Tuner(
+            net, lambda o, t: 1e-6 * F.mse_loss(o, t), rule=st.rules.SGD(), hparams={"lr": 1e3},
+            **options,
+        )  # fmt: skip
+        batch = (X[:64], X[:64, :3].abs())
+        why = made.fit([batch], [batch], steps=3, progress=False).why
+    assert "lr: given 1e+03 → starts at 100" in why
+    assert "momentum: given 0 → starts at 0.1" in why
+    assert "by hypergradients" not in why
+
+
+@pytest.mark.parametrize("driver", ["optimizer", "tuner"])
 def test_a_floor_left_later_is_named_with_the_value_that_it_set(
     driver: str, tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def test_rows_of_a_hyper_step() -> None:
         "hyper/lr": 0.1,
         "hyper/l1/0": 0.3,
         "hyper/l1/1": 0.2,
+        "hyper/l1/2": 0.3,
         "hyper/l2/lowest": 1.0,
         "hyper/l2/median": 11.0,
         "hyper/l2/highest": 20.0,

@@ -58,6 +58,7 @@ def test_a_bound_is_explained(name: str, end: float, told: str) -> None:
 def test_what_starts_at_a_bound_and_leaves_it_is_not_at_bound() -> None:
     assert judge("beta1", [9.0] * 50, 0.9, FREE, 0.9, slope=1.0).kind == "settled"
     assert judge("beta1", [9.0] * 50, 0.9, FREE, 0.9, slope=-1.0).kind == "at bound"
+    assert judge("beta1", [9.0] * 50, 0.9, FREE, 0.9, slope=0.0).kind == "settled"  # not tuned yet
     assert judge("beta1", [-9.0] * 50, 0.9, FREE, 0.9, slope=-1.0).kind == "settled"
 
 

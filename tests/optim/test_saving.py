@@ -197,3 +197,23 @@ def test_statistics_that_no_training_pass_found_are_found_by_the_closure() -> No
     for net, extra, opt in zip(nets, extras, opts, strict=True):
         go(net, extra, opt, range(30, 60))
     check_equal(snapshot(nets[1], opts[1]), snapshot(nets[0], opts[0]))
+
+
+@pytest.mark.parametrize("make", [st.AdamW, st.SGD])
+def test_states_of_the_sweep_load_after_it(make: Any) -> None:
+    net = network()
+    opt = make(net.parameters(), lr=0.01, total_steps=100)
+    states = {}
+    for step in range(40):
+        train(net, opt, range(step, step + 1))
+        if opt.sweeping:
+            states[step + 1] = copy.deepcopy((net.state_dict(), opt.state_dict()))
+    ends = snapshot(net, opt)
+    assert len(states) > 2
+    assert not opt.sweeping
+    for done, (weights, state) in states.items():
+        net.load_state_dict(weights)
+        opt.load_state_dict(state)
+        assert opt.sweeping
+        train(net, opt, range(done, 40))
+        check_equal(snapshot(net, opt), ends)
