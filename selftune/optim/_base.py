@@ -220,8 +220,8 @@ class SelfTuningOptimizer(EvaluationMode):
                 self._publish()
             self._log.note(clock.steps)
             if engine.monitor.on:
-                values = self._groups.present(self.param_groups, constant=True)
-                self._log.hyper_step(loss, values, self.param_groups, clock.steps, begun)
+                shown = self._groups.present(self.param_groups, constant=True)
+                self._log.hyper_step(loss, shown, self.param_groups, clock.steps, begun)
             if self._log.due and not engine.reducer.together:
                 self._log.metrics.compared(loss, outer.value(closure), clock.steps)
         return loss
@@ -303,17 +303,15 @@ class SelfTuningOptimizer(EvaluationMode):
             >>> print(st.SGD(torch.nn.Linear(2, 1), lr=0.1, tune=("lr",), total_steps=90).explain())
             lr: given 0.1 → unchanged → annealed by a linear schedule
         """
-        values, controller, shifts = self.hparams, self._engine.controller, self._engine.shifts
+        values, engine = self.hparams, self._engine
         with torch.no_grad():
             self._blocks()
+        controller, shifts = engine.controller, engine.shifts
         course = Course(
             given={n: t.given for n, t in shifts.rows.items()}, swept=controller.swept,
-            rewinds=controller.rewinds, annealed=str(self._schedule.shape),
-            hparams=shifts.tuned,
+            rewinds=controller.rewinds, annealed=str(self._schedule.shape), hparams=shifts.tuned,
         )  # fmt: skip
-        return course.explain(
-            shifts.middles(), self._log.verdicts(values, self._engine.clock.steps)
-        )
+        return course.explain(shifts.middles(), self._log.verdicts(values, engine.clock.steps))
 
     def flush(self) -> None:
         """Write buffered log entries now; otherwise they are written in blocks."""

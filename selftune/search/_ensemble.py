@@ -96,7 +96,9 @@ def choose(
         losses, means = {}, {}
         for number, outputs in predicted.items():
             weights = [1 - 1 / count, 1 / count]
-            means[number] = [mean(pair, weights) for pair in zip(current, outputs, strict=True)]
+            pairs = zip(current, outputs, strict=True)
+            # A weight of 0 would make outputs of -inf NaN.
+            means[number] = outputs if count == 1 else [mean(pair, weights) for pair in pairs]
             each = map(objective.judged, means[number], batches)
             losses[number] = sum(n * float(loss) for n, loss in zip(sizes, each, strict=True))
         added = min(losses, key=losses.__getitem__)

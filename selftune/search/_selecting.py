@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -46,7 +47,7 @@ from selftune.search._candidates import (
 from selftune.search._identity import about
 from selftune.search._pruning import settings_of
 from selftune.search._result import Selection, selected
-from selftune.search._shape import Shape
+from selftune.search._shape import Shape, some
 from selftune.search._storage import check_sampler, persist, writable
 from selftune.search._trial import Trainer
 from selftune.search._workers import JOIN, Payload, crowd, reclaim, work
@@ -235,7 +236,8 @@ def select(
     settings = about(trainer)
     payload = Payload(
         trainer=trainer, about=settings, storage=storage, study=study, trials=trials,
-        sampler=sampler, pruner=pruner, timeout=timeout, most=most,
+        sampler=sampler, pruner=pruner, most=most,
+        until=None if timeout is None else time.time() + timeout,
     )  # fmt: skip
     worker = os.getpid() if joined else 0
     with writable(storage, lambda: payload.open(worker)):
@@ -296,7 +298,7 @@ def task_of(train: Any, epochs: int | None, steps: int | None, tuner: Mapping[st
     if train is None:
         raise ValueError("memory= compares data sets: pass train=, or omit memory=")
     shape = Shape.of(train, "memory=")
-    sizes = [len(batch[0]) for batch in train]
+    sizes = [len(batch[0]) for batch in some(train)]
     return Task.of(
         shape, sum(sizes), steps or len(sizes) * (epochs or 1), sizes[0],
         rule=type(tuner.get("rule", AdamW())).__name__,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -60,7 +60,7 @@ class Shape:
         """
         inputs: tuple[int, ...] | None = None
         words = classes = 0
-        for batch in batches if isinstance(batches, Sized) else islice(batches, 100):
+        for batch in some(batches):
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise ValueError(
                     f"{use} needs batches (inputs, target), not {type(batch).__name__}: for "
@@ -88,6 +88,15 @@ class Shape:
     def close(self, output: Tensor) -> Tensor:
         """Reshape a model output to the shape of the target."""
         return output.squeeze(-1) if self.flat else output
+
+
+def some(batches: Iterable[Any]) -> Iterable[Any]:
+    """All batches, or the first hundred of those without a length, which may have no end."""
+    try:
+        len(batches)  # type: ignore[arg-type]
+    except TypeError:  # also of a DataLoader over a stream
+        return islice(batches, 100)
+    return batches
 
 
 def _check_inputs(x: Any) -> None:

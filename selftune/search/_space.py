@@ -47,10 +47,15 @@ class Space:
         self._prefix = f"{prefix}." if prefix else ""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Suggest one of several values."""
+        """Suggest one of several values.
+
+        Studies store None, booleans, numbers and strings; other choices, such as tuples or classes,
+        are stored as texts.
+        """
         if not choices:
             raise ValueError(f"choices of {self._prefix}{name} are empty: pass at least one")
-        return self._suggest("categorical", name, list(choices))
+        texts = _texts(choices)
+        return choices[texts.index(self._suggest("categorical", name, texts))]
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
@@ -105,6 +110,19 @@ class Space:
             branch: A module whose output has the shape of its input.
         """
         return Optional(branch) if self.inside else Residual(branch)
+
+
+def _texts(choices: Sequence[Any]) -> list[Any]:
+    """The choices as they are stored: the same in every process, and different from one another."""
+    texts: list[Any] = []
+    for place, choice in enumerate(choices):
+        text = choice
+        if not isinstance(choice, (type(None), bool, int, float, str)):
+            text = getattr(choice, "__name__", None) or repr(choice)
+            text = type(choice).__name__ if " at 0x" in text else text
+            text = f"{text} ({place})" if text in texts else text
+        texts.append(text)
+    return texts
 
 
 class Residual(nn.Module):

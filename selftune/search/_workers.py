@@ -59,7 +59,7 @@ class Payload:
         trials: Total number of trials.
         sampler: Name of a sampler, or an Optuna sampler.
         pruner: Name of a pruner, or an Optuna pruner.
-        timeout: Seconds after which a worker starts no new trial.
+        until: Time, as of ``time.time()``, after which no new trial is started.
         most: Largest number of points of a grid, whose end Optuna finds; None for other searches.
     """
 
@@ -70,7 +70,7 @@ class Payload:
     trials: int
     sampler: Any
     pruner: Any
-    timeout: float | None = None
+    until: float | None = None
     most: float | None = None
 
     def open(self, worker: int = 0) -> optuna.Study:
@@ -108,13 +108,13 @@ def work(payload: Payload, study: optuna.Study, bar: tqdm[Any] | None = None) ->
         nonlocal begun
         if begun:  # the connection was lost, and a trial with it
             orphans(study, os.getpid())
-        begun, start = True, time.monotonic()
+        begun = True
+        left = None if payload.until is None else max(0.0, payload.until - time.time())
         if not enough() and not whole(study, payload):
             study.optimize(
-                payload.trainer.attempt, callbacks=[after], catch=(Exception,),
-                timeout=payload.timeout,
+                payload.trainer.attempt, callbacks=[after], catch=(Exception,), timeout=left,
             )  # fmt: skip
-            late = payload.timeout is not None and time.monotonic() - start >= payload.timeout
+            late = payload.until is not None and time.time() >= payload.until
             if payload.most is not None and not late:
                 study.set_user_attr(WHOLE, len(taken(study)) < payload.most)
 

@@ -86,7 +86,7 @@ class _SelfTuning(BaseEstimator):
             tuner = Tuner(model, loss, seed=seed, device=self.device, **dict(self.tuner or {}))
             if not fresh:
                 tuner.start_from(self.hparams_)
-            batch = max(2, min(self.batch_size, len(parts[0]) // FEWEST))
+            batch = max(2, min(int(self.batch_size), len(parts[0]) // FEWEST))
             # A last batch of one example has no variance for BatchNorm.
             ragged = len(parts[0]) % batch == 1
             data = [
@@ -94,7 +94,7 @@ class _SelfTuning(BaseEstimator):
                 for x, t in (parts[::2], parts[1::2])
             ]
             train = DataLoader(data[0], batch, shuffle=True, drop_last=ragged)
-            val = DataLoader(data[1], self.batch_size, shuffle=True)
+            val = DataLoader(data[1], int(self.batch_size), shuffle=True)
             result = tuner.fit(
                 train, val, epochs=self.epochs, patience=self.patience, progress=self.verbose
             )

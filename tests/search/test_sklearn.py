@@ -286,3 +286,15 @@ def test_arguments_that_the_estimator_passes_itself_are_refused() -> None:
     x, y = columns(50)
     with pytest.raises(ValueError, match="device='cpu' is set by the search: pass device="):
         SelfTuningRegressor(tuner={"device": "cpu"}).fit(x, y)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Twin: Python's; a grid of NumPy's is what searches of scikit-learn pass."""
+    x = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32)
+    y = x[:, 0] ** 2
+    fits = [
+        SelfTuningRegressor(epochs=kind(2), width=kind(8), batch_size=kind(16), random_state=0)
+        .fit(x, y).predict(x)
+        for kind in (int, np.int64)
+    ]  # fmt: skip
+    assert np.array_equal(*fits)
