@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from selftune.structure import Gate, Optional
@@ -116,8 +117,8 @@ def _texts(choices: Sequence[Any]) -> list[Any]:
     """The choices as they are stored: the same in every process, and different from one another."""
     texts: list[Any] = []
     for place, choice in enumerate(choices):
-        text = choice
-        if not isinstance(choice, (type(None), bool, int, float, str)):
+        text = choice.item() if isinstance(choice, np.generic) else choice
+        if not isinstance(text, (type(None), bool, int, float, str)):
             text = getattr(choice, "__name__", None) or repr(choice)
             text = type(choice).__name__ if " at 0x" in text else text
             text = f"{text} ({place})" if text in texts else text

@@ -137,7 +137,7 @@ def test_a_memory_that_cannot_store_a_choice_keeps_the_result(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def build(space: search.Space) -> nn.Module:
-        width = int(space.suggest_categorical("width", list(np.array([4, 8]))))  # type: ignore[arg-type]
+        width = int(space.trial.suggest_categorical("width", list(np.array([4, 8]))))
         return nn.Sequential(nn.Linear(8, width), nn.Linear(width, 1))
 
     assert select(build, memory=search.Memory(tmp_path)).params["width"] in (4, 8)
