@@ -56,11 +56,11 @@ class OptimizerLog:
         self._noted = time.monotonic()
 
     def note(self, step: int) -> None:
-        """Record a hyperparameter step for verdicts; without a recorder, only the last one."""
-        raw = self._raw()
+        """Record a hyperparameter step for verdicts; without a recorder, only the first floors."""
         if self.metrics.floors is None:
-            self.metrics.note_floors(self._shifts.middles(), raw, self._ends(step))
-        self.metrics.note(raw, last=not self.metrics.monitor.on)
+            self.metrics.note_floors(self._shifts.middles(), self._raw(), self._ends(step))
+        if self.metrics.monitor.on:
+            self.metrics.note(self._raw())
 
     def hyper_step(
         self,
@@ -108,7 +108,11 @@ class OptimizerLog:
         self.metrics.monitor.end("finished")
 
     def verdicts(self, values: Mapping[str, Any], step: int) -> dict[str, Verdict]:
-        """A verdict on each tuned hyperparameter."""
+        """A verdict on each tuned hyperparameter; empty before the first hyperparameter step."""
+        if self.metrics.floors is None:
+            return {}
+        if not self.metrics.monitor.on:
+            self.metrics.note(self._raw(), last=True)
         return self.metrics.verdicts(values, self._signals(), self._ends(step))
 
     def _raw(self) -> dict[str, Tensor]:
