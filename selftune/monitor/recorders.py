@@ -142,7 +142,7 @@ class JSONL(AbstractRecorder):
         kept = rows[:first] + [
             row
             for row in rows[first:]
-            if not str(row.get("tag", prefix)).startswith(prefix)
+            if not str(row.get("tag", "")).startswith(prefix)
             or (row.get("step", 0) <= step and not {"status", "end"} & row.keys())
         ]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
