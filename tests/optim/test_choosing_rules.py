@@ -77,6 +77,25 @@ def test_after_the_choice_it_steps_as_the_winner_does(name: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+def test_the_chosen_rule_ascends_with_maximize(name: str) -> None:
+    """As a plain optimizer, too: its step is that of minimising the negated loss."""
+    net = network()
+    rule = st.rules.Mixture(THREE, mix_until=1, **{f"mix_{name.lower()}": 5.0})
+    opt = st.Mixture(net, rule, tune=(), total_steps=9, maximize=True)
+    train(net, opt, range(1), hyper=False)
+    assert opt.rule is not None
+    up, down = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    usual = {**opt.rule.settings, "maximize": False}
+    plain = st.rules.PlainOptimizer(opt.rule.rule, usual)
+    for weights, sign, of in ((up, 1.0, opt.rule), (down, -1.0, plain)):
+        made = of.make([weights])
+        (sign * weights.sum()).backward()
+        made.step()
+    assert up.min() > 1
+    assert torch.equal(up, down)
+
+
 def test_the_choice_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     net, recorder = network(), st.monitor.InMemory()
     opt = st.Mixture(net, st.rules.Mixture(THREE, mix_until=20), total_steps=120, log_dir=recorder)
