@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from selftune.structure import Batches, Gate, Goal, Optional, prune, with_gates
+from selftune.structure._saliency import saliency
 
 X, Y = torch.randn(32, 8), torch.randn(32, 1)
 
@@ -183,3 +184,26 @@ def test_parametrized_layers_are_cut(kind: str) -> None:
         True,
     ]
     Goal(net, x, budget=0.3)  # can be reached
+
+
+class Changed(nn.Module):
+    """A block whose gated output is changed in place, as in torchvision's residual blocks."""
+
+    def __init__(self, *after: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.after = Gate(8), nn.Sequential(*after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.gate(x)
+        out += x
+        return self.after(out).sum(1)
+
+
+@pytest.mark.parametrize("after", [nn.SiLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)])
+def test_saliencies_of_gates_that_are_changed_in_place(after: nn.Module) -> None:
+    """Closed form, example by example: the mean of (g ∂L/∂g)²/2, with derivatives by autograd."""
+    torch.manual_seed(0)
+    net = Changed(after)
+    found = saliency(net, lambda: net(X).mean())["gate"]
+    slopes = [torch.autograd.grad(net(x[None]).sum(), net.gate.gates)[0].flatten() for x in X]
+    torch.testing.assert_close(found, torch.stack(slopes).square().mean(0) / 2)
