@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from selftune.structure import Batches, Gate, Goal, Optional, prune, with_gates
+from selftune.structure import Batches, Choice, Gate, Goal, Optional, prune, with_gates
 from selftune.structure._saliency import saliency
 
 X, Y = torch.randn(32, 8), torch.randn(32, 1)
@@ -207,3 +207,35 @@ def test_saliencies_of_gates_that_are_changed_in_place(after: nn.Module) -> None
     found = saliency(net, lambda: net(X).mean())["gate"]
     slopes = [torch.autograd.grad(net(x[None]).sum(), net.gate.gates)[0].flatten() for x in X]
     torch.testing.assert_close(found, torch.stack(slopes).square().mean(0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Choice([nn.Tanh(), nn.ReLU(inplace=True)]), r"Choice: branches\[1\] changes its input"),
+        (Optional(nn.Sequential(nn.SiLU(inplace=True), nn.Linear(8, 8))), "its block changes its"),
+    ],
+)
+def test_parts_that_change_their_input_in_place_are_named(layer: nn.Module, message: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), layer)
+    with pytest.raises(ValueError, match=f"{message}.*: pass inplace=False"):
+        net(X)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Choice([nn.Tanh(), nn.ReLU()]),
+        Optional(nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))),
+    ],
+)
+def test_inputs_are_looked_at_under_every_transform(layer: nn.Module) -> None:
+    """Truth: the plain pass."""
+    net = nn.Sequential(nn.Linear(8, 8), layer)
+    want = net(X)
+    compiled: Any = torch.compile(net, backend="eager", fullgraph=True)
+    exported = torch.export.export(net, (X,)).module()
+    for run in (compiled, torch.func.vmap(net), exported):
+        torch.testing.assert_close(run(X), want)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(X), want)
