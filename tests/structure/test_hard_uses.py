@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from selftune.structure import Batches, Choice, Gate, Goal, Optional, prune, with_gates
+from selftune.structure import Batches, Choice, Gate, Goal, Optional, open_gates, prune, with_gates
 from selftune.structure._saliency import saliency
 
 X, Y = torch.randn(32, 8), torch.randn(32, 1)
@@ -239,3 +239,18 @@ def test_inputs_are_looked_at_under_every_transform(layer: nn.Module) -> None:
         torch.testing.assert_close(run(X), want)
     with torch.inference_mode():
         torch.testing.assert_close(net(X), want)
+
+
+def test_an_interrupted_tolerance_search_closes_nothing() -> None:
+    """Truth: the open gates before; no unit may be closed at a tolerance of 0."""
+    net, calls = network(), iter(range(100))
+    goal = Goal(net, X[:1], tolerance=0.0, total_steps=10, batches=1)
+
+    def closure() -> Tensor:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return F.mse_loss(net(X), Y)
+
+    with pytest.raises(KeyboardInterrupt):
+        goal.close(closure, 1.0)
+    assert open_gates(net) == {"2": (32, 32)}
