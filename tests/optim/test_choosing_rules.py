@@ -311,3 +311,5 @@ def test_wrong_calls_are_named() -> None:
         st.Mixture(network(), [torch.optim.AdamW([torch.ones(1)])])
     with pytest.raises(TypeError, match="no argument momentum"):
         st.Mixture(network(), THREE, momentum=0.5)
+    with pytest.raises(ValueError, match="mix_until=0 must be at least 1"):
+        st.Mixture([{"params": network().parameters(), "mix_until": 0}], THREE)
