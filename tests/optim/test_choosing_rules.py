@@ -184,6 +184,26 @@ def test_a_refused_state_changes_nothing(there: int, here: int) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("at", [5, 30])
+def test_another_step_of_the_choice_is_named(at: int) -> None:
+    """If it is given; a default follows the length, which an extension changes. Truth: a twin."""
+
+    def begun(total: int = 80, **until: int) -> st.Mixture:
+        return st.Mixture(network(), st.rules.Mixture(THREE, **until), total_steps=total)
+
+    net = network()
+    opt = st.Mixture(net, THREE, total_steps=80)
+    train(net, opt, range(at))
+    state, other, twin = saved(opt), begun(mix_until=40), begun(mix_until=40)
+    with pytest.raises(ValueError, match="its mix_until is 20, this optimizer's is 40"):
+        other.load_state_dict(state)
+    assert (other.hparams, str(other.rule)) == (twin.hparams, "None")
+    for fitting in (begun(mix_until=20), begun(120)):
+        fitting.load_state_dict(state)
+        assert str(fitting.rule) == str(opt.rule)
+        assert fitting.param_groups[0]["mix_until"] == 20
+
+
 def test_an_undecided_state_takes_the_choice_back() -> None:
     net = network()
     opt = st.Mixture(net, THREE, total_steps=120)
