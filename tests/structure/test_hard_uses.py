@@ -254,3 +254,40 @@ def test_an_interrupted_tolerance_search_closes_nothing() -> None:
     with pytest.raises(KeyboardInterrupt):
         goal.close(closure, 1.0)
     assert open_gates(net) == {"2": (32, 32)}
+
+
+class Conditioned(nn.Module):
+    """Blocks that take a second argument, which one of them needs."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Optional(Block(), residual=i > 0) for i in range(3))
+        self.head, self.named = nn.Linear(8, 1), named
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, shift=shift) if self.named else block(x, shift)
+        return self.head(block(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 6), Gate(6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        hidden = torch.relu(self.up(x if shift is None else x + shift))
+        return scale * self.down(self.gate(hidden))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_blocks_with_further_arguments_are_pruned(named: bool) -> None:
+    """Truth: outputs of the gated model, and the number of parameters that are left."""
+    torch.manual_seed(0)
+    net, shift = Conditioned(named), torch.randn(1, 8)
+    assert Goal(net, (X, shift), budget=0.5).size()["parameters"] == 3 * 110 + 9
+    net.blocks[1].mask.zero_()
+    net.blocks[0].block.gate.mask[:4] = 0
+    small = prune(net, (X, shift))
+    torch.testing.assert_close(small(X, shift), net(X, shift))
+    assert sum(p.numel() for p in small.parameters()) == 110 + 42 + 9
