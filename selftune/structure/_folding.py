@@ -141,15 +141,22 @@ def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
     return fx.GraphModule(root, graph, "Scale")
 
 
-def replace_optionals(model: nn.Module) -> None:
-    """Replace every closed Optional by an identity, the others by sums in torch operations only."""
+def replace_optionals(model: nn.Module, *, whole: bool = False) -> None:
+    """Replace every closed Optional by an identity, the others by sums in torch operations only.
+
+    Args:
+        model: A model.
+        whole: Whether all are replaced by sums, with gates of 1.
+    """
     plains: dict[int, nn.Module] = {}
     optionals = [
         (path, m) for path, m in model.named_modules(remove_duplicate=False)
         if isinstance(m, Optional)
     ]  # fmt: skip
     for path, module in reversed(optionals):  # inner ones first
-        if id(module) not in plains:
+        if id(module) not in plains and whole:
+            plains[id(module)] = as_sum(module.block, 1.0, module.residual)
+        elif id(module) not in plains:
             closed = bool(module.closed().all())
             plains[id(module)] = _first(module.block) if closed else _sum(module)
         model.set_submodule(path, plains[id(module)])

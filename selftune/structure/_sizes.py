@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from selftune.structure._channels import Follower
-from selftune.structure._folding import as_sum
+from selftune.structure._folding import replace_optionals
 from selftune.structure._tracing import Tracer, call, plain_copy
 from selftune.structure.gates import AbstractGated, Optional, gated
 from selftune.structure.recurrent import Recurrent
@@ -74,10 +74,7 @@ class Sizes:
         optionals = [n for n, m in gated(plain) if isinstance(m, Optional)]
         with torch.no_grad():
             call(plain, inputs)
-            for name in reversed(optionals):  # inner ones first
-                module = plain.get_submodule(name)
-                assert isinstance(module, Optional)
-                plain.set_submodule(name, as_sum(module.block, 1.0, module.residual))
+            replace_optionals(plain, whole=True)
             graph = fx.GraphModule(plain, Tracer().of(plain, inputs))
             follower = Follower(graph, math.inf)
             follower.run(*inputs)

@@ -291,3 +291,17 @@ def test_blocks_with_further_arguments_are_pruned(named: bool) -> None:
     small = prune(net, (X, shift))
     torch.testing.assert_close(small(X, shift), net(X, shift))
     assert sum(p.numel() for p in small.parameters()) == 110 + 42 + 9
+
+
+def test_blocks_that_are_used_twice_have_a_goal() -> None:
+    """Truth: the size by hand, and that of the pruned model."""
+    block = Optional(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Gate(6), nn.Linear(6, 8)))
+    net = nn.Sequential(nn.Linear(8, 8), block, nn.ReLU(), block, nn.Linear(8, 2))
+    goal = Goal(net, X, budget=0.5)
+    assert goal.size() == {"parameters": 72 + 110 + 18, "multiply_adds": 64 + 2 * 96 + 16}
+    block.block[2].mask[:4] = 0
+    assert goal.size() == {"parameters": 72 + 42 + 18, "multiply_adds": 64 + 2 * 32 + 16}
+    small = prune(net, X)
+    assert sum(p.numel() for p in small.parameters()) == goal.size()["parameters"]
+    block.mask.zero_()
+    assert goal.size() == {"parameters": 90, "multiply_adds": 80}
