@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ from selftune.structure._folding import replace_optionals
 from selftune.structure._tracing import Tracer, call, plain_copy
 from selftune.structure.gates import AbstractGated, Optional, gated
 from selftune.structure.recurrent import Recurrent
+from selftune.structure.transformer import Attention
 
 KINDS = ("parameters", "multiply_adds")
 Place = tuple[str, int]
@@ -73,7 +75,7 @@ class Sizes:
         plain = plain_copy(model)
         optionals = [n for n, m in gated(plain) if isinstance(m, Optional)]
         with torch.no_grad():
-            call(plain, inputs)
+            self._batch = _examples(plain, inputs)
             replace_optionals(plain, whole=True)
             graph = fx.GraphModule(plain, Tracer().of(plain, inputs))
             follower = Follower(graph, math.inf)
@@ -81,7 +83,6 @@ class Sizes:
         self.places: list[list[Place]] = []
         self.axes: dict[str, NDArray[np.int64]] = {}
         self._number(follower, optionals, dict(gated(model)))
-        self._batch = _examples(follower, plain, inputs)
         self._blocks = self._made(follower, plain, optionals)
         self.whole = self.count(np.zeros(len(self.places), dtype=bool))
 
@@ -202,15 +203,25 @@ class Sizes:
         return target
 
 
-def _examples(follower: Follower, model: nn.Module, inputs: Iterable[Any]) -> float:
-    """Number of examples in a pass: along the first axis, or one that a gate names."""
-    for node in follower.values:
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, AbstractGated) and module.batch_dim and node.all_input_nodes:
-            given = follower.values.get(node.all_input_nodes[0])
-            if isinstance(given, Tensor):
-                return float(given.shape[module.batch_dim])
-    return next((float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim), 1.0)
+def _examples(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Number of examples in a pass: along the first axis, or one that a gated module names."""
+    found: list[float] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        read = next(iter((*args, *kwargs.values())), None)
+        gate = isinstance(module, AbstractGated)
+        axis = module.batch_dim if gate else int(not module.batch_first)
+        if axis and isinstance(read, Tensor):
+            found.append(float(read.shape[axis]))
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, (AbstractGated, Attention)):
+                handle = module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(handle.remove)
+        call(model, inputs)
+    usual = (float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim)
+    return next(iter((*found, *usual)), 1.0)
 
 
 def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[int, float]:
