@@ -143,8 +143,11 @@ def test_what_gated_recurrent_layers_take() -> None:
 
 def test_a_model_that_cannot_be_gated_stays_as_it_was() -> None:
     net = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bidirectional=True)])
+    nested = nn.Sequential(nn.ModuleDict({"rnn": nn.LSTM(3, 4, proj_size=2)}))
+    with pytest.raises(ValueError, match=r"^0\.rnn: nn\.LSTM\(proj_size=2\)"):
+        with_gates(nested)
     kinds = [type(m) for m in net.modules()]
-    with pytest.raises(ValueError, match="bidirectional"):
+    with pytest.raises(ValueError, match=r"^1: nn\.LSTM\(bidirectional.* parts of the model"):
         with_gates(net)
     assert [type(m) for m in net.modules()] == kinds
 
