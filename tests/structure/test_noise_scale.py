@@ -89,6 +89,10 @@ def test_calls_that_do_not_fit_are_named() -> None:
         scale.whole_batch(7)
     with pytest.raises(ValueError, match="in 0 micro-batches"):
         scale.whole_batch(6)
+    words = nn.Embedding(5, 3, sparse=True)
+    words(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"sparse gradients.* pass sparse=False"):
+        NoiseScale().micro_batch(words.parameters())
 
 
 # Batches
