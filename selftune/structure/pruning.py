@@ -88,8 +88,8 @@ def prune(
         )
     inputs = example if isinstance(example, tuple) else (example,)
     modes = {name: module.training for name, module in model.named_modules()}
-    pruned = plain_copy(model)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # weights made in it cannot be trained
+        pruned = plain_copy(model)
         for _, module in gated(pruned):
             module.gates[module.closed(threshold)] = 0.0
         pruned = choose(pruned, loss, tolerance)

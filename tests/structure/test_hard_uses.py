@@ -308,3 +308,12 @@ def test_blocks_that_are_used_twice_have_a_goal() -> None:
     assert sum(p.numel() for p in small.parameters()) == goal.size()["parameters"]
     block.mask.zero_()
     assert goal.size() == {"parameters": 90, "multiply_adds": 80}
+
+
+def test_a_model_pruned_in_inference_mode_can_be_trained() -> None:
+    net = network()
+    net[2].mask[4:] = 0
+    with torch.inference_mode():
+        small = prune(net, torch.randn(3, 8))
+    small(X).sum().backward()
+    assert small[0].weight.grad.shape == (4, 8)
