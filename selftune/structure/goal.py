@@ -154,7 +154,7 @@ class Goal:
         does not mistake closed units for dead ones.
 
         Args:
-            closure: Returns the validation loss, as for ``opt.hyper_step``.
+            closure: Returns the validation loss of one batch, as for ``opt.hyper_step``.
 
         Raises:
             ValueError: ``total_steps`` is missing, or the loss does not depend on the gates.
@@ -176,7 +176,7 @@ class Goal:
         Checkpoints of the tuner contain the masks, but not :meth:`state_dict`.
 
         Args:
-            closure: Returns a validation loss of the model.
+            closure: Returns the validation loss of one batch.
         """
 
         def closing(progress: Any) -> bool:
@@ -194,7 +194,7 @@ class Goal:
         If the loss is not finite, the closing is postponed to the next call, with a warning.
 
         Args:
-            closure: Returns the validation loss.
+            closure: Returns the validation loss of one batch.
             progress: Completed fraction of the run, in [0, 1].
         """
         gone = self._gone()
