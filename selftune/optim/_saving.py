@@ -138,17 +138,17 @@ def check_state(
             f"{VERSION}: finish the run with the selftune that saved it, or start a new run from "
             "its weights"
         )
-    _match("rule", run.get("rule"), whole["rule"])
+    match("rule", run.get("rule"), whole["rule"])
     other = differences(run.get("settings", {}), whole["settings"])
     if other:
         raise ValueError(
             f"state_dict is from another run: {'; '.join(other)}. Build the optimizer as it was "
             "when the state was saved"
         )
-    _match("set of tuned hyperparameters", list(run.get("tuned", ())), whole["tuned"])
+    match("set of tuned hyperparameters", list(run.get("tuned", ())), whole["tuned"])
     _complete(run, whole)
     sizes = [len(g["params"]) for g in saved]
-    _match("list of group sizes", sizes, [len(g["params"]) for g in mine])
+    match("list of group sizes", sizes, [len(g["params"]) for g in mine])
     for index, (there, here) in enumerate(zip(saved, mine, strict=True)):
         missing = sorted(here.keys() - there.keys() - {"initial_lr", "param_names", "selftune"})
         if missing:
@@ -161,12 +161,12 @@ def check_state(
     for index, param in zip(order, params, strict=True):
         entry, shape = state["state"].get(index, {}), tuple(param.shape)
         if isinstance(entry.get("average"), Tensor):
-            _match(f"shape of parameter {index}", tuple(entry["average"].shape), shape)
+            match(f"shape of parameter {index}", tuple(entry["average"].shape), shape)
         block = owners.get(id(param))
         if block is None:  # frozen
             continue
         for name in {*block.part.rule, *block.snapshots} & entry.keys():
-            _match(f"shape of {name} of parameter {index}", tuple(entry[name].shape), shape)
+            match(f"shape of {name} of parameter {index}", tuple(entry[name].shape), shape)
         wanted = keys[id(block)] | ({"training"} if run["shown"] else set())
         missing = sorted(wanted - entry.keys())
         if missing == ["training"]:
@@ -179,10 +179,10 @@ def check_state(
             raise ValueError(f"state_dict is incomplete: parameter {index} lacks {missing}")
     stiffness = engine.store.stiffness
     if stiffness is not None:
-        _match("number of secant pairs", len(run["stiffness"]["rises"]), len(stiffness.rises))
+        match("number of secant pairs", len(run["stiffness"]["rises"]), len(stiffness.rises))
     for name, base in run["shifts"]["base"].items():
         have = len(engine.shifts.rows[name].base)
-        _match(f"number of tensors for {name!r}", len(base), have)
+        match(f"number of tensors for {name!r}", len(base), have)
     return run
 
 
@@ -210,7 +210,8 @@ def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
             _complete(saved[name], part, f"{where}[{name!r}]")
 
 
-def _match(what: str, saved: Any, mine: Any) -> None:
+def match(what: str, saved: Any, mine: Any) -> None:
+    """Raise an error for a part of a state that differs from this optimizer's."""
     if saved != mine:
         raise ValueError(
             f"state_dict does not fit: its {what} is {saved!r}, this optimizer's is {mine!r}. "

@@ -15,7 +15,7 @@ from selftune import rules as rule_module
 from selftune._trees import copy_into
 from selftune.method import choice
 from selftune.optim._base import Params
-from selftune.optim._saving import from_bytes
+from selftune.optim._saving import from_bytes, match
 from selftune.optim.shells import RuleOptimizer
 from selftune.penalties import Penalties
 from selftune.rules import AbstractRule, PlainOptimizer
@@ -112,10 +112,18 @@ class Mixture(RuleOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as in :class:`SelfTuningOptimizer`, including the chosen rule, if any."""
+        """Load a state as in :class:`SelfTuningOptimizer`, including the chosen rule, if any.
+
+        Raises:
+            ValueError: It is from another run, for example with another ``mix_until`` than that
+                given to this mixture.
+        """
         groups = state_dict.get("param_groups") or [{}]
         packed = groups[0].get("selftune")
         run = {} if packed is None else from_bytes(packed)
+        given = "mix_until" not in self._mixture.fitting(None)  # else it may follow the length
+        if given and run.get("rule") == self._kind and "mix_until" in groups[0]:
+            match("mix_until", groups[0]["mix_until"], self.param_groups[0]["mix_until"])
         if run.get("rule") != self._kind or run.get("chosen") == self._mixture.chosen:
             return super().load_state_dict(state_dict)
         own, chosen = self.state_dict(), self._mixture.chosen

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from selftune import rules
-from selftune._arguments import FLAG, PAIR, SCALAR, Kind, Number, check
+from selftune._arguments import COUNT, FLAG, PAIR, SCALAR, Kind, Number, check
 from selftune.optim._base import Params, SelfTuningOptimizer
 from selftune.optim._building import ARGUMENTS as TUNING
 from selftune.optim._stepper import Stepper
@@ -35,6 +35,7 @@ ARGUMENTS: dict[str, Kind] = {
     "amsgrad": FLAG,
     "centered": FLAG,
     "maximize": FLAG,
+    "mix_until": COUNT,
 }
 """Valid values of options; ranges of tunable options are checked with their groups."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._arguments import Instance, ListOf, check
+from selftune._arguments import COUNT, Instance, ListOf, Number, check
 from selftune.bijections import Log
 from selftune.hparams import Hparam
 from selftune.rules._base import AbstractRule, Dots, Evaluation, InPlace, State, Values
 from selftune.rules.plain import PlainOptimizer
 from selftune.rules.sgd import SGD
+
+log = logging.getLogger("selftune")
 
 WITHIN, UNKNOWN = 0.25, 300
 """Fraction of the run after which a rule is chosen; steps, if its length is unknown."""
@@ -64,7 +67,8 @@ class Mixture(AbstractRule):
     Raises:
         TypeError: A member is not a rule.
         ValueError: No rules, a duplicate rule, a rule whose weight decay does not shrink weights
-            proportionally, or an unknown setting.
+            proportionally, an unknown setting, a ``mix_until`` below 1, or a weight that is not
+            above 0.
 
     Source: Ozkara et al. 2024 (MADA), who mix parametrised optimizers and keep the mixture.
 
@@ -89,6 +93,7 @@ class Mixture(AbstractRule):
         for name in settings:
             if name not in own:
                 raise ValueError(f"{name}={settings[name]!r} is unknown: use one of {list(own)}")
+        check({"mix_until": COUNT, **dict.fromkeys(self.weights, Number(above=0))}, settings)
         self.defaults = {**shared, **own, **settings}
         momenta = [f"{n}_{k}" for n, m in self.members.items() for k in m.tuned
                    if k in {h.name for h in m.hparams}]  # fmt: skip
@@ -130,6 +135,13 @@ class Mixture(AbstractRule):
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
         """The step of the choice, and the members' own values for a run of this length."""
         until = UNKNOWN if total_steps is None else max(1, int(total_steps * WITHIN))
+        given = self._given.get("mix_until", until)
+        if self.chosen is None and total_steps is not None and given > total_steps:
+            log.warning(
+                "mix_until=%d: the run ends after %d steps, before a rule is chosen; pass at most "
+                "the number of steps, or leave mix_until out to choose at step %d",
+                given, total_steps, until,
+            )  # fmt: skip
         settings: dict[str, float] = {"mix_until": until}
         for name, member in self.members.items():
             settings |= {f"{name}_{k}": v for k, v in member.fitting(total_steps).items()}

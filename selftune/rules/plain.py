@@ -23,12 +23,13 @@ class Untuned(torch.optim.Optimizer):
     Args:
         params: Parameters, or parameter groups.
         rule: The rule that computes the direction d.
-        **settings: ``lr``, ``weight_decay`` and the settings of the rule.
+        **settings: ``lr``, ``weight_decay``, ``maximize`` and the settings of the rule.
     """
 
     def __init__(self, params: Any, rule: AbstractRule, **settings: Any) -> None:
         self._rule = rule
-        super().__init__(params, {**_settings(rule, rule.defaults), **settings})
+        usual = {**_settings(rule, rule.defaults), "maximize": False}
+        super().__init__(params, {**usual, **settings})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -45,7 +46,8 @@ class Untuned(torch.optim.Optimizer):
                 entry = self.state[param]
                 if not entry:
                     entry.update(rule.init(param, values), step=0)
-                grads = param.grad if rule.decoupled else param.grad + decay * param
+                grads = -param.grad if group["maximize"] else param.grad
+                grads = grads if rule.decoupled else grads + decay * param
                 state = {n: t for n, t in entry.items() if n != "step"}
                 direction, after = rule.direction(grads, state, values, entry["step"])
                 entry.update({n: after[n] for n in state}, step=entry["step"] + 1)
@@ -110,6 +112,8 @@ def _settings(rule: AbstractRule, values: Mapping[str, Any]) -> dict[str, Any]:
             settings[hparam.option] = (*settings.get(hparam.option, ()), values[hparam.name])
     own = {h.name for h in rule.hparams}
     rest = {n: values[n] for n in rule.defaults if n not in (*own, "lr", "weight_decay")}
+    if values.get("maximize"):  # an option of the group, not of the rule
+        rest["maximize"] = True
     return {**settings, **rest, "weight_decay": values["weight_decay"]}
 
 

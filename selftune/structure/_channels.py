@@ -164,7 +164,7 @@ class Follower(fx.Interpreter):
 
     def _operation(self, node: fx.Node, value: Any) -> Channels | None:
         target = node.target
-        if target in ops.SIZES:
+        if target in ops.SIZES and not isinstance(value, Tensor):
             return None
         inputs = self._of((node.args, node.kwargs))
         if target is operator.getitem and node.args[0] in self.pieces:

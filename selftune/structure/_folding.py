@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from inspect import Parameter, signature
+from itertools import takewhile
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +22,8 @@ THROUGH = (
 """Modules with f(g x) = g f(x)."""
 THROUGH_POSITIVE = (nn.ReLU, nn.LeakyReLU, *POOLS)
 """Modules with f(g x) = g f(x) for g ≥ 0."""
+CONSTANTS = (type(None), bool, int, float, str)
+"""Types of defaults that the code of a graph can have."""
 
 
 def fold(follower: Follower, graph: fx.GraphModule, model: nn.Module) -> None:
@@ -137,17 +141,24 @@ def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
     return fx.GraphModule(root, graph, "Scale")
 
 
-def replace_optionals(model: nn.Module) -> None:
-    """Replace every closed Optional by an identity, the others by sums in torch operations only."""
+def replace_optionals(model: nn.Module, *, whole: bool = False) -> None:
+    """Replace every closed Optional by an identity, the others by sums in torch operations only.
+
+    Args:
+        model: A model.
+        whole: Whether all are replaced by sums, with gates of 1.
+    """
     plains: dict[int, nn.Module] = {}
     optionals = [
         (path, m) for path, m in model.named_modules(remove_duplicate=False)
         if isinstance(m, Optional)
     ]  # fmt: skip
     for path, module in reversed(optionals):  # inner ones first
-        if id(module) not in plains:
+        if id(module) not in plains and whole:
+            plains[id(module)] = as_sum(module.block, 1.0, module.residual)
+        elif id(module) not in plains:
             closed = bool(module.closed().all())
-            plains[id(module)] = nn.Identity() if closed else _sum(module)
+            plains[id(module)] = _first(module.block) if closed else _sum(module)
         model.set_submodule(path, plains[id(module)])
 
 
@@ -158,13 +169,39 @@ def _sum(optional: Optional) -> nn.Module:
     return as_sum(optional.block, gate, optional.residual)
 
 
+def _arguments(graph: fx.Graph, block: nn.Module) -> list[fx.Node]:
+    """The input, and further arguments of a block, such as masks."""
+    try:
+        _, *params = signature(block.forward).parameters.values()
+    except ValueError:  # of torch.jit.trace
+        params = []
+    nodes = [graph.placeholder("input")]
+    for param in takewhile(_constant, params):
+        nodes.append(graph.placeholder(param.name, default_value=param.default))
+    return nodes
+
+
+def _constant(param: Parameter) -> bool:
+    """Whether a graph can have an argument, with its default."""
+    usual = param.default is param.empty or isinstance(param.default, CONSTANTS)
+    return usual and param.kind in (param.POSITIONAL_ONLY, param.POSITIONAL_OR_KEYWORD)
+
+
+def _first(block: nn.Module) -> nn.Module:
+    """What is left of a closed block: the first of its arguments."""
+    graph = fx.Graph()
+    given, *others = _arguments(graph, block)
+    graph.output(given)
+    return fx.GraphModule(nn.Module(), graph, "Identity") if others else nn.Identity()
+
+
 def as_sum(block: nn.Module, gate: float, residual: bool) -> fx.GraphModule:
     """``x + g · block(x)``, or ``(1 − g) · x + g · block(x)``, in torch operations only."""
     root = nn.Module()
     root.add_module("block", block)
     graph = fx.Graph()
-    given = graph.placeholder("input")
-    output = graph.call_module("block", (given,))
+    given, *others = _arguments(graph, block)
+    output = graph.call_module("block", (given, *others))
     if not residual:
         kept = graph.call_function(operator.mul, (given, 1 - gate))
         given = kept

@@ -48,7 +48,8 @@ SQUEEZES: set[Any] = {torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze"}
 EXPANSIONS: set[Any] = {"expand_as"}
 CATS: set[Any] = {torch.cat, torch.concat}
 SIZES: set[Any] = {getattr, "size", "dim", len, "numel"}
-"""Operations that read a shape, which adapts to the remaining units."""
+"""Operations that read a shape, which adapts to the remaining units, unless they return a tensor
+(``x.mT``)."""
 TRANSPOSES: set[Any] = {torch.transpose, torch.swapaxes, "transpose", "swapaxes"}
 PERMUTES: set[Any] = {torch.permute, "permute"}
 SOFTMAXES: set[Any] = {F.softmax, torch.softmax, "softmax"}

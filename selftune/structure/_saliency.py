@@ -89,7 +89,8 @@ def _watch(
     if value is None:
         sizes[name] = args[0].shape[module.batch_dim]
         return
-    value = value.detach()
+    # A copy of the output itself, which later operations may change in place.
+    value = value.detach().clone() if value is output else value.detach()
 
     def add(grad: Tensor) -> None:
         slopes = module.per_unit(grad * value)

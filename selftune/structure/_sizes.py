@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,12 +16,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from selftune.structure._channels import Follower
-from selftune.structure._folding import as_sum
+from selftune.structure._folding import replace_optionals
 from selftune.structure._tracing import Tracer, call, plain_copy
 from selftune.structure.gates import AbstractGated, Optional, gated
 from selftune.structure.recurrent import Recurrent
+from selftune.structure.transformer import Attention
 
 KINDS = ("parameters", "multiply_adds")
+COUNTED = (
+    nn.Linear, _ConvNd, Recurrent, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
+)  # fmt: skip
+"""Layers whose multiply-adds are counted."""
 Place = tuple[str, int]
 """Name of a module with gates, and the index of one of them."""
 
@@ -52,8 +58,9 @@ class Sizes:
 
     A unit comprises everything that shares a channel; it is removed if all of its gates are closed.
     The size counts weights and biases, and the multiply-adds of weights of Linear,
-    convolution, recurrent and attention layers for one example; those of functions, such as
-    ``F.linear``, and of attention scores are not counted.
+    convolution, recurrent and attention layers for one example, also inside torch's encoder and
+    decoder layers; those of functions, such as ``F.linear``, and of attention scores are not
+    counted.
 
     Args:
         model: A model with gates. It is not modified.
@@ -73,19 +80,16 @@ class Sizes:
         plain = plain_copy(model)
         optionals = [n for n, m in gated(plain) if isinstance(m, Optional)]
         with torch.no_grad():
-            call(plain, inputs)
-            for name in reversed(optionals):  # inner ones first
-                module = plain.get_submodule(name)
-                assert isinstance(module, Optional)
-                plain.set_submodule(name, as_sum(module.block, 1.0, module.residual))
+            batch = _examples(plain, inputs)
+            replace_optionals(plain, whole=True)
             graph = fx.GraphModule(plain, Tracer().of(plain, inputs))
             follower = Follower(graph, math.inf)
-            follower.run(*inputs)
+            with _counted(plain, batch) as positions:
+                follower.run(*inputs)
         self.places: list[list[Place]] = []
         self.axes: dict[str, NDArray[np.int64]] = {}
         self._number(follower, optionals, dict(gated(model)))
-        self._batch = _examples(follower, plain, inputs)
-        self._blocks = self._made(follower, plain, optionals)
+        self._blocks = self._made(follower, plain, optionals, positions)
         self.whole = self.count(np.zeros(len(self.places), dtype=bool))
 
     def _number(
@@ -117,12 +121,14 @@ class Sizes:
     def _units(self, follower: Follower, ids: Iterable[int]) -> NDArray[np.int64]:
         return np.array([self._numbers.get(follower.units.root(u), -1) for u in ids])
 
-    def _made(self, follower: Follower, plain: nn.Module, optionals: list[str]) -> list[_Block]:
+    def _made(
+        self, follower: Follower, plain: nn.Module, optionals: list[str],
+        positions: Mapping[int, float],
+    ) -> list[_Block]:  # fmt: skip
         """A block for each parameter."""
         cuts: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
         for (tensor, axis), cut in follower.units.cuts.items():
             cuts.setdefault(tensor, []).append((axis, self._units(follower, cut.ids)))
-        positions = _positions(follower, plain, self._batch)
         blocks: list[_Block] = []
         for name, param in plain.named_parameters():
             if isinstance(plain.get_submodule(name.rpartition(".")[0]), AbstractGated):
@@ -205,47 +211,76 @@ class Sizes:
         return target
 
 
-def _examples(follower: Follower, model: nn.Module, inputs: Iterable[Any]) -> float:
-    """Number of examples in a pass: along the first axis, or one that a gate names."""
-    for node in follower.values:
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, AbstractGated) and module.batch_dim and node.all_input_nodes:
-            given = follower.values.get(node.all_input_nodes[0])
-            if isinstance(given, Tensor):
-                return float(given.shape[module.batch_dim])
-    return next((float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim), 1.0)
+def _examples(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Number of examples in a pass: along the first axis, or one that a gated module names."""
+    found: list[float] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        read = next(iter((*args, *kwargs.values())), None)
+        gate = isinstance(module, AbstractGated)
+        axis = module.batch_dim if gate else int(not module.batch_first)
+        if axis and isinstance(read, Tensor):
+            found.append(float(read.shape[axis]))
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, (AbstractGated, Attention)):
+                handle = module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(handle.remove)
+        call(model, inputs)
+    usual = (float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim)
+    return next(iter((*found, *usual)), 1.0)
 
 
-def _positions(follower: Follower, model: nn.Module, batch: float) -> dict[int, float]:
-    """Multiply-adds per weight for one example, by the id of the parameter, over all its uses."""
+@contextmanager
+def _counted(model: nn.Module, batch: float) -> Iterator[dict[int, float]]:
+    """Multiply-adds per weight for one example, by the id of the parameter, over all its uses.
+
+    Hooks also count layers inside torch's composite layers, unless those use a fused kernel.
+
+    Args:
+        model: A model that is called in the block.
+        batch: Number of examples in a call.
+    """
     positions: dict[int, float] = {}
 
-    def add(params: Iterable[Any], times: float) -> None:
-        for param in params:
+    def count(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        for param, times in _uses(module, (*args, *kwargs.values()), kwargs, output):
             if isinstance(param, nn.Parameter):
                 positions[id(param)] = positions.get(id(param), 0.0) + times / batch
 
-    for node, value in follower.values.items():
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear):
-            add([module.weight], value.numel() / module.out_features)
-        elif isinstance(module, _ConvNd):
-            read = follower.values[node.all_input_nodes[0]]
-            add([module.weight], read.numel() / module.in_channels if module.transposed
-                else value.numel() / module.out_channels)  # fmt: skip
-        elif isinstance(module, (Recurrent, nn.RNNBase)):
-            cell = module.cell if isinstance(module, Recurrent) else module
-            output = getattr(value[0], "data", value[0])  # of a packed sequence
-            matrices = (p for n, p in cell.named_parameters() if n.startswith("weight"))
-            add(matrices, output.numel() / output.shape[-1])
-        elif isinstance(module, nn.MultiheadAttention):
-            names = ("query", "key", "value")
-            given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-            read = [follower.values[given[n]] for n in names]
-            tokens = [x.numel() / x.shape[-1] for x in read]
-            own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-            for param, times in zip(own, tokens, strict=True):
-                add([param], times)
-            add([module.in_proj_weight], sum(tokens) / 3)
-            add([module.out_proj.weight], tokens[0])
-    return positions
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as undo:
+        torch.backends.mha.set_fastpath_enabled(False)
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        for module in model.modules():
+            if isinstance(module, COUNTED):
+                handle = module.register_forward_hook(count, with_kwargs=True)
+                undo.callback(handle.remove)
+        yield positions
+
+
+def _uses(
+    module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+) -> Iterator[tuple[Any, float]]:
+    """The weights of a layer, each with the number of positions at which a call uses it."""
+    if isinstance(module, nn.Linear):
+        yield module.weight, output.numel() / module.out_features
+    elif isinstance(module, _ConvNd):
+        yield module.weight, (args[0].numel() / module.in_channels if module.transposed
+                              else output.numel() / module.out_channels)  # fmt: skip
+    elif isinstance(module, nn.MultiheadAttention):
+        given: dict[str, Any] = dict(zip(("query", "key", "value"), args, strict=False))
+        given |= kwargs
+        tokens = [given[n].numel() / given[n].shape[-1] for n in ("query", "key", "value")]
+        own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        yield from zip(own, tokens, strict=True)
+        yield module.in_proj_weight, sum(tokens) / 3
+        yield module.out_proj.weight, tokens[0]
+    else:  # recurrent
+        cell = module.cell if isinstance(module, Recurrent) else module
+        states: Any = output[0] if isinstance(output, tuple) else output
+        states = getattr(states, "data", states)  # of a packed sequence
+        for name, param in cell.named_parameters():
+            if name.startswith("weight"):
+                yield param, states.numel() / states.shape[-1]

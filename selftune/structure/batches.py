@@ -137,12 +137,15 @@ class Batches(Sampler[list[int]]):
         order: list[int] = torch.randperm(self._count, generator=generator).tolist()
         place = 0
         for number in itertools.count():
+            ends = self._count - place < (self.size if self._drop_last else 1)
             if number < len(again):
                 self.size = again[number]
-            elif number and self._interval and number % self._interval == 0:
+            elif number and self._interval and number % self._interval == 0 and not ends:
                 self._resize()
             batch = list(order[place : place + self.size])
             if not batch or (self._drop_last and len(batch) < self.size):
+                # The next epoch adjusts the size of a batch that was drawn.
+                self.size = self._drawn[-1] if self._drawn else self.size
                 self._ended = True
                 return
             place += len(batch)
@@ -158,7 +161,7 @@ class Batches(Sampler[list[int]]):
             if self._overhead is not None:
                 best = max(math.sqrt(self._overhead * best), 1.0)
             wanted = 2.0 ** round(math.log2(min(best, 2.0 * self.size)))
-            wanted = min(max(wanted, self.size / 2), 2 * self.size)
+            wanted = min(max(wanted, math.ceil(self.size / 2)), 2 * self.size)
             size = int(min(max(wanted, self.least), self._most))
             if size != self.size:
                 log.info(

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from selftune._arguments import COUNT, MODULE, MODULES, NONE, Number, checked
 from selftune.monitor import Monitor
 from selftune.structure._saliency import Closure, buffers_kept, loss_of
+from selftune.structure.gates import apart
 
 log = logging.getLogger("selftune")
 
@@ -33,7 +34,8 @@ class Choice(nn.Module):
         scores: s, shape (branches,), a buffer.
 
     Raises:
-        ValueError: Fewer than two branches; outputs of different shapes.
+        ValueError: Fewer than two branches; outputs of different shapes; a branch that changes its
+            input in place.
 
     Examples:
         >>> choice = Choice([nn.ReLU(), nn.Identity()])
@@ -59,7 +61,10 @@ class Choice(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The weighted sum."""
-        return mixed([branch(input) for branch in self.branches], self.weights())
+        outputs = [
+            apart(f"Choice: branches[{i}]", branch, input) for i, branch in enumerate(self.branches)
+        ]
+        return mixed(outputs, self.weights())
 
     @property
     def chosen(self) -> nn.Module:

@@ -123,7 +123,8 @@ class Optional(AbstractGated):
         batch_dim: The batch dimension, over which saliencies are averaged.
 
     Raises:
-        ValueError: The output of the block has another shape.
+        ValueError: The output of the block has another shape, or the block changes its input in
+            place.
 
     Examples:
         >>> layer = Optional(torch.nn.Linear(2, 2), residual=False)
@@ -140,7 +141,7 @@ class Optional(AbstractGated):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Add the output of the block, scaled by the gate, to the input."""
-        output = self.block(input, *args, **kwargs)
+        output = apart("Optional: its block", self.block, input, *args, **kwargs)
         if output.shape != input.shape:
             raise ValueError(
                 f"Optional: the block turns shape {tuple(input.shape)} into "
@@ -160,6 +161,25 @@ class Optional(AbstractGated):
     def extra_repr(self) -> str:
         """Whether the block is a residual branch."""
         return f"residual={self.residual}"
+
+
+def apart(name: str, module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """The output of a module whose input is used elsewhere, too, and must stay as it is.
+
+    Raises:
+        ValueError: The module changes its input in place.
+    """
+    # Neither compiled code nor inference mode counts changes.
+    counted = not torch.compiler.is_compiling() and isinstance(input, Tensor)
+    counted = counted and not input.is_inference()
+    before = input._version if counted else 0
+    output = module(input, *args, **kwargs)
+    if counted and input._version > before:
+        raise ValueError(
+            f"{name} changes its input in place, which is used elsewhere, too: pass inplace=False "
+            "to its layers"
+        )
+    return output
 
 
 @checked(model=MODULE)

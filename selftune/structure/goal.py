@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from selftune._arguments import COUNT, MODULE, NAMES, NONE, SHARE, TEXT, Number, checked
+from selftune._trees import unchanged
 from selftune.monitor import Monitor
 from selftune.structure._saliency import Closure, buffers_kept, saliency
 from selftune.structure._sizes import KINDS, Sizes
@@ -153,7 +154,7 @@ class Goal:
         does not mistake closed units for dead ones.
 
         Args:
-            closure: Returns the validation loss, as for ``opt.hyper_step``.
+            closure: Returns the validation loss of one batch, as for ``opt.hyper_step``.
 
         Raises:
             ValueError: ``total_steps`` is missing, or the loss does not depend on the gates.
@@ -175,7 +176,7 @@ class Goal:
         Checkpoints of the tuner contain the masks, but not :meth:`state_dict`.
 
         Args:
-            closure: Returns a validation loss of the model.
+            closure: Returns the validation loss of one batch.
         """
 
         def closing(progress: Any) -> bool:
@@ -193,7 +194,7 @@ class Goal:
         If the loss is not finite, the closing is postponed to the next call, with a warning.
 
         Args:
-            closure: Returns the validation loss.
+            closure: Returns the validation loss of one batch.
             progress: Completed fraction of the run, in [0, 1].
         """
         gone = self._gone()
@@ -286,18 +287,14 @@ class Goal:
     def _tolerated(self, closure: Closure, order: list[int], done: float) -> list[int]:
         """The longest prefix of an order within the tolerance, found by bisection."""
         assert self._tolerance is not None
-        before, masks = (
-            self._loss(closure),
-            [(m.mask, m.mask.clone()) for _, m in gated(self._model)],
-        )
+        before, masks = self._loss(closure), [m.mask for _, m in gated(self._model)]
         allowed = self._tolerance * abs(before) * done - self._spent
         low, high, rise = 0, len(order), 0.0
         while low < high:
             middle = (low + high + 1) // 2
-            self._mask(order[:middle])
-            rose = self._loss(closure) - before
-            for mask, open_mask in masks:
-                mask.copy_(open_mask)
+            with unchanged(masks):  # also if the closure fails or is interrupted
+                self._mask(order[:middle])
+                rose = self._loss(closure) - before
             if rose <= allowed:
                 low, rise = middle, rose
             else:

@@ -35,7 +35,7 @@ def with_gates(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: The model contains ``nn.TransformerDecoderLayer`` or an option that cannot be
-            gated; the message names it.
+            gated; the message names the layer and the option.
 
     Examples:
         >>> with_gates(nn.GRU(3, 4)).gates.numel()
@@ -53,7 +53,7 @@ def with_gates(model: nn.Module) -> nn.Module:
         )
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     try:
-        return _gated(model, {}, replaced)
+        return _gated(model, "", {}, replaced)
     except ValueError:
         for parent, name, child in replaced:
             setattr(parent, name, child)
@@ -62,6 +62,7 @@ def with_gates(model: nn.Module) -> nn.Module:
 
 def _gated(
     model: nn.Module,
+    path: str,
     known: dict[int, nn.Module],
     replaced: list[tuple[nn.Module, str, nn.Module]],
 ) -> nn.Module:
@@ -69,6 +70,7 @@ def _gated(
 
     Args:
         model: The model.
+        path: Its name in the whole model.
         known: Replacements of modules by their ids.
         replaced: Filled with each module that is replaced, after its parent and its name.
     """
@@ -76,27 +78,43 @@ def _gated(
         return known[id(model)]
     if isinstance(model, (Recurrent, COMPOSITES)):  # has its gates already
         return model
-    made: nn.Module | None = None
-    if isinstance(model, (nn.LSTM, nn.GRU)):
-        made = Recurrent(one_layer(model, 0)) if model.num_layers == 1 else RecurrentLayers(model)
-    elif isinstance(model, nn.TransformerEncoder):
-        made = Encoder(model)
-    elif isinstance(model, nn.TransformerEncoderLayer):
-        made = EncoderLayer(model)
-    elif isinstance(model, nn.MultiheadAttention):
-        made = Attention(model)
-    elif isinstance(model, nn.TransformerDecoderLayer):
+    try:
+        made = _replacement(model)
+    except ValueError as error:
+        if not path:
+            raise
         raise ValueError(
-            "nn.TransformerDecoderLayer cannot be gated: write it with selftune.structure.Attention"
-        )
+            f"{path}: {error}; or pass only the parts of the model without this layer"
+        ) from error
     # Only original modules are looked up: a new one may reuse the id of a freed one.
     known[id(model)] = model if made is None else made
     if made is not None:
         return made.train(model.training)
     for name, child in list(model._modules.items()):  # named_children lists shared ones once
         if child is not None:
-            made = _gated(child, known, replaced)
+            made = _gated(child, f"{path}.{name}" if path else name, known, replaced)
             if made is not child:
                 replaced.append((model, name, child))
                 setattr(model, name, made)
     return model
+
+
+def _replacement(model: nn.Module) -> nn.Module | None:
+    """A layer with gates in place of a layer of torch; None for other modules.
+
+    Raises:
+        ValueError: It has an option that cannot be gated.
+    """
+    if isinstance(model, (nn.LSTM, nn.GRU)):
+        return Recurrent(one_layer(model, 0)) if model.num_layers == 1 else RecurrentLayers(model)
+    if isinstance(model, nn.TransformerEncoder):
+        return Encoder(model)
+    if isinstance(model, nn.TransformerEncoderLayer):
+        return EncoderLayer(model)
+    if isinstance(model, nn.MultiheadAttention):
+        return Attention(model)
+    if isinstance(model, nn.TransformerDecoderLayer):
+        raise ValueError(
+            "nn.TransformerDecoderLayer cannot be gated: write it with selftune.structure.Attention"
+        )
+    return None

@@ -100,11 +100,17 @@ class NoiseScale:
         """Record ``.grad`` after the backward pass of a micro-batch (mean loss divided by k).
 
         Raises:
-            ValueError: No parameter has a gradient, or others than before have one.
+            ValueError: No parameter has a gradient, others than before have one, or a gradient is
+                sparse.
         """
         grads = [p.grad for p in params if p.grad is not None]
         if not grads:
             raise ValueError("params have no gradients: call loss.backward() first")
+        if any(g.is_sparse for g in grads):
+            raise ValueError(
+                "params have sparse gradients, whose parts cannot be compared: pass sparse=False "
+                "to nn.Embedding and nn.EmbeddingBag, or leave these parameters out"
+            )
         before = self._sum
         if before is not None and len(before) != len(grads):
             raise ValueError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def prune(
         A copy of the model with smaller layers, in the same training or evaluation mode.
 
     Raises:
-        ValueError: The model has no gates, the example does not fit, its outputs are not finite, or
-            the model cannot be traced.
+        ValueError: The model has no gates, the example does not fit, its outputs are not finite or
+            have no tensors, or the model cannot be traced.
         RuntimeError: The smaller model fails or has different outputs, or replacing the choices
             raises the loss by more than ``tolerance``.
 
@@ -87,13 +88,20 @@ def prune(
         )
     inputs = example if isinstance(example, tuple) else (example,)
     modes = {name: module.training for name, module in model.named_modules()}
-    pruned = plain_copy(model)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # weights made in it cannot be trained
+        pruned = plain_copy(model)
         for _, module in gated(pruned):
             module.gates[module.closed(threshold)] = 0.0
         pruned = choose(pruned, loss, tolerance)
         before = call(pruned, inputs)
-        if not all(bool(t.isfinite().all()) for t in tree_leaves(before) if _floating(t)):
+        outputs = _tensors(before)
+        if not outputs:
+            raise ValueError(
+                f"model: its output, a {type(before).__name__}, has no tensors that can be "
+                "compared with those of a smaller model: return tensors, or tuples, dictionaries "
+                "or dataclasses of them"
+            )
+        if not all(bool(t.isfinite().all()) for t in outputs):
             raise ValueError(
                 "model: its outputs on the example are not finite, so those of a smaller model "
                 "cannot be compared: check its weights for NaN"
@@ -101,7 +109,7 @@ def prune(
         replace_optionals(pruned)
         if any(isinstance(m, (AbstractGated, COMPOSITES)) for m in pruned.modules()):
             pruned = _remove(pruned, inputs)
-        _check(before, pruned, inputs)
+        _check(outputs, pruned, inputs)
     for name, module in pruned.named_modules():
         module.training = modes.get(name, model.training)
     return pruned
@@ -170,11 +178,20 @@ def _name_kept(follower: Follower, gone: set[int]) -> None:
         )
 
 
-def _floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of nested tuples, dictionaries and dataclasses."""
+    tensors: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif isinstance(leaf, Mapping):  # of classes unknown to torch
+            tensors += _tensors(list(leaf.values()))
+        elif is_dataclass(leaf):
+            tensors += _tensors([getattr(leaf, f.name) for f in fields(leaf)])
+    return tensors
 
 
-def _check(before: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _check(before: list[Tensor], model: nn.Module, inputs: tuple[Any, ...]) -> None:
     try:
         after = model(*inputs)
     except Exception as error:
@@ -183,9 +200,8 @@ def _check(before: Any, model: nn.Module, inputs: tuple[Any, ...]) -> None:
             "it: write x.flatten(1) for x.view(-1, 512), and x.unflatten(-1, (-1, head_dim)) for "
             "heads"
         ) from error
-    pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
-    for old, new in pairs:
-        if not _floating(old):
+    for old, new in zip(before, _tensors(after), strict=True):
+        if not old.is_floating_point():
             continue
         allowed = TOLERANCE * max(1.0, float(old.abs().max())) if old.numel() else 0.0
         if old.dtype in (torch.float16, torch.bfloat16):

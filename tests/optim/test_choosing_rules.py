@@ -77,6 +77,25 @@ def test_after_the_choice_it_steps_as_the_winner_does(name: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+def test_the_chosen_rule_ascends_with_maximize(name: str) -> None:
+    """As a plain optimizer, too: its step is that of minimising the negated loss."""
+    net = network()
+    rule = st.rules.Mixture(THREE, mix_until=1, **{f"mix_{name.lower()}": 5.0})
+    opt = st.Mixture(net, rule, tune=(), total_steps=9, maximize=True)
+    train(net, opt, range(1), hyper=False)
+    assert opt.rule is not None
+    up, down = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    usual = {**opt.rule.settings, "maximize": False}
+    plain = st.rules.PlainOptimizer(opt.rule.rule, usual)
+    for weights, sign, of in ((up, 1.0, opt.rule), (down, -1.0, plain)):
+        made = of.make([weights])
+        (sign * weights.sum()).backward()
+        made.step()
+    assert up.min() > 1
+    assert torch.equal(up, down)
+
+
 def test_the_choice_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     net, recorder = network(), st.monitor.InMemory()
     opt = st.Mixture(net, st.rules.Mixture(THREE, mix_until=20), total_steps=120, log_dir=recorder)
@@ -163,6 +182,26 @@ def test_a_refused_state_changes_nothing(there: int, here: int) -> None:
     train(twin, other, range(here, 70))
     for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("at", [5, 30])
+def test_another_step_of_the_choice_is_named(at: int) -> None:
+    """If it is given; a default follows the length, which an extension changes. Truth: a twin."""
+
+    def begun(total: int = 80, **until: int) -> st.Mixture:
+        return st.Mixture(network(), st.rules.Mixture(THREE, **until), total_steps=total)
+
+    net = network()
+    opt = st.Mixture(net, THREE, total_steps=80)
+    train(net, opt, range(at))
+    state, other, twin = saved(opt), begun(mix_until=40), begun(mix_until=40)
+    with pytest.raises(ValueError, match="its mix_until is 20, this optimizer's is 40"):
+        other.load_state_dict(state)
+    assert (other.hparams, str(other.rule)) == (twin.hparams, "None")
+    for fitting in (begun(mix_until=20), begun(120)):
+        fitting.load_state_dict(state)
+        assert str(fitting.rule) == str(opt.rule)
+        assert fitting.param_groups[0]["mix_until"] == 20
 
 
 def test_an_undecided_state_takes_the_choice_back() -> None:
@@ -292,3 +331,5 @@ def test_wrong_calls_are_named() -> None:
         st.Mixture(network(), [torch.optim.AdamW([torch.ones(1)])])
     with pytest.raises(TypeError, match="no argument momentum"):
         st.Mixture(network(), THREE, momentum=0.5)
+    with pytest.raises(ValueError, match="mix_until=0 must be at least 1"):
+        st.Mixture([{"params": network().parameters(), "mix_until": 0}], THREE)

@@ -155,6 +155,11 @@ def test_a_plain_optimizer_takes_the_rules_steps(member: type[rules.AbstractRule
         ([rules.Adam()], {}, ValueError, "use AdamW"),
         ([rules.SGD()], {"adamw_beta1": 0.5}, ValueError, "adamw_beta1=0.5 is unknown"),
         ([rules.Mixture([rules.SGD()])], {}, TypeError, "a rule of the library"),
+        ([rules.SGD()], {"mix_until": 0}, ValueError, "mix_until=0 must be at least 1"),
+        ([rules.SGD()], {"mix_until": 0.3}, TypeError, "mix_until=0.3 must be .* a whole number"),
+        ([rules.SGD()], {"mix_until": None}, TypeError, "mix_until=None must be"),
+        ([rules.SGD()], {"mix_sgd": 0.0}, ValueError, "mix_sgd=0.0 must be above 0"),
+        ([rules.SGD()], {"mix_sgd": float("nan")}, ValueError, "mix_sgd=nan must be"),
     ],
 )
 def test_what_cannot_be_mixed_is_named(
@@ -162,3 +167,12 @@ def test_what_cannot_be_mixed_is_named(
 ) -> None:
     with pytest.raises(error, match=words):
         rules.Mixture(members, **settings)
+
+
+@pytest.mark.parametrize(("until", "warned"), [(60, 0), (61, 1)])
+def test_a_choice_after_the_last_step_is_named(
+    until: int, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Count: one warning if the run is too short to choose a rule."""
+    mixture(rules.SGD, rules.AdamW, mix_until=until).fitting(60)
+    assert sum("before a rule is chosen" in m for m in caplog.messages) == warned

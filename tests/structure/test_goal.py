@@ -339,6 +339,20 @@ def test_multiply_adds_are_those_of_an_example(first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=first)
     sizes = Goal(with_gates(layer), x if first else x.transpose(0, 1), 1.0).size()
     assert sizes["multiply_adds"] == 10 * (4 * 8 * 8 + 2 * 8 * 16)
+    attended = with_gates(Attended(nn.MultiheadAttention(8, 2, batch_first=first)))
+    block = Optional(nn.Linear(8, 8), batch_dim=0 if first else 1)
+    for model, layers in ((attended, 4), (nn.Sequential(block), 1)):
+        sizes = Goal(model, x if first else x.transpose(0, 1), 1.0).size()
+        assert sizes["multiply_adds"] == 10 * layers * 8 * 8
+
+
+class Attended(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 12, 22, 52])

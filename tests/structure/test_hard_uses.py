@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from selftune.structure import Batches, Gate, Goal, Optional, prune, with_gates
+from selftune.structure import Batches, Choice, Gate, Goal, Optional, open_gates, prune, with_gates
+from selftune.structure._saliency import saliency
 
 X, Y = torch.randn(32, 8), torch.randn(32, 1)
 
@@ -142,8 +143,11 @@ def test_what_gated_recurrent_layers_take() -> None:
 
 def test_a_model_that_cannot_be_gated_stays_as_it_was() -> None:
     net = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bidirectional=True)])
+    nested = nn.Sequential(nn.ModuleDict({"rnn": nn.LSTM(3, 4, proj_size=2)}))
+    with pytest.raises(ValueError, match=r"^0\.rnn: nn\.LSTM\(proj_size=2\)"):
+        with_gates(nested)
     kinds = [type(m) for m in net.modules()]
-    with pytest.raises(ValueError, match="bidirectional"):
+    with pytest.raises(ValueError, match=r"^1: nn\.LSTM\(bidirectional.* parts of the model"):
         with_gates(net)
     assert [type(m) for m in net.modules()] == kinds
 
@@ -183,3 +187,133 @@ def test_parametrized_layers_are_cut(kind: str) -> None:
         True,
     ]
     Goal(net, x, budget=0.3)  # can be reached
+
+
+class Changed(nn.Module):
+    """A block whose gated output is changed in place, as in torchvision's residual blocks."""
+
+    def __init__(self, *after: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.after = Gate(8), nn.Sequential(*after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.gate(x)
+        out += x
+        return self.after(out).sum(1)
+
+
+@pytest.mark.parametrize("after", [nn.SiLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)])
+def test_saliencies_of_gates_that_are_changed_in_place(after: nn.Module) -> None:
+    """Closed form, example by example: the mean of (g ∂L/∂g)²/2, with derivatives by autograd."""
+    torch.manual_seed(0)
+    net = Changed(after)
+    found = saliency(net, lambda: net(X).mean())["gate"]
+    slopes = [torch.autograd.grad(net(x[None]).sum(), net.gate.gates)[0].flatten() for x in X]
+    torch.testing.assert_close(found, torch.stack(slopes).square().mean(0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Choice([nn.Tanh(), nn.ReLU(inplace=True)]), r"Choice: branches\[1\] changes its input"),
+        (Optional(nn.Sequential(nn.SiLU(inplace=True), nn.Linear(8, 8))), "its block changes its"),
+    ],
+)
+def test_parts_that_change_their_input_in_place_are_named(layer: nn.Module, message: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), layer)
+    with pytest.raises(ValueError, match=f"{message}.*: pass inplace=False"):
+        net(X)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Choice([nn.Tanh(), nn.ReLU()]),
+        Optional(nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))),
+    ],
+)
+def test_inputs_are_looked_at_under_every_transform(layer: nn.Module) -> None:
+    """Truth: the plain pass."""
+    net = nn.Sequential(nn.Linear(8, 8), layer)
+    want = net(X)
+    compiled: Any = torch.compile(net, backend="eager", fullgraph=True)
+    exported = torch.export.export(net, (X,)).module()
+    for run in (compiled, torch.func.vmap(net), exported):
+        torch.testing.assert_close(run(X), want)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(X), want)
+
+
+def test_an_interrupted_tolerance_search_closes_nothing() -> None:
+    """Truth: the open gates before; no unit may be closed at a tolerance of 0."""
+    net, calls = network(), iter(range(100))
+    goal = Goal(net, X[:1], tolerance=0.0, total_steps=10, batches=1)
+
+    def closure() -> Tensor:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return F.mse_loss(net(X), Y)
+
+    with pytest.raises(KeyboardInterrupt):
+        goal.close(closure, 1.0)
+    assert open_gates(net) == {"2": (32, 32)}
+
+
+class Conditioned(nn.Module):
+    """Blocks that take a second argument, which one of them needs."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Optional(Block(), residual=i > 0) for i in range(3))
+        self.head, self.named = nn.Linear(8, 1), named
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, shift=shift) if self.named else block(x, shift)
+        return self.head(block(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 6), Gate(6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        hidden = torch.relu(self.up(x if shift is None else x + shift))
+        return scale * self.down(self.gate(hidden))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_blocks_with_further_arguments_are_pruned(named: bool) -> None:
+    """Truth: outputs of the gated model, and the number of parameters that are left."""
+    torch.manual_seed(0)
+    net, shift = Conditioned(named), torch.randn(1, 8)
+    assert Goal(net, (X, shift), budget=0.5).size()["parameters"] == 3 * 110 + 9
+    net.blocks[1].mask.zero_()
+    net.blocks[0].block.gate.mask[:4] = 0
+    small = prune(net, (X, shift))
+    torch.testing.assert_close(small(X, shift), net(X, shift))
+    assert sum(p.numel() for p in small.parameters()) == 110 + 42 + 9
+
+
+def test_blocks_that_are_used_twice_have_a_goal() -> None:
+    """Truth: the size by hand, and that of the pruned model."""
+    block = Optional(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Gate(6), nn.Linear(6, 8)))
+    net = nn.Sequential(nn.Linear(8, 8), block, nn.ReLU(), block, nn.Linear(8, 2))
+    goal = Goal(net, X, budget=0.5)
+    assert goal.size() == {"parameters": 72 + 110 + 18, "multiply_adds": 64 + 2 * 96 + 16}
+    block.block[2].mask[:4] = 0
+    assert goal.size() == {"parameters": 72 + 42 + 18, "multiply_adds": 64 + 2 * 32 + 16}
+    small = prune(net, X)
+    assert sum(p.numel() for p in small.parameters()) == goal.size()["parameters"]
+    block.mask.zero_()
+    assert goal.size() == {"parameters": 90, "multiply_adds": 80}
+
+
+def test_a_model_pruned_in_inference_mode_can_be_trained() -> None:
+    net = network()
+    net[2].mask[4:] = 0
+    with torch.inference_mode():
+        small = prune(net, torch.randn(3, 8))
+    small(X).sum().backward()
+    assert small[0].weight.grad.shape == (4, 8)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from selftune.structure import Gate, Goal, Recurrent, prune, with_gates
+from selftune.structure import Gate, Goal, Optional, Recurrent, prune, with_gates
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -124,6 +125,51 @@ def test_multiply_adds_of_tied_recurrent_and_attention_layers_by_hand() -> None:
     rnn = 2 * 4 * 6 * (8 + 6) + 2 * 4 * 6 * (12 + 6)
     attention = 3 * 12 * 12 + 12 * 12
     assert goal.size()["multiply_adds"] == 5 * (rnn + attention + 12 * 8 + 8 * 8 + 8 * 50)
+
+
+class Cells(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.up, self.gate, self.cell = nn.Linear(4, 6), Gate(6), kind(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for _ in range(3):
+            state = self.cell(x, state)
+        return self.gate(self.up(x)) @ (state[0] if isinstance(self.cell, nn.LSTMCell) else state).T
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_multiply_adds_of_cells(kind: Any) -> None:
+    """Truth: torch's counter, without the product at the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Cells(kind), nn.Linear(1, 4), Gate(4), nn.Linear(4, 1))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 4))
+    counted = Goal(model, torch.randn(1, 4), budget=0.99).size()["multiply_adds"]
+    assert counted == counter.get_total_flops() / 2 - 6
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("padded", [False, True])
+def test_multiply_adds_of_encoders_and_decoders_by_hand(padded: bool) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = Optional(nn.TransformerEncoder(layer, 2), residual=False)
+            self.decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return self.decoder(x[:, :3], self.encoder(x, src_key_padding_mask=mask))
+
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    fused = torch.backends.mha.get_fastpath_enabled()
+    goal = Goal(Both(), (torch.randn(2, 5, 8), mask if padded else None), budget=0.9)
+    encoder = 2 * 5 * (4 * 8 * 8 + 2 * 8 * 16)
+    decoder = 3 * (6 * 8 * 8 + 2 * 8 * 16) + 5 * 2 * 8 * 8
+    assert goal.size()["multiply_adds"] == encoder + decoder
+    assert torch.backends.mha.get_fastpath_enabled() == fused
 
 
 def test_a_gate_on_values_of_several_ranks() -> None:

@@ -1,5 +1,6 @@
 """The noise scale and batches that follow it. Truths: closed forms, and gradients one by one."""
 
+import itertools
 import math
 
 import pytest
@@ -88,6 +89,10 @@ def test_calls_that_do_not_fit_are_named() -> None:
         scale.whole_batch(7)
     with pytest.raises(ValueError, match="in 0 micro-batches"):
         scale.whole_batch(6)
+    words = nn.Embedding(5, 3, sparse=True)
+    words(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"sparse gradients.* pass sparse=False"):
+        NoiseScale().micro_batch(words.parameters())
 
 
 # Batches
@@ -122,6 +127,25 @@ def test_sizes_follow_the_noise_scale() -> None:
         next(iter(batches))
         sizes.append(batches.size)
     assert sizes == [16, 32, 32, 64, 128, 128, 64, 32, 16, 8, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("count", "drop_last"), [(48, False), (48, True), (51, True), (60, True), (70, True)]
+)
+def test_consecutive_batches_differ_by_a_factor_of_two(count: int, drop_last: bool) -> None:
+    """Across epochs that end where the size changes, and from an odd size down."""
+    batches = Batches(range(count), start=16, most=512, interval=3, drop_last=drop_last)
+    sizes: list[int] = []
+    for _ in range(3):
+        for _ in batches:
+            sizes.append(batches.size)
+            if len(sizes) == 3:
+                tell(batches, 1e6)
+    assert all(a <= b <= 2 * a for a, b in itertools.pairwise(sizes))
+    assert sizes[-1] > 16
+    odd = Batches(range(100), start=5, least=1)
+    tell(odd, 0.0)
+    assert [len(next(iter(odd))) for _ in range(4)] == [3, 2, 1, 1]
 
 
 def test_a_size_is_kept_during_an_epoch_without_an_interval() -> None:

@@ -1,5 +1,8 @@
 """Models that cannot be pruned, or in part. Truths: the gated model, and what errors name."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,3 +108,47 @@ def test_units_that_something_unknown_needs_stay(make: type[nn.Module]) -> None:
     torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-5)
     assert [p.shape for p in pruned.parameters()] == sizes
     assert not any(isinstance(m, Gate) for m in pruned.modules())
+
+
+@dataclass
+class Scores:
+    logits: Tensor
+    more: Any = None
+
+
+class Returning(nn.Module):
+    """Returns a function of its output and of its hidden units."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__()
+        self.up, self.gate, self.head = nn.Linear(5, 6), Gate(6), nn.Linear(6, 2)
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.gate(self.up(x))
+        return self.returned(self.head(hidden), hidden)
+
+
+RETURNED: dict[str, tuple[Any, Any]] = {
+    "in a dataclass": (lambda y, h: Scores(y, {"of": h.mT.std(0)}), lambda out: out.more["of"]),
+    "in two": (lambda y, h: Scores(y, Scores(h.data)), lambda out: out.more.logits),
+    "plain": (lambda y, h: (y, h.T), lambda out: out[1]),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_hidden_units_that_are_returned_stay(name: str) -> None:
+    """Truth: the output of the gated model."""
+    torch.manual_seed(0)
+    returned, units = RETURNED[name]
+    model, x = Returning(returned), torch.randn(3, 5)
+    model.gate.mask[::2] = 0
+    torch.testing.assert_close(units(prune(model, x)(x)), units(model(x)))
+    model.up.weight.data[1] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        prune(model, x)
+
+
+def test_outputs_that_cannot_be_compared_are_named() -> None:
+    with pytest.raises(ValueError, match="its output, a str, has no tensors"):
+        prune(Returning(lambda y, h: "no tensor"), torch.randn(3, 5))
