@@ -42,6 +42,7 @@ class Buffers:
         layers: Layers of the trained model.
         foreign: Layers of other models.
         carried: Other buffers, which validation passes must not change.
+        grown: Whether parameters have joined, whose modules are not found yet.
     """
 
     def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
@@ -52,7 +53,7 @@ class Buffers:
         self.good: list[Tensor] = []
         self.candidate: list[Tensor] = []
         self._every = every
-        self.shown = False
+        self.shown = self.grown = False
         self._momenta: list[float | None] = []
         self._own = False  # whether validation passes gather the averaged weights' statistics
         self._counts: list[Tensor] = []  # ``num_batches_tracked`` at the last exchange
@@ -79,6 +80,10 @@ class Buffers:
                 for kept in (self.average, self.good, self.candidate):
                     kept += [t.clone() for t in _statistics(layer)]
 
+    def grow(self) -> None:
+        """Search the next validation pass for the modules of parameters that have joined."""
+        self.grown, self.carried.buffers = True, None
+
     @contextmanager
     def discovering(self, params: Iterable[Tensor]) -> Iterator[None]:
         """Adds the modules called inside the block, with their statistics from before it.
@@ -88,6 +93,19 @@ class Buffers:
         Args:
             params: Parameters of the optimizer. Modules with only other parameters are foreign.
         """
+        known = len(self.good)
+        try:
+            with unchanged(self.average), self.searching(params):
+                yield
+        finally:
+            self.restore(known)
+            if self._saved is not None:
+                self.load_state_dict(self._saved)
+            self._strangers = 0
+
+    @contextmanager
+    def searching(self, params: Iterable[Tensor]) -> Iterator[None]:
+        """Adds the modules called inside the block, whose pass counts as one of validation."""
         ours = {id(p) for p in params}
         others: set[int] = set()
         before: list[tuple[Tensor, Tensor]] = []  # statistics of foreign layers, and copies
@@ -106,17 +124,13 @@ class Buffers:
                     self.foreign.append(part)
                     before.extend((t, t.clone()) for t in _statistics(part))
 
-        known = len(self.good)
         try:
-            with watching(look), unchanged(self.average):
+            with watching(look):
                 yield
+            self.grown = False
         finally:
-            self.restore(known)
             for tensor, old in before:
                 tensor.data.copy_(old)  # as in ``unchanged``
-            if self._saved is not None:
-                self.load_state_dict(self._saved)
-            self._strangers = 0
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -265,12 +279,13 @@ class Buffers:
         lists = {"training": training, "average": average, "good": self.good,
                  "candidate": self.candidate}  # fmt: skip
         clones = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
-        return {**clones, "own": self._own, "foreign": len(self.foreign)}
+        return {**clones, "own": self._own, "foreign": len(self.foreign), "grown": self.grown}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``, as soon as the layers are found."""
         self._saved = None if self.layers or not state["average"] else state
         self._own, self._strangers = state["own"], state["foreign"]
+        self.grown = state.get("grown", False)
         owned = {
             "average": self.average, "good": self.good, "candidate": self.candidate,
             "training": self.tensors(),

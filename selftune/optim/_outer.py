@@ -80,7 +80,11 @@ class OuterLoss:
 
     def gradients(self, closure: Closure) -> tuple[Tensor, Taken]:
         """The loss at the average, and the needed parts of its gradients."""
-        return self._gradients(closure, self._average(), self.engine.taken)
+        engine = self.engine
+        params = [p for block in engine.blocks for p in block.params]
+        search = engine.buffers.searching(params) if engine.buffers.grown else nullcontext()
+        with search:
+            return self._gradients(closure, self._average(), engine.taken)
 
     def first(self, closure: Closure) -> Tensor:
         """The loss at the initial weights, or at the good weights if the start was long ago."""
