@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from selftune._flat import swap
@@ -19,11 +20,12 @@ from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
 from selftune.method.averaging import statistics_momentum
 from selftune.optim._carried import Carried, watching
+from selftune.optim._layers import exchanged, finite, kept_in, places, statistics, tracks
+
+log = logging.getLogger("selftune")
 
 _usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 """Momenta of the layers while other statistics are shown; optimizers may share layers."""
-_kept: WeakKeyDictionary[nn.Module, list[list[Tensor]]] = WeakKeyDictionary()
-"""What each optimizer that shows statistics in a layer keeps instead: first those of training."""
 
 
 class Buffers:
@@ -69,16 +71,16 @@ class Buffers:
         """Add new layers, with their current statistics as those of all other weights."""
         known = {id(layer) for layer in self.layers}
         for layer in module.modules():
-            if _tracks(layer) and id(layer) not in known:
-                if not all(map(_finite, _statistics(layer))):  # a batch with NaN before the start
+            if tracks(layer) and id(layer) not in known:
+                if not all(map(finite, statistics(layer))):  # a batch with NaN before the start
                     layer.reset_running_stats()  # type: ignore[operator]
-                _kept.pop(layer, None)  # of an optimizer that never went back to training
+                kept_in.pop(layer, None)  # of an optimizer that never went back to training
                 layer.momentum = _usual.pop(layer, layer.momentum)  # type: ignore[assignment]
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
                 for kept in (self.average, self.good, self.candidate):
-                    kept += [t.clone() for t in _statistics(layer)]
+                    kept += [t.clone() for t in statistics(layer)]
 
     def grow(self) -> None:
         """Search the next validation pass for the modules of parameters that have joined."""
@@ -93,15 +95,22 @@ class Buffers:
         Args:
             params: Parameters of the optimizer. Modules with only other parameters are foreign.
         """
-        known = len(self.good)
+        known, params = len(self.good), list(params)
         try:
             with unchanged(self.average), self.searching(params):
                 yield
         finally:
             self.restore(known)
-            if self._saved is not None:
-                self.load_state_dict(self._saved)
-            self._strangers = 0
+        if self._saved is not None:
+            self.load_state_dict(self._saved, params)
+        if self._saved is not None:
+            self._saved = None
+            log.warning(
+                "state_dict: its BatchNorm layers are not those that the first closure of "
+                "hyper_step calls, so the statistics of the average start from those of training. "
+                "Load the state into the model that it was saved with"
+            )
+        self._strangers = 0
 
     @contextmanager
     def searching(self, params: Iterable[Tensor]) -> Iterator[None]:
@@ -120,9 +129,9 @@ class Buffers:
             known = {id(layer) for layer in (*self.layers, *self.foreign)}
             for part in module.modules():
                 others.add(id(part))
-                if _tracks(part) and id(part) not in known:
+                if tracks(part) and id(part) not in known:
                     self.foreign.append(part)
-                    before.extend((t, t.clone()) for t in _statistics(part))
+                    before.extend((t, t.clone()) for t in statistics(part))
 
         try:
             with watching(look):
@@ -135,8 +144,8 @@ class Buffers:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Restores the statistics of foreign layers and the carried buffers after the block."""
-        statistics = unchanged([t for layer in self.foreign for t in _statistics(layer)])
-        with statistics, self.carried.unchanged():
+        foreign = [t for layer in self.foreign for t in statistics(layer)]
+        with unchanged(foreign), self.carried.unchanged():
             yield
 
     def expect(self, params: Iterable[Tensor]) -> None:
@@ -147,17 +156,17 @@ class Buffers:
         """
         if self._saved is None:
             return
-        ours, expected = {id(p) for p in params}, len(self._saved["average"])
+        ours = places(params)
 
         def look(module: nn.Module, _: Any) -> None:
             if self.shown:  # layers must not be added while statistics are exchanged
                 return
             if any(id(p) in ours for p in module.parameters()):
                 self.add(module)
-            if self._saved is None or len(self.average) >= expected:
+            if self._saved is None or self._finds(self._saved, ours):
                 handle.remove()
                 if self._saved is not None:
-                    self.load_state_dict(self._saved)
+                    self._load(self._saved, ours)
 
         handle = register_module_forward_pre_hook(look)
 
@@ -173,7 +182,7 @@ class Buffers:
 
     def tensors(self) -> list[Tensor]:
         """The current statistics of the modules."""
-        return [t for layer in self.layers for t in _statistics(layer)]
+        return [t for layer in self.layers for t in statistics(layer)]
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -199,9 +208,9 @@ class Buffers:
             self._gathered = [before != now for before, now in known]
         mine = self._by_layer(others)
         for layer, usual, own in zip(self.layers, self._momenta, mine, strict=True):
-            swap(_place(layer, own), own)
-            kept = [k for k in _kept.get(layer, []) if k[0] is not own[0]]
-            _kept[layer] = [*kept, own] if self.shown else kept
+            swap(exchanged(layer, own), own)
+            kept = [k for k in kept_in.get(layer, []) if k[0] is not own[0]]
+            kept_in[layer] = [*kept, own] if self.shown else kept
             if self.shown:
                 quick = statistics_momentum(usual, self._every)
                 layer.momentum = quick  # type: ignore[assignment]
@@ -212,7 +221,7 @@ class Buffers:
 
     def _by_layer(self, tensors: Iterable[Tensor]) -> list[list[Tensor]]:
         rest = iter(tensors)
-        return [list(islice(rest, len(_statistics(layer)))) for layer in self.layers]
+        return [list(islice(rest, len(statistics(layer)))) for layer in self.layers]
 
     def _batches(self) -> list[Tensor]:
         counts = (layer.num_batches_tracked for layer in self.layers)
@@ -238,7 +247,7 @@ class Buffers:
         A forward pass updates them before the step is skipped.
         """
         for tensor, kept in zip(self.tensors(), self.average, strict=True):
-            if not _finite(tensor):
+            if not finite(tensor):
                 tensor.copy_(kept)
 
     def passed(self) -> None:
@@ -266,54 +275,73 @@ class Buffers:
         for others in (self.tensors(), self.average, self.candidate):
             copy_into(others[first:], self.good[first:])
 
-    def state_dict(self) -> dict[str, Any]:
-        """The averaged and good statistics, and the training statistics if not in place."""
+    def state_dict(self, params: Iterable[Tensor]) -> dict[str, Any]:
+        """The averaged and good statistics, and the training statistics if not in place.
+
+        Args:
+            params: Parameters of the optimizer, among which those of each layer have a place.
+        """
         if self._saved is not None:
-            return self._saved
+            return {**self._saved, "grown": self.grown}
         average, training = self.average, []
         if self.shown:
             pairs = list(zip(self.layers, self._by_layer(self._others), strict=True))
-            training = [t for layer, own in pairs for t in _kept.get(layer, [own])[0]]
+            training = [t for layer, own in pairs for t in kept_in.get(layer, [own])[0]]
             if self._others is self.average:
-                average = [t for layer, own in pairs for t in _place(layer, own)]
+                average = [t for layer, own in pairs for t in exchanged(layer, own)]
         lists = {"training": training, "average": average, "good": self.good,
                  "candidate": self.candidate}  # fmt: skip
         clones = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
-        return {**clones, "own": self._own, "foreign": len(self.foreign), "grown": self.grown}
+        return {
+            **clones, "own": self._own, "foreign": len(self.foreign), "grown": self.grown,
+            "keys": self._keys(places(params)),
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, as soon as the layers are found."""
-        self._saved = None if self.layers or not state["average"] else state
+    def load_state_dict(self, state: dict[str, Any], params: Iterable[Tensor]) -> None:
+        """Continue from ``state_dict``, as soon as the layers are found.
+
+        Args:
+            state: The saved statistics.
+            params: As in ``state_dict``.
+        """
+        self._saved = state
         self._own, self._strangers = state["own"], state["foreign"]
         self.grown = state.get("grown", False)
+        self._load(state, places(params))
+
+    def _keys(self, ours: Mapping[int, int]) -> list[int]:
+        """The place of each layer's weight among the parameters; -1: not there."""
+        return [ours.get(id(layer.weight), -1) for layer in self.layers]
+
+    def _finds(self, state: dict[str, Any], ours: Mapping[int, int]) -> bool:
+        """Whether all layers of a saved state are found."""
+        if "keys" not in state:  # of an earlier selftune
+            return len(self.average) >= len(state["average"])
+        return not Counter(state["keys"]) - Counter(self._keys(ours))
+
+    def _load(self, state: dict[str, Any], ours: Mapping[int, int]) -> None:
+        """Put the layers into the order of a saved state, and load it, if all are found."""
+        if not self._finds(state, ours):
+            return
+        self._saved = None
+        rest, order = self._keys(ours), []
+        for key in state.get("keys", ()):
+            order.append(rest.index(key))
+            rest[order[-1]] = -2  # taken
+        if not self.grown:  # else the next search adds the others
+            order += [i for i, key in enumerate(rest) if key != -2]
+        for kept in (self.average, self.good, self.candidate):
+            each = self._by_layer(kept)
+            kept[:] = [t for i in order for t in each[i]]
+        self.layers = [self.layers[i] for i in order]
+        self._momenta = [self._momenta[i] for i in order]
         owned = {
             "average": self.average, "good": self.good, "candidate": self.candidate,
             "training": self.tensors(),
         }  # fmt: skip
         for name, mine in owned.items():
             saved = state[name]
+            if "keys" in state:
+                mine = mine[: len(saved)]  # a module may have more
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 copy_into(mine, saved)
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _place(layer: nn.Module, own: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Where the statistics exchanged for others lie.
-
-    In the layer, or with the optimizer that has shown others after them.
-    """
-    kept = _kept.get(layer, [])
-    after = [k for before, k in pairwise(kept) if before[0] is own[0]]
-    return after[0] if after else _statistics(layer)
-
-
-def _tracks(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.running_mean is not None
-
-
-def _statistics(layer: nn.Module) -> list[Tensor]:
-    statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    return [t for t in statistics if isinstance(t, Tensor)]

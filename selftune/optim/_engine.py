@@ -73,6 +73,11 @@ class Engine:
         return self.store.blocks
 
     @property
+    def params(self) -> list[Tensor]:
+        """The trained parameters."""
+        return [p for block in self.blocks for p in block.params]
+
+    @property
     def stride(self) -> int:
         """Steps between two tracked steps."""
         return self.method.sensitivities.estimator.stride

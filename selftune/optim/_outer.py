@@ -81,9 +81,8 @@ class OuterLoss:
     def gradients(self, closure: Closure) -> tuple[Tensor, Taken]:
         """The loss at the average, and the needed parts of its gradients."""
         engine = self.engine
-        params = [p for block in engine.blocks for p in block.params]
-        search = engine.buffers.searching(params) if engine.buffers.grown else nullcontext()
-        with search:
+        grown = engine.buffers.grown
+        with engine.buffers.searching(engine.params) if grown else nullcontext():
             return self._gradients(closure, self._average(), engine.taken)
 
     def first(self, closure: Closure) -> Tensor:

@@ -63,7 +63,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "displacement": _numbers(engine.store.displacement),
         "stiffness": _numbers(engine.store.stiffness),
         "controller": engine.controller.state_dict(),
-        "buffers": engine.buffers.state_dict(),
+        "buffers": engine.buffers.state_dict(engine.params),
         "looked": engine.first_loss_seen,
         "zeros": [
             {i: [None if n is None else int(n) for n in look] for i, look in block.looks.items()}
@@ -93,8 +93,8 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.slopes = Slopes(
         **{n: [t.to(device, copy=True) for t in ts] for n, ts in run["slopes"].items()}
     )
-    engine.buffers.load_state_dict(run["buffers"])
-    engine.buffers.expect(p for block in engine.blocks for p in block.params)
+    engine.buffers.load_state_dict(run["buffers"], engine.params)
+    engine.buffers.expect(engine.params)
     engine.first_loss_seen = run["looked"]
     engine.unused = None
     engine.grown()
@@ -193,7 +193,7 @@ OPEN = ("training_signal", "slopes", "optimizer", "zeros")
 """Parts whose content depends on the progress of the run."""
 KEYED = ("groups", "buffers")
 """Parts with known keys, whose values depend on the progress of the run."""
-OPTIONAL = ("grown",)
+OPTIONAL = ("grown", "keys")
 """Parts that earlier states of this version lack."""
 
 

@@ -1,5 +1,6 @@
 """Parameters that join a run. Truth: the ratios given, and the weights they join with."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -235,3 +236,22 @@ def test_the_buffers_of_a_part_that_comes_later_are_kept_apart(joins: bool) -> N
         job.late[0].train()
         found = job.late[2].running_mean
         assert (found - hidden.mean(0)).abs().max() < (0.5 * hidden.std(0)).max()
+
+
+@pytest.mark.parametrize("saved", [22, 30])
+@pytest.mark.parametrize("joins", [True, False], ids=["joins", "is first called"])
+def test_a_run_with_a_late_part_resumes(joins: bool, saved: int) -> None:
+    """Saved before its first validation pass, or after it. Truth: the uninterrupted run."""
+    whole, half, resumed = Growing(joins), Growing(joins), Growing(joins)
+    whole.train(range(60))
+    half.train(range(saved))
+    resumed.net.load_state_dict(half.net.state_dict())
+    if joins:
+        resumed.opt.add_param_group({"params": list(resumed.late.parameters())})
+        resumed.joins = False
+    resumed.opt.load_state_dict(copy.deepcopy(half.opt.state_dict()))
+    resumed.train(range(saved, 60))
+    for job in (whole, resumed):
+        job.opt.eval()
+    for name, value in whole.net.state_dict().items():
+        assert torch.equal(value, resumed.net.state_dict()[name]), name

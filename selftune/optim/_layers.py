@@ -1,0 +1,45 @@
+"""Normalisation layers and their running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+kept_in: WeakKeyDictionary[nn.Module, list[list[Tensor]]] = WeakKeyDictionary()
+"""What each optimizer that shows statistics in a layer keeps instead: first those of training."""
+
+
+def places(params: Iterable[Tensor]) -> dict[int, int]:
+    """The place of each parameter, by identity."""
+    return {id(p): place for place, p in enumerate(params)}
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def exchanged(layer: nn.Module, own: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Where the statistics exchanged for others lie.
+
+    In the layer, or with the optimizer that has shown others after them.
+    """
+    kept = kept_in.get(layer, [])
+    after = [k for before, k in pairwise(kept) if before[0] is own[0]]
+    return after[0] if after else statistics(layer)
+
+
+def tracks(module: nn.Module) -> bool:
+    """Whether a module is a layer with running statistics."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
+
+
+def statistics(layer: nn.Module) -> list[Tensor]:
+    """The running statistics of a layer."""
+    tensors = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    return [t for t in tensors if isinstance(t, Tensor)]
