@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from selftune._kept_buffers import KeptBuffer
+from selftune.optim._layers import wrapped
 
 
 class Carried:
@@ -76,5 +77,5 @@ def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for part in module.modules():
         if not isinstance(part, _NormBase):
             for name, buffer in part.named_buffers(recurse=False):
-                if buffer.is_floating_point():
+                if buffer.is_floating_point() and not wrapped(buffer):
                     yield part, name

@@ -35,8 +35,14 @@ def exchanged(layer: nn.Module, own: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def tracks(module: nn.Module) -> bool:
-    """Whether a module is a layer with running statistics."""
-    return isinstance(module, _NormBase) and module.running_mean is not None
+    """Whether a module is a layer with running statistics of its own."""
+    mean = module.running_mean if isinstance(module, _NormBase) else None
+    return mean is not None and not wrapped(mean)
+
+
+def wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor exists only inside a transform of ``torch.func``."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def statistics(layer: nn.Module) -> list[Tensor]:
