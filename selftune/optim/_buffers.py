@@ -159,7 +159,9 @@ class Buffers:
         ours = places(params)
 
         def look(module: nn.Module, _: Any) -> None:
-            if self.shown:  # layers must not be added while statistics are exchanged
+            # Compiled models are left to the first closure. While statistics are exchanged, layers
+            # must not be added.
+            if torch.compiler.is_dynamo_compiling() or self.shown:
                 return
             if any(id(p) in ours for p in module.parameters()):
                 self.add(module)
@@ -256,7 +258,8 @@ class Buffers:
         Only training mode updates them; a closure may leave the model in another mode.
         """
         one = [more.to(self._gathered[0].device) for more in self._gathered]
-        self._own = bool(one) and bool(torch.stack(one).any())
+        if one:  # else no layer was known before the pass
+            self._own = bool(torch.stack(one).any())
 
     def begin(self) -> None:
         """Reset averaged and good statistics to the current ones."""

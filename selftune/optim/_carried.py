@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -65,11 +67,17 @@ def watching(look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(own)
     try:
-        with warnings.catch_warnings():  # a compiled model calls hooks twice: harmless
+        with warnings.catch_warnings(), _eagerly():
             warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
             yield
     finally:
         handle.remove()
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Runs compiled models and functions eagerly, because graphs do not call the hook."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
