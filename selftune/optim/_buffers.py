@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,20 @@ from selftune._modes import ordinary_tensors
 from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
 from selftune.method.averaging import statistics_momentum
-from selftune.optim._carried import Carried, watching
-from selftune.optim._layers import exchanged, finite, kept_in, places, statistics, tracks
+from selftune.optim._carried import Carried
+from selftune.optim._layers import (
+    exchanged,
+    finite,
+    kept_in,
+    places,
+    sound,
+    statistics,
+    tracks,
+    usual_momenta,
+)
+from selftune.optim._search import layers_called
 
 log = logging.getLogger("selftune")
-
-_usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
-"""Momenta of the layers while other statistics are shown; optimizers may share layers."""
 
 
 class Buffers:
@@ -72,15 +78,14 @@ class Buffers:
         known = {id(layer) for layer in self.layers}
         for layer in module.modules():
             if tracks(layer) and id(layer) not in known:
-                if not all(map(finite, statistics(layer))):  # a batch with NaN before the start
-                    layer.reset_running_stats()  # type: ignore[operator]
+                begun = sound(layer)
                 kept_in.pop(layer, None)  # of an optimizer that never went back to training
-                layer.momentum = _usual.pop(layer, layer.momentum)  # type: ignore[assignment]
+                layer.momentum = usual_momenta.pop(layer, layer.momentum)  # type: ignore[assignment]
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
                 for kept in (self.average, self.good, self.candidate):
-                    kept += [t.clone() for t in statistics(layer)]
+                    kept += [t.clone() for t in begun]
 
     def grow(self) -> None:
         """Search the next validation pass for the modules of parameters that have joined."""
@@ -95,12 +100,9 @@ class Buffers:
         Args:
             params: Parameters of the optimizer. Modules with only other parameters are foreign.
         """
-        known, params = len(self.good), list(params)
-        try:
-            with unchanged(self.average), self.searching(params):
-                yield
-        finally:
-            self.restore(known)
+        params = list(params)
+        with unchanged(self.average), self.searching(params):
+            yield
         if self._saved is not None:
             self.load_state_dict(self._saved, params)
         if self._saved is not None:
@@ -114,32 +116,13 @@ class Buffers:
 
     @contextmanager
     def searching(self, params: Iterable[Tensor]) -> Iterator[None]:
-        """Adds the modules called inside the block, whose pass counts as one of validation."""
-        ours = {id(p) for p in params}
-        others: set[int] = set()
-        before: list[tuple[Tensor, Tensor]] = []  # statistics of foreign layers, and copies
-
-        def look(module: nn.Module, _: Any) -> None:
-            if id(module) in others:
-                return
-            owned = [id(p) in ours for p in module.parameters()]
-            if any(owned) or not owned:
-                self.add(module)
-                return
-            known = {id(layer) for layer in (*self.layers, *self.foreign)}
-            for part in module.modules():
-                others.add(id(part))
-                if tracks(part) and id(part) not in known:
-                    self.foreign.append(part)
-                    before.extend((t, t.clone()) for t in statistics(part))
-
-        try:
-            with watching(look):
-                yield
-            self.grown = False
-        finally:
-            for tensor, old in before:
-                tensor.data.copy_(old)  # as in ``unchanged``
+        """As ``discovering``, for modules that have joined, in a pass at the average."""
+        with layers_called(params, (*self.layers, *self.foreign)) as (mine, foreign):
+            yield
+        self.grown = False
+        self.foreign += foreign
+        for layer in mine:
+            self.add(layer)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -203,7 +186,7 @@ class Buffers:
         if self.shown:  # read anew, because a schedule may have changed them
             momenta: list[Any] = [layer.momentum for layer in self.layers]
             pairs = zip(self.layers, momenta, strict=True)
-            self._momenta = [_usual.setdefault(layer, momentum) for layer, momentum in pairs]
+            self._momenta = [usual_momenta.setdefault(layer, momentum) for layer, momentum in pairs]
         self._others = others if self.shown else []
         if not self.shown:
             known = zip(self._counts, self._batches(), strict=False)  # layers may have been added
@@ -218,7 +201,7 @@ class Buffers:
                 layer.momentum = quick  # type: ignore[assignment]
             else:
                 layer.momentum = usual  # type: ignore[assignment]
-                _usual.pop(layer, None)
+                usual_momenta.pop(layer, None)
         self._counts = [c.clone() for c in self._batches()]
 
     def _by_layer(self, tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -273,10 +256,10 @@ class Buffers:
         source = self.candidate if kind == "promote" else self.average
         copy_into(target, source)
 
-    def restore(self, first: int = 0) -> None:
+    def restore(self) -> None:
         """Restore good statistics for the training weights and the average."""
         for others in (self.tensors(), self.average, self.candidate):
-            copy_into(others[first:], self.good[first:])
+            copy_into(others, self.good)
 
     def state_dict(self, params: Iterable[Tensor]) -> dict[str, Any]:
         """The averaged and good statistics, and the training statistics if not in place.

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_forward_pre_hook,
+)
 
 from selftune._kept_buffers import KeptBuffer
 from selftune.optim._layers import wrapped
@@ -38,6 +41,7 @@ class Carried:
     def unchanged(self) -> Iterator[None]:
         """Restores the buffers after the block, whose first one also finds them."""
         kept: dict[tuple[int, str], KeptBuffer] = {}
+        assigned: set[tuple[int, str]] = set()
 
         def look(module: nn.Module, _: Any = None) -> None:
             if any(True for _ in module.parameters()):
@@ -45,15 +49,24 @@ class Carried:
                     if (id(part), name) not in kept:
                         kept[id(part), name] = KeptBuffer.of(part, name)
 
+        def assign(module: nn.Module, name: str, _: Any) -> None:
+            assigned.add((id(module), name))
+
         for module, name in self.buffers or ():
             kept[id(module), name] = KeptBuffer.of(module, name)
+        known = set(kept)
         try:
-            with watching(look) if self.buffers is None else nullcontext():
+            if self.buffers is None:
+                with watching(look), register_module_buffer_registration_hook(assign):
+                    yield
+            else:
                 yield
             self.buffers = [(k.module, k.name) for k in kept.values()]
         finally:
-            for one in kept.values():
-                one.restore()
+            for key, one in kept.items():
+                # Tensors that ``functional_call`` showed are not the module's own.
+                if key in known | assigned or getattr(one.module, one.name) is one.buffer:
+                    one.restore()
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+usual_momenta: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+"""Momenta of the layers while other statistics are shown; optimizers may share layers."""
 kept_in: WeakKeyDictionary[nn.Module, list[list[Tensor]]] = WeakKeyDictionary()
 """What each optimizer that shows statistics in a layer keeps instead: first those of training."""
 
@@ -38,6 +40,13 @@ def tracks(module: nn.Module) -> bool:
     """Whether a module is a layer with running statistics of its own."""
     mean = module.running_mean if isinstance(module, _NormBase) else None
     return mean is not None and not wrapped(mean)
+
+
+def sound(layer: nn.Module) -> list[Tensor]:
+    """The running statistics of a layer, reset if a batch had NaN before the start."""
+    if not all(map(finite, statistics(layer))):
+        layer.reset_running_stats()  # type: ignore[operator]
+    return statistics(layer)
 
 
 def wrapped(tensor: Tensor) -> bool:

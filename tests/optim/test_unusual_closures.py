@@ -151,3 +151,24 @@ def test_ensembles_of_torch_func_are_trained(kind: str) -> None:
         rates.append(opt.hparams["lr"])
     assert rates[0] == pytest.approx(rates[1], rel=1e-5)
     assert rates[0] != 0.01
+
+
+def test_a_closure_may_call_the_model_with_other_buffers() -> None:
+    """Law: the model keeps its own, and their values."""
+    net = nn.Sequential(network(), nn.BatchNorm1d(1))
+    net.register_buffer("scale", torch.ones(1))
+    others = {name: buffer + 5 for name, buffer in net.named_buffers()}
+    opt = st.SGD(net.parameters(), lr=0.01, every=1, probe=False)
+
+    def loss() -> Tensor:
+        state = {**dict(net.named_parameters()), **others}
+        return mse_loss(torch.func.functional_call(net, state, (X,)), Y)
+
+    for _ in range(3):
+        mse_loss(net(X), Y).backward()
+        opt.step()
+        own = {name: (buffer, buffer.clone()) for name, buffer in net.named_buffers()}
+        opt.hyper_step(loss)
+        for name, buffer in net.named_buffers():
+            assert buffer is own[name][0]
+            assert torch.equal(buffer, own[name][1])
