@@ -104,7 +104,7 @@ class Engine:
         if self.unused is None:
             self.unused = young if len(young) < len(ages) else None  # all: after a rewind
         elif not self.unused <= young:
-            self.unused &= young
+            self.unused = self.unused & young
             self.buffers.grow()
         return self.buffers.grown
 
