@@ -39,7 +39,7 @@ class SelfTuning(Callback):
 
     Raises:
         ValueError: At the start of training: not exactly one optimizer is self-tuned, or there
-            are no validation batches.
+            are no validation batches, or they are of several loaders at a time.
 
     Examples:
         >>> trainer = Trainer(callbacks=[SelfTuning()], logger=False, accelerator="cpu")
@@ -66,8 +66,15 @@ class SelfTuning(Callback):
         """Find the validation batches."""
         loader: Any = self._given
         if loader is None:
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()  # else done only before validation
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.setup_data()  # else done only before validation
             loaders = trainer.val_dataloaders
+            mode = getattr(validation._combined_loader, "_mode", "sequential")
+            if mode != "sequential" and isinstance(loaders, (dict, list, tuple)):
+                raise ValueError(
+                    f"val_dataloaders: a batch of CombinedLoader(mode={mode!r}) is of several "
+                    "loaders: pass SelfTuning(batches), such as [batch for batch, *_ in loader]"
+                )
             loader = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders
             if isinstance(loaders, (list, tuple)):
                 loader = loaders[0] if loaders else None

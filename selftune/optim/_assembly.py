@@ -76,6 +76,8 @@ class Assembly:
         if self._built:
             self._groups.take_up(groups)  # values written since the last step
             self._engine.training_signal = None  # its shape may change
+            self._engine.unused = None
+            self._engine.buffers.grow()
         elif self._engine.clock.steps == 0:  # not in a copy
             self._groups.check(groups)
         trained = _trained(groups, state)

@@ -172,10 +172,9 @@ class SelfTuningOptimizer(EvaluationMode):
             self._blocks()
             self._take_up()
             engine.apply_masks()
-        if not engine.known:
+        if (engine.grown() and ends) or not engine.known:
             # Also an early check of the return value, without advancing random generators.
-            params = [p for block in engine.blocks for p in block.params]
-            with outer.random(), engine.buffers.discovering(params):
+            with outer.random(), engine.buffers.discovering(engine.params):
                 first = outer.first(closure)
             engine.buffers.passed()
             if not engine.first_loss_seen:

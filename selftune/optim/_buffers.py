@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from selftune._flat import swap
@@ -18,12 +18,20 @@ from selftune._modes import ordinary_tensors
 from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
 from selftune.method.averaging import statistics_momentum
-from selftune.optim._carried import Carried, watching
+from selftune.optim._carried import Carried
+from selftune.optim._layers import (
+    exchanged,
+    finite,
+    kept_in,
+    places,
+    sound,
+    statistics,
+    tracks,
+    usual_momenta,
+)
+from selftune.optim._search import layers_called
 
-_usual: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
-"""Momenta of the layers while other statistics are shown; optimizers may share layers."""
-_kept: WeakKeyDictionary[nn.Module, list[list[Tensor]]] = WeakKeyDictionary()
-"""What each optimizer that shows statistics in a layer keeps instead: first those of training."""
+log = logging.getLogger("selftune")
 
 
 class Buffers:
@@ -42,6 +50,7 @@ class Buffers:
         layers: Layers of the trained model.
         foreign: Layers of other models.
         carried: Other buffers, which validation passes must not change.
+        grown: Whether parameters have joined, whose modules are not found yet.
     """
 
     def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
@@ -52,7 +61,7 @@ class Buffers:
         self.good: list[Tensor] = []
         self.candidate: list[Tensor] = []
         self._every = every
-        self.shown = False
+        self.shown = self.grown = False
         self._momenta: list[float | None] = []
         self._own = False  # whether validation passes gather the averaged weights' statistics
         self._counts: list[Tensor] = []  # ``num_batches_tracked`` at the last exchange
@@ -68,16 +77,19 @@ class Buffers:
         """Add new layers, with their current statistics as those of all other weights."""
         known = {id(layer) for layer in self.layers}
         for layer in module.modules():
-            if _tracks(layer) and id(layer) not in known:
-                if not all(map(_finite, _statistics(layer))):  # a batch with NaN before the start
-                    layer.reset_running_stats()  # type: ignore[operator]
-                _kept.pop(layer, None)  # of an optimizer that never went back to training
-                layer.momentum = _usual.pop(layer, layer.momentum)  # type: ignore[assignment]
+            if tracks(layer) and id(layer) not in known:
+                begun = sound(layer)
+                kept_in.pop(layer, None)  # of an optimizer that never went back to training
+                layer.momentum = usual_momenta.pop(layer, layer.momentum)  # type: ignore[assignment]
                 self.layers.append(layer)
                 known.add(id(layer))
                 self._momenta.append(layer.momentum)  # type: ignore[arg-type]
                 for kept in (self.average, self.good, self.candidate):
-                    kept += [t.clone() for t in _statistics(layer)]
+                    kept += [t.clone() for t in begun]
+
+    def grow(self) -> None:
+        """Search the next validation pass for the modules of parameters that have joined."""
+        self.grown, self.carried.buffers = True, None
 
     @contextmanager
     def discovering(self, params: Iterable[Tensor]) -> Iterator[None]:
@@ -88,41 +100,35 @@ class Buffers:
         Args:
             params: Parameters of the optimizer. Modules with only other parameters are foreign.
         """
-        ours = {id(p) for p in params}
-        others: set[int] = set()
-        before: list[tuple[Tensor, Tensor]] = []  # statistics of foreign layers, and copies
+        params = list(params)
+        with unchanged(self.average), self.searching(params):
+            yield
+        if self._saved is not None:
+            self.load_state_dict(self._saved, params)
+        if self._saved is not None:
+            self._saved = None
+            log.warning(
+                "state_dict: its BatchNorm layers are not those that the first closure of "
+                "hyper_step calls, so the statistics of the average start from those of training. "
+                "Load the state into the model that it was saved with"
+            )
+        self._strangers = 0
 
-        def look(module: nn.Module, _: Any) -> None:
-            if id(module) in others:
-                return
-            owned = [id(p) in ours for p in module.parameters()]
-            if any(owned) or not owned:
-                self.add(module)
-                return
-            known = {id(layer) for layer in (*self.layers, *self.foreign)}
-            for part in module.modules():
-                others.add(id(part))
-                if _tracks(part) and id(part) not in known:
-                    self.foreign.append(part)
-                    before.extend((t, t.clone()) for t in _statistics(part))
-
-        known = len(self.good)
-        try:
-            with watching(look), unchanged(self.average):
-                yield
-        finally:
-            self.restore(known)
-            for tensor, old in before:
-                tensor.data.copy_(old)  # as in ``unchanged``
-            if self._saved is not None:
-                self.load_state_dict(self._saved)
-            self._strangers = 0
+    @contextmanager
+    def searching(self, params: Iterable[Tensor]) -> Iterator[None]:
+        """As ``discovering``, for modules that have joined, in a pass at the average."""
+        with layers_called(params, (*self.layers, *self.foreign)) as (mine, foreign):
+            yield
+        self.grown = False
+        self.foreign += foreign
+        for layer in mine:
+            self.add(layer)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Restores the statistics of foreign layers and the carried buffers after the block."""
-        statistics = unchanged([t for layer in self.foreign for t in _statistics(layer)])
-        with statistics, self.carried.unchanged():
+        foreign = [t for layer in self.foreign for t in statistics(layer)]
+        with unchanged(foreign), self.carried.unchanged():
             yield
 
     def expect(self, params: Iterable[Tensor]) -> None:
@@ -133,17 +139,19 @@ class Buffers:
         """
         if self._saved is None:
             return
-        ours, expected = {id(p) for p in params}, len(self._saved["average"])
+        ours = places(params)
 
         def look(module: nn.Module, _: Any) -> None:
-            if self.shown:  # layers must not be added while statistics are exchanged
+            # Compiled models are left to the first closure. While statistics are exchanged, layers
+            # must not be added.
+            if torch.compiler.is_dynamo_compiling() or self.shown:
                 return
             if any(id(p) in ours for p in module.parameters()):
                 self.add(module)
-            if self._saved is None or len(self.average) >= expected:
+            if self._saved is None or self._finds(self._saved, ours):
                 handle.remove()
                 if self._saved is not None:
-                    self.load_state_dict(self._saved)
+                    self._load(self._saved, ours)
 
         handle = register_module_forward_pre_hook(look)
 
@@ -159,7 +167,7 @@ class Buffers:
 
     def tensors(self) -> list[Tensor]:
         """The current statistics of the modules."""
-        return [t for layer in self.layers for t in _statistics(layer)]
+        return [t for layer in self.layers for t in statistics(layer)]
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -178,27 +186,27 @@ class Buffers:
         if self.shown:  # read anew, because a schedule may have changed them
             momenta: list[Any] = [layer.momentum for layer in self.layers]
             pairs = zip(self.layers, momenta, strict=True)
-            self._momenta = [_usual.setdefault(layer, momentum) for layer, momentum in pairs]
+            self._momenta = [usual_momenta.setdefault(layer, momentum) for layer, momentum in pairs]
         self._others = others if self.shown else []
         if not self.shown:
             known = zip(self._counts, self._batches(), strict=False)  # layers may have been added
             self._gathered = [before != now for before, now in known]
         mine = self._by_layer(others)
         for layer, usual, own in zip(self.layers, self._momenta, mine, strict=True):
-            swap(_place(layer, own), own)
-            kept = [k for k in _kept.get(layer, []) if k[0] is not own[0]]
-            _kept[layer] = [*kept, own] if self.shown else kept
+            swap(exchanged(layer, own), own)
+            kept = [k for k in kept_in.get(layer, []) if k[0] is not own[0]]
+            kept_in[layer] = [*kept, own] if self.shown else kept
             if self.shown:
                 quick = statistics_momentum(usual, self._every)
                 layer.momentum = quick  # type: ignore[assignment]
             else:
                 layer.momentum = usual  # type: ignore[assignment]
-                _usual.pop(layer, None)
+                usual_momenta.pop(layer, None)
         self._counts = [c.clone() for c in self._batches()]
 
     def _by_layer(self, tensors: Iterable[Tensor]) -> list[list[Tensor]]:
         rest = iter(tensors)
-        return [list(islice(rest, len(_statistics(layer)))) for layer in self.layers]
+        return [list(islice(rest, len(statistics(layer)))) for layer in self.layers]
 
     def _batches(self) -> list[Tensor]:
         counts = (layer.num_batches_tracked for layer in self.layers)
@@ -224,7 +232,7 @@ class Buffers:
         A forward pass updates them before the step is skipped.
         """
         for tensor, kept in zip(self.tensors(), self.average, strict=True):
-            if not _finite(tensor):
+            if not finite(tensor):
                 tensor.copy_(kept)
 
     def passed(self) -> None:
@@ -233,7 +241,8 @@ class Buffers:
         Only training mode updates them; a closure may leave the model in another mode.
         """
         one = [more.to(self._gathered[0].device) for more in self._gathered]
-        self._own = bool(one) and bool(torch.stack(one).any())
+        if one:  # else no layer was known before the pass
+            self._own = bool(torch.stack(one).any())
 
     def begin(self) -> None:
         """Reset averaged and good statistics to the current ones."""
@@ -247,58 +256,78 @@ class Buffers:
         source = self.candidate if kind == "promote" else self.average
         copy_into(target, source)
 
-    def restore(self, first: int = 0) -> None:
+    def restore(self) -> None:
         """Restore good statistics for the training weights and the average."""
         for others in (self.tensors(), self.average, self.candidate):
-            copy_into(others[first:], self.good[first:])
+            copy_into(others, self.good)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The averaged and good statistics, and the training statistics if not in place."""
+    def state_dict(self, params: Iterable[Tensor]) -> dict[str, Any]:
+        """The averaged and good statistics, and the training statistics if not in place.
+
+        Args:
+            params: Parameters of the optimizer, among which those of each layer have a place.
+        """
         if self._saved is not None:
-            return self._saved
+            return {**self._saved, "grown": self.grown}
         average, training = self.average, []
         if self.shown:
             pairs = list(zip(self.layers, self._by_layer(self._others), strict=True))
-            training = [t for layer, own in pairs for t in _kept.get(layer, [own])[0]]
+            training = [t for layer, own in pairs for t in kept_in.get(layer, [own])[0]]
             if self._others is self.average:
-                average = [t for layer, own in pairs for t in _place(layer, own)]
+                average = [t for layer, own in pairs for t in exchanged(layer, own)]
         lists = {"training": training, "average": average, "good": self.good,
                  "candidate": self.candidate}  # fmt: skip
         clones = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
-        return {**clones, "own": self._own, "foreign": len(self.foreign)}
+        return {
+            **clones, "own": self._own, "foreign": len(self.foreign), "grown": self.grown,
+            "keys": self._keys(places(params)),
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, as soon as the layers are found."""
-        self._saved = None if self.layers or not state["average"] else state
+    def load_state_dict(self, state: dict[str, Any], params: Iterable[Tensor]) -> None:
+        """Continue from ``state_dict``, as soon as the layers are found.
+
+        Args:
+            state: The saved statistics.
+            params: As in ``state_dict``.
+        """
+        self._saved = state
         self._own, self._strangers = state["own"], state["foreign"]
+        self.grown = state.get("grown", False)
+        self._load(state, places(params))
+
+    def _keys(self, ours: Mapping[int, int]) -> list[int]:
+        """The place of each layer's weight among the parameters; -1: not there."""
+        return [ours.get(id(layer.weight), -1) for layer in self.layers]
+
+    def _finds(self, state: dict[str, Any], ours: Mapping[int, int]) -> bool:
+        """Whether all layers of a saved state are found."""
+        if "keys" not in state:  # of an earlier selftune
+            return len(self.average) >= len(state["average"])
+        return not Counter(state["keys"]) - Counter(self._keys(ours))
+
+    def _load(self, state: dict[str, Any], ours: Mapping[int, int]) -> None:
+        """Put the layers into the order of a saved state, and load it, if all are found."""
+        if not self._finds(state, ours):
+            return
+        self._saved = None
+        rest, order = self._keys(ours), []
+        for key in state.get("keys", ()):
+            order.append(rest.index(key))
+            rest[order[-1]] = -2  # taken
+        if not self.grown:  # else the next search adds the others
+            order += [i for i, key in enumerate(rest) if key != -2]
+        for kept in (self.average, self.good, self.candidate):
+            each = self._by_layer(kept)
+            kept[:] = [t for i in order for t in each[i]]
+        self.layers = [self.layers[i] for i in order]
+        self._momenta = [self._momenta[i] for i in order]
         owned = {
             "average": self.average, "good": self.good, "candidate": self.candidate,
             "training": self.tensors(),
         }  # fmt: skip
         for name, mine in owned.items():
             saved = state[name]
+            if "keys" in state:
+                mine = mine[: len(saved)]  # a module may have more
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 copy_into(mine, saved)
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _place(layer: nn.Module, own: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Where the statistics exchanged for others lie.
-
-    In the layer, or with the optimizer that has shown others after them.
-    """
-    kept = _kept.get(layer, [])
-    after = [k for before, k in pairwise(kept) if before[0] is own[0]]
-    return after[0] if after else _statistics(layer)
-
-
-def _tracks(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.running_mean is not None
-
-
-def _statistics(layer: nn.Module) -> list[Tensor]:
-    statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    return [t for t in statistics if isinstance(t, Tensor)]

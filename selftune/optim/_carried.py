@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_forward_pre_hook,
+)
 
 from selftune._kept_buffers import KeptBuffer
+from selftune.optim._layers import wrapped
 
 
 class Carried:
@@ -35,6 +41,7 @@ class Carried:
     def unchanged(self) -> Iterator[None]:
         """Restores the buffers after the block, whose first one also finds them."""
         kept: dict[tuple[int, str], KeptBuffer] = {}
+        assigned: set[tuple[int, str]] = set()
 
         def look(module: nn.Module, _: Any = None) -> None:
             if any(True for _ in module.parameters()):
@@ -42,15 +49,24 @@ class Carried:
                     if (id(part), name) not in kept:
                         kept[id(part), name] = KeptBuffer.of(part, name)
 
+        def assign(module: nn.Module, name: str, _: Any) -> None:
+            assigned.add((id(module), name))
+
         for module, name in self.buffers or ():
             kept[id(module), name] = KeptBuffer.of(module, name)
+        known = set(kept)
         try:
-            with watching(look) if self.buffers is None else nullcontext():
+            if self.buffers is None:
+                with watching(look), register_module_buffer_registration_hook(assign):
+                    yield
+            else:
                 yield
             self.buffers = [(k.module, k.name) for k in kept.values()]
         finally:
-            for one in kept.values():
-                one.restore()
+            for key, one in kept.items():
+                # Tensors that ``functional_call`` showed are not the module's own.
+                if key in known | assigned or getattr(one.module, one.name) is one.buffer:
+                    one.restore()
 
 
 @contextmanager
@@ -64,11 +80,17 @@ def watching(look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(own)
     try:
-        with warnings.catch_warnings():  # a compiled model calls hooks twice: harmless
+        with warnings.catch_warnings(), _eagerly():
             warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
             yield
     finally:
         handle.remove()
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Runs compiled models and functions eagerly, because graphs do not call the hook."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -76,5 +98,5 @@ def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for part in module.modules():
         if not isinstance(part, _NormBase):
             for name, buffer in part.named_buffers(recurse=False):
-                if buffer.is_floating_point():
+                if buffer.is_floating_point() and not wrapped(buffer):
                     yield part, name

@@ -52,6 +52,7 @@ class Engine:
     share: float = 1.0
     snapshots: str | None = None
     training_signal: Tensor | None = None
+    unused: set[int] | None = None  # trained tensors without a gradient so far, by place
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
     first_loss_seen: bool = False  # at the first validation batch
@@ -72,6 +73,11 @@ class Engine:
         return self.store.blocks
 
     @property
+    def params(self) -> list[Tensor]:
+        """The trained parameters."""
+        return [p for block in self.blocks for p in block.params]
+
+    @property
     def stride(self) -> int:
         """Steps between two tracked steps."""
         return self.method.sensitivities.estimator.stride
@@ -87,6 +93,20 @@ class Engine:
     def known(self) -> bool:
         """Whether a first validation loss was seen, and all layers of a loaded run are found."""
         return self.first_loss_seen and self.buffers.complete
+
+    def grown(self) -> bool:
+        """Whether modules may have joined since the last search for them.
+
+        Those of tensors that have got their first gradient since, too.
+        """
+        ages = [age for block in self.blocks for age in block.ages()]
+        young = {i for i, age in enumerate(ages) if not age}
+        if self.unused is None:
+            self.unused = young if len(young) < len(ages) else None  # all: after a rewind
+        elif not self.unused <= young:
+            self.unused = self.unused & young
+            self.buffers.grow()
+        return self.buffers.grown
 
     def due(self, total: int | None) -> tuple[bool, bool]:
         """Whether a hyperparameter step is due, and whether to select the final weights."""

@@ -80,7 +80,10 @@ class OuterLoss:
 
     def gradients(self, closure: Closure) -> tuple[Tensor, Taken]:
         """The loss at the average, and the needed parts of its gradients."""
-        return self._gradients(closure, self._average(), self.engine.taken)
+        engine = self.engine
+        grown = engine.buffers.grown
+        with engine.buffers.searching(engine.params) if grown else nullcontext():
+            return self._gradients(closure, self._average(), engine.taken)
 
     def first(self, closure: Closure) -> Tensor:
         """The loss at the initial weights, or at the good weights if the start was long ago."""

@@ -50,6 +50,7 @@ def from_bytes(run: Any) -> dict[str, Any]:
 def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[str, Any]:
     """The run's state as tensors, numbers and strings, which ``weights_only`` loads."""
     signal = engine.training_signal
+    engine.grown()  # first gradients since the last hyperparameter step
     slopes = {} if engine.reducer.sharded else vars(engine.slopes)  # every rank has its own
     return {
         "version": VERSION,
@@ -62,7 +63,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "displacement": _numbers(engine.store.displacement),
         "stiffness": _numbers(engine.store.stiffness),
         "controller": engine.controller.state_dict(),
-        "buffers": engine.buffers.state_dict(),
+        "buffers": engine.buffers.state_dict(engine.params),
         "looked": engine.first_loss_seen,
         "zeros": [
             {i: [None if n is None else int(n) for n in look] for i, look in block.looks.items()}
@@ -92,9 +93,11 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.slopes = Slopes(
         **{n: [t.to(device, copy=True) for t in ts] for n, ts in run["slopes"].items()}
     )
-    engine.buffers.load_state_dict(run["buffers"])
-    engine.buffers.expect(p for block in engine.blocks for p in block.params)
+    engine.buffers.load_state_dict(run["buffers"], engine.params)
+    engine.buffers.expect(engine.params)
     engine.first_loss_seen = run["looked"]
+    engine.unused = None
+    engine.grown()
     for block, looks in zip(engine.blocks, run["zeros"], strict=False):
         block.looks = {index: Look(*look) for index, look in looks.items()}
 
@@ -190,6 +193,8 @@ OPEN = ("swept", "training_signal", "slopes", "optimizer", "zeros")
 """Parts whose content depends on the progress of the run."""
 KEYED = ("groups", "buffers")
 """Parts with known keys, whose values depend on the progress of the run."""
+OPTIONAL = ("grown", "keys")
+"""Parts that earlier states of this version lack."""
 
 
 def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
@@ -201,10 +206,11 @@ def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
                 f"{type(mine).__name__}"
             )
         return
-    missing = sorted(mine.keys() - saved.keys()) if isinstance(saved, Mapping) else sorted(mine)
+    needed = mine.keys() - set(OPTIONAL)
+    missing = sorted(needed - saved.keys()) if isinstance(saved, Mapping) else sorted(needed)
     if missing:
         raise ValueError(f"state_dict is incomplete: {where} lacks {missing}")
-    for name in mine.keys() - set(OPEN):
+    for name in needed - set(OPEN):
         part = dict.fromkeys(mine[name]) if name in KEYED else mine[name]
         if saved[name] is not None and part is not None:
             _complete(saved[name], part, f"{where}[{name!r}]")

@@ -29,6 +29,7 @@ pytestmark = needs("lightning")
 try:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.utilities import CombinedLoader
     from torchmetrics.classification import MulticlassAccuracy
 
     from selftune.integrations.lightning import RAW, SelfTuning
@@ -61,9 +62,11 @@ class Net(LightningModule):
         return tuned(self.net, **self.options)
 
 
-def trainer(folder: Path, *callbacks: Any, epochs: int = 4, **options: Any) -> Any:
+def trainer(
+    folder: Path, *callbacks: Any, epochs: int = 4, batches: Any = None, **options: Any
+) -> Any:
     return Trainer(
-        callbacks=[SelfTuning(), *callbacks], max_epochs=epochs, accelerator="cpu",
+        callbacks=[SelfTuning(batches), *callbacks], max_epochs=epochs, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         **{"enable_checkpointing": bool(callbacks), "logger": False, **options},
     )  # fmt: skip
@@ -266,6 +269,25 @@ def test_two_processes(tmp_path: Path) -> None:
     assert one["hparams"] == two["hparams"] == by_hand["hparams"]
     assert equal(one["weights"], two["weights"])
     assert equal(one["weights"], by_hand["weights"])
+
+
+class Paired(Net):
+    """Validates on a batch of each of two loaders at a time."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return loss_of(self.net, batch["a"]) + loss_of(self.net, batch["b"])
+
+
+def test_combined_loaders_need_batches(tmp_path: Path) -> None:
+    """The error names them, and they tune the run."""
+    combined = CombinedLoader({"a": val_loader(), "b": val_loader()}, "min_size")
+    found = trainer(tmp_path, num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=r"mode='min_size'.*SelfTuning\(batches\)"):
+        found.fit(Paired(), train_loader(), combined)
+    batches = [batch for batch, *_ in combined]
+    found = trainer(tmp_path, batches=batches, num_sanity_val_steps=0)
+    found.fit(Paired(), train_loader(), combined)
+    assert found.optimizers[0].hparams["lr"] != 0.01
 
 
 class Gathering(Net):

@@ -1,5 +1,6 @@
 """Parameters that join a run. Truth: the ratios given, and the weights they join with."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -172,3 +173,85 @@ def test_one_value_stands_for_groups_that_differ_everywhere() -> None:
     opt.finish()
     assert "given 0.003 → " in opt.explain()
     assert f"{rows.curve('hyper/lr')[1][-1]:.3g}" in opt.explain()
+
+
+class Running(nn.Module):
+    """Subtracts a running mean, which training passes update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return self.scale * (x - self.mean)
+
+
+class Growing:
+    """A second branch, with buffers, is called from step 21 on."""
+
+    def __init__(self, joins: bool) -> None:
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+        self.late = nn.Sequential(Running(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.net = nn.ModuleList([self.late, self.first])
+        self.joins, self.calls = joins, 0
+        params = self.first.parameters() if joins else self.net.parameters()
+        self.opt = st.SGD(params, lr=0.01, probe=False, every=4, total_steps=100)
+
+    def loss(self, seed: int, shift: float, late: bool) -> Tensor:
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed)) + shift
+        self.calls += 1
+        return (self.late(x) + self.first(x) if late else self.first(x)).sub(1).square().mean()
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            if step == 21 and self.joins:
+                self.opt.add_param_group({"params": list(self.late.parameters())})
+            self.opt.zero_grad()
+            self.loss(step, 0, step >= 21).backward()
+            self.opt.step()
+            before = [b.clone() for b in self.net.buffers()]
+            self.opt.hyper_step(lambda step=step: self.loss(1000 + step, 3, step >= 21))
+            for buffer, old in zip(self.net.buffers(), before, strict=True):
+                assert torch.equal(buffer, old)
+
+
+@pytest.mark.parametrize("joins", [True, False], ids=["joins", "is first called"])
+def test_the_buffers_of_a_part_that_comes_later_are_kept_apart(joins: bool) -> None:
+    """Truths: those before a validation pass; the data of these passes, at the averaged weights.
+
+    No call of the closure is added.
+    """
+    job = Growing(joins)
+    job.train(range(21))
+    before = job.calls
+    job.train(range(21, 81))
+    assert job.calls == before + 60 + 15
+    with job.opt.averaged(), torch.no_grad():
+        x = torch.randn(4000, 4) + 3
+        hidden = job.late[1](job.late[0].eval()(x))
+        job.late[0].train()
+        found = job.late[2].running_mean
+        assert (found - hidden.mean(0)).abs().max() < (0.5 * hidden.std(0)).max()
+
+
+@pytest.mark.parametrize("saved", [22, 30])
+@pytest.mark.parametrize("joins", [True, False], ids=["joins", "is first called"])
+def test_a_run_with_a_late_part_resumes(joins: bool, saved: int) -> None:
+    """Saved before its first validation pass, or after it. Truth: the uninterrupted run."""
+    whole, half, resumed = Growing(joins), Growing(joins), Growing(joins)
+    whole.train(range(60))
+    half.train(range(saved))
+    resumed.net.load_state_dict(half.net.state_dict())
+    if joins:
+        resumed.opt.add_param_group({"params": list(resumed.late.parameters())})
+        resumed.joins = False
+    resumed.opt.load_state_dict(copy.deepcopy(half.opt.state_dict()))
+    resumed.train(range(saved, 60))
+    for job in (whole, resumed):
+        job.opt.eval()
+    for name, value in whole.net.state_dict().items():
+        assert torch.equal(value, resumed.net.state_dict()[name]), name

@@ -217,3 +217,66 @@ def test_states_of_the_sweep_load_after_it(make: Any) -> None:
         assert opt.sweeping
         train(net, opt, range(done, 40))
         check_equal(snapshot(net, opt), ends)
+
+
+class Branches:
+    """Two branches with statistics of their own, which training and validation may call."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)) for _ in range(2)
+        )
+        self.opt = st.SGD(self.net.parameters(), lr=0.02, probe=False, total_steps=60)
+
+    def loss(self, seed: int, order: tuple[int, ...]) -> Tensor:
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+        return sum((self.net[i](x + 3 * i) for i in order), torch.ones(16, 1)).square().mean()
+
+    def train(self, steps: range, trained: tuple[int, ...], validated: tuple[int, ...]) -> None:
+        for step in steps:
+            self.opt.zero_grad()
+            self.loss(step, trained).backward()
+            self.opt.step()
+            self.opt.hyper_step(lambda step=step: self.loss(1000 + step, validated))
+
+    def resumed(self) -> "Branches":
+        other = Branches()
+        other.net.load_state_dict(self.net.state_dict())
+        other.opt.load_state_dict(copy.deepcopy(self.opt.state_dict()))
+        return other
+
+
+def test_statistics_are_those_of_their_layers_whatever_is_called_first() -> None:
+    """Training calls the branches in another order than validation. Truth: the whole run."""
+    job = Branches()
+    job.train(range(30), (0, 1), (1, 0))
+    other = job.resumed()
+    for each in (job, other):
+        each.train(range(30, 50), (0, 1), (1, 0))
+    check_equal(snapshot(other.net, other.opt), snapshot(job.net, job.opt))
+
+
+def test_saved_statistics_without_a_layer_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    job = Branches()
+    job.train(range(10), (0, 1), (1, 0))
+    other = job.resumed()
+    other.train(range(10, 12), (0,), (0,))
+    assert "BatchNorm layers are not those" in caplog.text
+
+
+def test_statistics_of_states_without_keys_are_loaded_by_position() -> None:
+    """States of earlier versions. Truth: the whole run."""
+    job = Branches()
+    job.train(range(30), (1, 0), (1, 0))
+    state = copy.deepcopy(job.opt.state_dict())
+    group = state["param_groups"][0]
+    run = torch.load(io.BytesIO(group["selftune"]), weights_only=True)
+    del run["buffers"]["keys"], run["buffers"]["grown"]
+    torch.save(run, file := io.BytesIO())
+    group["selftune"] = file.getvalue()
+    other = job.resumed()
+    other.opt.load_state_dict(state)
+    for each in (job, other):
+        each.train(range(30, 50), (1, 0), (1, 0))
+    check_equal(snapshot(other.net, other.opt), snapshot(job.net, job.opt))

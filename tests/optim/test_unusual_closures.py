@@ -1,6 +1,8 @@
 """Closures with unusual graphs, threads and models. Truth: the loop without them."""
 
+import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,3 +117,58 @@ def test_a_closure_that_freezes_all_parameters_is_named() -> None:
 
     with pytest.raises(ValueError, match="does not depend on any of this optimizer's parameters"):
         opt.hyper_step(loss)
+
+
+def ensemble(kind: str, *, stacked: bool) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """Parameters and loss of three networks, with ``torch.func`` or one by one."""
+    nets = [network(4) for _ in range(3)]
+    for net in nets:
+        net.append(nn.BatchNorm1d(1) if kind == "norm" else nn.Identity())
+        net.register_buffer("scale", torch.ones(1))
+    params, buffers = torch.func.stack_module_state(nets)
+    base = copy.deepcopy(nets[0]).to("meta")
+    each = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (X,)))
+
+    def loss() -> Tensor:
+        out = each(params, buffers) if stacked else torch.stack([net(X) for net in nets])
+        return mse_loss(out, Y.expand_as(out))
+
+    return [*params.values()] if stacked else [p for n in nets for p in n.parameters()], loss
+
+
+@pytest.mark.parametrize("kind", ["buffer", "norm"])
+def test_ensembles_of_torch_func_are_trained(kind: str) -> None:
+    """Twin: the same networks, called one by one."""
+    rates = []
+    for stacked in (True, False):
+        params, loss = ensemble(kind, stacked=stacked)
+        opt = st.SGD(params, lr=0.01, every=2, probe=False)
+        for _ in range(12):
+            opt.zero_grad()
+            loss().backward()
+            opt.step()
+            opt.hyper_step(loss)
+        rates.append(opt.hparams["lr"])
+    assert rates[0] == pytest.approx(rates[1], rel=1e-5)
+    assert rates[0] != 0.01
+
+
+def test_a_closure_may_call_the_model_with_other_buffers() -> None:
+    """Law: the model keeps its own, and their values."""
+    net = nn.Sequential(network(), nn.BatchNorm1d(1))
+    net.register_buffer("scale", torch.ones(1))
+    others = {name: buffer + 5 for name, buffer in net.named_buffers()}
+    opt = st.SGD(net.parameters(), lr=0.01, every=1, probe=False)
+
+    def loss() -> Tensor:
+        state = {**dict(net.named_parameters()), **others}
+        return mse_loss(torch.func.functional_call(net, state, (X,)), Y)
+
+    for _ in range(3):
+        mse_loss(net(X), Y).backward()
+        opt.step()
+        own = {name: (buffer, buffer.clone()) for name, buffer in net.named_buffers()}
+        opt.hyper_step(loss)
+        for name, buffer in net.named_buffers():
+            assert buffer is own[name][0]
+            assert torch.equal(buffer, own[name][1])
