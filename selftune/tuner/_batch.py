@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -48,14 +50,33 @@ def structure(batch: Any, top: bool = True) -> Any:
 
 
 def size(batch: Any) -> int:
-    """Examples in a batch on the device: the first dimension of its first tensor that has one."""
-    first = _first(batch)
-    return 1 if first is None else len(first)
+    """Examples in a batch on the device, by its first tensor with a dimension.
 
-
-def _first(batch: Any) -> Tensor | None:
-    """The first tensor with a dimension in tuples and dictionaries, if any."""
+    Tensors inside sequences count only if there are no others: they may be single examples, such as
+    images of several sizes. Sequences of dictionaries, names or alike, or of tensors that differ in
+    length, have an example in each entry.
+    """
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
     if isinstance(batch, Tensor):
-        return batch if batch.ndim else None
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else ()
-    return next((tensor for tensor in map(_first, parts) if tensor is not None), None)
+        return len(batch) if batch.ndim else 1
+    parts = list(batch.values()) if isinstance(batch, dict) else batch
+    parts = parts if isinstance(parts, (list, tuple)) else ()
+    tensors = (p for p in parts if isinstance(p, PackedSequence) or _has_length(p))
+    first = next(tensors, None)
+    return _within(parts) if first is None else size(first)
+
+
+def _has_length(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.ndim > 0
+
+
+def _within(parts: Sequence[Any]) -> int:
+    """Examples in the first dictionary or sequence."""
+    rows = [part for part in parts if type(part) is tuple and part]
+    apart = any(not isinstance(each, (Tensor, tuple)) for row in rows for each in row)
+    apart |= any(len(set(map(size, row))) > 1 for row in rows)
+    first = next((p for p in parts if isinstance(p, dict) or (type(p) is tuple and p)), None)
+    if first is None:
+        return 1
+    return len(first) if apart and type(first) is tuple else size(first)

@@ -41,6 +41,7 @@ from selftune.tuner._noise_scale import HalvedBatches
 from selftune.tuner._objective import InMode, Objective, for_tuning
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD, Population
+from selftune.tuner._references import check_references
 from selftune.tuner._resuming import UNTIL, identity
 from selftune.tuner._run_state import RunState
 from selftune.tuner._scoring import Metric, Scorer
@@ -175,6 +176,8 @@ def build(
     total, names, population = plan.total, given.names, given.population
     if given.group.sharded:
         shard_model(given.objective, device, given.group.size)
+    else:
+        check_references(given.objective, given.metrics)
     autocast: Callable[[], Any] = nullcontext
     if given.amp:
         autocast = partial(torch.autocast, device.type, torch.bfloat16)

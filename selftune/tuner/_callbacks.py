@@ -34,9 +34,10 @@ def stop(training: Training, scores: dict[str, float]) -> str:
     # After the join, whose evaluation may be the last without improvement, there are no scores.
     ends = plan.patience is not None and training.waited >= plan.patience and not training.joined
     if training.callbacks:
+        since = training.step % plan.score or plan.score  # steps since the last evaluation
         progress = Progress(
             step=training.step, total=plan.total, epoch=training.train.epoch,
-            train_loss=watch.history.mean_loss(plan.score), scores=scores, hparams=watch.hparams(),
+            train_loss=watch.history.mean_loss(since), scores=scores, hparams=watch.hparams(),
             joined=training.joined,
         )  # fmt: skip
         with _structure_followed(training) as changed:

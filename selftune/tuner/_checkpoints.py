@@ -25,7 +25,7 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 24
+VERSION = 25
 """Version of checkpoints; 24 has the weights of compiled runs in one vector, as of eager ones."""
 
 

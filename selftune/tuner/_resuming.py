@@ -39,8 +39,7 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
     entries: dict[str, Any] = {
         "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
         "trained parameters": str(steps.params),
-        # fully_shard names the class of a module FSDP…
-        "model": re.sub(r"\bFSDP(?=\w+\()", "", describe(given.objective)),
+        "model": _modules(given),
         "rule": type(given.update.rule).__name__,
         "estimator": describe(given.assignment(plan.total)),
         "tangents": str(given.tangents),
@@ -69,6 +68,15 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
     for name, part in parts.items():
         entries |= flatten(name, part)
     return entries
+
+
+def _modules(given: Given) -> str:
+    """The modules, without values of tuned strengths: a run changes those of its model."""
+    # fully_shard names the class of a module FSDP…
+    text = re.sub(r"\bFSDP(?=\w+\()", "", describe(given.objective))
+    for name in (n for n in given.strengths if n in given.names):
+        text = re.sub(rf"[-+.\w]+(?=, name={re.escape(repr(name))})", "tuned", text)
+    return text
 
 
 def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:

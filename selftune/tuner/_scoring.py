@@ -230,11 +230,13 @@ class Scorer:
             tensor.copy_(self._part(source, member))
 
     def state(self) -> dict[str, Any]:
-        """Copies of the current state of the model, and of a loss with parameters."""
-        state = {"model": self._shards.state_of(self.model)}
-        if isinstance(self._objective.loss_fn, nn.Module):
-            state["loss_fn"] = self._shards.state_of(self._objective.loss_fn)
-        return state
+        """Copies of the current state of the model, and of a loss or objective with parameters."""
+        return {name: self._shards.state_of(module) for name, module in self._modules()}
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        """The model, and a loss or objective that is a module."""
+        named = self._objective.named_children()
+        return [(n, m) for n, m in named if n in ("model", "loss_fn", "objective")]
 
     @torch.no_grad()
     def best(
@@ -255,9 +257,8 @@ class Scorer:
         at = losses.index(lowest)
         self._write(*candidates[at], member)
         if saved is not None and saved["loss"] < lowest:
-            self._shards.load(self.model, saved["model"])
-            if "loss_fn" in saved and isinstance(self._objective.loss_fn, nn.Module):
-                self._shards.load(self._objective.loss_fn, saved["loss_fn"])
+            for name, module in self._modules():
+                self._shards.load(module, saved[name])
             return {"loss": saved["loss"], **saved.get("scores", {})}
         return {**scores[at], "loss": lowest}
 

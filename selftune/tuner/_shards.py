@@ -22,7 +22,7 @@ from selftune.method.shards import row_length, rows_of, shard
 from selftune.tuner._group import Group
 from selftune.tuner._run_state import RunState
 
-LARGE = ("leaves", "frozen", "snapshots", "model", "loss_fn")
+LARGE = ("leaves", "frozen", "snapshots", "model", "loss_fn", "objective")
 """Entries of checkpoints that grow with the weights."""
 LEAST = 2**20
 """Smallest number of weights that are gathered in a collective of their own."""

@@ -15,6 +15,7 @@ import torch
 from jobs import loader, net, points, same, tuner
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader
 
 import selftune as st
@@ -46,6 +47,40 @@ def best(val: Any) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_validation_batches_are_weighed_by_their_examples(kind: str) -> None:
     assert best([KINDS[kind](c) for c in CUTS]) == best([(X[c], Y[c]) for c in CUTS])
+
+
+LONG = [torch.randn(length, 2) for length in (3, 5, 2, 7)]
+NESTED: dict[str, Any] = {
+    "images and a tensor": lambda c: (list(torch.ones(4, 3, 2, 2)[c]), torch.ones(4)[c]),
+    "images and dictionaries": lambda c: (
+        list(torch.ones(4, 3, 2, 2)[c]), [{"boxes": torch.ones(n, 4)} for n in (2, 3, 4, 5)][c],
+    ),
+    "sequences of unequal length": lambda c: (LONG[c], ["name"] * len(LONG[c])),
+    "packed sequences": lambda c: (pack_sequence(LONG[c], enforce_sorted=False),),
+    "two inputs and two targets": lambda c: (
+        (torch.ones(4, 2)[c], torch.ones(4, 5)[c]), (torch.ones(4)[c], torch.ones(4)[c]),
+    ),
+}  # fmt: skip
+
+
+class Level(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(()))
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_nested_batches_are_weighed_by_their_examples(kind: str) -> None:
+    """Closed form: a batch of three examples with a loss of 1, and one of one with a loss of 3."""
+    losses = iter([1.0, 3.0] * 100)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return 1e-9 * (model.level - 1).square() + (1.0 if model.training else next(losses))
+
+    val = [NESTED[kind](slice(0, 3)), NESTED[kind](slice(3, 4))]
+    given = st.Tuner(Level(), objective=loss, probe=False, guard=False, compile=False, tune=())
+    found = given.fit(list(val), val, steps=4, evaluate_every=2, progress=False)
+    assert found.best_loss == pytest.approx(1.5)
 
 
 class Placed:

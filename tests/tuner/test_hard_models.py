@@ -1,13 +1,15 @@
 """Models and data that people have, where a loop of one's own is the truth."""
 
 from collections import namedtuple
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from jobs import Outage, loader, net, points, same, tuner
+from jobs import Batch, Outage, loader, net, points, same, tuner
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -263,3 +265,86 @@ def test_hyperparameters_step_thirty_times_or_every_fifth_to_twentieth_step(
     run = tuner(nn.Linear(2, 3), probe=False, guard=False)
     result = run.fit(loader(), VAL, steps=steps, evaluate_every=steps, progress=False)
     assert result.history["hyper_step"].tolist() == [0, *range(every, steps + 1, every)]
+
+
+class WithHead(nn.Module):
+    """An objective with weights of its own, as a projection head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.head(model(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_objective_with_weights_ends_with_its_best_ones_too(saved: bool, tmp_path: Path) -> None:
+    """Truth: the loss computed anew; the run overfits, so that earlier weights are the best."""
+    model, objective = net(), WithHead()
+    run = tuner(model, loss_fn=None, objective=objective, guard=False, probe=False)
+    val = [points(30, seed=5)]
+    result = run.fit(
+        [points(20)], val, steps=300, evaluate_every=10, progress=False,
+        log_dir=tmp_path if saved else None,
+    )  # fmt: skip
+    assert np.argmin(result.history["score/loss"]) < 25
+    model.eval()
+    with torch.no_grad():
+        assert float(objective(model, val[0])) == pytest.approx(result.best_loss, rel=1e-6)
+
+
+class Hooked(nn.Module):
+    """Keeps the activations of a layer, by a function that refers to the module, or a method."""
+
+    def __init__(self, method: bool) -> None:
+        super().__init__()
+        self.body, self.kept = net(), {}
+        hook = self.keep if method else lambda _, args, out: self.kept.update(x=out)
+        self.body[0].register_forward_hook(hook)
+
+    def keep(self, layer: nn.Module, args: Any, out: Tensor) -> None:
+        self.kept["x"] = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + 0 * self.kept["x"].sum()
+
+
+def test_functions_that_refer_to_the_model_itself_are_named() -> None:
+    """Law: in validation they would read training weights."""
+    model = net()
+
+    def shrunk(out: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(out, target) + sum(p.abs().sum() for p in model.parameters())
+
+    def norm(net: nn.Module, out: Tensor, target: Tensor) -> Tensor:
+        return net[0].weight.norm()
+
+    bound = partial(norm, model)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("loss_fn refers", dict(model=model, loss_fn=shrunk)),
+        ("objective refers", dict(model=model, loss_fn=None,
+                                  objective=lambda _, b: F.cross_entropy(model(b[0]), b[1]))),
+        (r"metrics\['norm'\] refers", dict(model=model, metrics={"norm": bound})),
+        ("a hook of body.0 refers", dict(model=Hooked(method=False))),
+    ]  # fmt: skip
+    for message, given in wrong:
+        with pytest.raises(ValueError, match=message):
+            tuner(**given).fit(loader(), VAL, steps=5, progress=False)
+    result = tuner(Hooked(method=True)).fit(loader(), VAL, steps=40, progress=False)
+    plain = tuner().fit(loader(), VAL, steps=40, progress=False)
+    assert result.best_loss == pytest.approx(plain.best_loss)
+
+
+def test_callbacks_see_the_training_loss_since_the_last_evaluation() -> None:
+    seen: list[tuple[int, float]] = []
+    result = tuner(probe=False).fit(
+        loader(), VAL, steps=50, evaluate_every=20, progress=False,
+        callbacks=[lambda p: seen.append((p.step, p.train_loss))],
+    )  # fmt: skip
+    losses = result.history["train_loss"]
+    ends = [0, *(step for step, _ in seen)]
+    assert ends == [0, 20, 40, 50]
+    for (_, loss), (first, last) in zip(seen, pairwise(ends), strict=True):
+        assert loss == pytest.approx(np.mean(losses[first:last]))

@@ -367,3 +367,18 @@ def test_a_predicted_slope_is_the_hypergradient() -> None:
     shift = steps.views(whole.shift(run, torch.ones(1, dtype=torch.float64)))
     slope = sum(float((g * s).sum()) for g, s in zip(grads, shift, strict=True))
     assert (up - down) / (2 * step) == pytest.approx(slope, rel=1e-4)
+
+
+def test_a_model_may_extend_its_own_run(tmp_path: Path) -> None:
+    """Twin: a new model, as in another process; tuned strengths make no other model."""
+    ends = []
+    for again in (True, False):
+        model, smoothing = net(), st.nn.LabelSmoothing(0.05)
+        options = dict(progress=False, log_dir=tmp_path / str(again), resume=True)
+        tuner(model, smoothing).fit(loader(), loader(60, seed=1), steps=30, **options)
+        if not again:
+            model, smoothing = net(), st.nn.LabelSmoothing(0.05)
+        more = tuner(model, smoothing).fit(loader(), loader(60, seed=1), steps=40, **options)
+        ends.append(more)
+    assert same(ends[0].best_weights, ends[1].best_weights)
+    assert same(ends[0].history, ends[1].history)
