@@ -97,8 +97,8 @@ class SelfTuningOptimizer(EvaluationMode):
         engine, blocks = self._engine, self._blocks()
         if all(p.grad is None for b in blocks for p in b.params):
             return loss
-        if engine.clock.steps == 0:
-            engine.reducer.check_alike([p for b in blocks for p in b.params])
+        if not engine.reducer.checked:
+            engine.reducer.check_alike(engine.params)
         self._take_up()
         values = self._groups.values(self.param_groups)
         rates = self._groups.rates(self.param_groups, self._schedule(engine.clock.steps))

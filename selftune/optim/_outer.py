@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selftune._flat import is_sharded
+from selftune._flat import is_sharded, local
 from selftune._gathered import gradients_apart, reshard
 from selftune._gradient import nodes
 from selftune._modes import random_kept
@@ -106,10 +106,15 @@ class OuterLoss:
                 loss = _call(closure)
                 check_outer_loss(loss)
                 grads = outer_gradients(loss, self.engine.blocks, take, scale)
-                if scale == 1 or _finite(grads):
+                if scale == 1 or self._finite(grads):
                     return loss.detach(), grads
                 # A scaler adapts to training gradients only.
                 scale = max(1.0, scale / 16)
+
+    def _finite(self, grads: Taken) -> bool:
+        """Whether all gradients are finite, on every process: all repeat a closure, or none."""
+        finite = torch.stack([local(g).isfinite().all() for some in grads for g in some]).all()
+        return float(self.engine.reducer.mean(finite.float())) == 1
 
     def random(self) -> AbstractContextManager[None]:
         """Restores the random states after the block."""
@@ -217,8 +222,6 @@ def _call(closure: Closure) -> Tensor:
     return loss
 
 
-def _finite(grads: Taken) -> bool:
-    return bool(torch.stack([g.isfinite().all() for some in grads for g in some]).all())
 
 
 def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: float) -> Taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from selftune._flat import local
 from selftune._identity import digest
 
+ALIKE: Counter[int] = Counter()
+"""How many optimizers of this process have had parameters with a digest."""
 PATIENCE = 10
 """Seconds that a process waits at its first validation loss; later, as long as for a reduction."""
 
@@ -28,12 +31,14 @@ class Reducer:
 
     Attributes:
         sharded: Whether parameters are DTensors.
+        checked: Whether parameters were compared between processes.
     """
 
     def __init__(self, wanted: bool | None) -> None:
         self._wanted = wanted
         self.sharded = False
-        self._digest = 0
+        self.checked = False
+        self._digest = self._turn = 0
         self._left: list[str] = []
 
     @property
@@ -44,11 +49,12 @@ class Reducer:
         return dist.get_world_size() > 1
 
     def check_alike(self, params: Sequence[Tensor]) -> None:
-        """Raise an error if parameters differ between processes.
+        """Raise an error if parameters differ between processes, at the first step of each.
 
         Raises:
             RuntimeError: Parameters differ in shape or, if not sharded, in value.
         """
+        self.checked = True
         if not self.together:
             return
         self._digest = digest(params, values=not self.sharded)
@@ -62,6 +68,8 @@ class Reducer:
                 "each process only some parameters, use torch.distributed.fsdp.fully_shard; or "
                 "pass distributed=False to tune in each process separately"
             )
+        self._turn = ALIKE[self._digest]
+        ALIKE[self._digest] += 1
 
     def meet(self, step: int) -> None:
         """Wait for the other processes before a hyperparameter step.
@@ -77,7 +85,7 @@ class Reducer:
         store = dist.distributed_c10d._get_default_store()
         later: timedelta = store.timeout  # type: ignore[attr-defined]  # of the process group
         patience = later if self._left else timedelta(seconds=PATIENCE)
-        place = f"selftune/{self._digest}/{step}"
+        place = f"selftune/{self._digest}/{self._turn}/{step}"
         keys = [f"{place}/{r}" for r in ranks]
         store.set(keys[rank], "here")
         if store.add(f"{place}/count", 1) == len(ranks):

@@ -35,10 +35,12 @@ def _sharded(param: Any, value: Tensor, shape: Sequence[int]) -> Tensor:
     size = torch.Size((*value.shape[:lead], *shape))
     placements = [Shard(p.dim + lead) if isinstance(p, Shard) else p for p in param.placements]
     stride = torch.empty(size, device="meta").stride()
+    value = value.contiguous().to(param.device)
+    if value.storage_offset():  # torch.save and deepcopy refuse DTensors of such views
+        value = value.clone()
     return DTensor.from_local(
-        value.contiguous().to(param.device), param.device_mesh, placements,
-        run_check=False, shape=size, stride=stride,
-    )  # fmt: skip
+        value, param.device_mesh, placements, run_check=False, shape=size, stride=stride
+    )
 
 
 @dataclass(frozen=True)

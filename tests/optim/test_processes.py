@@ -1,5 +1,6 @@
 """Processes that train together. Truth: one process on all the data; errors that name ranks."""
 
+import copy
 import os
 import socket
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -57,6 +58,39 @@ def refused(call: Callable[[], Any]) -> list[Any]:
     return ["nothing", 0.0]
 
 
+class Overflow(torch.autograd.Function):
+    """Passes a number on; its gradient is infinite beyond a scale, as in float16."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad if float(grad) <= 100 else grad * torch.inf
+
+
+def overflowing(rank: int) -> list[Any]:
+    """The scaled validation gradient of one rank overflows; a pass is one of all ranks."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model, opt = DistributedDataParallel(net), st.SGD(net, lr=0.01, probe=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(20):
+        opt.zero_grad()
+        x, xv = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(step))
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.step(opt)
+        scaler.update()
+
+        def loss(xv: Tensor = xv) -> Tensor:
+            value = model(xv).square().mean()
+            return Overflow.apply(value) if rank else value
+
+        opt.hyper_step(loss, scaler=scaler)
+    return [opt.hparams["lr"], float(net[0].weight.detach().sum())]
+
+
 def two(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), USE_LIBUV="0")
@@ -82,14 +116,27 @@ def two(rank: int, port: int, folder: Path) -> None:
     found["weights"] = refused(opt.step)
     found["alone"] = train(net, st.SGD(net, lr=0.01, distributed=False), 3)
 
+    found["overflow"] = overflowing(rank)
     net = network().double()
     opt, model = st.SGD(net, lr=0.01), DistributedDataParallel(net)
     train(model, opt, 40)
     state = opt.state_dict()
-    opt = st.SGD(net, lr=0.01)
-    opt.load_state_dict(state)  # of a run that has been validated on both ranks
-    train(model, opt, 9, validate=False)
-    found["one rank"] = refused(lambda: train(model, opt, 1, validate=rank == 0))
+    other = network().double()
+    with torch.no_grad():
+        other[0].weight += rank
+    opt = st.SGD(other, lr=0.01)
+    opt.load_state_dict(copy.deepcopy(state))
+    cross_entropy(other(torch.ones(4, 4).double()), torch.zeros(4).long()).backward()
+    found["resumed weights"] = refused(opt.step)
+
+    twins = [network().double() for _ in range(2)]  # as two critics
+    pairs = [(DistributedDataParallel(n), st.SGD(n, lr=0.01)) for n in twins]
+    for model, opt in pairs:
+        opt.load_state_dict(copy.deepcopy(state))  # of a run that has been validated on both ranks
+        train(model, opt, 9, validate=False)
+    found["one rank"] = refused(lambda: [
+        train(*pair, 1, validate=rank == 0 or place == 1) for place, pair in enumerate(pairs)
+    ])  # fmt: skip
     torch.save(found, folder / f"{rank}.pt")
     os._exit(0)  # the other rank may hang in what was never answered
 
@@ -140,6 +187,9 @@ def test_two_processes(tmp_path: Path) -> None:
         assert "params on rank" in found["zero"][0]
         assert "params on rank" in found["weights"][0]
         assert "fully_shard" in found["zero"][0]
+        assert "params on rank" in found["resumed weights"][0]
+    assert zero["overflow"] == one["overflow"]
+    assert zero["overflow"][0] != pytest.approx(0.01)
     message, seconds = zero["one rank"]
     assert "hyper_step was called on rank 0" in message
     assert "not on rank 1 within" in message
