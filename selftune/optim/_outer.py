@@ -222,8 +222,6 @@ def _call(closure: Closure) -> Tensor:
     return loss
 
 
-
-
 def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: float) -> Taken:
     """The needed parts of the gradients of every block, zeros for unused parameters.
 
