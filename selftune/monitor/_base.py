@@ -15,6 +15,10 @@ class Row(NamedTuple):
     step: int
 
 
+OVER = ("finished", "stopped")
+"""Ends of runs that are complete."""
+
+
 def is_final(tag: str) -> bool:
     """Whether a text with this tag is written at the end of a run, and again after a resume."""
     return tag.rpartition("/")[2] in ("verdicts", "why")

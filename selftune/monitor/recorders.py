@@ -12,13 +12,11 @@ from typing import Any
 
 from selftune._arguments import FUNCTION, PATH, Instance, ListOf, checked
 from selftune._files import write_text
-from selftune.monitor._base import AbstractRecorder, NoRecorder, Row, is_final
+from selftune.monitor._base import OVER, AbstractRecorder, NoRecorder, Row, is_final
 from selftune.monitor.tensorboard import EVENT, TensorBoard, writes_scalars
 
 log = logging.getLogger("selftune")
 
-OVER = ("finished", "stopped")
-"""Ends of runs that are complete."""
 RECORDERS = ListOf(Instance((AbstractRecorder,), "a recorder"), "recorders of selftune.monitor")
 
 

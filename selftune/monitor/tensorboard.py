@@ -18,7 +18,7 @@ import numpy as np
 
 from selftune._arguments import FOLDER, That, checked
 from selftune._processes import alive
-from selftune.monitor._base import AbstractRecorder, Row, is_final
+from selftune.monitor._base import OVER, AbstractRecorder, Row, is_final
 from selftune.monitor.axes import WHEN
 from selftune.monitor.layout import Chart, layout
 
@@ -193,8 +193,7 @@ class TensorBoard(AbstractRecorder):
         from tensorboard.plugins.hparams import api_pb2, metadata
         from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
 
-        well = status in ("finished", "stopped")
-        code = api_pb2.STATUS_SUCCESS if well else api_pb2.STATUS_FAILURE
+        code = api_pb2.STATUS_SUCCESS if status in OVER else api_pb2.STATUS_FAILURE
         end = SessionEndInfo(status=code, end_time_secs=time.time())
         _write(ending, self._last)
         self._lay_out(row.tag for row in self._last)

@@ -172,7 +172,7 @@ class SelfTuningOptimizer(EvaluationMode):
             self._blocks()
             self._take_up()
             engine.apply_masks()
-        if (engine.grown() and ends) or not engine.known:
+        if (engine.notice_growth() and ends) or not engine.known:
             # Also an early check of the return value, without advancing random generators.
             with outer.random(), engine.buffers.discovering(engine.params):
                 first = outer.first(closure)

@@ -94,11 +94,8 @@ class Engine:
         """Whether a first validation loss was seen, and all layers of a loaded run are found."""
         return self.first_loss_seen and self.buffers.complete
 
-    def grown(self) -> bool:
-        """Whether modules may have joined since the last search for them.
-
-        Those of tensors that have got their first gradient since, too.
-        """
+    def notice_growth(self) -> bool:
+        """Record tensors that got their first gradient; return whether modules may have joined."""
         ages = [age for block in self.blocks for age in block.ages()]
         young = {i for i, age in enumerate(ages) if not age}
         if self.unused is None:

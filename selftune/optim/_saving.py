@@ -50,7 +50,7 @@ def from_bytes(run: Any) -> dict[str, Any]:
 def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[str, Any]:
     """The run's state as tensors, numbers and strings, which ``weights_only`` loads."""
     signal = engine.training_signal
-    engine.grown()  # first gradients since the last hyperparameter step
+    engine.notice_growth()  # first gradients since the last hyperparameter step
     slopes = {} if engine.reducer.sharded else vars(engine.slopes)  # every rank has its own
     return {
         "version": VERSION,
@@ -97,7 +97,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.buffers.expect(engine.params)
     engine.first_loss_seen = run["looked"]
     engine.unused = None
-    engine.grown()
+    engine.notice_growth()
     for block, looks in zip(engine.blocks, run["zeros"], strict=False):
         block.looks = {index: Look(*look) for index, look in looks.items()}
 

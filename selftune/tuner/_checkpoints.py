@@ -26,7 +26,7 @@ PARTS = frozenset({
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
 VERSION = 25
-"""Version of checkpoints; 24 has the weights of compiled runs in one vector, as of eager ones."""
+"""Version of checkpoints; 25 describes the model without its tuned strengths."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

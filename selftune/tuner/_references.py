@@ -24,17 +24,19 @@ def check_references(objective: Objective, metrics: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The loss, the objective, a metric or a hook of a module is such a function.
     """
-    functions = {"loss_fn": objective.loss_fn, "objective": objective.objective}
-    functions |= {f"metrics[{name!r}]": metric for name, metric in metrics.items()}
+    own = "pass objective=lambda model, batch: loss, and use its first argument"
+    functions = {("loss_fn", own): objective.loss_fn, ("objective", own): objective.objective}
+    later = "compute it in callbacks=, which see the averaged weights in the model"
+    functions |= {(f"metrics[{name!r}]", later): metric for name, metric in metrics.items()}
     trained = {
         id(m): n.removeprefix("model.") for n, m in objective.named_modules()
         if any(p.requires_grad for p in m.parameters())
     }  # fmt: skip
-    for name, function in functions.items():
+    for (name, remedy), function in functions.items():
         if _refers(function, trained):
             raise ValueError(
                 f"{name} refers to the model itself, but validation evaluates a copy with averaged "
-                "weights: pass objective=lambda model, batch: loss, and use its first argument"
+                f"weights: {remedy}"
             )
     for owner in objective.modules():
         for function in _hooks(owner):
