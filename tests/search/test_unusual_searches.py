@@ -55,7 +55,8 @@ def test_a_grid_has_every_point_of_choices_that_depend_on_two_others(
     study = select(build, **options).study
     points = {tuple(sorted(t.params.items())) for t in study.trials}
     assert len(points) == 8
-    assert len(study.trials) <= 8 + (workers - 1)  # two workers may take the same last point
+    # Optuna's sampler may give two workers one point at the same time, but none its own twice.
+    assert len(study.trials) <= 8 * workers
     before = len(study.trials)
     assert len(select(build, **options).study.trials) == before
 
