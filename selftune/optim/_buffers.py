@@ -292,7 +292,7 @@ class Buffers:
         """
         self._saved = state
         self._own, self._strangers = state["own"], state["foreign"]
-        self.grown = state.get("grown", False)
+        self.grown = state["grown"]
         self._load(state, places(params))
 
     def _keys(self, ours: Mapping[int, int]) -> list[int]:
@@ -301,8 +301,6 @@ class Buffers:
 
     def _finds(self, state: dict[str, Any], ours: Mapping[int, int]) -> bool:
         """Whether all layers of a saved state are found."""
-        if "keys" not in state:  # of an earlier selftune
-            return len(self.average) >= len(state["average"])
         return not Counter(state["keys"]) - Counter(self._keys(ours))
 
     def _load(self, state: dict[str, Any], ours: Mapping[int, int]) -> None:
@@ -311,7 +309,7 @@ class Buffers:
             return
         self._saved = None
         rest, order = self._keys(ours), []
-        for key in state.get("keys", ()):
+        for key in state["keys"]:
             order.append(rest.index(key))
             rest[order[-1]] = -2  # taken
         if not self.grown:  # else the next search adds the others
@@ -327,7 +325,6 @@ class Buffers:
         }  # fmt: skip
         for name, mine in owned.items():
             saved = state[name]
-            if "keys" in state:
-                mine = mine[: len(saved)]  # a module may have more
+            mine = mine[: len(saved)]  # a module may have more
             if [t.shape for t in mine] == [t.shape for t in saved]:
                 copy_into(mine, saved)

@@ -114,8 +114,9 @@ class EvaluationMode(Container):
     def _refuse_changes(self, where: str) -> None:
         raise RuntimeError(
             f"weights were changed after {where} had put averaged weights in place; the change "
-            "is lost, and the training weights are restored. Load a model's state "
-            "while the training weights are in place"
+            "is lost, and the training weights are restored. Load a model's state while the "
+            "training weights are in place; create embeddings, which write in a forward pass if "
+            "they have a max_norm, with max_norm=None"
         )
 
     def _outside(self, what: str) -> None:

@@ -273,7 +273,7 @@ class Groups:
         """Continue from ``state_dict``."""
         parts = ("shown", "scheduled", "factors")
         self._shown, self._scheduled, self._factors = copy.deepcopy([state[n] for n in parts])
-        self.scale = state.get("scale", 1.0)
+        self.scale = state["scale"]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -20,7 +20,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 28
+VERSION = 29
 """Version of the state; 28 has the numbers of exact zeros."""
 
 

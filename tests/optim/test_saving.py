@@ -263,20 +263,3 @@ def test_saved_statistics_without_a_layer_are_named(caplog: pytest.LogCaptureFix
     other = job.resumed()
     other.train(range(10, 12), (0,), (0,))
     assert "BatchNorm layers are not those" in caplog.text
-
-
-def test_statistics_of_states_without_keys_are_loaded_by_position() -> None:
-    """States of earlier versions. Truth: the whole run."""
-    job = Branches()
-    job.train(range(30), (1, 0), (1, 0))
-    state = copy.deepcopy(job.opt.state_dict())
-    group = state["param_groups"][0]
-    run = torch.load(io.BytesIO(group["selftune"]), weights_only=True)
-    del run["buffers"]["keys"], run["buffers"]["grown"]
-    torch.save(run, file := io.BytesIO())
-    group["selftune"] = file.getvalue()
-    other = job.resumed()
-    other.opt.load_state_dict(state)
-    for each in (job, other):
-        each.train(range(30, 50), (1, 0), (1, 0))
-    check_equal(snapshot(other.net, other.opt), snapshot(job.net, job.opt))
