@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
         The parameters, shape (N,), and ``call(params, *inputs)``.
 
     Raises:
-        ValueError: The model has no trained parameters.
+        ValueError: The model has no trained parameters, or complex ones.
 
     Examples:
         >>> import torch
@@ -42,13 +41,18 @@ def flat(model: nn.Module, buffers: bool = True) -> tuple[Tensor, Callable[[Tens
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("model has no parameters that require a gradient")
+    whole = next((n for n, p in named.items() if p.is_complex()), None)
+    if whole is not None:
+        raise ValueError(
+            f"model: {whole} is complex: store it as real numbers, with torch.view_as_real"
+        )
     layout = Layout(list(named.values()))
     kept = dict(model.named_buffers())
     hollow = _hollow(model)
-    names = list(named)
 
     def call(params: Tensor, *inputs: Any) -> Any:
-        tensors = dict(zip(names, layout.views(params), strict=True))
+        views = zip(named.items(), layout.views(params), strict=True)
+        tensors = {n: v.to(p.dtype) for (n, p), v in views}
         buffers_now = {n: b.clone() if buffers else b for n, b in kept.items()}
         return functional_call(hollow, {**tensors, **buffers_now}, inputs)
 
@@ -117,7 +121,7 @@ def as_problem(
         index = torch.arange(len(sizes), device=weights.device)
         options["segments"] = index.repeat_interleave(torch.tensor(sizes, device=weights.device))
     problem = Problem(
-        update=replace(update, rule=update.rule.joined(layout)),
+        update=update.joined(layout),
         inner_loss=lambda w, h, batch: criterion(outputs(w, h, batch), h, batch),
         outer_loss=lambda w, batch: outer(call(w, batch[0]), batch[1]),
         split=(outputs, criterion),

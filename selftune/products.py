@@ -20,6 +20,8 @@ Pull = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 Push = Callable[[Tensor, Values], Tensor]
 
 UNEVEN = "its second derivatives are not symmetric, so some of them are wrong"
+CLOSE = 0.1
+"""Largest relative error of differences in a hyperparameter."""
 BACKENDS = ("double backward", "forward over reverse", "differences")
 
 
@@ -45,6 +47,8 @@ class Products:
     Attributes:
         backend: The current backend; ``"auto"`` until the first product.
         refused: Reasons why other backends failed, by name.
+        unmoved: Hyperparameters of the loss whose derivatives are not those of its differences, if
+            that is the backend: rates of random masks, and values at the edge of their range.
         mapped: Whether products are mapped over several directions at once; False after torch
             failed to map them.
 
@@ -72,6 +76,7 @@ class Products:
         self.loss = loss
         self.backend = backend
         self.refused: dict[str, str] = {}
+        self.unmoved: list[str] = []
         self.mapped = True
         self._tried = False
         self._relative = relative_step
@@ -134,7 +139,22 @@ class Products:
         return primal[0], lambda v: primal[1](v)[0]
 
     def push(self, params: Tensor, hparams: Values, *batch: Any) -> Push:
-        """The function ``(v, ḣ) ↦ H v + M ḣ``."""
+        """The function ``(v, ḣ) ↦ H v + M ḣ``.
+
+        Raises:
+            RuntimeError: Differences do not give M.
+        """
+        push = self._push(params, hparams, *batch)
+        if self.unmoved:
+            raise RuntimeError(
+                f"this estimator needs the derivative of the training gradient w.r.t. "
+                f"{self.unmoved}, which differences of the loss do not give (rates of random "
+                "masks, values at the edge of their range), and other backends cannot "
+                "differentiate the loss: use Unrolled, or Implicit(through='update')"
+            )
+        return push
+
+    def _push(self, params: Tensor, hparams: Values, *batch: Any) -> Push:
         backend, values = self._chosen(params, hparams, *batch), dict(hparams)
         gradient = self._at(batch)
         if backend == "double backward":  # the transpose of its transpose
@@ -187,6 +207,21 @@ class Products:
                 )
         return self.backend
 
+    def check_double_backward(self, params: Tensor, hparams: Values, *batch: Any) -> None:
+        """Raise an error unless autograd differentiates the loss twice, without mistakes.
+
+        Raises:
+            RuntimeError: An operation has no correct second derivative.
+        """
+        twice = (
+            self if self._chosen(params, hparams, *batch) == BACKENDS[0] else Products(self.loss)
+        )
+        if twice._chosen(params, hparams, *batch) != BACKENDS[0]:
+            raise RuntimeError(
+                "autograd cannot differentiate this loss twice: "
+                f"{twice.refused[BACKENDS[0]]}. Use FiniteDifference, Forward or Unrolled"
+            )
+
     def _plainly(self, params: Tensor, hparams: Values, *batch: Any) -> None:
         """Differentiate by autograd, which marks operations without a second derivative.
 
@@ -219,7 +254,7 @@ class Products:
                 self._plainly(params, hparams, *batch)
             pull = self.pull(params, hparams, *batch)
             curved, _ = pull(ones)
-            self.push(params, hparams, *batch)(ones, still)
+            self._push(params, hparams, *batch)(ones, still)
             if self.backend == "double backward":
                 self._check_symmetry(lambda v: pull(v)[0], params)
             elif self.backend == "forward over reverse" and UNEVEN in self.refused.values():
@@ -227,7 +262,10 @@ class Products:
         except (RuntimeError, NotImplementedError) as error:
             self.refused[self.backend] = str(error).strip().splitlines()[0]
             return False
-        if self.backend == "differences" or bool(curved.any()):
+        if self.backend == "differences":
+            self.unmoved = [n for n in hparams if not self._moves(n, params, hparams, *batch)]
+            return True
+        if bool(curved.any()):
             return True
         # For once-differentiable functions torch.func returns zeros where autograd would raise.
         seen, _ = Products(self.loss, "differences").pull(params, hparams, *batch)(ones)
@@ -236,3 +274,25 @@ class Products:
             self.refused[self.backend] = "the second derivative is silently 0"
             return False
         return True
+
+    def _moves(self, name: str, params: Tensor, hparams: Values, *batch: Any) -> bool:
+        """Whether differences in a hyperparameter agree with derivatives, of the loss and of ∇L."""
+        moving = {n: torch.ones_like(h) * (n == name) for n, h in hparams.items()}
+        along = self._push(params, hparams, *batch)(torch.zeros_like(params), moving)
+        slope, size = self.gradient(params, hparams, *batch), along.norm()
+        mixed = self.pull(params, hparams, *batch)(along)[1][name].sum()
+        step = self._step(hparams[name], moving[name])
+        up, down = (
+            self._loss(params, {**hparams, name: hparams[name] + sign * step}, *batch)
+            for sign in (1, -1)
+        )
+        leaf = grad(lambda h: self._loss(params, {**hparams, name: h}, *batch))(hparams[name]).sum()
+        noise = torch.finfo(params.dtype).eps ** 0.5
+        pairs = (
+            (size**2, mixed, size * slope.norm()),
+            ((up - down) / (2 * step), leaf, up.abs() + down.abs()),
+        )
+        return all(
+            bool((a - b).abs() <= CLOSE * torch.maximum(a.abs(), b.abs()) + noise * unit)
+            for a, b, unit in pairs
+        )

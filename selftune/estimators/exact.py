@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,21 @@ from torch import Tensor
 from selftune._arguments import Number, check
 from selftune.estimators._base import AbstractEstimator, Estimate
 from selftune.problem import Hparams, Point, Problem
+from selftune.update import Update
 
 Run = tuple[Point, ...]
 
 
 class AbstractReference(AbstractEstimator):
     """Keeps the start and all batches, and repeats the run."""
+
+    def check(self, update: Update, names: Sequence[str], *, endless: bool = False) -> None:
+        """Refuse training runs, all steps of which it would repeat at each estimate."""
+        if endless:
+            raise ValueError(
+                f"estimator={self} is a reference for short runs of selftune.hypergradient: pass "
+                "Forward() or Unrolled(horizon) in training runs"
+            )
 
     def init(self, problem: Problem, start: Point, hparams: Hparams) -> Run:
         """No steps yet."""
@@ -49,6 +59,9 @@ class Exact(AbstractReference):
 
     Memory grows with T; meant for short runs and tests.
 
+    Raises:
+        RuntimeError: An operation of the training loss has no correct second derivative.
+
     Source: Maclaurin et al. 2015; Franceschi et al. 2017, section 3.1.
     """
 
@@ -56,6 +69,7 @@ class Exact(AbstractReference):
         self, problem: Problem, memory: Run, end: Point, hparams: Hparams, outer_grads: Tensor
     ) -> Estimate:
         """Reverse mode."""
+        problem.products.check_double_backward(memory[0].params, hparams, memory[0].batch)
 
         def reached(hparams: Hparams) -> Tensor:
             return self.end(problem, memory, hparams) @ outer_grads

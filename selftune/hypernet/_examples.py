@@ -65,7 +65,7 @@ def difference(net: SelfTuned, args: Any, kwargs: Any) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for gain in gains.values():
         gain.copy_(torch.randn(gain.shape, generator=generator) * WIDTH)
-    delta = torch.full_like(net.raw.detach(), net.unit)
+    delta = next(net.model.parameters()).new_full(net.raw.shape, net.unit)
     each = delta.expand(net.batch_size(args, kwargs), -1)
 
     def output(move: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ class SelfTuned(nn.Module):
             float(h.bijection.inverse(torch.tensor(values[n] or h.from_zero, dtype=torch.float64)))
             for n, h in known.items()
         ]
-        self.raw = nn.Parameter(like.new_tensor(raw))
+        # Steps of the optimizer would be rounded away in half precision.
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.raw = nn.Parameter(like.new_tensor(raw, dtype=wide))
         self.spread = nn.Parameter(torch.full_like(self.raw, scale).log())
         self.unit = scale
         self.gains, self.rows = nn.ParameterDict(), nn.ParameterDict()
@@ -243,6 +245,7 @@ class SelfTuned(nn.Module):
         move = self.spread.exp() * draw
         delta = self.raw - self.raw.detach() + move if self._tuning else move.detach()
         values = self._values(self.raw.detach() + delta.detach())
+        delta = delta.to(next(self.model.parameters()).dtype)
         return (delta if self.report.per_example else delta[0]), values
 
     def _values(self, raw: Tensor) -> dict[str, Tensor]:

@@ -114,9 +114,8 @@ class Stochastic(Tunable):
         Raises:
             RuntimeError: An activation checkpoint runs the module again in the backward pass.
         """
-        # torch restores the state of its own generator for such a pass, but not this counter. A
-        # compiled checkpoint repeats the same operations on the counter that it was given.
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        # torch restores the state of its own generator for such a pass, but not this counter.
+        if backward_runs():
             raise RuntimeError(
                 f"{type(self).__name__}(name={self.hparam.name!r}) would draw other numbers in an "
                 "activation checkpoint's second pass than in the first: leave it outside the "
@@ -129,6 +128,14 @@ class Stochastic(Tunable):
         # Exact in float32, so below 1, where the quantile is infinite; u + 2⁻²⁵ rounds to 1.
         inner = (self.uniform(shape, stream) * 2 - 1) + 2**-24
         return math.sqrt(2) * torch.erfinv(inner)
+
+
+def backward_runs() -> bool:
+    """Whether a backward pass is running, as in an activation checkpoint's second pass.
+
+    Not in compiled checkpoints, which repeat the operations on the values that they were given.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def uniform(key: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:

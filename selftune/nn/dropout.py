@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -107,7 +108,7 @@ class DropConnect(Dropout):
             only the hidden-to-hidden ones of recurrent modules.
 
     Raises:
-        ValueError: The module has no such parameter.
+        ValueError: The module has no such parameter, or it is part of a parametrization.
 
     Examples:
         >>> import torch, selftune as st
@@ -134,6 +135,12 @@ class DropConnect(Dropout):
         chosen = [n for n in known if n.startswith(within)] if weights is None else list(weights)
         if not chosen or not set(chosen) <= set(known):
             raise ValueError(f"weights={weights} must be matrices: this module has {sorted(known)}")
+        parts = [n for n in chosen if _is_part(module, n)]
+        if parts:
+            raise ValueError(
+                f"weights={parts} are parts of which a parametrization computes one weight, as "
+                "weight_norm does: name other matrices in weights=, or use st.nn.Dropout"
+            )
         self.weights = tuple(chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,6 +189,13 @@ class EmbeddingDropout(Dropout):
         kept = scaled_mask(words[input], level).to(vectors.dtype)
         self.key.add_(1)
         return vectors * kept.unsqueeze(-1)
+
+
+def _is_part(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is one of several of which a weight is computed, as by weight_norm."""
+    path, _, last = name.rpartition(".")
+    old = last.endswith(("_g", "_v")) and hasattr(module.get_submodule(path), last[:-2])
+    return old or re.search(r"parametrizations\..+\.original\d", name) is not None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from selftune._arguments import Whole, checked
 from selftune.bijections import Log, Logit
 from selftune.hparams import Hparam
-from selftune.nn._base import Tunable
+from selftune.nn._base import Tunable, backward_runs
+from selftune.nn.dropout import wide
 
 
 class LabelSmoothing(Tunable):
@@ -63,8 +64,9 @@ class LabelSmoothing(Tunable):
         smoothed = (1 - level) * plain + level * even
         if target.is_floating_point():
             return smoothed.mean()
-        counts = (target != index).to(smoothed.dtype)
-        return (smoothed * counts).sum() / counts.sum()
+        counted = target != index  # the loss elsewhere may be NaN, of logits that are −inf
+        total = torch.where(counted, smoothed, 0.0).sum(dtype=wide(smoothed.dtype))
+        return (total / counted.sum()).to(smoothed.dtype)
 
 
 class _Penalty(Tunable):
@@ -73,6 +75,7 @@ class _Penalty(Tunable):
     Attributes:
         extra: The penalty of the last use, or the sum over all uses since ``begin_pass``.
         adding: Whether uses are added up: between ``begin_pass`` and ``extra_loss``.
+        tracked: Whether the last pass recorded a graph.
     """
 
     def __init__(self, value: float, name: str) -> None:
@@ -80,20 +83,33 @@ class _Penalty(Tunable):
         super().__init__(value, hparam)
         self.extra: Tensor | None = None
         self.adding = False
+        self.tracked = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are not in the middle of a pass, whose graph could not be copied."""
         return {**self.__dict__, "extra": None, "adding": False}
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input."""
-        if self.training:
-            measured = self.level(input) * self.measure(input)
-            # A sequence of length 1 has no changes, whose mean would be NaN.
-            term = measured.mean() if measured.numel() else measured.sum()
-            if self.adding and self.extra is not None:
-                term = self.extra + term
-            self.extra = term
+        """The input.
+
+        Raises:
+            RuntimeError: A reentrant activation checkpoint runs the module again.
+        """
+        if not self.training:
+            return input
+        measured = self.level(input) * self.measure(input)
+        # A sequence of length 1 has no changes, whose mean would be NaN.
+        term = measured.mean() if measured.numel() else measured.sum()
+        if backward_runs():  # an activation checkpoint, whose first pass has counted
+            if not self.tracked:
+                raise RuntimeError(
+                    f"{type(self).__name__}(name={self.hparam.name!r}) has no gradient in a "
+                    "reentrant activation checkpoint: pass use_reentrant=False, or leave it "
+                    "outside the checkpoint"
+                )
+            return input
+        self.tracked = torch.is_grad_enabled()
+        self.extra = self.extra + term if self.adding and self.extra is not None else term
         return input
 
     def measure(self, input: Tensor) -> Tensor:
