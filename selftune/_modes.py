@@ -1,15 +1,15 @@
-"""Modes of modules and of torch: training, inference, autocast and random states."""
+"""State that a block restores: modes of modules and of torch, buffers and random states."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Result = TypeVar("Result")
 
@@ -35,6 +35,44 @@ def ordinary_tensors() -> Iterator[None]:
 def random_kept(device: torch.device) -> AbstractContextManager[None]:
     """Restores the random states of the CPU and of a GPU after the block."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+class KeptBuffer(NamedTuple):
+    """A buffer before a forward pass: the tensor, which a pass may replace, and its values."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor | None
+    values: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> KeptBuffer:
+        """A buffer as it is now."""
+        buffer = getattr(module, name)
+        return cls(module, name, buffer, None if buffer is None else buffer.detach().clone())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the tensor back, with its values."""
+        if getattr(self.module, self.name) is not self.buffer:
+            setattr(self.module, self.name, self.buffer)
+        if self.buffer is None or self.values is None:
+            return
+        if self.buffer.shape != self.values.shape:
+            self.buffer.data = self.values
+        elif not torch.equal(self.buffer, self.values):  # a copy would invalidate earlier graphs
+            self.buffer.copy_(self.values)
+
+
+@contextmanager
+def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restores the modules' own buffers, whether they are changed in place or replaced."""
+    kept = [KeptBuffer.of(m, n) for m in modules for n, _ in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer in kept:
+            buffer.restore()
 
 
 @contextmanager

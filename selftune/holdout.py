@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
-from selftune._arguments import Kind, Number, Whole, check
+from selftune._arguments import Number, Whole, check, checked
 
-ARGUMENTS: dict[str, Kind] = {
-    "share": Number(above=0, below=1),
-    "until": Number(above=0, below=1),
-    "steps": Whole(least=2),
-    "seed": Whole(),
-}
-"""Valid values of arguments."""
+PART = Number(above=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +50,7 @@ class HoldOut:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check({n: ARGUMENTS[n] for n in ("share", "until")}, vars(self))
+        check({"share": PART, "until": PART}, vars(self))
 
     def join(self, steps: int) -> int:
         """The step after which the held-out examples join the training data.
@@ -120,10 +114,10 @@ class HeldOut:
         (50, False)
     """
 
+    @checked(steps=Whole(least=2), seed=Whole())
     def __init__(
         self, loader: DataLoader[Any], steps: int, *, settings: HoldOut, seed: int = 0
     ) -> None:
-        check({n: ARGUMENTS[n] for n in ("steps", "seed")}, {"steps": steps, "seed": seed})
         given = f"share={settings.share}"
         parts = divide(loader, settings.share, seed, given, "loader", "hold out examples yourself")
         rest, self.held = map(sorted, parts)

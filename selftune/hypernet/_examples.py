@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from selftune._kept_buffers import buffers_kept
-from selftune._modes import evaluating, random_kept
+from selftune._modes import buffers_kept, evaluating, random_kept
 from selftune.hypernet._places import Place
 from selftune.hypernet._terms import primal, term_of
 

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from selftune._kept_buffers import buffers_kept
+from selftune._modes import buffers_kept
 from selftune.hypernet.conversion import SelfTuned
 from selftune.nn import Stochastic
 

@@ -6,6 +6,7 @@ in time when overfitting begins.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,24 +30,24 @@ class WeightDecayFloor:
         0.06
     """
 
-    shrinkage: float
+    shrinkage: float = 0.0
     mean: float = 1.0
     total_steps: int | None = None
     settings: FloorSettings = field(default_factory=FloorSettings)
 
     @classmethod
     def of(
-        cls, rule: AbstractRule, schedule: Schedule, settings: FloorSettings | None
+        cls,
+        rule: AbstractRule,
+        schedule: Schedule,
+        settings: FloorSettings | None,
+        bounds: Collection[str] | None = None,
     ) -> WeightDecayFloor | None:
-        """The floor of a rule, or None if weight decay does not shrink weights proportionally."""
-        if settings is None or not rule.shrinks:
+        """The floor of a rule, or None: weight decay has ``bounds``, or shrinks no weights."""
+        if settings is None or not rule.shrinks or "weight_decay" in (bounds or ()):
             return None
-        return cls(
-            shrinkage=settings.decoupled if rule.decoupled else settings.l2,
-            mean=schedule.mean,
-            total_steps=schedule.total_steps,
-            settings=settings,
-        )
+        made = cls(mean=schedule.mean, total_steps=schedule.total_steps, settings=settings)
+        return made.under(rule)
 
     def under(self, rule: AbstractRule) -> WeightDecayFloor:
         """The floor for the rest of the run with another rule that shrinks weights."""

@@ -1,11 +1,11 @@
 """Inspection of a run: log, recorders, verdicts and reports."""
 
-from selftune.monitor._base import AbstractRecorder, NoRecorder, Row
+from selftune.monitor._base import AbstractRecorder, Row
 from selftune.monitor._monitor import Monitor, hyper_rows, plain_rows
 from selftune.monitor.agreement import Agreement
 from selftune.monitor.axes import marks
 from selftune.monitor.explanation import Course
-from selftune.monitor.metrics import Metrics, sentences
+from selftune.monitor.metrics import Metrics, verdict_rows
 from selftune.monitor.recorders import (
     JSONL,
     InMemory,
@@ -15,7 +15,7 @@ from selftune.monitor.recorders import (
     read_jsonl,
 )
 from selftune.monitor.tensorboard import TensorBoard
-from selftune.monitor.verdicts import Ends, Verdict, in_words, judge
+from selftune.monitor.verdicts import Ends, Verdict, judge
 
 __all__ = [
     "JSONL",
@@ -27,17 +27,15 @@ __all__ = [
     "Listener",
     "Metrics",
     "Monitor",
-    "NoRecorder",
     "Row",
     "Several",
     "TensorBoard",
     "Verdict",
     "as_recorder",
     "hyper_rows",
-    "in_words",
     "judge",
     "marks",
     "plain_rows",
     "read_jsonl",
-    "sentences",
+    "verdict_rows",
 ]

@@ -75,9 +75,9 @@ class Metrics:
         self.course.update({name: list(values) for name, values in state["course"].items()})
         self.trained, self._mean_loss = state["trained"], state["mean_loss"]
         self._agreement.load_state_dict(state["agreement"])
-        self._recent = deque(state.get("recent", []), maxlen=FINAL)
-        self._logged = state.get("logged", -1)
-        self.floors = state.get("floors")
+        self._recent = deque(state["recent"], maxlen=FINAL)
+        self._logged = state["logged"]
+        self.floors = state["floors"]
 
     def note(self, raw: Mapping[str, Tensor], *, last: bool = False) -> None:
         """Append raw values to the course, or replace the ``last`` ones."""
@@ -218,16 +218,6 @@ class Metrics:
             verdicts[name] = replace(judged, snr=ratio, raised=raised)
         return verdicts
 
-    def verdict_rows(self, verdicts: Mapping[str, Verdict], step: int) -> None:
-        """Log verdicts as numbers."""
-        self.monitor.scalars(
-            [(f"verdict/{v.name}", float(v.code)) for v in verdicts.values()], step
-        )
-
-    def last_verdicts(self, verdicts: Mapping[str, Verdict], step: int) -> None:
-        """Log the final verdicts, which a resumed run replaces."""
-        self.monitor.last([(f"verdict/{v.name}", float(v.code)) for v in verdicts.values()], step)
-
     def finish(
         self, values: Mapping[str, Any], verdicts: Mapping[str, Verdict], step: int, why: str
     ) -> None:
@@ -243,6 +233,11 @@ def _value(scale: AbstractBijection, now: float, last: float, raw: float) -> flo
     """The value at a point of the course, whose last point is the current value."""
     here = scale.inverse(torch.tensor(now, dtype=torch.float64))
     return float(scale.forward(here + (raw - last)))
+
+
+def verdict_rows(verdicts: Mapping[str, Verdict]) -> list[tuple[str, float]]:
+    """Tags and codes of verdicts."""
+    return [(f"verdict/{v.name}", float(v.code)) for v in verdicts.values()]
 
 
 def sentences(verdicts: Sequence[Verdict]) -> str:

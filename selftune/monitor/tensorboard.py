@@ -88,11 +88,7 @@ class TensorBoard(AbstractRecorder):
 
             if self._purge is None and _killed(self._folder):
                 self._purge = 0
-            elif (
-                self._purge is None
-                and not self._tags
-                and (_begun_in(self._folder) or _others_in(self._folder))
-            ):
+            elif self._purge is None and not self._tags and _used(self._folder):
                 log.warning(
                     "log_dir=%r already contains a run, whose curves TensorBoard will draw "
                     "together with those of the new one: pass another folder, or resume the run "
@@ -262,7 +258,7 @@ def _tags_in(folder: Path) -> list[str]:
     """Tags of the scalars in a folder's event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if not list(folder.glob("events.out.tfevents.*")):
+    if not _names_in(folder):
         return []
     tags: list[str] = EventAccumulator(str(folder), {"scalars": 1}).Reload().Tags()["scalars"]
     return tags
@@ -270,7 +266,7 @@ def _tags_in(folder: Path) -> list[str]:
 
 def _wait(folder: Path) -> None:
     """Wait until a new file sorts after the existing ones; names contain the time in seconds."""
-    names = [file.name.split(".")[3:4] for file in folder.glob("events.out.tfevents.*")]
+    names = [name.split(".")[3:4] for name in _names_in(folder)]
     newest = max((int(n[0]) for n in names if n and n[0].isdigit()), default=0)
     while newest == int(time.time()):
         time.sleep(0.05)
@@ -296,15 +292,10 @@ def _names_in(folder: Path) -> list[str]:
     return [file.name for file in folder.glob("events.out.tfevents.*")]
 
 
-def _begun_in(folder: Path) -> bool:
-    """Whether a run of this process has begun in a folder that has not been deleted since."""
-    return folder.resolve() in _begun and bool(_names_in(folder))
-
-
-def _others_in(folder: Path) -> bool:
-    """Whether a folder contains event files of another process, not only those of this script."""
+def _used(folder: Path) -> bool:
+    """Whether a folder has files of another process, or of a run that has begun in this one."""
     own = f".{socket.gethostname()}.{os.getpid()}."
-    return any(own not in name for name in _names_in(folder))
+    return any(folder.resolve() in _begun or own not in name for name in _names_in(folder))
 
 
 def _killed(folder: Path) -> bool:

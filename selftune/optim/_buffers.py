@@ -18,7 +18,7 @@ from selftune._modes import ordinary_tensors
 from selftune._trees import copy_into, unchanged
 from selftune.control.final_weights import between
 from selftune.method.averaging import statistics_momentum
-from selftune.optim._carried import Carried
+from selftune.optim._carried import Carried, layers_called
 from selftune.optim._layers import (
     exchanged,
     finite,
@@ -29,7 +29,6 @@ from selftune.optim._layers import (
     tracks,
     usual_momenta,
 )
-from selftune.optim._search import layers_called
 
 log = logging.getLogger("selftune")
 

@@ -1,24 +1,24 @@
-"""Buffers that training carries from pass to pass, which validation passes must not change."""
+"""Layers with statistics that a validation pass calls, and buffers that it must not change."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_forward_pre_hook,
 )
 
-from selftune._kept_buffers import KeptBuffer
-from selftune.optim._layers import wrapped
+from selftune._modes import KeptBuffer
+from selftune.optim._layers import sound, tracks, wrapped
 
 
 class Carried:
@@ -70,6 +70,50 @@ class Carried:
 
 
 @contextmanager
+def layers_called(
+    params: Iterable[Tensor], known: Iterable[nn.Module]
+) -> Iterator[tuple[list[nn.Module], list[nn.Module]]]:
+    """Fills a list with the optimizer's layers called in the block, and one with foreign ones.
+
+    After the block they have their statistics from before it.
+
+    Args:
+        params: Parameters of the optimizer. Modules with only other parameters are foreign.
+        known: Layers that are not searched for.
+    """
+    ours, seen, others = {id(p) for p in params}, {id(layer) for layer in known}, set[int]()
+    mine: dict[int, nn.Module] = {}
+    foreign: dict[int, nn.Module] = {}
+    before: dict[int, tuple[Tensor, Tensor]] = {}  # tensors, and copies
+
+    def look(module: nn.Module, _: Any) -> None:
+        if id(module) in others:
+            return
+        owned = [id(p) in ours for p in module.parameters()]
+        own = any(owned) or not owned
+        for part in module.modules():
+            if not own:
+                others.add(id(part))
+            if tracks(part) and id(part) not in seen:
+                if own or id(part) in mine:
+                    mine[id(part)] = part
+                else:
+                    foreign[id(part)] = part
+                for tensor in sound(part):  # inside of ``functional_call`` not the layer's own
+                    before.setdefault(id(tensor), (tensor, tensor.clone()))
+
+    lists: tuple[list[nn.Module], list[nn.Module]] = [], []
+    try:
+        with watching(look):
+            yield lists
+    finally:
+        for tensor, old in before.values():
+            tensor.data.copy_(old)  # as in ``unchanged``
+    lists[0].extend(mine.values())
+    lists[1].extend(foreign.values())
+
+
+@contextmanager
 def watching(look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
     """Calls a function before every forward pass of a module in this thread within the block."""
     thread = get_ident()
@@ -78,13 +122,9 @@ def watching(look: Callable[[nn.Module, Any], None]) -> Iterator[None]:
         if get_ident() == thread:
             look(module, inputs)
 
-    handle = register_module_forward_pre_hook(own)
-    try:
-        with warnings.catch_warnings(), _eagerly():
-            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
-            yield
-    finally:
-        handle.remove()
+    with register_module_forward_pre_hook(own), warnings.catch_warnings(), _eagerly():
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are")
+        yield
 
 
 def _eagerly() -> AbstractContextManager[Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from selftune.monitor import Ends, Metrics, Monitor, Verdict, plain_rows
-from selftune.monitor._monitor import DISTINCT, summary
+from selftune.monitor import Ends, Metrics, Monitor, Verdict, plain_rows, verdict_rows
+from selftune.monitor._monitor import DISTINCT, named
 from selftune.optim._shifts import Shifts
 
 SPARSE = 20
@@ -26,10 +26,8 @@ def rate_rows(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
              if "applied_lr" in g]  # fmt: skip
     if len(rates) < 2:
         return []
-    if len(rates) > DISTINCT:
-        rates = list(summary(rate for _, rate in rates).items())
-    elif len(dict(rates)) < len(rates):  # names are not unique
-        rates = [(str(i), rate) for i, (_, rate) in enumerate(rates)]
+    if len(rates) > DISTINCT or len(dict(rates)) < len(rates):  # or names are not unique
+        return named("lr", [rate for _, rate in rates])
     return [(f"lr/{name}", float(rate)) for name, rate in rates]
 
 
@@ -79,7 +77,7 @@ class OptimizerLog:
         self._steps += 1
         if self.due:
             monitor.histograms(values, step)
-            self.metrics.verdict_rows(self.verdicts(values, step), step)
+            monitor.scalars(verdict_rows(self.verdicts(values, step)), step)
         now, before = time.monotonic(), self._noted
         self._noted = now
         if before is not None and now > before:  # the share of the time since the last entry
@@ -102,7 +100,7 @@ class OptimizerLog:
     def finish(self, values: Mapping[str, Any], step: int, why: str) -> None:
         """Log the end of the run, with explanations."""
         verdicts = self.verdicts(values, step)
-        self.metrics.last_verdicts(verdicts, step)
+        self.metrics.monitor.last(verdict_rows(verdicts), step)
         self.metrics.finish(values, verdicts, step, why)
         self.metrics.monitor.histograms(values, step)
         self.metrics.monitor.end("finished")

@@ -21,7 +21,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 29
-"""Version of the state; 28 has the numbers of exact zeros."""
+"""Version of the state; 29 has the layers of statistics by key."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -193,8 +193,6 @@ OPEN = ("swept", "training_signal", "slopes", "optimizer", "zeros")
 """Parts whose content depends on the progress of the run."""
 KEYED = ("groups", "buffers")
 """Parts with known keys, whose values depend on the progress of the run."""
-OPTIONAL = ("grown", "keys")
-"""Parts that earlier states of this version lack."""
 
 
 def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
@@ -206,11 +204,10 @@ def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
                 f"{type(mine).__name__}"
             )
         return
-    needed = mine.keys() - set(OPTIONAL)
-    missing = sorted(needed - saved.keys()) if isinstance(saved, Mapping) else sorted(needed)
+    missing = sorted(mine.keys() - (saved.keys() if isinstance(saved, Mapping) else ()))
     if missing:
         raise ValueError(f"state_dict is incomplete: {where} lacks {missing}")
-    for name in needed - set(OPEN):
+    for name in mine.keys() - set(OPEN):
         part = dict.fromkeys(mine[name]) if name in KEYED else mine[name]
         if saved[name] is not None and part is not None:
             _complete(saved[name], part, f"{where}[{name!r}]")

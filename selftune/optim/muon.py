@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from selftune import rules
 from selftune._arguments import FLAG, NONE, Kind, Number, OneOf, That, Whole, check
 from selftune.optim._base import Params
-from selftune.optim.shells import BETAS, RuleOptimizer, betas_for
+from selftune.optim.shells import BETAS, RuleOptimizer
 from selftune.penalties import Penalties
 from selftune.rules.muon import ADJUSTMENTS, COEFFICIENTS, muon_groups
 
@@ -83,6 +83,8 @@ class Muon(RuleOptimizer):
         [(True, 1), (False, 5)]
     """
 
+    arguments: ClassVar[Mapping[str, Kind]] = {**RuleOptimizer.arguments, **ARGUMENTS}
+
     def __init__(
         self,
         params: Params,
@@ -108,8 +110,7 @@ class Muon(RuleOptimizer):
             ns_coefficients=ns_coefficients, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
             adamw_eps=adamw_eps, use_muon=True,
         )  # fmt: skip
-        check(ARGUMENTS, {**own, "momentum": momentum, "lr_ratio": lr_ratio})
-        betas = betas_for(betas, tuning)
+        check(self.arguments, {**own, "momentum": momentum, "lr_ratio": lr_ratio})
         if isinstance(params, nn.Module):
             tuning, params = {"model": params, **tuning}, muon_groups(params)
             if lr_ratio != 1:
@@ -126,8 +127,6 @@ class Muon(RuleOptimizer):
         Raises:
             ValueError: A parameter of a group with ``use_muon=True`` has fewer than two dimensions.
         """
-        if isinstance(param_group, Mapping):
-            check(ARGUMENTS, param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         vectors = [p for p in group["params"] if p.ndim < 2] if group["use_muon"] else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -43,6 +43,8 @@ ARGUMENTS: dict[str, Kind] = {
 class RuleOptimizer(SelfTuningOptimizer):
     """A self-tuned optimizer with an update rule of the library."""
 
+    arguments: ClassVar[Mapping[str, Kind]] = ARGUMENTS
+
     def __init__(
         self,
         params: Params,
@@ -51,15 +53,17 @@ class RuleOptimizer(SelfTuningOptimizer):
         extras: dict[str, Any],
         **options: Any,
     ) -> None:
-        check({**ARGUMENTS, **TUNING}, {**options, **extras})
+        check({**self.arguments, **TUNING}, {**options, **extras})
         for name in ("foreach", "fused"):  # torch's kernel options have no effect here
             extras.pop(name, None)
         for name in ("capturable", "differentiable"):
             if extras.pop(name, False):
                 raise ValueError(f"{name}=True is not supported: leave it out")
-        l1 = options.pop("l1")
+        l1, tune = options.pop("l1"), extras.get("tune")
+        if options.get("betas") is BETAS and (tune is None or "lr" in tune):
+            options["betas"] = BETAS[0], fitting_beta2(extras.get("total_steps"))
         listed = as_list(penalty)
-        named = "l1" in (extras.get("tune") or ()) and all(p.name != "l1" for p in listed)
+        named = "l1" in (tune or ()) and all(p.name != "l1" for p in listed)
         if l1 or named:
             listed.append(L1(l1))
         options |= {p.name: p.strength for p in listed}
@@ -69,17 +73,8 @@ class RuleOptimizer(SelfTuningOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in :class:`SelfTuningOptimizer`; also checks its options."""
         if isinstance(param_group, Mapping):
-            check(ARGUMENTS, param_group)
+            check(self.arguments, param_group)
         super().add_param_group(param_group)
-
-
-def betas_for(betas: tuple[float, float], tuning: Mapping[str, Any]) -> tuple[float, float]:
-    """The given β₁ and β₂, or defaults that depend on the length of the run."""
-    check(TUNING, tuning)
-    tune = tuning.get("tune")
-    if betas is not BETAS or not (tune is None or "lr" in tune):
-        return betas
-    return betas[0], fitting_beta2(tuning.get("total_steps"))
 
 
 class SGD(RuleOptimizer):
@@ -182,7 +177,7 @@ class Adam(RuleOptimizer):
         **tuning: Any,
     ) -> None:
         super().__init__(
-            params, rules.Adam(), penalty, tuning, lr=lr, betas=betas_for(betas, tuning), eps=eps,
+            params, rules.Adam(), penalty, tuning, lr=lr, betas=betas, eps=eps,
             weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
 
@@ -235,7 +230,7 @@ class AdamW(RuleOptimizer):
         **tuning: Any,
     ) -> None:
         super().__init__(
-            params, rules.AdamW(), penalty, tuning, lr=lr, betas=betas_for(betas, tuning), eps=eps,
+            params, rules.AdamW(), penalty, tuning, lr=lr, betas=betas, eps=eps,
             weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
 

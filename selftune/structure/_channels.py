@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -62,9 +62,20 @@ class Follower(fx.Interpreter):
         inside = [leaf for n in nodes for leaf in tree_leaves(self.pieces.get(n, []))]
         return [self.channels[n] for n in nodes] + inside
 
-    def unknown(self, node: fx.Node) -> None:
-        """Keep all units that enter a node, because its effect on them is unknown."""
+    def unknown(self, node: fx.Node) -> Channels | None:
+        """Keep all units that enter a node, because its effect on them is unknown; return None."""
         self.units.need(*self._of((node.args, node.kwargs)))
+        return None
+
+    def join(
+        self, node: fx.Node, those: Sequence[Channels], zero: Callable[[Tensor, Tensor], Tensor]
+    ) -> Channels | None:
+        """Join the units of several values, pair by pair; the result is 0 where ``zero`` says."""
+        if len({(c.axis, len(c.ids)) for c in those}) != 1:
+            return self.unknown(node)
+        for one in those[1:]:
+            self.units.join(those[0].ids, one.ids)
+        return Channels(those[0].axis, those[0].ids, reduce(zero, (c.zero for c in those)))
 
     # modules
 
@@ -81,8 +92,7 @@ class Follower(fx.Interpreter):
         if isinstance(module, _ConvNd):
             return self._convolution(node, module, given, value)
         if given is None:
-            self.unknown(node)
-            return None
+            return self.unknown(node)
         if isinstance(module, Gate) and given.axis == module.dim % value.ndim:
             self.units.cut(path, module, "gates", 0, given.ids)
             closed = module.closed(self.threshold).to(given.zero.device)
@@ -93,17 +103,15 @@ class Follower(fx.Interpreter):
         if isinstance(module, ops.ELEMENTWISE) and not clips:
             return given
         if isinstance(module, ops.SHIFTING) or clips:
-            return Channels(given.axis, given.ids, torch.zeros_like(given.zero))
+            return given.shifted()
         pads = getattr(module, "padding", ()) if isinstance(module, ops.RESIZING) else ()
         if len(pads) // 2 >= getattr(value, "ndim", 0) - given.axis:  # also along the units
-            self.unknown(node)
-            return None
+            return self.unknown(node)
         if isinstance(module, (*ops.POOLS, *ops.RESIZING)) and isinstance(value, Tensor):
             return self._resized(node, given, value)
         if isinstance(module, (nn.Flatten, nn.Unflatten)):
             return self._reshaped(node, given, value)
-        self.unknown(node)
-        return None
+        return self.unknown(node)
 
     def _layer(
         self, node: fx.Node, module: nn.Module, given: Channels | None, axis: int
@@ -138,8 +146,7 @@ class Follower(fx.Interpreter):
             return self._layer(node, module, given, axis)
         depthwise = module.groups == module.in_channels == module.out_channels
         if given is None or not depthwise or given.axis != axis or hooked(module):
-            self.unknown(node)
-            return None
+            return self.unknown(node)
         sizes = ["in_channels", "out_channels", "groups"]
         self.units.cut(str(node.target), module, "weight", 0, given.ids, sizes)
         self.units.cut(str(node.target), module, "bias", 0, given.ids)
@@ -174,16 +181,12 @@ class Follower(fx.Interpreter):
             _inside.chunks(self, node, given)
             return None
         if not any(c is not None for c in inputs) or not isinstance(value, Tensor):
-            self.unknown(node)
-            return None
+            return self.unknown(node)
         if target is operator.getitem and len(inputs) == 1:
             return _inside.indexed(self, node, inputs[0])
         rules: list[tuple[set[Any], Callable[[fx.Node, Channels, Tensor], Channels | None]]] = [
             (ops.SAME, lambda n, c, v: c),
-            (
-                ops.SHIFTED | ops.MASKED,
-                lambda n, c, v: Channels(c.axis, c.ids, torch.zeros_like(c.zero)),
-            ),
+            (ops.SHIFTED | ops.MASKED, lambda n, c, v: c.shifted()),
             (ops.POOLED, self._resized),
             (ops.PADS, self._padded),
             (ops.SQUEEZES, partial(_inside.squeezed, self)),
@@ -194,11 +197,7 @@ class Follower(fx.Interpreter):
             (ops.SOFTMAXES, partial(_inside.softmax, self)),
         ]
         for targets, rule in rules:
-            if (
-                target in targets
-                and given is not None
-                and inputs[1:].count(None) == len(inputs) - 1
-            ):
+            if target in targets and given is not None and not any(inputs[1:]):
                 return rule(node, given, value)
         if target in ops.SUMS:
             those, others = self._operands(node, value)
@@ -213,24 +212,21 @@ class Follower(fx.Interpreter):
             return self._cat(node, value)
         if target in ops.ATTENTION or target in ops.MATMULS:
             return _inside.attended(self, node, value)
-        self.unknown(node)
-        return None
+        return self.unknown(node)
 
     def _resized(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
         """Pooling: all axes after that of the units may change."""
         before = self.values[node.all_input_nodes[0]].shape
         if value.shape[: given.axis + 1] == before[: given.axis + 1]:
             return given
-        self.unknown(node)
-        return None
+        return self.unknown(node)
 
     def _padded(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
         """Padding of the axes after that of the units; closed ones stay 0 if it is with 0."""
         args: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False))
         args |= node.kwargs
         if len(args["pad"]) // 2 >= value.ndim - given.axis:  # also along the units
-            self.unknown(node)
-            return None
+            return self.unknown(node)
         shifted = args.get("mode", "constant") == "constant" and args.get("value")
         given = Channels(given.axis, given.ids, given.zero & (not shifted))
         return self._resized(node, given, value)
@@ -238,11 +234,7 @@ class Follower(fx.Interpreter):
     def _expanded(self, node: fx.Node, value: Tensor) -> Channels | None:
         """A tensor with one value for each unit, repeated in the shape of another."""
         those, others = self._operands(node, value)
-        if others or len({(c.axis, len(c.ids)) for c in those}) != 1:
-            self.unknown(node)
-            return None
-        self.units.join(those[0].ids, those[1].ids)
-        return those[0]
+        return self.unknown(node) if others else self.join(node, those, lambda own, _: own)
 
     def _reshaped(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
         """A reshape: find the axis of the units in the new shape.
@@ -262,8 +254,7 @@ class Follower(fx.Interpreter):
         same = after[:axis] == before[:axis] and len(after) > axis + 1
         if same and after[axis] * after[axis + 1] == before[axis]:
             return _inside.split(self.units, axis, given, after[axis])
-        self.unknown(node)
-        return None
+        return self.unknown(node)
 
     def _mean(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
         """A reduction over other axes."""
@@ -273,8 +264,7 @@ class Follower(fx.Interpreter):
         dims = args.get("dim")
         axes = [d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))]
         if given.axis in axes:
-            self.unknown(node)
-            return None
+            return self.unknown(node)
         gone = 0 if args.get("keepdim") else sum(a < given.axis for a in axes)
         return Channels(given.axis - gone, given.ids, given.zero)
 
@@ -293,28 +283,18 @@ class Follower(fx.Interpreter):
     def _sum(self, node: fx.Node, terms: Sequence[Channels | None]) -> Channels | None:
         """Join units that are added; the sum is 0 if all are 0."""
         those = [c for c in terms if c is not None]
-        if len(those) < len(terms) or len({(c.axis, len(c.ids)) for c in those}) != 1:
-            self.unknown(node)
-            return None
-        zero = torch.ones_like(those[0].zero)
-        for one in those:
-            self.units.join(those[0].ids, one.ids)
-            zero = zero & one.zero
-        return Channels(those[0].axis, those[0].ids, zero)
+        if len(those) < len(terms):
+            return self.unknown(node)
+        return self.join(node, those, operator.and_)
 
     def _product(self, node: fx.Node, value: Tensor) -> Channels | None:
         """Join units that are multiplied; the product is 0 if either is 0."""
         those, others = self._operands(node, value)
         numbers = all(isinstance(o, (int, float)) for o in others)
         quotient = node.target is operator.truediv and len(those) > 1
-        if not numbers or quotient or len({(c.axis, len(c.ids)) for c in those}) != 1:
-            self.unknown(node)
-            return None
-        zero = torch.zeros_like(those[0].zero)
-        for one in those:
-            self.units.join(those[0].ids, one.ids)
-            zero = zero | one.zero
-        return Channels(those[0].axis, those[0].ids, zero)
+        if not numbers or quotient:
+            return self.unknown(node)
+        return self.join(node, those, operator.or_)
 
     def _cat(self, node: fx.Node, value: Tensor) -> Channels | None:
         """Concatenate units along their axis; along another axis they must be kept."""
@@ -327,8 +307,7 @@ class Follower(fx.Interpreter):
         for part in parts:
             channels = self.channels[part]
             if channels is None or channels.axis != axis:
-                self.unknown(node)
-                return None
+                return self.unknown(node)
             ids += channels.ids
             zeros.append(channels.zero)
         return Channels(axis, ids, torch.cat(zeros))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from selftune.structure._operations import ATTENTION
@@ -48,9 +48,8 @@ def softmax(
     """Softmax over another axis, which does not keep 0 at 0."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if not isinstance(dim, int) or dim % value.ndim == given.axis:
-        follower.unknown(node)
-        return None
-    return Channels(given.axis, given.ids, torch.zeros_like(given.zero))
+        return follower.unknown(node)
+    return given.shifted()
 
 
 def attended(follower: Follower, node: fx.Node, value: Tensor) -> Channels | None:
@@ -58,14 +57,13 @@ def attended(follower: Follower, node: fx.Node, value: Tensor) -> Channels | Non
     count = 3 if node.target in ATTENTION else 2
     parts = [follower.channels[a] for a in node.args[:count] if isinstance(a, fx.Node)]
     known = [c for c in parts if c is not None]
-    same = len({(c.axis, len(c.ids)) for c in known}) == 1 and len(known) == count
-    if not same or known[0].axis >= value.ndim - 2 or _by_head(follower, node, known[0], value):
-        follower.unknown(node)
-        return None
-    for one in known[1:]:
-        follower.units.join(known[0].ids, one.ids)
-    zero = known[2].zero if count == 3 else known[0].zero | known[1].zero
-    return Channels(known[0].axis, known[0].ids, zero)
+    if (
+        len(known) < count
+        or known[0].axis >= value.ndim - 2
+        or _by_head(follower, node, known[0], value)
+    ):
+        return follower.unknown(node)
+    return follower.join(node, known, operator.or_ if count == 2 else lambda _, last: last)
 
 
 def _by_head(follower: Follower, node: fx.Node, heads: Channels, value: Tensor) -> bool:
@@ -123,13 +121,11 @@ def indexed(follower: Follower, node: fx.Node, given: Channels | None) -> Channe
         named = sum(p is not None for p in parts) - 1
         parts[at : at + 1] = [slice(None)] * (before - named)
     if not all(p is None or isinstance(p, (int, slice)) for p in parts):
-        follower.unknown(node)
-        return None
+        return follower.unknown(node)
     axes = [i for i, p in enumerate(parts) if p is not None]  # None adds an axis
     place = axes[given.axis] if given.axis < len(axes) else len(parts)
     if place < len(parts) and parts[place] != slice(None):
-        follower.unknown(node)
-        return None
+        return follower.unknown(node)
     kept = sum(not isinstance(p, int) for p in parts[:place]) + max(0, given.axis - len(axes))
     return Channels(kept, given.ids, given.zero)
 
@@ -139,13 +135,11 @@ def squeezed(follower: Follower, node: fx.Node, given: Channels, value: Tensor) 
     dims = [*node.args[1:], *node.kwargs.values()]
     before = follower.values[node.all_input_nodes[0]].ndim
     if len(dims) != 1 or not isinstance(dims[0], int):  # all axes of size 1, perhaps the units'
-        follower.unknown(node)
-        return None
+        return follower.unknown(node)
     moved = value.ndim - before
     axis = dims[0] % max(before, value.ndim)
     if moved <= 0 and axis == given.axis:
-        follower.unknown(node)
-        return None
+        return follower.unknown(node)
     before_units = axis <= given.axis if moved > 0 else axis < given.axis
     return Channels(given.axis + (moved if before_units else 0), given.ids, given.zero)
 
@@ -174,5 +168,5 @@ def recurrent(
     units.use(output)
     state: Any = h
     if times == 4:  # c of a closed unit is not 0
-        state = [h, Channels(2, ids, torch.zeros_like(zero))]
+        state = [h, h.shifted()]
     follower.pieces[node] = [output, state]

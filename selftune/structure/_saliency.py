@@ -37,8 +37,8 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
     modules = dict(gated(model))
     with ExitStack() as hooks:
         for name, module in modules.items():
-            handle = module.register_forward_hook(partial(_watch, rows, sizes, name))
-            hooks.callback(handle.remove)
+            hook = partial(_watch, rows, sizes, name)
+            hooks.enter_context(module.register_forward_hook(hook))
         with torch.enable_grad():
             tuned = {n: m.gates for n, m in modules.items() if m.gates.requires_grad}
             loss = loss_of(closure)

@@ -225,8 +225,7 @@ def _examples(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, (AbstractGated, Attention)):
-                handle = module.register_forward_pre_hook(note, with_kwargs=True)
-                hooks.callback(handle.remove)
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
         call(model, inputs)
     usual = (float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim)
     return next(iter((*found, *usual)), 1.0)
@@ -255,8 +254,7 @@ def _counted(model: nn.Module, batch: float) -> Iterator[dict[int, float]]:
         undo.callback(torch.backends.mha.set_fastpath_enabled, fused)
         for module in model.modules():
             if isinstance(module, COUNTED):
-                handle = module.register_forward_hook(count, with_kwargs=True)
-                undo.callback(handle.remove)
+                undo.enter_context(module.register_forward_hook(count, with_kwargs=True))
         yield positions
 
 

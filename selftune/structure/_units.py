@@ -23,6 +23,10 @@ class Channels:
     ids: list[int]
     zero: Tensor
 
+    def shifted(self) -> Channels:
+        """The units after an operation that does not map 0 to 0."""
+        return Channels(self.axis, self.ids, torch.zeros_like(self.zero))
+
 
 @dataclass
 class Cut:

@@ -169,7 +169,8 @@ class Batches(Sampler[list[int]]):
                     size, self.size, noise,
                 )  # fmt: skip
             self.size = size
-        self._log()
+        self._monitor.scalars(self.entries, self._taken)  # at the number of batches so far
+        self._monitor.flush()
 
     @property
     def initial_length(self) -> int:
@@ -187,11 +188,6 @@ class Batches(Sampler[list[int]]):
         if math.isfinite(self.scale.value):
             rows.append(("structure/noise_scale", self.scale.value))
         return rows
-
-    def _log(self) -> None:
-        """Log size and noise scale, at the number of batches so far."""
-        self._monitor.scalars(self.entries, self._taken)
-        self._monitor.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """Size, epoch, noise scale, and the sizes of the batches of an incomplete epoch."""
@@ -218,7 +214,7 @@ class Batches(Sampler[list[int]]):
                 f"state has batches of {size} examples, outside least={self.least} and "
                 f"most={self._most}: pass the same least= and most="
             )
-        again = [] if state.get("ended", True) else [int(n) for n in state["drawn"]]
+        again = [] if state["ended"] else [int(n) for n in state["drawn"]]
         self.size, self._again, self._drawn, self._ended = size, again, [], not again
         self.epoch = int(state["epoch"]) - bool(again)
         self._taken = int(state["taken"]) - len(again)

@@ -227,7 +227,11 @@ class Chooser:
                     score.requires_grad_(False)
         missed = [n for n, g in zip(self._choices, grads, strict=True) if g is None]
         if missed:
-            raise ValueError(_apart(missed))
+            raise ValueError(
+                "closure: its loss does not depend on the choices "
+                f"{', '.join(map(repr, missed))}: it must run the model that the chooser was made "
+                "for"
+            )
         # A NaN in Adam's moments would stay there.
         finite = all(bool(torch.isfinite(g).all()) for g in grads)
         if finite:
@@ -275,13 +279,6 @@ class Chooser:
         """Continue from ``state_dict``."""
         self._adam.load_state_dict(state["adam"])
         self._taken = int(state["taken"])
-
-
-def _apart(names: Any) -> str:
-    return (
-        f"closure: its loss does not depend on the choices {', '.join(map(repr, names))}: it must "
-        "run the model that the chooser was made for"
-    )
 
 
 def choose(

@@ -342,6 +342,6 @@ class Goal:
         """Continue from ``state_dict``."""
         self._known = dict(state["known"])
         self._spent, self._taken = float(state["spent"]), int(state["taken"])
-        self._ended = bool(state.get("ended", False))
-        self._postponed = bool(state.get("postponed", False))
+        self._ended = bool(state["ended"])
+        self._postponed = bool(state["postponed"])
         self.price = float(state["price"])

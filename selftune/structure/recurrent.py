@@ -38,12 +38,7 @@ class Recurrent(AbstractGated):
     @checked(cell=LSTM_OR_GRU)
     def __init__(self, cell: nn.LSTM | nn.GRU) -> None:
         super().__init__(cell.hidden_size, batch_dim=0 if cell.batch_first else 1)
-        for name, usual in (("num_layers", 1), ("bidirectional", False), ("proj_size", 0)):
-            if getattr(cell, name) != usual:
-                raise ValueError(
-                    f"nn.{type(cell).__name__}({name}={getattr(cell, name)}) cannot be gated: "
-                    f"{name} must be {usual}"
-                )
+        _check_options(cell, num_layers=1, bidirectional=False, proj_size=0)
         self.cell = cell
         some = next(cell.parameters())
         self.to(some.device, some.dtype)
@@ -127,6 +122,15 @@ def check_input(input: Any, hx: Any) -> None:
         )
 
 
+def _check_options(rnn: nn.LSTM | nn.GRU, **usual: int) -> None:
+    for name, value in usual.items():
+        if getattr(rnn, name) != value:
+            raise ValueError(
+                f"nn.{type(rnn).__name__}({name}={getattr(rnn, name)}) cannot be gated: {name} "
+                f"must be {value}"
+            )
+
+
 class RecurrentLayers(nn.Module):
     """A multi-layer LSTM or GRU in which each layer is a :class:`Recurrent`.
 
@@ -161,12 +165,7 @@ class RecurrentLayers(nn.Module):
 
 def one_layer(rnn: nn.LSTM | nn.GRU, at: int) -> Any:
     """One layer, with copies of its weights."""
-    for name, usual in (("bidirectional", False), ("proj_size", 0)):
-        if getattr(rnn, name) != usual:
-            raise ValueError(
-                f"nn.{type(rnn).__name__}({name}={getattr(rnn, name)}) cannot be gated: {name} "
-                f"must be {usual}"
-            )
+    _check_options(rnn, bidirectional=False, proj_size=0)
     weight = getattr(rnn, f"weight_ih_l{at}")
     cell = type(rnn)(
         weight.shape[1], rnn.hidden_size, 1, rnn.bias, rnn.batch_first, device=weight.device,

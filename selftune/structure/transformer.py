@@ -50,15 +50,11 @@ class Attention(nn.Module):
                 raise ValueError(
                     f"nn.MultiheadAttention({name}) cannot be gated: pass one without it"
                 )
-        inputs = (a.embed_dim, a.kdim, a.vdim)
         weights: Sequence[Any] = (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight)
         if a.in_proj_weight is not None:
             weights = a.in_proj_weight.chunk(3)
         biases = (None,) * 3 if a.in_proj_bias is None else a.in_proj_bias.chunk(3)
-        layers = [
-            _linear(size, a.embed_dim, w, b)
-            for size, w, b in zip(inputs, weights, biases, strict=True)
-        ]
+        layers = [_linear(w, b) for w, b in zip(weights, biases, strict=True)]
         for layer, weight in zip(layers, weights, strict=True):
             # Parts of one weight require a gradient if it does, even under no_grad.
             source = weight if a.in_proj_weight is None else a.in_proj_weight
@@ -68,7 +64,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value = layers
         self.gate = Gate(a.num_heads)
         self.gate.to(weights[0].device, weights[0].dtype)
-        self.out = _linear(a.embed_dim, a.embed_dim, a.out_proj.weight, a.out_proj.bias)
+        self.out = _linear(a.out_proj.weight, a.out_proj.bias)
         for name, param in self.out.named_parameters():
             param.requires_grad_(a.out_proj.get_parameter(name).requires_grad)
         self.head_dim, self.batch_first = a.head_dim, a.batch_first
@@ -240,8 +236,7 @@ def mask_types_noted(model: nn.Module) -> Iterator[None]:
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, Attention):
-                handle = module.register_forward_pre_hook(note, with_kwargs=True)
-                hooks.callback(handle.remove)
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
         yield
 
 
@@ -268,7 +263,8 @@ def _added(
     return mask
 
 
-def _linear(ins: int, outs: int, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    outs, ins = weight.shape
     made = nn.Linear(ins, outs, bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         made.weight.copy_(weight)

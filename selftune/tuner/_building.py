@@ -257,9 +257,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
     total, names, settings = plan.total, given.names, given.settings
     schedule = Schedule(shape=given.schedule, total_steps=total, warmup_steps=given.warmup)
     rates = torch.tensor([schedule(t) for t in range(total)], dtype=torch.float64, device=device)
-    floor = WeightDecayFloor.of(given.update.rule, schedule, settings.floor)
-    if "weight_decay" in (given.bounds or {}):
-        floor = None
+    floor = WeightDecayFloor.of(given.update.rule, schedule, settings.floor, given.bounds)
     size = given.hyper_rate
     hyper = HyperOptimizer(
         choose(given.known, names, given.bounds, total),

@@ -34,8 +34,7 @@ from selftune._arguments import (
 )
 from selftune._flat import is_sharded
 from selftune._identity import digest
-from selftune._kept_buffers import buffers_kept
-from selftune._modes import random_kept
+from selftune._modes import buffers_kept, random_kept
 from selftune.hypernet import SelfTuned
 from selftune.nn import Strength
 from selftune.rules import AbstractRule

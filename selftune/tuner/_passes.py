@@ -16,6 +16,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from selftune._flat import local
 from selftune._gathered import reshard
 from selftune._gradient import gradient, plainly
+from selftune._trees import unchanged
 from selftune.tuner._batch import size
 from selftune.tuner._objective import InMode
 
@@ -145,14 +146,10 @@ def put(targets: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """Put values into tensors within a block; tensors of the same memory are left alone."""
     pairs = zip(targets, values, strict=True)
     apart = [(t, v) for t, v in pairs if t.data_ptr() != v.data_ptr()]
-    before = [t.clone() for t, _ in apart]
-    try:
+    with unchanged(target for target, _ in apart):
         for target, value in apart:
             target.copy_(value)
         yield
-    finally:
-        for (target, _), old in zip(apart, before, strict=True):
-            target.copy_(old)
 
 
 def _taken(param: nn.Parameter) -> Tensor:

@@ -76,7 +76,8 @@ def predict(
             move[name] = scale.inverse(torch.full_like(present[name], value)) - present[name]
         shift = whole.shift(run, torch.stack([move[n] for n in known]))
         weights = [w + s for w, s in zip(run.averages, shift, strict=True)]
-        outputs.append(training.scorer.loss(weights, run.average_buffers, training.val, most))
+        point = weights, run.average_buffers
+        outputs.append(training.scorer.score([point], training.val, 0, most)[0]["loss"])
     return np.asarray(outputs).reshape([len(v) for v in asked.values()])
 
 

@@ -109,33 +109,16 @@ class Scorer:
         """End the loader's persistent workers; they restart when needed again."""
         end_workers(self._own)
 
-    def score(
-        self, stream: Stream, member: int, *, last: bool = False
-    ) -> tuple[dict[str, float], float]:
-        """Scores at the average and, on request, the loss at the last iterate."""
-        scores = self._score([self._at(p) for p in ((0, 1) if last else (0,))], stream, member)
-        return scores[0], scores[-1]["loss"] if last else math.nan
-
-    def loss(
-        self,
-        weights: list[Tensor],
-        buffers: list[Tensor],
-        stream: Stream,
-        most: int | None = None,
-    ) -> float:
-        """The validation loss at given weights of a single run, over all or the first batches."""
-        return self._score([(weights, buffers)], stream, 0, most)[0]["loss"]
-
     def compared(self, stream: Stream, most: int, member: int) -> tuple[float, float]:
         """Losses at the average and at the good weights, over a limited number of batches."""
-        now, then = self._score([self._at(0), self._at(-1)], stream, member, most)
+        now, then = self.score([self.at(0), self.at(-1)], stream, member, most)
         return now["loss"], then["loss"]
 
     @torch.no_grad()
-    def _score(
+    def score(
         self, points: Sequence[Where], stream: Stream, member: int, most: int | None = None
     ) -> list[dict[str, float]]:
-        """Scores at several points, over the same batches."""
+        """Scores at several points, over the same batches: all, or the first ``most``."""
         names = [*self._names, *self._buffers]
         there = []
         for weights, buffers in points:
@@ -223,7 +206,7 @@ class Scorer:
     @torch.no_grad()
     def place(self, position: float, member: int) -> None:
         """Put the weights at a position into the model."""
-        self._write(*self._at(position), member)
+        self._write(*self.at(position), member)
 
     def _write(self, weights: list[Tensor], buffers: list[Tensor], member: int) -> None:
         for tensor, source in zip(self._tensors, [*self._views(weights), *buffers], strict=True):
@@ -250,8 +233,8 @@ class Scorer:
 
         Returns the scores of the weights.
         """
-        candidates = [self._at(position) for position in positions]
-        scores = self._score(candidates, stream, member)
+        candidates = [self.at(position) for position in positions]
+        scores = self.score(candidates, stream, member)
         losses = [s["loss"] if math.isfinite(s["loss"]) else math.inf for s in scores]
         lowest = min(losses)
         at = losses.index(lowest)
@@ -262,7 +245,7 @@ class Scorer:
             return {"loss": saved["loss"], **saved.get("scores", {})}
         return {**scores[at], "loss": lowest}
 
-    def _at(self, position: float) -> Where:
+    def at(self, position: float) -> Where:
         """Weights at a position between the good ones (−1), the average (0) and the last (1)."""
         run = self._snapshots.run
         average = run.averages, run.average_buffers

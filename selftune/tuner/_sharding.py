@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def cut(batch: Any, bounds: Callable[[int], slice], name: str, remedy: str) -> A
 def steady(loader: Any, rank: int = 0) -> Any:
     """Modify a loader so that its workers ignore Ctrl-C and draw different numbers on each rank."""
     if isinstance(loader, DataLoader):
-        vars(loader)["worker_init_fn"] = _Worker(rank, loader.worker_init_fn)
+        vars(loader)["worker_init_fn"] = partial(_start_worker, rank, loader.worker_init_fn)
     return loader
 
 
@@ -149,18 +150,13 @@ class _Indices:
             yield indices[self._bounds(len(indices))]
 
 
-class _Worker:
-    """The initialisation of a rank's workers."""
-
-    def __init__(self, rank: int, then: Callable[[int], None] | None) -> None:
-        self._rank, self._then = rank, then
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if self._rank:
-            seed = (torch.initial_seed() + (self._rank << 32)) % 2**63
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002 - data sets use it
-        if self._then is not None:
-            self._then(worker)
+def _start_worker(rank: int, then: Callable[[int], None] | None, worker: int) -> None:
+    """Initialise a worker of a rank."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if rank:
+        seed = (torch.initial_seed() + (rank << 32)) % 2**63
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002 - data sets use it
+    if then is not None:
+        then(worker)

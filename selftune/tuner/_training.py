@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selftune.monitor import verdict_rows
 from selftune.tuner import _checkpoints, _choice, _final_weights, _joining, _resuming, _saving
 from selftune.tuner._callbacks import stop
 from selftune.tuner._checks import check_agreement
@@ -224,7 +225,8 @@ class Training:
         self.watch.digest(self.step)
         check_agreement(self.steps, self.fused.run)
         metrics, leader = self.watch.metrics, self.watch.leader
-        scores, last = self.scorer.score(self.val, leader, last=metrics.monitor.on)
+        points = [self.scorer.at(p) for p in ((0, 1) if metrics.monitor.on else (0,))]
+        scores, *last = self.scorer.score(points, self.val, leader)
         better = scores["loss"] < self.best
         if better:
             _final_weights.save_best(self, scores)
@@ -234,9 +236,9 @@ class Training:
             log.warning("step %d: the validation loss is %s", self.step, scores["loss"])
         self.watch.history.score(self.step, scores)
         metrics.monitor.scalars(_tagged(scores), self.step)
-        if metrics.monitor.on:
-            metrics.compared(scores["loss"], last, self.step)
-            metrics.verdict_rows(self.watch.verdicts(), self.step)
+        if last:
+            metrics.compared(scores["loss"], last[0]["loss"], self.step)
+            metrics.monitor.scalars(verdict_rows(self.watch.verdicts()), self.step)
         return scores
 
     def finish(self, ended: str) -> TuningResult:
