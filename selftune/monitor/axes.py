@@ -35,7 +35,10 @@ def drawn(hparam: Hparam, value: float) -> float:
 
 def middle(values: float | Sequence[float]) -> float:
     """The value that represents groups or layers that differ: the upper median."""
-    return sorted(values)[len(values) // 2] if isinstance(values, Sequence) else float(values)
+    if not isinstance(values, Sequence):
+        return float(values)
+    tuned = sorted(v for v in values if v) or [0.0]  # values of 0 among others are not tuned
+    return tuned[len(tuned) // 2]
 
 
 def marks(

@@ -6,7 +6,9 @@ import copy
 import itertools
 import logging
 import warnings
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,12 @@ from selftune.optim._shown import Restored
 from selftune.update import Update
 
 log = logging.getLogger("selftune")
+HOOKS = (
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+"""Attributes of a torch optimizer whose hooks see the complete state, with that of the run."""
 
 
 class Container(torch.optim.Optimizer):
@@ -136,7 +144,8 @@ class Container(torch.optim.Optimizer):
             self._blocks()
         self._engine.stepper.expose(self.state)
         self._engine.monitor.flush()  # a killed run resumes after these rows
-        state = super().state_dict()
+        with self._hooks_left_out():
+            state = super().state_dict()
         groups = [dict(g) for g in state["param_groups"]]
         groups[0]["selftune"] = to_bytes(self._packed())
         entries = dict(state["state"])
@@ -147,7 +156,11 @@ class Container(torch.optim.Optimizer):
                 entries[places[param]] = {**entries[places[param]], **saved}
         for param, weights in self._engine.training_weights():
             entries[places[param]]["training"] = weights
-        return {**state, "state": entries, "param_groups": groups}
+        state = {**state, "state": entries, "param_groups": groups}
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        return state
 
     def _packed(self) -> dict[str, Any]:
         return pack(self._engine, self._groups, self._log, self._kind)
@@ -165,6 +178,9 @@ class Container(torch.optim.Optimizer):
             ValueError: The state has another rule, other hyperparameters, groups or shapes; nothing
                 is loaded.
         """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         # Not _blocks(): a distributed checkpoint has been read into the tensors of state_dict(),
         # which are averages of this run, and must not be reset.
         self._assembly.current(self.param_groups, self.state)
@@ -174,7 +190,8 @@ class Container(torch.optim.Optimizer):
             shown.back(keep=shown.changed)
         groups = [dict(g) for g in state_dict["param_groups"]]
         groups[0]["selftune"] = None
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        with self._hooks_left_out():
+            super().load_state_dict({**state_dict, "param_groups": groups})
         # torch casts state to the parameters' dtype; sensitivities of bfloat16 weights are float32.
         saved_order = [i for g in state_dict["param_groups"] for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
@@ -191,6 +208,18 @@ class Container(torch.optim.Optimizer):
         self._engine.store.cached = self._groups.cache(self.param_groups, self._engine.blocks)
         self._log.load_state_dict(run["log"])
         self._engine.monitor.resume(self._engine.clock.steps)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    @contextmanager
+    def _hooks_left_out(self) -> Iterator[None]:
+        """Lets torch save and load without the user's hooks, which see the complete state."""
+        hooks = {name: vars(self)[name] for name in HOOKS}
+        vars(self).update({name: OrderedDict() for name in HOOKS})
+        try:
+            yield
+        finally:
+            vars(self).update(hooks)
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy, which rebuilds blocks from the state; schedulers wrap ``step`` again."""

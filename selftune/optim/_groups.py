@@ -19,6 +19,8 @@ from selftune.schedules import inverse_time
 from selftune.update import Update
 
 Group = dict[str, Any]
+SAVED = ("_shown", "_scheduled", "_factors", "_seen", "annealed", "raised", "writes", "scale")
+"""Attributes of :class:`Groups` in a saved state."""
 
 
 class Cached(NamedTuple):
@@ -265,15 +267,12 @@ class Groups:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The written values, and the starting values of schedulers."""
-        state = {"shown": self._shown, "scheduled": self._scheduled, "factors": self._factors}
-        return {**copy.deepcopy(state), "scale": self.scale}
+        """The written values, and what is known of schedulers."""
+        return {name: copy.deepcopy(vars(self)[name]) for name in SAVED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        parts = ("shown", "scheduled", "factors")
-        self._shown, self._scheduled, self._factors = copy.deepcopy([state[n] for n in parts])
-        self.scale = state["scale"]
+        vars(self).update({name: copy.deepcopy(state[name]) for name in SAVED})
 
 
 def _mean(values: Sequence[float]) -> float:

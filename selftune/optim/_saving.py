@@ -21,7 +21,7 @@ from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
 VERSION = 29
-"""Version of the state; 29 has the layers of statistics by key."""
+"""Version of the state; 29 has what is known of schedulers."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -51,6 +51,10 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
     """The run's state as tensors, numbers and strings, which ``weights_only`` loads."""
     signal = engine.training_signal
     engine.notice_growth()  # first gradients since the last hyperparameter step
+    buffers = engine.buffers.state_dict(engine.params)
+    restored = engine.restored
+    if restored is not None and restored.changed and not buffers["training"]:
+        buffers["training"] = [t.clone() for t in restored.statistics]
     slopes = {} if engine.reducer.sharded else vars(engine.slopes)  # every rank has its own
     return {
         "version": VERSION,
@@ -63,7 +67,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "displacement": _numbers(engine.store.displacement),
         "stiffness": _numbers(engine.store.stiffness),
         "controller": engine.controller.state_dict(),
-        "buffers": engine.buffers.state_dict(engine.params),
+        "buffers": buffers,
         "looked": engine.first_loss_seen,
         "zeros": [
             {i: [None if n is None else int(n) for n in look] for i, look in block.looks.items()}

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median_high
 
 import torch
 from torch import Tensor
 
 from selftune.hparams import Hparam
+from selftune.monitor.axes import middle
 
 SCOPES = ("run", "group", "tensor")
 
@@ -84,7 +84,7 @@ class Scoped:
         first = len(self.base) == 0
         if first:
             self.from_zero = not bool(start.any())
-            self.given = median_high(start.tolist())
+            self.given = middle(start.tolist())
         scopes = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
         slots = list(scopes[self.scope])
         mean = 0.0 if first else float(self.shift[self.slots].mean())

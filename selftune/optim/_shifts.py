@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median_high
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from selftune.hparams import Hparam, choose
 from selftune.method import Frame, HyperOptimizer, HyperSettings, HyperState, WeightDecayFloor
+from selftune.monitor.axes import middle
 from selftune.optim._scoped import SCOPES, Scoped
 from selftune.rules import AbstractRule
 from selftune.schedules import HORIZON
@@ -222,7 +222,7 @@ class Shifts:
 
     def middles(self) -> dict[str, float]:
         """The value of each tuned hyperparameter that represents groups or tensors that differ."""
-        return {n: median_high(t.values().tolist()) for n, t in self.rows.items()}
+        return {n: middle(t.values().tolist()) for n, t in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""

@@ -33,7 +33,7 @@ class _Watched:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy."""
-        return {**vars(self), "_versions": None}
+        return {**vars(self), "_versions": [] if self.changed else None}
 
 
 class Shown(_Watched):
@@ -122,7 +122,7 @@ class Restored(_Watched):
     ) -> None:
         self._pairs = list(zip(params, weights, strict=True))
         self._params, self._weights = [local(p) for p in params], [local(w) for w in weights]
-        self._buffers, self._statistics = buffers, [t.clone() for t in buffers.tensors()]
+        self._buffers, self.statistics = buffers, [t.clone() for t in buffers.tensors()]
         self.put()
 
     def saved(self) -> list[tuple[Tensor, Tensor]]:
@@ -134,6 +134,6 @@ class Restored(_Watched):
         """Put the training weights and their statistics into the model."""
         torch._foreach_copy_(self._params, self._weights)
         reshard()
-        for tensor, value in zip(self._buffers.tensors(), self._statistics, strict=False):
+        for tensor, value in zip(self._buffers.tensors(), self.statistics, strict=False):
             tensor.copy_(value)
         self._watch()

@@ -210,11 +210,14 @@ class InnerStepper(Stepper):
 
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Write the inner state of each parameter under ``inner``."""
+        for entry in state.values():
+            entry.pop("inner", None)  # of an earlier call, before a rewind
         for param, inner in self._inner.state.items():
             state[param]["inner"] = dict(inner)
 
     def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         """Read the inner state of each parameter from ``inner``."""
+        self._inner.state.clear()
         for param, entry in state.items():
             if "inner" in entry:
                 self._inner.state[param] = _copied(entry["inner"])  # it steps in place

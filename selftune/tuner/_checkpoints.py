@@ -25,8 +25,8 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 25
-"""Version of checkpoints; 25 describes the model without its tuned strengths."""
+VERSION = 26
+"""Version of checkpoints; 26 has the rewinds of the leader alone."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

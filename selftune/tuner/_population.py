@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -10,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch.utils._pytree import tree_map
 
-from selftune.control import Controller
 from selftune.method import HyperOptimizer
 from selftune.tuner._run_state import RunState
 from selftune.tuner._snapshots import Snapshots
+from selftune.tuner._watch import Watch
 
 log = logging.getLogger("selftune")
 
@@ -55,18 +54,16 @@ class Population:
         return stacked
 
     @torch.no_grad()
-    def exploit(
-        self, snapshots: Snapshots, controllers: list[Controller], hyper: HyperOptimizer
-    ) -> None:
+    def exploit(self, snapshots: Snapshots, watch: Watch, hyper: HyperOptimizer) -> None:
         """Replace the worst members by copies of the best, with perturbed learning rates."""
-        means = [c.standing for c in controllers]
+        means = [c.standing for c in watch.controllers]
         order = sorted(range(self.size), key=means.__getitem__)
         best, worst = order[0], order[self.size - max(1, round(SHARE * self.size)) :]
         for member in worst:
             if member == best or not means[member] > means[best]:
                 continue
             snapshots.copy_member(best, member)
-            controllers[member].guard = copy.deepcopy(controllers[best].guard)
+            watch.copied(best, member)
             kick = KICK if torch.rand((), generator=self._generator) < 0.5 else -KICK
             raw = snapshots.run.hyper.raw[member]
             raw.copy_(hyper.move(raw, "lr", kick, hyper.frame(raw.device)))

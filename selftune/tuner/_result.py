@@ -30,7 +30,7 @@ class History:
     hparams: dict[str, list[float]] = field(default_factory=dict)
     score_step: list[int] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
-    rollbacks: list[int] = field(default_factory=list)
+    rewinds: list[int] = field(default_factory=list)
     undone: list[list[int]] = field(default_factory=list)
 
     def hyper(self, step: int, loss: float, values: dict[str, float]) -> None:
@@ -58,7 +58,7 @@ class History:
             "hyper_step": np.asarray(self.hyper_step, dtype=np.int64),
             "val_loss": np.asarray(self.val_loss),
             "score_step": np.asarray(self.score_step, dtype=np.int64),
-            "rollbacks": np.asarray(self.rollbacks, dtype=np.int64),
+            "rewinds": np.asarray(self.rewinds, dtype=np.int64),
         }
         arrays |= {f"score/{n}": np.asarray(v) for n, v in self.scores.items()}
         return arrays | {n: np.asarray(v) for n, v in self.hparams.items()}
@@ -122,7 +122,7 @@ class TuningResult:
         history: Arrays by name. ``train_loss`` has one entry for each training step; ``val_loss``
             and every hyperparameter have one for each step in ``hyper_step``; ``score/loss`` and
             other metrics over the whole validation set have one for each step in ``score_step``;
-            ``rollbacks`` contains the steps of rewinds.
+            ``rewinds`` contains the steps of rewinds.
         best_weights: The model's state_dict at the weights with the lowest validation loss. The
             model holds these weights.
         best_loss: Their loss over the whole validation set. This set was used for tuning, so report
@@ -188,7 +188,7 @@ class TuningResult:
         if target is not None:
             target.mkdir(parents=True, exist_ok=True)
             title = f"{self.steps} steps, {self.ended}, {self._loss}"
-            rewinds = self.history["rollbacks"].tolist()
+            rewinds = self.history["rewinds"].tolist()
             text = page(title, lines, self._panels(steps), self.why, rewinds)
             write_text(target / "report.html", text)
             self.schedule.save(target / "schedule.json")

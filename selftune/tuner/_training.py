@@ -112,7 +112,7 @@ class Training:
                 half = self._within and self.group.together  # others wait for this rank
                 if half or (isinstance(error, RuntimeError) and not ended_loader):
                     raise
-                if self.step == self.watch.since and not self.watch.history.rollbacks:
+                if self.step == self.watch.since and not self.watch.history.rewinds:
                     raise  # a second Ctrl-C, before the first step after the sweep
                 ended = "interrupted"
                 self._break_off()
@@ -186,7 +186,7 @@ class Training:
         if follows:
             _joining.follow(self, batch)
         if self.population is not None and tune and step % self.plan.exploit < self.plan.every:
-            self.population.exploit(self.snapshots, self.watch.controllers, self.steps.hyper)
+            self.population.exploit(self.snapshots, self.watch, self.steps.hyper)
 
     def _step_weights(self, step: int, batch: Any, tracked: bool, tune: bool) -> bool:
         """Take a weight step; return whether a hyperparameter step follows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,12 +98,11 @@ class Watch:
         """Read the outputs of steps since the last call, and act on them."""
         trained, self._trained = self._read(self._trained), []
         tuned, self._tuned = self._read(self._tuned), []
-        for _, rows in trained:
-            self.history.train_loss.append(min(loss for loss, *_ in rows))
         if trained:  # on a CPU a training step is read before its hyperparameter step
             self._last_losses = dict(trained)
         for at, rows in tuned:
             self._note(at, rows)
+        self.history.train_loss += [rows[self.leader][0] for _, rows in trained]
         self.bar.update(step - self.bar.n)
         for at, rows in trained:
             later = [self._raw_before(rows) for other, rows in tuned if other >= at]
@@ -203,15 +203,21 @@ class Watch:
             return False
         self._snapshots.rewind(action.rewind, member, raw, diverged=action.diverged)
         self.controllers[member].announce(action, step)
-        self.history.rollbacks.append(step)
-        self.metrics.monitor.scalar("weights/rewinds", len(self.history.rollbacks), step)
+        undone, self._good_at[member] = [self._good_at[member], step], step
         if not self._many:
-            self.history.undone.append([self._good_at[member], step])
-            self._good_at[member] = self.since = step
-        self.note(step)
-        if member == self.leader:  # whose values the log shows
+            self.since = step
+        if member == self.leader:  # whose values history and log show
+            self.history.rewinds.append(step)
+            self.history.undone.append(undone)
+            self.metrics.monitor.scalar("weights/rewinds", len(self.history.rewinds), step)
+            self.note(step)
             self._mark(action.rewind, step)
         return True
+
+    def copied(self, source: int, member: int) -> None:
+        """A member of a population continues as a copy of another."""
+        self.controllers[member].guard = copy.deepcopy(self.controllers[source].guard)
+        self._good_at[member] = self._good_at[source]
 
     def _mark(self, names: Iterable[str], step: int) -> None:
         """Mark an event in the charts of the hyperparameters that it changed."""

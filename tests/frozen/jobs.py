@@ -251,7 +251,7 @@ class Fit:
         best = [t for t in result.best_weights.values() if t.is_floating_point()]
         found["end"] = {
             "hparams": dict(result.hparams), "best_loss": result.best_loss, "best": numbers(best),
-            "rollbacks": len(result.history["rollbacks"]),
+            "rollbacks": len(result.history["rewinds"]),
         }  # fmt: skip
         return found
 

@@ -121,7 +121,7 @@ def without_good_statistics(state: dict) -> None:
 
 def without_written_values(state: dict) -> None:
     with run_of(state) as run:
-        del run["groups"]["shown"]
+        del run["groups"]["_shown"]
 
 
 def without_momentum(state: dict) -> None:

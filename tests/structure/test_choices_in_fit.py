@@ -123,7 +123,7 @@ def test_units_of_other_branches_are_closed_and_not_dead() -> None:
     result = fit(model, x, y, callback, **options)
     assert model[0].weights().max() == 1
     assert result.hparams["lr"] > 1e-3
-    assert list(result.history["rollbacks"]) == []
+    assert list(result.history["rewinds"]) == []
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def test_a_run_that_goes_back_is_observed_anew(monkeypatch: pytest.MonkeyPatch) 
     train[40] = (1e4 * train[40][0], train[40][1])  # an explosion
     made = tuner(nn.Linear(2, 3), estimator=st.Unrolled(20), hparams={"lr": 1e-2}, probe=False)
     result = made.fit(train, [points(100, seed=1)], steps=60, progress=False)
-    assert len(forgotten) == len(result.history["rollbacks"]) > 0
+    assert len(forgotten) == len(result.history["rewinds"]) > 0
     assert result.ended == "finished"
 
 

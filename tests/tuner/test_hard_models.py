@@ -249,9 +249,9 @@ def broken(kind: str, every: int) -> st.TuningResult:
 def test_what_has_no_gradient_is_left_out_and_three_in_a_row_bring_the_run_back(kind: str) -> None:
     """Law: a third of the gradients, or hypergradients, leads nowhere; three in a row do."""
     sound = broken(kind, every=3)
-    assert len(sound.history["rollbacks"]) == 0
+    assert len(sound.history["rewinds"]) == 0
     assert sound.history["lr"][-1] != sound.history["lr"][0]
-    assert len(broken(kind, every=1).history["rollbacks"]) > 0
+    assert len(broken(kind, every=1).history["rewinds"]) > 0
 
 
 CADENCES = [(60, 5), (300, 10), (660, 20)]

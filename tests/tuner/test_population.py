@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from jobs import loader, points, same, tuner
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import selftune as st
 from selftune.control import Controller, Guard
 from selftune.tuner import _training  # private, as the next: members do not show outside
 from selftune.tuner._population import KICK, Population
@@ -59,9 +61,9 @@ def test_the_worst_go_on_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     spied = Spied(monkeypatch)
     tuner(population=4, probe=False).fit(loader(), VAL, steps=20, progress=False)
     training = spied.training
-    population, controllers = Population(4), judges(0.5, 0.2, math.inf, 0.4)
+    controllers = training.watch.controllers = judges(0.5, 0.2, math.inf, 0.4)
     before = [leaf.clone() for leaf in tree_leaves(training.fused.run)]
-    population.exploit(training.snapshots, controllers, training.steps.hyper)
+    Population(4).exploit(training.snapshots, training.watch, training.steps.hyper)
     for new, old in zip(tree_leaves(training.fused.run), before, strict=True):
         kept = [0, 1, 3]
         assert torch.equal(new[kept], old[kept])
@@ -79,7 +81,8 @@ def test_equals_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     tuner(population=2, probe=False).fit(loader(), VAL, steps=5, progress=False)
     before = copy.deepcopy(spied.training.fused.run.hyper.raw)
     training = spied.training
-    Population(2).exploit(training.snapshots, judges(0.3, 0.3), training.steps.hyper)
+    training.watch.controllers = judges(0.3, 0.3)
+    Population(2).exploit(training.snapshots, training.watch, training.steps.hyper)
     assert torch.equal(spied.training.fused.run.hyper.raw, before)
 
 
@@ -88,4 +91,26 @@ def test_a_population_learns_and_survives_a_member_that_blows_up() -> None:
     wild = tuner(population=4, hparams={"lr": 30.0, "momentum": 0.9}, exploit_every=10)
     result = wild.fit(loader(shuffle=True), VAL, epochs=12, progress=False)
     assert result.best_loss < 0.5
+    assert math.isfinite(result.history["train_loss"][-1])
+
+
+def test_the_history_is_that_of_the_leader() -> None:
+    """Truths: a single run's schedule, and a log without the others' NaN."""
+
+    def fit(members: int) -> st.TuningResult:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 1))
+        x = torch.randn(400, 8)
+        batches = list(zip(x.split(40), x.sum(1, keepdim=True).split(40), strict=True))
+        wild = st.Tuner(
+            net, torch.nn.functional.mse_loss, rule=st.rules.SGD(), hparams={"lr": 3.0},
+            compile=False, probe=False, population=members, exploit_every=1000,
+        )  # fmt: skip
+        return wild.fit(batches[:8], batches[8:], epochs=25, progress=False)
+
+    for members in (1, 2, 4):
+        result = fit(members)
+        assert len(result.history["rewinds"]) > 0
+        assert result.schedule.steps < result.steps  # without undone steps
+        assert max(result.schedule.values["lr"])[1] < 1.0, members
     assert math.isfinite(result.history["train_loss"][-1])

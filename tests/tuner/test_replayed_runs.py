@@ -85,6 +85,6 @@ def test_a_run_that_goes_back_says_which_steps_it_undid() -> None:
     bad = (x, (y + 1) % 3)
     val = [(x, y)] * 20 + [bad] * 60
     result = tuner().fit(loader(), val, steps=300, evaluate_every=300, progress=False)
-    back = result.history["rollbacks"]
+    back = result.history["rewinds"]
     assert len(back) >= 1
     assert result.schedule.steps < 300 - result.history["hyper_step"][0]

@@ -286,7 +286,7 @@ def test_a_finished_run_is_made_longer(
     rates = dict(map(tuple, longer.schedule.values["lr"]))
     for step, rate in short.schedule.values["lr"] if population == 1 else ():
         assert rates[step] == rate
-    if population == 1 and not len(longer.history["rollbacks"]):
+    if population == 1 and not len(longer.history["rewinds"]):
         ended, begun = (longer.schedule.at(short.schedule.steps + i)["lr"] for i in (-1, 0))
         assert begun > 10 * ended  # annealed, and then anew
     assert_same(run(tmp_path, resume=True, epochs=2 * epochs, **options), longer)
