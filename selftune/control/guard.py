@@ -201,6 +201,8 @@ class Guard(Saved):
         training.observe(loss, policy.memory)
         noise = policy.noise * math.sqrt(training.spread)
         exploded = self._exploded(training.mean - noise, training.first)
+        # Near 0, rare hard examples exceed ten typical losses many times over.
+        exploded &= training.mean - noise > training.first + policy.least * training.scale
         exploded &= training.count >= policy.patience  # one batch may be unlucky, too
         return "rewind" if exploded or (training.fresh and self._wild(training.mean)) else "ok"
 

@@ -14,6 +14,7 @@ class TrainingLosses:
         start: Highest loss at the start of the sweep; NaN if there is none.
         low: Lowest loss at the start of the sweep.
         first: Lowest mean of the first ten losses, or the start; NaN before the first loss.
+        scale: Highest absolute value of ``start`` and ``first`` so far.
         mean: Running mean; NaN before the first loss.
         count: Number of losses since the start or the last rewind.
         spread: Variance of the first ten losses.
@@ -23,6 +24,7 @@ class TrainingLosses:
     start: float = math.nan
     low: float = math.inf
     first: float = math.nan
+    scale: float = 0.0
     mean: float = math.nan
     count: int = 0
     spread: float = 0.0
@@ -32,6 +34,7 @@ class TrainingLosses:
         """Record a loss at the start of the sweep."""
         self.start = loss if math.isnan(self.start) else max(self.start, loss)
         self.low = min(self.low, loss)
+        self.scale = max(self.scale, abs(self.start))
 
     def observe(self, loss: float, memory: float) -> None:
         """Record a loss.
@@ -52,6 +55,7 @@ class TrainingLosses:
         if self.fresh:  # a single batch may be lucky
             known = (self.mean, self.start)
             self.first = min(x for x in known if not math.isnan(x))
+            self.scale = max(self.scale, abs(self.first))
             self.spread += weight * (off * off - self.spread)
 
     @property

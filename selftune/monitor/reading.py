@@ -68,15 +68,12 @@ class Log:
         for tag, curve in sorted(self.curves.items()):
             if tag.startswith("hyper/"):
                 name = tag.removeprefix("hyper/")
-                if any(f"{tag}/{part}" in self.curves for part in PARTS):
-                    continue  # its groups or layers have rows of their own
-                whole = name.rpartition("/")[0]  # groups or layers share its verdict
-                codes = next(
-                    (self.curves[f"verdict/{n}"][1] for n in (name, whole)
-                     if f"verdict/{n}" in self.curves),
-                    (),
-                )  # fmt: skip
-                sentence = sentences.get(name) or sentences.get(whole) or ""
+                whole = name.rpartition("/")[0]
+                if any(f"hyper/{whole}/{part}" in self.curves for part in PARTS):
+                    lines.append(line(name, curve, f"{whole} of a group or layer"))
+                    continue
+                codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
+                sentence = sentences.get(name, "")
                 if codes and not sentence:
                     sentence = in_words(name, KINDS[int(codes[-1])], curve[1][-1])
                 sentence = sentence or "no verdict yet"

@@ -14,7 +14,7 @@ KINDS = ("settled", "moving", "noise", "at bound")
 """The number of a verdict is its index here."""
 RECENT = 0.2
 """Fraction of a run's hyperparameter steps that are judged, at least ``LEAST`` steps."""
-LEAST = 20
+LEAST = 6
 MOVED = 0.1
 """Minimum change in raw space that counts as movement."""
 CLEAR = 0.46
@@ -23,6 +23,8 @@ LATE = 1 / 3
 """Last share of the run; a change by more than ``FAR`` in it is part of the verdict."""
 FAR, LOOSE = 0.4, 0.25
 """Limits of changes in raw space in the last third, and among recent values."""
+REWIND = 1.0
+"""Decrease of a rate in raw space, between two steps, that only rewinds cause."""
 LONGER = "start the next run from there, or train longer"
 NEAR = 0.02
 """Largest distance from a bound that counts as at the bound, in raw space."""
@@ -122,17 +124,19 @@ validation is like training data'
 
     def went(course: Sequence[float]) -> str:
         way = "rose" if course[-1] > course[0] else "fell"
-        return f"{name} {way} at the end, from {forward(course[0]):.3g} to {value:.3g}"
+        change = f"{name} {way} at the end, from {forward(course[0]):.3g} to {value:.3g}"
+        rewound = role == LR.role and min(b - a for a, b in pairwise(course)) < -REWIND
+        return f"{change}, with a rewind" if rewound else f"{change}: {LONGER}"
 
     drift, change = recent[-1] - recent[0], late[-1] - late[0]
     spread = max(recent) - min(recent)
     steps = [b - a for a, b in pairwise(recent)]
     wander = math.sqrt(sum(s * s for s in steps))  # expected drift of random steps of these sizes
     if abs(drift) > max(MOVED, 2 * wander) or (abs(drift) > MOVED and snr > 2 * CLEAR):
-        return Verdict(name, "moving", f"{went(recent)}: {LONGER}")
+        return Verdict(name, "moving", went(recent))
     noisy = snr < CLEAR and spread > MOVED
     if spread > LOOSE and abs(change) > FAR and not noisy:
-        return Verdict(name, "moving", f"{went(late)}: {LONGER}")
+        return Verdict(name, "moving", went(late))
     if spread > LOOSE or noisy:
         sentence = f"{name} fluctuates around {value:.3g}: its hypergradients are mostly noise"
         return Verdict(name, "noise", sentence + "; use larger validation batches")

@@ -230,6 +230,7 @@ class Shifts:
         return {
             "state": {n: t.clone() for n, t in self.state._asdict().items()},
             "base": {n: t.base.clone() for n, t in self.rows.items()},
+            "given": {n: t.given for n, t in self.rows.items()},
             "asleep": {n: (t.asleep.clone(), t.waiting) for n, t in self.rows.items()},
             "optimizer": copy.deepcopy(outside),
         }
@@ -239,6 +240,7 @@ class Shifts:
         for name, tuned in self.rows.items():
             shift = state["state"]["raw"][self.hyper.slots[name]]
             asleep, waiting = state["asleep"][name]
+            tuned.given = state["given"][name]
             tuned.resume(state["base"][name].cpu(), shift.cpu(), asleep.cpu(), waiting)
         self.take(HyperState(**{n: t.to("cpu", copy=True) for n, t in state["state"].items()}))
         if self.propose is not None:

@@ -239,7 +239,7 @@ def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[d
         raise ValueError(
             f"model={type(model).__name__} has no hidden matrix for Muon: it has "
             f"{len(layers)} layers with weights, of which the first and the last belong to AdamW "
-            "by default; pass others=() to include them, or use AdamW"
+            "by default; pass st.muon_groups(model, others=()) to include them, or use AdamW"
         )
     params = list(model.parameters())
     return [

@@ -317,6 +317,7 @@ class Training:
         rates = self.steps.rates  # an extended run keeps its earlier rates
         rates[: len(state["rates"])].copy_(state["rates"])
         _resuming.name_changes(state, self.steps.starts, self.watch.hparams())
+        self.steps.start.update(state["starts"])
         _resuming.announce(state, self.plan.total, longer=longer)
         self.longer = longer
 

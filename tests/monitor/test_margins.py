@@ -110,9 +110,12 @@ def test_charts_draw_where_groups_differ(options: dict[str, Any], tmp_path: Path
     assert_charts_draw(tmp_path)
     found = curves(tmp_path)
     assert "hyper/lr/1" in found
-    names = [line.name for line in read(tmp_path).lines()]
-    assert names.count("lr/0") == names.count("lr/1") == 1
-    assert "lr" not in names
+    lines = read(tmp_path).lines()
+    names = [line.name for line in lines]
+    assert names.count("lr/0") == names.count("lr/1") == names.count("lr") == 1
+    sentences = {line.name: line.verdict for line in lines}
+    assert sentences["lr"].startswith("lr ")  # the verdict is that of their representative
+    assert sentences["lr/0"] == sentences["lr/1"] == "lr of a group or layer"
 
 
 def assert_charts_draw(folder: Path) -> None:

@@ -89,3 +89,17 @@ def test_sentences_do_not_contradict_the_course() -> None:
     late = judge("dropout", doubled, 0.6, FREE, math.exp(0.7))
     assert late.kind == "settled"
     assert "went from 1.28 to 2.01 in the last third" in late.sentence
+
+
+def test_short_runs_are_judged_by_their_last_fifth() -> None:
+    """By hand: thirty steps, of which the last nine are constant."""
+    raw = [0.1 * i for i in range(21)] + [2.0] * 9
+    assert judge("lr", raw, 0.9, FREE, 7.4).kind == "settled"
+    assert judge("lr", raw[:21], 0.9, FREE, 7.4).kind == "moving"
+
+
+def test_a_rewind_is_no_advice() -> None:
+    """By hand: a rate that a rewind has divided by 3 has not been tuned to where it is."""
+    raw = [1.0] * 26 + [1.0 - math.log(3.0)] * 4
+    sentence = judge("lr", raw, 0.9, FREE, math.e / 3, role="rate").sentence
+    assert sentence == "lr fell at the end, from 2.72 to 0.906, with a rewind"

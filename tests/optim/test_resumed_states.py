@@ -175,3 +175,15 @@ def test_hooks_see_and_change_the_complete_state(ours: bool) -> None:
     assert [set(entry) >= {"exp_avg"} for entry in called] == [True, True]
     opt.register_state_dict_post_hook(lambda _, state: {"optimizer": state})
     assert [*opt.state_dict()] == ["optimizer"]
+
+
+def test_the_given_value_is_that_of_the_run() -> None:
+    """A resumed run ignores another rate. Truth: the explanation of the run itself."""
+    net = network()
+    opt = st.AdamW(net.parameters(), lr=1e-3, total_steps=60)
+    for _ in range(40):
+        step(net, opt)
+    other = st.AdamW(network().parameters(), lr=0.1, total_steps=60)
+    other.load_state_dict(opt.state_dict())
+    assert other.explain().splitlines() == opt.explain().splitlines()
+    assert other.explain().startswith("lr: given 0.001 →")

@@ -152,7 +152,9 @@ def test_the_usual_split() -> None:
 def test_what_cannot_be_split_is_refused() -> None:
     """Law: a ValueError with the remedy."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"no hidden matrix for Muon.*pass others=\(\)"):
+    with pytest.raises(
+        ValueError, match=r"no hidden matrix for Muon.*muon_groups\(model, others=\(\)\)"
+    ):
         st.muon_groups(net)
     with pytest.raises(ValueError, match=r"others='body' is not the name.*'0\.weight'"):
         st.muon_groups(net, ["body"])

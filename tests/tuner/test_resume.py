@@ -336,3 +336,4 @@ def test_resuming_says_where_and_names_a_changed_start(
     assert any(f"resumed at step 28 of {result.steps}" in t for t in told)
     (named,) = (t for t in told if "is ignored" in t)
     assert named.startswith("resume: lr=0.5 is ignored: the run started at 0.01 and continues")
+    assert result.why.startswith("lr: given 0.01 →")
