@@ -139,6 +139,14 @@ opt = getattr(st, args.optimizer)(
 start, kept = opt.hparams, BestWeights(tuned)
 train_batches = batches(images[train], noisy, args.seed)
 val_batches = batches(images[val], labels[val], args.seed)
+
+
+def validation_loss() -> torch.Tensor:
+    """The loss on the next validation batch."""
+    inputs, targets = next(val_batches)
+    return F.cross_entropy(tuned(inputs), targets)
+
+
 progress = tqdm(range(steps), desc=f"selftune.{args.optimizer}")
 for step in progress:
     x, y = next(train_batches)
@@ -147,8 +155,7 @@ for step in progress:
     loss.backward()
     opt.step()
     opt.report(loss)
-    xv, yv = next(val_batches)
-    opt.hyper_step(lambda: F.cross_entropy(tuned(xv), yv))  # noqa: B023 - called at once
+    opt.hyper_step(validation_loss)
     if kept.due(step):
         with opt.averaged():  # evaluate, and save, at the averaged weights
             kept.look()

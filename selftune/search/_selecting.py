@@ -119,7 +119,7 @@ def select(
 ) -> Selection:
     """Search for a model, each trial being one self-tuned run.
 
-    Continuous hyperparameters (learning rate, weight decay, momentum, dropout, …) are tuned within
+    Continuous hyperparameters (learning rate, weight decay, momentum, …) are tuned within
     a run; only discrete choices are searched.
 
     Args:
