@@ -17,15 +17,11 @@ SPARSE = 20
 
 
 def rate_rows(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """The applied rate of each parameter group, or their range if there are many groups.
-
-    Args:
-        groups: Parameter groups; a single one has no rows.
-    """
+    """The applied rate of each parameter group, or their range if there are many groups."""
     rates = [(str(g.get("name", i)), g["applied_lr"]) for i, g in enumerate(groups)
              if "applied_lr" in g]  # fmt: skip
-    if len(rates) < 2:
-        return []
+    if len(groups) == 1:
+        return [("lr/applied", rate) for _, rate in rates]
     if len(rates) > DISTINCT or len(dict(rates)) < len(rates):  # or names are not unique
         return named("lr", [rate for _, rate in rates])
     return [(f"lr/{name}", float(rate)) for name, rate in rates]

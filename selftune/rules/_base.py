@@ -112,6 +112,19 @@ class AbstractRule(ABC):
     smooth: bool = True
     elementwise: bool = True
 
+    def __init__(self, **hyperparameters: Any) -> None:
+        """Refuse hyperparameters, which belong to the run."""
+        if hyperparameters:
+            name, given = type(self).__name__, hyperparameters
+            raise TypeError(
+                f"rules.{name} takes no hyperparameters: pass hparams={given} to st.Tuner, or "
+                f"{', '.join(given)} to the optimizer"
+            )
+
+    def __repr__(self) -> str:
+        """The name of the rule."""
+        return f"{type(self).__name__}()"
+
     @property
     def without_gradient(self) -> frozenset[str]:
         """Hyperparameters of which the derivative of the direction is zero almost everywhere."""

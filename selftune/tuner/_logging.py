@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selftune.monitor import Ends, Metrics, Monitor, Verdict
+from selftune.schedules import inverse_time
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 
@@ -74,8 +75,20 @@ class TunerLog:
         monitor.scalar("Loss/train", loss, step)
         self.metrics.trained = loss
         self.metrics.hyper_step(step, outer, values, self._raw(member), self._signals(member))
+        monitor.scalar("lr/applied", self._applied(step), step)
         monitor.scalars(self._displacement(member), step)
         monitor.scalars(self._overhead(), step)
+
+    def _applied(self, step: int) -> float:
+        """The rate of a weight step, before the hyperparameter step that follows it."""
+        known, courses = self._steps.hyper.hparams, self.metrics.course
+        before = {
+            n: float(known[n].bijection.forward(torch.tensor(course[-2:][0], dtype=torch.float64)))
+            for n, course in courses.items()
+        }
+        options = {**self._steps.options, **before}
+        factor = self._steps.factor(step - 1) * inverse_time(options["decay"], step - 1)
+        return float(options["lr"] * factor)
 
     def verdicts(self, values: Mapping[str, float], member: int) -> dict[str, Verdict]:
         """A verdict on each tuned hyperparameter."""

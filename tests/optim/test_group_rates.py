@@ -71,9 +71,13 @@ def test_each_group_has_the_curve_of_its_applied_rate(
     assert set(peaks) == {"hyper/lr", "hyper/lr/0", "hyper/lr/1"}
 
 
-def test_one_group_has_none(tmp_path: Path) -> None:
-    trained(MAKES["SGD"], tmp_path, 1)
-    assert not curves(tmp_path, "lr/")
+@pytest.mark.parametrize("anneals", [False, True])
+def test_one_group_has_one_curve(anneals: bool, tmp_path: Path) -> None:
+    moved = trained(MAKES["SGD"], tmp_path, 1, anneals=anneals, tune=("lr",))
+    ((tag, rates),) = curves(tmp_path, "lr/").items()
+    assert tag == "lr/applied"
+    for step, rate in rates.items():
+        assert rate == pytest.approx(moved[step][0], rel=1e-6)
 
 
 def test_names_that_are_not_unique_are_numbers(tmp_path: Path) -> None:

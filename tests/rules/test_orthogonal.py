@@ -152,9 +152,7 @@ def test_the_usual_split() -> None:
 def test_what_cannot_be_split_is_refused() -> None:
     """Law: a ValueError with the remedy."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(
-        ValueError, match=r"no hidden matrix for Muon.*others=\(\)\) to"
-    ):
+    with pytest.raises(ValueError, match=r"no hidden matrix for Muon.*others=\(\)\) to"):
         st.muon_groups(net)
     with pytest.raises(ValueError, match=r"others='body' is not the name.*'0\.weight'"):
         st.muon_groups(net, ["body"])

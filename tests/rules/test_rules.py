@@ -204,3 +204,9 @@ def test_hoisted_scalars_keep_their_values() -> None:
     each = torch.ones(3), torch.tensor(2.0)
     assert all(a is b for a, b in zip(hoist(*each), each, strict=True))
     assert hoist(1.5, torch.tensor(2.0))[0] == 1.5
+
+
+def test_hyperparameters_of_a_rule_are_those_of_the_run() -> None:
+    with pytest.raises(TypeError, match=r"hparams=\{'momentum': 0.9\} to st.Tuner"):
+        rules.SGD(momentum=0.9)
+    assert repr(rules.AdamW()) == "AdamW()"
