@@ -17,7 +17,7 @@ from selftune.search._pruning import recut
 from selftune.search._space import UNLIKE
 from selftune.search._trial import Trainer, finished, weights_of
 from selftune.tuner._checkpoints import load  # compares checksums
-from selftune.tuner._joining import parts
+from selftune.tuner._splitting import parts
 
 log = logging.getLogger("selftune")
 

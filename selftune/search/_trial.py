@@ -37,8 +37,8 @@ from selftune.search._space import Space
 from selftune.search._storage import Unwritable, transient
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
-from selftune.tuner._joining import parts
 from selftune.tuner._objective import Objective
+from selftune.tuner._splitting import parts
 
 log = logging.getLogger("selftune")
 

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,14 +14,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from selftune._modes import random_kept
-from selftune.control import Controller, GuardPolicy, SweepSettings, make_guard, make_sweep
-from selftune.estimators import AbstractEstimator, Assignment, assign
-from selftune.hparams import Hparam, choose
+from selftune.control import Controller, GuardPolicy, make_guard, make_sweep
+from selftune.hparams import choose
 from selftune.method import (
-    Average,
     HyperOptimizer,
     Method,
-    MethodSettings,
     Sensitivities,
     WeightDecayFloor,
 )
@@ -35,16 +31,16 @@ from selftune.tuner import _choice
 from selftune.tuner._checks import check_first, check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
-from selftune.tuner._group import Group
-from selftune.tuner._joining import Joining
+from selftune.tuner._given import Given
 from selftune.tuner._noise_scale import HalvedBatches
-from selftune.tuner._objective import InMode, Objective, for_tuning
+from selftune.tuner._objective import InMode, for_tuning
+from selftune.tuner._parts import Joining
 from selftune.tuner._plan import Plan
-from selftune.tuner._population import SPREAD, Population
+from selftune.tuner._population import SPREAD
 from selftune.tuner._references import check_references
 from selftune.tuner._resuming import UNTIL, identity
 from selftune.tuner._run_state import RunState
-from selftune.tuner._scoring import Metric, Scorer
+from selftune.tuner._scoring import Scorer
 from selftune.tuner._sharding import Shard
 from selftune.tuner._shards import Shards, shard_model
 from selftune.tuner._snapshots import Snapshots
@@ -57,56 +53,6 @@ log = logging.getLogger("selftune")
 
 JOINED = 2**22
 """Largest number of weights that eager runs keep in one vector."""
-
-
-@dataclass(kw_only=True)
-class Given:
-    """The arguments of a :class:`Tuner`, independent of its data, where the others are explained.
-
-    Attributes:
-        objective: The model with its training loss.
-        update: The rule with penalties and learning-rate decay.
-        strengths: Tuned layers and losses by name.
-        known: Scales and bounds of all hyperparameters by name.
-        values: Their starting values.
-        chosen: Names whose starting values were passed by the user.
-        names: Names of the tuned hyperparameters.
-        warmup: Steps of the linear warm-up.
-        population: The population, or None.
-        group: The ranks.
-    """
-
-    objective: Objective
-    update: Update
-    strengths: Mapping[str, Strength]
-    known: Mapping[str, Hparam]
-    values: dict[str, float]
-    chosen: set[str]
-    names: list[str]
-    bounds: Mapping[str, tuple[float, float]] | None
-    estimator: AbstractEstimator | None
-    tangents: float | torch.dtype | None
-    snapshots: str | None
-    average: Average
-    every: int | None
-    hyper_rate: float | None
-    schedule: str
-    warmup: int
-    probe: bool | int | SweepSettings
-    guard: Any
-    metrics: Mapping[str, Metric]
-    amp: bool
-    population: Population | None
-    settings: MethodSettings
-    group: Group
-
-    def assignment(self, total: int | None) -> Assignment:
-        """The estimators of a run."""
-        return assign(
-            self.estimator, self.update, self.names, self.strengths,
-            stride=min(self.average.stride, self.settings.hyper.every(total, self.every)),
-            splits=self.objective.splits,
-        )  # fmt: skip
 
 
 def tuned_names(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +12,11 @@ from torch import Tensor
 from selftune._modes import modes_kept
 from selftune.structure import gated
 from selftune.structure.choice import choices
+from selftune.tuner._parts import Parts
 from selftune.tuner._plan import Progress
 
-if TYPE_CHECKING:
-    from selftune.tuner._training import Training
 
-
-def stop(training: Training, scores: dict[str, float]) -> str:
+def stop(training: Parts, scores: dict[str, float]) -> str:
     """Call the callbacks; ``"stopped"`` if one requests it or patience is exhausted.
 
     Args:
@@ -60,7 +57,7 @@ def stop(training: Training, scores: dict[str, float]) -> str:
     return "stopped" if training.group.any(ends) else "finished"
 
 
-def _check_trained(training: Training) -> None:
+def _check_trained(training: Parts) -> None:
     """Raise an error if a callback froze or unfroze parameters."""
     steps = training.steps
     now = {n for n, p in steps.inner.named_parameters() if p.requires_grad}
@@ -75,7 +72,7 @@ def _check_trained(training: Training) -> None:
 
 
 @contextmanager
-def _structure_followed(training: Training) -> Iterator[dict[str, Tensor]]:
+def _structure_followed(training: Parts) -> Iterator[dict[str, Tensor]]:
     """Put the averaged weights into the model; copy changed masks and scores to the run at the end.
 
     Yields:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,11 +13,9 @@ from selftune._trees import copy_into
 from selftune.method import HyperState, State, choice
 from selftune.rules import Mixture, PlainOptimizer
 from selftune.tuner._compiled import Fused
+from selftune.tuner._parts import Parts
 from selftune.tuner._run_state import RunState
 from selftune.tuner._steps import Steps
-
-if TYPE_CHECKING:
-    from selftune.tuner._training import Training
 
 log = logging.getLogger("selftune")
 
@@ -26,7 +24,7 @@ BEGUN = ("parts", "displacement", "secants", "stiffness")
 
 
 @torch.no_grad()
-def choose(training: Training, batch: Any) -> None:
+def choose(training: Parts, batch: Any) -> None:
     """Choose a rule if the choice is due, by the gradient on the batch of the next step.
 
     If that gradient is not finite, the choice is postponed by a step.

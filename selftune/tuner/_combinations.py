@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selftune._flat import is_sharded
 from selftune.control import make_guard
 from selftune.method import choice
-
-if TYPE_CHECKING:
-    from selftune.tuner._building import Given
+from selftune.tuner._given import Given
 
 
 def check_objective(objective: Any, metrics: Any, augment: Any) -> None:

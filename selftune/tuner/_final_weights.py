@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selftune.tuner import _checkpoints
+from selftune.tuner._parts import Parts
 from selftune.tuner._scoring import POSITIONS
 from selftune.tuner._shards import from_first
-
-if TYPE_CHECKING:
-    from selftune.tuner._training import Training
 
 log = logging.getLogger("selftune")
 
 
-def place(training: Training) -> dict[str, float]:
+def place(training: Parts) -> dict[str, float]:
     """Put the best weights into the model; return their scores over the validation set.
 
     Without a validation set they are the averaged ones, with the scores at the join. If the run
@@ -32,14 +30,14 @@ def place(training: Training) -> dict[str, float]:
     return scorer.best(training.val, leader, saved, [p for p in tried if p >= 0 or guarded])
 
 
-def _saved(training: Training) -> dict[str, Any] | None:
+def _saved(training: Parts) -> dict[str, Any] | None:
     """The saved best weights, from memory or from disk."""
     if training.saved_best is not None or training.folder is None or training.best == math.inf:
         return training.saved_best
     return _checkpoints.read_best(training.folder)
 
 
-def save_best(training: Training, scores: dict[str, float]) -> None:
+def save_best(training: Parts, scores: dict[str, float]) -> None:
     """Save the best weights to disk, or keep them in memory.
 
     They are kept in memory without a folder, if the disk is full, and if the model's state has
@@ -64,7 +62,7 @@ def save_best(training: Training, scores: dict[str, float]) -> None:
     training.saved_best = state if training.group.first and not written else None
 
 
-def write_best(training: Training, scores: dict[str, float]) -> None:
+def write_best(training: Parts, scores: dict[str, float]) -> None:
     """Write the weights of the model, whose scores are known, to ``best.pt``."""
     if training.writes is not None or training.group.sharded:
         state = shown_state(training, scores)
@@ -72,7 +70,7 @@ def write_best(training: Training, scores: dict[str, float]) -> None:
             _checkpoints.write(training.writes / _checkpoints.BEST, state)
 
 
-def shown_state(training: Training, scores: dict[str, float]) -> dict[str, Any]:
+def shown_state(training: Parts, scores: dict[str, float]) -> dict[str, Any]:
     """The current weights of the model, whose scores are known."""
     known: dict[str, Any] = {"step": training.step, "loss": scores["loss"], "scores": scores}
     known["hparams"] = training.watch.hparams()

@@ -3,86 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
-from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from selftune.holdout import HoldOut, split
-from selftune.tuner._data import Stream
+from selftune.tuner._parts import Parts
 from selftune.tuner._run_state import RunState
 from selftune.tuner._steps import Steps
-
-if TYPE_CHECKING:
-    from selftune.tuner._training import Training
 
 log = logging.getLogger("selftune")
 
 
-@dataclass(kw_only=True)
-class Joining:
-    """The join of a run: its step, the batches after it, and its state.
-
-    Args:
-        step: The step after which the held-out examples join.
-        batches: Training batches with the held-out examples.
-
-    Attributes:
-        joined: The step at which they joined, or None.
-        scores: Scores on the held-out examples at the join.
-        back: Whether the run had overfitted, so that it returns to its last good weights.
-        loss: Loss on the held-out examples: at the join, or at the last good weights if ``back``.
-    """
-
-    step: int
-    batches: Stream
-    joined: int | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-    back: bool = False
-    loss: float = math.nan
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state for ``load_state_dict``."""
-        return {n: getattr(self, n) for n in ("joined", "scores", "back", "loss")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``."""
-        vars(self).update(state)
-
-
-def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None, float | None]:
-    """Training and validation batches; the settings of the join and the share of a split, if any.
-
-    Args:
-        train: Training batches.
-        val: Validation batches; a share of the training data; a :class:`HoldOut`; or None.
-        seed: Seed of the split.
-
-    Raises:
-        ValueError: The training data cannot be divided.
-    """
-    if val is None or isinstance(val, HoldOut):
-        holding = HoldOut() if val is None else val
-        given = f"val=None (a held-out share of {holding.share})" if val is None else f"val={val}"
-        return *split(train, holding.share, seed, given), holding, float(holding.share)
-    if isinstance(val, Real):
-        share = float(val)
-        if not 0 < share < 1:
-            raise ValueError(
-                f"val={val} must be between 0 and 1, or a loader of validation batches"
-            )
-        return *split(train, share, seed, f"val={val}"), None, share
-    if val is train:
-        log.warning("val is train: regularization cannot be tuned on the training data")
-    return train, val, None, None
-
-
-def join(training: Training, scores: dict[str, float]) -> None:
+def join(training: Parts, scores: dict[str, float]) -> None:
     """Let the held-out examples join the training data.
 
     Args:
@@ -113,7 +48,7 @@ def join(training: Training, scores: dict[str, float]) -> None:
     )  # fmt: skip
 
 
-def follow(training: Training, batch: Any) -> None:
+def follow(training: Parts, batch: Any) -> None:
     """Update BatchNorm's averages and the log, as hyperparameter steps did before the join.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +11,7 @@ from numpy.typing import NDArray
 
 from selftune._modes import random_states, restore_random_states
 from selftune.monitor import pictures
-
-if TYPE_CHECKING:
-    from selftune.tuner._training import Training
+from selftune.tuner._parts import Parts
 
 AROUND = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
 """Raw distances from the current value at which the loss is predicted."""
@@ -24,14 +21,14 @@ BATCHES = 10
 """Validation batches for each point."""
 
 
-def predicted(training: Training) -> list[str]:
+def predicted(training: Parts) -> list[str]:
     """Hyperparameters with a learned sensitivity."""
     return [] if training.fused.whole is None else list(training.steps.whole_step_names)
 
 
 @torch.no_grad()
 def predict(
-    training: Training, asked: Mapping[str, Sequence[float]], most: int | None = None
+    training: Parts, asked: Mapping[str, Sequence[float]], most: int | None = None
 ) -> NDArray[np.float64]:
     """The loss over the validation set at the averaged weights moved by ``J δ``.
 
@@ -81,7 +78,7 @@ def predict(
     return np.asarray(outputs).reshape([len(v) for v in asked.values()])
 
 
-def picture(training: Training) -> None:
+def picture(training: Parts) -> None:
     """Log the predicted losses around each hyperparameter, and a map of two of them.
 
     The run's random states do not change, nor those of the validation loader's generators.
@@ -94,7 +91,7 @@ def picture(training: Training) -> None:
         training.val.settle({"own": own})
 
 
-def _draw(training: Training) -> None:
+def _draw(training: Parts) -> None:
     watch, step, learned = training.watch, training.step, predicted(training)
     known, courses = training.steps.hyper.hparams, watch.history.hparams
     raw = {n: torch.tensor(c) for n, c in watch.metrics.course.items() if n in learned}

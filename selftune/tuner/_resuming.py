@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selftune._identity import describe, flatten
 from selftune.rules import Mixture
+from selftune.tuner._given import Given
 from selftune.tuner._plan import Plan
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._watch import Watch
-
-if TYPE_CHECKING:
-    from selftune.tuner._building import Given
 
 log = logging.getLogger("selftune")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,12 @@ from selftune._modes import random_states, restore_random_states
 from selftune._trees import leaves
 from selftune.tuner import _choice
 from selftune.tuner._checkpoints import plain
+from selftune.tuner._parts import Parts
 from selftune.tuner._run_state import RunState
 from selftune.tuner._shards import Place
 
-if TYPE_CHECKING:
-    from selftune.tuner._training import Training
 
-
-def pack(training: Training) -> dict[str, Any]:
+def pack(training: Parts) -> dict[str, Any]:
     """The state of a run as tensors, numbers and plain containers; called on all ranks."""
     shards = training.steps.shards
     return {
@@ -38,14 +36,14 @@ def pack(training: Training) -> dict[str, Any]:
     }
 
 
-def position(training: Training) -> dict[str, Any]:
+def position(training: Parts) -> dict[str, Any]:
     """The positions of the batches and the random states."""
     train, val = training.train.state_dict(), training.val.state_dict()
     return {"train": train, "val": val, "random": random_states()}
 
 
 @torch.no_grad()
-def unpack(training: Training, state: dict[str, Any], but: Sequence[str] = ()) -> None:
+def unpack(training: Parts, state: dict[str, Any], but: Sequence[str] = ()) -> None:
     """Continue from a packed state.
 
     Args:
@@ -80,7 +78,7 @@ def unpack(training: Training, state: dict[str, Any], but: Sequence[str] = ()) -
     training.steps.group.load_state_dict(state["group"])
 
 
-def _check(training: Training, state: dict[str, Any], but: Sequence[str]) -> None:
+def _check(training: Parts, state: dict[str, Any], but: Sequence[str]) -> None:
     saved, mine = (
         {n: v for n, v in side.items() if n not in but}
         for side in (state["identity"], training.identity)
@@ -101,7 +99,7 @@ def _check(training: Training, state: dict[str, Any], but: Sequence[str]) -> Non
         )
 
 
-def _remembered(training: Training) -> Any:
+def _remembered(training: Parts) -> Any:
     """The memory of an estimator; empty if batches have custom types.
 
     A checkpoint contains plain containers only, so reading it executes no code; with custom
@@ -111,19 +109,19 @@ def _remembered(training: Training) -> Any:
     return memory if plain(memory) else None
 
 
-def _frozen_params(training: Training) -> dict[str, Tensor]:
+def _frozen_params(training: Parts) -> dict[str, Tensor]:
     """Frozen parameters, which a resumed run needs too."""
     named = training.steps.inner.named_parameters()
     return {n: p.detach() for n, p in named if not p.requires_grad}
 
 
-def _placed(training: Training, run: RunState) -> list[tuple[Tensor, Place]]:
+def _placed(training: Parts, run: RunState) -> list[tuple[Tensor, Place]]:
     """The tensors of a run with their places."""
     return list(zip(leaves(run), training.steps.shards.places(run), strict=True))
 
 
 def _snapshots(
-    training: Training, change: Callable[[Tensor, Place], Tensor], state: dict[str, list[Tensor]]
+    training: Parts, change: Callable[[Tensor, Place], Tensor], state: dict[str, list[Tensor]]
 ) -> dict[str, list[Tensor]]:
     """The snapshots, whole or this rank's shards."""
     sharded = training.group.sharded

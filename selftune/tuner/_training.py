@@ -5,60 +5,29 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from selftune.monitor import verdict_rows
 from selftune.tuner import _checkpoints, _choice, _final_weights, _joining, _resuming, _saving
 from selftune.tuner._callbacks import stop
 from selftune.tuner._checks import check_agreement
-from selftune.tuner._compiled import Fused
-from selftune.tuner._data import Stream
-from selftune.tuner._group import Group, RankLost
+from selftune.tuner._group import RankLost
 from selftune.tuner._interrupt import Interruption
-from selftune.tuner._joining import Joining
 from selftune.tuner._noise_scale import EVERY
+from selftune.tuner._parts import Parts
 from selftune.tuner._payoff import Compiling
-from selftune.tuner._plan import Plan
-from selftune.tuner._population import Population
 from selftune.tuner._predicting import picture
 from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._resuming import HYPER, SCORES, WEIGHTS
-from selftune.tuner._scoring import Scorer
-from selftune.tuner._snapshots import Snapshots
-from selftune.tuner._steps import Steps
 from selftune.tuner._sweep import sweep
-from selftune.tuner._watch import Watch
 
 log = logging.getLogger("selftune")
 
 
 @dataclass(kw_only=True)
-class Training:
-    """The parts of one run and their interactions."""
-
-    steps: Steps
-    fused: Fused
-    plan: Plan
-    train: Stream
-    val: Stream
-    scorer: Scorer
-    snapshots: Snapshots
-    watch: Watch
-    population: Population | None
-    identity: dict[str, Any]
-    joining: Joining | None = None
-    folder: Path | None = None
-    callbacks: Sequence[Any] = ()
-    step: int = 0
-    best: float = math.inf
-    waited: int = 0
-    ended: str = "finished"
-    longer: bool = False  # whether it extends a finished run
-    saved_best: dict[str, Any] | None = None
-    storable: bool | None = None  # whether best.pt can be read again; None before it was tried
+class Training(Parts):
+    """The loop of one run."""
 
     def __post_init__(self) -> None:
         """Set the initial state."""
@@ -68,11 +37,6 @@ class Training:
         self._within = False  # inside a step, when tensors may be half written
         self._position: dict[str, Any] = {}
         self.group.asks = lambda: self.interruption.asked
-
-    @property
-    def group(self) -> Group:
-        """The ranks that train together."""
-        return self.steps.group
 
     # the loop
 
@@ -206,11 +170,6 @@ class Training:
 
     # evaluation
 
-    @property
-    def joined(self) -> bool:
-        """Whether held-out examples have become training data."""
-        return self.joining is not None and self.joining.joined is not None
-
     def _scores(self) -> dict[str, float]:
         """Scores over the validation set; after the join, those at the join."""
         if self.joining is not None and self.joined:
@@ -267,11 +226,6 @@ class Training:
         )  # fmt: skip
 
     # saving
-
-    @property
-    def writes(self) -> Path | None:
-        """The folder, on the rank that writes to it."""
-        return self.folder if self.group.first else None
 
     def save(self, everywhere: bool = False) -> None:
         """Write a checkpoint on the first rank, or ``everywhere`` if the first may have died."""

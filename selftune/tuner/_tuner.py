@@ -25,11 +25,11 @@ from selftune.penalties import L1, Penalties, as_list
 from selftune.rules import AbstractRule, AdamW
 from selftune.schedules import Schedule
 from selftune.tuner import _checkpoints
-from selftune.tuner._building import Given, build, open_streams, tuned_names
+from selftune.tuner._building import build, open_streams, tuned_names
 from selftune.tuner._checks import ARGUMENTS, check_fit, check_hparams, check_model, device_of
 from selftune.tuner._combinations import check_objective, check_together
+from selftune.tuner._given import Given
 from selftune.tuner._group import Group, join, quiet
-from selftune.tuner._joining import parts
 from selftune.tuner._lock import owned
 from selftune.tuner._logging import monitor_of
 from selftune.tuner._objective import LossFn, Objective
@@ -39,6 +39,7 @@ from selftune.tuner._predicting import predict
 from selftune.tuner._result import TuningResult
 from selftune.tuner._scoring import Metric
 from selftune.tuner._shards import from_first
+from selftune.tuner._splitting import parts
 from selftune.tuner._training import Training
 from selftune.update import Update
 
@@ -337,8 +338,7 @@ class Tuner:
 
         Examples:
             >>> import torch, selftune as st
-            >>> x = torch.randn(64, 4)
-            >>> batches = [(part, part.sum(1, keepdim=True)) for part in x.split(16)]
+            >>> batches = [(x, x.sum(1, keepdim=True)) for x in torch.randn(4, 16, 4)]
             >>> net = torch.nn.Sequential(st.nn.Dropout(0.1), torch.nn.Linear(4, 1))
             >>> tuner = st.Tuner(net, torch.nn.functional.mse_loss)
             >>> result = tuner.fit(batches[:3], batches[3:], epochs=2, progress=False)
