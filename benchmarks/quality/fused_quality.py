@@ -26,8 +26,8 @@ from benchmarks.workloads import WORKLOADS, Batch, Workload
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "responses in float32": {"tangents": None},
-    "every step observed and averaged": {"estimator": st.Trace(stride=1)},
+    "sensitivities in float32": {"tangents": None},
+    "every step tracked and averaged": {"estimator": st.Trace(stride=1)},
     "no closed forms": {"estimator": st.Trace(stride=5, closed_forms=False)},
     "all three": {"tangents": None, "estimator": st.Trace(stride=1, closed_forms=False)},
     "one step of ten, every 10": {"every": 10},

@@ -32,7 +32,7 @@ NEAR = 0.02
 AT_BOUND = {
     (LR.role, "lower"): "tuning favours a lower rate: the network may overfit or diverge",
     (LR.role, "upper"): "tuning favours a higher rate: check whether gradients are nearly zero",
-    (MOMENTUM.role, "upper"): "tuning favours a longer memory than this run length allows",
+    (MOMENTUM.role, "upper"): "tuning favours a longer averaging window than this run allows",
     (MOMENTUM.role, "lower"): "tuning favours none: batches may be noisy, or the rate too high",
     (DECAY.role, "lower"): "tuning favours a constant rate",
 }

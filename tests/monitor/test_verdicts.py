@@ -47,7 +47,7 @@ def test_only_the_last_fifth_counts() -> None:
         ("weight_decay", -9.0, "underfits"),
         ("dropout", 9.0, "overfits"),
         ("lr", -9.0, "lower rate"),
-        ("momentum", 9.0, "longer memory"),
+        ("momentum", 9.0, "longer averaging window"),
     ],
 )
 def test_a_bound_is_explained(name: str, end: float, told: str) -> None:
