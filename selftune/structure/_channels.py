@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,34 +13,21 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
 from selftune.structure import _inside
 from selftune.structure import _operations as ops
 from selftune.structure._tracing import hooked
-from selftune.structure._units import Channels, Units
+from selftune.structure._units import Channels, Tracked
 from selftune.structure.choice import mixed
 from selftune.structure.gates import Gate
 from selftune.structure.recurrent import Recurrent
 
 
-class Follower(fx.Interpreter):
-    """Runs a model on an example, and tracks the units of every value.
-
-    Attributes:
-        units: All units, with the tensors that are cut with them.
-        channels: Units of each node's value; None if it has none, or they must be kept.
-        values: The value of each node on the example.
-        pieces: Units of the parts of values that are tuples.
-    """
+class Follower(Tracked):
+    """Runs a model on an example, and tracks the units of every value."""
 
     def __init__(self, graph: fx.GraphModule, threshold: float) -> None:
-        super().__init__(graph)
-        self.units = Units()
-        self.channels: dict[fx.Node, Channels | None] = {}
-        self.values: dict[fx.Node, Any] = {}
-        self.pieces: dict[fx.Node, list[Any]] = {}
-        self.threshold = threshold
+        super().__init__(graph, threshold)
         self._shared = _shared(graph)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -55,27 +42,6 @@ class Follower(fx.Interpreter):
             channels = self._operation(n, value)
         self.channels[n] = channels
         return value
-
-    def _of(self, args: Any) -> list[Channels | None]:
-        """The units of all nodes among arguments, those of tuples last."""
-        nodes = [a for a in tree_leaves(args) if isinstance(a, fx.Node)]
-        inside = [leaf for n in nodes for leaf in tree_leaves(self.pieces.get(n, []))]
-        return [self.channels[n] for n in nodes] + inside
-
-    def unknown(self, node: fx.Node) -> Channels | None:
-        """Keep all units that enter a node, because its effect on them is unknown; return None."""
-        self.units.need(*self._of((node.args, node.kwargs)))
-        return None
-
-    def join(
-        self, node: fx.Node, those: Sequence[Channels], zero: Callable[[Tensor, Tensor], Tensor]
-    ) -> Channels | None:
-        """Join the units of several values, pair by pair; the result is 0 where ``zero`` says."""
-        if len({(c.axis, len(c.ids)) for c in those}) != 1:
-            return self.unknown(node)
-        for one in those[1:]:
-            self.units.join(those[0].ids, one.ids)
-        return Channels(those[0].axis, those[0].ids, reduce(zero, (c.zero for c in those)))
 
     # modules
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from selftune.structure._operations import ATTENTION
-from selftune.structure._units import Channels, Units
+from selftune.structure._units import Channels, Tracked, Units
 from selftune.structure.recurrent import Recurrent
-
-if TYPE_CHECKING:
-    from selftune.structure._channels import Follower
 
 
 def split(units: Units, axis: int, given: Channels, count: int) -> Channels:
@@ -24,14 +21,14 @@ def split(units: Units, axis: int, given: Channels, count: int) -> Channels:
     return Channels(axis, [run[0] for run in runs], given.zero.view(count, size).all(1))
 
 
-def transposed(follower: Follower, node: fx.Node, given: Channels, value: Tensor) -> Channels:
+def transposed(follower: Tracked, node: fx.Node, given: Channels, value: Tensor) -> Channels:
     """Two axes exchanged."""
     a, b = _dims(node, value.ndim)
     axis = {a: b, b: a}.get(given.axis, given.axis)
     return Channels(axis, given.ids, given.zero)
 
 
-def permuted(follower: Follower, node: fx.Node, given: Channels, value: Tensor) -> Channels:
+def permuted(follower: Tracked, node: fx.Node, given: Channels, value: Tensor) -> Channels:
     """Axes in another order."""
     return Channels(_dims(node, value.ndim).index(given.axis), given.ids, given.zero)
 
@@ -43,7 +40,7 @@ def _dims(node: fx.Node, ndim: int) -> list[int]:
 
 
 def softmax(
-    follower: Follower, node: fx.Node, given: Channels, value: Tensor
+    follower: Tracked, node: fx.Node, given: Channels, value: Tensor
 ) -> Channels | None:  # fmt: skip
     """Softmax over another axis, which does not keep 0 at 0."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
@@ -52,7 +49,7 @@ def softmax(
     return given.shifted()
 
 
-def attended(follower: Follower, node: fx.Node, value: Tensor) -> Channels | None:
+def attended(follower: Tracked, node: fx.Node, value: Tensor) -> Channels | None:
     """Matrix products of each head, which is one unit; 0 where the values are 0."""
     count = 3 if node.target in ATTENTION else 2
     parts = [follower.channels[a] for a in node.args[:count] if isinstance(a, fx.Node)]
@@ -66,7 +63,7 @@ def attended(follower: Follower, node: fx.Node, value: Tensor) -> Channels | Non
     return follower.join(node, known, operator.or_ if count == 2 else lambda _, last: last)
 
 
-def _by_head(follower: Follower, node: fx.Node, heads: Channels, value: Tensor) -> bool:
+def _by_head(follower: Tracked, node: fx.Node, heads: Channels, value: Tensor) -> bool:
     """Whether an attention mask has an entry for each head, which would have to be removed."""
     mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
     if not isinstance(mask, fx.Node):
@@ -76,7 +73,7 @@ def _by_head(follower: Follower, node: fx.Node, heads: Channels, value: Tensor) 
     return axis >= 0 and shape[axis] != 1
 
 
-def chunks(follower: Follower, node: fx.Node, given: Channels) -> None:
+def chunks(follower: Tracked, node: fx.Node, given: Channels) -> None:
     """Parts of the units, or the same units in all parts."""
     args: dict[str, Any] = dict(zip(("input", "chunks", "dim"), node.args, strict=False))
     args |= node.kwargs
@@ -98,7 +95,7 @@ def chunks(follower: Follower, node: fx.Node, given: Channels) -> None:
     follower.pieces[node] = made
 
 
-def item(follower: Follower, node: fx.Node) -> Channels | None:
+def item(follower: Tracked, node: fx.Node) -> Channels | None:
     """One part of a tuple."""
     source, at = node.args
     assert isinstance(source, fx.Node)
@@ -110,7 +107,7 @@ def item(follower: Follower, node: fx.Node) -> Channels | None:
     return known
 
 
-def indexed(follower: Follower, node: fx.Node, given: Channels | None) -> Channels | None:
+def indexed(follower: Tracked, node: fx.Node, given: Channels | None) -> Channels | None:
     """Positions of other axes, such as the last step of a sequence, ``x[:, -1]``."""
     index: Any = node.args[1]
     parts = list(index) if isinstance(index, tuple) else [index]
@@ -130,7 +127,7 @@ def indexed(follower: Follower, node: fx.Node, given: Channels | None) -> Channe
     return Channels(kept, given.ids, given.zero)
 
 
-def squeezed(follower: Follower, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
+def squeezed(follower: Tracked, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
     """An axis of size 1 added or removed, other than that of the units."""
     dims = [*node.args[1:], *node.kwargs.values()]
     before = follower.values[node.all_input_nodes[0]].ndim
@@ -145,7 +142,7 @@ def squeezed(follower: Follower, node: fx.Node, given: Channels, value: Tensor) 
 
 
 def recurrent(
-    follower: Follower, node: fx.Node, module: Recurrent, given: Channels | None
+    follower: Tracked, node: fx.Node, module: Recurrent, given: Channels | None
 ) -> None:  # fmt: skip
     """A recurrent layer: rows and columns of its units, in a block for each of its own gates."""
     units, cell, path = follower.units, module.cell, str(node.target)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -137,3 +140,44 @@ class Units:
                 setattr(cut.module, cut.name, smaller)
             for size in cut.sizes:
                 setattr(cut.module, size, len(keep))
+
+
+class Tracked(fx.Interpreter):
+    """A model's graph with the units of its values.
+
+    Attributes:
+        units: All units, with the tensors that are cut with them.
+        channels: Units of each node's value; None if it has none, or they must be kept.
+        values: The value of each node on the example.
+        pieces: Units of the parts of values that are tuples.
+        threshold: Largest absolute value of a closed gate.
+    """
+
+    def __init__(self, graph: fx.GraphModule, threshold: float) -> None:
+        super().__init__(graph)
+        self.units = Units()
+        self.channels: dict[fx.Node, Channels | None] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.pieces: dict[fx.Node, list[Any]] = {}
+        self.threshold = threshold
+
+    def _of(self, args: Any) -> list[Channels | None]:
+        """The units of all nodes among arguments, those of tuples last."""
+        nodes = [a for a in tree_leaves(args) if isinstance(a, fx.Node)]
+        inside = [leaf for n in nodes for leaf in tree_leaves(self.pieces.get(n, []))]
+        return [self.channels[n] for n in nodes] + inside
+
+    def unknown(self, node: fx.Node) -> Channels | None:
+        """Keep all units that enter a node, because its effect on them is unknown; return None."""
+        self.units.need(*self._of((node.args, node.kwargs)))
+        return None
+
+    def join(
+        self, node: fx.Node, those: Sequence[Channels], zero: Callable[[Tensor, Tensor], Tensor]
+    ) -> Channels | None:
+        """Join the units of several values, pair by pair; the result is 0 where ``zero`` says."""
+        if len({(c.axis, len(c.ids)) for c in those}) != 1:
+            return self.unknown(node)
+        for one in those[1:]:
+            self.units.join(those[0].ids, one.ids)
+        return Channels(those[0].axis, those[0].ids, reduce(zero, (c.zero for c in those)))
