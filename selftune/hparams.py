@@ -123,7 +123,7 @@ MOMENTUM = Hparam(
 MEMORY = 20
 """The memory 1/(1 − μ) of a tuned momentum must fit this many times into the run."""
 FAMILIES = {
-    "Step": ("lr", "decay", "momentum", "beta1", "beta2", "alpha", "dampening", "eps"),
+    "Rates and momenta": ("lr", "decay", "momentum", "beta1", "beta2", "alpha", "dampening", "eps"),
     "Regularization": ("weight_decay", "l1", "l2", "elastic", "group", "gates"),
 }
 """Pages of the log that show hyperparameters of the update together."""

@@ -10,8 +10,8 @@ from selftune.hparams import FAMILIES
 from selftune.monitor.axes import LOG10, WHEN
 
 STRENGTHS = "Strengths"
-SET_BY_EVENTS = "Step"
-"""The page of rates and momenta, which the sweep and rewinds set."""
+SET_BY_EVENTS = "Rates and momenta"
+"""The page of hyperparameters that the sweep and rewinds set."""
 LOSSES = {
     "Loss/final": "final loss, if the run ended there",
     "Loss/val": "loss of validation batches",
@@ -54,7 +54,8 @@ def layout(tags: Collection[str]) -> dict[str, list[Chart]]:
         tags: Tags of the scalars logged so far.
 
     Examples:
-        >>> [c.title for c in layout(["Loss/val", "margin/lr/low", "log10/lr"])["Step"]]
+        >>> pages = layout(["Loss/val", "margin/lr/low", "log10/lr"])
+        >>> [c.title for c in pages["Rates and momenta"]]
         ['lr (log10), events marked']
     """
     pages = {"Loss": [Chart(title, (tag,)) for tag, title in LOSSES.items() if tag in tags]}

@@ -147,7 +147,7 @@ def test_the_tour(browser: Any, tour: str, name: str) -> None:
     [
         ("timeseries", "hypergrad", (1400, 1150)),
         ("scalars", "Loss/final", (1200, 1000)),
-        ("custom_scalars", "Step", (1200, 1700)),
+        ("custom_scalars", "Rates and momenta", (1200, 1700)),
         ("images", "what-if", (1200, 1000)),
         ("text", "why", (1200, 1000)),
         ("hparams", "Loss/final", (1700, 800)),

@@ -135,5 +135,8 @@ def assert_charts_draw(folder: Path) -> None:
                 assert at == low == high, chart.title
                 assert at
     assert {"Loss", "Health"} <= set(titles)
-    assert sorted(titles["Step"]) == ["beta1, events marked", "lr (log10), events marked"]
+    assert sorted(titles["Rates and momenta"]) == [
+        "beta1, events marked",
+        "lr (log10), events marked",
+    ]
     assert titles["Regularization"] == ["weight_decay (log10)"]

@@ -35,8 +35,8 @@ def test_sessions_have_the_union_of_columns(server: str) -> None:
 
 def test_custom_scalars_have_a_page_a_family(server: str) -> None:
     pages = {page["title"]: page for page in get(server, "custom_scalars/layout")["category"]}
-    assert {"Loss", "Step", "Regularization", "Health"} <= set(pages)
-    charts = {chart["title"]: chart for chart in pages["Step"]["chart"]}
+    assert {"Loss", "Rates and momenta", "Regularization", "Health"} <= set(pages)
+    charts = {chart["title"]: chart for chart in pages["Rates and momenta"]["chart"]}
     values, events = charts["lr (log10), events marked"]["margin"]["series"]
     assert values == {
         "value": "log10/lr", "lower": "margin/lr/low", "upper": "margin/lr/high"
