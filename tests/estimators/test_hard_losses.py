@@ -203,3 +203,31 @@ def test_problems_of_half_and_mixed_models(dtypes: tuple[torch.dtype, torch.dtyp
 def test_complex_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weight is complex.+view_as_real"):
         st.as_problem(nn.Linear(2, 2, dtype=torch.complex64), F.mse_loss, st.Update(st.rules.SGD()))
+
+
+def test_a_loss_that_refuses_values_outside_of_their_range() -> None:
+    """Estimators that move no hyperparameter are not affected. Truth: the steps by hand."""
+
+    def inner(w: Tensor, h: Any, batch: Any) -> Tensor:
+        if float(h["p"].detach()) > 1:
+            raise ValueError("p is above 1")
+        return (batch * w - h["p"]).square().mean()
+
+    torch.manual_seed(0)
+    batches, weights = [torch.rand(5) for _ in range(3)], torch.randn(5)
+    values = {"lr": torch.tensor(0.1), "p": torch.tensor(0.999)}
+    problem = st.Problem(
+        update=st.Update(st.rules.SGD()), inner_loss=inner, backend="differences",
+        outer_loss=lambda w, batch: (batch * w - 1).square().mean(),
+    )  # fmt: skip
+    given = weights, values, batches, batches[0]
+    found = st.hypergradient(problem, st.Unrolled(), *given).grads["p"]
+    moved = values["p"].clone().requires_grad_()
+    w = weights
+    for batch in batches:
+        w = w - 0.1 * 2 / 5 * batch * (batch * w - moved)
+    slope = (2 / 5 * batches[0] * (batches[0] * w - 1)).detach()
+    (truth,) = torch.autograd.grad(w @ slope, moved)
+    assert found == pytest.approx(float(truth), rel=1e-2)
+    with pytest.raises(RuntimeError, match=r"\['p'\], which differences"):
+        st.hypergradient(problem, st.Forward(), *given)
