@@ -17,7 +17,7 @@ from selftune.tuner._interrupt import Interruption
 from selftune.tuner._noise_scale import EVERY
 from selftune.tuner._parts import Parts
 from selftune.tuner._payoff import Compiling
-from selftune.tuner._predicting import picture
+from selftune.tuner._predicting import picture, predicted
 from selftune.tuner._result import TuningResult, schedule_of
 from selftune.tuner._resuming import HYPER, SCORES, WEIGHTS
 from selftune.tuner._sweep import sweep
@@ -109,6 +109,12 @@ class Training(Parts):
 
     def _begin(self) -> None:
         """Run the sweep, and record the initial hyperparameters."""
+        if self.plan.picture is not None and not predicted(self):
+            log.warning(
+                "pictures_every=%d draws nothing: the response of the weights is learned only for "
+                "the strengths of st.nn, or with estimator=st.BestResponse(update=True)",
+                self.plan.picture,
+            )
         controller = self.watch.controllers[0]
         if controller.sweeping:
             self._within = True

@@ -86,3 +86,15 @@ def test_they_come_into_the_log_and_change_nothing(every: int | None, tmp_path: 
     assert any(" and " in tag for tag in tags)
     assert [e.step for e in images.Images("what-if/first")] == [40, 60]
     np.testing.assert_array_equal(run(None, None).history["val_loss"], result.history["val_loss"])
+
+
+def test_pictures_of_no_response_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(5)]
+    tuner = st.Tuner(torch.nn.Linear(3, 1), torch.nn.MSELoss(), compile=False)
+    tuner.fit(
+        batches[:4], batches[4:], steps=24, log_dir=tmp_path, pictures_every=10, progress=False
+    )
+    (told,) = (r.getMessage() for r in caplog.records if "draws nothing" in r.getMessage())
+    assert told.startswith("pictures_every=10 draws nothing: the response of the weights")
