@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune.hparams import DECAY, LR
 from selftune.monitor import Ends, Metrics, Monitor, Verdict
 from selftune.schedules import inverse_time
 from selftune.tuner._snapshots import Snapshots
@@ -81,14 +82,13 @@ class TunerLog:
 
     def _applied(self, step: int) -> float:
         """The rate of a weight step, before the hyperparameter step that follows it."""
-        known, courses = self._steps.hyper.hparams, self.metrics.course
-        before = {
-            n: float(known[n].bijection.forward(torch.tensor(course[-2:][0], dtype=torch.float64)))
-            for n, course in courses.items()
-        }
-        options = {**self._steps.options, **before}
-        factor = self._steps.factor(step - 1) * inverse_time(options["decay"], step - 1)
-        return float(options["lr"] * factor)
+        rate, decay = (
+            hparam.bijection.forward(torch.tensor(course[-2:][0], dtype=torch.float64))
+            if (course := self.metrics.course.get(hparam.name))
+            else self._steps.options[hparam.name]
+            for hparam in (LR, DECAY)
+        )
+        return float(rate * self._steps.factor(step - 1) * inverse_time(decay, step - 1))
 
     def verdicts(self, values: Mapping[str, float], member: int) -> dict[str, Verdict]:
         """A verdict on each tuned hyperparameter."""

@@ -96,3 +96,20 @@ def model(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
         for s in range(6)
     ]  # fmt: skip
     return net, batches
+
+
+class Once(torch.autograd.Function):
+    """A square that can be differentiated once."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * slope

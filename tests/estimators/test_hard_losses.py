@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import Once
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -15,24 +16,6 @@ import selftune as st
 from selftune._flat import Layout
 
 DOUBLE = torch.float64
-
-
-class Once(torch.autograd.Function):
-    """tanh without a second derivative."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.tanh()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (output,) = ctx.saved_tensors
-        return grad * (1 - output.square())
 
 
 class Bend(nn.Module):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from problems import data, model, number, random, regression, smoothed
+from problems import Once, data, model, number, random, regression, smoothed
 from torch import Tensor
 
 import selftune as st
@@ -14,23 +14,6 @@ from selftune.problem import Problem
 from selftune.update import Update
 
 # what is refused
-
-
-class Once(torch.autograd.Function):
-    """A square that can be differentiated once."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x**2
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, slope: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * slope
 
 
 def test_operations_without_second_derivative_are_named() -> None:
