@@ -49,7 +49,9 @@ def gradients_apart(params: Iterable[Tensor]) -> Iterator[None]:
         within.append((group, "_partial_reduce_output", None))
         for param in group.fsdp_params:
             within.append((param.sharded_param, "grad", None))
-            within.append((param, "unsharded_accumulated_grad", None))
+            # In newer versions of torch a property: the gradient of the gathered parameter.
+            if not isinstance(getattr(type(param), "unsharded_accumulated_grad", None), property):
+                within.append((param, "unsharded_accumulated_grad", None))
             if hasattr(param, "_unsharded_param"):  # has been gathered
                 within.append((param._unsharded_param, "grad", None))
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in within]

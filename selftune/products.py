@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from selftune._gradient import gradient, nodes
 from selftune._modes import random_kept
@@ -110,7 +111,7 @@ class Products:
         gradient = self._at(batch)
         if backend == "double backward":
             product: Any = vjp(gradient, params, values)
-            return product[0], product[1]
+            return product[0], lambda v: _detached(product[1](v))
         both = self._at(batch, (0, 1))
         if backend == "forward over reverse":
             return gradient(params, values), lambda v: jvp(
@@ -136,7 +137,7 @@ class Products:
             return product, lambda v: pull(v)[0]
         gradient, values = self._at(batch), dict(hparams)
         primal: Any = vjp(lambda w: gradient(w, values), params)
-        return primal[0], lambda v: primal[1](v)[0]
+        return primal[0], lambda v: _detached(primal[1](v)[0])
 
     def push(self, params: Tensor, hparams: Values, *batch: Any) -> Push:
         """The function ``(v, ḣ) ↦ H v + M ḣ``.
@@ -301,3 +302,8 @@ class Products:
             bool((a - b).abs() <= CLOSE * torch.maximum(a.abs(), b.abs()) + noise * unit)
             for a, b, unit in pairs
         )
+
+
+def _detached(result: Any) -> Any:
+    """Without the graph that torch 2.15 attaches to the second derivatives of BatchNorm."""
+    return tree_map(Tensor.detach, result)

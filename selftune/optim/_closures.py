@@ -23,6 +23,8 @@ from selftune.update import Clock, Transition, Update
 
 CHANGED = 0.3
 """Largest relative change of the gradient of a closure at the same weights."""
+CONSTANT = 1e-3
+"""Largest change of a clipped gradient's norm, relative to the change of the gradient."""
 
 
 class Call:
@@ -118,8 +120,24 @@ class _ByClosures(Products):
     def curvature(
         self, params: Tensor, hparams: Values, *batch: Any
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """``v ↦ H v``, which is its own transpose unless the gradient is clipped.
+
+        Raises:
+            RuntimeError: The closure clips its gradient.
+        """
+        gradient, product = self._differences(params, batch[0])
+        if not self._tried:
+            self._check_norm(params, gradient, batch[0])
+            self._tried = True
+        return gradient, product
+
+    def push(self, params: Tensor, hparams: Values, *batch: Any) -> Push:
+        """``(v, ḣ) ↦ H v``, also for clipped gradients."""
+        product = self._differences(params, batch[0])[1]
+        return lambda v, moving: product(v)
+
+    def _differences(self, params: Tensor, call: Call) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Products by differences; a known gradient is not computed again."""
-        call: Call = batch[0]
         known = call.known(params)
         gradient = call.gradient(params) if known is None else known
 
@@ -132,10 +150,19 @@ class _ByClosures(Products):
 
         return gradient, product
 
-    def push(self, params: Tensor, hparams: Values, *batch: Any) -> Push:
-        """``(v, ḣ) ↦ H v``."""
-        product = self.curvature(params, hparams, *batch)[1]
-        return lambda v, moving: product(v)
+    def _check_norm(self, params: Tensor, gradient: Tensor, call: Call) -> None:
+        """Check that the gradient's norm changes with the weights, in two directions at most."""
+        direction = gradient
+        for _ in range(2):
+            step = self._step(params, direction)
+            up, down = (call.gradient(params + sign * step * direction) for sign in (1, -1))
+            direction, norms = up - down, torch.stack([g.norm() for g in (gradient, up, down)])
+            if bool(norms.max() - norms.min() >= CONSTANT * direction.norm()):
+                return
+        raise RuntimeError(
+            "a closure clips the norm of its gradient, so its Jacobian is not symmetric, which "
+            "this estimator needs: use Forward, or do not clip in closures"
+        )
 
 
 class _ClosureProblem(Problem):

@@ -231,7 +231,8 @@ class Groups:
         if self._scheduled.get(index) == initial:
             return False
         tuned = self._shifts.rows["lr"]
-        shown = self._shown["lr"].get(index, float(tuned.values()[span.start]))
+        # A group laid out after its scheduler has started from the initial rate already.
+        shown = self._shown["lr"].get(index, initial or float(tuned.values()[span.start]))
         if initial > 0 and abs(shown - initial) > 1e-14 * initial:
             tuned.rebase(range(span.start, span.stop), initial, shown)
             shown = initial

@@ -15,10 +15,14 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Linear(3, 1)).double()
 
 
-def gradients(net: nn.Module, step: int, sign: int = 1) -> Tensor:
+def loss_of(net: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(8, 4, generator=generator, dtype=torch.float64)
-    loss = (net(x) - x.sum(1, keepdim=True)).square().mean()
+    return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def gradients(net: nn.Module, step: int, sign: int = 1) -> Tensor:
+    loss = loss_of(net, step)
     (sign * loss).backward()
     return loss.detach()
 
@@ -237,3 +241,27 @@ def test_groups_of_two_rates_are_not_taken_for_annealed(caplog: pytest.LogCaptur
         opt.step()
         scheduler.step()
     assert not [r for r in caplog.records if "is annealed twice" in r.getMessage()]
+
+
+@pytest.mark.parametrize("shell", [st.AdamW, st.SGD])
+def test_groups_start_beside_a_constant_scheduler_as_without(shell: type) -> None:
+    """Truth: the run without scheduler; a layer joins late, and a start lies outside its bounds."""
+
+    def run(scheduled: bool) -> nn.Module:
+        net = network()
+        net[0].requires_grad_(False)
+        groups = [{"params": net[0].parameters(), "lr": 1e-3}, {"params": net[1:].parameters()}]
+        bounds = {"lr": (1e-4, 1e-2)}
+        opt = shell(groups, lr=0.5, bounds=bounds, total_steps=60, schedule="constant", probe=False)
+        scheduler = schedulers.LambdaLR(opt, lambda _: 1.0) if scheduled else None
+        for step in range(20):
+            net[0].requires_grad_(step >= 12)
+            opt.zero_grad()
+            gradients(net, step)
+            opt.step()
+            opt.hyper_step(lambda step=step: loss_of(net, 1000 + step))
+            if scheduler is not None:
+                scheduler.step()
+        return net
+
+    same(run)

@@ -336,3 +336,55 @@ def test_a_closure_that_fails_in_passing_leaves_the_weights_as_they_were() -> No
     with pytest.raises(KeyboardInterrupt):
         opt.hyper_step(lambda: F.mse_loss(model(train[6][0]), train[6][1]))
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("shell", [st.SGD, st.AdamW])
+@pytest.mark.parametrize("estimator", [st.Unrolled(4), st.Implicit(through="update")])
+def test_clipped_closures_need_forward(shell: type, estimator: AbstractEstimator) -> None:
+    """Law: the derivative of a clipped gradient is not symmetric, which reverse passes need."""
+
+    def tune(estimator: AbstractEstimator, norm: float) -> None:
+        model = net()
+        opt = shell(model, lr=0.01, estimator=estimator, probe=False, every=4)
+
+        def closure(x: Tensor, y: Tensor) -> Tensor:
+            opt.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), norm)
+            return loss
+
+        for x, y in batches(4):
+            opt.step(functools.partial(closure, x, y))
+        opt.hyper_step(lambda: F.mse_loss(model(batches(5)[4][0]), batches(5)[4][1]))
+
+    tune(estimator, 1e3)
+    tune(st.Forward(), 0.01)
+    with pytest.raises(RuntimeError, match="clips the norm of its gradient"):
+        tune(estimator, 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("curved", [False, True])
+def test_kinks_and_straight_losses_are_not_taken_for_clipping(
+    dtype: torch.dtype, curved: bool
+) -> None:
+    """Law: these gradients are those of a loss, though differences of them are rough, or noise."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layers = [nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)] if curved else [nn.Linear(3, 2)]
+        model = nn.Sequential(*layers).to(dtype)
+        opt = st.SGD(model, lr=0.05, estimator=st.Unrolled(4), probe=False, every=4)
+
+        def loss(x: Tensor, model: nn.Module = model) -> Tensor:
+            return model(x).abs().mean() if curved else model(x).mean()
+
+        def closure(x: Tensor, opt: Any = opt, loss: Any = loss) -> Tensor:
+            opt.zero_grad()
+            value = loss(x)
+            value.backward()
+            return value
+
+        for _ in range(4):
+            opt.step(functools.partial(closure, torch.randn(6, 3, dtype=dtype)))
+        opt.hyper_step(functools.partial(loss, torch.randn(6, 3, dtype=dtype)))
