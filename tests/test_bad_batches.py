@@ -116,3 +116,48 @@ def test_batches_of_nan_to_the_end_are_skipped_with_one_more_warning(
     assert len(re.findall("learning rate divided by 3", caplog.text)) == 1
     assert len(re.findall("are not finite either", caplog.text)) == 1
     assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("train", [loop, fit])
+def test_a_skipped_step_after_the_sweep_is_named_once(
+    train: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would come back in every epoch."""
+    train(network(), None)
+    assert "not finite" not in caplog.text
+    for bad in (range(100, 101), range(100, 200, 20)):
+        caplog.clear()
+        train(network(), bad)
+        assert caplog.text.count("not finite; the step is skipped, as are later ones") == 1
+
+
+def masked(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A mean over known targets whose gradient is NaN wherever one is missing: 0 · NaN."""
+    missing = targets.isnan()
+    return torch.where(missing, 0.0, (outputs - targets) ** 2).sum() / (~missing).sum()
+
+
+@pytest.mark.parametrize("face", ["optimizer", "tuner"])
+@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+def test_hypergradients_of_a_run_without_finite_gradients_do_not_lower_the_rate(
+    face: str, rule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: no step was taken since the rewind, so neither rate nor weights are the cause."""
+    caplog.set_level(logging.INFO, "selftune")
+    net, x = nn.Linear(5, 1), torch.randn(32, 5)
+    y = x.sum(1, keepdim=True)
+    y[::8] = torch.nan
+    if face == "optimizer":
+        opt = getattr(st, rule)(net, lr=0.01, total_steps=STEPS, probe=False)
+        for _ in range(STEPS):
+            opt.zero_grad()
+            masked(net(x), y).backward()
+            opt.step()
+            opt.hyper_step(lambda: masked(net(x), y))
+        last = opt.hparams["lr"]
+    else:
+        own = getattr(st.rules, rule)()
+        tuner = st.Tuner(net, masked, rule=own, hparams={"lr": 0.01}, probe=False)
+        last = tuner.fit([(x, y)] * STEPS, [(x, y)], epochs=1, progress=False).hparams["lr"]
+    assert len(re.findall("back to the last good weights", caplog.text)) == 1
+    assert last == pytest.approx(0.01 / 3)

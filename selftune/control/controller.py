@@ -29,6 +29,8 @@ PROOF, PROVEN = 10, 0.1
 """A sweep is confirmed by this many training losses without an alarm, or by a validation loss with
 at most this relative increase."""
 FADED = "units died after the learning rate had risen"
+FAR = 0.01
+"""Multiple of the given learning rate below which the sweep's choice is a warning."""
 BAD_GRADIENTS = "gradients vanished or are not finite"
 
 
@@ -57,6 +59,7 @@ class Controller:
     label: str = "selftune"
     swept: dict[str, float] = field(default_factory=dict)
     rewinds: list[tuple[int, float, str]] = field(default_factory=list)
+    _skipped: bool = field(default=False, init=False)
 
     @property
     def sweeping(self) -> bool:
@@ -97,6 +100,12 @@ class Controller:
                 "%s: sweep of %d steps, learning rate times %.3g",
                 self.label, sweep.taken, sweep.choice,
             )  # fmt: skip
+            if sweep.choice < FAR:
+                log.warning(
+                    "%s: the learning-rate sweep divides the given rate by %.3g. If that rate was "
+                    "good, pass probe=False: a loss that does not measure progress, as that of a "
+                    "policy gradient, misleads the sweep", self.label, 1 / sweep.choice,
+                )  # fmt: skip
         return Action(snapshot=snapshot, rewind=moves)
 
     def calmed(
@@ -128,6 +137,12 @@ class Controller:
     def _gradient(self, record: Gradient) -> Action:
         if not self.sweeping:
             action = self._judged(self._guard.gradient(record.finite), BAD_GRADIENTS)
+            if action.skip and action.rewind is None and not self._skipped:
+                self._skipped = True  # batches with NaN come back in every epoch: named once
+                log.warning(
+                    "%s: a training gradient is not finite; the step is skipped, as are later ones "
+                    "without a message. Check the batch for NaN or infinite values", self.label,
+                )  # fmt: skip
             if action.rewind is None and self._guard.skipped == self._guard.policy.patience:
                 log.warning(
                     "%s: training gradients at the last good weights are not finite either, so the "

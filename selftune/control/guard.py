@@ -162,7 +162,7 @@ class Guard(Saved):
     def hypergradient(self, finite: bool) -> str:
         """Judge a hypergradient."""
         self.skipped_hyper = 0 if finite else self.skipped_hyper + 1
-        return self._after(self.skipped_hyper)
+        return self._after(self.skipped_hyper, moved=self.moved)
 
     def _after(self, alarms: int, *, moved: bool = True) -> str:
         patient = alarms < self.policy.patience or not moved

@@ -127,6 +127,8 @@ class InnerStepper(Stepper):
     def __init__(self, inner: torch.optim.Optimizer, update: Update) -> None:
         super().__init__(update)
         self._inner = inner
+        # Of optimizers that make it when they are created, which `forget` has to bring back.
+        self._initial = {p: _copied(entry) for p, entry in inner.state.items()}
         self.name = f"SelfTuning({type(inner).__name__})"
 
     def move(
@@ -200,8 +202,9 @@ class InnerStepper(Stepper):
         self._step()
 
     def forget(self) -> None:
-        """Clear the inner optimizer's state, which it creates again at its next step."""
+        """Return to the inner optimizer's first state; the rest it creates at its next step."""
         self._inner.state.clear()
+        self._inner.state.update({p: _copied(entry) for p, entry in self._initial.items()})
 
     @property
     def state(self) -> Mapping[Tensor, Any]:

@@ -28,9 +28,10 @@ from selftune.method.snapshots import kinds, resolve
 from selftune.nn import Strength
 from selftune.schedules import Schedule
 from selftune.tuner import _choice
-from selftune.tuner._checks import check_first, check_ranks
+from selftune.tuner._checks import check_ranks
 from selftune.tuner._compiled import Fused
 from selftune.tuner._data import Stream
+from selftune.tuner._first_pass import check_first
 from selftune.tuner._given import Given
 from selftune.tuner._noise_scale import HalvedBatches
 from selftune.tuner._objective import InMode, for_tuning

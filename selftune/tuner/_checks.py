@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from selftune import control, method
 from selftune._arguments import (
@@ -34,19 +33,14 @@ from selftune._arguments import (
 )
 from selftune._flat import is_sharded
 from selftune._identity import digest
-from selftune._modes import buffers_kept, random_kept
 from selftune.hypernet import SelfTuned
 from selftune.nn import Strength
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
-from selftune.tuner._batch import size
 from selftune.tuner._data import Stream, batches_of
 from selftune.tuner._group import Group
-from selftune.tuner._noise_scale import halves
-from selftune.tuner._objective import Objective
 from selftune.tuner._result import History
 from selftune.tuner._run_state import RunState
-from selftune.tuner._scoring import Metric, measured
 from selftune.tuner._steps import Steps
 
 log = logging.getLogger("selftune")
@@ -161,57 +155,6 @@ def check_fit(values: Mapping[str, Any]) -> None:
         )
 
 
-def check_first(
-    steps: Steps,
-    run: RunState,
-    streams: tuple[Stream, Stream],
-    metrics: Mapping[str, Metric],
-    *,
-    mapped: bool,
-) -> float:
-    """Evaluate both objectives on first batches without side effects; return the validation loss.
-
-    Args:
-        steps: The steps.
-        run: The initial run.
-        streams: Training and validation batches.
-        metrics: Functions of output and target by name.
-        mapped: Whether members of a population are trained, by ``torch.func``.
-
-    Raises:
-        TypeError: A loss is not a tensor.
-        ValueError: A loss is not a scalar, is not finite, or does not depend on the parameters; or
-            a metric is not one number.
-    """
-    value = math.nan
-    passes = (("train", steps.inner), ("val", steps.outer))
-    for stream, (name, module) in zip(streams, passes, strict=True):
-        batch = stream.peek()
-        kept = buffers_kept(module.modules())
-        with random_kept(run.step.device), steps.autocast(), kept, _explained():
-            with torch.set_grad_enabled(not steps.group.sharded):
-                loss = module(batch)
-            _check_loss(loss, name)
-            if not steps.group.sharded:  # whose graph holds the gathered weights
-                _check_dependence(loss, name, module)
-                if name == "val" and metrics and isinstance(module, Objective):
-                    with torch.no_grad():
-                        measured(metrics, *module.outputs(batch)[1:])
-            value = steps.group.average(float(loss.detach()), size(batch))
-            passed = steps.gradient if name == "train" else steps.outer_gradient
-            divided = name == "train" and steps.halved is not None
-            with torch.set_grad_enabled(mapped or steps.whole is not None):  # by torch.func then
-                for part in halves(batch) if divided else ():
-                    passed(run, part)
-                grads = passed(run, batch)[1]
-            if not steps.group.any(any(bool(g.any()) for g in grads)):
-                raise ValueError(
-                    f"the gradient of the loss on the first {name} batch is 0: either "
-                    "objective= does not use the model passed to it, or all units are dead"
-                )
-    return value
-
-
 def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Stream]) -> None:
     """Raise an error if a rank's model or data differ from those of the first rank."""
     if not group.together:
@@ -275,67 +218,3 @@ def check_model(model: torch.nn.Module) -> None:
                 f"model: {name} has max_norm={module.max_norm} and writes to its weights during a "
                 "forward pass, which cannot be differentiated: create it with max_norm=None"
             )
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Explains errors from activation checkpoints that cannot be differentiated."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise ValueError(
-                "model: st.Tuner cannot differentiate activation checkpoints of the reentrant "
-                "kind: pass use_reentrant=False to torch.utils.checkpoint.checkpoint, or use "
-                "st.AdamW in your own loop, which supports both kinds"
-            ) from error
-        if "mixed torch.Tensor and DTensor" in str(error):
-            raise ValueError(
-                'model: with parallel="fsdp" weights are gathered when the model, or an element of '
-                "a Sequential or ModuleList, is called, but a part was used without such a call: "
-                "call the whole model (in objective= too), shard the parts that are called with "
-                'torch.distributed.fsdp.fully_shard(part), or pass parallel="ddp"'
-            ) from error
-        if "saved tensor hooks" in str(error):
-            raise ValueError(
-                "model: activation checkpoints, and other hooks of saved tensors, need "
-                "population=1 and an elementwise estimator, Trace or OneStep, for all tuned "
-                "hyperparameters: leave others out of tune=, or train without checkpoints"
-            ) from error
-        raise
-
-
-def _check_loss(loss: Any, name: str) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"the loss on the first {name} batch is a {type(loss).__name__}: return a tensor, "
-            "without .item()"
-        )
-    if loss.numel() != 1 or loss.ndim:
-        raise ValueError(
-            f"the loss on the first {name} batch has shape {tuple(loss.shape)}: return a scalar, "
-            "for example its mean"
-        )
-    if not bool(torch.isfinite(loss)):
-        raise ValueError(
-            f"the loss on the first {name} batch is {float(loss.detach())}, before any training: "
-            "check the data for missing values, the loss for log(0), and the initial weights"
-        )
-
-
-def _check_dependence(loss: Tensor, name: str, module: torch.nn.Module) -> None:
-    params = [p for p in module.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None]
-    if all(g is None for g in grads):
-        raise ValueError(
-            f"the loss on the first {name} batch does not depend on the model's parameters: "
-            "compute it from the model's output, with its graph"
-        )
-    names = [n for n, p in module.named_parameters() if p.requires_grad]
-    unused = [n.removeprefix("model.") for n, g in zip(names, grads, strict=True) if g is None]
-    if unused and name == "train":
-        log.warning(
-            "the loss on the first train batch does not depend on %s: weight decay and penalties "
-            "shrink them all the same; freeze them with requires_grad_(False) if no loss does",
-            ", ".join(unused),
-        )

@@ -13,7 +13,10 @@ from selftune.tuner._given import Given
 def check_objective(objective: Any, metrics: Any, augment: Any) -> None:
     """Raise an error for options that an objective of the user leaves no place for."""
     if metrics and objective is not None:
-        raise ValueError("metrics need outputs and targets, which objective= does not return")
+        raise ValueError(
+            "metrics need outputs and targets, which objective= does not return: pass loss_fn= and "
+            "batches (inputs, (target, target)), or compute them in a callback"
+        )
     if augment is not None and objective is not None:
         raise ValueError("augment= changes batches for loss_fn=, which objective= replaces")
 

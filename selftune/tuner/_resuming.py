@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from selftune._identity import describe, flatten
 from selftune.rules import Mixture
+from selftune.tuner._data import Stream
 from selftune.tuner._given import Given
 from selftune.tuner._plan import Plan
+from selftune.tuner._scoring import Scorer
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 from selftune.tuner._watch import Watch
@@ -27,6 +30,8 @@ JOINS = "step of the join"
 """Key of the step after which held-out examples join."""
 FOLLOWS = (LENGTH, "every", UNTIL, JOINS)
 """Settings that differ between a run and its extension."""
+SAME = 1e-3
+"""Relative tolerance of a validation loss that is computed again."""
 
 
 def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
@@ -125,6 +130,23 @@ def name_changes(
                 "For another starting value use another log_dir",
                 name, starts[name], before, present.get(name, before),
             )  # fmt: skip
+
+
+def check_data(scorer: Scorer, stream: Stream, best: Mapping[str, Any]) -> None:
+    """Warn if the saved best weights have another loss on this validation set.
+
+    Args:
+        scorer: Evaluates the model.
+        stream: Validation batches.
+        best: The best weights of the saved run, with their loss.
+    """
+    loss = scorer.loss_of(best, stream)
+    if not math.isclose(loss, best["loss"], rel_tol=SAME):
+        log.warning(
+            "resume: the best weights had a validation loss of %.4g, and have %.4g on the data of "
+            "this call. If the data are others, use another log_dir: the weights may have been "
+            "trained on examples of this validation set", best["loss"], loss,
+        )  # fmt: skip
 
 
 def extend(watch: Watch, snapshots: Snapshots, step: int) -> None:

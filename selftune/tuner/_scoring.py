@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from selftune._flat import local
 from selftune._gathered import reshard
+from selftune._modes import random_kept
 from selftune._trees import unchanged
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._batch import size, to_device
@@ -119,26 +120,44 @@ class Scorer:
         self, points: Sequence[Where], stream: Stream, member: int, most: int | None = None
     ) -> list[dict[str, float]]:
         """Scores at several points, over the same batches: all, or the first ``most``."""
-        names = [*self._names, *self._buffers]
         there = []
         for weights, buffers in points:
             own = [b.clone() for b in buffers]  # a model may count passes in evaluation mode
             pairs = zip(self._tensors, [*self._views(weights), *own], strict=True)
             parts = [self._apart(self._part(t, member).to(target), target) for target, t in pairs]
-            there.append(dict(zip(names, parts, strict=True)))
+            there.append(parts)
+        return self._scores_at(there, stream, most)
+
+    @torch.no_grad()
+    def loss_of(self, saved: Mapping[str, Any], stream: Stream) -> float:
+        """The loss of saved weights, which the model has only meanwhile."""
+        with unchanged(self._tensors):
+            self._load(saved)
+            there = [t.clone() for t in self._tensors]
+            return self._scores_at([there], stream, None)[0]["loss"]
+
+    def _scores_at(
+        self, points: Sequence[Sequence[Tensor]], stream: Stream, most: int | None
+    ) -> list[dict[str, float]]:
+        names = [*self._names, *self._buffers]
+        there = [dict(zip(names, tensors, strict=True)) for tensors in points]
         group, total = self._group, 0
         sums: list[dict[str, Tensor]] = [{} for _ in points]
         with self._evaluating(), read_from(self._own, self._start):
-            for batch, weight in self._weighted(stream, most if stream.sized else FEW):
+            batches = self._weighted(stream, most if stream.sized else FEW)
+            for turn, (batch, weight) in enumerate(batches):
                 total += weight
                 for tensors, adding in zip(there, sums, strict=True):
-                    scores = self._scores_of(tensors, batch)
+                    # Random losses: the same numbers in all evaluations, else luck decides.
+                    with random_kept(self._device):
+                        torch.manual_seed(turn * group.size + group.rank)
+                        scores = self._scores_of(tensors, batch)
                     for name, value in scores.items() if weight else ():
                         value = torch.as_tensor(value, dtype=torch.float64).detach() * weight
                         adding[name] = adding[name] + value if name in adding else value
         numbers = [{name: float(value) for name, value in s.items()} for s in sums]
         everywhere = group.gather((total, numbers))
-        group.share_streams()  # metrics may have drawn random numbers
+        group.share_streams()  # loaders and metrics may have drawn random numbers
         total = sum(count for count, _ in everywhere)
         known = dict.fromkeys(name for _, pairs in everywhere for name in pairs[0])
         return [
@@ -212,6 +231,10 @@ class Scorer:
         for tensor, source in zip(self._tensors, [*self._views(weights), *buffers], strict=True):
             tensor.copy_(self._part(source, member))
 
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        for name, module in self._modules():
+            self._shards.load(module, saved[name])
+
     def state(self) -> dict[str, Any]:
         """Copies of the current state of the model, and of a loss or objective with parameters."""
         return {name: self._shards.state_of(module) for name, module in self._modules()}
@@ -240,8 +263,7 @@ class Scorer:
         at = losses.index(lowest)
         self._write(*candidates[at], member)
         if saved is not None and saved["loss"] < lowest:
-            for name, module in self._modules():
-                self._shards.load(module, saved[name])
+            self._load(saved)
             return {"loss": saved["loss"], **saved.get("scores", {})}
         return {**scores[at], "loss": lowest}
 

@@ -265,7 +265,10 @@ class Training(Parts):
             self.joining.load_state_dict(state["joining"])
             self.joining.back &= not longer  # an extension restarts from the average
             self.train = self.joining.batches if self.joined else self.train
-        _saving.unpack(self, state, _resuming.FOLLOWS if longer else ())
+        _saving.check(self, state, _resuming.FOLLOWS if longer else ())
+        if best is not None and self.joining is None and self.val.sized:
+            _resuming.check_data(self.scorer, self.val, best)  # before streams are set
+        _saving.unpack(self, state)
         self.step, self.best, self.waited = state["numbers"]
         if longer and best is not None:  # the end of the finished run was judged after its saving
             self.best = min(self.best, best["loss"])

@@ -99,3 +99,29 @@ def test_tune_none_is_tune_left_out() -> None:
         for inner in (torch.optim.SGD(network().parameters(), lr=0.1),)
     ]
     assert found == [["lr"], ["lr"]]
+
+
+class Early(torch.optim.Optimizer):
+    """Makes its state when it is created, as torch's Adagrad did up to version 2.11."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["sum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            size = self.state[p]["sum"].add_(p.grad**2).sqrt() + 1e-8
+            p.addcdiv_(p.grad, size, value=-self.param_groups[0]["lr"])
+
+
+def test_state_that_is_made_at_creation_survives_the_sweep() -> None:
+    """Twin: torch's Adagrad, with the same steps."""
+    ends = []
+    for kind in (Early, torch.optim.Adagrad):
+        net = network()
+        opt = st.SelfTuning(kind(net.parameters(), lr=1e-3), total_steps=60)
+        train(net, opt, 60)
+        ends.append(nn.utils.parameters_to_vector(net.parameters()).detach())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)

@@ -420,3 +420,45 @@ def test_frozen_complex_parameters_are_no_obstacle() -> None:
     batches = [(part, part.sum(1, keepdim=True)) for part in x.split(8)]
     result = st.Tuner(Rotated(), F.mse_loss).fit(batches[:3], batches[3:], epochs=3, progress=False)
     assert math.isfinite(result.best_loss)
+
+
+def test_another_validation_set_is_named_when_a_run_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Folds of a cross-validation in one folder: the weights were trained on the other's data."""
+    first = fit(val=[points(100, seed=5)], log_dir=tmp_path)
+    same = fit(val=[points(100, seed=5)], log_dir=tmp_path, resume=True)
+    assert same.best_loss == first.best_loss
+    assert "on the data of this call" not in caplog.text
+    fit(val=[points(100, seed=9)], log_dir=tmp_path, resume=True)
+    assert "on the data of this call. If the data are others, use another log_dir" in caplog.text
+
+
+def test_parameters_outside_of_the_model_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """In loops of torch the optimizer gets them; here only parts of the model are trained."""
+    head, frozen = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        inputs = batch[0].clone().requires_grad_()  # as for a gradient penalty
+        return F.cross_entropy(frozen(model(inputs)), batch[1])
+
+    def objective(model: nn.Module, batch: Any) -> torch.Tensor:
+        return loss(nn.Sequential(model, head), batch)
+
+    def run(objective: Any) -> None:
+        fit(run=st.Tuner(net(), objective=objective, probe=False))
+
+    run(loss)
+    assert "not trained" not in caplog.text
+    run(objective)
+    assert caplog.text.count("belong neither to the model nor to loss_fn=: they are not") == 1
+    assert "(3, 3)" in caplog.text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from 3.11 on")
+def test_errors_of_the_first_pass_name_the_batch() -> None:
+    """A second target is taken for an input."""
+    x, y = points(20)
+    with pytest.raises(TypeError) as failure:
+        fit(train=[(x, y, y)])
+    assert "on the first train batch: loss_fn= takes" in failure.value.__notes__[0]
