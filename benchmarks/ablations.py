@@ -129,6 +129,8 @@ OTHERS: dict[str, Options] = {
     "constant schedule": {"schedule": "constant"},
     "cosine schedule": {"schedule": "cosine"},
     "wsd schedule": {"schedule": "wsd"},
+    "warm-up of 50 steps": {"warmup_steps": 50},
+    "warm-up of 50 steps, in which the rate may rise": {"warmup_steps": 50, **hyper(warmup=1.0)},
     "lr only": {"tune": ("lr",)},
     "lr and weight decay": {"tune": ("lr", "weight_decay")},
 }

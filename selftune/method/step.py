@@ -84,6 +84,7 @@ class Method:
         pieces: Sizes of the concatenated tensors in the slice of each part, if each tensor has its
             own values.
         by_tensor: Whether to compute hypergradients for each tensor.
+        warmup: Steps of the schedule's warm-up (:attr:`HyperSettings.warmup`).
         total: Sums products with training gradients over processes that hold parts of the weights.
         outer_total: The same for outer gradients, which come from a different batch in each
             process.
@@ -97,6 +98,7 @@ class Method:
     guarded: bool = True
     pieces: Sequence[list[int]] = ()
     by_tensor: bool = False
+    warmup: int = 0
     total: Reduce = local_sum
     outer_total: Reduce = local_sum
 
@@ -241,6 +243,7 @@ class Method:
         memory: Any = 1.0,
         steps: int = 0,
         moving: Sequence[str] | None = None,
+        rising: bool = False,
         propose: Propose | None = None,
     ) -> tuple[State, Tensor | None]:
         """The state after a hyperparameter step, and S² if the displacement limit is on.
@@ -254,6 +257,7 @@ class Method:
             memory: 1/(1 − μ) of heavy-ball momentum.
             steps: Training steps taken, as a number, for the floor if the horizon is unknown.
             moving: Names that may change; None: all.
+            rising: Whether a scheduler outside is in its warm-up.
             propose: An optimizer of the shifts instead of Adam.
         """
         lr_increase_scale: Any = 1.0
@@ -266,6 +270,11 @@ class Method:
             free = step < self.horizon * limit.free_share
             lr_increase_scale = torch.where(free, 1.0, lr_increase_scale)
             state = state._replace(displacement=[displacement])
+        warmup = self.settings.hyper.warmup
+        if self.warmup:
+            lr_increase_scale = lr_increase_scale * torch.where(step < self.warmup, warmup, 1.0)
+        elif rising:
+            lr_increase_scale = lr_increase_scale * warmup
         hyper = self.hyper.step(
             state.hyper, signal.to(state.hyper.raw.device), frame,
             memory=memory, lr_increase_scale=lr_increase_scale, steps=steps, moving=moving,

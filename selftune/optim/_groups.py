@@ -242,18 +242,19 @@ class Groups:
 
     def rates(self, groups: Sequence[Group], factor: float) -> list[float]:
         """The schedule's factor for every block, times that of a torch scheduler."""
-        rates = []
+        rates, rising = [], False
         for i in self._spans:
             group = groups[i]
             if "lr" in self._shifts.rows and "initial_lr" in group:
                 rate = float(group["lr"])
                 last = self._seen.get(i, rate)
                 self.annealed = self.annealed or rate < last
-                self.raised = self.raised or rate > last
+                rising = rising or rate > last
                 self._seen[i] = rate
                 rates.append(factor * rate / self._shown["lr"][i])
             else:
                 rates.append(factor * self.scale_of(group))
+        self._shifts.rising, self.raised = rising, self.raised or rising
         return rates
 
     def options(self, group: Group) -> Group:

@@ -64,6 +64,7 @@ class Shifts:
         hyper: The step of the shifts.
         state: The shifts.
         memory: 1/(1 − μ) of heavy-ball momentum, tuned or not.
+        rising: Whether a torch scheduler raised the learning rate at the last step.
 
     Raises:
         ValueError: A name in ``tune``, ``per`` or ``bounds``, or a scope, is unknown.
@@ -93,6 +94,7 @@ class Shifts:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
         floor = None if "weight_decay" in (bounds or {}) else floor
         self.memory, self._make, self._label = 1.0, make, label
+        self.rising = False
         self.rows = {n: Scoped(h, scopes.get(n, "run")) for n, h in self.tuned.items()}
         self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=floor)
         self.state = HyperState.begin(torch.zeros(len(self.tuned), dtype=torch.float64))
@@ -232,11 +234,13 @@ class Shifts:
             "base": {n: t.base.clone() for n, t in self.rows.items()},
             "given": {n: t.given for n, t in self.rows.items()},
             "asleep": {n: (t.asleep.clone(), t.waiting) for n, t in self.rows.items()},
+            "rising": self.rising,
             "optimizer": copy.deepcopy(outside),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
+        self.rising = state["rising"]
         for name, tuned in self.rows.items():
             shift = state["state"]["raw"][self.hyper.slots[name]]
             asleep, waiting = state["asleep"][name]
