@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from random import Random
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -71,6 +74,13 @@ def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     """A function that draws a batch; None if examples are not indexable."""
     if isinstance(loader, Sequence) and loader:
         return partial(_element, loader)
+    within = getattr(loader, "_dataloader", None)  # Fabric wraps loaders
+    device = getattr(loader, "device" if within is None else "_device", None)  # Accelerate's, too
+    draw = _drawn(loader if within is None else within)
+    return draw if draw is None or device is None else partial(_moved, draw, device)
+
+
+def _drawn(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     batched: Any = loader.batch_sampler
@@ -101,6 +111,10 @@ def _batch(
     return loader.collate_fn(examples)
 
 
+def _moved(draw: Callable[[Random], Any], device: Any, random: Random) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(device), draw(random))
+
+
 def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:
     """The indices of a sampler; None if unknown."""
     if type(sampler) is SubsetRandomSampler:
@@ -113,8 +127,12 @@ def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
     while True:
-        empty = True
-        for batch in loader:
+        empty, batches, end = True, iter(loader), object()
+        while True:
+            with _apart(loader):
+                batch = next(batches, end)
+            if batch is end:
+                break
             empty = False
             yield batch
         if empty:
@@ -122,6 +140,20 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
                 "the validation loader has no more batches: pass a DataLoader, or an iterable "
                 "that can be iterated over again"
             )
+
+
+@contextmanager
+def _apart(loader: Any) -> Iterator[None]:
+    """Keeps an open Accelerate loader from being the active one, at whose end gradients sync."""
+    state = getattr(loader, "gradient_state", None)
+    if state is None:
+        yield
+        return
+    before = list(state.dataloader_references)
+    try:
+        yield
+    finally:
+        state.dataloader_references = before
 
 
 def _mine(random: Random, indices: Sequence[int], size: int) -> list[int]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
@@ -80,8 +80,8 @@ class SelfTuning(Callback):
                 loader = loaders[0] if loaders else None
         if loader is None:
             raise ValueError(
-                "no validation loader: pass fit(..., val_dataloaders=) with a validation_step, or "
-                "SelfTuning(batches)"
+                "no validation loader: pass fit(..., val_dataloaders=) with a validation_step, and "
+                f"limit_val_batches={trainer.limit_val_batches} above 0, or SelfTuning(batches)"
             )
         self._batches = ValidationBatches(loader, self._seed)
         self._seen = trainer.global_step
@@ -108,8 +108,13 @@ class SelfTuning(Callback):
 
     def _value(self, trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
         strategy, precision = trainer.strategy, trainer.precision_plugin
-        batch = strategy.batch_to_device(precision.convert_input(batch), dataloader_idx=0)
-        with precision.val_step_context(), evaluating(module), _silent(module):
+        with (
+            precision.val_step_context(),
+            evaluating(module),
+            _silent(module),
+            _validating(trainer),
+        ):
+            batch = strategy.batch_to_device(precision.convert_input(batch), dataloader_idx=0)
             return self._loss(module, batch)
 
     # averaged weights: from a validation, or the end, until the next training batch
@@ -167,8 +172,8 @@ def _copy(value: Any) -> Any:
 
 
 def _module_loss(module: LightningModule, batch: Any) -> Tensor:
-    """The loss of ``validation_step``, or of ``training_step``."""
-    for name in ("validation_step", "training_step"):
+    """The loss of ``validation_step``, or of ``training_step`` unless that steps optimizers."""
+    for name in ("validation_step", "training_step")[: 1 + module.automatic_optimization]:
         step: Any = getattr(module, name)
         numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
         several = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
@@ -177,9 +182,20 @@ def _module_loss(module: LightningModule, batch: Any) -> Tensor:
         if isinstance(loss, Tensor):
             return loss
     raise ValueError(
-        "neither validation_step nor training_step returned a loss: return one, or pass "
+        "validation_step (or training_step, with automatic optimization) returned no loss: return "
+        "one, or pass "
         "SelfTuning(loss=lambda module, batch: ...)"
     )
+
+
+@contextmanager
+def _validating(trainer: Trainer) -> Iterator[None]:
+    """Hooks that ask ``trainer.training``, such as augmentations of a batch, see a validation."""
+    stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 @contextmanager

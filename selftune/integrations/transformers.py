@@ -85,6 +85,13 @@ class SelfTuningCallback(TrainerCallback):
         self._log(control)  # with logging_strategy="epoch"
         self._opt.eval()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The same where no step was left to take, unless the best model is in place."""
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):
+            self._opt.eval()
+
     def _log(self, control: TrainerControl) -> None:
         if control.should_log and self._unlogged is not None:
             self._trainer.log(logged(self._opt, self._unlogged))
@@ -99,4 +106,6 @@ class SelfTuningCallback(TrainerCallback):
     def _value(self, batch: Any) -> Tensor:
         trainer, model = self._trainer, self._trainer.model
         with evaluating(model), trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, trainer._prepare_inputs(batch))
+            inputs = trainer._prepare_inputs(batch)
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+            return trainer.compute_loss(model, inputs, num_items_in_batch=items)

@@ -247,7 +247,8 @@ class Buffers:
         """Reset averaged and good statistics to the current ones."""
         self.mend()
         for kept in (self.average, self.good, self.candidate):
-            copy_into(kept, self.tensors())
+            with ordinary_tensors():  # anew: the model may have been moved or converted since
+                kept[:] = [t.clone() for t in self.tensors()]
 
     def snapshot(self, kind: str) -> None:
         """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
@@ -318,6 +319,9 @@ class Buffers:
             kept[:] = [t for i in order for t in each[i]]
         self.layers = [self.layers[i] for i in order]
         self._momenta = [self._momenta[i] for i in order]
+        for kept in (self.average, self.good, self.candidate):
+            pairs = zip(kept, self.tensors(), strict=True)
+            kept[:] = [k.to(t.device, t.dtype) for k, t in pairs]
         owned = {
             "average": self.average, "good": self.good, "candidate": self.candidate,
             "training": self.tensors(),

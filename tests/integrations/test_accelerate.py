@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from tasks import averaged, equal, loss_of, needs, network, run, train_loader, tuned, val_loader
+from tasks import (
+    averaged,
+    dataset,
+    equal,
+    loss_of,
+    needs,
+    network,
+    run,
+    train_loader,
+    tuned,
+    val_loader,
+)
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from selftune.integrations import ValidationBatches, unwrap
 
@@ -62,6 +74,34 @@ class Run:
 
                     opt.hyper_step(value)
         return self
+
+
+class Streamed(IterableDataset[Any]):
+    """A validation set without indexable examples."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from [dataset(60, 1)[i] for i in range(60)]
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_streams_of_validation_batches_leave_the_accumulation(tune: bool) -> None:
+    """Truth: gradients are synchronised after two batches, and at the end of each epoch of five."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = network()
+    opt, train = tuned(model), DataLoader(Subset(dataset(96, 0), range(80)), batch_size=16)
+    val = DataLoader(Streamed(), batch_size=20)
+    model, opt, train, val = accelerator.prepare(model, opt, train, val)
+    drawn, found = ValidationBatches(val).at(0), []
+    for _ in range(3):
+        for batch in train:
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, batch))
+                opt.step()
+                opt.zero_grad()
+            found.append(accelerator.sync_gradients)
+            if tune and found[-1]:
+                unwrap(opt).hyper_step(lambda: loss_of(model, next(drawn)))
+    assert found == [False, True, False, True, True] * 3
 
 
 @pytest.mark.parametrize(

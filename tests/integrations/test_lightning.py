@@ -27,11 +27,13 @@ from torch import nn
 
 pytestmark = needs("lightning")
 try:
+    from lightning.fabric import Fabric
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from lightning.pytorch.utilities import CombinedLoader
     from torchmetrics.classification import MulticlassAccuracy
 
+    from selftune.integrations import ValidationBatches
     from selftune.integrations.lightning import RAW, SelfTuning
 except ModuleNotFoundError:
     LightningModule = object
@@ -250,7 +252,7 @@ def test_refusals(tmp_path: Path) -> None:
         def training_step(self, batch: Any) -> Any:
             return loss_of(self.net, batch) if self.training else None
 
-    with pytest.raises(ValueError, match="neither validation_step nor training_step"):
+    with pytest.raises(ValueError, match="returned no loss: return one"):
         fit(Lossless(), tmp_path)
 
 
@@ -348,3 +350,53 @@ def test_outputs_collected_in_dictionaries_and_submodules_are_those_of_validatio
     module = Gathers()
     fit(module, tmp_path, epochs=2, num_sanity_val_steps=0)
     assert module.counts == [(len(val_loader()),) * 2] * 2
+
+
+def test_augmentations_of_training_batches_leave_those_of_tuning(tmp_path: Path) -> None:
+    """As Lightning documents them: in a hook that asks ``trainer.training``."""
+    seen = []
+
+    class Augmented(Net):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [0 * batch[0], batch[1]] if self.trainer.training else batch
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.append((self.trainer.validating, bool(batch[0].any())))
+            return super().validation_step(batch, batch_idx)
+
+    fit(Augmented(), tmp_path, num_sanity_val_steps=0)
+    assert set(seen) == {(True, True)}
+
+
+def test_a_manual_training_step_is_not_taken_for_a_loss(tmp_path: Path) -> None:
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            self.manual_backward(loss_of(self.net, batch))
+            self.optimizers().step()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", loss_of(self.net, batch))
+
+    with pytest.raises(ValueError, match=r"validation_step .* returned no loss.*SelfTuning\(loss="):
+        fit(Manual(), tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_validation_batches_of_fabric_are_drawn_by_step(precision: Any) -> None:
+    """Twice the same; and a model that is converted after its optimizer was made."""
+    fabric = Fabric(accelerator="cpu", precision=precision)
+    model = network()
+    net, opt = fabric.setup(model, tuned(model))
+    train, val = fabric.setup_dataloaders(train_loader(), val_loader())
+    batches = ValidationBatches(val)
+    one, other = (next(batches.at(7)) for _ in range(2))
+    assert torch.equal(one[0], other[0])
+    for step, batch in enumerate(train):
+        opt.zero_grad()
+        fabric.backward(loss_of(net, batch))
+        opt.step()
+        opt.hyper_step(lambda step=step: loss_of(net, next(batches.at(step))))
+    assert all(p.isfinite().all() for p in model.parameters())

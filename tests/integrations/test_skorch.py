@@ -17,7 +17,7 @@ import selftune as st
 pytestmark = needs("skorch")
 try:
     from skorch import NeuralNetClassifier
-    from skorch.callbacks import Checkpoint, GradientNormClipping
+    from skorch.callbacks import Callback, Checkpoint, GradientNormClipping
     from skorch.helper import predefined_split
 
     from selftune.integrations.skorch import HyperStep
@@ -123,3 +123,20 @@ def test_copies_of_a_fitted_net_train_on(how: str) -> None:
     fit(done)
     fit(other)
     assert equal(copied(done.module_), copied(other.module_))
+
+
+def test_an_interrupted_network_has_the_averaged_weights() -> None:
+    """``fit`` ends at Ctrl-C as at its last epoch."""
+
+    class Stop(Callback):
+        left = 15
+
+        def on_batch_end(self, net: Any, training: bool = False, **kwargs: Any) -> None:
+            self.left -= training
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    found = fit(net(Net, Stop()))
+    shown = copied(found.module_)
+    with found.optimizer_.averaged():
+        assert equal(shown, copied(found.module_))

@@ -16,7 +16,14 @@ import selftune as st
 pytestmark = needs("transformers")
 try:
     from safetensors.torch import load_file
-    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        EarlyStoppingCallback,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     from selftune.integrations.transformers import SelfTuningCallback
 except ModuleNotFoundError:
@@ -30,8 +37,10 @@ class Net(nn.Module):
         super().__init__()
         self.net = network()
 
-    def forward(self, x: Any, labels: Any) -> Any:
+    def forward(self, x: Any, labels: Any = None) -> Any:
         logits = self.net(x)
+        if labels is None:
+            return {"logits": logits}
         return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
@@ -179,3 +188,50 @@ def test_refusals(tmp_path: Path) -> None:
     several.eval_dataset = {"a": rows(4, 2), "b": rows(4, 3)}
     with pytest.raises(ValueError, match="several datasets"):
         several.train()
+
+
+def test_a_finished_run_that_is_resumed_has_the_averaged_weights(tmp_path: Path) -> None:
+    """Though no step is left to take, and no epoch ends."""
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    words = torch.randint(50, (160, 8), generator=torch.Generator().manual_seed(0))
+    found = [{"input_ids": w, "labels": int((w < 25).sum() > 4)} for w in words]
+    chosen = {"total_steps": 24, "every": 2, "schedule": "constant", "probe": False}
+
+    def bert(**options: Any) -> Trainer:
+        torch.manual_seed(1)
+        args = TrainingArguments(
+            output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=16,
+            lr_scheduler_type="linear", use_cpu=True, save_strategy="epoch", report_to=[],
+            disable_tqdm=True, seed=0, logging_strategy="no", eval_strategy="epoch",
+            weight_decay=0.01, per_device_eval_batch_size=20,
+        )  # fmt: skip
+        made = Trainer(
+            BertForSequenceClassification(config), args, train_dataset=found[:128],
+            eval_dataset=found[128:], optimizer_cls_and_kwargs=(st.AdamW, {"lr": 1e-3, **chosen}),
+        )  # fmt: skip
+        made.add_callback(SelfTuningCallback(made))
+        made.train(**options)
+        return made
+
+    first = bert()
+    again = bert(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert equal(copied(again.model), copied(first.model))
+
+
+def test_a_loss_of_the_users_gets_the_number_of_items(tmp_path: Path) -> None:
+    """As in training and evaluation."""
+    seen = []
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        seen.append(num_items_in_batch)
+        return cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    class Own(Made):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, compute_loss_func=loss)
+
+    trainer(tmp_path, Own, num_train_epochs=1).train()
+    assert None not in seen

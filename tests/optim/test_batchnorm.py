@@ -333,3 +333,27 @@ def test_an_optimizer_left_at_averaged_weights_does_not_disturb_the_next() -> No
     for end in ends[1:]:
         for key, value in end.items():
             assert torch.equal(value, ends[0][key])
+
+
+@pytest.mark.parametrize("shell", [st.AdamW, st.SGD])
+def test_a_model_may_be_converted_after_its_optimizer_is_made(shell: type) -> None:
+    """Twin: converted before; as of accelerators that take both."""
+    ends = []
+    for early in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        net = net.double() if early else net
+        opt = shell(net, lr=0.01, total_steps=40)
+        net.double()
+        x = torch.randn(40, 16, 4, generator=torch.Generator().manual_seed(1)).double()
+        for batch in x:
+            opt.zero_grad()
+            net(batch).square().mean().backward()
+            opt.step()
+            net.eval()
+            opt.hyper_step(lambda net=net, x=x: net(x[0]).square().mean())
+            net.train()
+        with opt.averaged():
+            ends.append({n: t.clone() for n, t in net.state_dict().items()})
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-6, atol=1e-7)
