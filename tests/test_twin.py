@@ -146,7 +146,7 @@ def test_both_drivers_follow_the_same_trajectory(name: str, rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_both_drivers_warm_up_alike(rule: str) -> None:
-    """The tuned rate must not rise until the warm-up is over."""
+    """The warm-up's own rise is subtracted from steps that raise the rate."""
     options: dict[str, Any] = dict(warmup_steps=LOOKS[0] + 30, probe=False)
     one, other = by_optimizer("mlp", rule, **options), by_tuner("mlp", rule, **options)
     for step in LOOKS:
