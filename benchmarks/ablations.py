@@ -68,9 +68,6 @@ def sweep(**settings: Any) -> Options:
     return {"probe": SweepSettings(**settings)}
 
 
-WARM: Options = {"warmup": 0.3, "probe": False}
-"""As torch's ``OneCycleLR`` does by default, without a sweep."""
-
 PARTS: dict[str, Options] = {
     "no sweep": {"probe": False},
     "no guard": {"guard": False},
@@ -132,14 +129,6 @@ OTHERS: dict[str, Options] = {
     "constant schedule": {"schedule": "constant"},
     "cosine schedule": {"schedule": "cosine"},
     "wsd schedule": {"schedule": "wsd"},
-    "warm-up": WARM,
-    "warm-up: steps of lr in full": {**WARM, **hyper(warmup=0.0)},
-    "warm-up from 0.05": {**WARM, "start": {"lr": 0.05}},
-    "warm-up from 0.05: steps of lr in full": {
-        **WARM,
-        "start": {"lr": 0.05},
-        **hyper(warmup=0.0),
-    },
     "lr only": {"tune": ("lr",)},
     "lr and weight decay": {"tune": ("lr", "weight_decay")},
 }

@@ -144,16 +144,6 @@ def test_both_drivers_follow_the_same_trajectory(name: str, rule: str) -> None:
         assert off[worst] < 1e-9, f"step {step}, {worst}: {off[worst]:.1e} apart"
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_both_drivers_warm_up_alike(rule: str) -> None:
-    """The warm-up's own rise is subtracted from steps that raise the rate."""
-    options: dict[str, Any] = dict(warmup_steps=LOOKS[0] + 30, probe=False)
-    one, other = by_optimizer("mlp", rule, **options), by_tuner("mlp", rule, **options)
-    for step in LOOKS:
-        off = {key: difference(other[step][key], value) for key, value in one[step].items()}
-        assert max(off.values()) < 1e-9, (step, off)
-
-
 @pytest.mark.slow
 def test_both_drivers_tune_muon_alike() -> None:
     """A group for each kind of parameters, and a part for each parameter; all sensitivities."""

@@ -65,7 +65,6 @@ def make_optimizer(
     start: Mapping[str, float] | None = None,
     momenta: Mapping[str, Any] | None = None,
     hyper_rate: float | None = None,
-    warmup: float = 0.0,
     **options: Any,
 ) -> SelfTuningOptimizer:
     """``st.AdamW`` or ``st.SGD`` over a workload's model.
@@ -77,14 +76,10 @@ def make_optimizer(
         start: Hyperparameters that start elsewhere than in ``STARTS``.
         momenta: What changes in the definitions of momenta.
         hyper_rate: Size of a hyperparameter step, as of the tuner.
-        warmup: Share of the run in a warm-up.
         options: Of the optimizer.
     """
     values: dict[str, Any] = started(workload, rule, start)
-    options = {
-        "total_steps": workload.steps,
-        "warmup_steps": round(warmup * workload.steps),
-    } | options
+    options = {"total_steps": workload.steps, **options}
     if hyper_rate is not None:
         adam = partial(torch.optim.Adam, lr=hyper_rate, betas=HyperSettings().betas)
         options["hyper_optimizer"] = adam
@@ -106,14 +101,12 @@ def make_tuner(
     *,
     start: Mapping[str, float] | None = None,
     momenta: Mapping[str, Any] | None = None,
-    warmup: float = 0.0,
     **options: Any,
 ) -> st.Tuner:
     """``st.Tuner`` over a workload's model; arguments as of :func:`make_optimizer`."""
     return st.Tuner(
         model, workload.criterion, rule=defined(rule, momenta),
-        hparams=started(workload, rule, start), compile=False,
-        warmup_steps=round(warmup * workload.steps), **options,
+        hparams=started(workload, rule, start), compile=False, **options,
     )  # fmt: skip
 
 

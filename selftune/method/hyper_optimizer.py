@@ -175,7 +175,6 @@ class HyperOptimizer:
         *,
         memory: Any = 1.0,
         lr_increase_scale: Any = 1.0,
-        scheduled_rise: Any = 0.0,
         steps: int = 0,
         moving: Sequence[str] | None = None,
         propose: Propose | None = None,
@@ -191,7 +190,6 @@ class HyperOptimizer:
             frame: Bounds of the shifts.
             memory: 1/(1 − μ) with heavy-ball momentum, else 1.
             lr_increase_scale: Factor of a step that raises the learning rate.
-            scheduled_rise: What a warm-up has raised it by since the last step, in log space.
             steps: Training steps taken, for the floor if the horizon is unknown.
             moving: Names with a hypergradient; the others do not change. None: all.
             propose: An optimizer instead of Adam.
@@ -212,9 +210,6 @@ class HyperOptimizer:
         if "lr" in self.hparams:
             rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
             raw = self._added(raw, "lr", (lr_increase_scale * self._caution(state) - 1) * rise)
-            if isinstance(scheduled_rise, Tensor):
-                rise = self._of(raw - state.raw, "lr").clamp_min(0.0)
-                raw = self._added(raw, "lr", -rise.minimum(self.settings.warmup * scheduled_rise))
         raw = raw.maximum(self.lay_floor(raw, frame, memory, steps))
         if isinstance(free, Tensor):
             raw = torch.where(free > 0, raw, state.raw)

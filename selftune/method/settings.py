@@ -30,8 +30,6 @@ class HyperSettings(Settings):
         longest: Largest change of a raw value in one step.
         caution: After n divergences, steps that raise the learning rate are scaled down from this
             factor below its last peak on, to 1/(1 + n) at and above the peak; 1 for no change.
-        warmup: Share of a warm-up's own rise (in log space, since the last step) that is subtracted
-            from a step that raises the learning rate; 0 for no change.
         apart: If a hyperparameter has a value for each group or tensor, each value takes the mean
             change plus this share of its deviation, as single hypergradients are noisier.
     """
@@ -50,7 +48,6 @@ class HyperSettings(Settings):
     sure: float = 2.0
     longest: float = 0.3
     caution: float = 3.0
-    warmup: float = 1.0
     apart: float = 0.1
 
     def every(self, total_steps: int | None, given: int | None = None) -> int:

@@ -84,8 +84,6 @@ class Method:
         pieces: Sizes of the concatenated tensors in the slice of each part, if each tensor has its
             own values.
         by_tensor: Whether to compute hypergradients for each tensor.
-        warmup: Steps of the schedule's warm-up.
-        every: Training steps between two hyperparameter steps.
         total: Sums products with training gradients over processes that hold parts of the weights.
         outer_total: The same for outer gradients, which come from a different batch in each
             process.
@@ -99,8 +97,6 @@ class Method:
     guarded: bool = True
     pieces: Sequence[list[int]] = ()
     by_tensor: bool = False
-    warmup: int = 0
-    every: int = 1
     total: Reduce = local_sum
     outer_total: Reduce = local_sum
 
@@ -245,7 +241,6 @@ class Method:
         memory: Any = 1.0,
         steps: int = 0,
         moving: Sequence[str] | None = None,
-        scheduled_rise: Tensor | None = None,
         propose: Propose | None = None,
     ) -> tuple[State, Tensor | None]:
         """The state after a hyperparameter step, and S² if the displacement limit is on.
@@ -259,8 +254,6 @@ class Method:
             memory: 1/(1 − μ) of heavy-ball momentum.
             steps: Training steps taken, as a number, for the floor if the horizon is unknown.
             moving: Names that may change; None: all.
-            scheduled_rise: What a scheduler outside has raised the rate by since the last step, in
-                log space.
             propose: An optimizer of the shifts instead of Adam.
         """
         lr_increase_scale: Any = 1.0
@@ -276,17 +269,9 @@ class Method:
         hyper = self.hyper.step(
             state.hyper, signal.to(state.hyper.raw.device), frame,
             memory=memory, lr_increase_scale=lr_increase_scale, steps=steps, moving=moving,
-            scheduled_rise=self._rise(step) if scheduled_rise is None else scheduled_rise,
             propose=propose,
         )  # fmt: skip
         return state._replace(hyper=hyper), square
-
-    def _rise(self, step: Tensor) -> Tensor | float:
-        """The rise of the warm-up's factor since the last hyperparameter step, in log space."""
-        if not self.warmup:
-            return 0.0
-        before = (step - self.every).clamp(1, self.warmup)
-        return (step.clamp_max(self.warmup) / before).double().log()
 
     def ratio(self, state: State, weights: Sequence[Tensor]) -> float:
         """The displacement ratio S at the full weights; NaN if unknown."""

@@ -204,7 +204,6 @@ def build(options: TuningOptions, update: Update, stepper: Stepper) -> Engine:
                     rows, update, assigned.rows, options.average, storage
                 ),
                 hyper=shifts.hyper, settings=settings, horizon=shifts.horizon,
-                warmup=options.warmup_steps, every=every,
                 guarded=guard is not None, total=reducer.total, outer_total=reducer.outer,
             ),
             shifts=shifts,

@@ -256,7 +256,7 @@ class Engine:
         state, square = self.method.hyper_step(
             self.store.state(), self.shifts.gather(signal), weights, self.shifts.frame(),
             torch.tensor([step]), memory=self.shifts.memory, steps=step,
-            moving=names, scheduled_rise=self.shifts.take_rise(), propose=self.shifts.propose,
+            moving=names, propose=self.shifts.propose,
         )  # fmt: skip
         self.store.take(state)
         self.shifts.take(state.hyper)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -243,7 +242,7 @@ class Groups:
 
     def rates(self, groups: Sequence[Group], factor: float) -> list[float]:
         """The schedule's factor for every block, times that of a torch scheduler."""
-        rates, rise = [], 0.0
+        rates = []
         for i in self._spans:
             group = groups[i]
             if "lr" in self._shifts.rows and "initial_lr" in group:
@@ -251,12 +250,10 @@ class Groups:
                 last = self._seen.get(i, rate)
                 self.annealed = self.annealed or rate < last
                 self.raised = self.raised or rate > last
-                rise = math.log(rate / last) if rate > 0 and last > 0 else 0.0
                 self._seen[i] = rate
                 rates.append(factor * rate / self._shown["lr"][i])
             else:
                 rates.append(factor * self.scale_of(group))
-        self._shifts.scheduled_rise += rise
         return rates
 
     def options(self, group: Group) -> Group:

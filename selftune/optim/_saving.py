@@ -20,7 +20,7 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 30
+VERSION = 29
 """Version of the state; 29 has what is known of schedulers."""
 
 

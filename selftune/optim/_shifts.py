@@ -64,8 +64,6 @@ class Shifts:
         hyper: The step of the shifts.
         state: The shifts.
         memory: 1/(1 − μ) of heavy-ball momentum, tuned or not.
-        scheduled_rise: Change of a torch scheduler's rate since the last hyperparameter step, in
-            log space.
 
     Raises:
         ValueError: A name in ``tune``, ``per`` or ``bounds``, or a scope, is unknown.
@@ -95,7 +93,6 @@ class Shifts:
                 raise ValueError(f"per={scope!r} for {name!r} is unknown: use one of {SCOPES}")
         floor = None if "weight_decay" in (bounds or {}) else floor
         self.memory, self._make, self._label = 1.0, make, label
-        self.scheduled_rise = 0.0
         self.rows = {n: Scoped(h, scopes.get(n, "run")) for n, h in self.tuned.items()}
         self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=floor)
         self.state = HyperState.begin(torch.zeros(len(self.tuned), dtype=torch.float64))
@@ -227,11 +224,6 @@ class Shifts:
         """The value of each tuned hyperparameter that represents groups or tensors that differ."""
         return {n: middle(t.values().tolist()) for n, t in self.rows.items()}
 
-    def take_rise(self) -> Tensor | None:
-        """How much a torch scheduler has raised the rate since the last call, in log space."""
-        rise, self.scheduled_rise = self.scheduled_rise, 0.0
-        return torch.tensor([rise], dtype=torch.float64) if rise > 0 else None
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to continue bit for bit."""
         outside = None if self.propose is None else self.propose.optimizer.state_dict()
@@ -240,13 +232,11 @@ class Shifts:
             "base": {n: t.base.clone() for n, t in self.rows.items()},
             "given": {n: t.given for n, t in self.rows.items()},
             "asleep": {n: (t.asleep.clone(), t.waiting) for n, t in self.rows.items()},
-            "scheduled_rise": self.scheduled_rise,
             "optimizer": copy.deepcopy(outside),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        self.scheduled_rise = state["scheduled_rise"]
         for name, tuned in self.rows.items():
             shift = state["state"]["raw"][self.hyper.slots[name]]
             asleep, waiting = state["asleep"][name]

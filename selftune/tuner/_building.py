@@ -227,7 +227,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
             sensitivities=Sensitivities(
                 rows, given.update, assigned.rows, given.average, storage
             ),
-            hyper=hyper, settings=settings, horizon=total, warmup=given.warmup, every=plan.every,
+            hyper=hyper, settings=settings, horizon=total,
             slices=shards.slices,
             guarded=make_guard(given.guard) is not None,
             total=group.total, outer_total=group.total,

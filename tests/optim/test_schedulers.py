@@ -99,7 +99,7 @@ def test_schedulers_multiply_the_tuned_rate(name: str, look: bool) -> None:
         assert float(before - weight.detach()) == pytest.approx(want, rel=1e-9)
         scheduler.step(*([float(weight.detach())] if name == "plateau" else []))
         opt.hyper_step(lambda: weight.sum())
-    assert opt.hparams["lr"] > (1.1 if name in ("one cycle", "lambda") else 1.2) * start  # warm-ups
+    assert opt.hparams["lr"] > 1.2 * start
 
 
 OWN = {
@@ -265,23 +265,3 @@ def test_groups_start_beside_a_constant_scheduler_as_without(shell: type) -> Non
         return net
 
     same(run)
-
-
-@pytest.mark.parametrize("shell", [st.AdamW, st.SGD])
-@pytest.mark.parametrize("own", [True, False], ids=["warmup_steps", "scheduler"])
-def test_the_tuned_rate_does_not_rise_in_a_fast_warm_up(own: bool, shell: type) -> None:
-    """Law: the warm-up raises the rate by more than each hyperparameter step asks for."""
-    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    warmup = {"warmup_steps": 20} if own else {}
-    opt = shell([weight], lr=0.01, tune=("lr",), every=2, probe=False, **warmup)
-    climb = schedulers.LinearLR(opt, 0.05, total_iters=20) if not own else None
-    seen = []
-    for _ in range(40):
-        weight.grad = torch.ones_like(weight)
-        opt.step()
-        if climb is not None:
-            climb.step()
-        opt.hyper_step(lambda: weight.sum())
-        seen.append(opt.param_groups[0]["applied_lr"])
-    assert max(seen[:19]) <= 0.01
-    assert seen[-1] > 0.012
