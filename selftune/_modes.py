@@ -37,6 +37,17 @@ def random_kept(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draws the random numbers of a seed within the block, and restores the states after it."""
+    with random_kept(device):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 class KeptBuffer(NamedTuple):
     """A buffer before a forward pass: the tensor, which a pass may replace, and its values."""
 

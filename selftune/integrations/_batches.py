@@ -9,8 +9,7 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -112,7 +111,8 @@ def _batch(
 
 
 def _moved(draw: Callable[[Random], Any], device: Any, random: Random) -> Any:
-    return tree_map_only(Tensor, lambda t: t.to(device), draw(random))
+    # transformers' BatchEncoding is no pytree, but has ``to``.
+    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, draw(random))
 
 
 def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:

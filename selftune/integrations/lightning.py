@@ -28,7 +28,8 @@ class SelfTuning(Callback):
 
     Validation, checkpoints (``state_dict``) and the module after ``fit`` use the averaged weights.
     A checkpoint also contains the training weights, from which a resumed run continues. The loss is
-    that of ``validation_step`` if it returns one, else of ``training_step``, with the module in
+    that of ``validation_step`` if it returns one, else, with automatic optimization, of
+    ``training_step``, with the module in
     ``eval()`` mode; these calls log nothing and leave torchmetrics unchanged.
 
     Args:
@@ -80,8 +81,9 @@ class SelfTuning(Callback):
                 loader = loaders[0] if loaders else None
         if loader is None:
             raise ValueError(
-                "no validation loader: pass fit(..., val_dataloaders=) with a validation_step, and "
-                f"limit_val_batches={trainer.limit_val_batches} above 0, or SelfTuning(batches)"
+                f"no validation loader (limit_val_batches={trainer.limit_val_batches}): pass "
+                "fit(..., val_dataloaders=) with a validation_step, and a limit_val_batches above "
+                "0, or SelfTuning(batches)"
             )
         self._batches = ValidationBatches(loader, self._seed)
         self._seen = trainer.global_step
@@ -108,14 +110,10 @@ class SelfTuning(Callback):
 
     def _value(self, trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
         strategy, precision = trainer.strategy, trainer.precision_plugin
-        with (
-            precision.val_step_context(),
-            evaluating(module),
-            _silent(module),
-            _validating(trainer),
-        ):
+        with evaluating(module), _silent(module), _validating(trainer):
             batch = strategy.batch_to_device(precision.convert_input(batch), dataloader_idx=0)
-            return self._loss(module, batch)
+            with precision.val_step_context():
+                return self._loss(module, batch)
 
     # averaged weights: from a validation, or the end, until the next training batch
 

@@ -91,7 +91,7 @@ class HyperStep(Callback):
 
     def on_train_end(self, net: Any, **kwargs: Any) -> None:
         """Let go of the validation data, which a saved network would contain."""
-        self.opt_.eval()  # also after Ctrl-C in an epoch
+        self.opt_.eval()  # also after Ctrl-C in an epoch; before an EarlyStopping loads the best
         self.batches_ = None
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:

@@ -243,12 +243,12 @@ class Buffers:
         if one:  # else no layer was known before the pass
             self._own = bool(torch.stack(one).any())
 
+    @ordinary_tensors()
     def begin(self) -> None:
         """Reset averaged and good statistics to the current ones."""
         self.mend()
         for kept in (self.average, self.good, self.candidate):
-            with ordinary_tensors():  # anew: the model may have been moved or converted since
-                kept[:] = [t.clone() for t in self.tensors()]
+            kept[:] = [t.clone() for t in self.tensors()]  # the model may have been converted
 
     def snapshot(self, kind: str) -> None:
         """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""

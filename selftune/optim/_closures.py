@@ -157,7 +157,8 @@ class _ByClosures(Products):
             step = self._step(params, direction)
             up, down = (call.gradient(params + sign * step * direction) for sign in (1, -1))
             direction, norms = up - down, torch.stack([g.norm() for g in (gradient, up, down)])
-            if bool(norms.max() - norms.min() >= CONSTANT * direction.norm()):
+            # Also for NaN, which the guard judges.
+            if not bool(norms.max() - norms.min() < CONSTANT * direction.norm()):
                 return
         raise RuntimeError(
             "a closure clips the norm of its gradient, so its Jacobian is not symmetric, which "

@@ -83,7 +83,7 @@ def _noted(name: str) -> Iterator[None]:
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         mode = ", with the model in evaluation mode" if name == "val" else ""
         note = (
-            f"on the first {name} batch{mode}: loss_fn= takes (output, target), and batches are "
+            f"on the first {name} batch{mode}. With loss_fn(output, target), batches are "
             "(*inputs, target) or dictionaries with a key target; for several targets or another "
             "loss pass objective=lambda model, batch: loss, or batches (inputs, (target, target))"
         )

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from selftune._flat import local
 from selftune._gathered import reshard
-from selftune._modes import random_kept
+from selftune._modes import seeded
 from selftune._trees import unchanged
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._batch import size, to_device
@@ -149,8 +149,7 @@ class Scorer:
                 total += weight
                 for tensors, adding in zip(there, sums, strict=True):
                     # Random losses: the same numbers in all evaluations, else luck decides.
-                    with random_kept(self._device):
-                        torch.manual_seed(turn * group.size + group.rank)
+                    with seeded(self._device, turn * group.size + group.rank):
                         scores = self._scores_of(tensors, batch)
                     for name, value in scores.items() if weight else ():
                         value = torch.as_tensor(value, dtype=torch.float64).detach() * weight

@@ -388,3 +388,24 @@ def test_kinks_and_straight_losses_are_not_taken_for_clipping(
         for _ in range(4):
             opt.step(functools.partial(closure, torch.randn(6, 3, dtype=dtype)))
         opt.hyper_step(functools.partial(loss, torch.randn(6, 3, dtype=dtype)))
+
+
+def test_gradients_that_are_not_finite_nearby_are_not_taken_for_clipping() -> None:
+    """The guard judges them: they are finite at the weights of the steps, and not beside them."""
+    model = nn.Linear(3, 1).double()
+    opt = st.SGD(
+        model, lr=1e-9, bounds={"lr": (1e-12, 1)}, estimator=st.Unrolled(2), probe=False, every=2
+    )
+    start = model.weight.detach().clone()
+
+    def closure(x: Tensor) -> Tensor:
+        opt.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        if bool((model.weight.detach() - start).abs().max() > 1e-7):
+            model.weight.grad.fill_(torch.inf)  # type: ignore[union-attr]
+        return loss
+
+    for _ in range(2):
+        opt.step(functools.partial(closure, torch.randn(8, 3).double()))
+    opt.hyper_step(lambda: model(torch.ones(1, 3).double()).square().mean())

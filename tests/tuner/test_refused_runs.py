@@ -461,4 +461,4 @@ def test_errors_of_the_first_pass_name_the_batch() -> None:
     x, y = points(20)
     with pytest.raises(TypeError) as failure:
         fit(train=[(x, y, y)])
-    assert "on the first train batch: loss_fn= takes" in failure.value.__notes__[0]
+    assert "on the first train batch. With loss_fn(output, target)" in failure.value.__notes__[0]
