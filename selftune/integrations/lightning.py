@@ -29,8 +29,8 @@ class SelfTuning(Callback):
     Validation, checkpoints (``state_dict``) and the module after ``fit`` use the averaged weights.
     A checkpoint also contains the training weights, from which a resumed run continues. The loss is
     that of ``validation_step`` if it returns one, else, with automatic optimization, of
-    ``training_step``, with the module in
-    ``eval()`` mode; these calls log nothing and leave torchmetrics unchanged.
+    ``training_step``, with the module in ``eval()`` mode; these calls log nothing and leave
+    torchmetrics unchanged.
 
     Args:
         batches: Validation batches for tuning, by default the trainer's first validation loader.
@@ -181,8 +181,7 @@ def _module_loss(module: LightningModule, batch: Any) -> Tensor:
             return loss
     raise ValueError(
         "validation_step (or training_step, with automatic optimization) returned no loss: return "
-        "one, or pass "
-        "SelfTuning(loss=lambda module, batch: ...)"
+        "one, or pass SelfTuning(loss=lambda module, batch: ...)"
     )
 
 

@@ -142,20 +142,24 @@ class _ByClosures(Products):
         gradient = call.gradient(params) if known is None else known
 
         def product(vector: Tensor) -> Tensor:
-            step = self._step(params, vector)
-            up, down = (call.gradient(params + sign * step * vector) for sign in (1, -1))
+            up, down, step = self._beside(params, vector, call)
             if known is not None:
                 call.check(params, known, (up + down) / 2)
             return (up - down) / (2 * step)
 
         return gradient, product
 
+    def _beside(self, params: Tensor, vector: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients at ``w + εv`` and ``w − εv``, and ε."""
+        step = self._step(params, vector)
+        up, down = (call.gradient(params + sign * step * vector) for sign in (1, -1))
+        return up, down, step
+
     def _check_norm(self, params: Tensor, gradient: Tensor, call: Call) -> None:
         """Check that the gradient's norm changes with the weights, in two directions at most."""
         direction = gradient
         for _ in range(2):
-            step = self._step(params, direction)
-            up, down = (call.gradient(params + sign * step * direction) for sign in (1, -1))
+            up, down, _ = self._beside(params, direction, call)
             direction, norms = up - down, torch.stack([g.norm() for g in (gradient, up, down)])
             # Also for NaN, which the guard judges.
             if not bool(norms.max() - norms.min() < CONSTANT * direction.norm()):
