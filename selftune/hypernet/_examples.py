@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from selftune._modes import buffers_kept, evaluating, random_kept
+from selftune.hypernet._perturbed import PerturbedModel
 from selftune.hypernet._places import Place
 from selftune.hypernet._terms import primal, term_of
-
-if TYPE_CHECKING:
-    from selftune.hypernet.conversion import SelfTuned
 
 WIDTH = 0.5
 """Standard deviation of the gains U with which both kinds of perturbation are compared."""
@@ -29,7 +27,7 @@ class AddTerm:
     An object and not a closure, so that a copy of the model has hooks of its own.
     """
 
-    def __init__(self, net: SelfTuned, places: Mapping[str, Place]) -> None:
+    def __init__(self, net: PerturbedModel, places: Mapping[str, Place]) -> None:
         self.net, self.places = net, dict(places)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -43,7 +41,7 @@ class AddTerm:
         return output + term(module, x, known, net.delta)
 
 
-def hooks_of(net: SelfTuned, places: list[Place]) -> list[Any]:
+def hooks_of(net: PerturbedModel, places: list[Place]) -> list[Any]:
     """Register a hook for each layer with sensitivities; return the handles."""
     by_module: dict[nn.Module, dict[str, Place]] = {}
     for place in places:
@@ -52,7 +50,7 @@ def hooks_of(net: SelfTuned, places: list[Place]) -> list[Any]:
     return [m.register_forward_hook(AddTerm(net, known)) for m, known in by_module.items()]
 
 
-def difference(net: SelfTuned, args: Any, kwargs: Any) -> str | None:
+def difference(net: PerturbedModel, args: Any, kwargs: Any) -> str | None:
     """Why the model has other outputs with perturbations of each example; "" if it has not.
 
     Compares two passes in evaluation mode at the same δ, once of the whole batch and once of each
@@ -87,7 +85,7 @@ def difference(net: SelfTuned, args: Any, kwargs: Any) -> str | None:
             net.gains = kept
 
 
-def _precision(net: SelfTuned, output: Tensor) -> float:
+def _precision(net: PerturbedModel, output: Tensor) -> float:
     """Machine precision of the coarsest type among parameters and output."""
     types = {p.dtype for p in net.parameters()} | {output.dtype}
     if torch.is_autocast_enabled(net.raw.device.type):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from selftune._arguments import MAPPING, MODULE, NONE, Number, OneOf, checked
 from selftune._modes import evaluating
-from selftune.estimators._structured import unknown
 from selftune.hparams import Hparam, penalty_hparam
 from selftune.hypernet._examples import difference, hooks_of
+from selftune.hypernet._perturbed import PerturbedModel
 from selftune.hypernet._places import Place, Report, places_of
 from selftune.hypernet._terms import term_of
 from selftune.nn import own_counters, tunables
@@ -90,20 +90,15 @@ def convert(
     return SelfTuned(model, given, known, places, report, scale, perturb == "example")
 
 
-class SelfTuned(nn.Module):
+class SelfTuned(PerturbedModel):
     """A converted model; see :func:`convert`.
 
     While training, each pass draws perturbations δ and runs the model with its strengths at
     ``z + δ`` and its weights at ``w + J δ``. In evaluation mode it is the model itself.
 
     Attributes:
-        model: The model.
         report: The parameters with sensitivities.
-        raw: The unconstrained hyperparameters z, shape (hyperparameters,).
         spread: log σ of the perturbations, shape (hyperparameters,).
-        unit: Unit of δ in U and C, chosen so that they learn as fast as the weights.
-        delta: δ of each example in a pass with hooks, else None.
-        linear: Whether the pass is one of :meth:`linearised`.
     """
 
     def __init__(
@@ -116,13 +111,6 @@ class SelfTuned(nn.Module):
         scale: float,
         must: bool = False,
     ) -> None:
-        super().__init__()
-        self.model, self.report = model, report
-        own_counters(model)
-        strengths = tunables(model)
-        self._known = dict(known)
-        self._buffers_of = {n: strengths[n].buffers if n in strengths else [] for n in known}
-        self._places = places
         like = next(model.parameters())
         raw = [
             float(h.bijection.inverse(torch.tensor(values[n] or h.from_zero, dtype=torch.float64)))
@@ -130,18 +118,13 @@ class SelfTuned(nn.Module):
         ]
         # Steps of the optimizer would be rounded away in half precision.
         wide = torch.promote_types(like.dtype, torch.float32)
-        self.raw = nn.Parameter(like.new_tensor(raw, dtype=wide))
+        super().__init__(model, like.new_tensor(raw, dtype=wide), places, scale)
         self.spread = nn.Parameter(torch.full_like(self.raw, scale).log())
-        self.unit = scale
-        self.gains, self.rows = nn.ParameterDict(), nn.ParameterDict()
-        named = dict(model.named_parameters())
-        for place in places:
-            start = unknown(named[place.name].detach(), len(raw))
-            self.gains[place.key] = nn.Parameter(start.gains)
-            if not start.free:
-                self.rows[place.key] = nn.Parameter(start.rows)
-        self.delta: Tensor | None = None  # of each example, while a pass with hooks is under way
-        self.linear = False
+        self.report = report
+        own_counters(model)
+        strengths = tunables(model)
+        self._known = dict(known)
+        self._buffers_of = {n: strengths[n].buffers if n in strengths else [] for n in known}
         self._present: dict[str, Tensor] = {}
         self._tuning = self._compared = False
         self._read: set[str] = set()
@@ -255,27 +238,6 @@ class SelfTuned(nn.Module):
             for (n, h), c in zip(self._known.items(), columns, strict=True)
         }
 
-    def at(
-        self, delta: Tensor, args: Any, kwargs: Any, tensors: Mapping[str, Tensor] | None = None
-    ) -> Any:
-        """The output of the model with weights ``w + J δ`` and the current strengths.
-
-        Args:
-            delta: Shape (batch, hyperparameters) or (hyperparameters,).
-            args: Arguments of the model.
-            kwargs: Keyword arguments of the model.
-            tensors: Parameters that replace ``w + J δ``.
-        """
-        tensors_now = self.strengths() if self.training else {}
-        if delta.ndim == 1:
-            tensors_now |= self.moved(delta) if tensors is None else tensors
-            return torch.func.functional_call(self.model, tensors_now, args, kwargs)
-        self.delta = delta / self.unit
-        try:
-            return torch.func.functional_call(self.model, tensors_now, args, kwargs)
-        finally:
-            self.delta = None
-
     def strengths(self) -> dict[str, Tensor]:
         """The strength buffers of this pass by name, shape (1,) or (batch,)."""
         strengths: dict[str, Tensor] = {}
@@ -283,55 +245,10 @@ class SelfTuned(nn.Module):
             strengths |= dict.fromkeys(places, self._present[name].reshape(-1))
         return strengths
 
-    def moved(self, delta: Tensor) -> dict[str, Tensor]:
-        """The parameters ``w + J δ`` by name."""
-        named = dict(self.model.named_parameters())
-        move = delta / self.unit
-        moved = {}
-        for place in self._places:
-            param, gain = named[place.name], self.gains[place.key] @ move
-            if place.key in self.rows:
-                rows = self.rows[place.key].view(place.shape)
-                gain = gain.view(-1, *[1] * (param.ndim - 1))
-                moved[place.name] = torch.addcmul(param, gain, rows)  # in one pass
-            else:
-                moved[place.name] = param + gain.view(place.shape)
-        return moved
-
-    def along(self, place: Place, delta: Tensor) -> Tensor:
-        """J δ of a parameter."""
-        gain = self.gains[place.key] @ (delta / self.unit)
-        if place.key not in self.rows:
-            return gain.view(place.shape)
-        return (gain[:, None] * self.rows[place.key]).view(place.shape)
-
-    @contextmanager
-    def linearised(self) -> Iterator[None]:
-        """Passes at δ = 0, in which sensitivities only enter through tangents in δ."""
-        self.linear = True
-        try:
-            yield
-        finally:
-            self.linear = False
-
     def centred(self, args: Any, kwargs: Any) -> Any:
         """A training pass at the unperturbed hyperparameters and weights."""
         self._present = self._values(self.raw.detach())
         return torch.func.functional_call(self.model, self.strengths(), args, kwargs)
-
-    def tensors(self, place: Place) -> tuple[Tensor, Tensor]:
-        """U and V of a parameter; C and an empty matrix of a vector."""
-        gains = self.gains[place.key]
-        return gains, self.rows[place.key] if place.key in self.rows else gains[:, :0]
-
-    def batch_size(self, args: Any, kwargs: Any) -> int:
-        """Number of examples: the length of the first tensor among the arguments."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.ndim:
-                return len(value)
-        raise ValueError(
-            "no argument of the model is a tensor with a batch dimension: use perturb='batch'"
-        )
 
     def _compare(self, args: Any, kwargs: Any) -> None:
         """Perturb the whole batch if the model has other outputs with perturbed examples."""
