@@ -13,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import selftune as st
-from selftune.cli import main
+from selftune.__main__ import main
 from selftune.monitor import JSONL, Row
 from selftune.monitor.reading import read
 from selftune.monitor.report import Line, line, table

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import selftune as st
-from selftune.cli import main
+from selftune.__main__ import main
 from selftune.monitor import JSONL, InMemory, Row, read_jsonl
 
 GENERATOR = torch.Generator().manual_seed(0)

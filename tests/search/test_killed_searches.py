@@ -70,7 +70,7 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     done = subprocess.run(
-        [sys.executable, "-m", "selftune.cli", "worker", "--storage", str(path), str(script), "x"],
+        [sys.executable, "-m", "selftune.search", "worker", "--storage", str(path), str(script), "x"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert "RUNNING" not in {t.state.name for t in read(path).trials}
