@@ -69,10 +69,8 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
             break
     process.kill()
     process.wait()
-    done = subprocess.run(
-        [sys.executable, "-m", "selftune.search", "worker", "--storage", str(path), str(script), "x"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+    join = [sys.executable, "-m", "selftune.search", "worker", "--storage", str(path)]
+    done = subprocess.run([*join, str(script), "x"], check=True, capture_output=True, text=True)
     assert "RUNNING" not in {t.state.name for t in read(path).trials}
     complete = [t for t in read(path).trials if t.state.name == "COMPLETE"]
     assert len(complete) == 4
