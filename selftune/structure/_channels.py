@@ -65,11 +65,8 @@ class Follower(Tracked):
             return Channels(given.axis, given.ids, given.zero | closed)
         if isinstance(module, _BatchNorm) and given.axis == 1:
             return self._batch_norm(path, module, given)
-        clips = isinstance(module, nn.Hardtanh) and not module.min_val <= 0 <= module.max_val
-        if isinstance(module, ops.ELEMENTWISE) and not clips:
-            return given
-        if isinstance(module, ops.SHIFTING) or clips:
-            return given.shifted()
+        if isinstance(module, ops.ELEMENTWISE):
+            return self._elementwise(node, given, value)
         pads = getattr(module, "padding", ()) if isinstance(module, ops.RESIZING) else ()
         if len(pads) // 2 >= getattr(value, "ndim", 0) - given.axis:  # also along the units
             return self.unknown(node)
@@ -117,6 +114,8 @@ class Follower(Tracked):
         self.units.cut(str(node.target), module, "weight", 0, given.ids, sizes)
         self.units.cut(str(node.target), module, "bias", 0, given.ids)
         still = torch.ones_like(given.zero) if module.bias is None else module.bias.cpu() == 0
+        if self.ahead and module.bias is not None:
+            still = torch.zeros_like(given.zero)  # training changes it
         return Channels(axis, given.ids, given.zero & still)
 
     def _batch_norm(self, path: str, module: _BatchNorm, given: Channels) -> Channels:
@@ -127,6 +126,8 @@ class Follower(Tracked):
         if module.running_mean is None:
             self.units.need(given)
             return given
+        if self.ahead:  # a new norm has means and biases of 0, which training changes
+            return given.shifted()
         at_zero = F.batch_norm(
             torch.zeros_like(module.running_mean)[None], module.running_mean, module.running_var,
             module.weight, module.bias, eps=module.eps,
@@ -151,8 +152,8 @@ class Follower(Tracked):
         if target is operator.getitem and len(inputs) == 1:
             return _inside.indexed(self, node, inputs[0])
         rules: list[tuple[set[Any], Callable[[fx.Node, Channels, Tensor], Channels | None]]] = [
-            (ops.SAME, lambda n, c, v: c),
-            (ops.SHIFTED | ops.MASKED, lambda n, c, v: c.shifted()),
+            (ops.MAPS, self._elementwise),
+            (ops.MASKED, lambda n, c, v: c.shifted()),
             (ops.POOLED, self._resized),
             (ops.PADS, self._padded),
             (ops.SQUEEZES, partial(_inside.squeezed, self)),
@@ -165,7 +166,7 @@ class Follower(Tracked):
         for targets, rule in rules:
             if target in targets and given is not None and not any(inputs[1:]):
                 return rule(node, given, value)
-        if target in ops.SUMS:
+        if target in ops.SUMS and node.users:  # else in place, and seen by other nodes
             those, others = self._operands(node, value)
             return self._sum(node, [*those, *(None for _ in others)])
         if target is mixed:
@@ -180,12 +181,20 @@ class Follower(Tracked):
             return _inside.attended(self, node, value)
         return self.unknown(node)
 
+    def _elementwise(self, node: fx.Node, given: Channels, value: Tensor) -> Channels:
+        """An elementwise function: closed units stay 0 if it maps 0 to 0."""
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda n: torch.zeros_like(self.values[n])
+        )
+        at_zero = getattr(self, node.op)(node.target, args, kwargs)
+        return given.shifted() if at_zero.any() else given
+
     def _resized(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
-        """Pooling: all axes after that of the units may change."""
-        before = self.values[node.all_input_nodes[0]].shape
-        if value.shape[: given.axis + 1] == before[: given.axis + 1]:
-            return given
-        return self.unknown(node)
+        """Pooling of the last axes, as many as its name says, or of all but the first two."""
+        module = self.submodules.get(str(node.target)) if node.op == "call_module" else None
+        name = getattr(node.target, "__name__", type(module).__name__)
+        last = int(name[-2]) if name[-2].isdecimal() else value.ndim - 2
+        return given if given.axis < value.ndim - last else self.unknown(node)
 
     def _padded(self, node: fx.Node, given: Channels, value: Tensor) -> Channels | None:
         """Padding of the axes after that of the units; closed ones stay 0 if it is with 0."""
@@ -266,7 +275,9 @@ class Follower(Tracked):
         """Concatenate units along their axis; along another axis they must be kept."""
         args: dict[str, Any] = dict(zip(("tensors", "dim"), node.args, strict=False))
         args |= node.kwargs
-        parts: Sequence[Any] = args["tensors"]
+        parts: Any = args["tensors"]
+        if isinstance(parts, fx.Node):
+            return self.unknown(node)
         axis = args.get("dim", 0) % value.ndim
         ids: list[int] = []
         zeros: list[Tensor] = []

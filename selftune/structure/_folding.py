@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from selftune.structure._channels import Follower
 from selftune.structure._operations import POOLS
+from selftune.structure._tracing import hooked
 from selftune.structure.gates import Gate, Optional
 
 THROUGH = (
@@ -104,6 +105,9 @@ def _alone(node: fx.Node, calls: dict[str, list[fx.Node]], modules: dict[str, nn
     params = {id(p) for p in module.parameters(recurse=False)}
     owners = [m for m in set(modules.values()) for p in m._parameters.values() if id(p) in params]
     names = [name for name, other in modules.items() if other is module]
+    read = {str(n.target).rpartition(".")[0] for n in node.graph.nodes if n.op == "get_attr"}
+    if hooked(module) or read & {*names}:  # weights are computed, or read elsewhere
+        return False
     return len(calls[str(node.target)]) == 1 and len(names) == 1 and {*owners} <= {module}
 
 
@@ -131,11 +135,13 @@ def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
         shape = [1] * ndims.pop()
         shape[dim] = len(factors)
         root.register_buffer("factors", factors.view(shape))
-        product = graph.call_function(operator.mul, (given, graph.get_attr("factors")))
+        alike = graph.call_method("type_as", (graph.get_attr("factors"), given))
+        product = graph.call_function(operator.mul, (given, alike))
     else:  # inputs of several ranks
         root.register_buffer("factors", factors)
         last = graph.call_function(torch.movedim, (given, dim, -1))
-        product = graph.call_function(operator.mul, (last, graph.get_attr("factors")))
+        alike = graph.call_method("type_as", (graph.get_attr("factors"), last))
+        product = graph.call_function(operator.mul, (last, alike))
         product = graph.call_function(torch.movedim, (product, -1, dim))
     graph.output(product)
     return fx.GraphModule(root, graph, "Scale")

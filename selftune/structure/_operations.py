@@ -24,17 +24,17 @@ ELEMENTWISE = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
     nn.Mish, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Softsign, nn.Softshrink,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.Sigmoid, nn.Softplus, nn.Hardsigmoid, nn.LogSigmoid,
 )  # fmt: skip
-"""Elementwise modules that map 0 to 0."""
-SHIFTING = (nn.Sigmoid, nn.Softplus, nn.Hardsigmoid, nn.LogSigmoid)
-"""Elementwise modules that do not map 0 to 0."""
-SAME: set[Any] = {
+"""Elementwise modules."""
+MAPS: set[Any] = {
     F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.tanh,
     F.hardtanh, F.hardswish, F.dropout, F.dropout1d, F.dropout2d, torch.relu, torch.tanh,
     torch.abs, torch.clone, torch.square, torch.neg, operator.neg, "relu", "tanh", "abs", "clone",
     "contiguous", "relu_", "float", "to", "square", "neg",
+    torch.sigmoid, F.sigmoid, F.softplus, F.hardsigmoid, "sigmoid", torch.exp, "exp",
 }  # fmt: skip
-SHIFTED: set[Any] = {torch.sigmoid, F.sigmoid, F.softplus, "sigmoid", torch.exp, "exp"}
+"""Elementwise functions and methods."""
 POOLED: set[Any] = {
     F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate,

@@ -78,7 +78,13 @@ class Sizes:
     def __init__(self, model: nn.Module, example: Any) -> None:
         inputs = example if isinstance(example, tuple) else (example,)
         plain = plain_copy(model)
-        optionals = [n for n, m in gated(plain) if isinstance(m, Optional)]
+        firsts = {id(m): n for n, m in gated(plain) if isinstance(m, Optional)}
+        optionals = [*firsts.values()]
+        paths = {
+            n: firsts[id(m)]
+            for n, m in plain.named_modules(remove_duplicate=False)
+            if isinstance(m, Optional)
+        }
         with torch.no_grad():
             batch = _examples(plain, inputs)
             replace_optionals(plain, whole=True)
@@ -89,7 +95,7 @@ class Sizes:
         self.places: list[list[Place]] = []
         self.axes: dict[str, NDArray[np.int64]] = {}
         self._number(follower, optionals, dict(gated(model)))
-        self._blocks = self._made(follower, plain, optionals, positions)
+        self._blocks = self._made(follower, plain, optionals, paths, positions)
         self.whole = self.count(np.zeros(len(self.places), dtype=bool))
 
     def _number(
@@ -123,19 +129,27 @@ class Sizes:
 
     def _made(
         self, follower: Follower, plain: nn.Module, optionals: list[str],
-        positions: Mapping[int, float],
+        paths: Mapping[str, str], positions: Mapping[int, float],
     ) -> list[_Block]:  # fmt: skip
         """A block for each parameter."""
         cuts: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
         for (tensor, axis), cut in follower.units.cuts.items():
             cuts.setdefault(tensor, []).append((axis, self._units(follower, cut.ids)))
         blocks: list[_Block] = []
+        names: dict[int, list[str]] = {}
+        for name, param in plain.named_parameters(remove_duplicate=False):
+            names.setdefault(id(param), []).append(name)
         for name, param in plain.named_parameters():
             if isinstance(plain.get_submodule(name.rpartition(".")[0]), AbstractGated):
                 continue
             axes = cuts.get(id(param), [])
             fixed = param.numel() / math.prod(len(units) for _, units in axes)
-            within = tuple(self._optionals[n] for n in optionals if name.startswith(f"{n}."))
+            # A block of several Optionals counts as kept: closing one of them does not remove it.
+            each = [
+                {n for path, n in paths.items() if used.startswith(f"{path}.")}
+                for used in names[id(param)]
+            ]
+            within = tuple(self._optionals[n] for n in optionals if all(n in e for e in each))
             times = positions.get(id(param), 0.0)
             blocks.append(_Block(fixed, tuple(u for _, u in axes), times, within))
         return blocks

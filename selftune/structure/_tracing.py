@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -16,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from selftune.structure.gates import Gate
 from selftune.structure.recurrent import Recurrent
 from selftune.structure.transformer import mask_types_noted
+
+log = logging.getLogger("selftune")
 
 HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Hooks that compute a weight before each pass."""
@@ -52,13 +55,40 @@ class Tracer(fx.Tracer):
         Raises:
             ValueError: It cannot be traced.
         """
+        fixed = None if inputs is None else _fixed(model, inputs)
         try:
-            return self.trace(model, None if inputs is None else _fixed(model, inputs))
+            graph = self.trace(model, fixed)
         except Exception as error:
             raise ValueError(
                 f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
                 "gates, or move data-dependent control flow out of forward"
             ) from error
+        if inputs is not None:
+            self._check_training(model, graph, fixed)
+        return graph
+
+    def _check_training(self, model: nn.Module, graph: fx.Graph, fixed: Any) -> None:
+        """Warn of layers that are called in training only, whose units are not followed."""
+        modes = {module: module.training for module in model.modules()}
+        try:
+            model.train()
+            trained = Tracer().trace(model, fixed)
+        except Exception:  # the forward draws random numbers, for example, so nothing is known
+            return
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        known, called = (
+            {str(n.target) for n in g.nodes if n.op == "call_module"} for g in (graph, trained)
+        )
+        # Others, such as dropout, have no parameters that would have to be cut.
+        missed = [n for n in sorted(called - known) if [*model.get_submodule(n).parameters()]]
+        if missed:
+            log.warning(
+                "%s: called in training mode only, so its inputs are not cut with the units of "
+                "other layers. If they have gates, training of the pruned model fails there: "
+                "prune the part of the model without these layers", ", ".join(missed),
+            )  # fmt: skip
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -160,6 +161,7 @@ class Tracked(fx.Interpreter):
         self.values: dict[fx.Node, Any] = {}
         self.pieces: dict[fx.Node, list[Any]] = {}
         self.threshold = threshold
+        self.ahead = threshold == math.inf  # all gates closed, before or during training
 
     def _of(self, args: Any) -> list[Channels | None]:
         """The units of all nodes among arguments, those of tuples last."""

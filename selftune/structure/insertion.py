@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from selftune._arguments import MODULE, checked
 from selftune.structure.recurrent import Recurrent, RecurrentLayers, one_layer
@@ -12,6 +13,12 @@ from selftune.structure.transformer import Attention, Encoder, EncoderLayer
 
 log = logging.getLogger("selftune")
 
+REPLACED = (
+    nn.LSTM, nn.GRU, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention,
+)  # fmt: skip
+"""Layers of torch that are replaced."""
+OWN = ("forward", "_sa_block", "_ff_block")
+"""Their methods that a subclass may replace."""
 COMPOSITES = (Attention, EncoderLayer, Encoder, RecurrentLayers)
 """Modules of this library that pruning replaces by graphs of torch modules."""
 
@@ -34,8 +41,9 @@ def with_gates(model: nn.Module) -> nn.Module:
         The model, or its gated replacement if the model itself is one of these layers.
 
     Raises:
-        ValueError: The model contains ``nn.TransformerDecoderLayer`` or an option that cannot be
-            gated; the message names the layer and the option.
+        ValueError: The model contains ``nn.TransformerDecoderLayer``, an option that cannot be
+            gated, a subclass with a forward of its own, hooks, parametrizations, or a parameter
+            that one of these layers shares with another; the message names the layer.
 
     Examples:
         >>> with_gates(nn.GRU(3, 4)).gates.numel()
@@ -51,6 +59,7 @@ def with_gates(model: nn.Module) -> nn.Module:
             "with_gates: dropout of attention weights is left out in %s; other dropout is kept",
             ", ".join(f"{name} (dropout={share:g})" for name, share in dropped.items()),
         )
+    _check_tied(model)
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         return _gated(model, "", {}, replaced)
@@ -105,6 +114,7 @@ def _replacement(model: nn.Module) -> nn.Module | None:
     Raises:
         ValueError: It has an option that cannot be gated.
     """
+    _check_usual(model)
     if isinstance(model, (nn.LSTM, nn.GRU)):
         return Recurrent(one_layer(model, 0)) if model.num_layers == 1 else RecurrentLayers(model)
     if isinstance(model, nn.TransformerEncoder):
@@ -118,3 +128,40 @@ def _replacement(model: nn.Module) -> nn.Module | None:
             "nn.TransformerDecoderLayer cannot be gated: write it with selftune.structure.Attention"
         )
     return None
+
+
+def _check_usual(layer: nn.Module) -> None:
+    """Raise an error for a layer that does more than that of torch, which would be lost."""
+    for module in layer.modules() if isinstance(layer, REPLACED) else ():
+        if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
+            raise ValueError(
+                f"{type(module).__name__} has hooks or a parametrization, which a gated layer "
+                "does not have: remove them first"
+            )
+        kinds = [kind for kind in REPLACED if isinstance(module, kind)]
+        if any(
+            getattr(type(module), n, None) is not getattr(k, n, None) for k in kinds for n in OWN
+        ):
+            raise ValueError(
+                f"{type(module).__name__} is a subclass of nn.{kinds[0].__name__} with its own "
+                "forward, which a gated layer does not have: place gates in it yourself"
+            )
+
+
+def _check_tied(model: nn.Module) -> None:
+    """Raise an error for parameters that a replaced layer shares with another layer."""
+    layers = [
+        (f"{path}." if path else "", module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, REPLACED)
+    ]
+    owners: dict[int, set[int]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        within = [id(module) for path, module in layers if name.startswith(path)]
+        known = owners.setdefault(id(param), set())
+        known.add(within[-1] if within else 0)
+        if len(known) > 1:
+            raise ValueError(
+                f"{name} is shared with another layer, which a gated layer cannot do: give each "
+                "its own parameter first"
+            )

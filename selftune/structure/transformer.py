@@ -209,7 +209,8 @@ class Encoder(nn.Module):
     @checked(encoder=Instance((nn.TransformerEncoder,), "a torch.nn.TransformerEncoder"))
     def __init__(self, encoder: nn.TransformerEncoder) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(x) for x in encoder.layers)
+        made = {id(x): EncoderLayer(x) for x in encoder.layers}  # shared layers remain shared
+        self.layers = nn.ModuleList(made[id(x)] for x in encoder.layers)
         self.norm = copy.deepcopy(encoder.norm)
 
     def forward(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from selftune.structure import gated, with_gates
 
@@ -75,3 +76,83 @@ def test_dropout_of_attention_weights_is_named(caplog: pytest.LogCaptureFixture)
         with_gates(encoder(0.3))
     (record,) = caplog.records
     assert "0.layers.0 (dropout=0.3), 0.layers.1 (dropout=0.3)" in record.getMessage()
+
+
+def encoder_layer() -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+
+def test_a_layer_used_twice_in_an_encoder_stays_one() -> None:
+    """Truth: parameters and outputs of the model before (as in ALBERT)."""
+    plain = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
+    plain.layers = nn.ModuleList([plain.layers[0]] * 2)
+    x, count = torch.randn(5, 3, 8), sum(p.numel() for p in plain.parameters())
+    before = plain(x)
+    model = with_gates(plain)
+    assert count == sum(p.numel() for n, p in model.named_parameters() if "gates" not in n)
+    torch.testing.assert_close(model(x), before)
+
+
+class Doubled(nn.TransformerEncoderLayer):
+    """An encoder layer with its own feed-forward block."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return 2 * super()._ff_block(x)
+
+
+class Reversed(nn.LSTM):
+    """An LSTM with its own forward."""
+
+    def forward(self, input: Tensor, hx: object = None) -> tuple[Tensor, object]:
+        output, state = super().forward(input, hx)
+        return output.flip(1), state
+
+
+class Initialised(nn.GRU):
+    """A subclass that changes nothing but its initial weights."""
+
+    def reset_parameters(self) -> None:
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -0.1, 0.1)
+
+
+def hooked() -> nn.Module:
+    layer = encoder_layer()
+    layer.norm1.register_forward_hook(lambda module, args, output: 2 * output)
+    return layer
+
+
+UNUSUAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "block": (lambda: Doubled(8, 2, 16, dropout=0.0), "Doubled is a subclass of nn.Transformer"),
+    "forward": (lambda: Reversed(3, 4), "Reversed is a subclass of nn.LSTM"),
+    "hook": (hooked, "LayerNorm has hooks"),
+    "parametrization": (
+        lambda: parametrizations.spectral_norm(nn.LSTM(3, 4), "weight_hh_l0"),
+        "LSTM has hooks or a parametrization",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_a_gated_layer_would_lose_is_refused(name: str) -> None:
+    """Truth: an error message, and a model that still has all of its layers."""
+    make, message = UNUSUAL[name]
+    model = nn.Sequential(nn.GRU(3, 3), make())
+    with pytest.raises(ValueError, match=f"1: .*{message}"):
+        with_gates(model)
+    assert isinstance(model[0], nn.GRU)
+
+
+def test_a_subclass_with_other_initial_weights_gets_gates() -> None:
+    """Truth: its outputs before."""
+    plain, x = Initialised(3, 4), torch.randn(5, 2, 3)
+    before = plain(x)[0]
+    torch.testing.assert_close(with_gates(plain)(x)[0], before)
+
+
+def test_parameters_tied_between_layers_are_refused() -> None:
+    """Truth: an error message with the name (they were untied in silence)."""
+    model = nn.Sequential(encoder_layer(), encoder_layer())
+    model[1].linear1.weight = model[0].linear1.weight  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"1\.linear1\.weight is shared with another layer"):
+        with_gates(model)
