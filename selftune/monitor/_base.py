@@ -8,11 +8,19 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One number of the log."""
+    """One number of the log.
+
+    Attributes:
+        tag: Name of the curve.
+        value: The number.
+        step: Step of the run.
+        time: When it was logged, in seconds since 1970; 0 if unknown.
+    """
 
     tag: str
     value: float
     step: int
+    time: float = 0.0
 
 
 OVER = ("finished", "stopped")

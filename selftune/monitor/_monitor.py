@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -16,8 +17,8 @@ from selftune.monitor.recorders import as_recorder
 
 log = logging.getLogger("selftune")
 
-Buffered = tuple[str, Any, int]
-"""Tag, value (a number, or a tensor on its device) and step."""
+Buffered = tuple[str, Any, int, float]
+"""Tag, value (a number, or a tensor on its device), step and time."""
 DISTINCT = 8
 """Maximum number of values of a hyperparameter logged one by one, instead of their range."""
 
@@ -57,7 +58,7 @@ class Monitor:
             return
         if isinstance(value, Tensor):
             value = value.detach().reshape(()).float()
-        self._rows.append((tag, value, step))
+        self._rows.append((tag, value, step, time.time()))
         if self._rest is None:
             self._rest = weakref.finalize(self, _write_rest, self.recorder, self._rows)
         if len(self._rows) >= self.block:
@@ -124,7 +125,7 @@ class Monitor:
 
 def _read(rows: Sequence[Buffered]) -> list[Row]:
     """Buffered rows as numbers, with one transfer for each device."""
-    numbers = {at: value for at, (_, value, _) in enumerate(rows)}
+    numbers = {at: value for at, (_, value, *_) in enumerate(rows)}
     waiting: dict[torch.device, list[int]] = {}
     for at, value in numbers.items():
         if isinstance(value, Tensor):
@@ -132,7 +133,7 @@ def _read(rows: Sequence[Buffered]) -> list[Row]:
     for places in waiting.values():
         flat = torch.stack([rows[at][1] for at in places]).tolist()
         numbers.update(zip(places, flat, strict=True))
-    return [Row(tag, float(numbers[at]), step) for at, (tag, _, step) in enumerate(rows)]
+    return [Row(t, float(numbers[at]), step, when) for at, (t, _, step, when) in enumerate(rows)]
 
 
 def _write_rest(recorder: AbstractRecorder, rows: Sequence[Buffered]) -> None:

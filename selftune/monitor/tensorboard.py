@@ -68,6 +68,7 @@ class TensorBoard(AbstractRecorder):
         self._last: list[Row] = []
         self._texts: dict[str, tuple[str, int]] = {}
         self._tags: set[str] = set()
+        self._parted: list[str] = []  # events whose separator a resume removes
         self._charts = False  # whether the layout is this recorder's
         self._close: Callable[[], Any] | None = None
 
@@ -97,7 +98,9 @@ class TensorBoard(AbstractRecorder):
             if self._purge is not None or self._tags:  # another file follows earlier ones
                 _wait(self._folder)
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
-            self._purge = None  # a writer opened later appends
+            for tag in self._parted:  # else a line joins the event to the next one
+                self._writer.add_scalar(tag, math.nan, self._purge)
+            self._purge, self._parted = None, []  # a writer opened later appends
             # The writer's thread ends with this recorder at the latest.
             self._close = weakref.finalize(self, self._writer.close)
         return self._writer
@@ -169,7 +172,9 @@ class TensorBoard(AbstractRecorder):
         if self._folder is not None:
             for file in self._folder.glob(f"events.out.tfevents.*{END}"):
                 file.unlink()
-            self._tags.update(_tags_in(self._folder))
+            steps = _steps_in(self._folder)
+            self._tags.update(steps)
+            self._parted = [tag for tag, at in steps.items() if EVENT.match(tag) and step in at]
 
     def end(self, status: str) -> None:
         """Write the session's end and the final numbers, and close the writer.
@@ -214,13 +219,14 @@ def _write(writer: Any, rows: Iterable[Row]) -> None:
     triangle.
     """
     files = hasattr(writer, "file_writer")
-    for tag, value, step in rows:
+    for tag, value, step, at in rows:
         if files and CODE.match(tag):
             writer.file_writer.add_summary(_code_summary(tag, value), step)
             continue
-        writer.add_scalar(tag, value, step)
+        when = {"walltime": at} if files and at else {}
+        writer.add_scalar(tag, value, step, **when)
         if files and EVENT.match(tag):
-            writer.add_scalar(tag, math.nan, step + 1)
+            writer.add_scalar(tag, math.nan, step + 1, **when)
 
 
 def _code_summary(tag: str, value: float) -> Any:
@@ -254,14 +260,14 @@ def _layout_summary(pages: Mapping[str, Sequence[Chart]]) -> Any:
     return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=tensor)])
 
 
-def _tags_in(folder: Path) -> list[str]:
-    """Tags of the scalars in a folder's event files."""
+def _steps_in(folder: Path) -> dict[str, set[int]]:
+    """Steps of the scalars in a folder's event files, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not _names_in(folder):
-        return []
-    tags: list[str] = EventAccumulator(str(folder), {"scalars": 1}).Reload().Tags()["scalars"]
-    return tags
+        return {}
+    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
+    return {tag: {e.step for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def _wait(folder: Path) -> None:

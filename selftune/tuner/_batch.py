@@ -60,8 +60,13 @@ def size(batch: Any) -> int:
         return int(batch.batch_sizes[0])
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
+    if not isinstance(batch, (dict, tuple, list)):
+        # Graphs of PyTorch Geometric and DGL know their number; others, as dataclasses, are read.
+        counts = [getattr(batch, name, None) for name in ("num_graphs", "batch_size")]
+        if known := [count for count in counts if isinstance(count, int)]:
+            return known[0]
+        batch = getattr(batch, "__dict__", {})
     parts = list(batch.values()) if isinstance(batch, dict) else batch
-    parts = parts if isinstance(parts, (list, tuple)) else ()
     tensors = (p for p in parts if isinstance(p, PackedSequence) or _has_length(p))
     first = next(tensors, None)
     return _within(parts) if first is None else size(first)

@@ -30,8 +30,11 @@ def stop(training: Parts, scores: dict[str, float]) -> str:
     plan, watch = training.plan, training.watch
     # After the join, whose evaluation may be the last without improvement, there are no scores.
     ends = plan.patience is not None and training.waited >= plan.patience and not training.joined
+    watch.digest(training.step)  # after the join, no evaluation has read the last losses
     if training.callbacks:
-        since = training.step % plan.score or plan.score  # steps since the last evaluation
+        joined = (training.joining and training.joining.joined) or 0
+        before = (training.step - 1) // plan.score * plan.score
+        since = training.step - max(before, joined if joined < training.step else 0)
         progress = Progress(
             step=training.step, total=plan.total, epoch=training.train.epoch,
             train_loss=watch.history.mean_loss(since), scores=scores, hparams=watch.hparams(),

@@ -49,6 +49,7 @@ class Training(Parts):
                     self._begin()
                 elif self.longer:
                     _resuming.extend(self.watch, self.snapshots, self.step)
+                    self.save()  # else an extension that is killed logs its beginning again
                 self._reach(self.due)
                 while (self.step < self.plan.total or self.due == SCORES) and ended == "finished":
                     if self.due != SCORES:
@@ -209,7 +210,9 @@ class Training(Parts):
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and return the result."""
         scores = _final_weights.place(self)
-        if self.folder is not None and (self.joined or scores["loss"] < self.best):
+        # An interrupted run, once resumed, must find the weights that an undisturbed one has.
+        better = ended != "interrupted" and scores["loss"] < self.best
+        if self.folder is not None and (self.joined or better):
             _final_weights.write_best(self, scores)
         self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
@@ -276,7 +279,8 @@ class Training(Parts):
         self.ended, self.due = state["ended"], state["due"]
         if self.plan.compile == "auto":
             self.plan.compile = state["compile"]
-        self.watch.bar.update(self.step)
+        bar = self.watch.bar
+        bar.initial = bar.n = bar.last_print_n = self.step  # not steps of this process
         rates = self.steps.rates  # an extended run keeps its earlier rates
         rates[: len(state["rates"])].copy_(state["rates"])
         _resuming.name_changes(state, self.steps.starts, self.watch.hparams())

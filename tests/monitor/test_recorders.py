@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -395,3 +397,34 @@ def test_logging_leaves_an_optimizer_s_run_alone() -> None:
     for a, b in zip(run(), run(log_dir=recorder), strict=True):
         assert torch.equal(a, b)
     assert recorder.curve("outer/averaged-vs-last")[0]
+
+
+@pytest.mark.parametrize("driver", ["tuner", "optimizer"])
+def test_times_are_those_of_logging_and_not_of_writing(driver: str, tmp_path: Path) -> None:
+    """Truth: the clock at each step; rows are written in blocks."""
+    x, y = torch.randn(32, 2), torch.randn(32, 1)
+
+    class Slow(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return super().forward(x)
+
+    model = Slow(2, 1)
+    if driver == "tuner":
+        tuner = st.Tuner(model, torch.nn.MSELoss(), compile=False, probe=False, every=2)
+        tuner.fit([(x, y)], [(x, y)], steps=50, evaluate_every=50, log_every=2, log_dir=tmp_path,
+                  progress=False)  # fmt: skip
+    else:
+        opt = st.SGD(model, lr=0.01, probe=False, log_dir=tmp_path, every=2)
+        for step in range(50):
+            opt.zero_grad()
+            (model(x) - y).square().mean().backward()
+            opt.step()
+            if step % 2:
+                opt.hyper_step(lambda: (model(x) - y).square().mean())
+        opt.finish()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("hyper/lr")
+    times = {e.step: e.wall_time for e in events if 0 < e.step < 50}
+    assert len(times) > 8
+    for (first, start), (last, end) in pairwise(sorted(times.items())):
+        assert end - start > 0.02 * (last - first)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import os
 import shutil
 import signal
@@ -27,8 +28,9 @@ def fit(folder: Path, callbacks: Any = (), **options: Any) -> Any:
     batches = list(zip(x.split(16), x.sum(1, keepdim=True).split(16), strict=True))
     tuner = st.Tuner(torch.nn.Linear(4, 1), torch.nn.functional.mse_loss, compile=False)
     return tuner.fit(
-        batches[:12], batches[12:], epochs=5, progress=False, log_dir=folder, log_every=5,
-        evaluate_every=15, callbacks=callbacks, recorder=JSONL(folder / "run.jsonl"), **options,
+        batches[:12], batches[12:], progress=False, log_dir=folder, log_every=5,
+        evaluate_every=15, callbacks=callbacks, recorder=JSONL(folder / "run.jsonl"),
+        **({"epochs": 5} | options),
     )  # fmt: skip
 
 
@@ -129,12 +131,50 @@ def looped(recorder: Any, last: int, state: Any = None) -> Any:
     return copy.deepcopy(state)
 
 
+def test_a_killed_extension_leaves_no_entries_twice(tmp_path: Path) -> None:
+    """Truth: the curves of an extension that nobody killed."""
+
+    def die(progress: Any) -> None:
+        if progress.step > 60:
+            raise ZeroDivisionError("a defect of the user's")
+
+    for name in ("killed", "whole"):
+        fit(tmp_path / name)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "killed", [die], resume=True, epochs=10, checkpoint_every=10**6)
+    curves = []
+    for name in ("killed", "whole"):
+        fit(tmp_path / name, resume=True, epochs=10)
+        lines = read_jsonl(tmp_path / name / "run.jsonl")
+        rows = [(r["tag"], r["step"]) for r in lines if "value" in r]
+        curves.append(sorted(r for r in rows if not r[0].startswith("time/")))
+    assert curves[0] == curves[1]
+
+
+def test_an_event_at_the_step_of_a_resume_stays_apart(tmp_path: Path) -> None:
+    """Truth: the curve without a resume, in which a NaN follows every event."""
+    recorder = TensorBoard(tmp_path)
+    recorder.begin({"lr": 0.1}, ["lr"])
+    recorder.scalars([Row("when/lr", -1.0, 50), Row("hyper/lr", 0.1, 50)])
+    recorder.end("failed")
+    recorder = TensorBoard(tmp_path)
+    recorder.resume(50)
+    recorder.scalars([Row("when/lr", -2.0, 90)])
+    recorder.end("finished")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("when/lr")
+    found = [(e.step, None if math.isnan(e.value) else e.value) for e in events]
+    assert found == [(50, -1.0), (51, None), (90, -2.0), (91, None)]
+
+
 def test_a_loaded_optimizer_writes_the_same_curves(tmp_path: Path) -> None:
     """Also those that compare an entry with earlier ones: margins, agreement, verdicts."""
     whole, cut = InMemory(), InMemory()
     looped(whole, 140)
     looped(cut, 140, looped(cut, 80))
-    rows = [[r for r in one.rows if not r.tag.startswith("time/")] for one in (whole, cut)]
+    rows = [
+        [r._replace(time=0.0) for r in one.rows if not r.tag.startswith("time/")]
+        for one in (whole, cut)
+    ]
     assert {"response/agreement", "margin/lr/low", "verdict/lr"} <= {r.tag for r in rows[0]}
     assert repr(rows[0]) == repr(rows[1])  # for NaN is itself
 

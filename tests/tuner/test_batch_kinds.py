@@ -7,6 +7,7 @@ import datetime
 import threading
 from collections import UserDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,29 @@ import selftune as st
 X, Y = points(17, seed=1)
 X[-1] *= 50  # so that the weight of a last batch of one example shows
 CUTS = (slice(0, 16), slice(16, 17))
+
+
+class Graphs:
+    """A batch of graphs, as of PyTorch Geometric: nodes of all of them, and their number."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.nodes, self.x, self.y, self.num_graphs = torch.ones(3, 2), x, y, len(x)
+
+    def to(self, device: torch.device) -> "Graphs":
+        return Graphs(self.x.to(device), self.y.to(device))
+
+
+@dataclass
+class Pair:
+    """A batch of its own kind."""
+
+    x: Tensor
+    y: Tensor
+
+
 KINDS: dict[str, Any] = {
+    "graphs": lambda c: Graphs(X[c], Y[c]),
+    "a dataclass": lambda c: Pair(X[c], Y[c]),
     "arrays": lambda c: (X[c].numpy(), Y[c].numpy()),
     "a dictionary that is no dict": lambda c: UserDict(x=X[c], y=Y[c]),
     "names first": lambda c: (["name"] * len(X[c]), X[c], Y[c]),
@@ -32,6 +55,7 @@ KINDS: dict[str, Any] = {
 
 
 def objective(model: nn.Module, batch: Any) -> Tensor:
+    batch = (batch.x, batch.y) if isinstance(batch, (Graphs, Pair)) else batch
     x, y = batch.values() if isinstance(batch, dict) else batch[-2:]
     return F.cross_entropy(model(x), y)
 

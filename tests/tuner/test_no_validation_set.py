@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import Outage, loader, loss_of, net, points, same, tuner
@@ -264,3 +266,20 @@ def test_predictions_need_examples_that_are_held_out() -> None:
     run.fit(loader(), None, epochs=3, progress=False)
     with pytest.raises(RuntimeError, match="predict needs validation data, and val=None"):
         run.predict(dropout=[0.1])
+
+
+@pytest.mark.parametrize("fit", [dict(epochs=40), dict(steps=200, evaluate_every=50)])
+@pytest.mark.parametrize("val", [None, 0.1])
+def test_callbacks_get_the_mean_training_loss_since_the_last_one(val: Any, fit: Any) -> None:
+    """Truth: the losses in the history."""
+    torch.manual_seed(1)
+    x, seen = torch.randn(500, 8), []
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    result = st.Tuner(model, nn.MSELoss(), compile=False).fit(
+        DataLoader(TensorDataset(x, x[:, :3].square()), 100, shuffle=True), val, progress=False,
+        callbacks=[lambda p: seen.append((p.step, p.train_loss))], **fit,
+    )  # fmt: skip
+    ends = [0, *(step for step, _ in seen)]
+    losses = result.history["train_loss"]
+    means = [np.nanmean(losses[first:end]) for first, end in pairwise(ends)]
+    assert [loss for _, loss in seen] == pytest.approx(means, nan_ok=True)

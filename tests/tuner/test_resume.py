@@ -1,6 +1,7 @@
 """Runs that end early. Truth: the same run, uninterrupted."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -337,3 +338,58 @@ def test_resuming_says_where_and_names_a_changed_start(
     (named,) = (t for t in told if "is ignored" in t)
     assert named.startswith("resume: lr=0.5 is ignored: the run started at 0.01 and continues")
     assert result.why.startswith("lr: given 0.01 →")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_interrupted_run_resumes_to_the_weights_of_an_undisturbed_one(
+    seed: int, tmp_path: Path
+) -> None:
+    """Also if the interrupted one ended with better weights than any evaluation had."""
+
+    def fit(folder: str, interrupt: bool) -> st.TuningResult:
+        torch.manual_seed(seed)
+        x = torch.randn(120, 20)
+        y = x[:, :1] + 2 * torch.randn(120, 1)
+        train = list(zip(x[:60].split(10), y[:60].split(10), strict=True))
+        val = list(zip(x[60:].split(20), y[60:].split(20), strict=True))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)
+        )
+
+        def press(progress: Any) -> None:
+            if interrupt and progress.step == 60:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        made = st.Tuner(model, torch.nn.MSELoss(), hparams={"lr": 3e-3}, schedule="constant",
+                        compile=False)  # fmt: skip
+        return made.fit(
+            train, val, steps=300, evaluate_every=20, log_dir=tmp_path / folder, resume=True,
+            callbacks=[press], progress=False,
+        )  # fmt: skip
+
+    assert fit("twice", interrupt=True).ended == "interrupted"
+    assert_same(fit("twice", interrupt=False), fit("once", interrupt=False))
+
+
+def test_the_bar_of_a_resumed_run_counts_its_own_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Truth: the time that each step takes at least."""
+
+    class Slow(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.01)
+            return super().forward(x)
+
+    def fit(stop: int) -> None:
+        x, y = torch.randn(64, 2), torch.randn(64, 1)
+        st.Tuner(Slow(2, 1), torch.nn.MSELoss(), compile=False, probe=False).fit(
+            [(x, y)], [(x, y)], steps=100, evaluate_every=20, log_dir=tmp_path, resume=True,
+            callbacks=[lambda p: os.kill(os.getpid(), signal.SIGINT) if p.step == stop else None],
+        )  # fmt: skip
+
+    fit(80)
+    capsys.readouterr()
+    fit(0)
+    rates = re.findall(r"100/100 .*?([\d.]+)step/s", capsys.readouterr().err)
+    assert float(rates[-1]) < 100
