@@ -38,6 +38,14 @@ def random_kept(device: torch.device) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def every_random_kept() -> Iterator[None]:
+    """Restores the random states of the CPU and of all GPUs in use after the block."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
+        yield
+
+
+@contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Draws the random numbers of a seed within the block, and restores the states after it."""
     with random_kept(device):

@@ -67,12 +67,13 @@ MOST = 1000
 """Largest number of grid points that are searched without ``force=True``."""
 
 
-def builders_of(candidates: Candidates, train: Any) -> dict[str, Builder]:
+def builders_of(candidates: Candidates, train: Any, val: Any = None) -> dict[str, Builder]:
     """Builders of candidates by the name of their family.
 
     Args:
         candidates: As for :func:`~selftune.search.select`.
         train: Training batches, from which families infer shapes.
+        val: Validation batches, which may have other words and classes.
 
     Raises:
         ValueError: There are no candidates.
@@ -81,7 +82,7 @@ def builders_of(candidates: Candidates, train: Any) -> dict[str, Builder]:
     if isinstance(candidates, str):
         if candidates != "auto":
             raise ValueError(f"candidates={candidates!r} must be 'auto', functions or families")
-        return dict(auto(Shape.of(train)))
+        return dict(auto(Shape.of(train).with_words_and_classes_of(val)))
     if isinstance(candidates, Mapping):
         given = dict(candidates)
     elif isinstance(candidates, Sequence):
@@ -96,7 +97,7 @@ def builders_of(candidates: Candidates, train: Any) -> dict[str, Builder]:
     if not given:
         raise ValueError("candidates is empty: pass 'auto', a function, or several by name")
     kinds = [c for c in given.values() if isinstance(c, type) and issubclass(c, AbstractFamily)]
-    shape = Shape.of(train) if kinds else None
+    shape = Shape.of(train).with_words_and_classes_of(val) if kinds else None
     for name, candidate in given.items():
         if not callable(candidate):
             raise TypeError(

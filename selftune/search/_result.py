@@ -10,12 +10,14 @@ import optuna
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from torch import nn
 
+from selftune._modes import every_random_kept
 from selftune.replay import TunedSchedule
 from selftune.search._candidates import Candidate
 from selftune.search._ensemble import Ensemble, choose
 from selftune.search._pruning import recut
 from selftune.search._space import UNLIKE
-from selftune.search._trial import Trainer, finished, weights_of
+from selftune.search._storage import finished
+from selftune.search._trial import Trainer, weights_of
 from selftune.tuner._checkpoints import load  # compares checksums
 from selftune.tuner._splitting import parts
 
@@ -75,6 +77,7 @@ class Selection:
         return "\n".join(rows)
 
 
+@every_random_kept()
 def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
     """The best trial with its model, trained.
 

@@ -35,6 +35,7 @@ from selftune._arguments import (
     Whole,
     check,
 )
+from selftune._modes import every_random_kept
 from selftune.holdout import HoldOut
 from selftune.rules import AdamW
 from selftune.search._candidates import (
@@ -48,7 +49,7 @@ from selftune.search._identity import about
 from selftune.search._pruning import settings_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape, some
-from selftune.search._storage import check_sampler, persist, writable
+from selftune.search._storage import check_sampler, finished, persist, writable
 from selftune.search._trial import Trainer
 from selftune.search._workers import JOIN, Payload, crowd, reclaim, work
 from selftune.search.families import AbstractFamily
@@ -190,7 +191,7 @@ def select(
     check(ARGUMENTS, locals())
     check_own(tuner, seed="seed= of select")
     goal = settings_of(structure)
-    builders = builders_of(candidates, train)
+    builders = builders_of(candidates, train, val)
     joined = os.environ.get(JOIN)
     storage = joined or storage
     folder = None if log_dir is None else Path(log_dir)
@@ -250,6 +251,8 @@ def select(
         # Replace trials whose workers were killed before they began.
         if ended and persist(lambda: reclaim(opened), opened):
             run(payload, opened, bar=bar)
+    if not ended and not finished(opened):
+        raise KeyboardInterrupt
     selection = persist(lambda: selected(trainer, opened, before), opened)
     if memory is not None and trainer.task is not None and len(opened.trials) > before:
         schedule = None if selection.schedule is None else asdict(selection.schedule)
@@ -263,6 +266,7 @@ def select(
     return selection
 
 
+@every_random_kept()
 def _begin(trainer: Trainer, study: optuna.Study) -> int:
     """Enqueue trials of lost workers and the memory's parameters; return the number of trials."""
     reclaim(study)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 AUTO = "candidates='auto'"
 
@@ -85,6 +86,24 @@ class Shape:
             words = max(words, classes if y.ndim > 1 else 0)
         return cls(inputs, classes, "classification", words or None, each=y.ndim > 1)
 
+    def with_words_and_classes_of(self, val: Any) -> Shape:
+        """The shape with as many words and classes as validation batches need, too.
+
+        Args:
+            val: Validation batches; others, such as a share of the training data, have no more.
+        """
+        if not isinstance(val, Iterable):
+            return self
+        words, outputs = self.words, self.outputs
+        for x, y in some(val):
+            if words is not None:
+                words = max(words, int(x.max()) + 1)
+            if self.task == "classification":
+                outputs = max(outputs, int(y.max()) + 1)
+        if words is not None and self.each:
+            words = max(words, outputs)
+        return replace(self, words=words, outputs=outputs)
+
     def close(self, output: Tensor) -> Tensor:
         """Reshape a model output to the shape of the target."""
         return output.squeeze(-1) if self.flat else output
@@ -116,6 +135,10 @@ def _check_inputs(x: Any) -> None:
             )
         if not bool(x.isfinite().all()):
             raise ValueError("train has inputs that are missing or infinite: replace them first")
+    elif x.dtype == torch.bool:
+        raise ValueError("train has inputs of torch.bool: convert them with x.float()")
+    elif int(x.min()) < 0:
+        raise ValueError(f"train has the word index {int(x.min())}: number words from 0")
     elif x.ndim != 2:
         raise ValueError(
             f"train has inputs of {x.dtype} and shape {shape}: integers are word indices of shape "
@@ -160,7 +183,11 @@ class Classes(nn.CrossEntropyLoss):
                 f"{tuple(target.shape)}: return one score for each "
                 f"{'class' if self.count is None else f'of the {self.count} classes'}"
             )
-        return super().forward(output.flatten(0, -2), target.flatten().long())
+        output, target = output.flatten(0, -2), target.flatten().long()
+        if self.weight is None:
+            return super().forward(output, target)
+        losses = F.cross_entropy(output, target, self.weight, reduction="none")
+        return losses.mean()  # not over the batch's weights, which would undo them
 
 
 class Squared(nn.MSELoss):

@@ -33,6 +33,7 @@ from optuna.storages import (
     RetryHeartbeatStaleTrialCallback,
 )
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from selftune.search._journal import opened
@@ -287,3 +288,8 @@ def open_study(
             "storage="
         )
     return study
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that have a value."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

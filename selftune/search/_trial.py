@@ -17,9 +17,10 @@ import numpy as np
 import optuna
 import torch
 from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from torch import nn
 
+from selftune._modes import every_random_kept
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
 from selftune.search._candidates import Builder, Candidate
@@ -34,7 +35,7 @@ from selftune.search._pruning import (
     until,
 )
 from selftune.search._space import Space
-from selftune.search._storage import Unwritable, transient
+from selftune.search._storage import Unwritable, finished, transient
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
 from selftune.tuner._objective import Objective
@@ -102,6 +103,10 @@ class Trainer:
             return self(trial)
         except optuna.TrialPruned:
             raise
+        except KeyboardInterrupt:  # Optuna counts it as failed, and a grid would leave it out
+            if trial.params:
+                trial.study.enqueue_trial(trial.params, user_attrs={"instead of": trial.number})
+            raise
         except Exception as error:
             if transient(error):  # not the candidate's failure: another trial takes its place
                 raise
@@ -115,6 +120,7 @@ class Trainer:
             )
             raise
 
+    @every_random_kept()
     def __call__(self, trial: optuna.Trial) -> float:
         """Run a trial and return its metric; keep its weights if they are the best so far."""
         family = self.family(trial)
@@ -341,8 +347,3 @@ def weights_of(folder: Path, trial: optuna.Trial | FrozenTrial) -> Path:
     """Path of the weights of a trial; when it began tells it from those of other studies."""
     begun = f"{trial.datetime_start:%Y%m%d-%H%M%S-%f}" if trial.datetime_start else "unknown"
     return folder / "weights" / f"{trial.number:04d}-{begun}.pt"
-
-
-def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that have a value."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -224,7 +224,9 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
             nonlocal started
             started += 1
             command = [sys.executable, "-m", "selftune.search", str(started)]
-            return subprocess.Popen(command, stdin=file)
+            # As in multiprocessing: modules beside the script are found.
+            path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+            return subprocess.Popen(command, stdin=file, env=os.environ | {"PYTHONPATH": path})
 
         running = [start() for _ in range(min(workers, payload.trials))]
         try:
@@ -234,6 +236,12 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
                     running.remove(process)
                     lost = process.returncode != 0
                     persist(lambda: orphans(study), study)
+                    begun = [t for t in study.get_trials(False) if t.state != TrialState.WAITING]
+                    if lost and started - len(running) >= workers and not begun:
+                        raise RuntimeError(
+                            f"the first {workers} workers ended before a trial, the last with exit "
+                            f"status {process.returncode}: their messages are above. Try workers=1"
+                        )
                     if lost and started < workers + RETRIES * payload.trials:
                         running.append(start())
                 done = persist(lambda: [t for t in taken(study) if t.state.is_finished()], study)
