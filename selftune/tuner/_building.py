@@ -38,11 +38,11 @@ from selftune.tuner._objective import InMode, for_tuning
 from selftune.tuner._parts import Joining
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD
+from selftune.tuner._rank_batches import RankBatches
 from selftune.tuner._references import check_references
 from selftune.tuner._resuming import UNTIL, identity
 from selftune.tuner._run_state import RunState
 from selftune.tuner._scoring import Scorer
-from selftune.tuner._sharding import Shard
 from selftune.tuner._shards import Shards, shard_model
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
@@ -86,7 +86,7 @@ def open_streams(
         given.objective.to(device)
 
     def stream(loader: Any, name: str) -> Stream:
-        own = Shard(name, group.rank, group.size) if group.size > 1 else None
+        own = RankBatches(name, group.rank, group.size) if group.size > 1 else None
         return Stream(loader, name, device, skips=name == "val", shard=own)
 
     streams = stream(train, "train"), stream(val, "val"), stream(whole, "train")

@@ -13,8 +13,8 @@ from selftune.structure import Batches
 from selftune.structure.noise_scale import squared_norm
 from selftune.tuner._group import Group, RankLost
 from selftune.tuner._passes import Passed
+from selftune.tuner._rank_batches import cut
 from selftune.tuner._run_state import RunState
-from selftune.tuner._sharding import cut
 
 EVERY = 8
 """Steps between two whose batch is divided."""

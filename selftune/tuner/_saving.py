@@ -16,7 +16,7 @@ from selftune.tuner import _choice
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._parts import Parts
 from selftune.tuner._run_state import RunState
-from selftune.tuner._shards import Place
+from selftune.tuner._shards import Placement
 
 
 def pack(training: Parts) -> dict[str, Any]:
@@ -120,18 +120,18 @@ def _frozen_params(training: Parts) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in named if not p.requires_grad}
 
 
-def _placed(training: Parts, run: RunState) -> list[tuple[Tensor, Place]]:
+def _placed(training: Parts, run: RunState) -> list[tuple[Tensor, Placement]]:
     """The tensors of a run with their places."""
     return list(zip(leaves(run), training.steps.shards.places(run), strict=True))
 
 
 def _snapshots(
-    training: Parts, change: Callable[[Tensor, Place], Tensor], state: dict[str, list[Tensor]]
+    training: Parts, change: Callable[[Tensor, Placement], Tensor], state: dict[str, list[Tensor]]
 ) -> dict[str, list[Tensor]]:
     """The snapshots, whole or this rank's shards."""
     sharded = training.group.sharded
-    weights = [Place(i) if sharded else Place() for i in range(len(state["good"]))]
-    places = [*weights, *[Place()] * len(state["buffers"])]
+    weights = [Placement(i) if sharded else Placement() for i in range(len(state["good"]))]
+    places = [*weights, *[Placement()] * len(state["buffers"])]
     known = {"good": weights, "buffers": places[len(weights) :], "candidate": places}
     return {
         name: [change(t, place) for t, place in zip(tensors, known[name], strict=False)]

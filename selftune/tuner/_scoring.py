@@ -21,7 +21,7 @@ from selftune.tuner._batch import size, to_device
 from selftune.tuner._data import Stream, end_workers, own_iterator
 from selftune.tuner._objective import InMode, Objective, twin
 from selftune.tuner._positions import position, read_from
-from selftune.tuner._sharding import steady
+from selftune.tuner._rank_batches import steady
 from selftune.tuner._snapshots import Snapshots
 from selftune.tuner._steps import Steps
 

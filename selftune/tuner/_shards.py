@@ -104,7 +104,7 @@ def _without_values(state: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where the values of a tensor of the run belong.
 
     Attributes:
@@ -139,31 +139,31 @@ class Shards:
         """This rank's part of the slices."""
         return [shard(c, p) for c, p in zip(self.cuts, self.parts, strict=True)]
 
-    def places(self, run: RunState) -> list[Place]:
+    def places(self, run: RunState) -> list[Placement]:
         """The place of each tensor of a run, in the order of its leaves."""
         if not self.group.sharded:
-            return [Place()] * len(leaves(run))
+            return [Placement()] * len(leaves(run))
         parts, method = range(len(self.parts)), run.method
-        sliced = [Place(i, sliced=True) for i in parts]
-        places: list[Place] = []
+        sliced = [Placement(i, sliced=True) for i in parts]
+        places: list[Placement] = []
         for i, part in enumerate(method.parts):
             places += self._of_part(i, part)
-        places += [Place()] * len(leaves(method.hyper))
+        places += [Placement()] * len(leaves(method.hyper))
         for displacement in method.displacement:
-            places += [*sliced, *sliced, *[Place()] * len(displacement[2:])]
+            places += [*sliced, *sliced, *[Placement()] * len(displacement[2:])]
         for i, _ in enumerate(method.secants):
-            places += [Place(i, sliced=True, dim=1), sliced[i], sliced[i]]
+            places += [Placement(i, sliced=True, dim=1), sliced[i], sliced[i]]
         rest = [method.stiffness, *run[1:]]
-        return places + [Place()] * len(leaves(rest))
+        return places + [Placement()] * len(leaves(rest))
 
     @staticmethod
-    def _of_part(index: int, part: Part) -> list[Place]:
-        whole, sliced = Place(index), Place(index, sliced=True)
+    def _of_part(index: int, part: Part) -> list[Placement]:
+        whole, sliced = Placement(index), Placement(index, sliced=True)
         kept = [part.tangents, part.averaged, part.recent]
         return [
             *[whole] * len(leaves([part.params, part.rule, part.average])),
             *[sliced] * len(leaves(kept)),
-            *[Place()] * len(leaves(part.decay)),
+            *[Placement()] * len(leaves(part.decay)),
         ]
 
     def of_slopes(self) -> list[Slice] | None:
@@ -176,7 +176,7 @@ class Shards:
 
     # between a rank's shard and the whole tensor
 
-    def whole(self, tensor: Tensor, place: Place) -> Tensor:
+    def whole(self, tensor: Tensor, place: Placement) -> Tensor:
         """A copy of the whole tensor on the first rank's CPU; called on all ranks."""
         if place.part is None:
             return tensor.detach().clone()
@@ -185,7 +185,7 @@ class Shards:
         both = zip(mine, self._counts(place), strict=True)
         return torch.cat([self.group.concatenate(m, c, place.dim) for m, c in both], place.dim)
 
-    def shard(self, whole: Tensor, place: Place) -> Tensor:
+    def shard(self, whole: Tensor, place: Placement) -> Tensor:
         """This rank's shard of the first rank's whole tensor; called on all ranks."""
         whole = self._received(whole)
         if place.part is None:
@@ -201,14 +201,14 @@ class Shards:
             return tensor
         return self.group.broadcast(tensor, self.parts[0][0].device)
 
-    def shape(self, tensor: Tensor, place: Place) -> torch.Size:
+    def shape(self, tensor: Tensor, place: Placement) -> torch.Size:
         """The shape of the whole tensor."""
         shape = list(tensor.shape)
         if place.part is not None:
             shape[place.dim] = sum(sum(counts) for counts in self._counts(place))
         return torch.Size(shape)
 
-    def _counts(self, place: Place) -> list[list[int]]:
+    def _counts(self, place: Placement) -> list[list[int]]:
         """The extent of each parameter on each rank, along the dimension of the weights."""
         assert place.part is not None
         params, cut, ranks = self.parts[place.part], self.cuts[place.part], range(self.group.size)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 REMEDY = "among ranks: pass a DataLoader with num_workers=1 or more, whose indices are divided"
 
 
-class Shard:
+class RankBatches:
     """Makes loaders yield this rank's part of each batch.
 
     With worker processes, a DataLoader over an indexable dataset loads only this part. Other
