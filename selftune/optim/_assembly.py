@@ -37,7 +37,6 @@ class Assembly:
     def __init__(self, engine: Engine, groups: Groups) -> None:
         self._engine, self._groups = engine, groups
         self._built: list[list[Kind]] = []
-        self._sizes: list[list[tuple[int, int, torch.dtype]]] = []
         self._frozen: list[Tensor] = []
 
     @property
@@ -48,7 +47,7 @@ class Assembly:
     def over(self, engine: Engine) -> Assembly:
         """A copy for another engine, without blocks."""
         other = copy.copy(self)
-        other._engine, other._built, other._sizes = engine, [], []
+        other._engine, other._built = engine, []
         return other
 
     def current(self, groups: Sequence[Group], state: State) -> list[Block]:
@@ -57,17 +56,13 @@ class Assembly:
         Raises:
             ValueError: A parameter has another shape or dtype than at the first step.
         """
-        # At every step, so without shapes, which take as long as the rest.
-        sizes = [[(id(p), p.numel(), p.dtype) for p in g["params"]] for g in groups]
-        same = sizes == self._sizes and not any(p.requires_grad for p in self._frozen)
-        if same and self._engine.clock.steps:
-            return self._engine.blocks
-        kinds = [[(id(p), p.shape, p.dtype) for p in g["params"]] for g in groups]
-        if same and kinds == self._built:
+        # At every step: size() takes half as long as shape.
+        kinds = [[(id(p), p.size(), p.dtype) for p in g["params"]] for g in groups]
+        if kinds == self._built and not any(p.requires_grad for p in self._frozen):
             return self._engine.blocks
         self._check_kinds(groups, state)
         self._rebuild(groups, state)
-        self._built, self._sizes = kinds, sizes
+        self._built = kinds
         return self._engine.blocks
 
     @ordinary_tensors()

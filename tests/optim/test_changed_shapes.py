@@ -56,6 +56,22 @@ def test_a_change_during_the_run_is_refused(make: str, change: Callable[[Any], N
 
 
 @pytest.mark.parametrize("make", MAKES)
+def test_another_shape_with_as_many_values_is_refused(make: str) -> None:
+    """Truth: an error with both shapes (it was torch's own, from inside the step)."""
+    net = nn.Linear(2, 6)
+    opt = MAKES[make](net)
+    for _ in range(3):
+        opt.zero_grad()
+        net(X[:, :2]).square().mean().backward()
+        opt.step()
+    net.weight.data = torch.randn(4, 3)
+    opt.zero_grad()
+    net.weight.square().mean().backward()
+    with pytest.raises(ValueError, match=r"from \(\(6, 2\), torch.float32\) to \(\(4, 3\)"):
+        opt.step()
+
+
+@pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("look", ["memory", "averaged", "state_dict"])
 @pytest.mark.parametrize("change", [widened, nn.Module.double])
 def test_a_change_before_the_first_step_is_followed(
