@@ -120,10 +120,13 @@ class Replay:
         wanted = [n for n in schedule.values if n not in set(ignore)]
         self._layers = [m for m in layers if m.hparam.name in wanted]
         strengths = {m.hparam.name for m in self._layers}
-        self._names = [n for n in wanted if n not in strengths]
-        for name in self._names:
+        self._names = []
+        for name in wanted:
             key = OPTIONS.get(name, (name,))[0]
-            if any(key not in group for group in optimizer.param_groups):
+            known = all(key in group for group in optimizer.param_groups)
+            if known and name not in strengths:
+                self._names.append(name)
+            elif name not in strengths and any(value for _, value in schedule.values[name]):
                 raise ValueError(
                     f"schedule tunes {name!r}, which {type(optimizer).__name__} does not have: "
                     f"use the optimizer it was tuned for ({schedule.rule}), pass model= if it is "

@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from selftune._modes import KeptBuffer
+from selftune.nn._base import Tunable
 from selftune.optim._layers import sound, tracks, wrapped
 
 
@@ -26,12 +27,12 @@ class Carried:
 
     Vectors of a power iteration, running codebooks and hidden states between batches depend on the
     training batches and weights. A validation pass must not change them, or validation data would
-    enter the training. Integer buffers, such as counters of random numbers, may advance, and so may
-    modules outside of a model with parameters, such as metrics.
+    enter the training. Counters of random numbers, integers without running values beside them,
+    may advance, and so may modules outside of a model with parameters, such as metrics.
 
     Attributes:
-        buffers: Module and name of each floating-point buffer of the models that the closure calls;
-            None before its first pass.
+        buffers: Module and name of each buffer of running values in the models that the closure
+            calls; None before its first pass.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Carried:
 
         def look(module: nn.Module, _: Any = None) -> None:
             if any(True for _ in module.parameters()):
-                for part, name in _floating(module):
+                for part, name in _running(module):
                     if (id(part), name) not in kept:
                         kept[id(part), name] = KeptBuffer.of(part, name)
 
@@ -133,10 +134,10 @@ def _eagerly() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
-def _floating(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Module and name of the floating-point buffers, without BatchNorm's statistics."""
+def _running(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Module and name of buffers of running values and their counts, without BatchNorm's."""
     for part in module.modules():
-        if not isinstance(part, _NormBase):
-            for name, buffer in part.named_buffers(recurse=False):
-                if buffer.is_floating_point() and not wrapped(buffer):
-                    yield part, name
+        own = {n: b for n, b in part.named_buffers(recurse=False) if not wrapped(b)}
+        floating = [n for n, b in own.items() if b.is_floating_point()]
+        if floating and not isinstance(part, _NormBase):
+            yield from ((part, n) for n in (floating if isinstance(part, Tunable) else own))

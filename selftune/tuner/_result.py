@@ -99,8 +99,7 @@ def schedule_of(
             if not values[name] or values[name][-1][1] != value:
                 values[name].append([taken, value])
         taken += 1
-    for name in [n for n, v in values.items() if n == "decay" or v == [[0, 0.0]]]:
-        del values[name]
+    del values["decay"]  # part of the learning rate
     rule = run.update.rule
     if isinstance(rule, Mixture) and rule.chosen is not None:
         prefix = f"{rule.chosen}_"

@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,41 @@ def test_a_replayed_run_ends_where_the_tuned_run_ends(
     spread = max(tuned) - min(tuned)
     difference = abs(statistics.median(tuned) - statistics.median(replayed))
     assert difference <= max(spread, 0.15 * statistics.median(tuned)), (tuned, replayed)
+
+
+@pytest.mark.parametrize(
+    ("rule", "optimizer", "zero"),
+    [
+        (st.rules.AdamW(), torch.optim.AdamW, "weight_decay"),
+        (st.rules.Adam(), torch.optim.Adam, "beta1"),
+        (st.rules.SGD(), lambda params: torch.optim.SGD(params, momentum=0.9), "momentum"),
+    ],
+    ids=["AdamW", "Adam", "SGD"],
+)
+def test_values_of_0_are_replayed(rule: st.rules.AbstractRule, optimizer: Any, zero: str) -> None:
+    """Truth: the losses of the tuned run, to rounding (torch's default was used instead)."""
+    x = torch.randn(160, 8, generator=torch.Generator().manual_seed(0)).double()
+    batches = list(zip(x.split(40), (x[:, :1] * x[:, 1:2]).split(40), strict=True))
+
+    def small() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+
+    run = st.Tuner(small(), F.mse_loss, rule=rule, hparams={"lr": 1e-2, zero: 0.0}, tune=("lr",),
+                   compile=False, probe=False)  # fmt: skip
+    result = run.fit(batches[:3], batches[3:], epochs=10, progress=False)
+    plain = small()
+    opt = optimizer(plain.parameters())
+    follow = st.replay(opt, result.schedule)
+    losses = []
+    for inputs, targets in batches[:3] * 10:
+        opt.zero_grad()
+        loss = F.mse_loss(plain(inputs), targets)
+        losses.append(loss.item())
+        loss.backward()
+        opt.step()
+        follow.step()
+    assert losses == pytest.approx(result.history["train_loss"].tolist(), rel=1e-9)
 
 
 def test_steps_that_a_rewind_undid_are_not_replayed() -> None:
