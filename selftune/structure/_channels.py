@@ -183,9 +183,7 @@ class Follower(Tracked):
 
     def _elementwise(self, node: fx.Node, given: Channels, value: Tensor) -> Channels:
         """An elementwise function: closed units stay 0 if it maps 0 to 0."""
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: torch.zeros_like(self.values[n])
-        )
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _zeros(self.values[n]))
         at_zero = getattr(self, node.op)(node.target, args, kwargs)
         return given.shifted() if at_zero.any() else given
 
@@ -288,6 +286,11 @@ class Follower(Tracked):
             ids += channels.ids
             zeros.append(channels.zero)
         return Channels(axis, ids, torch.cat(zeros))
+
+
+def _zeros(value: Any) -> Any:
+    """Zeros like a tensor; other arguments, such as a dtype, as they are."""
+    return torch.zeros_like(value) if isinstance(value, Tensor) else value
 
 
 def _shared(graph: fx.GraphModule) -> set[int]:

@@ -66,9 +66,17 @@ def test_closed_units_that_do_not_stay_0_are_kept(name: str) -> None:
     assert size(pruned) == size(Between(KEPT[name]))
 
 
-def test_closed_units_are_removed_behind_a_hardtanh_around_0() -> None:
+MAPPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hardtanh around 0": lambda y, z: F.hardtanh(y, -0.5, 1.0),
+    "type of another tensor": lambda y, z: y.to(z.dtype),
+    "dropout": lambda y, z: F.dropout(y, p=0.5, training=False),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_closed_units_are_removed_behind_a_function_that_maps_0_to_0(name: str) -> None:
     """Truth: outputs of the gated model, and a count by hand: 3 of 8 units have 5 + 2 weights."""
-    model = Between(lambda y, z: F.hardtanh(y, -0.5, 1.0))
+    model = Between(MAPPED[name])
     assert size(assert_pruned_equal(model, torch.randn(5, 4))) == size(model) - 3 * (5 + 2)
 
 
