@@ -51,7 +51,7 @@ def check_first(
     for stream, (name, module) in zip(streams, passes, strict=True):
         batch = stream.peek()
         kept = buffers_kept(module.modules())
-        with random_kept(run.step.device), steps.autocast(), kept, _explained():
+        with random_kept(run.step.device), steps.autocast(), kept, _explained(name):
             with torch.set_grad_enabled(not steps.group.sharded), _noted(name):
                 loss = module(batch)
             _check_loss(loss, name)
@@ -95,10 +95,18 @@ def _noted(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Explains errors from activation checkpoints that cannot be differentiated."""
+def _explained(name: str) -> Iterator[None]:
+    """Explains errors of BatchNorm, and of what cannot be differentiated or gathered."""
     try:
         yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"the first {name} batch has one example, but BatchNorm needs two or more, in "
+            "validation batches too, because hyperparameter steps run it in training mode: raise "
+            "batch_size, or pass more examples"
+        ) from error
     except RuntimeError as error:
         if "use_reentrant" in str(error):
             raise ValueError(

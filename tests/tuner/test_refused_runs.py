@@ -462,3 +462,13 @@ def test_errors_of_the_first_pass_name_the_batch(caplog: pytest.LogCaptureFixtur
         fit(train=[(x, y, y)])
     notes = getattr(failure.value, "__notes__", [caplog.text])
     assert "on the first train batch. With loss_fn(output, target)" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_batches_of_one_example_before_a_batch_norm_are_named(name: str) -> None:
+    """Truth: an error with the batch (it was torch's own, about training, for validation too)."""
+    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    x, y = points(20)
+    batches = {"train": [(x, y)], "val": [(x, y)]} | {name: [(x[:1], y[:1])]}
+    with pytest.raises(ValueError, match=f"the first {name} batch has one example, but BatchNorm"):
+        st.Tuner(model, nn.CrossEntropyLoss()).fit(**batches, steps=20, progress=False)
