@@ -7,20 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Row(NamedTuple):
-    """One number of the log.
+class Row(NamedTuple("Row", [("tag", str), ("value", float), ("step", int)])):
+    """One number of the log: tag, value and step.
 
     Attributes:
-        tag: Name of the curve.
-        value: The number.
-        step: Step of the run.
-        time: When it was logged, in seconds since 1970; 0 if unknown.
+        time: When it was logged, in seconds since 1970; 0 if unknown. Not an element of the tuple.
     """
 
-    tag: str
-    value: float
-    step: int
     time: float = 0.0
+
+    def at(self, time: float) -> Row:
+        """The row with a time; changes it."""
+        self.time = time
+        return self
 
 
 OVER = ("finished", "stopped")

@@ -133,7 +133,9 @@ def _read(rows: Sequence[Buffered]) -> list[Row]:
     for places in waiting.values():
         flat = torch.stack([rows[at][1] for at in places]).tolist()
         numbers.update(zip(places, flat, strict=True))
-    return [Row(t, float(numbers[at]), step, when) for at, (t, _, step, when) in enumerate(rows)]
+    return [
+        Row(tag, float(numbers[at]), step).at(when) for at, (tag, _, step, when) in enumerate(rows)
+    ]
 
 
 def _write_rest(recorder: AbstractRecorder, rows: Sequence[Buffered]) -> None:

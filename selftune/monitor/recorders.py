@@ -103,11 +103,11 @@ class JSONL(AbstractRecorder):
 
     def scalars(self, rows: Sequence[Row]) -> None:
         """Append the rows."""
-        self._append([{"tag": t, "value": _finite(v), "step": s} for t, v, s, _ in rows])
+        self._append([{"tag": t, "value": _finite(v), "step": s} for t, v, s in rows])
 
     def last(self, rows: Sequence[Row]) -> None:
         """Append the rows, with ``"end": true``."""
-        lines = [{"tag": t, "value": _finite(v), "step": s, "end": True} for t, v, s, _ in rows]
+        lines = [{"tag": t, "value": _finite(v), "step": s, "end": True} for t, v, s in rows]
         self._append(lines)
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
@@ -220,7 +220,7 @@ class Listener(AbstractRecorder):
     def scalars(self, rows: Sequence[Row]) -> None:
         """Call the function once per step."""
         steps: dict[int, dict[str, float]] = {}
-        for tag, value, step, _ in rows:
+        for tag, value, step in rows:
             if not EVENT.match(tag):
                 steps.setdefault(step, {})[tag] = value
         for step, values in steps.items():
@@ -237,7 +237,7 @@ class Named(AbstractRecorder):
         self.recorder, self.name = recorder, name
 
     def _rows(self, method: str, rows: Sequence[Row]) -> None:
-        tagged = [row._replace(tag=f"{self.name}/{row.tag}") for row in rows]
+        tagged = [row._replace(tag=f"{self.name}/{row.tag}").at(row.time) for row in rows]
         getattr(self.recorder, method)(tagged)
 
     def _entry(self, method: str, tag: str, *rest: Any, **named: Any) -> None:

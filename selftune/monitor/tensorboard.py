@@ -219,11 +219,12 @@ def _write(writer: Any, rows: Iterable[Row]) -> None:
     triangle.
     """
     files = hasattr(writer, "file_writer")
-    for tag, value, step, at in rows:
+    for row in rows:
+        tag, value, step = row
         if files and CODE.match(tag):
             writer.file_writer.add_summary(_code_summary(tag, value), step)
             continue
-        when = {"walltime": at} if files and at else {}
+        when = {"walltime": row.time} if files and row.time else {}
         writer.add_scalar(tag, value, step, **when)
         if files and EVENT.match(tag):
             writer.add_scalar(tag, math.nan, step + 1, **when)

@@ -10,7 +10,6 @@ import optuna
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from torch import nn
 
-from selftune._modes import every_random_kept
 from selftune.replay import TunedSchedule
 from selftune.search._candidates import Candidate
 from selftune.search._ensemble import Ensemble, choose
@@ -77,7 +76,6 @@ class Selection:
         return "\n".join(rows)
 
 
-@every_random_kept()
 def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
     """The best trial with its model, trained.
 

@@ -88,6 +88,7 @@ ARGUMENTS: dict[str, Kind] = {
 """Allowed values of the arguments of ``select``."""
 
 
+@every_random_kept()
 def select(
     candidates: Candidates,
     train: Any = None,
@@ -266,7 +267,6 @@ def select(
     return selection
 
 
-@every_random_kept()
 def _begin(trainer: Trainer, study: optuna.Study) -> int:
     """Enqueue trials of lost workers and the memory's parameters; return the number of trials."""
     reclaim(study)

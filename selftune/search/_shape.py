@@ -95,7 +95,13 @@ class Shape:
         if not isinstance(val, Iterable):
             return self
         words, outputs = self.words, self.outputs
-        for x, y in some(val):
+        for batch in some(val):
+            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise ValueError(
+                    f"val has batches of type {type(batch).__name__}: families need pairs (inputs, "
+                    "target), as train has"
+                )
+            x, y = batch
             if words is not None:
                 words = max(words, int(x.max()) + 1)
             if self.task == "classification":

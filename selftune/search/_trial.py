@@ -20,7 +20,6 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 from torch import nn
 
-from selftune._modes import every_random_kept
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
 from selftune.search._candidates import Builder, Candidate
@@ -120,7 +119,6 @@ class Trainer:
             )
             raise
 
-    @every_random_kept()
     def __call__(self, trial: optuna.Trial) -> float:
         """Run a trial and return its metric; keep its weights if they are the best so far."""
         family = self.family(trial)

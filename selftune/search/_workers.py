@@ -43,6 +43,8 @@ Samplers that draw all values at once do so before signing, which may take a whi
 """
 
 
+BEGUN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
+"""States of trials that a worker has begun."""
 WHOLE = "all points tried"
 """Attribute of a study whose grid search has ended at the last point."""
 
@@ -155,8 +157,7 @@ def join(storage: str, script: str, rest: Sequence[str]) -> None:
 
 def taken(study: optuna.Study) -> list[FrozenTrial]:
     """Finished and running trials, without those whose worker was lost."""
-    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
-    trials = study.get_trials(deepcopy=False, states=states)
+    trials = study.get_trials(deepcopy=False, states=BEGUN)
     return [t for t in trials if not (t.state == TrialState.FAIL and "error" not in t.user_attrs)]
 
 
@@ -225,7 +226,7 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
             started += 1
             command = [sys.executable, "-m", "selftune.search", str(started)]
             # As in multiprocessing: modules beside the script are found.
-            path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+            path = os.pathsep.join(p or os.getcwd() for p in sys.path if isinstance(p, str))
             return subprocess.Popen(command, stdin=file, env=os.environ | {"PYTHONPATH": path})
 
         running = [start() for _ in range(min(workers, payload.trials))]
@@ -236,7 +237,7 @@ def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -
                     running.remove(process)
                     lost = process.returncode != 0
                     persist(lambda: orphans(study), study)
-                    begun = [t for t in study.get_trials(False) if t.state != TrialState.WAITING]
+                    begun = persist(lambda: study.get_trials(False, BEGUN), study)
                     if lost and started - len(running) >= workers and not begun:
                         raise RuntimeError(
                             f"the first {workers} workers ended before a trial, the last with exit "

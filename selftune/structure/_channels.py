@@ -201,8 +201,7 @@ class Follower(Tracked):
         if len(args["pad"]) // 2 >= value.ndim - given.axis:  # also along the units
             return self.unknown(node)
         shifted = args.get("mode", "constant") == "constant" and args.get("value")
-        given = Channels(given.axis, given.ids, given.zero & (not shifted))
-        return self._resized(node, given, value)
+        return Channels(given.axis, given.ids, given.zero & (not shifted))
 
     def _expanded(self, node: fx.Node, value: Tensor) -> Channels | None:
         """A tensor with one value for each unit, repeated in the shape of another."""

@@ -135,16 +135,21 @@ def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
         shape = [1] * ndims.pop()
         shape[dim] = len(factors)
         root.register_buffer("factors", factors.view(shape))
-        alike = graph.call_method("type_as", (graph.get_attr("factors"), given))
-        product = graph.call_function(operator.mul, (given, alike))
+        product = graph.call_function(operator.mul, (given, _like(given, graph, nodes)))
     else:  # inputs of several ranks
         root.register_buffer("factors", factors)
         last = graph.call_function(torch.movedim, (given, dim, -1))
-        alike = graph.call_method("type_as", (graph.get_attr("factors"), last))
-        product = graph.call_function(operator.mul, (last, alike))
+        product = graph.call_function(operator.mul, (last, _like(last, graph, nodes)))
         product = graph.call_function(torch.movedim, (product, -1, dim))
     graph.output(product)
     return fx.GraphModule(root, graph, "Scale")
+
+
+def _like(given: fx.Node, graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+    """The factors of a gate, in the type of inputs that are floating-point numbers."""
+    factors = graph.get_attr("factors")
+    floating = all(read.meta["floating"] for node in nodes for read in node.all_input_nodes)
+    return graph.call_method("type_as", (factors, given)) if floating else factors
 
 
 def replace_optionals(model: nn.Module, *, whole: bool = False) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
+from selftune._modes import every_random_kept
 from selftune.structure.gates import Gate
 from selftune.structure.recurrent import Recurrent
 from selftune.structure.transformer import mask_types_noted
@@ -69,15 +70,11 @@ class Tracer(fx.Tracer):
 
     def _check_training(self, model: nn.Module, graph: fx.Graph, fixed: Any) -> None:
         """Warn of layers that are called in training only, whose units are not followed."""
-        modes = {module: module.training for module in model.modules()}
-        try:
-            model.train()
-            trained = Tracer().trace(model, fixed)
-        except Exception:  # the forward draws random numbers, for example, so nothing is known
+        try:  # on a copy, because the forward of training may change buffers and attributes
+            with every_random_kept():
+                trained = Tracer().trace(copy.deepcopy(model).train(), fixed)
+        except Exception:  # the forward compares values, for example, so nothing is known
             return
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         known, called = (
             {str(n.target) for n in g.nodes if n.op == "call_module"} for g in (graph, trained)
         )

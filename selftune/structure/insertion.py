@@ -155,11 +155,11 @@ def _check_tied(model: nn.Module) -> None:
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, REPLACED)
     ]
-    owners: dict[int, set[int]] = {}
+    owners: dict[int, set[tuple[int, int]]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         within = [id(module) for path, module in layers if name.startswith(path)]
         known = owners.setdefault(id(param), set())
-        known.add(within[-1] if within else 0)
+        known.add((within[0], within[-1]) if within else (0, 0))
         if len(known) > 1:
             raise ValueError(
                 f"{name} is shared with another layer, which a gated layer cannot do: give each "

@@ -122,6 +122,7 @@ def _remove(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     follower.run(*inputs)
     for node, value in follower.values.items():
         node.meta["shape"] = getattr(value, "shape", ())
+        node.meta["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
     units = follower.units
     gone = units.removed(
         lambda path: log.warning("%s: all units are closed; one is kept", path or "the model")

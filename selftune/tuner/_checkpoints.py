@@ -18,6 +18,8 @@ from selftune.estimators import MEMORIES
 log = logging.getLogger("selftune")
 
 LAST, BEST = "last.pt", "best.pt"
+RESUMED = "resumed"
+"""Key of the weights in ``best.pt`` with which an interrupted run resumes, if they differ."""
 RESCUE = 1.0
 """Seconds that other ranks wait for the first one to save the run when a rank is lost."""
 PARTS = frozenset({
@@ -153,6 +155,7 @@ def read(path: Path, *, run: bool = True) -> dict[str, Any]:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """Read the best weights saved in a folder, if any."""
+    """Read the best weights in a folder, if any, with which a run resumes."""
     path = folder / BEST
-    return read(path, run=False) if path.exists() else None
+    best = read(path, run=False) if path.exists() else None
+    return best if best is None else best.get(RESUMED, best)

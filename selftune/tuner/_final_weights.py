@@ -62,10 +62,16 @@ def save_best(training: Parts, scores: dict[str, float]) -> None:
     training.saved_best = state if training.group.first and not written else None
 
 
-def write_best(training: Parts, scores: dict[str, float]) -> None:
-    """Write the weights of the model, whose scores are known, to ``best.pt``."""
+def write_best(training: Parts, scores: dict[str, float], *, resumable: bool) -> None:
+    """Write the weights of the model, whose scores are known, to ``best.pt``.
+
+    An interrupted run, once resumed, must find the weights that an undisturbed one has, so the file
+    keeps them beside those that it ends with.
+    """
     if training.writes is not None or training.group.sharded:
         state = shown_state(training, scores)
+        if resumable:
+            state[_checkpoints.RESUMED] = _saved(training)
         if training.writes is not None and training.storable is not False:
             _checkpoints.write(training.writes / _checkpoints.BEST, state)
 

@@ -210,10 +210,8 @@ class Training(Parts):
     def finish(self, ended: str) -> TuningResult:
         """Leave the best weights in the model and return the result."""
         scores = _final_weights.place(self)
-        # An interrupted run, once resumed, must find the weights that an undisturbed one has.
-        better = ended != "interrupted" and scores["loss"] < self.best
-        if self.folder is not None and (self.joined or better):
-            _final_weights.write_best(self, scores)
+        if self.folder is not None and (self.joined or scores["loss"] < self.best):
+            _final_weights.write_best(self, scores, resumable=ended == "interrupted")
         self.steps.release()
         history, known = self.watch.history, self.watch.hparams()
         verdicts = self.watch.verdicts()

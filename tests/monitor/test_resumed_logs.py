@@ -171,10 +171,7 @@ def test_a_loaded_optimizer_writes_the_same_curves(tmp_path: Path) -> None:
     whole, cut = InMemory(), InMemory()
     looped(whole, 140)
     looped(cut, 140, looped(cut, 80))
-    rows = [
-        [r._replace(time=0.0) for r in one.rows if not r.tag.startswith("time/")]
-        for one in (whole, cut)
-    ]
+    rows = [[r for r in one.rows if not r.tag.startswith("time/")] for one in (whole, cut)]
     assert {"response/agreement", "margin/lr/low", "verdict/lr"} <= {r.tag for r in rows[0]}
     assert repr(rows[0]) == repr(rows[1])  # for NaN is itself
 

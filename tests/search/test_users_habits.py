@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from selftune import search
 from selftune.search.sklearn import SelfTuningClassifier, SelfTuningRegressor
@@ -68,10 +69,13 @@ def test_ctrl_c_in_the_first_trial_is_no_error() -> None:
 
 
 SCRIPT = """
+import pathlib, sys
 import torch
 from torch.nn import functional as F
 from selftune import search
 from beside import build
+
+sys.path.append(pathlib.Path("elsewhere"))  # which Python ignores
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -124,8 +128,10 @@ def test_workers_that_cannot_begin_are_named() -> None:
         )  # fmt: skip
 
 
-def test_searches_leave_the_generator_alone() -> None:
+@pytest.mark.parametrize("candidates", [build, "auto"])
+def test_searches_leave_the_generator_alone(candidates: Any) -> None:
     """Truth: splits that follow each other without a search."""
+    pairs = TensorDataset(X, X.sum(1, keepdim=True))
 
     def splits(between: bool) -> list[list[int]]:
         torch.manual_seed(0)
@@ -134,8 +140,8 @@ def test_searches_leave_the_generator_alone() -> None:
             found.append(torch.randperm(64).tolist())
             if between:
                 search.select(
-                    build, BATCHES[:3], BATCHES[3:], trials=2, epochs=1, loss_fn=F.mse_loss,
-                    progress=False,
+                    candidates, DataLoader(pairs, 16, shuffle=True), BATCHES, trials=1, epochs=1,
+                    loss_fn=F.mse_loss, progress=False,
                 )  # fmt: skip
         return found
 

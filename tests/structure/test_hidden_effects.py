@@ -185,6 +185,66 @@ class Auxiliary(nn.Module):
         return (self.head(y), self.auxiliary(y)) if self.training else self.head(y)
 
 
+class Observed(nn.Module):
+    """A forward with effects in training: a running value, a count and an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.out = nn.Linear(4, 8), Gate(8), nn.Linear(8, 2)
+        self.register_buffer("scale", torch.ones(1))
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.gate(self.first(x))
+        if self.training:
+            self.steps += 1
+            self.scale.mul_(0.9)
+            self.penalty = y.square().mean()
+            y = y + 0 * torch.rand(8)
+        return self.out(y / self.scale)
+
+
+def test_pruning_does_not_run_the_forward_of_training() -> None:
+    """Truth: state and attributes before, outputs of the gated model, torch's generator."""
+    model, x, state = Observed(), torch.randn(5, 4), torch.get_rng_state()
+    with torch.no_grad():
+        model.gate.gates[2:4] = 0.0
+    pruned = assert_pruned_equal(model, x)
+    assert (pruned.steps, float(pruned.scale), hasattr(pruned, "penalty")) == (0, 1.0, False)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    prune(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+def test_gates_on_integers_are_factors(dtype: torch.dtype) -> None:
+    """Truth: the gated model's outputs."""
+    model = nn.Sequential(Gate(4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].gates[1], model[0].gates[2] = 0.0, 0.7  # type: ignore[index, union-attr]
+    assert_pruned_equal(model, torch.randint(0, 2, (5, 4)).to(dtype))
+
+
+def test_padding_of_a_later_axis_keeps_closed_units_removable() -> None:
+    """Truth: the gated model's outputs, and fewer parameters."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate, self.out = nn.Linear(4, 8), Gate(8, dim=2), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.pad(self.gate(self.first(x).transpose(2, 3)), (1, 1))
+            return self.out(y.transpose(2, 3))
+
+    model = Padded()
+    with torch.no_grad():
+        model.gate.gates[:3] = 0.0
+    pruned = assert_pruned_equal(model, torch.randn(2, 3, 5, 4))
+    assert size(pruned) == size(model) - 3 * (5 + 2)
+
+
 def test_layers_of_training_alone_are_named(caplog: pytest.LogCaptureFixture) -> None:
     """Truth: a log message, and modes as before."""
     model = Auxiliary().train()

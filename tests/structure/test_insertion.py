@@ -156,3 +156,6 @@ def test_parameters_tied_between_layers_are_refused() -> None:
     model[1].linear1.weight = model[0].linear1.weight  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"1\.linear1\.weight is shared with another layer"):
         with_gates(model)
+    encoder = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
+    with pytest.raises(ValueError, match="is shared with another layer"):
+        with_gates(nn.ModuleList([encoder, encoder.layers[0]]))

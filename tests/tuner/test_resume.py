@@ -367,7 +367,11 @@ def test_an_interrupted_run_resumes_to_the_weights_of_an_undisturbed_one(
             callbacks=[press], progress=False,
         )  # fmt: skip
 
-    assert fit("twice", interrupt=True).ended == "interrupted"
+    interrupted = fit("twice", interrupt=True)
+    assert interrupted.ended == "interrupted"
+    best = torch.load(tmp_path / "twice" / "best.pt", weights_only=True)
+    assert best["loss"] == interrupted.best_loss
+    assert same(best["model"], interrupted.best_weights)
     assert_same(fit("twice", interrupt=False), fit("once", interrupt=False))
 
 
