@@ -40,7 +40,7 @@ VICTIMS = ("search", "worker", "parent")
 class Forked:
     """What ``select`` uses of ``subprocess.Popen``, without a new interpreter."""
 
-    def __init__(self, command: list[str], stdin: Any) -> None:
+    def __init__(self, command: list[str], stdin: Any, env: Any) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if not self.pid:

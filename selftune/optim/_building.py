@@ -59,8 +59,8 @@ class TuningOptions:
     """Options of the tuning: keyword arguments of all self-tuned optimizers.
 
     Args:
-        tune: Names of the tuned hyperparameters; by default those of the rule and all penalties,
-            without ``decay`` if the length of the run is known.
+        tune: Names of the tuned hyperparameters; by default those of the rule and all penalties
+            (with Lion only ``ProximalL1``), without ``decay`` if the length of the run is known.
         per: Scope of a tuned value: ``"run"`` (one factor for all groups), ``"group"`` or
             ``"tensor"``; one for all hyperparameters, or a dictionary by name.
         bounds: (lowest, highest) values by name.

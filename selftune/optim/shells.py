@@ -293,8 +293,9 @@ class RMSprop(RuleOptimizer):
 class Lion(RuleOptimizer):
     """The Lion optimizer with hyperparameters tuned by gradient.
 
-    Tuned by default: lr, weight decay, penalties; decay too if ``total_steps`` is unknown. PyTorch
-    does not provide Lion; the signature is that of its authors (Chen et al. 2023).
+    Tuned by default: lr, weight decay and ``ProximalL1``; decay too if ``total_steps`` is unknown.
+    Other penalties act through the sign of the gradient, and keep their values. PyTorch does not
+    provide Lion; the signature is that of its authors (Chen et al. 2023).
 
     Args:
         params: A module, parameters, named parameters or parameter groups.

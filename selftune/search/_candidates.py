@@ -97,6 +97,8 @@ def builders_of(candidates: Candidates, train: Any, val: Any = None) -> dict[str
     if not given:
         raise ValueError("candidates is empty: pass 'auto', a function, or several by name")
     kinds = [c for c in given.values() if isinstance(c, type) and issubclass(c, AbstractFamily)]
+    if kinds and train is None:
+        raise ValueError(f"train=None: {kinds[0].__name__} needs data, select(candidates, train)")
     shape = Shape.of(train).with_words_and_classes_of(val) if kinds else None
     for name, candidate in given.items():
         if not callable(candidate):

@@ -228,3 +228,9 @@ def test_words_and_classes_of_validation_batches_are_known() -> None:
 def test_inputs_that_no_family_takes_are_named_first(x: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         search.select("auto", [(x, torch.zeros(len(x)))], 0.5, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("candidates", ["auto", [search.families.MLP]])
+def test_families_without_data_are_named(candidates: Any) -> None:
+    with pytest.raises(ValueError, match="train=None"):
+        search.select(candidates, trials=1, epochs=1, progress=False)
