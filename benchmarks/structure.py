@@ -220,17 +220,29 @@ def main() -> None:
         for name, run in runs.items():
             if name in args.rows:
                 left = add(name, seed, run)
-    print("\n| | test accuracy, % | parameters kept, % | multiply-adds kept, % | units | λ |")
-    print("|---|---|---|---|---|---|")
+    print("\n| | test accuracy, % | − wide, points | parameters kept, % | multiply-adds kept, % "
+          "| units | λ |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
     whole = net.size(net.widths)
     for name, found in rows.items():
         shares = [[100 * net.size(left)[i] / whole[i] for _, left, _ in found] for i in (0, 1)]
         means = [statistics.mean(k) for k in zip(*(left for _, left, _ in found), strict=True)]
-        cells = [_spread([right for right, _, _ in found], 2), *(_spread(s, 0) for s in shares)]
+        pairs = zip(found, rows.get("wide", []), strict=False)
+        paired = [one[0] - other[0] for one, other in pairs] if name != "wide" else []
+        cells = [_spread([right for right, _, _ in found], 2), _difference(paired)]
+        cells += [_spread(share, 0) for share in shares]
         cells += [" / ".join(f"{m:.0f}" for m in means)]
         strength = statistics.mean(f[2] for f in found)
         shown = "–" if math.isnan(strength) else f"{strength:.2g}"
         print(f"| {name} | {' | '.join(cells)} | {shown} |")
+
+
+def _difference(paired: list[float]) -> str:
+    """The mean of paired differences and its standard error."""
+    if len(paired) < 2:
+        return "–"
+    error = statistics.stdev(paired) / len(paired) ** 0.5
+    return f"{statistics.mean(paired):+.2f} ± {error:.2f}"
 
 
 def _spread(values: list[float], digits: int) -> str:
