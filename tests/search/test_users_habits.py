@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ from selftune.search.sklearn import SelfTuningClassifier, SelfTuningRegressor
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 BATCHES = [(x, x.sum(1, keepdim=True)) for x in X.split(16)]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises() -> Iterator[None]:
+    """Python ignores Ctrl-C in processes that a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press() -> None:
