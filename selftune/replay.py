@@ -121,12 +121,11 @@ class Replay:
         self._layers = [m for m in layers if m.hparam.name in wanted]
         strengths = {m.hparam.name for m in self._layers}
         self._names = []
-        for name in wanted:
+        for name in [n for n in wanted if n not in strengths]:
             key = OPTIONS.get(name, (name,))[0]
-            known = all(key in group for group in optimizer.param_groups)
-            if known and name not in strengths:
+            if all(key in group for group in optimizer.param_groups):
                 self._names.append(name)
-            elif name not in strengths and any(value for _, value in schedule.values[name]):
+            elif any(value for _, value in schedule.values[name]):  # a term of 0 is none
                 raise ValueError(
                     f"schedule tunes {name!r}, which {type(optimizer).__name__} does not have: "
                     f"use the optimizer it was tuned for ({schedule.rule}), pass model= if it is "

@@ -82,7 +82,7 @@ def builders_of(candidates: Candidates, train: Any, val: Any = None) -> dict[str
     if isinstance(candidates, str):
         if candidates != "auto":
             raise ValueError(f"candidates={candidates!r} must be 'auto', functions or families")
-        return dict(auto(Shape.of(train).with_words_and_classes_of(val)))
+        return dict(auto(_shape_of(train, val)))
     if isinstance(candidates, Mapping):
         given = dict(candidates)
     elif isinstance(candidates, Sequence):
@@ -97,9 +97,7 @@ def builders_of(candidates: Candidates, train: Any, val: Any = None) -> dict[str
     if not given:
         raise ValueError("candidates is empty: pass 'auto', a function, or several by name")
     kinds = [c for c in given.values() if isinstance(c, type) and issubclass(c, AbstractFamily)]
-    if kinds and train is None:
-        raise ValueError(f"train=None: {kinds[0].__name__} needs data, select(candidates, train)")
-    shape = Shape.of(train).with_words_and_classes_of(val) if kinds else None
+    shape = _shape_of(train, val) if kinds else None
     for name, candidate in given.items():
         if not callable(candidate):
             raise TypeError(
@@ -109,6 +107,13 @@ def builders_of(candidates: Candidates, train: Any, val: Any = None) -> dict[str
         if candidate in kinds:
             given[name] = candidate(shape)
     return given
+
+
+def _shape_of(train: Any, val: Any) -> Shape:
+    """The shape of the data, for families."""
+    if train is None:
+        raise ValueError("train=None: families need data, select(candidates, train, val)")
+    return Shape.of(train).with_words_and_classes_of(val)
 
 
 def _name(candidate: Any) -> str:

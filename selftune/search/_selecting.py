@@ -192,8 +192,6 @@ def select(
     check(ARGUMENTS, locals())
     check_own(tuner, seed="seed= of select")
     goal = settings_of(structure)
-    if train is None and candidates == "auto":
-        raise ValueError('train=None: candidates="auto" needs data, select("auto", train, val)')
     builders = builders_of(candidates, train, val)
     joined = os.environ.get(JOIN)
     storage = joined or storage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -61,13 +61,7 @@ class Shape:
         """
         inputs: tuple[int, ...] | None = None
         words = classes = 0
-        for batch in some(batches):
-            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-                raise ValueError(
-                    f"{use} needs batches (inputs, target), not {type(batch).__name__}: for "
-                    "others, omit it, and pass functions that build a model"
-                )
-            x, y = batch
+        for x, y in _pairs(batches, use):
             if use == AUTO:
                 _check_inputs(x)
                 _check_targets(y, x)
@@ -95,13 +89,7 @@ class Shape:
         if not isinstance(val, Iterable):
             return self
         words, outputs = self.words, self.outputs
-        for batch in some(val):
-            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-                raise ValueError(
-                    f"val has batches of type {type(batch).__name__}: families need pairs (inputs, "
-                    "target), as train has"
-                )
-            x, y = batch
+        for x, y in _pairs(val, AUTO):
             if words is not None:
                 words = max(words, int(x.max()) + 1)
             if self.task == "classification":
@@ -122,6 +110,17 @@ def some(batches: Iterable[Any]) -> Iterable[Any]:
     except TypeError:  # also of a DataLoader over a stream
         return islice(batches, 100)
     return batches
+
+
+def _pairs(batches: Iterable[Any], use: str) -> Iterator[tuple[Any, Any]]:
+    """Inputs and targets of each batch; an error for other batches names what needs them."""
+    for batch in some(batches):
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise ValueError(
+                f"{use} needs batches (inputs, target), not {type(batch).__name__}: for "
+                "others, omit it, and pass functions that build a model"
+            )
+        yield batch[0], batch[1]
 
 
 def _check_inputs(x: Any) -> None:
