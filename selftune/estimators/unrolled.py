@@ -165,8 +165,8 @@ class Unrolled(AbstractEstimator):
         point = stretch[0].point
         points: list[tuple[Point, Hparams]] = [(point, stretch[0].hparams)]
         for before, passed in itertools.pairwise(stretch):
-            batch, clock = passed.point.batch, passed.point.clock
-            point = step(point, before.hparams)._replace(batch=batch, clock=clock)
+            at, point = passed.point, step(point, before.hparams)
+            point = point._replace(batch=at.batch, clock=at.clock, options=at.options)
             point = point._replace(grads=gradient(point, passed.hparams))
             points.append((point, passed.hparams))
         return points

@@ -27,7 +27,6 @@ from selftune.optim._layers import (
     sound,
     statistics,
     tracks,
-    usual_momenta,
 )
 
 log = logging.getLogger("selftune")
@@ -61,7 +60,6 @@ class Buffers:
         self.candidate: list[Tensor] = []
         self._every = every
         self.shown = self.grown = False
-        self._momenta: list[float | None] = []
         self._own = False  # whether validation passes gather the averaged weights' statistics
         self._counts: list[Tensor] = []  # ``num_batches_tracked`` at the last exchange
         self._gathered: list[Tensor] = []  # whether the last pass updated each layer
@@ -79,10 +77,8 @@ class Buffers:
             if tracks(layer) and id(layer) not in known:
                 begun = sound(layer)
                 kept_in.pop(layer, None)  # of an optimizer that never went back to training
-                layer.momentum = usual_momenta.pop(layer, layer.momentum)  # type: ignore[assignment]
                 self.layers.append(layer)
                 known.add(id(layer))
-                self._momenta.append(layer.momentum)  # type: ignore[arg-type]
                 for kept in (self.average, self.good, self.candidate):
                     kept += [t.clone() for t in begun]
 
@@ -129,6 +125,19 @@ class Buffers:
         foreign = [t for layer in self.foreign for t in statistics(layer)]
         with unchanged(foreign), self.carried.unchanged():
             yield
+
+    @contextmanager
+    def quick(self) -> Iterator[None]:
+        """Raises the momentum of the layers in the block, because validation passes are rare."""
+        usual: list[Any] = [layer.momentum for layer in self.layers]
+        pairs = list(zip(self.layers, usual, strict=True))
+        for layer, momentum in pairs:
+            layer.momentum = statistics_momentum(momentum, self._every)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for layer, momentum in pairs:
+                layer.momentum = momentum
 
     def expect(self, params: Iterable[Tensor]) -> None:
         """Find the layers of loaded statistics in later forward passes.
@@ -182,25 +191,14 @@ class Buffers:
     def exchange(self, others: Sequence[Tensor]) -> None:
         """Swap the modules' statistics with others, such as those of the average."""
         self.shown = not self.shown
-        if self.shown:  # read anew, because a schedule may have changed them
-            momenta: list[Any] = [layer.momentum for layer in self.layers]
-            pairs = zip(self.layers, momenta, strict=True)
-            self._momenta = [usual_momenta.setdefault(layer, momentum) for layer, momentum in pairs]
         self._others = others if self.shown else []
         if not self.shown:
             known = zip(self._counts, self._batches(), strict=False)  # layers may have been added
             self._gathered = [before != now for before, now in known]
-        mine = self._by_layer(others)
-        for layer, usual, own in zip(self.layers, self._momenta, mine, strict=True):
+        for layer, own in zip(self.layers, self._by_layer(others), strict=True):
             swap(exchanged(layer, own), own)
             kept = [k for k in kept_in.get(layer, []) if k[0] is not own[0]]
             kept_in[layer] = [*kept, own] if self.shown else kept
-            if self.shown:
-                quick = statistics_momentum(usual, self._every)
-                layer.momentum = quick  # type: ignore[assignment]
-            else:
-                layer.momentum = usual  # type: ignore[assignment]
-                usual_momenta.pop(layer, None)
         self._counts = [c.clone() for c in self._batches()]
 
     def _by_layer(self, tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -318,7 +316,6 @@ class Buffers:
             each = self._by_layer(kept)
             kept[:] = [t for i in order for t in each[i]]
         self.layers = [self.layers[i] for i in order]
-        self._momenta = [self._momenta[i] for i in order]
         for kept in (self.average, self.good, self.candidate):
             pairs = zip(kept, self.tensors(), strict=True)
             kept[:] = [k.to(t.device, t.dtype) for k, t in pairs]

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-usual_momenta: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
-"""Momenta of the layers while other statistics are shown; optimizers may share layers."""
 kept_in: WeakKeyDictionary[nn.Module, list[list[Tensor]]] = WeakKeyDictionary()
 """What each optimizer that shows statistics in a layer keeps instead: first those of training."""
 

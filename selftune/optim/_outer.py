@@ -101,7 +101,8 @@ class OuterLoss:
         take: Take = lambda block, index, grad: grad.new_empty(0),
     ) -> tuple[Tensor, Taken]:
         scale = self.scale
-        with shown, self.engine.buffers.apart(), torch.enable_grad():
+        buffers = self.engine.buffers
+        with shown, buffers.apart(), buffers.quick(), torch.enable_grad():
             while True:
                 loss = _call(closure)
                 check_outer_loss(loss)

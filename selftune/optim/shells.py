@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -59,12 +59,16 @@ class RuleOptimizer(SelfTuningOptimizer):
         for name in ("capturable", "differentiable"):
             if extras.pop(name, False):
                 raise ValueError(f"{name}=True is not supported: leave it out")
+        if isinstance(params, Iterator):
+            params = list(params)  # read here and by torch
+        groups = params if isinstance(params, Sequence) else ()
+        in_groups = any(isinstance(g, Mapping) and g.get("l1") for g in groups)
         l1, tune = options.pop("l1"), extras.get("tune")
         if options.get("betas") is BETAS and (tune is None or "lr" in tune):
             options["betas"] = BETAS[0], fitting_beta2(extras.get("total_steps"))
         listed = as_list(penalty)
-        named = "l1" in (tune or ()) and all(p.name != "l1" for p in listed)
-        if l1 or named:
+        needed = in_groups or "l1" in (tune or ())
+        if l1 or (needed and all(p.name != "l1" for p in listed)):
             listed.append(L1(l1))
         options |= {p.name: p.strength for p in listed}
         update = Update(rule, tuple(listed))
@@ -74,6 +78,11 @@ class RuleOptimizer(SelfTuningOptimizer):
         """Add a parameter group, as in :class:`SelfTuningOptimizer`; also checks its options."""
         if isinstance(param_group, Mapping):
             check(self.arguments, param_group)
+            if param_group.get("l1") and "l1" not in self._update.hparams:
+                raise ValueError(
+                    f"l1={param_group['l1']} in a parameter group that is added later: the "
+                    "optimizer has no L1 penalty. Give it one with l1=, or in an earlier group"
+                )
         super().add_param_group(param_group)
 
 

@@ -137,7 +137,7 @@ class Adam(AbstractRule):
                 square_dot.add_((grads * grads_dot).mul_(share))
             after_dot["exp_avg_sq"] = square_dot
             if values["amsgrad"]:
-                old = discount * state_dot.get("max_exp_avg_sq", torch.zeros_like(grads))
+                old = _scaled(state_dot.get("max_exp_avg_sq"), discount**steps, grads)
                 newest = after["exp_avg_sq"] > state["max_exp_avg_sq"]
                 square_dot = after_dot["max_exp_avg_sq"] = torch.where(newest, square_dot, old)
             square = after.get("max_exp_avg_sq", after["exp_avg_sq"])

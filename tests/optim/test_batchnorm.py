@@ -237,6 +237,25 @@ def test_a_momentum_that_a_schedule_sets_is_kept() -> None:
     assert net[1].momentum == 0.01
 
 
+def test_averaged_weights_have_the_usual_momentum() -> None:
+    """A copy or file made there trains as the model itself does."""
+    net, seen = network(), []
+    opt = MAKES["module"](net)
+
+    def closure() -> Tensor:
+        seen.append(net[1].momentum)
+        return outer(net)()
+
+    for step in range(40):
+        weight_step(net, opt, step)
+        opt.hyper_step(closure)
+    assert max(seen) > 0.1  # validation passes are rare
+    with opt.averaged():
+        assert copy.deepcopy(net)[1].momentum == 0.1
+    opt.eval()
+    assert net[1].momentum == 0.1
+
+
 def test_two_optimizers_of_a_layer_give_its_momentum_back() -> None:
     net = network()
     one, other = (st.SGD(net[i].parameters(), lr=0.05, probe=False, model=net) for i in (0, 3))
@@ -314,7 +333,6 @@ def test_an_optimizer_left_at_averaged_weights_does_not_disturb_the_next() -> No
         left.hyper_step(outer(net))
     left.eval()
     fresh = copy.deepcopy(net)
-    fresh[1].momentum = 0.1
     ends = []
     for one in (net, fresh):
         opt = st.SGD(one, lr=0.05, probe=False)

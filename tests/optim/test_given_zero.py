@@ -96,3 +96,34 @@ def test_sgd_without_momentum_steps_as_torch(options: dict[str, Any]) -> None:
     train(theirs, torchs, 30)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shell", [st.SGD, st.AdamW, st.Muon])
+def test_an_l1_penalty_may_be_that_of_a_group(shell: Any) -> None:
+    """Truth: the same strength for all, in the penalised group; no penalty, in the other."""
+
+    def ends(l1: float, strengths: tuple[float, float]) -> list[Tensor]:
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
+        groups: list[dict[str, Any]] = [{"params": [w]} for w in weights]
+        for each, strength in zip(groups, strengths, strict=True):
+            if strength >= 0:
+                each["l1"] = strength
+        opt = shell((g for g in groups), lr=0.1, l1=l1, tune=("lr",), probe=False, guard=False)
+        for _ in range(5):
+            for w in weights:
+                w.grad = torch.full_like(w, 0.05)
+            opt.step()
+        return [w.detach() for w in weights]
+
+    penalised, plain = ends(0.1, (-1, -1)), ends(0.0, (-1, -1))
+    first, second = ends(0.0, (0.1, -1))
+    assert not torch.equal(penalised[0], plain[0])
+    torch.testing.assert_close(first, penalised[0])
+    torch.testing.assert_close(second, plain[1])
+
+
+def test_an_l1_penalty_is_not_added_later() -> None:
+    opt = st.SGD(network().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"l1=0\.1 in a parameter group that is added later"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "l1": 0.1})

@@ -93,6 +93,7 @@ SMOOTH = [
     ("SGD", dict(momentum=0.9, dampening=0.0, nesterov=True)),
     ("Adam", dict(betas=(0.9, 0.99), eps=1e-8, amsgrad=False)),
     ("AdamW", dict(betas=(0.9, 0.99), eps=1e-8, amsgrad=False)),
+    ("AdamW", dict(betas=(0.9, 0.99), eps=1e-8, amsgrad=True)),
     ("RMSprop", dict(alpha=0.9, eps=1e-8, momentum=0.5, centered=False)),
     ("RMSprop", dict(alpha=0.9, eps=1e-8, momentum=0.5, centered=True)),
 ]
