@@ -162,6 +162,17 @@ class Container(torch.optim.Optimizer):
             state = state if changed is None else changed
         return state
 
+    def _trained_before(self, state_dict: Mapping[str, Any]) -> None:
+        """Count parameters that have been frozen since they were trained, as the saved run does."""
+        saved, groups = state_dict.get("param_groups", ()), self.param_groups
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
+            return  # an error follows
+        indices = itertools.chain.from_iterable(g["params"] for g in saved)
+        params = itertools.chain.from_iterable(g["params"] for g in groups)
+        for param, index in zip(params, indices, strict=True):
+            if "average" in state_dict["state"].get(index, ()):
+                self._state[param]  # makes the entry
+
     def _packed(self) -> dict[str, Any]:
         return pack(self._engine, self._groups, self._log, self._kind)
 
@@ -181,6 +192,8 @@ class Container(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        if self._assembly.empty:
+            self._trained_before(state_dict)
         # Not _blocks(): a distributed checkpoint has been read into the tensors of state_dict(),
         # which are averages of this run, and must not be reset.
         self._assembly.current(self.param_groups, self.state)

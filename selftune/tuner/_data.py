@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from selftune.structure import Batches
 from selftune.tuner._batch import size, structure, to_device
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._positions import position, stateful
+
+log = logging.getLogger("selftune")
 
 
 class Stream:
@@ -36,6 +39,7 @@ class Stream:
 
     Attributes:
         following: The loader's sampler, if the size of its batches follows the noise scale.
+        expected: Batches in each epoch, if the length of the run depends on it.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Stream:
         self._waiting: list[Any] = []  # batches that were put back
         self._start: dict[str, Any] = {}
         self._structure: Any = None
+        self.expected: int | None = None
         self.epoch = 0
         self.taken = 0
 
@@ -103,12 +108,12 @@ class Stream:
     def peek(self) -> Any:
         """The next batch, without taking it.
 
-        If the loader can restart, random states are restored, and its own position, if it has one.
+        If the loader restarts alike, random states are restored, and its own position, if any.
         """
         now = self._randomness()
         place = position(self._own)
         batch = self.next()
-        if self.once or self.taken > 1:
+        if self.taken > 1 or not (self._stateful or _restarts(self._own)):
             self.put_back(batch)
         else:  # start again, since a loader's workers draw random numbers as well
             self._batches, self.taken, self._start = None, 0, {}
@@ -145,6 +150,7 @@ class Stream:
                         f"{self._name} ended after {self.taken} batches and cannot be "
                         "restarted: pass a DataLoader or a list, or use fewer steps"
                     ) from None
+                self._count()
                 self.epoch += 1
                 self._begin()
         self.taken += 1
@@ -153,6 +159,17 @@ class Stream:
             return self.next()
         self._usual = self._usual or size(batch)
         return batch
+
+    def _count(self) -> None:
+        """Warn once about an epoch of another length than expected."""
+        if self.taken == (self.expected or self.taken):
+            return
+        log.warning(
+            "%s: epoch %d has %d batches, but the length of the run was computed with %d for each "
+            "epoch. Pass steps= instead of epochs= if their number changes",
+            self._name, self.epoch, self.taken, self.expected,
+        )  # fmt: skip
+        self.expected = None
 
     def _begin(self) -> None:
         self._start = self._randomness()
@@ -302,6 +319,18 @@ def batches_of(loader: Any) -> Batches | None:
     loader = loader if isinstance(loader, DataLoader) else None
     samplers = [getattr(loader, name, None) for name in ("batch_sampler", "sampler")]
     return next((s for s in samplers if isinstance(s, Batches)), None)
+
+
+def _restarts(loader: Any) -> bool:
+    """Whether a second iteration certainly begins like the first.
+
+    An iterable, or a sampler, of the user's may count its passes, as in a curriculum.
+    """
+    if not isinstance(loader, DataLoader):
+        return isinstance(loader, Sequence)
+    parts = (getattr(loader, n, None) for n in ("sampler", "batch_sampler"))
+    known = all(type(p).__module__.startswith(("torch.", "selftune.", "builtins")) for p in parts)
+    return known and not isinstance(loader.dataset, IterableDataset)
 
 
 def own_iterator(loader: Any) -> Any:

@@ -10,8 +10,14 @@ LOG, REST, ENTRIES = 50, 0.1, 20
 """Steps and minimum seconds between two log entries; number of entries in short runs."""
 
 
-def length(train: Stream, epochs: int | None, steps: int | None) -> int:
+def length(train: Stream, whole: Stream, epochs: int | None, steps: int | None) -> int:
     """Steps in the run.
+
+    Args:
+        train: Training batches at the start.
+        whole: Training batches that are counted, with held-out examples.
+        epochs: Epochs in the run, or None.
+        steps: Steps in the run, or None.
 
     Raises:
         ValueError: Not exactly one length is given, or there are no batches.
@@ -21,11 +27,12 @@ def length(train: Stream, epochs: int | None, steps: int | None) -> int:
     if steps is not None:
         return steps
     assert epochs is not None
-    if not train.sized:
+    if not whole.sized:
         raise ValueError(f"epochs={epochs} needs train to have a length: pass steps= instead")
-    if len(train) == 0:
+    if len(whole) == 0:
         raise ValueError("train has no batches: is it empty, or too short for drop_last=True?")
-    return epochs * len(train)
+    train.expected, whole.expected = len(train), len(whole)
+    return epochs * whole.expected
 
 
 def between_evaluations(train: Stream, total: int) -> int:

@@ -285,7 +285,7 @@ class Tuner:
             device = self._device or next(self.model.parameters()).device
             objective.train()
             streams = stack.enter_context(open_streams(train, val, whole, device, given))
-            total = length(streams[2], epochs, steps)
+            total = length(streams[0], streams[2], epochs, steps)
             score = evaluate_every or between_evaluations(streams[0], total)
             spacing, rest = between_entries(total, log_every)
             plan = Plan(

@@ -187,3 +187,29 @@ def test_the_given_value_is_that_of_the_run() -> None:
     other.load_state_dict(opt.state_dict())
     assert other.explain().splitlines() == opt.explain().splitlines()
     assert other.explain().startswith("lr: given 0.001 →")
+
+
+def test_layers_that_were_frozen_during_the_run() -> None:
+    """A resume with the layer frozen from the start, as torch allows. Truth: the run itself."""
+
+    def make() -> tuple[nn.Module, Any]:
+        net = network()
+        return net, st.AdamW(net.parameters(), lr=1e-2, total_steps=90)
+
+    net, opt = make()
+    for _ in range(40):
+        step(net, opt)
+    net[0].requires_grad_(False)
+    for _ in range(10):
+        step(net, opt)
+    again, resumed = make()
+    again[0].requires_grad_(False)
+    again.load_state_dict(net.state_dict())
+    resumed.load_state_dict(opt.state_dict())
+    for _ in range(40):
+        step(net, opt)
+        step(again, resumed)
+    assert not differences(net, again)
+    assert opt.hparams == resumed.hparams
+    with opt.averaged(), resumed.averaged():
+        assert not differences(net, again)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import Batch, Outage, loader, net, points, same, tuner
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset, get_worker_info
 
 pytestmark = pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # by torchdata
 VAL = [points(100, seed=1)]
@@ -176,3 +176,64 @@ def test_what_has_no_length_asks_for_steps() -> None:
 def test_validation_streams_need_no_length_either() -> None:
     for val in (generated(100), rows(), rows(num_workers=1, persistent_workers=True)):
         assert fit(rows(), val=val, steps=60).best_loss < 0.5
+
+
+class Curriculum:
+    """A loader that counts its passes: in each the inputs are larger.
+
+    Attributes:
+        read: The pass of every batch read.
+    """
+
+    read: list[int]
+
+    def __init__(self) -> None:
+        self.passes, self.read = 0, []
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.passes += 1
+        for seed in range(4):
+            self.read.append(self.passes)
+            x, y = points(20, seed=seed)
+            yield x * self.passes, y
+
+
+class Stages(Curriculum, IterableDataset[Any]):
+    """The same as a dataset."""
+
+
+class Growing(Sampler[list[int]]):
+    """Batches that grow from pass to pass."""
+
+    passes = 0
+
+    def __len__(self) -> int:
+        return 8 >> min(self.passes, 3)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = 10 << min(self.passes, 3)
+        self.passes += 1
+        return iter([list(range(at, at + size)) for at in range(0, 80, size)])
+
+
+@pytest.mark.parametrize("kind", ["loader", "dataset"])
+def test_each_pass_of_a_loader_that_counts_them_is_trained_on(kind: str) -> None:
+    """Truth: a plain loop over the loader."""
+    stages = Curriculum() if kind == "loader" else Stages()
+    train: Any = stages if kind == "loader" else DataLoader(stages, batch_size=None)
+    tuner().fit(train, VAL, epochs=3, progress=False)
+    assert stages.read == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+
+
+def test_epochs_of_another_length_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    x, y = points(80)
+    train: DataLoader[Any] = DataLoader(TensorDataset(x, y), batch_sampler=Growing())
+    tuner().fit(train, VAL, epochs=2, progress=False)
+    told = [r.getMessage() for r in caplog.records if "computed with 8" in r.getMessage()]
+    assert told == [
+        "train: epoch 1 has 4 batches, but the length of the run was computed with 8 for each "
+        "epoch. Pass steps= instead of epochs= if their number changes"
+    ]
