@@ -47,6 +47,7 @@ class Buffers:
     Attributes:
         layers: Layers of the trained model.
         foreign: Layers of other models.
+        borrowed: Statistics that ``functional_call`` gives to layers instead of their own.
         carried: Other buffers, which validation passes must not change.
         grown: Whether parameters have joined, whose modules are not found yet.
     """
@@ -54,6 +55,7 @@ class Buffers:
     def __init__(self, module: nn.Module | None = None, every: int = 1) -> None:
         self.layers: list[nn.Module] = []
         self.foreign: list[nn.Module] = []
+        self.borrowed: list[Tensor] = []
         self.carried = Carried()
         self.average: list[Tensor] = []
         self.good: list[Tensor] = []
@@ -65,7 +67,7 @@ class Buffers:
         self._gathered: list[Tensor] = []  # whether the last pass updated each layer
         self._others: Sequence[Tensor] = []  # the training statistics, while others are shown
         self._saved: dict[str, Any] | None = None
-        self._strangers = 0  # number of foreign layers in a saved run
+        self._strangers = 0  # number of foreign layers and borrowed statistics in a saved run
         if module is not None:
             self.add(module)
 
@@ -112,9 +114,11 @@ class Buffers:
     @contextmanager
     def searching(self, params: Iterable[Tensor]) -> Iterator[None]:
         """As ``discovering``, for modules that have joined, in a pass at the average."""
-        with layers_called(params, (*self.layers, *self.foreign)) as (mine, foreign):
+        with layers_called(params, (*self.layers, *self.foreign)) as (mine, foreign, seen):
             yield
         self.grown = False
+        own = {id(t) for layer in (*mine, *foreign) for t in statistics(layer)}
+        self.borrowed += [t for t in seen if id(t) not in own]
         self.foreign += foreign
         for layer in mine:
             self.add(layer)
@@ -123,7 +127,7 @@ class Buffers:
     def apart(self) -> Iterator[None]:
         """Restores the statistics of foreign layers and the carried buffers after the block."""
         foreign = [t for layer in self.foreign for t in statistics(layer)]
-        with unchanged(foreign), self.carried.unchanged():
+        with unchanged(foreign + self.borrowed), self.carried.unchanged():
             yield
 
     @contextmanager
@@ -171,7 +175,11 @@ class Buffers:
     @property
     def complete(self) -> bool:
         """Whether all layers of a loaded run are found, including foreign ones."""
-        return not self.waiting and len(self.foreign) >= self._strangers
+        return not self.waiting and self._apart >= self._strangers
+
+    @property
+    def _apart(self) -> int:
+        return len(self.foreign) + len(self.borrowed)
 
     def tensors(self) -> list[Tensor]:
         """The current statistics of the modules."""
@@ -277,7 +285,7 @@ class Buffers:
                  "candidate": self.candidate}  # fmt: skip
         clones = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
         return {
-            **clones, "own": self._own, "foreign": len(self.foreign), "grown": self.grown,
+            **clones, "own": self._own, "foreign": self._apart, "grown": self.grown,
             "keys": self._keys(places(params)),
         }  # fmt: skip
 

@@ -73,8 +73,8 @@ class Carried:
 @contextmanager
 def layers_called(
     params: Iterable[Tensor], known: Iterable[nn.Module]
-) -> Iterator[tuple[list[nn.Module], list[nn.Module]]]:
-    """Fills a list with the optimizer's layers called in the block, and one with foreign ones.
+) -> Iterator[tuple[list[nn.Module], list[nn.Module], list[Tensor]]]:
+    """Fills lists with the optimizer's layers called in the block, foreign ones, and statistics.
 
     After the block they have their statistics from before it.
 
@@ -103,7 +103,7 @@ def layers_called(
                 for tensor in sound(part):  # inside of ``functional_call`` not the layer's own
                     before.setdefault(id(tensor), (tensor, tensor.clone()))
 
-    lists: tuple[list[nn.Module], list[nn.Module]] = [], []
+    lists: tuple[list[nn.Module], list[nn.Module], list[Tensor]] = [], [], []
     try:
         with watching(look):
             yield lists
@@ -112,6 +112,7 @@ def layers_called(
             tensor.data.copy_(old)  # as in ``unchanged``
     lists[0].extend(mine.values())
     lists[1].extend(foreign.values())
+    lists[2].extend(tensor for tensor, _ in before.values())
 
 
 @contextmanager

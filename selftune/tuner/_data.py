@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from selftune._modes import random_states, restore_random_states
 from selftune.structure import Batches
 from selftune.tuner._batch import size, structure, to_device
 from selftune.tuner._checkpoints import plain
-from selftune.tuner._positions import position, stateful
+from selftune.tuner._positions import position, restarts, stateful
 
 log = logging.getLogger("selftune")
 
@@ -113,7 +113,7 @@ class Stream:
         now = self._randomness()
         place = position(self._own)
         batch = self.next()
-        if self.taken > 1 or not (self._stateful or _restarts(self._own)):
+        if self.taken > 1 or not (self._stateful or restarts(self._own)):
             self.put_back(batch)
         else:  # start again, since a loader's workers draw random numbers as well
             self._batches, self.taken, self._start = None, 0, {}
@@ -319,18 +319,6 @@ def batches_of(loader: Any) -> Batches | None:
     loader = loader if isinstance(loader, DataLoader) else None
     samplers = [getattr(loader, name, None) for name in ("batch_sampler", "sampler")]
     return next((s for s in samplers if isinstance(s, Batches)), None)
-
-
-def _restarts(loader: Any) -> bool:
-    """Whether a second iteration certainly begins like the first.
-
-    An iterable, or a sampler, of the user's may count its passes, as in a curriculum.
-    """
-    if not isinstance(loader, DataLoader):
-        return isinstance(loader, Sequence)
-    parts = (getattr(loader, n, None) for n in ("sampler", "batch_sampler"))
-    known = all(type(p).__module__.startswith(("torch.", "selftune.", "builtins")) for p in parts)
-    return known and not isinstance(loader.dataset, IterableDataset)
 
 
 def own_iterator(loader: Any) -> Any:

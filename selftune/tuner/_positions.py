@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from selftune.tuner._checkpoints import plain
 
@@ -31,6 +31,18 @@ def position(loader: Any) -> Any:
         log.info("%s has no position before its first batch: %s", type(loader).__name__, error)
         return None
     return copy.deepcopy(place) if plain(place) else None
+
+
+def restarts(loader: Any) -> bool:
+    """Whether a second iteration certainly begins like the first.
+
+    An iterable, or a sampler, of the user's may count its passes, as in a curriculum.
+    """
+    if not isinstance(loader, DataLoader):
+        return isinstance(loader, Sequence)
+    parts = (getattr(loader, n, None) for n in ("sampler", "batch_sampler"))
+    known = all(type(p).__module__.startswith(("torch.", "selftune.", "builtins")) for p in parts)
+    return known and not isinstance(loader.dataset, IterableDataset)
 
 
 @contextmanager

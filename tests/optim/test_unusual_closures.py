@@ -172,3 +172,36 @@ def test_a_closure_may_call_the_model_with_other_buffers() -> None:
         for name, buffer in net.named_buffers():
             assert buffer is own[name][0]
             assert torch.equal(buffer, own[name][1])
+
+
+def test_statistics_of_a_functional_model_are_those_of_training() -> None:
+    """``functional_call`` with the loop's own. Truths: the loop without a closure, and the run."""
+
+    def trained(hyper: bool, resume: bool = False) -> dict[str, Tensor]:
+        net = nn.Sequential(network(), nn.BatchNorm1d(1))
+        params = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
+        buffers = {n: b.clone() for n, b in net.named_buffers()}
+
+        def made() -> st.SGD:
+            return st.SGD(params.values(), lr=0.01, every=1, probe=False, tune=(), guard=False)
+
+        def loss(shift: float = 0.0) -> Tensor:
+            out = torch.func.functional_call(net, (params, buffers), (X + shift,))
+            return mse_loss(out, Y)
+
+        opt = made()
+        for step in range(6):
+            opt.zero_grad()
+            loss().backward()
+            opt.step()
+            if step == 3 and resume:
+                state, opt = opt.state_dict(), made()
+                opt.load_state_dict(state)
+            if hyper:
+                opt.hyper_step(lambda: loss(50.0))
+        return buffers
+
+    want = trained(False)
+    for found in (trained(True), trained(True, resume=True)):
+        for name, value in want.items():
+            torch.testing.assert_close(found[name], value)
