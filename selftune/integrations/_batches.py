@@ -119,9 +119,13 @@ def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:
     """The indices of a sampler; None if unknown."""
     if type(sampler) is SubsetRandomSampler:
         return list(sampler.indices)
+    dataset: Any = loader.dataset
     source = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
-    if isinstance(sampler, WHOLE) and source is loader.dataset:
-        return range(len(loader.dataset))
+    if isinstance(sampler, WHOLE) and source is dataset:
+        return range(len(dataset))
+    lengths = getattr(sampler, "lengths", None)  # of transformers' LengthGroupedSampler
+    if lengths is not None and len(lengths) == len(dataset):
+        return range(len(dataset))
     return None
 
 

@@ -73,6 +73,7 @@ class HyperStep:
             evaluator.add_event_handler(Events.STARTED, self._opt.eval)
 
     def _hyper_step(self, engine: Engine) -> None:
+        self._opt.train()  # an evaluation may have come first
         batches = self._batches.at(engine.state.iteration)
         self._opt.hyper_step(lambda: self._value(next(batches)))
 

@@ -7,20 +7,22 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
 
-from selftune._modes import evaluating
+from selftune._modes import buffers_kept, evaluating
 from selftune.integrations._batches import ValidationBatches
 from selftune.integrations._logged import logged
+from selftune.integrations._records import records_kept
 from selftune.integrations._unwrapping import only
 
 RAW = "current_model_state"
 """Key of the training weights in a checkpoint, as in Lightning's ``WeightAveraging``."""
-MOST = 1000
-"""Largest dictionary whose values may be lists of outputs."""
+AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
+"""Lightning's own callbacks that put averaged weights into the module."""
 
 
 class SelfTuning(Callback):
@@ -29,8 +31,8 @@ class SelfTuning(Callback):
     Validation, checkpoints (``state_dict``) and the module after ``fit`` use the averaged weights.
     A checkpoint also contains the training weights, from which a resumed run continues. The loss is
     that of ``validation_step`` if it returns one, else, with automatic optimization, of
-    ``training_step``, with the module in ``eval()`` mode; these calls log nothing and leave
-    torchmetrics unchanged.
+    ``training_step``, with the module in ``eval()`` mode; these calls log nothing, and leave
+    torchmetrics, counts and lists of outputs unchanged.
 
     Args:
         batches: Validation batches for tuning, by default the trainer's first validation loader.
@@ -39,8 +41,9 @@ class SelfTuning(Callback):
         seed: Seed of the random batches.
 
     Raises:
-        ValueError: At the start of training: not exactly one optimizer is self-tuned, or there
-            are no validation batches, or they are of several loaders at a time.
+        ValueError: At the start of training: not exactly one optimizer is self-tuned, there are no
+            validation batches, they are of several loaders at a time, or another callback averages
+            the weights too.
 
     Examples:
         >>> trainer = Trainer(callbacks=[SelfTuning()], logger=False, accelerator="cpu")
@@ -55,20 +58,34 @@ class SelfTuning(Callback):
     ) -> None:
         self._given, self._loss, self._seed = batches, loss or _module_loss, seed
         self._opt: Any = None
+        self._loader: Any = None
         self._batches: ValidationBatches | None = None
         self._seen = 0  # optimizer steps
         self._shown = False  # averaged weights
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer."""
+        for callback in trainer.callbacks:
+            if AVERAGING & {kind.__name__ for kind in type(callback).__mro__}:
+                raise ValueError(
+                    f"callbacks: {type(callback).__name__} puts its averaged weights into the "
+                    "module, as SelfTuning does: leave it out"
+                )
         self._opt, self._shown = only(trainer.optimizers), False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the validation batches."""
+        if self._given is None:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()  # else done only before validation
+        self._loader = None
+        self._find_batches(trainer)
+        self._seen = trainer.global_step
+        self._hide()  # a state saved with averaged weights in place is loaded with them
+
+    def _find_batches(self, trainer: Trainer) -> None:
         loader: Any = self._given
         if loader is None:
             validation = trainer.fit_loop.epoch_loop.val_loop
-            validation.setup_data()  # else done only before validation
             loaders = trainer.val_dataloaders
             mode = getattr(validation._combined_loader, "_mode", "sequential")
             if mode != "sequential" and isinstance(loaders, (dict, list, tuple)):
@@ -85,9 +102,8 @@ class SelfTuning(Callback):
                 "fit(..., val_dataloaders=) with a validation_step, and a limit_val_batches above "
                 "0, or SelfTuning(batches)"
             )
-        self._batches = ValidationBatches(loader, self._seed)
-        self._seen = trainer.global_step
-        self._hide()  # a state saved with averaged weights in place is loaded with them
+        if loader is not self._loader:
+            self._loader, self._batches = loader, ValidationBatches(loader, self._seed)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,9 +134,11 @@ class SelfTuning(Callback):
     # averaged weights: from a validation, or the end, until the next training batch
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the averaged weights into the module."""
+        """Put the averaged weights into the module; tune on this loader, if it is a new one."""
         if self._fits(trainer):
             self._show()
+            if self._loader is not None and not trainer.sanity_checking:
+                self._find_batches(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -187,39 +205,33 @@ def _module_loss(module: LightningModule, batch: Any) -> Tensor:
 
 @contextmanager
 def _validating(trainer: Trainer) -> Iterator[None]:
-    """Hooks that ask ``trainer.training``, such as augmentations of a batch, see a validation."""
-    stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
+    """Hooks that ask ``trainer.training``, such as augmentations of a batch, see a validation.
+
+    Calls of the module's loggers have no effect.
+    """
+    stage, loggers = trainer.state.stage, trainer.loggers
+    trainer.state.stage = RunningStage.VALIDATING
+    trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         yield
     finally:
-        trainer.state.stage = stage
+        trainer.state.stage, trainer.loggers = stage, loggers
 
 
 @contextmanager
 def _silent(module: LightningModule) -> Iterator[None]:
-    """Log nothing, and leave torchmetrics, and lists that outputs are appended to, as they are.
-
-    The lists may be attributes of any submodule, or values of dictionaries that are.
-    """
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    attributes = [v for m in module.modules() for v in vars(m).values()]
-    tables = [(v, len(v)) for v in attributes if isinstance(v, dict) and len(v) <= MOST]
-    entries = [v for table, _ in tables for v in table.values()]
-    lists = [(v, len(v)) for v in (*attributes, *entries) if isinstance(v, list)]
+    """Log nothing, and leave torchmetrics and whatever else records batches as they are."""
+    modules = list(module.modules())
+    metrics = [m for m in modules if isinstance(m, Metric)]
     kept = [{n: _state(v) for n, v in vars(m).items()} for m in metrics]
-    vars(module)["log"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del vars(module)["log"]
-        for metric, values in zip(metrics, kept, strict=True):
-            vars(metric).update(values)
-        for appended, length in lists:
-            del appended[length:]
-        for table, length in tables:
-            for key in list(table)[length:]:
-                if isinstance(table[key], list):
-                    del table[key]
+    with records_kept(modules), buffers_kept(modules):
+        vars(module)["log"] = lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            del vars(module)["log"]
+            for metric, values in zip(metrics, kept, strict=True):
+                vars(metric).update(values)
 
 
 def _state(value: Any) -> Any:

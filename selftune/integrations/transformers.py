@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from selftune._modes import evaluating
 from selftune.integrations._batches import ValidationBatches
 from selftune.integrations._logged import logged
+from selftune.integrations._records import records_kept
 from selftune.integrations._unwrapping import unwrap
 
 
@@ -58,6 +59,8 @@ class SelfTuningCallback(TrainerCallback):
                 )
             loader = self._trainer.get_eval_dataloader()
         self._batches = ValidationBatches(loader, args.seed if self._seed is None else self._seed)
+        if state.global_step >= state.max_steps:  # the best model may follow, but no step
+            self._opt.eval()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,6 +73,7 @@ class SelfTuningCallback(TrainerCallback):
     ) -> None:
         """Step the hyperparameters; use the averaged weights for evaluation and checkpoint."""
         assert self._batches is not None
+        self._opt.train()  # another callback may have evaluated
         batches = self._batches.at(state.global_step)
         scaler = self._trainer.accelerator.scaler
         loss = self._opt.hyper_step(lambda: self._value(next(batches)), scaler=scaler)
@@ -105,7 +109,9 @@ class SelfTuningCallback(TrainerCallback):
 
     def _value(self, batch: Any) -> Tensor:
         trainer, model = self._trainer, self._trainer.model
-        with evaluating(model), trainer.compute_loss_context_manager():
+        # Trainers such as TRL's record metrics of batches in ``compute_loss``.
+        kept = records_kept([trainer, *model.modules()])
+        with kept, evaluating(model), trainer.compute_loss_context_manager():
             inputs = trainer._prepare_inputs(batch)
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
             return trainer.compute_loss(model, inputs, num_items_in_batch=items)

@@ -93,3 +93,26 @@ def test_refuses_a_plain_optimizer() -> None:
     model = network()
     with pytest.raises(TypeError, match="SGD is not self-tuned"):
         HyperStep(torch.optim.SGD(model.parameters()), model, val_loader(), loss_of)
+
+
+def test_an_evaluation_may_come_before_the_hyperparameter_step() -> None:
+    """Truth: the run without it."""
+    ends = []
+    for early in (False, True):
+        model = network()
+        opt = tuned(model)
+
+        def update(engine: Any, batch: Any, model: Any = model, opt: Any = opt) -> None:
+            model.train()
+            opt.zero_grad()
+            loss_of(model, batch).backward()
+            opt.step()
+
+        trainer, evaluator = Engine(update), create_supervised_evaluator(model)
+        if early:
+            every = Events.ITERATION_COMPLETED(every=3)
+            trainer.add_event_handler(every, lambda engine, e=evaluator: e.run(val_loader()))
+        HyperStep(opt, model, val_loader(), loss_of).attach(trainer, evaluator)
+        trainer.run(train_loader(), max_epochs=4)
+        ends.append(copied(model))
+    assert equal(*ends)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tasks import (
     copied,
+    dataset,
     equal,
     loss_of,
     needs,
@@ -24,19 +25,26 @@ from tasks import (
     val_loader,
 )
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = needs("lightning")
 try:
     from lightning.fabric import Fabric
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.callbacks import (
+        EarlyStopping,
+        EMAWeightAveraging,
+        ModelCheckpoint,
+        StochasticWeightAveraging,
+    )
+    from lightning.pytorch.loggers import Logger
     from lightning.pytorch.utilities import CombinedLoader
     from torchmetrics.classification import MulticlassAccuracy
 
     from selftune.integrations import ValidationBatches
     from selftune.integrations.lightning import RAW, SelfTuning
 except ModuleNotFoundError:
-    LightningModule = object
+    LightningModule = Logger = object
 
 
 class Net(LightningModule):
@@ -400,3 +408,106 @@ def test_validation_batches_of_fabric_are_drawn_by_step(precision: Any) -> None:
         opt.step()
         opt.hyper_step(lambda step=step: loss_of(net, next(batches.at(step))))
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_counts_are_those_of_validation(tmp_path: Path) -> None:
+    """Numbers, tensors, buffers and nested lists. Count: the examples of an epoch."""
+
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.examples, self.tensor = 0, torch.zeros(())
+            self.register_buffer("counted", torch.zeros(()))
+            self.outputs: list[list[int]] = [[]]
+            self.found: list[tuple[float, ...]] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            size = len(batch[0])
+            self.examples += size
+            self.tensor = self.tensor + size
+            self.counted += size
+            self.outputs[0].append(size)
+            return super().validation_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self) -> None:
+            counts = (self.examples, self.tensor, self.counted, sum(self.outputs[0]))
+            self.found.append(tuple(map(float, counts)))
+            self.examples, self.tensor = 0, torch.zeros(())
+            self.counted.zero_()
+            self.outputs[0].clear()
+
+    module = Counting()
+    done = fit(module, tmp_path, num_sanity_val_steps=0)
+    assert module.found == [(60.0,) * 4] * 4
+    assert done.optimizers[0].hparams["lr"] != 0.01
+
+
+def test_loggers_are_not_called_by_tuning_passes(tmp_path: Path) -> None:
+    class Kept(Logger):
+        name, version = "kept", 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.images, self.scalars = 0, 0
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log_metrics(self, metrics: Any, step: Any = None) -> None:
+            self.scalars += "hyper/lr" in metrics
+
+        def log_image(self) -> None:
+            self.images += 1
+
+    class Painting(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 0:
+                self.logger.log_image()
+            return super().validation_step(batch, batch_idx)
+
+    kept = Kept()
+    fit(Painting(), tmp_path, num_sanity_val_steps=0, logger=kept, log_every_n_steps=1)
+    assert kept.images == 4  # epochs
+    assert kept.scalars > 4
+
+
+def test_callbacks_that_average_too_are_refused(tmp_path: Path) -> None:
+    for other in (StochasticWeightAveraging(0.01), EMAWeightAveraging()):
+        match = f"callbacks: {type(other).__name__} puts its averaged weights"
+        with pytest.raises(ValueError, match=match):
+            fit(Net(), tmp_path, other)
+
+
+def test_reloaded_validation_sets_are_tuned_on(tmp_path: Path) -> None:
+    """Each epoch has labels of its own."""
+    seen: list[tuple[bool, int, int]] = []
+
+    class Reloading(Net):
+        def train_dataloader(self) -> Any:
+            return train_loader()
+
+        def val_dataloader(self) -> Any:
+            x, y = dataset(60, 1).tensors
+            return DataLoader(TensorDataset(x, 0 * y + self.current_epoch % 2), batch_size=20)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.append((self.at, self.current_epoch, int(batch[1][0])))
+            return super().validation_step(batch, batch_idx)
+
+        at = False
+
+        def on_validation_start(self) -> None:
+            self.at = True
+
+        def on_validation_end(self) -> None:
+            self.at = False
+
+    module = Reloading()
+    found = trainer(tmp_path, num_sanity_val_steps=0, reload_dataloaders_every_n_epochs=1)
+    found.fit(module)
+    validated = {(epoch, label) for at, epoch, label in seen if at}
+    tuned_on = {(epoch, label) for at, epoch, label in seen if not at}
+    assert validated == {(0, 0), (1, 1), (2, 0), (3, 1)}
+    # The loader of an epoch is known from its validation on, at the end of the epoch.
+    assert tuned_on <= {(0, 0), (1, 0), (2, 1), (3, 0), *validated}
+    assert (2, 1) in tuned_on

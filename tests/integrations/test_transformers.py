@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,91 @@ def test_a_loss_of_the_users_gets_the_number_of_items(tmp_path: Path) -> None:
 
     trainer(tmp_path, Own, num_train_epochs=1).train()
     assert None not in seen
+
+
+def test_the_best_model_of_a_finished_run_stays(tmp_path: Path) -> None:
+    """A resume with no steps left. Truth: the file, of a run whose best is not the last."""
+    options: Any = dict(
+        save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )  # fmt: skip
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    best = load_file(Path(whole.state.best_model_checkpoint) / "model.safetensors")
+    again = trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    for _ in range(2):
+        assert equal(copied(again.model), best)
+        assert again.evaluate()["eval_loss"] == pytest.approx(whole.state.best_metric, rel=1e-6)
+
+
+def test_loaders_that_group_by_length_are_drawn_by_step(tmp_path: Path) -> None:
+    """Truth: the uninterrupted run."""
+    options: Any = dict(
+        train_sampling_strategy="group_by_length", save_strategy="steps", save_steps=5,
+    )  # fmt: skip
+
+    def made(folder: str) -> Any:
+        one = trainer(tmp_path / folder, **options)
+        for rows_of in (one.train_dataset, one.eval_dataset):
+            for index, row in enumerate(rows_of):
+                row["input_ids"] = [0] * (1 + index % 7)
+        one.data_collator = collated
+        return one
+
+    def collated(found: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "x": torch.stack([row["x"] for row in found]),
+            "labels": torch.tensor([row["labels"] for row in found]),
+        }
+
+    whole = made("whole")
+    whole.train()
+    assert "LengthGrouped" in type(whole._get_eval_sampler(whole.eval_dataset)).__name__
+    rest = made("rest")  # seeds torch, as a new process does
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert rest.optimizer.optimizer.hparams == whole.optimizer.optimizer.hparams
+    assert equal(copied(rest.model), copied(whole.model))
+
+
+def test_metrics_that_compute_loss_collects_are_those_of_evaluations(tmp_path: Path) -> None:
+    """As TRL's trainers do. Count: the batches of an evaluation."""
+
+    class Collecting(Made):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.kept: Any = {"train": defaultdict(list), "eval": defaultdict(list)}
+            self.counts: list[int] = []
+
+        def compute_loss(self, model: Any, *args: Any, **given: Any) -> Any:
+            self.kept["train" if model.training else "eval"]["seen"].append(1)
+            return super().compute_loss(model, *args, **given)
+
+        def evaluate(self, *args: Any, **given: Any) -> Any:
+            found = super().evaluate(*args, **given)
+            self.counts.append(len(self.kept["eval"]["seen"]))
+            self.kept["eval"].clear()
+            return found
+
+    done = trainer(tmp_path, Collecting)
+    done.train()
+    assert done.counts == [3] * 4
+    assert done.optimizer.optimizer.hparams["lr"] != 0.01
+
+
+def test_other_callbacks_may_evaluate_before(tmp_path: Path) -> None:
+    """Truth: the run without these evaluations."""
+
+    class Evaluating(TrainerCallback):
+        trainer: Any
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step in (3, 9):
+                self.trainer.evaluate()
+
+    callback = Evaluating()
+    found = callback.trainer = trainer(tmp_path, callbacks=[callback])
+    found.train()
+    plain = trainer(tmp_path)
+    plain.train()
+    assert equal(copied(found.model), copied(plain.model))
