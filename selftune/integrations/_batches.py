@@ -123,10 +123,8 @@ def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:
     source = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
     if isinstance(sampler, WHOLE) and source is dataset:
         return range(len(dataset))
-    lengths = getattr(sampler, "lengths", None)  # of transformers' LengthGroupedSampler
-    if lengths is not None and len(lengths) == len(dataset):
-        return range(len(dataset))
-    return None
+    grouped = "LengthGroupedSampler" in type(sampler).__name__  # transformers'
+    return range(len(dataset)) if grouped and len(sampler.lengths) == len(dataset) else None
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
