@@ -87,7 +87,7 @@ def _drawn(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
         batched = batched.batch_sampler
     if batched is not None and type(batched) is not BatchSampler:
         return None
-    indices = _indices(loader, loader.sampler if batched is None else batched.sampler)
+    indices = _indices(loader.dataset, loader.sampler if batched is None else batched.sampler)
     if not indices:
         return None
     size = None if batched is None else min(batched.batch_size, len(indices))
@@ -115,11 +115,10 @@ def _moved(draw: Callable[[Random], Any], device: Any, random: Random) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, draw(random))
 
 
-def _indices(loader: DataLoader[Any], sampler: Any) -> Sequence[int] | None:
+def _indices(dataset: Any, sampler: Any) -> Sequence[int] | None:
     """The indices of a sampler; None if unknown."""
     if type(sampler) is SubsetRandomSampler:
         return list(sampler.indices)
-    dataset: Any = loader.dataset
     source = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
     if isinstance(sampler, WHOLE) and source is dataset:
         return range(len(dataset))
