@@ -119,8 +119,8 @@ def _indices(dataset: Any, sampler: Any) -> Sequence[int] | None:
     """The indices of a sampler; None if unknown."""
     if type(sampler) is SubsetRandomSampler:
         return list(sampler.indices)
-    source = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
-    if isinstance(sampler, WHOLE) and source is dataset:
+    own = getattr(sampler, "data_source", getattr(sampler, "dataset", None)) is dataset
+    if own and isinstance(sampler, WHOLE):
         return range(len(dataset))
     grouped = "LengthGroupedSampler" in type(sampler).__name__  # transformers'
     return range(len(dataset)) if grouped and len(sampler.lengths) == len(dataset) else None

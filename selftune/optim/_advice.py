@@ -18,11 +18,7 @@ MANY = 20
 
 
 class Advice:
-    """Warnings about rates set twice, a run longer than stated, and missing hyper steps.
-
-    Args:
-        schedule: The optimizer's schedule.
-    """
+    """Warnings about rates set twice, a run longer than stated, and missing hyper steps."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -38,13 +34,7 @@ class Advice:
             )  # fmt: skip
 
     def give(self, engine: Engine, *, annealed: bool, writes: int) -> None:
-        """Warn after a step.
-
-        Args:
-            engine: The engine of the optimizer.
-            annealed: Whether a torch scheduler lowers the rate.
-            writes: How often the training loop has written a rate.
-        """
+        """Warn after a step."""
         steps = engine.clock.steps
         shape, total = self._schedule.shape, self._schedule.total_steps
         if annealed and shape != "constant" and self._first("twice"):

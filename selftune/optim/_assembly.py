@@ -27,12 +27,7 @@ SCALED = {"centre", "mark"}
 
 
 class Assembly:
-    """Makes the engine's blocks from parameter groups, and rebuilds them after changes.
-
-    Args:
-        engine: The engine of the run.
-        groups: The tuned values of the parameter groups.
-    """
+    """Makes the engine's blocks from parameter groups, and rebuilds them after changes."""
 
     def __init__(self, engine: Engine, groups: Groups) -> None:
         self._engine, self._groups = engine, groups
@@ -51,11 +46,7 @@ class Assembly:
         return other
 
     def current(self, groups: Sequence[Group], state: State) -> list[Block]:
-        """The blocks, rebuilt if parameters were added, moved, replaced or unfrozen.
-
-        Raises:
-            ValueError: A parameter has another shape or dtype than at the first step.
-        """
+        """The blocks, rebuilt if parameters were added, moved, replaced or unfrozen."""
         # At every step: size() is faster than shape.
         kinds = [[(id(p), p.size(), p.dtype) for p in g["params"]] for g in groups]
         if kinds == self._built and not any(p.requires_grad for p in self._frozen):

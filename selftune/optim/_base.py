@@ -88,7 +88,6 @@ class SelfTuningOptimizer(EvaluationMode):
             return self._step(call, loss)
 
     def _step(self, call: Call | None, loss: Tensor | None) -> Tensor | None:
-        """The rest of a step, after its closure."""
         if self._idle():
             # Distributed checkpointing only needs the state; nothing is tuned yet.
             self._assembly.make(self.param_groups, self.state)
@@ -190,7 +189,6 @@ class SelfTuningOptimizer(EvaluationMode):
 
     @property
     def _device(self) -> str:
-        """The type of the parameters' device."""
         return str(next(p.device.type for g in self.param_groups for p in g["params"]))
 
     def _begin(self, first: Tensor) -> None:

@@ -36,17 +36,6 @@ class Block:
     from them, and they contain all saved state as views of its flat vectors, so torch's saving and
     loading work unchanged. ``sync`` writes the rule's state, which has new tensors at every step.
 
-    Args:
-        params: The trained parameters.
-        names: Their names for error messages.
-        entries: Their state dictionaries.
-        sensitivities: Defines their state.
-        values: Hyperparameters and options of the group.
-        cut: The slice with sensitivities.
-        pairs: Number of secant pairs.
-        snapshots: Storage of the last good weights.
-        kinds: Kinds of snapshots.
-
     Attributes:
         part: State of the method; its ``params`` are empty between steps.
         averages: The average, a view for every parameter.
@@ -122,7 +111,6 @@ class Block:
         return entries
 
     def _wholes(self) -> dict[str, Tensor]:
-        """The state over all weights."""
         return {**self.part.rule, "average": self.part.average, **self.snapshots}
 
     def _pieces(self) -> dict[str, list[Tensor]]:
@@ -178,7 +166,6 @@ class Block:
         return self.layout.flatten(self.params, out=self._kept_memory("weights"))
 
     def _kept_memory(self, use: str) -> Tensor:
-        """A buffer reused at each step."""
         if use not in self.scratch:
             self.scratch[use] = self.part.average.new_empty(self.layout.numel)
         return self.scratch[use]
@@ -195,7 +182,6 @@ class Block:
         return flat if self.cut.stride == 1 else flat[self._firsts[index] :: self.cut.stride]
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Concatenate the slices of all tensors."""
         return torch.cat(list(pieces)).to(self.layout.dtype)
 
     def scaled(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -205,15 +191,12 @@ class Block:
     # other weights in place
 
     def copies(self) -> list[Tensor]:
-        """Copies of the parameters."""
         return [local(p).detach().clone() for p in self.params]
 
     def put(self, weights: Sequence[Tensor]) -> None:
-        """Write weights into the parameters."""
         torch._foreach_copy_([local(p) for p in self.params], list(weights))
 
     def exchange(self) -> None:
-        """Swap the parameters with their average."""
         swap(self.params, self.averages)
 
     def show(self, place: float, weights: Sequence[Tensor]) -> None:
@@ -224,13 +207,7 @@ class Block:
             param.copy_(between(view, other, abs(place)))
 
     def slopes(self, index: int, grad: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """A parameter's ``g · Δw`` from good to averaged weights, and from averaged to others.
-
-        Args:
-            index: Index of the parameter.
-            grad: g.
-            weights: The other weights, a tensor for each parameter.
-        """
+        """A parameter's ``g · Δw`` from good to averaged weights, and from averaged to others."""
         average, good = self.averages[index], self.layout.views(self.good)[index]
         grad = local(grad).to(average.dtype)
         ways = average - good, weights[index] - average
@@ -264,7 +241,6 @@ class Block:
         self._stale = True
 
     def count(self) -> None:
-        """Count a step of all parameters."""
         self._steps.add_(1)
         self._lead += 1
 
@@ -273,13 +249,7 @@ class Block:
         return [a + self._lead for a in self._ages]
 
     def write(self, part: Part, moved: Tensor, counted: Sequence[bool] | None) -> None:
-        """Store a part after a step, and write its weights into the parameters.
-
-        Args:
-            part: The part.
-            moved: Its weights.
-            counted: Which tensors took part; None: all.
-        """
+        """Store a part after a step, and write its weights into the parameters."""
         self.part = part._replace(params=moved.new_empty(0))
         self._let_go()
         self.layout.write(moved, self.params)
@@ -300,12 +270,10 @@ class Block:
             flat.copy_(scaled)
 
     def _fill(self, flat: Tensor) -> None:
-        """Copy the parameters into a vector."""
         for param, view in zip(self.params, self.layout.views(flat), strict=True):
             view.copy_(local(param))
 
     def snapshot(self, kind: str) -> None:
-        """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
         if kind == "iterate":  # in the sweep, where the average is free, and exact
             self._fill(self.part.average)
         elif kind == "promote":
@@ -322,7 +290,6 @@ class Block:
         self._fill(self.part.average)
 
     def rewound(self, part: Part) -> None:
-        """Reset the rule's state."""
         self.part = part._replace(params=part.average.new_empty(0))
         self._let_go()
         self._steps.zero_()

@@ -85,7 +85,6 @@ class Buffers:
                     kept += [t.clone() for t in begun]
 
     def grow(self) -> None:
-        """Search the next validation pass for the modules of parameters that have joined."""
         self.grown, self.carried.buffers = True, None
 
     @contextmanager
@@ -144,11 +143,7 @@ class Buffers:
                 layer.momentum = momentum
 
     def expect(self, params: Iterable[Tensor]) -> None:
-        """Find the layers of loaded statistics in later forward passes.
-
-        Args:
-            params: Parameters of their model.
-        """
+        """Find the layers of loaded statistics in later forward passes."""
         if self._saved is None:
             return
         ours = places(params)
@@ -182,7 +177,6 @@ class Buffers:
         return len(self.foreign) + len(self.borrowed)
 
     def tensors(self) -> list[Tensor]:
-        """The current statistics of the modules."""
         return [t for layer in self.layers for t in statistics(layer)]
 
     @contextmanager
@@ -251,13 +245,11 @@ class Buffers:
 
     @ordinary_tensors()
     def begin(self) -> None:
-        """Reset averaged and good statistics to the current ones."""
         self.mend()
         for kept in (self.average, self.good, self.candidate):
             kept[:] = [t.clone() for t in self.tensors()]  # the model may have been converted
 
     def snapshot(self, kind: str) -> None:
-        """Take a snapshot requested by a controller (:class:`~selftune.control.Action`)."""
         target = self.candidate if kind == "candidate" else self.good
         source = self.candidate if kind == "promote" else self.average
         copy_into(target, source)
@@ -268,11 +260,7 @@ class Buffers:
             copy_into(others, self.good)
 
     def state_dict(self, params: Iterable[Tensor]) -> dict[str, Any]:
-        """The averaged and good statistics, and the training statistics if not in place.
-
-        Args:
-            params: Parameters of the optimizer, among which those of each layer have a place.
-        """
+        """The averaged and good statistics, and the training statistics if not in place."""
         if self._saved is not None:
             return {**self._saved, "grown": self.grown}
         average, training = self.average, []
@@ -290,12 +278,7 @@ class Buffers:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], params: Iterable[Tensor]) -> None:
-        """Continue from ``state_dict``, as soon as the layers are found.
-
-        Args:
-            state: The saved statistics.
-            params: As in ``state_dict``.
-        """
+        """Continue from ``state_dict``, as soon as the layers are found."""
         self._saved = state
         self._own, self._strangers = state["own"], state["foreign"]
         self.grown = state["grown"]
@@ -306,7 +289,6 @@ class Buffers:
         return [ours.get(id(layer.weight), -1) for layer in self.layers]
 
     def _finds(self, state: dict[str, Any], ours: Mapping[int, int]) -> bool:
-        """Whether all layers of a saved state are found."""
         return not Counter(state["keys"]) - Counter(self._keys(ours))
 
     def _load(self, state: dict[str, Any], ours: Mapping[int, int]) -> None:

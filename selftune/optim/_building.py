@@ -119,7 +119,6 @@ class TuningOptions:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        """Check each option; None selects the default."""
         check(ARGUMENTS, vars(self))
         self.average = Average() if self.average is None else self.average
         self.settings = MethodSettings() if self.settings is None else self.settings
@@ -144,11 +143,7 @@ class TuningOptions:
 
 
 def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
-    """Raise an error for an unknown option, and name the closest known one.
-
-    Raises:
-        TypeError: An option is unknown.
-    """
+    """Raise an error for an unknown option, and name the closest known one."""
     known = [f.name for f in fields(TuningOptions)]
     wrong = next((name for name in given if name not in known), None)
     if wrong is None:
@@ -162,16 +157,7 @@ def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
 
 
 def build(options: TuningOptions, update: Update, stepper: Stepper) -> Engine:
-    """Build the engine of a run.
-
-    Args:
-        options: Options of the tuning.
-        update: The update rule.
-        stepper: Computes the weight steps.
-
-    Raises:
-        ValueError: Options contradict one another or the update rule.
-    """
+    """Build the engine of a run."""
     settings, total, label = options.settings, options.total_steps, options.name or stepper.name
     every, tune = settings.hyper.every(total, options.every), options.tune
     if tune is None:  # ``decay`` only if no schedule anneals

@@ -15,7 +15,6 @@ _LOW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise an error for parameters that cannot be tuned together."""
     first: Tensor | None = None
     seen: dict[int, str] = {}
     starts: dict[int, str] = {}  # of the memory of each
@@ -52,7 +51,6 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_group(group: Mapping[str, Any], hparams: Iterable[Hparam]) -> None:
-    """Raise an error for values of a parameter group outside their range."""
     known = set()
     for hparam in hparams:
         check_option(hparam, group)
@@ -68,7 +66,6 @@ def check_group(group: Mapping[str, Any], hparams: Iterable[Hparam]) -> None:
 
 
 def check_option(hparam: Hparam, group: Mapping[str, Any]) -> None:
-    """Raise an error for an option outside its range."""
     key = hparam.option or hparam.name
     value = group[key]
     if hparam.role == "rate" and not 0 < float(value) < math.inf:
@@ -84,13 +81,11 @@ def check_option(hparam: Hparam, group: Mapping[str, Any]) -> None:
 
 
 def check_gradient(name: str, grad: Tensor) -> None:
-    """Raise an error for sparse gradients."""
     if grad.is_sparse:
         raise ValueError(f"the gradient of {name} is sparse; build its embedding with sparse=False")
 
 
 def check_outer_loss(loss: Any) -> None:
-    """Raise an error for an invalid return value of a validation closure."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"closure returned {type(loss).__name__}; return the validation loss alone, a scalar "
@@ -114,7 +109,6 @@ def check_outer_loss(loss: Any) -> None:
 
 
 def check_dependence(grads: Sequence[Tensor | None]) -> None:
-    """Raise an error for a loss that does not depend on the parameters."""
     if all(g is None for g in grads):
         raise ValueError(
             "closure returned a loss that does not depend on any of this optimizer's "

@@ -32,11 +32,6 @@ class Call:
 
     It is evaluated with the random numbers of its own step; parameters, gradients and the running
     statistics of normalisation layers are restored afterwards.
-
-    Args:
-        closure: Computes the loss and calls ``backward``.
-        block: The weights.
-        statistics: Returns the running statistics.
     """
 
     def __init__(
@@ -78,7 +73,6 @@ class Call:
             )
 
     def gradient(self, weights: Tensor) -> Tensor:
-        """The gradient at given weights, shape (N,)."""
         block = self._block
         changed = unchanged([*map(local, block.params), *self._statistics()])
         try:
@@ -107,7 +101,6 @@ class _ByClosures(Products):
         """Nothing to choose."""
 
     def gradient(self, params: Tensor, hparams: Values, *batch: Any) -> Tensor:
-        """The closure's gradient."""
         gradient: Tensor = batch[0].gradient(params)
         return gradient
 
@@ -120,11 +113,7 @@ class _ByClosures(Products):
     def curvature(
         self, params: Tensor, hparams: Values, *batch: Any
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """``v ↦ H v``, which is its own transpose unless the gradient is clipped.
-
-        Raises:
-            RuntimeError: The closure clips its gradient.
-        """
+        """``v ↦ H v``, which is its own transpose unless the gradient is clipped."""
         gradient, product = self._differences(params, batch[0])
         if not self._tried:
             self._check_norm(params, gradient, batch[0])
@@ -179,13 +168,7 @@ class _ClosureProblem(Problem):
 
 
 class ClosureSteps:
-    """The steps of an optimizer, for a whole-step estimator.
-
-    Args:
-        estimator: The estimator.
-        update: The update rule.
-        shifts: The tuned hyperparameters.
-    """
+    """The steps of an optimizer, for a whole-step estimator."""
 
     def __init__(self, estimator: AbstractEstimator, update: Update, shifts: Shifts) -> None:
         self._steps, self._update, self._shifts = WholeSteps(estimator), update, shifts
@@ -193,7 +176,6 @@ class ClosureSteps:
         self._last: tuple[Call, Clock, tuple[Tensor, Tensor] | None] | None = None
 
     def forget(self) -> None:
-        """Reset the memory."""
         self._steps.forget()
         self._last = None
 
@@ -222,7 +204,6 @@ class ClosureSteps:
     def observe(
         self, block: Block, values: Mapping[str, Any], grads: Tensor, step: Transition, call: Call
     ) -> None:
-        """Observe a step, before its weights are written."""
         problem, hparams = self._problem(block, values), self._hparams(block)
         options = {n: v for n, v in values.items() if n not in self._shifts.rows}
         params, grads = step.params.clone(), grads.clone()

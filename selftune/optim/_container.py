@@ -260,7 +260,6 @@ class Container(torch.optim.Optimizer):
         """Called after a weight step; does nothing unless an optimizer chooses its rule."""
 
     def _take_up(self) -> None:
-        """Adopt values that were written to the groups."""
         if self._groups.take_up(self.param_groups):
             self._publish()
 

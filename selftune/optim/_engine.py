@@ -74,7 +74,6 @@ class Engine:
 
     @property
     def params(self) -> list[Tensor]:
-        """The trained parameters."""
         return [p for block in self.blocks for p in block.params]
 
     @property
@@ -119,7 +118,6 @@ class Engine:
         )
 
     def begin(self) -> None:
-        """Reset averaged and good weights and statistics to the current ones."""
         if self.buffers.shown:
             return
         for block in self.blocks:
@@ -142,7 +140,6 @@ class Engine:
             apply_masks(block, self.clock.steps, steps, thresholded=thresholded)
 
     def sync(self) -> None:
-        """Copy the current weights to the averaged and good ones."""
         self.begin()
         store = self.store
         if store.displacement is not None:
@@ -170,9 +167,6 @@ class Engine:
 
         The sensitivities do not include its batch yet, so within the first epoch it is an unbiased
         outer gradient; it cannot tune regularizers.
-
-        Args:
-            grads: Gradients of the slice of every block.
         """
         regularizers = self.method.sensitivities.update.regularizers
         names = [n for n in self.shifts.names if n not in regularizers]
@@ -265,7 +259,6 @@ class Engine:
         return True
 
     def report(self, loss: float) -> bool:
-        """Process a training loss; return whether hyperparameters changed."""
         if self.clock.since == self.clock.steps:  # the loss is from before a rewind
             return False
         return self.carry_out(self.controller.observe(TrainingLoss(loss)))

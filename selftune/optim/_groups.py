@@ -54,10 +54,6 @@ class Groups:
     tuned peak ``peak_lr`` times the factor of the schedule. ``applied_lr`` is the rate of the last
     step in every case.
 
-    Args:
-        update: Names and scales of all hyperparameters.
-        shifts: The tuned ones.
-
     Attributes:
         annealed: Whether a torch scheduler has lowered a rate.
         raised: Whether a torch scheduler has raised a rate, as in a warm-up, or a rate was written
@@ -199,11 +195,7 @@ class Groups:
                     check_option(hparam, group)
 
     def take_up(self, groups: Sequence[Group]) -> bool:
-        """Read values written to the groups from outside; return whether there were any.
-
-        Raises:
-            ValueError: A value is outside its range; none is read then.
-        """
+        """Read values written to the groups from outside; return whether there were any."""
         written, scheduled = [], []
         for name, tuned in self._shifts.rows.items():
             for i, span in self._spans.items():
@@ -257,7 +249,6 @@ class Groups:
         return rates
 
     def options(self, group: Group) -> Group:
-        """A group's options with all hyperparameters as numbers."""
         return {**group, **{n: h.read(group) for n, h in self._update.hparams.items()}}
 
     def values(self, groups: Sequence[Group]) -> list[Group]:
@@ -268,11 +259,9 @@ class Groups:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The written values, and what is known of schedulers."""
         return {name: copy.deepcopy(vars(self)[name]) for name in SAVED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``."""
         vars(self).update({name: copy.deepcopy(state[name]) for name in SAVED})
 
 

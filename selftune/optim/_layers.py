@@ -15,12 +15,10 @@ kept_in: WeakKeyDictionary[nn.Module, list[list[Tensor]]] = WeakKeyDictionary()
 
 
 def places(params: Iterable[Tensor]) -> dict[int, int]:
-    """The place of each parameter, by identity."""
     return {id(p): place for place, p in enumerate(params)}
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinity."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
@@ -53,6 +51,5 @@ def wrapped(tensor: Tensor) -> bool:
 
 
 def statistics(layer: nn.Module) -> list[Tensor]:
-    """The running statistics of a layer."""
     tensors = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
     return [t for t in tensors if isinstance(t, Tensor)]

@@ -28,12 +28,7 @@ def rate_rows(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
 
 
 class OptimizerLog:
-    """The metrics of an optimizer.
-
-    Args:
-        monitor: The log.
-        shifts: The tuned hyperparameters.
-    """
+    """The metrics of an optimizer."""
 
     def __init__(self, monitor: Monitor, shifts: Shifts) -> None:
         self.metrics = Metrics(monitor, shifts.tuned)
@@ -80,11 +75,9 @@ class OptimizerLog:
             monitor.scalar("time/overhead", min((now - begun) / (now - before), 1.0), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state needed for later entries, as plain containers."""
         return {"steps": self._steps, "metrics": self.metrics.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``."""
         self._steps = state["steps"]
         self.metrics.load_state_dict(state["metrics"])
 
@@ -94,7 +87,6 @@ class OptimizerLog:
         return self.metrics.monitor.on and self._steps % SPARSE == 0
 
     def finish(self, values: Mapping[str, Any], step: int, why: str) -> None:
-        """Log the end of the run, with explanations."""
         verdicts = self.verdicts(values, step)
         self.metrics.monitor.last(verdict_rows(verdicts), step)
         self.metrics.finish(values, verdicts, step, why)

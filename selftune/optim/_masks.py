@@ -18,12 +18,6 @@ def apply_masks(block: Block, now: int, steps: float, *, thresholded: bool) -> N
     A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in them
     too (only in the average if a penalty thresholds weights). Frozen parameters are copied if
     others were trained since they were frozen.
-
-    Args:
-        block: The block.
-        now: Steps of the run.
-        steps: Updates of the parameter that has been updated most often.
-        thresholded: Whether a penalty sets weights to 0.
     """
     params, ages, layout = block.params, block.ages(), block.layout
     least = [0.0] * len(params)

@@ -118,7 +118,6 @@ class OuterLoss:
         return float(self.engine.reducer.mean(finite.float())) == 1
 
     def random(self) -> AbstractContextManager[None]:
-        """Restores the random states after the block."""
         return random_kept(self.engine.blocks[0].layout.device)
 
     def value(self, closure: Closure) -> Tensor:
@@ -154,7 +153,6 @@ class OuterLoss:
         return self.engine.controller.final.position
 
     def judge_end(self, closure: Closure) -> None:
-        """Select the final weights of the run."""
         engine = self.engine
         final, step = engine.controller.final, engine.clock.steps
         if engine.controller.guard is None:
@@ -227,9 +225,6 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: fl
     """The needed parts of the gradients of every block, zeros for unused parameters.
 
     Where only slices are needed, each gradient is freed at once, so that only one is in memory.
-
-    Raises:
-        ValueError: The loss does not depend on the parameters.
     """
     places = {p: (b, i) for b in blocks for i, p in enumerate(b.params)}
     grads: dict[Tensor, Tensor] = {}

@@ -43,17 +43,12 @@ class Reducer:
 
     @property
     def together(self) -> bool:
-        """Whether there are other processes."""
         if self._wanted is False or not dist.is_available() or not dist.is_initialized():
             return False
         return dist.get_world_size() > 1
 
     def check_alike(self, params: Sequence[Tensor]) -> None:
-        """Raise an error if parameters differ between processes, at the first step of each.
-
-        Raises:
-            RuntimeError: Parameters differ in shape or, if not sharded, in value.
-        """
+        """Raise an error if parameters differ between processes, at the first step of each."""
         self.checked = True
         if not self.together:
             return
@@ -75,9 +70,6 @@ class Reducer:
         """Wait for the other processes before a hyperparameter step.
 
         A reduction would wait longer at first, or meet one of a training step of another process.
-
-        Raises:
-            RuntimeError: Another process does not call this method in time.
         """
         if not self.together:
             return
@@ -104,7 +96,6 @@ class Reducer:
         self._left = [keys[rank], *([f"{place}/count", f"{place}/all"] if rank == 0 else [])]
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over processes."""
         if not self.together:
             return tensor
         tensor = tensor.contiguous().clone()

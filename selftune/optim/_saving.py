@@ -32,11 +32,7 @@ def to_bytes(run: Mapping[str, Any]) -> bytes:
 
 
 def from_bytes(run: Any) -> dict[str, Any]:
-    """The packed run.
-
-    Raises:
-        ValueError: It is not a packed run.
-    """
+    """The packed run."""
     try:
         run_state: dict[str, Any] = load(io.BytesIO(run))
     except (TypeError, ValueError) as error:
@@ -118,17 +114,7 @@ def check_state(
     whole: Mapping[str, Any],
     mine: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Check a state before loading, and return its packed run.
-
-    Args:
-        state: The state to load.
-        engine: The engine that loads it.
-        whole: The engine's own packed state.
-        mine: The optimizer's parameter groups.
-
-    Raises:
-        ValueError: The state does not fit, or is incomplete.
-    """
+    """Check a state before loading, and return its packed run."""
     for key in ("state", "param_groups"):
         if key not in state:
             raise ValueError(f"state_dict is incomplete: it lacks {key!r}")
@@ -218,7 +204,6 @@ def _complete(saved: Any, mine: Any, where: str = "its run") -> None:
 
 
 def match(what: str, saved: Any, mine: Any) -> None:
-    """Raise an error for a part of a state that differs from this optimizer's."""
     if saved != mine:
         raise ValueError(
             f"state_dict does not fit: its {what} is {saved!r}, this optimizer's is {mine!r}. "

@@ -44,7 +44,6 @@ class Scoped:
     origin: Tensor
 
     def __init__(self, hparam: Hparam, scope: str) -> None:
-        """Start without segments; ``lay_out`` sets them."""
         self.hparam = hparam
         self.scope = scope
         self.base = torch.empty(0, dtype=torch.float64)
@@ -142,7 +141,6 @@ class Scoped:
         self._measure()
 
     def resume(self, base: Tensor, shift: Tensor, asleep: Tensor, waiting: bool) -> None:
-        """Continue from saved values."""
         self.base, self.shift = base.clone(), shift.clone()
         self.asleep, self.waiting = asleep.clone(), waiting
         self._measure()
@@ -188,6 +186,5 @@ class Scoped:
         self.origin = extreme.nan_to_num(posinf=0.0, neginf=0.0)
 
     def clamp(self) -> None:
-        """Clamp the shifts to the bounds."""
         low, high = self.bounds
         self.shift = self.shift.maximum(low).minimum(high.maximum(low))

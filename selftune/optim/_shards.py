@@ -81,6 +81,5 @@ class Rows:
         return _sharded(self.param, table, shape)
 
     def load(self, table: Tensor) -> Tensor:
-        """The inverse of ``save``."""
         row, column, _ = self._places
         return local(table)[..., row, column]

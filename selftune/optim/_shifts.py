@@ -23,19 +23,13 @@ MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 class TorchProposal:
-    """Proposes changes of the shifts with a torch optimizer.
-
-    Args:
-        make: Builds the optimizer of one parameter.
-        raw: The shifts.
-    """
+    """Proposes changes of the shifts with a torch optimizer."""
 
     def __init__(self, make: MakeOptimizer, raw: Tensor) -> None:
         self._raw = raw.clone().requires_grad_()
         self.optimizer = make([self._raw])
 
     def __call__(self, raw: Tensor, grads: Tensor) -> Tensor:
-        """The change for given hypergradients."""
         with torch.no_grad():
             self._raw.copy_(raw)
         self._raw.grad = grads.clone()
@@ -101,7 +95,6 @@ class Shifts:
 
     @property
     def names(self) -> list[str]:
-        """Names of the tuned hyperparameters, in the order of the shifts."""
         return list(self.rows)
 
     @property
@@ -148,24 +141,20 @@ class Shifts:
         return [n for n, t in self.rows.items() if bool(t.asleep.any())]
 
     def wake(self) -> bool:
-        """Start tuning values given as 0; return whether values change."""
         return any([tuned.wake() for tuned in self.rows.values()])
 
     def frame(self) -> Frame:
-        """Origin and bounds of the shifts."""
         pairs = [t.bounds for t in self.rows.values()]
         low = _joined([p[0] for p in pairs])
         origin = _joined([t.origin for t in self.rows.values()])
         return Frame(origin, low, _joined([p[1] for p in pairs]).maximum(low))
 
     def take(self, state: HyperState) -> None:
-        """Replace the state of the shifts."""
         self.state = state
         for name, tuned in self.rows.items():
             tuned.shift = state.raw[self.hyper.slots[name]].clone()
 
     def move(self, moves: Mapping[str, float]) -> None:
-        """Add to the raw values of tuned hyperparameters."""
         raw, frame = self.state.raw, self.frame()
         for name, change in moves.items():
             raw = self.hyper.move(raw, name, change, frame)
@@ -225,7 +214,6 @@ class Shifts:
         return {n: middle(t.values().tolist()) for n, t in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs to continue bit for bit."""
         outside = None if self.propose is None else self.propose.optimizer.state_dict()
         return {
             "state": {n: t.clone() for n, t in self.state._asdict().items()},
@@ -236,7 +224,6 @@ class Shifts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``."""
         for name, tuned in self.rows.items():
             shift = state["state"]["raw"][self.hyper.slots[name]]
             asleep, waiting = state["asleep"][name]

@@ -32,7 +32,6 @@ class _Watched:
         return self._versions != [p._version for p in self._params]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy."""
         return {**vars(self), "_versions": [] if self.changed else None}
 
 
@@ -82,7 +81,6 @@ class Shown(_Watched):
         self._watch()
 
     def saved(self) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter, and its training weights as they are saved."""
         pairs = zip(self._blocks, self.kept, strict=True)
         both = [b for block, kept in pairs for b in zip(block.params, kept, strict=True)]
         return [(param, whole(param, value)) for param, value in both]
@@ -110,11 +108,6 @@ class Restored(_Watched):
     """Training weights of a loaded state, restored at once and again when training continues.
 
     The model's state, with averaged weights, may be loaded before or after the optimizer's.
-
-    Args:
-        params: The parameters.
-        weights: Their training weights.
-        buffers: The statistics, with training statistics of known layers already loaded.
     """
 
     def __init__(
@@ -126,12 +119,10 @@ class Restored(_Watched):
         self.put()
 
     def saved(self) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter, and its training weights as they are saved."""
         return self._pairs
 
     @torch.no_grad()
     def put(self) -> None:
-        """Put the training weights and their statistics into the model."""
         torch._foreach_copy_(self._params, self._weights)
         reshard()
         for tensor, value in zip(self._buffers.tensors(), self.statistics, strict=False):

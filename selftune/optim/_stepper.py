@@ -66,7 +66,6 @@ class Stepper:
         *,
         tracked: bool,
     ) -> list[Transition]:
-        """Step the parameters in place; return the steps of their slices, if tracked."""
         steps = [
             fast_path.of_slice(self._update, block.cut, _tensors(block, g, moment), moment)
             for block, g, moment in zip(blocks, grads, moments, strict=True)
@@ -84,7 +83,6 @@ class Stepper:
 
     @property
     def state(self) -> Mapping[Tensor, Any]:
-        """The state besides the blocks', by parameter."""
         return {}
 
     def make_state(self) -> None:
@@ -107,15 +105,12 @@ class Opaque(AbstractRule):
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def init(self, params: Tensor, values: Values) -> State:
-        """No state."""
         return {}
 
     def direction(self, *args: Any) -> tuple[Tensor, State]:
-        """Not available."""
         raise TypeError("an opaque optimizer takes its own steps, so its direction is unknown")
 
     def tangent(self, at: Evaluation, dots: Dots) -> tuple[Tensor, State]:
-        """No hyperparameters."""
         return torch.zeros_like(at.grads), {}
 
 
@@ -169,7 +164,6 @@ class InnerStepper(Stepper):
         return rates
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
-        """Ready if all gradients exist and are finite."""
         return _plain_gradients(blocks)
 
     def step(
@@ -180,7 +174,6 @@ class InnerStepper(Stepper):
         *,
         tracked: bool,
     ) -> list[Transition]:
-        """Step with the inner optimizer, as in ``move``."""
         before = [b.slice(b.params) for b in blocks if tracked]
         rates = self._shown_step(moments)
         for block in blocks:
@@ -208,7 +201,6 @@ class InnerStepper(Stepper):
 
     @property
     def state(self) -> Mapping[Tensor, Any]:
-        """The state of the inner optimizer."""
         return self._inner.state
 
     def expose(self, state: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -42,7 +42,6 @@ class Counts:
     longest_gap: int = 0
 
     def called(self) -> None:
-        """Record a call of ``hyper_step``."""
         if self.last_validation_step:
             gap = self.steps - self.last_validation_step
             self.longest_gap = max(self.longest_gap, gap)
@@ -74,7 +73,6 @@ class Store:
     stiffness: Stiffness | None = None
 
     def lay_out(self, blocks: list[Block], slots: int, *, by_tensor: bool) -> None:
-        """Replace the blocks."""
         self.blocks = blocks
         self.method.slices = [b.cut for b in blocks]
         self.method.pieces = [b.pieces for b in blocks]
@@ -87,7 +85,6 @@ class Store:
             self.stiffness = Stiffness.begin(slots, blocks[0].layout.device)
 
     def state(self) -> State:
-        """The method's state."""
         blocks, method = self.blocks, self.method
         assert self.displacement is not None
         assert self.stiffness is not None

@@ -87,7 +87,6 @@ class WeightSteps:
 
     @property
     def _age(self) -> int:
-        """Steps since the last restart."""
         return self._engine.clock.steps - self._engine.clock.since
 
     @property

@@ -69,18 +69,7 @@ def tuned_names(
 def open_streams(
     train: Any, val: Any, whole: Any, device: torch.device, given: Given
 ) -> Iterator[tuple[Stream, Stream, Stream]]:
-    """Batches of this rank; closes their workers at the end. Moves the model to the device.
-
-    Args:
-        train: Training batches.
-        val: Validation batches.
-        whole: Training batches after held-out examples have joined; else ``train``.
-        device: Device of the batches.
-        given: The arguments of the tuner.
-
-    Raises:
-        ValueError: Ranks start with different models or data.
-    """
+    """Batches of this rank; closes their workers at the end. Moves the model to the device."""
     group = given.group
     if not group.sharded:  # shards are moved after the model is divided
         given.objective.to(device)
@@ -107,19 +96,7 @@ def build(
     device: torch.device,
     new: bool,
 ) -> Training:
-    """Build a run.
-
-    Args:
-        given: The arguments of the tuner.
-        plan: Its length and intervals.
-        streams: Training and validation batches, and training batches after the join.
-        val: The validation set.
-        device: Where to train.
-        new: Whether the run is new, not resumed from a checkpoint.
-
-    Raises:
-        ValueError: Data, bounds or lengths are inconsistent.
-    """
+    """Build a run."""
     total, names, population = plan.total, given.names, given.population
     if given.group.sharded:
         shard_model(given.objective, device, given.group.size)
@@ -200,7 +177,6 @@ def build(
 
 
 def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[], Any]) -> Steps:
-    """The steps of weights and hyperparameters."""
     total, names, settings = plan.total, given.names, given.settings
     schedule = Schedule(shape=given.schedule, total_steps=total, warmup_steps=given.warmup)
     rates = torch.tensor([schedule(t) for t in range(total)], dtype=torch.float64, device=device)
@@ -257,7 +233,6 @@ def _small(trained: Sequence[torch.Tensor]) -> bool:
 
 
 def _set_layers(given: Given) -> None:
-    """Write the given values into their layers."""
     buffers = dict(given.objective.named_buffers())
     for name, strength in given.strengths.items():
         for buffer in strength.buffers:
@@ -269,12 +244,6 @@ def _carried(steps: Steps, run: RunState, stream: Stream, *, mapped: bool) -> se
 
     Their values in training, such as a running codebook's, fit the averaged weights as well. A
     hidden state, which validation passes change too, stays that of the validation batches.
-
-    Args:
-        steps: The steps.
-        run: The initial run.
-        stream: Validation batches.
-        mapped: Whether members of a population are trained, by ``torch.func``.
     """
     apart = _statistics(steps.inner) | {n for names in steps.layers.values() for n in names}
     named = enumerate(zip(steps.buffers, run.buffers, strict=True))

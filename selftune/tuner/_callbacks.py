@@ -17,16 +17,7 @@ from selftune.tuner._plan import Progress
 
 
 def stop(training: Parts, scores: dict[str, float]) -> str:
-    """Call the callbacks; ``"stopped"`` if one requests it or patience is exhausted.
-
-    Args:
-        training: The run.
-        scores: Scores of the last evaluation.
-
-    Raises:
-        ValueError: Scores of choices changed in a run whose held-out examples join, or a callback
-            froze or unfroze parameters.
-    """
+    """Call the callbacks; ``"stopped"`` if one requests it or patience is exhausted."""
     plan, watch = training.plan, training.watch
     # After the join, whose evaluation may be the last without improvement, there are no scores.
     ends = plan.patience is not None and training.waited >= plan.patience and not training.joined
@@ -80,9 +71,6 @@ def _structure_followed(training: Parts) -> Iterator[dict[str, Tensor]]:
 
     Yields:
         Changed masks and scores of choices by name, complete after the block.
-
-    Raises:
-        ValueError: Masks or scores of a population changed.
     """
     steps, scorer, snapshots = training.steps, training.scorer, training.snapshots
     changed: dict[str, Tensor] = {}

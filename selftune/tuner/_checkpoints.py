@@ -58,13 +58,7 @@ def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
 
 
 def rescue(folder: Path | None, first: bool, save: Callable[..., None]) -> None:
-    """Save a run that lost a rank: on the first rank, or on another if the first did not.
-
-    Args:
-        folder: Folder of the checkpoints.
-        first: Whether this is the first rank.
-        save: Writes a checkpoint, on any rank with ``everywhere``.
-    """
+    """Save a run that lost a rank: on the first rank, or on another if the first did not."""
     if folder is None:
         return
     last = folder / LAST
@@ -115,11 +109,7 @@ def plain(tree: Any) -> bool:
 
 
 def load(path: Path) -> Any:
-    """Load a file saved by torch, after checking its checksums.
-
-    Raises:
-        ValueError: It is damaged, or was not saved by torch.
-    """
+    """Load a file saved by torch, after checking its checksums."""
     return _files.load(path, MEMORIES)
 
 

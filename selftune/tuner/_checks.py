@@ -49,7 +49,6 @@ log = logging.getLogger("selftune")
 def check_hparams(
     given: Mapping[str, Any], rule: AbstractRule, strengths: Mapping[str, Strength]
 ) -> None:
-    """Raise an error for unknown names and values outside their range."""
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
     for what, owned in (
         ("hyperparameters of the update", names),
@@ -133,7 +132,6 @@ FIT_ARGUMENTS: dict[str, Kind] = {
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """A device by name."""
     try:
         return torch.device(device)
     except RuntimeError as error:
@@ -141,7 +139,6 @@ def device_of(device: str | torch.device) -> torch.device:
 
 
 def check_fit(values: Mapping[str, Any]) -> None:
-    """Raise an error for invalid arguments of ``fit``."""
     check(FIT_ARGUMENTS, values)
     if values["pictures_every"] is not None and find_spec("matplotlib") is None:
         raise ImportError(

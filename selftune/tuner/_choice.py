@@ -63,13 +63,7 @@ def pace(steps: Steps) -> None:
 
 
 def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
-    """Continue with one member: reset sensitivities, keep weights, average and rule state.
-
-    Args:
-        steps: The steps, whose rule is a mixture.
-        fused: Executes the steps.
-        chosen: The member.
-    """
+    """Continue with one member: reset sensitivities, keep weights, average and rule state."""
     run, method, rule = fused.run, steps.method, steps.update.rule
     assert isinstance(rule, Mixture)
     rule.choose(chosen.name)
@@ -98,7 +92,6 @@ def become(steps: Steps, fused: Fused, chosen: choice.Chosen) -> None:
 
 
 def _begun(steps: Steps, run: RunState) -> State:
-    """The method's state at the start of the chosen rule."""
     rows, method, rule = steps.method.sensitivities, steps.method, steps.update.rule
     assert isinstance(rule, Mixture)
     values = {**steps.start, **steps.numbers(run)[0]}

@@ -22,15 +22,7 @@ def check_objective(objective: Any, metrics: Any, augment: Any) -> None:
 
 
 def check_together(given: Given, compile: bool | str) -> None:
-    """Raise an error for options that do not work in a population or on several ranks.
-
-    Args:
-        given: The arguments of the tuner.
-        compile: Its argument.
-
-    Raises:
-        ValueError: There are such options; the message names them.
-    """
+    """Raise an error for options that do not work in a population or on several ranks."""
     members, group, assigned = given.population, given.group, given.assignment(None)
     if members is not None and choice.undecided(given.update) is not None:
         raise ValueError(

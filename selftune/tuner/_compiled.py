@@ -34,12 +34,8 @@ class Fused:
     first batch. A batch of another shape (the last of an epoch) runs eagerly; if there are many, a
     dynamic-shape graph is compiled too. If the model cannot be compiled, its passes run eagerly
     and the rest stays compiled. With several ranks there are two graphs, for the model's pass and
-    for the rest, with the all-reduce of gradients in between.
-
-    Args:
-        steps: The steps.
-        run: The tensors of the run.
-        population: Members of a population mapped over the leading dimension, or None.
+    for the rest, with the all-reduce of gradients in between. With ``population`` members,
+    everything is mapped over a leading dimension.
     """
 
     def __init__(self, steps: Steps, run: RunState, population: int | None = None) -> None:
@@ -87,12 +83,6 @@ class Fused:
     def train(self, batch: Batch, *, tracked: bool, last: bool = False, step: int = 0) -> Tensor:
         """A step of the weights.
 
-        Args:
-            batch: The training batch.
-            tracked: Whether the step updates averages and sensitivities.
-            last: Whether a hyperparameter step follows.
-            step: Number of steps before.
-
         Returns:
             The result of :meth:`Steps.record`.
         """
@@ -102,7 +92,6 @@ class Fused:
         return self._take(kind, batch)
 
     def tune(self, batch: Batch) -> Tensor:
-        """A hyperparameter step; returns the outputs of :meth:`Steps.tune`."""
         return self._take("tune", batch)
 
     @torch.no_grad()

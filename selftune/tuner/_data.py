@@ -128,11 +128,7 @@ class Stream:
         self.taken -= 1
 
     def next(self) -> Any:
-        """The next batch, from the next epoch if this one has ended.
-
-        Raises:
-            ValueError: There is none, or its structure differs from that of the first.
-        """
+        """The next batch, from the next epoch if this one has ended."""
         if self._batches is None:
             self._begin()
         while True:
@@ -212,7 +208,6 @@ class Stream:
         return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
     def own(self) -> list[Tensor]:
-        """States of the loader's own generators."""
         return [g.get_state() for g in self._generators()]
 
     def _randomness(self) -> dict[str, Any]:

@@ -32,19 +32,9 @@ def check_first(
     *,
     mapped: bool,
 ) -> float:
-    """Evaluate both objectives on first batches without side effects; return the validation loss.
+    """Check both objectives on first batches without side effects; return the validation loss.
 
-    Args:
-        steps: The steps.
-        run: The initial run.
-        streams: Training and validation batches.
-        metrics: Functions of output and target by name.
-        mapped: Whether members of a population are trained, by ``torch.func``.
-
-    Raises:
-        TypeError: A loss is not a tensor.
-        ValueError: A loss is not a scalar, is not finite, or does not depend on the parameters; or
-            a metric is not one number.
+    With ``mapped``, members of a population are trained, by ``torch.func``.
     """
     value = math.nan
     passes = (("train", steps.inner), ("val", steps.outer))

@@ -36,12 +36,7 @@ class Group:
 
     All ranks decide from the same reduced numbers, so weights and hyperparameters stay identical
     without being sent. A single process is a group of size 1, whose methods return their arguments
-    unchanged.
-
-    Args:
-        rank: Rank of this process.
-        size: Number of processes.
-        sharded: Whether each rank holds a shard of the weights and of their state.
+    unchanged. ``sharded``: each rank holds a shard of the weights and of their state.
 
     Attributes:
         asks: Whether this rank requests the end of the run; sent with every pass.
@@ -158,14 +153,12 @@ class Group:
         return gathered
 
     def average(self, value: float, weight: float) -> float:
-        """The weighted mean over ranks."""
         if not self.together:
             return value
         gathered = self.gather((value, weight))
         return sum(v * w for v, w in gathered) / sum(w for _, w in gathered)
 
     def any(self, flag: bool) -> bool:
-        """Whether a condition holds on any rank."""
         return any(self.gather(flag))
 
     def from_first(self, function: Callable[[], T]) -> T:
@@ -185,11 +178,7 @@ class Group:
         return message[0]
 
     def check_same(self, what: str, value: Any, remedy: str) -> None:
-        """Raise an error if a value differs from that of the first rank.
-
-        Raises:
-            ValueError: The values differ; raised on all ranks.
-        """
+        """Raise an error if a value differs from that of the first rank."""
         values = self.gather(value)
         differ = [rank for rank, other in enumerate(values) if other != values[0]]
         if differ:
@@ -240,11 +229,9 @@ class Group:
             restore_random_states(state)
 
     def seed(self) -> None:
-        """Seed the random numbers of passes from the state of the shared stream."""
         self._start, self._passes = digest([torch.get_rng_state()]), 0
 
     def state_dict(self) -> dict[str, int]:
-        """The state of the random numbers of later passes."""
         return {"start": self._start, "passes": self._passes}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -260,11 +247,7 @@ class Group:
 
 
 def join(parallel: str, device: torch.device) -> tuple[Group, torch.device]:
-    """The group of this process and its device; initialises the process group if needed.
-
-    Raises:
-        ValueError: There is neither a process group nor torchrun's environment.
-    """
+    """The group of this process and its device; initialises the process group if needed."""
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -28,7 +28,6 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C inside the block, in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

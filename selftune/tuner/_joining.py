@@ -18,12 +18,7 @@ log = logging.getLogger("selftune")
 
 
 def join(training: Parts, scores: dict[str, float]) -> None:
-    """Let the held-out examples join the training data.
-
-    Args:
-        training: The run, after its last evaluation on the held-out examples.
-        scores: Scores of that evaluation.
-    """
+    """Let the held-out examples join the training data."""
     joining, leader = training.joining, training.watch.leader
     assert joining is not None
     guard = training.watch.controllers[leader].guard
@@ -49,12 +44,7 @@ def join(training: Parts, scores: dict[str, float]) -> None:
 
 
 def follow(training: Parts, batch: Any) -> None:
-    """Update BatchNorm's averages and the log, as hyperparameter steps did before the join.
-
-    Args:
-        training: The run, at a step at which a hyperparameter step would be due.
-        batch: Its training batch.
-    """
+    """Update BatchNorm's averages and the log, as hyperparameter steps did before the join."""
     steps, fused, step = training.steps, training.fused, training.step
     if steps.buffers:
         fused.eagerly(partial(_refresh, steps), batch)

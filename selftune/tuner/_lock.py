@@ -24,11 +24,7 @@ WAIT = 10.0
 
 @contextmanager
 def owned(folder: Path | None) -> Iterator[None]:
-    """Lock a run's folder for this process; the system releases the lock when the process ends.
-
-    Raises:
-        ValueError: Another process writes to it.
-    """
+    """Lock a run's folder for this process; the system releases the lock when the process ends."""
     if folder is None:
         yield
         return

@@ -24,13 +24,7 @@ def monitor_of(targets: Sequence[Any], writes: bool) -> Monitor:
 
 
 class TunerLog:
-    """The metrics of a tuner; without a recorder it writes nothing.
-
-    Args:
-        steps: The steps.
-        snapshots: Hold the run, and select a member's part of a tensor.
-        rest: Minimum seconds between two entries.
-    """
+    """The metrics of a tuner; without a recorder it writes nothing."""
 
     def __init__(self, steps: Steps, snapshots: Snapshots, rest: float) -> None:
         self.metrics = Metrics(Monitor(None), steps.hyper.hparams)
@@ -39,7 +33,6 @@ class TunerLog:
         self._plain, self._tuning = [0.0, 0], [0.0, 0]  # (seconds, steps) without and with tuning
 
     def note(self, values: Mapping[str, float]) -> None:
-        """Record values for verdicts."""
         known = self._steps.hyper.hparams
         numbers = {n: torch.tensor([v], dtype=torch.float64) for n, v in values.items()}
         self.metrics.note({n: known[n].bijection.inverse(v) for n, v in numbers.items()})
@@ -60,15 +53,7 @@ class TunerLog:
     def hyper_step(
         self, step: int, loss: float, outer: float, values: Mapping[str, float], member: int
     ) -> None:
-        """Log a hyperparameter step, unless the last entry is too recent.
-
-        Args:
-            step: Steps taken.
-            loss: The training loss.
-            outer: The validation loss.
-            values: Tuned hyperparameters by name.
-            member: The logged member.
-        """
+        """Log a hyperparameter step, unless the last entry is too recent."""
         now, monitor = time.monotonic(), self.metrics.monitor
         if not monitor.on or now - self._noted < self._rest:
             return
@@ -91,7 +76,6 @@ class TunerLog:
         return float(rate * self._steps.factor(step - 1) * inverse_time(decay, step - 1))
 
     def verdicts(self, values: Mapping[str, float], member: int) -> dict[str, Verdict]:
-        """A verdict on each tuned hyperparameter."""
         return self.metrics.verdicts(values, self._signals(member), self._ends(values, member))
 
     def _ends(self, values: Mapping[str, float], member: int) -> dict[str, Ends]:
@@ -108,7 +92,6 @@ class TunerLog:
         return self._steps.hyper.signals(state.mean.cpu(), state.square.cpu())
 
     def clocked(self, seconds: float, tuned: bool) -> None:
-        """Measure the time of a step."""
         kind = self._tuning if tuned else self._plain
         kind[0] += seconds
         kind[1] += 1

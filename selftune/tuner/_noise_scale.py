@@ -32,10 +32,6 @@ class HalvedBatches:
 
     The step needs no further pass, and the halves' gradients determine the noise scale.
 
-    Args:
-        batches: The sampler to update.
-        group: The ranks.
-
     Attributes:
         due: Whether the next step is taken on halves.
         examples: Examples in its batch, over all ranks.
@@ -47,11 +43,7 @@ class HalvedBatches:
     examples: int = 0
 
     def __post_init__(self) -> None:
-        """Check that the smallest batches can be divided.
-
-        Raises:
-            ValueError: They cannot.
-        """
+        """Check that the smallest batches can be divided."""
         fewest = FEWEST * self.group.size
         if self.batches.least < fewest:
             where = f" on {self.group.size} ranks" if self.group.size > 1 else ""
@@ -62,12 +54,7 @@ class HalvedBatches:
             )
 
     def prepare(self, step: int, examples: int) -> bool:
-        """Decide whether a step is taken on halves.
-
-        Args:
-            step: The step.
-            examples: Examples in its batch, over all ranks.
-        """
+        """Decide whether a step is taken on halves."""
         self.examples = examples
         self.due = step % EVERY == 0 and examples >= FEWEST * self.group.size
         return self.due
@@ -75,13 +62,7 @@ class HalvedBatches:
     def gradient(
         self, passing: Callable[[RunState, Any], Passed], run: RunState, batch: Any
     ) -> Passed:
-        """The pass over a batch in two halves; updates the noise scale.
-
-        Args:
-            passing: The pass over all ranks.
-            run: The run.
-            batch: This rank's part of the batch.
-        """
+        """The pass over a batch in two halves; updates the noise scale."""
         self.due, before = False, self.group.state_dict()
         first, second = halves(batch)
         try:
@@ -104,9 +85,6 @@ def halves(batch: Any) -> list[Any]:
     """The examples of a batch at even and at odd positions.
 
     Together, those of all ranks are the halves of the whole batch, if its parts have even lengths.
-
-    Raises:
-        ValueError: It cannot be divided.
     """
     return [
         cut(batch, lambda _: slice(0, None, 2), "train", REMEDY),

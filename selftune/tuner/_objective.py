@@ -51,7 +51,6 @@ class Objective(nn.Module):
         self.augment = augment
 
     def forward(self, batch: Any) -> Tensor:
-        """The loss of a batch, with activation penalties."""
         begin_pass(self)
         if self.objective is not None:
             loss = self.objective(self.model, batch)
@@ -78,7 +77,6 @@ class Objective(nn.Module):
         return self.loss_fn(output, self._parts(batch)[-1]) + extra
 
     def outputs(self, batch: Any) -> tuple[Tensor, Any, Any]:
-        """Loss, output and target of a batch."""
         mapping = isinstance(batch, Mapping)
         if not mapping and (not isinstance(batch, (tuple, list)) or len(batch) < 2):
             raise ValueError(
@@ -184,7 +182,6 @@ class InMode(nn.Module):
 
     @contextmanager
     def entered(self) -> Iterator[nn.Module]:
-        """The objective in this mode, within the block."""
         norms = [m for m in self.objective.modules() if isinstance(m, _NormBase)]
         momenta = [norm.momentum for norm in norms]
         with modes_kept(self.objective):
@@ -199,6 +196,5 @@ class InMode(nn.Module):
                     norm.momentum = momentum
 
     def forward(self, batch: Any) -> Any:
-        """The objective of a batch."""
         with self.entered():
             return self.objective(batch)

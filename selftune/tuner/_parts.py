@@ -23,10 +23,6 @@ from selftune.tuner._watch import Watch
 class Joining:
     """The join of a run: its step, the batches after it, and its state.
 
-    Args:
-        step: The step after which the held-out examples join.
-        batches: Training batches with the held-out examples.
-
     Attributes:
         joined: The step at which they joined, or None.
         scores: Scores on the held-out examples at the join.
@@ -42,11 +38,9 @@ class Joining:
     loss: float = math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for ``load_state_dict``."""
         return {n: getattr(self, n) for n in ("joined", "scores", "back", "loss")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``."""
         vars(self).update(state)
 
 
@@ -77,15 +71,12 @@ class Parts:
 
     @property
     def group(self) -> Group:
-        """The ranks that train together."""
         return self.steps.group
 
     @property
     def joined(self) -> bool:
-        """Whether held-out examples have become training data."""
         return self.joining is not None and self.joining.joined is not None
 
     @property
     def writes(self) -> Path | None:
-        """The folder, on the rank that writes to it."""
         return self.folder if self.group.first else None

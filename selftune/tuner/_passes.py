@@ -30,11 +30,8 @@ APART = 2**24
 class Passes:
     """Passes of objectives that share parameters and buffers.
 
-    Args:
-        params: Names of the trained parameters.
-        buffers: Names of the buffers.
+    Attributes:
         views: Returns one tensor for each parameter, from the run's weights.
-        autocast: Makes the context of the forward pass.
         counters: Offsets of random-number counters for the pass, by buffer name.
     """
 
@@ -100,10 +97,9 @@ class Passes:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedPasses(Passes):
-    """Passes of a model sharded by ``fully_shard``: torch gathers weights and scatters gradients.
+    """Passes of a model sharded by ``fully_shard``; torch gathers weights and scatters gradients.
 
-    Args:
-        trained: The trained parameters, sharded.
+    Attributes:
         joined: The inverse of ``views``.
     """
 
@@ -118,15 +114,7 @@ class ShardedPasses(Passes):
         batch: Any,
         layers: Mapping[str, Tensor],
     ) -> Passed:
-        """Loss on this rank's examples, gradients as :meth:`Group.mean` expects them, and buffers.
-
-        Args:
-            module: The training objective, or the same in another mode.
-            params: This rank's shards of the run's weights.
-            buffers: Buffers before the pass; not modified.
-            batch: Argument of the objective.
-            layers: Buffers to replace, by name.
-        """
+        """Loss on this rank's examples, gradients for :meth:`Group.mean`, and next buffers."""
         tensors = self._before(buffers, layers)
         shards = [local(p.detach()) for p in self.trained]
         mode = module.entered() if isinstance(module, InMode) else nullcontext(module)

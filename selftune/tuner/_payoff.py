@@ -45,14 +45,7 @@ def payoff(
 
 @dataclass
 class Compiling:
-    """Compiles a run on request, or if its first eager steps show that it pays.
-
-    Args:
-        plan: The plan of the run.
-        fused: The steps to compile.
-        group: The ranks, which take the same decision.
-        save: Writes a checkpoint.
-    """
+    """Compiles a run on request, or if its first eager steps show that it pays."""
 
     plan: Plan
     fused: Fused
@@ -61,12 +54,7 @@ class Compiling:
     _clock: list[tuple[float, float]] = field(default_factory=list)
 
     def decide(self, step: int, tensors: int) -> None:
-        """Decide whether to compile from this step on.
-
-        Args:
-            step: Steps taken.
-            tensors: Number of parameter tensors.
-        """
+        """Decide whether to compile from this step on."""
         if self.plan.compile is False or self.fused.compiled or self.group.sharded:
             return
         if self.plan.compile is True:

@@ -18,9 +18,6 @@ def length(train: Stream, whole: Stream, epochs: int | None, steps: int | None) 
         whole: Training batches that are counted, with held-out examples.
         epochs: Epochs in the run, or None.
         steps: Steps in the run, or None.
-
-    Raises:
-        ValueError: Not exactly one length is given, or there are no batches.
     """
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
@@ -102,7 +99,6 @@ class Plan:
     seed: int = 0
 
     def due(self, step: int) -> bool:
-        """Whether a log entry is due at a hyperparameter step."""
         return step % self.log < self.every
 
     def falls(self, every: int, step: int) -> bool:
@@ -110,5 +106,4 @@ class Plan:
         return step % every == 0 or step in (self.total, self.join)
 
     def pictured(self, step: int) -> bool:
-        """Whether pictures of predicted losses are due after a step."""
         return self.picture is not None and self.falls(self.picture, step)

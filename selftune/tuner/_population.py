@@ -28,10 +28,6 @@ class Population:
     """Members, their starting values and their exchange.
 
     Source: Jaderberg et al. 2017 (population-based training), truncation selection.
-
-    Args:
-        size: M.
-        seed: Seed of the random starting values and perturbations.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -70,9 +66,7 @@ class Population:
             log.info("member %d copies member %d", member, best)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state of the random stream."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from ``state_dict``."""
         self._generator.set_state(state["generator"])

@@ -32,11 +32,6 @@ def predict(
 ) -> NDArray[np.float64]:
     """The loss over the validation set at the averaged weights moved by ``J δ``.
 
-    Args:
-        training: The run.
-        asked: Values of one or two hyperparameters by name.
-        most: Largest number of validation batches.
-
     Raises:
         RuntimeError: Held-out examples have joined the training data.
         ValueError: There are not one or two names, a sensitivity was not learned, or a value is

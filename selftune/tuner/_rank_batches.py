@@ -26,11 +26,6 @@ class RankBatches:
 
     If a rank would get none or only one example of the last batch (BatchNorm does not support one)
     but usually has more, all ranks take the whole batch, which has the same mean.
-
-    Args:
-        name: Name of the loader for error messages.
-        rank: Rank of this process.
-        ranks: Number of processes.
     """
 
     def __init__(self, name: str, rank: int, ranks: int) -> None:
@@ -38,7 +33,6 @@ class RankBatches:
         self._usual = 0  # examples in the first batch
 
     def __call__(self, loader: Any) -> Any:
-        """The loader of this rank's parts."""
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             raise ValueError(
                 f"{self._name} has a DistributedSampler: pass the DataLoader of a single "
@@ -76,9 +70,6 @@ def cut(batch: Any, bounds: Callable[[int], slice], name: str, remedy: str) -> A
         bounds: Returns the range, given the number of examples.
         name: Name of the loader for error messages.
         remedy: Why the batch is divided and what to do instead, for error messages.
-
-    Raises:
-        ValueError: The batch has a tensor or object that cannot be divided.
     """
     batch = dict(batch.items()) if hasattr(batch, "items") else batch
     arrays = [t for t in tree_leaves(batch) if isinstance(t, (Tensor, np.ndarray)) and t.ndim]

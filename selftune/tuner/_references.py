@@ -16,13 +16,6 @@ def check_references(objective: Objective, metrics: Mapping[str, Any]) -> None:
     """Raise an error for functions that refer to a trained part of the model.
 
     Such a function would read training weights in a pass that evaluates averaged ones.
-
-    Args:
-        objective: The objective.
-        metrics: Functions of output and target by name.
-
-    Raises:
-        ValueError: The loss, the objective, a metric or a hook of a module is such a function.
     """
     own = "pass objective=lambda model, batch: loss, and use its first argument"
     functions = {("loss_fn", own): objective.loss_fn, ("objective", own): objective.objective}

@@ -34,7 +34,6 @@ class History:
     undone: list[list[int]] = field(default_factory=list)
 
     def hyper(self, step: int, loss: float, values: dict[str, float]) -> None:
-        """Record hyperparameters after ``step`` steps."""
         self.hyper_step.append(step)
         self.val_loss.append(loss)
         for name, value in values.items():
@@ -46,13 +45,11 @@ class History:
         return sum(known) / len(known) if known else math.nan
 
     def score(self, step: int, scores: dict[str, float]) -> None:
-        """Record an evaluation."""
         self.score_step.append(step)
         for name, value in scores.items():
             self.scores.setdefault(name, []).append(value)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The history as arrays by name."""
         arrays = {
             "train_loss": np.asarray(self.train_loss),
             "hyper_step": np.asarray(self.hyper_step, dtype=np.int64),
@@ -70,12 +67,6 @@ def schedule_of(
     """The values of all hyperparameters after the sweep; the rate includes schedule and decay.
 
     Steps undone by a rewind are left out.
-
-    Args:
-        history: History of the run.
-        run: Steps of the run.
-        known: All hyperparameters at the end.
-        steps: Number of steps taken.
     """
     start = history.hyper_step[0] if history.hyper_step else 0
     changes = {n: dict(zip(history.hyper_step, v, strict=True)) for n, v in history.hparams.items()}

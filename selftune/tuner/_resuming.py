@@ -83,12 +83,7 @@ def _modules(given: Given) -> str:
 
 
 def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether a finished run is to be extended.
-
-    Args:
-        state: A checkpoint.
-        identity: Identity of the resumed run.
-    """
+    """Whether a finished run is to be extended."""
     length = state["identity"].get(LENGTH, 0)
     over = state["ended"] == "finished" and state["numbers"][0] >= length
     over = over and state["due"] == WEIGHTS
@@ -96,13 +91,7 @@ def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
 
 
 def announce(state: Mapping[str, Any], total: int, *, longer: bool) -> None:
-    """Log the step from which a run continues.
-
-    Args:
-        state: Its checkpoint.
-        total: Steps in the whole run.
-        longer: Whether a finished run is extended.
-    """
+    """Log the step from which a run continues."""
     step, length = state["numbers"][0], state["identity"][LENGTH]
     if longer:
         log.warning(
@@ -116,13 +105,7 @@ def announce(state: Mapping[str, Any], total: int, *, longer: bool) -> None:
 def name_changes(
     state: Mapping[str, Any], starts: Mapping[str, float], present: Mapping[str, float]
 ) -> None:
-    """Log starting values that differ from those of the saved run and are ignored.
-
-    Args:
-        state: Its checkpoint.
-        starts: Starting values by name.
-        present: Current values by name.
-    """
+    """Log starting values that differ from those of the saved run and are ignored."""
     for name, before in state["starts"].items():
         if name in starts and starts[name] != before:
             log.warning(
@@ -133,13 +116,7 @@ def name_changes(
 
 
 def check_data(scorer: Scorer, stream: Stream, best: Mapping[str, Any]) -> None:
-    """Warn if the saved best weights have another loss on this validation set.
-
-    Args:
-        scorer: Evaluates the model.
-        stream: Validation batches.
-        best: The best weights of the saved run, with their loss.
-    """
+    """Warn if the saved best weights have another loss on this validation set."""
     loss = scorer.loss_of(best, stream)
     if math.isclose(loss, best["loss"], rel_tol=SAME):
         return

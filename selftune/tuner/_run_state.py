@@ -32,15 +32,12 @@ class RunState(NamedTuple):
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weights, part by part."""
         return [p.params for p in self.method.parts]
 
     @property
     def averages(self) -> list[Tensor]:
-        """The averaged weights, part by part."""
         return [p.average for p in self.method.parts]
 
     @property
     def hyper(self) -> HyperState:
-        """The tuned hyperparameters."""
         return self.method.hyper

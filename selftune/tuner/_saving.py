@@ -44,12 +44,7 @@ def position(training: Parts) -> dict[str, Any]:
 
 @torch.no_grad()
 def unpack(training: Parts, state: dict[str, Any]) -> None:
-    """Continue from a packed state that was checked.
-
-    Args:
-        training: The run, newly built.
-        state: The return value of ``pack``.
-    """
+    """Continue from a packed state that was checked."""
     _choice.restore(training.steps, training.fused, state.get("chosen"))
     run, shards = training.fused.run, training.steps.shards
     for (leaf, place), saved in zip(_placed(training, run), state["leaves"], strict=True):
@@ -74,16 +69,7 @@ def unpack(training: Parts, state: dict[str, Any]) -> None:
 
 
 def check(training: Parts, state: dict[str, Any], but: Sequence[str] = ()) -> None:
-    """Check that a packed state is of this run.
-
-    Args:
-        training: The run, newly built.
-        state: The return value of ``pack``.
-        but: Names of settings that may differ.
-
-    Raises:
-        ValueError: It belongs to another run.
-    """
+    """Check that a packed state is of this run."""
     saved, mine = (
         {n: v for n, v in side.items() if n not in but}
         for side in (state["identity"], training.identity)

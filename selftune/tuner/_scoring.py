@@ -41,7 +41,6 @@ class _Scores(nn.Module):
         self.metrics = metrics
 
     def forward(self, batch: Any) -> dict[str, Any]:
-        """All scores of a batch."""
         if not self.metrics:
             return {"loss": self.objective(batch)}
         loss, output, target = self.objective.outputs(batch)
@@ -49,11 +48,7 @@ class _Scores(nn.Module):
 
 
 def measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[str, Any]:
-    """The metrics of a batch.
-
-    Raises:
-        ValueError: A metric is not one number.
-    """
+    """The metrics of a batch."""
     values = {name: metric(output, target) for name, metric in metrics.items()}
     for name, value in values.items():
         try:
@@ -70,16 +65,7 @@ def measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[st
 
 
 class Scorer:
-    """Evaluates the model on all ranks, and puts averaged weights into it.
-
-    Args:
-        objective: The training objective, around the user's model.
-        metrics: Functions of output and target by name, averaged over examples.
-        batches: The validation set.
-        steps: The steps, with the trained parameters and their parts of the run's weights.
-        snapshots: The run, and its last good weights.
-        device: Device of the evaluation.
-    """
+    """Evaluates the model on all ranks, and puts averaged weights into it."""
 
     def __init__(
         self,
@@ -107,7 +93,6 @@ class Scorer:
         self._autocast = steps.autocast
 
     def close(self) -> None:
-        """End the loader's persistent workers; they restart when needed again."""
         end_workers(self._own)
 
     def compared(self, stream: Stream, most: int, member: int) -> tuple[float, float]:
@@ -223,7 +208,6 @@ class Scorer:
 
     @torch.no_grad()
     def place(self, position: float, member: int) -> None:
-        """Put the weights at a position into the model."""
         self._write(*self.at(position), member)
 
     def _write(self, weights: list[Tensor], buffers: list[Tensor], member: int) -> None:
@@ -235,7 +219,6 @@ class Scorer:
             self._shards.load(module, saved[name])
 
     def state(self) -> dict[str, Any]:
-        """Copies of the current state of the model, and of a loss or objective with parameters."""
         return {name: self._shards.state_of(module) for name, module in self._modules()}
 
     def _modules(self) -> list[tuple[str, nn.Module]]:

@@ -34,11 +34,6 @@ def shard_model(objective: nn.Module, device: torch.device, ranks: int) -> None:
 
     Elements of a ``Sequential`` or ``ModuleList`` (blocks, layers) that own at least ``LEAST``
     weights are gathered one after the other in a pass, and the rest together.
-
-    Args:
-        objective: The model and its loss.
-        device: Device of the shards.
-        ranks: Number of processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -122,8 +117,7 @@ class Placement:
 class Shards:
     """The layout of a run's tensors over ranks; without sharding, all ranks have all values.
 
-    Args:
-        group: The ranks.
+    Attributes:
         parts: The parameters of each part of the weights.
         cuts: The slice of each part, over whole parameters.
         joined: Whether the parameters of a part are concatenated to a vector.
@@ -202,7 +196,6 @@ class Shards:
         return self.group.broadcast(tensor, self.parts[0][0].device)
 
     def shape(self, tensor: Tensor, place: Placement) -> torch.Size:
-        """The shape of the whole tensor."""
         shape = list(tensor.shape)
         if place.part is not None:
             shape[place.dim] = sum(sum(counts) for counts in self._counts(place))
@@ -234,12 +227,7 @@ class Shards:
         }
 
     def state_of(self, module: nn.Module, *, everywhere: bool = False) -> dict[str, Any]:
-        """A copy of a module's state on the CPU; called on all ranks.
-
-        Args:
-            module: The module.
-            everywhere: Whether sharded tensors are whole on all ranks, instead of the first.
-        """
+        """A copy of a module's state on the CPU, whole on the first rank or all; called on all."""
 
         def copied(value: Any) -> Any:
             if is_sharded(value):

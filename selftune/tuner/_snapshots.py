@@ -18,13 +18,6 @@ from selftune.tuner._run_state import RunState
 class Snapshots:
     """The last good weights and buffers, and the candidate of a small model.
 
-    Args:
-        run: The run, whose tensors may have a leading dimension of members.
-        method: The method, which resets its state in a rewind.
-        members: Whether the tensors have that dimension.
-        where: The storage (:mod:`selftune.method.snapshots`).
-        candidate: Whether a candidate is kept too.
-
     Attributes:
         weights: The last good ones.
         buffers: Their buffers.
@@ -49,11 +42,9 @@ class Snapshots:
         self.candidate = [t.clone() for t in self._good] if candidate else []
 
     def part(self, tensor: Tensor, member: int) -> Tensor:
-        """A member's part of a tensor of the run."""
         return tensor[member] if self._members else tensor
 
     def mine(self, member: int) -> RunState:
-        """A member's part of the run."""
         return tree_map(lambda t: self.part(t, member), self.run) if self._members else self.run
 
     @property
@@ -125,10 +116,8 @@ class Snapshots:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
-        """Continue from ``state_dict``."""
         for name, tensors in self.state_dict().items():
             copy_into(tensors, state[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """The snapshots."""
         return {"good": self.weights, "buffers": self.buffers, "candidate": self.candidate}

@@ -12,16 +12,7 @@ log = logging.getLogger("selftune")
 
 
 def parts(train: Any, val: Any, seed: int) -> tuple[Any, Any, HoldOut | None, float | None]:
-    """Training and validation batches; the settings of the join and the share of a split, if any.
-
-    Args:
-        train: Training batches.
-        val: Validation batches; a share of the training data; a :class:`HoldOut`; or None.
-        seed: Seed of the split.
-
-    Raises:
-        ValueError: The training data cannot be divided.
-    """
+    """Training and validation batches; settings of the join and share of a split, if any."""
     if val is None or isinstance(val, HoldOut):
         holding = HoldOut() if val is None else val
         given = f"val=None (a held-out share of {holding.share})" if val is None else f"val={val}"

@@ -83,7 +83,6 @@ class Steps:
     carried: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Look up the parameters."""
         named = [(n, p) for n, p in self.inner.named_parameters() if p.requires_grad]
         self.params, trained = [n for n, _ in named], [p for _, p in named]
         self.layout = Layout(trained) if self.joined else None
@@ -248,7 +247,6 @@ class Steps:
         return run.step.device.type == "cpu" and plainly()
 
     def moments(self, run: RunState, rate: float | None = None) -> list[Moment]:
-        """Time and hyperparameters of the step of every part."""
         rows = self.method.sensitivities
         rho, stride = rows.averaging.rho, rows.estimator.stride
         if self._on_host(run):
@@ -292,7 +290,6 @@ class Steps:
         return Clock(run.step.squeeze(0).to(dtype), rate, run.age.squeeze(0).to(dtype))
 
     def factor(self, step: int) -> float:
-        """The schedule's factor at a step."""
         return self._factors[min(step, len(self._factors) - 1)]
 
     def numbers(self, run: RunState) -> tuple[dict[str, Any], dict[str, float]]:
@@ -312,13 +309,7 @@ class Steps:
     def hyper_step(
         self, run: RunState, passed: Passed, whole_step_grads: Mapping[str, Tensor] | None = None
     ) -> tuple[RunState, Tensor]:
-        """The run after a step of the hyperparameters; see :meth:`tune`.
-
-        Args:
-            run: The run before the step.
-            passed: The validation pass.
-            whole_step_grads: Hypergradients in raw space from a whole-step estimator.
-        """
+        """The run after a step of the hyperparameters; see :meth:`tune`."""
         (loss, grads, buffers), before = passed, run.hyper.raw.clone()
         state, signal = self.signal(run, grads, whole_step_grads or {})
         weights = self.method.cut([p.params.to(p.average.dtype) for p in run.method.parts])

@@ -24,12 +24,6 @@ def sweep(
     Every batch counts as a step of the run, as in the optimizers, including the last one, which
     only ends the sweep.
 
-    Args:
-        steps: The steps.
-        snapshots: The run, and storage of the weights at the lowest sum of slopes.
-        controller: Controls the sweep.
-        batch: Returns the next training batch.
-
     Returns:
         Steps taken.
     """

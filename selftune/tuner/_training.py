@@ -30,7 +30,6 @@ class Training(Parts):
     """The loop of one run."""
 
     def __post_init__(self) -> None:
-        """Set the initial state."""
         self.due = WEIGHTS  # the part of a step at which the run continues
         self.interruption = Interruption(terminating=self.group.together)
         self._compiling = Compiling(self.plan, self.fused, self.group, self.save)
@@ -208,7 +207,6 @@ class Training(Parts):
         return scores
 
     def finish(self, ended: str) -> TuningResult:
-        """Leave the best weights in the model and return the result."""
         scores = _final_weights.place(self)
         if self.folder is not None and (self.joined or scores["loss"] < self.best):
             _final_weights.write_best(self, scores, resumable=ended == "interrupted")
@@ -255,12 +253,7 @@ class Training(Parts):
             _checkpoints.write(self.folder / _checkpoints.LAST, state, suffix)
 
     def load(self, state: dict[str, Any], best: dict[str, Any] | None) -> None:
-        """Continue a saved run; a checkpoint of another run raises an error, without changes.
-
-        Args:
-            state: A checkpoint written by ``save``.
-            best: The best weights saved next to it.
-        """
+        """Continue a saved run; a checkpoint of another run raises an error, without changes."""
         longer = _resuming.extends(state, self.identity)
         if self.joining is not None and state.get("joining") is not None:
             self.joining.load_state_dict(state["joining"])

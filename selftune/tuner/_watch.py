@@ -74,7 +74,6 @@ class Watch:
 
     @property
     def metrics(self) -> Metrics:
-        """The metrics of the log."""
         return self.log.metrics
 
     @property
@@ -184,13 +183,7 @@ class Watch:
         return judged if judged.rewind is not None else action
 
     def _act(self, step: int, actions: Sequence[Action], raw: Sequence[list[float]] | None) -> bool:
-        """Carry out the action of each member; return whether any was rewound.
-
-        Args:
-            step: Steps taken.
-            actions: One for each member.
-            raw: Each member's raw hyperparameters before the judged step, restored on a rewind.
-        """
+        """Carry out each member's action; a rewind restores ``raw``, its hyperparameters before."""
         befores: Sequence[list[float] | None] = raw or [None] * len(actions)
         acted = zip(actions, befores, strict=True)
         return any([self._carry_out(step, m, *each) for m, each in enumerate(acted)])
@@ -248,13 +241,7 @@ class Watch:
     def why(
         self, given: Mapping[str, float], schedule: Any, verdicts: Mapping[str, Verdict]
     ) -> str:
-        """Explain each hyperparameter's value; for a population, that of its leader.
-
-        Args:
-            given: Starting values.
-            schedule: Schedule of the learning rate.
-            verdicts: Verdicts.
-        """
+        """Explain each hyperparameter's value; for a population, that of its leader."""
         controller = self.controllers[self.leader]
         course = Course(
             given=given, swept=controller.swept, rewinds=controller.rewinds, annealed=schedule,
@@ -264,7 +251,6 @@ class Watch:
         return course.explain({n: known[n] for n in given}, verdicts)
 
     def verdicts(self) -> dict[str, Verdict]:
-        """The current verdict on each tuned hyperparameter."""
         return self.log.verdicts(self.hparams(), self.leader)
 
     def _tuned_values(self) -> dict[str, float]:
@@ -286,7 +272,6 @@ class Watch:
         return update | {n: v for n, v in tuned.items() if n in self._steps.layers}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for ``load_state_dict``."""
         return {
             "history": dict(vars(self.history)),
             "controllers": [c.state_dict() for c in self.controllers],
@@ -297,7 +282,6 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``."""
         vars(self.history).update(state["history"])  # in place, because it is shared
         for controller, saved in zip(self.controllers, state["controllers"], strict=True):
             controller.load_state_dict(saved)

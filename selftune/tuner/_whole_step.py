@@ -35,10 +35,6 @@ class _Method(nn.Module):
 class FunctionalSteps:
     """The steps of a run, for a whole-step estimator.
 
-    Args:
-        steps: The run's steps, with the estimator.
-        run: The initial run.
-
     Attributes:
         whole: The estimator with its memory.
     """
@@ -67,7 +63,6 @@ class FunctionalSteps:
         self._batch: Any = None  # of the last step
 
     def wrap(self, wrap: Callable[[Function], Function]) -> None:
-        """Wrap the estimator's functions."""
         self._problem = replace(self._problem, graphs=Graphs(wrap))
 
     def _call(
@@ -114,7 +109,6 @@ class FunctionalSteps:
         return point, {n: values[n] for n in steps.whole_step_names}
 
     def joined(self, grads: Sequence[Tensor]) -> Tensor:
-        """Gradients concatenated to one vector."""
         return self._layout.flatten(grads)
 
     def raw(self, run: RunState, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +120,6 @@ class FunctionalSteps:
     # between the graphs
 
     def observe(self, point: Point, hparams: Hparams, batch: Any) -> None:
-        """Observe a step on a batch."""
         self._batch = batch
         point = point._replace(batch=(batch, point.batch))
         self.estimates.observe(self._problem, point, hparams)
@@ -137,11 +130,7 @@ class FunctionalSteps:
         return self.estimates.estimate(self._problem, end, hparams, grads)
 
     def shift(self, run: RunState, move: Tensor) -> list[Tensor]:
-        """``J δ`` for a change δ of the hyperparameters in raw space, one tensor for each part.
-
-        Raises:
-            ValueError: The estimator does not keep J.
-        """
+        """``J δ`` for a change δ of the hyperparameters in raw space, one tensor for each part."""
         params = self._layout.flatten(run.averages)
         move = move.to(self._layout.dtype)
         memory = self.estimates.memory
