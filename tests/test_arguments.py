@@ -4,7 +4,8 @@ import inspect
 import math
 from collections import UserList
 from collections.abc import Callable
-from typing import Any
+from importlib import resources
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -37,9 +38,12 @@ def arguments(function: object) -> set[str]:
     return {p.name for p in found if p.kind is not p.VAR_KEYWORD} - {"self"}
 
 
+SHELLS = (st.SGD, st.Adam, st.AdamW, st.RMSprop, st.Lion, st.Muon)
+
+
 def test_no_argument_is_left_out() -> None:
     """Law: what a signature names, the list has."""
-    for shell in (st.SGD, st.Adam, st.AdamW, st.RMSprop, st.Lion, st.Muon):
+    for shell in SHELLS:
         assert arguments(shell) - {"params"} <= OPTIONS.keys()
     assert arguments(st.optim.TuningOptions) <= TUNING.keys()
     assert arguments(st.Tuner) <= TUNER.keys()
@@ -47,6 +51,20 @@ def test_no_argument_is_left_out() -> None:
     for name, (part, wrong) in PARTS.items():
         missing = arguments(part) - wrong.keys()
         assert missing <= LEFT_OUT.get(name, set()), name
+
+
+def test_options_of_tuning_are_typed() -> None:
+    """Law: the types of ``**tuning`` have the names of TuningOptions (and of torch's kernels)."""
+    kernels = set(inspect.signature(torch.optim.AdamW).parameters)
+    for shell in (*SHELLS, st.Mixture, st.SelfTuning):
+        (typed,) = get_type_hints(shell.__init__)["tuning"].__args__
+        own = arguments(st.optim.TuningOptions)
+        assert own <= typed.__annotations__.keys() <= own | kernels, shell
+
+
+def test_type_checkers_read_the_package() -> None:
+    """Law: PEP 561's marker, without which they take all names of a library for Any."""
+    assert resources.files(st).joinpath("py.typed").is_file()
 
 
 LEFT_OUT = {

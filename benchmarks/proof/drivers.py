@@ -24,7 +24,7 @@ from benchmarks.proof.training import Contender, judge, train
 from benchmarks.workloads import Batch, Workload, named
 from selftune.method import HyperSettings
 from selftune.optim import SelfTuningOptimizer
-from selftune.optim.shells import RuleOptimizer
+from selftune.optim._rule_optimizer import RuleOptimizer
 from selftune.rules import AbstractRule
 from selftune.rules.adam import fitting_beta2
 

@@ -1,7 +1,7 @@
 """Self-tuned optimizers with torch's interface."""
 
 from selftune.optim._base import SelfTuningOptimizer
-from selftune.optim._building import TuningOptions
+from selftune.optim._options import TuningOptions
 from selftune.optim.mixture import Mixture
 from selftune.optim.muon import Muon
 from selftune.optim.shells import SGD, Adam, AdamW, Lion, RMSprop

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from selftune._modes import autocast_kept, without_autocast
 from selftune.monitor import Course
 from selftune.optim._advice import Advice
 from selftune.optim._assembly import Assembly
-from selftune.optim._building import TuningOptions, build, check_names
+from selftune.optim._building import build
 from selftune.optim._closures import Call
 from selftune.optim._evaluation import EvaluationMode
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._memory import Memory, memory_of
+from selftune.optim._options import Tuning, TuningOptions, check_names
 from selftune.optim._outer import Closure, OuterLoss
 from selftune.optim._stepper import Stepper
 from selftune.optim._weight_steps import WeightSteps
@@ -45,12 +47,12 @@ class SelfTuningOptimizer(EvaluationMode):
         defaults: dict[str, Any],
         update: Update,
         stepper: Stepper,
-        **tuning: Any,
+        **tuning: Unpack[Tuning],
     ) -> None:
         if isinstance(params, nn.Module):
             tuning, params = {"model": params, **tuning}, params.named_parameters()
         check_names(type(self), tuning)
-        options = TuningOptions(**tuning)
+        options = TuningOptions(**cast("dict[str, Any]", tuning))
         self._schedule, self._update = options.learning_rate, update
         self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
         self._engine = build(options, update, stepper)

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from selftune import rules as rule_module
 from selftune._trees import copy_into
 from selftune.method import choice
 from selftune.optim._base import Params
+from selftune.optim._options import RuleTuning
+from selftune.optim._rule_optimizer import RuleOptimizer
 from selftune.optim._saving import from_bytes, match
-from selftune.optim.shells import RuleOptimizer
 from selftune.penalties import Penalties
 from selftune.rules import AbstractRule, PlainOptimizer
 
@@ -79,7 +81,7 @@ class Mixture(RuleOptimizer):
         l1: float = 0.0,
         penalty: Penalties = None,
         maximize: bool = False,
-        **tuning: Any,
+        **tuning: Unpack[RuleTuning],
     ) -> None:
         given = rules if isinstance(rules, rule_module.Mixture) else rule_module.Mixture(rules)
         rule = given.fresh()

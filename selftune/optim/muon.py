@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from selftune import rules
 from selftune._arguments import FLAG, NONE, Kind, Number, OneOf, That, Whole, check
 from selftune.optim._base import Params
-from selftune.optim.shells import BETAS, RuleOptimizer
+from selftune.optim._options import RuleTuning
+from selftune.optim._rule_optimizer import BETAS, RuleOptimizer
 from selftune.penalties import Penalties
 from selftune.rules.muon import ADJUSTMENTS, COEFFICIENTS, muon_groups
 
@@ -97,14 +99,14 @@ class Muon(RuleOptimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = "match_rms_adamw",
         *,
-        betas: tuple[float, float] = BETAS,
+        betas: tuple[float, float] | None = BETAS,
         adamw_eps: float = 1e-8,
         lr_ratio: float = 1.0,
         decay: float = 0.0,
         l1: float = 0.0,
         penalty: Penalties = None,
         maximize: bool = False,
-        **tuning: Any,
+        **tuning: Unpack[RuleTuning],
     ) -> None:
         own = dict(
             ns_coefficients=ns_coefficients, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,

@@ -2,88 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
-
 from torch import Tensor
+from typing_extensions import Unpack
 
 from selftune import rules
-from selftune._arguments import COUNT, FLAG, PAIR, SCALAR, Kind, Number, check
-from selftune.optim._base import Params, SelfTuningOptimizer
-from selftune.optim._building import ARGUMENTS as TUNING
-from selftune.optim._stepper import Stepper
-from selftune.penalties import L1, Penalties, as_list
-from selftune.rules import AbstractRule
-from selftune.rules.adam import fitting_beta2
-from selftune.update import Update
-
-BETAS: tuple[float, float] = (0.9, 0.999)
-"""torch's default, compared by identity to detect whether the user passed ``betas``."""
-
-
-ARGUMENTS: dict[str, Kind] = {
-    "lr": SCALAR,
-    "momentum": Number(least=0),
-    "betas": PAIR,
-    "dampening": Number(),
-    "alpha": Number(least=0, below=1),
-    "eps": Number(least=0),
-    "weight_decay": SCALAR,
-    "decay": SCALAR,
-    "l1": Number(least=0),
-    "nesterov": FLAG,
-    "amsgrad": FLAG,
-    "centered": FLAG,
-    "maximize": FLAG,
-    "mix_until": COUNT,
-}
-"""Valid values of options; ranges of tunable options are checked with their groups."""
-
-
-class RuleOptimizer(SelfTuningOptimizer):
-    """A self-tuned optimizer with an update rule of the library."""
-
-    arguments: ClassVar[Mapping[str, Kind]] = ARGUMENTS
-
-    def __init__(
-        self,
-        params: Params,
-        rule: AbstractRule,
-        penalty: Penalties,
-        extras: dict[str, Any],
-        **options: Any,
-    ) -> None:
-        check({**self.arguments, **TUNING}, {**options, **extras})
-        for name in ("foreach", "fused"):  # torch's kernel options have no effect here
-            extras.pop(name, None)
-        for name in ("capturable", "differentiable"):
-            if extras.pop(name, False):
-                raise ValueError(f"{name}=True is not supported: leave it out")
-        if isinstance(params, Iterator):
-            params = list(params)  # read here and by torch
-        groups = params if isinstance(params, Sequence) else ()
-        in_groups = any(isinstance(g, Mapping) and g.get("l1") for g in groups)
-        l1, tune = options.pop("l1"), extras.get("tune")
-        if options.get("betas") is BETAS and (tune is None or "lr" in tune):
-            options["betas"] = BETAS[0], fitting_beta2(extras.get("total_steps"))
-        listed = as_list(penalty)
-        needed = in_groups or "l1" in (tune or ())
-        if l1 or (needed and all(p.name != "l1" for p in listed)):
-            listed.append(L1(l1))
-        options |= {p.name: p.strength for p in listed}
-        update = Update(rule, tuple(listed))
-        super().__init__(params, options, update, Stepper(update), **extras)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as in :class:`SelfTuningOptimizer`; also checks its options."""
-        if isinstance(param_group, Mapping):
-            check(self.arguments, param_group)
-            if param_group.get("l1") and "l1" not in self._update.hparams:
-                raise ValueError(
-                    f"l1={param_group['l1']} in a parameter group that is added later: the "
-                    "optimizer has no L1 penalty. Give it one with l1=, or in an earlier group"
-                )
-        super().add_param_group(param_group)
+from selftune.optim._base import Params
+from selftune.optim._options import RuleTuning
+from selftune.optim._rule_optimizer import BETAS, RuleOptimizer
+from selftune.penalties import Penalties
 
 
 class SGD(RuleOptimizer):
@@ -130,7 +56,7 @@ class SGD(RuleOptimizer):
         l1: float = 0.0,
         penalty: Penalties = None,
         maximize: bool = False,
-        **tuning: Any,
+        **tuning: Unpack[RuleTuning],
     ) -> None:
         super().__init__(
             params, rules.SGD(), penalty, tuning, lr=lr, momentum=momentum, dampening=dampening,
@@ -146,8 +72,8 @@ class Adam(RuleOptimizer):
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        betas: β₁ and β₂. If not given, and if ``total_steps`` is known and ``lr`` is tuned, β₂ is
-            set so that 1/(1 − β₂) is a twentieth of the run, clamped to 100…1000 steps.
+        betas: β₁ and β₂. If not given (or None), and if ``total_steps`` is known and ``lr`` is
+            tuned, 1/(1 − β₂) is a twentieth of the run, clamped to 100…1000 steps.
         eps: ε, added to the denominator.
         weight_decay: L2 penalty, added to the gradient.
         amsgrad: Use the largest second moment so far.
@@ -174,7 +100,7 @@ class Adam(RuleOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = BETAS,
+        betas: tuple[float, float] | None = BETAS,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         amsgrad: bool = False,
@@ -183,7 +109,7 @@ class Adam(RuleOptimizer):
         l1: float = 0.0,
         penalty: Penalties = None,
         maximize: bool = False,
-        **tuning: Any,
+        **tuning: Unpack[RuleTuning],
     ) -> None:
         super().__init__(
             params, rules.Adam(), penalty, tuning, lr=lr, betas=betas, eps=eps,
@@ -199,8 +125,8 @@ class AdamW(RuleOptimizer):
     Args:
         params: A module, parameters, named parameters or parameter groups.
         lr: Learning rate at the start.
-        betas: β₁ and β₂. If not given, and if ``total_steps`` is known and ``lr`` is tuned, β₂ is
-            set so that 1/(1 − β₂) is a twentieth of the run, clamped to 100…1000 steps.
+        betas: β₁ and β₂. If not given (or None), and if ``total_steps`` is known and ``lr`` is
+            tuned, 1/(1 − β₂) is a twentieth of the run, clamped to 100…1000 steps.
         eps: ε, added to the denominator.
         weight_decay: Decoupled weight decay.
         amsgrad: Use the largest second moment so far.
@@ -227,7 +153,7 @@ class AdamW(RuleOptimizer):
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = BETAS,
+        betas: tuple[float, float] | None = BETAS,
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -236,7 +162,7 @@ class AdamW(RuleOptimizer):
         l1: float = 0.0,
         penalty: Penalties = None,
         maximize: bool = False,
-        **tuning: Any,
+        **tuning: Unpack[RuleTuning],
     ) -> None:
         super().__init__(
             params, rules.AdamW(), penalty, tuning, lr=lr, betas=betas, eps=eps,
@@ -290,7 +216,7 @@ class RMSprop(RuleOptimizer):
         l1: float = 0.0,
         penalty: Penalties = None,
         maximize: bool = False,
-        **tuning: Any,
+        **tuning: Unpack[RuleTuning],
     ) -> None:
         super().__init__(
             params, rules.RMSprop(), penalty, tuning, lr=lr, alpha=alpha, eps=eps, decay=decay,
@@ -341,7 +267,7 @@ class Lion(RuleOptimizer):
         l1: float = 0.0,
         penalty: Penalties = None,
         maximize: bool = False,
-        **tuning: Any,
+        **tuning: Unpack[RuleTuning],
     ) -> None:
         super().__init__(
             params, rules.Lion(), penalty, tuning, lr=lr, betas=betas, weight_decay=weight_decay,

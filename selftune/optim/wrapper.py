@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from selftune._arguments import check
 from selftune.optim._base import SelfTuningOptimizer
-from selftune.optim._building import ARGUMENTS
+from selftune.optim._options import ARGUMENTS, Tuning
 from selftune.optim._stepper import InnerStepper, Opaque
 from selftune.update import Update
 
@@ -42,7 +42,7 @@ class SelfTuning(SelfTuningOptimizer):
         ...     opt.step()
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, **tuning: Any) -> None:
+    def __init__(self, inner: torch.optim.Optimizer, **tuning: Unpack[Tuning]) -> None:
         if not isinstance(inner, torch.optim.Optimizer) or isinstance(inner, SelfTuningOptimizer):
             raise TypeError(
                 f"inner={type(inner).__name__} must be a plain torch optimizer, for example "

@@ -22,8 +22,8 @@ EPOCH = 6
 
 def needs(extra: str) -> pytest.MarkDecorator:
     """Skip where an extra is not installed; .ci/run installs them all."""
-    names = {"ignite": "ignite", "integrations": "peft"}
-    missing = importlib.util.find_spec(names.get(extra, extra)) is None
+    names = {"integrations": ("peft", "jsonargparse")}.get(extra, (extra,))
+    missing = any(importlib.util.find_spec(name) is None for name in names)
     return pytest.mark.skipif(missing, reason=f"needs the extra {extra}: pip install -e .[{extra}]")
 
 

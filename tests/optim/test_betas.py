@@ -56,12 +56,19 @@ def test_beta2_remembers_a_twentieth_of_the_run(
 ) -> None:
     """Closed form: from 100 gradients to the usual 1000, which it is where nobody knows."""
     net = nn.Linear(2, 1)
-    opt = shell(net, total_steps=steps)
-    assert opt.param_groups[0]["betas"] == (0.9, pytest.approx(beta2))
+    for given in ({}, {"betas": None}):
+        opt = shell(net, total_steps=steps, **given)
+        assert opt.param_groups[0]["betas"] == (0.9, pytest.approx(beta2))
 
 
 @pytest.mark.parametrize(
-    "options", [dict(betas=(0.9, 0.999)), dict(tune=()), dict(tune=("weight_decay",))]
+    "options",
+    [
+        dict(betas=(0.9, 0.999)),
+        dict(tune=()),
+        dict(tune=("weight_decay",)),
+        dict(betas=None, tune=()),
+    ],
 )
 def test_a_beta2_that_is_given_or_of_a_rate_that_is_not_tuned_is_torchs(options: Any) -> None:
     """Law: what somebody gives is theirs, and an optimizer that tunes no rate is torch's."""
