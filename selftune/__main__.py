@@ -86,6 +86,9 @@ def _demo(folder: str, epochs: int) -> int:
 
     from selftune.tuner import Tuner
 
+    if (Path(folder) / "last.pt").exists():
+        print(f"selftune demo: {folder} contains a run: pass another --log-dir", file=sys.stderr)
+        return 1
     torch.manual_seed(0)
     digits = load_digits()
     x = torch.tensor(digits.data, dtype=torch.float32) / 16

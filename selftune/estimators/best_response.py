@@ -68,8 +68,8 @@ class BestResponse(AbstractEstimator):
             that of the linearised network as in Δ-STN, which is positive semi-definite and costs
             one more forward pass.
         scale: σ, size of the perturbations in raw (log or log-odds) space.
-        update: In training runs, whether hyperparameters of the update are inputs of the
-            hypernetwork too; otherwise :class:`Trace` estimates them.
+        update: In :class:`~selftune.Tuner`, whether hyperparameters of the update are inputs of
+            the hypernetwork too; otherwise :class:`Trace` estimates them. In optimizers they are.
         every: Steps between two perturbed steps; by default 2, or 1 with ``update=True``.
         discount: Factor of J in each step. With 1, J is the sensitivity over the whole run, but
             mostly noise in noisy runs, because differences of gradients accumulate.
@@ -180,8 +180,9 @@ class BestResponse(AbstractEstimator):
             first += h.numel()
             there = scale.forward(raw + move).clamp(low, high)
             moved = scale.inverse(there) - raw
-            # A move cut short by a bound consists mostly of rounding errors.
-            far = moved.abs() > LEAST * self.scale  # false for NaN
+            # A move cut short by a bound consists mostly of rounding errors; from 0, raw −∞, to a
+            # lower bound it is infinite.
+            far = moved.isfinite() & (moved.abs() > LEAST * self.scale)
             near[name] = torch.where(far, there, h)
             moves.append(torch.where(far, moved, 0.0).reshape(-1))
         return near, torch.cat(moves)

@@ -40,23 +40,31 @@ class Candidate:
     def __post_init__(self) -> None:
         """Check the arguments."""
         check({"model": MODULE, "loss_fn": FUNCTION | NONE, "tuner": MAPPING}, vars(self))
-        check_own(self.tuner, seed="seed= of select")
+        check_own("tuner", self.tuner, **SET)
 
 
-def check_own(tuner: Mapping[str, Any] | None, **instead: str) -> None:
-    """Refuse arguments of the tuner that its caller passes itself.
+SET = {
+    "seed": "seed= of select", "loss_fn": "loss_fn= of select or of Candidate",
+    "model": "a function that returns the model, as candidates= of select",
+}  # fmt: skip
+"""What to pass instead of arguments of the tuner that a search sets."""
+
+
+def check_own(argument: str, given: Mapping[str, Any] | None, **instead: str) -> None:
+    """Refuse entries of an argument that its receiver sets itself.
 
     Args:
-        tuner: Arguments given by the user.
+        argument: Its name.
+        given: Its entries.
         **instead: What to pass instead of each refused one.
 
     Raises:
         ValueError: One of these is among them.
     """
-    given = tuner or {}
-    for name in given.keys() & instead.keys():
+    entries = given or {}
+    for name in entries.keys() & instead.keys():
         raise ValueError(
-            f"tuner: {name}={given[name]!r} is set by the search: pass {instead[name]}"
+            f"{argument}: {name}={entries[name]!r} is set by the search: pass {instead[name]}"
         )
 
 

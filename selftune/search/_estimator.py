@@ -71,7 +71,10 @@ class AbstractEstimator(BaseEstimator):
     def _fit(self, X: Array, y: Array, shape: Shape, loss: nn.Module, fresh: bool) -> None:
         """Train on checked arrays."""
         check(ARGUMENTS, vars(self))
-        check_own(self.tuner, seed="random_state=", device="device=", model="module=")
+        check_own(
+            "tuner", self.tuner, seed="random_state=", device="device=", model="module=",
+            loss_fn="your model to st.Tuner for another loss",
+        )  # fmt: skip
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if fresh:
             self.mean_, self.scale_ = moments(X)

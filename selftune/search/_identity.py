@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from contextlib import suppress
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from selftune.holdout import HoldOut
+from selftune.search._shape import size_of
 from selftune.search._trial import Trainer
 
 
@@ -60,6 +59,4 @@ def count(batches: Any) -> int | None:
     """Number of examples of a loader's dataset, or of batches; None if unknown."""
     if isinstance(batches, DataLoader):
         batches = None if isinstance(batches.dataset, IterableDataset) else batches.dataset
-    with suppress(TypeError, NotImplementedError):
-        return len(batches) if isinstance(batches, Sized) else None
-    return None
+    return size_of(batches)

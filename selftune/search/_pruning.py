@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from selftune._arguments import Number, check
 from selftune._modes import modes_kept
+from selftune.search._shape import size_of
 from selftune.structure import Attention, Gate, Goal, Optional, gated, prune
 from selftune.structure._sizes import KINDS, Sizes
 from selftune.structure._tracing import original
@@ -89,7 +90,7 @@ def until(step: float) -> Callable[[Progress], bool]:
 
 def evaluations(given: int | None, train: Any, steps: int, end: float) -> int:
     """Steps between evaluations of the wide model, at most its number of steps."""
-    every = len(train) if hasattr(train, "__len__") else max(1, steps // 10)
+    every = size_of(train) or max(1, steps // 10)
     return max(1, min(given or every, round(end * steps)))
 
 

@@ -16,7 +16,8 @@ from selftune.search._ensemble import Ensemble, choose
 from selftune.search._pruning import recut
 from selftune.search._space import UNLIKE
 from selftune.search._storage import finished
-from selftune.search._trial import Trainer, weights_of
+from selftune.search._trial import Trainer
+from selftune.search._workers import taken
 from selftune.tuner._checkpoints import load  # compares checksums
 from selftune.tuner._splitting import parts
 
@@ -57,12 +58,13 @@ class Selection:
         named = ", ".join(f"{n}={v}" for n, v in values.items())
         return (
             f"Selection({self.family}, {self.value:.4g} on the validation data, best of "
-            f"{len(self.study.trials)} trials; {named})"
+            f"{len(taken(self.study))} trials; {named})"
         )
 
     def table(self) -> str:
         """A table of the trials, best first."""
-        states = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+        states = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
+                  TrialState.WAITING: "waiting"}  # fmt: skip
         sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
         trials = self.study.get_trials(deepcopy=False)
         ranked = sorted(trials, key=lambda t: (t.value is None, sign * (t.value or 0.0)))
@@ -112,12 +114,13 @@ def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
             result = trainer.run(_built(trainer, best)[1], family, best)
             made = _built(trainer, best)[1]
             filled = _put(trainer, made, result.best_weights), result.schedule
+            trainer.weights.save(best, result)
             now = trainer.judged(result)
             log.warning("trial %d is trained again: %s is %.6g, and was %.6g", best.number,
                         trainer.metric, now, value)  # fmt: skip
             value = now
         model, schedule = filled[0].model.eval(), filled[1]
-        if trainer.ensemble > 1:
+        if trainer.weights.most > 1:
             model, members = _joined(trainer, study, model)
     sizes = dict(best.user_attrs.get("sizes", {}))
     return Selection(
@@ -152,7 +155,7 @@ def _joined(
     """An ensemble of the best trials whose weights are available, and its weights."""
     ranked = sorted(finished(study), key=lambda t: trainer.sign * (t.value or 0.0))
     models = {study.best_trial.number: model}
-    for trial in ranked[: trainer.ensemble]:
+    for trial in ranked[: trainer.weights.most]:
         if trial.number not in models:
             filled = _fill(trainer, trial, _built(trainer, trial)[1])
             if filled is not None:
@@ -172,10 +175,10 @@ def _fill(
 ) -> tuple[Candidate, TunedSchedule] | None:
     """The candidate with the trial's weights, and its schedule; None if they are lost."""
     number = trial.number
-    if number in trainer.kept:
-        result = trainer.kept[number]
+    if number in trainer.weights.results:
+        result = trainer.weights.results[number]
         return _put(trainer, made, result.best_weights), result.schedule
-    path = None if trainer.folder is None else weights_of(trainer.folder, trial)
+    path = trainer.weights.path(trial)
     if path is not None and path.exists():
         try:
             filled = _put(trainer, made, load(path))

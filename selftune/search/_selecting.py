@@ -37,9 +37,9 @@ from selftune._arguments import (
 )
 from selftune._modes import every_random_kept
 from selftune.holdout import HoldOut
-from selftune.rules import AdamW
 from selftune.search._candidates import (
     MOST,
+    SET,
     Candidates,
     builders_of,
     check_own,
@@ -50,16 +50,13 @@ from selftune.search._pruning import settings_of
 from selftune.search._result import Selection, selected
 from selftune.search._shape import Shape, some
 from selftune.search._storage import check_sampler, finished, persist, writable
-from selftune.search._trial import Trainer
-from selftune.search._workers import JOIN, Payload, crowd, reclaim, work
+from selftune.search._trial import STUDY, Trainer, rule_of
+from selftune.search._weights import Weights
+from selftune.search._workers import Payload, crowd, reclaim, to_join, work
 from selftune.search.families import AbstractFamily
 from selftune.search.memory import Memory, Task
 
 log = logging.getLogger("selftune")
-
-STUDY = "selftune"
-"""Default name of the study."""
-
 
 ARGUMENTS: dict[str, Kind] = {
     "trials": COUNT,
@@ -190,10 +187,12 @@ def select(
         True
     """
     check(ARGUMENTS, locals())
-    check_own(tuner, seed="seed= of select")
+    check_own("tuner", tuner, **SET)
+    own = ("train", "val", "epochs", "steps", "patience", "log_dir")
+    check_own("fit", fit, **{name: f"{name}= of select" for name in own})
     goal = settings_of(structure)
     builders = builders_of(candidates, train, val)
-    joined = os.environ.get(JOIN)
+    joined = to_join(storage)
     storage = joined or storage
     folder = None if log_dir is None else Path(log_dir)
     shared = storage  # by others, who may write to it
@@ -202,6 +201,8 @@ def select(
         storage = (folder or Path(tempfile.mkdtemp(prefix="selftune-"))) / "study.journal"
     if folder is None and isinstance(storage, (str, Path)) and "://" not in str(storage):
         folder = Path(f"{storage}.runs")
+    if folder is None and workers > 1:  # for the weights of trials of other processes
+        folder = Path(tempfile.mkdtemp(prefix="selftune-"))
     check_sampler(sampler, shared, trust_storage=trust_storage)
     if workers > 1 and not isinstance(storage, (str, Path)):
         raise ValueError(
@@ -214,7 +215,7 @@ def select(
     of_data = any(isinstance(b, AbstractFamily) for b in builders.values())
     length = {k: v for k, v in (("epochs", epochs), ("steps", steps)) if v is not None}
     # An objective, which trains nothing here, needs neither.
-    if len(length) == 2 or (of_data and not {*length, *(fit or {})} & {"epochs", "steps"}):
+    if len(length) == 2 or (of_data and not length):
         raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")
     if loss_fn is None and of_data:
         loss_fn = Shape.of(train).loss()
@@ -232,7 +233,8 @@ def select(
         candidates=builders, train=train, val=val, loss_fn=loss_fn, metric=metric,
         sign=-1 if maximize else 1,
         length=length, fit={"patience": patience, **(fit or {})}, tuner=dict(tuner or {}),
-        structure=goal, warm=warm_start, folder=folder, seed=seed, memory=memory, ensemble=ensemble,
+        structure=goal, warm=warm_start, weights=Weights(folder, ensemble), seed=seed,
+        memory=memory,
         task=None if memory is None else task_of(train, epochs, steps, dict(tuner or {})),
     )  # fmt: skip
     settings = about(trainer)
@@ -258,8 +260,9 @@ def select(
     if memory is not None and trainer.task is not None and len(opened.trials) > before:
         schedule = None if selection.schedule is None else asdict(selection.schedule)
         try:
+            rule = selection.study.best_trial.user_attrs.get("rule", trainer.task.rule)
             memory.remember(
-                replace(trainer.task, family=selection.family), selection.hparams,
+                replace(trainer.task, family=selection.family, rule=rule), selection.hparams,
                 value=selection.value, params=selection.study.best_params, schedule=schedule,
             )  # fmt: skip
         except (OSError, TypeError, ValueError) as error:  # choices may be no numbers or strings
@@ -305,5 +308,5 @@ def task_of(train: Any, epochs: int | None, steps: int | None, tuner: Mapping[st
     sizes = [len(batch[0]) for batch in some(train)]
     return Task.of(
         shape, sum(sizes), steps or len(sizes) * (epochs or 1), sizes[0],
-        rule=type(tuner.get("rule", AdamW())).__name__,
+        rule=rule_of(tuner),
     )  # fmt: skip

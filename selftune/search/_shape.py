@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -103,13 +104,16 @@ class Shape:
         return output.squeeze(-1) if self.flat else output
 
 
+def size_of(batches: Any) -> int | None:
+    """The number of batches; None for a stream, also one in a DataLoader."""
+    with suppress(TypeError, NotImplementedError):
+        return len(batches)
+    return None
+
+
 def some(batches: Iterable[Any]) -> Iterable[Any]:
     """All batches, or the first hundred of those without a length, which may have no end."""
-    try:
-        len(batches)  # type: ignore[arg-type]
-    except TypeError:  # also of a DataLoader over a stream
-        return islice(batches, 100)
-    return batches
+    return islice(batches, 100) if size_of(batches) is None else batches
 
 
 def _pairs(batches: Iterable[Any], use: str) -> Iterator[tuple[Any, Any]]:

@@ -53,6 +53,7 @@ class Space:
         Studies store None, booleans, numbers and strings; other choices, such as tuples or classes,
         are stored as texts.
         """
+        choices = list(choices)  # an array has no truth value
         if not choices:
             raise ValueError(f"choices of {self._prefix}{name} are empty: pass at least one")
         texts = _texts(choices)

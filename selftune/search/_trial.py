@@ -7,10 +7,8 @@ import math
 import os
 import socket
 import statistics
-from collections.abc import Callable, Mapping, Sized
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import nn
 
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
+from selftune.rules import AdamW
 from selftune.search._candidates import Builder, Candidate
 from selftune.search._pruning import (
     close,
@@ -33,8 +32,10 @@ from selftune.search._pruning import (
     start_wide,
     until,
 )
+from selftune.search._shape import size_of
 from selftune.search._space import Space
 from selftune.search._storage import Unwritable, finished, transient
+from selftune.search._weights import Weights
 from selftune.search.memory import Memory, Task
 from selftune.tuner import Progress, Tuner, TuningResult
 from selftune.tuner._objective import Objective
@@ -42,6 +43,8 @@ from selftune.tuner._splitting import parts
 
 log = logging.getLogger("selftune")
 
+STUDY = "selftune"
+"""Default name of the study."""
 NEAREST = 3
 """Number of best trials of a family from whose tuned values a new trial starts."""
 
@@ -65,15 +68,12 @@ class Trainer:
         fit: Further arguments of :meth:`~selftune.Tuner.fit`.
         tuner: Arguments of :class:`~selftune.Tuner`.
         warm: Whether runs start from the final hyperparameters of the best ones.
-        folder: Folder for logs and weights, or None.
         seed: Seed of the weights and the data order.
         memory: Results of other searches, or None.
         task: The task of this search, for the memory.
         structure: Arguments of :class:`~selftune.structure.Goal` for models that are cut during
             their run, or None.
-        ensemble: Number of best runs whose weights are kept.
-        kept: The best runs of this process, by trial number.
-        written: The files of their weights that were written.
+        weights: The best runs, and the folder of their files and of logs.
     """
 
     candidates: Mapping[str, Builder]
@@ -86,14 +86,11 @@ class Trainer:
     fit: Mapping[str, Any]
     tuner: Mapping[str, Any]
     warm: bool
-    folder: Path | None
+    weights: Weights
     seed: int
     memory: Memory | None = None
     task: Task | None = None
     structure: Mapping[str, Any] | None = None
-    ensemble: int = 1
-    kept: dict[int, TuningResult] = field(default_factory=dict)
-    written: dict[int, Path] = field(default_factory=dict)
 
     def attempt(self, trial: optuna.Trial) -> float:
         """Run a trial; record a failure with its candidate."""
@@ -171,15 +168,15 @@ class Trainer:
             )
         own = [n for n in ("train", "val", "loss_fn") if getattr(made, n) is not None]
         own += ["objective"] if "objective" in made.tuner else []
-        if self.ensemble > 1 and own:
+        if self.weights.most > 1 and own:
             raise ValueError(
-                f"ensemble={self.ensemble} needs candidates with the same data and loss, but this "
-                f"one has its own {', '.join(own)}: omit ensemble="
+                f"ensemble={self.weights.most} needs candidates with the same data and loss, but "
+                f"this one has its own {', '.join(own)}: omit ensemble="
             )
         calls = (self._reporting(trial),) if isinstance(trial, optuna.Trial) else ()
         if self.structure is None:
             tuner = self._tuner(made)
-            tuner.start_from(self._start(tuner, family, trial))
+            tuner.start_from(self._start(tuner, made, family, trial))
             return self._fit(made, tuner, trial, calls)
         return self._run_inside(made, self.structure, family, trial, calls)
 
@@ -199,7 +196,7 @@ class Trainer:
             )
         end = float(structure["end"])
         tuner = self._tuner(made)
-        tuner.start_from(self._start(tuner, family, trial))
+        tuner.start_from(self._start(tuner, made, family, trial))
         wide = self._fit(
             made, tuner, trial, (*calls, until(end * total)), suffix="-wide", steps=total,
             evaluate_every=evaluations(self.fit.get("evaluate_every"), train, total, end),
@@ -241,10 +238,12 @@ class Trainer:
         length = {} if "steps" in more else self.length
         options = {"progress": False, **length, **self.fit, **more}
         options["callbacks"] = [*options.get("callbacks", ()), *calls]
-        if isinstance(trial, optuna.Trial) and self.folder is not None:
+        if isinstance(trial, optuna.Trial) and self.weights.folder is not None:
             about = {"family": trial.user_attrs["family"], **trial.params}
             name = f"{trial.number:04d}-{trial.user_attrs['family']}{suffix}"
-            board = TensorBoard(self.folder / name, about=about)
+            if trial.study.study_name != STUDY:  # whose runs may be in this folder too
+                name = f"{trial.study.study_name}-{name}"
+            board = TensorBoard(self.weights.folder / name, about=about)
             others = options.get("recorder")
             options["recorder"] = [board] if others is None else [board, others]
         val = self.val if made.val is None else made.val
@@ -259,9 +258,10 @@ class Trainer:
         if "steps" in self.length:
             return self.length["steps"]
         train = self.train_of(made)
-        if "epochs" in self.length and isinstance(train, Sized):
-            return self.length["epochs"] * len(train)
-        return None
+        batches = size_of(train)
+        if "epochs" not in self.length or batches is None:
+            return None
+        return self.length["epochs"] * batches
 
     def _reporting(self, trial: optuna.Trial) -> Callable[[Progress], bool]:
         """A callback that reports evaluations to the pruner, and ends a pruned run."""
@@ -285,14 +285,16 @@ class Trainer:
         return result.best_scores[self.metric] if math.isfinite(result.best_loss) else math.nan
 
     def _start(
-        self, tuner: Tuner, family: str, trial: optuna.Trial | FrozenTrial
+        self, tuner: Tuner, made: Candidate, family: str, trial: optuna.Trial | FrozenTrial
     ) -> dict[str, float]:
         """Starting values: from the best trials of the family, or else from the memory."""
         if isinstance(trial, FrozenTrial):  # trained again
             return dict(trial.user_attrs.get("start", {}))
+        rule = rule_of({**self.tuner, **made.tuner})
+        trial.set_user_attr("rule", rule)
         start = self._medians(trial.study, family) if self.warm else {}
         if not start and self.memory is not None and self.task is not None:
-            task = replace(self.task, family=family)
+            task = replace(self.task, family=family, rule=rule)
             start = self.memory.start(task, tuner.starts, tuner.scales)
         trial.set_user_attr("start", start)
         return start
@@ -308,40 +310,12 @@ class Trainer:
         return {n: statistics.median_low(v) for n, v in values_of.items()}
 
     def _keep(self, trial: optuna.Trial, value: float, result: TuningResult) -> None:
-        """Keep the weights if they are among the best so far, and delete the others."""
-        others = [t.value for t in finished(trial.study) if t.value is not None]
-        better = sum(self.sign * other < self.sign * value for other in others)
-        if better >= self.ensemble:
-            return
-        self.kept[trial.number] = result
-        ranked = sorted(self.kept, key=lambda number: self.sign * self.judged(self.kept[number]))
-        for number in ranked[self.ensemble :]:
-            del self.kept[number]
-        if self.folder is None:
-            return
-        path = weights_of(self.folder, trial)
-        part = path.with_suffix(".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(result.best_weights, part)
-            result.schedule.save(path.with_suffix(".json"))
-            part.replace(path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            log.warning(
-                "trial %d: its weights were not written and are kept in memory: %s", trial.number,
-                error,
-            )  # fmt: skip
-            return
-        self.written[trial.number] = path
-        for number in self.written.keys() - self.kept.keys():
-            old = self.written.pop(number)
-            for suffix in (".pt", ".json"):
-                old.with_suffix(suffix).unlink(missing_ok=True)
+        """Keep the weights if they are among the best so far."""
+        others = [self.sign * t.value for t in finished(trial.study) if t.value is not None]
+        if sum(other < self.sign * value for other in others) < self.weights.most:
+            self.weights.keep(trial, self.sign * value, result)
 
 
-def weights_of(folder: Path, trial: optuna.Trial | FrozenTrial) -> Path:
-    """Path of the weights of a trial; when it began tells it from those of other studies."""
-    begun = f"{trial.datetime_start:%Y%m%d-%H%M%S-%f}" if trial.datetime_start else "unknown"
-    return folder / "weights" / f"{trial.number:04d}-{begun}.pt"
+def rule_of(tuner: Mapping[str, Any]) -> str:
+    """Name of the update rule, from the arguments of a tuner."""
+    return type(tuner.get("rule") or AdamW()).__name__

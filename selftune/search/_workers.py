@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import socket
@@ -32,8 +33,12 @@ from selftune.search._storage import (
 )
 from selftune.search._trial import Trainer
 
+log = logging.getLogger("selftune")
+
 JOIN = "SELFTUNE_STORAGE"
 """Environment variable with the storage of the search to join."""
+joined: set[str] = set()
+"""Storages of the searches that this process has joined as a worker."""
 LOOK = 0.2
 """Polling interval of the workers in seconds."""
 SIGN = 30.0
@@ -148,11 +153,42 @@ def join(storage: str, script: str, rest: Sequence[str]) -> None:
         storage: Storage of the search: a path or a URL.
         script: A Python file that calls ``select``.
         rest: Arguments of the script.
+
+    Raises:
+        ValueError: No search of the script has this storage.
     """
     os.environ[JOIN] = storage
     sys.argv = [script, *rest]
     sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")
+    if storage not in joined:
+        raise ValueError(
+            f"--storage {storage}: no select() of {script} has a storage of this name, or none; "
+            "its searches ran by themselves"
+        )
+
+
+def to_join(own: Any) -> str | None:
+    """The storage that this process joins as a worker, if it is that of a search.
+
+    It may have another address here (a mounted folder, a server's host), so names are compared.
+
+    Args:
+        own: The ``storage`` of the search.
+    """
+    storage = os.environ.get(JOIN)
+    if storage is None:
+        return None
+    addresses = [str(s) for s in (own, storage) if isinstance(s, (str, Path))]
+    names = {Path(a.partition("?")[0]).name for a in addresses}
+    if len(names) > 1 and not any(a.startswith("grpc://") for a in addresses):
+        log.warning(
+            "storage=%s: this search is not the one of --storage %s, and runs by itself",
+            own, storage,
+        )  # fmt: skip
+        return None
+    joined.add(storage)
+    return storage
 
 
 def taken(study: optuna.Study) -> list[FrozenTrial]:

@@ -30,7 +30,7 @@ class SelfTuningClassifier(ClassifierMixin, AbstractEstimator):
             (:class:`~selftune.search.families.Periodic`), in tables of up to 128 features; 0 for
             none.
         epochs: Number of passes over the training part.
-        batch_size: Batch size; at most an eighth of the training part.
+        batch_size: Batch size; at least 2, and at most an eighth of the training part.
         validation_fraction: Fraction of the data used to tune hyperparameters.
         patience: Number of evaluations without improvement after which training stops.
         standardize: Whether to scale features to mean 0 and variance 1.

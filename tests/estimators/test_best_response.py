@@ -1,12 +1,13 @@
 """The learned response. Truths: closed forms, Forward's exact Jacobian, double backward."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from problems import data, model, number, random, regression, smoothed
-from torch import Tensor
+from torch import Tensor, nn
 
 import selftune as st
 from selftune.estimators.best_response import linearised_gradient, signs
@@ -266,3 +267,27 @@ def test_options_of_a_step_count_as_those_of_the_problem() -> None:
             point = problem.step(problem.known(point, rate), rate)
         found.append(memory.tensors[0].gains)
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shell", [st.SGD, st.Adam, partial(st.AdamW, weight_decay=0.0)])
+def test_hyperparameters_that_start_at_0_have_a_response(
+    shell: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: torch's defaults of momentum and weight decay are no reason to rewind a healthy run."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    opt = shell(net, lr=0.01, estimator=st.BestResponse(), probe=False)
+    x = torch.randn(32, 4)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = (net(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        return loss
+
+    before = opt.hparams
+    for _ in range(30):
+        opt.step(closure)
+        opt.hyper_step(lambda: (net(x) - x.sum(1, keepdim=True)).square().mean())
+    assert "not finite" not in caplog.text
+    changed = {n for n, v in opt.hparams.items() if v != before[n]}
+    assert {"lr", "weight_decay"} <= changed

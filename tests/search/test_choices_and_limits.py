@@ -117,3 +117,11 @@ def test_an_ensemble_of_models_with_masked_classes() -> None:
     with torch.no_grad():
         loss = float(F.cross_entropy(found.model(batches[3][0]), batches[3][1]))
     assert loss <= found.value + 1e-6
+
+
+def test_choices_may_be_an_array() -> None:
+    def objective(space: search.Space) -> float:
+        return float(space.suggest_categorical("width", np.array([8, 16])))
+
+    found = search.select(objective, trials=2, sampler="grid", progress=False)
+    assert found.params == {"width": 8}

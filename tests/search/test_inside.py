@@ -1,5 +1,6 @@
 """Selection with units removed within the runs. Truths: counts by hand, the reported loss."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from selftune import search
 from selftune.search import families
@@ -32,6 +34,24 @@ def build(space: search.Space) -> nn.Module:
 QUICK: dict[str, Any] = dict(
     steps=40, loss_fn=F.mse_loss, progress=False, pruner=None, tuner=dict(compile=False),
 )  # fmt: skip
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(x[0], y[0]) for x, y in data()[0]])
+
+
+def test_a_stream_in_a_loader_has_no_length() -> None:
+    """As a stream of batches: its runs are of the given steps."""
+    found = search.select(
+        build, DataLoader(Stream(), 4), data()[1], trials=1, structure="inside", **QUICK
+    )
+    assert found.sizes["units"] == [16]
+    with pytest.raises(RuntimeError, match="needs the length of the run, at least 2 steps"):
+        search.select(
+            build, DataLoader(Stream(), 4), data()[1], trials=1, structure="inside",
+            **{**QUICK, "steps": None}, epochs=2,
+        )  # fmt: skip
 
 
 def loss_of(model: nn.Module | None, val: list[Any], loss: Any = F.mse_loss) -> float:

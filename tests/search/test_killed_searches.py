@@ -70,7 +70,9 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     join = [sys.executable, "-m", "selftune.search", "worker", "--storage", str(path)]
-    done = subprocess.run([*join, str(script), "x"], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [*join, str(script), str(path)], check=True, capture_output=True, text=True
+    )
     assert "RUNNING" not in {t.state.name for t in read(path).trials}
     complete = [t for t in read(path).trials if t.state.name == "COMPLETE"]
     assert len(complete) == 4
