@@ -25,8 +25,11 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def plus(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:
-    """``a + factor · b``, in one operation if the factor is a number."""
-    if isinstance(factor, Tensor):
+    """``a + factor · b``, in one operation if the factor is a number.
+
+    torch 2.13's compiler loses ``alpha`` if it merges the sum with a matrix product.
+    """
+    if isinstance(factor, Tensor) or torch.compiler.is_compiling():
         return a + factor * b
     return torch.add(a, b, alpha=factor)
 
@@ -37,6 +40,8 @@ def add_to(target: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
         return target.add_(tensor * factor)
     if isinstance(factor, Tensor):
         return target.addcmul_(tensor, factor.to(target.dtype).expand_as(tensor))
+    if torch.compiler.is_compiling():  # as in ``plus``
+        return target.add_(factor * tensor)
     return target.add_(tensor, alpha=factor)
 
 

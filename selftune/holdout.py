@@ -124,6 +124,9 @@ class HeldOut:
         self.steps, self.join, self.step, self._seed = steps, settings.join(steps), 0, seed
         size, shuffled = loader.batch_size or 1, isinstance(loader.sampler, RandomSampler)
         everything = range(len(rest) + len(self.held))
+        # Loaders draw a seed for every iterator: not from the global generator, where a resumed
+        # run, which makes others, would shift later draws.
+        self._generator = generator = torch.Generator().manual_seed(seed)
         kept: list[_Batches] = [
             _Batches(indices, size, shuffled, _drops(loader, len(indices)), 3 * seed + i, end)
             for i, (indices, end) in enumerate(((rest, self.join), (everything, steps - self.join)))
@@ -134,12 +137,14 @@ class HeldOut:
                     f"loader: drop_last=True drops all of its {len(batches.indices)} training "
                     f"examples in batches of {size}: pass a smaller batch_size, or drop_last=False"
                 )
-        self._train = [(b, like(loader, loader.dataset, batch_sampler=b)) for b in kept]
+        self._train = [
+            (b, like(loader, loader.dataset, batch_sampler=b, generator=generator)) for b in kept
+        ]
         few = min(2 * size, len(self.held))
         own = _Batches(self.held, few, True, True, 3 * seed + 2, None)
         reader = DataLoader(
             loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
+            pin_memory=loader.pin_memory, generator=generator,
         )  # fmt: skip
         self.val = _Validation(own, reader)
 
@@ -163,6 +168,7 @@ class HeldOut:
             if joined:  # stops the first loader's persistent workers
                 vars(self._train[0][1])["_iterator"] = None
             batches.taken = self.step - joined * self.join
+            self._generator.manual_seed(self._seed * 2**24 + self.step)
             for batch in loader:
                 self.step += 1
                 yield batch

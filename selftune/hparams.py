@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,6 +51,11 @@ class Hparam:
     def below_one(self) -> bool:
         """Whether values must be below 1: momenta and smoothing constants."""
         return isinstance(self.bijection, Memory)
+
+    @property
+    def least(self) -> float:
+        """The smallest value that may be given, tuned or not."""
+        return -math.inf if self.lower < 0 else 0.0
 
     @cached_property
     def raw_ends(self) -> tuple[float, float]:
@@ -117,7 +123,7 @@ WEIGHT_DECAY = Hparam(
 SLOW = 0.2
 """Relative step size of momenta (see docs/ablations.md)."""
 MOMENTUM = Hparam(
-    name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-4, from_zero=0.1,
+    name="momentum", bijection=Memory(), lower=1e-3, upper=1 - 1e-6, from_zero=0.1,
     role="momentum", pace=SLOW, accumulates=True,
 )  # fmt: skip
 MEMORY = 20
@@ -164,5 +170,6 @@ def choose(
         if name in bounds:
             chosen[name] = hparam.bounded(*bounds[name])
         elif hparam.role == "momentum":
-            chosen[name] = replace(hparam, upper=max(0.9, 1 - MEMORY / horizon))
+            fits = max(0.9, 1 - MEMORY / horizon)
+            chosen[name] = replace(hparam, upper=min(hparam.upper, fits))
     return chosen

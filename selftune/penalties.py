@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +42,7 @@ class AbstractPenalty(ABC):
     elementwise: ClassVar[bool] = True
     """Whether Ω is a sum over single weights, so that tensors can be concatenated."""
     proximal: ClassVar[bool] = False
-    """Whether it acts through ``prox`` instead of its gradient."""
+    """Whether it acts through ``prox`` instead of its gradient, as :class:`ProximalL1` alone."""
 
     @abstractmethod
     def value(self, params: Tensor) -> Tensor:
@@ -51,6 +51,17 @@ class AbstractPenalty(ABC):
     @abstractmethod
     def gradient(self, params: Tensor) -> Tensor:
         """A (sub)gradient of Ω, in the shape of ``params``."""
+
+
+def described(penalty: AbstractPenalty) -> str:
+    """A penalty without its strength, which may be tuned.
+
+    Examples:
+        >>> described(L1(0.1))
+        'L1()'
+    """
+    own = {f.name: getattr(penalty, f.name) for f in fields(penalty) if f.name != "strength"}
+    return f"{type(penalty).__name__}({', '.join(f'{n}={v!r}' for n, v in own.items())})"
 
 
 @dataclass(frozen=True)

@@ -266,3 +266,27 @@ def test_a_split_makes_no_batch_of_one_example(size: int) -> None:
     train, _ = split(whole, 0.1 if size == 17 else 9 / 190, 0, "val")
     held = st.HoldOut(share=0.1 if size == 17 else 9 / 190).over(whole, 60)
     assert min(len(x) for (x,) in [*train, *held]) > 1
+
+
+def test_the_model_draws_the_same_random_numbers_after_a_resume() -> None:
+    """Law: dropout in the middle of an epoch depends on torch's generator alone."""
+    ends = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        data = st.HoldOut().over(loader(), steps=STEPS)
+        drawn = []
+        for _ in data:
+            next(data.val)
+            drawn.append(float(torch.rand(())))
+            if resumed and data.step == 17:
+                random, position = torch.get_rng_state(), data.state_dict()
+                data = st.HoldOut().over(loader(), steps=STEPS)
+                data.load_state_dict(position)
+                torch.set_rng_state(random)
+                for _ in data:
+                    next(data.val)
+                    drawn.append(float(torch.rand(())))
+                break
+        ends.append(drawn)
+    assert len(ends[0]) == STEPS
+    assert ends[0] == ends[1]

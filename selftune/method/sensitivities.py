@@ -153,8 +153,16 @@ class Sensitivities:
         if self.decay_names:
             unit = torch.zeros(tensors, dtype=like.dtype, device=like.device)
             decay = [UnitDecay(self._still(self.decay_names, unit, values), unit.clone())]
+        state = self.update.rule.init(like, values)
+        for name, tensor in state.items():
+            if bool(tensor.any()):
+                rule = type(self.update.rule).__name__
+                raise ValueError(
+                    f"rule={rule}: init returns a state {name!r} other than 0, but the sweep and "
+                    "rewinds reset states to 0: keep the difference from its start instead"
+                )
         return Part(
-            params, self.update.rule.init(like, values), like if fresh else like.clone(),
+            params, state, like if fresh else like.clone(),
             self._still(self.rows, zeros, values),
             [zeros.clone() for _ in (*self.rows, *self.lr_rows)],
             [kept.clone() for _ in self.lr_rows], decay,

@@ -132,6 +132,7 @@ class Assembly:
         ]  # fmt: skip
         engine.store.lay_out(blocks, slots, by_tensor=not engine.shifts.shared)
         engine.reducer.sharded = sharded
+        engine.looks = {p: engine.looks[p] for p in engine.params if p in engine.looks}
         self._frozen = [p for g in groups for p in g["params"] if p not in state]
 
     def _slices(self, trained: Sequence[Sequence[Tensor]]) -> list[Slice]:

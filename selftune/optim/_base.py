@@ -54,7 +54,7 @@ class SelfTuningOptimizer(EvaluationMode):
         check_names(type(self), tuning)
         options = TuningOptions(**cast("dict[str, Any]", tuning))
         self._schedule, self._update = options.learning_rate, update
-        self._kind = f"{stepper.name} over {', '.join(update.hparams)}"
+        self._kind = f"{stepper.name} over {', '.join([*update.hparams, *update.described])}"
         self._engine = build(options, update, stepper)
         shifts = self._engine.shifts
         self._groups = Groups(update, shifts)

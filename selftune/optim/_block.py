@@ -44,7 +44,6 @@ class Block:
         centre, mark: State of the displacement.
         secants: Secant pairs, or empty.
         sliced: Keys of the state over the slice only.
-        looks: The last look at parameters with exact zeros, by index.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class Block:
         kept = cut.scaled(weights)
         self.centre, self.mark = kept.clone(), kept.clone()
         self.secants = [Secants.begin(kept, pairs)] if pairs else []
-        self.looks: dict[int, Look] = {}
         self._stale = False
         self._views: dict[str, list[Tensor]] = {}  # of the rule's state
         self._viewed: Mapping[str, Tensor] = {}

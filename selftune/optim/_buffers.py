@@ -85,7 +85,7 @@ class Buffers:
                     kept += [t.clone() for t in begun]
 
     def grow(self) -> None:
-        self.grown, self.carried.buffers = True, None
+        self.grown = True
 
     @contextmanager
     def discovering(self, params: Iterable[Tensor]) -> Iterator[None]:
@@ -108,17 +108,23 @@ class Buffers:
                 "hyper_step calls, so the statistics of the average start from those of training. "
                 "Load the state into the model that it was saved with"
             )
+        if self._strangers:  # the uninterrupted run has no such pass
+            self._gathered = []
         self._strangers = 0
 
     @contextmanager
     def searching(self, params: Iterable[Tensor]) -> Iterator[None]:
         """As ``discovering``, for modules that have joined, in a pass at the average."""
-        with layers_called(params, (*self.layers, *self.foreign)) as (mine, foreign, seen):
+        self.carried.search = True
+        with layers_called(params, self.layers) as (mine, foreign, seen):
             yield
         self.grown = False
         own = {id(t) for layer in (*mine, *foreign) for t in statistics(layer)}
-        self.borrowed += [t for t in seen if id(t) not in own]
-        self.foreign += foreign
+        borrowed = {id(t) for t in self.borrowed} | own
+        self.borrowed += [t for t in seen if id(t) not in borrowed]
+        # Layers with frozen parameters only are foreign until these are trained.
+        known = {id(layer) for layer in foreign} | {id(layer) for layer in mine}
+        self.foreign = [layer for layer in self.foreign if id(layer) not in known] + foreign
         for layer in mine:
             self.add(layer)
 

@@ -31,16 +31,17 @@ class Carried:
     may advance, and so may modules outside of a model with parameters, such as metrics.
 
     Attributes:
-        buffers: Module and name of each buffer of running values in the models that the closure
-            calls; None before its first pass.
+        buffers: Module and name of each buffer of running values in the models that closures call.
+        search: Whether the next pass looks for further ones.
     """
 
     def __init__(self) -> None:
-        self.buffers: list[tuple[nn.Module, str]] | None = None
+        self.buffers: list[tuple[nn.Module, str]] = []
+        self.search = True
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Restores the buffers after the block, whose first one also finds them."""
+        """Restores the buffers after the block."""
         kept: dict[tuple[int, str], KeptBuffer] = {}
         assigned: set[tuple[int, str]] = set()
 
@@ -53,16 +54,16 @@ class Carried:
         def assign(module: nn.Module, name: str, _: Any) -> None:
             assigned.add((id(module), name))
 
-        for module, name in self.buffers or ():
+        for module, name in self.buffers:
             kept[id(module), name] = KeptBuffer.of(module, name)
         known = set(kept)
         try:
-            if self.buffers is None:
+            if self.search:
                 with watching(look), register_module_buffer_registration_hook(assign):
                     yield
             else:
                 yield
-            self.buffers = [(k.module, k.name) for k in kept.values()]
+            self.buffers, self.search = [(k.module, k.name) for k in kept.values()], False
         finally:
             for key, one in kept.items():
                 # Tensors that ``functional_call`` showed are not the module's own.

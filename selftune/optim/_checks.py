@@ -74,8 +74,9 @@ def check_option(hparam: Hparam, group: Mapping[str, Any]) -> None:
             "To hold parameters fixed, leave them out or use requires_grad_(False)"
         )
     for number in value if isinstance(value, (tuple, list)) else (value,):
-        if not 0 <= float(number) < math.inf:
-            raise ValueError(f"{key}={value!r} must be a finite number, 0 or more")
+        if not (math.isfinite(number) and float(number) >= hparam.least):
+            least = "" if hparam.least < 0 else ", 0 or more"
+            raise ValueError(f"{key}={value!r} must be a finite number{least}")
         if hparam.below_one and float(number) >= 1:
             raise ValueError(f"{key}={value!r} must be below 1")
 

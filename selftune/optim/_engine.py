@@ -21,7 +21,7 @@ from selftune.control import (
 from selftune.method import Outer
 from selftune.method.slopes import Slopes
 from selftune.monitor import Monitor, marks
-from selftune.optim._block import Block
+from selftune.optim._block import Block, Look
 from selftune.optim._buffers import Buffers
 from selftune.optim._closures import ClosureSteps
 from selftune.optim._masks import apply_masks
@@ -32,6 +32,8 @@ from selftune.rules._base import Values
 
 LAPSE = 2
 """Intervals without a ``hyper_step`` after which no more are expected."""
+SEARCHES = 16
+"""Validation passes that look for modules, while there are trained parameters none has used."""
 
 
 @dataclass(kw_only=True)
@@ -53,12 +55,15 @@ class Engine:
     snapshots: str | None = None
     training_signal: Tensor | None = None
     unused: set[int] | None = None  # trained tensors without a gradient so far, by place
+    unreached: set[Tensor] | None = None  # those on which no validation loss depended so far
+    searches: int = 0
     slopes: Slopes = field(default_factory=Slopes)
     whole: ClosureSteps | None = None
     first_loss_seen: bool = False  # at the first validation batch
     shown: Shown | None = None  # by ``averaged`` or ``eval``
     restored: Restored | None = None  # by ``load_state_dict``, until training continues
     identity: Mapping[str, Any] = field(default_factory=dict)  # settings of the run
+    looks: dict[Tensor, Look] = field(default_factory=dict)  # at parameters with exact zeros
 
     def __post_init__(self) -> None:
         """Name the parts of the store."""
@@ -92,6 +97,17 @@ class Engine:
     def known(self) -> bool:
         """Whether a first validation loss was seen, and all layers of a loaded run are found."""
         return self.first_loss_seen and self.buffers.complete
+
+    @property
+    def searching(self) -> bool:
+        """Whether a closure may call modules for the first time: it may alternate between some."""
+        return self.buffers.grown or (bool(self.unreached) and self.searches < SEARCHES)
+
+    def reached(self, params: Iterable[Tensor]) -> None:
+        """Record the parameters on which a validation loss depends."""
+        if self.unreached is None or self.unreached:
+            left = set(self.params) if self.unreached is None else self.unreached
+            self.unreached, self.searches = left.difference(params), self.searches + 1
 
     def notice_growth(self) -> bool:
         """Record tensors that got their first gradient; return whether modules may have joined."""
@@ -137,7 +153,7 @@ class Engine:
         thresholded = any(p.proximal for p in penalties)
         steps = max((age for block in self.blocks for age in block.ages()), default=0.0)
         for block in () if self.buffers.shown else self.blocks:
-            apply_masks(block, self.clock.steps, steps, thresholded=thresholded)
+            apply_masks(block, self.looks, self.clock.steps, steps, thresholded=thresholded)
 
     def sync(self) -> None:
         self.begin()

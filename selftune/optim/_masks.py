@@ -12,27 +12,37 @@ from selftune._flat import local
 from selftune.optim._block import Block, Look
 
 
-def apply_masks(block: Block, now: int, steps: float, *, thresholded: bool) -> None:
+def apply_masks(
+    block: Block, looks: dict[Tensor, Look], now: int, steps: float, *, thresholded: bool
+) -> None:
     """Apply masks and frozen parameters to the average and the snapshots of a block.
 
     A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in them
     too (only in the average if a penalty thresholds weights). Frozen parameters are copied if
     others were trained since they were frozen.
+
+    Args:
+        block: The block.
+        looks: The last look at each parameter with exact zeros.
+        now: Steps of the run.
+        steps: Updates of the parameter that has been updated most often.
+        thresholded: Whether a penalty sets weights to 0.
     """
     params, ages, layout = block.params, block.ages(), block.layout
     least = [0.0] * len(params)
     if layout.native and all(layout.sizes):  # a GPU would synchronise
         least = torch.stack(torch._foreach_norm(params, -math.inf)).tolist()
     touched = [i for i, p in enumerate(params) if not (p.requires_grad and least[i] > 0)]
-    for index in block.looks.keys() - set(touched):
-        _before(block.looks, index, 0, now)
+    there = {params[i] for i in touched}
+    for param in (p for p in params if p in looks and p not in there):
+        _before(looks, param, 0, now)
     flats = [block.part.average, *block.snapshots.values()]
     views = [layout.views(flat) for flat in flats] if touched else []
     for index in touched:
         param = params[index]
         if param.requires_grad:  # read here, not from the local shard
             zeros = local(param) == 0
-            held = zeros if thresholded else _held(block.looks, index, zeros, now)
+            held = zeros if thresholded else _held(looks, param, zeros, now)
             for view in views[: 1 if thresholded else None]:
                 view[index].masked_fill_(held.to(view[index].device), 0.0)
         elif ages[index] < steps:
@@ -40,19 +50,19 @@ def apply_masks(block: Block, now: int, steps: float, *, thresholded: bool) -> N
                 view[index].copy_(local(param))
 
 
-def _held(looks: dict[int, Look], index: int, zeros: Tensor, now: int) -> Tensor:
+def _held(looks: dict[Tensor, Look], param: Tensor, zeros: Tensor, now: int) -> Tensor:
     """The zeros of a parameter if there are as many as at the last look, or it never had any.
 
     Weights that only touch 0, as with ``clamp_(min=0)`` after every step, are not held there.
     """
     count = zeros.sum()
-    before = _before(looks, index, count, now)
+    before = _before(looks, param, count, now)
     return zeros if before is None else zeros & (count == before)
 
 
-def _before(looks: dict[int, Look], index: int, count: Any, now: int) -> Any:
+def _before(looks: dict[Tensor, Look], param: Tensor, count: Any, now: int) -> Any:
     """Record the number of zeros of a parameter; return that at an earlier step."""
-    look = looks.get(index)
+    look = looks.get(param)
     before = None if look is None else look.before if look.step == now else look.count
-    looks[index] = Look(now, count, before)
+    looks[param] = Look(now, count, before)
     return before

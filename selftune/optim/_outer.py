@@ -81,8 +81,8 @@ class OuterLoss:
     def gradients(self, closure: Closure) -> tuple[Tensor, Taken]:
         """The loss at the average, and the needed parts of its gradients."""
         engine = self.engine
-        grown = engine.buffers.grown
-        with engine.buffers.searching(engine.params) if grown else nullcontext():
+        search = engine.searching
+        with engine.buffers.searching(engine.params) if search else nullcontext():
             return self._gradients(closure, self._average(), engine.taken)
 
     def first(self, closure: Closure) -> Tensor:
@@ -106,7 +106,8 @@ class OuterLoss:
             while True:
                 loss = _call(closure)
                 check_outer_loss(loss)
-                grads = outer_gradients(loss, self.engine.blocks, take, scale)
+                grads, reached = outer_gradients(loss, self.engine.blocks, take, scale)
+                self.engine.reached(reached)
                 if scale == 1 or self._finite(grads):
                     return loss.detach(), grads
                 # A scaler adapts to training gradients only.
@@ -221,8 +222,12 @@ def _call(closure: Closure) -> Tensor:
     return loss
 
 
-def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: float) -> Taken:
-    """The needed parts of the gradients of every block, zeros for unused parameters.
+def outer_gradients(
+    loss: Tensor, blocks: Sequence[Block], take: Take, scale: float
+) -> tuple[Taken, set[Tensor]]:
+    """The needed parts of the gradients of every block, and the parameters that have gradients.
+
+    The others' are zeros.
 
     Where only slices are needed, each gradient is freed at once, so that only one is in memory.
     """
@@ -239,10 +244,11 @@ def outer_gradients(loss: Tensor, blocks: Sequence[Block], take: Take, scale: fl
         check_dependence([])
     _differentiate(scaled, leaves, seen, freed=any(b.cut.stride > 1 for b in blocks))
     check_dependence([grads.get(p) for p in places])
+    reached = set(grads)
     for param, (block, index) in places.items():
         if param not in grads:
             grads[param] = take(block, index, torch.zeros_like(param))
-    return [[grads[p] for p in b.params] for b in blocks]
+    return [[grads[p] for p in b.params] for b in blocks], reached
 
 
 def _differentiate(

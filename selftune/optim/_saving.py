@@ -20,8 +20,8 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 29
-"""Version of the state; 29 has what is known of schedulers."""
+VERSION = 30
+"""Version of the state; 30 has the penalties."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -66,7 +66,11 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "buffers": buffers,
         "looked": engine.first_loss_seen,
         "zeros": [
-            {i: [None if n is None else int(n) for n in look] for i, look in block.looks.items()}
+            {
+                i: [None if n is None else int(n) for n in engine.looks[p]]
+                for i, p in enumerate(block.params)
+                if p in engine.looks
+            }
             for block in engine.blocks
         ],
         "shown": bool(engine.training_weights()),
@@ -98,8 +102,11 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.first_loss_seen = run["looked"]
     engine.unused = None
     engine.notice_growth()
-    for block, looks in zip(engine.blocks, run["zeros"], strict=False):
-        block.looks = {index: Look(*look) for index, look in looks.items()}
+    engine.looks = {
+        block.params[index]: Look(*look)
+        for block, looks in zip(engine.blocks, run["zeros"], strict=False)
+        for index, look in looks.items()
+    }
 
 
 def _numbers(state: NamedTuple | None) -> dict[str, Tensor]:

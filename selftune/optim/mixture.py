@@ -128,6 +128,8 @@ class Mixture(RuleOptimizer):
             match("mix_until", groups[0]["mix_until"], self.param_groups[0]["mix_until"])
         if run.get("rule") != self._kind or run.get("chosen") == self._mixture.chosen:
             return super().load_state_dict(state_dict)
+        if self._assembly.empty:
+            self._trained_before(state_dict)
         own, chosen = self.state_dict(), self._mixture.chosen
         own["state"] = {index: dict(entry) for index, entry in own["state"].items()}
         try:

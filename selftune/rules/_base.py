@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,15 @@ class AbstractRule(ABC):
     inactive: frozenset[str] = frozenset()
     smooth: bool = True
     elementwise: bool = True
+    twin: ClassVar[type[torch.optim.Optimizer] | None] = None
+    """torch's optimizer that takes the same steps, if any."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Drop what describes the direction of a base class if a class has its own."""
+        super().__init_subclass__(**options)
+        if "direction" in vars(cls):
+            for name in {"in_place", "tangent", "twin"} - vars(cls).keys():
+                setattr(cls, name, getattr(AbstractRule, name))
 
     def __init__(self, **hyperparameters: Any) -> None:
         """Refuse hyperparameters, which belong to the run."""
@@ -132,7 +141,7 @@ class AbstractRule(ABC):
 
     @abstractmethod
     def init(self, params: Tensor, values: Values) -> State:
-        """The state before the first step."""
+        """The state before the first step: zeros, to which rewinds reset it."""
 
     def fresh(self) -> AbstractRule:
         """A rule for a new run; returns ``self`` unless the rule stores state of a run."""

@@ -26,7 +26,7 @@ from selftune.rules._base import (
 )
 
 BETA1 = Hparam(
-    name="beta1", option="betas", index=0, bijection=Memory(), lower=1e-3, upper=1 - 1e-4,
+    name="beta1", option="betas", index=0, bijection=Memory(), lower=1e-3, upper=1 - 1e-6,
     from_zero=0.1, role="momentum", pace=SLOW,
 )  # fmt: skip
 BETA2 = Hparam(
@@ -63,6 +63,7 @@ class Adam(AbstractRule):
     Source: Kingma & Ba 2015, algorithm 1; Reddi et al. 2018, algorithm 2.
     """
 
+    twin = torch.optim.Adam
     hparams = (BETA1, BETA2)
     decoupled = False
     shrinks = False
@@ -162,6 +163,7 @@ class AdamW(AbstractRule):
     Source: Loshchilov & Hutter 2019, algorithm 2.
     """
 
+    twin = torch.optim.AdamW
     hparams = Adam.hparams
     decoupled = True
     shrinks = True

@@ -10,9 +10,6 @@ import torch
 
 from selftune.rules._base import AbstractRule
 
-TORCH = ("SGD", "Adam", "AdamW", "RMSprop")
-"""Rules that ``torch.optim`` has under the same name."""
-
 
 class Untuned(torch.optim.Optimizer):
     """A rule as an ordinary torch optimizer, for rules that ``torch.optim`` does not have.
@@ -40,12 +37,13 @@ class Untuned(torch.optim.Optimizer):
                 loss = closure()
         rule = self._rule
         for group in self.param_groups:
-            values = {**group, **{h.name: h.read(group) for h in rule.hparams}}
-            rate, decay = group["lr"], group["weight_decay"]
+            given = {**group, **{h.name: h.read(group) for h in rule.hparams}}
             for param in (p for p in group["params"] if p.grad is not None):
                 entry = self.state[param]
                 if not entry:
-                    entry.update(rule.init(param, values), step=0)
+                    entry.update(rule.init(param, given), step=0)
+                values = rule.at(given, entry["step"])
+                rate, decay = values["lr"], values["weight_decay"]
                 grads = -param.grad if group["maximize"] else param.grad
                 grads = grads if rule.decoupled else grads + decay * param
                 state = {n: t for n, t in entry.items() if n != "step"}
@@ -90,15 +88,14 @@ class PlainOptimizer:
 
     def make(self, params: Any) -> torch.optim.Optimizer:
         """Create the optimizer for parameters or parameter groups."""
-        if self.name in TORCH:
-            made: torch.optim.Optimizer = getattr(torch.optim, self.name)(params, **self.settings)
-            return made
+        if self.rule.twin is not None:
+            return self.rule.twin(params, **self.settings)
         return Untuned(params, self.rule, **self.settings)
 
     def __repr__(self) -> str:
         shown = [f"{n}={_shown(v)}" for n, v in self.settings.items() if v is not False]
-        if self.name in TORCH:
-            return f"torch.optim.{self.name}({', '.join(shown)})"
+        if self.rule.twin is not None:
+            return f"torch.optim.{self.rule.twin.__name__}({', '.join(shown)})"
         return f"selftune.rules.Untuned(params, {', '.join([f'{self.name}()', *shown])})"
 
 

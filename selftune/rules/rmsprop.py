@@ -27,6 +27,7 @@ class RMSprop(AbstractRule):
     Source: Hinton's lecture 6e, 2012; Graves 2013, eq. 38–45 (centered).
     """
 
+    twin = torch.optim.RMSprop
     hparams = (MOMENTUM, ALPHA)
     decoupled = False
     shrinks = False

@@ -24,6 +24,7 @@ class SGD(AbstractRule):
     Source: Sutskever et al. 2013, in the form of ``torch.optim.SGD``.
     """
 
+    twin = torch.optim.SGD
     hparams = (MOMENTUM,)
     decoupled = False
     shrinks = True

@@ -17,8 +17,9 @@ LSTM_OR_GRU = Instance((nn.LSTM, nn.GRU), "a torch.nn.LSTM or GRU")
 class Recurrent(AbstractGated):
     """``h ← g · cell(x, h)``: a gate for each hidden unit of a single-layer LSTM or GRU.
 
-    The gated state is both the output and the input of the cell at the next step, so a closed unit
-    has no effect, and :func:`prune` removes its rows and columns from all weights.
+    The gated state is both the output and the input of the cell's products at the next step (a
+    GRU's own memory, z · h, is not gated), so a closed unit has no effect, and :func:`prune`
+    removes its rows and columns from all weights.
 
     Args:
         cell: ``nn.LSTM`` or ``nn.GRU``; it becomes a submodule and is not copied. The initial

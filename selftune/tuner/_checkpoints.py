@@ -27,8 +27,8 @@ PARTS = frozenset({
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 26
-"""Version of checkpoints; 26 has the rewinds of the leader alone."""
+VERSION = 27
+"""Version of checkpoints; 27 has the penalties."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

@@ -35,6 +35,7 @@ from selftune._flat import is_sharded
 from selftune._identity import digest
 from selftune.hypernet import SelfTuned
 from selftune.nn import Strength
+from selftune.penalties import Penalties, as_list
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
 from selftune.tuner._data import Stream, batches_of
@@ -47,11 +48,14 @@ log = logging.getLogger("selftune")
 
 
 def check_hparams(
-    given: Mapping[str, Any], rule: AbstractRule, strengths: Mapping[str, Strength]
+    given: Mapping[str, Any],
+    rule: AbstractRule,
+    strengths: Mapping[str, Strength],
+    penalty: Penalties,
 ) -> None:
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
     for what, owned in (
-        ("hyperparameters of the update", names),
+        ("hyperparameters of the update", names | {p.name for p in as_list(penalty)}),
         ("entries of result.history", History().arrays()),
     ):
         clash = sorted(set(strengths).intersection(owned))
@@ -76,6 +80,9 @@ def check_hparams(
         check({f"hparams[{name!r}]": SCALAR}, {f"hparams[{name!r}]": value})
         if name in strengths:
             strengths[name].hparam.check(f"hparams[{name!r}]", float(value))
+            continue
+        signed = any(h.name == name and h.least < 0 for h in rule.hparams)
+        if signed and math.isfinite(value):
             continue
         if not 0 <= float(value) < math.inf or (name == "lr" and value == 0):
             least = "above 0" if name == "lr" else "0 or more"

@@ -38,12 +38,14 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
     """Settings that must be equal in a run and in its continuation."""
     model = given.objective.model
     # Of those that the user passed: the others may follow the length, which an extension changes.
-    fixed = {n: v for n, v in steps.options.items() if n in given.chosen - {UNTIL}}
+    chosen = {*given.chosen - {UNTIL}, *(p.name for p in given.update.penalties)}
+    fixed = {n: v for n, v in steps.options.items() if n in chosen}
     entries: dict[str, Any] = {
         "parameters": str({n: list(p.shape) for n, p in model.named_parameters()}),
         "trained parameters": str(steps.params),
         "model": _modules(given),
-        "rule": type(given.update.rule).__name__,
+        "rule": describe(given.update.rule),
+        "penalties": ", ".join(given.update.described) or "none",
         "estimator": describe(given.assignment(plan.total)),
         "tangents": str(given.tangents),
         "snapshots": given.snapshots,
