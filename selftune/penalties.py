@@ -8,8 +8,8 @@ one tensor in the shape of its parameter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -53,15 +53,42 @@ class AbstractPenalty(ABC):
         """A (sub)gradient of Ω, in the shape of ``params``."""
 
 
-def described(penalty: AbstractPenalty) -> str:
-    """A penalty without its strength, which may be tuned.
+def described(penalties: Iterable[AbstractPenalty]) -> str:
+    """Penalties without their strengths, which may be tuned.
 
     Examples:
-        >>> described(L1(0.1))
-        'L1()'
+        >>> described([L1(0.1), Gates(0.2)]), described([])
+        ('L1(), Gates()', 'none')
     """
-    own = {f.name: getattr(penalty, f.name) for f in fields(penalty) if f.name != "strength"}
-    return f"{type(penalty).__name__}({', '.join(f'{n}={v!r}' for n, v in own.items())})"
+    texts = []
+    for penalty in penalties:
+        own = {name: value for name, value in vars(penalty).items() if name != "strength"}
+        texts.append(f"{type(penalty).__name__}({', '.join(f'{n}={v!r}' for n, v in own.items())})")
+    return ", ".join(texts) or "none"
+
+
+def check_names(penalties: Sequence[AbstractPenalty], taken: Container[str], rule: str) -> None:
+    """Raise an error for penalties that a rule cannot have together.
+
+    Args:
+        penalties: The penalties.
+        taken: Names of other hyperparameters.
+        rule: Name of the rule.
+    """
+    names = [p.name for p in penalties]
+    if len(set(names)) < len(names):
+        raise ValueError(f"penalty={names}: two penalties share a name; pass each once")
+    for penalty in penalties:
+        if penalty.name in taken:
+            raise ValueError(
+                f"penalty={penalty!r} has the name {penalty.name!r} of a hyperparameter of {rule}: "
+                "give it another name"
+            )
+        if penalty.proximal and not isinstance(penalty, ProximalL1):
+            raise ValueError(
+                f"penalty={penalty!r}: proximal=True is for ProximalL1 and its subclasses, whose "
+                "sensitivities are known; leave it False to add the gradient to the loss"
+            )
 
 
 @dataclass(frozen=True)

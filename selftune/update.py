@@ -22,7 +22,7 @@ from torch import Tensor
 from selftune._arguments import Instance, ListOf, check
 from selftune._flat import Layout, add_to, plus
 from selftune.hparams import DECAY, LR, WEIGHT_DECAY, Hparam, penalty_hparam
-from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1, described
+from selftune.penalties import L2, AbstractPenalty, Joined, ProximalL1, check_names
 from selftune.rules._base import AbstractRule, Dots, Evaluation, State, Values, geometric
 from selftune.schedules import inverse_time
 
@@ -78,34 +78,17 @@ class Update:
     def __post_init__(self) -> None:
         """Check the arguments: penalties must not share names with other hyperparameters."""
         penalties = ListOf(Instance((AbstractPenalty,), "a penalty"), "penalties such as (L1(),)")
-        rule = Instance((AbstractRule,), "a rule such as st.rules.SGD()")
-        check({"rule": rule, "penalties": penalties}, vars(self))
-        names = [p.name for p in self.penalties]
-        if len(set(names)) < len(names):
-            raise ValueError(f"penalty={names}: two penalties share a name; pass each once")
-        taken = {LR.name, DECAY.name, *self.rule.defaults, *(h.name for h in self.rule.hparams)}
-        for penalty in self.penalties:
-            if penalty.name in taken:
-                raise ValueError(
-                    f"penalty={penalty!r} has the name {penalty.name!r} of a hyperparameter of "
-                    f"{type(self.rule).__name__}: give it another name"
-                )
-            if penalty.proximal and not isinstance(penalty, ProximalL1):
-                raise ValueError(
-                    f"penalty={penalty!r}: proximal=True is for ProximalL1 and its subclasses, "
-                    "whose sensitivities are known; leave it False to add the gradient to the loss"
-                )
+        known = Instance((AbstractRule,), "a rule such as st.rules.SGD()")
+        check({"rule": known, "penalties": penalties}, vars(self))
+        rule = self.rule
+        taken = {LR.name, DECAY.name, *rule.defaults, *(h.name for h in rule.hparams)}
+        check_names(self.penalties, taken, type(rule).__name__)
 
     @property
     def hparams(self) -> dict[str, Hparam]:
         """Every hyperparameter of the step by name."""
         penalties = [penalty_hparam(p.name) for p in self.penalties]
         return {h.name: h for h in (LR, DECAY, *self.rule.hparams, WEIGHT_DECAY, *penalties)}
-
-    @property
-    def described(self) -> list[str]:
-        """The penalties without their strengths, which may be tuned."""
-        return [described(p) for p in self.penalties]
 
     @property
     def heavy(self) -> list[Hparam]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ from selftune.optim._evaluation import EvaluationMode
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 from selftune.optim._memory import Memory, memory_of
-from selftune.optim._options import Tuning, TuningOptions, check_names
+from selftune.optim._options import Tuning, options_of
 from selftune.optim._outer import Closure, OuterLoss
 from selftune.optim._stepper import Stepper
 from selftune.optim._weight_steps import WeightSteps
+from selftune.penalties import described
 from selftune.update import Update
 
 Params = nn.Module | Iterable[Any]
@@ -51,10 +52,10 @@ class SelfTuningOptimizer(EvaluationMode):
     ) -> None:
         if isinstance(params, nn.Module):
             tuning, params = {"model": params, **tuning}, params.named_parameters()
-        check_names(type(self), tuning)
-        options = TuningOptions(**cast("dict[str, Any]", tuning))
+        options = options_of(type(self), tuning)
         self._schedule, self._update = options.learning_rate, update
-        self._kind = f"{stepper.name} over {', '.join([*update.hparams, *update.described])}"
+        names, penalties = ", ".join(update.hparams), described(update.penalties)
+        self._kind = f"{stepper.name} over {names}; penalties: {penalties}"
         self._engine = build(options, update, stepper)
         shifts = self._engine.shifts
         self._groups = Groups(update, shifts)

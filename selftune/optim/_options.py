@@ -161,12 +161,12 @@ class TuningOptions:
         return entries
 
 
-def check_names(optimizer: type, given: Mapping[str, Any]) -> None:
-    """Raise an error for an unknown option, and name the closest known one."""
+def options_of(optimizer: type, given: Mapping[str, Any]) -> TuningOptions:
+    """The options of an optimizer; an error for an unknown one names the closest known one."""
     known = [f.name for f in fields(TuningOptions)]
     wrong = next((name for name in given if name not in known), None)
     if wrong is None:
-        return
+        return TuningOptions(**given)
     own = [n for n in inspect.signature(optimizer).parameters if n not in ("params", "tuning")]
     initials = "".join(part[:1] for part in wrong.split("_"))  # learning_rate: lr
     near = [n for n in [*known, *own] if n == initials or wrong in n.split("_")]  # total_steps

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from selftune._identity import describe, flatten
+from selftune.penalties import described
 from selftune.rules import Mixture
 from selftune.tuner._data import Stream
 from selftune.tuner._given import Given
@@ -45,7 +46,7 @@ def identity(given: Given, plan: Plan, steps: Steps) -> dict[str, Any]:
         "trained parameters": str(steps.params),
         "model": _modules(given),
         "rule": describe(given.update.rule),
-        "penalties": ", ".join(given.update.described) or "none",
+        "penalties": described(given.update.penalties),
         "estimator": describe(given.assignment(plan.total)),
         "tangents": str(given.tangents),
         "snapshots": given.snapshots,
