@@ -126,7 +126,7 @@ class HeldOut:
         everything = range(len(rest) + len(self.held))
         # Loaders draw a seed for every iterator: not from the global generator, where a resumed
         # run, which makes others, would shift later draws.
-        self._generator = generator = torch.Generator().manual_seed(seed)
+        self._generator = generator = torch.Generator()
         kept: list[_Batches] = [
             _Batches(indices, size, shuffled, _drops(loader, len(indices)), 3 * seed + i, end)
             for i, (indices, end) in enumerate(((rest, self.join), (everything, steps - self.join)))
@@ -168,7 +168,7 @@ class HeldOut:
             if joined:  # stops the first loader's persistent workers
                 vars(self._train[0][1])["_iterator"] = None
             batches.taken = self.step - joined * self.join
-            self._generator.manual_seed(self._seed * 2**24 + self.step)
+            self._generator.manual_seed((self._seed * 2**24 + self.step) % 2**63)
             for batch in loader:
                 self.step += 1
                 yield batch

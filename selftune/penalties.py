@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selftune._arguments import Number, check
 from selftune._flat import Layout
+from selftune._identity import describe
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ def described(penalties: Iterable[AbstractPenalty]) -> str:
     texts = []
     for penalty in penalties:
         own = {name: value for name, value in vars(penalty).items() if name != "strength"}
-        texts.append(f"{type(penalty).__name__}({', '.join(f'{n}={v!r}' for n, v in own.items())})")
+        named = ", ".join(f"{name}={describe(value)}" for name, value in own.items())
+        texts.append(f"{type(penalty).__name__}({named})")
     return ", ".join(texts) or "none"
+
+
+GROUP = ("params", "param_names", "maximize", "initial_lr", "peak_lr", "applied_lr", "selftune")
+"""Keys of a parameter group that are no hyperparameters."""
 
 
 def check_names(penalties: Sequence[AbstractPenalty], taken: Container[str], rule: str) -> None:
@@ -79,10 +85,10 @@ def check_names(penalties: Sequence[AbstractPenalty], taken: Container[str], rul
     if len(set(names)) < len(names):
         raise ValueError(f"penalty={names}: two penalties share a name; pass each once")
     for penalty in penalties:
-        if penalty.name in taken:
+        if penalty.name in taken or penalty.name in GROUP:
             raise ValueError(
-                f"penalty={penalty!r} has the name {penalty.name!r} of a hyperparameter of {rule}: "
-                "give it another name"
+                f"penalty={penalty!r} has the name {penalty.name!r} of a hyperparameter or option "
+                f"of {rule}: give it another name"
             )
         if penalty.proximal and not isinstance(penalty, ProximalL1):
             raise ValueError(

@@ -81,7 +81,8 @@ class Update:
         known = Instance((AbstractRule,), "a rule such as st.rules.SGD()")
         check({"rule": known, "penalties": penalties}, vars(self))
         rule = self.rule
-        taken = {LR.name, DECAY.name, *rule.defaults, *(h.name for h in rule.hparams)}
+        own = [n for h in rule.hparams for n in (h.name, h.option)]
+        taken = {LR.name, DECAY.name, *rule.defaults, *own}
         check_names(self.penalties, taken, type(rule).__name__)
 
     @property

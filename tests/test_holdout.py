@@ -290,3 +290,8 @@ def test_the_model_draws_the_same_random_numbers_after_a_resume() -> None:
         ends.append(drawn)
     assert len(ends[0]) == STEPS
     assert ends[0] == ends[1]
+
+
+def test_seeds_may_be_as_large_as_torchs() -> None:
+    data = st.HoldOut().over(loader(), steps=STEPS, seed=67280421310721)
+    assert len(list(data)) == STEPS

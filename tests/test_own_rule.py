@@ -76,6 +76,34 @@ def test_a_rule_with_a_name_of_torchs_is_not_torchs() -> None:
     assert float(weight.detach()) == pytest.approx(1 - 0.1 * 0.01)
 
 
+class Clips:
+    """A mixin, as users share between rules."""
+
+    def direction(
+        self, grads: Tensor, state: dict[str, Tensor], values: Mapping[str, Any], age: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        direction, after = super().direction(grads, state, values, age)  # type: ignore[misc]
+        return direction.clamp(-0.01, 0.01), after
+
+
+class Mixed(Clips, rules.SGD):
+    pass
+
+
+class More(rules.SGD):
+    defaults = MappingProxyType({**rules.SGD.defaults, "more": 0.5})
+
+
+@pytest.mark.parametrize(("rule", "moved"), [(Mixed(), 0.001), (More(), 0.1)])
+def test_a_mixin_and_a_further_option_are_not_torchs(rule: rules.SGD, moved: float) -> None:
+    (weight,) = params = [torch.ones(1)]
+    made = rules.PlainOptimizer.of(rule, {"lr": 0.1}).make(params)
+    weight.grad = torch.ones(1)
+    made.step()
+    assert float(weight.detach()) == pytest.approx(1 - moved)
+    assert (rule.in_place({**rule.defaults, "lr": 0.1, "decay": 0.0}) is None) == (moved < 0.1)
+
+
 class Late(rules.SGD):
     """Momentum from the fourth step on."""
 
@@ -146,14 +174,33 @@ class Pull(AbstractPenalty):
         return params - self.to
 
 
-@pytest.mark.parametrize("name", ["lr", "decay", "momentum", "dampening", "weight_decay"])
+@pytest.mark.parametrize(
+    "name", ["lr", "decay", "momentum", "dampening", "weight_decay", "maximize", "params"]
+)
 def test_a_penalty_has_a_name_of_its_own(name: str) -> None:
     own = type("Own", (Pull,), {"name": name})(0.1)
-    message = f"has the name '{name}' of a hyperparameter of SGD"
+    message = f"has the name '{name}' of a hyperparameter or option of SGD"
     with pytest.raises(ValueError, match=message):
         st.SGD(nn.Linear(4, 1), penalty=own)
     with pytest.raises(ValueError, match=message):
         st.Tuner(nn.Linear(4, 1), F.mse_loss, rule=rules.SGD(), penalty=own)
+
+
+def test_penalties_may_come_from_an_iterator() -> None:
+    tuner = st.Tuner(nn.Linear(4, 1), F.mse_loss, penalty=iter([Pull(0.1)]))  # type: ignore[arg-type]
+    assert tuner.starts["pull"] == pytest.approx(0.1)
+
+
+def test_a_penalty_is_known_by_a_function_without_its_address() -> None:
+    @dataclass(frozen=True)
+    class Named(Pull):
+        name = "named"
+        what: Any = None
+
+    def optimizer() -> st.SGD:
+        return st.SGD(nn.Linear(4, 1), penalty=Named(0.1, what=lambda: 1.0))
+
+    optimizer().load_state_dict(optimizer().state_dict())
 
 
 def test_a_penalty_and_a_layer_have_different_names() -> None:

@@ -67,6 +67,7 @@ class Buffers:
         self._gathered: list[Tensor] = []  # whether the last pass updated each layer
         self._others: Sequence[Tensor] = []  # the training statistics, while others are shown
         self._saved: dict[str, Any] | None = None
+        self._open = False
         self._strangers = 0  # number of foreign layers and borrowed statistics in a saved run
         if module is not None:
             self.add(module)
@@ -283,8 +284,17 @@ class Buffers:
             "keys": self._keys(places(params)),
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any], params: Iterable[Tensor]) -> None:
-        """Continue from ``state_dict``, as soon as the layers are found."""
+    def load_state_dict(
+        self, state: dict[str, Any], params: Iterable[Tensor], *, open: bool = False
+    ) -> None:
+        """Continue from ``state_dict``, as soon as the layers are found.
+
+        Args:
+            state: The state.
+            params: Parameters of the optimizer.
+            open: Whether later passes look for further layers.
+        """
+        self._open = open
         self._saved = state
         self._own, self._strangers = state["own"], state["foreign"]
         self.grown = state["grown"]
@@ -306,7 +316,7 @@ class Buffers:
         for key in state["keys"]:
             order.append(rest.index(key))
             rest[order[-1]] = -2  # taken
-        if not self.grown:  # else the next search adds the others
+        if not (self.grown or self._open):  # else the next search adds the others
             order += [i for i, key in enumerate(rest) if key != -2]
         for kept in (self.average, self.good, self.candidate):
             each = self._by_layer(kept)

@@ -55,7 +55,8 @@ class Carried:
             assigned.add((id(module), name))
 
         for module, name in self.buffers:
-            kept[id(module), name] = KeptBuffer.of(module, name)
+            if name in module._buffers:  # else it was removed, as that of a mask made permanent
+                kept[id(module), name] = KeptBuffer.of(module, name)
         known = set(kept)
         try:
             if self.search:

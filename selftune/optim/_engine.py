@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,9 @@ class Engine:
     def searching(self) -> bool:
         """Whether a closure may call modules for the first time: it may alternate between some."""
         return self.buffers.grown or (bool(self.unreached) and self.searches < SEARCHES)
+
+    def places_of(self, params: Collection[Tensor]) -> list[int]:
+        return [place for place, p in enumerate(self.params) if p in params]
 
     def reached(self, params: Iterable[Tensor]) -> None:
         """Record the parameters on which a validation loss depends."""

@@ -50,8 +50,6 @@ class RuleOptimizer(SelfTuningOptimizer):
         extras: RuleTuning,
         **options: Any,
     ) -> None:
-        if options.get("betas", BETAS) is None:
-            options["betas"] = BETAS
         check({**self.arguments, **TUNING}, {**options, **extras})
         for name in ("capturable", "differentiable"):
             if extras.get(name):

@@ -65,6 +65,8 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "controller": engine.controller.state_dict(),
         "buffers": buffers,
         "looked": engine.first_loss_seen,
+        "unreached": None if engine.unreached is None else engine.places_of(engine.unreached),
+        "searches": engine.searches,
         "zeros": [
             {
                 i: [None if n is None else int(n) for n in engine.looks[p]]
@@ -97,7 +99,10 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     engine.slopes = Slopes(
         **{n: [t.to(device, copy=True) for t in ts] for n, ts in run["slopes"].items()}
     )
-    engine.buffers.load_state_dict(run["buffers"], engine.params)
+    unreached, params = run["unreached"], engine.params
+    engine.unreached = None if unreached is None else {params[i] for i in unreached}
+    engine.searches = run["searches"]
+    engine.buffers.load_state_dict(run["buffers"], params, open=engine.searching)
     engine.buffers.expect(engine.params)
     engine.first_loss_seen = run["looked"]
     engine.unused = None

@@ -115,11 +115,18 @@ class AbstractRule(ABC):
     """torch's optimizer that takes the same steps, if any."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Drop what describes the direction of a base class if a class has its own."""
+        """Drop what describes the steps of a base class if a class has its own."""
         super().__init_subclass__(**options)
-        if "direction" in vars(cls):
-            for name in {"in_place", "tangent", "twin"} - vars(cls).keys():
-                setattr(cls, name, getattr(AbstractRule, name))
+
+        def where(*names: str) -> int:
+            return min(i for i, c in enumerate(cls.__mro__) for n in names if n in vars(c))
+
+        if "twin" not in vars(cls):
+            cls.twin = None
+        if where("in_place") > where("direction", "at"):
+            cls.in_place = AbstractRule.in_place  # type: ignore[method-assign]
+        if where("tangent") > where("direction"):
+            cls.tangent = AbstractRule.tangent  # type: ignore[method-assign]
 
     def __init__(self, **hyperparameters: Any) -> None:
         """Refuse hyperparameters, which belong to the run."""

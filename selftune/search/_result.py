@@ -106,7 +106,8 @@ def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
         raise RuntimeError(f"none of {len(study.trials)} trials finished: {why}{old}")
     best = study.best_trial
     family, made = _built(trainer, best)
-    model, schedule, value = None, None, float(study.best_value)
+    again = f"value of trial {best.number}, trained again"
+    model, schedule, value = None, None, float(study.user_attrs.get(again, study.best_value))
     members: dict[int, float] = {}
     if isinstance(made, Candidate):
         filled = _fill(trainer, best, made)
@@ -118,6 +119,8 @@ def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
             now = trainer.judged(result)
             log.warning("trial %d is trained again: %s is %.6g, and was %.6g", best.number,
                         trainer.metric, now, value)  # fmt: skip
+            if trainer.weights.folder is not None:  # later calls read these weights
+                study.set_user_attr(again, now)
             value = now
         model, schedule = filled[0].model.eval(), filled[1]
         if trainer.weights.most > 1:

@@ -35,7 +35,7 @@ from selftune._flat import is_sharded
 from selftune._identity import digest
 from selftune.hypernet import SelfTuned
 from selftune.nn import Strength
-from selftune.penalties import Penalties, as_list
+from selftune.penalties import AbstractPenalty
 from selftune.rules import AbstractRule
 from selftune.schedules import SHAPES
 from selftune.tuner._data import Stream, batches_of
@@ -51,11 +51,11 @@ def check_hparams(
     given: Mapping[str, Any],
     rule: AbstractRule,
     strengths: Mapping[str, Strength],
-    penalty: Penalties,
+    penalties: Sequence[AbstractPenalty],
 ) -> None:
     names = set(rule.defaults) | {"lr", "decay", "weight_decay", "l1"}
     for what, owned in (
-        ("hyperparameters of the update", names | {p.name for p in as_list(penalty)}),
+        ("hyperparameters of the update", names | {p.name for p in penalties}),
         ("entries of result.history", History().arrays()),
     ):
         clash = sorted(set(strengths).intersection(owned))

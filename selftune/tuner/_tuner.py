@@ -152,9 +152,9 @@ class Tuner:
         whole = Objective(model, loss_fn, objective, augment)
         strengths = st_nn.tunables(whole)
         st_nn.own_counters(whole)
-        check_hparams(hparams or {}, rule, strengths, penalty)
-        given = {n: v if isinstance(v, bool) else float(v) for n, v in (hparams or {}).items()}
         penalties = as_list(penalty)
+        check_hparams(hparams or {}, rule, strengths, penalties)
+        given = {n: v if isinstance(v, bool) else float(v) for n, v in (hparams or {}).items()}
         if "l1" in given and not any(p.name == "l1" for p in penalties):
             penalties.append(L1(given["l1"]))
         update = Update(rule, tuple(penalties))

@@ -89,3 +89,10 @@ def test_a_beta1_that_is_not_tuned_or_not_swept_stays() -> None:
     weight.grad = weight.detach().clone()
     opt.step()
     assert opt.param_groups[0]["betas"][0] == pytest.approx(0.9)
+
+
+def test_betas_that_are_none_are_those_of_the_optimizer() -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    assert st.Muon(net, betas=None).param_groups[0]["betas"] == (0.9, 0.999)
+    with pytest.raises(TypeError, match="betas=None"):
+        st.Lion(net, betas=None)  # type: ignore[arg-type]

@@ -194,6 +194,8 @@ def two(rank: int, port: int, name: str, folder: Path) -> None:
             got = resume(name, rank, folder / place, full)
             if rank == 0:
                 torch.save(got, folder / place / f"by two, {full}.pt")
+        dist.barrier()
+    os._exit(0)  # torch's threads may abort the interpreter's end ("terminate called without …")
 
 
 def a_port() -> int:

@@ -66,6 +66,54 @@ def test_a_closure_may_alternate_between_modules(layer: Callable[[], Any], given
     assert counts == [40, 40]
 
 
+def test_heads_that_closures_use_late_resume() -> None:
+    """Truth: the uninterrupted run; the checkpoint lies between the first passes of two heads."""
+
+    def make() -> tuple[nn.ModuleDict, st.AdamW]:
+        torch.manual_seed(0)
+        norms = nn.ModuleList([nn.BatchNorm1d(16), nn.BatchNorm1d(16)])
+        net = nn.ModuleDict({"body": nn.Linear(6, 16), "norms": norms, "head": nn.Linear(16, 1)})
+        return net, st.AdamW(net.parameters(), lr=0.01, probe=False, guard=False, every=5)
+
+    def go(net: nn.ModuleDict, opt: st.AdamW, steps: range) -> None:
+        def loss(x: Tensor, y: Tensor, task: int) -> Tensor:
+            return F.mse_loss(net["head"](net["norms"][task](net["body"](x))), y)
+
+        for step in steps:
+            opt.zero_grad()
+            task = int(step > 12)
+            (loss(X[:200], Y[:200], 0) + loss(X[:200], Y[:200], 1)).backward()
+            opt.step()
+            opt.hyper_step(lambda task=task: loss(X[200:] + 3, Y[200:], task))
+
+    run, again = make(), make()
+    go(*run, range(12))
+    for part, other in zip(run, again, strict=True):
+        other.load_state_dict(copy.deepcopy(part.state_dict()))
+    shown = []
+    for net, opt in (run, again):
+        go(net, opt, range(12, 40))
+        assert int(net["norms"][1].num_batches_tracked) == 40
+        with opt.averaged():
+            shown.append(net["norms"][1].running_mean.clone())
+    assert torch.equal(*shown)
+
+
+def test_buffers_may_be_removed() -> None:
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 1))
+    late = nn.Linear(6, 1)
+    opt = st.AdamW(net.parameters(), lr=0.01, probe=False, every=5)
+    for step in range(30):
+        opt.zero_grad()
+        F.mse_loss(net(X[:200]) + late(X[:200]), Y[:200]).backward()
+        opt.step()
+        opt.hyper_step(lambda: F.mse_loss(net(X[200:]) + late(X[200:]), Y[200:]))
+        if step == 15:
+            nn.utils.remove_spectral_norm(net[0])
+            opt.add_param_group({"params": [*late.parameters(), net[0].weight]})
+    assert opt.hparams["lr"] != 0.01
+
+
 def fine_tuned(known: bool, saved: bool = False) -> Tensor:
     """Outputs at the average of a body that is frozen for ten steps."""
 
