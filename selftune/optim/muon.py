@@ -119,8 +119,8 @@ class Muon(RuleOptimizer):
                 params[1]["lr"] = lr_ratio * lr
         super().__init__(
             params, rules.Muon(), penalty, tuning, lr=lr, weight_decay=weight_decay, eps=eps,
-            momentum=momentum, nesterov=nesterov, betas=BETAS if betas is None else betas, decay=decay, l1=l1,
-            maximize=maximize, **own,
+            momentum=momentum, nesterov=nesterov, betas=BETAS if betas is None else betas,
+            decay=decay, l1=l1, maximize=maximize, **own,
         )  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

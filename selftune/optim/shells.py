@@ -112,8 +112,8 @@ class Adam(RuleOptimizer):
         **tuning: Unpack[RuleTuning],
     ) -> None:
         super().__init__(
-            params, rules.Adam(), penalty, tuning, lr=lr, betas=BETAS if betas is None else betas, eps=eps,
-            weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
+            params, rules.Adam(), penalty, tuning, lr=lr,
+            betas=BETAS if betas is None else betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
 
 
@@ -165,8 +165,8 @@ class AdamW(RuleOptimizer):
         **tuning: Unpack[RuleTuning],
     ) -> None:
         super().__init__(
-            params, rules.AdamW(), penalty, tuning, lr=lr, betas=BETAS if betas is None else betas, eps=eps,
-            weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
+            params, rules.AdamW(), penalty, tuning, lr=lr,
+            betas=BETAS if betas is None else betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
 
 
