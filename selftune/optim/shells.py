@@ -113,7 +113,8 @@ class Adam(RuleOptimizer):
     ) -> None:
         super().__init__(
             params, rules.Adam(), penalty, tuning, lr=lr,
-            betas=BETAS if betas is None else betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
+            betas=BETAS if betas is None else betas, eps=eps, weight_decay=weight_decay,
+            amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
 
 
@@ -166,7 +167,8 @@ class AdamW(RuleOptimizer):
     ) -> None:
         super().__init__(
             params, rules.AdamW(), penalty, tuning, lr=lr,
-            betas=BETAS if betas is None else betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
+            betas=BETAS if betas is None else betas, eps=eps, weight_decay=weight_decay,
+            amsgrad=amsgrad, decay=decay, l1=l1, maximize=maximize,
         )  # fmt: skip
 
 
