@@ -274,3 +274,9 @@ def test_compiled_steps_have_the_untuned_strengths_of_eager_ones(rule: rules.Abs
         tuner.fit(BATCHES[:6], BATCHES[6:], steps=6, progress=False)
     for mine, theirs in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+def test_a_signed_hyperparameter_is_finite(value: float) -> None:
+    with pytest.raises(ValueError, match=r"hparams\['mix'\]=.* must be finite"):
+        st.Tuner(nn.Linear(4, 1), F.mse_loss, rule=Signed(), hparams={"mix": value})

@@ -67,7 +67,7 @@ class Buffers:
         self._gathered: list[Tensor] = []  # whether the last pass updated each layer
         self._others: Sequence[Tensor] = []  # the training statistics, while others are shown
         self._saved: dict[str, Any] | None = None
-        self._open = False
+        self._growing = False
         self._strangers = 0  # number of foreign layers and borrowed statistics in a saved run
         if module is not None:
             self.add(module)
@@ -285,16 +285,16 @@ class Buffers:
         }  # fmt: skip
 
     def load_state_dict(
-        self, state: dict[str, Any], params: Iterable[Tensor], *, open: bool = False
+        self, state: dict[str, Any], params: Iterable[Tensor], *, growing: bool = False
     ) -> None:
         """Continue from ``state_dict``, as soon as the layers are found.
 
         Args:
             state: The state.
             params: Parameters of the optimizer.
-            open: Whether later passes look for further layers.
+            growing: Whether later passes look for further layers.
         """
-        self._open = open
+        self._growing = growing
         self._saved = state
         self._own, self._strangers = state["own"], state["foreign"]
         self.grown = state["grown"]
@@ -316,7 +316,7 @@ class Buffers:
         for key in state["keys"]:
             order.append(rest.index(key))
             rest[order[-1]] = -2  # taken
-        if not (self.grown or self._open):  # else the next search adds the others
+        if not (self.grown or self._growing):  # else the next search adds the others
             order += [i for i, key in enumerate(rest) if key != -2]
         for kept in (self.average, self.good, self.candidate):
             each = self._by_layer(kept)

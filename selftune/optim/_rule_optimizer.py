@@ -34,7 +34,8 @@ ARGUMENTS: dict[str, Kind] = {
     "mix_until": COUNT,
 }
 """Valid values of options; ranges of tunable options are checked with their groups."""
-KERNELS = ("foreach", "fused", "capturable", "differentiable")
+KERNELS = RuleTuning.__annotations__.keys() - Tuning.__annotations__.keys()
+"""torch's options of kernels."""
 
 
 class RuleOptimizer(SelfTuningOptimizer):

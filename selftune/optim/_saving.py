@@ -102,7 +102,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
     unreached, params = run["unreached"], engine.params
     engine.unreached = None if unreached is None else {params[i] for i in unreached}
     engine.searches = run["searches"]
-    engine.buffers.load_state_dict(run["buffers"], params, open=engine.searching)
+    engine.buffers.load_state_dict(run["buffers"], params, growing=engine.searching)
     engine.buffers.expect(engine.params)
     engine.first_loss_seen = run["looked"]
     engine.unused = None

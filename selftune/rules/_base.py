@@ -123,10 +123,9 @@ class AbstractRule(ABC):
 
         if "twin" not in vars(cls):
             cls.twin = None
-        if where("in_place") > where("direction", "at"):
-            cls.in_place = AbstractRule.in_place  # type: ignore[method-assign]
-        if where("tangent") > where("direction"):
-            cls.tangent = AbstractRule.tangent  # type: ignore[method-assign]
+        for name, of in (("in_place", ("direction", "at")), ("tangent", ("direction",))):
+            if where(name) > where(*of):
+                setattr(cls, name, getattr(AbstractRule, name))
 
     def __init__(self, **hyperparameters: Any) -> None:
         """Refuse hyperparameters, which belong to the run."""

@@ -81,13 +81,13 @@ def check_hparams(
         if name in strengths:
             strengths[name].hparam.check(f"hparams[{name!r}]", float(value))
             continue
-        signed = any(h.name == name and h.least < 0 for h in rule.hparams)
-        if signed and math.isfinite(value):
-            continue
-        if not 0 <= float(value) < math.inf or (name == "lr" and value == 0):
-            least = "above 0" if name == "lr" else "0 or more"
-            raise ValueError(f"hparams[{name!r}]={value!r} must be finite and {least}")
-        if any(h.name == name and h.below_one for h in rule.hparams) and value >= 1:
+        known = next((h for h in rule.hparams if h.name == name), None)
+        least = 0.0 if known is None else known.least
+        allowed = math.isfinite(value) and value >= least
+        if not allowed or (name == "lr" and value == 0):
+            lowest = "above 0" if name == "lr" else "0 or more"
+            raise ValueError(f"hparams[{name!r}]={value!r} must be finite and {lowest}")
+        if known is not None and known.below_one and value >= 1:
             raise ValueError(f"hparams[{name!r}]={value!r} must be below 1")
 
 
