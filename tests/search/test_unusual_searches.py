@@ -180,8 +180,10 @@ def test_other_choices_in_the_same_study_are_named(
     changed = "width has other choices than in trial 0 .*pass another study="
     with pytest.raises(ValueError, match=changed) as told:
         select(build(4, 8, 16), trials=5, **options)
-    again = select(build(4, 8), trials=7, **options)  # as before
-    assert [t.state.name for t in again.study.trials][5:] == ["COMPLETE"] * 2
+    again = select(build(4, 8), trials=8, **options)  # as before
+    states = [t.state.name for t in again.study.trials]
+    # Two workers may begin one trial too many.
+    assert set(states[4 + workers :]) == {"COMPLETE"}, states
     assert "dynamic value space" in str(told.value)  # Optuna's own message
     with pytest.raises(ValueError, match="if the choices have changed, pass another study="):
         select(build(32, 64), trials=1, **options)
