@@ -22,10 +22,10 @@ Entries = Sequence[dict[str, Any]]
 
 
 class Look(NamedTuple):
-    """The number of exact zeros in a parameter at a step, and at an earlier one, if known."""
+    """A hash of the places of exact zeros in a parameter at a step, and at an earlier one."""
 
     step: int
-    count: Any
+    places: Any
     before: Any
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from selftune._flat import local
 from selftune.optim._block import Block, Look
 
+PRIME = 2**31 - 1
+
 
 def apply_masks(
     block: Block, looks: dict[Tensor, Look], now: int, steps: float, *, thresholded: bool
@@ -51,18 +53,26 @@ def apply_masks(
 
 
 def _held(looks: dict[Tensor, Look], param: Tensor, zeros: Tensor, now: int) -> Tensor:
-    """The zeros of a parameter if there are as many as at the last look, or it never had any.
+    """The zeros of a parameter if they are those of the last look, or it never had any.
 
     Weights that only touch 0, as with ``clamp_(min=0)`` after every step, are not held there.
     """
-    count = zeros.sum()
-    before = _before(looks, param, count, now)
-    return zeros if before is None else zeros & (count == before)
+    places = _hash(zeros)
+    before = _before(looks, param, places, now)
+    return zeros if before is None else zeros & (places == before)
 
 
-def _before(looks: dict[Tensor, Look], param: Tensor, count: Any, now: int) -> Any:
-    """Record the number of zeros of a parameter; return that at an earlier step."""
+def _hash(zeros: Tensor) -> Tensor:
+    """A number of the places of zeros, 0 without any, from their counts by row and by column."""
+    table = torch.atleast_1d(zeros)[:, None].flatten(1)
+    counts = torch.cat([table.sum(0), table.sum(1)])
+    order = torch.arange(1, len(counts) + 1, device=counts.device)
+    return (counts * (order**3 % PRIME)).sum()  # two sums of cubes are seldom equal
+
+
+def _before(looks: dict[Tensor, Look], param: Tensor, places: Any, now: int) -> Any:
+    """Record the hash of the zeros of a parameter; return that at an earlier step."""
     look = looks.get(param)
-    before = None if look is None else look.before if look.step == now else look.count
-    looks[param] = Look(now, count, before)
+    before = None if look is None else look.before if look.step == now else look.places
+    looks[param] = Look(now, places, before)
     return before

@@ -20,8 +20,8 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 30
-"""Version of the state; 30 has the penalties."""
+VERSION = 31
+"""Version of the state; 31 has the places of zeros."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
