@@ -39,9 +39,6 @@ def gradients_apart(params: Iterable[Tensor]) -> Iterator[None]:
 
     With ``set_requires_gradient_sync(False)`` the gradients of sharded models are not in ``.grad``:
     they are accumulated without communication, or partly reduced.
-
-    Args:
-        params: Parameters whose gradients are set aside, besides those of sharded models.
     """
     within: list[tuple[Any, str, Any]] = [(p, "grad", None) for p in params]
     for group in (group for module in _modules() for group in _groups(module)):

@@ -18,10 +18,6 @@ def gradient(
     Uses :func:`torch.func.grad` when compiling, inside function transforms, and if the result may
     be differentiated. Otherwise uses plain autograd, with the same kernels as the user's own loop:
     under torch.func, the kernels of an LSTM are less than half as fast on a CPU.
-
-    Args:
-        function: Returns a scalar and an auxiliary output.
-        params: The point of differentiation.
     """
     if not plainly():
         grads, (value, rest) = torch.func.grad_and_value(function, has_aux=True)(params)
@@ -39,12 +35,7 @@ def gradient(
 def pulling(
     function: Callable[[Tensor], Any], params: Tensor
 ) -> tuple[Any, Callable[[Any], Tensor]]:
-    """The outputs of a function, and its vector-Jacobian product.
-
-    Args:
-        function: Returns tensors.
-        params: The point of differentiation.
-    """
+    """The outputs of a function, and its vector-Jacobian product."""
     if not plainly():
         value_and_pull: Any = torch.func.vjp(function, params)
         return value_and_pull[0], lambda cotangent: value_and_pull[1](cotangent)[0]

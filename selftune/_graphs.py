@@ -12,11 +12,7 @@ Function = Callable[..., Any]
 
 
 class Graphs:
-    """Wraps functions, once for each name.
-
-    Args:
-        wrap: Wraps a function, for example by compiling it.
-    """
+    """Wraps functions, once for each name."""
 
     def __init__(self, wrap: Callable[[Function], Function]) -> None:
         self._wrap, self._known = wrap, dict[str, Function]()

@@ -200,11 +200,6 @@ class _Batches:
     """Example indices of the remaining batches of an epoch.
 
     Args:
-        indices: Example indices.
-        size: Examples in a batch.
-        shuffled: Whether each epoch has a random order.
-        drop_last: Whether an incomplete last batch is dropped.
-        seed: Determines the order, with the epoch.
         end: Total number of batches; None if endless.
     """
 

@@ -37,12 +37,7 @@ class Structured(NamedTuple):
         return self.rows.shape[1] == 0
 
     def along(self, move: Tensor, shape: torch.Size) -> Tensor:
-        """J δ, in the shape of the parameter.
-
-        Args:
-            move: δ, shape (hyperparameters,).
-            shape: Shape of the parameter.
-        """
+        """J δ, in the shape of the parameter."""
         gain = self.gains @ move
         return (gain if self.free else gain[:, None] * self.rows).view(shape)
 
@@ -97,9 +92,7 @@ class Structured(NamedTuple):
 def unknown(param: Tensor, hparams: int) -> Structured:
     """Zero sensitivities, along random rows from a fixed seed.
 
-    Args:
-        param: The parameter; with fewer than two dimensions its sensitivity is unconstrained.
-        hparams: Number of hyperparameters.
+    With fewer than two dimensions the sensitivity of a parameter is unconstrained.
     """
     if param.ndim < 2:
         still = param.new_zeros(param.numel(), hparams)

@@ -17,7 +17,6 @@ class PerturbedModel(nn.Module):
     """A model whose weights are ``w + J δ``, where δ is a perturbation of raw hyperparameters.
 
     Attributes:
-        model: The model.
         raw: The unconstrained hyperparameters z, shape (hyperparameters,).
         unit: Unit of δ in U and C, chosen so that they learn as fast as the weights.
         delta: δ of each example in a pass with hooks, else None.
@@ -45,11 +44,7 @@ class PerturbedModel(nn.Module):
     ) -> Any:
         """The output of the model with weights ``w + J δ`` and the current strengths.
 
-        Args:
-            delta: Shape (batch, hyperparameters) or (hyperparameters,).
-            args: Arguments of the model.
-            kwargs: Keyword arguments of the model.
-            tensors: Parameters that replace ``w + J δ``.
+        δ has shape (batch, hyperparameters) or (hyperparameters,); ``tensors`` replace ``w + J δ``.
         """
         tensors_now = self.strengths() if self.training else {}
         if delta.ndim == 1:

@@ -40,11 +40,7 @@ class Place:
 
 
 def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
-    """Parameters with and without support; whether each example can have its own perturbation.
-
-    Raises:
-        ValueError: A parameter is shared between layers of which only some are supported.
-    """
+    """Parameters with and without support; whether each example can have its own perturbation."""
     places: dict[int, Place] = {}
     plain: dict[str, str] = {}
     alone = True

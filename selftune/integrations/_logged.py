@@ -24,10 +24,6 @@ def logged(opt: Any, loss: Tensor) -> dict[str, float]:
 
     ``hyper/lr`` is the tuned peak, ``lr`` the rate of the last step, schedules included; groups
     that differ are numbered.
-
-    Args:
-        opt: The self-tuned optimizer.
-        loss: Return value of ``hyper_step``.
     """
     metrics = {"hyper/loss": float(loss)}
     metrics |= {f"hyper/{name}": value for name, value in numbered(opt.hparams, "/").items()}

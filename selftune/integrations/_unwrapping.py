@@ -38,11 +38,7 @@ def unwrap(optimizer: Any) -> Any:
 
 
 def only(optimizers: Iterable[Any]) -> Any:
-    """Return the one self-tuned optimizer among several.
-
-    Raises:
-        ValueError: None, or more than one, is self-tuned.
-    """
+    """Return the one self-tuned optimizer among several."""
     inner = [_inside(optimizer) for optimizer in optimizers]
     tuned = [optimizer for optimizer in inner if isinstance(optimizer, SelfTuningOptimizer)]
     if len(tuned) == 1:

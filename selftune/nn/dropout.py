@@ -60,11 +60,7 @@ class Dropout(Stochastic):
         return input * scaled_mask(draw, self.level(draw)).to(input.dtype)
 
     def _shared(self, input: Tensor) -> set[int]:
-        """Dimensions of the input along which the mask is constant.
-
-        Raises:
-            ValueError: The input has fewer dimensions.
-        """
+        """Dimensions of the input along which the mask is constant."""
         outside = [i for i in self.share if not -input.ndim <= i < input.ndim]
         if outside:
             raise ValueError(

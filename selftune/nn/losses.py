@@ -90,11 +90,7 @@ class _Penalty(Tunable):
         return {**self.__dict__, "extra": None, "adding": False}
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input.
-
-        Raises:
-            RuntimeError: A reentrant activation checkpoint runs the module again.
-        """
+        """The input."""
         if not self.training:
             return input
         measured = self.level(input) * self.measure(input)

@@ -93,9 +93,6 @@ class Buffers:
         """Adds the modules called inside the block, with their statistics from before it.
 
         An optimizer gets parameters, not the model; the first validation closure reveals the model.
-
-        Args:
-            params: Parameters of the optimizer. Modules with only other parameters are foreign.
         """
         params = list(params)
         with unchanged(self.average), self.searching(params):
@@ -221,9 +218,7 @@ class Buffers:
     def blend(self, share: float, lapsed: bool = False) -> None:
         """Move the average toward the modules' statistics, unless validation passes update it.
 
-        Args:
-            share: Weight of the modules' statistics.
-            lapsed: Whether such passes have ended; the statistics from them are then dropped.
+        ``lapsed``: such passes have ended, and the statistics from them are dropped.
         """
         if self._own and not lapsed:
             return
@@ -289,10 +284,7 @@ class Buffers:
     ) -> None:
         """Continue from ``state_dict``, as soon as the layers are found.
 
-        Args:
-            state: The state.
-            params: Parameters of the optimizer.
-            growing: Whether later passes look for further layers.
+        ``growing``: later passes look for further layers.
         """
         self._growing = growing
         self._saved = state

@@ -57,10 +57,7 @@ class Call:
     def check(self, weights: Tensor, expected: Tensor, near: Tensor | None = None) -> None:
         """Raise an error if the gradient of a closure differs from that at its own step.
 
-        Args:
-            weights: Weights of its step.
-            expected: Its gradient at that step.
-            near: Its approximate gradient now; if this matches, the exact one is not computed.
+        ``near`` is its approximate gradient now; if this matches, the exact one is not computed.
         """
 
         def same(value: Tensor) -> bool:

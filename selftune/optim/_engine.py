@@ -224,12 +224,9 @@ class Engine:
     ) -> bool:
         """Take a hyperparameter step from outer gradients; return whether values changed.
 
-        Args:
-            loss: The outer loss.
-            grads: For every block, the result of :meth:`taken` for each parameter.
-            values: Options and hyperparameters of every block.
-            compare: Returns mean losses at the averaged and at the good weights over many batches,
-                and the standard error of their difference.
+        ``grads`` has the result of :meth:`taken` for each parameter of every block; ``compare``
+        returns mean losses at the averaged and at the good weights over many batches, and the
+        standard error of their difference.
         """
         gone = self.clock.steps - max(self.clock.outer, self.clock.since)
         self.clock.outer = self.clock.steps
@@ -325,9 +322,7 @@ class Engine:
     def mark(self, names: Iterable[str], *, given: bool = False) -> None:
         """Mark an event in the charts of the hyperparameters that it changed.
 
-        Args:
-            names: Names of these hyperparameters; others are ignored.
-            given: Whether to mark the given values too, at the start.
+        Names that are not tuned are ignored; ``given`` marks the given values too, at the start.
         """
         rows, tuned = {n: r for n, r in self.shifts.rows.items() if n in names}, self.shifts.tuned
         if given:

@@ -109,10 +109,8 @@ class Groups:
     def present(self, groups: Sequence[Group], *, constant: bool = False) -> dict[str, Any]:
         """Current values of all hyperparameters; a list if groups or tensors differ.
 
-        Args:
-            groups: The parameter groups.
-            constant: Whether lists keep their length when the values in them become equal, as in
-                the log; they have one value for each group or tensor with a shift of its own.
+        If ``constant``, lists keep their length when the values in them become equal, as in the
+        log; they have one value for each group or tensor with a shift of its own.
         """
         common: dict[str, Any] = {}
         for name, hparam in self._update.hparams.items():
@@ -162,10 +160,7 @@ class Groups:
     def show_rates(self, groups: Sequence[Group], factors: Sequence[float], step: int) -> None:
         """Write the learning rates of a step to the groups.
 
-        Args:
-            groups: The parameter groups.
-            factors: Factor of the peak, from schedule or sweep, for every block.
-            step: Index of the step, from 0.
+        ``factors`` multiply the peak of every block, by schedule or sweep; ``step`` counts from 0.
         """
         tuned = self._shifts.rows.get("lr")
         peaks = None if tuned is None else tuned.values().tolist()

@@ -48,7 +48,6 @@ class Rows:
     """Positions of the slice of a parameter in the row format.
 
     Attributes:
-        param: The parameter.
         stride: Distance between two weights of the slice.
         first: Position of the first weight of the slice in this process's part.
     """

@@ -42,25 +42,17 @@ class Shifts:
     """The tuned hyperparameters of an optimizer and the state of their steps.
 
     Args:
-        hparams: Every hyperparameter of the update by name.
-        tune: Names of the tuned hyperparameters.
         size: Size of a hyperparameter step in raw space.
         per: Scope of one shift, for all or by name: ``"run"``, ``"group"`` or ``"tensor"``.
         bounds: Narrower or wider bounds by name.
-        total_steps: Steps in the run, or None.
         floor: Weight decay floor, used if the user sets no bounds; or None.
-        settings: Settings of the steps.
         make: Builds a torch optimizer of the shifts; None for the method's Adam.
-        label: Name of the optimizer in messages.
 
     Attributes:
         rows: The tuned hyperparameters by name.
         hyper: The step of the shifts.
         state: The shifts.
         memory: 1/(1 − μ) of heavy-ball momentum, tuned or not.
-
-    Raises:
-        ValueError: A name in ``tune``, ``per`` or ``bounds``, or a scope, is unknown.
     """
 
     def __init__(
@@ -163,9 +155,7 @@ class Shifts:
     def begin_again(self, rule: AbstractRule, moves: Mapping[str, float]) -> None:
         """Reset the state of past hypergradients, and change raw values through their bases.
 
-        Args:
-            rule: The rule that the run continues with.
-            moves: Changes of raw values by name; names that are not tuned are ignored.
+        ``rule`` is the one that the run continues with; moves that are not tuned are ignored.
         """
         self.memory = 1.0
         if self.hyper.floor is not None:
@@ -186,9 +176,8 @@ class Shifts:
     def gather(self, signal: Tensor) -> Tensor:
         """Hypergradients of the shifts, from those of all tensors.
 
-        Args:
-            signal: Shape (hyperparameters, tensors), or (hyperparameters, 1) where all shifts are
-                shared.
+        Their shape is (hyperparameters, tensors), or (hyperparameters, 1) where all shifts are
+        shared.
         """
         signal = signal.to("cpu", torch.float64)
         if self.shared:

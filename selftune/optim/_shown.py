@@ -39,8 +39,6 @@ class Shown(_Watched):
     """Puts other weights, with their statistics of normalisation layers, into the model.
 
     Args:
-        blocks: The blocks with the weights.
-        buffers: The statistics.
         place: -1 for the last good weights, 0 for the average, 1 for the current weights, or a
             position between two of these.
         live: Whether the statistics are those of the average, updated by passes.

@@ -53,10 +53,6 @@ class Store:
     """Holds the method's state in the blocks, whose tensors torch saves.
 
     Attributes:
-        method: The method.
-        shifts: The tuned hyperparameters.
-        reducer: Sums over processes.
-        clock: Step counts.
         blocks: One block for each trained parameter group.
         cached: Their tuned values.
         displacement: State of the displacement, except for tensors in the blocks.

@@ -31,7 +31,6 @@ class WeightSteps:
     """Takes weight steps, including those of the sweep.
 
     Args:
-        engine: Engine of the run.
         values: Options and hyperparameters of every block.
         rates: Factor of the schedule for every block.
         call: Computes gradients at other weights, for an estimator that needs them.

@@ -187,13 +187,7 @@ class Mixture(RuleOptimizer):
         moves: Mapping[str, float],
         states: Mapping[Tensor, dict[str, Tensor]],
     ) -> None:
-        """Continue with one member, or with the mixture; sensitivities are reset.
-
-        Args:
-            name: Name of the member, or None for the mixture.
-            moves: Changes of the raw values of hyperparameters.
-            states: The state that is kept, for each parameter.
-        """
+        """Continue with one member, or with the mixture; sensitivities are reset."""
         engine, state = self._engine, self.state
         self._mixture.choose(name)
         self._pace()

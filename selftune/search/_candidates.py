@@ -53,13 +53,7 @@ SET = {
 def check_own(argument: str, given: Mapping[str, Any] | None, **instead: str) -> None:
     """Refuse entries of an argument that its receiver sets itself.
 
-    Args:
-        argument: Its name.
-        given: Its entries.
-        **instead: What to pass instead of each refused one.
-
-    Raises:
-        ValueError: One of these is among them.
+    ``instead`` says for each refused entry what to pass.
     """
     entries = given or {}
     for name in entries.keys() & instead.keys():
@@ -78,14 +72,7 @@ MOST = 1000
 def builders_of(candidates: Candidates, train: Any, val: Any = None) -> dict[str, Builder]:
     """Builders of candidates by the name of their family.
 
-    Args:
-        candidates: As for :func:`~selftune.search.select`.
-        train: Training batches, from which families infer shapes.
-        val: Validation batches, which may have other words and classes.
-
-    Raises:
-        ValueError: There are no candidates.
-        TypeError: A candidate is not callable.
+    Families infer shapes from the batches; ``val`` may have other words and classes than ``train``.
     """
     if isinstance(candidates, str):
         if candidates != "auto":
@@ -140,13 +127,7 @@ def points_of(
     metric, or fails, is called once, and its parameters count as independent. The search itself
     ends when Optuna has tried every point, of which there may be more.
 
-    Args:
-        builders: Builders by name.
-        force: Whether more than 1,000 points are allowed.
-        inside: Whether widths are not searched.
-
-    Raises:
-        ValueError: There are more than 1,000 without ``force``, or a range has no steps.
+    ``force`` allows more than 1,000 points; ``inside``: widths are not searched.
     """
     total = 0
     for name, build in builders.items():

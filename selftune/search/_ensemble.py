@@ -75,12 +75,8 @@ def choose(
     """Weights of the models whose mean has a low validation loss, by trial number.
 
     Models are added to the mean one at a time, each time the one that lowers the loss most; the
-    same one may be added again. The result is the mean with the lowest loss on the way.
-
-    Args:
-        models: Trained models in evaluation mode, by trial number.
-        loss_fn: The loss.
-        val: Validation batches; the outputs of all models for them are kept in memory.
+    same one may be added again. The result is the mean with the lowest loss on the way. The outputs
+    of all models for ``val`` are kept in memory.
 
     Source: Caruana et al. 2004, "Ensemble Selection from Libraries of Models".
     """

@@ -14,11 +14,7 @@ from selftune.search._trial import Trainer
 
 
 def about(trainer: Trainer) -> dict[str, Any]:
-    """What the values of trials depend on, apart from choices, as it is stored with a study.
-
-    Args:
-        trainer: Runs the trials.
-    """
+    """What the values of trials depend on, apart from choices, as it is stored with a study."""
     loss = trainer.tuner.get("objective") or trainer.loss_fn
     settings: dict[str, Any] = {
         "direction": "minimize" if trainer.sign > 0 else "maximize",
@@ -41,13 +37,7 @@ def name_of(function: Any) -> str:
 
 
 def validation(train: Any, val: Any, seed: int) -> list[Any] | None:
-    """Number of validation examples or batches, or the split; nothing is read.
-
-    Args:
-        train: Training batches.
-        val: Validation batches, or the share of the training data.
-        seed: Seed of the split.
-    """
+    """Number of validation examples or batches, or the split; nothing is read."""
     if isinstance(val, HoldOut):
         return [val.share, seed, count(train)]
     if val is None or isinstance(val, Real):

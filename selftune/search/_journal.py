@@ -17,11 +17,7 @@ FIRST = b'{"op_code":'  # of a journal
 
 
 def opened(path: Path) -> JournalFileOpenLock:
-    """The lock of a journal that can be read; an incomplete last line is repaired.
-
-    Raises:
-        ValueError: The path is that of a folder or of another file.
-    """
+    """The lock of a journal that can be read; an incomplete last line is repaired."""
     lock = JournalFileOpenLock(str(path))
     if not _check_journal(path):
         _repair(path, lock)

@@ -37,11 +37,7 @@ MASK = "mask of "
 
 
 def settings_of(structure: Any) -> dict[str, Any] | None:
-    """The arguments of the goal, from the argument ``structure`` of ``select``.
-
-    Raises:
-        ValueError: It is not ``"inside"``, None or a mapping of such arguments.
-    """
+    """The arguments of the goal, from the argument ``structure`` of ``select``."""
     if structure is None:
         return None
     wrong = set(structure) - set(ALLOWED) if isinstance(structure, Mapping) else None
@@ -62,11 +58,7 @@ def settings_of(structure: Any) -> dict[str, Any] | None:
 
 
 def start_wide(model: Any, family: str) -> None:
-    """Check that a model has gates, and exclude them from training: they stay 1 until closed.
-
-    Raises:
-        ValueError: A builder returned no model, or a model without gates.
-    """
+    """Check that a model has gates, and exclude them from training: they stay 1 until closed."""
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"candidates[{family!r}] returned a {type(model).__name__}: with structure= it must "
@@ -97,17 +89,7 @@ def evaluations(given: int | None, train: Any, steps: int, end: float) -> int:
 def close(
     model: nn.Module, objective: Objective, val: Iterable[Any], settings: Mapping[str, Any]
 ) -> None:
-    """Close units and blocks of a trained model until a goal is met.
-
-    Args:
-        model: A model with gates.
-        objective: Its loss.
-        val: Validation batches; the first few are used.
-        settings: Arguments of :class:`~selftune.structure.Goal`.
-
-    Raises:
-        ValueError: There are no validation batches, or the goal does not fit the model.
-    """
+    """Close units and blocks of a trained model until a goal is met."""
     few = list(islice(own_iterator(val), FEW))
     if not few:
         raise ValueError("val has no batches: units cannot be judged by validation loss")
@@ -159,11 +141,7 @@ def recut(model: nn.Module, weights: dict[str, Any], train: Iterable[Any]) -> nn
 def sizes_of(model: nn.Module, small: nn.Module) -> dict[str, Any]:
     """Number of units left in each gated layer, heads in each attention, and blocks.
 
-    Layers inside a removed block are left out.
-
-    Args:
-        model: The model with gates.
-        small: The model without closed units, whose parameters are counted.
+    Layers inside a removed block are left out. ``small`` is the model without closed units.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), Gate(8), Optional(nn.Linear(8, 8)))
@@ -190,9 +168,6 @@ def example_of(batch: Any, model: nn.Module) -> tuple[Any, ...]:
 
     Those of a dictionary are in the order of the arguments of ``forward``, with the defaults of
     arguments in between that a batch does not have.
-
-    Raises:
-        ValueError: An entry of a dictionary is no positional argument.
     """
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):

@@ -79,18 +79,7 @@ class Selection:
 
 
 def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
-    """The best trial with its model, trained.
-
-    Args:
-        trainer: Runs a trial.
-        study: The finished study.
-        earlier: Number of trials of earlier calls.
-
-    Raises:
-        RuntimeError: No trial finished.
-        ValueError: The best trial is one of a search with other choices, or all trials of this call
-            have others than those of earlier calls.
-    """
+    """The best trial with its model, trained; ``earlier`` trials are of earlier calls."""
     own = study.trials[earlier:]
     unlike = [t for t in own if t.user_attrs.get(UNLIKE)]
     if unlike and all(t.state == TrialState.FAIL for t in own):

@@ -297,11 +297,7 @@ def _known(trainer: Trainer, params: dict[str, Any]) -> bool:
 
 
 def task_of(train: Any, epochs: int | None, steps: int | None, tuner: Mapping[str, Any]) -> Task:
-    """The task of a search, inferred from the training batches.
-
-    Raises:
-        ValueError: There are none, or they are not pairs.
-    """
+    """The task of a search, inferred from the training batches."""
     if train is None:
         raise ValueError("memory= compares data sets: pass train=, or omit memory=")
     shape = Shape.of(train, "memory=")

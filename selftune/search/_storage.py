@@ -51,11 +51,7 @@ PRUNERS = ("asha", "hyperband", "median", "none")
 def storage_of(given: Any) -> BaseStorage:
     """A storage, from a path (a journal), a URL, or one of Optuna's.
 
-    Args:
-        given: None (in memory), a path, ``grpc://host:port``, a database URL, or a storage.
-
-    Raises:
-        ValueError: The file is not a journal, or a database is locked; neither is changed.
+    URLs are ``grpc://host:port`` or those of databases; None is a storage in memory.
     """
     if given is None:
         return InMemoryStorage()
@@ -105,15 +101,7 @@ MAKING = "create table", "create type", "alembic_version", "version_info"
 
 
 def persist(call: Callable[[], T], study: optuna.Study | None = None) -> T:
-    """Call a function, and retry after transient database errors.
-
-    Args:
-        call: The function.
-        study: The study whose storage it uses.
-
-    Raises:
-        Exception: Any other error, or the database was unreachable for ``AWAY`` seconds.
-    """
+    """Call a function, and retry after transient database errors, for ``AWAY`` seconds at most."""
     until = math.inf
     while True:
         try:
@@ -216,14 +204,8 @@ class Unwritable(BaseException):
 def writable(storage: Any, write: Callable[[], object]) -> Iterator[None]:
     """Raise a clear error if a search ends because its storage cannot be written to.
 
-    Optuna raises many types of errors for this; if another cause is possible, a write is tried.
-
-    Args:
-        storage: The storage as passed by the user.
-        write: Writes a value to it that it already contains.
-
-    Raises:
-        OSError: The storage cannot be written to.
+    Optuna raises many types of errors for this; if another cause is possible, a write is tried:
+    ``write`` writes a value to the storage that it already contains.
     """
     try:
         yield
@@ -247,18 +229,7 @@ def writable(storage: Any, write: Callable[[], object]) -> Iterator[None]:
 def open_study(
     storage: BaseStorage, name: str, sampler: BaseSampler, pruner: BasePruner, about: dict[str, Any]
 ) -> optuna.Study:
-    """Create a study, or continue an existing one.
-
-    Args:
-        storage: Its storage.
-        name: Its name.
-        sampler: Its sampler.
-        pruner: Its pruner.
-        about: Settings that must be equal for trials to be comparable.
-
-    Raises:
-        ValueError: It belongs to another search.
-    """
+    """Create a study, or continue one; settings in ``about`` make its trials comparable."""
     direction = about["direction"]
     try:
         with quiet():

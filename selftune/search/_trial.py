@@ -59,9 +59,7 @@ class Trainer:
 
     Attributes:
         candidates: Builders by the name of their family.
-        train: Training batches.
         val: Validation batches, or the share of the training data.
-        loss_fn: The loss.
         metric: ``"loss"`` or the name of one of ``tuner``'s metrics.
         sign: 1 if it is minimised, −1 if it is maximised.
         length: ``epochs`` or ``steps`` of a run.
@@ -69,7 +67,6 @@ class Trainer:
         tuner: Arguments of :class:`~selftune.Tuner`.
         warm: Whether runs start from the final hyperparameters of the best ones.
         seed: Seed of the weights and the data order.
-        memory: Results of other searches, or None.
         task: The task of this search, for the memory.
         structure: Arguments of :class:`~selftune.structure.Goal` for models that are cut during
             their run, or None.

@@ -59,11 +59,7 @@ class Payload:
     """Everything that a worker needs.
 
     Attributes:
-        trainer: Runs a trial.
         about: Settings that must equal those of the study.
-        storage: Storage of the study.
-        study: Name of the study.
-        trials: Total number of trials.
         sampler: Name of a sampler, or an Optuna sampler.
         pruner: Name of a pruner, or an Optuna pruner.
         until: Time, as of ``time.time()``, after which no new trial is started.
@@ -147,16 +143,7 @@ def whole(study: optuna.Study, payload: Payload) -> bool:
 
 
 def join(storage: str, script: str, rest: Sequence[str]) -> None:
-    """Run a script as an additional worker of its search.
-
-    Args:
-        storage: Storage of the search: a path or a URL.
-        script: A Python file that calls ``select``.
-        rest: Arguments of the script.
-
-    Raises:
-        ValueError: No search of the script has this storage.
-    """
+    """Run a script as an additional worker of its search."""
     os.environ[JOIN] = storage
     sys.argv = [script, *rest]
     sys.path.insert(0, str(Path(script).resolve().parent))
@@ -172,9 +159,6 @@ def to_join(own: Any) -> str | None:
     """The storage that this process joins as a worker, if it is that of a search.
 
     It may have another address here (a mounted folder, a server's host), so names are compared.
-
-    Args:
-        own: The ``storage`` of the search.
     """
     storage = os.environ.get(JOIN)
     if storage is None:
@@ -200,12 +184,7 @@ def taken(study: optuna.Study) -> list[FrozenTrial]:
 def orphans(study: optuna.Study, own: int | None = None) -> int:
     """Fail trials of dead workers on this machine, and enqueue them again.
 
-    Args:
-        study: The study.
-        own: A process that has given up its trial.
-
-    Returns:
-        The number of these trials.
+    ``own`` is a process that has given up its trial.
     """
     count = 0
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -246,8 +225,7 @@ def unsigned(study: optuna.Study) -> set[int]:
 def crowd(payload: Payload, study: optuna.Study, workers: int, bar: tqdm[Any]) -> bool:
     """Run trials in several processes; if one dies, only its trial is lost, and is retried.
 
-    Returns:
-        False if interrupted by Ctrl-C.
+    Returns False if interrupted by Ctrl-C.
     """
     import cloudpickle
 

@@ -209,12 +209,7 @@ class Memory:
 
 
 def _entry(saved: dict[str, Any]) -> dict[str, Any]:
-    """Check a saved run.
-
-    Raises:
-        ValueError: A value is outside its range.
-        TypeError, KeyError, AttributeError: Types or structure are wrong.
-    """
+    """Check a saved run."""
     task = Task(**saved["task"])
     check(KINDS, vars(task))
     hparams = {str(n): float(v) for n, v in saved["hparams"].items()}

@@ -155,9 +155,7 @@ def _like(given: fx.Node, graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
 def replace_optionals(model: nn.Module, *, whole: bool = False) -> None:
     """Replace every closed Optional by an identity, the others by sums in torch operations only.
 
-    Args:
-        model: A model.
-        whole: Whether all are replaced by sums, with gates of 1.
+    If ``whole``, all are replaced by sums, with gates of 1.
     """
     plains: dict[int, nn.Module] = {}
     optionals = [

@@ -26,11 +26,6 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
     Args:
         model: A model with gates, used by the closure.
         closure: Returns a mean loss over examples, dimension ``batch_dim`` of the gates' inputs.
-
-    Raises:
-        ValueError: The loss does not depend on some gates.
-
-    Source: Theis et al. 2018, eq. 8.
     """
     rows: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
@@ -60,11 +55,7 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
 
 
 def loss_of(closure: Closure) -> Tensor:
-    """The loss of a closure.
-
-    Raises:
-        ValueError: It is not a scalar tensor with a gradient.
-    """
+    """The loss of a closure."""
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -70,9 +70,6 @@ class Sizes:
         idle: Names of modules none of whose units can be removed.
         places: The gates of each unit that can be removed.
         axes: The unit of each gate of each module, or −1 if it cannot be removed.
-
-    Raises:
-        ValueError: The example does not fit, or the model cannot be traced.
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
@@ -197,11 +194,7 @@ class Sizes:
         return self.count(gone)
 
     def target(self, budget: float | None, kinds: Sequence[str]) -> NDArray[np.float64]:
-        """The final sizes for a budget, shape (2,); inf if unconstrained.
-
-        Raises:
-            ValueError: The budget is out of range, or below what the model can reach.
-        """
+        """The final sizes for a budget, shape (2,); inf if unconstrained."""
         whole, least = self.whole, self.floor()
         counted = np.array([k in kinds for k in KINDS])
         if budget is None:
@@ -250,10 +243,6 @@ def _counted(model: nn.Module, batch: float) -> Iterator[dict[int, float]]:
     """Multiply-adds per weight for one example, by the id of the parameter, over all its uses.
 
     Hooks also count layers inside torch's composite layers, unless those use a fused kernel.
-
-    Args:
-        model: A model that is called in the block.
-        batch: Number of examples in a call.
     """
     positions: dict[int, float] = {}
 

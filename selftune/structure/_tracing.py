@@ -48,13 +48,8 @@ class Tracer(fx.Tracer):
     def of(self, model: nn.Module, inputs: tuple[Any, ...] | None = None) -> fx.Graph:
         """The graph of a model.
 
-        Args:
-            model: The model.
-            inputs: Its inputs; further arguments have their defaults. If it is None, all arguments
-                of ``forward`` are inputs of the graph.
-
-        Raises:
-            ValueError: It cannot be traced.
+        Arguments after ``inputs`` have their defaults; without inputs, all arguments of ``forward``
+        are inputs of the graph.
         """
         fixed = None if inputs is None else _fixed(model, inputs)
         try:
@@ -98,9 +93,6 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose parametrized tensors are parameters.
 
     Not ``remove_parametrizations``, which changes the class that the copy shares with the model.
-
-    Raises:
-        ValueError: A weight is computed by a hook, and torch cannot copy it.
     """
     try:
         copied = copy.deepcopy(model).eval()
@@ -138,11 +130,7 @@ def _fixed(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def call(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """The model's output on an example.
-
-    Raises:
-        ValueError: The example does not fit.
-    """
+    """The model's output on an example."""
     try:
         with mask_types_noted(model):
             return model(*inputs)

@@ -37,9 +37,7 @@ class Cut:
     """A tensor of a module with an axis of units.
 
     Attributes:
-        module: The module.
         name: Name of its parameter or buffer.
-        axis: The axis.
         ids: The unit of each position.
         sizes: Attributes of the module with the length of the axis.
         path: The module's name in the model.

@@ -77,11 +77,8 @@ def _gated(
 ) -> nn.Module:
     """A model with gates.
 
-    Args:
-        model: The model.
-        path: Its name in the whole model.
-        known: Replacements of modules by their ids.
-        replaced: Filled with each module that is replaced, after its parent and its name.
+    ``path`` is its name in the whole model, and ``known`` has replacements by the ids of modules.
+    ``replaced`` is filled with each module that is replaced, after its parent and its name.
     """
     if id(model) in known:
         return known[id(model)]
@@ -109,11 +106,7 @@ def _gated(
 
 
 def _replacement(model: nn.Module) -> nn.Module | None:
-    """A layer with gates in place of a layer of torch; None for other modules.
-
-    Raises:
-        ValueError: It has an option that cannot be gated.
-    """
+    """A layer with gates in place of a layer of torch; None for other modules."""
     _check_usual(model)
     if isinstance(model, (nn.LSTM, nn.GRU)):
         return Recurrent(one_layer(model, 0)) if model.num_layers == 1 else RecurrentLayers(model)

@@ -34,12 +34,8 @@ VERSION = 27
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:
     """Write a checkpoint atomically; return whether it was written.
 
-    If the disk is full, the previous checkpoint stays and training continues.
-
-    Args:
-        path: Path of the checkpoint.
-        state: Its content.
-        suffix: Suffix of the incomplete file; different for each writing process.
+    If the disk is full, the previous checkpoint stays and training continues. The ``suffix`` of the
+    incomplete file is different for each writing process.
     """
     partial = path.with_suffix(suffix)
     try:
@@ -70,12 +66,7 @@ def rescue(folder: Path | None, first: bool, save: Callable[..., None]) -> None:
 
 
 def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
-    """Find the checkpoint to resume from, if any, and the best weights next to it.
-
-    Raises:
-        FileNotFoundError: The named checkpoint does not exist.
-        ValueError: It is damaged, no folder was given, or the folder has one and resume is False.
-    """
+    """Find the checkpoint to resume from, if any, and the best weights next to it."""
     last = None if folder is None else folder / LAST
     if not isinstance(resume, bool):
         given = Path(resume)
@@ -114,12 +105,7 @@ def load(path: Path) -> Any:
 
 
 def read(path: Path, *, run: bool = True) -> dict[str, Any]:
-    """Read a checkpoint: that of a run, or the best weights.
-
-    Raises:
-        FileNotFoundError: It does not exist.
-        ValueError: It is damaged, or of another version.
-    """
+    """Read a checkpoint: that of a run, or the best weights."""
     if not path.is_file():
         raise FileNotFoundError(f"resume: there is no checkpoint {path}")
     try:

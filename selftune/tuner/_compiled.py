@@ -81,11 +81,7 @@ class Fused:
             self.whole.wrap(by_shapes)
 
     def train(self, batch: Batch, *, tracked: bool, last: bool = False, step: int = 0) -> Tensor:
-        """A step of the weights.
-
-        Returns:
-            The result of :meth:`Steps.record`.
-        """
+        """A step of the weights; returns the result of :meth:`Steps.record`."""
         kind = "tracked" if tracked else "plain"
         if self.whole is not None and self.whole.sees(step, last=last):
             kind = f"seen {kind}"

@@ -30,7 +30,6 @@ class Stream:
     ``StatefulDataLoader``) continues from its own state instead.
 
     Args:
-        loader: A DataLoader or any iterable of batches.
         name: Its name for error messages.
         device: Device of the batches. On a GPU the next batch is copied in advance, unless the
             loader has a state, which would then be one batch ahead.

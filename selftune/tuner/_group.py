@@ -73,15 +73,8 @@ class Group:
         random numbers, such as those of shuffling, are the same on all ranks. Floating-point
         buffers, such as the running statistics of BatchNorm, are averaged as well.
 
-        Args:
-            passing: Returns loss, gradients and buffers for this rank's part of the batch. Sharded
-                gradients are already averaged over ranks, after multiplication by the number of
-                examples of each.
-            run: Argument of ``passing``.
-            batch: Argument of ``passing``.
-
-        Raises:
-            RankLost: Another rank did not take part.
+        ``passing`` takes this rank's part of the batch. Sharded gradients are already averaged over
+        ranks, after multiplication by the number of examples of each.
         """
         if not self.together:
             return passing(run, batch)
@@ -119,11 +112,7 @@ class Group:
     ) -> Tensor:
         """The shards of all ranks along a dimension, on the CPU of the first rank or of all.
 
-        Args:
-            shard: That of this rank, which other ranks return unchanged.
-            counts: The extent of each.
-            dim: The dimension.
-            everywhere: Whether all ranks concatenate them.
+        ``counts`` has the extent of each shard; ranks that do not concatenate return their own.
         """
         shape = list(shard.shape)
         shape[dim] = max(counts)
@@ -197,8 +186,7 @@ class Group:
     def exchange(self, *, mixed: bool = False) -> Iterator[None]:
         """Explain the failure of a collective within a block.
 
-        Args:
-            mixed: Whether the block also runs the model, whose errors have nothing to explain.
+        ``mixed``: the block also runs the model, whose errors have nothing to explain.
         """
         try:
             yield

@@ -172,7 +172,6 @@ class InMode(nn.Module):
     """An objective in another mode on the same modules, for models that cannot be copied (FSDP).
 
     Args:
-        objective: The training objective.
         every: As in :func:`for_tuning`; None for evaluation.
     """
 

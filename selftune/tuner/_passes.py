@@ -51,12 +51,7 @@ class Passes:
     ) -> Passed:
         """Loss, gradients and next buffers of an objective on a batch.
 
-        Args:
-            module: The objective.
-            params: The run's weights.
-            buffers: Buffers before the pass; not modified.
-            batch: Argument of the objective.
-            layers: Buffers to replace, by name.
+        Buffers are not modified; ``layers`` replace some of them, by name.
         """
         tensors: dict[str, Tensor] = {}
 

@@ -13,11 +13,7 @@ LOG, REST, ENTRIES = 50, 0.1, 20
 def length(train: Stream, whole: Stream, epochs: int | None, steps: int | None) -> int:
     """Steps in the run.
 
-    Args:
-        train: Training batches at the start.
-        whole: Training batches that are counted, with held-out examples.
-        epochs: Epochs in the run, or None.
-        steps: Steps in the run, or None.
+    ``whole`` are the training batches that are counted, with held-out examples.
     """
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs={epochs}, steps={steps}: pass one of the two")

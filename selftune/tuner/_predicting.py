@@ -30,13 +30,7 @@ def predicted(training: Parts) -> list[str]:
 def predict(
     training: Parts, asked: Mapping[str, Sequence[float]], most: int | None = None
 ) -> NDArray[np.float64]:
-    """The loss over the validation set at the averaged weights moved by ``J δ``.
-
-    Raises:
-        RuntimeError: Held-out examples have joined the training data.
-        ValueError: There are not one or two names, a sensitivity was not learned, or a value is
-            out of bounds.
-    """
+    """The loss over the validation set at the averaged weights moved by ``J δ``."""
     if training.joined:
         raise RuntimeError(
             "predict needs validation data, and val=None has trained on it: pass fit(val=0.1)"

@@ -65,11 +65,8 @@ class RankBatches:
 def cut(batch: Any, bounds: Callable[[int], slice], name: str, remedy: str) -> Any:
     """A range of the examples of a batch.
 
-    Args:
-        batch: The batch.
-        bounds: Returns the range, given the number of examples.
-        name: Name of the loader for error messages.
-        remedy: Why the batch is divided and what to do instead, for error messages.
+    ``bounds`` returns the range, given the number of examples; ``remedy`` says in messages why the
+    batch is divided and what to do instead.
     """
     batch = dict(batch.items()) if hasattr(batch, "items") else batch
     arrays = [t for t in tree_leaves(batch) if isinstance(t, (Tensor, np.ndarray)) and t.ndim]

@@ -77,13 +77,8 @@ class Snapshots:
     ) -> None:
         """Return to the good weights, restart, and change raw hyperparameters.
 
-        Args:
-            moves: Changes by name.
-            member: Member of a population.
-            raw_before: Raw hyperparameters to restore before the changes.
-            swept: Whether to return to the iterate that the sweep stored in the average instead;
-                the initial weights then remain the good ones.
-            diverged: Whether the learning rate was too high.
+        ``raw_before``: raw hyperparameters to restore before the changes. ``swept``: return to the
+        iterate that the sweep stored in the average; the initial weights then remain the good ones.
         """
         mine = self.mine(member)
         kept = [self.part(t, member) for t in self.weights]

@@ -41,12 +41,10 @@ class Steps:
     Args:
         inner: The training objective, a module that takes a batch and returns the loss.
         outer: The validation objective over the same parameters and buffers.
-        method: The method.
         options: Options of the rule, and hyperparameters that are not tuned.
         rates: Factor of the schedule at each step of the run, shape (steps,), float64.
         every: Weight steps between two hyperparameter steps.
         autocast: Makes the context of the forward passes.
-        whole: A whole-step estimator, or None.
         whole_step_names: Names of the hyperparameters that it handles.
         layers: Buffers of the objective that contain hyperparameters, by name.
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
@@ -195,13 +193,8 @@ class Steps:
     ) -> tuple[RunState, Tensor]:
         """The run after a step along gradients, and the outputs of :meth:`record`.
 
-        A step whose loss or new weights are not finite is counted but not taken.
-
-        Args:
-            run: The run before the step.
-            passed: The training pass.
-            tracked: Whether the step updates averages and sensitivities.
-            rate: Factor of the learning rate instead of the schedule's.
+        A step whose loss or new weights are not finite is counted but not taken. ``rate`` replaces
+        the schedule's factor of the learning rate.
         """
         loss, grads, buffers = passed
         moments, parts, total = self.moments(run, rate), run.method.parts, self.method.total

@@ -23,9 +23,6 @@ def sweep(
 
     Every batch counts as a step of the run, as in the optimizers, including the last one, which
     only ends the sweep.
-
-    Returns:
-        Steps taken.
     """
     run, slopes, cuts = snapshots.run, Slopes(), steps.shards.of_slopes()
     state = controller.sweep

@@ -34,7 +34,6 @@ class Watch:
     """Keeps and displays the history of a run, and carries out its controllers' actions.
 
     Args:
-        steps: The steps.
         snapshots: The last good weights, and the run.
         controllers: One for each member of a population, or one.
         due: Whether a log entry is due at a hyperparameter step.
@@ -43,12 +42,9 @@ class Watch:
             batches.
 
     Attributes:
-        history: The history so far.
-        controllers: One for each member.
         leader: The member with the lowest recent validation loss.
         since: Steps at the last restart of a single run.
         log: The metrics.
-        bar: The progress bar.
     """
 
     def __init__(

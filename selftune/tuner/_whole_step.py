@@ -33,11 +33,7 @@ class _Method(nn.Module):
 
 
 class FunctionalSteps:
-    """The steps of a run, for a whole-step estimator.
-
-    Attributes:
-        whole: The estimator with its memory.
-    """
+    """The steps of a run, for a whole-step estimator."""
 
     def __init__(self, steps: Steps, run: RunState) -> None:
         assert steps.whole is not None

@@ -40,10 +40,6 @@ class AbstractFamily(ABC):
 class Rows(nn.Module):
     """Converts inputs to sequences of vectors: word embeddings, image rows, or single numbers.
 
-    Args:
-        shape: Shape of the data.
-        width: Embedding dimension.
-
     Attributes:
         size: Length of each vector.
         length: Sequence length of the data set.

@@ -62,10 +62,7 @@ class Periodic(nn.Module):
 def first_layer(shape: Shape, frequency: float) -> tuple[nn.Module, int]:
     """The first layer of a network for vectors, and its number of outputs.
 
-    Args:
-        shape: Shape of the data.
-        frequency: Scale of the embedding; 0 for the features themselves, which larger tables and
-            other data always keep.
+    With ``frequency`` 0 the features themselves, which larger tables and other data always keep.
     """
     size = math.prod(shape.inputs)
     if not frequency or shape.kind != "table" or size > MOST:
