@@ -84,7 +84,6 @@ class Whole(Number):
     """A whole number in a range."""
 
     def fits(self, value: Any) -> bool:
-        """Whether it is a whole number."""
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
     def __str__(self) -> str:
@@ -102,7 +101,6 @@ class OneOf(Kind):
         return isinstance(value, tuple({type(v) for v in self.values}))
 
     def holds(self, value: Any) -> bool:
-        """Whether it is one of them."""
         return value in self.values
 
     def __str__(self) -> str:
@@ -118,7 +116,6 @@ class Instance(Kind):
     words: str
 
     def fits(self, value: Any) -> bool:
-        """Whether it is an instance."""
         return isinstance(value, self.classes)
 
     def __str__(self) -> str:
@@ -145,7 +142,6 @@ class That(Kind):
     words: str
 
     def fits(self, value: Any) -> bool:
-        """Whether the function accepts it."""
         return self.test(value)
 
     def __str__(self) -> str:
@@ -167,7 +163,6 @@ class ListOf(Kind):
         )  # fmt: skip
 
     def holds(self, value: Any) -> bool:
-        """Whether all are in the range."""
         return all(map(self.kind.holds, value))
 
     def remedy(self, value: Any) -> str:

@@ -139,7 +139,6 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(state: dict[str, Any]) -> None:
-    """Restore these states."""
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))

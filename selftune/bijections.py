@@ -24,7 +24,6 @@ class AbstractBijection(ABC):
     domain: ClassVar[str]
 
     def __eq__(self, other: object) -> bool:
-        """Maps of one kind are equal."""
         return type(self) is type(other)
 
     def __hash__(self) -> int:

@@ -49,7 +49,6 @@ class HoldOut:
     until: float = 0.6
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         check({"share": PART, "until": PART}, vars(self))
 
     def join(self, steps: int) -> int:
@@ -241,7 +240,6 @@ class _Validation:
         self._at = 0  # ``taken`` at the position of the open iterator
 
     def __iter__(self) -> Iterator[Any]:
-        """Itself."""
         return self
 
     def __next__(self) -> Any:

@@ -138,7 +138,6 @@ class Neumann(AbstractIteration):
     head: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         kinds = {"terms": COUNT, "scale": NONE | Number(above=0), "head": NONE | COUNT}
         check({**kinds, **TOLERANCE}, vars(self))
 
@@ -215,7 +214,6 @@ class CG(AbstractIteration):
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         check({"iterations": COUNT, "damping": Number(least=0), **TOLERANCE}, vars(self))
 
     @property
@@ -283,7 +281,6 @@ class Nystrom(AbstractSolver):
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         kinds = {"rank": COUNT, "damping": Number(above=0), "seed": Whole(), **TOLERANCE}
         check(kinds, vars(self))
 

@@ -35,7 +35,6 @@ class AbstractPenalty(ABC):
     strength: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the strength."""
         check({"strength": Number(least=0)}, {"strength": self.strength})
 
     name: ClassVar[str]

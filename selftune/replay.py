@@ -53,7 +53,6 @@ class TunedSchedule:
     format: str = field(default=FORMAT, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         check({"rule": TEXT, "steps": COUNT, "values": MAPPING}, vars(self))
         if self.format != FORMAT:
             raise ValueError(f"format={self.format!r} must be {FORMAT!r}")

@@ -36,7 +36,6 @@ class Verdict:
     sentence: str
 
     def __str__(self) -> str:
-        """The table."""
         lines = [f"{'hparam':<18}{'estimated':>14}{'differences':>14}{'error':>10}"]
         for name, value in self.estimated.items():
             shown = [_shown(value), _shown(self.reference[name])]

@@ -146,7 +146,6 @@ class LRSweep(Saved):
     proven: bool = True
 
     def __post_init__(self) -> None:
-        """Check the length."""
         if self.steps < 2:
             raise ValueError(f"probe={self.steps} must be at least 2 steps, or False for none")
 

@@ -88,7 +88,6 @@ class BestResponse(AbstractEstimator):
     discount: float = 0.99
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         kinds = {
             "curvature": OneOf(CURVATURES), "update": FLAG, "scale": Number(above=0, most=2),
             "every": COUNT | NONE, "discount": Number(above=0, most=1),

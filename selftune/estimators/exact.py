@@ -88,7 +88,6 @@ class FiniteDifference(AbstractReference):
     relative_step: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Check the argument."""
         check({"relative_step": Number(above=0)}, vars(self))
 
     def estimate(

@@ -63,7 +63,6 @@ class Forward(AbstractEstimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         kinds = {
             "discount": SHARE, "curvature": OneOf(CURVATURES), "projections": COUNT | NONE,
             "seed": Whole(),

@@ -64,7 +64,6 @@ class Implicit(AbstractEstimator):
     together: int = 10
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         kinds = {
             "solver": Instance((AbstractSolver,), "a solver, such as st.Neumann()"),
             "through": OneOf(("loss", "update")), "warm": FLAG, "together": COUNT,

@@ -33,7 +33,6 @@ class OneStep(AbstractRows):
     discount: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the stride."""
         check({"stride": COUNT, "closed_forms": FLAG}, vars(self))
 
     def push(

@@ -37,7 +37,6 @@ class Trace(AbstractRows):
     closed_forms: bool = True
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         check({"discount": SHARE, "stride": COUNT, "closed_forms": FLAG}, vars(self))
 
     def push(

@@ -63,7 +63,6 @@ class Unrolled(AbstractEstimator):
     share: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         limits = dict.fromkeys(("horizon", "share"), COUNT | NONE)
         check({**limits, "checkpoint": COUNT}, vars(self))
 

@@ -32,7 +32,6 @@ class Average:
     rho: float = 0.98
 
     def __post_init__(self) -> None:
-        """Check ρ."""
         check({"rho": Number(least=0, below=1)}, vars(self))
 
     @property

@@ -81,7 +81,6 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
 
 
 def _few() -> Any:
-    """Few ticks."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(4)

@@ -20,7 +20,6 @@ from selftune.update import Update
 
 
 def build(options: TuningOptions, update: Update, stepper: Stepper) -> Engine:
-    """Build the engine of a run."""
     settings, total, label = options.settings, options.total_steps, options.name or stepper.name
     every, tune = settings.hyper.every(total, options.every), options.tune
     if tune is None:  # ``decay`` only if no schedule anneals

@@ -55,7 +55,6 @@ class Memory(NamedTuple):
 
 
 def memory_of(blocks: Iterable[Block], inner: object) -> Memory:
-    """The memory of the state of blocks."""
     blocks = list(blocks)
     rules = tree_leaves([*(b.part.rule for b in blocks), inner])
     rows = [[p.averaged, p.recent, p.tangents] for p in (b.part for b in blocks)]

@@ -137,7 +137,6 @@ class AbstractRule(ABC):
             )
 
     def __repr__(self) -> str:
-        """The name of the rule."""
         return f"{type(self).__name__}()"
 
     @property

@@ -38,7 +38,6 @@ class Candidate:
     tuner: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         check({"model": MODULE, "loss_fn": FUNCTION | NONE, "tuner": MAPPING}, vars(self))
         check_own("tuner", self.tuner, **SET)
 

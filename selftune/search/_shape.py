@@ -184,7 +184,6 @@ class Classes(nn.CrossEntropyLoss):
         self.count = count
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the mean over all positions."""
         positions = output.shape[:-1].numel() if output.ndim > 1 else 0
         if positions != target.numel() or self.count not in (None, output.shape[-1]):
             raise ValueError(
@@ -203,7 +202,6 @@ class Squared(nn.MSELoss):
     """Squared error; outputs of shape (batch, 1) also fit targets of shape (batch,)."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the mean over all values."""
         if output.shape not in (target.shape, (*target.shape, 1)):
             raise ValueError(
                 f"the model returned shape {tuple(output.shape)} for targets of shape "

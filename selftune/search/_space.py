@@ -135,7 +135,6 @@ class Residual(nn.Module):
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor of the input's shape."""
         return x + self.body(x)
 
 
@@ -171,19 +170,16 @@ class GridPoint:
         return [*path[:-1], path[-1] + 1] if path else None
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Suggest a choice."""
         return self._value(name, len(choices), lambda at: choices[at])
 
     def suggest_int(
         self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
     ) -> int:
-        """Suggest an integer."""
         return int(self._value(name, (high - low) // step + 1, lambda at: low + at * step))
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        """Suggest a number."""
         if step is None:
             self.endless = self.endless or name
             return self._value(name, 1, lambda at: high)

@@ -219,7 +219,6 @@ class Trainer:
         return replace(result, best_weights=weights, steps=result.steps + wide.steps)
 
     def _tuner(self, made: Candidate, **more: Any) -> Tuner:
-        """The tuner of a run."""
         options = {**self.tuner, **made.tuner, **more}
         if not {"every", "estimator"} & options.keys():  # an estimator's stride goes with ``every``
             options["every"] = HyperSettings().every(self._steps(made))

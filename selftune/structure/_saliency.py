@@ -55,7 +55,6 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
 
 
 def loss_of(closure: Closure) -> Tensor:
-    """The loss of a closure."""
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

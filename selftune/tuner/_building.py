@@ -96,7 +96,6 @@ def build(
     device: torch.device,
     new: bool,
 ) -> Training:
-    """Build a run."""
     total, names, population = plan.total, given.names, given.population
     if given.group.sharded:
         shard_model(given.objective, device, given.group.size)

@@ -199,7 +199,6 @@ class Stream:
             )
 
     def _generators(self) -> list[torch.Generator]:
-        """The loader's own generators."""
         groups = getattr(self._loader, "batch_sampler", None)
         holders = (self._loader, getattr(self._loader, "sampler", None), groups,
                    getattr(groups, "sampler", None))  # fmt: skip
@@ -222,7 +221,6 @@ class Stream:
         return None if self.following is None else self.following.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
         return {"epoch": self.epoch, "taken": self.taken, "start": self._start, "own": self.own(),
                 "usual": self._usual, "loader": self._place(), "sizes": self._sizes()}  # fmt: skip
 

@@ -105,7 +105,6 @@ class TunerLog:
         return [("time/overhead", 1 - plain / count * (count + more) / (plain + tuning))]
 
     def _displacement(self, member: int) -> list[tuple[str, float | Tensor]]:
-        """The displacement ratio of a member's weights."""
         run = self._snapshots.mine(member)
         ratio = self._steps.method.ratio(run.method, run.weights)
         return [] if math.isnan(ratio) else [("weights/displacement", ratio)]

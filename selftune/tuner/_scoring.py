@@ -48,7 +48,6 @@ class _Scores(nn.Module):
 
 
 def measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[str, Any]:
-    """The metrics of a batch."""
     values = {name: metric(output, target) for name, metric in metrics.items()}
     for name, value in values.items():
         try:

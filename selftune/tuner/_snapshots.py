@@ -105,7 +105,6 @@ class Snapshots:
 
     @torch.no_grad()
     def copy_member(self, source: int, target: int) -> None:
-        """Copy everything from one member to another."""
         for leaf in [*leaves(self.run), *self._good, *self.candidate]:
             leaf[target].copy_(leaf[source])
 

@@ -78,5 +78,4 @@ class Closed(nn.Sequential):
         self._shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the last layer."""
         return self._shape.close(super().forward(x))

@@ -79,7 +79,6 @@ class GAN:
     history: dict[str, list[float]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Create both networks."""
         if self.penalty <= 0:
             raise ValueError(f"penalty={self.penalty} must be above 0: it is tuned in log space")
         self.generator = _net(self.latent, self.width, self.features)
