@@ -238,6 +238,12 @@ class Problem:
 
     # derivatives of a step
 
+    def _step_from(self, point: Point) -> Callable[..., tuple[Tensor, State]]:
+        """The step as a function of weights, state, gradient and hyperparameters."""
+        return lambda params, state, grads, hparams: self.moved(
+            point._replace(params=params, state=state), grads, hparams
+        )
+
     def push_update(
         self,
         point: Point,
@@ -255,12 +261,10 @@ class Problem:
             grads_dot: Derivative of the gradient along it, with curvature.
             moving: Direction of hyperparameters.
         """
-
-        def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
-            return self.moved(point._replace(params=params, state=state), grads, h)
-
         primals = (point.params, dict(point.state), self.gradient(point, hparams), dict(hparams))
-        pushed: tuple[Tensor, State] = jvp(moved, primals, (*tangent, grads_dot, dict(moving)))[1]
+        pushed: tuple[Tensor, State] = jvp(
+            self._step_from(point), primals, (*tangent, grads_dot, dict(moving))
+        )[1]
         return pushed
 
     def pull(
@@ -271,12 +275,9 @@ class Problem:
         Returns:
             Cotangents of the earlier point and of hyperparameters.
         """
-
-        def moved(params: Tensor, state: State, grads: Tensor, h: Hparams) -> Any:
-            return self.moved(point._replace(params=params, state=state), grads, h)
-
         gradient, product = self.products.linear(point.params, hparams, point.batch)
         gradient = gradient if point.grads is None else point.grads
+        moved = self._step_from(point)
         update = vjp(moved, point.params, dict(point.state), gradient, dict(hparams))[1]
         params, state, grads, direct = update(cotangent)
         curved, mixed = product(grads)
@@ -289,13 +290,10 @@ class Problem:
 
         The loss is evaluated only once.
         """
-
-        def moved(params: Tensor, state: State, grads: Tensor) -> Any:
-            return self.moved(point._replace(params=params, state=state), grads, hparams)
-
         gradient, product = self.products.curvature(point.params, hparams, point.batch)
         gradient = gradient if point.grads is None else point.grads
-        update = vjp(moved, point.params, dict(point.state), gradient)[1]
+        moved = self._step_from(point)
+        update = vjp(lambda *at: moved(*at, hparams), point.params, dict(point.state), gradient)[1]
 
         def turn(cotangent: tuple[Tensor, State]) -> tuple[Tensor, State]:
             params, state, grads = update(cotangent)

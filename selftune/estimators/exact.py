@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,12 +44,6 @@ class AbstractReference(AbstractEstimator):
             after = memory[step + 1].batch if step + 1 < len(memory) else None
             point = problem.step(point._replace(batch=at.batch), hparams, after)
         return point.params
-
-    @abstractmethod
-    def estimate(
-        self, problem: Problem, memory: Run, end: Point, hparams: Hparams, outer_grads: Tensor
-    ) -> Estimate:
-        """Hypergradients of the whole run."""
 
 
 @dataclass(frozen=True)

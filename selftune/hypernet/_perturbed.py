@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selftune.estimators._structured import unknown
+from selftune.estimators._structured import Structured, unknown
 from selftune.hypernet._places import Place
 
 
@@ -77,10 +77,8 @@ class PerturbedModel(nn.Module):
 
     def along(self, place: Place, delta: Tensor) -> Tensor:
         """J δ of a parameter."""
-        gain = self.gains[place.key] @ (delta / self.unit)
-        if place.key not in self.rows:
-            return gain.view(place.shape)
-        return (gain[:, None] * self.rows[place.key]).view(place.shape)
+        gains, rows = self.tensors(place)
+        return Structured(gains, rows, gains).along(delta / self.unit, place.shape)
 
     @contextmanager
     def linearised(self) -> Iterator[None]:

@@ -46,7 +46,8 @@ def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
     alone = True
     kinds: dict[int, set[bool]] = {}
     for path, module in model.named_modules():
-        host = _host(model, path)
+        # The module, or the module whose parametrization it is part of.
+        host = model.get_submodule(path.partition(".parametrizations")[0])
         term = term_of(host)
         knows = term is not None or isinstance(host, WHOLE)
         for attribute, param in module.named_parameters(recurse=False):
@@ -67,8 +68,3 @@ def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
             place.users.append((module, attribute))
             alone &= term is not None and host is module
     return list(places.values()), plain, alone
-
-
-def _host(model: nn.Module, path: str) -> nn.Module:
-    """The module, or the module whose parametrization it is part of."""
-    return model.get_submodule(path.partition(".parametrizations")[0] if path else "")

@@ -26,22 +26,14 @@ def per_channel(values: Tensor, like: Tensor, dim: int) -> Tensor:
 
 def linear(layer: nn.Linear, x: Tensor, known: Known, delta: Tensor) -> Tensor:
     """``(U δ) ∘ (V x) + C δ``, the same for all positions of an example."""
-    total: Tensor | None = None
-    if "weight" in known:
-        gains, rows = known["weight"]
-        along = F.linear(x, rows.view_as(layer.weight))
-        total = per_channel(delta @ gains.T, along, along.ndim - 1) * along
-    return _with_bias(total, known, delta, x, -1)
+    return _affine(lambda v: F.linear(x, v.view_as(layer.weight)), known, delta, x, -1)
 
 
 def convolution(layer: _ConvNd, x: Tensor, known: Known, delta: Tensor) -> Tensor:
     """:func:`linear` for a convolution, by channel."""
-    total: Tensor | None = None
-    if "weight" in known:
-        gains, rows = known["weight"]
-        along = layer._conv_forward(x, rows.view_as(layer.weight), None)
-        total = per_channel(delta @ gains.T, along, 1) * along
-    return _with_bias(total, known, delta, x, 1)
+    return _affine(
+        lambda v: layer._conv_forward(x, v.view_as(layer.weight), None), known, delta, x, 1
+    )
 
 
 def transposed(layer: _ConvTransposeNd, x: Tensor, known: Known, delta: Tensor) -> Tensor:
@@ -71,12 +63,14 @@ def batch_norm(layer: _BatchNorm, x: Tensor, known: Known, delta: Tensor) -> Ten
     """Change in scale and shift of the normalised batch."""
     own = layer.training or layer.running_mean is None
     mean, variance = (None, None) if own else (layer.running_mean, layer.running_var)
-    return _affine(F.batch_norm(x, mean, variance, training=own, eps=layer.eps), known, delta, 1)
+    normal = F.batch_norm(x, mean, variance, training=own, eps=layer.eps)
+    return _affine(lambda _: normal, known, delta, normal, 1)
 
 
 def group_norm(layer: nn.GroupNorm, x: Tensor, known: Known, delta: Tensor) -> Tensor:
     """Change in scale and shift of the normalised groups."""
-    return _affine(F.group_norm(x, layer.num_groups, eps=layer.eps), known, delta, 1)
+    normal = F.group_norm(x, layer.num_groups, eps=layer.eps)
+    return _affine(lambda _: normal, known, delta, normal, 1)
 
 
 def layer_norm(layer: nn.LayerNorm, x: Tensor, known: Known, delta: Tensor) -> Tensor:
@@ -91,20 +85,23 @@ def layer_norm(layer: nn.LayerNorm, x: Tensor, known: Known, delta: Tensor) -> T
     return total
 
 
-def _affine(normal: Tensor, known: Known, delta: Tensor, dim: int) -> Tensor:
-    total = None
+def _affine(
+    along: Callable[[Tensor], Tensor], known: Known, delta: Tensor, like: Tensor, dim: int
+) -> Tensor:
+    """The gains times ``along`` the rows, and the shift."""
+    total: Tensor | None = None
     if "weight" in known:
-        total = normal * per_channel(delta @ known["weight"][0].T, normal, dim)
-    return _with_bias(total, known, delta, normal, dim)
+        gains, rows = known["weight"]
+        whole = along(rows)
+        total = per_channel(delta @ gains.T, whole, dim) * whole
+    return _with_bias(total, known, delta, like, dim)
 
 
 def _with_bias(total: Tensor | None, known: Known, delta: Tensor, like: Tensor, dim: int) -> Tensor:
     if "bias" not in known:
         assert total is not None
         return total
-    bias = per_channel(
-        delta @ known["bias"][0].T, like if total is None else total, dim % like.ndim
-    )
+    bias = per_channel(delta @ known["bias"][0].T, like if total is None else total, dim)
     return bias if total is None else total + bias
 
 
