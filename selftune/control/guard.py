@@ -157,15 +157,15 @@ class Guard(Saved):
         """Judge a training gradient, or the weights after its step."""
         self.skipped = 0 if finite else self.skipped + 1
         self.moved |= finite
-        return self._after(self.skipped, moved=self.moved)
+        return self._after(self.skipped)
 
     def hypergradient(self, finite: bool) -> str:
         """Judge a hypergradient."""
         self.skipped_hyper = 0 if finite else self.skipped_hyper + 1
-        return self._after(self.skipped_hyper, moved=self.moved)
+        return self._after(self.skipped_hyper)
 
-    def _after(self, alarms: int, *, moved: bool = True) -> str:
-        patient = alarms < self.policy.patience or not moved
+    def _after(self, alarms: int) -> str:
+        patient = alarms < self.policy.patience or not self.moved
         return "ok" if not alarms else "skip" if patient else "rewind"
 
     def activity(self, alive: Sequence[float], age: int = 0, climb: float = 0.0) -> str:
@@ -196,7 +196,7 @@ class Guard(Saved):
         policy, training = self.policy, self.training
         if not math.isfinite(loss):
             self.missed += 1
-            return self._after(self.missed, moved=self.moved)
+            return self._after(self.missed)
         self.missed = 0
         training.observe(loss, policy.memory)
         noise = policy.noise * math.sqrt(training.spread)

@@ -160,7 +160,7 @@ class SelfTuning(Callback):
         for key, switch in ((RAW, self._hide), ("state_dict", self._show)):
             switch()
             state = trainer.strategy.lightning_module_state_dict()
-            checkpoint[key] = {n: _copy(t) for n, t in state.items() if n in names}
+            checkpoint[key] = {n: _copied(t) for n, t in state.items() if n in names}
         if not shown:
             self._hide()
 
@@ -181,10 +181,6 @@ class SelfTuning(Callback):
 
     def _fits(self, trainer: Trainer) -> bool:
         return self._opt is not None and trainer.state.fn == TrainerFn.FITTING
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _module_loss(module: LightningModule, batch: Any) -> Tensor:
@@ -223,7 +219,7 @@ def _silent(module: LightningModule) -> Iterator[None]:
     """Log nothing, and leave torchmetrics and whatever else records batches as they are."""
     modules = list(module.modules())
     metrics = [m for m in modules if isinstance(m, Metric)]
-    kept = [{n: _state(v) for n, v in vars(m).items()} for m in metrics]
+    kept = [{n: _copied(v) for n, v in vars(m).items()} for m in metrics]
     with records_kept(modules), buffers_kept(modules):
         vars(module)["log"] = lambda *args, **kwargs: None
         try:
@@ -234,8 +230,8 @@ def _silent(module: LightningModule) -> Iterator[None]:
                 vars(metric).update(values)
 
 
-def _state(value: Any) -> Any:
-    """A copy of the state that a metric updates in place."""
+def _copied(value: Any) -> Any:
+    """A copy of a tensor, or of a list, which a metric appends to."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     return list(value) if isinstance(value, list) else value

@@ -146,19 +146,15 @@ def _write_rest(recorder: AbstractRecorder, rows: Sequence[Buffered]) -> None:
         log.warning("%s: the last %d entries are lost: %s", recorder, len(rows), error)
 
 
-def summary(values: Iterable[float]) -> dict[str, float]:
-    """The range of many values, and their upper median."""
-    ordered = sorted(values)
-    return {"lowest": ordered[0], "median": ordered[len(ordered) // 2], "highest": ordered[-1]}
-
-
 def named(tag: str, values: Any) -> list[tuple[str, float]]:
     """Tags and numbers of a hyperparameter: one, or several or their range if tensors differ."""
     if not isinstance(values, list):
         return [(tag, float(values))]
     if len(values) <= DISTINCT:
         return [(f"{tag}/{i}", float(v)) for i, v in enumerate(values)]
-    return [(f"{tag}/{end}", float(v)) for end, v in summary(values).items()]
+    ordered = sorted(values)  # with the upper median
+    ends = {"lowest": ordered[0], "median": ordered[len(ordered) // 2], "highest": ordered[-1]}
+    return [(f"{tag}/{end}", float(v)) for end, v in ends.items()]
 
 
 def plain_rows(values: Mapping[str, Any]) -> list[tuple[str, float]]:

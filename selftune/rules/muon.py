@@ -227,7 +227,8 @@ def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[d
         p
         for module in model.modules()
         for name, p in module.named_parameters(recurse=False)
-        if p.ndim > 1 and (_is_weight(name) or id(p) in tables)
+        # The weights of layers: "original…" are those of parametrised ones.
+        if p.ndim > 1 and ("weight" in name or name.startswith("original") or id(p) in tables)
     ]
     if others is None:
         outside = {id(p) for p in (*layers[:1], *layers[-1:])}
@@ -246,11 +247,6 @@ def muon_groups(model: nn.Module, others: Sequence[str] | None = None) -> list[d
         {"params": [p for p in params if id(p) in matrices], "use_muon": True},
         {"params": [p for p in params if id(p) not in matrices], "use_muon": False},
     ]
-
-
-def _is_weight(name: str) -> bool:
-    """Whether a parameter is the weight of a layer, by its name within the layer."""
-    return "weight" in name or name.startswith("original")  # of a parametrised weight
 
 
 def _named(model: nn.Module, name: str) -> list[Tensor]:

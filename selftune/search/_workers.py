@@ -181,12 +181,11 @@ def taken(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in trials if not (t.state == TrialState.FAIL and "error" not in t.user_attrs)]
 
 
-def orphans(study: optuna.Study, own: int | None = None) -> int:
+def orphans(study: optuna.Study, own: int | None = None) -> None:
     """Fail trials of dead workers on this machine, and enqueue them again.
 
     ``own`` is a process that has given up its trial.
     """
-    count = 0
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, process = trial.user_attrs.get("worker", (None, None))
         if host != socket.gethostname() or (process != own and alive(process)):
@@ -196,8 +195,6 @@ def orphans(study: optuna.Study, own: int | None = None) -> int:
         if trial.params and retries < RETRIES:
             attrs = {"retries": retries + 1, "instead of": trial.number}
             study.enqueue_trial(trial.params, user_attrs=attrs)
-        count += 1
-    return count
 
 
 def reclaim(study: optuna.Study) -> int:

@@ -67,13 +67,9 @@ def size(batch: Any) -> int:
             return known[0]
         batch = getattr(batch, "__dict__", {})
     parts = list(batch.values()) if isinstance(batch, dict) else batch
-    tensors = (p for p in parts if isinstance(p, PackedSequence) or _has_length(p))
-    first = next(tensors, None)
+    found = (p for p in parts if isinstance(p, (PackedSequence, Tensor)))
+    first = next((p for p in found if isinstance(p, PackedSequence) or p.ndim), None)
     return _within(parts) if first is None else size(first)
-
-
-def _has_length(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.ndim > 0
 
 
 def _within(parts: Sequence[Any]) -> int:

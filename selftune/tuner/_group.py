@@ -197,15 +197,12 @@ class Group:
             )
             if mixed and not failed:
                 raise
-            raise self._lost() from error
-
-    def _lost(self) -> RankLost:
-        kept = "its last checkpoint" if self.sharded else "here"
-        return RankLost(
-            f"rank {self.rank} of {self.size} ends: another rank has died, or did not answer "
-            f"within {TIMEOUT} (see its output). With log_dir the run is saved up to {kept}: "
-            "start the script again with resume=True"
-        )
+            kept = "its last checkpoint" if self.sharded else "here"
+            raise RankLost(
+                f"rank {self.rank} of {self.size} ends: another rank has died, or did not answer "
+                f"within {TIMEOUT} (see its output). With log_dir the run is saved up to {kept}: "
+                "start the script again with resume=True"
+            ) from error
 
     # random streams
 
