@@ -181,8 +181,8 @@ class EmbeddingDropout(Dropout):
         if not self.training:
             return vectors
         words = self.uniform((self.embedding.num_embeddings,)).to(wide(vectors.dtype))
-        level = self.strength.to(words.dtype).view(-1, *[1] * (input.ndim - 1))
-        kept = scaled_mask(words[input], level).to(vectors.dtype)
+        draw = words[input]
+        kept = scaled_mask(draw, self.level(draw)).to(vectors.dtype)
         self.key.add_(1)
         return vectors * kept.unsqueeze(-1)
 

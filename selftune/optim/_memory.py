@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -54,8 +53,7 @@ class Memory(NamedTuple):
         )
 
 
-def memory_of(blocks: Iterable[Block], inner: object) -> Memory:
-    blocks = list(blocks)
+def memory_of(blocks: list[Block], inner: object) -> Memory:
     rules = tree_leaves([*(b.part.rule for b in blocks), inner])
     rows = [[p.averaged, p.recent, p.tangents] for p in (b.part for b in blocks)]
     kinds = {

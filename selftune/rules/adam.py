@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Adam(AbstractRule):
     Source: Kingma & Ba 2015, algorithm 1; Reddi et al. 2018, algorithm 2.
     """
 
-    twin = torch.optim.Adam
+    twin: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.Adam
     hparams = (BETA1, BETA2)
     decoupled = False
     shrinks = False
@@ -157,20 +157,13 @@ def _corrections(values: Values, age: Any) -> Sequence[Any]:
     return hoist(size / (1 - values["beta1"] ** (age + 1)), size)
 
 
-class AdamW(AbstractRule):
+class AdamW(Adam):
     """Adam with decoupled weight decay: ``w₊ = w − η (d + λ w)``.
 
     Source: Loshchilov & Hutter 2019, algorithm 2.
     """
 
     twin = torch.optim.AdamW
-    hparams = Adam.hparams
     decoupled = True
     shrinks = True
-    tuned = Adam.tuned
     defaults = MappingProxyType({**Adam.defaults, "weight_decay": 1e-2})
-    init = Adam.init
-    fitting = Adam.fitting
-    in_place = Adam.in_place
-    direction = Adam.direction
-    tangent = Adam.tangent

@@ -117,11 +117,6 @@ def close(
             gate.requires_grad_(False)
 
 
-def cut(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
-    """The model without closed units and blocks; its outputs are the same."""
-    return prune(model, example, threshold=0.0)
-
-
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """Masks of all gates, by the name of their module, with a prefix."""
     return {MASK + name: module.mask.cpu().clone() for name, module in gated(model)}
@@ -133,7 +128,7 @@ def recut(model: nn.Module, weights: dict[str, Any], train: Iterable[Any]) -> nn
     if masks:
         for name, module in gated(model):
             module.mask.copy_(masks[name])
-        model = cut(model, example_of(next(iter(train)), model))
+        model = prune(model, example_of(next(iter(train)), model), threshold=0.0)
     model.load_state_dict({n: w for n, w in weights.items() if not n.startswith(MASK)})
     return model
 

@@ -24,7 +24,6 @@ from selftune.rules import AdamW
 from selftune.search._candidates import Builder, Candidate
 from selftune.search._pruning import (
     close,
-    cut,
     evaluations,
     example_of,
     masks_of,
@@ -37,6 +36,7 @@ from selftune.search._space import Space
 from selftune.search._storage import Unwritable, finished, transient
 from selftune.search._weights import Weights
 from selftune.search.memory import Memory, Task
+from selftune.structure import prune
 from selftune.tuner import Progress, Tuner, TuningResult
 from selftune.tuner._objective import Objective
 from selftune.tuner._splitting import parts
@@ -203,7 +203,8 @@ class Trainer:
         loss_fn = made.loss_fn or self.loss_fn
         objective = Objective(made.model, loss_fn, {**self.tuner, **made.tuner}.get("objective"))
         close(made.model, objective, val, structure)
-        small = cut(made.model, example_of(next(iter(train)), made.model))
+        example = example_of(next(iter(train)), made.model)
+        small = prune(made.model, example, threshold=0.0)  # with the same outputs
         if isinstance(trial, optuna.Trial):
             trial.set_user_attr("sizes", sizes_of(made.model, small))
         left = max(1, total - wide.steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -149,8 +149,8 @@ class Follower(Tracked):
             return None
         if not any(c is not None for c in inputs) or not isinstance(value, Tensor):
             return self.unknown(node)
-        if target is operator.getitem and len(inputs) == 1:
-            return _inside.indexed(self, node, inputs[0])
+        if target is operator.getitem and len(inputs) == 1 and given is not None:
+            return _inside.indexed(self, node, given)
         rules: list[tuple[set[Any], Callable[[fx.Node, Channels, Tensor], Channels | None]]] = [
             (ops.MAPS, self._elementwise),
             (ops.MASKED, lambda n, c, v: c.shifted()),
@@ -295,8 +295,7 @@ def _zeros(value: Any) -> Any:
 def _shared(graph: fx.GraphModule) -> set[int]:
     """Parameters shared by several modules, such as tied weights; their units are kept."""
     owners: dict[int, set[int]] = {}
-    modules: Mapping[str, nn.Module] = dict(graph.named_modules())
-    for module in modules.values():
+    for module in graph.modules():
         for param in module._parameters.values():
             if param is not None:
                 owners.setdefault(id(param), set()).add(id(module))

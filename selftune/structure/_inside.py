@@ -107,11 +107,10 @@ def item(follower: Tracked, node: fx.Node) -> Channels | None:
     return known
 
 
-def indexed(follower: Tracked, node: fx.Node, given: Channels | None) -> Channels | None:
+def indexed(follower: Tracked, node: fx.Node, given: Channels) -> Channels | None:
     """Positions of other axes, such as the last step of a sequence, ``x[:, -1]``."""
     index: Any = node.args[1]
     parts = list(index) if isinstance(index, tuple) else [index]
-    assert given is not None
     before = follower.values[node.all_input_nodes[0]].ndim
     if any(p is Ellipsis for p in parts):
         at = next(i for i, p in enumerate(parts) if p is Ellipsis)
