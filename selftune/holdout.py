@@ -223,10 +223,10 @@ class _Batches:
         """The rest of the current epoch."""
         epoch, first = divmod(self.taken, len(self))
         left = len(self) if self._end is None else self._end - self.taken + first
-        order = torch.arange(len(self.indices))
+        order = torch.arange(len(self.indices), device="cpu")
         if self._shuffled:
             generator = torch.Generator().manual_seed((self._seed * 2**24 + epoch) % 2**63)
-            order = torch.randperm(len(self.indices), generator=generator)
+            order = torch.randperm(len(self.indices), generator=generator, device="cpu")
         for batch in order.split(self._size)[first : min(left, len(self))]:
             yield [self.indices[i] for i in batch.tolist()]
 
@@ -299,7 +299,9 @@ def divide(
             f"{given} of {total} examples leaves {held_out} for validation, {total - held_out} for "
             f"training: pass another share, or {instead}"
         )
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(
+        total, generator=torch.Generator().manual_seed(seed), device="cpu"
+    ).tolist()
     return order[: total - held_out], order[total - held_out :]
 
 

@@ -60,7 +60,7 @@ class Hparam:
     @cached_property
     def raw_ends(self) -> tuple[float, float]:
         """The bounds as raw values."""
-        ends = torch.tensor([self.lower, self.upper], dtype=torch.float64)
+        ends = torch.tensor([self.lower, self.upper], dtype=torch.float64, device="cpu")
         low, high = self.bijection.inverse(ends).tolist()
         return low, high
 
@@ -81,7 +81,9 @@ class Hparam:
 
     def moved(self, value: float, change: float) -> float:
         """The value after a change of its raw value, within the bounds."""
-        raw = self.bijection.inverse(torch.tensor(value, dtype=torch.float64)) + change
+        raw = (
+            self.bijection.inverse(torch.tensor(value, dtype=torch.float64, device="cpu")) + change
+        )
         return min(max(float(self.bijection.forward(raw)), self.lower), self.upper)
 
     def check(self, argument: str, value: Any) -> None:
@@ -101,7 +103,9 @@ class Hparam:
         """The same hyperparameter within other bounds."""
         if not lower < upper:
             raise ValueError(f"bounds[{self.name!r}]=({lower}, {upper}): lower must be below upper")
-        ends = self.bijection.inverse(torch.tensor([lower, upper], dtype=torch.float64))
+        ends = self.bijection.inverse(
+            torch.tensor([lower, upper], dtype=torch.float64, device="cpu")
+        )
         negative = lower < 0 and not isinstance(self.bijection, Identity)
         if negative or not bool(torch.isfinite(ends).all()):
             raise ValueError(

@@ -288,7 +288,8 @@ class Nystrom(AbstractSolver):
         """Compute the columns and solve; ``start`` is not used."""
         rank = min(self.rank, rhs.numel())
         generator = torch.Generator().manual_seed(self.seed)
-        places = torch.randperm(rhs.numel(), generator=generator)[:rank].to(rhs.device)
+        places = torch.randperm(rhs.numel(), generator=generator, device="cpu")[:rank]
+        places = places.to(rhs.device)
         one = torch.zeros_like(rhs)
         columns = torch.stack([product(one.index_fill(0, p, 1.0)) for p in places], dim=1)
         core = columns[places]

@@ -163,7 +163,7 @@ class Update:
 
     def tangent_state(self, rows: Sequence[str], values: Values) -> dict[str, set[str]]:
         """State tensors of the rule that depend on each hyperparameter, tested on one weight."""
-        weight = torch.ones(1, dtype=torch.float64)
+        weight = torch.ones(1, dtype=torch.float64, device="cpu")
         state = self.rule.init(weight, values)
         if not state:
             return {}

@@ -17,6 +17,7 @@ SURE = 1.5
 _REST = torch.tensor(
     [[4, 16, 8, 16, 4], [-1, 8, 9, 16, 4], [0, 0, 4, 16, 4], [0, 0, -1, 8, 5]],
     dtype=torch.float64,
+    device="cpu",
 ).div(48)
 # Simpson's rule: the integral of slopes from each of the first four positions to the last.
 

@@ -98,6 +98,6 @@ def unknown(param: Tensor, hparams: int) -> Structured:
         still = param.new_zeros(param.numel(), hparams)
         return Structured(still, param.new_zeros(param.numel(), 0), still.clone())
     generator = torch.Generator().manual_seed(0)  # leaves the global generator unchanged
-    rows = torch.randn(len(param), param[0].numel(), generator=generator).to(param)
+    rows = torch.randn(len(param), param[0].numel(), generator=generator, device="cpu").to(param)
     still = param.new_zeros(len(param), hparams)
     return Structured(still, rows / rows.norm(dim=1, keepdim=True), still.clone())

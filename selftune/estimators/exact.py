@@ -101,7 +101,7 @@ class FiniteDifference(AbstractReference):
     ) -> Tensor:
         value = hparams[name]
         step = self.relative_step * value.flatten()[entry].abs().clamp_min(1e-3)
-        one = torch.zeros_like(value).view(-1).index_fill(0, torch.tensor(entry), 1.0)
+        one = torch.zeros_like(value).view(-1).index_fill(0, torch.tensor(entry, device="cpu"), 1.0)
         offset = step * one.view(value.shape)
         up, down = (
             self.end(problem, memory, {**hparams, name: value + sign * offset}) for sign in (1, -1)

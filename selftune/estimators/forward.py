@@ -89,7 +89,7 @@ class Forward(AbstractEstimator):
 
         def signs(h: Tensor) -> Tensor:
             shape = (self.projections, *h.shape)
-            return (2 * torch.randint(2, shape, generator=generator) - 1).to(h)
+            return (2 * torch.randint(2, shape, generator=generator, device="cpu") - 1).to(h)
 
         return {n: signs(h) for n, h in hparams.items()}
 

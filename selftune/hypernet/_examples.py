@@ -61,7 +61,7 @@ def difference(net: PerturbedModel, args: Any, kwargs: Any) -> str | None:
     gains = {n: torch.zeros_like(g) for n, g in net.gains.items()}
     generator = torch.Generator().manual_seed(0)
     for gain in gains.values():
-        gain.copy_(torch.randn(gain.shape, generator=generator) * WIDTH)
+        gain.copy_(torch.randn(gain.shape, generator=generator, device="cpu") * WIDTH)
     delta = next(net.model.parameters()).new_full(net.raw.shape, net.unit)
     each = delta.expand(net.batch_size(args, kwargs), -1)
 

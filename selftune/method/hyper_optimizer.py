@@ -154,10 +154,12 @@ class HyperOptimizer:
         """The initial state at these values; 0 is replaced by ``from_zero``."""
         raw = []
         for name, hparam in self.hparams.items():
-            given = torch.tensor(values[name] or hparam.from_zero, dtype=torch.float64)
+            given = torch.tensor(
+                values[name] or hparam.from_zero, dtype=torch.float64, device="cpu"
+            )
             low, high = hparam.raw_ends
             raw.append(min(max(float(hparam.bijection.inverse(given)), low), high))
-        return HyperState.begin(torch.tensor(raw, dtype=torch.float64))
+        return HyperState.begin(torch.tensor(raw, dtype=torch.float64, device="cpu"))
 
     def values(self, raw: Tensor) -> dict[str, Tensor]:
         """Map raw values to constrained scalars by name."""

@@ -156,8 +156,12 @@ class Metrics:
                 some = [v for v in values[name] if v > 0 or not logarithmic(hparam)] or [0.0]
                 value, ends = middle(some), (min(some), max(some))
             elif course:
-                raw = hparam.bijection.inverse(torch.tensor(value, dtype=torch.float64))
-                spread = torch.tensor(course[-SCATTER:], dtype=torch.float64).std(correction=0)
+                raw = hparam.bijection.inverse(
+                    torch.tensor(value, dtype=torch.float64, device="cpu")
+                )
+                spread = torch.tensor(course[-SCATTER:], dtype=torch.float64, device="cpu").std(
+                    correction=0
+                )
                 both = hparam.bijection.forward(raw + torch.stack([-spread, spread]))
                 ends = both[0].item(), both[1].item()
             else:
@@ -231,7 +235,7 @@ class Metrics:
 
 def _value(scale: AbstractBijection, now: float, last: float, raw: float) -> float:
     """The value at a point of the course, whose last point is the current value."""
-    here = scale.inverse(torch.tensor(now, dtype=torch.float64))
+    here = scale.inverse(torch.tensor(now, dtype=torch.float64, device="cpu"))
     return float(scale.forward(here + (raw - last)))
 
 

@@ -161,9 +161,8 @@ class SelfTuningOptimizer(EvaluationMode):
             return None
         outer = OuterLoss(engine, 1.0 if scaler is None else scaler.get_scale())
         device = self._device
-        closure = autocast_kept(closure, device)
         with without_autocast(device):
-            return self._hyper_step(outer, closure, due=due, ends=ends)
+            return self._hyper_step(outer, autocast_kept(closure, device), due=due, ends=ends)
 
     def _hyper_step(
         self, outer: OuterLoss, closure: Closure, *, due: bool, ends: bool
@@ -262,7 +261,8 @@ class SelfTuningOptimizer(EvaluationMode):
         only logged.
         """
         engine = self._engine
-        value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        told = loss if isinstance(loss, Tensor) else torch.tensor(float(loss), device="cpu")
+        value = told.detach().clone()
         engine.monitor.scalar("Loss/train", value, engine.clock.steps)
         self._log.metrics.trained = value
         alone = not value.is_cuda and not engine.reducer.together  # no sync, equal on all ranks

@@ -63,8 +63,8 @@ class Block:
         self.pieces = cut.counts(self.layout.sizes)
         self._names = list(names)
         self._entries = list(entries)
-        steps = [e["step"] if "step" in e else torch.zeros(()) for e in entries]
-        self._steps = torch.stack([torch.as_tensor(s).float().cpu() for s in steps])
+        steps = [e["step"] if "step" in e else torch.zeros((), device="cpu") for e in entries]
+        self._steps = torch.stack([torch.as_tensor(s, device="cpu").float().cpu() for s in steps])
         self._ages, self._lead = self._steps.tolist(), 0
         for entry, step in zip(entries, self._steps, strict=True):
             entry["step"] = step
@@ -254,7 +254,7 @@ class Block:
         if counted is None:
             self.count()
         else:
-            self._steps.add_(torch.tensor(counted))
+            self._steps.add_(torch.tensor(counted, device="cpu"))
             self._ages = [a + c for a, c in zip(self._ages, counted, strict=True)]
 
     def begin(self) -> None:

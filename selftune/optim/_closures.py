@@ -91,7 +91,7 @@ class _ByClosures(Products):
     """Second derivatives by differences of closures' gradients."""
 
     def __init__(self) -> None:
-        super().__init__(lambda *args: torch.zeros(()), "differences")
+        super().__init__(lambda *args: torch.zeros((), device="cpu"), "differences")
         self.mapped = False
 
     def prepare(self, params: Tensor, hparams: Values, *batch: Any) -> None:

@@ -265,7 +265,7 @@ class Engine:
         weights, step = [b.scaled(b.params) for b in self.blocks], self.clock.steps
         state, square = self.method.hyper_step(
             self.store.state(), self.shifts.gather(signal), weights, self.shifts.frame(),
-            torch.tensor([step]), memory=self.shifts.memory, steps=step,
+            torch.tensor([step], device="cpu"), memory=self.shifts.memory, steps=step,
             moving=names, propose=self.shifts.propose,
         )  # fmt: skip
         self.store.take(state)

@@ -46,11 +46,11 @@ class Scoped:
     def __init__(self, hparam: Hparam, scope: str) -> None:
         self.hparam = hparam
         self.scope = scope
-        self.base = torch.empty(0, dtype=torch.float64)
-        self.slots = torch.empty(0, dtype=torch.long)
-        self.shift = torch.zeros(0, dtype=torch.float64)
+        self.base = torch.empty(0, dtype=torch.float64, device="cpu")
+        self.slots = torch.empty(0, dtype=torch.long, device="cpu")
+        self.shift = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.from_zero = False
-        self.asleep = torch.empty(0, dtype=torch.bool)
+        self.asleep = torch.empty(0, dtype=torch.bool, device="cpu")
         self.waiting = hparam.role not in ("rate", "decay")  # tuned without validation losses
         self.start: list[float] = []
         self.given = 0.0
@@ -78,7 +78,7 @@ class Scoped:
             known: Previous index of each segment, None for a new one; by default all are new.
             siblings: Previous index of a segment of the same group, None for a new group.
         """
-        start = torch.tensor(values, dtype=torch.float64)
+        start = torch.tensor(values, dtype=torch.float64, device="cpu")
         before = [None] * len(values) if known is None else known
         first = len(self.base) == 0
         if first:
@@ -87,7 +87,7 @@ class Scoped:
         scopes = {"run": [0] * len(groups), "group": groups, "tensor": range(len(groups))}
         slots = list(scopes[self.scope])
         mean = 0.0 if first else float(self.shift[self.slots].mean())
-        shift = torch.full((max(slots) + 1,), mean, dtype=torch.float64)
+        shift = torch.full((max(slots) + 1,), mean, dtype=torch.float64, device="cpu")
         for at, place in enumerate(before):
             if place is not None:
                 shift[slots[at]] = self.shift[self.slots[place]]
@@ -107,7 +107,7 @@ class Scoped:
             elif not first:  # clamp the segment, not its shared shift
                 slot = shift[slots[at]]
                 base[at] = base[at].clamp(low - slot, high - slot)
-        self.slots = torch.tensor(slots, dtype=torch.long)
+        self.slots = torch.tensor(slots, dtype=torch.long, device="cpu")
         self.shift, self.base, self.start = shift, base, start.tolist()
         self.asleep = (start == 0) & base.isfinite() & self.waiting
         self._measure()
@@ -128,8 +128,8 @@ class Scoped:
 
     def rebase(self, segments: Sequence[int], value: float, shown: float) -> None:
         """Move segments from one value to another, set from outside."""
-        index = torch.tensor(segments)
-        new, old = self._raw(torch.tensor([value, shown], dtype=torch.float64))
+        index = torch.tensor(segments, device="cpu")
+        new, old = self._raw(torch.tensor([value, shown], dtype=torch.float64, device="cpu"))
         moved = self.base[index] + (new - old)
         self.base[index] = torch.where(moved.isnan(), new - self.shift[self.slots[index]], moved)
         self.asleep[index] = False

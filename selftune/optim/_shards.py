@@ -62,7 +62,7 @@ class Rows:
         part, length = rows_of(self.param), row_length(self.param)
         start, end = part.start * length, part.stop * length
         first = start + self.first
-        index = torch.arange(first, max(first, end), self.stride)
+        index = torch.arange(first, max(first, end), self.stride, device="cpu")
         row = index // length
         # Number of slice weights that precede each one in its row.
         before = (index - row * length) // self.stride

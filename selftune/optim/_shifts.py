@@ -81,7 +81,9 @@ class Shifts:
         self.memory, self._make, self._label = 1.0, make, label
         self.rows = {n: Scoped(h, scopes.get(n, "run")) for n, h in self.tuned.items()}
         self.hyper = HyperOptimizer(self.tuned, size=size, settings=settings, floor=floor)
-        self.state = HyperState.begin(torch.zeros(len(self.tuned), dtype=torch.float64))
+        self.state = HyperState.begin(
+            torch.zeros(len(self.tuned), dtype=torch.float64, device="cpu")
+        )
         self.propose: TorchProposal | None = None
         self._laid_out = False
 
@@ -224,4 +226,4 @@ class Shifts:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")

@@ -74,7 +74,7 @@ class Store:
         self.method.pieces = [b.pieces for b in blocks]
         self.method.by_tensor = by_tensor
         self.method.hyper = self.shifts.hyper
-        step = torch.full((1,), self.clock.since)
+        step = torch.full((1,), self.clock.since, device="cpu")
         if self.displacement is None:
             self.displacement = Displacement.begin([], step)
         if self.stiffness is None or len(self.stiffness.rises) != slots:

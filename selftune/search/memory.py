@@ -219,8 +219,8 @@ def _entry(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _mean(weighed: list[tuple[float, float]], known: Hparam | None) -> float:
     """The mean in raw space."""
-    values = torch.tensor([v for _, v in weighed], dtype=torch.float64)
-    weights = torch.tensor([w for w, _ in weighed], dtype=torch.float64)
+    values = torch.tensor([v for _, v in weighed], dtype=torch.float64, device="cpu")
+    weights = torch.tensor([w for w, _ in weighed], dtype=torch.float64, device="cpu")
     if known is None:
         return float((values.log() @ weights / weights.sum()).exp())
     raw = known.bijection.inverse(values.clamp(known.lower, known.upper))

@@ -93,7 +93,9 @@ class Follower(Tracked):
         else:
             self.unknown(node)
         size = getattr(module, outs)
-        made = Channels(axis, self.units.new(size), torch.zeros(size, dtype=torch.bool))
+        made = Channels(
+            axis, self.units.new(size), torch.zeros(size, dtype=torch.bool, device="cpu")
+        )
         self.units.cut(path, module, "weight", 1 - across, made.ids, [outs])
         self.units.cut(path, module, "bias", 0, made.ids)
         shared = id(module.weight) in self._shared or id(module.bias) in self._shared

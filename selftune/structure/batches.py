@@ -134,7 +134,7 @@ class Batches(Sampler[list[int]]):
             self._resize()
         self.epoch += 1
         generator = torch.Generator().manual_seed(self._seed * 2**20 + self.epoch)
-        order: list[int] = torch.randperm(self._count, generator=generator).tolist()
+        order: list[int] = torch.randperm(self._count, generator=generator, device="cpu").tolist()
         place = 0
         for number in itertools.count():
             ends = self._count - place < (self.size if self._drop_last else 1)

@@ -188,7 +188,7 @@ def check_agreement(steps: Steps, run: RunState) -> None:
     size = 0 if steps.halved is None else steps.halved.batches.size
     group.check_same(
         "weights, hyperparameters and batch sizes",
-        digest([*weights, run.hyper.raw, torch.tensor(size)]),
+        digest([*weights, run.hyper.raw, torch.tensor(size, device="cpu")]),
         "ranks must compute identically: do all have the same hardware and torch version?",
     )  # fmt: skip
 

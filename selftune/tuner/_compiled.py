@@ -228,7 +228,7 @@ def _keep_freed_memory() -> None:
     glibc returns a freed block to the system if it is larger than all blocks freed before (up to
     32 MB); page faults then slow the next step by up to a third.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def _in_place(step: Step) -> Step:

@@ -46,7 +46,7 @@ class FastPath:
             clock = Clock(step, steps.factor(step), age)
             seen = self._before(run, grads) if self._tracked else None
             state = {k: [p.rule[k] for p in parts] for k in parts[0].rule}
-            ages = [torch.tensor(float(age + 1))] * len(grads)
+            ages = [torch.tensor(float(age + 1), device="cpu")] * len(grads)
             kernel(run.weights, grads, state, ages, learning_rate(values, clock))
             if seen is not None:  # update averages and sensitivities by the steps
                 copy_into(run.method, steps.method.track(run.method, *seen))

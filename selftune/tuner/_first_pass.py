@@ -48,8 +48,7 @@ def check_first(
             if not steps.group.sharded:  # whose graph holds the gathered weights
                 _check_dependence(loss, name, module)
                 if name == "val" and metrics and isinstance(module, Objective):
-                    with torch.no_grad():
-                        measured(metrics, *module.outputs(batch)[1:])
+                    measured(metrics, *module.outputs(batch)[1:])
             value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
             divided = name == "train" and steps.halved is not None

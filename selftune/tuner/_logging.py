@@ -34,7 +34,9 @@ class TunerLog:
 
     def note(self, values: Mapping[str, float]) -> None:
         known = self._steps.hyper.hparams
-        numbers = {n: torch.tensor([v], dtype=torch.float64) for n, v in values.items()}
+        numbers = {
+            n: torch.tensor([v], dtype=torch.float64, device="cpu") for n, v in values.items()
+        }
         self.metrics.note({n: known[n].bijection.inverse(v) for n, v in numbers.items()})
 
     def trained(self, step: int, loss: float) -> None:
@@ -68,7 +70,9 @@ class TunerLog:
     def _applied(self, step: int) -> float:
         """The rate of a weight step, before the hyperparameter step that follows it."""
         rate, decay = (
-            hparam.bijection.forward(torch.tensor(course[-2:][0], dtype=torch.float64))
+            hparam.bijection.forward(
+                torch.tensor(course[-2:][0], dtype=torch.float64, device="cpu")
+            )
             if (course := self.metrics.course.get(hparam.name))
             else self._steps.options[hparam.name]
             for hparam in (LR, DECAY)

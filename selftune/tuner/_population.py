@@ -39,8 +39,10 @@ class Population:
         stacked = tree_map(lambda t: torch.stack([t] * self.size), run)
         for name, reach in spread.items():
             if name in hyper.names:
-                offsets = torch.linspace(-reach, reach, self.size, dtype=torch.float64)
-                order = torch.randperm(self.size, generator=self._generator)
+                offsets = torch.linspace(
+                    -reach, reach, self.size, dtype=torch.float64, device="cpu"
+                )
+                order = torch.randperm(self.size, generator=self._generator, device="cpu")
                 offsets = offsets[order]
                 middle = int(offsets.abs().argmin())
                 offsets[middle], offsets[0] = offsets[0].clone(), 0.0
@@ -60,7 +62,7 @@ class Population:
                 continue
             snapshots.copy_member(best, member)
             watch.copied(best, member)
-            kick = KICK if torch.rand((), generator=self._generator) < 0.5 else -KICK
+            kick = KICK if torch.rand((), generator=self._generator, device="cpu") < 0.5 else -KICK
             raw = snapshots.run.hyper.raw[member]
             raw.copy_(hyper.move(raw, "lr", kick, hyper.frame(raw.device)))
             log.info("member %d copies member %d", member, best)

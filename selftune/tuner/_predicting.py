@@ -13,7 +13,7 @@ from selftune._modes import random_states, restore_random_states
 from selftune.monitor import pictures
 from selftune.tuner._parts import Parts
 
-AROUND = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+AROUND = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64, device="cpu")
 """Raw distances from the current value at which the loss is predicted."""
 MOST = 12
 """Maximum number of plotted hyperparameters: those with the largest changes."""
@@ -83,7 +83,9 @@ def picture(training: Parts) -> None:
 def _draw(training: Parts) -> None:
     watch, step, learned = training.watch, training.step, predicted(training)
     known, courses = training.steps.hyper.hparams, watch.history.hparams
-    raw = {n: torch.tensor(c) for n, c in watch.metrics.course.items() if n in learned}
+    raw = {
+        n: torch.tensor(c, device="cpu") for n, c in watch.metrics.course.items() if n in learned
+    }
     names = sorted(raw, key=lambda n: -float(raw[n].max() - raw[n].min()))[:MOST]
     if not names:
         return

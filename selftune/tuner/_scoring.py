@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from selftune._flat import local
 from selftune._gathered import reshard
@@ -48,6 +49,8 @@ class _Scores(nn.Module):
 
 
 def measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[str, Any]:
+    if torch.is_grad_enabled():  # metrics may convert outputs to NumPy
+        output = tree_map_only(Tensor, Tensor.detach, output)
     values = {name: metric(output, target) for name, metric in metrics.items()}
     for name, value in values.items():
         try:
@@ -90,6 +93,7 @@ class Scorer:
         self._few: list[Any] = []  # batches of an iterator that cannot restart
         self._snapshots, self._part, self._device = snapshots, snapshots.part, device
         self._autocast = steps.autocast
+        self._differentiates = False  # whether the loss contains derivatives
 
     def close(self) -> None:
         end_workers(self._own)
@@ -136,7 +140,8 @@ class Scorer:
                     with seeded(self._device, turn * group.size + group.rank):
                         scores = self._scores_of(tensors, batch)
                     for name, value in scores.items() if weight else ():
-                        value = torch.as_tensor(value, dtype=torch.float64).detach() * weight
+                        value = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+                        value = value.to(torch.float64) * weight
                         adding[name] = adding[name] + value if name in adding else value
         numbers = [{name: float(value) for name, value in s.items()} for s in sums]
         everywhere = group.gather((total, numbers))
@@ -158,7 +163,16 @@ class Scorer:
 
     def _scores_of(self, tensors: dict[str, Tensor], batch: Any) -> dict[str, Any]:
         """The scores of a batch at given weights and buffers."""
-        with self._autocast():
+        try:
+            return self._passed(tensors, batch)
+        except RuntimeError as error:
+            if self._differentiates or "does not require grad" not in str(error):
+                raise
+            self._differentiates = True  # by inputs, as in a physics-informed loss
+            return self._passed(tensors, batch)
+
+    def _passed(self, tensors: dict[str, Tensor], batch: Any) -> dict[str, Any]:
+        with self._autocast(), torch.set_grad_enabled(self._differentiates):
             if not self._sharded:
                 return functional_call(self._module, tensors, (batch,))
             for target, tensor in zip(self._tensors, tensors.values(), strict=True):

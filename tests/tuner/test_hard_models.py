@@ -348,3 +348,43 @@ def test_callbacks_see_the_training_loss_since_the_last_evaluation() -> None:
     assert ends == [0, 20, 40, 50]
     for (_, loss), (first, last) in zip(seen, pairwise(ends), strict=True):
         assert loss == pytest.approx(np.mean(losses[first:last]))
+
+
+def _residual(net: nn.Module, x: Tensor) -> Tensor:
+    """Of u' = cos x with u(0) = 0."""
+    x = x.clone().requires_grad_()
+    slope = torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+    return (slope - x.cos()).square().mean() + net(torch.zeros(1, 1)).square().mean()
+
+
+def test_losses_with_derivatives_by_inputs_are_evaluated() -> None:
+    """Closed form: the solution is sin x."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1))
+    batches = [torch.rand(64, 1) * 2 - 1 for _ in range(20)]
+    tuner = st.Tuner(net, objective=_residual, rule=st.rules.Adam())
+    result = tuner.fit(batches, [torch.rand(128, 1) * 2 - 1], epochs=15, progress=False)
+    assert result.best_loss < 0.01
+    x = torch.linspace(-1, 1, 9)[:, None]
+    assert (net(x) - x.sin()).abs().max() < 0.05
+
+
+class _Force(nn.Module):
+    """The derivative of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_metrics_of_models_that_differentiate_may_convert_to_numpy() -> None:
+    torch.manual_seed(0)
+    batches = [(x, x.cos()) for x in (torch.rand(64, 1) * 2 - 1 for _ in range(10))]
+    error = lambda output, target: float(np.abs(output.numpy() - target.numpy()).mean())  # noqa: E731
+    tuner = st.Tuner(_Force(), F.mse_loss, metrics={"error": error})
+    result = tuner.fit(batches, batches[:2], epochs=10, progress=False)
+    assert result.best_scores["error"] < 0.2
