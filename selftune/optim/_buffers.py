@@ -62,7 +62,7 @@ class Buffers:
         self.candidate: list[Tensor] = []
         self._every = every
         self.shown = self.grown = False
-        self._own = False  # whether validation passes gather the averaged weights' statistics
+        self.own = False  # whether validation passes gather the averaged weights' statistics
         self._counts: list[Tensor] = []  # ``num_batches_tracked`` at the last exchange
         self._gathered: list[Tensor] = []  # whether the last pass updated each layer
         self._others: Sequence[Tensor] = []  # the training statistics, while others are shown
@@ -146,6 +146,13 @@ class Buffers:
             for layer, momentum in pairs:
                 layer.momentum = momentum
 
+    def settle(self, statistics: Sequence[Sequence[Tensor]], place: float) -> None:
+        """Replace the statistics of the final weights, at a position, by the mean of several."""
+        for kept in (self.average, self.good) if place < 0 else (self.average,):
+            for tensor, several in zip(kept, zip(*statistics, strict=True), strict=True):
+                if tensor.is_floating_point():
+                    tensor.copy_(torch.stack(several).mean(0))
+
     def expect(self, params: Iterable[Tensor]) -> None:
         """Find the layers of loaded statistics in later forward passes."""
         if self._saved is None:
@@ -220,9 +227,9 @@ class Buffers:
 
         ``lapsed``: such passes have ended, and the statistics from them are dropped.
         """
-        if self._own and not lapsed:
+        if self.own and not lapsed:
             return
-        share, self._own = 1.0 if self._own else share, False
+        share, self.own = 1.0 if self.own else share, False
         for kept, tensor in zip(self.average, self.tensors(), strict=True):
             if kept.is_floating_point():
                 kept.lerp_(tensor, share)
@@ -243,7 +250,7 @@ class Buffers:
         """
         one = [more.to(self._gathered[0].device) for more in self._gathered]
         if one:  # else no layer was known before the pass
-            self._own = bool(torch.stack(one).any())
+            self.own = bool(torch.stack(one).any())
 
     @ordinary_tensors()
     def begin(self) -> None:
@@ -275,7 +282,7 @@ class Buffers:
                  "candidate": self.candidate}  # fmt: skip
         clones = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
         return {
-            **clones, "own": self._own, "foreign": self._apart, "grown": self.grown,
+            **clones, "own": self.own, "foreign": self._apart, "grown": self.grown,
             "keys": self._keys(places(params)),
         }  # fmt: skip
 
@@ -288,7 +295,7 @@ class Buffers:
         """
         self._growing = growing
         self._saved = state
-        self._own, self._strangers = state["own"], state["foreign"]
+        self.own, self._strangers = state["own"], state["foreign"]
         self.grown = state["grown"]
         self._load(state, places(params))
 

@@ -34,6 +34,8 @@ Take = Callable[[Block, int, Tensor], Tensor]
 RARER = 200
 """The slopes at a position use one validation batch per this many steps."""
 
+SETTLING = 20
+"""Validation passes for the final statistics of BatchNorm; the first half replaces earlier ones."""
 
 OLD_LOSS = (
     "closure returned a loss computed before the closure was called, at other weights: hyper_step "
@@ -161,8 +163,24 @@ class OuterLoss:
         else:
             slopes = self._slopes(closure, (*BACK, 1.0))
             final.judge(step, slopes[-2:, 1], slopes[:-1, 0])
+        if engine.buffers.own:
+            self._settle(closure, self.final_position)
         engine.monitor.scalar("weights/position", final.position, step)
         log.info("%s: final weights: %s", engine.controller.label, final)
+
+    def _settle(self, closure: Closure, place: float) -> None:
+        """Collect the statistics of BatchNorm for the final weights.
+
+        Those from the run lag behind the weights, because its passes are rare.
+        """
+        buffers, several = self.engine.buffers, []
+        with self.random(), self.showing(place), buffers.apart(), buffers.quick():
+            for _ in range(SETTLING):
+                with torch.enable_grad():
+                    _call(closure)
+                several.append([t.clone() for t in buffers.tensors()])
+                reshard()  # there is no backward pass
+        buffers.settle(several[SETTLING // 2 :], place)
 
     def compared(self, closure: Closure) -> tuple[float, float, float]:
         """Mean losses at averaged and at good weights, and the standard error of their difference.

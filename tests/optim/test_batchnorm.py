@@ -375,3 +375,47 @@ def test_a_model_may_be_converted_after_its_optimizer_is_made(shell: type) -> No
             ends.append({n: t.clone() for n, t in net.state_dict().items()})
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def _product(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 8, generator=generator)
+    noise = 0.1 * torch.randn(size, 1, generator=generator)
+    return x, x[:, :1] * x[:, 1:2] + x.sum(1, keepdim=True) + noise
+
+
+def test_final_weights_have_statistics_of_their_own() -> None:
+    """Truth: torch's ``update_bn`` over the training data; rare passes lag behind the weights."""
+    (x, y), (xv, yv), (xt, yt) = _product(900, 1), _product(300, 2), _product(4000, 3)
+    ratios = []
+    for seed in (2, 3, 4):
+        torch.manual_seed(seed)
+        layers = [nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU()]
+        layers += [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 1)]
+        net = nn.Sequential(*layers)
+        opt = st.AdamW(net, lr=3e-3, total_steps=600)
+        drawn, drawn_val = (torch.Generator().manual_seed(seed + s) for s in (100, 0))
+
+        def loss_of(x: Tensor, y: Tensor, net: nn.Module = net) -> Tensor:
+            return (net(x) - y).square().mean()
+
+        def closure(drawn: torch.Generator = drawn_val, loss_of: Callable = loss_of) -> Tensor:
+            some = torch.randperm(300, generator=drawn)[:100]
+            return loss_of(xv[some], yv[some])
+
+        for _ in range(600):
+            some = torch.randint(900, (50,), generator=drawn)
+            opt.zero_grad()
+            loss_of(x[some], y[some]).backward()
+            opt.step()
+            opt.hyper_step(closure)
+        losses = []
+        with opt.averaged(), torch.no_grad():
+            for exact in (False, True):
+                if exact:
+                    torch.optim.swa_utils.update_bn([(x,)], net)
+                net.eval()
+                losses.append(float(loss_of(xt, yt)))
+                net.train()
+        ratios.append(losses[0] / losses[1])
+    assert max(ratios) < 2, ratios
