@@ -147,11 +147,12 @@ class Buffers:
                 layer.momentum = momentum
 
     def settle(self, statistics: Sequence[Sequence[Tensor]], place: float) -> None:
-        """Replace the statistics of the final weights, at a position, by the mean of several."""
+        """Replace the statistics at a position up to the average by the mean of several."""
         for kept in (self.average, self.good) if place < 0 else (self.average,):
             for tensor, several in zip(kept, zip(*statistics, strict=True), strict=True):
-                if tensor.is_floating_point():
-                    tensor.copy_(torch.stack(several).mean(0))
+                mean = torch.stack(several).to("cpu", torch.float64).mean(0)
+                if tensor.is_floating_point() and finite(mean):
+                    tensor.copy_(mean)
 
     def expect(self, params: Iterable[Tensor]) -> None:
         """Find the layers of loaded statistics in later forward passes."""

@@ -35,7 +35,7 @@ RARER = 200
 """The slopes at a position use one validation batch per this many steps."""
 
 SETTLING = 20
-"""Validation passes for the final statistics of BatchNorm; the first half replaces earlier ones."""
+"""Validation passes for the final statistics of BatchNorm; the first half replaces old ones."""
 
 OLD_LOSS = (
     "closure returned a loss computed before the closure was called, at other weights: hyper_step "
@@ -163,7 +163,7 @@ class OuterLoss:
         else:
             slopes = self._slopes(closure, (*BACK, 1.0))
             final.judge(step, slopes[-2:, 1], slopes[:-1, 0])
-        if engine.buffers.own:
+        if engine.buffers.own and self.final_position <= 0:  # else they are those of training
             self._settle(closure, self.final_position)
         engine.monitor.scalar("weights/position", final.position, step)
         log.info("%s: final weights: %s", engine.controller.label, final)

@@ -18,7 +18,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._noise_scale import halves
 from selftune.tuner._objective import Objective
 from selftune.tuner._run_state import RunState
-from selftune.tuner._scoring import Metric, measured
+from selftune.tuner._scoring import Metric, differentiates, measured
 from selftune.tuner._steps import Steps
 
 log = logging.getLogger("selftune")
@@ -48,7 +48,14 @@ def check_first(
             if not steps.group.sharded:  # whose graph holds the gathered weights
                 _check_dependence(loss, name, module)
                 if name == "val" and metrics and isinstance(module, Objective):
-                    measured(metrics, *module.outputs(batch)[1:])
+                    try:
+                        with torch.no_grad():
+                            _, *outputs = module.outputs(batch)
+                    except RuntimeError as error:
+                        if not differentiates(error):
+                            raise
+                        _, *outputs = module.outputs(batch)
+                    measured(metrics, *outputs)
             value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
             divided = name == "train" and steps.halved is not None

@@ -48,10 +48,16 @@ class _Scores(nn.Module):
         return {"loss": loss, **measured(self.metrics, output, target)}
 
 
+def differentiates(error: RuntimeError) -> bool:
+    """Whether a pass without gradients failed because the loss contains derivatives by inputs."""
+    return "does not require grad" in str(error)
+
+
 def measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[str, Any]:
     if torch.is_grad_enabled():  # metrics may convert outputs to NumPy
         output = tree_map_only(Tensor, Tensor.detach, output)
-    values = {name: metric(output, target) for name, metric in metrics.items()}
+    with torch.no_grad():
+        values = {name: metric(output, target) for name, metric in metrics.items()}
     for name, value in values.items():
         try:
             single = torch.as_tensor(value).numel() == 1
@@ -136,12 +142,11 @@ class Scorer:
             for turn, (batch, weight) in enumerate(batches):
                 total += weight
                 for tensors, adding in zip(there, sums, strict=True):
-                    # Random losses: the same numbers in all evaluations, else luck decides.
-                    with seeded(self._device, turn * group.size + group.rank):
-                        scores = self._scores_of(tensors, batch)
+                    scores = self._scores_of(tensors, batch, turn * group.size + group.rank)
                     for name, value in scores.items() if weight else ():
-                        value = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
-                        value = value.to(torch.float64) * weight
+                        if not isinstance(value, Tensor):
+                            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+                        value = value.detach().to(torch.float64) * weight
                         adding[name] = adding[name] + value if name in adding else value
         numbers = [{name: float(value) for name, value in s.items()} for s in sums]
         everywhere = group.gather((total, numbers))
@@ -161,14 +166,19 @@ class Scorer:
         same = self._sharded and tensor.data_ptr() == target.data_ptr()
         return tensor.clone() if same else tensor
 
-    def _scores_of(self, tensors: dict[str, Tensor], batch: Any) -> dict[str, Any]:
-        """The scores of a batch at given weights and buffers."""
+    def _scores_of(self, tensors: dict[str, Tensor], batch: Any, seed: int) -> dict[str, Any]:
+        """The scores of a batch at given weights and buffers.
+
+        Random losses get the same numbers in all evaluations, else luck decides.
+        """
         try:
-            return self._passed(tensors, batch)
+            with seeded(self._device, seed):
+                return self._passed(tensors, batch)
         except RuntimeError as error:
-            if self._differentiates or "does not require grad" not in str(error):
+            if self._differentiates or not differentiates(error):
                 raise
-            self._differentiates = True  # by inputs, as in a physics-informed loss
+            self._differentiates = True
+        with seeded(self._device, seed):
             return self._passed(tensors, batch)
 
     def _passed(self, tensors: dict[str, Tensor], batch: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Models and data that people have, where a loop of one's own is the truth."""
 
 from collections import namedtuple
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -388,3 +389,29 @@ def test_metrics_of_models_that_differentiate_may_convert_to_numpy() -> None:
     tuner = st.Tuner(_Force(), F.mse_loss, metrics={"error": error})
     result = tuner.fit(batches, batches[:2], epochs=10, progress=False)
     assert result.best_scores["error"] < 0.2
+
+
+@dataclass
+class _Output:
+    values: Tensor
+
+
+class _Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> _Output:
+        return _Output(self.line(x))
+
+
+def test_metrics_read_outputs_of_any_class_and_keep_their_precision() -> None:
+    batches = [(x, x.cos()) for x in (torch.rand(64, 1) * 2 - 1 for _ in range(10))]
+    metrics = {
+        "error": lambda output, target: np.abs(output.values.numpy() - target.numpy()).mean(),
+        "tenth": lambda *_: 0.1,
+    }
+    loss_fn = lambda output, target: F.mse_loss(output.values, target)  # noqa: E731
+    tuner = st.Tuner(_Wrapped(), loss_fn, metrics=metrics)
+    result = tuner.fit(batches, batches[:1], epochs=2, progress=False)
+    assert result.best_scores["tenth"] == 0.1
