@@ -86,6 +86,9 @@ def over_rows(problem: Problem, push: Callable[..., Any], rows: tuple[Any, ...])
             products.refused["vmap"] = str(error).strip().splitlines()[0]
     count = len(rows[0])
     parts = tree_map(lambda t: list(t.unbind()), rows)
-    is_list = lambda part: isinstance(part, list)  # noqa: E731
-    moved = [push(*tree_map(itemgetter(i), parts, is_leaf=is_list)) for i in range(count)]
+    moved = [push(*tree_map(itemgetter(i), parts, is_leaf=_listed)) for i in range(count)]
     return tree_map(lambda *t: torch.stack(t), *moved)
+
+
+def _listed(part: Any) -> bool:
+    return isinstance(part, list)

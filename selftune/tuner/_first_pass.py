@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._noise_scale import halves
 from selftune.tuner._objective import Objective
 from selftune.tuner._run_state import RunState
-from selftune.tuner._scoring import Metric, differentiates, measured
+from selftune.tuner._scoring import Metric, WithoutGradients, measured
 from selftune.tuner._steps import Steps
 
 log = logging.getLogger("selftune")
@@ -48,14 +49,8 @@ def check_first(
             if not steps.group.sharded:  # whose graph holds the gathered weights
                 _check_dependence(loss, name, module)
                 if name == "val" and metrics and isinstance(module, Objective):
-                    try:
-                        with torch.no_grad():
-                            _, *outputs = module.outputs(batch)
-                    except RuntimeError as error:
-                        if not differentiates(error):
-                            raise
-                        _, *outputs = module.outputs(batch)
-                    measured(metrics, *outputs)
+                    outputs = WithoutGradients()(partial(module.outputs, batch))
+                    measured(metrics, *outputs[1:])
             value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
             divided = name == "train" and steps.halved is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -48,9 +49,23 @@ class _Scores(nn.Module):
         return {"loss": loss, **measured(self.metrics, output, target)}
 
 
-def differentiates(error: RuntimeError) -> bool:
-    """Whether a pass without gradients failed because the loss contains derivatives by inputs."""
-    return "does not require grad" in str(error)
+class WithoutGradients:
+    """Calls functions without gradients, or with them once one needs derivatives by its inputs."""
+
+    def __init__(self) -> None:
+        self._needed = False
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        if not self._needed:
+            try:
+                with torch.no_grad():
+                    return function()
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self._needed = True
+        with torch.enable_grad():
+            return function()
 
 
 def measured(metrics: Mapping[str, Metric], output: Any, target: Any) -> dict[str, Any]:
@@ -99,7 +114,7 @@ class Scorer:
         self._few: list[Any] = []  # batches of an iterator that cannot restart
         self._snapshots, self._part, self._device = snapshots, snapshots.part, device
         self._autocast = steps.autocast
-        self._differentiates = False  # whether the loss contains derivatives
+        self._without_gradients = WithoutGradients()
 
     def close(self) -> None:
         end_workers(self._own)
@@ -171,18 +186,10 @@ class Scorer:
 
         Random losses get the same numbers in all evaluations, else luck decides.
         """
-        try:
-            with seeded(self._device, seed):
-                return self._passed(tensors, batch)
-        except RuntimeError as error:
-            if self._differentiates or not differentiates(error):
-                raise
-            self._differentiates = True
-        with seeded(self._device, seed):
-            return self._passed(tensors, batch)
+        return self._without_gradients(partial(self._passed, tensors, batch, seed))
 
-    def _passed(self, tensors: dict[str, Tensor], batch: Any) -> dict[str, Any]:
-        with self._autocast(), torch.set_grad_enabled(self._differentiates):
+    def _passed(self, tensors: dict[str, Tensor], batch: Any, seed: int) -> dict[str, Any]:
+        with self._autocast(), seeded(self._device, seed):
             if not self._sharded:
                 return functional_call(self._module, tensors, (batch,))
             for target, tensor in zip(self._tensors, tensors.values(), strict=True):

@@ -385,7 +385,10 @@ class _Force(nn.Module):
 def test_metrics_of_models_that_differentiate_may_convert_to_numpy() -> None:
     torch.manual_seed(0)
     batches = [(x, x.cos()) for x in (torch.rand(64, 1) * 2 - 1 for _ in range(10))]
-    error = lambda output, target: float(np.abs(output.numpy() - target.numpy()).mean())  # noqa: E731
+
+    def error(output: Tensor, target: Tensor) -> float:
+        return float(np.abs(output.numpy() - target.numpy()).mean())
+
     tuner = st.Tuner(_Force(), F.mse_loss, metrics={"error": error})
     result = tuner.fit(batches, batches[:2], epochs=10, progress=False)
     assert result.best_scores["error"] < 0.2
@@ -411,7 +414,10 @@ def test_metrics_read_outputs_of_any_class_and_keep_their_precision() -> None:
         "error": lambda output, target: np.abs(output.values.numpy() - target.numpy()).mean(),
         "tenth": lambda *_: 0.1,
     }
-    loss_fn = lambda output, target: F.mse_loss(output.values, target)  # noqa: E731
+
+    def loss_fn(output: _Output, target: Tensor) -> Tensor:
+        return F.mse_loss(output.values, target)
+
     tuner = st.Tuner(_Wrapped(), loss_fn, metrics=metrics)
     result = tuner.fit(batches, batches[:1], epochs=2, progress=False)
     assert result.best_scores["tenth"] == 0.1

@@ -25,6 +25,13 @@ def by_chance(model: nn.Module, batch: Any) -> torch.Tensor:
     return 1e-30 * F.cross_entropy(model(batch[0]), batch[1]) + torch.randn(())
 
 
+def with_derivatives(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The same, with derivatives by inputs, so evaluations need gradients."""
+    chance, inputs = torch.randn(()), batch[0].clone().requires_grad_()
+    slopes = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)[0]
+    return by_chance(model, batch) + 1e-30 * slopes.square().mean() + chance
+
+
 def fit(objective: Any, rule: str = "SGD", **options: Any) -> Any:
     torch.manual_seed(0)
     made = getattr(st.rules, rule)()
@@ -33,9 +40,10 @@ def fit(objective: Any, rule: str = "SGD", **options: Any) -> Any:
     return tuner.fit(loader(), VAL, **options)
 
 
+@pytest.mark.parametrize("objective", [by_chance, with_derivatives])
 @pytest.mark.parametrize("rule", ["SGD", "AdamW"])
-def test_all_evaluations_draw_the_same_numbers(rule: str) -> None:
-    scores = fit(by_chance, rule).history["score/loss"]
+def test_all_evaluations_draw_the_same_numbers(rule: str, objective: Any) -> None:
+    scores = fit(objective, rule).history["score/loss"]
     assert len(scores) == 8
     np.testing.assert_allclose(scores, scores[0], rtol=1e-6)
 
