@@ -107,9 +107,9 @@ def kill(seed: int, seconds: float, whole: tuple[str, int], folder: Path) -> Kil
     ranks, after = started(save, folder), draw.uniform(0.05, seconds)
     killed = ranks[victim].killed(after)
     noticed = _noticed(ranks[1 - victim])
-    read, last = folder / "read by 0", folder / "run" / "last.pt"
-    steps = len(read.read_bytes()) - 2 if read.exists() else 0  # one looked at, one in its step
-    noticed |= steps < 1  # the other rank waited for it to come: torchrun ends that one
+    steps, last = _begun(folder, 0), folder / "run" / "last.pt"
+    # A rank that waits for the killed one to come is ended by torchrun.
+    noticed |= _begun(folder, victim) < 1
     saved = apart(lambda: torch.load(last, weights_only=False)["numbers"][0]) if (
         last.exists()) else 0  # fmt: skip
     try:
@@ -118,6 +118,12 @@ def kill(seed: int, seconds: float, whole: tuple[str, int], folder: Path) -> Kil
         ends = [(str(error), 0)]
     lost, most = max(0, steps - saved) if killed else None, 1 + (0 if saved else whole[1])
     return Kill(victim, save, after, lost, most, noticed, ends == [whole] * RANKS)
+
+
+def _begun(folder: Path, rank: int) -> int:
+    """Steps that a rank has taken, by the batches it has read."""
+    read = folder / f"read by {rank}"
+    return len(read.read_bytes()) - 2 if read.exists() else 0  # one looked at, one in its step
 
 
 def _noticed(rank: Child) -> bool:
