@@ -1,10 +1,12 @@
 """BatchNorm's statistics at the end of a run whose validation passes are in training mode.
 
-    python -m benchmarks.quality.batch_statistics [--without] [--seeds 5]
+    python -m benchmarks.quality.batch_statistics [--without] [--evaluation] [--tuner] [--seeds 5]
 
 Test losses of the last weights, in ``averaged()``, and there with statistics of the training set
 (torch's ``update_bn``): networks with BatchNorm for two regressions and for digits, 600 steps.
-``--without`` leaves out the passes at the end that collect statistics for the final weights.
+``--without`` leaves out the passes at the end that collect statistics for the final weights, and
+``--evaluation`` runs validation passes in evaluation mode. ``--tuner`` trains by ``st.Tuner``; its
+last weights are not known.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+from collections.abc import Callable
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -19,15 +23,22 @@ from sklearn.datasets import load_digits, make_friedman1
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, TensorDataset
 
 import selftune as st
 from selftune.optim._outer import OuterLoss
 
 Data = tuple[Tensor, Tensor]
+LossFn = Callable[[Tensor, Tensor], Tensor]
 SIZES = [900, 300, 4000]  # training, validation, test
 SHELLS = {
     "AdamW": lambda net, steps: st.AdamW(net, lr=3e-3, total_steps=steps),
     "SGD": lambda net, steps: st.SGD(net, lr=0.02, momentum=0.9, total_steps=steps),
+}
+
+RULES = {
+    "AdamW": (st.rules.AdamW, {"lr": 3e-3}),
+    "SGD": (st.rules.SGD, {"lr": 0.02, "momentum": 0.9}),
 }
 
 
@@ -74,7 +85,38 @@ JOBS = {
 }
 
 
-def run(job: str, shell: str, seed: int, steps: int = 600) -> tuple[float, float, float]:
+@torch.no_grad()
+def loss_of(net: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> float:
+    """The loss in evaluation mode."""
+    net.eval()
+    loss = float(loss_fn(net(x), y))
+    net.train()
+    return loss
+
+
+def tuned(job: str, rule: str, seed: int, steps: int = 600) -> tuple[float, float, float]:
+    """Test losses of a tuner's model, and after ``update_bn``; the first one is not known."""
+    data, make, loss_fn = JOBS[job]
+    parts = [data(size, part) for part, size in enumerate(SIZES, 1)]
+    torch.manual_seed(seed)
+    net = make(parts[0][0].shape[1])
+    drawn = torch.Generator().manual_seed(seed)
+    train, val = (
+        DataLoader(TensorDataset(*part), size, shuffle=True, generator=drawn)
+        for part, size in zip(parts, (50, 100), strict=False)
+    )
+    chosen, start = RULES[rule]
+    st.Tuner(net, loss_fn, rule=chosen(), hparams=start, compile=False).fit(
+        train, val, steps=steps, progress=False
+    )
+    own = loss_of(net, loss_fn, *parts[2])
+    update_bn([parts[0][0]], net)
+    return float("nan"), own, loss_of(net, loss_fn, *parts[2])
+
+
+def run(
+    job: str, shell: str, seed: int, steps: int = 600, *, evaluation: bool = False
+) -> tuple[float, float, float]:
     """Test losses of the last weights, in ``averaged()``, and there after ``update_bn``."""
     data, make, loss_fn = JOBS[job]
     x, y = zip(*(data(size, part) for part, size in enumerate(SIZES, 1)), strict=True)
@@ -84,15 +126,14 @@ def run(job: str, shell: str, seed: int, steps: int = 600) -> tuple[float, float
     drawn, drawn_val = (torch.Generator().manual_seed(seed + s) for s in (100, 0))
 
     def test() -> float:
-        net.eval()
-        with torch.no_grad():
-            loss = float(loss_fn(net(x[2]), y[2]))
-        net.train()
-        return loss
+        return loss_of(net, loss_fn, x[2], y[2])
 
     def closure() -> Tensor:
         some = torch.randperm(SIZES[1], generator=drawn_val)[:100]
-        return loss_fn(net(x[1][some]), y[1][some])
+        net.train(not evaluation)
+        loss = loss_fn(net(x[1][some]), y[1][some])
+        net.train()
+        return loss
 
     for _ in range(steps):
         some = torch.randint(SIZES[0], (50,), generator=drawn)
@@ -112,7 +153,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--without", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--evaluation", action="store_true")
+    parser.add_argument("--tuner", action="store_true")
     args = parser.parse_args()
+    train = tuned if args.tuner else partial(run, evaluation=args.evaluation)
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
     if args.without:
@@ -121,7 +165,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for job in JOBS:
         for shell in SHELLS:
-            last, own, exact = zip(*(run(job, shell, s) for s in range(args.seeds)), strict=True)
+            last, own, exact = zip(*(train(job, shell, s) for s in range(args.seeds)), strict=True)
             means = [statistics.mean(losses) for losses in (last, own, exact)]
             print(f"| {job} | {shell} | {means[0]:.4f} | {means[1]:.4f} ({max(own):.4f}) "
                   f"| {means[2]:.4f} |", flush=True)  # fmt: skip
