@@ -79,10 +79,10 @@ class Metrics:
         self._logged = state["logged"]
         self.floors = state["floors"]
 
-    def note(self, raw: Mapping[str, Tensor], *, last: bool = False) -> None:
+    def note(self, raw: Mapping[str, float], *, last: bool = False) -> None:
         """Append raw values to the course, or replace the ``last`` ones."""
-        for name, shifts in raw.items():
-            self.course[name][-1 if last else len(self.course[name]) :] = [float(shifts.mean())]
+        for name, value in raw.items():
+            self.course[name][-1 if last else len(self.course[name]) :] = [value]
 
     def note_floors(
         self,

@@ -49,7 +49,7 @@ class OptimizerLog:
         if self.metrics.floors is None:
             self.metrics.note_floors(self._shifts.middles(), self._raw(), self._ends(step))
         if self.metrics.monitor.on:
-            self.metrics.note(self._raw())
+            self.metrics.note(self._places())
 
     def hyper_step(
         self,
@@ -98,11 +98,14 @@ class OptimizerLog:
         if self.metrics.floors is None:
             return {}
         if not self.metrics.monitor.on:
-            self.metrics.note(self._raw(), last=True)
+            self.metrics.note(self._places(), last=True)
         return self.metrics.verdicts(values, self._signals(), self._ends(step))
 
     def _raw(self) -> dict[str, Tensor]:
         return self._shifts.hyper.split(self._shifts.state.raw)
+
+    def _places(self) -> dict[str, float]:
+        return {name: float(shifts.mean()) for name, shifts in self._raw().items()}
 
     def _ends(self, step: int) -> dict[str, Ends]:
         """Bounds of the shifts, because the log records shifts."""

@@ -32,12 +32,8 @@ class TunerLog:
         self._rest, self._noted = rest, -math.inf
         self._plain, self._tuning = [0.0, 0], [0.0, 0]  # (seconds, steps) without and with tuning
 
-    def note(self, values: Mapping[str, float]) -> None:
-        known = self._steps.hyper.hparams
-        numbers = {
-            n: torch.tensor([v], dtype=torch.float64, device="cpu") for n, v in values.items()
-        }
-        self.metrics.note({n: known[n].bijection.inverse(v) for n, v in numbers.items()})
+    def note(self, raw: Sequence[float]) -> None:
+        self.metrics.note(dict(zip(self._steps.hyper.names, raw, strict=True)))
 
     def trained(self, step: int, loss: float) -> None:
         """Log a training loss without a hyperparameter step, if the last entry is old enough."""

@@ -153,7 +153,7 @@ class Steps:
         """A step of the hyperparameters on a validation batch.
 
         Returns the next run, and a vector of the outer loss, whether hypergradients were finite,
-        the hyperparameters after the step, and their raw values before it.
+        the hyperparameters after the step, and their raw values after and before it.
         """
         return self.hyper_step(run, self.outer_gradient(run, batch))
 
@@ -314,7 +314,7 @@ class Steps:
         kept = [torch.where(fine, *b) for b in zip(buffers, run.average_buffers, strict=True)]
         after = run._replace(method=state, average_buffers=kept)
         record = torch.stack([t.to(torch.float64) for t in (loss, fine, *present)])
-        return after, torch.cat([record, before])
+        return after, torch.cat([record, state.hyper.raw, before])
 
     def signal(
         self, run: RunState, grads: Sequence[Tensor], whole_step_grads: Mapping[str, Tensor]

@@ -111,7 +111,7 @@ class Watch:
 
     def _raw_before(self, rows: list[list[float]]) -> list[list[float]]:
         """Each member's raw hyperparameters before a hyperparameter step."""
-        return [row[2 + len(self._steps.hyper.names) :] for row in rows]
+        return [row[2 + 2 * len(self._steps.hyper.names) :] for row in rows]
 
     def _read(self, records: list[tuple[int, Tensor]]) -> list[tuple[int, list[list[float]]]]:
         """Steps and numbers of each member, copied from a GPU at once."""
@@ -128,10 +128,10 @@ class Watch:
         """Record a hyperparameter step in history, log and progress bar."""
         self.leader = min(range(len(rows)), key=lambda m: self.controllers[m].standing)
         outer, _, *values = rows[self.leader]
-        values = values[: len(self._steps.hyper.names)]
-        named = dict(zip(self._steps.hyper.names, values, strict=True))
+        names = self._steps.hyper.names
+        named = dict(zip(names, values, strict=False))
         self.history.hyper(step, outer, named)
-        self.log.note(named)
+        self.log.note(values[len(names) : 2 * len(names)])
         self.log.note_floors(named, self.leader)
         known = self._last_losses.get(step)
         loss = math.nan if known is None else known[self.leader][0]
@@ -250,14 +250,16 @@ class Watch:
         return self.log.verdicts(self.hparams(), self.leader)
 
     def _tuned_values(self) -> dict[str, float]:
-        raw = self._snapshots.part(self._run.hyper.raw, self.leader)
-        return {n: float(v) for n, v in self._steps.hyper.values(raw).items()}
+        return {n: float(v) for n, v in self._steps.hyper.values(self._raw()).items()}
+
+    def _raw(self) -> Tensor:
+        return self._snapshots.part(self._run.hyper.raw, self.leader)
 
     def note(self, step: int) -> None:
         """Record hyperparameters set by something other than a hyperparameter step."""
         values = self._tuned_values()
         self.history.hyper(step, math.nan, values)
-        self.log.note(values)
+        self.log.note(self._raw().tolist())
         if self.metrics.monitor.on:
             self.metrics.placed(values, step)
 

@@ -112,10 +112,11 @@ def test_steps_leave_model_and_batches_as_they_are() -> None:
     after, told = steps.tune(middle, data[1])
     assert_same(([*model.parameters(), *model.buffers()], data), held[:2])
     assert int(after.step) == int(after.age) == 1
-    assert told.shape == (2 + 3 + 3,)
+    assert told.shape == (2 + 3 + 3 + 3,)
     values = torch.stack(list(steps.hyper.values(after.hyper.raw).values()))
     torch.testing.assert_close(told[2:5], values)
-    torch.testing.assert_close(told[5:], held[2].hyper.raw)
+    torch.testing.assert_close(told[5:8], after.hyper.raw)
+    torch.testing.assert_close(told[8:], held[2].hyper.raw)
     assert not torch.equal(after.buffers[0], held[2].buffers[0])
     assert not torch.equal(after.average_buffers[0], held[2].average_buffers[0])
     assert torch.equal(middle.average_buffers[0], held[2].average_buffers[0])
