@@ -59,8 +59,9 @@ class Assembly:
     @ordinary_tensors()
     def _rebuild(self, groups: Sequence[Group], state: State) -> None:
         """Make the blocks, with the state of known parameters."""
-        if self._built:
+        if self._built or self._groups.laid_out:  # or a copy
             self._groups.take_up(groups)  # values written since the last step
+        if self._built:
             self._engine.training_signal = None  # its shape may change
             self._engine.unused = None
             self._engine.buffers.grow()

@@ -246,7 +246,7 @@ class Container(torch.optim.Optimizer):
             engine.whole = engine.whole.anew()
         assembly = self._assembly.over(engine)
         own = {**self.__dict__, "state": self.state, "_engine": engine, "_assembly": assembly}
-        return {k: v for k, v in own.items() if k != "step"}
+        return {k: v for k, v in own.items() if k != "step" and not k.endswith("_hooks")}
 
     # internals
 

@@ -77,6 +77,11 @@ class Groups:
         self.writes = 0
         self.scale = 1.0
 
+    @property
+    def laid_out(self) -> bool:
+        """Whether start values were read."""
+        return bool(self._spans)
+
     def scale_of(self, group: Group) -> float:
         """The factor of a group's ``lr`` in addition to the schedule's."""
         return self.scale if "initial_lr" in group and "lr" not in self._shifts.rows else 1.0

@@ -154,7 +154,8 @@ def sizes_of(model: nn.Module, small: nn.Module) -> dict[str, Any]:
         kind = "heads" if isinstance(parent, Attention) and isinstance(module, Gate) else "units"
         sizes[kind].append(max(1, int((~module.closed()).sum())))
     sizes = {kind: counts for kind, counts in sizes.items() if counts}
-    sizes |= {"blocks": len(optional) - len(removed)} if optional else {}
+    left = [n for n in optional if not f"{n}.".startswith(removed)]
+    sizes |= {"blocks": len(left)} if optional else {}
     return sizes | {"parameters": sum(p.numel() for p in small.parameters())}
 
 

@@ -98,8 +98,7 @@ class Follower(Tracked):
         )
         self.units.cut(path, module, "weight", 1 - across, made.ids, [outs])
         self.units.cut(path, module, "bias", 0, made.ids)
-        shared = id(module.weight) in self._shared or id(module.bias) in self._shared
-        if shared or hooked(module):
+        if self._tied(module) or hooked(module):
             self.units.need(given, made)
         return made
 
@@ -110,7 +109,8 @@ class Follower(Tracked):
         if module.groups == 1:
             return self._layer(node, module, given, axis)
         depthwise = module.groups == module.in_channels == module.out_channels
-        if given is None or not depthwise or given.axis != axis or hooked(module):
+        kept = hooked(module) or self._tied(module)
+        if given is None or not depthwise or given.axis != axis or kept:
             return self.unknown(node)
         sizes = ["in_channels", "out_channels", "groups"]
         self.units.cut(str(node.target), module, "weight", 0, given.ids, sizes)
@@ -120,11 +120,17 @@ class Follower(Tracked):
             still = torch.zeros_like(given.zero)  # training changes it
         return Channels(axis, given.ids, given.zero & still)
 
+    def _tied(self, module: nn.Module) -> bool:
+        """Whether other modules have its parameters too."""
+        return any(id(p) in self._shared for p in module._parameters.values())
+
     def _batch_norm(self, path: str, module: _BatchNorm, given: Channels) -> Channels:
         """A closed unit is 0 afterwards only if the norm leaves 0 at 0."""
         for at, name in enumerate(("weight", "bias", "running_mean", "running_var")):
             sizes = ["num_features"] if at == 0 or name == "running_mean" else []
             self.units.cut(path, module, name, 0, given.ids, sizes)
+        if self._tied(module):
+            self.units.need(given)
         if module.running_mean is None:
             self.units.need(given)
             return given

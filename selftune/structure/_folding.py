@@ -127,7 +127,7 @@ def _scale(module: nn.Module, name: str, factors: Tensor, axis: int) -> None:
 
 def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
     """Multiplication by factors along a dimension, as a module of torch operations only."""
-    ndims = {len(n.meta["shape"]) for n in nodes} or {dim + 1 if dim >= 0 else -dim}
+    ndims = {len(n.meta["shape"]) for n in nodes}
     root = nn.Module()
     graph = fx.Graph()
     given = graph.placeholder("input")
@@ -136,7 +136,7 @@ def scaled(factors: Tensor, dim: int, nodes: list[fx.Node]) -> fx.GraphModule:
         shape[dim] = len(factors)
         root.register_buffer("factors", factors.view(shape))
         product = graph.call_function(operator.mul, (given, _like(given, graph, nodes)))
-    else:  # inputs of several ranks
+    else:  # inputs of several ranks, or of an unknown one: only training calls the gate
         root.register_buffer("factors", factors)
         last = graph.call_function(torch.movedim, (given, dim, -1))
         product = graph.call_function(operator.mul, (last, _like(last, graph, nodes)))

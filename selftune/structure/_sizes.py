@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from selftune.structure._channels import Follower
 from selftune.structure._folding import replace_optionals
@@ -234,7 +235,7 @@ def _examples(model: nn.Module, inputs: tuple[Any, ...]) -> float:
             if isinstance(module, (AbstractGated, Attention)):
                 hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
         call(model, inputs)
-    usual = (float(len(i)) for i in inputs if isinstance(i, Tensor) and i.ndim)
+    usual = (float(len(i)) for i in tree_leaves(inputs) if isinstance(i, Tensor) and i.ndim)
     return next(iter((*found, *usual)), 1.0)
 
 

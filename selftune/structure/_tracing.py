@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -32,6 +32,8 @@ def hooked(module: nn.Module) -> bool:
 
 class Tracer(fx.Tracer):
     """Traces into the user's modules; torch's modules and gates are leaves."""
+
+    proxy_buffer_attributes = True  # a buffer may be sliced by the length of an input
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is a node of the graph."""
@@ -116,6 +118,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
             values[name] = nn.Parameter(value, requires_grad=trained) if params else value
         module.__class__ = type(module).__bases__[0]
         del module.parametrizations
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", hook).__module__ == parametrizations.__name__:
+                del module._load_state_dict_pre_hooks[key]  # weight_norm's cannot be pickled
         for name, value in values.items():
             parameter = isinstance(value, nn.Parameter)
             (module.register_parameter if parameter else module.register_buffer)(name, value)

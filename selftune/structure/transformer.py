@@ -218,7 +218,7 @@ class Encoder(nn.Module):
         src_key_padding_mask: Tensor | None = None, is_causal: bool | None = False,
     ) -> Tensor:  # fmt: skip
         """As ``nn.TransformerEncoder``; ``is_causal`` as in :class:`EncoderLayer`."""
-        causal = False if is_causal is None else is_causal
+        causal = is_causal == True  # noqa: E712  # None is False, also for an input of a graph
         for layer in self.layers:
             src = layer(src, mask, src_key_padding_mask, causal)
         return src if self.norm is None else self.norm(src)

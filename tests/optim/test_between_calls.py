@@ -170,3 +170,43 @@ def test_values_outside_their_range_are_refused_when_they_are_read(
         return
     with pytest.raises(ValueError, match=f"{name}={value} must be"):
         weight_step(net, opt)
+
+
+def unpickled(values: tuple[Tensor, torch.optim.Optimizer]) -> tuple[Tensor, torch.optim.Optimizer]:
+    return pickle.loads(pickle.dumps(values))
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+def test_values_written_to_a_copy_before_its_next_step_hold(
+    copied: Callable[..., tuple[Tensor, torch.optim.Optimizer]], steps: int
+) -> None:
+    """Truth: the optimizer itself, and, for a rate without momentum, the step it makes."""
+    sizes = []
+    for change in (copied, lambda values: values):
+        weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        opt: torch.optim.Optimizer = st.SGD([weight], lr=0.1, probe=False, guard=False)
+        for step in range(steps + 1):
+            if step == steps:
+                weight, opt = change((weight, opt))
+                opt.param_groups[0].update(lr=0.001, weight_decay=0.5)
+                before = weight.detach().clone()
+            weight.grad = torch.ones_like(weight)
+            opt.step()
+        assert opt.param_groups[0]["weight_decay"] == opt.hparams["weight_decay"] == 0.5  # type: ignore[attr-defined]
+        sizes.append(before - weight.detach())
+    torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(sizes[0], 0.001 * (1 + 0.5 * before), rtol=1e-4, atol=0)
+
+
+def test_copies_have_no_hooks() -> None:
+    """Truth: copies of torch's optimizers."""
+    for make_one in (torch.optim.SGD, st.SGD):
+        net, calls = network(), []
+        opt = make_one(net.parameters(), lr=0.1)
+        opt.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
+        weight_step(net, opt)
+        pickle.dumps(opt)  # the hook itself cannot be pickled
+        other, its_own = copy.deepcopy((net, opt))
+        weight_step(other, its_own)
+        assert calls == [1]

@@ -1,0 +1,156 @@
+"""Models as users write them. Truth: the gated model, sizes by hand, torch's pickles."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from selftune.search._pruning import sizes_of
+from selftune.structure import Gate, Goal, Optional, prune, with_gates
+
+
+class Auxiliary(nn.Module):
+    """A second head, with a gate, that only training calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.out = nn.Conv2d(3, 8, 3), Gate(8), nn.Conv2d(8, 2, 1)
+        self.second = nn.Sequential(nn.Conv2d(3, 8, 1), Gate(8), nn.Conv2d(8, 2, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        first = self.out(self.gate(F.relu(self.conv(x))))
+        return (first, self.second(x)) if self.training else first
+
+
+@pytest.mark.parametrize("size", [8, 10])
+def test_a_gate_that_only_training_calls_keeps_its_axis(size: int) -> None:
+    net, x = Auxiliary(), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        net.gate.gates[:4] = 0
+        net.second[1].gates.uniform_(0.5, 1.5)
+    small = prune(net, x)
+    torch.testing.assert_close(small.train()(x)[1], net.train()(x)[1])
+
+
+class Wrapped(nn.Module):
+    """An encoder with the defaults of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, is_causal: bool | None = None) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if is_causal else None
+        return self.encoder(x, mask=mask, is_causal=is_causal)
+
+
+def test_an_encoder_called_with_is_causal_none() -> None:
+    x = torch.randn(3, 5, 8)
+    net = with_gates(Wrapped())
+    goal = Goal(net, x, budget=0.5, total_steps=1, closings=1, start=0.5, end=1.0)
+    goal.step(lambda: net(x).square().mean())
+    small = prune(net, x)
+    torch.testing.assert_close(small(x), net.eval()(x))
+    assert sum(p.numel() for p in small.parameters()) == goal.size()["parameters"]
+    torch.testing.assert_close(small.encoder(x, is_causal=True), net.encoder(x, is_causal=True))
+
+
+class Positions(nn.Module):
+    """The positions of torch's tutorial: a buffer, cut to the length of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.register_buffer("positions", torch.randn(20, 8))
+        self.feed = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Gate(32, -1), nn.Linear(32, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed(self.embedding(x) + self.positions[: x.size(1)])
+
+
+def test_a_buffer_cut_to_the_length_of_the_input() -> None:
+    net, x = Positions(), torch.randint(11, (3, 5))
+    with torch.no_grad():
+        net.feed[2].gates[:20] = 0
+    Goal(net, x, budget=0.9)
+    small = prune(net, x).eval()
+    assert small.feed[0].out_features == 12
+    for length in (5, 3):
+        torch.testing.assert_close(small(x[:, :length]), net.eval()(x[:, :length]))
+
+
+class Domains(nn.Module):
+    """Two norms with the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.out = nn.Conv2d(3, 8, 1), Gate(8), nn.Conv2d(8, 2, 1)
+        self.one, self.other = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.other.weight, self.other.bias = self.one.weight, self.one.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.one(self.conv(x)), self.other(self.conv(-x))
+        return self.out(self.gate(F.relu(first))) + self.out(self.gate(F.relu(second)))
+
+
+class Dilated(nn.Module):
+    """Two depthwise convolutions with the same weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.out = nn.Conv2d(3, 8, 1), Gate(8), nn.Conv2d(8, 2, 1)
+        self.one = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.other = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.out(self.gate(self.one(x) + self.other(x)))
+
+
+@pytest.mark.parametrize("make", [Domains, Dilated])
+def test_units_of_shared_weights_remain(make: type[nn.Module]) -> None:
+    net, x = make(), torch.randn(2, 3, 5, 5)
+    with pytest.raises(ValueError, match="no unit of gate can be removed"):
+        Goal(net, x, budget=0.6)
+    with torch.no_grad():
+        net.gate.gates[:4] = 0
+    torch.testing.assert_close(prune(net.eval(), x)(x), net(x))
+
+
+def test_a_pruned_model_with_weight_norm_can_be_pickled() -> None:
+    net = nn.Sequential(weight_norm(nn.Linear(4, 8)), Gate(8), nn.Linear(8, 2))
+    with torch.no_grad():
+        net[1].gates[:5] = 0
+    x, file = torch.randn(3, 4), io.BytesIO()
+    torch.save(prune(net, x), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=False)(x), net.eval()(x))
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), Gate(8), nn.Linear(8, 2))
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.layers(batch["x"])
+
+
+def test_multiply_adds_of_one_example_of_a_dictionary() -> None:
+    goal = Goal(Named(), {"x": torch.randn(16, 4)}, budget=0.9)
+    assert goal.size()["multiply_adds"] == 4 * 8 + 8 * 2
+
+
+def test_a_block_inside_a_removed_block_is_not_left() -> None:
+    inner = nn.Sequential(nn.Linear(4, 4), Optional(nn.Linear(4, 4)))
+    net = nn.Sequential(nn.Linear(4, 4), Optional(inner))
+    with torch.no_grad():
+        net[1].mask.zero_()
+    assert sizes_of(net, prune(net, torch.randn(1, 4))) == {"blocks": 0, "parameters": 20}
