@@ -52,6 +52,7 @@ class Assembly:
         if kinds == self._built and not any(p.requires_grad for p in self._frozen):
             return self._engine.blocks
         self._check_kinds(groups, state)
+        self._check_places(groups, state)
         self._rebuild(groups, state)
         self._built = kinds
         return self._engine.blocks
@@ -94,6 +95,26 @@ class Assembly:
         if changed:
             state.clear()
             self._engine.forget()
+
+    def _check_places(self, groups: Sequence[Group], state: State) -> None:
+        """Raise an error if a group or parameter moved: tuned values belong to positions."""
+        if not (self._engine.clock.steps and self._groups.tuned):
+            return
+        before = {key: i for i, kinds in enumerate(self._built) for key, *_ in kinds}
+        moved = [
+            (before[id(p)], i)
+            for i, group in enumerate(groups)
+            for p in group["params"]
+            if p in state and before.get(id(p), i) != i
+        ]
+        if moved or len(groups) < len(self._built):
+            what = "parameters of group {} are in group {} now".format(*moved[0]) if moved else (
+                f"{len(self._built) - len(groups)} of {len(self._built)} groups were removed"
+            )  # fmt: skip
+            raise ValueError(
+                f"param_groups: {what}, but tuned hyperparameters belong to a group's position: "
+                "restore the groups (a group without parameters may stay), or make a new optimizer"
+            )
 
     def make(self, groups: Sequence[Group], state: State) -> None:
         """Concatenate the trained parameters of every group; their state is in ``state``."""

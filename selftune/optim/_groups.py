@@ -78,6 +78,11 @@ class Groups:
         self.scale = 1.0
 
     @property
+    def tuned(self) -> bool:
+        """Whether groups have tuned values."""
+        return bool(self._shifts.rows)
+
+    @property
     def laid_out(self) -> bool:
         """Whether start values were read."""
         return bool(self._spans)

@@ -210,3 +210,38 @@ def test_copies_have_no_hooks() -> None:
         other, its_own = copy.deepcopy((net, opt))
         weight_step(other, its_own)
         assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda groups: groups.pop(0),
+        lambda groups: groups.pop(),
+        lambda groups: groups.reverse(),
+        lambda groups: groups[2]["params"].append(groups[0]["params"].pop()),
+    ],
+)
+def test_groups_that_move_are_refused_until_they_are_restored(
+    change: Callable[[list[dict[str, list[Tensor]]]], object],
+) -> None:
+    """By hand: plain SGD at the rate of each group, once these are restored."""
+    rates = (1.0, 0.1, 0.01)
+    weights = [nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in rates]
+    groups = [{"params": [w], "lr": lr} for w, lr in zip(weights, rates, strict=True)]
+    opt = st.SGD(groups, momentum=0.0, tune=("lr",), probe=False, guard=False)
+
+    def step() -> None:
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        opt.step()
+
+    step()
+    before = [{**g, "params": list(g["params"])} for g in opt.param_groups]
+    change(opt.param_groups)
+    for call in (step, opt.state_dict, lambda: opt.hparams):
+        with pytest.raises(ValueError, match="belong to a group's position"):
+            call()
+    opt.param_groups[:] = before
+    step()
+    for weight, rate in zip(weights, rates, strict=True):
+        torch.testing.assert_close(weight.item(), -2 * rate, rtol=1e-9, atol=0)
