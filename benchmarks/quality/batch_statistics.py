@@ -31,15 +31,8 @@ from selftune.optim._outer import OuterLoss
 Data = tuple[Tensor, Tensor]
 LossFn = Callable[[Tensor, Tensor], Tensor]
 SIZES = [900, 300, 4000]  # training, validation, test
-SHELLS = {
-    "AdamW": lambda net, steps: st.AdamW(net, lr=3e-3, total_steps=steps),
-    "SGD": lambda net, steps: st.SGD(net, lr=0.02, momentum=0.9, total_steps=steps),
-}
 
-RULES = {
-    "AdamW": (st.rules.AdamW, {"lr": 3e-3}),
-    "SGD": (st.rules.SGD, {"lr": 0.02, "momentum": 0.9}),
-}
+STARTS = {"AdamW": {"lr": 3e-3}, "SGD": {"lr": 0.02, "momentum": 0.9}}
 
 
 def product(size: int, seed: int) -> Data:
@@ -105,24 +98,24 @@ def tuned(job: str, rule: str, seed: int, steps: int = 600) -> tuple[float, floa
         DataLoader(TensorDataset(*part), size, shuffle=True, generator=drawn)
         for part, size in zip(parts, (50, 100), strict=False)
     )
-    chosen, start = RULES[rule]
-    st.Tuner(net, loss_fn, rule=chosen(), hparams=start, compile=False).fit(
-        train, val, steps=steps, progress=False
+    tuner = st.Tuner(
+        net, loss_fn, rule=getattr(st.rules, rule)(), hparams=STARTS[rule], compile=False
     )
+    tuner.fit(train, val, steps=steps, progress=False)
     own = loss_of(net, loss_fn, *parts[2])
     update_bn([parts[0][0]], net)
     return float("nan"), own, loss_of(net, loss_fn, *parts[2])
 
 
 def run(
-    job: str, shell: str, seed: int, steps: int = 600, *, evaluation: bool = False
+    job: str, rule: str, seed: int, steps: int = 600, *, evaluation: bool = False
 ) -> tuple[float, float, float]:
     """Test losses of the last weights, in ``averaged()``, and there after ``update_bn``."""
     data, make, loss_fn = JOBS[job]
     x, y = zip(*(data(size, part) for part, size in enumerate(SIZES, 1)), strict=True)
     torch.manual_seed(seed)
     net = make(x[0].shape[1])
-    opt = SHELLS[shell](net, steps)
+    opt = getattr(st, rule)(net, **STARTS[rule], total_steps=steps)
     drawn, drawn_val = (torch.Generator().manual_seed(seed + s) for s in (100, 0))
 
     def test() -> float:
@@ -164,10 +157,10 @@ def main() -> None:
     print("| job | optimizer | last | `averaged()` (highest) | after `update_bn` |")
     print("|---|---|---|---|---|")
     for job in JOBS:
-        for shell in SHELLS:
-            last, own, exact = zip(*(train(job, shell, s) for s in range(args.seeds)), strict=True)
+        for rule in STARTS:
+            last, own, exact = zip(*(train(job, rule, s) for s in range(args.seeds)), strict=True)
             means = [statistics.mean(losses) for losses in (last, own, exact)]
-            print(f"| {job} | {shell} | {means[0]:.4f} | {means[1]:.4f} ({max(own):.4f}) "
+            print(f"| {job} | {rule} | {means[0]:.4f} | {means[1]:.4f} ({max(own):.4f}) "
                   f"| {means[2]:.4f} |", flush=True)  # fmt: skip
 
 

@@ -246,7 +246,7 @@ class Container(torch.optim.Optimizer):
             engine.whole = engine.whole.anew()
         assembly = self._assembly.over(engine)
         own = {**self.__dict__, "state": self.state, "_engine": engine, "_assembly": assembly}
-        return {k: v for k, v in own.items() if k != "step" and not k.endswith("_hooks")}
+        return {k: v for k, v in own.items() if k != "step" and not _holds_hooks(k)}
 
     # internals
 
@@ -265,3 +265,8 @@ class Container(torch.optim.Optimizer):
 
     def _publish(self) -> None:
         self._assembly.publish(self.param_groups)
+
+
+def _holds_hooks(name: str) -> bool:
+    """Whether an attribute of a torch optimizer holds hooks, which copies do not have."""
+    return name.startswith("_optimizer_") and name.endswith("_hooks")

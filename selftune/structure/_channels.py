@@ -129,10 +129,9 @@ class Follower(Tracked):
         for at, name in enumerate(("weight", "bias", "running_mean", "running_var")):
             sizes = ["num_features"] if at == 0 or name == "running_mean" else []
             self.units.cut(path, module, name, 0, given.ids, sizes)
-        if self._tied(module):
+        if module.running_mean is None or self._tied(module):
             self.units.need(given)
         if module.running_mean is None:
-            self.units.need(given)
             return given
         if self.ahead:  # a new norm has means and biases of 0, which training changes
             return given.shifted()

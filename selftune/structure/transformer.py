@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -218,7 +219,7 @@ class Encoder(nn.Module):
         src_key_padding_mask: Tensor | None = None, is_causal: bool | None = False,
     ) -> Tensor:  # fmt: skip
         """As ``nn.TransformerEncoder``; ``is_causal`` as in :class:`EncoderLayer`."""
-        causal = is_causal == True  # noqa: E712  # None is False, also for an input of a graph
+        causal = operator.eq(is_causal, True)  # None is False; also as an input of a graph
         for layer in self.layers:
             src = layer(src, mask, src_key_padding_mask, causal)
         return src if self.norm is None else self.norm(src)

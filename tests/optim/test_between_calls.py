@@ -172,20 +172,20 @@ def test_values_outside_their_range_are_refused_when_they_are_read(
         weight_step(net, opt)
 
 
-def unpickled(values: tuple[Tensor, torch.optim.Optimizer]) -> tuple[Tensor, torch.optim.Optimizer]:
+def unpickled(values: tuple[Tensor, st.SGD]) -> tuple[Tensor, st.SGD]:
     return pickle.loads(pickle.dumps(values))
 
 
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
 def test_values_written_to_a_copy_before_its_next_step_hold(
-    copied: Callable[..., tuple[Tensor, torch.optim.Optimizer]], steps: int
+    copied: Callable[..., tuple[Tensor, st.SGD]], steps: int
 ) -> None:
     """Truth: the optimizer itself, and, for a rate without momentum, the step it makes."""
     sizes = []
     for change in (copied, lambda values: values):
         weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-        opt: torch.optim.Optimizer = st.SGD([weight], lr=0.1, probe=False, guard=False)
+        opt = st.SGD([weight], lr=0.1, probe=False, guard=False)
         for step in range(steps + 1):
             if step == steps:
                 weight, opt = change((weight, opt))
@@ -193,7 +193,7 @@ def test_values_written_to_a_copy_before_its_next_step_hold(
                 before = weight.detach().clone()
             weight.grad = torch.ones_like(weight)
             opt.step()
-        assert opt.param_groups[0]["weight_decay"] == opt.hparams["weight_decay"] == 0.5  # type: ignore[attr-defined]
+        assert opt.param_groups[0]["weight_decay"] == opt.hparams["weight_decay"] == 0.5
         sizes.append(before - weight.detach())
     torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-12, atol=0)
     torch.testing.assert_close(sizes[0], 0.001 * (1 + 0.5 * before), rtol=1e-4, atol=0)
