@@ -46,11 +46,13 @@ class Assembly:
         return other
 
     def current(self, groups: Sequence[Group], state: State) -> list[Block]:
-        """The blocks, rebuilt if parameters were added, moved, replaced or unfrozen."""
+        """The blocks, rebuilt if parameters or their state were added, moved or replaced."""
         # At every step: size() is faster than shape.
         kinds = [[(id(p), p.size(), p.dtype) for p in g["params"]] for g in groups]
-        if kinds == self._built and not any(p.requires_grad for p in self._frozen):
-            return self._engine.blocks
+        blocks = self._engine.blocks
+        thawed = any(p.requires_grad for p in self._frozen)
+        if kinds == self._built and not thawed and not any(b.written(state) for b in blocks):
+            return blocks
         self._check_kinds(groups, state)
         self._check_places(groups, state)
         self._rebuild(groups, state)

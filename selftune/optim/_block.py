@@ -66,8 +66,7 @@ class Block:
         steps = [e["step"] if "step" in e else torch.zeros((), device="cpu") for e in entries]
         self._steps = torch.stack([torch.as_tensor(s, device="cpu").float().cpu() for s in steps])
         self._ages, self._lead = self._steps.tolist(), 0
-        for entry, step in zip(entries, self._steps, strict=True):
-            entry["step"] = step
+        self._shown: dict[str, Sequence[Tensor]] = {}  # views in the entries, until a step
         weights = self.weights()
         self.scratch: dict[str, Tensor] = {}
         self._firsts = cut.firsts(self.layout.sizes)
@@ -89,13 +88,22 @@ class Block:
                     del entry[key]
         self.averages = self.layout.views(self.part.average)
         for key, views in self._kept().items():
-            for row, entry, view in zip(self._rows, self._entries, views, strict=True):
-                if key in entry:  # saved, in the format of checkpoints or as this process's part
+            for row, entry, view, name in zip(self._rows, self._entries, views, names, strict=True):
+                # Saved, in the format of checkpoints or as this process's part; what does not fit
+                # belongs to a parameter of another shape, which this one has replaced.
+                if entry.get(key) is not None and row.fits(entry[key], view):
                     part = local(entry[key])
                     view.copy_(part if part.shape == view.shape else row.load(entry[key]))
+                elif key in self.part.rule and entry.get(key) is not None:
+                    shapes = tuple(entry[key].shape), tuple(view.shape)
+                    raise ValueError(
+                        "state: {!r} of {} has shape {}, the parameter {}: carry its state over in "
+                        "the new shape, or leave it out".format(key, name, *shapes)
+                    )
                 entry[key] = view
         self.part = self.part._replace(params=weights.new_empty(0))
         self.sliced = set(self._pieces())
+        self._show()
 
     def saved(self) -> list[dict[str, Tensor]]:
         """The state of each parameter in the format of checkpoints."""
@@ -143,17 +151,32 @@ class Block:
     def sync(self) -> None:
         """Write the rule's state to torch's dictionaries; called on access only."""
         if self._stale:
-            for name, flat in self.part.rule.items():
-                for entry, view in zip(self._entries, self.layout.views(flat), strict=True):
-                    entry[name] = view
+            self._show()
             self._stale = False
+
+    def _show(self) -> None:
+        rule = {name: self.layout.views(flat) for name, flat in self.part.rule.items()}
+        self._shown = {"step": self._steps.unbind(), **rule}
+        for name, views in self._shown.items():
+            for entry, view in zip(self._entries, views, strict=True):
+                entry[name] = view
+
+    def written(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether the rule's state was cleared or replaced since ``sync`` wrote its views."""
+        if self._stale:
+            return False
+        return any(
+            state.get(param) is not entry or any(entry.get(k) is not v[i] for k, v in shown)
+            for shown in [self._shown.items()]
+            for i, (param, entry) in enumerate(zip(self.params, self._entries, strict=True))
+        )
 
     def _let_go(self) -> None:
         """Drop views of the rule's previous state, so that its memory is freed."""
         for entry in self._entries:
             for name in self.part.rule:
                 entry.pop(name, None)
-        self._views, self._viewed, self._stale = {}, {}, True
+        self._views, self._viewed, self._stale, self._shown = {}, {}, True, {}
 
     def weights(self) -> Tensor:
         """A copy of the concatenated weights."""

@@ -35,7 +35,8 @@ def check_params(named: Iterable[tuple[str, Tensor]]) -> None:
             if other != name:
                 raise ValueError(
                     f"params: {name} shares its memory with {other}; tie them by assigning the "
-                    "same nn.Parameter to both, instead of its .data"
+                    "same nn.Parameter to both, instead of its .data; if the model has replaced "
+                    "one of them (as weight_norm does), remove that from its group first"
                 )
         first = param if first is None else first
         if param.device != first.device:

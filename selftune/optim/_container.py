@@ -57,6 +57,8 @@ class Container(torch.optim.Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
+        for block in self._engine.blocks:
+            block.sync()  # so that the next call sees what has changed
         self._state = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:

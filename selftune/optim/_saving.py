@@ -180,6 +180,12 @@ def check_state(
                 "its training weights. torch.distributed.checkpoint loads what the new optimizer "
                 "has: call its eval() before get_state_dict, and train() after set_state_dict"
             )
+        if not entry:
+            raise ValueError(
+                f"state_dict is incomplete: it has no state of parameter {index}. If that was "
+                "frozen when the state was saved, freeze it before load_state_dict; it may be "
+                "unfrozen afterwards"
+            )
         if missing:
             raise ValueError(f"state_dict is incomplete: parameter {index} lacks {missing}")
     stiffness = engine.store.stiffness

@@ -111,7 +111,8 @@ class Scoped:
         self.shift, self.base, self.start = shift, base, start.tolist()
         self.asleep = (start == 0) & base.isfinite() & self.waiting
         self._measure()
-        self.clamp()
+        if first:  # later values may lie outside the bounds, if they were written there
+            self.clamp()
 
     def _raw(self, values: Tensor) -> Tensor:
         off = torch.full_like(values, math.nan)

@@ -79,6 +79,13 @@ class Rows:
             return table
         return _sharded(self.param, table, shape)
 
+    def fits(self, saved: Tensor, view: Tensor) -> bool:
+        """Whether a saved tensor has the shape of a view, or that of its rows."""
+        if local(saved).shape == view.shape:
+            return True
+        rows = (*view.shape[:-1], len(rows_of(self.param)), self._places[2])
+        return self.stride > 1 and local(saved).shape == rows
+
     def load(self, table: Tensor) -> Tensor:
         row, column, _ = self._places
         return local(table)[..., row, column]

@@ -125,9 +125,7 @@ class Shifts:
             self.state = HyperState.begin(_joined(shifts))
             if self._make is not None:
                 self.propose = TorchProposal(self._make, self.state.raw)
-        frame = self.frame()
-        raw = _joined(shifts).maximum(frame.low).minimum(frame.high)
-        self.take(self.state._replace(raw=raw))
+        self.take(self.state._replace(raw=_joined(shifts)))
 
     @property
     def asleep(self) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 import selftune as st
 
@@ -255,3 +256,50 @@ def test_a_run_with_a_late_part_resumes(joins: bool, saved: int) -> None:
         job.opt.eval()
     for name, value in whole.net.state_dict().items():
         assert torch.equal(value, resumed.net.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("change", ["add", "copy", "unfreeze"])
+def test_values_outside_the_bounds_stay_where_groups_join(change: str) -> None:
+    """Truth: the value that was written; its bounds hold for tuning (it was clamped to them)."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    net[0].requires_grad_(False)
+    opt = st.SGD(net, lr=0.01, momentum=0.9, total_steps=100, probe=False)
+    for step in range(4):
+        if step == 1:
+            opt.param_groups[0]["momentum"] = 0.98
+        if step == 2 and change == "add":
+            opt.add_param_group({"params": nn.Linear(2, 2), "momentum": 0.5})
+        elif step == 2 and change == "copy":
+            net, opt = copy.deepcopy((net, opt))
+        elif step == 2:
+            net[0].requires_grad_(True)
+        opt.zero_grad()
+        net(torch.ones(2, 3)).square().mean().backward()
+        opt.step()
+    assert opt.param_groups[0]["momentum"] == 0.98
+
+
+def test_a_parametrization_that_joins_replaces_its_parameter() -> None:
+    """Truth: torch's SGD; the message names the step that torch does not need."""
+    ends = []
+    for make in (torch.optim.SGD, lambda p, lr: st.SGD(p, lr, tune=(), guard=False)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+        opt = make(net.parameters(), 0.05)
+        for step in range(20):
+            if step == 10:
+                old = net[2].weight
+                parametrizations.weight_norm(net[2])
+                new = list(net[2].parametrizations.parameters())
+                if make is not torch.optim.SGD:
+                    with pytest.raises(ValueError, match="remove that from its group first"):
+                        opt.add_param_group({"params": new})
+                group = opt.param_groups[0]
+                group["params"] = [p for p in group["params"] if p is not old]
+                opt.add_param_group({"params": new})
+            opt.zero_grad()
+            net(torch.ones(2, 4).double()).square().mean().backward()
+            opt.step()
+        ends.append([p.detach() for p in net.parameters()])
+    for expected, found in zip(*ends, strict=True):
+        torch.testing.assert_close(found, expected)

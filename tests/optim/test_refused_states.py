@@ -1,5 +1,6 @@
 """States of another run are refused whole. Truth: a run that was never offered one."""
 
+import copy
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,6 +157,25 @@ def test_a_state_that_is_not_whole_is_refused_whole(damage: Callable[[dict], Non
         opt.load_state_dict(state)
     torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)
     assert [g["lr"] for g in opt.param_groups] == [g["lr"] for g in groups]
+
+
+def test_a_layer_frozen_when_saved_is_to_be_frozen_before_loading() -> None:
+    """Truth: the run that was not interrupted; its layer is unfrozen afterwards in both."""
+    net, again = network(), network()
+    net[0].requires_grad_(False)
+    opt, resumed = st.SGD(net, lr=0.02), st.SGD(again, lr=0.02)
+    train(net, opt, range(60))
+    state, weights = copy.deepcopy(opt.state_dict()), copy.deepcopy(net.state_dict())
+    again.load_state_dict(weights)
+    with pytest.raises(ValueError, match=r"no state of parameter 0.*freeze it before"):
+        resumed.load_state_dict(state)
+    resumed = st.SGD(again, lr=0.02)
+    again[0].requires_grad_(False)
+    resumed.load_state_dict(state)
+    for which, optimizer in ((net, opt), (again, resumed)):
+        which[0].requires_grad_(True)
+        train(which, optimizer, range(60, 120))
+    torch.testing.assert_close(snapshot(again, resumed), snapshot(net, opt), rtol=0, atol=0)
 
 
 def test_tensors_of_another_shape_are_refused_whole() -> None:
