@@ -7,6 +7,7 @@ import inspect
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -23,6 +24,8 @@ log = logging.getLogger("selftune")
 
 HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Hooks that compute a weight before each pass."""
+NUMPYS = {"axis": "dim", "keepdims": "keepdim"}
+"""NumPy's names of arguments, which torch's functions take too."""
 
 
 def hooked(module: nn.Module) -> bool:
@@ -61,6 +64,9 @@ class Tracer(fx.Tracer):
                 f"model cannot be traced by torch.fx: {error}. Prune the part of it that has the "
                 "gates, or move data-dependent control flow out of forward"
             ) from error
+        for node in graph.nodes:
+            if node.op == "call_method" or _of_torch(node.target):
+                node.kwargs = {NUMPYS.get(k, k): v for k, v in node.kwargs.items()}
         if inputs is not None:
             self._check_training(model, graph, fixed)
         return graph
@@ -83,6 +89,10 @@ class Tracer(fx.Tracer):
                 "other layers. If they have gates, training of the pruned model fails there: "
                 "prune the part of the model without these layers", ", ".join(missed),
             )  # fmt: skip
+
+
+def _of_torch(target: Any) -> bool:
+    return callable(target) and getattr(torch, getattr(target, "__name__", ""), None) is target
 
 
 def original(model: nn.Module) -> nn.Module:

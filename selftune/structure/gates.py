@@ -82,6 +82,11 @@ class Gate(AbstractGated):
 
     def forward(self, input: Tensor) -> Tensor:
         """Each unit times its gate."""
+        if isinstance(input, (tuple, list)):
+            raise TypeError(
+                f"Gate({len(self.gates)}) got a {type(input).__name__}: pass it one tensor of a "
+                "layer's outputs; with_gates adds gates inside nn.LSTM and nn.GRU"
+            )
         if not -input.ndim <= self.dim < input.ndim or input.shape[self.dim] != len(self.gates):
             raise ValueError(
                 f"Gate({len(self.gates)}, dim={self.dim}) got an input of shape "
@@ -167,6 +172,7 @@ def apart(name: str, module: nn.Module, input: Any, *args: Any, **kwargs: Any) -
     """The output of a module whose input is used elsewhere, too, and must stay as it is.
 
     Raises:
+        TypeError: The output is not a tensor.
         ValueError: The module changes its input in place.
     """
     # Neither compiled code nor inference mode counts changes.
@@ -174,6 +180,11 @@ def apart(name: str, module: nn.Module, input: Any, *args: Any, **kwargs: Any) -
     counted = counted and not input.is_inference()
     before = input._version if counted else 0
     output = module(input, *args, **kwargs)
+    if isinstance(output, (tuple, list, dict)):
+        raise TypeError(
+            f"{name} ({type(module).__name__}) returns a {type(output).__name__}: wrap it in a "
+            "module that returns one tensor"
+        )
     if counted and input._version > before:
         raise ValueError(
             f"{name} changes its input in place, which is used elsewhere, too: pass inplace=False "

@@ -150,7 +150,10 @@ class RecurrentLayers(nn.Module):
         self._lstm, self._last = isinstance(rnn, nn.LSTM), rnn.num_layers - 1
 
     def forward(self, input: Tensor, hx: None = None) -> tuple[Tensor, Any]:
-        """Return the outputs of the last layer and the final states of all layers as lists."""
+        """Return the outputs of the last layer and lists of each layer's final states.
+
+        States have shape (batch, units): ``h[-1]`` is that of the last layer, as in torch.
+        """
         if hx is not None and not isinstance(hx, fx.Proxy):  # as when pruning traces the layers
             check_input(input, hx)
         states = []
@@ -160,8 +163,8 @@ class RecurrentLayers(nn.Module):
             if i < self._last:
                 input = self.dropout(input)
         if self._lstm:
-            return input, ([s[0] for s in states], [s[1] for s in states])
-        return input, states
+            return input, ([h[0] for h, _ in states], [c[0] for _, c in states])
+        return input, [h[0] for h in states]
 
 
 def one_layer(rnn: nn.LSTM | nn.GRU, at: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from selftune.search._pruning import sizes_of
-from selftune.structure import Gate, Goal, Optional, prune, with_gates
+from selftune.structure import Choice, Gate, Goal, Optional, prune, with_gates
 
 
 class Auxiliary(nn.Module):
@@ -154,3 +155,71 @@ def test_a_block_inside_a_removed_block_is_not_left() -> None:
     with torch.no_grad():
         net[1].mask.zero_()
     assert sizes_of(net, prune(net, torch.randn(1, 4))) == {"blocks": 0, "parameters": 20}
+
+
+class ByNumpysNames(nn.Module):
+    """Arguments by NumPy's names, which torch's functions take too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.out = nn.Linear(4, 8), Gate(8, -1), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gate(self.up(x)).chunk(2, axis=-1)
+        both = torch.cat([torch.tanh(a), b], axis=-1)
+        return self.out(both.mean(axis=1, keepdims=True))
+
+
+def test_numpys_names_of_arguments() -> None:
+    net, x = ByNumpysNames(), torch.randn(3, 5, 4)
+    with torch.no_grad():
+        net.gate.gates[1::4] = 0
+        net.gate.gates[5::4] = 0
+    small = prune(net, x)
+    torch.testing.assert_close(small(x), net(x))
+    assert small.up.out_features == 6
+
+
+class LastState(nn.Module):
+    """The usual head, on the last layer's last state."""
+
+    def __init__(self, kind: type[nn.Module], layers: int) -> None:
+        super().__init__()
+        self.rnn, self.out = kind(3, 4, layers, batch_first=True), nn.Linear(4, 2)
+        self.pair = kind is nn.LSTM
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, state = self.rnn(x)
+        return self.out((state[0] if self.pair else state)[-1])
+
+
+# torch says so of any nn.LSTM and nn.GRU.
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_last_state_of_several_layers(kind: type[nn.Module], layers: int) -> None:
+    """It had an axis more with gates, and was broadcast in silence."""
+    net, x = LastState(kind, layers), torch.randn(5, 6, 3)
+    before = net(x)
+    gated = with_gates(net)
+    torch.testing.assert_close(gated(x), before)
+    with torch.no_grad():
+        for module in net.modules():
+            if hasattr(module, "gates"):
+                module.gates[::2] = 0
+    small = prune(gated, x)
+    torch.testing.assert_close(small(x), gated(x))
+    assert small(x).shape == before.shape
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters()) / 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Optional(nn.GRU(4, 4)), lambda: Choice([nn.GRU(4, 4), nn.LSTM(4, 4)]),
+        lambda: nn.Sequential(nn.GRU(4, 4), Gate(4, -1)),
+    ],
+)  # fmt: skip
+def test_layers_with_several_outputs_are_named(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(TypeError, match=r"tuple: .* one tensor"):
+        make()(torch.randn(2, 3, 4))
