@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from selftune._arguments import FUNCTION, MODULE, NONE, Instance, checked
+from selftune._binding import functional_call
 from selftune._flat import Layout
 from selftune.problem import Hparams, Problem
 from selftune.rules._base import concatenated

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selftune._binding import functional_call
 from selftune.estimators._structured import Structured, unknown
 from selftune.hypernet._places import Place
 
@@ -49,10 +50,10 @@ class PerturbedModel(nn.Module):
         tensors_now = self.strengths() if self.training else {}
         if delta.ndim == 1:
             tensors_now |= self.moved(delta) if tensors is None else tensors
-            return torch.func.functional_call(self.model, tensors_now, args, kwargs)
+            return functional_call(self.model, tensors_now, args, kwargs)
         self.delta = delta / self.unit
         try:
-            return torch.func.functional_call(self.model, tensors_now, args, kwargs)
+            return functional_call(self.model, tensors_now, args, kwargs)
         finally:
             self.delta = None
 

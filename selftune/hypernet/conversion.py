@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selftune._arguments import MAPPING, MODULE, NONE, Number, OneOf, checked
+from selftune._binding import functional_call
 from selftune._modes import evaluating
 from selftune.hparams import Hparam, penalty_hparam
 from selftune.hypernet._examples import difference, hooks_of
@@ -248,7 +249,7 @@ class SelfTuned(PerturbedModel):
     def centred(self, args: Any, kwargs: Any) -> Any:
         """A training pass at the unperturbed hyperparameters and weights."""
         self._present = self._values(self.raw.detach())
-        return torch.func.functional_call(self.model, self.strengths(), args, kwargs)
+        return functional_call(self.model, self.strengths(), args, kwargs)
 
     def _compare(self, args: Any, kwargs: Any) -> None:
         """Perturb the whole batch if the model has other outputs with perturbed examples."""

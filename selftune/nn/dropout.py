@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from selftune._arguments import MODULE, NAMES, NONE, Instance, ListOf, Whole, checked
+from selftune._binding import functional_call
 from selftune.nn._base import Stochastic, fraction
 
 EDGE = 1e-6

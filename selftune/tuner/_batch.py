@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
         array = np.asarray(batch)  # that of a data frame is read-only
         return torch.as_tensor(array if array.flags.writeable else array.copy()).to(device)
     return batch
+
+
+def copied(batch: Any) -> Any:
+    """A copy of a batch on the device, which a pass may change in place."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if type(batch) is tuple:
+        return tuple([copied(b) for b in batch])
+    if isinstance(batch, dict):
+        return {k: copied(v) for k, v in batch.items()}
+    return copy.deepcopy(batch)
 
 
 def structure(batch: Any, top: bool = True) -> Any:

@@ -34,7 +34,7 @@ from selftune.tuner._data import Stream
 from selftune.tuner._first_pass import check_first
 from selftune.tuner._given import Given
 from selftune.tuner._noise_scale import HalvedBatches
-from selftune.tuner._objective import InMode, for_tuning
+from selftune.tuner._objective import InMode, copy_batches, for_tuning
 from selftune.tuner._parts import Joining
 from selftune.tuner._plan import Plan
 from selftune.tuner._population import SPREAD
@@ -94,7 +94,7 @@ def build(
     streams: tuple[Stream, Stream, Stream],
     val: Any,
     device: torch.device,
-    new: bool,
+    saved: Mapping[str, Any] | None,
 ) -> Training:
     total, names, population = plan.total, given.names, given.population
     if given.group.sharded:
@@ -129,9 +129,13 @@ def build(
             )  # fmt: skip
     mapped = members is not None
     start = math.nan
-    if new:
+    if saved is None:
         start = check_first(steps, run, streams[:2], given.metrics, mapped=mapped)
-    steps.carried = _carried(steps, run, streams[1], mapped=mapped)
+        steps.carried = _carried(steps, run, streams[1], mapped=mapped)
+    else:  # the streams are not at their start
+        steps.carried = set(saved["carried"])
+        if saved["changes"]:
+            copy_batches(steps.inner, steps.outer)
     if population is not None:
         spread = dict.fromkeys(("lr", *given.update.regularizers), SPREAD)
         run = population.stack(run, steps.hyper, spread)
@@ -246,7 +250,7 @@ def _carried(steps: Steps, run: RunState, stream: Stream, *, mapped: bool) -> se
     """
     apart = _statistics(steps.inner) | {n for names in steps.layers.values() for n in names}
     named = enumerate(zip(steps.buffers, run.buffers, strict=True))
-    maybe = {i for i, (n, b) in named if b.is_floating_point() and n not in apart}
+    maybe = {i for i, (n, _) in named if n not in apart}
     if not maybe:
         return set()
     with random_kept(run.step.device), torch.set_grad_enabled(mapped or steps.whole is not None):

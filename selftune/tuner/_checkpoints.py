@@ -25,10 +25,11 @@ RESCUE = 1.0
 PARTS = frozenset({
     "identity", "leaves", "frozen", "chosen", "whole", "snapshots", "watch", "population", "train",
     "val", "random", "group", "ended", "due", "numbers", "joining", "starts", "rates", "compile",
+    "carried", "changes",
 })  # fmt: skip
 """Entries of the checkpoint of a run."""
-VERSION = 27
-"""Version of checkpoints; 27 has the penalties."""
+VERSION = 28
+"""Version of checkpoints; 28 has what the first passes showed of the model."""
 
 
 def write(path: Path, state: dict[str, Any], suffix: str = ".partial") -> bool:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from selftune._gradient import nodes
 from selftune._modes import buffers_kept, random_kept
-from selftune.tuner._batch import size
+from selftune.tuner._batch import copied, size
 from selftune.tuner._data import Stream
 from selftune.tuner._noise_scale import halves
-from selftune.tuner._objective import Objective
+from selftune.tuner._objective import Objective, copy_batches
 from selftune.tuner._run_state import RunState
 from selftune.tuner._scoring import Metric, WithoutGradients, measured
 from selftune.tuner._steps import Steps
@@ -44,13 +45,17 @@ def check_first(
         kept = buffers_kept(module.modules())
         with random_kept(run.step.device), steps.autocast(), kept, _explained(name):
             with torch.set_grad_enabled(not steps.group.sharded), _noted(name):
-                loss = module(batch)
+                loss = module(own := copied(batch))
+            if _changed(own):
+                copy_batches(steps.inner, steps.outer)
             _check_loss(loss, name)
             if not steps.group.sharded:  # whose graph holds the gathered weights
                 _check_dependence(loss, name, module)
-                if name == "val" and metrics and isinstance(module, Objective):
-                    outputs = WithoutGradients()(partial(module.outputs, batch))
-                    measured(metrics, *outputs[1:])
+                if name == "val" and isinstance(module, Objective):
+                    scored = module.outputs if metrics else module
+                    outputs = WithoutGradients()(partial(scored, batch))
+                    if metrics:
+                        measured(metrics, *outputs[1:])
             value = steps.group.average(float(loss.detach()), size(batch))
             passed = steps.gradient if name == "train" else steps.outer_gradient
             divided = name == "train" and steps.halved is not None
@@ -64,6 +69,11 @@ def check_first(
                     "objective= does not use the model passed to it, or all units are dead"
                 )
     return value
+
+
+def _changed(batch: Any) -> bool:
+    """Whether tensors of a copied batch were changed in place."""
+    return any(t._version > 0 for t in tree_leaves(batch) if isinstance(t, Tensor))
 
 
 @contextmanager

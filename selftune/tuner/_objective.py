@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from selftune._modes import modes_kept
 from selftune.method.averaging import statistics_momentum
 from selftune.nn import begin_pass, extra_loss
+from selftune.tuner._batch import copied
 
 LossFn = Callable[..., Tensor]
 TARGETS = ("labels", "label", "targets", "target", "y")
@@ -35,7 +36,12 @@ class Objective(nn.Module):
         objective: ``objective(model, batch)``, used instead.
         augment: Changes the first input of training batches, in a dictionary the only
             floating-point one, and the target.
+
+    Attributes:
+        changes: Whether passes change tensors of their batches in place; each then gets a copy.
     """
+
+    changes = False
 
     def __init__(
         self,
@@ -53,7 +59,8 @@ class Objective(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         begin_pass(self)
         if self.objective is not None:
-            loss = self.objective(self.model, batch)
+            batch = copied(batch) if self.changes else batch
+            loss = self.objective(self.model, dict(batch) if isinstance(batch, dict) else batch)
         else:
             loss = self.outputs(batch)[0]
         extra = extra_loss(self)
@@ -86,7 +93,7 @@ class Objective(nn.Module):
             )
         if not mapping and self.loss_fn is None:
             raise ValueError("batches are tuples, which need a loss function: pass loss_fn=")
-        inputs, named, name, target = self._parts(batch)
+        inputs, named, name, target = self._parts(copied(batch) if self.changes else batch)
         if self.loss_fn is None:
             output = self.model(**named, **({} if name is None else {name: target}))
             loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -115,6 +122,13 @@ class Objective(nn.Module):
             key = _augmentable(inputs)
             inputs[key], target = self.augment(inputs[key], target)
         return (), inputs, name, target
+
+
+def copy_batches(*modules: nn.Module) -> None:
+    """Give every pass of the objectives in these modules a batch of its own."""
+    for part in chain.from_iterable(m.modules() for m in modules):
+        if isinstance(part, Objective):
+            part.changes = True
 
 
 def _augmentable(inputs: Mapping[str, Any]) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.utils.stateless import _reparametrize_module
 
+from selftune._binding import bound, functional_call
 from selftune._flat import local
 from selftune._gathered import reshard
 from selftune._gradient import gradient, plainly
@@ -67,8 +66,8 @@ class Passes:
 
         if plainly():
             # Activation checkpoints run the module again in the backward pass, on these tensors.
-            with ExitStack() as bound:
-                call = partial(_call_bound, bound)
+            with ExitStack() as stack:
+                call = partial(_call_bound, stack)
                 grads, loss, _ = gradient(lambda w: (loss_at(w, call), ()), params)
             after = [tensors[n].detach() for n in self.buffers]
         else:
@@ -114,10 +113,10 @@ class ShardedPasses(Passes):
         shards = [local(p.detach()) for p in self.trained]
         mode = module.entered() if isinstance(module, InMode) else nullcontext(module)
         within = put(shards, self.views(params)), torch.enable_grad(), ExitStack()
-        with mode as objective, within[0], within[1], within[2] as bound:
+        with mode as objective, within[0], within[1], within[2] as stack:
             reshard()
             with self.autocast():
-                loss = _call_bound(bound, objective, tensors, (batch,))
+                loss = _call_bound(stack, objective, tensors, (batch,))
             if loss.requires_grad:
                 (loss * size(batch)).backward()
         after = self._after([tensors[n].detach() for n in self.buffers])
@@ -142,8 +141,8 @@ def _taken(param: nn.Parameter) -> Tensor:
 
 
 def _call_bound(
-    bound: ExitStack, module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...]
+    stack: ExitStack, module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...]
 ) -> Any:
     """``functional_call`` whose tensors stay in the module until the stack is closed."""
-    bound.enter_context(_reparametrize_module(module, tensors, tie_weights=True))
+    stack.enter_context(bound(module, tensors))
     return module(*args)

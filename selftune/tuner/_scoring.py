@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
+from selftune._binding import functional_call
 from selftune._flat import local
 from selftune._gathered import reshard
 from selftune._modes import seeded

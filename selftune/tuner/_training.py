@@ -245,6 +245,8 @@ class Training(Parts):
             "joining": None if self.joining is None else self.joining.state_dict(),
             "starts": self.steps.starts,
             "rates": self.steps.rates.clone(),
+            "carried": sorted(self.steps.carried),
+            "changes": self.steps.inner.changes,
             "compile": True if self.fused.compiled else self.plan.compile,
         }
         state = {**_saving.pack(self), **self._position, **own}

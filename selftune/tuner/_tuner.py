@@ -294,7 +294,7 @@ class Tuner:
                 patience=patience, picture=pictures_every, compile=self._compile, share=share,
                 exploit=self._exploit, join=None if holding is None else holding.join(total),
             )  # fmt: skip
-            training = build(given, plan, streams, val, device, saved is None)
+            training = build(given, plan, streams, val, device, saved and saved[0])
             stack.callback(training.scorer.close)
             training.callbacks, hidden = callbacks, not (progress and group.first)
             training.watch.bar = tqdm(total=total, disable=hidden, unit="step")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from selftune._binding import functional_call
 from selftune._flat import Layout
 from selftune._graphs import Graphs
 from selftune.method.whole_step import WholeSteps

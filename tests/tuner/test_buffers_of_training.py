@@ -99,3 +99,76 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     resumed = fit(network("spectral norm"), log_dir=tmp_path / "cut", resume=True, **options)
     assert same(resumed.history, whole.history)
     assert same(resumed.best_weights, whole.best_weights)
+
+
+class Flagged(nn.Module):
+    """Subtracts the mean of the first training batch, once a flag says that it is known."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("ready", torch.zeros((), dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.ready:
+            self.mean.copy_(x.mean(0))
+            self.ready.fill_(1)
+        return x - self.mean if self.ready else x
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+def test_flags_and_counts_are_those_of_training(dtype: torch.dtype) -> None:
+    """Truth: the same module with a flag of float32."""
+    results, flags = [], []
+    for kind in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model = nn.Sequential(Flagged(kind), nn.Linear(4, 3))
+        seen = lambda progress, m=model: flags.append(bool(m[0].ready))  # noqa: E731
+        results.append(fit(model, callbacks=[seen]))
+    assert all(flags)
+    assert results[0].best_loss == results[1].best_loss
+
+
+class Cached(nn.Module):
+    """A causal mean whose mask is made at the first call, and made anew for longer sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("mask", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        if self.mask is None or len(self.mask) < length:
+            mask = torch.ones(length, length).tril() / length
+            self.register_buffer("mask", mask, persistent=False)
+        return (self.mask[:length, :length] @ self.layer(x))[:, -1]
+
+
+def sequences(lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(16, n, 4, generator=generator), torch.arange(16) % 3) for n in lengths]
+
+
+def test_a_buffer_that_the_first_call_makes() -> None:
+    """Truth: the model that was called before."""
+    losses = []
+    for called in (False, True):
+        torch.manual_seed(0)
+        model, data = Cached(), sequences([5] * 20)
+        if called:
+            model(data[0][0])
+        tuner = st.Tuner(model, F.cross_entropy, compile=False)
+        losses.append(tuner.fit(data[4:], data[:4], epochs=4, progress=False).best_loss)
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_a_buffer_that_grows_is_named() -> None:
+    model, data = Cached(), sequences([4, 5, 6, 7] * 4)
+    model(data[0][0])
+    tuner = st.Tuner(model, F.cross_entropy, compile=False)
+    with pytest.raises(ValueError, match=r"mask changed its shape .* \(4, 4\) to .* largest input"):
+        tuner.fit(data, data[:4], epochs=2, progress=False)
+    tuner = st.Tuner(model, F.cross_entropy, compile=False)
+    model(data[3][0])
+    tuner.fit(data, data[:4], epochs=2, progress=False)
