@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--log-dir", default="runs/demo")
     demo.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of an encoding without arrows, on Windows
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = _show(args.runs) if args.command == "show" else _demo(args.log_dir, args.epochs)
         sys.stdout.flush()

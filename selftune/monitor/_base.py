@@ -49,6 +49,16 @@ class AbstractRecorder(ABC):
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:  # noqa: B027
         """Receive the initial hyperparameters and the names of the tuned ones."""
 
+    def begin_anew(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
+        """Begin, unless the target has a start: a run resumes in another folder."""
+        if not self.begun:
+            self.begin(hparams, tuned)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the target has the start of a run."""
+        return True
+
     def text(self, tag: str, text: str, step: int) -> None:  # noqa: B027
         """Receive a text in Markdown."""
 

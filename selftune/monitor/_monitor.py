@@ -91,7 +91,12 @@ class Monitor:
 
     def resume(self, step: int) -> None:
         """Resume the run at a step, and drop later rows."""
+        self.flush()  # else undone rows would follow
         self._try(lambda: self.recorder.resume(step))
+
+    def begin_anew(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
+        """Log the initial hyperparameters of a resumed run, if the target has none."""
+        self._try(lambda: self.recorder.begin_anew(hparams, tuned))
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Write a text."""

@@ -44,6 +44,11 @@ class InMemory(AbstractRecorder):
         """Store the rows."""
         self.rows += rows
 
+    @property
+    def begun(self) -> bool:
+        """Whether hyperparameters are stored."""
+        return bool(self.hparams)
+
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """Store the hyperparameters."""
         self.hparams, self._began = dict(hparams), len(self.rows)
@@ -109,6 +114,11 @@ class JSONL(AbstractRecorder):
         """Append the rows, with ``"end": true``."""
         lines = [{"tag": t, "value": _finite(v), "step": s, "end": True} for t, v, s in rows]
         self._append(lines)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the file has a line with hyperparameters."""
+        return self.path.exists() and any("hparams" in row for row in read_jsonl(self.path))
 
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """Append a line ``{"hparams": …, "tuned": …}``."""
@@ -315,6 +325,7 @@ class Several(AbstractRecorder):
     scalars = partialmethod(_each, "scalars")
     last = partialmethod(_each, "last")
     begin = partialmethod(_each, "begin")
+    begin_anew = partialmethod(_each, "begin_anew")
     text = partialmethod(_each, "text")
     figure = partialmethod(_each, "figure")
     histogram = partialmethod(_each, "histogram")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from selftune._arguments import FOLDER, That, checked
-from selftune._processes import alive
+from selftune._processes import alive, younger
 from selftune.monitor._base import OVER, AbstractRecorder, Row, is_final
 from selftune.monitor.axes import WHEN
 from selftune.monitor.layout import Chart, layout
@@ -125,6 +125,11 @@ class TensorBoard(AbstractRecorder):
         else:
             self._last += rows
 
+    @property
+    def begun(self) -> bool:
+        """Whether the folder has event files; a writer's are the user's."""
+        return self._folder is None or bool(_names_in(self._folder))
+
     def begin(self, hparams: Mapping[str, float], tuned: Sequence[str]) -> None:
         """Write the session's start, and start tracking the layout of the custom scalars."""
         if not self._whole():
@@ -170,6 +175,7 @@ class TensorBoard(AbstractRecorder):
         self._purge = step + 1
         self._charts = True
         if self._folder is not None:
+            self._shut()  # only a writer that is opened can purge
             for file in self._folder.glob(f"events.out.tfevents.*{END}"):
                 file.unlink()
             steps = _steps_in(self._folder)
@@ -184,6 +190,10 @@ class TensorBoard(AbstractRecorder):
         """
         if self._whole():
             self._end(status)
+        self._shut()
+
+    def _shut(self) -> None:
+        """Close a writer of our own."""
         if self._close is not None:
             self._close()
             self._writer = self._close = None
@@ -301,8 +311,13 @@ def _names_in(folder: Path) -> list[str]:
 
 def _used(folder: Path) -> bool:
     """Whether a folder has files of another process, or of a run that has begun in this one."""
-    own = f".{socket.gethostname()}.{os.getpid()}."
-    return any(folder.resolve() in _begun or own not in name for name in _names_in(folder))
+    names = _names_in(folder)
+    if names and folder.resolve() in _begun:
+        return True
+    own = socket.gethostname(), os.getpid()
+    return any(
+        of is None or of[1:] != own or younger(of[2], of[0]) for of in map(_writer_of, names)
+    )
 
 
 def _killed(folder: Path) -> bool:
@@ -311,10 +326,17 @@ def _killed(folder: Path) -> bool:
     All its files belong to dead processes of this machine, and none contains a session's end.
     """
     names = _names_in(folder)
-    writers = [re.fullmatch(r"events\.out\.tfevents\.\d+\.(.+)\.(\d+)\.\d+", n) for n in names]
+    here = socket.gethostname()
     return bool(names) and all(
-        m is not None and m[1] == socket.gethostname() and not alive(int(m[2])) for m in writers
+        of is not None and of[1] == here and (not alive(of[2]) or younger(of[2], of[0]))
+        for of in map(_writer_of, names)
     )
+
+
+def _writer_of(name: str) -> tuple[int, str, int] | None:
+    """Time of an event file, as of ``time.time()``, host and process; None with a suffix."""
+    found = re.fullmatch(r"events\.out\.tfevents\.(\d+)\.(.+)\.(\d+)\.\d+", name)
+    return found and (int(found[1]), found[2], int(found[3]))
 
 
 def _session(writer: Any, tag: str, **info: Any) -> None:

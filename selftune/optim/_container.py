@@ -222,7 +222,8 @@ class Container(torch.optim.Optimizer):
         self._engine.restored = restored
         self._engine.store.cached = self._groups.cache(self.param_groups, self._engine.blocks)
         self._log.load_state_dict(run["log"])
-        self._engine.monitor.resume(self._engine.clock.steps)
+        values = self._groups.present(self.param_groups)
+        self._log.resume(values, self._engine.clock.steps, begun=self._engine.first_loss_seen)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

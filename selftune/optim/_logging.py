@@ -38,11 +38,20 @@ class OptimizerLog:
 
     def begin(self, values: Mapping[str, Any]) -> None:
         """Log the hyperparameters the run started with: the tuned ones as given."""
+        self.metrics.monitor.begin(self._given(values), self._shifts.names)
+        self._noted = time.monotonic()
+
+    def resume(self, values: Mapping[str, Any], step: int, *, begun: bool) -> None:
+        """Drop later entries; in another target, log the start of a run that has begun."""
+        self.metrics.monitor.resume(step)
+        if begun:
+            self.metrics.monitor.begin_anew(self._given(values), self._shifts.names)
+
+    def _given(self, values: Mapping[str, Any]) -> dict[str, float]:
         given = {
             n: r.given for n, r in self._shifts.rows.items() if not isinstance(values[n], list)
         }
-        self.metrics.monitor.begin(dict(plain_rows({**values, **given})), self._shifts.names)
-        self._noted = time.monotonic()
+        return dict(plain_rows({**values, **given}))
 
     def note(self, step: int) -> None:
         """Record a hyperparameter step for verdicts; without a recorder, only the first floors."""

@@ -67,7 +67,10 @@ class Selection:
                   TrialState.WAITING: "waiting"}  # fmt: skip
         sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
         trials = self.study.get_trials(deepcopy=False)
-        ranked = sorted(trials, key=lambda t: (t.value is None, sign * (t.value or 0.0)))
+        ended = TrialState.COMPLETE  # values of others are those of unfinished runs
+        ranked = sorted(
+            trials, key=lambda t: (t.state != ended, t.value is None, sign * (t.value or 0.0))
+        )
         rows = [f"{'trial':>5}  {'value':>9}  choices"]
         for trial in ranked:
             value = "–" if trial.value is None else f"{trial.value:.4g}"
@@ -94,7 +97,9 @@ def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
         )  # fmt: skip
         raise RuntimeError(f"none of {len(study.trials)} trials finished: {why}{old}")
     best = study.best_trial
-    family, made = _built(trainer, best)
+    family, made = best.user_attrs["family"], None
+    if _trained(best):
+        family, made = _built(trainer, best)
     again = f"value of trial {best.number}, trained again"
     model, schedule, value = None, None, float(study.user_attrs.get(again, study.best_value))
     members: dict[int, float] = {}
@@ -128,6 +133,11 @@ def selected(trainer: Trainer, study: optuna.Study, earlier: int) -> Selection:
     )
 
 
+def _trained(trial: FrozenTrial) -> bool:
+    """Whether a finished trial trained a model; an objective, called again, may end differently."""
+    return "hparams" in trial.user_attrs
+
+
 def _built(trainer: Trainer, trial: FrozenTrial) -> tuple[str, Any]:
     """The family and the candidate of a trial, with its initial weights."""
     asked = FixedTrial(trial.params, number=trial.number)
@@ -148,7 +158,7 @@ def _joined(
     ranked = sorted(finished(study), key=lambda t: trainer.sign * (t.value or 0.0))
     models = {study.best_trial.number: model}
     for trial in ranked[: trainer.weights.most]:
-        if trial.number not in models:
+        if trial.number not in models and _trained(trial):
             filled = _fill(trainer, trial, _built(trainer, trial)[1])
             if filled is not None:
                 models[trial.number] = filled[0].model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -78,7 +79,7 @@ ARGUMENTS: dict[str, Kind] = {
     "tuner": MAPPING | NONE,
     "fit": MAPPING | NONE,
     "log_dir": FOLDER | NONE,
-    "seed": Whole(),
+    "seed": Whole(least=0, most=2**32 - 1),
     "force": FLAG,
     "progress": FLAG,
 }
@@ -193,8 +194,8 @@ def select(
     goal = settings_of(structure)
     builders = builders_of(candidates, train, val)
     joined = to_join(storage)
-    storage = joined or storage
-    folder = None if log_dir is None else Path(log_dir)
+    storage = _absolute(joined or storage)
+    folder = None if log_dir is None else Path(log_dir).absolute()
     shared = storage  # by others, who may write to it
     if storage is None and workers > 1:
         shared = None if folder is None else folder / "study.journal"
@@ -264,10 +265,23 @@ def select(
             memory.remember(
                 replace(trainer.task, family=selection.family, rule=rule), selection.hparams,
                 value=selection.value, params=selection.study.best_params, schedule=schedule,
+                name=_identity_of(opened),
             )  # fmt: skip
         except (OSError, TypeError, ValueError) as error:  # choices may be no numbers or strings
             log.warning("memory: this search could not be stored: %s", error)
     return selection
+
+
+def _absolute(storage: Any) -> Any:
+    """A path from the root, as builders may change the directory; others as they are."""
+    a_path = isinstance(storage, Path) or (isinstance(storage, str) and "://" not in storage)
+    return Path(storage).absolute() if a_path else storage
+
+
+def _identity_of(study: optuna.Study) -> str:
+    """A name that all workers and calls of a search agree on, and no other search has."""
+    begun = min(t.datetime_start for t in study.get_trials(deepcopy=False) if t.datetime_start)
+    return hashlib.sha256(f"{study.study_name} {begun}".encode()).hexdigest()[:32]
 
 
 def _begin(trainer: Trainer, study: optuna.Study) -> int:

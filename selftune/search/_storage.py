@@ -67,6 +67,14 @@ def storage_of(given: Any) -> BaseStorage:
     return JournalStorage(JournalFileBackend(text, lock_obj=opened(path)))
 
 
+class _Database(RDBStorage):
+    """Optuna's storage in a database, whose heartbeats survive a lost connection."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        # In a thread, which would end with the first error: the trial would seem dead.
+        persist(partial(super().record_heartbeat, trial_id))
+
+
 def _remote(address: str) -> BaseStorage:
     """A storage by its URL."""
     if address.startswith("grpc://"):
@@ -74,7 +82,7 @@ def _remote(address: str) -> BaseStorage:
         return GrpcStorageProxy(host=host, port=int(port or 13000))
     again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
     try:
-        storage = RDBStorage(
+        return _Database(
             address, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=BEAT,
             grace_period=GRACE, heartbeat_stale_trial_callback=again,
         )  # fmt: skip
@@ -90,10 +98,6 @@ def _remote(address: str) -> BaseStorage:
             f"storage={address} cannot be opened ({error.orig}): if another program has locked it, "
             "wait for that program or pass another URL; the database is unchanged"
         ) from error
-    beat = storage.record_heartbeat
-    # Optuna calls it in a thread, which ends with the first error: the trial would seem dead.
-    vars(storage)["record_heartbeat"] = lambda trial_id: persist(partial(beat, trial_id))
-    return storage
 
 
 MAKING = "create table", "create type", "alembic_version", "version_info"

@@ -18,6 +18,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 from torch import nn
 
+from selftune._processes import start_of
 from selftune.method import HyperSettings
 from selftune.monitor import TensorBoard
 from selftune.rules import AdamW
@@ -91,7 +92,8 @@ class Trainer:
 
     def attempt(self, trial: optuna.Trial) -> float:
         """Run a trial; record a failure with its candidate."""
-        trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
+        process = os.getpid()
+        trial.set_user_attr("worker", [socket.gethostname(), process, start_of(process)])
         try:
             return self(trial)
         except optuna.TrialPruned:

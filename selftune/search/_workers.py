@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
@@ -85,8 +86,12 @@ class Payload:
         storage = storage_of(self.storage)
         study = open_study(storage, self.study, sampler, pruner_of(self.pruner), self.about)
         before = len(study.get_trials(deepcopy=False))
-        if worker or before:
-            study.sampler = sampler_of(self.sampler, self.trainer.seed + 1000 * worker + before)
+        if isinstance(self.sampler, BaseSampler):
+            if worker:  # else all workers propose the same points
+                study.sampler.reseed_rng()
+        elif worker or before:
+            seed = (self.trainer.seed + 1000 * worker + before) % 2**32
+            study.sampler = sampler_of(self.sampler, seed)
         return study
 
 
@@ -187,8 +192,8 @@ def orphans(study: optuna.Study, own: int | None = None) -> None:
     ``own`` is a process that has given up its trial.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, process = trial.user_attrs.get("worker", (None, None))
-        if host != socket.gethostname() or (process != own and alive(process)):
+        host, process, begun = trial.user_attrs.get("worker", (None, None, None))
+        if host != socket.gethostname() or (process != own and alive(process, begun)):
             continue
         study.tell(trial.number, state=TrialState.FAIL)
         retries = trial.user_attrs.get("retries", 0)

@@ -137,6 +137,7 @@ class Memory:
         value: float,
         params: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> None:
         """Store a finished run.
 
@@ -146,18 +147,20 @@ class Memory:
             value: Validation loss of the run.
             params: Parameters selected by a search.
             schedule: Trajectory of the hyperparameters, as plain data.
+            name: Replaces an earlier run of this name, as of a search that is continued.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         entry = {
             "task": asdict(task), "hparams": dict(hparams), "value": value,
             "params": dict(params or {}), "schedule": schedule,
         }  # fmt: skip
-        write_text(self.path / f"{uuid.uuid4().hex}.json", json.dumps(entry))
+        write_text(self.path / f"{name or uuid.uuid4().hex}.json", json.dumps(entry))
 
     def runs(self) -> list[dict[str, Any]]:
-        """All stored runs that can be read."""
+        """All stored runs that can be read, the latest first."""
         entries = []
-        for path in sorted(self.path.glob("*.json")):
+        paths = {path: (_age(path), path.name) for path in self.path.glob("*.json")}
+        for path in sorted(paths, key=paths.__getitem__):
             try:
                 entries.append(_entry(json.loads(path.read_text())))
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -197,7 +200,10 @@ class Memory:
         return start
 
     def best(self, task: Task, count: int = 3) -> list[dict[str, Any]]:
-        """Parameters that searches selected for the most similar tasks, nearest first."""
+        """Parameters that searches selected for the most similar tasks, nearest first.
+
+        Of tasks that are equally near, the latest come first.
+        """
         runs = [e for e in self.runs() if e["params"] and math.isfinite(task.distance(e["task"]))]
         runs.sort(key=lambda e: task.distance(e["task"]))
         return [e["params"] for e in runs[:count]]
@@ -206,6 +212,13 @@ class Memory:
     def _of(entry: Mapping[str, Any], name: str, task: Task) -> float:
         value = float(entry["hparams"][name])
         return value * task.rate_from(entry["task"]) if name == "lr" else value
+
+
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except OSError:  # replaced by another process just now
+        return -math.inf
 
 
 def _entry(saved: dict[str, Any]) -> dict[str, Any]:

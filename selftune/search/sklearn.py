@@ -79,6 +79,11 @@ class SelfTuningClassifier(ClassifierMixin, AbstractEstimator):
         check_classification_targets(y)
         if fresh:
             self.classes_ = np.unique(y if classes is None else classes)
+        elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
+            raise ValueError(
+                f"classes={classes!r} differ from those of the first call, {self.classes_}: leave "
+                "them out, or call fit to start anew"
+            )
         if len(self.classes_) < 2:
             raise ValueError(f"y has 1 class, {self.classes_[0]}: at least 2 are needed")
         unknown = np.setdiff1d(y, self.classes_)

@@ -302,12 +302,11 @@ class Tuner:
                 training.load(*saved)
             monitor = monitor_of([t for t in (log_dir, recorder) if t is not None], group.first)
             training.folder, training.watch.metrics.monitor = folder, monitor
-            if resume and saved is None:
-                monitor.resume(-1)  # a run that was killed before its first checkpoint
-            if saved is None:
-                monitor.begin(training.watch.hparams(), training.steps.hyper.names)
-            else:
-                monitor.resume(training.step)
+            if resume:  # -1: a run that was killed before its first checkpoint
+                monitor.resume(-1 if saved is None else training.step)
+            starts = {**training.watch.hparams(), **training.steps.starts}
+            begin = monitor.begin if saved is None else monitor.begin_anew
+            begin(starts, training.steps.hyper.names)
             self._fitted, self._ended = True, training
             try:
                 result = training.finish(training.go())

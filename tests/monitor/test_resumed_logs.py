@@ -399,3 +399,110 @@ def test_a_log_that_stops_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
     monitor.scalar("a", 1.0, 1)
     monitor.flush()
     assert f"{path}: logging stopped" in caplog.text
+
+
+class Loop:
+    """A run that may go back, or be resumed elsewhere."""
+
+    def __init__(self, target: Any) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(60, 4)
+        self.net = torch.nn.Linear(4, 1)
+        self.opt = st.AdamW(self.net, lr=0.01, total_steps=120, log_dir=target)
+
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            x = self.x[step % 50 : step % 50 + 8]
+            self.opt.zero_grad()
+            self.loss(x).backward()
+            self.opt.step()
+            self.opt.hyper_step(lambda: self.loss(self.x[50:]))
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.net(x) - x.sum(1, keepdim=True)).square().mean()
+
+    def save(self) -> Any:
+        return copy.deepcopy((self.net.state_dict(), self.opt.state_dict()))
+
+    def load(self, state: Any) -> None:
+        self.net.load_state_dict(state[0])
+        self.opt.load_state_dict(state[1])
+
+
+def curve(target: Any) -> list[tuple[int, float]]:
+    if isinstance(target, InMemory):
+        return list(zip(*target.curve("Loss/val"), strict=True))
+    if isinstance(target, JSONL):
+        return list(zip(*reading.read(target.path).curves["Loss/val"], strict=True))
+    events = EventAccumulator(str(target), {"scalars": 0}).Reload().Scalars("Loss/val")
+    return [(e.step, e.value) for e in events]
+
+
+@pytest.mark.parametrize("kind", ["folder", "lines", "memory"])
+def test_going_back_in_the_same_optimizer(kind: str, tmp_path: Path) -> None:
+    """Truth: the run that did not go back (undone entries stayed)."""
+    targets = [
+        {"folder": path, "lines": JSONL(path / "run.jsonl"), "memory": InMemory()}[kind]
+        for path in (tmp_path / "once", tmp_path / "back")
+    ]
+    once = Loop(targets[0])
+    once.train(0, 120)
+    once.opt.finish()
+    back = Loop(targets[1])
+    back.train(0, 60)
+    state = back.save()
+    back.train(60, 90)
+    back.load(state)
+    back.train(60, 120)
+    back.opt.finish()
+    assert curve(targets[1]) == curve(targets[0])
+    assert len(curve(targets[0])) > 10
+
+
+def test_a_run_resumed_elsewhere_has_its_start_there(tmp_path: Path) -> None:
+    """Truth: the values given, which the HParams page compares."""
+    first = Loop(tmp_path / "first")
+    first.train(0, 60)
+    state = first.save()
+    for target in (tmp_path / "second", JSONL(tmp_path / "run.jsonl"), InMemory()):
+        other = Loop(target)
+        other.load(state)
+        other.train(60, 120)
+        other.opt.finish()
+        if isinstance(target, InMemory):
+            assert target.hparams["lr"] == 0.01
+        else:
+            assert reading.read(getattr(target, "path", target)).given["lr"] == 0.01
+    data = EventAccumulator(str(tmp_path / "second")).Reload().PluginTagToContent("hparams")
+    assert {"_hparams_/session_start_info", "_hparams_/session_end_info"} <= data.keys()
+
+
+def test_a_fit_resumed_elsewhere_has_its_start_there(tmp_path: Path) -> None:
+    def stop(progress: Any) -> bool:
+        return progress.step >= 30
+
+    fit(tmp_path / "first", [stop])
+    fit(tmp_path / "second", resume=tmp_path / "first" / "last.pt")
+    given = [reading.read(tmp_path / name).given for name in ("first", "second")]
+    assert given[0] == pytest.approx(given[1])
+    assert given[0]["lr"] > 0
+
+
+def test_files_of_an_earlier_process_with_this_id(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a restarted container. Truth: a killed run's curves are replaced, without a warning."""
+    recorder = TensorBoard(tmp_path)
+    recorder.scalars([Row("a", 1.0, step) for step in range(9)])
+    del recorder
+    gc.collect()
+    (file,) = tmp_path.iterdir()
+    parts = file.name.split(".")
+    parts[3] = str(int(parts[3]) - 10**6)  # before this process began
+    file.rename(tmp_path / ".".join(parts))
+    recorder = TensorBoard(tmp_path)
+    recorder.scalars([Row("a", 2.0, step) for step in range(3)])
+    recorder.end("finished")
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.value for e in read.Scalars("a")] == [2.0] * 3
+    assert "already contains a run" not in caplog.text

@@ -131,6 +131,9 @@ def test_it_goes_on_where_it_ended() -> None:
     assert model.validation_loss_ < first + 0.5
     with pytest.raises(ValueError, match="did not know"):
         model.partial_fit(x, y + 5)
+    with pytest.raises(ValueError, match="differ from those of the first call"):
+        model.partial_fit(x, y, classes=[0, 1, 2, 3])
+    model.partial_fit(x, y, classes=[2, 1, 0])
 
 
 @pytest.mark.slow
