@@ -93,6 +93,9 @@ def as_problem(
         by_tensor: Whether hyperparameters of the update may have a value for each parameter tensor.
         options: Options of :class:`Problem`.
 
+    Raises:
+        ValueError: ``options=`` has an entry that the update does not know.
+
     Examples:
         >>> import torch, selftune as st
         >>> problem, weights = as_problem(
@@ -101,6 +104,9 @@ def as_problem(
         >>> weights.shape
         torch.Size([4])
     """
+    known = {*update.hparams, *update.rule.defaults, "maximize"}
+    for name in options.get("options", {}).keys() - known:
+        raise ValueError(f"options: {name!r} is unknown to the update: use some of {sorted(known)}")
     weights, call = flat(model)
     outer = outer_loss_fn or loss_fn
 

@@ -160,7 +160,7 @@ class Neumann(AbstractIteration):
         if self.scale is None:
             tiny = torch.finfo(residual.dtype).tiny
             largest = torch.maximum(largest, moved.norm() / size.clamp_min(tiny))
-            scale = 1 / largest.clamp_min(tiny)
+            scale = torch.where(largest > 0, 1 / largest.clamp_min(tiny), 0.0)  # no curvature yet
         else:
             scale = torch.full_like(size, self.scale)
         running = running & (size <= bound)
@@ -178,7 +178,9 @@ class Neumann(AbstractIteration):
         factor = torch.where(carry.size <= rhs.norm(), 1.0, factor)
         residual = torch.addcmul(rhs, reached, factor, value=-1).norm()
         value = value.mul_(factor)
-        return self._solution(value, residual, rhs, self.terms, ~(carry.size <= carry.bound))
+        flat = carry.largest == 0 if self.scale is None else torch.zeros_like(carry.running)
+        diverged = flat | ~(carry.size <= carry.bound)
+        return self._solution(value, residual, rhs, self.terms, diverged)
 
 
 class Descent(NamedTuple):

@@ -85,3 +85,15 @@ def test_solves_map_over_right_hand_sides() -> None:
 def test_no_damping_is_refused() -> None:
     with pytest.raises(ValueError, match="damping=0 must be above 0"):
         Nystrom(damping=0)
+
+
+@pytest.mark.parametrize("solver", [Neumann(10), Neumann(10, scale=0.5), CG(10)])
+def test_no_curvature_at_all(solver: AbstractSolver) -> None:
+    """Truth: nothing is better than 0 (it was infinite, and hypergradients with it)."""
+    found = solver.solve(lambda v: 0 * v, torch.ones(3))
+    assert bool(torch.isfinite(found.value).all())
+    assert float(found.residual) == 1
+    assert not bool(found.converged)
+    if not (isinstance(solver, Neumann) and solver.scale):  # of which it is no sign
+        assert bool(found.diverged)
+        assert not found.value.any()

@@ -107,3 +107,11 @@ def test_a_model_becomes_a_problem_without_a_second_copy_of_its_weights() -> Non
         assert not torch.equal(call(2 * weights, x), model(x))
         if model is odd:
             assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def test_options_that_the_update_does_not_know() -> None:
+    """Torch's names of pairs, or a typing error, were ignored."""
+    net, loss = torch.nn.Linear(2, 1), torch.nn.functional.mse_loss
+    for name in ("betas", "amsgard"):
+        with pytest.raises(ValueError, match=f"options: '{name}' is unknown to the update"):
+            st.as_problem(net, loss, st.Update(st.rules.Adam()), options={name: 0.5})

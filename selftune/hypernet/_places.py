@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from selftune.hypernet._terms import WHOLE, term_of
+from selftune.nn import DropConnect
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def places_of(model: nn.Module) -> tuple[list[Place], dict[str, str], bool]:
     """Parameters with and without support; whether each example can have its own perturbation."""
     places: dict[int, Place] = {}
     plain: dict[str, str] = {}
-    alone = True
+    # Dropped weights are the same for all examples, at one rate.
+    alone = not any(isinstance(module, DropConnect) for module in model.modules())
     kinds: dict[int, set[bool]] = {}
     for path, module in model.named_modules():
         # The module, or the module whose parametrization it is part of.

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from selftune._arguments import MAPPING, MODULE, NONE, Number, OneOf, checked
 from selftune._binding import functional_call
-from selftune._modes import evaluating
+from selftune._modes import buffers_kept, evaluating, random_kept
 from selftune.hparams import Hparam, penalty_hparam
 from selftune.hypernet._examples import difference, hooks_of
 from selftune.hypernet._perturbed import PerturbedModel
 from selftune.hypernet._places import Place, Report, places_of
 from selftune.hypernet._terms import term_of
-from selftune.nn import own_counters, tunables
+from selftune.nn import Tunable, own_counters, tunables
 
 log = logging.getLogger("selftune")
 
@@ -254,6 +255,8 @@ class SelfTuned(PerturbedModel):
     def _compare(self, args: Any, kwargs: Any) -> None:
         """Perturb the whole batch if the model has other outputs with perturbed examples."""
         reason = difference(self, args, kwargs)
+        if reason == "":
+            reason = self._reaches_others(args, kwargs)
         self._compared = reason is not None
         if not reason:
             return
@@ -262,6 +265,38 @@ class SelfTuned(PerturbedModel):
         log.warning("the model is perturbed once per batch, not per example: %s", reason)
         self.report = replace(self.report, per_example=False)
         self._remove_hooks()
+
+    @torch.no_grad()
+    def _reaches_others(self, args: Any, kwargs: Any) -> str:
+        """Why the strength of an example has an effect on other ones; "" if it has none.
+
+        Compares passes with the same random numbers, of which the last has other strengths for the
+        first example; all but the layers with strengths are in evaluation mode.
+        """
+        raw = self.raw.detach().expand(self.batch_size(args, kwargs), -1).clone()
+        outputs = []
+        with evaluating(self):
+            for layer in (m for m in self.model.modules() if isinstance(m, Tunable)):
+                layer.train()
+            for shift in (0.0, 0.0, 1.0):
+                raw[0] += shift
+                self._present = self._values(raw)
+                with random_kept(raw.device), buffers_kept(self.model.modules()):
+                    try:
+                        out = functional_call(self.model, self.strengths(), args, kwargs)
+                    except (RuntimeError, ValueError, IndexError) as error:
+                        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                leaves = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.ndim]
+                outputs.append([t[1:] for t in leaves if len(t) == len(raw)])
+        first, again, moved = outputs
+
+        def same(a: list[Tensor], b: list[Tensor]) -> bool:
+            pairs = zip(a, b, strict=True)
+            return all(torch.allclose(x, y, equal_nan=True) for x, y in pairs)
+
+        if not same(first, again) or same(first, moved):  # nothing follows from other numbers
+            return ""
+        return "strengths of layers act on another dimension than that of the examples"
 
     def _remove_hooks(self) -> None:
         while self._hooks:

@@ -63,7 +63,8 @@ class Tunable(nn.Module):
             TypeError: The batch is not of a floating-point type.
         """
         self.check_floating(like)
-        return self.strength.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+        level = self.strength.to(like.dtype)
+        return level.view(-1, *[1] * (like.ndim - 1)) if like.ndim else level.mean()
 
     def check_floating(self, input: Tensor) -> None:
         """Refuse integers, in which most strengths would be rounded to 0."""

@@ -16,6 +16,7 @@ from selftune._arguments import COUNT, MODULES, Number, Whole, checked
 from selftune.bijections import Log
 from selftune.hparams import Hparam
 from selftune.nn._base import Stochastic, amount, fraction
+from selftune.nn.dropout import wide
 
 
 class Noise(Stochastic):
@@ -121,8 +122,9 @@ class Scale(_OneAnExample):
 
     def change(self, input: Tensor) -> Tensor:
         """Resample about the centre."""
+        self.check_floating(input)
         _check_images(self, input, input.ndim == 4, "(batch, channels, height, width)")
-        factor = 1 / (1 + self.drawn(input).flatten())
+        factor = 1 / (1 + self.drawn(_fine(input)).flatten())
         still = torch.zeros_like(factor)
         return _resampled(input, factor, still, still)
 
@@ -145,19 +147,26 @@ class Translate(_OneAnExample):
 
     def change(self, input: Tensor) -> Tensor:
         """Resample at shifted coordinates."""
+        self.check_floating(input)
         _check_images(self, input, input.ndim == 4, "(batch, channels, height, width)")
-        across, down = (2 * self.drawn(input, stream).flatten() for stream in (0, 1))
+        across, down = (2 * self.drawn(_fine(input), stream).flatten() for stream in (0, 1))
         return _resampled(input, torch.ones_like(across), across, down)
 
 
 def _resampled(images: Tensor, factor: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """Bilinear resampling with zero padding; coordinates from −1 to 1."""
+    """Bilinear resampling with zero padding; coordinates from −1 to 1, in single precision."""
     if not len(images):  # refused by affine_grid
         return images
     zero = torch.zeros_like(factor)
     rows = [torch.stack([factor, zero, across], 1), torch.stack([zero, factor, down], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+    sampled = F.grid_sample(_fine(images), grid, align_corners=False)
+    return sampled.to(images.dtype)
+
+
+def _fine(images: Tensor) -> Tensor:
+    """The images in single precision at least: coordinates of 8 bits are off by pixels."""
+    return images.to(wide(images.dtype))
 
 
 class Cutout(Stochastic):
@@ -214,7 +223,7 @@ class Mixup(Stochastic):
     """Each example mixed with another: ``(1 − λ) x + λ x'``, and its target likewise.
 
     λ is uniform in 0…s/2. It changes inputs and targets, so pass it to ``Tuner(augment=…)``, or
-    call it on both. Targets become probabilities.
+    call it on both. Classes of shape (batch, …) become probabilities, (batch, classes, …).
 
     Args:
         classes: Number of classes; 0 for numbers or probabilities, which are mixed directly.
@@ -251,13 +260,13 @@ class Mixup(Stochastic):
                 "classes for class indices, and classes=0 for probabilities and other numbers"
             )
         if self.classes:
-            target = F.one_hot(target, self.classes).to(input.dtype)
+            target = F.one_hot(target.long(), self.classes).movedim(-1, 1).to(input.dtype)
         share = self.uniform((len(input),)).to(input.dtype) / 2
         self.key.add_(1)
         mixed = []
         for part in (input, target):
             shaped = share.view(-1, *[1] * (part.ndim - 1)) * self.level(part)
-            mixed.append(torch.lerp(part, part.roll(1, 0), shaped))
+            mixed.append(torch.lerp(part, part.roll(1, 0), shaped.to(part.dtype)))
         return mixed[0], mixed[1]
 
 

@@ -93,7 +93,9 @@ class _Penalty(Tunable):
         """The input."""
         if not self.training:
             return input
-        measured = self.level(input) * self.measure(input)
+        exact = input.to(wide(input.dtype))  # squares in half precision overflow, or are 0
+        squares = self.measure(exact)
+        measured = self.level(squares) * squares
         # A sequence of length 1 has no changes, whose mean would be NaN.
         term = measured.mean() if measured.numel() else measured.sum()
         if backward_runs():  # an activation checkpoint, whose first pass has counted
@@ -109,7 +111,7 @@ class _Penalty(Tunable):
         return input
 
     def measure(self, input: Tensor) -> Tensor:
-        """The penalty of each entry."""
+        """The penalty of each entry, a real number."""
         raise NotImplementedError
 
 
@@ -141,7 +143,7 @@ class ActivationPenalty(_Penalty):
 
     def measure(self, input: Tensor) -> Tensor:
         """Squares."""
-        return input.square()
+        return _square(input)
 
 
 class TemporalPenalty(_Penalty):
@@ -172,7 +174,12 @@ class TemporalPenalty(_Penalty):
 
     def measure(self, input: Tensor) -> Tensor:
         """Squared differences."""
-        return input.diff(dim=self.dim).square()
+        return _square(input.diff(dim=self.dim))
+
+
+def _square(input: Tensor) -> Tensor:
+    """``|x|²``, also of complex numbers."""
+    return torch.view_as_real(input).square().sum(-1) if input.is_complex() else input.square()
 
 
 def begin_pass(model: nn.Module) -> None:

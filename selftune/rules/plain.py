@@ -28,6 +28,10 @@ class Untuned(torch.optim.Optimizer):
         usual = {**_settings(rule, rule.defaults), "maximize": False}
         super().__init__(params, {**usual, **settings})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, with the rule."""
+        return {**super().__getstate__(), "_rule": self._rule}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step and return the loss of the closure, if given."""

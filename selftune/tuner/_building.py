@@ -218,6 +218,7 @@ def _steps(given: Given, plan: Plan, device: torch.device, autocast: Callable[[]
         whole=assigned.whole,
         whole_step_names=[n for n in hyper.names if n in assigned.names],
         layers={n: f.buffers for n, f in given.strengths.items() if n in names},
+        strengths={n: given.values[n] for n in given.strengths if n not in names},
         joined=joined,
         own=given.update.rule.by_parameter(given.objective.model, trained),
         group=group,

@@ -47,6 +47,7 @@ class Steps:
         autocast: Makes the context of the forward passes.
         whole_step_names: Names of the hyperparameters that it handles.
         layers: Buffers of the objective that contain hyperparameters, by name.
+        strengths: Strengths of its layers that are not tuned, by name.
         joined: Whether all parameters, of one dtype, become views of one vector, so that one
             operation handles all tensors. Eager steps of small networks and compiling are faster.
         own: Each part's own values; empty if all parts share the same.
@@ -72,6 +73,7 @@ class Steps:
     whole: AbstractEstimator | None = None
     whole_step_names: Sequence[str] = ()
     layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    strengths: Mapping[str, float] = field(default_factory=dict)
     joined: bool = False
     own: Sequence[ParameterOptions] = ()
     group: Group = field(default_factory=Group)

@@ -267,7 +267,8 @@ class Watch:
         """All current hyperparameters; the learning rate is the tuned peak."""
         tuned, fixed = self._tuned_values(), self._steps.options
         update = {n: tuned.get(n, fixed.get(n, 0.0)) for n in self._steps.update.hparams}
-        return update | {n: v for n, v in tuned.items() if n in self._steps.layers}
+        strengths = {n: v for n, v in tuned.items() if n in self._steps.layers}
+        return update | dict(self._steps.strengths) | strengths
 
     def state_dict(self) -> dict[str, Any]:
         return {

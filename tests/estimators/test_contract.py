@@ -81,7 +81,8 @@ def test_real_layers_under_every_rule(net: str, rule: str) -> None:
     made, values = RULES[rule]
     module, batches = model(net)
     update = st.Update(made, (L1(), L2()))
-    problem, weights = st.as_problem(module, smoothed, update, options={"eps": 1e-4})
+    own = {"eps": 1e-4} if "eps" in made.defaults else {}
+    problem, weights = st.as_problem(module, smoothed, update, options=own)
     hparams = {n: number(v) for n, v in values.items()}
     hparams |= {"decay": number(0.1), "l1": number(1e-3), "l2": number(0.02),
                 "label_smoothing": number(0.1)}  # fmt: skip

@@ -91,3 +91,73 @@ def test_hyperparameters_of_a_half_precision_model_move() -> None:
         assert all(p.dtype == dtype for p in net.revert().parameters())
         moved[dtype] = net.hparams()["dropout"] - before
     assert abs(moved[torch.bfloat16]) > 1e-4
+
+
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_mixed_classes_are_in_dimension_one(classes_first: bool) -> None:
+    """Truth: torch's cross-entropy of classes, which at strength 0 are mixed with nothing."""
+    shape = (6, 4, 5) if classes_first else (6, 4)
+    logits, target = torch.randn(6, 4, *shape[2:]), torch.randint(4, (6, *shape[2:]))
+    _, mixed = st.nn.Mixup(4, 0.0)(torch.randn(6, 3), target)
+    assert mixed.shape == logits.shape
+    expected = F.cross_entropy(logits, target)
+    torch.testing.assert_close(F.cross_entropy(logits, mixed), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.int64])
+def test_classes_of_any_whole_type_are_mixed(kind: torch.dtype) -> None:
+    _, mixed = st.nn.Mixup(4, 0.5)(torch.randn(6, 3), torch.randint(4, (6,)).to(kind))
+    torch.testing.assert_close(mixed.sum(1), torch.ones(6))
+
+
+@pytest.mark.parametrize("kinds", [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
+def test_inputs_and_targets_of_two_types_are_mixed(kinds: tuple[torch.dtype, torch.dtype]) -> None:
+    x, y = torch.randn(6, 3, dtype=kinds[0]), torch.randn(6, 2).to(kinds[1])
+    mixed = st.nn.Mixup(0, 0.5)(x, y)
+    assert [t.dtype for t in mixed] == [*kinds]
+
+
+@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", [st.nn.Scale, st.nn.Translate])
+def test_images_in_half_precision(layer: Any, kind: torch.dtype, size: int) -> None:
+    """Truths: the image at strength 0, and the layer in single precision."""
+    images = torch.rand(2, 3, size, size).to(kind)
+    torch.testing.assert_close(layer(0.0)(images), images, rtol=1e-2, atol=1e-3)
+    half, whole = layer(0.1), layer(0.1)
+    whole.key.copy_(half.key)
+    found, expected = half(images), whole(images.float())
+    assert found.dtype == kind
+    assert float((found.float() - expected).abs().mean()) < 0.005
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "strength"), [(100.0, 1e-2), (0.1, 1e-6), (300.0, 1.0)])
+@pytest.mark.parametrize("layer", [st.nn.ActivationPenalty, st.nn.TemporalPenalty])
+def test_penalties_in_half_precision(
+    layer: Any, size: float, strength: float, kind: torch.dtype
+) -> None:
+    """Truth: the mean square in single precision (it overflowed, or was 0)."""
+    x = torch.full((4, 6, 3), size).to(kind)
+    x[:, ::2] = 0
+    penalty = layer(strength)
+    penalty(x)
+    exact = (
+        x.float().square() if layer is st.nn.ActivationPenalty else x.float().diff(dim=1).square()
+    )
+    assert float(st.nn.extra_loss(penalty)) == pytest.approx(strength * float(exact.mean()))
+
+
+def test_penalties_of_complex_activations_are_real() -> None:
+    x = torch.full((3,), 1 + 1j, requires_grad=True)
+    penalty = st.nn.ActivationPenalty(1.0)
+    penalty(x)
+    loss = st.nn.extra_loss(penalty)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(2)
+    torch.testing.assert_close(x.grad, 2 * x.detach() / 3)
+
+
+@pytest.mark.parametrize("layer", [st.nn.Dropout(0.5), st.nn.Noise(0.1)])
+def test_numbers_keep_their_shape(layer: nn.Module) -> None:
+    assert layer(torch.tensor(2.0)).shape == ()

@@ -1,5 +1,9 @@
 """Update rules. Truths: torch.optim's own steps, the paper (Lion), and finite differences."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 
@@ -211,3 +215,27 @@ def test_hyperparameters_of_a_rule_are_those_of_the_run() -> None:
     with pytest.raises(TypeError, match=r"hparams=\{'momentum': 0.9\} to st.Tuner"):
         rules.SGD(momentum=0.9)
     assert repr(rules.AdamW()) == "AdamW()"
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_plain_optimizers_without_a_twin_can_be_copied(how: str) -> None:
+    """Truth: the optimizer that was copied."""
+    params = [torch.nn.Parameter(torch.ones(3))]
+    opt = rules.PlainOptimizer.of(rules.Lion(), {"lr": 0.1}).make(params)
+
+    def step(params: list, opt: torch.optim.Optimizer) -> torch.Tensor:
+        params[0].grad = torch.tensor([1.0, -2.0, 0.5])
+        opt.step()
+        return params[0].detach().clone()
+
+    step(params, opt)
+    if how == "deepcopy":
+        copies = copy.deepcopy((params, opt))
+    elif how == "pickle":
+        copies = pickle.loads(pickle.dumps((params, opt)))
+    else:
+        file = io.BytesIO()
+        torch.save((params, opt), file)
+        file.seek(0)
+        copies = torch.load(file, weights_only=False)
+    assert torch.equal(step(*copies), step(params, opt))

@@ -124,3 +124,34 @@ def test_a_run_that_goes_back_says_which_steps_it_undid() -> None:
     back = result.history["rewinds"]
     assert len(back) >= 1
     assert result.schedule.steps < 300 - result.history["hyper_step"][0]
+
+
+@pytest.mark.parametrize("tune", [("lr",), ("lr", "hidden")])
+def test_a_given_strength_is_replayed(tune: tuple[str, ...]) -> None:
+    """Truth: the losses of the run, also if the strength was not tuned."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(160, 6, generator=generator, dtype=torch.float64)
+    batches = [(part, part[:, :1]) for part in x.split(20)]
+
+    def make() -> nn.Module:
+        torch.manual_seed(3)
+        layers = nn.Linear(6, 8), nn.Tanh(), st.nn.Dropout(0.2, name="hidden"), nn.Linear(8, 1)
+        return nn.Sequential(*layers).double()
+
+    run = st.Tuner(
+        make(), F.mse_loss, rule=st.rules.SGD(), hparams={"lr": 0.02, "hidden": 0.6}, tune=tune,
+        probe=False, guard=False, compile=False,
+    )  # fmt: skip
+    result = run.fit(batches[:6], batches[6:], epochs=4, progress=False)
+    assert "hidden" in result.hparams
+    plain, losses = make(), []
+    opt = torch.optim.SGD(plain.parameters(), lr=1.0)
+    follow = st.replay(opt, result.schedule, model=plain)
+    for a, b in batches[:6] * 4:
+        opt.zero_grad()
+        loss = F.mse_loss(plain(a), b)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        opt.step()
+        follow.step()
+    assert losses == pytest.approx(result.history["train_loss"].tolist())
