@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,13 +151,25 @@ class Engine:
         self.training_signal = None
         self.stepper.forget()
 
-    def apply_masks(self) -> None:
+    @contextmanager
+    def masks_applied(self) -> Iterator[None]:
+        """Applies masks within a block, for a look at the weights that does not change the run."""
+        looks, kept = dict(self.looks), list[tuple[Tensor, Tensor]]()
+        self.apply_masks(kept)
+        yield
+        self.looks = looks
+        for tensor, value in kept:
+            tensor.copy_(value)
+
+    def apply_masks(self, kept: list[tuple[Tensor, Tensor]] | None = None) -> None:
         """Apply masks and frozen parameters to averages and snapshots."""
         penalties = self.method.sensitivities.update.penalties
         thresholded = any(p.proximal for p in penalties)
         steps = max((age for block in self.blocks for age in block.ages()), default=0.0)
         for block in () if self.buffers.shown else self.blocks:
-            apply_masks(block, self.looks, self.clock.steps, steps, thresholded=thresholded)
+            apply_masks(
+                block, self.looks, self.clock.steps, steps, thresholded=thresholded, kept=kept
+            )
 
     def sync(self) -> None:
         self.begin()

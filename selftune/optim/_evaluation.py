@@ -72,7 +72,6 @@ class EvaluationMode(Container):
         self._outside("eval()")
         with torch.no_grad():
             self._blocks()
-            engine.apply_masks()
         if engine.buffers.waiting:
             log.warning(
                 "%s: averaged() before the first training pass of a loaded run: BatchNorm layers "
@@ -81,7 +80,8 @@ class EvaluationMode(Container):
                 engine.controller.label,
             )
         end = OuterLoss(engine).final_position
-        engine.shown = Shown(engine.blocks, engine.buffers, end, live=end == 0)
+        with torch.no_grad(), engine.masks_applied():
+            engine.shown = Shown(engine.blocks, engine.buffers, end, live=end == 0)
 
     def train(self) -> None:
         """Restore the training weights after ``eval()``, or after loading a state saved then.

@@ -15,8 +15,9 @@ PRIME = 2**31 - 1
 
 
 def apply_masks(
-    block: Block, looks: dict[Tensor, Look], now: int, steps: float, *, thresholded: bool
-) -> None:
+    block: Block, looks: dict[Tensor, Look], now: int, steps: float, *, thresholded: bool,
+    kept: list[tuple[Tensor, Tensor]] | None = None,
+) -> None:  # fmt: skip
     """Apply masks and frozen parameters to the average and the snapshots of a block.
 
     A weight that is exactly 0, as under a mask that the user applies after every step, is 0 in them
@@ -29,6 +30,7 @@ def apply_masks(
         now: Steps of the run.
         steps: Updates of the parameter that has been updated most often.
         thresholded: Whether a penalty sets weights to 0.
+        kept: Receives the changed tensors with their values before, or None.
     """
     params, ages, layout = block.params, block.ages(), block.layout
     least = [0.0] * len(params)
@@ -46,10 +48,16 @@ def apply_masks(
             zeros = local(param) == 0
             held = zeros if thresholded else _held(looks, param, zeros, now)
             for view in views[: 1 if thresholded else None]:
-                view[index].masked_fill_(held.to(view[index].device), 0.0)
+                _keep(kept, view[index]).masked_fill_(held.to(view[index].device), 0.0)
         elif ages[index] < steps:
             for view in views:
-                view[index].copy_(local(param))
+                _keep(kept, view[index]).copy_(local(param))
+
+
+def _keep(kept: list[tuple[Tensor, Tensor]] | None, tensor: Tensor) -> Tensor:
+    if kept is not None:
+        kept.append((tensor, tensor.clone()))
+    return tensor
 
 
 def _held(looks: dict[Tensor, Look], param: Tensor, zeros: Tensor, now: int) -> Tensor:

@@ -251,3 +251,28 @@ def test_parameters_that_share_memory_are_refused() -> None:
     net[1].weight.data = net[0].weight.data
     with pytest.raises(ValueError, match=r"1.weight shares its memory with 0.weight; tie them"):
         st.AdamW(net)
+
+
+@pytest.mark.parametrize("change", ["clamped", "masked", "frozen for two steps"])
+@pytest.mark.parametrize("shell", ["SGD", "AdamW"])
+def test_a_look_does_not_change_the_run(shell: str, change: str) -> None:
+    """Truth: the run at whose averaged weights nobody looked."""
+    ends = []
+    for looks in (False, True):
+        net = network()
+        opt = SHELLS[shell](net, total_steps=200, probe=False)
+        mask = torch.rand(20, 5, generator=torch.Generator().manual_seed(1)) > 0.5
+        for number in range(120):
+            net[0].requires_grad_(change != "frozen for two steps" or number not in (31, 32))
+            step(net, opt)
+            with torch.no_grad():
+                if change == "clamped":
+                    net[0].weight.clamp_(min=0)
+                elif change == "masked":
+                    net[0].weight.mul_(mask)
+            if looks and number % 7 == 4:
+                averaged(net, opt)
+            tune(net, opt)
+        ends.append({**averaged(net, opt), **{k: torch.tensor(v) for k, v in opt.hparams.items()}})
+    for name, expected in ends[0].items():
+        assert torch.equal(ends[1][name], expected), name
