@@ -138,6 +138,13 @@ def random_states() -> dict[str, Any]:
     return states
 
 
+def draw_once() -> None:
+    """Draw a number of each generator, so that what follows differs from what came before."""
+    torch.rand((), device="cpu")
+    random.random()
+    np.random.random()  # noqa: NPY002 - users' data sets use it
+
+
 def restore_random_states(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from selftune._identity import describe, flatten
+from selftune._modes import draw_once
 from selftune.penalties import described
 from selftune.rules import Mixture
 from selftune.tuner._data import Stream
@@ -124,6 +125,7 @@ def check_data(scorer: Scorer, stream: Stream, best: Mapping[str, Any]) -> None:
     if math.isclose(loss, best["loss"], rel_tol=SAME):
         return
     # Augmented examples, and shuffled batches with a random loss, differ from pass to pass.
+    draw_once()
     if math.isclose(loss, scorer.loss_of(best, stream), rel_tol=SAME):
         log.warning(
             "resume: the best weights had a validation loss of %.4g, and have %.4g on the data of "

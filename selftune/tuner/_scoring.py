@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from selftune._binding import functional_call
 from selftune._flat import local
 from selftune._gathered import reshard
-from selftune._modes import seeded
+from selftune._modes import random_states, restore_random_states, seeded
 from selftune._trees import unchanged
 from selftune.control.final_weights import BACK, between
 from selftune.tuner._batch import size, to_device
@@ -150,7 +150,7 @@ class Scorer:
     ) -> list[dict[str, float]]:
         names = [*self._names, *self._buffers]
         there = [dict(zip(names, tensors, strict=True)) for tensors in points]
-        group, total = self._group, 0
+        group, total, randomness = self._group, 0, random_states()
         sums: list[dict[str, Tensor]] = [{} for _ in points]
         with self._evaluating(), read_from(self._own, self._start):
             batches = self._weighted(stream, most if stream.sized else FEW)
@@ -165,7 +165,7 @@ class Scorer:
                         adding[name] = adding[name] + value if name in adding else value
         numbers = [{name: float(value) for name, value in s.items()} for s in sums]
         everywhere = group.gather((total, numbers))
-        group.share_streams()  # loaders and metrics may have drawn random numbers
+        restore_random_states(randomness)  # loaders and metrics may have drawn some
         total = sum(count for count, _ in everywhere)
         known = dict.fromkeys(name for _, pairs in everywhere for name in pairs[0])
         return [

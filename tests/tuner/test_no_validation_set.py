@@ -100,7 +100,7 @@ def test_the_result_has_the_last_honest_loss_and_hyperparameters_stay(
     assert result.best_loss == result.history["score/loss"][-1] == found[0][0]
     assert found[0][0] == pytest.approx(found[0][1], rel=1e-5)
     assert {score for score, _ in found} == {result.best_loss}
-    assert found[-1][1] < result.best_loss  # trained on in between, so not an honest one
+    assert found[-1][1] != result.best_loss  # trained on in between, so not an honest one
     assert same(result.best_weights, model.state_dict())
 
 

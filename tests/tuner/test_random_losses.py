@@ -1,6 +1,7 @@
 """Losses with random numbers of their own. Law: the same weights have the same loss."""
 
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -88,3 +89,18 @@ def test_a_resumed_run_with_augmented_validation_data_is_not_taken_for_another(
         tuner.fit(loader(), val, steps=20, log_dir=tmp_path, resume=True, progress=False)
     assert "resumed at step 20" in caplog.text
     assert "on the data of this call" not in caplog.text
+
+
+def test_evaluations_do_not_change_the_run() -> None:
+    """Truth: the run that is evaluated once. Shuffled loaders and metrics draw random numbers."""
+    ends = []
+    for every in (5, 60):
+        torch.manual_seed(0)
+        val = torch.utils.data.DataLoader(loader(60, 1).dataset, 20, shuffle=True)
+        noisy = lambda output, target: float(torch.rand(()) + random.random())  # noqa: E731
+        run = st.Tuner(net(dropout=0.2), F.cross_entropy, metrics={"noisy": noisy}, compile=False)
+        result = run.fit(loader(shuffle=True), val, steps=60, evaluate_every=every, progress=False)
+        ends.append(result)
+    assert ends[0].hparams == ends[1].hparams
+    for name in ("train_loss", "val_loss"):
+        assert np.array_equal(*(end.history[name] for end in ends), equal_nan=True)
