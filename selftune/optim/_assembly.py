@@ -123,7 +123,7 @@ class Assembly:
         engine, trained = self._engine, _trained(groups, state)
         for block in engine.blocks:
             block.sync()
-        if engine.whole is not None:
+        if engine.whole is not None and engine.blocks:  # not in a copy, which continues
             engine.whole.forget()
         if not any(trained):
             raise ValueError("params: none of the parameters requires a gradient")

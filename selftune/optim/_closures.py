@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selftune._flat import local
 from selftune._gathered import gradients_apart
 from selftune._modes import random_kept
 from selftune._trees import unchanged
-from selftune.estimators import AbstractEstimator
+from selftune.estimators import AbstractEstimator, ImplicitMemory
 from selftune.method.whole_step import WholeSteps
 from selftune.optim._block import Block
 from selftune.optim._shifts import Shifts
@@ -177,8 +178,23 @@ class ClosureSteps:
         self._last = None
 
     def anew(self) -> ClosureSteps:
-        """A copy without memory, because closures are not copied."""
-        return ClosureSteps(self._steps.estimator, self._update, self._shifts)
+        """A copy with a copy of the memory, if that has no closures."""
+        copied = ClosureSteps(self._steps.estimator, self._update, self._shifts)
+        copied.restore(self.saved())
+        return copied
+
+    def saved(self) -> Any:
+        """A copy of the memory of the steps; None if it has their closures, as that of Unrolled."""
+        memory = self._steps.memory
+        if isinstance(memory, ImplicitMemory):  # the batch is that of the next step
+            memory = memory._replace(batch=None)
+        if any(isinstance(leaf, Call) for leaf in tree_leaves(memory)):
+            return None
+        return tree_map_only(Tensor, lambda t: t.detach().clone(), memory)
+
+    def restore(self, memory: Any) -> None:
+        """Continue with a saved memory."""
+        self._steps.memory = memory
 
     def _problem(self, block: Block, values: Mapping[str, Any]) -> Problem:
         """The problem with the group's current options."""

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from selftune._files import load
 from selftune._identity import differences
+from selftune.estimators import MEMORIES
 from selftune.method import Displacement
 from selftune.method.slopes import Slopes
 from selftune.method.stiff_directions import Stiffness
@@ -20,8 +22,8 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 31
-"""Version of the state; 31 has the places of zeros."""
+VERSION = 32
+"""Version of the state; 32 has the memory of whole-step estimators."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -34,7 +36,7 @@ def to_bytes(run: Mapping[str, Any]) -> bytes:
 def from_bytes(run: Any) -> dict[str, Any]:
     """The packed run."""
     try:
-        run_state: dict[str, Any] = load(io.BytesIO(run))
+        run_state: dict[str, Any] = load(io.BytesIO(run), MEMORIES)
     except (TypeError, ValueError) as error:
         raise ValueError(
             "state_dict is incomplete: param_groups[0]['selftune'] contains no selftune run "
@@ -75,6 +77,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
             }
             for block in engine.blocks
         ],
+        "whole": None if engine.whole is None else engine.whole.saved(),
         "shown": bool(engine.training_weights()),
         "training_signal": None if signal is None else signal.clone(),
         "log": log.state_dict(),
@@ -94,6 +97,8 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
         **{n: t.to(device, copy=True) for n, t in run["stiffness"].items()}
     )
     engine.controller.load_state_dict(run["controller"])
+    if engine.whole is not None:
+        engine.whole.restore(tree_map_only(Tensor, lambda t: t.to(device), run["whole"]))
     signal = run["training_signal"]
     engine.training_signal = None if signal is None else signal.to(device, copy=True)
     engine.slopes = Slopes(

@@ -158,7 +158,7 @@ def test_optimizers_from_outside_are_refused() -> None:
 
 
 def test_copies_and_saved_states_go_on() -> None:
-    """They begin to observe anew, and their weights move as before."""
+    """Unrolled observes anew, as closures are not saved; weights move as before."""
     model, train = net(), batches(12)
     opt = st.SGD(model, lr=0.05, estimator=st.Unrolled(4), probe=False, every=10**6)
     trained(model, opt, train[:6])
@@ -411,3 +411,44 @@ def test_gradients_that_are_not_finite_nearby_are_not_taken_for_clipping() -> No
     for _ in range(2):
         opt.step(functools.partial(closure, torch.randn(8, 3).double()))
     opt.hyper_step(lambda: model(torch.ones(1, 3).double()).square().mean())
+
+
+KEPT: dict[str, AbstractEstimator] = {
+    "Forward": st.Forward(),
+    "projections": st.Forward(projections=2, curvature="diagonal"),
+    "Implicit": st.Implicit(through="update", warm=True),
+    "BestResponse": st.BestResponse(),
+}
+
+
+@pytest.mark.parametrize("how", ["saved", "copied"])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_was_observed_is_kept(name: str, how: str) -> None:
+    """Truth: the run that went on, bit for bit (they observed anew)."""
+    options: dict[str, Any] = dict(
+        lr=0.05, momentum=0.5, total_steps=60, estimator=KEPT[name], probe=False, every=3
+    )
+
+    def train(model: nn.Module, opt: Any, some: list[Any]) -> None:
+        for number, batch in enumerate(some):
+            torch.manual_seed(number)  # of random directions
+            trained(model, opt, [batch])
+            opt.hyper_step(lambda: F.mse_loss(model(held[0]), held[1]))
+
+    *some, held = batches(25)
+    model = net()
+    opt = st.SGD(model, **options)
+    train(model, opt, some[:13])
+    if how == "copied":
+        again, other = copy.deepcopy((model, opt))
+    else:
+        again = net()
+        other = st.SGD(again, **options)
+        again.load_state_dict(model.state_dict())
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    before = opt.hparams
+    train(model, opt, some[13:])
+    train(again, other, some[13:])
+    assert other.hparams == opt.hparams != before
+    for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
