@@ -37,6 +37,16 @@ def write_text(path: Path, text: str) -> None:
         ) from error
 
 
+def plain(tree: Any, safe: Sequence[type] = ()) -> bool:
+    """Whether a tree contains only tensors, numbers and containers that ``load`` supports."""
+    kinds = (torch.Tensor, int, float, str, bool, type(None))
+    if isinstance(tree, kinds):
+        return True
+    if type(tree) is dict:
+        return all(plain(v, safe) for v in tree.values())
+    return type(tree) in (tuple, list, *safe) and all(plain(v, safe) for v in tree)
+
+
 def load(source: Path | io.BytesIO, safe: Sequence[type] = ()) -> Any:
     """Load what torch has saved, after checking its checksums, which torch does not read.
 

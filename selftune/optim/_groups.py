@@ -91,6 +91,10 @@ class Groups:
         """The factor of a group's ``lr`` in addition to the schedule's."""
         return self.scale if "initial_lr" in group and "lr" not in self._shifts.rows else 1.0
 
+    def _peak(self, group: Group) -> float:
+        """The rate of a group without tuning, before a torch scheduler."""
+        return float(group.get("initial_lr", LR.read(group))) * self.scale_of(group)
+
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
         """Read start values from the groups; known parameters keep theirs.
 
@@ -132,7 +136,7 @@ class Groups:
                 if scope != "tensor" and all(min(part) == max(part) for part in parts):
                     values = [part[0] for part in parts]
             else:
-                values = [hparam.read(g) for g in groups]
+                values = [self._peak(g) if name == "lr" else hparam.read(g) for g in groups]
             alike = len(values) == 1 or (scope == "run" and all(v == values[0] for v in values))
             common[name] = values[0] if alike else values
         return common
@@ -178,7 +182,8 @@ class Groups:
             group = groups[i]
             peak = LR.read(group) if peaks is None else _mean(peaks[span])
             factor *= inverse_time(DECAY.read(group), step)
-            group["peak_lr"], group["applied_lr"] = peak, peak * factor
+            group["peak_lr"] = self._peak(group) if peaks is None else peak
+            group["applied_lr"] = peak * factor
             if tuned is None or "initial_lr" in group:
                 continue
             self._factors[i] = factor

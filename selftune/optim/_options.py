@@ -90,7 +90,7 @@ class TuningOptions:
         estimator: Estimates the sensitivities of the weights to the hyperparameters. By default
             ``Trace``, which tracks one step in four (more if the average is short); ``Trace`` and
             ``OneStep`` need no closure. The others need ``step(closure)`` with a closure that keeps
-            its own batch, and a single parameter group; copying and loading restart them.
+            its own batch, and a single parameter group; copying and loading restart ``Unrolled``.
         average: The running average at which the validation loss is measured.
         hyper_optimizer: Function from a list of raw hyperparameters to a torch optimizer; by
             default Adam with a rate of 0.01 times ``every``, between 0.05 and 0.2, and higher in

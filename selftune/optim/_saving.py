@@ -60,6 +60,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "settings": dict(engine.identity),
         "tuned": [f"{n} per {t.scope}" for n, t in engine.shifts.rows.items()],
         "shifts": engine.shifts.state_dict(),
+        "hyper_optimizer": engine.shifts.stepper,
         "groups": groups.state_dict(),
         "clock": asdict(engine.clock),
         "displacement": _numbers(engine.store.displacement),
@@ -77,6 +78,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
             }
             for block in engine.blocks
         ],
+        "inner": engine.stepper.rest(),
         "whole": None if engine.whole is None else engine.whole.saved(),
         "shown": bool(engine.training_weights()),
         "training_signal": None if signal is None else signal.clone(),
@@ -97,6 +99,7 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
         **{n: t.to(device, copy=True) for n, t in run["stiffness"].items()}
     )
     engine.controller.load_state_dict(run["controller"])
+    engine.stepper.restore(run["inner"])
     if engine.whole is not None:
         engine.whole.restore(tree_map_only(Tensor, lambda t: t.to(device), run["whole"]))
     signal = run["training_signal"]
@@ -157,6 +160,7 @@ def check_state(
         )
     match("set of tuned hyperparameters", list(run.get("tuned", ())), whole["tuned"])
     _complete(run, whole)
+    match("hyper_optimizer", run["hyper_optimizer"], whole["hyper_optimizer"])
     sizes = [len(g["params"]) for g in saved]
     match("list of group sizes", sizes, [len(g["params"]) for g in mine])
     for index, (there, here) in enumerate(zip(saved, mine, strict=True)):
@@ -202,7 +206,7 @@ def check_state(
     return run
 
 
-OPEN = ("swept", "training_signal", "slopes", "optimizer", "zeros")
+OPEN = ("swept", "training_signal", "slopes", "optimizer", "zeros", "inner", "whole")
 """Parts whose content depends on the progress of the run."""
 KEYED = ("groups", "buffers")
 """Parts with known keys, whose values depend on the progress of the run."""

@@ -202,6 +202,11 @@ class Shifts:
         """The value of each tuned hyperparameter that represents groups or tensors that differ."""
         return {n: middle(t.values().tolist()) for n, t in self.rows.items()}
 
+    @property
+    def stepper(self) -> str | None:
+        """Class of the torch optimizer of the shifts; None for the method's Adam."""
+        return None if self.propose is None else type(self.propose.optimizer).__name__
+
     def state_dict(self) -> dict[str, Any]:
         outside = None if self.propose is None else self.propose.optimizer.state_dict()
         return {

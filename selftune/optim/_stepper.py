@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selftune._files import plain
 from selftune.method import Moment, choice, fast_path
 from selftune.optim._block import Block
 from selftune.optim._reducer import Reducer
 from selftune.rules import AbstractRule
 from selftune.rules._base import Dots, Evaluation, InPlace, State, Values
 from selftune.update import Transition, Update, learning_rate
+
+log = logging.getLogger("selftune")
 
 
 class Stepper:
@@ -85,6 +89,13 @@ class Stepper:
     def state(self) -> Mapping[Tensor, Any]:
         return {}
 
+    def rest(self) -> dict[str, Any]:
+        """Further state, saved with the run."""
+        return {}
+
+    def restore(self, rest: Mapping[str, Any]) -> None:
+        """Load what ``rest`` has saved."""
+
     def make_state(self) -> None:
         """Create this state by a step with zero gradients and rate, before loading."""
 
@@ -124,6 +135,7 @@ class InnerStepper(Stepper):
         self._inner = inner
         # Of optimizers that make it when they are created, which `forget` has to bring back.
         self._initial = {p: _copied(entry) for p, entry in inner.state.items()}
+        self._counts = [group.get("step") for group in inner.param_groups]
         self.name = f"SelfTuning({type(inner).__name__})"
 
     def move(
@@ -152,15 +164,20 @@ class InnerStepper(Stepper):
     def _shown_step(self, moments: Sequence[Moment]) -> list[float]:
         """Step the inner optimizer with the tuned values in its groups; return the rates."""
         rates = [float(learning_rate(m.values, m.clock)) for m in moments]
-        shown = [(_number(g["lr"]), g["weight_decay"]) for g in self._inner.param_groups]
+        groups = self._inner.param_groups
+        shown = [(_number(g["lr"]), g["weight_decay"]) for g in groups]
         for moment, rate in zip(moments, rates, strict=True):
-            group = self._inner.param_groups[moment.values["index"]]
-            _show(group, rate, moment.values["weight_decay"])
+            _show(groups[moment.values["index"]], rate, moment.values["weight_decay"])
+        before = [float(g["lr"]) for g in groups]
+        factors = [1.0] * len(groups)
         try:
             self._step()
+            # An optimizer that adapts its rate by itself continues from what it has written.
+            pairs = zip(groups, before, strict=True)
+            factors = [float(g["lr"]) / rate if rate else 1.0 for g, rate in pairs]
         finally:
-            for group, (lr, decay) in zip(self._inner.param_groups, shown, strict=True):
-                _show(group, lr, decay)
+            for group, (lr, decay), factor in zip(groups, shown, factors, strict=True):
+                _show(group, lr if factor == 1 else lr * factor, decay)
         return rates
 
     def ready(self, blocks: Sequence[Block], values: Sequence[Values]) -> list[list[Tensor]] | None:
@@ -186,9 +203,13 @@ class InnerStepper(Stepper):
         ]
 
     def _step(self) -> None:
-        """The inner step without its hook wrapper, so that global step hooks fire once."""
-        step = type(self._inner).step
-        getattr(step, "__wrapped__", step)(self._inner)
+        """The inner step with its own hooks, without its wrapper: global hooks fire once."""
+        inner, step = self._inner, type(self._inner).step
+        for before in inner._optimizer_step_pre_hooks.values():
+            before(inner, (), {})
+        getattr(step, "__wrapped__", step)(inner)
+        for after in inner._optimizer_step_post_hooks.values():
+            after(inner, (), {})
 
     def make_state(self) -> None:
         """Let the inner optimizer create its state, without changing the weights."""
@@ -198,6 +219,35 @@ class InnerStepper(Stepper):
         """Return to the inner optimizer's first state; the rest it creates at its next step."""
         self._inner.state.clear()
         self._inner.state.update({p: _copied(entry) for p, entry in self._initial.items()})
+        for group, count in zip(self._inner.param_groups, self._counts, strict=False):
+            group.pop("step", None)  # bias corrections, with the moments
+            if count is not None:
+                group["step"] = _copied(count)
+
+    def rest(self) -> dict[str, Any]:
+        """State that is no parameter's: under other keys, or of the optimizer's own methods."""
+        keyed = {k: v for k, v in self._inner.state.items() if not isinstance(k, Tensor)}
+        own = type(self._inner).state_dict is not torch.optim.Optimizer.state_dict
+        whole = self._inner.state_dict() if own else {}
+        more = {k: v for k, v in whole.items() if k not in ("state", "param_groups")}
+        rest = {"keyed": _copied(keyed), "own": _copied(more)}
+        for part, entries in rest.items():
+            if lost := sorted(str(k) for k, v in entries.items() if not plain(v)):
+                log.warning(
+                    "%s: its state %s cannot be saved: after loading it starts anew",
+                    self.name,
+                    lost,
+                )
+                rest[part] = {k: v for k, v in entries.items() if plain(v)}
+        return rest
+
+    def restore(self, rest: Mapping[str, Any]) -> None:
+        """Load what ``rest`` has saved."""
+        if rest["own"]:
+            groups = self._inner.param_groups
+            self._inner.load_state_dict({**self._inner.state_dict(), **_copied(rest["own"])})
+            self._inner.param_groups = groups
+        self._inner.state.update(_copied(rest["keyed"]))
 
     @property
     def state(self) -> Mapping[Tensor, Any]:
@@ -208,7 +258,8 @@ class InnerStepper(Stepper):
         for entry in state.values():
             entry.pop("inner", None)  # of an earlier call, before a rewind
         for param, inner in self._inner.state.items():
-            state[param]["inner"] = dict(inner)
+            if isinstance(param, Tensor):
+                state[param]["inner"] = dict(inner)
 
     def adopt(self, state: Mapping[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         """Read the inner state of each parameter from ``inner``."""

@@ -108,9 +108,7 @@ class Mixture(RuleOptimizer):
         the peak value.
         """
         first = {n: v[0] if isinstance(v, list) else v for n, v in self.hparams.items()}
-        group = self.param_groups[0]
-        first["lr"] *= self._groups.scale_of(group)
-        return self._mixture.plain({**group, **first})
+        return self._mixture.plain({**self.param_groups[0], **first})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

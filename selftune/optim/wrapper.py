@@ -59,6 +59,13 @@ class SelfTuning(SelfTuningOptimizer):
                 f"inner={type(inner).__name__} needs second derivatives, but gradients "
                 "have no graph here; use a first-order optimizer"
             )
+        others = [v for v in vars(inner).values() if isinstance(v, torch.optim.Optimizer)]
+        if others or isinstance(inspect.getattr_static(inner, "param_groups"), property):
+            raise TypeError(
+                f"inner={type(inner).__name__} wraps another optimizer, which tuned rates would "
+                "not reach: wrap a self-tuned one instead, such as "
+                f"{type(inner).__name__}(st.AdamW(model))"
+            )
         check(ARGUMENTS, tuning)
         per = tuning.get("per", "run")
         if "tensor" in ([per] if isinstance(per, str) else per.values()):

@@ -160,6 +160,10 @@ class AbstractRule(ABC):
         """Each parameter's own values; empty if all parameters share the same values."""
         return []
 
+    def grouped(self, params: Any, lr: float) -> Any:
+        """Parameters, or groups of them, with the learning rates of the groups."""
+        return params
+
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
         """Hyperparameters that suit a run of this length better than ``defaults``."""
         return {}

@@ -163,7 +163,12 @@ class Mixture(AbstractRule):
         return self.members[self.chosen].in_place(self._own(self.chosen, values))
 
     def at(self, values: Values, step: Any) -> Values:
-        """The values, with the exponent b of the weights at this step added as ``sharpness``."""
+        """The members' values, with the exponent b of the weights added as ``sharpness``."""
+        for name in self.members if self.chosen is None else [self.chosen]:
+            member = self.members[name]
+            if type(member).at is not AbstractRule.at:
+                own = member.at(self._own(name, values), step)
+                values = {**values, **{f"{name}_{k}": own[k] for k in own.keys() & member.defaults}}
         if self.chosen is not None:
             return values
         left = 1 - step / values["mix_until"]

@@ -107,6 +107,16 @@ class Muon(AbstractRule):
         }
         return [kinds[id(p) in hidden] for p in params]
 
+    def grouped(self, params: Any, lr: float) -> Any:
+        """The groups of :func:`muon_groups`, that of AdamW at its own rate."""
+        if not isinstance(params, Sequence) or self._ratio == 1:
+            return params
+        rest = [isinstance(g, Mapping) and g.get("use_muon") is False for g in params]
+        return [
+            {"lr": lr * self._ratio, **group} if other else group
+            for other, group in zip(rest, params, strict=True)
+        ]
+
     def fitting(self, total_steps: int | None) -> Mapping[str, float]:
         """A β₂ of AdamW whose memory is a twentieth of the run."""
         return {} if "beta2" in self._given else {"beta2": fitting_beta2(total_steps)}

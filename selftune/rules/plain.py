@@ -92,6 +92,7 @@ class PlainOptimizer:
 
     def make(self, params: Any) -> torch.optim.Optimizer:
         """Create the optimizer for parameters or parameter groups."""
+        params = self.rule.grouped(params, self.settings["lr"])
         if self.rule.twin is not None:
             return self.rule.twin(params, **self.settings)
         return Untuned(params, self.rule, **self.settings)

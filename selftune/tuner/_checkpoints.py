@@ -92,12 +92,7 @@ def find(resume: bool | str | Path, folder: Path | None) -> list[Any] | None:
 
 def plain(tree: Any) -> bool:
     """Whether a tree contains only tensors, numbers and containers supported by ``read``."""
-    kinds = (torch.Tensor, int, float, str, bool, type(None))
-    if isinstance(tree, kinds):
-        return True
-    if type(tree) is dict:
-        return all(plain(v) for v in tree.values())
-    return type(tree) in (tuple, list, *MEMORIES) and all(plain(v) for v in tree)
+    return _files.plain(tree, MEMORIES)
 
 
 def load(path: Path) -> Any:

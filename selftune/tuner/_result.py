@@ -129,8 +129,8 @@ class TuningResult:
         verdicts: A verdict on each tuned hyperparameter, by name.
         why: An explanation of each tuned hyperparameter's value, one line each.
         folder: The run's ``log_dir``, or None.
-        rule: The update rule with these hyperparameters as a plain torch optimizer. For a mixture
-            the chosen rule, or None if the run ended before the choice.
+        rule: The update rule with these hyperparameters as a plain torch optimizer, without
+            penalties. For a mixture the chosen rule, or None if the run ended before the choice.
         joined: The step at which held-out examples became training data (``val=None``), or None.
             The final weights are then the average at the end of the run or, if the run overfitted
             before the join, the last good weights from before it.

@@ -91,6 +91,11 @@ def extends(state: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
     length = state["identity"].get(LENGTH, 0)
     over = state["ended"] == "finished" and state["numbers"][0] >= length
     over = over and state["due"] == WEIGHTS
+    if state["ended"] == "stopped" and identity[LENGTH] != length:
+        raise ValueError(
+            f"resume: the run was ended by patience or a callback at step {state['numbers'][0]}, "
+            "so it has no other length: use another log_dir for a new run"
+        )
     return bool(over and identity[LENGTH] > length)
 
 

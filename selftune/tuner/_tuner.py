@@ -54,7 +54,7 @@ class Tuner:
             returns its own loss.
         rule: The update rule; AdamW by default.
         hparams: Starting values and options by name, for example
-            ``dict(lr=1e-3, momentum=0.9, l1=1e-6)``; the others have the rule's defaults.
+            ``dict(lr=1e-3, momentum=0.9, l1=1e-6)``; others have the defaults (β₂: 1 − 20/T).
         tune: Tuned hyperparameters; by default those of the rule, all penalties and all layers.
         penalty: Further penalties (:mod:`selftune.penalties`).
         bounds: (lowest, highest) values by name.

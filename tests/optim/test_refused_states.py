@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -224,4 +225,25 @@ def test_a_state_of_another_version_is_refused_by_name() -> None:
     before = snapshot(net, opt)
     with pytest.raises(ValueError, match=f"version 7, but this selftune reads version {mine}"):
         opt.load_state_dict(state)
+    torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)
+
+
+MAKERS: dict[str, Any] = {
+    "none": None,
+    "SGD": lambda raw: torch.optim.SGD(raw, 0.1),
+    "Adam": lambda raw: torch.optim.Adam(raw, 0.1),
+}
+
+
+@pytest.mark.parametrize(("saved", "loads"), [("none", "SGD"), ("SGD", "none"), ("SGD", "Adam")])
+def test_another_hyper_optimizer_is_refused_whole(saved: str, loads: str) -> None:
+    """Some failed after groups and state were overwritten, others went on with another one."""
+    source, net = network(), network()
+    first = st.SGD(source, lr=0.05, hyper_optimizer=MAKERS[saved])
+    train(source, first, range(60))
+    opt = st.SGD(net, lr=0.02, hyper_optimizer=MAKERS[loads])
+    train(net, opt, range(5))
+    before = snapshot(net, opt)
+    with pytest.raises(ValueError, match="its hyper_optimizer is"):
+        opt.load_state_dict(first.state_dict())
     torch.testing.assert_close(snapshot(net, opt), before, rtol=0, atol=0)

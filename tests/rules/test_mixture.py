@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_rules import problem
 
+import selftune as st
 from selftune import rules
 from selftune.penalties import L1
 from selftune.update import Clock, Update
@@ -176,3 +177,24 @@ def test_a_choice_after_the_last_step_is_named(
     """Count: one warning if the run is too short to choose a rule."""
     mixture(rules.SGD, rules.AdamW, mix_until=until).fitting(60)
     assert sum("before a rule is chosen" in m for m in caplog.messages) == warned
+
+
+class Late(rules.SGD):
+    """Momentum from the fourth step on."""
+
+    def at(self, values: Any, step: Any) -> Any:
+        return {**values, "momentum": values["momentum"] * (step >= 3)}
+
+
+@pytest.mark.parametrize("members", [[Late()], [Late(), rules.Lion()]])
+def test_values_that_members_change_with_the_step(members: list[Any]) -> None:
+    """Truth: momentum by hand (a mixture ignored them), at the last of six equal gradients."""
+    param = torch.zeros(1, requires_grad=True)
+    mixture = rules.Mixture(members, late_momentum=0.9, mix_late=1e9, mix_until=1)
+    opt = st.Mixture([param], mixture, lr=1.0, weight_decay=0.0, tune=(), probe=False, guard=False)
+    for _ in range(6):
+        before = float(param.detach())
+        param.grad = torch.ones(1)
+        opt.step()
+    moved = (before - float(param.detach())) / float(opt.param_groups[0]["applied_lr"])
+    assert moved == pytest.approx(1 + 0.9 * (1 + 0.9 * (1 + 0.9)), rel=1e-4)

@@ -221,3 +221,14 @@ def test_result_as_a_plain_optimizer() -> None:
         assert torch.allclose(copied, p, atol=1e-12)
     with pytest.raises(ValueError, match=r"shape \(4,\).*st.muon_groups"):
         result.rule.make(net.parameters()).step()
+
+
+def test_the_plain_optimizer_of_a_run_has_both_rates() -> None:
+    """Truth: the groups of ``st.Muon`` at the same rates."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    rule = st.rules.Muon(lr_ratio=0.3)
+    plain = st.rules.PlainOptimizer.of(rule, {"lr": 0.01}).make(st.muon_groups(net))
+    ours = st.Muon(net, lr=0.01, lr_ratio=0.3)
+    for group, expected in zip(plain.param_groups, ours.param_groups, strict=True):
+        assert group["use_muon"] == expected["use_muon"]
+        assert group["lr"] == pytest.approx(expected["lr"])
