@@ -24,6 +24,10 @@ WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)
 """Samplers that visit every example of their ``data_source`` or ``dataset``."""
 
 
+KNOWN = {"torch", "torchdata", "accelerate", "lightning", "pytorch_lightning", "transformers"}
+"""Packages whose loaders and samplers are known."""
+
+
 class ValidationBatches:
     """Draws the validation batches of a training step.
 
@@ -82,6 +86,9 @@ def _sampled(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
 def _drawn(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
+    methods = (getattr(type(loader), name, None) for name in ("__iter__", "_get_iterator"))
+    if not all(_known(method) for method in methods if method is not None):
+        return None  # it may change its batches
     batched: Any = loader.batch_sampler
     while hasattr(batched, "batch_sampler"):  # Accelerate shards batch samplers by wrapping them
         batched = batched.batch_sampler
@@ -120,10 +127,15 @@ def _indices(dataset: Any, sampler: Any) -> Sequence[int] | None:
     if type(sampler) is SubsetRandomSampler:
         return list(sampler.indices)
     own = getattr(sampler, "data_source", getattr(sampler, "dataset", None)) is dataset
-    if own and isinstance(sampler, WHOLE):
+    if own and isinstance(sampler, WHOLE) and _known(type(sampler).__iter__):
         return range(len(dataset))
     grouped = "LengthGroupedSampler" in type(sampler).__name__  # transformers'
     return range(len(dataset)) if grouped and len(sampler.lengths) == len(dataset) else None
+
+
+def _known(method: Any) -> bool:
+    """Whether a method is of a package whose loaders and samplers leave nothing out."""
+    return str(method.__module__).partition(".")[0] in KNOWN
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:

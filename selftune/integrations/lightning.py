@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -66,10 +66,16 @@ class SelfTuning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer."""
         for callback in trainer.callbacks:
-            if AVERAGING & {kind.__name__ for kind in type(callback).__mro__}:
+            kinds = {kind.__name__ for kind in type(callback).__mro__}
+            if AVERAGING & kinds:
                 raise ValueError(
                     f"callbacks: {type(callback).__name__} puts its averaged weights into the "
                     "module, as SelfTuning does: leave it out"
+                )
+            if "ModelPruning" in kinds:
+                raise ValueError(
+                    "callbacks: ModelPruning saves weights under other names than the module "
+                    "that resumes has: use selftune.structure, or prune after fit"
                 )
         self._opt, self._shown = only(trainer.optimizers), False
 
@@ -86,16 +92,14 @@ class SelfTuning(Callback):
         loader: Any = self._given
         if loader is None:
             validation = trainer.fit_loop.epoch_loop.val_loop
-            loaders = trainer.val_dataloaders
-            mode = getattr(validation._combined_loader, "_mode", "sequential")
+            loaders, combined = trainer.val_dataloaders, validation._combined_loader
+            mode = getattr(combined, "_mode", "sequential")
             if mode != "sequential" and isinstance(loaders, (dict, list, tuple)):
                 raise ValueError(
                     f"val_dataloaders: a batch of CombinedLoader(mode={mode!r}) is of several "
                     "loaders: pass SelfTuning(batches), such as [batch for batch, *_ in loader]"
                 )
-            loader = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders
-            if isinstance(loaders, (list, tuple)):
-                loader = loaders[0] if loaders else None
+            loader = next(iter(() if combined is None else combined.flattened), None)
         if loader is None:
             raise ValueError(
                 f"no validation loader (limit_val_batches={trainer.limit_val_batches}): pass "
@@ -149,6 +153,18 @@ class SelfTuning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the averaged weights in the module."""
         self._show()
+        self._loader = self._batches = None  # with the workers of the loader
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where no step was left to take."""
+        self._show()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The same after Ctrl-C."""
+        if self._fits(trainer) and isinstance(exception, KeyboardInterrupt):
+            self._show()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -160,6 +176,11 @@ class SelfTuning(Callback):
         for key, switch in ((RAW, self._hide), ("state_dict", self._show)):
             switch()
             state = trainer.strategy.lightning_module_state_dict()
+            if unknown := sorted(names - state.keys()):
+                raise ValueError(
+                    f"callbacks: one before SelfTuning has renamed weights in the checkpoint, to "
+                    f"{unknown[0]} and others: put SelfTuning before it"
+                )
             checkpoint[key] = {n: _copied(t) for n, t in state.items() if n in names}
         if not shown:
             self._hide()
@@ -191,12 +212,26 @@ def _module_loss(module: LightningModule, batch: Any) -> Tensor:
         several = is_param_in_hook_signature(step, "dataloader_idx", explicit=True)
         output = step(batch, *[0] * numbered, **{"dataloader_idx": 0} if several else {})
         loss = output.get("loss") if isinstance(output, dict) else output
-        if isinstance(loss, Tensor):
-            return loss
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+            return loss.reshape(())
     raise ValueError(
         "validation_step (or training_step, with automatic optimization) returned no loss: return "
-        "one, or pass SelfTuning(loss=lambda module, batch: ...)"
+        "one, with its graph, or pass SelfTuning(loss=lambda module, batch: ...)"
     )
+
+
+class _Silent(DummyLogger):
+    """A logger that logs nothing, in the folders of another."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._folders = logger
+
+    name = property(lambda self: self._folders.name)
+    version = property(lambda self: self._folders.version)
+    save_dir = property(lambda self: self._folders.save_dir)
+    log_dir = property(lambda self: self._folders.log_dir)
+    root_dir = property(lambda self: self._folders.root_dir)
 
 
 @contextmanager
@@ -207,7 +242,7 @@ def _validating(trainer: Trainer) -> Iterator[None]:
     """
     stage, loggers = trainer.state.stage, trainer.loggers
     trainer.state.stage = RunningStage.VALIDATING
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [_Silent(logger) for logger in loggers]
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 from skorch.callbacks import Callback
@@ -83,7 +84,9 @@ class HyperStep(Callback):
 
         def loss() -> Tensor:
             inputs, target = unpack_data(next(batches))
-            with evaluating(net.module_):
+            with ExitStack() as modes:
+                for name in (*net._modules, *net._criteria):
+                    modes.enter_context(evaluating(getattr(net, f"{name}_")))
                 value: Tensor = net.get_loss(net.infer(inputs), target, X=inputs, training=False)
             return value
 

@@ -95,6 +95,7 @@ class SelfTuningCallback(TrainerCallback):
         """The same where no step was left to take, unless the best model is in place."""
         if not (args.load_best_model_at_end and state.best_model_checkpoint):
             self._opt.eval()
+        self._batches = None  # with the workers of its loader
 
     def _log(self, control: TrainerControl) -> None:
         if control.should_log and self._unlogged is not None:
@@ -112,6 +113,10 @@ class SelfTuningCallback(TrainerCallback):
         # Trainers such as TRL's record metrics of batches in ``compute_loss``.
         kept = records_kept([trainer, *model.modules()])
         with kept, evaluating(model), trainer.compute_loss_context_manager():
-            inputs = trainer._prepare_inputs(batch)
-            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-            return trainer.compute_loss(model, inputs, num_items_in_batch=items)
+            vars(trainer)["log"] = lambda *args, **kwargs: None
+            try:
+                inputs = trainer._prepare_inputs(batch)
+                items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+                return trainer.compute_loss(model, inputs, num_items_in_batch=items)
+            finally:
+                del vars(trainer)["log"]

@@ -118,3 +118,30 @@ def test_unwrap_refuses_a_plain_optimizer() -> None:
         unwrap(torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     opt = st.SelfTuning(torch.optim.NAdam([torch.zeros(1, requires_grad=True)]))
     assert unwrap(opt) is opt
+
+
+class FirstHalf(SequentialSampler):
+    def __iter__(self) -> Any:
+        return iter(range(25))
+
+    def __len__(self) -> int:
+        return 25
+
+
+class Halved(DataLoader):  # type: ignore[type-arg]
+    """Changes its batches."""
+
+    def __iter__(self) -> Any:
+        return (batch / 2 for batch in super().__iter__())
+
+
+def test_samplers_and_loaders_of_the_users_are_read_in_their_own_order() -> None:
+    """Truth: what they yield; those that inherit from torch's were bypassed."""
+    sampler = FirstHalf(NUMBERS)
+    seen: set[int] = set()
+    for step in range(40):
+        batches = ValidationBatches(DataLoader(NUMBERS, batch_size=8, sampler=sampler)).at(step)
+        seen |= set(next(batches).tolist())
+    assert seen <= set(range(25))
+    found = ValidationBatches(Halved(NUMBERS, batch_size=8)).at(3)
+    assert next(found).tolist() == [n / 2 for n in range(8)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tasks import (
@@ -32,19 +33,21 @@ try:
     from lightning.fabric import Fabric
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import (
+        Callback,
         EarlyStopping,
         EMAWeightAveraging,
         ModelCheckpoint,
+        ModelPruning,
         StochasticWeightAveraging,
     )
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import CSVLogger, Logger
     from lightning.pytorch.utilities import CombinedLoader
     from torchmetrics.classification import MulticlassAccuracy
 
     from selftune.integrations import ValidationBatches
     from selftune.integrations.lightning import RAW, SelfTuning
 except ModuleNotFoundError:
-    LightningModule = Logger = object
+    LightningModule = Logger = Callback = object
 
 
 class Net(LightningModule):
@@ -511,3 +514,108 @@ def test_reloaded_validation_sets_are_tuned_on(tmp_path: Path) -> None:
     # The loader of an epoch is known from its validation on, at the end of the epoch.
     assert tuned_on <= {(0, 0), (1, 0), (2, 1), (3, 0), *validated}
     assert (2, 1) in tuned_on
+
+
+class Meter:
+    """As in torch's ImageNet example."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Recording(Net):
+    """Counts the examples of a validation in several ways."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.begin()
+
+    def begin(self) -> None:
+        self.entry, self.tensors = {"n": 0}, {"n": torch.zeros(())}
+        self.array, self.queue = np.zeros(2), deque()
+        self.pair, self.meter, self.large = [0], Meter(), torch.zeros(50, 50)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        size = len(batch[0])
+        self.entry["n"] += size
+        self.tensors["n"] += size
+        self.array += size
+        self.queue.extend(range(size))
+        self.pair[0] += size
+        self.meter.count += size
+        self.large += size
+        return super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self.counts = {
+            self.entry["n"], int(self.tensors["n"]), int(self.array[0]), len(self.queue),
+            self.pair[0], self.meter.count, int(self.large[0, 0]),
+        }  # fmt: skip
+        self.begin()
+
+
+def test_records_of_any_kind_are_those_of_validations(tmp_path: Path) -> None:
+    """Truth: 60 validation examples, an interval of one batch between validations."""
+    module = Recording()
+    trainer(tmp_path, val_check_interval=2).fit(module, train_loader(), val_loader())
+    assert module.counts == {60}
+
+
+class Predicting(Net):
+    """Returns no loss in validation, and reads the logger's folder."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.logger is not None:
+            self.folder = self.logger.save_dir
+        return self.net(batch[0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return loss_of(self.net, batch)
+
+
+def test_predictions_are_not_taken_for_a_loss(tmp_path: Path) -> None:
+    module, logger = Predicting(), CSVLogger(tmp_path)
+    trainer(tmp_path, logger=logger, log_every_n_steps=1).fit(module, train_loader(), val_loader())
+    assert module.optimizers().hparams["lr"] != 0.01
+    assert module.folder == str(tmp_path)
+
+
+def test_nested_loaders_are_tuned_on_the_first(tmp_path: Path) -> None:
+    class Several(Net):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return super().validation_step(batch, batch_idx)
+
+    loaders = [[val_loader(), val_loader()], val_loader()]
+    module = Several()
+    trainer(tmp_path).fit(module, train_loader(), loaders)
+    assert module.optimizers().hparams["lr"] != 0.01
+
+
+class Renaming(Callback):
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {f"renamed.{n}": t for n, t in state.items()}
+
+
+def test_checkpoints_lose_no_weights_to_other_callbacks(tmp_path: Path) -> None:
+    """Files had no weights, without a message."""
+    module = Net()
+    made = trainer(tmp_path)
+    made.callbacks.insert(0, Renaming())
+    made.fit(module, train_loader(), val_loader())
+    with pytest.raises(ValueError, match=r"renamed.net.* put SelfTuning before it"):
+        made.save_checkpoint(tmp_path / "lost.ckpt")
+    with pytest.raises(ValueError, match="ModelPruning saves weights under other names"):
+        fit(Net(), tmp_path, ModelPruning("l1_unstructured", amount=0.5))
+
+
+def test_a_finished_run_that_is_resumed_ends_at_the_averaged_weights(tmp_path: Path) -> None:
+    """Truth: the run that finished; Lightning skips ``on_train_end`` where no step is left."""
+    module = Net()
+    keep = lambda: ModelCheckpoint(tmp_path, save_last=True)  # noqa: E731
+    fit(module, tmp_path, keep())
+    again = Net()
+    trainer(tmp_path, keep(), num_sanity_val_steps=0).fit(
+        again, train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=False
+    )
+    assert equal(again.net.state_dict(), module.net.state_dict())

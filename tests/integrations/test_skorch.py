@@ -140,3 +140,27 @@ def test_an_interrupted_network_has_the_averaged_weights() -> None:
     shown = copied(found.module_)
     with found.optimizer_.averaged():
         assert equal(shown, copied(found.module_))
+
+
+class Smoothed(nn.CrossEntropyLoss):
+    """Another loss in training."""
+
+    def forward(self, output: Any, target: Any) -> Any:
+        self.label_smoothing = 0.5 if self.training else 0.0
+        return super().forward(output, target)
+
+
+def test_criteria_are_in_evaluation_mode_too() -> None:
+    """Truth: the criterion's mode while skorch validates."""
+    modes: list[bool] = []
+
+    class Noted(Smoothed):
+        def forward(self, output: Any, target: Any) -> Any:
+            if not net_.module_.training:
+                modes.append(self.training)
+            return super().forward(output, target)
+
+    net_ = net(Net, criterion=Noted)
+    fit(net_)
+    assert modes
+    assert not any(modes)

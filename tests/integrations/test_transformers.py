@@ -324,3 +324,29 @@ def test_other_callbacks_may_evaluate_before(tmp_path: Path) -> None:
     plain = trainer(tmp_path)
     plain.train()
     assert equal(copied(found.model), copied(plain.model))
+
+
+class Talking(Made):
+    """Logs and sums in ``compute_loss``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.sums: dict[str, float] = {"passes": 0}
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.sums["passes"] += 1
+        self.log({"own": 1.0})
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_what_compute_loss_logs_and_sums_is_that_of_training(tmp_path: Path) -> None:
+    """Truth: one pass for each training batch; tuning passes logged and counted, too."""
+    options: dict[str, Any] = dict(logging_strategy="steps", logging_steps=3, eval_strategy="no")
+    made = trainer(tmp_path, Talking, **options)
+    made.add_callback(SelfTuningCallback(made, batches=None))
+    made.train()
+    steps = made.state.global_step
+    assert made.sums["passes"] == steps
+    entries = made.state.log_history
+    assert sum("own" in entry for entry in entries) == steps
+    assert [e["step"] for e in entries if "loss" in e] == [*range(3, steps + 1, 3)]
