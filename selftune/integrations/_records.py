@@ -19,6 +19,8 @@ FRAMEWORKS = {
     "skorch", "ignite", "selftune", "builtins", "logging", "threading",
 }  # fmt: skip
 """Packages whose objects do not record batches of a user's loss."""
+OF_TORCH = {"_parameters", "_buffers", "_modules"}
+"""Attributes of modules that passes leave alone, or that are kept otherwise."""
 Undo = Callable[[], object]
 
 
@@ -49,7 +51,7 @@ def _note_table(table: MutableMapping[Any, Any], undo: list[Undo], seen: set[int
     """Note the records among attributes or entries."""
     before = {n: v for n, v in table.items() if _is_record(v)}
     undo.append(partial(_restore_entries, table, before))
-    for value in list(table.values()):
+    for value in [v for n, v in table.items() if n not in OF_TORCH]:
         _note(value, undo, seen)
 
 

@@ -37,14 +37,20 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def copied(batch: Any) -> Any:
-    """A copy of a batch on the device, which a pass may change in place."""
+    """A copy of a batch on the device, which a pass may change in place.
+
+    Objects that cannot be copied are shared.
+    """
     if isinstance(batch, Tensor):
         return batch.clone()
     if type(batch) is tuple:
         return tuple([copied(b) for b in batch])
     if isinstance(batch, dict):
         return {k: copied(v) for k, v in batch.items()}
-    return copy.deepcopy(batch)
+    try:
+        return copy.deepcopy(batch)
+    except (TypeError, RuntimeError):  # a handle of a file; a tensor with a graph
+        return batch
 
 
 def structure(batch: Any, top: bool = True) -> Any:

@@ -1,5 +1,6 @@
 """Batches that a pass changes in place. Truths: the same model without changes, resumed runs."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,28 @@ def test_a_resumed_run_copies_them_too(tmp_path: Path) -> None:
         fit(in_place=True, objective=None, log_dir=tmp_path, callbacks=[outage])
     found, _ = fit(in_place=True, objective=None, log_dir=tmp_path, resume=True)
     assert found.best_loss == expected.best_loss
+
+
+class Handled:
+    """A batch with a handle that cannot be copied, and tensors made in inference mode."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.lock = x, y, threading.Lock()
+
+    def to(self, device: torch.device) -> Any:
+        return self
+
+
+def test_batches_that_cannot_be_copied_are_shared() -> None:
+    """Truth: the run on the same tensors."""
+    with torch.inference_mode():
+        frozen = [(x.clone(), y.clone()) for x, y in zip(X.split(16), Y.split(16), strict=True)]
+    ends = []
+    for batches in ([Handled(x, y) for x, y in zip(X.split(16), Y.split(16), strict=True)], frozen):
+        torch.manual_seed(1)
+        model = Scaled(in_place=False)
+        loss = lambda m, b: F.mse_loss(m(b.x), b.y)  # noqa: E731
+        how = {"loss_fn": F.mse_loss} if batches is frozen else {"objective": loss}
+        tuner = st.Tuner(model, compile=False, **how)
+        ends.append(tuner.fit(batches[:8], batches[8:], epochs=3, progress=False).best_loss)
+    assert ends[0] == pytest.approx(ends[1])
