@@ -306,9 +306,12 @@ def make_guard(guard: Any) -> Guard | None:
 
 
 def make_sweep(
-    probe: bool | int | SweepSettings, total_steps: int | None, tuned: Mapping[str, Hparam]
-) -> LRSweep | None:
+    probe: bool | int | SweepSettings, total_steps: int | None, tuned: Mapping[str, Hparam],
+    warmup: int = 0,
+) -> LRSweep | None:  # fmt: skip
     """Make the sweep from ``probe=``: True, False, a number of steps or settings.
+
+    ``warmup`` is the number of steps of the warm-up, which goes on after the sweep.
 
     Raises:
         ValueError: The sweep is not shorter than the run.
@@ -328,4 +331,10 @@ def make_sweep(
         return None
     if total_steps is not None and steps >= total_steps:
         raise ValueError(f"probe={steps} leaves no step in a run of {total_steps} steps")
+    if 0 < warmup <= steps:
+        log.warning(
+            "warmup_steps=%d has no effect, because the learning-rate sweep takes the first %d "
+            "steps at rates of its own: pass probe=False for a warm-up from the first step",
+            warmup, steps,
+        )  # fmt: skip
     return LRSweep(steps=steps, settings=settings)

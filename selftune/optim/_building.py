@@ -59,7 +59,7 @@ def build(options: TuningOptions, update: Update, stepper: Stepper) -> Engine:
         ),
         controller=Controller(
             hparams=shifts.tuned, total_steps=total, guard=guard,
-            sweep=make_sweep(options.probe, total, shifts.tuned), label=label,
+            sweep=make_sweep(options.probe, total, shifts.tuned, options.warmup_steps), label=label,
         ),
         every=every,
         buffers=Buffers(options.model, every),

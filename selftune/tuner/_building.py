@@ -152,7 +152,7 @@ def build(
     controllers = [
         Controller(
             hparams=tuned, total_steps=total, label="Tuner",
-            sweep=None if mapped else make_sweep(given.probe, total, tuned),
+            sweep=None if mapped else make_sweep(given.probe, total, tuned, given.warmup),
             guard=make_guard(given.guard) if names else None,
         )
         for _ in range(members or 1)

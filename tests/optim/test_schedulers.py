@@ -265,3 +265,21 @@ def test_groups_start_beside_a_constant_scheduler_as_without(shell: type) -> Non
         return net
 
     same(run)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "probe", "warns"), [(5, True, True), (5, False, False), (90, True, False)]
+)
+@pytest.mark.parametrize("driver", ["optimizer", "tuner"])
+def test_a_warm_up_within_the_sweep_is_named(
+    driver: str, warmup: int, probe: bool, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It had no effect, in silence."""
+    net, options = nn.Linear(4, 1), {"warmup_steps": warmup, "probe": probe}
+    if driver == "optimizer":
+        st.SGD(net, lr=0.01, total_steps=200, **options)
+    else:
+        data = [(x, x.sum(1, keepdim=True)) for x in torch.randn(20, 8, 4)]
+        tuner = st.Tuner(net, nn.functional.mse_loss, compile=False, **options)
+        tuner.fit(data, data[:2], epochs=10, progress=False)
+    assert (f"warmup_steps={warmup} has no effect" in caplog.text) is warns
