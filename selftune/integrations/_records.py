@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-MOST = 10_000
-"""Largest collection or array of records; larger ones are caches or data."""
+MOST = 1000
+"""Largest collection whose entries are looked at, and most entries in all."""
+COPIED = 10_000
+"""Largest tensor or array that is copied, because a pass may change it in place."""
 FRAMEWORKS = {
     "torch", "torchmetrics", "lightning", "pytorch_lightning", "transformers", "accelerate",
     "skorch", "ignite", "selftune", "builtins", "logging", "threading",
@@ -30,15 +32,16 @@ def records_kept(owners: Iterable[Any]) -> Iterator[None]:
 
     Args:
         owners: Objects with such attributes. They may also be entries of their lists and
-            dictionaries, or attributes of objects that they hold, as of an average's.
+            dictionaries, or attributes of objects that they hold, as of an average's. If a small
+            tensor among the attributes is replaced, all attributes are restored, as others may
+            describe it.
     """
     undo: list[Undo] = []
     seen: set[int] = set()
     for owner in owners:
         _note_table(vars(owner), undo, seen)
         for value in list(vars(owner).values()):
-            own = type(value).__module__.partition(".")[0] not in FRAMEWORKS
-            if own and hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module)):
+            if _records(value):
                 _note_table(vars(value), undo, seen)
     try:
         yield
@@ -47,51 +50,91 @@ def records_kept(owners: Iterable[Any]) -> Iterator[None]:
             restore()
 
 
+@contextmanager
+def silent(owner: Any) -> Iterator[None]:
+    """Calls of an object's ``log`` have no effect within the block."""
+    own = vars(owner).get("log")
+    vars(owner)["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(owner)["log"]
+        else:
+            vars(owner)["log"] = own
+
+
+def _records(value: Any) -> bool:
+    """Whether an object, such as a meter, may record batches; data sets and loaders do not."""
+    if isinstance(value, (type, Tensor, nn.Module)) or not hasattr(value, "__dict__"):
+        return False
+    data = any(hasattr(value, name) for name in ("__getitem__", "__iter__", "__len__"))
+    return not data and type(value).__module__.partition(".")[0] not in FRAMEWORKS
+
+
 def _note_table(table: MutableMapping[Any, Any], undo: list[Undo], seen: set[int]) -> None:
-    """Note the records among attributes or entries."""
-    before = {n: v for n, v in table.items() if _is_record(v)}
-    undo.append(partial(_restore_entries, table, before))
-    for value in [v for n, v in table.items() if n not in OF_TORCH]:
-        _note(value, undo, seen)
+    """Note all attributes or entries, and what they hold."""
+    before = {n: v for n, v in table.items() if n not in OF_TORCH}
+    undo.append(partial(_restore_table, table, before))
+    pending = deque(before.values())
+    while pending and len(seen) <= MOST:
+        pending.extend(_note(pending.popleft(), undo, seen))
 
 
-def _note(value: Any, undo: list[Undo], seen: set[int]) -> None:
-    """Note what a value holds."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor) and value.numel() <= MOST and not value.is_inference():
-        undo.append(partial(_restore_tensor, value, value._version, value.detach().clone()))
-    elif isinstance(value, np.ndarray) and value.size <= MOST and value.flags.writeable:
-        undo.append(partial(np.copyto, value, value.copy()))
-    elif isinstance(value, deque):
+def _note(value: Any, undo: list[Undo], seen: set[int]) -> list[Any]:
+    """Note a value, and return its entries."""
+    if id(value) in seen or isinstance(value, (str, numbers.Number)):
+        return []
+    if isinstance(value, Tensor):
+        if value.numel() <= COPIED and not value.is_inference():
+            undo.append(partial(_restore_tensor, value, value._version, value.detach().clone()))
+        return []
+    if isinstance(value, np.ndarray):
+        if value.size <= COPIED and value.flags.writeable:
+            undo.append(partial(_restore_array, value, value.copy()))
+        return []
+    if isinstance(value, deque):
         undo.append(partial(_restore_queue, value, list(value)))
-    elif isinstance(value, dict) and len(value) <= MOST:
-        undo.append(partial(_drop_new, value, set(value)))
-        _note_table(value, undo, seen)
-    elif isinstance(value, list):
-        few = len(value) <= MOST
-        before = {i: v for i, v in enumerate(value) if _is_record(v)} if few else {}
-        undo.append(partial(_restore_list, value, len(value), before))
-        for entry in value if few else ():
-            _note(entry, undo, seen)
+        return []
+    if not isinstance(value, (dict, list)):
+        return []
+    seen.add(id(value))
+    few = len(value) <= MOST
+    if isinstance(value, dict):
+        if few:
+            undo.append(partial(_restore_entries, value, dict(value)))
+        return list(value.values()) if few else []
+    undo.append(partial(_restore_list, value, len(value), list(value) if few else None))
+    return list(value) if few else []
 
 
 def _is_record(value: Any) -> bool:
-    return isinstance(value, numbers.Number) or (
-        isinstance(value, Tensor) and value.numel() <= MOST
-    )
+    small = isinstance(value, Tensor) and value.numel() <= COPIED
+    return small or isinstance(value, numbers.Number)
 
 
-def _restore_entries(table: MutableMapping[Any, Any], before: dict[Any, Any]) -> None:
-    for name, value in before.items():
-        if table.get(name) is not value:
-            table[name] = value
+def _restore_table(table: MutableMapping[Any, Any], before: dict[Any, Any]) -> None:
+    """Restore the attributes if a record among them was replaced."""
+    if any(_is_record(v) and table.get(n) is not v for n, v in before.items()):
+        table.update(before)
+
+
+def _restore_entries(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Restore records, and drop new ones; other new entries may be caches."""
+    table.update({n: v for n, v in before.items() if _is_record(v)})
+    for name in [n for n in table if n not in before]:
+        if _is_record(table[name]) or isinstance(table[name], list):
+            del table[name]
 
 
 def _restore_tensor(tensor: Tensor, version: int, value: Tensor) -> None:
-    if tensor._version != version:
+    if tensor._version != version and tensor.shape == value.shape:
         tensor.data.copy_(value)
+
+
+def _restore_array(array: Any, value: Any) -> None:
+    if array.shape == value.shape:
+        np.copyto(array, value)
 
 
 def _restore_queue(queue: deque[Any], before: list[Any]) -> None:
@@ -99,15 +142,8 @@ def _restore_queue(queue: deque[Any], before: list[Any]) -> None:
     queue.extend(before)
 
 
-def _restore_list(values: list[Any], length: int, before: dict[int, Any]) -> None:
-    del values[length:]
-    for index, value in before.items():
-        if index < len(values):
-            values[index] = value
-
-
-def _drop_new(table: dict[Any, Any], names: set[Any]) -> None:
-    """Drop new records; other new entries may be caches."""
-    for name in [n for n, v in table.items() if n not in names]:
-        if _is_record(table[name]) or isinstance(table[name], list):
-            del table[name]
+def _restore_list(values: list[Any], length: int, before: list[Any] | None) -> None:
+    if before is None:
+        del values[length:]
+    else:
+        values[:] = before

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from selftune._modes import buffers_kept, evaluating
 from selftune.integrations._batches import ValidationBatches
 from selftune.integrations._logged import logged
-from selftune.integrations._records import records_kept
+from selftune.integrations._records import records_kept, silent
 from selftune.integrations._unwrapping import only
 
 RAW = "current_model_state"
@@ -255,12 +255,10 @@ def _silent(module: LightningModule) -> Iterator[None]:
     modules = list(module.modules())
     metrics = [m for m in modules if isinstance(m, Metric)]
     kept = [{n: _copied(v) for n, v in vars(m).items()} for m in metrics]
-    with records_kept(modules), buffers_kept(modules):
-        vars(module)["log"] = lambda *args, **kwargs: None
+    with records_kept(modules), buffers_kept(modules), silent(module):
         try:
             yield
         finally:
-            del vars(module)["log"]
             for metric, values in zip(metrics, kept, strict=True):
                 vars(metric).update(values)
 

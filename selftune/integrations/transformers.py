@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from selftune._modes import evaluating
 from selftune.integrations._batches import ValidationBatches
 from selftune.integrations._logged import logged
-from selftune.integrations._records import records_kept
+from selftune.integrations._records import records_kept, silent
 from selftune.integrations._unwrapping import unwrap
 
 
@@ -111,12 +111,8 @@ class SelfTuningCallback(TrainerCallback):
     def _value(self, batch: Any) -> Tensor:
         trainer, model = self._trainer, self._trainer.model
         # Trainers such as TRL's record metrics of batches in ``compute_loss``.
-        kept = records_kept([trainer, *model.modules()])
-        with kept, evaluating(model), trainer.compute_loss_context_manager():
-            vars(trainer)["log"] = lambda *args, **kwargs: None
-            try:
-                inputs = trainer._prepare_inputs(batch)
-                items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-                return trainer.compute_loss(model, inputs, num_items_in_batch=items)
-            finally:
-                del vars(trainer)["log"]
+        kept, modes = records_kept([trainer, *model.modules()]), evaluating(model)
+        with kept, modes, silent(trainer), trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs(batch)
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+            return trainer.compute_loss(model, inputs, num_items_in_batch=items)

@@ -334,9 +334,9 @@ def _killed(folder: Path) -> bool:
 
 
 def _writer_of(name: str) -> tuple[int, str, int] | None:
-    """Time of an event file, as of ``time.time()``, host and process; None with a suffix."""
-    found = re.fullmatch(r"events\.out\.tfevents\.(\d+)\.(.+)\.(\d+)\.\d+", name)
-    return found and (int(found[1]), found[2], int(found[3]))
+    """Time of an event file, as of ``time.time()``, host and process; None of an end."""
+    found = re.fullmatch(r"events\.out\.tfevents\.(\d+)\.(.+?)\.(\d+)\.\d+(.*)", name)
+    return None if found is None or found[4] == END else (int(found[1]), found[2], int(found[3]))
 
 
 def _session(writer: Any, tag: str, **info: Any) -> None:

@@ -92,8 +92,10 @@ class Groups:
         return self.scale if "initial_lr" in group and "lr" not in self._shifts.rows else 1.0
 
     def _peak(self, group: Group) -> float:
-        """The rate of a group without tuning, before a torch scheduler."""
-        return float(group.get("initial_lr", LR.read(group))) * self.scale_of(group)
+        """The rate of a group without tuning, at its peak under a torch scheduler."""
+        rate = LR.read(group)
+        known: Any = group.get("max_lr", group.get("initial_lr", rate))  # of OneCycleLR, or others
+        return max(rate, float(known)) * self.scale_of(group)
 
     def lay_out(self, groups: Sequence[Group], trained: Sequence[Sequence[Tensor]]) -> None:
         """Read start values from the groups; known parameters keep theirs.

@@ -244,9 +244,11 @@ class InnerStepper(Stepper):
     def restore(self, rest: Mapping[str, Any]) -> None:
         """Load what ``rest`` has saved."""
         if rest["own"]:
-            groups = self._inner.param_groups
+            groups, adopted = self._inner.param_groups, dict(self._inner.state)
             self._inner.load_state_dict({**self._inner.state_dict(), **_copied(rest["own"])})
             self._inner.param_groups = groups
+            self._inner.state.clear()  # torch casts it to the types of the parameters
+            self._inner.state.update(adopted)
         self._inner.state.update(_copied(rest["keyed"]))
 
     @property

@@ -64,7 +64,14 @@ def storage_of(given: Any) -> BaseStorage:
             return _remote(text)
     path = Path(text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(text, lock_obj=opened(path)))
+    lock = opened(path)
+    try:
+        return JournalStorage(JournalFileBackend(text, lock_obj=lock))
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"storage={path} is damaged ({type(error).__name__}: {error}): restore it from a copy, "
+            "or pass another path; the file is untouched"
+        ) from error
 
 
 class _Database(RDBStorage):

@@ -192,7 +192,8 @@ def orphans(study: optuna.Study, own: int | None = None) -> None:
     ``own`` is a process that has given up its trial.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, process, begun = trial.user_attrs.get("worker", (None, None, None))
+        signed = trial.user_attrs.get("worker", ())  # without a start, from earlier versions
+        host, process, begun = (*signed, None, None, None)[:3]
         if host != socket.gethostname() or (process != own and alive(process, begun)):
             continue
         study.tell(trial.number, state=TrialState.FAIL)

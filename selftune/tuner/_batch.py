@@ -47,9 +47,11 @@ def copied(batch: Any) -> Any:
         return tuple([copied(b) for b in batch])
     if isinstance(batch, dict):
         return {k: copied(v) for k, v in batch.items()}
+    if hasattr(batch, "_fields") and not isinstance(batch, PackedSequence):
+        return type(batch)(*map(copied, batch))
     try:
         return copy.deepcopy(batch)
-    except (TypeError, RuntimeError):  # a handle of a file; a tensor with a graph
+    except Exception:  # of the user's class: a handle of a file, a tensor with a graph
         return batch
 
 

@@ -45,8 +45,10 @@ def check_first(
         kept = buffers_kept(module.modules())
         with random_kept(run.step.device), steps.autocast(), kept, _explained(name):
             with torch.set_grad_enabled(not steps.group.sharded), _noted(name):
-                loss = module(own := copied(batch))
-            if _changed(own):
+                own = copied(batch)
+                before = _versions(own)
+                loss = module(own)
+            if _versions(own) != before:
                 copy_batches(steps.inner, steps.outer)
             _check_loss(loss, name)
             if not steps.group.sharded:  # whose graph holds the gathered weights
@@ -71,9 +73,10 @@ def check_first(
     return value
 
 
-def _changed(batch: Any) -> bool:
-    """Whether tensors of a copied batch were changed in place."""
-    return any(t._version > 0 for t in tree_leaves(batch) if isinstance(t, Tensor))
+def _versions(batch: Any) -> list[int]:
+    """How often the tensors of a copied batch were changed in place."""
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 @contextmanager

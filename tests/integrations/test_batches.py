@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
@@ -18,6 +19,7 @@ from torch.utils.data import (
 
 import selftune as st
 from selftune.integrations import ValidationBatches, unwrap
+from selftune.integrations._records import records_kept, silent  # private: callbacks use them
 
 NUMBERS: Any = range(50)
 
@@ -145,3 +147,55 @@ def test_samplers_and_loaders_of_the_users_are_read_in_their_own_order() -> None
     assert seen <= set(range(25))
     found = ValidationBatches(Halved(NUMBERS, batch_size=8)).at(3)
     assert next(found).tolist() == [n / 2 for n in range(8)]
+
+
+class Owner:
+    """A mask that is made anew for each shape, a data set, and a growing list of mixed entries."""
+
+    def __init__(self) -> None:
+        self.shape: Any = (2,)
+        self.mask, self.mixed = torch.zeros(2), [1, "x"]
+        self.data, self.kind = Data(), Meta
+        self.array = np.zeros(2)
+
+
+class Data:
+    def __init__(self) -> None:
+        self.rows = [{"x": [1.0]} for _ in range(5000)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Kind(type):
+    """Classes of a package of the user's."""
+
+
+class Meta(metaclass=Kind):
+    count = 0
+
+
+def test_attributes_that_belong_together_are_restored_together() -> None:
+    """Truth: the attributes before; a mask returned, and its shape did not."""
+    owner = Owner()
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    owner.deep = deep  # type: ignore[attr-defined]
+    with records_kept([owner]):
+        owner.shape, owner.mask = (5,), torch.ones(5)
+        owner.mixed.reverse()
+        owner.kind.count += 1
+        owner.array.resize(4, refcheck=False)
+    assert owner.shape == (2,)
+    assert torch.equal(owner.mask, torch.zeros(2))
+    assert owner.mixed == [1, "x"]
+
+
+def test_a_log_of_the_users_own_is_put_back() -> None:
+    owner, calls = Owner(), []
+    owner.log = calls.append  # type: ignore[attr-defined]
+    with silent(owner):
+        owner.log("in a tuning pass")  # type: ignore[attr-defined]
+    owner.log("after it")  # type: ignore[attr-defined]
+    assert calls == ["after it"]

@@ -172,6 +172,17 @@ def test_counts_in_groups_begin_anew_with_the_moments() -> None:
     assert float(size) == pytest.approx(1, abs=0.1)
 
 
+def test_the_peak_of_one_cycle_is_its_highest_rate() -> None:
+    """Torch writes a 25th of it as the initial rate."""
+    net = network()
+    opt = st.SGD(net.parameters(), lr=0.1, momentum=0.9, tune=("weight_decay",), probe=False)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, 0.2, total_steps=20, cycle_momentum=False)
+    for step in range(10):
+        train(net, opt, step, step + 1)
+        plan.step()
+    assert opt.hparams["lr"] == opt.param_groups[0]["peak_lr"] == 0.2
+
+
 @pytest.mark.parametrize("make", [st.SGD, st.AdamW])
 def test_rates_of_a_scheduler_are_not_the_peak(make: Any) -> None:
     """Truth: the rate that was given; at the end of a cosine, the present one is 0."""

@@ -170,3 +170,27 @@ def test_the_largest_seed_goes_on(tmp_path: Path) -> None:
     for trials in (1, 2):
         found = search.select(square, trials=trials, **options)
     assert len(found.study.trials) == 2
+
+
+def test_trials_signed_by_an_earlier_version_are_found(tmp_path: Path) -> None:
+    """Their signature has no start of the process. Truth: all trials end."""
+    storage = storage_of(tmp_path / "j")
+    search.select(square, trials=1, storage=tmp_path / "j", progress=False)
+    study = optuna.load_study(study_name="selftune", storage=storage)
+    lost = study.ask()
+    lost.suggest_float("x", -1, 1)
+    lost.set_user_attr("worker", [socket.gethostname(), 2**22 + 1])  # above the largest ID
+    found = search.select(square, trials=3, storage=tmp_path / "j", progress=False).study.trials
+    assert [t.state.name for t in found].count("COMPLETE") == 3
+
+
+def test_a_journal_with_a_damaged_value_is_refused(tmp_path: Path) -> None:
+    """Its lines are JSON, a distribution within one is not. Truth: the file is untouched."""
+    path = tmp_path / "j"
+    search.select(square, trials=2, storage=path, progress=False)
+    content = path.read_bytes().replace(b'\\"low\\":', b'\\"low\\" ', 1)
+    assert content != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged \(JSONDecodeError.*restore it from a copy"):
+        search.select(square, trials=3, storage=path, progress=False)
+    assert path.read_bytes() == content

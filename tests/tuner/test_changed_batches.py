@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_a_resumed_run_copies_them_too(tmp_path: Path) -> None:
 
 
 class Handled:
-    """A batch with a handle that cannot be copied, and tensors made in inference mode."""
+    """A batch with a handle that cannot be copied."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y, self.lock = x, y, threading.Lock()
@@ -115,14 +115,34 @@ class Handled:
 
 def test_batches_that_cannot_be_copied_are_shared() -> None:
     """Truth: the run on the same tensors."""
-    with torch.inference_mode():
-        frozen = [(x.clone(), y.clone()) for x, y in zip(X.split(16), Y.split(16), strict=True)]
+    plain = list(zip(X.split(16), Y.split(16), strict=True))
     ends = []
-    for batches in ([Handled(x, y) for x, y in zip(X.split(16), Y.split(16), strict=True)], frozen):
+    for batches in ([Handled(*batch) for batch in plain], plain):
         torch.manual_seed(1)
         model = Scaled(in_place=False)
         loss = lambda m, b: F.mse_loss(m(b.x), b.y)  # noqa: E731
-        how = {"loss_fn": F.mse_loss} if batches is frozen else {"objective": loss}
+        how = {"loss_fn": F.mse_loss} if batches is plain else {"objective": loss}
         tuner = st.Tuner(model, compile=False, **how)
         ends.append(tuner.fit(batches[:8], batches[8:], epochs=3, progress=False).best_loss)
     assert ends[0] == pytest.approx(ends[1])
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_named_tuples_are_copied_only_if_they_are_changed(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda t, **o: copies.append(t.shape) or clone(t, **o))
+    batches = [Pair(x.clone(), y) for x, y in zip(X.split(16), Y.split(16), strict=True)]
+    copies.clear()
+    loss = lambda m, b: F.mse_loss(m(b.x), b.y)  # noqa: E731
+    tuner = st.Tuner(Scaled(in_place=in_place), objective=loss, compile=False)
+    tuner.fit(batches[:8], batches[8:], steps=40, progress=False)
+    count = sum(shape == (16, 4) for shape in copies)
+    assert count > 40 if in_place else count <= 4
