@@ -138,7 +138,8 @@ class Groups:
                 if scope != "tensor" and all(min(part) == max(part) for part in parts):
                     values = [part[0] for part in parts]
             else:
-                values = [self._peak(g) if name == "lr" else hparam.read(g) for g in groups]
+                fixed_rate = name == "lr" and name not in self._shifts.rows
+                values = [self._peak(g) if fixed_rate else hparam.read(g) for g in groups]
             alike = len(values) == 1 or (scope == "run" and all(v == values[0] for v in values))
             common[name] = values[0] if alike else values
         return common
