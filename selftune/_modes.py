@@ -86,7 +86,7 @@ class KeptBuffer(NamedTuple):
 @contextmanager
 def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restores the modules' own buffers, whether they are changed in place or replaced."""
-    kept = [KeptBuffer.of(m, n) for m in modules for n in m._buffers]  # also those that are None
+    kept = [KeptBuffer.of(m, n) for m in modules for n in m._buffers]  # None as well
     try:
         yield
     finally:

@@ -80,9 +80,14 @@ def difference(net: PerturbedModel, args: Any, kwargs: Any) -> str | None:
             try:
                 return _compared(whole, again, output(each), still, _precision(net, whole))
             except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-                return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                return first_line(error)
         finally:
             net.gains = kept
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an error, as a reason."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _precision(net: PerturbedModel, output: Tensor) -> float:

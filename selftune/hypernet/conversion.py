@@ -16,7 +16,7 @@ from selftune._arguments import MAPPING, MODULE, NONE, Number, OneOf, checked
 from selftune._binding import functional_call
 from selftune._modes import buffers_kept, evaluating, random_kept
 from selftune.hparams import Hparam, penalty_hparam
-from selftune.hypernet._examples import difference, hooks_of
+from selftune.hypernet._examples import difference, first_line, hooks_of
 from selftune.hypernet._perturbed import PerturbedModel
 from selftune.hypernet._places import Place, Report, places_of
 from selftune.hypernet._terms import term_of
@@ -285,7 +285,7 @@ class SelfTuned(PerturbedModel):
                     try:
                         out = functional_call(self.model, self.strengths(), args, kwargs)
                     except (RuntimeError, ValueError, IndexError) as error:
-                        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                        return first_line(error)
                 leaves = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.ndim]
                 outputs.append([t[1:] for t in leaves if len(t) == len(raw)])
         first, again, moved = outputs

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 MOST = 1000
-"""Largest collection whose entries are looked at, and most entries in all."""
+"""Largest collection whose entries are looked at, and most entries of an object in all."""
 COPIED = 10_000
 """Largest tensor or array that is copied, because a pass may change it in place."""
 FRAMEWORKS = {
@@ -21,8 +21,8 @@ FRAMEWORKS = {
     "skorch", "ignite", "selftune", "builtins", "logging", "threading",
 }  # fmt: skip
 """Packages whose objects do not record batches of a user's loss."""
-OF_TORCH = {"_parameters", "_buffers", "_modules"}
-"""Attributes of modules that passes leave alone, or that are kept otherwise."""
+OF_TORCH = frozenset(vars(nn.Module()))
+"""Attributes of every module: passes leave them alone, or they are restored elsewhere."""
 Undo = Callable[[], object]
 
 
@@ -77,7 +77,9 @@ def _note_table(table: MutableMapping[Any, Any], undo: list[Undo], seen: set[int
     before = {n: v for n, v in table.items() if n not in OF_TORCH}
     undo.append(partial(_restore_table, table, before))
     pending = deque(before.values())
-    while pending and len(seen) <= MOST:
+    for _ in range(MOST):
+        if not pending:
+            break
         pending.extend(_note(pending.popleft(), undo, seen))
 
 

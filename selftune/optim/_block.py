@@ -66,7 +66,7 @@ class Block:
         steps = [e["step"] if "step" in e else torch.zeros((), device="cpu") for e in entries]
         self._steps = torch.stack([torch.as_tensor(s, device="cpu").float().cpu() for s in steps])
         self._ages, self._lead = self._steps.tolist(), 0
-        self._shown: dict[str, Sequence[Tensor]] = {}  # views in the entries, until a step
+        self._rule_views: dict[str, Sequence[Tensor]] = {}  # views in the entries, until a step
         weights = self.weights()
         self.scratch: dict[str, Tensor] = {}
         self._firsts = cut.firsts(self.layout.sizes)
@@ -103,7 +103,7 @@ class Block:
                 entry[key] = view
         self.part = self.part._replace(params=weights.new_empty(0))
         self.sliced = set(self._pieces())
-        self._show()
+        self._write_rule_views()
 
     def saved(self) -> list[dict[str, Tensor]]:
         """The state of each parameter in the format of checkpoints."""
@@ -151,13 +151,13 @@ class Block:
     def sync(self) -> None:
         """Write the rule's state to torch's dictionaries; called on access only."""
         if self._stale:
-            self._show()
+            self._write_rule_views()
             self._stale = False
 
-    def _show(self) -> None:
+    def _write_rule_views(self) -> None:
         rule = {name: self.layout.views(flat) for name, flat in self.part.rule.items()}
-        self._shown = {"step": self._steps.unbind(), **rule}
-        for name, views in self._shown.items():
+        self._rule_views = {"step": self._steps.unbind(), **rule}
+        for name, views in self._rule_views.items():
             for entry, view in zip(self._entries, views, strict=True):
                 entry[name] = view
 
@@ -166,8 +166,8 @@ class Block:
         if self._stale:
             return False
         return any(
-            state.get(param) is not entry or any(entry.get(k) is not v[i] for k, v in shown)
-            for shown in [self._shown.items()]
+            state.get(param) is not entry or any(entry.get(k) is not v[i] for k, v in views)
+            for views in [self._rule_views.items()]
             for i, (param, entry) in enumerate(zip(self.params, self._entries, strict=True))
         )
 
@@ -176,7 +176,7 @@ class Block:
         for entry in self._entries:
             for name in self.part.rule:
                 entry.pop(name, None)
-        self._views, self._viewed, self._stale, self._shown = {}, {}, True, {}
+        self._views, self._viewed, self._stale, self._rule_views = {}, {}, True, {}
 
     def weights(self) -> Tensor:
         """A copy of the concatenated weights."""

@@ -60,7 +60,7 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "settings": dict(engine.identity),
         "tuned": [f"{n} per {t.scope}" for n, t in engine.shifts.rows.items()],
         "shifts": engine.shifts.state_dict(),
-        "hyper_optimizer": engine.shifts.stepper,
+        "hyper_optimizer": engine.shifts.optimizer_name,
         "groups": groups.state_dict(),
         "clock": asdict(engine.clock),
         "displacement": _numbers(engine.store.displacement),

@@ -203,7 +203,7 @@ class Shifts:
         return {n: middle(t.values().tolist()) for n, t in self.rows.items()}
 
     @property
-    def stepper(self) -> str | None:
+    def optimizer_name(self) -> str | None:
         """Class of the torch optimizer of the shifts; None for the method's Adam."""
         return None if self.propose is None else type(self.propose.optimizer).__name__
 

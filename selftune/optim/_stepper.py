@@ -168,13 +168,13 @@ class InnerStepper(Stepper):
         shown = [(_number(g["lr"]), g["weight_decay"]) for g in groups]
         for moment, rate in zip(moments, rates, strict=True):
             _show(groups[moment.values["index"]], rate, moment.values["weight_decay"])
-        before = [float(g["lr"]) for g in groups]
+        before = [_on_host(g["lr"]) for g in groups]
         factors = [1.0] * len(groups)
         try:
             self._step()
             # An optimizer that adapts its rate by itself continues from what it has written.
             pairs = zip(groups, before, strict=True)
-            factors = [float(g["lr"]) / rate if rate else 1.0 for g, rate in pairs]
+            factors = [_on_host(g["lr"]) / rate if rate else 1.0 for g, rate in pairs]
         finally:
             for group, (lr, decay), factor in zip(groups, shown, factors, strict=True):
                 _show(group, lr if factor == 1 else lr * factor, decay)
@@ -279,6 +279,11 @@ def _copied(state: Any) -> Any:
     if isinstance(state, dict):
         return {name: _copied(value) for name, value in state.items()}
     return copy.deepcopy(state)
+
+
+def _on_host(rate: Any) -> float:
+    """A rate as a number; 0 for one on a GPU, which would synchronise."""
+    return 0.0 if isinstance(rate, Tensor) and rate.is_cuda else float(rate)
 
 
 def _number(rate: Any) -> Any:

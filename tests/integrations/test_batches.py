@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -199,3 +200,13 @@ def test_a_log_of_the_users_own_is_put_back() -> None:
         owner.log("in a tuning pass")  # type: ignore[attr-defined]
     owner.log("after it")  # type: ignore[attr-defined]
     assert calls == ["after it"]
+
+
+def test_records_of_the_last_of_many_modules_are_restored() -> None:
+    """Torch's own attributes of modules use up no part of the limit."""
+    layers = nn.Sequential(*[nn.Identity() for _ in range(500)])
+    last: Any = layers[-1]
+    last.sums = {"n": 1}
+    with records_kept(layers.modules()):
+        last.sums["n"] += 1
+    assert last.sums == {"n": 1}

@@ -58,19 +58,28 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.ones(2).double())]
 
 
+def ends(
+    rule: str, more: dict[str, Any], change: Callable[[list[nn.Parameter], Any], None]
+) -> list[list[nn.Parameter]]:
+    """The parameters of torch's run and of ours, with a change after five of nine steps."""
+    ours, torchs, given = RULES[rule]
+    found = []
+    for make, own in ((torchs, {}), (ours, more)):
+        params = parameters()
+        opt = make(params, **given, **own)
+        steps(params, opt, 0, 5)
+        change(params, opt)
+        steps(params, opt, 5, 9)
+        opt.state_dict()
+        found.append(params)
+    return found
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("rule", RULES)
 def test_state_is_taken_as_torch_takes_it(rule: str, change: str) -> None:
-    ours, torchs, options = RULES[rule]
-    ends = []
-    for make, more in ((torchs, {}), (ours, PLAIN)):
-        params = parameters()
-        opt = make(params, **options, **more)
-        steps(params, opt, 0, 5)
-        CHANGES[change](opt)
-        steps(params, opt, 5, 9)
-        ends.append(params)
-    for expected, found in zip(*ends, strict=True):
+    runs = ends(rule, PLAIN, lambda params, opt: CHANGES[change](opt))
+    for expected, found in zip(*runs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -119,23 +128,17 @@ def lengthened(opt: Any, more: Tensor) -> nn.Parameter:
 @pytest.mark.parametrize("options", [PLAIN, TUNED], ids=["plain", "tuned"])
 @pytest.mark.parametrize("rule", RULES)
 def test_state_is_carried_to_a_longer_parameter(rule: str, options: dict[str, Any]) -> None:
-    ours, torchs, given = RULES[rule]
-    ends = []
-    for make, more in ((torchs, {}), (ours, options)):
-        params = parameters()
-        opt = make(params, **given, **more)
-        steps(params, opt, 0, 5)
+    def lengthen(params: list[nn.Parameter], opt: Any) -> None:
         params[0] = lengthened(opt, torch.zeros(2, dtype=torch.float64))
-        steps(params, opt, 5, 9)
-        opt.state_dict()
-        ends.append(params)
-    for expected, found in zip(*ends, strict=True):  # nothing is tuned without validation data
+
+    for expected, found in zip(*ends(rule, options, lengthen), strict=True):
+        # Nothing is tuned without validation data.
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_slice_restarts_where_the_parameter_grows() -> None:
     """Truth: the weights of a plain run; a slice of many weights has sensitivities."""
-    ends = []
+    runs = []
     for make, more in ((torch.optim.AdamW, {}), (st.AdamW, TUNED)):
         params = [nn.Parameter(torch.ones(60_000, dtype=torch.float64)), *parameters()]
         opt = make(params, lr=0.1, **more)
@@ -143,8 +146,8 @@ def test_a_slice_restarts_where_the_parameter_grows() -> None:
         params[0] = lengthened(opt, torch.zeros(70, dtype=torch.float64))
         steps(params, opt, 3, 6)
         opt.state_dict()
-        ends.append(params)
-    for expected, found in zip(*ends, strict=True):
+        runs.append(params)
+    for expected, found in zip(*runs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
