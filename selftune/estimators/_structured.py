@@ -9,6 +9,7 @@ Source: MacKay et al. 2019, equation 14; Bae & Grosse 2020, section 3.3.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +99,7 @@ def unknown(param: Tensor, hparams: int) -> Structured:
         still = param.new_zeros(param.numel(), hparams)
         return Structured(still, param.new_zeros(param.numel(), 0), still.clone())
     generator = torch.Generator().manual_seed(0)  # leaves the global generator unchanged
-    rows = torch.randn(len(param), param[0].numel(), generator=generator, device="cpu").to(param)
+    shape = (len(param), math.prod(param.shape[1:]))  # a parameter may have no elements
+    rows = torch.randn(shape, generator=generator, device="cpu").to(param)
     still = param.new_zeros(len(param), hparams)
     return Structured(still, rows / rows.norm(dim=1, keepdim=True), still.clone())

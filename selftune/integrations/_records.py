@@ -23,6 +23,8 @@ FRAMEWORKS = {
 """Packages whose objects do not record batches of a user's loss."""
 OF_TORCH = frozenset(vars(nn.Module()))
 """Attributes of every module: passes leave them alone, or they are restored elsewhere."""
+ATOMS = (str, numbers.Number, type(None))
+"""Values that cannot change, and have no entries."""
 Undo = Callable[[], object]
 
 
@@ -40,9 +42,6 @@ def records_kept(owners: Iterable[Any]) -> Iterator[None]:
     seen: set[int] = set()
     for owner in owners:
         _note_table(vars(owner), undo, seen)
-        for value in list(vars(owner).values()):
-            if _records(value):
-                _note_table(vars(value), undo, seen)
     try:
         yield
     finally:
@@ -66,6 +65,8 @@ def silent(owner: Any) -> Iterator[None]:
 
 def _records(value: Any) -> bool:
     """Whether an object, such as a meter, may record batches; data sets and loaders do not."""
+    if all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset")):
+        return not isinstance(value, type)  # torchmetrics' and Ignite's
     if isinstance(value, (type, Tensor, nn.Module)) or not hasattr(value, "__dict__"):
         return False
     data = any(hasattr(value, name) for name in ("__getitem__", "__iter__", "__len__"))
@@ -76,16 +77,17 @@ def _note_table(table: MutableMapping[Any, Any], undo: list[Undo], seen: set[int
     """Note all attributes or entries, and what they hold."""
     before = {n: v for n, v in table.items() if n not in OF_TORCH}
     undo.append(partial(_restore_table, table, before))
-    pending = deque(before.values())
+    pending = deque(v for v in before.values() if not isinstance(v, ATOMS))
     for _ in range(MOST):
         if not pending:
             break
-        pending.extend(_note(pending.popleft(), undo, seen))
+        entries = _note(pending.popleft(), undo, seen)
+        pending.extend(e for e in entries if not isinstance(e, ATOMS))
 
 
 def _note(value: Any, undo: list[Undo], seen: set[int]) -> list[Any]:
-    """Note a value, and return its entries."""
-    if id(value) in seen or isinstance(value, (str, numbers.Number)):
+    """Note a value, and return its entries, or the attributes of a meter."""
+    if id(value) in seen:
         return []
     if isinstance(value, Tensor):
         if value.numel() <= COPIED and not value.is_inference():
@@ -98,6 +100,17 @@ def _note(value: Any, undo: list[Undo], seen: set[int]) -> list[Any]:
     if isinstance(value, deque):
         undo.append(partial(_restore_queue, value, list(value)))
         return []
+    if isinstance(value, tuple):
+        return list(value) if len(value) <= MOST else []
+    if isinstance(value, set):
+        if len(value) <= COPIED:
+            undo.append(partial(_restore_set, value, set(value)))
+        return []
+    if _records(value):
+        seen.add(id(value))
+        before = dict(vars(value))
+        undo.append(partial(_restore_table, vars(value), before))
+        return list(before.values())
     if not isinstance(value, (dict, list)):
         return []
     seen.add(id(value))
@@ -112,21 +125,33 @@ def _note(value: Any, undo: list[Undo], seen: set[int]) -> list[Any]:
 
 def _is_record(value: Any) -> bool:
     small = isinstance(value, Tensor) and value.numel() <= COPIED
-    return small or isinstance(value, numbers.Number)
+    return small or isinstance(value, (*ATOMS, np.ndarray, tuple, set))
 
 
 def _restore_table(table: MutableMapping[Any, Any], before: dict[Any, Any]) -> None:
-    """Restore the attributes if a record among them was replaced."""
-    if any(_is_record(v) and table.get(n) is not v for n, v in before.items()):
+    """Restore the attributes if a record among them was replaced or is new."""
+    new = [n for n in table if n not in before and n not in OF_TORCH and _is_new_record(table[n])]
+    if new or any(_is_record(v) and table.get(n) is not v for n, v in before.items()):
         table.update(before)
+    for name in new:
+        del table[name]
 
 
 def _restore_entries(table: dict[Any, Any], before: dict[Any, Any]) -> None:
     """Restore records, and drop new ones; other new entries may be caches."""
     table.update({n: v for n, v in before.items() if _is_record(v)})
     for name in [n for n in table if n not in before]:
-        if _is_record(table[name]) or isinstance(table[name], list):
+        if _is_new_record(table[name]):
             del table[name]
+
+
+def _is_new_record(value: Any) -> bool:
+    return _is_record(value) or isinstance(value, list)
+
+
+def _restore_set(values: set[Any], before: set[Any]) -> None:
+    values.intersection_update(before)
+    values.update(before)
 
 
 def _restore_tensor(tensor: Tensor, version: int, value: Tensor) -> None:

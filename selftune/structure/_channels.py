@@ -58,7 +58,7 @@ class Follower(Tracked):
         if isinstance(module, _ConvNd):
             return self._convolution(node, module, given, value)
         if given is None:
-            return self.unknown(node)
+            return self._whole(node, module)
         if isinstance(module, Gate) and given.axis == module.dim % value.ndim:
             self.units.cut(path, module, "gates", 0, given.ids)
             closed = module.closed(self.threshold).to(given.zero.device)
@@ -74,7 +74,7 @@ class Follower(Tracked):
             return self._resized(node, given, value)
         if isinstance(module, (nn.Flatten, nn.Unflatten)):
             return self._reshaped(node, given, value)
-        return self.unknown(node)
+        return self._whole(node, module)
 
     def _layer(
         self, node: fx.Node, module: nn.Module, given: Channels | None, axis: int
@@ -92,6 +92,7 @@ class Follower(Tracked):
             self.units.use(given)
         else:
             self.unknown(node)
+            self.keep(path, module, "weight", across)
         size = getattr(module, outs)
         made = Channels(
             axis, self.units.new(size), torch.zeros(size, dtype=torch.bool, device="cpu")
@@ -111,7 +112,7 @@ class Follower(Tracked):
         depthwise = module.groups == module.in_channels == module.out_channels
         kept = hooked(module) or self._tied(module)
         if given is None or not depthwise or given.axis != axis or kept:
-            return self.unknown(node)
+            return self._whole(node, module)
         sizes = ["in_channels", "out_channels", "groups"]
         self.units.cut(str(node.target), module, "weight", 0, given.ids, sizes)
         self.units.cut(str(node.target), module, "bias", 0, given.ids)
@@ -119,6 +120,21 @@ class Follower(Tracked):
         if self.ahead and module.bias is not None:
             still = torch.zeros_like(given.zero)  # training changes it
         return Channels(axis, given.ids, given.zero & still)
+
+    def _whole(self, node: fx.Node, module: nn.Module) -> None:
+        """A module that acts on all units of an input without known ones."""
+        self.unknown(node)
+        if isinstance(module, (Gate, _BatchNorm, _ConvNd)):
+            for name in ("gates", "weight", "bias", "running_mean", "running_var"):
+                self.keep(str(node.target), module, name, 0)
+
+    def keep(self, path: str, module: nn.Module, name: str, axis: int) -> None:
+        """Keep an axis of a tensor whole, also if another call of its module has units along it."""
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor) and tensor.ndim > axis:
+            ids = self.units.new(tensor.shape[axis])
+            self.units.cut(path, module, name, axis, ids)
+            self.units.need(Channels(0, ids, torch.zeros(len(ids), dtype=torch.bool, device="cpu")))
 
     def _tied(self, module: nn.Module) -> bool:
         """Whether other modules have its parameters too."""

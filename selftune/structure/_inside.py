@@ -151,6 +151,7 @@ def recurrent(
         units.use(given)
     else:
         follower.unknown(node)
+        follower.keep(inner, cell, "weight_ih_l0", 1)
     ids, times = units.new(size), 4 if isinstance(cell, nn.LSTM) else 3
     zero = module.closed(follower.threshold).cpu()
     for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):

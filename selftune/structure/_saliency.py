@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -16,7 +16,9 @@ from selftune.structure.gates import AbstractGated, gated
 Closure = Callable[[], Tensor]
 
 
-def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
+def saliency(
+    model: nn.Module, closure: Closure, needed: Collection[str] | None = None
+) -> dict[str, Tensor]:  # fmt: skip
     """Second-order estimate of the increase of the loss without each gated unit, by module.
 
     With ``c_n = g ∂ℓ_n/∂g`` of example n, the Gauss-Newton estimate of the Hessian by the Fisher
@@ -26,6 +28,7 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
     Args:
         model: A model with gates, used by the closure.
         closure: Returns a mean loss over examples, dimension ``batch_dim`` of the gates' inputs.
+        needed: Names of modules whose gates the loss must depend on; None: all.
     """
     rows: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
@@ -43,7 +46,7 @@ def saliency(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
         # Without per-example gradients: ½ N (mean c_n)², which has the same mean if E c_n = 0.
         if grad is not None and name in sizes:
             rows[name] = (modules[name].gates.detach() * grad).flatten()[None]
-    missed = sorted(set(modules) - set(rows))
+    missed = sorted(set(modules if needed is None else needed) - set(rows))
     if missed:
         raise ValueError(
             f"closure: its loss does not depend on the gates of {', '.join(missed)}: it must run "

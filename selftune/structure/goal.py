@@ -234,8 +234,9 @@ class Goal:
     def _saliencies(self, closure: Closure) -> NDArray[np.float64] | None:
         """Saliency of each unit, shape (units,); None if some are not finite."""
         fresh: dict[str, Tensor] = {}
+        needed = {name for at in self._sizes.places for name, _ in at}
         for _ in range(self._batches):
-            for name, value in saliency(self._model, closure).items():
+            for name, value in saliency(self._model, closure, needed).items():
                 fresh[name] = fresh.get(name, 0.0) + value / self._batches
         if not all(bool(torch.isfinite(value).all()) for value in fresh.values()):
             return None

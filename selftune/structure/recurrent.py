@@ -72,8 +72,10 @@ class Recurrent(AbstractGated):
         run = (cell.bias, 1, 0.0, self.training, False, cell.batch_first)
         if isinstance(cell, nn.LSTM):
             output, h, c = torch.lstm(input, (start, start), weights, *run)
+            gates = gates.to(output.dtype)  # that of autocast
             return output * gates, (h * gates, c)
         output, h = torch.gru(input, start, weights, *run)
+        gates = gates.to(output.dtype)
         return output * gates, h * gates
 
     def passed(self, input: Tensor, output: Any) -> None:
@@ -98,6 +100,7 @@ class Recurrent(AbstractGated):
         both = graph.call_module("cell", (graph.placeholder("input"),))
         factors = graph.get_attr("factors")
         output, state = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+        factors = graph.call_method("type_as", (factors, output))
         output = graph.call_function(operator.mul, (output, factors))
         if isinstance(self.cell, nn.LSTM):
             h, c = (graph.call_function(operator.getitem, (state, i)) for i in range(2))

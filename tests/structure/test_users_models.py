@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -223,3 +224,114 @@ def test_the_last_state_of_several_layers(kind: type[nn.Module], layers: int) ->
 def test_layers_with_several_outputs_are_named(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(TypeError, match=r"tuple: .* one tensor"):
         make()(torch.randn(2, 3, 4))
+
+
+class CalledTwice(nn.Module):
+    """A module after gated units, and on another input that has none."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.before, self.gate, self.shared = nn.Linear(4, 8), Gate(8, -1), module
+        self.after, self.gate2, self.out = nn.Linear(8, 16), Gate(16, -1), nn.Linear(16, 2)
+        self.other, self.pair = nn.Linear(8, 2), not isinstance(module, (nn.Linear, nn.BatchNorm1d, Gate))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        first = self.last(self.shared(self.gate(F.relu(self.before(x)))))
+        second = self.last(self.shared(y))
+        return self.out(self.gate2(F.relu(self.after(first)))) + self.other(second)
+
+    def last(self, value: Any) -> Any:
+        return value[0][:, -1] if self.pair else value
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(8, 8), ()), (lambda: nn.BatchNorm1d(8), ()), (lambda: Gate(8), ()),
+        (lambda: with_gates(nn.LSTM(8, 8, batch_first=True)), (5,)),
+        (lambda: with_gates(nn.GRU(8, 8, batch_first=True)), (5,)),
+    ],
+)  # fmt: skip
+def test_a_module_that_is_also_called_on_ungated_units_keeps_its_inputs(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    """Its inputs were cut for both calls, so that pruning failed at the end of the run."""
+    net = CalledTwice(make())
+    x, y = torch.randn(6, *shape, 4), torch.randn(6, *shape, 8)
+    with torch.no_grad():
+        net.gate.gates[:3] = 0
+        net.gate2.gates[:5] = 0
+    small = prune(net, (x, y))
+    torch.testing.assert_close(small(x, y), net(x, y))
+    assert small.get_submodule("after").out_features == 11
+    goal = Goal(net, (x, y), budget=0.9, total_steps=10)
+    assert goal.size()["parameters"] == sum(p.numel() for p in small.parameters())
+
+
+class Iterated(nn.Module):
+    """A depthwise convolution on an image, and then on the gated output of the same block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.mix = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
+        self.gate, self.out = Gate(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.gate(F.relu(self.mix(self.deep(x))))
+        return self.out(x)
+
+
+def test_a_block_that_is_applied_again_keeps_the_units_of_its_first_input() -> None:
+    net, x = Iterated(), torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        net.gate.gates[:4] = 0
+    torch.testing.assert_close(prune(net, x)(x), net(x))
+
+
+def test_a_gate_that_closures_do_not_reach_is_left_open_by_a_goal() -> None:
+    """Goal said that no unit of it can be removed, and its first closing was an error."""
+    net, x = Auxiliary().eval(), torch.randn(4, 3, 6, 6)
+    goal = Goal(net, x, budget=0.8, total_steps=4, start=0.0, end=0.5, closings=1)
+
+    def closure() -> Tensor:
+        loss: Tensor = net(x).square().mean()
+        return loss
+
+    for _ in range(4):
+        goal.step(closure)
+    closed, of = goal.open()["gate"]
+    assert closed < of
+    assert goal.open()["second.1"] == (8, 8)
+
+
+class MixedInside(nn.Module):
+    """Mixed precision within the forward pass."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.rnn = nn.Linear(4, 8), kind(8, 6, 2, batch_first=True)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.rnn(self.first(x))[0]
+        return self.out(hidden.float()[:, -1]), hidden
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_have_the_type_of_autocast(kind: type[nn.Module]) -> None:
+    """Gated ones returned float32, torch's bfloat16."""
+    net, x = MixedInside(kind), torch.randn(2, 5, 4)
+    expected = net(x)[1].dtype
+    gated = with_gates(net)
+    assert gated(x)[1].dtype == expected == torch.bfloat16
+    with torch.no_grad():
+        for layer in net.modules():
+            if hasattr(layer, "gates"):
+                layer.gates[:2] = 0
+    small = prune(gated, x)
+    assert small(x)[1].dtype == expected
+    torch.testing.assert_close(small(x)[0], gated(x)[0])
