@@ -90,6 +90,7 @@ def _drawn(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     if not all(_known(method) for method in methods if method is not None):
         return None  # it may change its batches
     batched: Any = loader.batch_sampler
+    shares = _shares(loader)
     while hasattr(batched, "batch_sampler"):  # Accelerate shards batch samplers by wrapping them
         batched = batched.batch_sampler
     if batched is not None and type(batched) is not BatchSampler:
@@ -97,8 +98,14 @@ def _drawn(loader: Iterable[Any]) -> Callable[[Random], Any] | None:
     indices = _indices(loader.dataset, loader.sampler if batched is None else batched.sampler)
     if not indices:
         return None
-    size = None if batched is None else min(batched.batch_size, len(indices))
+    size = None if batched is None else min(batched.batch_size // shares, len(indices))
     return partial(_batch, loader, indices, size)
+
+
+def _shares(loader: DataLoader[Any]) -> int:
+    """Processes that divide each batch of a loader, with Accelerate's ``split_batches``."""
+    split = any(getattr(o, "split_batches", False) for o in (loader, loader.batch_sampler))
+    return _ranks()[1] if split else 1
 
 
 # Functions of the module, not closures, so that an object that holds them can be pickled.
@@ -171,10 +178,15 @@ def _apart(loader: Any) -> Iterator[None]:
 
 def _mine(random: Random, indices: Sequence[int], size: int) -> list[int]:
     """This process's part of a random sample; all draw the same one, without replacement."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, ranks = (
-        (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
-    )
+    rank, ranks = _ranks()
     if ranks * size <= len(indices):
         return random.sample(indices, ranks * size)[rank * size : (rank + 1) * size]
     return [random.sample(indices, size) for _ in range(rank + 1)][-1]  # too few for all
+
+
+def _ranks() -> tuple[int, int]:
+    """The rank of this process, and their number."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not together:
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -30,13 +30,12 @@ Undo = Callable[[], object]
 
 @contextmanager
 def records_kept(owners: Iterable[Any]) -> Iterator[None]:
-    """Restores numbers and small tensors or arrays, and lists that are appended to.
+    """Restores numbers, strings, small tensors, arrays, tuples and sets, and longer lists.
 
     Args:
         owners: Objects with such attributes. They may also be entries of their lists and
-            dictionaries, or attributes of objects that they hold, as of an average's. If a small
-            tensor among the attributes is replaced, all attributes are restored, as others may
-            describe it.
+            dictionaries, or attributes of meters that they hold. If such an attribute is replaced,
+            all are restored, as others may describe it; new ones are removed.
     """
     undo: list[Undo] = []
     seen: set[int] = set()

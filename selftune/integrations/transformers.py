@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +50,8 @@ class SelfTuningCallback(TrainerCallback):
         self._opt = unwrap(self._trainer.optimizer)
         # Trainer would log the rate of its scheduler, which the optimizer multiplies.
         self._trainer._get_learning_rate = self._applied
+        # An entry of its own would take what trainers such as TRL's add to the next one.
+        self._trainer.log = partial(self._log, self._trainer.log)
         loader: Any = self._given
         if loader is None:
             datasets = self._trainer.eval_dataset
@@ -78,7 +81,6 @@ class SelfTuningCallback(TrainerCallback):
         scaler = self._trainer.accelerator.scaler
         loss = self._opt.hyper_step(lambda: self._value(next(batches)), scaler=scaler)
         self._unlogged = loss if loss is not None else self._unlogged
-        self._log(control)
         if control.should_evaluate or control.should_save:
             self._opt.eval()
 
@@ -86,7 +88,6 @@ class SelfTuningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the averaged weights into the model, also at the end of the run."""
-        self._log(control)  # with logging_strategy="epoch"
         self._opt.eval()
 
     def on_train_end(
@@ -97,11 +98,14 @@ class SelfTuningCallback(TrainerCallback):
             self._opt.eval()
         self._batches = None  # with the workers of its loader
 
-    def _log(self, control: TrainerControl) -> None:
-        if control.should_log and self._unlogged is not None:
-            self._trainer.log(logged(self._opt, self._unlogged))
+    def _log(
+        self, log: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any
+    ) -> None:
+        """Add the hyperparameters to the entry of a training loss."""
+        if "loss" in logs and self._unlogged is not None:
+            logs |= logged(self._opt, self._unlogged)
             self._unlogged = None
-            control.should_log = True  # which log() resets, for the training loss
+        log(logs, *args, **kwargs)
 
     def _applied(self) -> float:
         """The learning rate of the last step, of the first group."""

@@ -121,20 +121,12 @@ class Follower(Tracked):
             still = torch.zeros_like(given.zero)  # training changes it
         return Channels(axis, given.ids, given.zero & still)
 
-    def _whole(self, node: fx.Node, module: nn.Module) -> None:
+    def _whole(self, node: fx.Node, module: nn.Module) -> Channels | None:
         """A module that acts on all units of an input without known ones."""
-        self.unknown(node)
         if isinstance(module, (Gate, _BatchNorm, _ConvNd)):
             for name in ("gates", "weight", "bias", "running_mean", "running_var"):
                 self.keep(str(node.target), module, name, 0)
-
-    def keep(self, path: str, module: nn.Module, name: str, axis: int) -> None:
-        """Keep an axis of a tensor whole, also if another call of its module has units along it."""
-        tensor = getattr(module, name, None)
-        if isinstance(tensor, Tensor) and tensor.ndim > axis:
-            ids = self.units.new(tensor.shape[axis])
-            self.units.cut(path, module, name, axis, ids)
-            self.units.need(Channels(0, ids, torch.zeros(len(ids), dtype=torch.bool, device="cpu")))
+        return self.unknown(node)
 
     def _tied(self, module: nn.Module) -> bool:
         """Whether other modules have its parameters too."""

@@ -161,6 +161,14 @@ class Tracked(fx.Interpreter):
         self.threshold = threshold
         self.ahead = threshold == math.inf  # all gates closed, before or during training
 
+    def keep(self, path: str, module: nn.Module, name: str, axis: int) -> None:
+        """Keep an axis of a tensor whole, also if another call of its module has units along it."""
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor) and tensor.ndim > axis:
+            ids = self.units.new(tensor.shape[axis])
+            self.units.cut(path, module, name, axis, ids)
+            self.units.need(Channels(0, ids, torch.zeros(len(ids), dtype=torch.bool, device="cpu")))
+
     def _of(self, args: Any) -> list[Channels | None]:
         """The units of all nodes among arguments, those of tuples last."""
         nodes = [a for a in tree_leaves(args) if isinstance(a, fx.Node)]

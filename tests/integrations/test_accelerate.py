@@ -47,7 +47,9 @@ class Run:
 
     def __init__(self, clip: float | None = None, ranks: int | None = None, **options: Any) -> None:
         self.accelerator, self.clip = Accelerator(cpu=True, **options), clip
-        model, parts = network(norm=ranks is None), ranks or 1
+        config = options.get("dataloader_config")  # may divide the loaders' batches itself
+        model = network(norm=ranks is None)
+        parts = 1 if ranks is None or (config and config.split_batches) else ranks
         self.model, self.opt, self.train, self.val = self.accelerator.prepare(
             model, tuned(model), train_loader(parts), val_loader(parts)
         )

@@ -42,6 +42,7 @@ try:
     )
     from lightning.pytorch.loggers import CSVLogger, Logger
     from lightning.pytorch.utilities import CombinedLoader
+    from torchmetrics import SumMetric
     from torchmetrics.classification import MulticlassAccuracy
 
     from selftune.integrations import ValidationBatches
@@ -521,6 +522,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.count = 0
+        self.within: Any = None
 
 
 class Recording(Net):
@@ -528,12 +530,18 @@ class Recording(Net):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.names = {i: f"class {i}" for i in range(1000)}  # entries that need no look
         self.begin()
 
     def begin(self) -> None:
         self.entry, self.tensors = {"n": 0}, {"n": torch.zeros(())}
         self.array, self.queue = np.zeros(2), deque()
         self.pair, self.meter, self.large = [0], Meter(), torch.zeros(50, 50)
+        self.none: Any = None
+        self.replaced, self.two, self.ids = np.zeros(0), (0, 0.0), set[int]()
+        self.meters, self.inner, self.metrics = {"n": Meter()}, [Meter()], {"n": SumMetric()}
+        self.inner[0].within = Meter()
+        vars(self).pop("lazy", None)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         size = len(batch[0])
@@ -544,12 +552,22 @@ class Recording(Net):
         self.pair[0] += size
         self.meter.count += size
         self.large += size
+        self.none = size + (self.none or 0)
+        self.replaced = np.concatenate([self.replaced, np.zeros(size)])
+        self.two = (self.two[0] + size, 0.0)
+        self.ids |= set(range(len(self.ids), len(self.ids) + size))
+        self.meters["n"].count += size
+        self.inner[0].within.count += size
+        self.metrics["n"].update(size)
+        self.lazy = getattr(self, "lazy", 0) + size
         return super().validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         self.counts = {
             self.entry["n"], int(self.tensors["n"]), int(self.array[0]), len(self.queue),
-            self.pair[0], self.meter.count, int(self.large[0, 0]),
+            self.pair[0], self.meter.count, int(self.large[0, 0]), self.none, len(self.replaced),
+            self.two[0], len(self.ids), self.meters["n"].count, self.inner[0].within.count,
+            int(self.metrics["n"].compute()), self.lazy,
         }  # fmt: skip
         self.begin()
 

@@ -15,7 +15,7 @@ from two_ranks import RUNS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n.split()[0])) for n in RUNS])
 def test_goes_on_with_another_number_of_ranks(name: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("two_ranks.py")
     with socket.socket() as free:

@@ -350,3 +350,32 @@ def test_what_compute_loss_logs_and_sums_is_that_of_training(tmp_path: Path) -> 
     entries = made.state.log_history
     assert sum("own" in entry for entry in entries) == steps
     assert [e["step"] for e in entries if "loss" in e] == [*range(3, steps + 1, 3)]
+
+
+class Averaging(Made):
+    """Adds the mean of a second loss to the next entry, and begins it anew, as TRL's trainers."""
+
+    total, passes = 0.0, 0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.total, self.passes = self.total + 1.0, self.passes + 1
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" not in logs:
+            logs["mean"] = self.total / self.passes
+            self.total, self.passes = 0.0, 0
+        super().log(logs, *args, **kwargs)
+
+
+def test_an_entry_has_the_loss_the_hyperparameters_and_the_trainers_own_metrics(
+    tmp_path: Path,
+) -> None:
+    """Hyperparameters had an entry of their own, which took the metrics (a division by zero)."""
+    options: dict[str, Any] = dict(logging_strategy="steps", logging_steps=3, eval_strategy="no")
+    made = trainer(tmp_path, Averaging, **options)
+    made.train()
+    entries = [e for e in made.state.log_history if "train_loss" not in e]
+    assert [e["step"] for e in entries] == [*range(3, made.state.global_step + 1, 3)]
+    assert all({"loss", "mean"} <= set(entry) for entry in entries)
+    assert any({"hyper/lr", "lr"} <= set(entry) for entry in entries)

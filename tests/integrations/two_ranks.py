@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from selftune.integrations import unwrap
 HALF = 12  # steps, of 24
 
 
-def by_accelerate(folder: Path, ranks: int) -> dict[str, Any]:
+def by_accelerate(folder: Path, ranks: int, split: bool = False) -> dict[str, Any]:
     """``save_state`` after two of four epochs, or the rest of a run from there on one rank."""
+    from accelerate import DataLoaderConfiguration
     from test_accelerate import Run
 
-    run = Run(ranks=ranks)
+    run = Run(ranks=ranks, dataloader_config=DataLoaderConfiguration(split_batches=split))
     if ranks > 1:
         run.epochs(2).accelerator.save_state(str(folder / "half"))
     else:
@@ -78,7 +80,8 @@ def by_lightning(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
-    "accelerate": by_accelerate, "transformers": by_transformers, "lightning": by_lightning,
+    "accelerate": by_accelerate, "accelerate split": partial(by_accelerate, split=True),
+    "transformers": by_transformers, "lightning": by_lightning,
 }  # fmt: skip
 
 

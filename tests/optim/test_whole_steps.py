@@ -452,3 +452,32 @@ def test_what_was_observed_is_kept(name: str, how: str) -> None:
     assert other.hparams == opt.hparams != before
     for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+class Prompted(nn.Module):
+    """With a prompt of length 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.prompt = net(), nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(torch.cat([self.prompt, x]))
+        return out
+
+
+def test_parameters_without_elements_have_no_response() -> None:
+    """Truth: the run without it, which was an IndexError with it."""
+
+    def run(model: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
+        opt = st.AdamW(model, estimator=st.BestResponse(), total_steps=12, probe=False)
+        for (x, y), other in zip(batches(12), batches(12), strict=True):
+            trained(model, opt, [(x, y)])
+            opt.hyper_step(lambda other=other: F.mse_loss(model(other[0]), other[1]))
+        return opt.hparams, [p.detach() for p in model.parameters() if p.numel()]
+
+    hparams, weights = run(net())
+    others, found = run(Prompted())
+    assert hparams == others
+    assert hparams["lr"] != 1e-3
+    assert all(torch.equal(a, b) for a, b in zip(weights, found, strict=True))

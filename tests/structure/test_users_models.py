@@ -233,7 +233,8 @@ class CalledTwice(nn.Module):
         super().__init__()
         self.before, self.gate, self.shared = nn.Linear(4, 8), Gate(8, -1), module
         self.after, self.gate2, self.out = nn.Linear(8, 16), Gate(16, -1), nn.Linear(16, 2)
-        self.other, self.pair = nn.Linear(8, 2), not isinstance(module, (nn.Linear, nn.BatchNorm1d, Gate))
+        self.other = nn.Linear(8, 2)
+        self.pair = not isinstance(module, (nn.Linear, nn.BatchNorm1d, Gate))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         first = self.last(self.shared(self.gate(F.relu(self.before(x)))))
