@@ -275,7 +275,8 @@ class Iterated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.deep, self.mix = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.mix = nn.Conv2d(8, 8, 1)
         self.gate, self.out = Gate(8), nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
