@@ -64,12 +64,15 @@ def silent(owner: Any) -> Iterator[None]:
 
 def _records(value: Any) -> bool:
     """Whether an object, such as a meter, may record batches; data sets and loaders do not."""
-    if all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset")):
-        return not isinstance(value, type)  # torchmetrics' and Ignite's
-    if isinstance(value, (type, Tensor, nn.Module)) or not hasattr(value, "__dict__"):
+    kind = type(value)
+    if isinstance(value, (type, Tensor)) or not hasattr(value, "__dict__"):
+        return False
+    if all(hasattr(kind, name) for name in ("update", "compute", "reset")):  # of torchmetrics
+        return True
+    if isinstance(value, nn.Module):
         return False
     data = any(hasattr(value, name) for name in ("__getitem__", "__iter__", "__len__"))
-    return not data and type(value).__module__.partition(".")[0] not in FRAMEWORKS
+    return not data and kind.__module__.partition(".")[0] not in FRAMEWORKS
 
 
 def _note_table(table: MutableMapping[Any, Any], undo: list[Undo], seen: set[int]) -> None:
