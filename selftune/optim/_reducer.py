@@ -38,7 +38,8 @@ class Reducer:
         self._wanted = wanted
         self.sharded = False
         self.checked = False
-        self._digest = self._turn = 0
+        self._digest = self._turn = self._again = 0
+        self._step = -1
         self._left: list[str] = []
 
     @property
@@ -77,7 +78,9 @@ class Reducer:
         store = dist.distributed_c10d._get_default_store()
         later: timedelta = store.timeout  # type: ignore[attr-defined]  # of the process group
         patience = later if self._left else timedelta(seconds=PATIENCE)
-        place = f"selftune/{self._digest}/{self._turn}/{step}"
+        # A step meets twice after an error that a loop catches, or a state that it loads.
+        self._again, self._step = self._again + 1 if step == self._step else 0, step
+        place = f"selftune/{self._digest}/{self._turn}/{step}/{self._again}"
         keys = [f"{place}/{r}" for r in ranks]
         store.set(keys[rank], "here")
         if store.add(f"{place}/count", 1) == len(ranks):

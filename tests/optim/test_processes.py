@@ -1,6 +1,7 @@
 """Processes that train together. Truth: one process on all the data; errors that name ranks."""
 
 import copy
+import math
 import os
 import socket
 import time
@@ -194,3 +195,30 @@ def test_two_processes(tmp_path: Path) -> None:
     assert "hyper_step was called on rank 0" in message
     assert "not on rank 1 within" in message
     assert seconds < 15
+
+
+def again(rank: int, port: int, folder: Path) -> None:
+    """A loop catches the error of a validation batch, and takes the next one at the same step."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), USE_LIBUV="0")
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=10))
+    net = network().double()
+    opt, model = st.SGD(net, lr=0.01, probe=False, every=1), DistributedDataParallel(net)
+    train(model, opt, 9)
+    train(model, opt, 1, validate=False)
+    x = torch.ones(4, next(net.parameters()).shape[1], dtype=torch.float64)
+    lost = 0
+    for scale in (math.nan, 1.0):
+        try:
+            opt.hyper_step(lambda scale=scale: scale * net(x).square().mean())
+        except ValueError:
+            lost += 1
+    torch.save((lost, opt.hparams), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_calls_at_one_step_meet_again(tmp_path: Path) -> None:
+    """One process passed the first meeting's mark, the other waited for ever."""
+    spawned(again, tmp_path)
+    zero, one = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
+    assert zero == one
