@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from selftune.structure import Batches
 from selftune.tuner._batch import size, structure, to_device
 from selftune.tuner._checkpoints import plain
 from selftune.tuner._positions import position, restarts, stateful
+from selftune.tuner._rank_batches import RankBatches
 
 log = logging.getLogger("selftune")
 
@@ -48,7 +49,7 @@ class Stream:
         device: torch.device,
         *,
         skips: bool = False,
-        shard: Callable[[Any], Any] | None = None,
+        shard: RankBatches | None = None,
     ) -> None:
         self.skips = skips
         # Not tested with iter(loader), which would draw random numbers and start workers.
@@ -65,7 +66,7 @@ class Stream:
         self.once = isinstance(loader, Iterator)  # a generator: it cannot be started again
         self._own = own_iterator(loader)
         self.following = batches_of(self._own)
-        self._loader = self._own if shard is None else shard(self._own)
+        self._shard, self._loader = shard, self._own if shard is None else shard(self._own)
         self._name = name
         self._stateful = self.following is None and stateful(self._loader)
         self._usual = 0  # examples in the first batch
@@ -150,7 +151,9 @@ class Stream:
                 self._begin()
         self.taken += 1
         self._check(batch)
-        if self.skips and size(batch) == 1 < self._usual:
+        # Ranks skip together, though the larger parts of an odd batch have two examples.
+        usual = self._usual if self._shard is None else self._shard.least
+        if self.skips and size(batch) == 1 < usual:
             return self.next()
         self._usual = self._usual or size(batch)
         return batch

@@ -32,6 +32,11 @@ class RankBatches:
         self._name, self._rank, self._ranks = name, rank, ranks
         self._usual = 0  # examples in the first batch
 
+    @property
+    def least(self) -> int:
+        """Examples in the smallest part of a usual batch."""
+        return self._usual // self._ranks
+
     def __call__(self, loader: Any) -> Any:
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             raise ValueError(

@@ -10,7 +10,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from jobs import Outage, points
-from ranks import ROUNDING, assert_close, cut, free_port, launched, loader, net, refusal, train
+from ranks import (
+    ROUNDING,
+    STEPS,
+    assert_close,
+    cut,
+    free_port,
+    launched,
+    loader,
+    net,
+    refusal,
+    train,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -54,10 +65,23 @@ JOBS: dict[str, Callable[..., Any]] = {
 EQUAL = list(JOBS)[:5]
 
 
+def small_validation_batches(**options: Any) -> dict[str, Any]:
+    """Batches of 3, 3 and 2; without callbacks, before which ranks take rank 0's random state."""
+    torch.manual_seed(3)
+    tuner = st.Tuner(
+        net(), F.cross_entropy, rule=st.rules.SGD(), hparams={"lr": 0.01}, compile=False, **options
+    )
+    val = loader(8, 1, batch_size=3)
+    result = tuner.fit(loader(200, 0, batch_size=20), val, steps=STEPS, progress=False)
+    hparams = {n: torch.as_tensor(v) for n, v in result.history.items()}
+    return {"hparams": hparams, "weights": result.best_weights, "loss": result.best_loss}
+
+
 def rank(number: int, port: int, folder: Path) -> None:
     """Everything that two ranks are to do, in one process each."""
     launched(number, port)
     found = {name: job(folder / name, parallel="ddp") for name, job in JOBS.items()}
+    found["small"] = small_validation_batches(parallel="ddp")
     cut(folder / "to two", parallel="ddp")
     cut(folder / "to one", parallel="ddp")
     found["two again"] = train(net(), folder / "to two", parallel="ddp", resume=True)
@@ -156,6 +180,13 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(
 
 def test_resumed_ranks_draw_the_same_random_numbers(both: list[dict[str, Any]]) -> None:
     assert_close(both[0]["random again"], both[0]["dropout"], rtol=0, atol=0)
+
+
+def test_ranks_skip_small_validation_batches_together(both: list[dict[str, Any]]) -> None:
+    """One rank skipped its single example of three, so that the ranks' data were others."""
+    want = small_validation_batches()
+    for found in both:
+        assert_close(found["small"], want, **ROUNDING)
 
 
 def test_one_rank_writes(folder: Path, both: list[dict[str, Any]]) -> None:
