@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selftune.method.settings import SliceSettings
+from selftune.method.shards import by_rows, shard
 from selftune.method.slices import Slice, choose
 
 SHARE, MOST, LARGE = 1 / 10, 2**16, SliceSettings(least=1, each=256)
@@ -60,15 +61,19 @@ class Slopes:
             for tensors in (grads, weights)
         )
         self.grads, self.weights = grads, weights
-        if [w.shape for w in before.weights] != [w.shape for w in weights]:
-            return None
+        known = [w.shape for w in before.weights] == [w.shape for w in weights]
+        if not known:  # products of 0, because other processes may have theirs
+            before = self
         moves = [now - then for then, now in zip(before.weights, weights, strict=True)]
         rounded = [w * e for w, e in zip(before.weights, errors, strict=True)]
         products = [
             torch.stack([(a * b).sum().double() for a, b in zip(*pair, strict=True)]).sum()
             for pair in ((before.grads, moves), (grads, moves), (moves, moves), (rounded, rounded))
         ]
-        start, end, moved, error = reduce(torch.stack(products)).tolist()  # one host sync
+        products.append(products[0].new_tensor(0.0 if known else 1.0))
+        start, end, moved, error, unknown = reduce(torch.stack(products)).tolist()  # one host sync
+        if unknown:
+            return None
         return (0.0, 0.0) if moved < MEASURABLE**2 * error else (start, end)
 
     def forget(self) -> None:
@@ -81,6 +86,14 @@ def slices(shapes: Sequence[torch.Size]) -> list[Slice]:
     sizes = [shape.numel() for shape in shapes]
     shares = [min(SHARE, MOST / max(1, size)) for size in sizes]
     return [choose([[s]], share, LARGE)[0] for s, share in zip(shapes, shares, strict=True)]
+
+
+def sharded(params: Sequence[Tensor]) -> list[Slice] | None:
+    """This process's part of the slices of sharded tensors; None if not all are divided by rows."""
+    if not all(by_rows(p) for p in params):
+        return None
+    cuts = slices([p.shape for p in params])
+    return [shard(cut, [p]) for cut, p in zip(cuts, params, strict=True)]
 
 
 def _kept(tensor: Tensor) -> Tensor:

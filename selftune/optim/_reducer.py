@@ -48,6 +48,11 @@ class Reducer:
             return False
         return dist.get_world_size() > 1
 
+    @property
+    def shard(self) -> tuple[int, int] | None:
+        """This process's rank and their number, if parameters are sharded."""
+        return (dist.get_rank(), dist.get_world_size()) if self.sharded else None
+
     def check_alike(self, params: Sequence[Tensor]) -> None:
         """Raise an error if parameters differ between processes, at the first step of each."""
         self.checked = True

@@ -22,8 +22,8 @@ from selftune.optim._engine import Engine
 from selftune.optim._groups import Groups
 from selftune.optim._logging import OptimizerLog
 
-VERSION = 32
-"""Version of the state; 32 has the memory of whole-step estimators."""
+VERSION = 33
+"""Version of the state; 33 has the slopes of each rank's shards."""
 
 
 def to_bytes(run: Mapping[str, Any]) -> bytes:
@@ -53,7 +53,6 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
     restored = engine.restored
     if restored is not None and restored.changed and not buffers["training"]:
         buffers["training"] = [t.clone() for t in restored.statistics]
-    slopes = {} if engine.reducer.sharded else vars(engine.slopes)  # every rank has its own
     return {
         "version": VERSION,
         "rule": rule,
@@ -83,7 +82,8 @@ def pack(engine: Engine, groups: Groups, log: OptimizerLog, rule: str) -> dict[s
         "shown": bool(engine.training_weights()),
         "training_signal": None if signal is None else signal.clone(),
         "log": log.state_dict(),
-        "slopes": {n: [t.clone() for t in ts] for n, ts in slopes.items()},
+        "shard": engine.reducer.shard,
+        "slopes": {n: [t.clone() for t in ts] for n, ts in vars(engine.slopes).items()},
     }
 
 
@@ -104,9 +104,9 @@ def unpack(engine: Engine, groups: Groups, run: Mapping[str, Any]) -> None:
         engine.whole.restore(tree_map_only(Tensor, lambda t: t.to(device), run["whole"]))
     signal = run["training_signal"]
     engine.training_signal = None if signal is None else signal.to(device, copy=True)
-    engine.slopes = Slopes(
-        **{n: [t.to(device, copy=True) for t in ts] for n, ts in run["slopes"].items()}
-    )
+    mine = run["shard"] == engine.reducer.shard  # distributed checkpoints have the first rank's
+    slopes = run["slopes"] if mine else {}
+    engine.slopes = Slopes(**{n: [t.to(device, copy=True) for t in ts] for n, ts in slopes.items()})
     unreached, params = run["unreached"], engine.params
     engine.unreached = None if unreached is None else {params[i] for i in unreached}
     engine.searches = run["searches"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from selftune._flat import local
 from selftune.control import Action, Activity, Gradient, SweepSlope
 from selftune.method import Moment, fast_path, live_units
+from selftune.method.slopes import sharded
 from selftune.optim._block import Block
 from selftune.optim._closures import Call
 from selftune.optim._engine import Engine
@@ -219,7 +220,8 @@ class WeightSteps:
         if not sweep.taken:
             self._observe_activity(grads)
         weights = [local(p) for b in self._blocks for p in b.params]
-        slopes = engine.slopes.along(grads, weights, engine.reducer.total)
+        cuts = sharded(engine.params) if engine.reducer.sharded else None
+        slopes = engine.slopes.along(grads, weights, engine.reducer.total, cuts)
         if slopes is not None:
             rule = engine.method.sensitivities.update.rule
             gain = max(rule.initial_gain(v, sweep.taken) for v in self._values)

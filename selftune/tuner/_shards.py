@@ -164,9 +164,7 @@ class Shards:
         """This rank's part of the slices whose slopes the sweep measures; None: whole tensors."""
         if not self.group.sharded:
             return None
-        params = [p for part in self.parts for p in part]
-        cuts = slopes.slices([p.shape for p in params])
-        return [shard(cut, [p]) for cut, p in zip(cuts, params, strict=True)]
+        return slopes.sharded([p for part in self.parts for p in part])
 
     # between a rank's shard and the whole tensor
 
