@@ -145,7 +145,7 @@ def device_of(device: str | torch.device) -> torch.device:
         raise ValueError(f"device={device!r} is unknown: {error}") from error
 
 
-def check_fit(values: Mapping[str, Any]) -> None:
+def check_fit(group: Group, values: Mapping[str, Any]) -> None:
     check(FIT_ARGUMENTS, values)
     if values["pictures_every"] is not None and find_spec("matplotlib") is None:
         raise ImportError(
@@ -157,6 +157,21 @@ def check_fit(values: Mapping[str, Any]) -> None:
             f"epochs={values['epochs']}: structure.Batches change the number of batches in an "
             "epoch during the run: pass steps="
         )
+    if group.together:
+        _check_meetings(group, values)
+
+
+def _check_meetings(group: Group, arguments: Mapping[str, Any]) -> None:
+    """Raise an error if arguments of ``fit`` that decide when ranks meet differ on a rank."""
+    lengths = ("epochs", "steps", "evaluate_every", "checkpoint_every", "log_every", "patience",
+               "pictures_every")  # fmt: skip
+    for name in lengths:
+        group.check_same(f"{name} of fit", arguments[name], "pass the same on all ranks")
+    for name in ("callbacks", "log_dir", "recorder"):
+        group.check_same(
+            f"{name} of fit (whether passed)", arguments[name] not in (None, (), []),
+            "pass it on all ranks; the first one writes",
+        )  # fmt: skip
 
 
 def check_ranks(group: Group, objective: nn.Module, streams: tuple[Stream, Stream]) -> None:

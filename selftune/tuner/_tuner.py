@@ -273,8 +273,8 @@ class Tuner:
                 "fit was already called on this Tuner: make a new Tuner; to continue a run, pass "
                 "resume=True and the same log_dir to its fit"
             )
-        check_fit(locals())
         given, objective, group = self._given, self._given.objective, self._given.group
+        check_fit(group, locals())
         folder = None if log_dir is None else Path(log_dir).absolute()
         with quiet(not group.first), ExitStack() as stack, modes_kept(objective):
             group.from_first(lambda: stack.enter_context(owned(folder)))

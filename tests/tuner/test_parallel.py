@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,13 @@ def other_data(number: int) -> None:
     train(net(), parallel="ddp", size=205 + 40 * number)
 
 
+def other_arguments(number: int, **options: Any) -> None:
+    """Arguments on the first rank alone, which would wait for ever where ranks meet."""
+    tuner = st.Tuner(net(), F.cross_entropy, parallel="ddp")
+    given = options if number == 0 else {}
+    tuner.fit(loader(40, 0, batch_size=8), loader(16, 1), steps=5, progress=False, **given)
+
+
 def sampler(number: int) -> None:
     data = TensorDataset(*points(64))
     batches = DataLoader(data, 8, sampler=DistributedSampler(data))
@@ -135,6 +143,13 @@ REFUSED: dict[str, Callable[[int], Any]] = {
     "train: batches of 1 cannot be divided among 2 ranks": small_batches,
     "weights and buffers of the model of rank 1 differ": other_models,
     "lengths of train and val of rank 1 differ": other_data,
+    "callbacks of fit (whether passed) of rank 1 differ": partial(
+        other_arguments, callbacks=[lambda progress: None]
+    ),
+    "recorder of fit (whether passed) of rank 1 differ": partial(
+        other_arguments, recorder=lambda values, step: None
+    ),
+    "evaluate_every of fit of rank 1 differ": partial(other_arguments, evaluate_every=2),
     "train has a DistributedSampler": sampler,
     "needs an elementwise estimator": lambda _: train(net(st.nn.Dropout(0.1)), parallel="ddp"),
     "population=2 cannot be trained": lambda _: train(net(), parallel="ddp", population=2),
