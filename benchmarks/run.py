@@ -4,8 +4,8 @@
 
 Finished runs lie in ``benchmarks/records``, a line of JSON each, and are not run again;
 ``--again METHOD`` forgets those of a method, on the workloads of ``--only``. ``--suite full`` adds
-images and text at five times the length, ``--suite slice`` takes seconds. ``--suite extended``
-takes the second list of workloads, with records and results of their own
+images and text at five times the length. ``--suite extended`` (the second list of workloads) and
+``--suite slice`` (one short workload) have records and results of their own
 (``benchmarks/records/extended``, ``benchmarks/RESULTS-extended.md``). ``--report`` only writes
 ``benchmarks/RESULTS.md``. Needs the extra ``bench``.
 """
@@ -35,6 +35,9 @@ from benchmarks.workloads import EXTENDED, LONG, SLICE, SUITE, named
 FOLDER = Path("benchmarks/records")
 SUITES = {"slice": SLICE, "small": SUITE, "full": {**SUITE, **LONG}, "extended": EXTENDED}
 
+APART = ("slice", "extended")
+"""Suites with records and a page of their own."""
+
 
 def records(folder: Path = FOLDER) -> list[Record]:
     """All finished runs."""
@@ -61,11 +64,14 @@ def keep(record: Record, folder: Path) -> None:
 
 def forget(methods: set[str], names: list[str], folder: Path) -> None:
     """Drop the runs of some methods on some workloads."""
-    kept = [r for r in records(folder) if not (r.method in methods and r.workload in names)]
-    for path in folder.glob("*.jsonl"):
-        path.unlink()
-    for record in kept:
-        keep(record, folder)
+    for name in names:
+        path = folder / f"{name}.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["method"] not in methods]
+        if len(kept) < len(lines):
+            partial = path.with_suffix(".partial")  # an interruption loses no run
+            partial.write_text("".join(kept))
+            partial.replace(path)
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
@@ -128,13 +134,14 @@ def main() -> None:
     """Run what is missing, then write the table."""
     options = parser()
     args = options.parse_args()
-    for method in args.methods.split(","):
-        if method not in RUNNERS:
-            options.error(f"--methods {method} is unknown: use {', '.join(RUNNERS)}")
-    extended = args.suite == "extended"
-    args.records = args.records or (FOLDER / "extended" if extended else FOLDER)
-    page = "RESULTS-extended.md" if extended else "RESULTS.md"
-    args.results = args.results or FOLDER.parent / page
+    known = {"methods": RUNNERS, "again": RUNNERS, "only": SUITES[args.suite]}
+    for option, names in known.items():
+        for name in filter(None, getattr(args, option).split(",")):
+            if name not in names:
+                options.error(f"--{option} {name} is unknown: use {', '.join(names)}")
+    apart = args.suite if args.suite in APART else ""
+    args.records = args.records or FOLDER / apart
+    args.results = args.results or FOLDER.parent / f"RESULTS{'-' if apart else ''}{apart}.md"
     if args.again:
         forget(set(args.again.split(",")), chosen(args), args.records)
     if not args.report:

@@ -46,7 +46,7 @@ def run(
     name: str, args: argparse.Namespace, *, lr: float = 1e-3, held: int = 500, each: int = 100,
     wrong: float = 0.0, **options: Any,
 ) -> None:  # fmt: skip
-    """Train, and print the report."""
+    """Train, and print the report; Ctrl-C ends the tour."""
     train, val, (x, y) = digits(wrong)
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -72,6 +72,8 @@ def run(
     )  # fmt: skip
     writer.close()
     print(f"\n{name}: {result}\n{result.report()}")
+    if result.ended == "interrupted":
+        raise SystemExit(130)
 
 
 def main() -> None:

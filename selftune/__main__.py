@@ -105,11 +105,11 @@ def _demo(folder: str, epochs: int) -> int:
     result = tuner.fit(loader, val=0.2, epochs=epochs, log_dir=folder)
     with torch.no_grad():
         right = float((model.eval()(x[test]).argmax(1) == y[test]).float().mean())
-    print(result.report())
     print(
-        f"\nvalidation loss {result.best_loss:.4g}; {100 * right:.1f} % accuracy on {len(test)} "
-        "test digits"
+        f"validation loss {result.best_loss:.4g}; {100 * right:.1f} % accuracy on {len(test)} "
+        "test digits\n"
     )
+    print(result.report())
     print(f"\nReport:  {Path(folder) / 'report.html'}\nCharts:  tensorboard --logdir {folder}")
     return 0
 

@@ -152,18 +152,44 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     assert len(list(command.wanted(args))) == 3
 
 
-def test_the_extended_suite_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgetting_nothing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption lost all runs, whose files were deleted first."""
+    command.keep(record("default", 1.0), tmp_path)
+    command.keep(record("random", 1.0), tmp_path)
+    name = record("default", 1.0).workload
+    monkeypatch.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    command.forget({"tpe"}, [name], tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        command.forget({"random"}, [name], tmp_path)
+    assert [r.method for r in command.records(tmp_path)] == ["default", "random"]
+
+
+@pytest.mark.parametrize("option", ["methods", "again", "only"])
+def test_unknown_names_are_refused(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["run", f"--{option}", "typo", "--report"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"--{option} typo is unknown: use" in capsys.readouterr().err
+
+
+def test_other_suites_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of each suite, in the folder that the command reads by default."""
     monkeypatch.chdir(tmp_path)
     pages = {}
     monkeypatch.setattr(command, "render", lambda found, path: pages.update({path: list(found)}))
-    for name, folder in (("digits", command.FOLDER), ("siamese", command.FOLDER / "extended")):
-        command.keep(replace(record("default", 1.0), workload=name), folder)
-    for suite in ("small", "extended"):
+    places = {"digits": "", "siamese": "extended", "digits-short": "slice"}
+    for name, folder in places.items():
+        command.keep(replace(record("default", 1.0), workload=name), command.FOLDER / folder)
+    for suite in ("small", "extended", "slice"):
         monkeypatch.setattr("sys.argv", ["run", "--suite", suite, "--report"])
         command.main()
     kept = {path.name: [r.workload for r in found] for path, found in pages.items()}
-    assert kept == {"RESULTS.md": ["digits"], "RESULTS-extended.md": ["siamese"]}
+    assert kept == {
+        "RESULTS.md": ["digits"], "RESULTS-extended.md": ["siamese"],
+        "RESULTS-slice.md": ["digits-short"],
+    }  # fmt: skip
 
 
 def test_the_check_fails_where_one_run_is_no_better() -> None:

@@ -69,7 +69,8 @@ def by_tuner(workload: Workload, seed: int) -> tuple[float, float]:
     )
     train, val = workload.batches("train", seed), workload.batches("val", seed, 2)
     batches = [next(train) for _ in range(workload.steps)]
-    held = [next(val) for _ in range(len(workload.splits["val"][0]) // (2 * workload.batch_size))]
+    count = len(workload.splits["val"][0]) // (2 * workload.batch_size)
+    held = [next(val) for _ in range(max(1, count))]
     result = tuner.fit(batches, held, steps=workload.steps, progress=False)
     return finite(workload.evaluate(model, "val")), result.hparams["lr"]
 

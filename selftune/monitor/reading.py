@@ -158,6 +158,9 @@ def _read_lines(path: Path) -> Log:
     found, left_out = Log(), []
     points: dict[str, tuple[list[Any], list[Any]]] = {}
     for number, row in numbered_jsonl(path).items():
+        if row is None:
+            left_out.append(number)
+            continue
         tag, value, step = (row.get(key) for key in ("tag", "value", "step"))
         if isinstance(row.get("hparams"), dict):  # of several runs, the last one is read
             if points:

@@ -185,20 +185,25 @@ class JSONL(AbstractRecorder):
 @checked(path=PATH)
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a log, without truncated ones."""
-    return list(numbered_jsonl(path).values())
+    return [row for row in numbered_jsonl(path).values() if row is not None]
 
 
-def numbered_jsonl(path: str | Path) -> dict[int, dict[str, Any]]:
-    """The lines of a log by their number from 1, without truncated ones."""
-    rows = {}
-    text = Path(path).read_text("utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
+def numbered_jsonl(path: str | Path) -> dict[int, dict[str, Any] | None]:
+    """The lines of a log by their number from 1; None for those that are no entries.
+
+    The last line is left out if a process was killed while it wrote.
+    """
+    rows: dict[int, dict[str, Any] | None] = {}
+    text = Path(path).read_text("utf-8-sig", errors="replace")
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # a process was killed while it wrote
-            continue
-        if isinstance(row, dict):
-            rows[number] = row
+        except json.JSONDecodeError:
+            if number == len(lines) and not text.endswith("\n"):
+                break
+            row = None
+        rows[number] = row if isinstance(row, dict) else None
     return rows
 
 

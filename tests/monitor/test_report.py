@@ -253,3 +253,15 @@ def test_weight_decay_on_its_floor_says_so(tmp_path: Path, capsys: Any) -> None:
     assert html.escape(line) in (tmp_path / "report.html").read_text()
     assert main(["show", str(tmp_path)]) == 0
     assert line in capsys.readouterr().out
+
+
+def test_broken_lines_of_a_log_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They were left out in silence; with a byte order mark, so was the beginning."""
+    recorder = JSONL(tmp_path / "run.jsonl")
+    recorder.begin({"lr": 0.1}, ["lr"])
+    recorder.scalars([Row("hyper/lr", 0.1, 1)])
+    text = "\ufeff" + recorder.path.read_text()
+    recorder.path.write_text(text + 'words\n[1]\n{"tag": "hyper\n{"tag": "hyper/l', "utf-8")
+    assert read(recorder.path).given == {"lr": 0.1}
+    assert "run.jsonl, line 3: no tag" in caplog.text
+    assert "3 such lines" in caplog.text  # without the last one, which a kill cut short
