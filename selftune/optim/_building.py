@@ -63,7 +63,7 @@ def build(options: TuningOptions, update: Update, stepper: Stepper) -> Engine:
         ),
         every=every,
         buffers=Buffers(options.model, every),
-        monitor=Monitor(options.log_dir, options.name),
+        monitor=Monitor(options.log_dir if reducer.first else None, options.name),
         stepper=stepper,
         share=share,
         snapshots=options.snapshots,

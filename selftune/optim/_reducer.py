@@ -49,6 +49,11 @@ class Reducer:
         return dist.get_world_size() > 1
 
     @property
+    def first(self) -> bool:
+        """Whether this process writes the log."""
+        return not self.together or dist.get_rank() == 0
+
+    @property
     def shard(self) -> tuple[int, int] | None:
         """This process's rank and their number, if parameters are sharded."""
         return (dist.get_rank(), dist.get_world_size()) if self.sharded else None

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import selftune as st
+from selftune.monitor import JSONL, read_jsonl
 
 pytestmark = pytest.mark.slow  # two processes that each import torch
 MAKES: dict[str, Callable[[nn.Module], Any]] = {
@@ -203,7 +204,9 @@ def again(rank: int, port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), USE_LIBUV="0")
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=10))
     net = network().double()
-    opt, model = st.SGD(net, lr=0.01, probe=False, every=1), DistributedDataParallel(net)
+    log_dir = JSONL(folder / "run.jsonl")
+    opt = st.SGD(net, lr=0.01, probe=False, every=1, log_dir=log_dir)
+    model = DistributedDataParallel(net)
     train(model, opt, 9)
     train(model, opt, 1, validate=False)
     x = torch.ones(4, next(net.parameters()).shape[1], dtype=torch.float64)
@@ -213,6 +216,7 @@ def again(rank: int, port: int, folder: Path) -> None:
             opt.hyper_step(lambda scale=scale: scale * net(x).square().mean())
         except ValueError:
             lost += 1
+    opt.finish()
     torch.save((lost, opt.hparams), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -222,3 +226,6 @@ def test_two_calls_at_one_step_meet_again(tmp_path: Path) -> None:
     spawned(again, tmp_path)
     zero, one = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     assert zero == one
+    rows = read_jsonl(tmp_path / "run.jsonl")  # of one process alone
+    rates = [row["step"] for row in rows if row.get("tag") == "hyper/lr"]
+    assert len(rates) == len(set(rates)) > 5
