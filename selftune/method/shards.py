@@ -21,6 +21,14 @@ def by_rows(param: Any) -> bool:
     return len(split) <= 1 and all(type(p) is Shard and p.dim == 0 for p in split)
 
 
+def copies(param: Any, processes: int) -> int:
+    """In how many processes each element of a parameter is."""
+    for dim, placement in enumerate(param.placements if is_sharded(param) else ()):
+        if not placement.is_replicate():
+            processes //= param.device_mesh.size(dim)
+    return processes
+
+
 def rows_of(param: Any, rank: int | None = None) -> range:
     """The rows of a parameter in a process, by default in this one."""
     rows = param.shape[0] if param.ndim else 1

@@ -139,6 +139,8 @@ class Assembly:
                 "params are sharded, but this estimator needs whole vectors: use DDP instead of "
                 "FSDP2, or the estimators Trace or OneStep"
             )
+        if sharded:
+            engine.reducer.check_copies([p for params in trained for p in params])
         weights = sum(p.numel() for params in trained for p in params)
         slots = engine.method.settings.stiff.slots(weights) if sensitivities.smooth else 0
         cuts, where = self._slices(trained), resolve(engine.snapshots, weights)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selftune._flat import local
 from selftune._identity import digest
+from selftune.method.shards import copies
 
 ALIKE: Counter[int] = Counter()
 """How many optimizers of this process have had parameters with a digest."""
@@ -57,6 +58,15 @@ class Reducer:
     def shard(self) -> tuple[int, int] | None:
         """This process's rank and their number, if parameters are sharded."""
         return (dist.get_rank(), dist.get_world_size()) if self.sharded else None
+
+    def check_copies(self, params: Sequence[Tensor]) -> None:
+        """Raise an error if sums over processes would count some parameters more often."""
+        if self.together and len({copies(p, dist.get_world_size()) for p in params}) > 1:
+            raise ValueError(
+                "params: some are divided among the processes, others are whole on each, and would "
+                "count once for every process: shard all of the model with fully_shard (tensor "
+                "parallelism is not supported), or use DDP"
+            )
 
     def check_alike(self, params: Sequence[Tensor]) -> None:
         """Raise an error if parameters differ between processes, at the first step of each."""

@@ -44,9 +44,23 @@ def run(rank: int, world: int, port: int, folder: str) -> None:
     found = {name: train(rank, world, make) for name, make in MAKES.items()}
     found["sampled"] = train(rank, world, MAKES["SGD"], wide=True)
     if world > 1:
+        found["partly"] = partly()
         found |= {f"{n}, offloaded": train(rank, world, make, True) for n, make in MAKES.items()}
         dist.destroy_process_group()
     torch.save(found, Path(folder) / f"{world}-{rank}.pt")
+
+
+def partly() -> str:
+    """What is said of a model of which one layer alone is sharded."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    dist.fsdp.fully_shard(net[0], mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    opt = st.SGD(net.parameters(), lr=0.01)
+    net(torch.ones(2, 4)).sum().backward()
+    try:
+        opt.step()
+    except ValueError as error:
+        return str(error)
+    return "accepted"
 
 
 def train(
@@ -92,6 +106,7 @@ def test_sharded_parameters_tune_as_whole_ones_do(tmp_path: Path) -> None:
     run(0, 1, 0, str(tmp_path))
     alone, one, two = (torch.load(tmp_path / f) for f in ("1-0.pt", "2-0.pt", "2-1.pt"))
     assert one == two
+    assert "others are whole on each" in one["partly"]
     assert one["sampled"] == pytest.approx(alone["sampled"], rel=1e-7)
     for rule in MAKES:
         assert one[f"{rule}, offloaded"] == one[rule]
