@@ -51,7 +51,8 @@ def main() -> None:
         width, latent = found.params["width"], found.params["latent"]
     torch.manual_seed(0)
     gan = GAN(2, latent, width).fit(train, val, args.steps)
-    for at in (0, len(gan.history["energy"]) // 2, -1):
+    noted = len(gan.history.get("energy", []))  # none in the first steps
+    for at in sorted({0, noted // 2, noted - 1} & {*range(noted)}):
         print(", ".join(f"{name} {values[at]:.3g}" for name, values in gan.history.items()))
     with torch.no_grad():
         print(f"energy distance on unseen points: {float(gan.energy(test)):.4f}"

@@ -68,7 +68,7 @@ def run(
         DataLoader(TensorDataset(*train), 64, shuffle=True),
         DataLoader(TensorDataset(*(t[:held] for t in val)), each, shuffle=True),
         steps=args.steps, log_dir=folder, log_every=5, callbacks=[look_on], progress=False,
-        pictures_every=args.steps // 3,
+        pictures_every=max(args.steps // 3, 1),
     )  # fmt: skip
     writer.close()
     print(f"\n{name}: {result}\n{result.report()}")

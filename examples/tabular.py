@@ -3,7 +3,8 @@
     python examples/tabular.py [--uci energy|concrete|yacht|power|wine_red] [--epochs 60]
 
 It is compared with ridge regression and gradient boosting, on scikit-learn's diabetes data or, with
-``--uci``, on a data set of the UCI repository from ``$SELFTUNE_DATA/uci``.
+``--uci``, on a data set of the UCI repository from ``uci`` in the folder
+``SELFTUNE_DATA`` (or ``data``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def main() -> None:
     if args.uci is None:
         x, y = load_diabetes(return_X_y=True)
     else:
-        with np.load(Path(os.environ["SELFTUNE_DATA"]) / "uci" / f"{args.uci}.npz") as data:
+        folder = Path(os.environ.get("SELFTUNE_DATA", "data")) / "uci"
+        with np.load(folder / f"{args.uci}.npz") as data:
             x, y = data["x"], data["y"]
     parts = train_test_split(x, y, test_size=0.2, random_state=0)
     net = SelfTuningRegressor(epochs=args.epochs, batch_size=32)

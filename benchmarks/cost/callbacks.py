@@ -243,7 +243,8 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="a framework")
+    known = {framework.__name__: framework for framework in FRAMEWORKS}
+    parser.add_argument("--only", nargs="+", choices=known, default=list(known))
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -254,9 +255,7 @@ def main() -> None:
         "| with the callback's overhead ÷ plain (quartiles) | callback ÷ by hand |\n"
         "|---|---|---|---|---|---|---|"
     )
-    for framework in FRAMEWORKS:
-        if args.only not in framework.__name__:
-            continue
+    for framework in (known[name] for name in args.only):
         for label, make in list(NETS.items())[:3]:
             row = measure(make(), framework, args.rounds)
             print(f"| {framework.__name__} | {label} | {row} |", flush=True)

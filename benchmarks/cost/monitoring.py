@@ -50,14 +50,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="part of a net's name")
     args = parser.parse_args()
+    nets = {name: make for name, make in NETS.items() if args.only in name}
+    if not nets or args.rounds < 2:
+        parser.error(f"use --rounds 2 or more, and a part of a name in {', '.join(NETS)}")
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)
     print(
         "| net | without, ms a step | with TensorBoard, ms | ratio (quartiles) |\n|---|---|---|---|"
     )
-    for name, make in NETS.items():
-        if args.only not in name:
-            continue
+    for name, make in nets.items():
         net = make()
         steps = 10 * net.block
         pairs = []

@@ -1,13 +1,13 @@
 """Draws the pictures of docs/how-to-choose.md and docs/when-it-fails.md into docs/img.
 
-    python -m benchmarks.estimators.plots [bias|horizon|chaos|overfit]
+    python -m benchmarks.estimators.plots [--only bias horizon chaos overfit]
 
 Takes about three minutes in all; needs matplotlib and scikit-learn.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib as mpl
@@ -149,8 +149,9 @@ def overfit() -> None:
 PICTURES = {"bias": bias, "horizon": horizon, "chaos": chaos, "overfit": overfit}
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES))
     mpl.use("agg")
     torch.set_num_threads(1)
-    for name, draw in PICTURES.items():
-        if len(sys.argv) < 2 or name in sys.argv[1:]:
-            draw()
+    for name in parser.parse_args().only:
+        PICTURES[name]()

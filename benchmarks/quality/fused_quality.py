@@ -82,7 +82,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--only", default="", help="one workload")
+    parser.add_argument("--only", default="", choices=("", *WORKLOADS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("selftune").setLevel(logging.ERROR)

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=100, help="random-search runs")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=10, help="random starts")
-    parser.add_argument("--only", default="", help="workload or optimizer")
+    parser.add_argument("--only", default="", choices=("", *WORKLOADS, *SPACES))
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -205,7 +205,8 @@ class Method:
                 self.settings.stiff.dependent, self.total,
             )  # fmt: skip
             state = state._replace(stiffness=[stiffness])
-        return state, self.unit(self.along(state, outer, deflated), outer.grads, self.outer_total)
+        signal = self.outer_total(self.along(state, outer, deflated))
+        return state, self.unit(signal, outer.grads, self.outer_total)
 
     def along(self, state: State, outer: Outer, deflated: Sequence[Tensor] | None = None) -> Tensor:
         """Hypergradients along an unnormalised gradient."""
@@ -222,8 +223,7 @@ class Method:
         return torch.cat(products, dim=1) if self.by_tensor else torch.stack(products).sum(0)
 
     def unit(self, signal: Tensor, grads: Sequence[Tensor], reduce: Reduce) -> Tensor:
-        """Normalised hypergradients, from those along an unnormalised gradient."""
-        signal = reduce(signal)
+        """Normalised hypergradients, from reduced ones along an unnormalised gradient."""
         if not self.settings.unit_gradient:
             return signal
         squares = [torch.linalg.vector_norm(g).double().square() for g in grads]

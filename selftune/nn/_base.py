@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from selftune._arguments import MODULE, TEXT, check, checked
@@ -17,6 +18,8 @@ STRENGTH = "strength"
 MASK = 0xFFFFFFFF
 SPREAD, MIX = -1640531527, 0x45D9F3B
 """2³² over the golden ratio, and a multiplier of the hash."""
+APART = 2**24
+"""Distance between the random-number counters of two processes."""
 
 
 def fraction(name: str, start: float = 0.05) -> Hparam:
@@ -85,7 +88,7 @@ class Stochastic(Tunable):
 
     A pass with the same counter draws the same numbers at any strength, so the effect of another
     strength is not hidden by other random numbers. Each pass in training mode increments the
-    counter.
+    counter. Processes of ``torch.distributed`` draw different numbers from the same counter.
 
     Attributes:
         key: The counter, shape (1,), int64.
@@ -122,7 +125,10 @@ class Stochastic(Tunable):
                 "activation checkpoint's second pass than in the first: leave it outside the "
                 "checkpoint, or use torch's own layer there"
             )
-        return uniform(self.key, shape, stream)
+        # DistributedDataParallel makes the counters of all processes equal, as all buffers.
+        together = dist.is_available() and dist.is_initialized()
+        key = self.key + dist.get_rank() * APART if together else self.key
+        return uniform(key, shape, stream)
 
     def normal(self, shape: tuple[int, ...], stream: int = 0) -> Tensor:
         """Standard normal numbers, by inverse transform sampling."""

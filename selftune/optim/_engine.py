@@ -204,13 +204,14 @@ class Engine:
         names = [n for n in self.shifts.names if n not in regularizers]
         if self.whole is not None or not names:  # whole-step estimates cost too much
             return False
-        signal = self.method.along(self.store.state(), self._outer(grads, 0))
+        total = self.reducer.total
+        signal = total(self.method.along(self.store.state(), self._outer(grads, 0)))
         known = self.training_signal
         self.training_signal = signal if known is None else known + signal
         if self.clock.steps - self.clock.outer < self.every:
             return False
         self.clock.outer = self.clock.steps
-        signal = self.method.unit(self.training_signal, grads, self.reducer.total)
+        signal = self.method.unit(self.training_signal, grads, total)
         self.training_signal = None
         self.apply_masks()
         averages = [b.part.average for b in self.blocks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,6 @@ from selftune.tuner._objective import InMode
 
 Passed = tuple[Tensor, list[Tensor], list[Tensor]]
 """Loss, gradients and next buffers of a pass."""
-APART = 2**24
-"""Distance between the random-number counters of two ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +29,12 @@ class Passes:
 
     Attributes:
         views: Returns one tensor for each parameter, from the run's weights.
-        counters: Offsets of random-number counters for the pass, by buffer name.
     """
 
     params: Sequence[str]
     buffers: Sequence[str]
     views: Callable[[list[Tensor]], list[Tensor]]
     autocast: Callable[[], AbstractContextManager[Any]]
-    counters: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -56,7 +52,7 @@ class Passes:
 
         def loss_at(params: list[Tensor], call: Callable[..., Tensor]) -> Tensor:
             tensors.update(zip(self.params, self.views(params), strict=True))
-            tensors.update(self._before(buffers, layers))
+            tensors.update(self._copies(buffers, layers))
             with self.autocast():
                 return call(module, tensors, (batch,))
 
@@ -72,21 +68,11 @@ class Passes:
             after = [tensors[n].detach() for n in self.buffers]
         else:
             grads, loss, after = gradient(whole, params)
-        return loss, grads, self._after(after)
+        return loss, grads, after
 
-    def _before(self, buffers: list[Tensor], layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of the buffers, which modules modify in place, with this rank's counters."""
-        copies = dict(zip(self.buffers, [b.clone() for b in buffers], strict=True))
-        tensors = {**copies, **layers}
-        for name, ahead in self.counters.items():
-            tensors[name].add_(ahead)
-        return tensors
-
-    def _after(self, buffers: list[Tensor]) -> list[Tensor]:
-        """The buffers with the counters of all ranks."""
-        for name, ahead in self.counters.items():
-            buffers[self.buffers.index(name)].sub_(ahead)
-        return buffers
+    def _copies(self, buffers: list[Tensor], layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the buffers, which modules modify in place, and the strengths."""
+        return {**dict(zip(self.buffers, [b.clone() for b in buffers], strict=True)), **layers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +95,7 @@ class ShardedPasses(Passes):
         layers: Mapping[str, Tensor],
     ) -> Passed:
         """Loss on this rank's examples, gradients for :meth:`Group.mean`, and next buffers."""
-        tensors = self._before(buffers, layers)
+        tensors = self._copies(buffers, layers)
         shards = [local(p.detach()) for p in self.trained]
         mode = module.entered() if isinstance(module, InMode) else nullcontext(module)
         within = put(shards, self.views(params)), torch.enable_grad(), ExitStack()
@@ -119,7 +105,7 @@ class ShardedPasses(Passes):
                 loss = _call_bound(stack, objective, tensors, (batch,))
             if loss.requires_grad:
                 (loss * size(batch)).backward()
-        after = self._after([tensors[n].detach() for n in self.buffers])
+        after = [tensors[n].detach() for n in self.buffers]
         return loss.detach(), self.joined([_taken(p) for p in self.trained]), after
 
 

@@ -24,11 +24,10 @@ from selftune._flat import Layout, local
 from selftune._gradient import plainly
 from selftune.estimators import AbstractEstimator
 from selftune.method import HyperState, Method, Moment, Outer, State, choice, layers, live_units
-from selftune.nn import Stochastic
 from selftune.rules._base import ParameterOptions, hoist
 from selftune.tuner._group import Group
 from selftune.tuner._noise_scale import HalvedBatches
-from selftune.tuner._passes import APART, Passed, Passes, ShardedPasses
+from selftune.tuner._passes import Passed, Passes, ShardedPasses
 from selftune.tuner._run_state import Batch, RunState
 from selftune.tuner._shards import Shards
 from selftune.update import Clock
@@ -88,10 +87,8 @@ class Steps:
         self.layout = Layout(trained) if self.joined else None
         self._counted = len(layers(trained))
         self.buffers = [n for n, _ in self.inner.named_buffers()]
-        keys = [f"{n}.key" for n, m in self.inner.named_modules() if isinstance(m, Stochastic)]
         common: dict[str, Any] = dict(
             params=self.params, buffers=self.buffers, views=self.views, autocast=self.autocast,
-            counters=dict.fromkeys(keys if self.group.rank else (), self.group.rank * APART),
         )  # fmt: skip
         self._pass = Passes(**common)
         if self.group.sharded:

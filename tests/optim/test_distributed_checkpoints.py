@@ -198,6 +198,43 @@ def two(rank: int, port: int, name: str, folder: Path) -> None:
     os._exit(0)  # torch's threads may abort the interpreter's end ("terminate called without …")
 
 
+def unvalidated(rank: int, port: int, folder: Path) -> None:
+    """A run without ``hyper_step``, saved between two steps that training gradients make."""
+
+    def go_on(steps: range) -> None:
+        for step in steps:
+            x = torch.randn(16, 5, generator=torch.Generator().manual_seed(step))[rank::2]
+            opt.zero_grad()
+            cross_entropy(net(x), (x.sum(1) > 0).long()).backward()
+            opt.step()
+
+    torch.set_num_threads(1)
+    with processes(rank, 2, port):
+        net = sharded()
+        opt = st.SGD(net, lr=0.02, momentum=0.9, probe=False)
+        go_on(range(77))
+        dcp.save(by_names(net, opt), checkpoint_id=folder / "dcp")
+        go_on(range(77, 120))
+        want = end(net, opt)
+        net = sharded()
+        opt = st.SGD(net, lr=0.02, momentum=0.9, probe=False)
+        load(by_names, net, opt, folder / "dcp")
+        go_on(range(77, 120))
+        torch.save([end(net, opt), want], folder / f"{rank}.pt")
+        dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_shards_without_hyper_step(tmp_path: Path) -> None:
+    """Rank 0's sum of training signals was loaded on all."""
+    mp.spawn(unvalidated, (a_port(), tmp_path), nprocs=2)
+    for rank in range(2):
+        got, want = torch.load(tmp_path / f"{rank}.pt")
+        assert want["hparams"]["lr"] != pytest.approx(0.02)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def a_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))

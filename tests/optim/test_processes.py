@@ -119,6 +119,8 @@ def two(rank: int, port: int, folder: Path) -> None:
     found["alone"] = train(net, st.SGD(net, lr=0.01, distributed=False), 3)
 
     found["overflow"] = overflowing(rank)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(9, 9), st.nn.Dropout(0.5)))
+    found["dropped"] = [model(torch.ones(4, 9)) == 0 for _ in range(2)][1]
     net = network().double()
     opt, model = st.SGD(net, lr=0.01), DistributedDataParallel(net)
     train(model, opt, 40)
@@ -192,6 +194,8 @@ def test_two_processes(tmp_path: Path) -> None:
         assert "params on rank" in found["resumed weights"][0]
     assert zero["overflow"] == one["overflow"]
     assert zero["overflow"][0] != pytest.approx(0.01)
+    # Torch makes buffers, and so the counters of random numbers, equal on all ranks.
+    assert not torch.equal(zero["dropped"], one["dropped"])
     message, seconds = zero["one rank"]
     assert "hyper_step was called on rank 0" in message
     assert "not on rank 1 within" in message
