@@ -217,6 +217,8 @@ def main() -> None:
             "magnitude": lambda d: magnitude(net, d, steps, left),  # noqa: B023
             "small": lambda d: wide(net, d, steps, left),  # noqa: B023
         }
+        for unknown in sorted({*args.rows} - {*runs}):
+            parser.error(f"--rows {unknown!r} is none of {'; '.join(runs)}")
         for name, run in runs.items():
             if name in args.rows:
                 left = add(name, seed, run)
