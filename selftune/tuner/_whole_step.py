@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from selftune._binding import functional_call
+from selftune._binding import bound
 from selftune._flat import Layout
 from selftune._graphs import Graphs
 from selftune.method.whole_step import WholeSteps
@@ -21,17 +21,6 @@ from selftune.tuner._steps import Steps
 Function = Callable[..., Any]
 
 
-class _Method(nn.Module):
-    """A method of a module as a module, for functional calls."""
-
-    def __init__(self, module: nn.Module, method: str) -> None:
-        super().__init__()
-        self.module, self.method = module, method
-
-    def forward(self, *args: Any) -> Any:
-        return getattr(self.module, self.method)(*args)
-
-
 class FunctionalSteps:
     """The steps of a run, for a whole-step estimator."""
 
@@ -40,21 +29,19 @@ class FunctionalSteps:
         self._steps = steps
         self._layout = steps.layout or Layout(run.averages)
         self._dtypes = [t.dtype for t in steps.views(run.weights)]
-        inner = steps.inner
+        inner: Any = steps.inner
         own, self._rates = concatenated(steps.own, self._layout)
         splits = hasattr(inner, "predicted") and hasattr(inner, "judged")
         self._problem = Problem(
             update=steps.update.joined(self._layout),
-            inner_loss=lambda w, h, batch: self._call("forward", w, h, batch),
+            inner_loss=lambda w, h, batch: self._call(inner, w, h, batch),
             outer_loss=lambda params, batch: params.sum(), options={**steps.options, **own},
             shapes=self._layout.shapes, scales=steps.hyper.hparams,
             split=(
-                lambda w, h, batch: self._call("predicted", w, h, batch),
-                lambda predicted, h, batch: self._call("judged", None, h, batch, predicted),
+                lambda w, h, batch: self._call(inner.predicted, w, h, batch),
+                lambda predicted, h, batch: self._call(inner.judged, None, h, batch, predicted),
             ) if splits else None,
         )  # fmt: skip
-        # Created here, because a module created within a graph cannot be called in it.
-        self._halves = {n: _Method(inner, n) for n in ("predicted", "judged") if splits}
         self.sees, self.estimates = steps.whole.sees, WholeSteps(steps.whole)
         self._batch: Any = None  # of the last step
 
@@ -62,9 +49,9 @@ class FunctionalSteps:
         self._problem = replace(self._problem, graphs=Graphs(wrap))
 
     def _call(
-        self, method: str, params: Tensor | None, hparams: Hparams, batch: Any, *first: Any
+        self, function: Function, params: Tensor | None, hparams: Hparams, batch: Any, *first: Any
     ) -> Any:
-        """A method of the training objective at a vector of weights, by default the current ones.
+        """The training objective, or a part of it, at a vector of weights; None: the current ones.
 
         The model's buffers are part of the batch.
         """
@@ -76,12 +63,8 @@ class FunctionalSteps:
         for name, value in hparams.items():
             for buffer in steps.layers.get(name, []):
                 tensors[buffer] = value.view(1)
-        module = steps.inner
-        if method != "forward":
-            module = self._halves[method]
-            tensors = {f"module.{n}": t for n, t in tensors.items()}
-        with steps.autocast():
-            return functional_call(module, tensors, (*first, batch))
+        with steps.autocast(), bound(steps.inner, tensors):
+            return function(*first, batch)
 
     # pure: parts of the graphs of steps
 
