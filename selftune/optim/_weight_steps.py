@@ -160,19 +160,24 @@ class WeightSteps:
     def _pure(self) -> bool:
         engine, grads = self._engine, self._grads
         # Irreversible steps are checked in advance, others afterwards.
-        if engine.stepper.commits or self._pulse:
+        commits = engine.stepper.commits
+        if commits or self._pulse:
             action = self._judge()
             if action.skip:
                 return engine.carry_out(action)
+        changed = commits and self._training_only(None)
+        if engine.clock.since == engine.clock.steps:  # rewound
+            return True
         moments, steps = self._move()
         finite = self._finite(steps)
         if finite is not None:
             action = engine.controller.observe(Gradient(finite))
             if not finite:  # the step is skipped
                 return engine.carry_out(action)
-        changed = self._training_only(None)
-        if engine.clock.since == engine.clock.steps:  # rewound
-            return True
+        if not commits:
+            changed = self._training_only(None)
+            if engine.clock.since == engine.clock.steps:
+                return True
         if engine.whole is not None and self._call is not None:
             engine.whole.observe(
                 self._blocks[0], self._values[0], grads[0][0], steps[0], self._call

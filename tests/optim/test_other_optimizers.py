@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 import selftune as st
 
@@ -125,3 +125,31 @@ def test_state_that_is_made_at_creation_survives_the_sweep() -> None:
         train(net, opt, 60)
         ends.append(nn.utils.parameters_to_vector(net.parameters()).detach())
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_training_gradients_alone_tune_alike_beside_an_unused_parameter(name: str) -> None:
+    """Law: a parameter without a gradient changes nothing, though no step is then in place.
+
+    Twin: the same run without it. The hyperparameters follow the gradient before the step.
+    """
+    ends = []
+    for unused in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        params = [*net.parameters()]
+        if unused:
+            params.append(nn.Parameter(torch.ones(3, dtype=torch.float64)))
+        inner = getattr(torch.optim, name)(params, lr=1e-2)
+        opt = st.SelfTuning(inner, total_steps=300, every=5)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(250):
+            x = torch.randn(16, 6, dtype=torch.float64, generator=generator)
+            opt.zero_grad()
+            mse_loss(net(x), x[:, :1].sin() + x[:, 1:2]).backward()
+            opt.step()
+        ends.append((opt.hparams["lr"], net[0].weight.detach().clone()))
+    (rate, weight), (twin_rate, twin_weight) = ends
+    assert rate != pytest.approx(1e-2, rel=0.05), "nothing was tuned"
+    assert rate == pytest.approx(twin_rate, rel=1e-9)
+    torch.testing.assert_close(weight, twin_weight, rtol=1e-9, atol=1e-9)
