@@ -34,14 +34,14 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def fashion(folder: str | None) -> tuple[Tensor, Tensor]:
-    """12,000 images of Fashion-MNIST."""
-    if folder:
-        with np.load(Path(folder) / "fashion_mnist.npz") as data:
+    """12,000 images of Fashion-MNIST, which torchvision downloads if the folder has none."""
+    if folder and (file := Path(folder) / "fashion_mnist.npz").exists():
+        with np.load(file) as data:
             x, y = torch.from_numpy(data["x_train"]), torch.from_numpy(data["y_train"])
     else:
         from torchvision.datasets import FashionMNIST
 
-        data = FashionMNIST("data", download=True)
+        data = FashionMNIST(folder or "data", download=True)
         x, y = data.data, data.targets
     return x[:12_000].unsqueeze(1).float() / 255, y[:12_000].long()
 
