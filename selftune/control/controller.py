@@ -250,6 +250,11 @@ class Controller:
             good = replace(self.guard.good, losses=[], lowest=math.inf)
             self.guard = Guard(policy=self.guard.policy, good=good, rewinds=self.guard.rewinds)
 
+    def units_closed(self) -> None:
+        """Count live units anew, because closed ones are not dead."""
+        if self.guard is not None:
+            self.guard.units_closed()
+
     def _judged(self, verdict: str, reason: str) -> Action:
         if verdict == "rewind":
             return self._rewind(reason)

@@ -315,6 +315,14 @@ class Guard(Saved):
     def _exploded(self, mean: float, first: float) -> bool:
         return mean > first + (self.policy.explosion - 1) * max(abs(first), 1e-6)
 
+    def units_closed(self) -> None:
+        """Count live units anew, because closed ones are not dead.
+
+        Losses stay comparable: if closing units raises them beyond the thresholds, the good weights,
+        now without these units too, are no better, and :meth:`confirms` sets a new reference.
+        """
+        self.units, self.quiet, self.loudest = LiveUnits(), 0, 0.0
+
     def rewound(self, *, worsened: bool) -> float:
         """Count a rewind; return the log of the learning rate's divisor.
 

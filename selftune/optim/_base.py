@@ -234,7 +234,7 @@ class SelfTuningOptimizer(EvaluationMode):
         0, and frozen parameters, need no call, because the averages follow them.
 
         Args:
-            weights: False to restart only the guard, after masks have closed units.
+            weights: False if masks have closed units: only live units are counted anew.
 
         Raises:
             RuntimeError: Called inside ``averaged()``.
@@ -250,7 +250,7 @@ class SelfTuningOptimizer(EvaluationMode):
         self._outside("sync()")
         with torch.no_grad():
             self._blocks()
-            self._engine.sync() if weights else self._engine.controller.restart()
+            self._engine.sync() if weights else self._engine.controller.units_closed()
 
     def report(self, loss: Tensor | float) -> None:
         """Pass the training loss to the log and the guard; optional.

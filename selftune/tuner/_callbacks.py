@@ -46,7 +46,7 @@ def stop(training: Parts, scores: dict[str, float]) -> str:
             training.best, training.saved_best, training.waited = math.inf, None, 0
         made = any(float(each.softmax(0).max()) == 1 for each in scores_of)
         if masks or made:  # closed units have no gradient, and are not dead
-            watch.controllers[0].restart()
+            watch.controllers[0].units_closed()
         training.group.share_streams()  # callbacks may have drawn random numbers
     return "stopped" if training.group.any(ends) else "finished"
 
