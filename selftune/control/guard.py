@@ -318,8 +318,9 @@ class Guard(Saved):
     def units_closed(self) -> None:
         """Count live units anew, because closed ones are not dead.
 
-        Losses stay comparable: if closing units raises them beyond the thresholds, the good weights,
-        now without these units too, are no better, and :meth:`confirms` sets a new reference.
+        Losses stay comparable: if closing units raises them beyond the thresholds, the good
+        weights, now without these units too, are no better, and :meth:`confirms` sets a new
+        reference.
         """
         self.units, self.quiet, self.loudest = LiveUnits(), 0, 0.0
 
