@@ -80,3 +80,4 @@ def test_weights_that_get_worse_beside_closings_are_taken_back_by_the_tuner(
         evaluate_every=EVERY, callbacks=[callback],
     )  # fmt: skip
     assert len(result.history["rewinds"])
+    assert int(gate.mask.sum()) == (5 if closes else 16)  # a rewind does not open units
